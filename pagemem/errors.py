@@ -1,0 +1,43 @@
+"""Every error this engine raises at run time, one class per thing a caller can react to.
+
+Bad arguments raise ``ValueError``; a broken internal invariant raises ``AssertionError`` explicitly. An expected
+shortage inside the allocator is a return value (`pagemem.page.Shortage`), not an exception.
+"""
+
+from __future__ import annotations
+
+
+class OffloadError(Exception):
+    """Base of all run-time failures of the engine."""
+
+
+class BudgetError(OffloadError):
+    """A tier cannot hold what is asked of it. The message names the holders by tag and the smallest budget that works."""
+
+
+class StorageError(OffloadError):
+    """A page file could not be read or written. Data that was already in a page file is untouched."""
+
+
+class DiskFullError(StorageError):
+    """The file system has no room for the page files. Nothing was allocated."""
+
+
+class ChecksumError(StorageError):
+    """Bytes read from a page file are not the bytes that were written there."""
+
+
+class RunDirectoryError(OffloadError):
+    """A run directory belongs to something else, is in use, or cannot be written. It was not changed."""
+
+
+class TransitionError(OffloadError):
+    """A stateful object was asked for a move that its state does not allow. The state is unchanged."""
+
+
+class NonFiniteError(OffloadError):
+    """A loss or a gradient norm is NaN or infinite. No parameter was changed by the step that produced it."""
+
+
+class StaleGradientError(OffloadError):
+    """A gradient arrived for a parameter whose update of this step has already been applied."""

@@ -1,0 +1,25 @@
+"""The kinds of memory, and what bytes in them are held for."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Tier(enum.Enum):
+    """A kind of memory, fastest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    SSD = "ssd"
+
+
+class Tag(enum.Enum):
+    """What bytes of a budget are held for. Every reservation and every paged tensor has exactly one."""
+
+    PARAM = "parameter"
+    GRAD = "gradient"
+    MASTER = "master"
+    MOMENT = "moment"
+    ACTIVATION = "activation"
+    STAGING = "staging"
+    COMM = "communication"
