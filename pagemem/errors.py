@@ -12,7 +12,15 @@ class OffloadError(Exception):
 
 
 class BudgetError(OffloadError):
-    """A tier cannot hold what is asked of it. The message names the holders by tag and the smallest budget that works."""
+    """A tier cannot hold what is asked of it. Nothing was moved out for it that was not whole elsewhere.
+
+    Attributes:
+        smallest_bytes: the smallest budget that would have served the request, as far as is known when it fails.
+    """
+
+    def __init__(self, message: str, smallest_bytes: int) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
 
 
 class StorageError(OffloadError):

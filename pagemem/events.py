@@ -1,0 +1,96 @@
+"""Records of what the engine does, and the sinks that take them.
+
+A sink is called on whichever thread did the thing, must be cheap, and must not call back into the engine. `NullSink`
+costs one call; `Counters` adds up what a run report needs; `EventLog` keeps everything for tests and timelines.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class EventKind(enum.Enum):
+    """What happened. READ and WRITE move pages between host and page file; WAIT blocks the training thread."""
+
+    ALLOCATE = "allocate"
+    READ = "read"
+    WRITE = "write"
+    DROP = "drop"
+    WAIT = "wait"
+    UPDATE = "update"
+    DEVIATION = "deviation"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One record: ``name`` is the paged tensor or unit, times are `time.perf_counter` seconds."""
+
+    kind: EventKind
+    name: str
+    n_bytes: int
+    start_s: float
+    duration_s: float
+
+
+class EventSink(Protocol):
+    """Takes events from any thread."""
+
+    def emit(self, event: Event) -> None:
+        """Take one record."""
+
+
+class NullSink:
+    """Forgets everything."""
+
+    def emit(self, event: Event) -> None:
+        """Forget ``event``."""
+
+
+class EventLog:
+    """Keeps every event, in the order of their ends."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        """Keep ``event``; list.append is atomic."""
+        self.events.append(event)
+
+    def of(self, kind: EventKind) -> list[Event]:
+        """All events of one kind."""
+        return [event for event in self.events if event.kind is kind]
+
+
+class Counters:
+    """Adds up count, bytes and seconds by kind, and passes each event on."""
+
+    def __init__(self, onward: EventSink | None = None) -> None:
+        self._onward = onward or NullSink()
+        self._lock = threading.Lock()
+        self._count: Counter[EventKind] = Counter()
+        self._bytes: Counter[EventKind] = Counter()
+        self._seconds: dict[EventKind, float] = dict.fromkeys(EventKind, 0.0)
+
+    def emit(self, event: Event) -> None:
+        """Add ``event`` up and pass it on."""
+        with self._lock:
+            self._count[event.kind] += 1
+            self._bytes[event.kind] += event.n_bytes
+            self._seconds[event.kind] += event.duration_s
+        self._onward.emit(event)
+
+    def count(self, kind: EventKind) -> int:
+        """Events of ``kind`` so far."""
+        return self._count[kind]
+
+    def n_bytes(self, kind: EventKind) -> int:
+        """Bytes of all events of ``kind`` so far."""
+        return self._bytes[kind]
+
+    def seconds(self, kind: EventKind) -> float:
+        """Seconds of all events of ``kind`` so far; concurrent events add up."""
+        return self._seconds[kind]

@@ -1,0 +1,302 @@
+"""Two-phase moves of paged tensors between host frames and page files.
+
+A move is prepare (frames reserved, tensor in a state that forbids others to touch it) -> copy (I/O threads) -> complete
+or abort. The source stays authoritative until the move completes, so a failed or cancelled move loses nothing.
+
+One lock guards all bookkeeping, `Mover.changed`; no I/O is done while it is held. Every change of state notifies it and
+calls the listeners, which run with the lock held, on the thread that made the change (an I/O thread for the end of a
+copy), and must be cheap. The first error of a background copy is kept and raised on the training thread by `check`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pagemem.allocator import PageAllocator
+from pagemem.arena import HostArena
+from pagemem.errors import OffloadError
+from pagemem.events import Event, EventKind, EventSink
+from pagemem.page import FrameId, Placement, Shortage, TensorId
+from pagemem.page_file import PageFiles
+from pagemem.residency import PagedTensor, Residency
+from pagemem.tier import Tag, Tier
+from pagemem.window import Comparable, Window, best_window
+
+
+class Mover:
+    """Owns the residency of every paged tensor of one host arena and one set of page files.
+
+    Methods may be called on any thread unless they say otherwise; they take the lock themselves, and may be called
+    with it held (it is re-entrant), which is how a caller makes several steps one.
+    """
+
+    def __init__(self, arena: HostArena, files: PageFiles, sink: EventSink) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        self.arena = arena
+        self.files = files
+        self.host = PageAllocator(Tier.HOST, arena.page_bytes, arena.n_frames)
+        self.ssd = PageAllocator(Tier.SSD, arena.page_bytes, files.n_frames)
+        self.tensors: dict[TensorId, PagedTensor] = {}
+        self._sink = sink
+        self._failure: BaseException | None = None
+        self._listeners: list[Callable[[], None]] = []
+        self._in_flight = 0
+        self._next_id = 0
+
+    # ---- records -----------------------------------------------------------------------------------------------
+
+    def create(self, name: str, tag: Tag, n_bytes: int) -> PagedTensor:
+        """A new tensor that reads as zeros and holds no bytes in any tier yet."""
+        with self.changed:
+            tensor = PagedTensor.sized(TensorId(self._next_id), name, tag, n_bytes, self.arena.page_bytes)
+            self._next_id += 1
+            self.tensors[tensor.id] = tensor
+            return tensor
+
+    def forget(self, tensor: PagedTensor) -> None:
+        """Discard a tensor and give all its frames back. It must be neither held nor in flight."""
+        with self.changed:
+            self.discard(tensor)
+            if tensor.placement is not None:
+                self.ssd.release(tensor.id)
+            del self.tensors[tensor.id]
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` with the lock held after every change that may let a waiting move go on."""
+        self._listeners.append(listener)
+
+    def check(self) -> None:
+        """Raise the first error of a background copy. Call on the training thread.
+
+        Raises:
+            StorageError: (or what the copy raised) every tensor is still whole where it was before that copy.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def collect_leases(self) -> list[PagedTensor]:
+        """Count ended leases off; returns the tensors that have none left since the last call."""
+        with self.changed:
+            freed: list[PagedTensor] = []
+            for tensor_id in self.arena.ended_leases():
+                tensor = self.tensors.get(tensor_id)
+                if tensor is None:
+                    continue
+                tensor.leases -= 1
+                if tensor.leases == 0:
+                    freed.append(tensor)
+            return freed
+
+    def droppable(self, tensor_id: TensorId) -> bool:
+        """Whether the tensor's host frames can be given up after at most one store."""
+        tensor = self.tensors[tensor_id]
+        return not tensor.held and tensor.state in (Residency.CLEAN, Residency.DIRTY)
+
+    def choose(self, n_frames: int, cost: Callable[[Sequence[TensorId]], Comparable]) -> Window | None:
+        """The cheapest window of host frames whose tenants are all droppable, or None."""
+        with self.changed:
+            return best_window(list(self.host.segments()), n_frames, self.droppable, cost)
+
+    # ---- moves -------------------------------------------------------------------------------------------------
+
+    def start_load(self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False) -> None:
+        """Begin bringing an absent or stored tensor into the free frames from ``frame`` on.
+
+        With ``fresh`` the old content is not wanted: nothing is read and the frames hold whatever was there.
+
+        Raises:
+            AssertionError: a frame is taken; nothing was changed.
+        """
+        with self.changed:
+            placed = self.host.allocate(tensor.id, tensor.n_bytes, contiguous=True, at=frame)
+            if isinstance(placed, Shortage):
+                raise AssertionError(f"{tensor.name}: frames {frame}..{frame + tensor.n_frames} are taken")
+            tensor.frame = frame
+            buffer = self.arena.buffer(frame, tensor.n_bytes)
+            if fresh or tensor.state is Residency.ABSENT:
+                if not fresh:
+                    torch.frombuffer(buffer, dtype=torch.uint8).zero_()
+                tensor.backed = tensor.backed and not fresh
+                tensor.become(Residency.CLEAN)
+                self._notify()
+                return
+            tensor.become(Residency.LOADING)
+            self._in_flight += 1
+            assert tensor.placement is not None
+            extents = tensor.placement.extents(self.arena.page_bytes)
+        started_s = time.perf_counter()
+        self.files.read(extents, buffer, lambda error: self._loaded(tensor, started_s, error))
+
+    def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
+        with self.changed:
+            self._in_flight -= 1
+            if error is None:
+                tensor.become(Residency.CLEAN)
+            else:
+                tensor.become(Residency.STORED)
+                self._give_up_frames(tensor)
+                self._failure = self._failure or error
+            self._notify()
+        self._emit(EventKind.READ, tensor, started_s)
+
+    def start_store(self, tensor: PagedTensor) -> None:
+        """Begin copying a dirty tensor to its page-file frames, taking some on the first store.
+
+        Raises:
+            DiskFullError: there is no room; the tensor is still dirty and whole.
+        """
+        with self.changed:
+            if tensor.placement is None:
+                tensor.placement = self._take_page_file_frames(tensor)
+            tensor.become(Residency.STORING)
+            tensor.backed = False
+            self._in_flight += 1
+            assert tensor.frame is not None
+            buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
+            extents = tensor.placement.extents(self.arena.page_bytes)
+        started_s = time.perf_counter()
+        self.files.write(extents, buffer, lambda error: self._stored(tensor, started_s, error))
+
+    def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
+        with self.changed:
+            self._in_flight -= 1
+            if error is None:
+                tensor.backed = True
+                tensor.become(Residency.CLEAN)
+            else:
+                tensor.become(Residency.DIRTY)
+                self._failure = self._failure or error
+            self._notify()
+        self._emit(EventKind.WRITE, tensor, started_s)
+
+    def touch(self, tensor: PagedTensor) -> None:
+        """Note that compute changed (or is about to change) the host copy. The tensor must be pinned, not STORING."""
+        with self.changed:
+            if tensor.state is not Residency.DIRTY:
+                tensor.become(Residency.DIRTY)
+            tensor.backed = False
+
+    def drop(self, tensor: PagedTensor) -> None:
+        """Give up the host frames of a clean tensor that nobody holds.
+
+        Raises:
+            TransitionError: it is not clean; AssertionError: it is held. Nothing was changed.
+        """
+        with self.changed:
+            if tensor.held:
+                raise AssertionError(f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot drop it")
+            tensor.become(Residency.STORED if tensor.backed else Residency.ABSENT)
+            self._give_up_frames(tensor)
+
+    def discard(self, tensor: PagedTensor) -> None:
+        """Declare the content dead: the next load reads zeros. Page-file frames stay the tensor's for re-use."""
+        with self.changed:
+            if tensor.state is Residency.ABSENT:
+                return
+            if tensor.held:
+                raise AssertionError(f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot discard it")
+            tensor.become(Residency.ABSENT)
+            tensor.backed = False
+            if tensor.frame is not None:
+                self._give_up_frames(tensor)
+            self._notify()
+
+    # ---- waiting -----------------------------------------------------------------------------------------------
+
+    def wait_until(self, ready: Callable[[], bool], why: str, n_bytes: int = 0) -> None:
+        """Block the calling thread until ``ready()``, and record the wait.
+
+        Raises:
+            StorageError: (or what a background copy raised) instead of waiting for ever.
+        """
+        with self.changed:
+            if ready():
+                return
+            started_s = time.perf_counter()
+            while not ready():
+                self.check()
+                self.changed.wait()
+        self._sink.emit(Event(EventKind.WAIT, why, n_bytes, started_s, time.perf_counter() - started_s))
+
+    def settle(self) -> None:
+        """Wait until no copy is under way, also after an error."""
+        with self.changed:
+            while self._in_flight:
+                self.changed.wait()
+
+    def store_all(self) -> None:
+        """Copy every dirty tensor to the page files and wait for it.
+
+        Raises:
+            OffloadError: a copy failed or there is no room; what was not copied is still dirty and whole.
+        """
+        self.settle()
+        with self.changed:
+            for tensor in self.tensors.values():
+                if tensor.state is Residency.DIRTY:
+                    self.start_store(tensor)
+        self.settle()
+        self.check()
+
+    def replace_arena(self, arena: HostArena) -> None:
+        """Go on with another, empty arena of the same page size. Every tensor must be stored or absent.
+
+        Raises:
+            AssertionError: a tensor still holds host frames; nothing was changed.
+        """
+        with self.changed:
+            if self.host.used_frames or arena.page_bytes != self.arena.page_bytes:
+                raise AssertionError(f"{self.host.used_frames} host frames are still in use")
+            self.arena.close()
+            self.arena = arena
+            self.host = PageAllocator(Tier.HOST, arena.page_bytes, arena.n_frames)
+
+    def validate(self) -> None:
+        """Check every cross reference between records and allocators.
+
+        Raises:
+            AssertionError: one does not hold.
+        """
+        with self.changed:
+            self.host.validate()
+            self.ssd.validate()
+            for tensor in self.tensors.values():
+                placed = self.host.placement(tensor.id)
+                if (placed is None) != (tensor.frame is None):
+                    raise AssertionError(f"{tensor.name}: frame {tensor.frame} but host placement {placed}")
+                in_host = tensor.readable or tensor.state is Residency.LOADING
+                if in_host != (tensor.frame is not None):
+                    raise AssertionError(f"{tensor.name}: {tensor.state.value} with frame {tensor.frame}")
+                if tensor.state is Residency.STORED and not tensor.backed:
+                    raise AssertionError(f"{tensor.name}: stored, but the page file does not hold it")
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _take_page_file_frames(self, tensor: PagedTensor) -> Placement:
+        placed = self.ssd.allocate(tensor.id, tensor.n_bytes)
+        if isinstance(placed, Shortage):
+            self.files.grow(self.ssd.n_frames + tensor.n_frames)
+            self.ssd.grow(self.files.n_frames - self.ssd.n_frames)
+            placed = self.ssd.allocate(tensor.id, tensor.n_bytes)
+        if isinstance(placed, Shortage):
+            raise AssertionError(f"{tensor.name}: no page-file frames after growing: {placed}")
+        return placed
+
+    def _give_up_frames(self, tensor: PagedTensor) -> None:
+        self.host.release(tensor.id)
+        tensor.frame = None
+
+    def _notify(self) -> None:
+        for listener in self._listeners:
+            try:
+                listener()
+            except OffloadError as error:
+                self._failure = self._failure or error
+        self.changed.notify_all()
+
+    def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
+        self._sink.emit(Event(kind, tensor.name, tensor.n_bytes, started_s, time.perf_counter() - started_s))

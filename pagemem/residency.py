@@ -1,0 +1,107 @@
+"""What is known of one paged tensor: where its bytes are whole, and who forbids moving them.
+
+    ABSENT  --load-->  CLEAN                       nothing was ever written: reads as zeros
+    STORED  --load-->  LOADING --> CLEAN           page file -> host; on failure back to STORED
+    CLEAN   --touch--> DIRTY                       compute changed the host copy
+    DIRTY   --store--> STORING --> CLEAN           host -> page file; on failure back to DIRTY
+    CLEAN   --drop-->  STORED | ABSENT             host frames given up
+    any resident --discard--> ABSENT               the content is dead (a consumed gradient)
+
+Invariants
+    1. In STORED and LOADING the page file is authoritative; in CLEAN both copies are equal; in DIRTY and STORING the
+       host copy is authoritative. There is no state in which no copy is whole.
+    2. A tensor with pins or leases keeps its frames: only CLEAN tensors without either can be dropped.
+    3. Only `PagedTensor.become` changes the state, only along `LEGAL_MOVES`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+from pagemem.errors import TransitionError
+from pagemem.page import FrameId, Placement, TensorId
+from pagemem.tier import Tag
+from pagemem.units import BLOCK_BYTES, ceil_div, round_up
+
+
+class Residency(enum.Enum):
+    """Where a paged tensor's bytes are whole; see the diagram at the top of this module."""
+
+    ABSENT = "absent"
+    STORED = "stored"
+    LOADING = "loading"
+    CLEAN = "clean"
+    DIRTY = "dirty"
+    STORING = "storing"
+
+
+_R = Residency
+LEGAL_MOVES: Final[dict[Residency, frozenset[Residency]]] = {
+    _R.ABSENT: frozenset({_R.CLEAN}),
+    _R.STORED: frozenset({_R.LOADING, _R.CLEAN, _R.ABSENT}),
+    _R.LOADING: frozenset({_R.CLEAN, _R.STORED}),
+    _R.CLEAN: frozenset({_R.DIRTY, _R.STORED, _R.ABSENT}),
+    _R.DIRTY: frozenset({_R.STORING, _R.ABSENT}),
+    _R.STORING: frozenset({_R.CLEAN, _R.DIRTY}),
+}
+
+#: States in which compute may read the host frames.
+READABLE: Final = frozenset({_R.CLEAN, _R.DIRTY, _R.STORING})
+
+
+@dataclass(slots=True, eq=False)
+class PagedTensor:
+    """One tensor under the allocator's care. All fields are guarded by the mover's lock.
+
+    Attributes:
+        n_bytes: size, a multiple of the I/O block.
+        frame: first host frame while one is held, else None.
+        placement: page-file frames owned, kept for re-use once taken; ``backed`` says whether they hold its content.
+        pins: uses under way that need the host frames to stay.
+        leases: live views of the host frames that were handed out, see `pagemem.arena.HostArena.lease`.
+        last_use: sequence number of the last use, for least-recently-used ranking.
+    """
+
+    id: TensorId
+    name: str
+    tag: Tag
+    n_bytes: int
+    n_frames: int
+    state: Residency = Residency.ABSENT
+    frame: FrameId | None = None
+    placement: Placement | None = None
+    backed: bool = False
+    pins: int = 0
+    leases: int = 0
+    last_use: int = 0
+    history: list[Residency] = field(default_factory=list)
+
+    @classmethod
+    def sized(cls, tensor: TensorId, name: str, tag: Tag, n_bytes: int, page_bytes: int) -> PagedTensor:
+        """A record for ``n_bytes`` bytes, rounded up to whole I/O blocks."""
+        padded_bytes = round_up(n_bytes, BLOCK_BYTES)
+        return cls(tensor, name, tag, padded_bytes, ceil_div(padded_bytes, page_bytes))
+
+    @property
+    def readable(self) -> bool:
+        """Whether compute may read the host frames now."""
+        return self.state in READABLE
+
+    @property
+    def held(self) -> bool:
+        """Whether the host frames must stay where they are."""
+        return self.pins > 0 or self.leases > 0
+
+    def become(self, state: Residency) -> None:
+        """Apply one legal move.
+
+        Raises:
+            TransitionError: the table has no such move; the state is unchanged and the message ends with the history.
+        """
+        if state not in LEGAL_MOVES[self.state]:
+            past = " -> ".join(s.value for s in [*self.history, self.state])
+            raise TransitionError(f"{self.name}: {self.state.value} -> {state.value} is not a legal move (history: {past})")
+        self.history = [*self.history[-5:], self.state]
+        self.state = state

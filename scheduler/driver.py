@@ -1,0 +1,388 @@
+"""Executes training ops over paged tensors: follows the plan while the step is the traced one, fetches on demand otherwise.
+
+    ON_DEMAND --(a repeatable step ended)--> PLANNED
+    PLANNED   --(an op differs, or a load cannot start)--> ON_DEMAND, for the rest of the step
+
+In ON_DEMAND each op fetches what it lacks, synchronously, in place of the least recently used tensors, and is recorded;
+from the record of a whole step a plan is made. In PLANNED each op starts the moves the plan triggers there, and the
+training thread waits only for what its own op needs. A step that differs from its trace is still executed correctly; its
+record replaces the trace. Ops in an `interlude` (evaluation between steps) are fetched on demand and not recorded.
+
+Everything here runs on the training thread; the copies run on the page files' threads and report to the mover.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from pagemem.errors import BudgetError, TransitionError
+from pagemem.events import Event, EventKind, EventSink
+from pagemem.mover import Mover
+from pagemem.page import TensorId
+from pagemem.residency import PagedTensor, Residency
+from pagemem.tier import Tag
+from pagemem.units import format_bytes
+from scheduler.lanes import ReadLane
+from scheduler.plan import LoadTask, Plan
+from scheduler.planner import Machine, make_plan
+from scheduler.trace import Access, AccessMode, OpKey, OpKind, Trace, TraceRecorder
+
+
+class Mode(enum.Enum):
+    """How ops get their tensors; see the diagram at the top of this module."""
+
+    ON_DEMAND = "on demand"
+    PLANNED = "planned"
+
+
+_LEGAL: Final = {Mode.ON_DEMAND: frozenset({Mode.PLANNED}), Mode.PLANNED: frozenset({Mode.ON_DEMAND})}
+_CHANGES: Final = frozenset({AccessMode.MODIFY, AccessMode.CREATE})
+
+
+class Driver:
+    """Gives the training thread its tensors, op by op.
+
+    Args:
+        mover: owner of all residency.
+        sink: takes waits and deviations.
+        bandwidth: current page-file bandwidths (read, write) in bytes/s, asked for when a plan is made.
+        overhead_bytes: what the budget holds beside the arena; part of the budget that an error proposes.
+    """
+
+    def __init__(
+        self, mover: Mover, sink: EventSink, bandwidth: Callable[[], tuple[float, float]], overhead_bytes: int = 0
+    ) -> None:
+        self.mover = mover
+        self.mode = Mode.ON_DEMAND
+        self.plan: Plan | None = None
+        self.planned_steps = 0
+        self.on_demand_steps = 0
+        self.deviations = 0
+        self.overhead_bytes = overhead_bytes
+        self._sink = sink
+        self._bandwidth = bandwidth
+        self._lane = ReadLane(mover)
+        self._recorder = TraceRecorder()
+        self._recording = True
+        self._position = 0
+        self._restore = False
+        self._began_s: float | None = None
+        self._sequence = 0
+
+    # ---- ops ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def op(self, key: OpKey, name: str, accesses: Sequence[Access]) -> Iterator[None]:
+        """One op: its tensors are in host memory and do not move inside the block.
+
+        Raises:
+            BudgetError: they do not fit together with what is held; nothing was lost.
+            StorageError: a page file failed; every tensor is whole where it was.
+        """
+        held = self.begin(key, name, accesses)
+        try:
+            yield
+        finally:
+            self.end(held)
+
+    def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        """Begin an op, see `op`; returns what `end` must be given."""
+        if self._began_s is not None and self._recording:
+            self._recorder.add_duration(time.perf_counter() - self._began_s)
+        with self.mover.changed:
+            self.mover.check()
+            self._collect_views()
+            if self._recording:
+                if self.mode is Mode.PLANNED:
+                    self._follow(key)
+                self._recorder.begin(key, name, accesses)
+            held = self._hold(name, accesses)
+        self._began_s = time.perf_counter()
+        return held
+
+    def end(self, held: Sequence[PagedTensor]) -> None:
+        """End an op: its tensors may move again, unless views of them live on."""
+        with self.mover.changed:
+            for tensor in held:
+                tensor.pins -= 1
+            if self._lane.stuck:
+                self._lane.pump()
+
+    def consume(self, tensor: PagedTensor) -> None:
+        """Declare a tensor's content dead, after the op that consumed it has ended."""
+        self.mover.discard(tensor)
+
+    def end_step(self, *, repeatable: bool) -> None:
+        """The optimizer step is made: the ops since the last call are one step.
+
+        Args:
+            repeatable: whether the next step is expected to have the same ops (not so for a first step).
+        """
+        if self._began_s is not None:
+            self._recorder.add_duration(time.perf_counter() - self._began_s)
+            self._began_s = None
+        with self.mover.changed:
+            self._collect_views()
+            if self.mode is Mode.PLANNED and self._at_step_end():
+                self._recorder.finish()
+                self.planned_steps += 1
+                return
+            if self.mode is Mode.PLANNED:
+                self._leave_plan("the step ended early")
+            self.on_demand_steps += 1
+            trace = self._recorder.finish()
+            if repeatable and trace.ops:
+                self._adopt(trace)
+
+    @contextmanager
+    def interlude(self) -> Iterator[None]:
+        """Ops inside are not part of a step: they are fetched on demand and leave the trace as it is."""
+        recording, began_s = self._recording, self._began_s
+        if recording:
+            self._disturb()
+        self._recording = False
+        try:
+            yield
+        finally:
+            self._recording, self._began_s = recording, began_s and time.perf_counter()
+
+    def quiesce(self) -> None:
+        """Stop reading ahead and wait until no copy is under way, also after an error."""
+        self._disturb()
+        self.mover.settle()
+
+    def evict_all(self) -> None:
+        """Store what is dirty and give all host frames up.
+
+        Raises:
+            AssertionError: something is held. StorageError: a copy failed; it is still whole in host memory.
+        """
+        self.quiesce()
+        self._collect_views()
+        self.mover.store_all()
+        for tensor in self.mover.tensors.values():
+            if tensor.state is Residency.CLEAN:
+                self.mover.drop(tensor)
+
+    # ---- following the plan ------------------------------------------------------------------------------------
+
+    def _become(self, mode: Mode) -> None:
+        if mode not in _LEGAL[self.mode]:
+            raise TransitionError(f"driver: {self.mode.value} -> {mode.value} is not a legal move")
+        self.mode = mode
+
+    def _adopt(self, trace: Trace) -> None:
+        """Go on by plan: the present one if the step was as it expects, else a new one."""
+        if self.plan is None or self.plan.ops_per_step == 0 or self.plan.keys[: self.plan.ops_per_step] != trace.keys:
+            read_bytes_per_s, write_bytes_per_s = self._bandwidth()
+            machine = Machine(
+                self.mover.arena.n_frames, self.mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s
+            )
+            n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in trace.tensors()}
+            self.plan = make_plan(trace, n_bytes, machine)
+        self._position = 0
+        self._restore = True
+        self._become(Mode.PLANNED)
+
+    def _follow(self, key: OpKey) -> None:
+        """Take the step to ``key`` along the plan, starting what it triggers, or leave the plan."""
+        plan = self.plan
+        assert plan is not None
+        if self._position == len(plan.keys):
+            self._position = 0
+            self._restore = self._restore or not plan.closed
+        target = self._position
+        # Updates that an interlude has already made are missing here; their moves still have to be.
+        while target < len(plan.keys) and plan.keys[target] != key and plan.keys[target][0] is OpKind.UPDATE:
+            target += 1
+        if target == len(plan.keys) or plan.keys[target] != key:
+            self._leave_plan(f"op {self._position} was {plan.keys[self._position][1]!r} in the trace and is {key[1]!r} now")
+            return
+        if self._restore:
+            if self._position % len(plan.keys) != 0:
+                self._leave_plan(None)
+                return
+            self._restore = False
+            self._restore_placement(plan)
+        for position in range(self._position, target + 1):
+            for store in plan.stores_at.get(position, ()):
+                tensor = self.mover.tensors[store.tensor]
+                if tensor.state is Residency.DIRTY and not tensor.pins:
+                    self.mover.start_store(tensor)
+            loads = plan.loads_at.get(position)
+            if loads:
+                self._lane.submit(loads)
+        if self._lane.stuck:
+            self._lane.pump()
+        self._position = target + 1
+
+    def _at_step_end(self) -> bool:
+        """Whether the step under way had all its planned ops (updates made elsewhere may be missing)."""
+        plan = self.plan
+        assert plan is not None
+        position = self._position
+        while position % plan.ops_per_step and plan.keys[position][0] is OpKind.UPDATE:
+            position += 1
+        if position % plan.ops_per_step or position == 0:
+            return False
+        self._position = position
+        return True
+
+    def _leave_plan(self, why: str | None) -> None:
+        """Go on on demand for the rest of the step; with a reason it counts as a deviation from the trace."""
+        self._lane.clear()
+        self._become(Mode.ON_DEMAND)
+        if why is not None:
+            self.deviations += 1
+            self._sink.emit(Event(EventKind.DEVIATION, why, 0, time.perf_counter(), 0.0))
+
+    def _disturb(self) -> None:
+        """Something other than the plan is about to move tensors: the placement is restored before going on by plan."""
+        self._lane.clear()
+        self._restore = True
+
+    def _restore_placement(self, plan: Plan) -> None:
+        """Put every tensor where the plan's cycle begins, and queue the loads that would be under way then."""
+        self._lane.clear()
+        self.mover.settle()
+        self.mover.check()
+        misplaced = [t for t in self.mover.tensors.values() if t.frame is not None and plan.initial.get(t.id) != t.frame]
+        for tensor in misplaced:
+            if tensor.state is Residency.DIRTY and not tensor.held:
+                self.mover.start_store(tensor)
+        self.mover.settle()
+        self.mover.check()
+        for tensor in misplaced:
+            if tensor.state is Residency.CLEAN and not tensor.held:
+                self.mover.drop(tensor)
+        first_use = self._first_uses(plan)
+        wanted = sorted(plan.initial, key=lambda tensor: first_use.get(tensor, 0))
+        self._lane.submit([LoadTask(tensor, plan.initial[tensor], 0, 0) for tensor in wanted])
+        self._lane.submit(plan.carried)
+
+    def _first_uses(self, plan: Plan) -> dict[TensorId, int]:
+        """When each tensor is first loaded by the plan; those never loaded again come last."""
+        return {task.tensor: task.needed_at for task in reversed(plan.loads)}
+
+    # ---- having tensors at hand --------------------------------------------------------------------------------
+
+    def _collect_views(self) -> None:
+        for tensor in self.mover.collect_leases():
+            if self._recording:
+                self._recorder.views_ended(tensor.id)
+
+    def _hold(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        """Pin the tensors of an op once they are usable."""
+        held: list[PagedTensor] = []
+        try:
+            for access in accesses:
+                tensor = self.mover.tensors[access.tensor]
+                self._make_usable(tensor, access.mode, name)
+                tensor.pins += 1
+                held.append(tensor)
+        except BudgetError:
+            self.end(held)
+            held = self._hold_packed(name, accesses)
+        except BaseException:
+            self.end(held)
+            raise
+        self._sequence += 1
+        for access, tensor in zip(accesses, (self.mover.tensors[a.tensor] for a in accesses), strict=True):
+            tensor.last_use = self._sequence
+            if access.mode in _CHANGES:
+                self.mover.touch(tensor)
+        return held
+
+    def _hold_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        """Pin tensors that stood in each other's way: move them out and place them anew, side by side."""
+        own = [self.mover.tensors[access.tensor] for access in accesses]
+        for tensor in own:
+            self._move_out(tensor)
+        modes = {access.tensor: access.mode for access in accesses}
+        held: list[PagedTensor] = []
+        try:
+            for tensor in sorted(own, key=lambda t: -t.n_frames):
+                self._fetch(tensor, name, fresh=modes[tensor.id] is AccessMode.CREATE, lowest=True)
+                tensor.pins += 1
+                held.append(tensor)
+        except BaseException:
+            self.end(held)
+            raise
+        return held
+
+    def _usable(self, tensor: PagedTensor, mode: AccessMode) -> bool:
+        if mode in _CHANGES:
+            return tensor.state in (Residency.CLEAN, Residency.DIRTY)
+        return tensor.readable
+
+    def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
+        def usable() -> bool:
+            return self._usable(tensor, mode)
+
+        def hopeless() -> bool:
+            if tensor.state in (Residency.LOADING, Residency.STORING):
+                return False
+            return self._lane.stuck or tensor.id not in self._lane
+
+        self.mover.wait_until(lambda: usable() or hopeless(), tensor.name, tensor.n_bytes)
+        if usable():
+            return
+        if self.mode is Mode.PLANNED and self._recording:
+            self._leave_plan(f"{name}: the plan has not brought {tensor.name}")
+        self._fetch(tensor, name, fresh=mode is AccessMode.CREATE)
+
+    def _fetch(self, tensor: PagedTensor, name: str, *, fresh: bool, lowest: bool = False) -> None:
+        """Bring one tensor in now, in place of the least recently used ones, and wait for it."""
+        tensors = self.mover.tensors
+
+        def cost(tenants: Sequence[TensorId]) -> tuple[int, int]:
+            if lowest:
+                return (0, 0)
+            dirty_frames = sum(tensors[t].n_frames for t in tenants if tensors[t].state is Residency.DIRTY)
+            return (max((tensors[t].last_use for t in tenants), default=-1), dirty_frames)
+
+        while True:
+            window = self.mover.choose(tensor.n_frames, cost)
+            if window is not None:
+                break
+            in_flight = [t for t in tensors.values() if t.state in (Residency.LOADING, Residency.STORING)]
+            if not in_flight:
+                raise self._shortage(tensor, name)
+            self.mover.settle()
+            self.mover.check()
+        for tenant in window.tenants:
+            if tensors[tenant].state is Residency.DIRTY:
+                self.mover.start_store(tensors[tenant])
+        for tenant in window.tenants:
+            self._move_out(tensors[tenant])
+        self.mover.start_load(tensor, window.first, fresh=fresh)
+        self.mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
+
+    def _move_out(self, tensor: PagedTensor) -> None:
+        """Give a tensor's host frames up, storing it first when needed."""
+        if tensor.frame is None:
+            return
+        if tensor.state is Residency.DIRTY:
+            self.mover.start_store(tensor)
+        self.mover.wait_until(lambda: tensor.state is Residency.CLEAN, tensor.name, tensor.n_bytes)
+        self.mover.drop(tensor)
+
+    def _shortage(self, tensor: PagedTensor, name: str) -> BudgetError:
+        """The error for a tensor that finds no window although everything movable could leave."""
+        page_bytes = self.mover.arena.page_bytes
+        held = [t for t in self.mover.tensors.values() if t.held and t.frame is not None]
+        smallest_bytes = (sum(t.n_frames for t in held) + tensor.n_frames) * page_bytes + self.overhead_bytes
+        by_tag: dict[Tag, int] = {}
+        for other in held:
+            by_tag[other.tag] = by_tag.get(other.tag, 0) + other.n_frames * page_bytes
+        holders = ", ".join(f"{tag.value} {format_bytes(n)}" for tag, n in by_tag.items()) or "nothing"
+        return BudgetError(
+            f"{name}: {tensor.name} needs {tensor.n_frames} adjacent pages of {format_bytes(page_bytes)}, the host arena "
+            f"has {self.mover.arena.n_frames}, and held by views in use are: {holders}. Set memory.ram to at least "
+            f"{smallest_bytes} bytes ({format_bytes(smallest_bytes)}).",
+            smallest_bytes,
+        )

@@ -1,0 +1,97 @@
+"""The ssd_read lane: planned loads in order, each started as soon as its window is free.
+
+A load whose window still has tenants waits for them: a clean one is dropped, a dirty one stored and then dropped, one
+in flight waited for. One that is *held* (pinned, or seen through a living view) cannot be waited for by the thread that
+holds it; the lane then reports itself `stuck`, and the driver goes on without the plan.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from pagemem.mover import Mover
+from pagemem.page import TensorId
+from pagemem.residency import PagedTensor, Residency
+from scheduler.plan import LoadTask
+
+
+class ReadLane:
+    """A queue of loads, pumped with the mover's lock held after every change of state, on whichever thread made it."""
+
+    def __init__(self, mover: Mover) -> None:
+        self._mover = mover
+        self._tasks: deque[LoadTask] = deque()
+        self._pumping = False
+        self.stuck = False
+        mover.on_change(self.pump)
+
+    def __contains__(self, tensor: TensorId) -> bool:
+        return any(task.tensor == tensor for task in self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def submit(self, tasks: Iterable[LoadTask]) -> None:
+        """Queue loads behind those that wait."""
+        with self._mover.changed:
+            self._tasks.extend(tasks)
+            self.pump()
+
+    def clear(self) -> None:
+        """Forget the loads that have not started. Those under way complete."""
+        with self._mover.changed:
+            self._tasks.clear()
+            self.stuck = False
+
+    def pump(self) -> None:
+        """Start every load that can start now."""
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            self.stuck = False
+            while self._tasks and self._start(self._tasks[0]):
+                self._tasks.popleft()
+        finally:
+            self._pumping = False
+
+    def _start(self, task: LoadTask) -> bool:
+        tensor = self._mover.tensors[task.tensor]
+        if tensor.frame == task.frame:
+            return True
+        if tensor.frame is not None and not self._leaves(tensor):
+            return False
+        # Every tenant is asked to leave before giving up, so that several copies out run at once.
+        leaving = [self._leaves(tenant) for tenant in self._tenants(task.frame, tensor.n_frames)]
+        if not all(leaving):
+            return False
+        self._mover.start_load(tensor, task.frame, fresh=task.fresh)
+        return True
+
+    def _tenants(self, first: int, n_frames: int) -> list[PagedTensor]:
+        found: list[PagedTensor] = []
+        frame = first
+        while frame < first + n_frames:
+            owner = self._mover.host.owner(frame)
+            if owner is None:
+                frame += 1
+                continue
+            tenant = self._mover.tensors[owner]
+            found.append(tenant)
+            assert tenant.frame is not None
+            frame = tenant.frame + tenant.n_frames
+        return found
+
+    def _leaves(self, tenant: PagedTensor) -> bool:
+        """Make a tenant give up its frames if it can; False while it cannot."""
+        if tenant.held:
+            self.stuck = True
+            return False
+        if tenant.state is Residency.DIRTY:
+            self._mover.start_store(tenant)
+            return False
+        if tenant.state is not Residency.CLEAN:
+            return False
+        self._mover.drop(tenant)
+        return True

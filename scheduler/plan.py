@@ -1,0 +1,91 @@
+"""A plan: which page moves to start before which op, and where their tensors go. Pure data.
+
+Ops are numbered over one *cycle*, which is one step or, when the placement only repeats every few steps, a few. A task
+with trigger ``k`` starts when the training thread begins op ``k``. Loads run in list order; a load whose window is still
+being copied out waits for that copy and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pagemem.page import FrameId, TensorId
+from scheduler.trace import OpKey, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTask:
+    """Bring ``tensor`` into the frames from ``frame`` on, in time for op ``needed_at``.
+
+    ``fresh`` means that the content is not wanted, only the frames. ``needed_at`` may lie in the next cycle
+    (``>= len(ops)``): the reader runs ahead of the step's end.
+    """
+
+    tensor: TensorId
+    frame: FrameId
+    trigger: int
+    needed_at: int
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTask:
+    """Copy ``tensor`` to the page files once op ``trigger`` begins: it has changed for the last time before it must leave."""
+
+    tensor: TensorId
+    trigger: int
+
+
+TaskT = TypeVar("TaskT", LoadTask, StoreTask)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A cycle of ops with the tasks each one triggers.
+
+    Attributes:
+        keys: the ops expected, one cycle of ``n_steps`` steps.
+        initial: tensor -> first frame when op 0 of a cycle begins, before the loads in flight then.
+        carried: loads of the previous cycle for this one; a first cycle starts with them.
+        closed: whether a cycle ends with the placement it began with; if not, each one begins by restoring it.
+        peak_frames: distinct host frames that the cycle touches.
+        step_s: predicted seconds of one step; ``compute_s`` of them without any wait.
+    """
+
+    keys: tuple[OpKey, ...]
+    n_steps: int
+    n_frames: int
+    initial: Mapping[TensorId, FrameId]
+    loads: tuple[LoadTask, ...]
+    stores: tuple[StoreTask, ...]
+    carried: tuple[LoadTask, ...]
+    closed: bool
+    peak_frames: int
+    step_s: float
+    compute_s: float
+    loads_at: Mapping[int, tuple[LoadTask, ...]] = field(default_factory=dict)
+    stores_at: Mapping[int, tuple[StoreTask, ...]] = field(default_factory=dict)
+
+    @property
+    def ops_per_step(self) -> int:
+        """Ops from one optimizer step to the next."""
+        return len(self.keys) // self.n_steps
+
+    def read_frames(self) -> int:
+        """Loads that read, per cycle."""
+        return sum(not task.fresh for task in self.loads)
+
+
+def by_trigger(tasks: Iterable[TaskT]) -> dict[int, tuple[TaskT, ...]]:
+    """Tasks grouped by the op that starts them, in order."""
+    found: dict[int, list[TaskT]] = {}
+    for task in tasks:
+        found.setdefault(task.trigger, []).append(task)
+    return {trigger: tuple(group) for trigger, group in found.items()}
+
+
+def repeats(trace: Trace, plan: Plan) -> bool:
+    """Whether the plan was made for a step like this one."""
+    return plan.keys[: plan.ops_per_step] == trace.keys

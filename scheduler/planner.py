@@ -1,0 +1,314 @@
+"""Phase 1 of the schedule: which page moves to make, when, and into which frames. A pure function of the trace.
+
+A reader walks the cyclic trace ahead of compute. For each access whose tensor is not in host memory it chooses a window
+of adjacent frames: among those that cost no stall the one whose tenants are needed last (Belady's rule; all next uses
+are known), clean before dirty on ties. The load is triggered by the first op at which every tenant of its window has had
+its last use; a dirty tenant is copied out right after its last change. Memory that no load needs keeps what it holds, so
+spare memory serves first what is used soonest again: parameters between forward and backward, then optimizer states.
+
+The walk repeats the step until the placement at a step's end equals that of an earlier one; the steps in between are the
+plan's cycle. Frames are part of the plan: at run time nothing is allocated, fragmented or compacted.
+
+Source: Angel-PTM (VLDB 2023), unified scheduling; victims after L. A. Belady, IBM Systems Journal 5(2), 1966.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from pagemem.allocator import PageAllocator
+from pagemem.errors import BudgetError
+from pagemem.page import FrameId, Shortage, TensorId
+from pagemem.tier import Tier
+from pagemem.units import ceil_div
+from pagemem.window import Window, best_window
+from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.trace import Access, AccessMode, Op, Trace
+
+#: Walks of the step before a plan that does not repeat is accepted as it is.
+MAX_CYCLES: Final = 12
+#: Stalls are compared in steps of this: below it the predicted clock is not to be trusted.
+STALL_QUANTUM_S: Final = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the planner must know of the memory: host frames, their size, and the page files' bandwidths (bytes/s)."""
+
+    n_frames: int
+    page_bytes: int
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """A tensor in host frames. Op numbers count on over all cycles."""
+
+    frame: FrameId
+    locked_until: int
+    dirty: bool = False
+    dead: bool = False
+    modified_at: int = -1
+    clean_at_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Walk:
+    """State of the reader and of the predicted clock."""
+
+    trace: Trace
+    n_bytes: Mapping[TensorId, int]
+    machine: Machine
+    frames: PageAllocator = field(init=False)
+    tenants: dict[TensorId, _Tenant] = field(default_factory=dict)
+    uses: dict[TensorId, list[int]] = field(default_factory=dict)
+    loads: list[LoadTask] = field(default_factory=list)
+    stores: list[tuple[int, StoreTask]] = field(default_factory=list)
+    op_end_s: list[float] = field(default_factory=list)
+    read_free_s: float = 0.0
+    write_free_s: float = 0.0
+    last_trigger: int = 0
+
+    def __post_init__(self) -> None:
+        self.frames = PageAllocator(Tier.HOST, self.machine.page_bytes, self.machine.n_frames)
+        for index, op in enumerate(self.trace.ops):
+            for access in op.accesses:
+                uses = self.uses.setdefault(access.tensor, [])
+                if not uses or uses[-1] != index:
+                    uses.append(index)
+
+    # ---- what the ranking needs --------------------------------------------------------------------------------
+
+    def next_use(self, tensor: TensorId, now: int) -> int:
+        """First op after ``now`` that uses ``tensor``."""
+        cycle, index = divmod(now, len(self.trace.ops))
+        uses = self.uses[tensor]
+        place = bisect.bisect_right(uses, index)
+        if place < len(uses):
+            return cycle * len(self.trace.ops) + uses[place]
+        return (cycle + 1) * len(self.trace.ops) + uses[0]
+
+    def released_s(self, tenant: _Tenant) -> float:
+        """When the tenant's frames can be overwritten, on the predicted clock."""
+        used_s = self.op_end_s[tenant.locked_until] if tenant.locked_until >= 0 else 0.0
+        return max(used_s, tenant.clean_at_s) if tenant.dirty else used_s
+
+    def choose(
+        self, now: int, n_frames: int, read_s: float, staying: frozenset[TensorId], *, pack: bool = False
+    ) -> Window | None:
+        """The best window for a load needed at op ``now``; tenants in ``staying`` are not moved. ``pack``: the lowest."""
+        need_s = self.op_end_s[now - 1] if now else 0.0
+
+        def movable(tensor: TensorId) -> bool:
+            return tensor not in staying and self.tenants[tensor].locked_until < now
+
+        def cost(tensors: Sequence[TensorId]) -> tuple[float, float, int]:
+            if pack:
+                return (0.0, 0.0, 0)
+            start_s, soonest, dirty_bytes = self.read_free_s, math.inf, 0
+            for tensor in tensors:
+                tenant = self.tenants[tensor]
+                start_s = max(start_s, self.released_s(tenant))
+                if not tenant.dead:
+                    soonest = min(soonest, self.next_use(tensor, now))
+                    dirty_bytes += self.n_bytes[tensor] * tenant.dirty
+            stall_s = max(0.0, start_s + read_s - need_s)
+            return (stall_s // STALL_QUANTUM_S, -soonest, dirty_bytes)
+
+        return best_window(list(self.frames.segments()), n_frames, movable, cost)
+
+    # ---- moves -------------------------------------------------------------------------------------------------
+
+    def evict(self, tensor: TensorId, now: int) -> _Tenant:
+        """Take a tensor out of host memory, storing it first when it is dirty."""
+        tenant = self.tenants.pop(tensor)
+        self.frames.release(tensor)
+        if tenant.dirty and not tenant.dead:
+            self.stores.append((now, StoreTask(tensor, tenant.modified_at + 1)))
+        return tenant
+
+    def load(self, access: Access, now: int, staying: frozenset[TensorId], *, pack: bool = False) -> float | None:
+        """Place a tensor for op ``now``; returns when it is there (predicted clock), or None when no window is free."""
+        tensor = access.tensor
+        n_bytes = self.n_bytes[tensor]
+        n_frames = ceil_div(n_bytes, self.machine.page_bytes)
+        fresh = access.mode is AccessMode.CREATE
+        read_s = 0.0 if fresh else n_bytes / self.machine.read_bytes_per_s
+        window = self.choose(now, n_frames, read_s, staying, pack=pack)
+        if window is None:
+            return None
+        start_s, trigger = self.read_free_s, max(self.last_trigger, now - len(self.trace.ops) + 1)
+        for victim in window.tenants:
+            tenant = self.evict(victim, now)
+            start_s = max(start_s, self.released_s(tenant))
+            trigger = max(trigger, tenant.locked_until + 1)
+        placed = self.frames.allocate(tensor, n_bytes, contiguous=True, at=window.first)
+        if isinstance(placed, Shortage):
+            raise AssertionError(f"chosen window {window} is not free: {placed}")
+        self.tenants[tensor] = _Tenant(window.first, now)
+        self.loads.append(LoadTask(tensor, window.first, trigger, now, fresh))
+        self.last_trigger = trigger
+        self.read_free_s = start_s + read_s
+        return self.read_free_s
+
+    def repack(self, op: Op, now: int) -> float:
+        """Make room for an op whose own tensors stand in each other's way: place them anew, largest first.
+
+        Raises:
+            BudgetError: the op's tensors do not fit together; the message says which and how much they need.
+        """
+        for access in op.accesses:
+            if access.tensor in self.tenants:
+                self.evict(access.tensor, now)
+        self.last_trigger = now
+        ready_s = 0.0
+        placed: set[TensorId] = set()
+        for access in sorted(op.accesses, key=lambda a: -self.n_bytes[a.tensor]):
+            there_s = self.load(access, now, frozenset(placed), pack=True)
+            if there_s is None:
+                page_bytes = self.machine.page_bytes
+                need_bytes = page_bytes * sum(ceil_div(self.n_bytes[a.tensor], page_bytes) for a in op.accesses)
+                raise BudgetError(
+                    f"{op.name} needs {need_bytes} bytes of host pages at once, the budget holds "
+                    f"{self.machine.n_frames * page_bytes}; raise memory.ram",
+                    need_bytes,
+                )
+            placed.add(access.tensor)
+            ready_s = max(ready_s, there_s)
+        return ready_s
+
+    # ---- the walk ----------------------------------------------------------------------------------------------
+
+    def walk_step(self, cycle: int) -> None:
+        """Let the reader and the predicted clock pass over one more step."""
+        n_ops = len(self.trace.ops)
+        for index, op in enumerate(self.trace.ops):
+            now = cycle * n_ops + index
+            ready_s = self.bring(op, now)
+            begin_s = max(ready_s, self.op_end_s[-1] if self.op_end_s else 0.0)
+            self.op_end_s.append(begin_s + op.duration_s)
+            self.use(op, now, until=cycle * n_ops + op.until)
+
+    def bring(self, op: Op, now: int) -> float:
+        """Have every tensor of an op in host memory; returns when the last one is there."""
+        own = frozenset(access.tensor for access in op.accesses)
+        ready_s = 0.0
+        for access in op.accesses:
+            tenant = self.tenants.get(access.tensor)
+            if tenant is not None and tenant.dead:
+                self.evict(access.tensor, now)
+                self.last_trigger = max(self.last_trigger, tenant.locked_until + 1)
+                tenant = None
+            if tenant is None:
+                there_s = self.load(access, now, own)
+                if there_s is None:
+                    return self.repack(op, now)
+                ready_s = max(ready_s, there_s)
+        return ready_s
+
+    def use(self, op: Op, now: int, until: int) -> None:
+        """Note what an op does to its tensors."""
+        for access in op.accesses:
+            tenant = self.tenants[access.tensor]
+            tenant.locked_until = max(tenant.locked_until, until, now)
+            if access.mode in (AccessMode.MODIFY, AccessMode.CREATE):
+                write_s = self.n_bytes[access.tensor] / self.machine.write_bytes_per_s
+                if not tenant.dirty:
+                    self.write_free_s = max(self.write_free_s, self.op_end_s[now]) + write_s
+                tenant.dirty, tenant.modified_at = True, now
+                tenant.clean_at_s = max(self.write_free_s, self.op_end_s[now] + write_s)
+            elif access.mode is AccessMode.CONSUME:
+                tenant.dead, tenant.dirty = True, False
+
+    def placement(self) -> tuple[tuple[TensorId, FrameId, bool], ...]:
+        """What is where; two steps that begin alike go on alike."""
+        return tuple(sorted((tensor, t.frame, t.dirty) for tensor, t in self.tenants.items() if not t.dead))
+
+
+def _numbered_from(start: int, n_ops: int, loads: Sequence[LoadTask], *, closed: bool) -> tuple[LoadTask, ...]:
+    """Loads of one cycle with op numbers counted from its beginning; early ones wrap to the cycle before."""
+    inside: list[LoadTask] = []
+    wrapped: list[LoadTask] = []
+    for task in loads:
+        trigger, needed_at = task.trigger - start, task.needed_at - start
+        if trigger < 0 and closed:
+            wrapped.append(LoadTask(task.tensor, task.frame, trigger + n_ops, needed_at + n_ops, task.fresh))
+        else:
+            inside.append(LoadTask(task.tensor, task.frame, max(trigger, 0), needed_at, task.fresh))
+    latest = inside[-1].trigger if inside else 0
+    for task in wrapped:
+        latest = max(latest, task.trigger)
+        inside.append(LoadTask(task.tensor, task.frame, latest, task.needed_at, task.fresh))
+    return tuple(inside)
+
+
+def make_plan(trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine) -> Plan:
+    """Schedule the page moves of a step that repeats.
+
+    Args:
+        trace: the step's ops with durations.
+        n_bytes: size of every tensor in the trace.
+        machine: host frames and page-file bandwidths.
+
+    Returns:
+        A plan whose moves never need more than ``machine.n_frames`` frames.
+
+    Raises:
+        BudgetError: the tensors of one op do not fit together.
+    """
+    walk = _Walk(trace, n_bytes, machine)
+    n_ops = len(trace.ops)
+    seen = {walk.placement(): 0}
+    placements = [walk.placement()]
+    closed = False
+    first, last = 0, 0
+    for cycle in range(MAX_CYCLES):
+        walk.walk_step(cycle)
+        placements.append(walk.placement())
+        first, last = seen.get(placements[-1], cycle), cycle + 1
+        if placements[-1] in seen:
+            closed = True
+            break
+        seen[placements[-1]] = cycle + 1
+    start, end = first * n_ops, last * n_ops
+    loads = [task for task in walk.loads if start <= task.needed_at < end]
+    numbered = _numbered_from(start, end - start, loads, closed=closed)
+    stores = dict.fromkeys(
+        StoreTask(task.tensor, (task.trigger - start) % (end - start)) for evicted_at, task in walk.stores if start <= evicted_at < end
+    )
+    store_tasks = tuple(stores)
+    carried = tuple(
+        LoadTask(t.tensor, t.frame, 0, t.needed_at - (end - start), t.fresh) for t in numbered if t.needed_at >= end - start
+    )
+    before_s = walk.op_end_s[start - 1] if start else 0.0
+    initial = {tensor: frame for tensor, frame, _ in placements[first]}
+    return Plan(
+        keys=trace.keys * (last - first),
+        n_steps=last - first,
+        n_frames=machine.n_frames,
+        initial=initial,
+        loads=numbered,
+        stores=store_tasks,
+        carried=carried,
+        closed=closed,
+        peak_frames=_peak_frames(initial, loads, n_bytes, machine.page_bytes),
+        step_s=(walk.op_end_s[end - 1] - before_s) / (last - first),
+        compute_s=trace.compute_s,
+        loads_at=by_trigger(numbered),
+        stores_at=by_trigger(store_tasks),
+    )
+
+
+def _peak_frames(
+    initial: Mapping[TensorId, FrameId], loads: Sequence[LoadTask], n_bytes: Mapping[TensorId, int], page_bytes: int
+) -> int:
+    """Distinct frames that a cycle touches."""
+    touched: set[int] = set()
+    for tensor, frame in [*initial.items(), *((task.tensor, task.frame) for task in loads)]:
+        touched.update(range(frame, frame + ceil_div(n_bytes[tensor], page_bytes)))
+    return len(touched)
