@@ -1,0 +1,13 @@
+"""How parameters change: update rules over pages, gradients, clipping, exact updates and the optimizer users hold."""
+
+from optim.accumulate import GradientStore
+from optim.exact import ExactUpdater
+from optim.optimizer import PagedOptimizer
+from optim.rules import AdamRule, AdamWRule, SGDRule, UpdateRule, rule_for
+from optim.states import StateAccess
+from optim.unit import Slice, Slot, Unit, UnitIndex
+
+__all__ = [
+    "AdamRule", "AdamWRule", "ExactUpdater", "GradientStore", "PagedOptimizer", "SGDRule", "Slice", "Slot", "StateAccess",
+    "Unit", "UnitIndex", "UpdateRule", "rule_for",
+]

@@ -1,0 +1,107 @@
+"""Where a step's gradients are kept between autograd and the update.
+
+A gradient that is final on arrival is kept as autograd made it, flat, within a reserved number of bytes (`direct`); its
+unit's update follows at once and frees it. Everything else (accumulation over several backward passes, clipping, which
+must know all gradients first) is added up in a paged tensor of the unit's layout, in the order of arrival, as
+``param.grad += gradient`` would. Training thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from optim.unit import SLOT_ALIGN_NUMEL, Slot, Unit
+from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.tier import Tag
+from pagemem.units import round_up
+from scheduler.driver import Driver
+from scheduler.trace import Access, AccessMode, OpKind
+
+
+def flat_gradient(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient as one flat tensor, without a copy where autograd made it contiguous.
+
+    Raises:
+        ValueError: the gradient is sparse; the message says what to change.
+    """
+    if gradient.layout is not torch.strided:
+        raise ValueError(f"{slot.name}: its gradient is sparse, which pages cannot hold; use sparse=False")
+    return gradient.detach().reshape(-1)
+
+
+class GradientStore:
+    """Keeps the gradients of the step under way.
+
+    Args:
+        driver: gives host pages.
+        budget: the host budget; direct gradients are reserved in it, tag GRAD.
+        limit_bytes: bytes of direct gradients at any time; more go to pages.
+    """
+
+    def __init__(self, driver: Driver, budget: Budget, limit_bytes: int) -> None:
+        self._driver = driver
+        self._limit_bytes = limit_bytes
+        reserved = budget.reserve(Tag.GRAD, 0, "gradients in flight")
+        assert isinstance(reserved, Reservation)
+        self._reservation = reserved
+        self._direct_bytes = 0
+        self.peak_direct_bytes = 0
+
+    def keep(self, slot: Slot, gradient: torch.Tensor) -> bool:
+        """Keep a final gradient as it is; False when the reserved bytes do not suffice (then `add` it)."""
+        flat = flat_gradient(slot, gradient)
+        n_bytes = flat.numel() * flat.dtype.itemsize
+        if self._direct_bytes + n_bytes > self._limit_bytes:
+            return False
+        if isinstance(self._reservation.resize(self._direct_bytes + n_bytes), BudgetShortage):
+            return False
+        self._direct_bytes += n_bytes
+        self.peak_direct_bytes = max(self.peak_direct_bytes, self._direct_bytes)
+        slot.direct = flat
+        return True
+
+    def add(self, unit: Unit, slot: Slot, gradient: torch.Tensor, after: Callable[[torch.Tensor], None]) -> None:
+        """Add a gradient to the unit's paged sum; ``after`` is called with the flat sum while it is in host memory.
+
+        Raises:
+            BudgetError: no host pages for the unit's gradients; the sum is as it was before.
+        """
+        flat = flat_gradient(slot, gradient)
+        mover = self._driver.mover
+        if unit.gradients is None:
+            n_bytes = round_up(unit.slots[-1].end, SLOT_ALIGN_NUMEL) * flat.dtype.itemsize
+            unit.gradients = mover.create(f"gradients of {unit.name}", Tag.GRAD, n_bytes)
+        begun = any(other.paged for other in unit.slots)
+        mode = AccessMode.MODIFY if begun else AccessMode.CREATE
+        key = (OpKind.GRADIENT, (unit.index, slot.order, slot.arrivals))
+        with self._driver.op(key, f"gradient of {slot.name}", [Access(unit.gradients.id, mode)]):
+            total = self.view(unit, slot)
+            if slot.paged:
+                total.add_(flat)
+            else:
+                total.copy_(flat)
+            after(total)
+        slot.paged = True
+
+    def view(self, unit: Unit, slot: Slot) -> torch.Tensor:
+        """The flat paged sum of one parameter; its pages must be pinned by the op under way."""
+        assert unit.gradients is not None and unit.gradients.frame is not None
+        return self._driver.mover.arena.view(
+            unit.gradients.frame, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel
+        )
+
+    def forget(self, unit: Unit) -> None:
+        """The unit's gradients are used up or thrown away."""
+        for slot in unit.slots:
+            if slot.direct is not None:
+                self._direct_bytes -= slot.direct.numel() * slot.direct.dtype.itemsize
+            if slot.paged and unit.gradients is not None:
+                self._driver.consume(unit.gradients)
+            slot.forget_gradient()
+        self._reservation.resize(self._direct_bytes)
+
+    def close(self) -> None:
+        """Give the reservation back."""
+        self._reservation.release()

@@ -1,0 +1,246 @@
+"""Exact updates: the same bits as plain PyTorch, made as early as that allows.
+
+A unit is updated when its last gradient of the step has arrived, which the previous whole step foretells (`eager`), or,
+with clipping or ``start="step"``, after the optimizer step and before the unit is next used (`pending`). Gradients that
+come after their unit's update raise `StaleGradientError`. Everything runs on the training thread: on a machine whose
+cores are all computing, a second thread for updates takes cores from the matrix products (see docs/exact_updates.md).
+
+Per unit and step:   waiting --gradients--> updated --optimizer step--> waiting           (eager)
+                     waiting --gradients, optimizer step--> pending --use--> waiting      (otherwise)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Literal
+
+import torch
+
+from optim.accumulate import GradientStore
+from optim.clip import clip_coefficient, gradient_norm
+from optim.rules import Batch, UpdateRule
+from optim.states import state_view
+from optim.unit import Hyper, Pending, Piece, Slice, Slot, Unit, UnitIndex, pieces_of
+from pagemem.errors import StaleGradientError
+from pagemem.events import Event, EventKind, EventSink
+from scheduler.driver import Driver
+from scheduler.trace import Access, AccessMode, OpKind
+
+Start = Literal["auto", "step"]
+
+_HINT: Final = 'set update.start = "step" in the configuration'
+
+
+class ExactUpdater:
+    """Takes gradients and applies updates to the units of one model. Training thread only.
+
+    Args:
+        driver: gives host pages and keeps the trace.
+        index: the model's units.
+        rule: what an update does.
+        hypers: current hyper-parameters of all groups, asked for whenever an update is decided on.
+        store: keeps gradients.
+        clip_norm: largest global gradient norm, or None.
+        start: "auto" updates a unit as soon as its gradients are complete, "step" after the optimizer step.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        index: UnitIndex,
+        rule: UpdateRule,
+        hypers: Callable[[], Sequence[Hyper]],
+        store: GradientStore,
+        sink: EventSink,
+        *,
+        clip_norm: float | None,
+        start: Start,
+    ) -> None:
+        self._driver = driver
+        self._index = index
+        self._rule = rule
+        self._hypers = hypers
+        self._store = store
+        self._sink = sink
+        self._clip_norm = clip_norm
+        self._eager = start == "auto" and clip_norm is None
+        self._lazy = not self._eager
+        self._foretold = False
+        self._used_hypers: Sequence[Hyper] | None = None
+        self._slots = index.slots()
+
+    # ---- gradients ---------------------------------------------------------------------------------------------
+
+    def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
+        """Take one gradient from autograd; updates the unit when it was the last one it waited for.
+
+        Raises:
+            StaleGradientError: the unit's update of this step has been made; the gradient is lost, nothing else is.
+        """
+        self.before_use(unit)
+        if unit.updated:
+            raise StaleGradientError(
+                f"{slot.name}: a gradient arrived after the update of this step, which was made when gradient "
+                f"{slot.expected} had arrived, as in the step before; for steps with a varying number of backward "
+                f"passes {_HINT}"
+            )
+        slot.arrivals += 1
+        final = self._foretold and slot.arrivals == slot.expected
+
+        def note_norm(flat: torch.Tensor) -> None:
+            slot.norm = gradient_norm(flat) if final and self._clip_norm is not None else None
+
+        if not (final and self._eager and slot.arrivals == 1 and self._store.keep(slot, gradient)):
+            self._store.add(unit, slot, gradient, note_norm)
+        if self._eager and self._foretold and unit.live_views == 0 and self._complete(unit):
+            hypers = self._hypers()
+            self._used_hypers = self._used_hypers or hypers
+            self._run(unit, Pending(hypers, None))
+            unit.updated = True
+
+    def _complete(self, unit: Unit) -> bool:
+        return all(slot.arrivals == slot.expected for slot in unit.slots if slot.group >= 0)
+
+    def discard(self) -> None:
+        """Throw the gradients of the step under way away.
+
+        Raises:
+            RuntimeError: some updates of the step have been made already; nothing was changed.
+        """
+        if any(unit.updated for unit in self._index.units):
+            raise RuntimeError(f"zero_grad() without step(), but updates of this step have been made; to skip steps {_HINT}")
+        for unit in self._index.units:
+            if unit.pending is None:
+                self._store.forget(unit)
+                self._forget_arrivals(unit)
+
+    def _forget_arrivals(self, unit: Unit) -> None:
+        for slot in unit.slots:
+            slot.arrivals = 0
+
+    # ---- the optimizer step ------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """End the step: decide on the updates not yet made. They run now, or before their unit is next used.
+
+        Raises:
+            RuntimeError: hyper-parameters changed after updates of this step had used them.
+            NonFiniteError: the gradients' norm is not finite; no parameter was changed and the gradients are dropped.
+        """
+        hypers = self._hypers()
+        if self._used_hypers is not None and list(self._used_hypers) != list(hypers):
+            raise RuntimeError(
+                "learning rate or another hyper-parameter changed between backward and step, but updates of this step "
+                f"have already used the old values; change them before backward, or {_HINT}"
+            )
+        waiting = [u for u in self._index.units if not u.updated and u.pending is None and any(s.arrivals for s in u.slots)]
+        pending = Pending(hypers, self._coefficient() if self._clip_norm is not None and waiting else None)
+        for unit in waiting:
+            if self._lazy:
+                unit.pending = pending
+            else:
+                self._run(unit, pending)
+        self._end_step()
+
+    def _end_step(self) -> None:
+        repeatable = self._foretold
+        for _, slot in self._slots:
+            slot.expected = slot.arrivals
+        for unit in self._index.units:
+            unit.updated = False
+            if unit.pending is None:
+                self._forget_arrivals(unit)
+        self._foretold = True
+        self._used_hypers = None
+        self._driver.end_step(repeatable=repeatable)
+
+    def _coefficient(self) -> torch.Tensor:
+        assert self._clip_norm is not None
+        norms = []
+        for unit, slot in self._slots:
+            if slot.arrivals:
+                if slot.norm is None:
+                    slot.norm = self._norm_of_sum(unit, slot)
+                norms.append(slot.norm)
+        try:
+            return clip_coefficient(norms, self._clip_norm)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _norm_of_sum(self, unit: Unit, slot: Slot) -> torch.Tensor:
+        assert unit.gradients is not None
+        access = Access(unit.gradients.id, AccessMode.READ)
+        with self._driver.op((OpKind.GRADIENT, (unit.index, slot.order, "norm")), f"norm of {slot.name}", [access]):
+            return gradient_norm(self._store.view(unit, slot))
+
+    # ---- updates -----------------------------------------------------------------------------------------------
+
+    def before_use(self, unit: Unit) -> None:
+        """Make the update that the last optimizer step decided on, if there is one."""
+        if unit.pending is not None:
+            pending, unit.pending = unit.pending, None
+            self._run(unit, pending)
+            self._forget_arrivals(unit)
+
+    def drain(self) -> None:
+        """Make every update that was decided on."""
+        for unit in self._index.units:
+            self.before_use(unit)
+
+    def _run(self, unit: Unit, pending: Pending) -> None:
+        parts = [(number, part, pieces_of(unit, part)) for number, part in enumerate(unit.slices)]
+        parts = [entry for entry in parts if entry[2]]
+        paged = any(slot.paged for slot in unit.slots)
+        for number, part, pieces in parts:
+            accesses = [Access(unit.parameters.id, AccessMode.MODIFY)]
+            accesses += [Access(t.id, AccessMode.MODIFY) for t in (part.states, part.master) if t is not None]
+            if paged and unit.gradients is not None:
+                last = part is parts[-1][1]
+                accesses.append(Access(unit.gradients.id, AccessMode.CONSUME if last else AccessMode.READ))
+            with self._driver.op((OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses):
+                started_s = time.perf_counter()
+                self._apply(unit, part, pieces, pending)
+                spent_s = time.perf_counter() - started_s
+            self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
+        for slot in unit.slots:
+            slot.steps += slot.arrivals > 0
+        unit.version += 1
+        self._store.forget(unit)
+
+    def _apply(self, unit: Unit, part: Slice, pieces: Sequence[Piece], pending: Pending) -> None:
+        for group, hyper in enumerate(pending.hypers):
+            chosen = [piece for piece in pieces if piece.slot.group == group]
+            if not chosen:
+                continue
+            batch = Batch([], [], [[] for _ in self._rule.state_names], [])
+            narrow = []
+            for piece in chosen:
+                parameter = self._parameter(unit, piece)
+                gradient = self._gradient(unit, piece)
+                if part.master is not None:
+                    master = state_view(self._driver, part, part.master, 0, piece.begin, piece.numel)
+                    narrow.append((parameter, master))
+                    parameter, gradient = master, gradient.float()
+                if pending.clip_coefficient is not None:
+                    gradient.mul_(pending.clip_coefficient)
+                batch.params.append(parameter)
+                batch.grads.append(gradient)
+                batch.steps.append(piece.slot.steps)
+                for number, states in enumerate(batch.states):
+                    assert part.states is not None
+                    states.append(state_view(self._driver, part, part.states, number, piece.begin, piece.numel))
+            self._rule.apply(hyper, batch)
+            for parameter, master in narrow:
+                parameter.copy_(master)
+
+    def _parameter(self, unit: Unit, piece: Piece) -> torch.Tensor:
+        assert unit.parameters.frame is not None
+        arena = self._driver.mover.arena
+        return arena.view(unit.parameters.frame, piece.begin * unit.dtype.itemsize, unit.dtype, piece.numel)
+
+    def _gradient(self, unit: Unit, piece: Piece) -> torch.Tensor:
+        begin = piece.begin - piece.slot.offset
+        flat = piece.slot.direct if piece.slot.direct is not None else self._store.view(unit, piece.slot)
+        return flat[begin : begin + piece.numel]

@@ -1,0 +1,133 @@
+"""The optimizer that users hold: a `torch.optim.Optimizer` whose states live in pages.
+
+param_groups, LR schedulers, state_dict and ``loss.backward(); optimizer.step(); optimizer.zero_grad()`` work as with
+torch's own. Most updates have been made by the time `step` is called, or are made later, before their parameters are
+next used; every way to look at parameters or states shows them as if `step` had done everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from optim.exact import ExactUpdater
+from optim.rules import UpdateRule
+from optim.states import StateAccess
+from optim.unit import Hyper, Slot, Unit
+
+
+class PagedOptimizer(torch.optim.Optimizer):
+    """Optimizer over paged parameters. Made by `offload.prepare` and `offload.initialize`, not by hand.
+
+    Args:
+        template: a torch optimizer over the same parameters: its groups, hyper-parameters and class are taken over.
+        rule: what the template's class does.
+        places: unit and slot of each parameter.
+        states: reads and writes the paged states.
+        interlude: context in which looking at states leaves the traced step as it is.
+    """
+
+    def __init__(
+        self,
+        template: torch.optim.Optimizer,
+        rule: UpdateRule,
+        places: dict[torch.Tensor, tuple[Unit, Slot]],
+        states: StateAccess,
+        interlude: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._rule = rule
+        self._places = places
+        self._states = states
+        self._interlude = interlude
+        self._updater: ExactUpdater | None = None
+        self._closed = False
+        groups = [{key: value for key, value in group.items()} for group in template.param_groups]
+        super().__init__(groups, dict(template.defaults))
+
+    def attach(self, updater: ExactUpdater) -> None:
+        """Give the optimizer the updater that does its work. Once, while it is made."""
+        self._updater = updater
+
+    def hypers(self) -> list[Hyper]:
+        """Hyper-parameters of every group as they are now."""
+        return [{name: group[name] for name in self._rule.hyper_names} for group in self.param_groups]
+
+    @property
+    def updater(self) -> ExactUpdater:
+        """What applies the updates."""
+        if self._updater is None or self._closed:
+            raise RuntimeError("this optimizer's engine is closed")
+        return self._updater
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one step with the gradients since the last one.
+
+        Raises:
+            RuntimeError: hyper-parameters changed after updates of this step had used them.
+            NonFiniteError: with clipping, the gradients' norm is not finite; no parameter was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.updater.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Throw gradients that no step has used away; after a step there are none.
+
+        Raises:
+            RuntimeError: updates of a step that was begun but not made have already been applied.
+        """
+        if not self._closed:
+            self.updater.discard()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group while the optimizer is made; parameters cannot be added later."""
+        if self._updater is not None:
+            raise RuntimeError("parameter groups cannot be added to a paged optimizer; name all of them in the factory")
+        super().add_param_group(param_group)
+
+    def close(self) -> None:
+        """The engine is closed: using the optimizer raises from now on."""
+        self._closed = True
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        self.updater.drain()
+        with self._interlude():
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's format, with every state gathered into an ordinary fp32 tensor (so it needs RAM for all of them)."""
+        packed = super().state_dict()
+        names = self._rule.state_names
+        with self._settled():
+            for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+                unit, slot = self._places[parameter]
+                if slot.steps:
+                    state: dict[str, Any] = {"step": torch.tensor(float(slot.steps))} if self._rule.keeps_step else {}
+                    state.update({name: self._states.read(unit, slot, i) for i, name in enumerate(names)})
+                    packed["state"][number] = state
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take groups and states over from `state_dict` of this class or of the torch optimizer it stands for.
+
+        Raises:
+            ValueError: groups or shapes differ; what was read before the difference is kept.
+        """
+        states, bare = state_dict["state"], {**state_dict, "state": {}}
+        with self._settled():
+            super().load_state_dict(bare)
+            for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+                unit, slot = self._places[parameter]
+                state = states.get(number, {})
+                # SGD keeps no step count: a buffer means that there was a first update.
+                slot.steps = int(state["step"]) if "step" in state else int(bool(state))
+                for i, name in enumerate(self._rule.state_names):
+                    value = state.get(name)
+                    self._states.write(unit, slot, i, torch.zeros(slot.shape) if value is None else value)

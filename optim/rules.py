@@ -1,0 +1,151 @@
+"""Update rules: torch's fused kernels called on flat pieces of parameters. AdamW, Adam and SGD with momentum.
+
+A rule knows which states it keeps and how to apply itself to lists of flat fp32 tensors of one parameter group. It is
+bit-identical to the torch optimizer of the same name with ``fused=True`` because it calls the same kernel with the same
+scalars; where pieces begin is chosen so that no element's rounding depends on the cut (see `optim.unit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Protocol
+
+import torch
+from torch import Tensor
+
+from optim.unit import Hyper
+
+
+@dataclass(slots=True)
+class Batch:
+    """Pieces of one parameter group: parallel lists of flat fp32 tensors, and each piece's number of updates so far."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]
+    steps: list[int]
+
+
+class UpdateRule(Protocol):
+    """What an optimizer must say of itself to run on pages. Stateless; called on whichever thread updates."""
+
+    torch_class: ClassVar[type[torch.optim.Optimizer]]
+    state_names: tuple[str, ...]
+    hyper_names: ClassVar[tuple[str, ...]]
+    keeps_step: ClassVar[bool]
+
+    def check(self, group: Hyper) -> None:
+        """Raise ValueError when a group asks for something the rule does not do."""
+
+    def apply(self, hyper: Hyper, batch: Batch) -> None:
+        """Update ``batch`` in place; each piece is updated for the (steps + 1)-th time."""
+
+
+def _refuse(group: Hyper, name: str, *unsupported: str) -> None:
+    for option in unsupported:
+        if group.get(option):
+            raise ValueError(f"{name}: {option}={group[option]!r} is not supported on pages; leave it off")
+    if isinstance(group["lr"], Tensor):
+        raise ValueError(f"{name}: a tensor lr is not supported; use a float (LR schedulers then set floats too)")
+
+
+class _AdamRule:
+    """Adam and AdamW share states and arguments; the kernel differs in where weight decay enters."""
+
+    state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    hyper_names: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay", "maximize")
+    keeps_step: ClassVar[bool] = True
+    torch_class: ClassVar[type[torch.optim.Optimizer]]
+    _kernel: ClassVar[Any]
+
+    def check(self, group: Hyper) -> None:
+        """Raise ValueError for amsgrad, capturable, differentiable or a tensor lr."""
+        _refuse(group, self.torch_class.__name__, "amsgrad", "capturable", "differentiable")
+
+    def apply(self, hyper: Hyper, batch: Batch) -> None:
+        """One fused call over all pieces."""
+        steps = [torch.tensor(float(step + 1)) for step in batch.steps]
+        beta1, beta2 = hyper["betas"]
+        type(self)._kernel(
+            batch.params, batch.grads, batch.states[0], batch.states[1], [], steps,
+            lr=hyper["lr"], beta1=beta1, beta2=beta2, weight_decay=hyper["weight_decay"], eps=hyper["eps"],
+            amsgrad=False, maximize=hyper["maximize"], grad_scale=None, found_inf=None,
+        )  # fmt: skip
+
+
+class AdamWRule(_AdamRule):
+    """`torch.optim.AdamW(fused=True)`. Decoupled weight decay: Loshchilov and Hutter, ICLR 2019, algorithm 2."""
+
+    torch_class = torch.optim.AdamW
+    _kernel = torch._fused_adamw_
+
+
+class AdamRule(_AdamRule):
+    """`torch.optim.Adam(fused=True)`. Kingma and Ba, ICLR 2015, algorithm 1."""
+
+    torch_class = torch.optim.Adam
+    _kernel = torch._fused_adam_
+
+    def check(self, group: Hyper) -> None:
+        """As AdamW; decoupled weight decay is AdamW's."""
+        super().check(group)
+        _refuse(group, "Adam", "decoupled_weight_decay")
+
+
+class SGDRule:
+    """`torch.optim.SGD(fused=True)`, with or without momentum."""
+
+    torch_class = torch.optim.SGD
+    hyper_names: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    keeps_step: ClassVar[bool] = False
+
+    def __init__(self, *, momentum: bool) -> None:
+        self.state_names: tuple[str, ...] = ("momentum_buffer",) if momentum else ()
+
+    def check(self, group: Hyper) -> None:
+        """Raise ValueError for differentiable, a tensor lr, or groups with and without momentum in one optimizer."""
+        _refuse(group, "SGD", "differentiable")
+        if bool(group["momentum"]) != bool(self.state_names):
+            raise ValueError("SGD: either all parameter groups have momentum or none")
+
+    def apply(self, hyper: Hyper, batch: Batch) -> None:
+        """One fused call for first updates (which set the buffer) and one for the others."""
+        for first in (True, False):
+            chosen = [i for i, step in enumerate(batch.steps) if (step == 0) is first]
+            if chosen:
+                torch._fused_sgd_(
+                    _take(batch.params, chosen), _take(batch.grads, chosen),
+                    _take(batch.states[0], chosen) if self.state_names else [],
+                    weight_decay=hyper["weight_decay"], momentum=hyper["momentum"], lr=hyper["lr"],
+                    dampening=hyper["dampening"], nesterov=hyper["nesterov"], maximize=hyper["maximize"],
+                    is_first_step=first, grad_scale=None, found_inf=None,
+                )  # fmt: skip
+
+
+def _take(tensors: Sequence[Tensor], chosen: Sequence[int]) -> list[Tensor]:
+    return [tensors[i] for i in chosen]
+
+
+RULES: Final = (AdamWRule, AdamRule, SGDRule)
+
+
+def rule_for(template: torch.optim.Optimizer) -> UpdateRule:
+    """The rule that does what ``template`` would do.
+
+    Raises:
+        ValueError: its class or one of its options cannot run on pages; the message lists what can.
+    """
+    rule: UpdateRule
+    if type(template) is torch.optim.AdamW:
+        rule = AdamWRule()
+    elif type(template) is torch.optim.Adam:
+        rule = AdamRule()
+    elif type(template) is torch.optim.SGD:
+        rule = SGDRule(momentum=any(group["momentum"] for group in template.param_groups))
+    else:
+        known = ", ".join(rule_class.torch_class.__name__ for rule_class in RULES)
+        raise ValueError(f"{type(template).__name__} does not run on pages; use one of torch.optim's {known}")
+    for group in template.param_groups:
+        rule.check(group)
+    return rule

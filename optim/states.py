@@ -1,0 +1,77 @@
+"""Optimizer states as torch names them, gathered from and spread over the slices they live in.
+
+Used for state_dict and its inverse, and for the fp32 masters of 16-bit parameters. Slow and complete: every tensor it
+returns is an ordinary one. Training thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from optim.unit import Slice, Slot, Unit
+from pagemem.residency import PagedTensor
+from pagemem.tier import Tag
+from scheduler.driver import Driver
+from scheduler.trace import Access, AccessMode, OpKind
+
+
+def state_view(driver: Driver, part: Slice, tensor: PagedTensor, number: int, begin: int, numel: int) -> torch.Tensor:
+    """Elements [begin, begin + numel) of the ``number``-th fp32 state in a slice; its pages must be pinned."""
+    assert tensor.frame is not None
+    offset = (number * part.numel + begin - part.begin) * torch.float32.itemsize
+    return driver.mover.arena.view(tensor.frame, offset, torch.float32, numel)
+
+
+class StateAccess:
+    """Reads and writes whole per-parameter states (exp_avg, ..., master) of units through their slices."""
+
+    def __init__(self, driver: Driver, state_names: tuple[str, ...]) -> None:
+        self._driver = driver
+        self.state_names = state_names
+
+    def create(self, unit: Unit) -> None:
+        """Give every slice of a unit its states, which read as zeros and hold no bytes yet."""
+        for number, part in enumerate(unit.slices):
+            if self.state_names and part.states is None:
+                n_bytes = len(self.state_names) * part.numel * torch.float32.itemsize
+                part.states = self._driver.mover.create(f"states {number} of {unit.name}", Tag.MOMENT, n_bytes)
+
+    def read(self, unit: Unit, slot: Slot, number: int) -> torch.Tensor:
+        """A new fp32 tensor, shaped like the parameter, with its ``number``-th state."""
+        whole = torch.empty(slot.numel, dtype=torch.float32)
+
+        def copy(view: torch.Tensor, begin: int) -> None:
+            whole[begin : begin + view.numel()].copy_(view)
+
+        self._visit(unit, slot, AccessMode.READ, number, copy)
+        return whole.view(slot.shape)
+
+    def write(self, unit: Unit, slot: Slot, number: int, value: torch.Tensor) -> None:
+        """Set the ``number``-th state of a parameter.
+
+        Raises:
+            ValueError: the value has another shape; nothing was changed.
+        """
+        if value.shape != slot.shape:
+            raise ValueError(f"{slot.name}: a state of shape {tuple(value.shape)} for a parameter of {tuple(slot.shape)}")
+        flat = value.reshape(-1)
+        self._visit(unit, slot, AccessMode.MODIFY, number, lambda view, begin: view.copy_(flat[begin : begin + view.numel()]))
+
+    def write_master(self, unit: Unit, slot: Slot, value: torch.Tensor) -> None:
+        """Set the fp32 master of a 16-bit parameter."""
+        flat = value.detach().reshape(-1)
+        self._visit(unit, slot, AccessMode.MODIFY, None, lambda view, begin: view.copy_(flat[begin : begin + view.numel()]))
+
+    def _visit(
+        self, unit: Unit, slot: Slot, mode: AccessMode, number: int | None, visit: Callable[[torch.Tensor, int], object]
+    ) -> None:
+        for index, part in enumerate(unit.slices):
+            begin, end = max(slot.offset, part.begin), min(slot.end, part.end)
+            tensor = part.master if number is None else part.states
+            if begin >= end or tensor is None:
+                continue
+            key = (OpKind.UPDATE, (unit.index, index, "state", number, slot.order))
+            with self._driver.op(key, f"states of {slot.name}", [Access(tensor.id, mode)]):
+                visit(state_view(self._driver, part, tensor, number or 0, begin, end - begin), begin - slot.offset)

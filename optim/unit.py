@@ -1,0 +1,180 @@
+"""Units: what is always needed together, and how parameters, gradients and optimizer states lie inside their pages.
+
+A unit's parameters are laid one after another in one flat paged tensor, each beginning at a multiple of
+`SLOT_ALIGN_NUMEL` elements; its gradients, when they are paged, in a second one of the same layout. Optimizer states
+(and the fp32 master of 16-bit parameters) are cut into slices of whole element ranges of that layout, each a paged
+tensor of its own, so that an update streams through a unit of any size with two or three slices in host memory.
+
+Slices begin at multiples of `SLICE_ALIGN_NUMEL` elements: a fused kernel called on the slices of a parameter rounds
+exactly as one call on the whole, because only a tensor's last elements miss its vector width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from pagemem.residency import PagedTensor
+from pagemem.units import ceil_div, round_up
+
+SLOT_ALIGN_NUMEL: Final = 64
+SLICE_ALIGN_NUMEL: Final = 1024
+
+#: Hyper-parameters of one parameter group as they were at one moment.
+Hyper = Mapping[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One parameter's place in its unit, and what is known of its gradient in the step under way.
+
+    Attributes:
+        offset: first element in the unit's layout.
+        order: place among the model's parameters; norms are combined in this order.
+        group: index of the optimizer's parameter group, -1 for a parameter that is not optimized.
+        steps: updates made so far.
+        arrivals: gradients that autograd delivered in this step; ``expected`` is how many the last whole step had.
+        direct: the step's only gradient, flat, held as autograd made it; ``paged`` says that the sum is in pages.
+        norm: 2-norm of the final gradient, once known.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    offset: int
+    order: int = -1
+    group: int = -1
+    steps: int = 0
+    arrivals: int = 0
+    expected: int | None = None
+    direct: torch.Tensor | None = None
+    paged: bool = False
+    norm: torch.Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameter."""
+        return self.shape.numel()
+
+    @property
+    def end(self) -> int:
+        """One past the last element in the unit's layout."""
+        return self.offset + self.numel
+
+    def forget_gradient(self) -> None:
+        """The gradient's bytes are used up or thrown away."""
+        self.direct, self.paged, self.norm = None, False, None
+
+
+@dataclass(slots=True, eq=False)
+class Slice:
+    """Elements [begin, end) of a unit's layout with the paged tensors of their optimizer states and fp32 master."""
+
+    begin: int
+    end: int
+    states: PagedTensor | None = None
+    master: PagedTensor | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements covered, gaps between parameters included."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An update that the optimizer step decided on and that runs before the unit is next used."""
+
+    hypers: Sequence[Hyper]
+    clip_coefficient: torch.Tensor | None
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """Parameters that move together.
+
+    Attributes:
+        live_views: weights saved by autograd that may still be asked for; while there are any, an update must wait.
+        version: updates and edits so far; a saved weight of another version must not be used.
+        updated: whether the update of the step under way has been made.
+    """
+
+    index: int
+    name: str
+    dtype: torch.dtype
+    parameters: PagedTensor
+    slots: list[Slot]
+    slices: list[Slice]
+    gradients: PagedTensor | None = None
+    live_views: int = 0
+    version: int = 0
+    updated: bool = False
+    pending: Pending | None = None
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of all its optimized parameters."""
+        return sum(slot.numel * slot.dtype.itemsize for slot in self.slots if slot.group >= 0)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLayout:
+    """Where the parameters of a unit lie, before it has any pages."""
+
+    slots: tuple[tuple[str, torch.Size, int], ...]
+    numel: int
+
+
+def lay_out(parameters: Sequence[tuple[str, torch.Size]]) -> UnitLayout:
+    """Lay parameters one after another; returns (name, shape, first element) of each and the elements in all."""
+    placed: list[tuple[str, torch.Size, int]] = []
+    numel = 0
+    for name, shape in parameters:
+        placed.append((name, shape, numel))
+        numel += round_up(shape.numel(), SLOT_ALIGN_NUMEL)
+    return UnitLayout(tuple(placed), numel)
+
+
+def cut(numel: int, slice_numel: int) -> list[Slice]:
+    """Cut a layout of ``numel`` elements into slices of about equal size, near ``slice_numel`` elements each."""
+    count = max(1, round(numel / slice_numel))
+    step = round_up(ceil_div(numel, count), SLICE_ALIGN_NUMEL)
+    return [Slice(begin, min(begin + step, numel)) for begin in range(0, numel, step)]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of one parameter that lies in one slice: elements [begin, end) of the unit's layout."""
+
+    slot: Slot
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the piece."""
+        return self.end - self.begin
+
+
+@dataclass(slots=True)
+class UnitIndex:
+    """All units of a model, and their slots in the model's parameter order."""
+
+    units: list[Unit] = field(default_factory=list)
+
+    def slots(self) -> list[tuple[Unit, Slot]]:
+        """Every optimized parameter with its unit, in the model's order."""
+        found = [(unit, slot) for unit in self.units for slot in unit.slots if slot.group >= 0]
+        return sorted(found, key=lambda pair: pair[1].order)
+
+
+def pieces_of(unit: Unit, part: Slice) -> list[Piece]:
+    """Parts of parameters in a slice that have a gradient in the step under way."""
+    return [
+        Piece(slot, max(slot.offset, part.begin), min(slot.end, part.end))
+        for slot in unit.slots
+        if slot.arrivals and slot.offset < part.end and slot.end > part.begin
+    ]
