@@ -1,0 +1,74 @@
+"""What is known of the bytes in page files: which extents were written, and their xxh3 checksums.
+
+A page holds extents of at most two tensors, one of them from offset 0 on, so a frame has two slots: slot 0 for the
+extent at offset 0, slot 1 for the other. All methods work on whole arrays of extents and may be called on any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from pagemem.striping import IntArray
+
+DigestArray = npt.NDArray[np.uint64]
+
+
+def digests(buffer: memoryview, starts: IntArray, lengths: IntArray) -> DigestArray:
+    """xxh3 of ``buffer[start : start + length]`` for each pair. Holds no reference to the buffer when it returns."""
+    found = np.empty(len(starts), dtype=np.uint64)
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist())):
+        with buffer[start : start + length] as piece:
+            found[row] = xxh3_64_intdigest(piece)
+    return found
+
+
+class ExtentIndex:
+    """Spans and checksums of the extents written so far, two slots a frame.
+
+    An extent is *known* when exactly it (same offset, same length) was the last thing written to its bytes.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Offset in the upper, length in the lower half of the word: 0 means nothing was written, as no length is 0.
+        self._spans: DigestArray = np.zeros((0, 2), dtype=np.uint64)
+        self._sums: DigestArray = np.zeros((0, 2), dtype=np.uint64)
+
+    def grow(self, n_frames: int) -> None:
+        """Make room for ``n_frames`` frames in all; new ones hold nothing.
+
+        Raises:
+            MemoryError: there is no RAM for it; nothing was changed.
+        """
+        with self._lock:
+            extra = ((0, n_frames - len(self._sums)), (0, 0))
+            spans, sums = np.pad(self._spans, extra), np.pad(self._sums, extra)
+            self._spans, self._sums = spans, sums
+
+    def record(self, frames: IntArray, offsets: IntArray, lengths: IntArray, sums: DigestArray) -> None:
+        """Make extents known whose write has succeeded, and forget what they overwrote."""
+        slots = (offsets > 0).astype(np.int64)
+        with self._lock:
+            self._spans[frames, slots] = _packed(offsets, lengths)
+            self._sums[frames, slots] = sums
+            # The two slots of a frame may have overlapped when the frame changed hands: the older one is gone.
+            first_end = self._spans[frames, 0] & np.uint64(0xFFFFFFFF)
+            overlap = (self._spans[frames, 1] >> np.uint64(32)) < first_end
+            self._spans[frames[overlap], 1 - slots[overlap]] = 0
+
+    def look_up(
+        self, frames: IntArray, offsets: IntArray, lengths: IntArray
+    ) -> tuple[npt.NDArray[np.bool_], DigestArray]:
+        """Whether each extent is known, and the checksum it was written with (meaningless where it is not)."""
+        slots = (offsets > 0).astype(np.int64)
+        with self._lock:
+            known = self._spans[frames, slots] == _packed(offsets, lengths)
+            return known, self._sums[frames, slots]
+
+
+def _packed(offsets: IntArray, lengths: IntArray) -> DigestArray:
+    return (offsets.astype(np.uint64) << np.uint64(32)) | lengths.astype(np.uint64)

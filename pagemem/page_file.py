@@ -1,0 +1,290 @@
+"""The SSD tier: fixed frames in one preallocated file per path, moved by owned I/O threads.
+
+    OPEN --close--> CLOSING --threads joined, files closed--> CLOSED
+
+Invariants
+    1. Every frame below `n_frames` has its room on the disk; growing adds whole slabs on all paths or nothing at all.
+    2. Nothing is queued once CLOSING, so every transfer that was begun completes before the threads end.
+    3. What one transfer does, and when its ``done`` is called: `pagemem.page_transfer`.
+
+Which tensor owns which frame, and what must wait for what, is the allocator's and the mover's business: two transfers
+under way must not touch the same bytes unless both read.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from pagemem.checksum import ExtentIndex
+from pagemem.errors import StorageError, TransitionError
+from pagemem.io import Direction, RawBackend, choose_backend, os_failure
+from pagemem.io_stats import IoMeter, IoStats
+from pagemem.io_threads import IoPool
+from pagemem.page import Extent
+from pagemem.page_requests import plan_requests, tabulate
+from pagemem.page_transfer import Done, Transfer, TransferServer
+from pagemem.run_directory import RunDirectory
+from pagemem.striping import Striping
+from pagemem.token_bucket import TokenBucket
+from pagemem.units import BLOCK_BYTES, KiB, MiB, ceil_div
+
+PAGE_FILE_NAME: Final = "pages.bin"
+SLAB_BYTES: Final = 64 * MiB
+MIN_PAGE_BYTES: Final = 64 * KiB
+MAX_PAGE_BYTES: Final = 64 * MiB
+
+
+class FilesState(enum.Enum):
+    """OPEN takes transfers; CLOSING completes those queued; CLOSED has no thread and no descriptor."""
+
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+LEGAL_MOVES: Final[dict[FilesState, frozenset[FilesState]]] = {
+    FilesState.OPEN: frozenset({FilesState.CLOSING}),
+    FilesState.CLOSING: frozenset({FilesState.CLOSED}),
+    FilesState.CLOSED: frozenset(),
+}
+
+
+class PageFiles:
+    """The page files of one SSD tier, striped over run directories.
+
+    `read` and `write` may be called on any thread, also from ``done``; the others on any but an I/O thread, except
+    `grow`, `stats` and the properties, which are free of that limit too.
+
+    Args:
+        directories: one per path, open for as long as this is; they are not closed here.
+        page_bytes: size of a frame, a power of two from 64 KiB to 64 MiB.
+        checksums: whether to compute an xxh3 of every extent written and verify it on reading.
+        direct: True or False forces O_DIRECT or aiofiles, None probes.
+        threads_per_path: requests under way at a time on one path, in each direction.
+        max_request_bytes: longest single request to the system, a multiple of 4096.
+        limit_mb_per_s: caps reads and writes together, in 10^6 bytes a second, to model a slower disk.
+        weights: shares of the frames a path, e.g. bandwidths; None is equal shares.
+        slab_bytes: the step by which the tier grows, over all paths together.
+        backend: takes the place of the probed one, for tests that inject faults; it is closed by `close`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        StorageError: a page file cannot be opened, or O_DIRECT is forced and refused.
+    """
+
+    def __init__(
+        self,
+        directories: Sequence[RunDirectory],
+        *,
+        page_bytes: int,
+        checksums: bool = True,
+        direct: bool | None = None,
+        threads_per_path: int = 4,
+        max_request_bytes: int = 4 * MiB,
+        limit_mb_per_s: float | None = None,
+        weights: Sequence[float] | None = None,
+        slab_bytes: int = SLAB_BYTES,
+        backend: RawBackend | None = None,
+    ) -> None:
+        _check_sizes(page_bytes, max_request_bytes, threads_per_path)
+        if weights is not None and len(weights) != len(directories):
+            raise ValueError(f"{len(weights)} weights for {len(directories)} paths; give one each")
+        self._striping = Striping([1.0] * len(directories) if weights is None else weights)
+        self.throttle = None if limit_mb_per_s is None else TokenBucket(limit_mb_per_s * 1e6)
+        self.page_bytes = page_bytes
+        self.paths = [str(directory.file(PAGE_FILE_NAME)) for directory in directories]
+        self._max_request_bytes = max_request_bytes
+        self._slab_frames = max(1, slab_bytes // page_bytes)
+        self._n_frames = 0
+        self._index = ExtentIndex()
+        self._meter = IoMeter()
+        self._failure: BaseException | None = None
+        self._state = FilesState.OPEN
+        self._state_lock = threading.Lock()  # guards _state, _failure, and that nothing is queued once CLOSING
+        self._grow_lock = threading.Lock()
+        self._close_lock = threading.Lock()
+        n_workers = threads_per_path * len(directories)
+        folders = [directory.path for directory in directories]
+        self._backend = choose_backend(folders, direct=direct, n_workers=n_workers) if backend is None else backend
+        self._open_files()
+        server = TransferServer(self._backend, self.paths, self._index, self._meter, self.throttle, checksums=checksums)
+        self._pools = {
+            (direction, path): IoPool(
+                f"pagemem-{direction.name.lower()}-{path}", threads_per_path, server, self._note_failure
+            )
+            for direction in Direction
+            for path in range(len(directories))
+        }
+
+    # ---- what there is -----------------------------------------------------------------------------------------
+
+    @property
+    def n_frames(self) -> int:
+        """Frames that have their room on the disk."""
+        return self._n_frames
+
+    @property
+    def backend(self) -> str:
+        """``"direct"`` or ``"aiofiles"``."""
+        return self._backend.name
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The first exception a ``done`` callback raised; also raised by `close`."""
+        return self._failure
+
+    def stats(self) -> IoStats:
+        """What was moved so far, and how long it took."""
+        return self._meter.stats()
+
+    def grow(self, n_frames: int) -> None:
+        """Have at least ``n_frames`` frames in all, rounded up to whole slabs.
+
+        Raises:
+            DiskFullError: a path has no room for its part; no path has grown, the frames there were stay usable.
+            StorageError: a file cannot be lengthened for another reason; the same holds.
+        """
+        with self._grow_lock:
+            if n_frames <= self._n_frames:
+                return
+            n_frames = ceil_div(n_frames, self._slab_frames) * self._slab_frames
+            self._allocate(self._striping.file_frames(self._n_frames), self._striping.file_frames(n_frames))
+            self._index.grow(n_frames)
+            self._n_frames = n_frames
+
+    # ---- transfers ---------------------------------------------------------------------------------------------
+
+    def read(self, extents: Sequence[Extent], into: memoryview, done: Done) -> None:
+        """Begin reading extents into a buffer, one after another; returns at once.
+
+        Args:
+            extents: exactly as they were written: same frame, offset and length.
+            into: writable, contiguous, at an address that is a multiple of 4096, as long as the extents together. It
+                must stay alive and untouched until ``done``.
+            done: called once, on an I/O thread, with None or with the first error: `StorageError` (the system failed,
+                or an extent was never written) or `ChecksumError`. The buffer's content is undefined after an error.
+                It must be cheap and should not raise, see `failure`.
+
+        Raises:
+            ValueError: extents or buffer are not as said; nothing was begun and ``done`` will not be called.
+            StorageError: the page files are closed; likewise.
+        """
+        if into.readonly:
+            raise ValueError("the buffer to read into is read-only; pass a writable one")
+        self._begin(Direction.READ, extents, into, done)
+
+    def write(self, extents: Sequence[Extent], source: memoryview, done: Done) -> None:
+        """Begin writing a buffer to extents, one after another; returns at once.
+
+        Arguments and exceptions are those of `read`. After an error (`StorageError`, `DiskFullError`) the extents hold
+        neither the old nor the new bytes for certain; a read of them then raises unless the old ones are intact.
+        """
+        self._begin(Direction.WRITE, extents, source, done)
+
+    def _begin(self, direction: Direction, extents: Sequence[Extent], buffer: memoryview, done: Done) -> None:
+        flat = _flat(buffer)
+        table = tabulate(extents, self._striping, self.page_bytes, self._n_frames, flat.nbytes)
+        requests = plan_requests(table, len(self.paths), self.page_bytes, self._max_request_bytes)
+        under_way = Transfer(direction, table, flat, done, len(requests))
+        with self._state_lock:
+            if self._state is not FilesState.OPEN:
+                raise StorageError(f"the page files are {self._state.value}; no transfer can begin")
+            for request in requests:
+                self._pools[direction, request.path].submit((under_way, request))
+
+    def _note_failure(self, failure: BaseException) -> None:
+        with self._state_lock:
+            self._failure = self._failure or failure
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def _open_files(self) -> None:
+        try:
+            for file, path in enumerate(self.paths):
+                index = self._backend.open(path)
+                if index != file:
+                    raise AssertionError(f"the backend gave {path} the index {index}, not {file}")
+        except BaseException as error:
+            self._backend.close()
+            if isinstance(error, OSError):
+                raise StorageError(f"opening {path}: {error.strerror or error}") from error
+            raise
+
+    def _allocate(self, old_frames: Sequence[int], new_frames: Sequence[int]) -> None:
+        """Lengthen all files or none."""
+        for file, path in enumerate(self.paths):
+            old_bytes, new_bytes = old_frames[file] * self.page_bytes, new_frames[file] * self.page_bytes
+            if old_bytes == new_bytes:
+                continue
+            try:
+                self._backend.allocate(file, old_bytes, new_bytes)
+            except OSError as error:
+                for earlier in range(file):
+                    self._backend.shrink(earlier, old_frames[earlier] * self.page_bytes)
+                raise os_failure(error, "growing", path, old_bytes, new_bytes - old_bytes) from error
+
+    def sync(self) -> None:
+        """Make durable every write whose ``done`` was called before.
+
+        Raises:
+            StorageError: a file could not be synced; nothing is known of what is durable.
+        """
+        for file, path in enumerate(self.paths):
+            try:
+                self._backend.sync(file)
+            except OSError as error:
+                raise StorageError(f"syncing {path}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Complete what is queued, end and join all threads, close all files. Idempotent; the files stay on the disk.
+
+        Raises:
+            BaseException: the first one a ``done`` callback raised, on the first call only; all is closed then too.
+        """
+        with self._close_lock:
+            if self._state is FilesState.CLOSED:
+                return
+            self._become(FilesState.CLOSING)
+            for pool in self._pools.values():
+                pool.close()
+            self._backend.close()
+            self._become(FilesState.CLOSED)
+        if self._failure is not None:
+            raise self._failure
+
+    def _become(self, state: FilesState) -> None:
+        with self._state_lock:
+            if state not in LEGAL_MOVES[self._state]:
+                raise TransitionError(f"page files: {self._state.value} -> {state.value} is not a legal move")
+            self._state = state
+
+
+def _check_sizes(page_bytes: int, max_request_bytes: int, threads_per_path: int) -> None:
+    if not MIN_PAGE_BYTES <= page_bytes <= MAX_PAGE_BYTES or page_bytes & (page_bytes - 1):
+        raise ValueError(
+            f"page_bytes must be a power of two from {MIN_PAGE_BYTES} to {MAX_PAGE_BYTES}, not {page_bytes}"
+        )
+    if max_request_bytes < BLOCK_BYTES or max_request_bytes % BLOCK_BYTES:
+        raise ValueError(f"max_request_bytes must be a positive multiple of {BLOCK_BYTES}, not {max_request_bytes}")
+    if threads_per_path < 1:
+        raise ValueError(f"threads_per_path must be at least 1, not {threads_per_path}")
+
+
+def _flat(buffer: memoryview) -> memoryview:
+    """The buffer's bytes as a view of our own, which can be released without touching the caller's.
+
+    Raises:
+        ValueError: it is not contiguous or not aligned.
+    """
+    if not buffer.c_contiguous:
+        raise ValueError("the buffer is not contiguous; pass one run of bytes")
+    flat = buffer.cast("B")
+    address = np.frombuffer(flat, dtype=np.uint8).__array_interface__["data"][0] if flat.nbytes else 0
+    if address % BLOCK_BYTES:
+        raise ValueError(f"the buffer's address {address:#x} is not a multiple of {BLOCK_BYTES}; slice an mmap at one")
+    return flat

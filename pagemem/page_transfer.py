@@ -1,0 +1,159 @@
+"""What I/O threads do with a transfer: move its requests' bytes, keep and verify checksums, report the end.
+
+Invariants
+    1. ``done`` is called exactly once, after all requests ended, with no lock held and no reference to the buffer kept.
+    2. A checksum becomes visible only when the whole write has succeeded; an extent never written cannot be read.
+    3. The first error is the one reported. Requests that had not begun by then move nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pagemem.checksum import DigestArray, ExtentIndex, digests
+from pagemem.errors import ChecksumError, StorageError
+from pagemem.io import Direction, RawBackend, transfer
+from pagemem.io_stats import IoMeter
+from pagemem.page_requests import Countdown, ExtentTable, Request
+from pagemem.token_bucket import TokenBucket
+
+Done = Callable[[BaseException | None], None]
+
+
+class Transfer:
+    """One read or write under way: its extents, its buffer, and how many of its requests are left.
+
+    Args:
+        buffer: a view of its own, released when the transfer ends.
+        n_requests: into how many requests it was split, >= 1.
+    """
+
+    def __init__(
+        self, direction: Direction, table: ExtentTable, buffer: memoryview, done: Done, n_requests: int
+    ) -> None:
+        self.direction = direction
+        self.table = table
+        self.buffer = buffer
+        self.done = done
+        self.sums: DigestArray = np.zeros(len(table), dtype=np.uint64)
+        self.error: BaseException | None = None
+        self._error_lock = threading.Lock()
+        self._left = Countdown(n_requests)
+
+    def request_ended(self, error: BaseException | None) -> bool:
+        """Note a request's end, keep the first error; returns whether it was the last one."""
+        if error is not None:
+            with self._error_lock:
+                self.error = self.error or error
+        return self._left.is_last()
+
+
+Work = tuple[Transfer, Request]
+
+
+class TransferServer:
+    """Serves requests of transfers; called by any number of I/O threads at a time.
+
+    Args:
+        paths: names of the backend's files, by index.
+        index: what was written so far; consulted by reads, extended by writes that succeed.
+        throttle: waited for before each request; None: no limit.
+        checksums: whether to compute and verify them; extents are recorded as written either way.
+    """
+
+    def __init__(
+        self,
+        backend: RawBackend,
+        paths: Sequence[str],
+        index: ExtentIndex,
+        meter: IoMeter,
+        throttle: TokenBucket | None,
+        *,
+        checksums: bool,
+    ) -> None:
+        self._backend = backend
+        self._paths = paths
+        self._index = index
+        self._meter = meter
+        self._throttle = throttle
+        self._checksums = checksums
+
+    def __call__(self, work: Work) -> None:
+        """Serve one request, and complete its transfer if it was the last. Raises only what ``done`` raises."""
+        under_way, request = work
+        error: BaseException | None = None
+        if under_way.error is None:
+            try:
+                if under_way.direction is Direction.READ:
+                    self._read(under_way, request)
+                else:
+                    self._write(under_way, request)
+            except BaseException as raised:  # whatever it is goes to done: a lost error would block a waiter for ever
+                error = raised
+        if under_way.request_ended(error):
+            self._complete(under_way)
+
+    def _complete(self, under_way: Transfer) -> None:
+        table = under_way.table
+        if under_way.direction is Direction.WRITE and under_way.error is None:
+            self._index.record(table.frames, table.offsets, table.lengths, under_way.sums)
+        under_way.buffer.release()
+        under_way.done(under_way.error)
+
+    def _read(self, under_way: Transfer, request: Request) -> None:
+        table, rows = under_way.table, request.rows
+        known, sums = self._index.look_up(table.frames[rows], table.offsets[rows], table.lengths[rows])
+        if not known.all():
+            row = int(rows[int(np.argmin(known))])
+            raise StorageError(
+                f"{self._paths[request.path]}: frame {table.frames[row]}, offset {table.offsets[row]}, "
+                f"{table.lengths[row]} bytes: no such extent was written"
+            )
+        self._move(under_way, request)
+        # The parts of a cut extent end in any order: the last one sees all its bytes.
+        if self._checksums and (request.parts is None or request.parts.is_last()):
+            self._verify(under_way, request, sums)
+
+    def _write(self, under_way: Transfer, request: Request) -> None:
+        if self._checksums and request.leads:
+            under_way.sums[request.rows] = self._digests(under_way, request)
+        self._move(under_way, request)
+
+    def _move(self, under_way: Transfer, request: Request) -> None:
+        direction, moved_bytes = under_way.direction, 0
+        buffers = [under_way.buffer[start:end] for start, end in request.spans]
+        self._meter.begin(direction)
+        try:
+            if self._throttle is not None:
+                self._throttle.take(request.n_bytes)
+            path = self._paths[request.path]
+            transfer(self._backend, direction, request.path, path, request.position_bytes, buffers)
+            moved_bytes = request.n_bytes
+        finally:
+            self._meter.end(direction, moved_bytes)
+            for buffer in buffers:  # released by hand: an error's traceback would keep them, and so the caller's memory
+                buffer.release()
+
+    def _digests(self, under_way: Transfer, request: Request) -> DigestArray:
+        started_s = time.perf_counter()
+        found = digests(under_way.buffer, under_way.table.starts[request.rows], under_way.table.lengths[request.rows])
+        self._meter.verified(time.perf_counter() - started_s)
+        return found
+
+    def _verify(self, under_way: Transfer, request: Request, expected: DigestArray) -> None:
+        found = self._digests(under_way, request)
+        wrong = np.flatnonzero(found != expected)
+        if len(wrong) == 0:
+            return
+        table, at = under_way.table, int(wrong[0])
+        row = int(request.rows[at])
+        raise ChecksumError(
+            f"{self._paths[request.path]}: frame {table.frames[row]} (file offset {table.positions[row]}, "
+            f"{table.lengths[row]} bytes) was written with xxh3 {int(expected[at]):016x} and reads as "
+            f"{int(found[at]):016x}: the disk or another program changed it. Go back to the last good state; check the "
+            f"disk."
+        )

@@ -1,0 +1,185 @@
+"""One folder per SSD path that belongs to this engine: its identity file and its lock.
+
+Whatever is not provably ours is never changed: a folder is taken only when it is absent, empty, or carries our
+identity, and only while we hold the lock in it. What lies in the folder besides these two files is
+`pagemem.page_file`'s business.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import uuid
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Final
+
+from pagemem.errors import RunDirectoryError
+
+IDENTITY_NAME: Final = "pagemem.json"
+LOCK_NAME: Final = "pagemem.lock"
+FORMAT: Final = "pagemem-run-directory-1"
+
+_DRAFT_NAME: Final = "pagemem.json.new"
+#: What a crash between taking the lock and publishing the identity can leave in a folder that was empty before.
+_UNFINISHED_CLAIM: Final = frozenset({LOCK_NAME, _DRAFT_NAME})
+
+
+class RunDirectory:
+    """A locked folder of ours; from construction to `close` no other engine can use it.
+
+    The lock is an flock: it excludes other processes and other engines of this process alike, and the operating system
+    frees it when the holder dies. Methods may be called on any one thread.
+
+    Args:
+        path: the folder; it and its parents are created when absent.
+
+    Raises:
+        RunDirectoryError: the folder holds something else, is in use, or cannot be written. Nothing in it was changed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        try:
+            created = _create_folder(self.path)
+            _refuse_foreign(self.path)
+            self._lock_fd: int | None = _lock(self.path)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        try:
+            known = (self.path / IDENTITY_NAME).exists()
+            self.run_id = _read_run_id(self.path) if known else _write_identity(self.path)
+        except BaseException as error:
+            self._undo_claim(created)
+            if isinstance(error, OSError):
+                raise _unusable(self.path, error) from error
+            raise
+
+    def file(self, name: str) -> Path:
+        """Where a file of this name lies in the folder; nothing is created."""
+        return self.path / name
+
+    def close(self) -> None:
+        """Remove and release the lock; the folder stays ours and can be opened again. Idempotent."""
+        fd, self._lock_fd = self._lock_fd, None
+        if fd is None:
+            return
+        # Removed while it is still locked: whoever opens the name afterwards makes a new file, see `_lock`.
+        (self.path / LOCK_NAME).unlink(missing_ok=True)
+        fcntl.flock(fd, fcntl.LOCK_UN)  # explicitly, as forked children may share the description
+        os.close(fd)
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _undo_claim(self, created: bool) -> None:
+        (self.path / _DRAFT_NAME).unlink(missing_ok=True)
+        self.close()
+        if created:
+            self.path.rmdir()
+
+
+def _create_folder(path: Path) -> bool:
+    """Make the folder if absent; returns whether it was."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise unless the folder is empty, ours, or left by a claim of ours that was cut short."""
+    names = set(os.listdir(path))
+    if IDENTITY_NAME in names:
+        _read_run_id(path)
+    elif names - _UNFINISHED_CLAIM:
+        raise RunDirectoryError(
+            f"{path} is not empty and is not a run directory of this engine (it has no {IDENTITY_NAME}; it holds "
+            f"{sorted(names)[0]!r}, {len(names)} entries in all). Nothing was changed; name an empty or new folder."
+        )
+
+
+def _read_run_id(path: Path) -> str:
+    """The run id in the folder's identity file.
+
+    Raises:
+        RunDirectoryError: the file is not an identity this version can read.
+    """
+    try:
+        identity = json.loads((path / IDENTITY_NAME).read_text())
+        found, run_id = identity["format"], str(identity["run_id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{path / IDENTITY_NAME} is not an identity file of this engine ({type(error).__name__}: {error}). "
+            f"Nothing was changed; name an empty or new folder."
+        ) from error
+    if found != FORMAT:
+        raise RunDirectoryError(
+            f"{path} was made by another version: format {found!r}, this one reads {FORMAT!r}. "
+            f"Nothing was changed; name an empty or new folder."
+        )
+    return run_id
+
+
+def _write_identity(path: Path) -> str:
+    """Publish a new identity in one step, durably; returns its run id. The lock must be held."""
+    run_id = str(uuid.uuid4())
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    draft = path / _DRAFT_NAME
+    with open(draft, "w") as file:
+        json.dump({"format": FORMAT, "run_id": run_id, "created": created}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path / IDENTITY_NAME)
+    return run_id
+
+
+def _lock(path: Path) -> int:
+    """Take the folder's lock and return the descriptor that holds it.
+
+    Raises:
+        RunDirectoryError: another engine has it; the message names its process.
+    """
+    name = path / LOCK_NAME
+    while True:
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(fd, name):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                return fd
+        except BlockingIOError as error:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            raise RunDirectoryError(
+                f"{path} is in use by process {holder}. Nothing was changed; wait for that run to end, close its "
+                f"engine, or name another folder."
+            ) from error
+        except BaseException:
+            os.close(fd)
+            raise
+        # The holder closed between our open and our flock and took the name away: what we locked is no longer the lock.
+        os.close(fd)
+
+
+def _is_still(fd: int, name: Path) -> bool:
+    """Whether the name still leads to the open file."""
+    try:
+        there = os.stat(name)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(fd)
+    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
+
+def _unusable(path: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"{path} cannot be used as a run directory: {error.strerror or error}. "
+        f"Name a folder on a local disk that this user can create and write."
+    )
