@@ -1,0 +1,58 @@
+"""A hierarchical-memory training engine for PyTorch: models larger than memory train out of RAM and SSD.
+
+`prepare` wraps a model and an optimizer for a training loop of one's own, `initialize` makes a whole engine, and
+`deferred_init` builds the model in the first place when it does not fit in memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Final
+
+#: Top-level packages of this distribution, whose names others use too.
+_SIBLINGS: Final = ("pagemem", "scheduler", "optim")
+
+
+def _check_siblings() -> None:
+    """Make sure that our packages, and not foreign ones of the same name, are what gets imported.
+
+    Raises:
+        ImportError: one resolves to another distribution's file; the message names it and the remedy.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in _SIBLINGS:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if found is None or found.parent.parent != home:
+            raise ImportError(
+                f"offload needs its own package {name!r} from {home}, but importing it finds {found or 'nothing'}; "
+                f"uninstall the other distribution that provides {name!r}, or put {home} first on sys.path"
+            )
+
+
+_check_siblings()
+
+from offload.config import Config, ConfigError, load_config  # noqa: E402
+from offload.deferred_init import deferred_init  # noqa: E402
+from offload.engine import Engine, initialize, prepare  # noqa: E402
+from offload.memory import MemoryReport, Stats, TierUse  # noqa: E402
+from offload.parameters import PagedParameter, gathered  # noqa: E402
+from pagemem.errors import (  # noqa: E402
+    BudgetError,
+    ChecksumError,
+    DiskFullError,
+    NonFiniteError,
+    OffloadError,
+    RunDirectoryError,
+    StaleGradientError,
+    StorageError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError", "ChecksumError", "Config", "ConfigError", "DiskFullError", "Engine", "MemoryReport", "NonFiniteError",
+    "OffloadError", "PagedParameter", "RunDirectoryError", "StaleGradientError", "Stats", "StorageError", "TierUse",
+    "deferred_init", "gathered", "initialize", "load_config", "prepare",
+]

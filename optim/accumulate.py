@@ -46,19 +46,19 @@ class GradientStore:
         reserved = budget.reserve(Tag.GRAD, 0, "gradients in flight")
         assert isinstance(reserved, Reservation)
         self._reservation = reserved
-        self._direct_bytes = 0
+        self.direct_bytes = 0
         self.peak_direct_bytes = 0
 
     def keep(self, slot: Slot, gradient: torch.Tensor) -> bool:
         """Keep a final gradient as it is; False when the reserved bytes do not suffice (then `add` it)."""
         flat = flat_gradient(slot, gradient)
         n_bytes = flat.numel() * flat.dtype.itemsize
-        if self._direct_bytes + n_bytes > self._limit_bytes:
+        if self.direct_bytes + n_bytes > self._limit_bytes:
             return False
-        if isinstance(self._reservation.resize(self._direct_bytes + n_bytes), BudgetShortage):
+        if isinstance(self._reservation.resize(self.direct_bytes + n_bytes), BudgetShortage):
             return False
-        self._direct_bytes += n_bytes
-        self.peak_direct_bytes = max(self.peak_direct_bytes, self._direct_bytes)
+        self.direct_bytes += n_bytes
+        self.peak_direct_bytes = max(self.peak_direct_bytes, self.direct_bytes)
         slot.direct = flat
         return True
 
@@ -96,11 +96,11 @@ class GradientStore:
         """The unit's gradients are used up or thrown away."""
         for slot in unit.slots:
             if slot.direct is not None:
-                self._direct_bytes -= slot.direct.numel() * slot.direct.dtype.itemsize
+                self.direct_bytes -= slot.direct.numel() * slot.direct.dtype.itemsize
             if slot.paged and unit.gradients is not None:
                 self._driver.consume(unit.gradients)
             slot.forget_gradient()
-        self._reservation.resize(self._direct_bytes)
+        self._reservation.resize(self.direct_bytes)
 
     def close(self) -> None:
         """Give the reservation back."""

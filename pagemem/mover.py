@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -46,6 +46,7 @@ class Mover:
         self._listeners: list[Callable[[], None]] = []
         self._in_flight = 0
         self._next_id = 0
+        self._touched = bytearray(arena.n_frames)
 
     # ---- records -----------------------------------------------------------------------------------------------
 
@@ -116,6 +117,7 @@ class Mover:
             if isinstance(placed, Shortage):
                 raise AssertionError(f"{tensor.name}: frames {frame}..{frame + tensor.n_frames} are taken")
             tensor.frame = frame
+            self._touched[frame : frame + tensor.n_frames] = b"\1" * tensor.n_frames
             buffer = self.arena.buffer(frame, tensor.n_bytes)
             if fresh or tensor.state is Residency.ABSENT:
                 if not fresh:
@@ -254,6 +256,25 @@ class Mover:
             self.arena.close()
             self.arena = arena
             self.host = PageAllocator(Tier.HOST, arena.page_bytes, arena.n_frames)
+            self.reset_touched()
+
+    def reset_touched(self) -> None:
+        """Count touched host frames anew, from those in use now."""
+        with self.changed:
+            self._touched = bytearray(self.arena.n_frames)
+            for tensor in self.tensors.values():
+                if tensor.frame is not None:
+                    self._touched[tensor.frame : tensor.frame + tensor.n_frames] = b"\1" * tensor.n_frames
+
+    @property
+    def touched_frames(self) -> int:
+        """Distinct host frames in use at any time since `reset_touched`."""
+        return self._touched.count(1)
+
+    def planned_page_file_frames(self, stored: Iterable[TensorId]) -> int:
+        """Page-file frames in use once every tensor of ``stored`` has been stored."""
+        new = [self.tensors[t] for t in stored if self.tensors[t].placement is None]
+        return self.ssd.used_frames + sum(tensor.n_frames for tensor in new)
 
     def validate(self) -> None:
         """Check every cross reference between records and allocators.

@@ -259,6 +259,7 @@ class Driver:
         for tensor in misplaced:
             if tensor.state is Residency.CLEAN and not tensor.held:
                 self.mover.drop(tensor)
+        self.mover.reset_touched()
         first_use = self._first_uses(plan)
         wanted = sorted(plan.initial, key=lambda tensor: first_use.get(tensor, 0))
         self._lane.submit([LoadTask(tensor, plan.initial[tensor], 0, 0) for tensor in wanted])

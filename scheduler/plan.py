@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pagemem.page import FrameId, TensorId
-from scheduler.trace import OpKey, Trace
+from scheduler.trace import OpKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,9 @@ class Plan:
         """Ops from one optimizer step to the next."""
         return len(self.keys) // self.n_steps
 
-    def read_frames(self) -> int:
-        """Loads that read, per cycle."""
-        return sum(not task.fresh for task in self.loads)
+    def stored(self) -> set[TensorId]:
+        """Tensors that the plan copies to the page files."""
+        return {task.tensor for task in self.stores}
 
 
 def by_trigger(tasks: Iterable[TaskT]) -> dict[int, tuple[TaskT, ...]]:
@@ -84,8 +84,3 @@ def by_trigger(tasks: Iterable[TaskT]) -> dict[int, tuple[TaskT, ...]]:
     for task in tasks:
         found.setdefault(task.trigger, []).append(task)
     return {trigger: tuple(group) for trigger, group in found.items()}
-
-
-def repeats(trace: Trace, plan: Plan) -> bool:
-    """Whether the plan was made for a step like this one."""
-    return plan.keys[: plan.ops_per_step] == trace.keys

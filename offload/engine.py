@@ -1,0 +1,303 @@
+"""The engine people use: `prepare` for a training loop of one's own, `initialize` for a whole engine.
+
+    BUILT --(prepare / initialize)--> RUNNING --close--> CLOSED
+
+An engine belongs to the thread that trains. Closing it stops all moves and gives every byte, thread, descriptor and lock
+back; its parameters cannot be used afterwards, so take `model.state_dict()` before.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from offload.config import Config, OptimizerConfig, load_config
+from offload.deferred_init import store_of
+from offload.hooks import SavedWeights
+from offload.memory import MemoryReport, Stats, TierUse
+from offload.parameters import PagedParameter
+from offload.store import PageStore
+from optim import ExactUpdater, GradientStore, PagedOptimizer, StateAccess, rule_for
+from optim.unit import Slot, Unit
+from pagemem.errors import NonFiniteError, TransitionError
+from pagemem.events import EventKind
+from pagemem.page_file import PageFiles
+
+#: Makes a torch optimizer over the parameters given to it; its class, groups and options are taken over.
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerLike = OptimizerFactory | OptimizerConfig | Mapping[str, Any] | None
+ConfigLike = Config | Mapping[str, Any] | str | Path
+
+_TORCH_CLASSES: Final = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+class EngineState(enum.Enum):
+    """RUNNING from the constructor on; CLOSED for good."""
+
+    RUNNING = "running"
+    CLOSED = "closed"
+
+
+_LEGAL: Final = {EngineState.RUNNING: frozenset({EngineState.CLOSED}), EngineState.CLOSED: frozenset()}
+
+
+class Engine:
+    """A model whose parameters and optimizer states live in pages, and what trains it.
+
+    Use it as a context manager, or call `close`. All methods belong to the training thread.
+
+    Args:
+        model: on the CPU, built plainly or under `deferred_init` with the same configuration. Changed in place.
+        config: the configuration, or a file or mapping that holds it.
+        optimizer: factory or optimizer section; None takes the configuration's.
+
+    Raises:
+        ConfigError, ValueError: something does not fit together; a plain model is whole, though perhaps paged.
+        BudgetError: ``memory.ram`` is too small; names the unit and the smallest budget that works.
+        RunDirectoryError: a page-file path is unusable; it was not changed.
+    """
+
+    def __init__(self, model: nn.Module, config: ConfigLike, optimizer: OptimizerLike = None) -> None:
+        self.config = load_config(config)
+        self.model = model
+        self.state = EngineState.RUNNING
+        self._steps = 0
+        self._micro_batches = 0
+        self._store = store_of(model) or PageStore(self.config)
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._build(optimizer)
+        except BaseException:
+            self._release()
+            raise
+
+    def _build(self, optimizer: OptimizerLike) -> None:
+        store, config = self._store, self.config
+        if store.config.memory != config.memory or store.config.ssd != config.ssd:
+            raise ValueError("the model was built under deferred_init with other memory or ssd settings")
+        store.adopt(self.model)
+        template = self._template(optimizer)
+        rule = rule_for(template)
+        states = StateAccess(store.driver, rule.state_names)
+        self._assign_groups(template, states)
+        self._gradients = GradientStore(store.driver, store.budget, store.settle_sizes())
+        places = self._places()
+        self.optimizer = PagedOptimizer(template, rule, places, states, store.driver.interlude)
+        self.optimizer.engine = self  # type: ignore[attr-defined]
+        self._updater = ExactUpdater(
+            store.driver, store.index, rule, self.optimizer.hypers, self._gradients, store.counters,
+            clip_norm=config.update.clip_norm, start=config.update.start,
+        )  # fmt: skip
+        self.optimizer.attach(self._updater)
+        self._install_hooks()
+
+    def _template(self, optimizer: OptimizerLike) -> torch.optim.Optimizer:
+        if callable(optimizer) and not isinstance(optimizer, (OptimizerConfig, Mapping)):
+            return optimizer(list(self.model.parameters()))
+        section = self.config.optimizer
+        if isinstance(optimizer, OptimizerConfig):
+            section = optimizer
+        elif optimizer is not None:
+            section = OptimizerConfig.model_validate(dict(optimizer))
+        return template_from(section, self.model)
+
+    def _places(self) -> dict[Tensor, tuple[Unit, Slot]]:
+        return {p: (p._place.unit, p._place.slot) for p in self.model.parameters() if isinstance(p, PagedParameter)}
+
+    def _assign_groups(self, template: torch.optim.Optimizer, states: StateAccess) -> None:
+        places = self._places()
+        for number, group in enumerate(template.param_groups):
+            for parameter in group["params"]:
+                if parameter not in places:
+                    raise ValueError(f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's")
+                places[parameter][1].group = number
+        for unit in self._store.index.units:
+            if any(slot.group >= 0 for slot in unit.slots):
+                states.create(unit)
+                continue
+            for part in unit.slices:
+                if part.master is not None:
+                    self._store.mover.forget(part.master)
+                    part.master = None
+
+    def _install_hooks(self) -> None:
+        binder = self._store.binder
+        saved = SavedWeights(binder)
+        binder.updater, binder.root, binder.save_hooks = self._updater, self.model, saved.scope
+        self._undo.append(saved.around_forward(self.model))
+        for parameter in self.model.parameters():
+            if isinstance(parameter, PagedParameter):
+                binder.watch_gradient(parameter)
+
+        def before(*_: Any) -> None:
+            binder.copying += 1
+
+        def after(*_: Any) -> None:
+            binder.copying -= 1
+
+        for module in self.model.modules():
+            self._undo.append(module.register_state_dict_pre_hook(before).remove)
+            self._undo.append(module.register_state_dict_post_hook(after).remove)
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        return self.model(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch; its loss is divided by ``update.accumulation``.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite; no gradient was computed and no parameter changed.
+        """
+        self._check_running()
+        value = float(loss.detach())
+        if not torch.isfinite(torch.tensor(value)):
+            raise NonFiniteError(
+                f"the loss of step {self._steps + 1} is {value}: no gradient was computed and no parameter changed by it; "
+                "lower the learning rate or look at the batch"
+            )
+        if self.config.update.accumulation > 1:
+            loss = loss / self.config.update.accumulation
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._micro_batches += 1
+
+    def step(self) -> bool:
+        """Make the optimizer step once ``update.accumulation`` micro-batches are through.
+
+        Returns:
+            Whether a step was made.
+        """
+        self._check_running()
+        if self._micro_batches < self.config.update.accumulation:
+            return False
+        self._micro_batches = 0
+        self.optimizer.step()
+        self._steps += 1
+        return True
+
+    def drain(self) -> None:
+        """Make every update that has been decided on, and wait until no page moves."""
+        self._check_running()
+        self._updater.drain()
+        self._store.driver.quiesce()
+
+    # ---- looking inside ----------------------------------------------------------------------------------------
+
+    @property
+    def page_files(self) -> PageFiles:
+        """The SSD tier."""
+        return self._store.page_files
+
+    def stats(self) -> Stats:
+        """Counters since the engine was made."""
+        driver, counters, files = self._store.driver, self._store.counters, self._store.page_files.stats()
+        return Stats(
+            steps=driver.planned_steps + driver.on_demand_steps,
+            planned_steps=driver.planned_steps,
+            on_demand_steps=driver.on_demand_steps,
+            deviations=driver.deviations,
+            bytes_read=files.bytes_read,
+            bytes_written=files.bytes_written,
+            wait_s=counters.seconds(EventKind.WAIT),
+            update_s=counters.seconds(EventKind.UPDATE),
+        )
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes per tier now, at their peak, and as planned."""
+        store = self._store
+        mover, page_bytes, plan = store.mover, store.page_bytes, store.driver.plan
+        host_planned = plan.peak_frames if plan is not None else None
+        ssd_planned = mover.planned_page_file_frames(plan.stored()) if plan is not None else None
+        gradients = self._gradients
+        tiers = {
+            "host": TierUse(
+                store.budget.limit_bytes,
+                mover.host.used_frames * page_bytes + gradients.direct_bytes,
+                mover.host.peak_frames * page_bytes + gradients.peak_direct_bytes,
+                mover.touched_frames,
+                host_planned,
+            ),
+            "ssd": TierUse(
+                None,
+                mover.ssd.used_frames * page_bytes,
+                mover.ssd.peak_frames * page_bytes,
+                mover.ssd.peak_frames,
+                ssd_planned,
+            ),
+        }
+        return MemoryReport(tiers, store.bytes_by_tag(), page_bytes)
+
+    # ---- the end -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End everything the engine owns. Idempotent.
+
+        Raises:
+            StorageError: a background copy had failed and nobody has been told; everything is closed all the same.
+        """
+        if self.state is EngineState.CLOSED:
+            return
+        if EngineState.CLOSED not in _LEGAL[self.state]:
+            raise TransitionError(f"engine: {self.state.value} -> closed is not a legal move")
+        self.state = EngineState.CLOSED
+        self.optimizer.close()
+        self._gradients.close()
+        self._release()
+
+    def _release(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo = []
+        self._store.close()
+
+    def _check_running(self) -> None:
+        if self.state is not EngineState.RUNNING:
+            raise RuntimeError("this engine is closed")
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def template_from(section: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The torch optimizer that an optimizer section describes, over a model's trainable parameters."""
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            free = any((parameter.ndim < 2) if key == "1d" else (key in name) for key in section.no_decay)
+            (undecayed if free else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
+    if undecayed:
+        groups.append({"params": undecayed, "weight_decay": 0.0})
+    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
+    if section.name == "sgd":
+        common.update(momentum=section.momentum, nesterov=section.nesterov)
+    else:
+        common.update(betas=section.betas, eps=section.eps)
+    return _TORCH_CLASSES[section.name](groups, **common)
+
+
+def initialize(model: nn.Module, config: ConfigLike, optimizer: OptimizerLike = None) -> Engine:
+    """An engine around ``model``; see `Engine` for arguments and errors."""
+    return Engine(model, config, optimizer)
+
+
+def prepare(model: nn.Module, optimizer: OptimizerLike, config: ConfigLike) -> tuple[nn.Module, PagedOptimizer]:
+    """Model and optimizer for a loop of one's own: forward, ``loss.backward()``, ``optimizer.step()``.
+
+    Returns:
+        The same model, its parameters now paged, and its optimizer, whose ``engine`` is to be closed at the end.
+    """
+    engine = Engine(model, config, optimizer)
+    return model, engine.optimizer

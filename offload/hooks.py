@@ -1,0 +1,130 @@
+"""Saved weights: what autograd keeps of a paged parameter between forward and backward is its place, not its bytes.
+
+`nn.Linear` and most other layers save the weight, or a view of it, for their backward. Kept as it is, such a view would
+hold the unit's pages until then. `SavedWeights` records unit, offset, shape and strides instead and fetches the unit
+again when the backward asks. Weights saved where other saved-tensor hooks are innermost (non-reentrant checkpointing)
+never come here; they are leases and pin their unit until that region's backward has used them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.parameters import Binder
+from optim.unit import Unit
+from scheduler.trace import Access, AccessMode, OpKind
+
+
+class SavedView:
+    """The place of a saved weight. While one lives, its unit's update waits: the backward has yet to read the values."""
+
+    __slots__ = ("dtype", "offset_bytes", "size", "stride", "unit", "version")
+
+    def __init__(self, unit: Unit, offset_bytes: int, saved: Tensor) -> None:
+        self.unit = unit
+        self.offset_bytes = offset_bytes
+        self.size = saved.size()
+        self.stride = saved.stride()
+        self.dtype = saved.dtype
+        self.version = unit.version
+        unit.live_views += 1
+
+    def __del__(self) -> None:
+        self.unit.live_views -= 1
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last one the view reaches."""
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+
+
+class SavedWeights:
+    """Saved-tensor hooks over one binder's arena. Forward on the training thread; unpacking on autograd's."""
+
+    def __init__(self, binder: Binder) -> None:
+        self._binder = binder
+
+    def pack(self, saved: Tensor) -> Tensor | SavedView:
+        """A place for views of pages, the tensor itself for everything else."""
+        if saved.layout is not torch.strided or saved.device.type != "cpu" or saved.numel() == 0:
+            return saved
+        mover = self._binder.mover
+        located = mover.arena.locate(saved.data_ptr())
+        if located is None:
+            return saved
+        frame, offset = located
+        with mover.changed:
+            owner = mover.host.owner(frame)
+            unit = self._binder.units.get(owner) if owner is not None else None
+            if unit is None or unit.parameters.frame is None:
+                raise AssertionError(f"a saved tensor lies in page {frame}, which holds no parameters")
+            start = (frame - unit.parameters.frame) * mover.arena.page_bytes + offset
+        return SavedView(unit, start, saved)
+
+    def unpack(self, packed: Tensor | SavedView) -> Tensor:
+        """The saved tensor again, its unit brought back when it has left host memory.
+
+        Raises:
+            RuntimeError: the weight has changed since it was saved, so the gradient would be wrong.
+        """
+        if isinstance(packed, Tensor):
+            return packed
+        unit = packed.unit
+        if self._binder.closed:
+            raise RuntimeError(f"{unit.name}: the engine that holds this weight is closed")
+        if unit.version != packed.version:
+            raise RuntimeError(
+                f"{unit.name} has been updated or edited since it was saved for this backward pass (version "
+                f"{packed.version}, now {unit.version}); call backward before optimizer.step() and before edits"
+            )
+        driver = self._binder.driver
+        key = (OpKind.BACKWARD, (unit.index,))
+        held = driver.begin(key, unit.name, [Access(unit.parameters.id, AccessMode.READ)])
+        try:
+            flat = self._binder.lease(unit, packed.offset_bytes, packed.dtype, packed.span)
+            return flat.as_strided(packed.size, packed.stride)
+        finally:
+            driver.end(held)
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """Hooks for one call, where none are active already (inside a checkpointed region its own must stay innermost)."""
+        if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return nullcontext()
+        return self.hooks()
+
+    def hooks(self) -> AbstractContextManager[Any]:
+        """The hooks as a context."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+    def around_forward(self, module: torch.nn.Module) -> Callable[[], None]:
+        """Have the hooks active during the module's forward, for views of parameters that outlive their call.
+
+        Returns:
+            What removes them again.
+        """
+        stack: list[AbstractContextManager[Any]] = []
+
+        def enter(_module: torch.nn.Module, _args: Any) -> None:
+            context = self.hooks() if torch.is_grad_enabled() else nullcontext()
+            context.__enter__()
+            stack.append(context)
+
+        def leave(_module: torch.nn.Module, _args: Any, _result: Any) -> None:
+            if stack:
+                stack.pop().__exit__(None, None, None)
+
+        handles = [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return remove

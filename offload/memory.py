@@ -1,0 +1,55 @@
+"""What the engine says of itself: counters since the start, and bytes per tier against budget and plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters since the engine was made; they only grow.
+
+    Attributes:
+        steps: optimizer steps; each was a planned or an on-demand one.
+        bytes_read, bytes_written: moved by the page files.
+        wait_s: the training thread's waits for page moves.
+        update_s: spent in update kernels by the training thread.
+        deviations: steps that left the plan because an op was not the traced one.
+    """
+
+    steps: int
+    planned_steps: int
+    on_demand_steps: int
+    deviations: int
+    bytes_read: int
+    bytes_written: int
+    wait_s: float
+    update_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """Bytes of one tier.
+
+    Attributes:
+        budget_bytes: limit, or None for a tier that grows with the model (SSD).
+        used_bytes: held now.
+        peak_bytes: the most that was held at once, whole pages and gradients in flight.
+        peak_pages: distinct pages touched, since the plan took over if there is one.
+        planned_peak_pages: what the plan says ``peak_pages`` is, or None without a plan.
+    """
+
+    budget_bytes: int | None
+    used_bytes: int
+    peak_bytes: int
+    peak_pages: int
+    planned_peak_pages: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Use of every tier ("host", "ssd"), host bytes by tag, and the page size."""
+
+    tiers: dict[str, TierUse]
+    by_tag: dict[str, int]
+    page_bytes: int

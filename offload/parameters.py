@@ -1,0 +1,296 @@
+"""Paged parameters: `nn.Parameter`s whose values come and go, and the binder that brings them for each use.
+
+A released parameter keeps its shape, dtype, identity and hooks, but its data is one NaN seen through zero strides. Every
+torch function called with it goes through `PagedParameter.__torch_function__`, which asks the binder to bind it: for the
+length of that call its data is a view of host pages. So it does not matter where a parameter is used: in its own module,
+in another one, tied, in a functional call, in recomputation or under no_grad.
+
+A view that outlives the call (a slice of the parameter, a weight saved by autograd where no hook of ours could take it
+down) is a lease of the arena: the pages stay where they are until the last alias is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from optim.exact import ExactUpdater
+from optim.unit import Slot, Unit
+from pagemem.mover import Mover
+from pagemem.page import TensorId
+from scheduler.driver import Driver
+from scheduler.trace import Access, AccessMode, OpKind
+
+_NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
+_ATTRIBUTES: Final = (
+    "shape", "dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "ndim", "names", "_version", "itemsize",
+    "nbytes", "is_sparse", "is_cuda", "is_cpu", "is_meta", "is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_xpu",
+    "_backward_hooks", "_post_accumulate_grad_hooks", "retains_grad", "output_nr", "_grad", "_base", "_cdata",
+)  # fmt: skip
+_METHODS: Final = (
+    "size", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_signed", "is_inference",
+    "register_hook", "register_post_accumulate_grad_hook", "get_device", "__len__", "__hash__", "ndimension", "type",
+    "is_shared",
+)  # fmt: skip
+
+
+def _metadata_functions() -> frozenset[Any]:
+    """Torch functions that need no values: a released parameter answers them as it is."""
+    found: set[Any] = set()
+    for name in _ATTRIBUTES:
+        descriptor = getattr(Tensor, name, None)
+        if hasattr(descriptor, "__get__"):
+            found.add(descriptor.__get__)
+    found.update(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name))
+    found.update({torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor})
+    return frozenset(found)
+
+
+_METADATA: Final = _metadata_functions()
+_GET_GRAD: Final = Tensor.grad.__get__  # type: ignore[attr-defined]
+_SET_GRAD: Final = Tensor.grad.__set__  # type: ignore[attr-defined]
+_SET_DATA: Final = Tensor.data.__set__  # type: ignore[attr-defined]
+_REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+_EXPORTS: Final = frozenset({Tensor.numpy, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__array__})
+
+
+class Place:
+    """Where a paged parameter's values are, and what it holds while they are not bound."""
+
+    __slots__ = ("binder", "bound", "hooked", "placeholder", "slot", "unit")
+
+    def __init__(self, binder: Binder, unit: Unit, slot: Slot) -> None:
+        self.binder = binder
+        self.unit = unit
+        self.slot = slot
+        self.bound = 0
+        self.hooked = False
+        # NaN: values read past the binder's back are conspicuous, and zero strides make writes fail.
+        self.placeholder = torch.full((1,), float("nan"), dtype=slot.dtype).expand(slot.shape)
+
+
+class PagedParameter(nn.Parameter):
+    """A parameter whose values live in pages. Made from an ordinary one in place, so that its identity stays."""
+
+    _place: Place
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Bind every paged parameter among the arguments for the length of the call."""
+        named = dict(kwargs or {})
+        with _NO_TORCH_FUNCTION():
+            if func in _METADATA:
+                return func(*args, **named)
+            parameters = list(_paged(args)) + list(_paged(named.values()))
+            if func is _SET_GRAD or func in _REQUIRES_GRAD:
+                result = func(*args, **named)
+                for parameter in parameters:
+                    parameter._place.binder.watch_gradient(parameter)
+                return result
+            if func == _GET_GRAD:
+                _check_gradient_unheld(parameters[0])
+                return func(*args, **named)
+            if func == _SET_DATA:
+                func = _copy_into
+            return parameters[0]._place.binder.call(func, args, named, parameters)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedParameter:
+        raise RuntimeError(f"{self._place.slot.name}: a paged parameter cannot be copied; use model.state_dict()")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(f"{self._place.slot.name}: a paged parameter cannot be pickled; use model.state_dict()")
+
+
+def _paged(values: Iterable[Any]) -> Iterator[PagedParameter]:
+    """Paged parameters among arguments, lists and tuples of arguments."""
+    for value in values:
+        if isinstance(value, PagedParameter):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _paged(value)
+
+
+def _copy_into(parameter: PagedParameter, values: Tensor) -> None:
+    """What ``parameter.data = values`` means in pages: the values are copied."""
+    if values.shape != parameter.shape:
+        raise RuntimeError(
+            f"{parameter._place.slot.name}: .data of shape {tuple(values.shape)} for a paged parameter of shape "
+            f"{tuple(parameter.shape)}; a paged parameter keeps its shape"
+        )
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def _check_gradient_unheld(parameter: PagedParameter) -> None:
+    slot = parameter._place.slot
+    if slot.arrivals and not parameter._place.binder.closed:
+        raise RuntimeError(
+            f"{slot.name}: its gradient is held by the engine, not in .grad; clip with update.clip_norm in the "
+            "configuration instead of torch.nn.utils.clip_grad_norm_"
+        )
+
+
+class Binder:
+    """Binds paged parameters for the calls that use them. Training thread only.
+
+    Args:
+        driver: brings the pages.
+        mover: owner of the arena.
+    """
+
+    def __init__(self, driver: Driver, mover: Mover) -> None:
+        self.driver = driver
+        self.mover = mover
+        self.updater: ExactUpdater | None = None
+        self.root: nn.Module | None = None
+        self.copying = 0
+        self.closed = False
+        self.save_hooks: Callable[[], Any] = nullcontext
+        self.units: dict[TensorId, Unit] = {}
+        self.store: Any = None
+
+    def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> None:
+        """Make an ordinary parameter a paged one; its values must already be in the unit's pages."""
+        place = Place(self, unit, slot)
+        parameter.data = place.placeholder
+        parameter.__class__ = PagedParameter
+        parameter._place = place  # type: ignore[attr-defined]
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[PagedParameter]) -> Any:
+        """Call ``func`` with ``parameters`` bound; what it changed in them is kept.
+
+        Raises:
+            BudgetError: their units do not fit in host memory together with what is held.
+            StorageError: a page file failed; nothing was lost.
+        """
+        if self.closed:
+            raise RuntimeError(f"{parameters[0]._place.slot.name}: the engine that holds this parameter is closed")
+        copying = self.copying and getattr(func, "__name__", "") == "detach"
+        with self._scope(), self.bound(parameters):
+            versions = [parameter._version for parameter in parameters]
+            result = func(*args, **kwargs)
+            exposed = func in _EXPORTS or (not copying and self._exposes(result))
+            for parameter, version in zip(parameters, versions, strict=True):
+                if exposed or parameter._version != version:
+                    self._changed(parameter._place.unit)
+            return result.clone() if copying else result
+
+    def _scope(self) -> Any:
+        """Uses that evaluate the model between steps do not belong to the traced step."""
+        if self.root is not None and not self.root.training and not torch.is_grad_enabled():
+            return self.driver.interlude()
+        if self.updater is None:
+            return self.driver.interlude()
+        return nullcontext()
+
+    @contextmanager
+    def bound(self, parameters: Iterable[PagedParameter]) -> Iterator[None]:
+        """Have parameters bound inside the block, as one op."""
+        places = [parameter._place for parameter in parameters]
+        units = list(dict.fromkeys(place.unit for place in places))
+        for unit in units:
+            if self.updater is not None:
+                self.updater.before_use(unit)
+        kind = OpKind.FORWARD if torch._C._current_graph_task_id() == -1 else OpKind.BACKWARD
+        key = (kind, tuple(unit.index for unit in units))
+        held = self.driver.begin(key, units[0].name, [Access(unit.parameters.id, AccessMode.READ) for unit in units])
+        taken: list[tuple[PagedParameter, Place]] = []
+        try:
+            for parameter, place in zip(parameters, places, strict=True):
+                self._bind(parameter, place)
+                taken.append((parameter, place))
+            with self.save_hooks():
+                yield
+        finally:
+            for parameter, place in taken:
+                place.bound -= 1
+                if not place.bound:
+                    parameter.data = place.placeholder
+            self.driver.end(held)
+
+    def _bind(self, parameter: PagedParameter, place: Place) -> None:
+        if not place.bound:
+            slot = place.slot
+            flat = self.lease(place.unit, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel)
+            parameter.data = flat.view(slot.shape)
+        place.bound += 1
+
+    def lease(self, unit: Unit, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor:
+        """A flat view of a unit's pages, which stay where they are until its last alias is gone. The unit is pinned."""
+        tensor = unit.parameters
+        assert tensor.frame is not None
+        tensor.leases += 1
+        return self.mover.arena.lease(tensor.id, tensor.frame, offset_bytes, dtype, numel)
+
+    def _exposes(self, result: Any) -> bool:
+        """Whether a result lets its holder write to the pages without our notice."""
+        values = result if isinstance(result, (list, tuple)) else (result,)
+        return any(
+            isinstance(value, Tensor)
+            and not isinstance(value, PagedParameter)
+            and not value.requires_grad
+            and value.layout is torch.strided
+            and self.mover.arena.locate(value.data_ptr()) is not None
+            for value in values
+        )
+
+    def _changed(self, unit: Unit) -> None:
+        unit.version += 1
+        self.mover.touch(unit.parameters)
+
+    def watch_gradient(self, parameter: PagedParameter) -> None:
+        """Have the updater take this parameter's gradients from now on."""
+        place = parameter._place
+        if place.hooked or self.updater is None or place.slot.group < 0 or not parameter.requires_grad:
+            return
+        place.hooked = True
+
+        def take(arrived: Tensor) -> None:
+            with _NO_TORCH_FUNCTION():
+                gradient = arrived.grad
+                arrived.grad = None
+                if self.updater is not None and gradient is not None:
+                    self.updater.gradient(place.unit, place.slot, gradient)
+
+        parameter.register_post_accumulate_grad_hook(take)
+
+    def close(self) -> None:
+        """Using any of the parameters raises from now on."""
+        self.closed = True
+
+
+@contextmanager
+def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
+    """Have whole parameter values at hand, readable and writable in place, inside the block.
+
+    Args:
+        what: a module (all its parameters) or parameters. Ordinary parameters are left as they are.
+
+    Raises:
+        BudgetError: their units do not all fit in host memory at once; gather fewer.
+    """
+    tensors = list(what.parameters()) if isinstance(what, nn.Module) else list(what)
+    parameters = [tensor for tensor in tensors if isinstance(tensor, PagedParameter)]
+    if not parameters:
+        yield
+        return
+    binder = parameters[0]._place.binder
+    with binder.driver.interlude():
+        with _NO_TORCH_FUNCTION():
+            context = binder.bound(parameters)
+            context.__enter__()
+        versions = [parameter._version for parameter in parameters]
+        try:
+            yield
+        finally:
+            with _NO_TORCH_FUNCTION():
+                for parameter, version in zip(parameters, versions, strict=True):
+                    if parameter._version != version:
+                        binder._changed(parameter._place.unit)
+                context.__exit__(None, None, None)

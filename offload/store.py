@@ -1,0 +1,277 @@
+"""The page store of one model: arena, page files, mover and driver of one configuration, and the units put into them.
+
+Parameters enter in the order in which they are met; neighbours whose modules are small share a unit up to one page. A
+module's own parameters are never split over units. Made by `offload.deferred_init` before the model, or by
+`offload.prepare` after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from offload.config import Config, resolve_page_bytes
+from offload.parameters import Binder, PagedParameter
+from optim.states import StateAccess
+from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
+from pagemem.arena import HostArena
+from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.errors import BudgetError
+from pagemem.events import Counters, EventKind, EventSink
+from pagemem.mover import Mover
+from pagemem.page_file import PageFiles
+from pagemem.residency import Residency
+from pagemem.run_directory import RunDirectory
+from pagemem.tier import Tag, Tier
+from pagemem.units import MiB, format_bytes
+from scheduler.driver import Driver
+from scheduler.trace import Access, AccessMode, OpKind
+
+#: Bandwidth assumed until the page files have moved enough to tell (bytes/s, both directions).
+ASSUMED_BYTES_PER_S = 1.5e9
+#: Bounds of the parameters (in elements) that one slice of optimizer states covers.
+SLICE_NUMEL = (1 << 14, 1 << 20)
+
+
+class PageStore:
+    """Everything that outlives single steps, owned by one engine. Training thread only.
+
+    Args:
+        config: the resolved configuration.
+        sink: takes all events beside the store's own counters.
+
+    Raises:
+        RunDirectoryError: a page-file path is foreign, locked or not writable; it was not changed.
+        MemoryError: the arena cannot be mapped.
+    """
+
+    def __init__(self, config: Config, sink: EventSink | None = None) -> None:
+        self.config = config
+        ram_bytes = config.memory.ram
+        page = config.memory.page
+        self.page_bytes = resolve_page_bytes(ram_bytes) if page == "auto" else int(page)
+        self.compute_dtype = torch.bfloat16 if config.model is not None and config.model.dtype == "bf16" else None
+        self.counters = Counters(sink)
+        self.budget = Budget(Tier.HOST, ram_bytes)
+        self.index = UnitIndex()
+        self.slice_numel = min(max(1 << (ram_bytes // 128).bit_length(), SLICE_NUMEL[0]), SLICE_NUMEL[1])
+        self._waiting: list[list[tuple[str, nn.Parameter]]] = []
+        self._waiting_ids: set[int] = set()
+        self._waiting_bytes = 0
+        self.closed = False
+        with ExitStack() as undo:
+            n_frames = ram_bytes // self.page_bytes
+            self._arena_bytes = self._reserve(n_frames * self.page_bytes)
+            arena = HostArena(n_frames, self.page_bytes)
+            undo.callback(arena.close)
+            self.directories: list[RunDirectory] = []
+            for path in config.ssd.paths:
+                directory = RunDirectory(Path(path))
+                undo.callback(directory.close)
+                self.directories.append(directory)
+            self.page_files = PageFiles(
+                self.directories,
+                page_bytes=self.page_bytes,
+                checksums=config.ssd.checksums,
+                direct=None if config.ssd.direct == "auto" else config.ssd.direct,
+                threads_per_path=config.ssd.threads,
+                max_request_bytes=config.ssd.max_request,
+                limit_mb_per_s=config.ssd.limit_mb_per_s,
+            )
+            undo.pop_all()
+        self.mover = Mover(arena, self.page_files, self.counters)
+        self.driver = Driver(self.mover, self.counters, self.bandwidth)
+        self.binder = Binder(self.driver, self.mover)
+        self.binder.store = self
+
+    # ---- parameters --------------------------------------------------------------------------------------------
+
+    def add_module(self, name: str, module: nn.Module) -> None:
+        """Move a module's own ordinary parameters into pages, with small neighbours of the same dtype.
+
+        Raises:
+            BudgetError: the arena cannot hold the unit; parameters of earlier modules are paged, this one's are whole.
+        """
+        own = [
+            (f"{name}.{key}" if name else key, parameter)
+            for key, parameter in module.named_parameters(recurse=False)
+            if not isinstance(parameter, PagedParameter)
+            and id(parameter) not in self._waiting_ids
+            and parameter.numel()
+            and parameter.is_floating_point()
+        ]
+        for group in _by_dtype(own):
+            n_bytes = sum(p.numel() * p.element_size() for _, p in group)
+            if self._waiting and (
+                self._waiting_bytes + n_bytes > self.page_bytes or self._waiting[0][0][1].dtype != group[0][1].dtype
+            ):
+                self.flush()
+            self._waiting.append(group)
+            self._waiting_ids.update(id(p) for _, p in group)
+            self._waiting_bytes += n_bytes
+        if self._waiting_bytes >= self.page_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make a unit of the parameters that wait for neighbours."""
+        waiting = [pair for group in self._waiting for pair in group]
+        self._waiting, self._waiting_ids, self._waiting_bytes = [], set(), 0
+        if waiting:
+            self._make_unit(waiting)
+
+    def _make_unit(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        dtype = self.compute_dtype or named[0][1].dtype
+        layout = lay_out([(name, parameter.shape) for name, parameter in named])
+        number = len(self.index.units)
+        tensor = self.mover.create(named[0][0], Tag.PARAM, layout.numel * dtype.itemsize)
+        slots = [Slot(name, shape, dtype, offset) for name, shape, offset in layout.slots]
+        unit = Unit(number, named[0][0], dtype, tensor, slots, cut(layout.numel, self.slice_numel))
+        with self.driver.interlude():
+            with self.driver.op((OpKind.FORWARD, ("place", number)), unit.name, [Access(tensor.id, AccessMode.CREATE)]):
+                assert tensor.frame is not None
+                flat = self.mover.arena.view(tensor.frame, 0, dtype, layout.numel)
+                flat.zero_()
+                for (_, parameter), slot in zip(named, slots, strict=True):
+                    flat[slot.offset : slot.end].copy_(parameter.detach().reshape(-1))
+            if dtype is not torch.float32:
+                self._fill_masters(unit, [parameter for _, parameter in named])
+        self.index.units.append(unit)
+        self.binder.units[tensor.id] = unit
+        for (_, parameter), slot in zip(named, slots, strict=True):
+            self.binder.adopt(parameter, unit, slot)
+
+    def _fill_masters(self, unit: Unit, values: Sequence[Tensor]) -> None:
+        for number, part in enumerate(unit.slices):
+            part.master = self.mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
+        states = StateAccess(self.driver, ())
+        for slot, value in zip(unit.slots, values, strict=True):
+            states.write_master(unit, slot, value.float())
+
+    def adopt(self, model: nn.Module) -> None:
+        """Page what is still ordinary in ``model``, name everything as it does, and drop units it does not use.
+
+        Raises:
+            ValueError: the model has no floating-point parameters, or some on another device than the CPU.
+        """
+        for name, parameter in model.named_parameters():
+            if parameter.device.type != "cpu":
+                raise ValueError(f"{name} is on {parameter.device}; build the model on the CPU (or under deferred_init)")
+        for name, module in model.named_modules():
+            self.add_module(name, module)
+        self.flush()
+        used: set[Unit] = set()
+        for order, (name, parameter) in enumerate(model.named_parameters()):
+            if isinstance(parameter, PagedParameter):
+                place = parameter._place
+                if place.binder is not self.binder:
+                    raise ValueError(f"{name} belongs to another engine")
+                place.slot.name, place.slot.order = name, order
+                used.add(place.unit)
+        if not used:
+            raise ValueError("the model has no floating-point parameters to page")
+        for unit in [unit for unit in self.index.units if unit not in used]:
+            self._forget(unit)
+        for unit in self.index.units:
+            unit.name = unit.parameters.name = unit.slots[0].name if len(unit.slots) == 1 else _common_name(unit)
+
+    def _forget(self, unit: Unit) -> None:
+        self.index.units.remove(unit)
+        del self.binder.units[unit.parameters.id]
+        self.driver.quiesce()
+        for tensor in [unit.parameters, *(p.master for p in unit.slices if p.master), *(p.states for p in unit.slices if p.states)]:
+            self.mover.forget(tensor)
+
+    # ---- sizes -------------------------------------------------------------------------------------------------
+
+    def settle_sizes(self) -> int:
+        """Once all units are known: cut the gradients in flight out of the arena's share of the budget.
+
+        Returns:
+            Bytes for gradients in flight.
+
+        Raises:
+            BudgetError: the budget cannot hold what the update of the largest unit needs at once.
+        """
+        need_frames, unit = max(((self._update_frames(unit), unit) for unit in self.index.units), key=lambda pair: pair[0])
+        smallest_bytes = need_frames * self.page_bytes
+        ram_bytes = self.config.memory.ram
+        if need_frames > ram_bytes // self.page_bytes:
+            raise BudgetError(
+                f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the update of the largest unit, "
+                f"{unit.name}, needs {smallest_bytes} bytes ({format_bytes(smallest_bytes)}) at once for its parameters, "
+                f"gradients and one slice of states; set memory.ram to at least {smallest_bytes}",
+                smallest_bytes,
+            )
+        gradient_bytes = max(unit.gradient_bytes for unit in self.index.units)
+        if (ram_bytes - gradient_bytes) // self.page_bytes < need_frames:
+            gradient_bytes = 0
+        self.driver.evict_all()
+        n_frames = (ram_bytes - gradient_bytes) // self.page_bytes
+        if n_frames != self.mover.arena.n_frames:
+            arena = HostArena(n_frames, self.page_bytes)
+            self.mover.replace_arena(arena)
+            self._arena_bytes.resize(arena.n_bytes)
+        self.driver.overhead_bytes = ram_bytes - n_frames * self.page_bytes
+        return gradient_bytes
+
+    def _update_frames(self, unit: Unit) -> int:
+        parts = [sum(t.n_frames for t in (part.states, part.master) if t is not None) for part in unit.slices]
+        gradients = unit.parameters.n_frames if unit.gradient_bytes else 0
+        return unit.parameters.n_frames + gradients + max(parts)
+
+    def _reserve(self, n_bytes: int) -> Reservation:
+        reserved = self.budget.reserve(Tag.STAGING, n_bytes, "host arena")
+        if isinstance(reserved, BudgetShortage):
+            raise BudgetError(reserved.describe(), n_bytes)
+        return reserved
+
+    def bandwidth(self) -> tuple[float, float]:
+        """Bytes/s that single moves have had so far, reading and writing."""
+        found = []
+        for kind in (EventKind.READ, EventKind.WRITE):
+            n_bytes, seconds = self.counters.n_bytes(kind), self.counters.seconds(kind)
+            found.append(n_bytes / seconds if n_bytes >= 16 * MiB and seconds else ASSUMED_BYTES_PER_S)
+        return found[0], found[1]
+
+    def bytes_by_tag(self) -> dict[str, int]:
+        """Bytes of host pages by what they are held for."""
+        found: dict[str, int] = {}
+        for tensor in self.mover.tensors.values():
+            if tensor.frame is not None:
+                found[tensor.tag.value] = found.get(tensor.tag.value, 0) + tensor.n_frames * self.page_bytes
+        return found
+
+    def close(self) -> None:
+        """Stop all moves, end all threads, close and unlock the page files, give the arena back. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self.binder.close()
+        with ExitStack() as closing:
+            closing.callback(self.mover.arena.close)
+            closing.callback(self._arena_bytes.release)
+            for directory in self.directories:
+                closing.callback(directory.close)
+            closing.callback(self.page_files.close)
+            self.driver.quiesce()
+
+    def is_resident(self, unit: Unit) -> bool:
+        """Whether a unit's parameters are in host memory now."""
+        return unit.parameters.state not in (Residency.ABSENT, Residency.STORED)
+
+
+def _by_dtype(named: Iterable[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
+    groups: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named:
+        groups.setdefault(parameter.dtype, []).append((name, parameter))
+    return list(groups.values())
+
+
+def _common_name(unit: Unit) -> str:
+    first, last = unit.slots[0].name, unit.slots[-1].name
+    owner = first.rpartition(".")[0]
+    return owner if owner and owner == last.rpartition(".")[0] else f"{first}..{last}"
