@@ -182,10 +182,10 @@ class Binder:
             return result.clone() if copying else result
 
     def _scope(self) -> Any:
-        """Uses that evaluate the model between steps do not belong to the traced step."""
-        if self.root is not None and not self.root.training and not torch.is_grad_enabled():
+        """Uses that evaluate, copy or initialise the model do not belong to the traced step."""
+        if self.updater is None or self.copying:
             return self.driver.interlude()
-        if self.updater is None:
+        if self.root is not None and not self.root.training and not torch.is_grad_enabled():
             return self.driver.interlude()
         return nullcontext()
 
