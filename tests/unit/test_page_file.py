@@ -1,0 +1,340 @@
+"""Page files keep what they are given: one suite, run for the backend the disk allows and for aiofiles."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pagemem.errors import StorageError, TransitionError
+from pagemem.io_direct import accepts_direct
+from pagemem.page import Extent, FrameId
+from pagemem.page_file import LEGAL_MOVES, PAGE_FILE_NAME, SLAB_BYTES, FilesState, PageFiles
+from pagemem.run_directory import RunDirectory
+from pagemem.units import BLOCK_BYTES, KiB, MiB
+
+PAGE_BYTES = 64 * KiB
+TIMEOUT_S = 30.0
+
+
+class Buffer:
+    """Page-aligned memory, filled with fresh random bytes or cleared."""
+
+    def __init__(self, n_bytes: int, random: bool = True) -> None:
+        self._map = mmap.mmap(-1, n_bytes)
+        self.view = memoryview(self._map)
+        if random:
+            self.view[:] = os.urandom(n_bytes)
+
+    def close(self) -> None:
+        """Unmap; raises BufferError if anybody else still holds a view."""
+        self.view.release()
+        self._map.close()
+
+
+class Outcome:
+    """A ``done`` that can be waited for and counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self.thread_name = ""
+
+    def __call__(self, error: BaseException | None) -> None:
+        self.thread_name = threading.current_thread().name
+        self.calls.put(error)
+
+    def wait(self) -> None:
+        error = self.calls.get(timeout=TIMEOUT_S)
+        if error is not None:
+            raise error
+
+
+def write(files: PageFiles, extents: Sequence[Extent], source: memoryview) -> None:
+    outcome = Outcome()
+    files.write(extents, source, outcome)
+    outcome.wait()
+
+
+def read(files: PageFiles, extents: Sequence[Extent]) -> bytes:
+    outcome, into = Outcome(), Buffer(sum(extent.length_bytes for extent in extents), random=False)
+    files.read(extents, into.view, outcome)
+    outcome.wait()
+    found = bytes(into.view)
+    into.close()
+    return found
+
+
+def pages(*frames: int, page_bytes: int = PAGE_BYTES) -> list[Extent]:
+    return [Extent(FrameId(frame), 0, page_bytes) for frame in frames]
+
+
+class Opener:
+    """Opens page files under one folder and closes all of them at the end of the test."""
+
+    def __init__(self, folder: Path, direct: bool | None) -> None:
+        self.folder = folder
+        self.direct = direct
+        self.stack = ExitStack()
+
+    def __call__(self, n_paths: int = 1, n_frames: int = 64, **options: Any) -> PageFiles:
+        directories = [self.stack.enter_context(RunDirectory(self.folder / f"ssd{i}")) for i in range(n_paths)]
+        options = {"page_bytes": PAGE_BYTES, "direct": self.direct, "slab_bytes": MiB, **options}
+        files = PageFiles(directories, **options)
+        self.stack.callback(files.close)
+        files.grow(n_frames)
+        return files
+
+
+@pytest.fixture(params=[None, False], ids=["probed", "aiofiles"])
+def opened(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Opener]:
+    """An opener for each backend; afterwards no thread and no descriptor is left."""
+    threads, descriptors = set(threading.enumerate()), os.listdir("/proc/self/fd")
+    opener = Opener(tmp_path, request.param)
+    with opener.stack:
+        yield opener
+    assert set(threading.enumerate()) == threads
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+def test_the_probe_decides_the_backend(opened: Opener, tmp_path: Path) -> None:
+    direct = opened.direct is None and accepts_direct(tmp_path)
+    assert opened().backend == ("direct" if direct else "aiofiles")
+    assert {entry.name for entry in (tmp_path / "ssd0").iterdir()} == {PAGE_FILE_NAME, "pagemem.json", "pagemem.lock"}
+
+
+@pytest.mark.parametrize("page_bytes", [64 * KiB, MiB, 4 * MiB])
+@pytest.mark.parametrize("checksums", [True, False])
+def test_scattered_pages_come_back_in_order(opened: Opener, page_bytes: int, checksums: bool) -> None:
+    files = opened(page_bytes=page_bytes, n_frames=16, checksums=checksums, max_request_bytes=MiB)
+    first, second = pages(3, 4, 5, 9, 1, page_bytes=page_bytes), pages(0, 2, 15, 6, page_bytes=page_bytes)
+    a, b = Buffer(5 * page_bytes), Buffer(4 * page_bytes)
+    write(files, first, a.view)
+    write(files, second, b.view)
+    assert read(files, first) == a.view
+    assert read(files, second) == b.view
+    assert read(files, first[3:4]) == a.view[3 * page_bytes : 4 * page_bytes]
+
+
+def test_two_tensors_share_a_page(opened: Opener) -> None:
+    files = opened()
+    half = PAGE_BYTES // 2
+    front, back = Extent(FrameId(7), 0, half - BLOCK_BYTES), Extent(FrameId(7), half, half)
+    a, b, c = Buffer(PAGE_BYTES + front.length_bytes), Buffer(half), Buffer(half)
+    write(files, [*pages(6), front], a.view)
+    write(files, [back], b.view)
+    assert read(files, [*pages(6), front]) == a.view
+    write(files, [back], c.view)
+    assert read(files, [front]) == a.view[PAGE_BYTES:]
+    assert read(files, [back]) == c.view
+
+
+def test_a_frame_that_changed_hands_forgets_its_old_extents(opened: Opener) -> None:
+    files = opened()
+    whole, front = Extent(FrameId(0), 0, PAGE_BYTES), Extent(FrameId(0), 0, BLOCK_BYTES)
+    back = Extent(FrameId(0), BLOCK_BYTES, BLOCK_BYTES)
+    for latest, gone in ((whole, []), (back, [whole]), (front, [whole]), (whole, [front, back]), (front, [whole, back])):
+        source = Buffer(latest.length_bytes)
+        write(files, [latest], source.view)
+        assert read(files, [latest]) == source.view
+        for extent in gone:
+            with pytest.raises(StorageError, match="no such extent was written"):
+                read(files, [extent])
+
+
+@pytest.mark.parametrize(("n_paths", "weights"), [(1, None), (2, None), (2, [3.0, 1.0]), (3, [1.0, 2.0, 1.0])])
+def test_frames_are_striped_over_paths_by_weight(opened: Opener, n_paths: int, weights: list[float] | None) -> None:
+    files = opened(n_paths, n_frames=64, weights=weights, max_request_bytes=4 * PAGE_BYTES)
+    extents = pages(*range(5, 45))
+    source = Buffer(40 * PAGE_BYTES)
+    write(files, extents, source.view)
+    assert read(files, extents) == source.view
+    shares = weights or [1.0] * n_paths
+    sizes = [os.stat(path).st_size for path in files.paths]
+    assert sizes == [64 * PAGE_BYTES * share / sum(shares) for share in shares]
+    # The bytes really lie where the striping says: no frame is stored twice or elsewhere.
+    stored = sorted(chunk for path in files.paths for chunk in _chunks(Path(path).read_bytes()) if any(chunk))
+    assert stored == sorted(_chunks(bytes(source.view)))
+
+
+def _chunks(content: bytes) -> list[bytes]:
+    return [content[i : i + PAGE_BYTES] for i in range(0, len(content), PAGE_BYTES)]
+
+
+def test_growing_adds_whole_slabs_and_keeps_what_is_there(opened: Opener) -> None:
+    files = opened(2, n_frames=0)
+    assert files.n_frames == 0
+    files.grow(1)
+    assert files.n_frames == MiB // PAGE_BYTES
+    source = Buffer(16 * PAGE_BYTES)
+    write(files, pages(*range(16)), source.view)
+    files.grow(16)
+    assert files.n_frames == 16
+    files.grow(17)
+    assert files.n_frames == 32
+    assert sum(os.stat(path).st_size for path in files.paths) == 2 * MiB
+    assert all(os.stat(path).st_blocks * 512 >= MiB for path in files.paths), "reserved, not sparse"
+    assert read(files, pages(*range(16))) == source.view
+    write(files, pages(*range(16, 32)), source.view)
+    assert read(files, pages(*range(16, 32))) == source.view
+
+
+def test_the_default_slab(opened: Opener) -> None:
+    assert opened(n_frames=1, slab_bytes=SLAB_BYTES).n_frames == 64 * MiB // PAGE_BYTES
+
+
+def test_adjacent_pages_are_coalesced_and_counted(opened: Opener) -> None:
+    files = opened(n_frames=64, max_request_bytes=MiB)
+    source = Buffer(4 * MiB)
+    write(files, pages(*range(64)), source.view)
+    read(files, pages(*range(8), *range(32, 40)))
+    stats = files.stats()
+    assert (stats.write_requests, stats.bytes_written) == (4, 4 * MiB)
+    assert (stats.read_requests, stats.bytes_read) == (2, 16 * PAGE_BYTES)
+    assert stats.write_busy_s > 0 and stats.read_busy_s > 0 and stats.verify_s > 0
+
+
+def test_an_extent_never_written_cannot_be_read(opened: Opener) -> None:
+    files = opened()
+    write(files, pages(1), Buffer(PAGE_BYTES).view)
+    with pytest.raises(StorageError, match=rf"{PAGE_FILE_NAME}: frame 2, offset 0, 65536 bytes: no such extent"):
+        read(files, pages(1, 2))
+
+
+def test_an_earlier_runs_file_is_reused_but_not_believed(opened: Opener) -> None:
+    files = opened(n_frames=32)
+    source = Buffer(PAGE_BYTES)
+    write(files, pages(3), source.view)
+    files.sync()
+    opened.stack.close()
+    again = opened(n_frames=16)
+    with pytest.raises(StorageError, match="no such extent"):
+        read(again, pages(3))
+    write(again, pages(3), source.view)
+    assert read(again, pages(3)) == source.view
+
+
+def test_done_comes_once_from_an_io_thread_with_the_buffer_free(opened: Opener) -> None:
+    files = opened(max_request_bytes=PAGE_BYTES)
+    source, outcome = Buffer(8 * PAGE_BYTES), Outcome()
+    files.write(pages(*range(8)), source.view, outcome)
+    outcome.wait()
+    source.close()  # nothing holds it any more
+    assert outcome.thread_name.startswith("pagemem-write-0-")
+    into = Buffer(8 * PAGE_BYTES)
+    files.read(pages(*range(8)), into.view, outcome)
+    outcome.wait()
+    into.close()
+    assert outcome.thread_name.startswith("pagemem-read-0-")
+    files.close()
+    assert outcome.calls.empty()
+
+
+def test_done_may_begin_the_next_transfer(opened: Opener) -> None:
+    files = opened()
+    source, into, outcome = Buffer(PAGE_BYTES), Buffer(PAGE_BYTES), Outcome()
+
+    def read_back(error: BaseException | None) -> None:
+        assert error is None
+        files.read(pages(5), into.view, outcome)
+
+    files.write(pages(5), source.view, read_back)
+    outcome.wait()
+    assert into.view == source.view
+
+
+def test_a_callback_that_raises_is_reported_and_harms_nobody(opened: Opener) -> None:
+    files = opened(threads_per_path=1)
+    source = Buffer(PAGE_BYTES)
+    oops = RuntimeError("a callback's bug")
+
+    def raising(error: BaseException | None) -> None:
+        raise oops
+
+    files.write(pages(0), source.view, raising)
+    write(files, pages(1), source.view)  # the one thread lives on
+    assert files.failure is oops
+    with pytest.raises(RuntimeError, match="a callback's bug"):
+        files.close()
+    files.close()
+
+
+def test_closing_is_final(opened: Opener) -> None:
+    files = opened()
+    source = Buffer(PAGE_BYTES)
+    files.close()
+    files.close()
+    for begin in (files.read, files.write):
+        with pytest.raises(StorageError, match="closed"):
+            begin(pages(0), source.view, Outcome())
+
+
+def test_reads_and_writes_share_the_limit(opened: Opener) -> None:
+    files = opened(limit_mb_per_s=1e6)
+    assert files.throttle is not None
+    write(files, pages(*range(8)), Buffer(8 * PAGE_BYTES).view)
+    read(files, pages(*range(3)))
+    assert files.throttle.taken_bytes == 11 * PAGE_BYTES
+    assert files.throttle.bytes_per_s == 1e12
+
+
+def test_the_stack_size_setting_is_put_back(opened: Opener) -> None:
+    before = threading.stack_size()
+    opened()
+    assert threading.stack_size() == before
+
+
+def test_a_buffer_must_be_aligned_writable_and_contiguous(opened: Opener) -> None:
+    files = opened()
+    outcome, buffer = Outcome(), Buffer(4 * PAGE_BYTES)
+    with pytest.raises(ValueError, match="address .* is not a multiple of 4096"):
+        files.write(pages(0), buffer.view[16 : 16 + PAGE_BYTES], outcome)
+    with pytest.raises(ValueError, match="read-only"):
+        files.read(pages(0), memoryview(bytes(PAGE_BYTES)), outcome)
+    with pytest.raises(ValueError, match="not contiguous"):
+        files.read(pages(0), buffer.view[: 2 * PAGE_BYTES : 2], outcome)
+    with pytest.raises(ValueError, match="the buffer 262144"):
+        files.write(pages(0), buffer.view, outcome)
+    with pytest.raises(ValueError, match="among 64 frames"):
+        files.write(pages(64), buffer.view[:PAGE_BYTES], outcome)
+    assert outcome.calls.empty()
+
+
+def test_buffers_of_other_formats_are_taken_as_bytes(opened: Opener) -> None:
+    files = opened()
+    source = Buffer(PAGE_BYTES)
+    write(files, pages(0), memoryview(np.frombuffer(source.view, dtype=np.float32).reshape(2, -1)))
+    assert read(files, pages(0)) == source.view
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_bytes": 96 * KiB}, "power of two"),
+        ({"page_bytes": 32 * KiB}, "power of two"),
+        ({"max_request_bytes": 5000}, "max_request_bytes"),
+        ({"max_request_bytes": 0}, "max_request_bytes"),
+        ({"threads_per_path": 0}, "threads_per_path"),
+        ({"weights": [1.0, 2.0]}, "2 weights for 1 paths"),
+        ({"weights": [0.0]}, "weights must be positive"),
+        ({"limit_mb_per_s": 0.0}, "rate must be positive"),
+    ],
+)
+def test_bad_options_are_refused(opened: Opener, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(**options)
+
+
+def test_only_legal_moves_are_made(opened: Opener) -> None:
+    assert set(LEGAL_MOVES) == set(FilesState)
+    files = opened()
+    files.close()
+    with pytest.raises(TransitionError, match="closed -> closing"):
+        files._become(FilesState.CLOSING)
