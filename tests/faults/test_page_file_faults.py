@@ -314,6 +314,25 @@ def test_a_first_write_that_failed_left_nothing_to_read(bench: Bench) -> None:
             bench.read([extent])
 
 
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_a_failed_transfer_does_not_keep_the_buffer(bench: Bench, kind: str) -> None:
+    files = bench.open()
+    bench.write(ALL, aligned(N_PAGES * PAGE_BYTES))
+    bench.backend.set_hook(kind, failing_at(1, errno.EIO))
+    memory = mmap.mmap(-1, N_PAGES * PAGE_BYTES)
+    view, errors, outcome = memoryview(memory), [], Outcome()
+
+    def unmap(error: BaseException | None) -> None:
+        errors.append(error)  # alive, with its traceback and what that refers to
+        view.release()
+        memory.close()
+        outcome(None)
+
+    (files.read if kind == "read" else files.write)(ALL, view, unmap)
+    outcome.wait()
+    assert isinstance(errors[0], StorageError)
+
+
 def test_an_unexpected_exception_also_reaches_done(bench: Bench) -> None:
     bench.open()
 

@@ -221,20 +221,26 @@ def test_an_earlier_runs_file_is_reused_but_not_believed(opened: Opener) -> None
     assert read(again, pages(3)) == source.view
 
 
-def test_done_comes_once_from_an_io_thread_with_the_buffer_free(opened: Opener) -> None:
+@pytest.mark.parametrize("kind", ["write", "read", "failing read"])
+def test_done_comes_once_from_an_io_thread_with_the_buffer_free(opened: Opener, kind: str) -> None:
     files = opened(max_request_bytes=PAGE_BYTES)
-    source, outcome = Buffer(8 * PAGE_BYTES), Outcome()
-    files.write(pages(*range(8)), source.view, outcome)
+    buffer, outcome = Buffer(8 * PAGE_BYTES), Outcome()
+    errors: list[BaseException | None] = []
+
+    def unmap(error: BaseException | None) -> None:
+        errors.append(error)
+        buffer.close()  # raises if anybody still holds it
+        outcome(None)
+
+    if kind == "read":
+        write(files, pages(*range(8)), buffer.view)
+    begin = files.write if kind == "write" else files.read
+    begin(pages(*range(8)), buffer.view, unmap)
     outcome.wait()
-    source.close()  # nothing holds it any more
-    assert outcome.thread_name.startswith("pagemem-write-0-")
-    into = Buffer(8 * PAGE_BYTES)
-    files.read(pages(*range(8)), into.view, outcome)
-    outcome.wait()
-    into.close()
-    assert outcome.thread_name.startswith("pagemem-read-0-")
     files.close()
-    assert outcome.calls.empty()
+    assert outcome.calls.empty() and files.failure is None
+    assert outcome.thread_name.startswith("pagemem-write-0-" if kind == "write" else "pagemem-read-0-")
+    assert [type(error) for error in errors] == [StorageError if kind == "failing read" else type(None)]
 
 
 def test_done_may_begin_the_next_transfer(opened: Opener) -> None:
@@ -310,7 +316,7 @@ def test_a_buffer_must_be_aligned_writable_and_contiguous(opened: Opener) -> Non
 def test_buffers_of_other_formats_are_taken_as_bytes(opened: Opener) -> None:
     files = opened()
     source = Buffer(PAGE_BYTES)
-    write(files, pages(0), memoryview(np.frombuffer(source.view, dtype=np.float32).reshape(2, -1)))
+    write(files, pages(0), np.frombuffer(source.view, dtype=np.float32).reshape(2, -1).data)
     assert read(files, pages(0)) == source.view
 
 
