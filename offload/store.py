@@ -21,18 +21,16 @@ from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
 from pagemem.arena import HostArena
 from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.errors import BudgetError
-from pagemem.events import Counters, EventKind, EventSink
+from pagemem.events import Counters, EventSink
 from pagemem.mover import Mover
 from pagemem.page_file import PageFiles
 from pagemem.residency import Residency
 from pagemem.run_directory import RunDirectory
 from pagemem.tier import Tag, Tier
-from pagemem.units import MiB, format_bytes
+from pagemem.units import format_bytes
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind
 
-#: Bandwidth assumed until the page files have moved enough to tell (bytes/s, both directions).
-ASSUMED_BYTES_PER_S = 1.5e9
 #: Bounds of the parameters (in elements) that one slice of optimizer states covers.
 SLICE_NUMEL = (1 << 14, 1 << 20)
 
@@ -84,7 +82,7 @@ class PageStore:
             )
             undo.pop_all()
         self.mover = Mover(arena, self.page_files, self.counters)
-        self.driver = Driver(self.mover, self.counters, self.bandwidth)
+        self.driver = Driver(self.mover, self.counters, self.mover.bandwidth)
         self.binder = Binder(self.driver, self.mover)
         self.binder.store = self
 
@@ -228,14 +226,6 @@ class PageStore:
         if isinstance(reserved, BudgetShortage):
             raise BudgetError(reserved.describe(), n_bytes)
         return reserved
-
-    def bandwidth(self) -> tuple[float, float]:
-        """Bytes/s that single moves have had so far, reading and writing."""
-        found = []
-        for kind in (EventKind.READ, EventKind.WRITE):
-            n_bytes, seconds = self.counters.n_bytes(kind), self.counters.seconds(kind)
-            found.append(n_bytes / seconds if n_bytes >= 16 * MiB and seconds else ASSUMED_BYTES_PER_S)
-        return found[0], found[1]
 
     def bytes_by_tag(self) -> dict[str, int]:
         """Bytes of host pages by what they are held for."""

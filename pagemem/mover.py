@@ -13,6 +13,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -24,7 +26,40 @@ from pagemem.page import FrameId, Placement, Shortage, TensorId
 from pagemem.page_file import PageFiles
 from pagemem.residency import PagedTensor, Residency
 from pagemem.tier import Tag, Tier
+from pagemem.units import MiB
 from pagemem.window import Comparable, Window, best_window
+
+
+#: Bandwidth assumed until the page files have moved enough to tell, and how much is enough.
+ASSUMED_BYTES_PER_S: Final = 1.5e9
+TELLING_BYTES: Final = 16 * MiB
+
+
+@dataclass(slots=True)
+class Activity:
+    """How long at least one copy of a kind has been under way, and what it moved. Guarded by the mover's lock."""
+
+    n_bytes: int = 0
+    busy_s: float = 0.0
+    _under_way: int = 0
+    _since_s: float = 0.0
+
+    def begin(self) -> None:
+        """A copy begins."""
+        if not self._under_way:
+            self._since_s = time.perf_counter()
+        self._under_way += 1
+
+    def end(self, n_bytes: int) -> None:
+        """A copy of ``n_bytes`` bytes ended."""
+        self._under_way -= 1
+        self.n_bytes += n_bytes
+        if not self._under_way:
+            self.busy_s += time.perf_counter() - self._since_s
+
+    def bytes_per_s(self) -> float:
+        """Bandwidth while copies were under way."""
+        return self.n_bytes / self.busy_s if self.n_bytes >= TELLING_BYTES and self.busy_s else ASSUMED_BYTES_PER_S
 
 
 class Mover:
@@ -45,6 +80,7 @@ class Mover:
         self._failure: BaseException | None = None
         self._listeners: list[Callable[[], None]] = []
         self._in_flight = 0
+        self._activity = {EventKind.READ: Activity(), EventKind.WRITE: Activity()}
         self._next_id = 0
         self._touched = bytearray(arena.n_frames)
 
@@ -128,6 +164,7 @@ class Mover:
                 return
             tensor.become(Residency.LOADING)
             self._in_flight += 1
+            self._activity[EventKind.READ].begin()
             assert tensor.placement is not None
             extents = tensor.placement.extents(self.arena.page_bytes)
         started_s = time.perf_counter()
@@ -136,6 +173,7 @@ class Mover:
     def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
             self._in_flight -= 1
+            self._activity[EventKind.READ].end(tensor.n_bytes)
             if error is None:
                 tensor.become(Residency.CLEAN)
             else:
@@ -157,6 +195,7 @@ class Mover:
             tensor.become(Residency.STORING)
             tensor.backed = False
             self._in_flight += 1
+            self._activity[EventKind.WRITE].begin()
             assert tensor.frame is not None
             buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
             extents = tensor.placement.extents(self.arena.page_bytes)
@@ -166,6 +205,7 @@ class Mover:
     def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
             self._in_flight -= 1
+            self._activity[EventKind.WRITE].end(tensor.n_bytes)
             if error is None:
                 tensor.backed = True
                 tensor.become(Residency.CLEAN)
@@ -270,6 +310,11 @@ class Mover:
     def touched_frames(self) -> int:
         """Distinct host frames in use at any time since `reset_touched`."""
         return self._touched.count(1)
+
+    def bandwidth(self) -> tuple[float, float]:
+        """Bytes/s of the page files so far while they were reading, and while they were writing."""
+        with self.changed:
+            return self._activity[EventKind.READ].bytes_per_s(), self._activity[EventKind.WRITE].bytes_per_s()
 
     def planned_page_file_frames(self, stored: Iterable[TensorId]) -> int:
         """Page-file frames in use once every tensor of ``stored`` has been stored."""

@@ -67,6 +67,7 @@ class Driver:
         self._bandwidth = bandwidth
         self._lane = ReadLane(mover)
         self._recorder = TraceRecorder()
+        self._trace = Trace(())
         self._recording = True
         self._position = 0
         self._restore = False
@@ -114,6 +115,8 @@ class Driver:
 
     def consume(self, tensor: PagedTensor) -> None:
         """Declare a tensor's content dead, after the op that consumed it has ended."""
+        in_flight = (Residency.LOADING, Residency.STORING)
+        self.mover.wait_until(lambda: tensor.state not in in_flight, tensor.name, tensor.n_bytes)
         self.mover.discard(tensor)
 
     def end_step(self, *, repeatable: bool) -> None:
@@ -129,6 +132,8 @@ class Driver:
             self._collect_views()
             if self.mode is Mode.PLANNED and self._at_step_end():
                 self._recorder.finish()
+                if not self.planned_steps:
+                    self.mover.reset_touched()
                 self.planned_steps += 1
                 return
             if self.mode is Mode.PLANNED:
@@ -182,6 +187,7 @@ class Driver:
             machine = Machine(
                 self.mover.arena.n_frames, self.mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s
             )
+            self._trace = trace
             n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in trace.tensors()}
             self.plan = make_plan(trace, n_bytes, machine)
         self._position = 0
@@ -246,28 +252,26 @@ class Driver:
         self._restore = True
 
     def _restore_placement(self, plan: Plan) -> None:
-        """Put every tensor where the plan's cycle begins, and queue the loads that would be under way then."""
+        """Put every tensor where the plan's cycle begins, and queue the loads that would be under way then.
+
+        Only what costs nothing is moved out here; the lane makes dirty tenants leave when a load wants their frames.
+        """
         self._lane.clear()
-        self.mover.settle()
-        self.mover.check()
-        misplaced = [t for t in self.mover.tensors.values() if t.frame is not None and plan.initial.get(t.id) != t.frame]
-        for tensor in misplaced:
-            if tensor.state is Residency.DIRTY and not tensor.held:
-                self.mover.start_store(tensor)
-        self.mover.settle()
-        self.mover.check()
-        for tensor in misplaced:
-            if tensor.state is Residency.CLEAN and not tensor.held:
+        for tensor in self.mover.tensors.values():
+            if tensor.state is Residency.CLEAN and not tensor.held and plan.initial.get(tensor.id) != tensor.frame:
                 self.mover.drop(tensor)
-        self.mover.reset_touched()
-        first_use = self._first_uses(plan)
+        first_use = self._first_uses()
         wanted = sorted(plan.initial, key=lambda tensor: first_use.get(tensor, 0))
         self._lane.submit([LoadTask(tensor, plan.initial[tensor], 0, 0) for tensor in wanted])
         self._lane.submit(plan.carried)
 
-    def _first_uses(self, plan: Plan) -> dict[TensorId, int]:
-        """When each tensor is first loaded by the plan; those never loaded again come last."""
-        return {task.tensor: task.needed_at for task in reversed(plan.loads)}
+    def _first_uses(self) -> dict[TensorId, int]:
+        """The first op of the plan's step that uses each tensor."""
+        found: dict[TensorId, int] = {}
+        for index, op in enumerate(self._trace.ops):
+            for access in op.accesses:
+                found.setdefault(access.tensor, index)
+        return found
 
     # ---- having tensors at hand --------------------------------------------------------------------------------
 

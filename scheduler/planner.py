@@ -6,8 +6,10 @@ are known), clean before dirty on ties. The load is triggered by the first op at
 its last use; a dirty tenant is copied out right after its last change. Memory that no load needs keeps what it holds, so
 spare memory serves first what is used soonest again: parameters between forward and backward, then optimizer states.
 
-The walk repeats the step until the placement at a step's end equals that of an earlier one; the steps in between are the
-plan's cycle. Frames are part of the plan: at run time nothing is allocated, fragmented or compacted.
+The walk repeats the step. When the placement at a step's end equals that of an earlier one, the steps in between are the
+plan's cycle, and it closes by itself. In a tight budget placements wander instead; then the cycle is the stretch of steps
+whose two ends differ least, and the driver restores the first placement once per cycle. Frames are part of the plan: at
+run time nothing is allocated, fragmented or compacted.
 
 Source: Angel-PTM (VLDB 2023), unified scheduling; victims after L. A. Belady, IBM Systems Journal 5(2), 1966.
 """
@@ -29,10 +31,17 @@ from pagemem.window import Window, best_window
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.trace import Access, AccessMode, Op, Trace
 
-#: Walks of the step before a plan that does not repeat is accepted as it is.
-MAX_CYCLES: Final = 12
+#: Steps walked at most, steps at the beginning that are left out (the walk begins with empty host memory), and the
+#: shortest stretch that is worth restoring a placement for.
+MAX_STEPS: Final = 12
+WARM_UP_STEPS: Final = 2
+MIN_CYCLE_STEPS: Final = 5
 #: Stalls are compared in steps of this: below it the predicted clock is not to be trusted.
 STALL_QUANTUM_S: Final = 0.002
+
+
+#: Tensor, first frame and dirtiness of everything in host memory, sorted.
+Placed = tuple[tuple[TensorId, FrameId, bool], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +234,7 @@ class _Walk:
             elif access.mode is AccessMode.CONSUME:
                 tenant.dead, tenant.dirty = True, False
 
-    def placement(self) -> tuple[tuple[TensorId, FrameId, bool], ...]:
+    def placement(self) -> Placed:
         """What is where; two steps that begin alike go on alike."""
         return tuple(sorted((tensor, t.frame, t.dirty) for tensor, t in self.tenants.items() if not t.dead))
 
@@ -263,18 +272,15 @@ def make_plan(trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine) -
     """
     walk = _Walk(trace, n_bytes, machine)
     n_ops = len(trace.ops)
-    seen = {walk.placement(): 0}
     placements = [walk.placement()]
-    closed = False
-    first, last = 0, 0
-    for cycle in range(MAX_CYCLES):
-        walk.walk_step(cycle)
+    while len(placements) <= MAX_STEPS and placements[-1] not in placements[:-1]:
+        walk.walk_step(len(placements) - 1)
         placements.append(walk.placement())
-        first, last = seen.get(placements[-1], cycle), cycle + 1
-        if placements[-1] in seen:
-            closed = True
-            break
-        seen[placements[-1]] = cycle + 1
+    last = len(placements) - 1
+    closed = placements[-1] in placements[:-1]
+    first = placements.index(placements[-1]) if closed else 0
+    if not closed:
+        first, last = _least_different(placements, n_bytes)
     start, end = first * n_ops, last * n_ops
     loads = [task for task in walk.loads if start <= task.needed_at < end]
     numbered = _numbered_from(start, end - start, loads, closed=closed)
@@ -302,6 +308,22 @@ def make_plan(trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine) -
         loads_at=by_trigger(numbered),
         stores_at=by_trigger(store_tasks),
     )
+
+
+def _least_different(placements: Sequence[Placed], n_bytes: Mapping[TensorId, int]) -> tuple[int, int]:
+    """Two steps far enough apart with the most bytes in the same place."""
+    stretches = [
+        (first, last)
+        for first in range(WARM_UP_STEPS, len(placements))
+        for last in range(first + MIN_CYCLE_STEPS, len(placements))
+    ]
+
+    def bytes_in_place(stretch: tuple[int, int]) -> int:
+        here = {(tensor, frame) for tensor, frame, _ in placements[stretch[0]]}
+        there = {(tensor, frame) for tensor, frame, _ in placements[stretch[1]]}
+        return sum(n_bytes[tensor] for tensor, _ in here & there)
+
+    return max(stretches, key=bytes_in_place)
 
 
 def _peak_frames(
