@@ -1,0 +1,264 @@
+"""The configuration: one file (JSON, TOML or YAML) or mapping, checked whole when it is read.
+
+Unknown keys are errors that name the nearest known key. Sizes are integers (bytes) or text such as ``"4GiB"``. What is
+read is resolved once and saved with the run; nothing changes it afterwards.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pagemem.units import KiB, MiB, format_bytes, parse_bytes
+
+MIN_PAGE_BYTES: Final = 64 * KiB
+MAX_PAGE_BYTES: Final = 64 * MiB
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. One line for each thing that is wrong."""
+
+
+Size = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class MemoryConfig(_Section):
+    """Host memory."""
+
+    ram: Size = Field(gt=0)
+    """Budget of the model's states in RAM: parameters, gradients in flight and optimizer states. Activations and the
+    interpreter are not part of it."""
+    page: Literal["auto"] | Size = "auto"
+    """Page size, a power of two from 64KiB to 64MiB. "auto" takes about a 4096th of ``ram``, at most 4MiB."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MemoryConfig:
+        page = resolve_page_bytes(self.ram) if self.page == "auto" else self.page
+        if page & (page - 1) or not MIN_PAGE_BYTES <= page <= MAX_PAGE_BYTES:
+            raise ValueError(f"page is {page} bytes; it must be a power of two from 64KiB to 64MiB")
+        if self.ram < page:
+            raise ValueError(f"ram is {format_bytes(self.ram)}, less than one page of {format_bytes(page)}; raise ram")
+        return self
+
+
+class SsdConfig(_Section):
+    """Page files."""
+
+    paths: list[str] = Field(min_length=1)
+    """Folders for the page files, one per disk; pages are striped over them. Each must be new, empty or ours."""
+    direct: Literal["auto"] | bool = "auto"
+    """O_DIRECT: "auto" where the file system takes it, true to insist, false for buffered I/O through aiofiles."""
+    checksums: bool = True
+    """Keep an xxh3 checksum of every page written and verify it on every read."""
+    threads: int = Field(default=4, ge=1, le=64)
+    """I/O threads per path, for reading and for writing each."""
+    limit_mb_per_s: float | None = Field(default=None, gt=0)
+    """Bandwidth (10^6 bytes/s) of reads and writes together, to model a slower disk. None: as fast as it goes."""
+    max_request: Size = Field(default=4 * MiB, ge=4 * KiB, le=16 * MiB)
+    """Largest single read or write; larger tensors are split over the threads."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SsdConfig:
+        resolved = [str(Path(path).resolve()) for path in self.paths]
+        if len(set(resolved)) < len(resolved):
+            raise ValueError(f"paths name the same folder twice: {self.paths}")
+        return self
+
+
+class UpdateConfig(_Section):
+    """When and how gradients become updates."""
+
+    mode: Literal["exact"] = "exact"
+    """"exact": the same bits as plain PyTorch."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest global 2-norm of the gradients; larger ones are scaled down. None: no clipping. With clipping, updates
+    wait for the whole backward pass and gradients are kept in pages until then."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step of `Engine.step`. A loop of one's own simply calls backward several times."""
+    start: Literal["auto", "step"] = "auto"
+    """"auto" updates a unit as soon as its gradients are complete, as the step before foretells; "step" waits for
+    ``optimizer.step()``, which steps with a varying number of backward passes need."""
+
+
+class OptimizerConfig(_Section):
+    """The optimizer, unless a factory is given in code."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """Which of torch's optimizers."""
+    lr: float = Field(default=3e-4, ge=0)
+    """Learning rate; a schedule multiplies it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's moments (adam, adamw)."""
+    eps: float = Field(default=1e-8, ge=0)
+    """Added to the root of the second moment (adam, adamw)."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Weight decay; decoupled for adamw."""
+    momentum: float = Field(default=0.9, ge=0)
+    """Momentum (sgd)."""
+    nesterov: bool = False
+    """Nesterov momentum (sgd)."""
+    no_decay: list[str] = []
+    """Parameters without weight decay: parts of their names; "1d" stands for all with fewer than two dimensions."""
+
+
+class ModelConfig(_Section):
+    """What `offload launch` trains."""
+
+    factory: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    """``module:callable`` that returns the model; called with ``arguments``. Its forward(x, y) returns the loss."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of the factory."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Parameters in compute: fp32, or bf16 with an fp32 master in pages."""
+
+
+class DataConfig(_Section):
+    """What `offload launch` trains on."""
+
+    factory: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    """``module:callable`` that returns the data; called with ``folder`` (for its cache), ``seed`` and ``arguments``."""
+    arguments: dict[str, Any] = {}
+    """Further keyword arguments of the factory."""
+
+
+class TrainConfig(_Section):
+    """How long and how `offload launch` trains."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch: int = Field(ge=1)
+    """Rows per micro-batch."""
+    seq: int = Field(ge=1)
+    """Tokens per row."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps between two progress lines in a pipe."""
+    evaluate_batches: int = Field(default=8, ge=0)
+    """Validation batches before and after training; 0: no validation."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or cosine to a tenth at the last step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads of torch. None: torch's own choice."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, more than steps ({self.steps})")
+        return self
+
+
+class OutputConfig(_Section):
+    """What `offload launch` leaves behind."""
+
+    run: str
+    """Folder for metrics.jsonl, the resolved configuration and the loss curve. Must be new, empty or of an earlier run."""
+
+
+class Config(_Section):
+    """The whole configuration. ``memory`` and ``ssd`` are needed always; the last four only by `offload launch`."""
+
+    seed: int = 1
+    """Seed of torch's generator and of the data order (launch)."""
+    device: Literal["cpu"] = "cpu"
+    """Where compute runs: straight out of host pages."""
+    memory: MemoryConfig
+    """Host memory."""
+    ssd: SsdConfig
+    """Page files."""
+    update: UpdateConfig = UpdateConfig()
+    """Updates."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer."""
+    model: ModelConfig | None = None
+    """Model (launch; ``model.dtype`` also in a loop of one's own)."""
+    data: DataConfig | None = None
+    """Data (launch)."""
+    train: TrainConfig | None = None
+    """Training (launch)."""
+    output: OutputConfig | None = None
+    """Output (launch)."""
+
+    def dump(self, path: Path) -> None:
+        """Write the resolved configuration as JSON."""
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+
+def resolve_page_bytes(ram_bytes: int) -> int:
+    """The page size that "auto" stands for: the largest power of two not above ``ram_bytes / 4096``, 64KiB to 4MiB.
+
+    Some thousands of pages make what is lost by rounding tensors up to whole pages a few per mille of the budget, and
+    requests are not smaller for it: adjacent pages are read and written together.
+    """
+    page_bytes = MIN_PAGE_BYTES
+    while page_bytes * 2 <= min(ram_bytes // 4096, 4 * MiB):
+        page_bytes *= 2
+    return page_bytes
+
+
+def load_config(source: Config | Mapping[str, Any] | str | Path) -> Config:
+    """The configuration in a mapping or a file, checked.
+
+    Raises:
+        ConfigError: it cannot be read, has unknown keys, or values that do not fit; one line for each.
+    """
+    if isinstance(source, Config):
+        return source
+    raw = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        where = "configuration" if isinstance(source, Mapping) else str(source)
+        lines = [_describe(entry) for entry in error.errors()]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        if path.suffix == ".toml":
+            return tomllib.loads(text)
+        if path.suffix in (".yaml", ".yml"):
+            loaded = yaml.safe_load(text)
+        elif path.suffix == ".json":
+            loaded = json.loads(text)
+        else:
+            raise ConfigError(f"{path}: unknown kind of file {path.suffix!r}; use .toml, .json, .yaml or .yml")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: holds a {type(loaded).__name__}, not a mapping of sections")
+    return loaded
+
+
+def _describe(entry: Any) -> str:
+    parts = [str(part) for part in entry["loc"] if not str(part).startswith(("function-", "literal[", "constrained-"))]
+    if entry["type"] != "extra_forbidden":
+        message = entry["msg"].removeprefix("Value error, ")
+        return f"{'.'.join(parts) or 'the whole'}: {message}"
+    section: Any = Config
+    for part in parts[:-1]:
+        section = _section_type(section, part)
+    known = sorted(section.model_fields)
+    near = difflib.get_close_matches(parts[-1], known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key {'.'.join(parts)!r}; {hint}"
+
+
+def _section_type(section: Any, name: str) -> Any:
+    annotation = section.model_fields[name].annotation
+    choices = [annotation, *getattr(annotation, "__args__", ())]
+    return next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
