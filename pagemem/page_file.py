@@ -27,7 +27,7 @@ from pagemem.io_stats import IoMeter, IoStats
 from pagemem.io_threads import IoPool
 from pagemem.page import Extent
 from pagemem.page_requests import plan_requests, tabulate
-from pagemem.page_transfer import Done, Transfer, TransferServer
+from pagemem.page_transfer import Done, TransferServer
 from pagemem.run_directory import RunDirectory
 from pagemem.striping import Striping
 from pagemem.token_bucket import TokenBucket
@@ -112,10 +112,12 @@ class PageFiles:
         folders = [directory.path for directory in directories]
         self._backend = choose_backend(folders, direct=direct, n_workers=n_workers) if backend is None else backend
         self._open_files()
-        server = TransferServer(self._backend, self.paths, self._index, self._meter, self.throttle, checksums=checksums)
+        self._server = TransferServer(
+            self._backend, self.paths, self._index, self._meter, self.throttle, checksums=checksums
+        )
         self._pools = {
             (direction, path): IoPool(
-                f"pagemem-{direction.name.lower()}-{path}", threads_per_path, server, self._note_failure
+                f"pagemem-{direction.name.lower()}-{path}", threads_per_path, self._server, self._note_failure
             )
             for direction in Direction
             for path in range(len(directories))
@@ -190,12 +192,13 @@ class PageFiles:
         flat = _flat(buffer)
         table = tabulate(extents, self._striping, self.page_bytes, self._n_frames, flat.nbytes)
         requests = plan_requests(table, len(self.paths), self.page_bytes, self._max_request_bytes)
-        under_way = Transfer(direction, table, flat, done, len(requests))
+        work = self._server.work(direction, table, requests, flat, done)
         with self._state_lock:
             if self._state is not FilesState.OPEN:
                 raise StorageError(f"the page files are {self._state.value}; no transfer can begin")
-            for request in requests:
-                self._pools[direction, request.path].submit((under_way, request))
+            for item in work:
+                _, request, _ = item
+                self._pools[direction, request.path].submit(item)
 
     def _note_failure(self, failure: BaseException) -> None:
         with self._state_lock:

@@ -1,13 +1,17 @@
 """What I/O threads do with a transfer: move its requests' bytes, keep and verify checksums, report the end.
 
+A transfer is a list of jobs: each request is moved, and a write's checksums are jobs of their own, so that an idle
+thread computes them beside the move (after it where none is idle). A read is verified by the thread that read it.
+
 Invariants
-    1. ``done`` is called exactly once, after all requests ended, with no lock held and no reference to the buffer kept.
+    1. ``done`` is called exactly once, after all jobs ended, with no lock held and no reference to the buffer kept.
     2. A checksum becomes visible only when the whole write has succeeded; an extent never written cannot be read.
-    3. The first error is the one reported. Requests that had not begun by then move nothing.
+    3. The first error is the one reported. Jobs that had not begun by then do nothing.
 """
 
 from __future__ import annotations
 
+import enum
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,17 +28,23 @@ from pagemem.token_bucket import TokenBucket
 Done = Callable[[BaseException | None], None]
 
 
+class Job(enum.Enum):
+    """What is to be done with one request: READ and verify, WRITE, or DIGEST what is written."""
+
+    READ = "read"
+    WRITE = "write"
+    DIGEST = "digest"
+
+
 class Transfer:
-    """One read or write under way: its extents, its buffer, and how many of its requests are left.
+    """One read or write under way: its extents, its buffer, and how many of its jobs are left.
 
     Args:
         buffer: a view of its own, released when the transfer ends.
-        n_requests: into how many requests it was split, >= 1.
+        n_jobs: how many jobs it has, >= 1.
     """
 
-    def __init__(
-        self, direction: Direction, table: ExtentTable, buffer: memoryview, done: Done, n_requests: int
-    ) -> None:
+    def __init__(self, direction: Direction, table: ExtentTable, buffer: memoryview, done: Done, n_jobs: int) -> None:
         self.direction = direction
         self.table = table
         self.buffer = buffer
@@ -42,21 +52,21 @@ class Transfer:
         self.sums: DigestArray = np.zeros(len(table), dtype=np.uint64)
         self.error: BaseException | None = None
         self._error_lock = threading.Lock()
-        self._left = Countdown(n_requests)
+        self._left = Countdown(n_jobs)
 
-    def request_ended(self, error: BaseException | None) -> bool:
-        """Note a request's end, keep the first error; returns whether it was the last one."""
+    def job_ended(self, error: BaseException | None) -> bool:
+        """Note a job's end, keep the first error; returns whether it was the last one."""
         if error is not None:
             with self._error_lock:
                 self.error = self.error or error
         return self._left.is_last()
 
 
-Work = tuple[Transfer, Request]
+Work = tuple[Transfer, Request, Job]
 
 
 class TransferServer:
-    """Serves requests of transfers; called by any number of I/O threads at a time.
+    """Serves jobs of transfers; called by any number of I/O threads at a time.
 
     Args:
         paths: names of the backend's files, by index.
@@ -82,20 +92,36 @@ class TransferServer:
         self._throttle = throttle
         self._checksums = checksums
 
+    def work(
+        self, direction: Direction, table: ExtentTable, requests: Sequence[Request], buffer: memoryview, done: Done
+    ) -> list[Work]:
+        """A new transfer's jobs, to be served in this order or beside each other."""
+        move = Job.READ if direction is Direction.READ else Job.WRITE
+        jobs = [(request, move) for request in requests]
+        if direction is Direction.WRITE and self._checksums:
+            jobs += [(request, Job.DIGEST) for request in requests if request.leads]
+        under_way = Transfer(direction, table, buffer, done, len(jobs))
+        return [(under_way, request, job) for request, job in jobs]
+
     def __call__(self, work: Work) -> None:
-        """Serve one request, and complete its transfer if it was the last. Raises only what ``done`` raises."""
-        under_way, request = work
+        """Serve one job, and complete its transfer if it was the last. Raises only what ``done`` raises."""
+        under_way, request, job = work
         error: BaseException | None = None
         if under_way.error is None:
             try:
-                if under_way.direction is Direction.READ:
-                    self._read(under_way, request)
-                else:
-                    self._write(under_way, request)
+                self._do(under_way, request, job)
             except BaseException as raised:  # whatever it is goes to done: a lost error would block a waiter for ever
                 error = raised
-        if under_way.request_ended(error):
+        if under_way.job_ended(error):
             self._complete(under_way)
+
+    def _do(self, under_way: Transfer, request: Request, job: Job) -> None:
+        if job is Job.READ:
+            self._read(under_way, request)
+        elif job is Job.WRITE:
+            self._move(under_way, request)
+        else:
+            under_way.sums[request.rows] = self._digests(under_way, request)
 
     def _complete(self, under_way: Transfer) -> None:
         table = under_way.table
@@ -117,11 +143,6 @@ class TransferServer:
         # The parts of a cut extent end in any order: the last one sees all its bytes.
         if self._checksums and (request.parts is None or request.parts.is_last()):
             self._verify(under_way, request, sums)
-
-    def _write(self, under_way: Transfer, request: Request) -> None:
-        if self._checksums and request.leads:
-            under_way.sums[request.rows] = self._digests(under_way, request)
-        self._move(under_way, request)
 
     def _move(self, under_way: Transfer, request: Request) -> None:
         direction, moved_bytes = under_way.direction, 0
