@@ -53,5 +53,6 @@ def store_of(model: nn.Module) -> PageStore | None:
     """The store that a model built under `deferred_init` lives in, or None for an ordinary one."""
     for parameter in model.parameters():
         if isinstance(parameter, PagedParameter):
-            return parameter._place.binder.store
+            store = parameter._place.binder.owner
+            return store if isinstance(store, PageStore) else None
     return None

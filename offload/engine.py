@@ -34,7 +34,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 OptimizerLike = OptimizerFactory | OptimizerConfig | Mapping[str, Any] | None
 ConfigLike = Config | Mapping[str, Any] | str | Path
 
-_TORCH_CLASSES: Final = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+_TORCH_CLASSES: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
 class EngineState(enum.Enum):
@@ -142,8 +142,8 @@ class Engine:
             binder.copying -= 1
 
         for module in self.model.modules():
-            self._undo.append(module.register_state_dict_pre_hook(before).remove)
-            self._undo.append(module.register_state_dict_post_hook(after).remove)
+            self._undo.append(module.register_state_dict_pre_hook(before).remove)  # type: ignore[no-untyped-call]
+            self._undo.append(module.register_state_dict_post_hook(after).remove)  # type: ignore[no-untyped-call]
 
     # ---- training ----------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ def _metadata_functions() -> frozenset[Any]:
     """Torch functions that need no values: a released parameter answers them as it is."""
     found: set[Any] = set()
     for name in _ATTRIBUTES:
-        descriptor = getattr(Tensor, name, None)
+        descriptor: Any = getattr(Tensor, name, None)
         if hasattr(descriptor, "__get__"):
             found.add(descriptor.__get__)
     found.update(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name))
@@ -51,10 +51,11 @@ def _metadata_functions() -> frozenset[Any]:
 
 
 _METADATA: Final = _metadata_functions()
-_GET_GRAD: Final = Tensor.grad.__get__  # type: ignore[attr-defined]
-_SET_GRAD: Final = Tensor.grad.__set__  # type: ignore[attr-defined]
-_SET_DATA: Final = Tensor.data.__set__  # type: ignore[attr-defined]
-_REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+_TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
+_GET_GRAD: Final = _TENSOR.grad.__get__
+_SET_GRAD: Final = _TENSOR.grad.__set__
+_SET_DATA: Final = _TENSOR.data.__set__
+_REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, _TENSOR.requires_grad.__set__})
 _EXPORTS: Final = frozenset({Tensor.numpy, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__array__})
 
 
@@ -88,7 +89,7 @@ class PagedParameter(nn.Parameter):
             if func in _METADATA:
                 return func(*args, **named)
             parameters = list(_paged(args)) + list(_paged(named.values()))
-            if func is _SET_GRAD or func in _REQUIRES_GRAD:
+            if func == _SET_GRAD or func in _REQUIRES_GRAD:
                 result = func(*args, **named)
                 for parameter in parameters:
                     parameter._place.binder.watch_gradient(parameter)
@@ -153,7 +154,7 @@ class Binder:
         self.closed = False
         self.save_hooks: Callable[[], Any] = nullcontext
         self.units: dict[TensorId, Unit] = {}
-        self.store: Any = None
+        self.owner: object = None
 
     def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> None:
         """Make an ordinary parameter a paged one; its values must already be in the unit's pages."""
@@ -258,7 +259,7 @@ class Binder:
                 if self.updater is not None and gradient is not None:
                     self.updater.gradient(place.unit, place.slot, gradient)
 
-        parameter.register_post_accumulate_grad_hook(take)
+        parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Using any of the parameters raises from now on."""

@@ -84,7 +84,7 @@ class PageStore:
         self.mover = Mover(arena, self.page_files, self.counters)
         self.driver = Driver(self.mover, self.counters, self.mover.bandwidth)
         self.binder = Binder(self.driver, self.mover)
-        self.binder.store = self
+        self.binder.owner = self
 
     # ---- parameters --------------------------------------------------------------------------------------------
 

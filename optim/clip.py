@@ -15,7 +15,8 @@ from pagemem.errors import NonFiniteError
 
 def gradient_norm(flat: torch.Tensor) -> torch.Tensor:
     """2-norm of one parameter's final gradient (flat, any float dtype), a scalar fp32 tensor."""
-    return torch.linalg.vector_norm(flat.float())
+    norm: torch.Tensor = torch.linalg.vector_norm(flat.float())
+    return norm
 
 
 def clip_coefficient(norms: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:

@@ -62,7 +62,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("this optimizer's engine is closed")
         return self._updater
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step with the gradients since the last one.
 
         Raises:

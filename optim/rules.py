@@ -77,14 +77,14 @@ class _AdamRule:
 class AdamWRule(_AdamRule):
     """`torch.optim.AdamW(fused=True)`. Decoupled weight decay: Loshchilov and Hutter, ICLR 2019, algorithm 2."""
 
-    torch_class = torch.optim.AdamW
+    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
     _kernel = torch._fused_adamw_
 
 
 class AdamRule(_AdamRule):
     """`torch.optim.Adam(fused=True)`. Kingma and Ba, ICLR 2015, algorithm 1."""
 
-    torch_class = torch.optim.Adam
+    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
     _kernel = torch._fused_adam_
 
     def check(self, group: Hyper) -> None:
@@ -96,7 +96,7 @@ class AdamRule(_AdamRule):
 class SGDRule:
     """`torch.optim.SGD(fused=True)`, with or without momentum."""
 
-    torch_class = torch.optim.SGD
+    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
     hyper_names: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     keeps_step: ClassVar[bool] = False
 

@@ -240,8 +240,8 @@ class PageAllocator:
         result: list[PageMove] | Shortage = moves
         for tenant in sorted(tenants, key=lambda t: -self._placements[t].n_frames):
             home = self._placements[tenant].runs[0]
-            start = self._free.best_fit(home.n_frames)
-            step = self._shortage(home.n_frames) if start is None else self.move(tenant, FrameId(start))
+            home_start = self._free.best_fit(home.n_frames)
+            step = self._shortage(home.n_frames) if home_start is None else self.move(tenant, FrameId(home_start))
             if isinstance(step, Shortage):
                 result = step
                 break

@@ -34,7 +34,7 @@ class Window:
 
 def _candidates(segments: Sequence[Segment], n_frames: int, end: int) -> list[int]:
     """Windows worth ranking begin where a segment begins or end where one ends: all others evict at least as much."""
-    starts = {first for first, _, _ in segments if first + n_frames <= end}
+    starts: set[int] = {first for first, _, _ in segments if first + n_frames <= end}
     starts.update(first + length - n_frames for first, length, _ in segments if first + length >= n_frames)
     return sorted(starts)
 

@@ -1,0 +1,29 @@
+# make train: train the byte-level GPT out of RAM and SSD.   make test: all checks.   Both need only Python 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build of torch. For CUDA: make TORCH="torch==2.11.0" TORCH_INDEX=https://download.pytorch.org/whl/cu126
+TORCH ?= torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+RUN = $(VENV)/bin
+
+.PHONY: train test lint clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --retries 1 --timeout 30 --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(RUN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+train: $(VENV)/.installed
+	$(RUN)/offload launch examples/byte_gpt.toml
+
+lint: $(VENV)/.installed
+	$(RUN)/lint-imports
+	$(RUN)/mypy
+
+test: lint
+	$(RUN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .hypothesis .import_linter_cache
