@@ -215,7 +215,7 @@ def load_config(source: Config | Mapping[str, Any] | str | Path) -> Config:
     """
     if isinstance(source, Config):
         return source
-    raw = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    raw = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -224,7 +224,12 @@ def load_config(source: Config | Mapping[str, Any] | str | Path) -> Config:
         raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
+    """What a configuration file holds, unchecked.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
+    """
     try:
         text = path.read_text()
         if path.suffix == ".toml":

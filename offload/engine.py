@@ -196,6 +196,12 @@ class Engine:
         """The SSD tier."""
         return self._store.page_files
 
+    @property
+    def planned_step_s(self) -> float | None:
+        """Seconds of one step as the plan predicts them, or None while there is no plan."""
+        plan = self._store.driver.plan
+        return None if plan is None else plan.step_s
+
     def stats(self) -> Stats:
         """Counters since the engine was made."""
         driver, counters, files = self._store.driver, self._store.counters, self._store.page_files.stats()

@@ -26,6 +26,10 @@ class Stats:
     wait_s: float
     update_s: float
 
+    def since(self, earlier: Stats) -> Stats:
+        """What has been added since ``earlier``."""
+        return Stats(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__})
+
 
 @dataclass(frozen=True, slots=True)
 class TierUse:

@@ -1,0 +1,208 @@
+"""`offload launch FILE`: train the model of a configuration from beginning to end.
+
+Ctrl-C ends the run cleanly after the step under way: metrics, table and picture are of the steps made, and the exit
+code is 130. A run folder that holds anything not of an earlier run is refused and left as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from offload.config import Config, ConfigError, TrainConfig
+from offload.deferred_init import deferred_init
+from offload.engine import Engine, initialize
+from offload.progress import ProgressLog, StepMetrics
+from offload.report import BITS_PER_NAT, RunSummary, print_summary, save_loss_curve
+from pagemem.errors import RunDirectoryError
+
+INTERRUPTED: Final = 130
+_IDENTITY: Final = "offload-run.json"
+_FINAL_LR: Final = 0.1
+
+
+@dataclass(slots=True)
+class _Interrupt:
+    """Set by Ctrl-C; looked at between steps."""
+
+    asked: bool = field(default=False)
+
+
+def resolve(reference: str) -> Callable[..., Any]:
+    """The object that ``module:callable`` names.
+
+    Raises:
+        ConfigError: the module cannot be imported or has no such callable.
+    """
+    module_name, _, path = reference.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for name in path.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"factory {reference!r}: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"factory {reference!r} is a {type(found).__name__}, not callable")
+    callable_: Callable[..., Any] = found
+    return callable_
+
+
+def learning_rate(train: TrainConfig) -> Callable[[int], float]:
+    """What the learning rate is multiplied by at each step, counted from 0."""
+
+    def factor(step: int) -> float:
+        if step < train.warmup_steps:
+            return (step + 1) / train.warmup_steps
+        if train.schedule == "constant":
+            return 1.0
+        done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+        return _FINAL_LR + (1 - _FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return factor
+
+
+def open_run_folder(path: Path) -> Path:
+    """A folder for the run's output: new, empty, or of an earlier run (whose files are then replaced one by one).
+
+    Raises:
+        RunDirectoryError: it holds something else, or cannot be made; nothing in it was changed.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()) and not (path / _IDENTITY).exists():
+            raise RunDirectoryError(f"output.run: {path} holds files that are not of a run; name a new or empty folder")
+        (path / _IDENTITY).write_text(json.dumps({"format": "offload run 1"}) + "\n")
+    except OSError as error:
+        raise RunDirectoryError(f"output.run: {path} cannot be used: {error.strerror}") from error
+    return path
+
+
+def validation_bits(model: nn.Module, data: Any, train: TrainConfig) -> float | None:
+    """Mean validation loss in bits per byte, or None when none is asked for."""
+    if not train.evaluate_batches:
+        return None
+    was_training = model.training
+    model.eval()
+    losses = []
+    with torch.no_grad():
+        for x, y in data.validation_batches(train.evaluate_batches, train.batch, train.seq):
+            losses.append(float(model(x, y)))
+    model.train(was_training)
+    return sum(losses) / len(losses) * BITS_PER_NAT
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[_Interrupt]:
+    interrupt = _Interrupt()
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        interrupt.asked = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _process_peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _one_step(engine: Engine, data: Any, config: Config, train: TrainConfig, step: int) -> float:
+    """All micro-batches of one optimizer step; returns their mean loss in nats."""
+    total = 0.0
+    for micro in range(config.update.accumulation):
+        x, y = data.batch(step * config.update.accumulation + micro, train.batch, train.seq)
+        loss = engine(x, y)
+        total += float(loss.detach())
+        engine.backward(loss)
+    engine.step()
+    return total / config.update.accumulation
+
+
+def launch(config: Config, console: Console | None = None) -> int:
+    """Train as ``config`` says; returns the exit code, 0 or 130 after Ctrl-C.
+
+    Raises:
+        ConfigError: a section is missing or a factory cannot be found. OffloadError: see `offload.Engine`.
+    """
+    if config.model is None or config.data is None or config.train is None or config.output is None:
+        missing = [name for name in ("model", "data", "train", "output") if getattr(config, name) is None]
+        raise ConfigError(f"launch needs the sections {', '.join(missing)} as well")
+    console = console or Console()
+    train = config.train
+    build_model, build_data = resolve(config.model.factory), resolve(config.data.factory)
+    folder = open_run_folder(Path(config.output.run))
+    config.dump(folder / "config.json")
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    torch.manual_seed(config.seed)
+    data = build_data(folder=folder / "data", seed=config.seed, **config.data.arguments)
+    with deferred_init(config):
+        model = build_model(**config.model.arguments)
+    with initialize(model, config) as engine, _stop_on_interrupt() as interrupt:
+        return _train(engine, data, config, train, folder, console, interrupt)
+
+
+def _train(
+    engine: Engine, data: Any, config: Config, train: TrainConfig, folder: Path, console: Console, interrupt: _Interrupt
+) -> int:
+    n_parameters = sum(p.numel() for p in engine.model.parameters())
+    console.print(f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False)
+    before_bits = validation_bits(engine.model, data, train)
+    schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train))
+    metrics: list[StepMetrics] = []
+    tokens_a_step = train.batch * train.seq * config.update.accumulation
+    begun = last = engine.stats()
+    started_s = time.perf_counter()
+    with ProgressLog(folder / "metrics.jsonl", console, train.steps, train.log_every) as log:
+        for step in range(train.steps):
+            if interrupt.asked:
+                break
+            step_started_s = time.perf_counter()
+            lr = float(schedule.get_last_lr()[0])
+            loss = _one_step(engine, data, config, train, step)
+            schedule.step()
+            step_s = time.perf_counter() - step_started_s
+            now, memory = engine.stats(), engine.memory_report()
+            metrics.append(
+                StepMetrics(
+                    step=step + 1, loss=loss, lr=lr, step_s=step_s, tokens_per_s=tokens_a_step / step_s,
+                    host_bytes=memory.tiers["host"].used_bytes, ssd_bytes=memory.tiers["ssd"].used_bytes,
+                    ssd_read_bytes=now.bytes_read - last.bytes_read,
+                    ssd_written_bytes=now.bytes_written - last.bytes_written,
+                    wait_share=(now.wait_s - last.wait_s) / step_s,
+                )  # fmt: skip
+            )
+            last = now
+            log.take(metrics[-1])
+    train_s = time.perf_counter() - started_s
+    stats = engine.stats().since(begun)
+    after_bits = None if interrupt.asked else validation_bits(engine.model, data, train)
+    run = RunSummary(
+        n_parameters, len(metrics), train_s, tokens_a_step * len(metrics), before_bits, after_bits,
+        data.unigram_entropy_bits() if hasattr(data, "unigram_entropy_bits") else None,
+        stats, engine.memory_report(), engine.planned_step_s, _process_peak_bytes(),
+    )  # fmt: skip
+    print_summary(run, console)
+    save_loss_curve(folder / "loss_curve.png", metrics, run)
+    console.print(f"metrics, configuration and loss curve are in {folder}", highlight=False)
+    if interrupt.asked:
+        console.print(f"interrupted after step {len(metrics)}", highlight=False)
+        return INTERRUPTED
+    return 0

@@ -1,0 +1,87 @@
+"""What a run shows while it trains: a live line on a terminal, one plain line every few steps in a pipe, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pagemem.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One step's figures: loss in nats, bytes over all tiers, and the share of the step spent waiting for pages."""
+
+    step: int
+    loss: float
+    lr: float
+    step_s: float
+    tokens_per_s: float
+    host_bytes: int
+    ssd_bytes: int
+    ssd_read_bytes: int
+    ssd_written_bytes: int
+    wait_share: float
+
+    @property
+    def ssd_mb_per_s(self) -> float:
+        """SSD traffic, both directions, 10^6 bytes/s."""
+        return (self.ssd_read_bytes + self.ssd_written_bytes) / self.step_s / 1e6
+
+    def line(self, steps: int) -> str:
+        """The plain line."""
+        return (
+            f"step {self.step}/{steps}  loss {self.loss:.4f}  {self.tokens_per_s:,.0f} tokens/s  RAM {format_bytes(self.host_bytes)}  "
+            f"SSD {format_bytes(self.ssd_bytes)}  {self.ssd_mb_per_s:,.0f} MB/s  waiting {self.wait_share:.1%}"
+        )
+
+
+class ProgressLog:
+    """Takes every step's metrics: to metrics.jsonl, flushed line by line, and to whoever watches.
+
+    Args:
+        path: the metrics file; replaced.
+        steps: steps in all.
+        log_every: steps between two plain lines.
+    """
+
+    def __init__(self, path: Path, console: Console, steps: int, log_every: int) -> None:
+        self._path = path
+        self._console = console
+        self._steps = steps
+        self._log_every = log_every
+        self._file: IO[str] | None = None
+        self._bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
+            TimeRemainingColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("starting", total=steps)
+
+    def __enter__(self) -> ProgressLog:
+        self._file = self._path.open("w")
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def take(self, metrics: StepMetrics) -> None:
+        """One step is done."""
+        assert self._file is not None
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+        if self._console.is_terminal:
+            text = metrics.line(self._steps).split("  ", 1)[1]
+            self._bar.update(self._task, completed=metrics.step, description=text)
+        elif metrics.step % self._log_every == 0 or metrics.step == self._steps:
+            self._console.print(metrics.line(self._steps), soft_wrap=True, highlight=False)
