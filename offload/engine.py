@@ -81,9 +81,10 @@ class Engine:
         store, config = self._store, self.config
         if store.config.memory != config.memory or store.config.ssd != config.ssd:
             raise ValueError("the model was built under deferred_init with other memory or ssd settings")
-        store.adopt(self.model)
         template = self._template(optimizer)
         rule = rule_for(template)
+        store.check_budget(self.model, len(rule.state_names))
+        store.adopt(self.model)
         states = StateAccess(store.driver, rule.state_names)
         self._assign_groups(template, states)
         self._gradients = GradientStore(store.driver, store.budget, store.settle_sizes())

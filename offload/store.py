@@ -27,7 +27,7 @@ from pagemem.page_file import PageFiles
 from pagemem.residency import Residency
 from pagemem.run_directory import RunDirectory
 from pagemem.tier import Tag, Tier
-from pagemem.units import format_bytes
+from pagemem.units import ceil_div, format_bytes
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind
 
@@ -174,7 +174,7 @@ class PageStore:
         for unit in [unit for unit in self.index.units if unit not in used]:
             self._forget(unit)
         for unit in self.index.units:
-            unit.name = unit.parameters.name = unit.slots[0].name if len(unit.slots) == 1 else _common_name(unit)
+            unit.name = unit.parameters.name = _common_name([slot.name for slot in unit.slots])
 
     def _forget(self, unit: Unit) -> None:
         self.index.units.remove(unit)
@@ -182,6 +182,38 @@ class PageStore:
         self.driver.quiesce()
         for tensor in [unit.parameters, *(p.master for p in unit.slices if p.master), *(p.states for p in unit.slices if p.states)]:
             self.mover.forget(tensor)
+
+    def check_budget(self, model: nn.Module, n_states: int) -> None:
+        """Before anything is paged: make sure that the largest module's update will fit.
+
+        Args:
+            n_states: states that the optimizer keeps for each element.
+
+        Raises:
+            BudgetError: it will not; names the module's parameters and the smallest budget that works.
+        """
+        largest = (0, "")
+        for name, module in model.named_modules():
+            own = [(f"{name}.{key}" if name else key, p) for key, p in module.named_parameters(recurse=False)]
+            for group in _by_dtype([(key, p) for key, p in own if p.numel() and p.is_floating_point()]):
+                dtype = self.compute_dtype or group[0][1].dtype
+                numel = lay_out([(key, p.shape) for key, p in group]).numel
+                parts = cut(numel, self.slice_numel)
+                frames = 2 * ceil_div(numel * dtype.itemsize, self.page_bytes)
+                per_element = (n_states * 4, 0 if dtype is torch.float32 else 4)
+                frames += max(sum(ceil_div(part.numel * n, self.page_bytes) for n in per_element) for part in parts)
+                largest = max(largest, (frames, _common_name([key for key, _ in group])), key=lambda pair: pair[0])
+        self._check_frames(*largest)
+
+    def _check_frames(self, need_frames: int, name: str) -> None:
+        ram_bytes, smallest_bytes = self.config.memory.ram, need_frames * self.page_bytes
+        if smallest_bytes > ram_bytes:
+            raise BudgetError(
+                f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the update of the largest unit, {name}, "
+                f"needs {smallest_bytes} bytes ({format_bytes(smallest_bytes)}) at once for its parameters, gradients and "
+                f"one slice of states; set memory.ram to at least {smallest_bytes}",
+                smallest_bytes,
+            )
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 
@@ -195,15 +227,8 @@ class PageStore:
             BudgetError: the budget cannot hold what the update of the largest unit needs at once.
         """
         need_frames, unit = max(((self._update_frames(unit), unit) for unit in self.index.units), key=lambda pair: pair[0])
-        smallest_bytes = need_frames * self.page_bytes
+        self._check_frames(need_frames, unit.name)
         ram_bytes = self.config.memory.ram
-        if need_frames > ram_bytes // self.page_bytes:
-            raise BudgetError(
-                f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the update of the largest unit, "
-                f"{unit.name}, needs {smallest_bytes} bytes ({format_bytes(smallest_bytes)}) at once for its parameters, "
-                f"gradients and one slice of states; set memory.ram to at least {smallest_bytes}",
-                smallest_bytes,
-            )
         gradient_bytes = max(unit.gradient_bytes for unit in self.index.units)
         if (ram_bytes - gradient_bytes) // self.page_bytes < need_frames:
             gradient_bytes = 0
@@ -261,7 +286,10 @@ def _by_dtype(named: Iterable[tuple[str, nn.Parameter]]) -> list[list[tuple[str,
     return list(groups.values())
 
 
-def _common_name(unit: Unit) -> str:
-    first, last = unit.slots[0].name, unit.slots[-1].name
+def _common_name(names: Sequence[str]) -> str:
+    """A short name for neighbours: the only one, their module, or the first and the last."""
+    first, last = names[0], names[-1]
+    if first == last:
+        return first
     owner = first.rpartition(".")[0]
     return owner if owner and owner == last.rpartition(".")[0] else f"{first}..{last}"

@@ -181,7 +181,10 @@ class Driver:
         self.mode = mode
 
     def _adopt(self, trace: Trace) -> None:
-        """Go on by plan: the present one if the step was as it expects, else a new one."""
+        """Go on by plan: the present one if the step was as it expects, else a new one.
+
+        Where views in use leave the planner no window, steps stay on demand; that is counted and emitted.
+        """
         if self.plan is None or self.plan.ops_per_step == 0 or self.plan.keys[: self.plan.ops_per_step] != trace.keys:
             read_bytes_per_s, write_bytes_per_s = self._bandwidth()
             machine = Machine(
@@ -189,7 +192,12 @@ class Driver:
             )
             self._trace = trace
             n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in trace.tensors()}
-            self.plan = make_plan(trace, n_bytes, machine)
+            try:
+                self.plan = make_plan(trace, n_bytes, machine)
+            except BudgetError as error:
+                self.plan = None
+                self._sink.emit(Event(EventKind.DEVIATION, f"no plan: {error}", 0, time.perf_counter(), 0.0))
+                return
         self._position = 0
         self._restore = True
         self._become(Mode.PLANNED)
@@ -326,7 +334,8 @@ class Driver:
 
     def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
         def usable() -> bool:
-            return self._usable(tensor, mode)
+            # A tensor that waits in the lane is about to move to where the plan has it, out of another one's way.
+            return self._usable(tensor, mode) and tensor.id not in self._lane
 
         def hopeless() -> bool:
             if tensor.state in (Residency.LOADING, Residency.STORING):
@@ -338,6 +347,8 @@ class Driver:
             return
         if self.mode is Mode.PLANNED and self._recording:
             self._leave_plan(f"{name}: the plan has not brought {tensor.name}")
+        if self._usable(tensor, mode):
+            return
         self._fetch(tensor, name, fresh=mode is AccessMode.CREATE)
 
     def _fetch(self, tensor: PagedTensor, name: str, *, fresh: bool, lowest: bool = False) -> None:
@@ -380,7 +391,11 @@ class Driver:
         """The error for a tensor that finds no window although everything movable could leave."""
         page_bytes = self.mover.arena.page_bytes
         held = [t for t in self.mover.tensors.values() if t.held and t.frame is not None]
-        smallest_bytes = (sum(t.n_frames for t in held) + tensor.n_frames) * page_bytes + self.overhead_bytes
+        need_frames = sum(t.n_frames for t in held) + tensor.n_frames
+        if need_frames <= self.mover.arena.n_frames:
+            # Enough pages, but what is held lies between them.
+            need_frames = self.mover.arena.n_frames + tensor.n_frames
+        smallest_bytes = need_frames * page_bytes + self.overhead_bytes
         by_tag: dict[Tag, int] = {}
         for other in held:
             by_tag[other.tag] = by_tag.get(other.tag, 0) + other.n_frames * page_bytes

@@ -7,7 +7,7 @@ holds it; the lane then reports itself `stuck`, and the driver goes on without t
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 from pagemem.mover import Mover
@@ -22,12 +22,13 @@ class ReadLane:
     def __init__(self, mover: Mover) -> None:
         self._mover = mover
         self._tasks: deque[LoadTask] = deque()
+        self._waiting: Counter[TensorId] = Counter()
         self._pumping = False
         self.stuck = False
         mover.on_change(self.pump)
 
     def __contains__(self, tensor: TensorId) -> bool:
-        return any(task.tensor == tensor for task in self._tasks)
+        return self._waiting[tensor] > 0
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -35,13 +36,16 @@ class ReadLane:
     def submit(self, tasks: Iterable[LoadTask]) -> None:
         """Queue loads behind those that wait."""
         with self._mover.changed:
-            self._tasks.extend(tasks)
+            queued = list(tasks)
+            self._tasks.extend(queued)
+            self._waiting.update(task.tensor for task in queued)
             self.pump()
 
     def clear(self) -> None:
         """Forget the loads that have not started. Those under way complete."""
         with self._mover.changed:
             self._tasks.clear()
+            self._waiting.clear()
             self.stuck = False
 
     def pump(self) -> None:
@@ -52,7 +56,7 @@ class ReadLane:
         try:
             self.stuck = False
             while self._tasks and self._start(self._tasks[0]):
-                self._tasks.popleft()
+                self._waiting[self._tasks.popleft().tensor] -= 1
         finally:
             self._pumping = False
 
