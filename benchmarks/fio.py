@@ -63,7 +63,8 @@ class Fio:
         command = [
             "fio", "--name=page", f"--filename={self.file}", f"--size={self.size_bytes}", f"--bs={self.request_bytes}",
             f"--rw={way}", f"--iodepth={depth}", f"--direct={int(self.direct)}", "--ioengine=libaio",
-            "--iomem_align=2M", "--randrepeat=0", "--time_based", f"--runtime={int(seconds * 1000)}ms", "--output-format=json",
+            "--iomem_align=2M", "--randrepeat=0", "--time_based",
+            f"--runtime={int(seconds * 1000)}ms", "--output-format=json",
         ]
         finished = subprocess.run(command, stdout=subprocess.PIPE, check=True, env={**os.environ, **_HUGE_PAGES})
         (job,) = json.loads(finished.stdout)["jobs"]

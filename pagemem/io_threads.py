@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from queue import SimpleQueue
 from typing import Final, Generic, TypeVar
 
 from pagemem.units import KiB
@@ -32,6 +32,13 @@ def small_stacks() -> Iterator[None]:
 class IoPool(Generic[Item]):
     """Threads that serve the items of one queue in order of arrival.
 
+    A thread that submits to its own pool while it serves (a callback that begins the next transfer) wakes nobody for
+    the first such item: it looks at the queue itself right after. Waking an idle core costs up to 0.1 ms in a virtual
+    machine, a tenth of the transfer of 4 MiB. Of idle threads, the one that became idle last is woken.
+
+    Every queued item has a thread that will look at the queue after the item was put there: one that was woken for it,
+    the one that submitted it, or, when none is idle, all of them.
+
     Args:
         name: prefix of the threads' names.
         n_threads: how many items are served at a time.
@@ -44,7 +51,11 @@ class IoPool(Generic[Item]):
     ) -> None:
         self._serve = serve
         self._on_failure = on_failure
-        self._queue: SimpleQueue[Item | None] = SimpleQueue()
+        self._lock = threading.Lock()  # guards all below
+        self._items: deque[Item] = deque()
+        self._idle: list[threading.Lock] = []  # a gate each waiting thread is blocked on, the latest last
+        self._will_look: dict[int, bool] = {}  # by thread id, whether it has spared somebody a waking
+        self._closing = False
         # Daemons: a program that dies without closing its engine must not hang on idle threads at exit.
         self._threads = [threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(n_threads)]
         with small_stacks():
@@ -53,21 +64,45 @@ class IoPool(Generic[Item]):
 
     def submit(self, item: Item) -> None:
         """Queue one item; any thread, never blocks. Not after `close` was called."""
-        self._queue.put(item)
+        me = threading.get_ident()
+        with self._lock:
+            self._items.append(item)
+            if self._will_look.get(me) is False:
+                self._will_look[me] = True
+                return
+            gate = self._idle.pop() if self._idle else None
+        if gate is not None:
+            gate.release()
 
     def close(self) -> None:
         """Serve what is queued, then end and join the threads. Not on a pool thread. Idempotent."""
-        threads, self._threads = self._threads, []
-        for _ in threads:
-            self._queue.put(None)
-        for thread in threads:
+        with self._lock:
+            self._closing = True
+            gates, self._idle = self._idle, []
+        for gate in gates:
+            gate.release()
+        for thread in self._threads:
             thread.join()
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
+        gate = threading.Lock()
+        gate.acquire()
+        while (item := self._next(gate)) is not None:
             try:
                 self._serve(item)
             except BaseException as failure:  # whatever a callback raised must neither end the thread nor get lost
                 self._on_failure(failure)
             # Not kept while waiting for the next one: it holds the caller's buffer.
             del item
+
+    def _next(self, gate: threading.Lock) -> Item | None:
+        """The next item, waited for; None when the pool closes and nothing is left."""
+        while True:
+            with self._lock:
+                self._will_look[threading.get_ident()] = False
+                if self._items:
+                    return self._items.popleft()
+                if self._closing:
+                    return None
+                self._idle.append(gate)
+            gate.acquire()
