@@ -24,7 +24,9 @@ def budget(residency: str, parity: Parity) -> int:
         return 3 * states + (4 << 20)
     if residency == "half_on_ssd":
         return states // 2
-    return smallest_ram(dataclasses.replace(parity, steps=2))
+    smallest = smallest_ram(dataclasses.replace(parity, steps=2))
+    # What recomputation holds lies where it happened to be loaded: room for it to lie badly.
+    return smallest * 3 // 2 if parity.case is CASES["recompute"] else smallest
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -46,7 +48,7 @@ def test_every_step_equals_plain_torch(
 @pytest.mark.parametrize("residency", RESIDENCIES)
 @pytest.mark.parametrize("name", CASES)
 def test_planned_steps_equal_plain_torch(name: str, residency: str, clip_norm: float | None, tmp_path: Path) -> None:
-    parity = Parity(CASES[name], tmp_path, 0, clip_norm, each_step=False, steps=12)
+    parity = Parity(CASES[name], tmp_path, 0, clip_norm, each_step=False, steps=9)
     parity.ram = budget(residency, parity)
     stats = parity.run()
     assert stats.deviations == 0
