@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Final, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pagemem.units import KiB, MiB, format_bytes, parse_bytes
+from pagemem.units import BLOCK_BYTES, KiB, MiB, format_bytes, parse_bytes
 
 MIN_PAGE_BYTES: Final = 64 * KiB
 MAX_PAGE_BYTES: Final = 64 * MiB
@@ -26,11 +27,30 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. One line for each thing that is wrong."""
 
 
-Size = Annotated[int, BeforeValidator(parse_bytes)]
+def _size(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"not a size: {value!r}; write whole bytes or text such as \"4GiB\"")
+    return parse_bytes(value)
+
+
+def _page(value: object) -> int | str:
+    return "auto" if value == "auto" else _size(value)
+
+
+def _direct(value: object) -> bool | str:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError(f"must be \"auto\", true or false, not {value!r}")
+
+
+Size = Annotated[int, BeforeValidator(_size)]
+#: A decay rate of a moment.
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Strict: a number in quotes or a yes for a true is a slip of the pen, not a value.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class MemoryConfig(_Section):
@@ -39,7 +59,7 @@ class MemoryConfig(_Section):
     ram: Size = Field(gt=0)
     """Budget of the model's states in RAM: parameters, gradients in flight and optimizer states. Activations and the
     interpreter are not part of it."""
-    page: Literal["auto"] | Size = "auto"
+    page: Annotated[Literal["auto"] | int, BeforeValidator(_page)] = "auto"
     """Page size, a power of two from 64KiB to 64MiB. "auto" takes about a 4096th of ``ram``, at most 4MiB."""
 
     @model_validator(mode="after")
@@ -57,7 +77,7 @@ class SsdConfig(_Section):
 
     paths: list[str] = Field(min_length=1)
     """Folders for the page files, one per disk; pages are striped over them. Each must be new, empty or ours."""
-    direct: Literal["auto"] | bool = "auto"
+    direct: Annotated[Literal["auto"] | bool, BeforeValidator(_direct)] = "auto"
     """O_DIRECT: "auto" where the file system takes it, true to insist, false for buffered I/O through aiofiles."""
     checksums: bool = True
     """Keep an xxh3 checksum of every page written and verify it on every read."""
@@ -66,10 +86,12 @@ class SsdConfig(_Section):
     limit_mb_per_s: float | None = Field(default=None, gt=0)
     """Bandwidth (10^6 bytes/s) of reads and writes together, to model a slower disk. None: as fast as it goes."""
     max_request: Size = Field(default=4 * MiB, ge=4 * KiB, le=16 * MiB)
-    """Largest single read or write; larger tensors are split over the threads."""
+    """Largest single read or write, a multiple of 4KiB up to 16MiB; larger tensors are split over the threads."""
 
     @model_validator(mode="after")
     def _check(self) -> SsdConfig:
+        if self.max_request % BLOCK_BYTES:
+            raise ValueError(f"max_request is {self.max_request} bytes; it must be a multiple of {BLOCK_BYTES}")
         resolved = [str(Path(path).resolve()) for path in self.paths]
         if len(set(resolved)) < len(resolved):
             raise ValueError(f"paths name the same folder twice: {self.paths}")
@@ -98,8 +120,8 @@ class OptimizerConfig(_Section):
     """Which of torch's optimizers."""
     lr: float = Field(default=3e-4, ge=0)
     """Learning rate; a schedule multiplies it."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of Adam's moments (adam, adamw)."""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
+    """Decay of Adam's first and second moment, each in [0, 1) (adam, adamw)."""
     eps: float = Field(default=1e-8, ge=0)
     """Added to the root of the second moment (adam, adamw)."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -110,6 +132,12 @@ class OptimizerConfig(_Section):
     """Nesterov momentum (sgd)."""
     no_decay: list[str] = []
     """Parameters without weight decay: parts of their names; "1d" stands for all with fewer than two dimensions."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs name \"sgd\" and a momentum above 0")
+        return self
 
 
 class ModelConfig(_Section):
@@ -169,7 +197,7 @@ class OutputConfig(_Section):
 class Config(_Section):
     """The whole configuration. ``memory`` and ``ssd`` are needed always; the last four only by `offload launch`."""
 
-    seed: int = 1
+    seed: int = Field(default=1, ge=0)
     """Seed of torch's generator and of the data order (launch)."""
     device: Literal["cpu"] = "cpu"
     """Where compute runs: straight out of host pages."""
@@ -190,9 +218,18 @@ class Config(_Section):
     output: OutputConfig | None = None
     """Output (launch)."""
 
-    def dump(self, path: Path) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.output is not None:
+            run = Path(self.output.run).resolve()
+            for path in self.ssd.paths:
+                if run.is_relative_to(Path(path).resolve()):
+                    raise ValueError(f"output.run ({self.output.run}) lies in the page-file folder {path}; name another folder")
+        return self
+
+    def dump(self, path: str | Path) -> None:
         """Write the resolved configuration as JSON."""
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 
 
 def resolve_page_bytes(ram_bytes: int) -> int:
@@ -232,9 +269,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text()
+        loaded: Any
         if path.suffix == ".toml":
-            return tomllib.loads(text)
-        if path.suffix in (".yaml", ".yml"):
+            loaded = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
             loaded = yaml.safe_load(text)
         elif path.suffix == ".json":
             loaded = json.loads(text)
@@ -242,28 +280,55 @@ def read_config_file(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: unknown kind of file {path.suffix!r}; use .toml, .json, .yaml or .yml")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds a {type(loaded).__name__}, not a mapping of sections")
     return loaded
 
 
 def _describe(entry: Any) -> str:
-    parts = [str(part) for part in entry["loc"] if not str(part).startswith(("function-", "literal[", "constrained-"))]
-    if entry["type"] != "extra_forbidden":
+    """One line for one of pydantic's errors."""
+    parts = [str(part) for part in entry["loc"]]
+    where, kind = ".".join(parts), entry["type"]
+    if kind == "extra_forbidden":
+        return _unknown_key(parts)
+    if kind == "missing":
+        return f"{where} is missing"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{where} must be a section with keys of its own, not {reprlib.repr(entry['input'])}"
+    if kind == "value_error":
         message = entry["msg"].removeprefix("Value error, ")
-        return f"{'.'.join(parts) or 'the whole'}: {message}"
+        return f"{where}: {message}" if where else message
+    return f"{where}: {entry['msg']}, not {reprlib.repr(entry['input'])}"
+
+
+def _unknown_key(parts: list[str]) -> str:
+    """What is wrong with a key that nothing knows: the nearest key of its section, or else the section it belongs to."""
+    *path, key = parts
     section: Any = Config
-    for part in parts[:-1]:
-        section = _section_type(section, part)
+    for name in path:
+        section = _section_type(section, name)
     known = sorted(section.model_fields)
-    near = difflib.get_close_matches(parts[-1], known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    near = difflib.get_close_matches(key, known, n=1)
+    elsewhere = [f"{name}.{key}" for name, type_ in _sections().items() if key in type_.model_fields]
+    if near:
+        hint = f"did you mean {'.'.join([*path, near[0]])!r}?"
+    elif elsewhere:
+        hint = f"did you mean {' or '.join(map(repr, elsewhere))}?"
+    else:
+        hint = f"known keys: {', '.join(known)}"
     return f"unknown key {'.'.join(parts)!r}; {hint}"
 
 
-def _section_type(section: Any, name: str) -> Any:
+def _sections() -> dict[str, type[BaseModel]]:
+    """Every section of the configuration by its name."""
+    found = {name: _section_type(Config, name) for name in Config.model_fields}
+    return {name: type_ for name, type_ in found.items() if type_ is not None}
+
+
+def _section_type(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model of a key that holds a section, or None for a plain value."""
     annotation = section.model_fields[name].annotation
     choices = [annotation, *getattr(annotation, "__args__", ())]
-    return next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
+    return next((choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)), None)
