@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import offload
 from offload.config import ConfigError, load_config, read_config_file
-from offload.launch import launch
+from offload.launch import INTERRUPTED, launch
 from pagemem.errors import OffloadError
 
 
@@ -36,7 +37,7 @@ def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]
     Raises:
         ConfigError: a change has no ``=``, or goes through a value that is not a section.
     """
-    changed: dict[str, Any] = json.loads(json.dumps(raw))
+    changed: dict[str, Any] = copy.deepcopy(raw)
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals:
@@ -56,17 +57,24 @@ def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code: 0, 1 after an error, 130 after Ctrl-C (2, by argparse, for a wrong command line).
+
+    What a caller can put right is one line on stderr; any other exception is a defect and keeps its traceback.
+    """
     arguments = build_parser().parse_args(argv)
     try:
         raw = read_config_file(Path(arguments.file))
         return launch(load_config(apply_changes(raw, arguments.changes)))
-    except (OffloadError, ConfigError, MemoryError) as error:
+    except (OffloadError, ValueError, OSError, MemoryError) as error:
         if arguments.debug:
             raise
-        for line in str(error).splitlines():
-            print(f"offload: error: {line}", file=sys.stderr)
+        where = "" if isinstance(error, (OffloadError, ConfigError)) else " (--debug shows where)"
+        for line in (str(error) or type(error).__name__).splitlines():
+            print(f"offload: error: {line}{where}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("offload: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

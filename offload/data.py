@@ -52,8 +52,9 @@ class ByteCorpus:
         sizes = [file.stat().st_size for file in files]
         digest = hashlib.sha256(json.dumps([_FORMAT, validation_share, names, sizes]).encode()).hexdigest()
         described = folder / "corpus.json"
-        if not described.exists() or json.loads(described.read_text()).get("digest") != digest:
+        if _digest_in(described) != digest:
             folder.mkdir(parents=True, exist_ok=True)
+            described.unlink(missing_ok=True)  # Until both files are whole, nothing vouches for them.
             held_out = [_share_of(name) < validation_share for name in names]
             _write(folder / "train.bin", (f for f, out in zip(files, held_out, strict=True) if not out))
             _write(folder / "validation.bin", (f for f, out in zip(files, held_out, strict=True) if out))
@@ -61,13 +62,23 @@ class ByteCorpus:
         return cls(folder, seed=seed)
 
     def batch(self, step: int, rows: int, seq: int) -> tuple[Tensor, Tensor]:
-        """Training batch number ``step``: inputs and the bytes after them, int64, (rows, seq) each."""
-        drawn = np.random.default_rng((self.seed, step)).integers(0, len(self.train) - seq - 1, size=rows)
+        """Training batch number ``step``: inputs and the bytes after them, int64, (rows, seq) each.
+
+        Raises:
+            ValueError: the text is shorter than a row.
+        """
+        _check_length("training", self.train, seq)
+        drawn = np.random.default_rng((self.seed, step)).integers(0, len(self.train) - seq, size=rows)
         return _rows(self.train, drawn, seq)
 
     def validation_batches(self, count: int, rows: int, seq: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """``count`` validation batches, spread evenly over the validation text; the same ones every time."""
-        starts = np.linspace(0, len(self.validation) - seq - 2, count * rows).astype(np.int64)
+        """``count`` validation batches, spread evenly over the validation text; the same ones every time.
+
+        Raises:
+            ValueError: the text is shorter than a row.
+        """
+        _check_length("validation", self.validation, seq)
+        starts = np.linspace(0, len(self.validation) - seq - 1, count * rows).astype(np.int64)
         for number in range(count):
             yield _rows(self.validation, starts[number * rows : (number + 1) * rows], seq)
 
@@ -82,6 +93,21 @@ def _python_files(root: Path) -> Iterator[Path]:
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in ("site-packages", "dist-packages", "__pycache__")]
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
+
+
+def _digest_in(described: Path) -> str | None:
+    """The digest that a corpus description states, or None when there is no readable one."""
+    try:
+        content = json.loads(described.read_text())
+    except (OSError, ValueError):
+        return None
+    found = content.get("digest") if isinstance(content, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _check_length(what: str, text: np.memmap[tuple[int], np.dtype[np.uint8]], seq: int) -> None:
+    if len(text) <= seq:
+        raise ValueError(f"the {what} text has {len(text)} bytes, a row needs {seq + 1}; take a smaller train.seq or more text")
 
 
 def _share_of(name: str) -> float:

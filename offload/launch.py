@@ -7,13 +7,14 @@ code is 130. A run folder that holds anything not of an earlier run is refused a
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -31,14 +32,16 @@ from pagemem.errors import RunDirectoryError
 
 INTERRUPTED: Final = 130
 _IDENTITY: Final = "offload-run.json"
+_METRICS: Final = "metrics.jsonl"
+_CURVE: Final = "loss_curve.png"
 _FINAL_LR: Final = 0.1
 
 
 @dataclass(slots=True)
 class _Interrupt:
-    """Set by Ctrl-C; looked at between steps."""
+    """Set by Ctrl-C; looked at between steps and between validation batches."""
 
-    asked: bool = field(default=False)
+    asked: bool = False
 
 
 def resolve(reference: str) -> Callable[..., Any]:
@@ -58,6 +61,20 @@ def resolve(reference: str) -> Callable[..., Any]:
         raise ConfigError(f"factory {reference!r} is a {type(found).__name__}, not callable")
     callable_: Callable[..., Any] = found
     return callable_
+
+
+def build(key: str, reference: str, arguments: dict[str, Any]) -> Any:
+    """What the factory ``reference``, named by the section ``key``, returns for ``arguments``.
+
+    Raises:
+        ConfigError: there is no such factory, or it does not take these arguments. What it raises itself passes through.
+    """
+    factory = resolve(reference)
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{key}.arguments: {reference}: {error}") from error
+    return factory(**arguments)
 
 
 def learning_rate(train: TrainConfig) -> Callable[[int], float]:
@@ -85,13 +102,15 @@ def open_run_folder(path: Path) -> Path:
         if any(path.iterdir()) and not (path / _IDENTITY).exists():
             raise RunDirectoryError(f"output.run: {path} holds files that are not of a run; name a new or empty folder")
         (path / _IDENTITY).write_text(json.dumps({"format": "offload run 1"}) + "\n")
+        for name in (_METRICS, _CURVE):  # A run that fails must not show the results of the one before.
+            (path / name).unlink(missing_ok=True)
     except OSError as error:
         raise RunDirectoryError(f"output.run: {path} cannot be used: {error.strerror}") from error
     return path
 
 
-def validation_bits(model: nn.Module, data: Any, train: TrainConfig) -> float | None:
-    """Mean validation loss in bits per byte, or None when none is asked for."""
+def validation_bits(model: nn.Module, data: Any, train: TrainConfig, interrupt: _Interrupt) -> float | None:
+    """Mean validation loss in bits per byte, or None when none is asked for or Ctrl-C came first."""
     if not train.evaluate_batches:
         return None
     was_training = model.training
@@ -99,9 +118,11 @@ def validation_bits(model: nn.Module, data: Any, train: TrainConfig) -> float | 
     losses = []
     with torch.no_grad():
         for x, y in data.validation_batches(train.evaluate_batches, train.batch, train.seq):
+            if interrupt.asked:
+                break
             losses.append(float(model(x, y)))
     model.train(was_training)
-    return sum(losses) / len(losses) * BITS_PER_NAT
+    return None if interrupt.asked else sum(losses) / len(losses) * BITS_PER_NAT
 
 
 @contextmanager
@@ -109,6 +130,8 @@ def _stop_on_interrupt() -> Iterator[_Interrupt]:
     interrupt = _Interrupt()
 
     def note(_number: int, _frame: FrameType | None) -> None:
+        if interrupt.asked:  # Asked twice: do not wait for the step.
+            raise KeyboardInterrupt
         interrupt.asked = True
 
     before = signal.signal(signal.SIGINT, note)
@@ -136,25 +159,30 @@ def _one_step(engine: Engine, data: Any, config: Config, train: TrainConfig, ste
 
 
 def launch(config: Config, console: Console | None = None) -> int:
-    """Train as ``config`` says; returns the exit code, 0 or 130 after Ctrl-C.
+    """Train as ``config`` says, on the main thread, which alone hears Ctrl-C; returns the exit code, 0 or 130 after Ctrl-C.
 
     Raises:
-        ConfigError: a section is missing or a factory cannot be found. OffloadError: see `offload.Engine`.
+        ConfigError: a section is missing, a factory cannot be found or does not take its arguments.
+        NonFiniteError: a loss is NaN or infinite; the metrics of the steps before are in the run folder.
+        OffloadError: see `offload.Engine`.
+        KeyboardInterrupt: a second Ctrl-C, or one before the first step; everything is closed.
     """
     if config.model is None or config.data is None or config.train is None or config.output is None:
         missing = [name for name in ("model", "data", "train", "output") if getattr(config, name) is None]
         raise ConfigError(f"launch needs the sections {', '.join(missing)} as well")
     console = console or Console()
     train = config.train
-    build_model, build_data = resolve(config.model.factory), resolve(config.data.factory)
+    for section in (config.model, config.data):  # Before anything is written.
+        resolve(section.factory)
     folder = open_run_folder(Path(config.output.run))
     config.dump(folder / "config.json")
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     torch.manual_seed(config.seed)
-    data = build_data(folder=folder / "data", seed=config.seed, **config.data.arguments)
+    data_arguments = {"folder": folder / "data", "seed": config.seed, **config.data.arguments}
+    data = build("data", config.data.factory, data_arguments)
     with deferred_init(config):
-        model = build_model(**config.model.arguments)
+        model = build("model", config.model.factory, config.model.arguments)
     with initialize(model, config) as engine, _stop_on_interrupt() as interrupt:
         return _train(engine, data, config, train, folder, console, interrupt)
 
@@ -164,13 +192,13 @@ def _train(
 ) -> int:
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     console.print(f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False)
-    before_bits = validation_bits(engine.model, data, train)
+    before_bits = validation_bits(engine.model, data, train, interrupt)
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train))
     metrics: list[StepMetrics] = []
     tokens_a_step = train.batch * train.seq * config.update.accumulation
     begun = last = engine.stats()
     started_s = time.perf_counter()
-    with ProgressLog(folder / "metrics.jsonl", console, train.steps, train.log_every) as log:
+    with ProgressLog(folder / _METRICS, console, train.steps, train.log_every) as log:
         for step in range(train.steps):
             if interrupt.asked:
                 break
@@ -193,14 +221,14 @@ def _train(
             log.take(metrics[-1])
     train_s = time.perf_counter() - started_s
     stats = engine.stats().since(begun)
-    after_bits = None if interrupt.asked else validation_bits(engine.model, data, train)
+    after_bits = validation_bits(engine.model, data, train, interrupt)
     run = RunSummary(
         n_parameters, len(metrics), train_s, tokens_a_step * len(metrics), before_bits, after_bits,
         data.unigram_entropy_bits() if hasattr(data, "unigram_entropy_bits") else None,
         stats, engine.memory_report(), engine.planned_step_s, _process_peak_bytes(),
     )  # fmt: skip
     print_summary(run, console)
-    save_loss_curve(folder / "loss_curve.png", metrics, run)
+    save_loss_curve(folder / _CURVE, metrics, run)
     console.print(f"metrics, configuration and loss curve are in {folder}", highlight=False)
     if interrupt.asked:
         console.print(f"interrupted after step {len(metrics)}", highlight=False)

@@ -1,4 +1,4 @@
-"""What holds for every test: no thread, descriptor or mapping of ours outlives it, and hypothesis is reproducible."""
+"""What holds for every test: no thread and no descriptor outlives it, and hypothesis is reproducible."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -14,27 +13,30 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 settings.load_profile("suite")
 
+#: Descriptors that libraries open once and keep: code and data of installed packages, and the system's own devices.
+_KEPT_BY_LIBRARIES = ("/site-packages/", "/dev/null", "/dev/urandom", "/dev/random", "/proc/", "/sys/", "/usr/", "/lib/")
 
-def _descriptors() -> set[str]:
-    """What this process has open, by target; the interpreter's own caches are left out."""
+
+def _descriptors() -> set[tuple[str, str]]:
+    """What this process has open: number and target, files, pipes, sockets and the kernel's anonymous objects alike."""
     found = set()
     for entry in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{entry}")
-        except OSError:
+        except OSError:  # The descriptor of the listing itself.
             continue
-        if target.startswith("/") and "/site-packages/" not in target and not target.startswith("/dev/"):
-            found.add(f"{entry} -> {target}")
+        if not any(part in target for part in _KEPT_BY_LIBRARIES):
+            found.add((entry, target))
     return found
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
-    """Fail a test that leaks a thread, or a descriptor into its own folder."""
-    threads = set(threading.enumerate())
+def nothing_is_left_behind() -> Iterator[None]:
+    """Fail a test after which a thread runs, or a descriptor is open, that was not before."""
+    threads, descriptors = set(threading.enumerate()), _descriptors()
     yield
     gc.collect()
-    left = [thread.name for thread in threading.enumerate() if thread not in threads and not thread.name.startswith("pydevd")]
+    left = [thread.name for thread in threading.enumerate() if thread not in threads]
     assert not left, f"threads left running: {left}"
-    opened = [entry for entry in _descriptors() if str(tmp_path) in entry]
+    opened = sorted(_descriptors() - descriptors)
     assert not opened, f"descriptors left open: {opened}"

@@ -1,0 +1,335 @@
+"""`offload launch` from configuration to run folder: a real engine, a small model, a text made here."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from offload.cli import main
+from offload.config import ConfigError, load_config
+from offload.data import ByteCorpus
+from offload.engine import template_from
+from offload.launch import build, launch, learning_rate, open_run_folder, resolve
+from offload.recipe import ByteGPT, byte_gpt
+from pagemem.errors import NonFiniteError, RunDirectoryError
+
+HERE = __name__
+STEPS, ROWS, SEQ = 12, 2, 32
+MODEL = {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": SEQ}
+SENTENCE = b"the quick brown fox jumps over the lazy dog. "
+
+
+# ---- factories that configurations of these tests name -------------------------------------------------------------
+
+
+def small_text(folder: Path, seed: int) -> ByteCorpus:
+    """One sentence, again and again."""
+    folder.mkdir(exist_ok=True)
+    (folder / "train.bin").write_bytes(SENTENCE * 200)
+    (folder / "validation.bin").write_bytes(SENTENCE * 20)
+    return ByteCorpus(folder, seed=seed)
+
+
+class InterruptingText(ByteCorpus):
+    """Presses Ctrl-C while the batch of step number ``at`` is made, ``times`` times."""
+
+    at, times = 3, 1
+
+    def batch(self, step: int, rows: int, seq: int) -> tuple[Tensor, Tensor]:
+        """As any corpus, and a signal."""
+        if step == self.at:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+        return super().batch(step, rows, seq)
+
+
+def interrupting_text(folder: Path, seed: int, times: int) -> ByteCorpus:
+    """The small text with Ctrl-C in it."""
+    small_text(folder, seed)
+    corpus = InterruptingText(folder, seed=seed)
+    corpus.times = times
+    return corpus
+
+
+class Poisoned(ByteGPT):
+    """Its loss is NaN from the fourth training batch on."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """As any byte GPT, until it is not."""
+        loss = super().forward(x, y)
+        if self.training:
+            self.batches = getattr(self, "batches", 0) + 1
+            loss = loss * (float("nan") if self.batches > 3 else 1.0)
+        return loss
+
+
+def poisoned(d_model: int, n_layer: int, n_head: int, seq: int) -> ByteGPT:
+    """The model that fails."""
+    return Poisoned(d_model, n_layer, n_head, seq, tied=False)
+
+
+not_callable = 3
+
+
+# ---- what every test starts from -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """A run whose states do not fit in its RAM, on one compute thread: threads cost a model this small more than they bring."""
+    threads = torch.get_num_threads()
+    yield {
+        "seed": 5,
+        "memory": {"ram": "768KiB", "page": "64KiB"},
+        "ssd": {"paths": [str(tmp_path / "pages")], "threads": 1},
+        "optimizer": {"lr": 3e-3, "no_decay": ["1d"]},
+        "model": {"factory": "offload.recipe:byte_gpt", "arguments": MODEL},
+        "data": {"factory": f"{HERE}:small_text"},
+        "train": {
+            "steps": STEPS, "batch": ROWS, "seq": SEQ, "evaluate_batches": 2, "schedule": "cosine", "warmup_steps": 2,
+            "log_every": 5, "threads": 1,
+        },
+        "output": {"run": str(tmp_path / "run")},
+    }  # fmt: skip
+    torch.set_num_threads(threads)
+
+
+def run(raw: dict[str, Any], *, terminal: bool = False) -> tuple[int, str]:
+    """Launch; returns the exit code and what was printed."""
+    out = io.StringIO()
+    code = launch(load_config(raw), Console(file=out, force_terminal=terminal, width=200))
+    return code, out.getvalue()
+
+
+def run_command(raw: dict[str, Any], tmp_path: Path) -> int:
+    """Launch as the command does, from a file."""
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return main(["launch", str(tmp_path / "config.json")])
+
+
+def metrics(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics of the run."""
+    lines = (Path(raw["output"]["run"]) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def table(text: str) -> dict[str, str]:
+    """The closing table of a run in a pipe."""
+    return dict(re.split(r" {2,}", line, maxsplit=1) for line in text.splitlines() if re.search(r"\S {2,}\S", line))  # type: ignore[misc]
+
+
+def plain_losses(raw: dict[str, Any], folder: Path) -> list[float]:
+    """The losses of the same training in plain PyTorch, step by step."""
+    config = load_config(raw)
+    assert config.train is not None
+    torch.manual_seed(config.seed)
+    data, model = small_text(folder, config.seed), byte_gpt(**MODEL)
+    optimizer = template_from(config.optimizer, model)
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(config.train))
+    losses = []
+    for step in range(config.train.steps):
+        total = 0.0
+        for micro in range(config.update.accumulation):
+            loss = model(*data.batch(step * config.update.accumulation + micro, ROWS, SEQ))
+            total += float(loss.detach())
+            (loss / config.update.accumulation).backward()
+        losses.append(total / config.update.accumulation)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return losses
+
+
+# ---- a whole run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_table_metrics_configuration_and_picture(raw: dict[str, Any]) -> None:
+    code, text = run(raw)
+    assert code == 0 and torch.get_num_threads() == 1
+    rows = table(text)
+    before, after = (float(rows[f"validation {when}, bits per byte"]) for when in ("before", "after"))
+    unigram = float(rows["unigram entropy of the validation text, bits per byte"])
+    assert 6 < before < 10 and after < before and 3 < unigram < 5
+    touched, planned = re.findall(r"(\d+)(?: of| planned)", rows["host pages touched"])
+    assert int(touched) == int(planned) <= (768 << 10) // (64 << 10)
+    assert int(rows["parameters"].replace(",", "")) * 12 > 768 << 10
+    assert "a parameter" in rows["SSD bytes read a step"] and "a parameter" in rows["SSD bytes written a step"]
+
+    folder = Path(raw["output"]["run"])
+    assert load_config(folder / "config.json") == load_config(raw)
+    assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert [m["step"] for m in metrics(raw)] == list(range(1, STEPS + 1))
+    assert sum(m["ssd_read_bytes"] for m in metrics(raw)) > 0 < sum(m["ssd_written_bytes"] for m in metrics(raw))
+    assert all(0 < m["host_bytes"] <= 768 << 10 for m in metrics(raw))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_losses_are_plain_torchs(accumulation: int, raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["update"] = {"accumulation": accumulation}
+    run(raw)
+    assert [m["loss"] for m in metrics(raw)] == plain_losses(raw, tmp_path / "plain")
+
+
+def test_a_pipe_gets_plain_lines_every_few_steps(raw: dict[str, Any]) -> None:
+    _, text = run(raw)
+    assert re.findall(r"^step (\d+)/12  loss [\d.]+  [\d,]+ tokens/s  RAM .+  SSD .+  waiting .+%$", text, re.M) == ["5", "10", "12"]
+    assert "\x1b" not in text
+
+
+def test_a_terminal_gets_a_live_line_and_a_framed_table(raw: dict[str, Any]) -> None:
+    _, text = run(raw, terminal=True)
+    assert not re.search(r"^step \d+/12", text, re.M)
+    assert "tokens/s" in text and "│" in text
+
+
+def test_no_validation_is_said(raw: dict[str, Any]) -> None:
+    raw["train"]["evaluate_batches"] = 0
+    assert table(run(raw)[1])["validation after, bits per byte"] == "not measured"
+
+
+def test_a_run_folder_is_used_again_and_only_known_files_change(raw: dict[str, Any]) -> None:
+    run(raw)
+    first = metrics(raw)
+    note = Path(raw["output"]["run"]) / "note.txt"
+    note.write_text("mine")
+    raw["train"]["steps"] = 5
+    run(raw)
+    assert len(metrics(raw)) == 5 and note.read_text() == "mine"
+    assert metrics(raw)[0]["loss"] == first[0]["loss"]
+
+
+# ---- the ends that are not the end -----------------------------------------------------------------------------------
+
+
+def test_ctrl_c_stops_after_the_step_under_way(raw: dict[str, Any]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    raw["data"] = {"factory": f"{HERE}:interrupting_text", "arguments": {"times": 1}}
+    code, text = run(raw)
+    assert code == 130 and "interrupted after step 4" in text
+    assert len(metrics(raw)) == 4
+    rows = table(text)
+    assert rows["steps"].startswith("4 ") and rows["validation after, bits per byte"] == "not measured"
+    assert (Path(raw["output"]["run"]) / "loss_curve.png").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run({**raw, "data": {"factory": f"{HERE}:small_text"}})[0] == 0  # All was given back.
+
+
+def test_a_second_ctrl_c_does_not_wait(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw["data"] = {"factory": f"{HERE}:interrupting_text", "arguments": {"times": 2}}
+    assert run_command(raw, tmp_path) == 130
+    assert capsys.readouterr().err == "offload: interrupted\n"
+    assert len(metrics(raw)) == 3
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw["model"]["factory"] = f"{HERE}:poisoned"
+    assert run_command(raw, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("offload: error: the loss of step 4 is nan") and error.count("\n") == 1
+    assert len(metrics(raw)) == 3
+    with pytest.raises(NonFiniteError):
+        run(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"memory": {"ram": "64KiB"}}, "memory.ram"),
+        ({"model": {"factory": "offload.nowhere:x"}}, "factory 'offload.nowhere:x': No module named 'offload.nowhere'"),
+        ({"model": {"factory": "offload.recipe:nothing"}}, "has no attribute 'nothing'"),
+        ({"model": {"factory": f"{HERE}:not_callable"}}, "is a int, not callable"),
+        ({"model": {"arguments": {"depth": 3}}}, "model.arguments: offload.recipe:byte_gpt: got an unexpected keyword argument 'depth'"),
+        ({"model": {"arguments": {"d_model": 60, "n_head": 7}}}, "d_model (60) is not a multiple of n_head (7)"),
+        ({"data": {"arguments": {"depth": 3}}}, "data.arguments: "),
+        ({"train": {"seq": 64}}, "64 tokens a row, the model was built for 32"),
+        ({"train": {"seq": 10_000}}, "a row needs 10001; take a smaller train.seq or more text"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    change: dict[str, Any], said: str, raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for section, values in change.items():
+        raw[section] = {**raw[section], **values}
+    assert run_command(raw, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("offload: error: ") and error.count("\n") == 1
+
+
+def test_missing_sections_are_named(raw: dict[str, Any], tmp_path: Path) -> None:
+    del raw["data"], raw["output"]
+    with pytest.raises(ConfigError, match="launch needs the sections data, output as well"):
+        run(raw)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_factory_is_found_before_anything_is_written(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["data"]["factory"] = f"{HERE}:nothing"
+    with pytest.raises(ConfigError):
+        run(raw)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_run_folder_is_refused_and_left_alone(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("precious")
+    with pytest.raises(RunDirectoryError, match="holds files that are not of a run; name a new or empty folder"):
+        run(raw)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "precious"
+    assert not (tmp_path / "pages").exists()
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(RunDirectoryError, match="cannot be used: File exists"):
+        open_run_folder(tmp_path / "file")
+
+
+def test_results_of_an_earlier_run_do_not_outlive_a_failed_one(raw: dict[str, Any]) -> None:
+    run(raw)
+    failing = copy.deepcopy(raw)
+    failing["model"]["arguments"] = {**MODEL, "d_model": 60, "n_head": 7}
+    with pytest.raises(ValueError, match="multiple"):
+        run(failing)
+    assert not (Path(raw["output"]["run"]) / "loss_curve.png").exists()
+    assert threading.active_count() == 1
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_worked_by_hand() -> None:
+    config = load_config({
+        "memory": {"ram": "64MiB"}, "ssd": {"paths": ["pages"]},
+        "train": {"steps": 6, "batch": 1, "seq": 1, "schedule": "cosine", "warmup_steps": 2},
+    })  # fmt: skip
+    assert config.train is not None
+    factor = learning_rate(config.train)
+    expected = [0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + 2**-0.5), 0.55, 0.1 + 0.45 * (1 - 2**-0.5), 0.1, 0.1]
+    assert [factor(step) for step in range(8)] == pytest.approx(expected)
+    constant = learning_rate(config.train.model_copy(update={"schedule": "constant"}))
+    assert [constant(step) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_a_factory_may_be_an_attribute_of_a_class() -> None:
+    assert resolve("offload.data:ByteCorpus.of_files") == ByteCorpus.of_files
+
+
+def test_what_a_factory_raises_itself_passes_through() -> None:
+    with pytest.raises(ValueError, match="multiple"):
+        build("model", "offload.recipe:byte_gpt", {"d_model": 60, "n_head": 7})

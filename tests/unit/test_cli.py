@@ -1,0 +1,145 @@
+"""The command line: its surface is pinned here, and errors are lines, not tracebacks."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import offload
+from offload import cli
+from offload.config import Config, ConfigError
+from pagemem.errors import OffloadError
+
+SMALL = '[memory]\nram = "64MiB"\n[ssd]\npaths = ["pages"]\n'
+
+
+def surface(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Options, positionals and commands of a parser."""
+    found: dict[str, Any] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {name: surface(command) for name, command in action.choices.items()}
+        else:
+            found["/".join(action.option_strings) or str(action.metavar)] = None
+    return found
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A configuration file."""
+    path = tmp_path / "run.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """What would have been launched."""
+    seen: list[Config] = []
+
+    def launch(config: Config) -> int:
+        seen.append(config)
+        return 0
+
+    monkeypatch.setattr(cli, "launch", launch)
+    return seen
+
+
+def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let launching raise ``error``."""
+
+    def launch(_config: Config) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "launch", launch)
+
+
+def test_the_surface() -> None:
+    assert surface(cli.build_parser()) == {
+        "-h/--help": None,
+        "--version": None,
+        "--debug": None,
+        "launch": {"-h/--help": None, "FILE": None, "--set": None},
+    }
+
+
+def test_the_version_in_a_process_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-m", "offload.cli", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"offload {offload.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"]])
+def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2 and "usage: offload" in capsys.readouterr().err
+
+
+def test_changes_go_into_the_configuration(file: Path, launched: list[Config]) -> None:
+    changes = ["memory.ram=128MiB", "ssd.direct=false", "optimizer.lr=1e-3", "ssd.paths=[\"a\", \"b\"]", "seed=7"]
+    assert cli.main(["launch", str(file), *(part for change in changes for part in ("--set", change))]) == 0
+    (config,) = launched
+    assert config.memory.ram == 128 << 20 and config.ssd.direct is False and config.optimizer.lr == 1e-3
+    assert config.ssd.paths == ["a", "b"] and config.seed == 7
+
+
+def test_changes_leave_what_they_start_from_alone() -> None:
+    raw = {"a": {"b": 1}}
+    assert cli.apply_changes(raw, ["a.b=2", "a.c.d=x=y"]) == {"a": {"b": 2, "c": {"d": "x=y"}}}
+    assert raw == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("memory.ram", "offload: error: --set memory.ram: write section.key=value"),
+        ("memory.ram.deep=1", "offload: error: --set memory.ram.deep=1: 'ram' is not a section"),
+        ("memory.rm=1", "did you mean 'memory.ram'?"),
+        ("memory.ram=lots", "memory.ram: not a size: 'lots'"),
+    ],
+)
+def test_a_wrong_change_is_one_line(change: str, said: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", str(file), "--set", change]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("offload: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConfigError("one\ntwo"), "offload: error: one\noffload: error: two\n"),
+        (OffloadError("no room"), "offload: error: no room\n"),
+        (MemoryError(), "offload: error: MemoryError (--debug shows where)\n"),
+        (ValueError("bad shape"), "offload: error: bad shape (--debug shows where)\n"),
+        (OSError(28, "No space left on device"), "offload: error: [Errno 28] No space left on device (--debug shows where)\n"),
+    ],
+)
+def test_an_error_is_a_line_and_exit_code_1(
+    error: Exception, said: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_with(error, monkeypatch)
+    assert cli.main(["launch", str(file)]) == 1
+    assert capsys.readouterr().err == said
+
+
+def test_debug_keeps_the_traceback(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(OffloadError("no room"), monkeypatch)
+    with pytest.raises(OffloadError):
+        cli.main(["--debug", "launch", str(file)])
+
+
+def test_a_defect_keeps_its_traceback(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(AssertionError("cannot happen"), monkeypatch)
+    with pytest.raises(AssertionError):
+        cli.main(["launch", str(file)])
+
+
+def test_ctrl_c_is_exit_code_130(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fail_with(KeyboardInterrupt(), monkeypatch)
+    assert cli.main(["launch", str(file)]) == 130
+    assert capsys.readouterr().err == "offload: interrupted\n"

@@ -1,0 +1,138 @@
+"""The closing table, the loss curve, and what a run shows while it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from offload.memory import MemoryReport, Stats, TierUse
+from offload.progress import ProgressLog, StepMetrics
+from offload.report import RunSummary, print_summary, save_loss_curve, summary_rows
+
+MIB = 1 << 20
+STATS = Stats(
+    steps=10, planned_steps=8, on_demand_steps=2, deviations=0,
+    bytes_read=10 * 16_000, bytes_written=10 * 12_000, wait_s=0.5, update_s=1.0,
+)  # fmt: skip
+MEMORY = MemoryReport(
+    {"host": TierUse(4 * MIB, 2 * MIB, 3 * MIB, 48, 48), "ssd": TierUse(None, MIB, MIB, 16, None)}, {"PARAM": MIB}, 65536
+)
+RUN = RunSummary(
+    n_parameters=1000, steps=10, train_s=20.0, tokens=4000, before_bits=8.01, after_bits=2.5, unigram_bits=4.5,
+    stats=STATS, memory=MEMORY, planned_step_s=1.9, process_peak_bytes=300 * MIB,
+)  # fmt: skip
+
+
+def metrics(step: int) -> StepMetrics:
+    """One step's figures."""
+    return StepMetrics(
+        step=step, loss=2.0 / step, lr=1e-3, step_s=2.0, tokens_per_s=512.0, host_bytes=3 * MIB, ssd_bytes=MIB,
+        ssd_read_bytes=3_000_000, ssd_written_bytes=1_000_000, wait_share=0.25,
+    )  # fmt: skip
+
+
+def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
+    """A console and what is written to it."""
+    out = io.StringIO()
+    return Console(file=out, force_terminal=terminal, width=240), out
+
+
+def test_the_table_worked_by_hand() -> None:
+    assert dict(summary_rows(RUN)) == {
+        "parameters": "1,000",
+        "steps": "10 (8 by plan, 0 deviations)",
+        "validation before, bits per byte": "8.010",
+        "validation after, bits per byte": "2.500",
+        "unigram entropy of the validation text, bits per byte": "4.500",
+        "tokens/s": "200",
+        "waiting for pages": "2.5% of the time",
+        "step, mean against planned": "2.000 s, 1.900 s",
+        "host peak of budget": "3.0 MiB of 4.0 MiB",
+        "host pages touched": "48 of 64.0 KiB, 48 planned",
+        "ssd peak of budget": "1.0 MiB of no limit",
+        "ssd pages touched": "16 of 64.0 KiB, no plan",
+        "SSD bytes read a step": "15.6 KiB (16.0 a parameter)",
+        "SSD bytes written a step": "11.7 KiB (12.0 a parameter)",
+        "process peak (VmHWM), activations and interpreter included": "300.0 MiB",
+    }
+
+
+def test_a_run_stopped_before_its_first_step_has_a_table() -> None:
+    nothing = Stats(0, 0, 0, 0, 0, 0, 0.0, 0.0)
+    run = dataclasses.replace(
+        RUN, steps=0, tokens=0, train_s=0.0, before_bits=None, after_bits=None, unigram_bits=None, stats=nothing, planned_step_s=None
+    )
+    rows = dict(summary_rows(run))
+    assert rows["validation after, bits per byte"] == "not measured" and rows["tokens/s"] == "-"
+    assert "SSD bytes read a step" not in rows and "step, mean against planned" not in rows
+
+
+def test_the_table_in_a_pipe_is_aligned_plain_text() -> None:
+    target, out = console(terminal=False)
+    print_summary(RUN, target)
+    lines = out.getvalue().splitlines()
+    rows = summary_rows(RUN)
+    assert len(lines) == len(rows) and "\x1b" not in out.getvalue()
+    assert len({line.index(value, len(what)) for line, (what, value) in zip(lines, rows, strict=True)}) == 1
+
+
+def test_the_table_on_a_terminal_is_framed() -> None:
+    target, out = console(terminal=True)
+    print_summary(RUN, target)
+    assert "┃" in out.getvalue() or "│" in out.getvalue()
+    assert all(value in out.getvalue() for _, value in summary_rows(RUN))
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 5])
+def test_the_curve_is_a_picture(n_steps: int, tmp_path: Path) -> None:
+    run = dataclasses.replace(RUN, after_bits=None if n_steps == 0 else 2.5)
+    save_loss_curve(tmp_path / "curve.png", [metrics(step + 1) for step in range(n_steps)], run)
+    content = (tmp_path / "curve.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 5000
+
+
+def test_a_line_has_every_figure() -> None:
+    assert metrics(4).line(10) == (
+        "step 4/10  loss 0.5000  512 tokens/s  RAM 3.0 MiB  SSD 1.0 MiB  2 MB/s  waiting 25.0%"
+    )
+
+
+def test_metrics_are_on_disk_after_each_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("of an earlier run\n")
+    target, _ = console(terminal=False)
+    with ProgressLog(path, target, steps=3, log_every=1) as log:
+        for step in (1, 2, 3):
+            log.take(metrics(step))
+            lines = path.read_text().splitlines()
+            assert len(lines) == step and json.loads(lines[-1]) == dataclasses.asdict(metrics(step))
+
+
+def test_plain_lines_come_every_few_steps_and_at_the_end(tmp_path: Path) -> None:
+    target, out = console(terminal=False)
+    with ProgressLog(tmp_path / "m", target, steps=7, log_every=3) as log:
+        for step in range(1, 8):
+            log.take(metrics(step))
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["3/7", "6/7", "7/7"]
+
+
+def test_a_terminal_gets_one_live_line(tmp_path: Path) -> None:
+    target, out = console(terminal=True)
+    with ProgressLog(tmp_path / "m", target, steps=2, log_every=1) as log:
+        log.take(metrics(1))
+        log.take(metrics(2))
+    assert "step 1/2" not in out.getvalue() and "2/2" in out.getvalue()
+    assert "loss 1.0000  512 tokens/s" in out.getvalue()
+
+
+def test_an_error_closes_the_metrics_file(tmp_path: Path) -> None:
+    target, _ = console(terminal=True)
+    with pytest.raises(RuntimeError), ProgressLog(tmp_path / "m", target, steps=2, log_every=1) as log:
+        log.take(metrics(1))
+        raise RuntimeError("in the middle")
+    assert len((tmp_path / "m").read_text().splitlines()) == 1
