@@ -5,6 +5,7 @@ Shapes: B rows, T tokens a row, C channels (d_model), V = 256 byte values.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Final
 
@@ -15,14 +16,23 @@ from torch import Tensor, nn
 from offload.data import ByteCorpus
 
 N_BYTES: Final = 256
+_STD: Final = 0.02
 
 
 class _Linear(nn.Linear):
-    """A linear layer with GPT-2's initialisation, made inside the constructor."""
+    """A linear layer with GPT-2's initialisation, made inside the constructor: normal weights, zero bias.
+
+    Args:
+        std: standard deviation of the weights.
+    """
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool = True, std: float = _STD) -> None:
+        self.std = std  # Before the base constructor, which draws the weights.
+        super().__init__(n_in, n_out, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Normal weights of standard deviation 0.02, zero bias."""
-        nn.init.normal_(self.weight, std=0.02)
+        """Draw the weights with the global generator."""
+        nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -31,22 +41,27 @@ class _Embedding(nn.Embedding):
     """An embedding with GPT-2's initialisation."""
 
     def reset_parameters(self) -> None:
-        """Normal weights of standard deviation 0.02."""
-        nn.init.normal_(self.weight, std=0.02)
+        """Draw the weights with the global generator."""
+        nn.init.normal_(self.weight, std=_STD)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals. (B, T, C) -> (B, T, C)."""
+    """Pre-norm attention and MLP with residuals. (B, T, C) -> (B, T, C).
 
-    def __init__(self, d_model: int, n_head: int) -> None:
+    What adds to the residual stream starts smaller, so that the sum over all ``n_layer`` blocks does not grow with their
+    number (GPT-2, section 2.3).
+    """
+
+    def __init__(self, d_model: int, n_head: int, n_layer: int) -> None:
         super().__init__()
+        residual_std = _STD / math.sqrt(2 * n_layer)
         self.n_head = n_head
         self.attention_norm = nn.LayerNorm(d_model)
         self.qkv = _Linear(d_model, 3 * d_model)
-        self.out = _Linear(d_model, d_model)
+        self.out = _Linear(d_model, d_model, std=residual_std)
         self.mlp_norm = nn.LayerNorm(d_model)
         self.up = _Linear(d_model, 4 * d_model)
-        self.down = _Linear(4 * d_model, d_model)
+        self.down = _Linear(4 * d_model, d_model, std=residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """One block."""
@@ -74,7 +89,7 @@ class ByteGPT(nn.Module):
         self.seq = seq
         self.tokens = _Embedding(N_BYTES, d_model)
         self.positions = _Embedding(seq, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, n_head) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(Block(d_model, n_head, n_layer) for _ in range(n_layer))
         self.norm = nn.LayerNorm(d_model)
         self.head = None if tied else _Linear(d_model, N_BYTES, bias=False)
 
