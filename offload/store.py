@@ -272,6 +272,7 @@ class PageStore:
             for directory in self.directories:
                 closing.callback(directory.close)
             closing.callback(self.page_files.close)
+            closing.callback(self.mover.close)
             self.driver.quiesce()
 
     def is_resident(self, unit: Unit) -> bool:

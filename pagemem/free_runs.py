@@ -1,12 +1,21 @@
-"""The free frames of one tier, as maximal runs indexed by place and by length. Pure integers, O(log n) a call."""
+"""The free space of one tier: runs of whole free frames, and the room left in frames that hold parts of pages.
+
+Both are indexed by place and by size, so that the best fit is found in O(log n). Which tensor gets what is the
+allocator's decision (`pagemem.allocator`); here are only integers and the records of `pagemem.page`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from sortedcontainers import SortedDict, SortedList
+
+from pagemem.page import Extent, FrameId, Run, TensorId
+from pagemem.units import BLOCK_BYTES, round_up
 
 
 class FreeRuns:
-    """Maximal runs of adjacent free frames; neighbours are joined as soon as they touch."""
+    """Maximal runs of adjacent free frames; neighbours are joined as soon as they touch. Not thread safe."""
 
     def __init__(self) -> None:
         self._by_start: SortedDict[int, int] = SortedDict()
@@ -14,7 +23,7 @@ class FreeRuns:
         self.n_frames = 0
 
     def add(self, start: int, length: int) -> None:
-        """Free ``length`` frames from ``start`` on.
+        """Free ``length`` >= 1 frames from ``start`` on.
 
         Raises:
             AssertionError: one of them is free already; nothing was changed.
@@ -23,7 +32,7 @@ class FreeRuns:
         after = self._by_start.peekitem(place) if place < len(self._by_start) else None
         before = self._by_start.peekitem(place - 1) if place else None
         if (after is not None and after[0] < start + length) or (before is not None and sum(before) > start):
-            raise AssertionError(f"frames {start}..{start + length} are partly free already")
+            raise AssertionError(f"frames {start}..{start + length - 1} are partly free already")
         self.n_frames += length
         if after is not None and after[0] == start + length:
             self._remove(*after)
@@ -33,37 +42,55 @@ class FreeRuns:
             start, length = before[0], before[1] + length
         self._insert(start, length)
 
-    def take(self, start: int, length: int) -> bool:
-        """Take exactly these frames; False, and nothing changed, when one of them is not free."""
-        place = self._by_start.bisect_right(start) - 1
-        if place < 0:
-            return False
-        run_start, run_length = self._by_start.peekitem(place)
-        if run_start + run_length < start + length:
-            return False
-        self._remove(run_start, run_length)
+    def holds(self, start: int, length: int) -> bool:
+        """Whether exactly these frames are all free."""
+        run = self._run_at(start)
+        return run is not None and start + length <= sum(run)
+
+    def take(self, start: int, length: int) -> None:
+        """Take exactly these frames.
+
+        Raises:
+            AssertionError: one of them is not free; nothing was changed.
+        """
+        run = self._run_at(start)
+        if run is None or sum(run) < start + length:
+            raise AssertionError(f"frames {start}..{start + length - 1} are not all free")
+        self._remove(*run)
         self.n_frames -= length
-        if run_start < start:
-            self._insert(run_start, start - run_start)
-        if start + length < run_start + run_length:
-            self._insert(start + length, run_start + run_length - start - length)
-        return True
+        if run[0] < start:
+            self._insert(run[0], start - run[0])
+        if start + length < sum(run):
+            self._insert(start + length, sum(run) - start - length)
 
     def best_fit(self, length: int) -> int | None:
-        """Start of the shortest run that holds ``length`` frames, the lowest of equals."""
+        """Start of the shortest run that holds ``length`` frames, the lowest of equals; None when there is none."""
         place = self._by_length.bisect_left((length, -1))
         return self._by_length[place][1] if place < len(self._by_length) else None
 
-    def longest(self) -> tuple[int, int]:
-        """Start and length of a longest run; (0, 0) when nothing is free."""
-        if not self._by_length:
-            return (0, 0)
-        length, start = self._by_length[-1]
-        return start, length
+    def fewest_pieces(self, length: int) -> tuple[Run, ...] | None:
+        """Free frames, ``length`` in all, in as few runs as can be; None when there are not that many. Takes nothing."""
+        if length > self.n_frames:
+            return None
+        pieces: list[Run] = []
+        while length:
+            run_length, run_start = self._by_length[-1 - len(pieces)]
+            if run_length >= length:
+                # The best fit comes no later in the index than this run, so it is none of those chosen before.
+                place = self._by_length.bisect_left((length, -1))
+                run_length, run_start = length, self._by_length[place][1]
+            pieces.append(Run(FrameId(run_start), run_length))
+            length -= run_length
+        return tuple(pieces)
 
-    def runs(self) -> list[tuple[int, int]]:
+    @property
+    def longest(self) -> int:
+        """Frames of the longest run, 0 when nothing is free."""
+        return self._by_length[-1][0] if self._by_length else 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         """All runs as (start, length), in order of place."""
-        return list(self._by_start.items())
+        return iter(self._by_start.items())
 
     def validate(self) -> None:
         """Raise AssertionError when the two indices differ or runs touch."""
@@ -77,6 +104,11 @@ class FreeRuns:
                 raise AssertionError(f"free runs: ({start}, {length}) touches the run before it or is empty")
             end = start + length
 
+    def _run_at(self, frame: int) -> tuple[int, int] | None:
+        """The run that begins at or last before ``frame``."""
+        place = self._by_start.bisect_right(frame) - 1
+        return self._by_start.peekitem(place) if place >= 0 else None
+
     def _insert(self, start: int, length: int) -> None:
         self._by_start[start] = length
         self._by_length.add((length, start))
@@ -84,3 +116,97 @@ class FreeRuns:
     def _remove(self, start: int, length: int) -> None:
         del self._by_start[start]
         self._by_length.remove((length, start))
+
+
+class SharedPages:
+    """Frames that hold *tails*, the parts of pages left over by at most two tensors each. Not thread safe.
+
+    Args:
+        page_bytes: size of a frame.
+    """
+
+    def __init__(self, page_bytes: int) -> None:
+        self._page_bytes = page_bytes
+        self._tails: dict[int, tuple[tuple[Extent, TensorId], ...]] = {}
+        # (bytes beside the only tail, frame); frames with two tails are not in it.
+        self._room: SortedList[tuple[int, int]] = SortedList()
+
+    def __contains__(self, frame: int) -> bool:
+        return frame in self._tails
+
+    def __iter__(self) -> Iterator[int]:
+        """All frames with a tail, in no order."""
+        return iter(self._tails)
+
+    def __len__(self) -> int:
+        return len(self._tails)
+
+    @property
+    def n_with_room(self) -> int:
+        """Frames with one tail."""
+        return len(self._room)
+
+    def tails(self, frame: int) -> tuple[tuple[Extent, TensorId], ...]:
+        """What a frame holds, the first come first; empty when it is not one of these frames."""
+        return self._tails.get(frame, ())
+
+    def find_room(self, length_bytes: int) -> Extent | None:
+        """The place beside a tail that fits ``length_bytes`` most closely, or None. Takes nothing."""
+        place = self._room.bisect_left((length_bytes, -1))
+        if place == len(self._room):
+            return None
+        _, frame = self._room[place]
+        return Extent(FrameId(frame), self._gap(frame)[0], length_bytes)
+
+    def add(self, tail: Extent, tensor: TensorId) -> None:
+        """Record a tail; its frame becomes a shared one if it is not yet.
+
+        Raises:
+            AssertionError: the frame holds two tails, or one that overlaps; nothing was changed.
+        """
+        there = self.tails(tail.frame)
+        if len(there) > 1 or any(overlap(tail, other) for other, _ in there):
+            raise AssertionError(f"{tail} of tensor {tensor} does not fit beside {there}")
+        if there:
+            self._room.remove((self._gap(tail.frame)[1], tail.frame))
+        self._tails[tail.frame] = (*there, (tail, tensor))
+        if not there:
+            self._room.add((self._gap(tail.frame)[1], tail.frame))
+
+    def remove(self, tail: Extent, tensor: TensorId) -> bool:
+        """Forget a tail; True when its frame is empty now, and none of these any more."""
+        there = self._tails[tail.frame]
+        if len(there) == 1:
+            self._room.remove((self._gap(tail.frame)[1], tail.frame))
+            del self._tails[tail.frame]
+            return True
+        self._tails[tail.frame] = tuple(entry for entry in there if entry != (tail, tensor))
+        self._room.add((self._gap(tail.frame)[1], tail.frame))
+        return False
+
+    def validate(self) -> None:
+        """Raise AssertionError when a frame holds no, more than two or overlapping tails, or the index of room is wrong."""
+        for frame, there in self._tails.items():
+            if not 1 <= len(there) <= 2 or (len(there) == 2 and overlap(there[0][0], there[1][0])):
+                raise AssertionError(f"frame {frame} cannot hold {there}")
+            for tail, tensor in there:
+                inside = 0 <= tail.offset_bytes and tail.offset_bytes + tail.length_bytes <= self._page_bytes
+                if tail.frame != frame or not inside or tail.length_bytes <= 0 or tail.offset_bytes % BLOCK_BYTES:
+                    raise AssertionError(f"{tail} of tensor {tensor} is not a block-aligned part of frame {frame}")
+        room = sorted((self._gap(frame)[1], frame) for frame, there in self._tails.items() if len(there) == 1)
+        if room != list(self._room):
+            raise AssertionError("the index of room in shared frames is not that of their tails")
+
+    def _gap(self, frame: int) -> tuple[int, int]:
+        """Offset and length of the larger free side of a frame's only tail, in whole blocks."""
+        ((tail, _),) = self._tails[frame]
+        end_bytes = round_up(tail.offset_bytes + tail.length_bytes, BLOCK_BYTES)
+        if tail.offset_bytes > self._page_bytes - end_bytes:
+            return 0, tail.offset_bytes
+        return end_bytes, self._page_bytes - end_bytes
+
+
+def overlap(a: Extent, b: Extent) -> bool:
+    """Whether two extents have a byte in common."""
+    begin, end = max(a.offset_bytes, b.offset_bytes), min(a.offset_bytes + a.length_bytes, b.offset_bytes + b.length_bytes)
+    return a.frame == b.frame and begin < end

@@ -25,6 +25,7 @@ from pagemem.events import Event, EventKind, EventSink
 from pagemem.page import FrameId, Placement, Shortage, TensorId
 from pagemem.page_file import PageFiles
 from pagemem.residency import PagedTensor, Residency
+from pagemem.submitter import Submitter
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
 from pagemem.window import Comparable, Window, best_window
@@ -76,6 +77,7 @@ class Mover:
         self.host = PageAllocator(Tier.HOST, arena.page_bytes, arena.n_frames)
         self.ssd = PageAllocator(Tier.SSD, arena.page_bytes, files.n_frames)
         self.tensors: dict[TensorId, PagedTensor] = {}
+        self._submitter = Submitter()
         self._sink = sink
         self._failure: BaseException | None = None
         self._listeners: list[Callable[[], None]] = []
@@ -165,10 +167,13 @@ class Mover:
             tensor.become(Residency.LOADING)
             self._in_flight += 1
             self._activity[EventKind.READ].begin()
-            assert tensor.placement is not None
-            extents = tensor.placement.extents(self.arena.page_bytes)
-        started_s = time.perf_counter()
-        self.files.read(extents, buffer, lambda error: self._loaded(tensor, started_s, error))
+            placement = tensor.placement
+            assert placement is not None
+        started_s, page_bytes = time.perf_counter(), self.arena.page_bytes
+        self._submitter.submit(
+            lambda done: self.files.read(placement.extents(page_bytes), buffer, done),
+            lambda error: self._loaded(tensor, started_s, error),
+        )
 
     def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -198,9 +203,12 @@ class Mover:
             self._activity[EventKind.WRITE].begin()
             assert tensor.frame is not None
             buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
-            extents = tensor.placement.extents(self.arena.page_bytes)
-        started_s = time.perf_counter()
-        self.files.write(extents, buffer, lambda error: self._stored(tensor, started_s, error))
+            placement = tensor.placement
+        started_s, page_bytes = time.perf_counter(), self.arena.page_bytes
+        self._submitter.submit(
+            lambda done: self.files.write(placement.extents(page_bytes), buffer, done),
+            lambda error: self._stored(tensor, started_s, error),
+        )
 
     def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -283,6 +291,11 @@ class Mover:
                     self.start_store(tensor)
         self.settle()
         self.check()
+
+    def close(self) -> None:
+        """Wait until no copy is under way and end the submitting thread. Idempotent; the page files stay open."""
+        self.settle()
+        self._submitter.close()
 
     def replace_arena(self, arena: HostArena) -> None:
         """Go on with another, empty arena of the same page size. Every tensor must be stored or absent.

@@ -37,7 +37,7 @@ MAX_STEPS: Final = 12
 WARM_UP_STEPS: Final = 2
 MIN_CYCLE_STEPS: Final = 5
 #: Stalls are compared in steps of this: below it the predicted clock is not to be trusted.
-STALL_QUANTUM_S: Final = 0.002
+STALL_QUANTUM_S: Final = 0.0005
 
 
 #: Tensor, first frame and dirtiness of everything in host memory, sorted.
@@ -73,6 +73,7 @@ class _Walk:
     trace: Trace
     n_bytes: Mapping[TensorId, int]
     machine: Machine
+    kept: tuple[TensorId, ...] = ()
     frames: PageAllocator = field(init=False)
     tenants: dict[TensorId, _Tenant] = field(default_factory=dict)
     uses: dict[TensorId, list[int]] = field(default_factory=dict)
@@ -90,6 +91,11 @@ class _Walk:
                 uses = self.uses.setdefault(access.tensor, [])
                 if not uses or uses[-1] != index:
                     uses.append(index)
+        for tensor in self.kept:
+            placed = self.frames.allocate(tensor, self.n_bytes[tensor], contiguous=True)
+            if isinstance(placed, Shortage):
+                raise AssertionError(f"what is kept does not fit: {placed}")
+            self.tenants[tensor] = _Tenant(placed.runs[0].first, -1)
 
     # ---- what the ranking needs --------------------------------------------------------------------------------
 
@@ -112,9 +118,10 @@ class _Walk:
     ) -> Window | None:
         """The best window for a load needed at op ``now``; tenants in ``staying`` are not moved. ``pack``: the lowest."""
         need_s = self.op_end_s[now - 1] if now else 0.0
+        kept = frozenset(self.kept)
 
         def movable(tensor: TensorId) -> bool:
-            return tensor not in staying and self.tenants[tensor].locked_until < now
+            return tensor not in staying and tensor not in kept and self.tenants[tensor].locked_until < now
 
         def cost(tensors: Sequence[TensorId]) -> tuple[float, float, int]:
             if pack:
