@@ -1,0 +1,258 @@
+"""Step time of the engine against plain PyTorch: same model, data and run, in turns, each in a process of its own.
+
+    python -m benchmarks.step --size 27m --ram-share 0.25
+
+Each process is blocked on its pipe while the other one steps, so they do not disturb each other and each has its own
+peak memory. ``--ram-share`` is the RAM budget for model states over 12 bytes a parameter (fp32 parameters and two
+moments); 1.5 holds everything. The engine traces in its first two steps; they are warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+from typing import IO, Any
+
+import torch
+
+from benchmarks import common
+from benchmarks.common import GPT, SIZES, Spread, batch, fused_adamw
+
+WARM_UP = 4
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--size", choices=SIZES, default="27m")
+    parser.add_argument("--ram-share", type=float, default=0.25)
+    parser.add_argument("--steps", type=int, default=9, help="timed steps each, at least 5")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
+    parser.add_argument("--no-checksums", action="store_true")
+    parser.add_argument("--child", choices=["torch", "engine"], help=argparse.SUPPRESS)
+    common.common_arguments(parser)
+    chosen = parser.parse_args()
+    if chosen.steps < 5:
+        parser.error("--steps must be at least 5")
+    return chosen
+
+
+# ---- the measured processes ---------------------------------------------------------------------------------------
+
+
+class PlainTorch:
+    """PyTorch alone."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.clip_norm = a.clip_norm
+        self.model = GPT(*SIZES[a.size], a.seq)
+        self.optimizer = fused_adamw(self.model.parameters())
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        """One training step; returns the loss."""
+        loss = self.model(x, y)
+        loss.backward()
+        if self.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def counters(self) -> dict[str, float]:
+        """Nothing of its own."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """Nothing of its own."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Engine:
+    """PyTorch with parameters and states in pages."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        import offload
+
+        ram = int(a.ram_share * 12 * common.n_parameters(*SIZES[a.size], a.seq))
+        config = {
+            "memory": {"ram": ram},
+            "ssd": {"paths": [f"{a.dir}/pages"], "checksums": not a.no_checksums},
+            "update": {"clip_norm": a.clip_norm},
+        }
+        with offload.deferred_init(config):
+            model = GPT(*SIZES[a.size], a.seq)
+        self.model, self.optimizer = offload.prepare(model, fused_adamw, config)
+        self.engine = self.optimizer.engine
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        """One training step; returns the loss."""
+        loss = self.model(x, y)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def counters(self) -> dict[str, float]:
+        """The engine's counters."""
+        return dataclasses.asdict(self.engine.stats())
+
+    def summary(self) -> dict[str, Any]:
+        """Memory by tier, and the plan's forecast."""
+        report = self.engine.memory_report()
+        return {"planned_step_s": self.engine.planned_step_s, "memory": dataclasses.asdict(report)}
+
+    def close(self) -> None:
+        """Close the engine."""
+        self.engine.close()
+
+
+def child(a: argparse.Namespace) -> None:
+    """Step whenever a line comes in; answer each with one JSON line."""
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(1)
+    subject: PlainTorch | Engine = PlainTorch(a) if a.child == "torch" else Engine(a)
+    for number, _ in enumerate(iter(sys.stdin.readline, "stop\n")):
+        x, y = batch(number, a.batch, a.seq)
+        before, disk = subject.counters(), common.disk_bytes()
+        started_s, cpu_s = time.perf_counter(), time.process_time()
+        loss = subject.step(x, y)
+        step_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
+        after, disk_after = subject.counters(), common.disk_bytes()
+        answer = {
+            "step_s": step_s,
+            "cpu_s": cpu_s,
+            "loss": loss,
+            "disk_read": disk_after[0] - disk[0],
+            "disk_written": disk_after[1] - disk[1],
+            **{key: after[key] - before[key] for key in after},
+        }
+        print(json.dumps(answer), flush=True)
+    print(json.dumps({"peak_rss_bytes": common.status_bytes("VmHWM"), **subject.summary()}), flush=True)
+    subject.close()
+
+
+# ---- the measuring process ----------------------------------------------------------------------------------------
+
+
+class Child:
+    """One measured process."""
+
+    def __init__(self, kind: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--child", kind]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Send a line, wait for the answer."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None and stdout is not None
+        stdin.write(line + "\n")
+        stdin.flush()
+        return _answer(stdout)
+
+    def end(self) -> dict[str, Any]:
+        """Stop the process; returns its summary."""
+        summary = self.ask("stop")
+        self.process.wait()
+        return summary
+
+
+def _answer(stdout: IO[str]) -> dict[str, Any]:
+    line = stdout.readline()
+    if not line:
+        raise SystemExit("a measured process ended early; its error is above")
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+
+def measure(a: argparse.Namespace) -> dict[str, Any]:
+    """Both processes, in turns; returns the record."""
+    shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
+    children = {kind: Child(kind) for kind in ("torch", "engine")}
+    steps: dict[str, list[dict[str, Any]]] = {"torch": [], "engine": []}
+    for number in range(WARM_UP + a.steps):
+        for kind, process in children.items():
+            steps[kind].append(process.ask("step"))
+        print(f"step {number + 1}/{WARM_UP + a.steps}", *(f"{k} {v[-1]['step_s']:.3f} s" for k, v in steps.items()), file=sys.stderr)
+    summaries = {kind: process.end() for kind, process in children.items()}
+    shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
+    timed = {kind: values[WARM_UP:] for kind, values in steps.items()}
+    ratios = [ours["step_s"] / plain["step_s"] for ours, plain in zip(timed["engine"], timed["torch"], strict=True)]
+    n = common.n_parameters(*SIZES[a.size], a.seq)
+    per_step = {key: sum(step[key] for step in timed["engine"]) / a.steps for key in timed["engine"][0]}
+    return {
+        "benchmark": "step",
+        "config": {k: v for k, v in vars(a).items() if k not in ("child", "json", "save", "dir")},
+        "surroundings": common.surroundings(),
+        "parameters": n,
+        "ratio": dataclasses.asdict(Spread.of(ratios)),
+        "torch_step_s": dataclasses.asdict(Spread.of([step["step_s"] for step in timed["torch"]])),
+        "engine_step_s": dataclasses.asdict(Spread.of([step["step_s"] for step in timed["engine"]])),
+        "torch_peak_rss_bytes": summaries["torch"]["peak_rss_bytes"],
+        "engine_peak_rss_bytes": summaries["engine"]["peak_rss_bytes"],
+        "read_bytes_per_parameter": per_step["bytes_read"] / n,
+        "written_bytes_per_parameter": per_step["bytes_written"] / n,
+        "device_read_bytes_per_parameter": per_step["disk_read"] / n,
+        "device_written_bytes_per_parameter": per_step["disk_written"] / n,
+        "waiting_s": per_step["wait_s"],
+        "update_s": per_step["update_s"],
+        "planned_step_s": summaries["engine"]["planned_step_s"],
+        "deviations": sum(step["deviations"] for step in steps["engine"]),
+        "losses_equal": [s["loss"] for s in steps["torch"]] == [s["loss"] for s in steps["engine"]],
+        "memory": summaries["engine"]["memory"],
+        "all_steps": steps,
+    }
+
+
+def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table."""
+    ratio, plain, ours = (Spread(**record[key]) for key in ("ratio", "torch_step_s", "engine_step_s"))
+    rest_s = ours.median - record["waiting_s"] - record["update_s"]
+    rows = [
+        ("parameters", f"{record['parameters']:,}"),
+        ("step time over plain torch", str(ratio)),
+        ("plain torch, s a step", str(plain)),
+        ("engine, s a step", str(ours)),
+        ("  of it waiting for reads", f"{record['waiting_s']:.3f}"),
+        ("  of it updates", f"{record['update_s']:.3f}"),
+        ("  of it compute and everything else", f"{rest_s:.3f}"),
+        ("  as the plan forecast it", f"{record['planned_step_s'] or 0:.3f}"),
+        ("losses equal, bit for bit", str(record["losses_equal"])),
+        ("VmHWM, plain torch", f"{record['torch_peak_rss_bytes'] / 1e6:,.0f} MB"),
+        ("VmHWM, engine", f"{record['engine_peak_rss_bytes'] / 1e6:,.0f} MB"),
+        ("SSD bytes a parameter and step", f"{record['read_bytes_per_parameter']:.2f} read, {record['written_bytes_per_parameter']:.2f} written"),
+        (
+            "  as the block device counts",
+            f"{record['device_read_bytes_per_parameter']:.2f} read, {record['device_written_bytes_per_parameter']:.2f} written",
+        ),
+    ]
+    for name, tier in record["memory"]["tiers"].items():
+        rows.append((f"{name} pages: planned, measured", f"{tier['planned_peak_pages']}, {tier['peak_pages']}"))
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    a = arguments()
+    if a.child:
+        child(a)
+        return
+    torch.set_num_threads(a.threads)
+    record = measure(a)
+    common.save(record, a.save)
+    title = f"{a.size}, batch {a.batch} x {a.seq}, RAM for states {a.ram_share:g} of them"
+    common.show(title, rows_of(record), {k: v for k, v in record.items() if k != "all_steps"}, as_json=a.json)
+
+
+if __name__ == "__main__":
+    main()
