@@ -1,7 +1,7 @@
 # make train: train the byte-level GPT out of RAM and SSD.   make test: all checks.   Both need only Python 3.11.
 PYTHON ?= python3
 VENV ?= .venv
-# The CPU build of torch. For CUDA: make TORCH="torch==2.11.0" TORCH_INDEX=https://download.pytorch.org/whl/cu126
+# The CPU build of torch; another one: make TORCH=torch==2.13.0 TORCH_INDEX=<index of that build>
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 RUN = $(VENV)/bin
