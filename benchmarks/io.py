@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             unchecked.fill()
             checked.fill()  # last: its checksums are those of the file's bytes
 
-        backend = checked.files.backend
+        backend = checked.files.backend_name
         contestants: dict[str, Callable[[str, int, float], Sample]] = {CHECKED: checked.run, UNCHECKED: unchecked.run}
         if fio_version is None:
             print("fio is not installed: only the page file is measured", file=sys.stderr)

@@ -1,7 +1,16 @@
 """Bytes of a tier that somebody holds, by tag. The only place where such bytes are counted.
 
 A `Reservation` stands for bytes held; it can be resized and merged, and must end. The sum of all never exceeds the
-budget: what does not fit is refused with a `BudgetShortage` that names the holders, and nothing changes.
+budget: what does not fit is refused with a `BudgetShortage`, which names the holders and is false where a reservation
+is true, and nothing changes.
+
+Invariants, whenever the budget's lock is free
+    1. 0 <= used_bytes <= limit_bytes, and used_bytes <= peak_bytes <= limit_bytes.
+    2. used_bytes is the sum of the sizes of all HELD reservations, in all and tag by tag.
+    3. A reservation that is not HELD has size 0.
+
+A reservation begins HELD; `Reservation.release` makes it RELEASED, `Reservation.merge` makes its argument MERGED. Both
+are for good.
 """
 
 from __future__ import annotations
@@ -10,7 +19,7 @@ import enum
 import threading
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final
+from typing import Final, Literal
 
 from pagemem.errors import TransitionError
 from pagemem.tier import Tag, Tier
@@ -19,13 +28,23 @@ from pagemem.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class BudgetShortage:
-    """A refused request: what was asked for, what is used of which limit, and who uses it."""
+    """A refused request; always false.
+
+    Attributes:
+        asked_bytes: bytes wanted beyond those held.
+        used_bytes: bytes held by all at that moment.
+        limit_bytes: the budget.
+        holders: bytes held under each tag that holds any, most first.
+    """
 
     tier: Tier
     asked_bytes: int
     used_bytes: int
     limit_bytes: int
     holders: tuple[tuple[Tag, int], ...]
+
+    def __bool__(self) -> Literal[False]:
+        return False
 
     def describe(self) -> str:
         """The error sentence, with what to change."""
@@ -38,38 +57,61 @@ class BudgetShortage:
 
 
 class ReservationState(enum.Enum):
-    """HELD from `Budget.reserve` on, ENDED after `release` or `merge`, for good."""
+    """HELD from `Budget.reserve` on; RELEASED after its own end, MERGED once another has taken its bytes over."""
 
     HELD = "held"
-    ENDED = "ended"
+    RELEASED = "released"
+    MERGED = "merged"
 
 
-_LEGAL: Final = {ReservationState.HELD: frozenset({ReservationState.ENDED}), ReservationState.ENDED: frozenset()}
+_LEGAL: Final = {
+    ReservationState.HELD: frozenset({ReservationState.RELEASED, ReservationState.MERGED}),
+    ReservationState.RELEASED: frozenset[ReservationState](),
+    ReservationState.MERGED: frozenset[ReservationState](),
+}
 
 
 class Reservation:
-    """Bytes of one budget held under one tag. Methods may be called on any thread."""
+    """Bytes of one budget held under one tag. Made by `Budget.reserve`; methods may be called on any thread.
+
+    As a context manager it is released at the end of the block, unless it was merged into another inside.
+    """
+
+    __slots__ = ("_budget", "_n_bytes", "_state", "holder", "tag")
 
     def __init__(self, budget: Budget, tag: Tag, holder: str) -> None:
         self._budget = budget
+        self._n_bytes = 0  # This and the state are written under the budget's lock only.
+        self._state = ReservationState.HELD
         self.tag = tag
         self.holder = holder
-        self.n_bytes = 0
-        self.state = ReservationState.HELD
 
-    def resize(self, n_bytes: int) -> BudgetShortage | None:
-        """Hold ``n_bytes`` from now on; on a shortage the size stays as it was.
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held now; 0 once it has ended."""
+        return self._n_bytes
+
+    @property
+    def state(self) -> ReservationState:
+        """Whether it is held, and if not how it ended."""
+        return self._state
+
+    def resize(self, n_bytes: int) -> Reservation | BudgetShortage:
+        """Hold ``n_bytes`` from now on.
+
+        Returns:
+            This reservation (true), or the shortage (false); the size is as it was then.
 
         Raises:
-            TransitionError: the reservation has ended. ValueError: the size is negative.
+            ValueError: the size is negative. TransitionError: the reservation has ended.
         """
         return self._budget._resize(self, n_bytes)
 
     def merge(self, other: Reservation) -> None:
-        """Take over what ``other`` holds, and end it. Both must be of this budget and tag, and held.
+        """Take over the bytes of ``other``, which ends. The total does not change, not even for a moment.
 
         Raises:
-            ValueError: they are of different budgets or tags. TransitionError: one has ended.
+            ValueError: they are the same, or of different budgets or tags. TransitionError: one has ended. Neither was changed.
         """
         self._budget._merge(self, other)
 
@@ -77,98 +119,132 @@ class Reservation:
         """Hold nothing any more.
 
         Raises:
-            TransitionError: it has ended before.
+            TransitionError: it has ended before: two owners believe that it is theirs.
         """
         self._budget._release(self)
 
-    def become(self, state: ReservationState) -> None:
-        """Apply one legal move; called by the budget under its lock."""
-        if state not in _LEGAL[self.state]:
-            raise TransitionError(f"reservation {self.holder!r}: {self.state.value} -> {state.value} is not a legal move")
-        self.state = state
+    def _require_held(self, to: str) -> None:
+        if self._state is not ReservationState.HELD:
+            raise TransitionError(f"reservation {self.holder!r} was {self._state.value} before; it cannot {to}")
+
+    def _become(self, state: ReservationState) -> int:
+        """Apply one legal move under the budget's lock; returns the bytes that were held."""
+        if state not in _LEGAL[self._state]:
+            raise TransitionError(
+                f"reservation {self.holder!r}: {self._state.value} -> {state.value} is not a legal move; it ends only once"
+            )
+        n_bytes, self._n_bytes, self._state = self._n_bytes, 0, state
+        return n_bytes
 
     def __enter__(self) -> Reservation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.release()
+        if self._state is not ReservationState.MERGED:
+            self.release()
+
+    def __repr__(self) -> str:
+        return f"<Reservation {self.holder!r} {self.tag.value} {self._n_bytes} bytes {self._state.value}>"
 
 
 class Budget:
-    """A hard limit on the bytes of one tier. Thread safe; its lock is held for bookkeeping only."""
+    """A hard limit on the bytes of one tier. Thread safe: one lock, held for bookkeeping only.
+
+    Args:
+        tier: named in shortages and errors.
+        limit_bytes: what may be held at any instant.
+
+    Raises:
+        ValueError: the limit is negative.
+    """
 
     def __init__(self, tier: Tier, limit_bytes: int) -> None:
         if limit_bytes < 0:
             raise ValueError(f"{tier.value}: a budget cannot be negative: {limit_bytes}")
         self.tier = tier
         self.limit_bytes = limit_bytes
-        self.used_bytes = 0
-        self.peak_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards all below, and size and state of every reservation
+        self._used_bytes = 0
+        self._peak_bytes = 0
+        self._by_tag = dict.fromkeys(Tag, 0)
         self._held: set[Reservation] = set()
 
     def reserve(self, tag: Tag, n_bytes: int, holder: str) -> Reservation | BudgetShortage:
-        """Hold ``n_bytes`` bytes; ``holder`` is named in errors."""
-        made = Reservation(self, tag, holder)
-        with self._lock:
-            self._held.add(made)
-        short = self._resize(made, n_bytes)
-        if short is not None:
-            self._release(made)
-            return short
-        return made
-
-    def by_tag(self) -> dict[Tag, int]:
-        """Bytes held under each tag that holds any."""
-        with self._lock:
-            return self._by_tag()
-
-    def close(self) -> None:
-        """Make sure that everything was given back.
+        """Hold ``n_bytes`` bytes; ``holder`` is named in errors.
 
         Raises:
-            AssertionError: something was not; names the holders.
+            ValueError: the size is negative.
+        """
+        made = Reservation(self, tag, holder)
+        _check_size(made, n_bytes)
+        with self._lock:
+            shortage = self._change(made, n_bytes)
+            if shortage is not None:
+                return shortage
+            self._held.add(made)
+            return made
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes held now."""
+        return self._used_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes held at any instant so far."""
+        return self._peak_bytes
+
+    def by_tag(self) -> dict[Tag, int]:
+        """Bytes held under each tag that holds any, all at one instant."""
+        with self._lock:
+            return {tag: n_bytes for tag, n_bytes in self._by_tag.items() if n_bytes}
+
+    def close(self) -> None:
+        """Make sure that everything was given back. May be called again after it was.
+
+        Raises:
+            AssertionError: something was not; names every holder.
         """
         with self._lock:
             left = sorted(f"{r.holder} ({r.tag.value}, {r.n_bytes} bytes)" for r in self._held)
         if left:
             raise AssertionError(f"{self.tier.value}: reservations never released: {', '.join(left)}")
 
-    def _by_tag(self) -> dict[Tag, int]:
-        found: dict[Tag, int] = {}
-        for reservation in self._held:
-            if reservation.n_bytes:
-                found[reservation.tag] = found.get(reservation.tag, 0) + reservation.n_bytes
-        return found
+    def _change(self, reservation: Reservation, n_bytes: int) -> BudgetShortage | None:
+        """Resize with the lock held."""
+        more_bytes = n_bytes - reservation._n_bytes
+        if self._used_bytes + more_bytes > self.limit_bytes:
+            holders = sorted(((tag, n) for tag, n in self._by_tag.items() if n), key=lambda held: -held[1])
+            return BudgetShortage(self.tier, more_bytes, self._used_bytes, self.limit_bytes, tuple(holders))
+        reservation._n_bytes = n_bytes
+        self._used_bytes += more_bytes
+        self._by_tag[reservation.tag] += more_bytes
+        self._peak_bytes = max(self._peak_bytes, self._used_bytes)
+        return None
 
-    def _resize(self, reservation: Reservation, n_bytes: int) -> BudgetShortage | None:
-        if n_bytes < 0:
-            raise ValueError(f"reservation {reservation.holder!r}: a size cannot be negative: {n_bytes}")
+    def _resize(self, reservation: Reservation, n_bytes: int) -> Reservation | BudgetShortage:
+        _check_size(reservation, n_bytes)
         with self._lock:
-            if reservation.state is not ReservationState.HELD:
-                raise TransitionError(f"reservation {reservation.holder!r} has ended and cannot be resized")
-            more = n_bytes - reservation.n_bytes
-            if self.used_bytes + more > self.limit_bytes:
-                holders = tuple(sorted(self._by_tag().items(), key=lambda pair: pair[0].value))
-                return BudgetShortage(self.tier, more, self.used_bytes, self.limit_bytes, holders)
-            reservation.n_bytes = n_bytes
-            self.used_bytes += more
-            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-            return None
+            reservation._require_held("be resized")
+            shortage = self._change(reservation, n_bytes)
+            return reservation if shortage is None else shortage
 
     def _merge(self, kept: Reservation, ended: Reservation) -> None:
         if kept is ended or kept.tag is not ended.tag or kept._budget is not ended._budget:
-            raise ValueError(f"reservations {kept.holder!r} and {ended.holder!r} cannot be merged: not of one budget and tag")
+            raise ValueError(f"{kept} and {ended} cannot be merged: they must be two, of one budget and tag")
         with self._lock:
-            if kept.state is not ReservationState.HELD:
-                raise TransitionError(f"reservation {kept.holder!r} has ended and cannot take another over")
-            ended.become(ReservationState.ENDED)
+            kept._require_held("take another over")
+            kept._n_bytes += ended._become(ReservationState.MERGED)
             self._held.remove(ended)
-            kept.n_bytes, ended.n_bytes = kept.n_bytes + ended.n_bytes, 0
 
     def _release(self, reservation: Reservation) -> None:
         with self._lock:
-            reservation.become(ReservationState.ENDED)
+            n_bytes = reservation._become(ReservationState.RELEASED)
             self._held.remove(reservation)
-            self.used_bytes -= reservation.n_bytes
-            reservation.n_bytes = 0
+            self._used_bytes -= n_bytes
+            self._by_tag[reservation.tag] -= n_bytes
+
+
+def _check_size(reservation: Reservation, n_bytes: int) -> None:
+    if n_bytes < 0:
+        raise ValueError(f"reservation {reservation.holder!r}: a size cannot be negative: {n_bytes}")

@@ -7,6 +7,7 @@ extent at offset 0, slot 1 for the other. All methods work on whole arrays of ex
 from __future__ import annotations
 
 import threading
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from xxhash import xxh3_64_intdigest
 from pagemem.striping import IntArray
 
 DigestArray = npt.NDArray[np.uint64]
+
+_HALF_WORD: Final = np.uint64(32)
+_LOW_HALF: Final = np.uint64(0xFFFFFFFF)
 
 
 def digests(buffer: memoryview, starts: IntArray, lengths: IntArray) -> DigestArray:
@@ -56,9 +60,18 @@ class ExtentIndex:
             self._spans[frames, slots] = _packed(offsets, lengths)
             self._sums[frames, slots] = sums
             # The two slots of a frame may have overlapped when the frame changed hands: the older one is gone.
-            first_end = self._spans[frames, 0] & np.uint64(0xFFFFFFFF)
-            overlap = (self._spans[frames, 1] >> np.uint64(32)) < first_end
+            first_end = self._spans[frames, 0] & _LOW_HALF
+            overlap = (self._spans[frames, 1] >> _HALF_WORD) < first_end
             self._spans[frames[overlap], 1 - slots[overlap]] = 0
+
+    def forget(self, frames: IntArray, offsets: IntArray, lengths: IntArray) -> None:
+        """Make unknown whatever overlaps these extents: their bytes may be half old, half new."""
+        with self._lock:
+            for slot in range(self._spans.shape[1]):
+                spans = self._spans[frames, slot]
+                starts = (spans >> _HALF_WORD).astype(np.int64)
+                ends = starts + (spans & _LOW_HALF).astype(np.int64)
+                self._spans[frames[(starts < offsets + lengths) & (offsets < ends)], slot] = 0
 
     def look_up(
         self, frames: IntArray, offsets: IntArray, lengths: IntArray
@@ -71,4 +84,4 @@ class ExtentIndex:
 
 
 def _packed(offsets: IntArray, lengths: IntArray) -> DigestArray:
-    return (offsets.astype(np.uint64) << np.uint64(32)) | lengths.astype(np.uint64)
+    return (offsets.astype(np.uint64) << _HALF_WORD) | lengths.astype(np.uint64)

@@ -69,7 +69,7 @@ class FreeRuns:
         return self._by_length[place][1] if place < len(self._by_length) else None
 
     def fewest_pieces(self, length: int) -> tuple[Run, ...] | None:
-        """Free frames, ``length`` in all, in as few runs as can be; None when there are not that many. Takes nothing."""
+        """Free frames, ``length`` in all, in as few runs as can be, in order of place; None when there are not that many."""
         if length > self.n_frames:
             return None
         pieces: list[Run] = []
@@ -81,7 +81,7 @@ class FreeRuns:
                 run_length, run_start = length, self._by_length[place][1]
             pieces.append(Run(FrameId(run_start), run_length))
             length -= run_length
-        return tuple(pieces)
+        return tuple(sorted(pieces, key=lambda piece: piece.first))
 
     @property
     def longest(self) -> int:

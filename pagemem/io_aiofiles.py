@@ -34,6 +34,9 @@ class AiofilesBackend:
 
     Args:
         n_workers: transfers under way at a time, in each direction.
+
+    Raises:
+        StorageError: the system starts no more threads; none is left running.
     """
 
     name: Final = "aiofiles"
@@ -43,7 +46,11 @@ class AiofilesBackend:
         self._handles: list[Any] = []
         self._fds: list[int] = []
         self._reads = _LoopThread("pagemem-aio-read", n_workers)
-        self._writes = _LoopThread("pagemem-aio-write", n_workers)
+        try:
+            self._writes = _LoopThread("pagemem-aio-write", n_workers)
+        except BaseException:
+            self._reads.close()
+            raise
 
     def open(self, path: str) -> int:
         """Open or make the file; returns its index."""
@@ -99,19 +106,24 @@ async def _sync(fd: int) -> None:
 
 
 class _LoopThread:
-    """An event loop running in an owned thread, with ``n_workers`` owned executor threads."""
+    """An event loop running in an owned thread, with ``n_workers`` owned executor threads; all started or none."""
 
     def __init__(self, name: str, n_workers: int) -> None:
         self._loop = asyncio.new_event_loop()
         self._executor = ThreadPoolExecutor(n_workers, thread_name_prefix=f"{name}-worker")
         self._loop.set_default_executor(self._executor)
         self._thread: threading.Thread | None = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
-        with small_stacks():
-            self._thread.start()
-            # The executor starts a thread only when all are busy: hold them up, so that all start here.
-            everybody_started = threading.Barrier(n_workers + 1)
-            for _ in range(n_workers):
-                self._executor.submit(everybody_started.wait)
+        # The executor starts a thread only when all are busy: hold them up, so that all start here.
+        everybody_started = threading.Barrier(n_workers + 1)
+        try:
+            with small_stacks():
+                self._thread.start()
+                for _ in range(n_workers):
+                    self._executor.submit(everybody_started.wait)
+        except BaseException:
+            everybody_started.abort()
+            self.close()
+            raise
         everybody_started.wait()
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
@@ -123,7 +135,8 @@ class _LoopThread:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        thread.join()
+        if thread.ident is not None:  # None: it could not be started
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            thread.join()
         self._executor.shutdown(wait=True)
         self._loop.close()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Generic, TypeVar
 
+from pagemem.errors import StorageError
 from pagemem.units import KiB
 
 Item = TypeVar("Item")
@@ -20,11 +21,22 @@ _stack_size_lock = threading.Lock()
 
 @contextmanager
 def small_stacks() -> Iterator[None]:
-    """Threads started inside have stacks of `STACK_BYTES`; the process-wide setting is put back after."""
+    """Threads started inside have stacks of `STACK_BYTES`; the process-wide setting is put back after.
+
+    Nothing but starting threads belongs inside.
+
+    Raises:
+        StorageError: the system starts no more threads; those started before are the caller's to end.
+    """
     with _stack_size_lock:
         before_bytes = threading.stack_size(STACK_BYTES)
         try:
             yield
+        except RuntimeError as error:  # what Thread.start raises
+            raise StorageError(
+                f"an I/O thread could not be started ({error}): a stack of {STACK_BYTES} bytes does not fit the limit on "
+                f"data, or there are too many threads. Raise the limit (ulimit -d, ulimit -u) or lower ssd.threads."
+            ) from error
         finally:
             threading.stack_size(before_bytes)
 
@@ -44,6 +56,9 @@ class IoPool(Generic[Item]):
         n_threads: how many items are served at a time.
         serve: called on a pool thread with one item.
         on_failure: called on a pool thread with what ``serve`` raised; the thread goes on with the next item.
+
+    Raises:
+        StorageError: the system starts no more threads; none is left running.
     """
 
     def __init__(
@@ -57,10 +72,16 @@ class IoPool(Generic[Item]):
         self._will_look: dict[int, bool] = {}  # by thread id, whether it has spared somebody a waking
         self._closing = False
         # Daemons: a program that dies without closing its engine must not hang on idle threads at exit.
-        self._threads = [threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(n_threads)]
-        with small_stacks():
-            for thread in self._threads:
-                thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            with small_stacks():
+                for i in range(n_threads):
+                    thread = threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True)
+                    thread.start()
+                    self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, item: Item) -> None:
         """Queue one item; any thread, never blocks. Not after `close` was called."""

@@ -27,7 +27,7 @@ from pagemem.io_stats import IoMeter, IoStats
 from pagemem.io_threads import IoPool
 from pagemem.page import Extent
 from pagemem.page_requests import plan_requests, tabulate
-from pagemem.page_transfer import Done, TransferServer
+from pagemem.page_transfer import Done, TransferServer, Work
 from pagemem.run_directory import RunDirectory
 from pagemem.striping import Striping
 from pagemem.token_bucket import TokenBucket
@@ -74,7 +74,8 @@ class PageFiles:
 
     Raises:
         ValueError: an argument is out of its range.
-        StorageError: a page file cannot be opened, or O_DIRECT is forced and refused.
+        StorageError: a page file cannot be opened, O_DIRECT is forced and refused, or the system starts no more
+            threads. No thread and no descriptor is left then.
     """
 
     def __init__(
@@ -115,13 +116,8 @@ class PageFiles:
         self._server = TransferServer(
             self._backend, self.paths, self._index, self._meter, self.throttle, checksums=checksums
         )
-        self._pools = {
-            (direction, path): IoPool(
-                f"pagemem-{direction.name.lower()}-{path}", threads_per_path, self._server, self._note_failure
-            )
-            for direction in Direction
-            for path in range(len(directories))
-        }
+        self._pools: dict[tuple[Direction, int], IoPool[Work]] = {}
+        self._start_threads(threads_per_path)
 
     # ---- what there is -----------------------------------------------------------------------------------------
 
@@ -131,7 +127,7 @@ class PageFiles:
         return self._n_frames
 
     @property
-    def backend(self) -> str:
+    def backend_name(self) -> str:
         """``"direct"`` or ``"aiofiles"``."""
         return self._backend.name
 
@@ -203,6 +199,16 @@ class PageFiles:
     def _note_failure(self, failure: BaseException) -> None:
         with self._state_lock:
             self._failure = self._failure or failure
+
+    def _start_threads(self, threads_per_path: int) -> None:
+        try:
+            for direction in Direction:
+                for path in range(len(self.paths)):
+                    name = f"pagemem-{direction.name.lower()}-{path}"
+                    self._pools[direction, path] = IoPool(name, threads_per_path, self._server, self._note_failure)
+        except BaseException:
+            self.close()
+            raise
 
     # ---- files -------------------------------------------------------------------------------------------------
 

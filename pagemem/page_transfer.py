@@ -5,7 +5,8 @@ thread computes them beside the move (after it where none is idle). A read is ve
 
 Invariants
     1. ``done`` is called exactly once, after all jobs ended, with no lock held and no reference to the buffer kept.
-    2. A checksum becomes visible only when the whole write has succeeded; an extent never written cannot be read.
+    2. A checksum becomes visible only when the whole write has succeeded; an extent never written cannot be read, nor,
+       where there are no checksums to tell, one that a failed write may have torn.
     3. The first error is the one reported. Jobs that had not begun by then do nothing.
 """
 
@@ -125,8 +126,11 @@ class TransferServer:
 
     def _complete(self, under_way: Transfer) -> None:
         table = under_way.table
-        if under_way.direction is Direction.WRITE and under_way.error is None:
-            self._index.record(table.frames, table.offsets, table.lengths, under_way.sums)
+        if under_way.direction is Direction.WRITE:
+            if under_way.error is None:
+                self._index.record(table.frames, table.offsets, table.lengths, under_way.sums)
+            elif not self._checksums:  # with them, a read finds out which of the old extents are still intact
+                self._index.forget(table.frames, table.offsets, table.lengths)
         under_way.buffer.release()
         under_way.done(under_way.error)
 

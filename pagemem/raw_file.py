@@ -6,12 +6,22 @@ import os
 
 
 def ensure_file(path: str) -> None:
-    """Make an empty file unless there is one.
+    """Make an empty file, durably, unless there is one.
 
     Raises:
         OSError: it cannot be made.
     """
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    sync_folder(os.path.dirname(path))
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Make durable which names the folder has; syncing a file does not say that its name is there after a crash."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def allocate(path: str, old_bytes: int, new_bytes: int) -> None:

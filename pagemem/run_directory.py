@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from pagemem.errors import RunDirectoryError
+from pagemem.raw_file import sync_folder
 
 IDENTITY_NAME: Final = "pagemem.json"
 LOCK_NAME: Final = "pagemem.lock"
@@ -136,6 +137,7 @@ def _write_identity(path: Path) -> str:
         file.flush()
         os.fsync(file.fileno())
     draft.rename(path / IDENTITY_NAME)
+    sync_folder(path)
     return run_id
 
 

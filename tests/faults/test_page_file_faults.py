@@ -314,6 +314,42 @@ def test_a_first_write_that_failed_left_nothing_to_read(bench: Bench) -> None:
             bench.read([extent])
 
 
+@pytest.mark.parametrize("number", range(N_REQUESTS))
+def test_without_checksums_what_a_failed_write_may_have_torn_is_refused(bench: Bench, number: int) -> None:
+    bench.open(checksums=False)
+    old, new = aligned((N_PAGES + 1) * PAGE_BYTES), aligned(N_PAGES * PAGE_BYTES)
+    bench.files.grow(N_PAGES + 1)
+    everything = pages(*range(N_PAGES + 1))
+    bench.write(everything, old)
+    bench.backend.set_hook("write", failing_at(number, errno.EIO))
+    # The first page changes hands: only its first block is written, yet no byte of the old extent can be trusted.
+    with pytest.raises(StorageError, match="writing"):
+        bench.write([Extent(FrameId(0), 0, BLOCK_BYTES), *ALL[1:]], new[PAGE_BYTES - BLOCK_BYTES :])
+    for extent in [Extent(FrameId(0), 0, BLOCK_BYTES), *ALL]:
+        with pytest.raises(StorageError, match="no such extent was written"):
+            bench.read([extent])
+    assert bench.read(everything[-1:]) == old[-PAGE_BYTES:], "what the write did not touch is still there"
+    del bench.backend.hooks["write"]
+    bench.write(ALL, new)
+    assert bench.read(ALL) == new
+
+
+@pytest.mark.parametrize("at_byte", [0, BLOCK_BYTES])
+def test_without_checksums_a_failed_write_spares_the_other_tensor_of_the_page(bench: Bench, at_byte: int) -> None:
+    bench.open(checksums=False)
+    source = aligned(2 * BLOCK_BYTES)
+    extents = {offset: Extent(FrameId(3), offset, BLOCK_BYTES) for offset in (0, BLOCK_BYTES)}
+    for offset, extent in extents.items():
+        bench.write([extent], source[offset : offset + BLOCK_BYTES])
+    bench.backend.set_hook("write", failing_at(0, errno.EIO))
+    with pytest.raises(StorageError, match="writing"):
+        bench.write([extents[at_byte]], aligned(BLOCK_BYTES))
+    with pytest.raises(StorageError, match="no such extent was written"):
+        bench.read([extents[at_byte]])
+    other = BLOCK_BYTES - at_byte
+    assert bench.read([extents[other]]) == source[other : other + BLOCK_BYTES]
+
+
 @pytest.mark.parametrize("kind", ["read", "write"])
 def test_a_failed_transfer_does_not_keep_the_buffer(bench: Bench, kind: str) -> None:
     files = bench.open()
@@ -473,3 +509,31 @@ def test_a_page_file_that_cannot_be_opened_leaves_nothing_behind(tmp_path: Path,
 def test_forcing_direct_where_it_is_refused_says_so() -> None:
     with pytest.raises(StorageError, match=r'/proc refuses it; set ssd\.direct to "auto"'):
         choose_backend([Path("/proc")], direct=True, n_workers=1)
+
+
+@pytest.mark.parametrize("direct", [None, False])
+def test_a_thread_that_cannot_be_started_leaves_none_behind(
+    tmp_path: Path, direct: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, descriptors = set(threading.enumerate()), os.listdir("/proc/self/fd")
+    start = threading.Thread.start
+    for n_allowed in range(100):
+        left = [n_allowed]
+
+        def limited(thread: threading.Thread) -> None:
+            if not left[0]:
+                raise RuntimeError("can't start new thread")
+            left[0] -= 1
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", limited)
+        with RunDirectory(tmp_path) as directory:
+            try:
+                PageFiles([directory], page_bytes=PAGE_BYTES, direct=direct, threads_per_path=2).close()
+                break
+            except StorageError as error:
+                assert "I/O thread could not be started" in str(error)
+        assert set(threading.enumerate()) == threads
+        assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    assert n_allowed >= 4, "two threads in each direction, each of which was refused once"
+    assert n_allowed < 99

@@ -106,7 +106,7 @@ def opened(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Opener]:
 
 def test_the_probe_decides_the_backend(opened: Opener, tmp_path: Path) -> None:
     direct = opened.direct is None and accepts_direct(tmp_path)
-    assert opened().backend == ("direct" if direct else "aiofiles")
+    assert opened().backend_name == ("direct" if direct else "aiofiles")
     assert {entry.name for entry in (tmp_path / "ssd0").iterdir()} == {PAGE_FILE_NAME, "pagemem.json", "pagemem.lock"}
 
 

@@ -1,0 +1,270 @@
+"""The allocator against a model that knows the owner of every block of every frame, and copies real bytes.
+
+The model holds the tier's memory as a bytearray, scaled down: one byte stands for a block of 4096. Each tensor's bytes
+are written when it is placed and read back, through its placement, after every rule; the copies of `move` and `merge`
+are made on that memory one by one, and each is checked to write only where nothing lies that is still needed.
+"""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
+
+from pagemem.allocator import PageAllocator
+from pagemem.page import Extent, FrameId, PageMove, Placement, Shortage, TensorId
+from pagemem.tier import Tier
+from pagemem.units import BLOCK_BYTES, KiB, ceil_div
+
+PAGE = 64 * KiB
+BLOCKS = PAGE // BLOCK_BYTES
+whole_pages = st.integers(1, 4).map(lambda n: n * PAGE)
+sizes = st.one_of(st.integers(1, 4 * PAGE), st.integers(1, PAGE), whole_pages, whole_pages.map(lambda n: n - 1))
+sizes_of_small = st.one_of(st.just(PAGE), st.integers(1, PAGE), st.just(2 * PAGE))
+
+
+def blocks(extent: Extent) -> slice:
+    """The blocks of the tier's memory that an extent touches."""
+    begin = extent.frame * BLOCKS + extent.offset_bytes // BLOCK_BYTES
+    return slice(begin, begin + ceil_div(extent.length_bytes, BLOCK_BYTES))
+
+
+class AllocatorAgainstByteMap(RuleBasedStateMachine):
+    tensors = Bundle("tensors")
+
+    @initialize(target=tensors, n_frames=st.integers(1, 16), pages=st.lists(sizes_of_small, max_size=16))
+    def start(self, n_frames: int, pages: list[int]) -> object:
+        """A tier that begins with some small tensors, so that what is freed is scattered."""
+        self.frames = PageAllocator(Tier.HOST, PAGE, n_frames)
+        self.n_frames = n_frames
+        self.memory = bytearray(n_frames * BLOCKS)
+        self.owner: list[TensorId | None] = [None] * len(self.memory)
+        self.content: dict[TensorId, bytes] = {}
+        self.sizes: dict[TensorId, int] = {}
+        self.next_id = 0
+        self.peak = 0
+        placed = [self.frames.allocate(self.new_id(), n_bytes) for n_bytes in pages]
+        return multiple(*(self.settle(found) for found in placed if isinstance(found, Placement)))
+
+    # ---- rules -----------------------------------------------------------------------------------------------------
+
+    @rule(target=tensors, n_bytes=sizes, contiguous=st.booleans())
+    def allocate(self, n_bytes: int, contiguous: bool) -> object:
+        found = self.frames.allocate(self.new_id(), n_bytes, contiguous=contiguous)
+        wanted = ceil_div(n_bytes, PAGE)
+        if isinstance(found, Shortage):
+            self.check_shortage(found)
+            enough = self.longest_free_run() if contiguous else self.n_free()
+            assert enough < found.wanted_frames <= wanted
+            return multiple()
+        assert found.contiguous or not contiguous
+        assert (found.tail is None) or not contiguous
+        return self.settle(found)
+
+    @rule(target=tensors, n_bytes=sizes, at=st.integers(0, 30))
+    def allocate_at(self, n_bytes: int, at: int) -> object:
+        wanted = range(at, at + ceil_div(n_bytes, PAGE))
+        fits = all(frame < self.n_frames and self.is_free(frame) for frame in wanted)
+        found = self.frames.allocate(self.new_id(), n_bytes, at=FrameId(at))
+        if isinstance(found, Shortage):
+            self.check_shortage(found)
+            assert not fits
+            return multiple()
+        assert fits
+        assert found.runs[0].first == at
+        return self.settle(found)
+
+    @precondition(lambda self: self.n_free())
+    @rule(target=tensors, spared=st.integers(0, 2), left_over=st.integers(0, PAGE - 1))
+    def fill(self, spared: int, left_over: int) -> object:
+        """Take what is free, all but a frame or two: this is what gets scattered."""
+        return self.allocate_packed(max(1, (self.n_free() - spared) * PAGE - left_over))
+
+    def allocate_packed(self, n_bytes: int) -> object:
+        found = self.frames.allocate(self.new_id(), n_bytes)
+        return multiple() if isinstance(found, Shortage) else self.settle(found)
+
+    @rule(tensor=consumes(tensors))
+    def release(self, tensor: TensorId) -> None:
+        for extent in self.frames.release(tensor).extents(PAGE):
+            self.clear(extent, tensor)
+        del self.content[tensor], self.sizes[tensor]
+
+    @rule(n_frames=st.integers(0, 4))
+    def grow(self, n_frames: int) -> None:
+        self.frames.grow(n_frames)
+        self.n_frames += n_frames
+        self.memory += bytes(n_frames * BLOCKS)
+        self.owner += [None] * (n_frames * BLOCKS)
+
+    @rule(tensor=tensors, to=st.integers(0, 30))
+    def move(self, tensor: TensorId, to: int) -> None:
+        before = self.layout()
+        wanted = range(to, to + ceil_div(self.sizes[tensor], PAGE))
+        fits = all(frame < self.n_frames and not self.owners(frame) - {tensor} for frame in wanted)
+        moves = self.frames.move(tensor, FrameId(to))
+        if isinstance(moves, Shortage):
+            # A ring of copies may want a spare frame; otherwise the frames were another's.
+            self.check_shortage(moves)
+            assert not fits or not self.n_free()
+            assert self.layout() == before
+            return
+        assert fits
+        self.copy(moves, {tensor})
+        placed = self.placement(tensor)
+        assert (placed.contiguous, placed.runs[0].first, placed.tail) == (True, to, None)
+
+    @rule(tensor=tensors)
+    def merge_any(self, tensor: TensorId) -> None:
+        self.merge(tensor, 0, 0.0)
+
+    @precondition(lambda self: self.scattered())
+    @rule(choice=st.integers(0, 99), fixed_seed=st.integers(0, 99), fixed_share=st.sampled_from([0.0, 0.0, 0.2, 0.5, 1.0]))
+    def merge_a_scattered_one(self, choice: int, fixed_seed: int, fixed_share: float) -> None:
+        scattered = self.scattered()
+        self.merge(scattered[choice % len(scattered)], fixed_seed, fixed_share)
+
+    def merge(self, tensor: TensorId, fixed_seed: int, fixed_share: float) -> None:
+        draw = random.Random(fixed_seed)
+        fixed = {other for other in self.sizes if draw.random() < fixed_share}
+        before = self.layout()
+        flat = {other for other, placed in before.items() if placed.contiguous}
+        was_flat, longest = tensor in flat, self.longest_free_run()
+        moves = self.frames.merge(tensor, movable=lambda other: other not in fixed)
+        if isinstance(moves, Shortage):
+            self.check_shortage(moves)
+            assert not was_flat
+            assert longest < ceil_div(self.sizes[tensor], PAGE)
+            assert self.layout() == before
+            return
+        self.copy(moves, (set(self.sizes) - fixed) | {tensor})
+        assert {other for other, placed in self.layout().items() if placed.contiguous} >= flat | {tensor}
+        assert not (was_flat and moves)
+        if longest >= ceil_div(self.sizes[tensor], PAGE):
+            assert {copy.tensor for copy in moves} <= {tensor}
+
+    # ---- what must hold after each rule ------------------------------------------------------------------------------
+
+    @invariant()
+    def every_tensor_reads_back(self) -> None:
+        for tensor, content in self.content.items():
+            found = b"".join(bytes(self.memory[blocks(extent)]) for extent in self.placement(tensor).extents(PAGE))
+            assert found == content, f"tensor {tensor} reads {found.hex()}, not {content.hex()}"
+
+    @invariant()
+    def the_numbers_are_those_of_the_model(self) -> None:
+        frames = self.frames
+        frames.validate()
+        used = sum(not self.is_free(frame) for frame in range(self.n_frames))
+        self.peak = max(self.peak, used)
+        assert (frames.n_frames, frames.used_frames, frames.free_frames) == (self.n_frames, used, self.n_frames - used)
+        assert frames.peak_frames == self.peak
+        assert frames.largest_free_run == self.longest_free_run()
+        assert sorted(frames.tensors()) == sorted(self.sizes)
+        assert frames.fragmentation().internal_bytes == used * PAGE - sum(self.sizes.values())
+
+    @invariant()
+    def frames_have_the_owners_of_the_model(self) -> None:
+        shown: list[TensorId | None] = []
+        last: object = object()
+        for first, length, owner in self.frames.segments():
+            assert (first, length > 0, owner != last) == (len(shown), True, True)
+            shown += [owner] * length
+            last = owner
+        for frame in range(self.n_frames):
+            owners = self.owners(frame)
+            assert len(owners) <= 2
+            assert self.frames.owner(frame) == shown[frame]
+            assert shown[frame] in owners if owners else shown[frame] is None
+
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def new_id(self) -> TensorId:
+        self.next_id += 1
+        return TensorId(self.next_id)
+
+    def settle(self, placed: Placement) -> TensorId:
+        """Note the owner of every block of a new tensor and write its bytes."""
+        extents = placed.extents(PAGE)
+        assert sum(extent.length_bytes for extent in extents) == placed.n_bytes
+        assert all(extent.length_bytes == PAGE for extent in extents[:-1])
+        for extent in extents:
+            assert 0 <= extent.offset_bytes <= PAGE - extent.length_bytes
+            assert extent.offset_bytes % BLOCK_BYTES == 0
+            shared = extent == placed.tail
+            assert not self.owners(extent.frame) or shared
+            assert all(self.owner[block] is None for block in self.covered(extent))
+            for block in self.covered(extent):
+                self.owner[block] = placed.tensor
+        content = random.Random(placed.tensor).randbytes(sum(len(range(*blocks(e).indices(10**6))) for e in extents))
+        self.content[placed.tensor], self.sizes[placed.tensor] = content, placed.n_bytes
+        at = 0
+        for extent in extents:
+            here = blocks(extent)
+            self.memory[here] = content[at : at + here.stop - here.start]
+            at += here.stop - here.start
+        assert self.placement(placed.tensor) == placed
+        return placed.tensor
+
+    def copy(self, moves: list[PageMove], may_move: set[TensorId]) -> None:
+        """Make the copies in order, on memory and owners; a source is only forgotten once it has been copied."""
+        for move in moves:
+            assert move.tensor in may_move
+            assert move.source.length_bytes == move.target.length_bytes
+            assert move.target.frame < self.n_frames
+            assert all(self.owner[block] == move.tensor for block in self.covered(move.source))
+            assert all(self.owner[block] is None for block in self.covered(move.target)), f"{move} writes on what is needed"
+            self.memory[blocks(move.target)] = self.memory[blocks(move.source)]
+            self.clear(move.source, move.tensor)
+            for block in self.covered(move.target):
+                self.owner[block] = move.tensor
+        for tensor, placed in self.layout().items():
+            for extent in placed.extents(PAGE):
+                assert all(self.owner[block] == tensor for block in self.covered(extent))
+
+    def clear(self, extent: Extent, tensor: TensorId) -> None:
+        here = blocks(extent)
+        self.memory[here] = b"\xee" * (here.stop - here.start)  # What is read after this is wrong and shows.
+        for block in self.covered(extent):
+            assert self.owner[block] == tensor
+            self.owner[block] = None
+
+    def covered(self, extent: Extent) -> range:
+        here = blocks(extent)
+        return range(here.start, here.stop)
+
+    def owners(self, frame: int) -> set[TensorId]:
+        return {owner for owner in self.owner[frame * BLOCKS : (frame + 1) * BLOCKS] if owner is not None}
+
+    def is_free(self, frame: int) -> bool:
+        return not self.owners(frame)
+
+    def n_free(self) -> int:
+        return sum(self.is_free(frame) for frame in range(self.n_frames))
+
+    def longest_free_run(self) -> int:
+        longest = run = 0
+        for frame in range(self.n_frames):
+            run = run + 1 if self.is_free(frame) else 0
+            longest = max(longest, run)
+        return longest
+
+    def placement(self, tensor: TensorId) -> Placement:
+        placed = self.frames.placement(tensor)
+        assert placed is not None
+        return placed
+
+    def layout(self) -> dict[TensorId, Placement]:
+        return {tensor: self.placement(tensor) for tensor in self.frames.tensors()}
+
+    def scattered(self) -> list[TensorId]:
+        return [tensor for tensor, placed in self.layout().items() if not placed.contiguous]
+
+    def check_shortage(self, found: Shortage) -> None:
+        assert (found.tier, found.free_frames, found.largest_run_frames) == (Tier.HOST, self.n_free(), self.longest_free_run())
+
+
+TestAllocatorAgainstByteMap = AllocatorAgainstByteMap.TestCase
+TestAllocatorAgainstByteMap.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
