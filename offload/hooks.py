@@ -2,14 +2,15 @@
 
 `nn.Linear` and most other layers save the weight, or a view of it, for their backward. Kept as it is, such a view would
 hold the unit's pages until then. `SavedWeights` records unit, offset, shape and strides instead and fetches the unit
-again when the backward asks. Weights saved where other saved-tensor hooks are innermost (non-reentrant checkpointing)
-never come here; they are leases and pin their unit until that region's backward has used them.
+again when the backward asks. Torch applies the innermost saved-tensor hooks only; where others are active around an op
+(non-reentrant checkpointing, `save_on_cpu`), they get everything but the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +42,13 @@ class SavedView:
     def span(self) -> int:
         """Elements from the first to the last one the view reaches."""
         return 1 + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Foreign:
+    """What the hooks around ours made of a saved tensor."""
+
+    packed: Any
 
 
 class SavedWeights:
@@ -92,10 +100,23 @@ class SavedWeights:
             driver.end(held)
 
     def scope(self) -> AbstractContextManager[Any]:
-        """Hooks for one call, where none are active already (inside a checkpointed region its own must stay innermost)."""
-        if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        """Hooks for one call, unless they are active already; others' hooks that are get what is not a weight."""
+        if not torch.is_grad_enabled():
             return nullcontext()
-        return self.hooks()
+        around = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if around is None:
+            return self.hooks()
+        return nullcontext() if around[0] == self.pack else self._inside(*around)
+
+    def _inside(self, outer_pack: Callable[[Tensor], Any], outer_unpack: Callable[[Any], Tensor]) -> AbstractContextManager[Any]:
+        def pack(saved: Tensor) -> SavedView | _Foreign:
+            packed = self.pack(saved)
+            return packed if isinstance(packed, SavedView) else _Foreign(outer_pack(saved))
+
+        def unpack(packed: SavedView | _Foreign) -> Tensor:
+            return self.unpack(packed) if isinstance(packed, SavedView) else outer_unpack(packed.packed)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def hooks(self) -> AbstractContextManager[Any]:
         """The hooks as a context."""

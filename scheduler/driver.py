@@ -209,6 +209,8 @@ class Driver:
         if self._position == len(plan.keys):
             self._position = 0
             self._restore = self._restore or not plan.closed
+        if self._restore and self._position % plan.ops_per_step == 0:
+            self._position = 0
         target = self._position
         # Updates that an interlude has already made are missing here; their moves still have to be.
         while target < len(plan.keys) and plan.keys[target] != key and plan.keys[target][0] is OpKind.UPDATE:
@@ -217,7 +219,7 @@ class Driver:
             self._leave_plan(f"op {self._position} was {plan.keys[self._position][1]!r} in the trace and is {key[1]!r} now")
             return
         if self._restore:
-            if self._position % len(plan.keys) != 0:
+            if self._position != 0:
                 self._leave_plan(None)
                 return
             self._restore = False
