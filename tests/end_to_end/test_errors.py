@@ -189,3 +189,27 @@ def test_a_gradient_norm_that_is_no_number_changes_nothing_and_training_goes_on(
             assert engine.step()
         assert_equal(model, plain)
     assert_closed(engine)
+
+
+# ---- after the end --------------------------------------------------------------------------------------------------
+
+
+def test_a_closed_engine_says_so_whoever_is_asked(tmp_path: Path) -> None:
+    engine = engine_of(built(), tmp_path)
+    train(engine, 2)
+    loss = engine(*batches(1)[0])
+    engine.close()
+    asked: list[tuple[Callable[[], object], str]] = [
+        (lambda: engine.model(*batches(1)[0]), r"tok\.weight: the engine that holds this parameter is closed"),
+        (engine.model.state_dict, r"tok\.weight: the engine that holds this parameter is closed"),
+        (loss.backward, "the engine that holds this weight is closed"),
+        (lambda: engine.backward(loss), "this engine is closed"),
+        (engine.step, "this engine is closed"),
+        (engine.optimizer.step, "this optimizer's engine is closed"),
+        (engine.optimizer.state_dict, "this optimizer's engine is closed"),
+    ]
+    for ask, message in asked:
+        with pytest.raises(RuntimeError, match=message):
+            ask()
+    del loss, asked
+    assert_closed(engine)

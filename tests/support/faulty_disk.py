@@ -18,11 +18,13 @@ class FaultyDisk:
 
     Attributes:
         errors: errno by kind of call: "open", "allocate", "read", "write".
+        gates: events that calls of a kind wait for.
         moved_bytes: bytes the system moved, by kind.
     """
 
     def __init__(self) -> None:
         self.errors: dict[str, int] = {}
+        self.gates: dict[str, threading.Event] = {}
         self.moved_bytes = {"read": 0, "write": 0}
         self._inner: RawBackend | None = None
         self._lock = threading.Lock()
@@ -80,6 +82,8 @@ class FaultyDisk:
         self, kind: str, call: Callable[..., int], file: int, offset_bytes: int, buffers: Sequence[memoryview]
     ) -> int:
         self._fail(kind)
+        if kind in self.gates:
+            assert self.gates[kind].wait(30), "a gate of the test was never opened"
         n_bytes = call(file, offset_bytes, buffers)
         with self._lock:
             self.moved_bytes[kind] += n_bytes
