@@ -103,7 +103,7 @@ class SavedWeights:
         """Hooks for one call, unless they are active already; others' hooks that are get what is not a weight."""
         if not torch.is_grad_enabled():
             return nullcontext()
-        around = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        around: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if around is None:
             return self.hooks()
         return nullcontext() if around[0] == self.pack else self._inside(*around)

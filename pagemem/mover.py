@@ -24,8 +24,9 @@ from pagemem.errors import OffloadError
 from pagemem.events import Event, EventKind, EventSink
 from pagemem.page import FrameId, Placement, Shortage, TensorId
 from pagemem.page_file import PageFiles
+from pagemem.page_requests import Route
+from pagemem.page_transfer import Done
 from pagemem.residency import PagedTensor, Residency
-from pagemem.submitter import Submitter
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
 from pagemem.window import Comparable, Window, best_window
@@ -77,7 +78,6 @@ class Mover:
         self.host = PageAllocator(Tier.HOST, arena.page_bytes, arena.n_frames)
         self.ssd = PageAllocator(Tier.SSD, arena.page_bytes, files.n_frames)
         self.tensors: dict[TensorId, PagedTensor] = {}
-        self._submitter = Submitter()
         self._sink = sink
         self._failure: BaseException | None = None
         self._listeners: list[Callable[[], None]] = []
@@ -100,7 +100,7 @@ class Mover:
         """Discard a tensor and give all its frames back. It must be neither held nor in flight."""
         with self.changed:
             self.discard(tensor)
-            if tensor.placement is not None:
+            if tensor.route is not None:
                 self.ssd.release(tensor.id)
             del self.tensors[tensor.id]
 
@@ -167,13 +167,9 @@ class Mover:
             tensor.become(Residency.LOADING)
             self._in_flight += 1
             self._activity[EventKind.READ].begin()
-            placement = tensor.placement
-            assert placement is not None
-        started_s, page_bytes = time.perf_counter(), self.arena.page_bytes
-        self._submitter.submit(
-            lambda done: self.files.read(placement.extents(page_bytes), buffer, done),
-            lambda error: self._loaded(tensor, started_s, error),
-        )
+            assert tensor.route is not None
+            started_s = time.perf_counter()
+            self._begin(self.files.read, tensor.route, buffer, lambda error: self._loaded(tensor, started_s, error))
 
     def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -195,20 +191,16 @@ class Mover:
             DiskFullError: there is no room; the tensor is still dirty and whole.
         """
         with self.changed:
-            if tensor.placement is None:
-                tensor.placement = self._take_page_file_frames(tensor)
+            if tensor.route is None:
+                tensor.route = self.files.route(self._take_page_file_frames(tensor).extents(self.arena.page_bytes))
             tensor.become(Residency.STORING)
             tensor.backed = False
             self._in_flight += 1
             self._activity[EventKind.WRITE].begin()
             assert tensor.frame is not None
             buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
-            placement = tensor.placement
-        started_s, page_bytes = time.perf_counter(), self.arena.page_bytes
-        self._submitter.submit(
-            lambda done: self.files.write(placement.extents(page_bytes), buffer, done),
-            lambda error: self._stored(tensor, started_s, error),
-        )
+            started_s = time.perf_counter()
+            self._begin(self.files.write, tensor.route, buffer, lambda error: self._stored(tensor, started_s, error))
 
     def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -293,9 +285,8 @@ class Mover:
         self.check()
 
     def close(self) -> None:
-        """Wait until no copy is under way and end the submitting thread. Idempotent; the page files stay open."""
+        """Wait until no copy is under way. Idempotent; the page files stay open."""
         self.settle()
-        self._submitter.close()
 
     def replace_arena(self, arena: HostArena) -> None:
         """Go on with another, empty arena of the same page size. Every tensor must be stored or absent.
@@ -331,7 +322,7 @@ class Mover:
 
     def planned_page_file_frames(self, stored: Iterable[TensorId]) -> int:
         """Page-file frames in use once every tensor of ``stored`` has been stored."""
-        new = [self.tensors[t] for t in stored if self.tensors[t].placement is None]
+        new = [self.tensors[t] for t in stored if self.tensors[t].route is None]
         return self.ssd.used_frames + sum(tensor.n_frames for tensor in new)
 
     def validate(self) -> None:
@@ -364,6 +355,13 @@ class Mover:
         if isinstance(placed, Shortage):
             raise AssertionError(f"{tensor.name}: no page-file frames after growing: {placed}")
         return placed
+
+    def _begin(self, move: Callable[[Route, memoryview, Done], None], route: Route, buffer: memoryview, done: Done) -> None:
+        try:
+            move(route, buffer, done)
+        except BaseException as error:
+            # Refused before it began: whoever waits for it hears of it as of one that failed.
+            done(error)
 
     def _give_up_frames(self, tensor: PagedTensor) -> None:
         self.host.release(tensor.id)

@@ -26,7 +26,7 @@ from pagemem.io import Direction, RawBackend, choose_backend, os_failure
 from pagemem.io_stats import IoMeter, IoStats
 from pagemem.io_threads import IoPool
 from pagemem.page import Extent
-from pagemem.page_requests import plan_requests, tabulate
+from pagemem.page_requests import Route, plan_requests, tabulate
 from pagemem.page_transfer import Done, TransferServer, Work
 from pagemem.run_directory import RunDirectory
 from pagemem.striping import Striping
@@ -157,11 +157,21 @@ class PageFiles:
 
     # ---- transfers ---------------------------------------------------------------------------------------------
 
-    def read(self, extents: Sequence[Extent], into: memoryview, done: Done) -> None:
+    def route(self, extents: Sequence[Extent]) -> Route:
+        """The requests that move these extents; worth keeping by who moves them often. Any thread.
+
+        Raises:
+            ValueError: an extent is empty, not aligned, or outside its page or the frames there are.
+        """
+        table = tabulate(extents, self._striping, self.page_bytes, self._n_frames)
+        requests = plan_requests(table, len(self.paths), self.page_bytes, self._max_request_bytes)
+        return Route(table, tuple(requests), int(table.lengths.sum()))
+
+    def read(self, where: Route | Sequence[Extent], into: memoryview, done: Done) -> None:
         """Begin reading extents into a buffer, one after another; returns at once.
 
         Args:
-            extents: exactly as they were written: same frame, offset and length.
+            where: the extents or their route, exactly as they were written: same frame, offset and length.
             into: writable, contiguous, at an address that is a multiple of 4096, as long as the extents together. It
                 must stay alive and untouched until ``done``.
             done: called once, on an I/O thread, with None or with the first error: `StorageError` (the system failed,
@@ -174,21 +184,22 @@ class PageFiles:
         """
         if into.readonly:
             raise ValueError("the buffer to read into is read-only; pass a writable one")
-        self._begin(Direction.READ, extents, into, done)
+        self._begin(Direction.READ, where, into, done)
 
-    def write(self, extents: Sequence[Extent], source: memoryview, done: Done) -> None:
+    def write(self, where: Route | Sequence[Extent], source: memoryview, done: Done) -> None:
         """Begin writing a buffer to extents, one after another; returns at once.
 
         Arguments and exceptions are those of `read`. After an error (`StorageError`, `DiskFullError`) the extents hold
         neither the old nor the new bytes for certain; a read of them then raises unless the old ones are intact.
         """
-        self._begin(Direction.WRITE, extents, source, done)
+        self._begin(Direction.WRITE, where, source, done)
 
-    def _begin(self, direction: Direction, extents: Sequence[Extent], buffer: memoryview, done: Done) -> None:
+    def _begin(self, direction: Direction, where: Route | Sequence[Extent], buffer: memoryview, done: Done) -> None:
+        route = where if isinstance(where, Route) else self.route(where)
         flat = _flat(buffer)
-        table = tabulate(extents, self._striping, self.page_bytes, self._n_frames, flat.nbytes)
-        requests = plan_requests(table, len(self.paths), self.page_bytes, self._max_request_bytes)
-        work = self._server.work(direction, table, requests, flat, done)
+        if flat.nbytes != route.n_bytes:
+            raise ValueError(f"the extents hold {route.n_bytes} bytes, the buffer {flat.nbytes}; they must be equal")
+        work = self._server.work(direction, route, flat, done)
         with self._state_lock:
             if self._state is not FilesState.OPEN:
                 raise StorageError(f"the page files are {self._state.value}; no transfer can begin")

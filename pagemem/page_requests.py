@@ -38,14 +38,11 @@ class ExtentTable:
         return len(self.frames)
 
 
-def tabulate(
-    extents: Sequence[Extent], striping: Striping, page_bytes: int, n_frames: int, buffer_bytes: int
-) -> ExtentTable:
+def tabulate(extents: Sequence[Extent], striping: Striping, page_bytes: int, n_frames: int) -> ExtentTable:
     """Check extents and find their places.
 
     Raises:
-        ValueError: an extent is empty, not aligned, or outside its page or the frames there are, or their lengths do
-            not add up to ``buffer_bytes``.
+        ValueError: an extent is empty, not aligned, or outside its page or the frames there are.
     """
     if not extents:
         raise ValueError("no extents given; a transfer has at least one")
@@ -59,8 +56,6 @@ def tabulate(
             f"{page_bytes} bytes among {n_frames} frames"
         )
     ends = np.cumsum(lengths)
-    if ends[-1] != buffer_bytes:
-        raise ValueError(f"the extents hold {ends[-1]} bytes, the buffer {buffer_bytes}; they must be equal")
     paths, file_frames = striping.locate(frames)
     return ExtentTable(frames, offsets, lengths, ends - lengths, paths, file_frames * page_bytes + offsets)
 
@@ -90,7 +85,7 @@ class Request:
         spans: [start, end) in the buffer, in the file's order; joined where memory is adjacent too.
         rows: the table's rows it covers; a part of a cut extent names that one row.
         leads: whether it is the first part; always so for an extent that is not cut.
-        parts: counts the parts of a cut extent; None where nothing is cut.
+        n_parts: into how many requests its only extent is cut; 1 where nothing is cut.
     """
 
     path: int
@@ -99,7 +94,16 @@ class Request:
     spans: tuple[tuple[int, int], ...]
     rows: IntArray
     leads: bool = True
-    parts: Countdown | None = None
+    n_parts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Extents and the requests that move them; made once for a placement and used for every transfer of it."""
+
+    table: ExtentTable
+    requests: tuple[Request, ...]
+    n_bytes: int
 
 
 def plan_requests(table: ExtentTable, n_paths: int, page_bytes: int, max_request_bytes: int) -> list[Request]:
@@ -145,8 +149,7 @@ def _cut(request: Request, max_request_bytes: int) -> list[Request]:
     n_parts = ceil_div(request.n_bytes, max_request_bytes)
     part_bytes = round_up(ceil_div(request.n_bytes, n_parts), BLOCK_BYTES)
     cuts = [*range(start, end, part_bytes), end]
-    parts = Countdown(len(cuts) - 1)
     return [
-        Request(request.path, request.position_bytes + a - start, b - a, ((a, b),), request.rows, a == start, parts)
+        Request(request.path, request.position_bytes + a - start, b - a, ((a, b),), request.rows, a == start, len(cuts) - 1)
         for a, b in zip(cuts, cuts[1:])
     ]

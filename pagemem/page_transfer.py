@@ -23,7 +23,7 @@ from pagemem.checksum import DigestArray, ExtentIndex, digests
 from pagemem.errors import ChecksumError, StorageError
 from pagemem.io import Direction, RawBackend, transfer
 from pagemem.io_stats import IoMeter
-from pagemem.page_requests import Countdown, ExtentTable, Request
+from pagemem.page_requests import Countdown, Request, Route
 from pagemem.token_bucket import TokenBucket
 
 Done = Callable[[BaseException | None], None]
@@ -45,15 +45,20 @@ class Transfer:
         n_jobs: how many jobs it has, >= 1.
     """
 
-    def __init__(self, direction: Direction, table: ExtentTable, buffer: memoryview, done: Done, n_jobs: int) -> None:
+    def __init__(self, direction: Direction, route: Route, buffer: memoryview, done: Done, n_jobs: int) -> None:
         self.direction = direction
-        self.table = table
+        self.table = route.table
         self.buffer = buffer
         self.done = done
-        self.sums: DigestArray = np.zeros(len(table), dtype=np.uint64)
+        self.sums: DigestArray = np.zeros(len(route.table), dtype=np.uint64)
         self.error: BaseException | None = None
         self._error_lock = threading.Lock()
         self._left = Countdown(n_jobs)
+        self._cut = {int(r.rows[0]): Countdown(r.n_parts) for r in route.requests if r.n_parts > 1 and r.leads}
+
+    def whole(self, request: Request) -> bool:
+        """Note that a request's bytes are there; returns whether all bytes of its extents are."""
+        return request.n_parts == 1 or self._cut[int(request.rows[0])].is_last()
 
     def job_ended(self, error: BaseException | None) -> bool:
         """Note a job's end, keep the first error; returns whether it was the last one."""
@@ -93,15 +98,13 @@ class TransferServer:
         self._throttle = throttle
         self._checksums = checksums
 
-    def work(
-        self, direction: Direction, table: ExtentTable, requests: Sequence[Request], buffer: memoryview, done: Done
-    ) -> list[Work]:
+    def work(self, direction: Direction, route: Route, buffer: memoryview, done: Done) -> list[Work]:
         """A new transfer's jobs, to be served in this order or beside each other."""
         move = Job.READ if direction is Direction.READ else Job.WRITE
-        jobs = [(request, move) for request in requests]
+        jobs = [(request, move) for request in route.requests]
         if direction is Direction.WRITE and self._checksums:
-            jobs += [(request, Job.DIGEST) for request in requests if request.leads]
-        under_way = Transfer(direction, table, buffer, done, len(jobs))
+            jobs += [(request, Job.DIGEST) for request in route.requests if request.leads]
+        under_way = Transfer(direction, route, buffer, done, len(jobs))
         return [(under_way, request, job) for request, job in jobs]
 
     def __call__(self, work: Work) -> None:
@@ -145,7 +148,7 @@ class TransferServer:
             )
         self._move(under_way, request)
         # The parts of a cut extent end in any order: the last one sees all its bytes.
-        if self._checksums and (request.parts is None or request.parts.is_last()):
+        if self._checksums and under_way.whole(request):
             self._verify(under_way, request, sums)
 
     def _move(self, under_way: Transfer, request: Request) -> None:

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pagemem.errors import TransitionError
-from pagemem.page import FrameId, Placement, TensorId
+from pagemem.page import FrameId, TensorId
+from pagemem.page_requests import Route
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 
@@ -58,7 +59,8 @@ class PagedTensor:
     Attributes:
         n_bytes: size, a multiple of the I/O block.
         frame: first host frame while one is held, else None.
-        placement: page-file frames owned, kept for re-use once taken; ``backed`` says whether they hold its content.
+        route: requests to the page-file frames it owns, kept for re-use once taken; ``backed`` says whether they hold its
+            content.
         pins: uses under way that need the host frames to stay.
         leases: live views of the host frames that were handed out, see `pagemem.arena.HostArena.lease`.
         last_use: sequence number of the last use, for least-recently-used ranking.
@@ -71,7 +73,7 @@ class PagedTensor:
     n_frames: int
     state: Residency = Residency.ABSENT
     frame: FrameId | None = None
-    placement: Placement | None = None
+    route: Route | None = None
     backed: bool = False
     pins: int = 0
     leases: int = 0

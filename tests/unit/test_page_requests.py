@@ -82,7 +82,7 @@ def test_requests_move_every_byte_once_to_its_place(
     extents, page_bytes = transfer
     striping = Striping([2.0, 1.0, 1.0][:n_paths])
     n_bytes = sum(extent.length_bytes for extent in extents)
-    table = tabulate(extents, striping, page_bytes, 60, n_bytes)
+    table = tabulate(extents, striping, page_bytes, 60)
     requests = plan_requests(table, n_paths, page_bytes, max_request_bytes)
 
     moved: dict[tuple[int, int], int] = {}  # (path, block of the file) -> block of the buffer
@@ -110,7 +110,7 @@ def test_requests_move_every_byte_once_to_its_place(
 def test_adjacent_pages_become_few_long_requests() -> None:
     extents = [Extent(FrameId(frame), 0, PAGE_BYTES) for frame in range(256)]
     for n_paths in (1, 2, 4):
-        table = tabulate(extents, Striping([1.0] * n_paths), PAGE_BYTES, 256, 16 * MiB)
+        table = tabulate(extents, Striping([1.0] * n_paths), PAGE_BYTES, 256)
         requests = plan_requests(table, n_paths, PAGE_BYTES, 4 * MiB)
         assert [request.n_bytes for request in requests] == [4 * MiB] * 4
         # One path: memory is adjacent too. Several: each page is a buffer of its own.
@@ -120,22 +120,18 @@ def test_adjacent_pages_become_few_long_requests() -> None:
 def test_vectors_stay_within_what_the_system_accepts() -> None:
     n_frames = 2 * MAX_BUFFERS + 2
     extents = [Extent(FrameId(frame), 0, PAGE_BYTES) for frame in range(n_frames)]
-    table = tabulate(extents, Striping([1.0, 1.0]), PAGE_BYTES, n_frames, n_frames * PAGE_BYTES)
+    table = tabulate(extents, Striping([1.0, 1.0]), PAGE_BYTES, n_frames)
     requests = plan_requests(table, 2, PAGE_BYTES, 1 << 40)
     assert sorted(len(request.spans) for request in requests) == [1, 1, MAX_BUFFERS, MAX_BUFFERS]
 
 
 def test_a_page_above_the_limit_is_cut_into_equal_parts() -> None:
-    table = tabulate([Extent(FrameId(0), 0, 10 * MiB)], Striping([1.0]), 16 * MiB, 1, 10 * MiB)
+    table = tabulate([Extent(FrameId(0), 0, 10 * MiB)], Striping([1.0]), 16 * MiB, 1)
     requests = plan_requests(table, 1, 16 * MiB, 4 * MiB)
     assert len(requests) == 3
     assert max(request.n_bytes for request in requests) - min(request.n_bytes for request in requests) < 4 * BLOCK_BYTES
     assert [request.leads for request in requests] == [True, False, False]
-    parts = {request.parts for request in requests}
-    assert len(parts) == 1
-    (countdown,) = parts
-    assert countdown is not None
-    assert [countdown.is_last() for _ in range(3)] == [False, False, True]
+    assert [request.n_parts for request in requests] == [3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +148,7 @@ def test_a_page_above_the_limit_is_cut_into_equal_parts() -> None:
 )
 def test_an_extent_outside_its_page_or_off_the_grid_is_refused(extent: Extent) -> None:
     with pytest.raises(ValueError, match="whole 4096-byte blocks") as caught:
-        tabulate([Extent(FrameId(1), 0, PAGE_BYTES), extent], Striping([1.0]), PAGE_BYTES, 4, 0)
+        tabulate([Extent(FrameId(1), 0, PAGE_BYTES), extent], Striping([1.0]), PAGE_BYTES, 4)
     assert repr(extent) in str(caught.value)
 
 
@@ -160,4 +156,4 @@ def test_lengths_must_add_up_to_the_buffer() -> None:
     with pytest.raises(ValueError, match="65536 bytes, the buffer 4096"):
         tabulate([Extent(FrameId(1), 0, PAGE_BYTES)], Striping([1.0]), PAGE_BYTES, 4, 4096)
     with pytest.raises(ValueError, match="no extents"):
-        tabulate([], Striping([1.0]), PAGE_BYTES, 4, 0)
+        tabulate([], Striping([1.0]), PAGE_BYTES, 4)
