@@ -1,0 +1,130 @@
+"""Page files in a dictionary, with the contract of the real ones: on threads, or each transfer held until a gate is opened."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from pagemem.page import Extent, FrameId
+
+Done = Callable[[BaseException | None], None]
+Route = tuple[Extent, ...]
+TIMEOUT_S = 30.0
+
+
+class FakePageFiles:
+    """Extents kept as bytes."""
+
+    def __init__(self) -> None:
+        self.n_frames = 0
+        self.content: dict[tuple[FrameId, int], bytes] = {}
+        self.n_reads = 0
+        self.n_writes = 0
+
+    def grow(self, n_frames: int) -> None:
+        """Have at least ``n_frames`` frames."""
+        self.n_frames = max(self.n_frames, n_frames)
+
+    def route(self, extents: Sequence[Extent]) -> Route:
+        """What `read` and `write` are given again and again for the same extents."""
+        return tuple(extents)
+
+    def read(self, route: Route, into: memoryview, done: Done) -> None:
+        """Fill ``into``; an extent that was never written fails."""
+        self.n_reads += 1
+        self.begin("read", route, into, done)
+
+    def write(self, route: Route, source: memoryview, done: Done) -> None:
+        """Keep the bytes of ``source``."""
+        self.n_writes += 1
+        self.begin("write", route, source, done)
+
+    def begin(self, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
+        """Begin a transfer; ``done`` must not be called on this thread."""
+        raise NotImplementedError
+
+    def copy(self, kind: str, route: Route, buffer: memoryview) -> BaseException | None:
+        """Copy bytes one way or the other."""
+        assert sum(extent.length_bytes for extent in route) == len(buffer)
+        begin = 0
+        for extent in route:
+            end = begin + extent.length_bytes
+            assert 0 <= extent.frame < self.n_frames, "a frame that the files do not have"
+            place = (extent.frame, extent.offset_bytes)
+            if kind == "write":
+                self.content[place] = bytes(buffer[begin:end])
+            elif len(self.content.get(place, b"")) == extent.length_bytes:
+                buffer[begin:end] = self.content[place]
+            else:
+                return AssertionError(f"{extent} was never written")
+            begin = end
+        return None
+
+
+class ThreadedPageFiles(FakePageFiles):
+    """Transfers are made at once, in order, on one thread for reads and one for writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._threads = {kind: ThreadPoolExecutor(1, f"fake-{kind}") for kind in ("read", "write")}
+        self._errors: list[BaseException] = []
+
+    def begin(self, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
+        """Queue a transfer."""
+        self._threads[kind].submit(self._serve, kind, route, buffer, done)
+
+    def _serve(self, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
+        try:
+            done(self.copy(kind, route, buffer))
+        except BaseException as error:
+            self._errors.append(error)
+
+    def close(self) -> None:
+        """End the threads; raises what a callback raised."""
+        for thread in self._threads.values():
+            thread.shutdown()
+        if self._errors:
+            raise self._errors[0]
+
+
+class Held:
+    """A transfer that has been asked for and is neither made nor reported before the test says so."""
+
+    def __init__(self, files: FakePageFiles, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
+        self.kind = kind
+        self.route = route
+        self._files, self._buffer, self._done = files, buffer, done
+
+    def open(self) -> None:
+        """Let it happen, whole, and be reported; on the calling thread."""
+        self._done(self._files.copy(self.kind, self.route, self._buffer))
+
+    def fail(self, error: BaseException) -> None:
+        """Let it end with an error; a read has spoilt half of the host bytes by then."""
+        if self.kind == "read":
+            half = len(self._buffer) // 2
+            self._buffer[:half] = b"\xee" * half
+        self._done(error)
+
+
+class GatedPageFiles(FakePageFiles):
+    """Every transfer waits for the test: `take` the next one, then `Held.open` it or let it `Held.fail`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked: queue.SimpleQueue[Held] = queue.SimpleQueue()
+
+    def begin(self, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
+        """Hold a transfer."""
+        self._asked.put(Held(self, kind, route, buffer, done))
+
+    def take(self, kind: str) -> Held:
+        """The next transfer asked for, which must be of this kind."""
+        held = self._asked.get(timeout=TIMEOUT_S)
+        assert held.kind == kind, f"a {held.kind} was asked for, not a {kind}"
+        return held
+
+    def idle(self) -> bool:
+        """Whether nothing was asked for that has not been taken."""
+        return self._asked.empty()
