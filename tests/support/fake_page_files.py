@@ -94,14 +94,17 @@ class Held:
     def __init__(self, files: FakePageFiles, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
         self.kind = kind
         self.route = route
+        self.ended = False
         self._files, self._buffer, self._done = files, buffer, done
 
     def open(self) -> None:
         """Let it happen, whole, and be reported; on the calling thread."""
+        self.ended = True
         self._done(self._files.copy(self.kind, self.route, self._buffer))
 
     def fail(self, error: BaseException) -> None:
         """Let it end with an error; a read has spoilt half of the host bytes by then."""
+        self.ended = True
         if self.kind == "read":
             half = len(self._buffer) // 2
             self._buffer[:half] = b"\xee" * half
@@ -114,10 +117,13 @@ class GatedPageFiles(FakePageFiles):
     def __init__(self) -> None:
         super().__init__()
         self._asked: queue.SimpleQueue[Held] = queue.SimpleQueue()
+        self._every: list[Held] = []
 
     def begin(self, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
         """Hold a transfer."""
-        self._asked.put(Held(self, kind, route, buffer, done))
+        held = Held(self, kind, route, buffer, done)
+        self._every.append(held)
+        self._asked.put(held)
 
     def take(self, kind: str) -> Held:
         """The next transfer asked for, which must be of this kind."""
@@ -128,3 +134,9 @@ class GatedPageFiles(FakePageFiles):
     def idle(self) -> bool:
         """Whether nothing was asked for that has not been taken."""
         return self._asked.empty()
+
+    def fail_all(self, error: BaseException) -> None:
+        """Let every transfer fail that has not ended, so that nobody waits for it."""
+        for held in self._every:
+            if not held.ended:
+                held.fail(error)
