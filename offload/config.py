@@ -17,10 +17,9 @@ from typing import Annotated, Any, Final, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES
 from pagemem.units import BLOCK_BYTES, KiB, MiB, format_bytes, parse_bytes
 
-MIN_PAGE_BYTES: Final = 64 * KiB
-MAX_PAGE_BYTES: Final = 64 * MiB
 
 
 class ConfigError(ValueError):
@@ -60,7 +59,7 @@ class MemoryConfig(_Section):
     """Budget of the model's states in RAM: parameters, gradients in flight and optimizer states. Activations and the
     interpreter are not part of it."""
     page: Annotated[Literal["auto"] | int, BeforeValidator(_page)] = "auto"
-    """Page size, a power of two from 64KiB to 64MiB. "auto" takes about a 4096th of ``ram``, at most 4MiB."""
+    """Page size, a power of two from 64KiB to 64MiB. "auto" takes about a 128th of ``ram``, at most 4MiB."""
 
     @model_validator(mode="after")
     def _check(self) -> MemoryConfig:
@@ -233,13 +232,12 @@ class Config(_Section):
 
 
 def resolve_page_bytes(ram_bytes: int) -> int:
-    """The page size that "auto" stands for: the largest power of two not above ``ram_bytes / 4096``, 64KiB to 4MiB.
+    """The page size that "auto" stands for: the largest power of two not above ``ram_bytes / 128``, 64KiB to 4MiB.
 
-    Some thousands of pages make what is lost by rounding tensors up to whole pages a few per mille of the budget, and
-    requests are not smaller for it: adjacent pages are read and written together.
+    Large pages make few, large requests and checksums; small ones lose less to rounding tensors up to whole pages.
     """
     page_bytes = MIN_PAGE_BYTES
-    while page_bytes * 2 <= min(ram_bytes // 4096, 4 * MiB):
+    while page_bytes * 2 <= min(ram_bytes // 128, 4 * MiB):
         page_bytes *= 2
     return page_bytes
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from offload.config import Config, OptimizerConfig, load_config
 from offload.deferred_init import store_of
-from offload.hooks import SavedWeights
+from offload.hooks import ModelHook, SavedWeights
 from offload.memory import MemoryReport, Stats, TierUse
 from offload.parameters import PagedParameter
 from offload.store import PageStore
-from optim import ExactUpdater, GradientStore, PagedOptimizer, StateAccess, rule_for
+from optim import ExactUpdater, GradientStore, PagedOptimizer, StateAccess, is_eager, rule_for
 from optim.unit import Slot, Unit
-from pagemem.errors import NonFiniteError, TransitionError
+from pagemem.errors import NonFiniteError, OffloadError, TransitionError
 from pagemem.events import EventKind
 from pagemem.page_file import PageFiles
 
@@ -58,9 +58,11 @@ class Engine:
         optimizer: factory or optimizer section; None takes the configuration's.
 
     Raises:
-        ConfigError, ValueError: something does not fit together; a plain model is whole, though perhaps paged.
+        ConfigError, ValueError: something does not fit together.
         BudgetError: ``memory.ram`` is too small; names the unit and the smallest budget that works.
         RunDirectoryError: a page-file path is unusable; it was not changed.
+        After any of these a plain model is as it was. One built under `deferred_init` is, too, when it was built for
+        another configuration; otherwise it is to be built anew.
     """
 
     def __init__(self, model: nn.Module, config: ConfigLike, optimizer: OptimizerLike = None) -> None:
@@ -69,25 +71,29 @@ class Engine:
         self.state = EngineState.RUNNING
         self._steps = 0
         self._micro_batches = 0
-        self._store = store_of(model) or PageStore(self.config)
+        deferred = store_of(model)
+        if deferred is not None and (deferred.config.memory, deferred.config.ssd) != (self.config.memory, self.config.ssd):
+            raise ValueError("the model was built under deferred_init with other memory or ssd settings; use the same")
+        self._store = deferred or PageStore(self.config)
         self._undo: list[Callable[[], None]] = []
         try:
             self._build(optimizer)
-        except BaseException:
+        except BaseException as error:
+            if deferred is None:
+                self._give_back(error)
             self._release()
             raise
 
     def _build(self, optimizer: OptimizerLike) -> None:
         store, config = self._store, self.config
-        if store.config.memory != config.memory or store.config.ssd != config.ssd:
-            raise ValueError("the model was built under deferred_init with other memory or ssd settings")
         template = self._template(optimizer)
         rule = rule_for(template)
         store.check_budget(self.model, len(rule.state_names))
         store.adopt(self.model)
         states = StateAccess(store.driver, rule.state_names)
         self._assign_groups(template, states)
-        self._gradients = GradientStore(store.driver, store.budget, store.settle_sizes())
+        in_flight = is_eager(config.update.clip_norm, config.update.start)
+        self._gradients = GradientStore(store.driver, store.budget, store.settle_sizes(in_flight=in_flight))
         places = self._places()
         self.optimizer = PagedOptimizer(template, rule, places, states, store.driver.interlude)
         self.optimizer.engine = self  # type: ignore[attr-defined]
@@ -97,6 +103,12 @@ class Engine:
         )  # fmt: skip
         self.optimizer.attach(self._updater)
         self._install_hooks()
+
+    def _give_back(self, error: BaseException) -> None:
+        try:
+            self._store.give_back(self.model)
+        except OffloadError as lost:
+            error.add_note(f"the model cannot be made whole again ({lost}); build it anew")
 
     def _template(self, optimizer: OptimizerLike) -> torch.optim.Optimizer:
         if callable(optimizer) and not isinstance(optimizer, (OptimizerConfig, Mapping)):
@@ -143,8 +155,8 @@ class Engine:
             binder.copying -= 1
 
         for module in self.model.modules():
-            self._undo.append(module.register_state_dict_pre_hook(before).remove)  # type: ignore[no-untyped-call]
-            self._undo.append(module.register_state_dict_post_hook(after).remove)  # type: ignore[no-untyped-call]
+            self._undo.append(module.register_state_dict_pre_hook(ModelHook(before)).remove)  # type: ignore[no-untyped-call]
+            self._undo.append(module.register_state_dict_post_hook(ModelHook(after)).remove)  # type: ignore[no-untyped-call]
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -185,10 +197,15 @@ class Engine:
         return True
 
     def drain(self) -> None:
-        """Make every update that has been decided on, and wait until no page moves."""
+        """Make every update that has been decided on, and wait until no page moves.
+
+        Raises:
+            StorageError: a copy failed; every tensor is whole where it was.
+        """
         self._check_running()
         self._updater.drain()
         self._store.driver.quiesce()
+        self._store.mover.check()
 
     # ---- looking inside ----------------------------------------------------------------------------------------
 
@@ -240,7 +257,7 @@ class Engine:
                 ssd_planned,
             ),
         }
-        return MemoryReport(tiers, store.bytes_by_tag(), page_bytes)
+        return MemoryReport(tiers, store.bytes_by_tag(gradients.direct_bytes), page_bytes)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 

@@ -51,6 +51,30 @@ class _Foreign:
     packed: Any
 
 
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """A pack hook that is told from others' by whose it is."""
+
+    of: SavedWeights
+    pack: Callable[[Tensor], Any]
+
+    def __call__(self, saved: Tensor) -> Any:
+        return self.pack(saved)
+
+
+class ModelHook:
+    """A hook on a module with paged parameters. It says what to do instead when the module is copied or pickled."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("a model with paged parameters cannot be copied or pickled; use model.state_dict()")
+
+
 class SavedWeights:
     """Saved-tensor hooks over one binder's arena. Forward on the training thread; unpacking on autograd's."""
 
@@ -106,7 +130,7 @@ class SavedWeights:
         around: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if around is None:
             return self.hooks()
-        return nullcontext() if around[0] == self.pack else self._inside(*around)
+        return nullcontext() if getattr(around[0], "of", None) is self else self._inside(*around)
 
     def _inside(self, outer_pack: Callable[[Tensor], Any], outer_unpack: Callable[[Any], Tensor]) -> AbstractContextManager[Any]:
         def pack(saved: Tensor) -> SavedView | _Foreign:
@@ -116,14 +140,14 @@ class SavedWeights:
         def unpack(packed: SavedView | _Foreign) -> Tensor:
             return self.unpack(packed) if isinstance(packed, SavedView) else outer_unpack(packed.packed)
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        return torch.autograd.graph.saved_tensors_hooks(_Marked(self, pack), unpack)
 
     def hooks(self) -> AbstractContextManager[Any]:
         """The hooks as a context."""
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        return torch.autograd.graph.saved_tensors_hooks(_Marked(self, self.pack), self.unpack)
 
     def around_forward(self, module: torch.nn.Module) -> Callable[[], None]:
-        """Have the hooks active during the module's forward, for views of parameters that outlive their call.
+        """Have the hooks active during the forward of the whole model, for views of parameters that outlive their call.
 
         Returns:
             What removes them again.
@@ -131,17 +155,19 @@ class SavedWeights:
         stack: list[AbstractContextManager[Any]] = []
 
         def enter(_module: torch.nn.Module, _args: Any) -> None:
-            context = self.hooks() if torch.is_grad_enabled() else nullcontext()
+            context = self.scope()
             context.__enter__()
             stack.append(context)
+            self._binder.forwards += 1
 
         def leave(_module: torch.nn.Module, _args: Any, _result: Any) -> None:
             if stack:
+                self._binder.forwards -= 1
                 stack.pop().__exit__(None, None, None)
 
         handles = [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(leave, always_call=True),
+            module.register_forward_pre_hook(ModelHook(enter)),
+            module.register_forward_hook(ModelHook(leave), always_call=True),
         ]
 
         def remove() -> None:

@@ -70,8 +70,17 @@ class Place:
         self.slot = slot
         self.bound = 0
         self.hooked = False
+        self.placeholder = self._nan()
+
+    def _nan(self) -> Tensor:
         # NaN: values read past the binder's back are conspicuous, and zero strides make writes fail.
-        self.placeholder = torch.full((1,), float("nan"), dtype=slot.dtype).expand(slot.shape)
+        return torch.full((1,), float("nan"), dtype=self.slot.dtype).expand(self.slot.shape)
+
+    def follow_dtype(self, parameter: PagedParameter) -> None:
+        """The unit went on in another dtype: so does the parameter."""
+        self.placeholder = self._nan()
+        with _NO_TORCH_FUNCTION():
+            parameter.data = self.placeholder
 
 
 class PagedParameter(nn.Parameter):
@@ -151,6 +160,7 @@ class Binder:
         self.updater: ExactUpdater | None = None
         self.root: nn.Module | None = None
         self.copying = 0
+        self.forwards = 0
         self.closed = False
         self.save_hooks: Callable[[], Any] = nullcontext
         self.units: dict[TensorId, Unit] = {}
@@ -179,12 +189,14 @@ class Binder:
             exposed = func in _EXPORTS or (not copying and self._exposes(result))
             for parameter, version in zip(parameters, versions, strict=True):
                 if exposed or parameter._version != version:
-                    self._changed(parameter._place.unit)
+                    self._changed(parameter._place, exposed=exposed)
             return result.clone() if copying else result
 
     def _scope(self) -> Any:
-        """Uses that evaluate, copy or initialise the model do not belong to the traced step."""
+        """Uses that evaluate, copy, edit or initialise the model do not belong to the traced step."""
         if self.updater is None or self.copying:
+            return self.driver.interlude()
+        if not self.forwards and not torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             return self.driver.interlude()
         if self.root is not None and not self.root.training and not torch.is_grad_enabled():
             return self.driver.interlude()
@@ -241,9 +253,11 @@ class Binder:
             for value in values
         )
 
-    def _changed(self, unit: Unit) -> None:
-        unit.version += 1
-        self.mover.touch(unit.parameters)
+    def _changed(self, place: Place, *, exposed: bool = False) -> None:
+        place.unit.version += 1
+        place.slot.edited = True
+        place.unit.parameters.exposed |= exposed
+        self.mover.touch(place.unit.parameters)
 
     def watch_gradient(self, parameter: PagedParameter) -> None:
         """Have the updater take this parameter's gradients from now on."""
@@ -260,6 +274,19 @@ class Binder:
                     self.updater.gradient(place.unit, place.slot, gradient)
 
         parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+
+    def give_back(self, parameter: PagedParameter) -> None:
+        """Make a paged parameter an ordinary one again, with its values.
+
+        Raises:
+            StorageError: they cannot be read; the parameter is still paged.
+        """
+        with _NO_TORCH_FUNCTION():
+            with self.driver.interlude(), self.bound([parameter]):
+                values = parameter.detach().clone()
+            parameter.data = values
+            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+            del parameter._place
 
     def close(self) -> None:
         """Using any of the parameters raises from now on."""
@@ -293,5 +320,5 @@ def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
             with _NO_TORCH_FUNCTION():
                 for parameter, version in zip(parameters, versions, strict=True):
                     if parameter._version != version:
-                        binder._changed(parameter._place.unit)
+                        binder._changed(parameter._place)
                 context.__exit__(None, None, None)

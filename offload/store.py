@@ -12,11 +12,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from offload.config import Config, resolve_page_bytes
 from offload.parameters import Binder, PagedParameter
-from optim.states import StateAccess
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
 from pagemem.arena import HostArena
 from pagemem.budget import Budget, BudgetShortage, Reservation
@@ -122,7 +121,7 @@ class PageStore:
             self._make_unit(waiting)
 
     def _make_unit(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
-        dtype = self.compute_dtype or named[0][1].dtype
+        dtype = named[0][1].dtype
         layout = lay_out([(name, parameter.shape) for name, parameter in named])
         number = len(self.index.units)
         tensor = self.mover.create(named[0][0], Tag.PARAM, layout.numel * dtype.itemsize)
@@ -135,19 +134,39 @@ class PageStore:
                 flat.zero_()
                 for (_, parameter), slot in zip(named, slots, strict=True):
                     flat[slot.offset : slot.end].copy_(parameter.detach().reshape(-1))
-            if dtype is not torch.float32:
-                self._fill_masters(unit, [parameter for _, parameter in named])
         self.index.units.append(unit)
         self.binder.units[tensor.id] = unit
         for (_, parameter), slot in zip(named, slots, strict=True):
             self.binder.adopt(parameter, unit, slot)
 
-    def _fill_masters(self, unit: Unit, values: Sequence[Tensor]) -> None:
+    def _narrow(self, unit: Unit) -> None:
+        """Give a unit that computes in 16 bits its fp32 masters, with the values as they were built, and go on in them."""
+        wide, dtype = unit.parameters, self.compute_dtype or unit.dtype
+        if dtype is torch.float32:
+            return
+        arena, n_bytes = self.mover.arena, unit.dtype.itemsize
         for number, part in enumerate(unit.slices):
             part.master = self.mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
-        states = StateAccess(self.driver, ())
-        for slot, value in zip(unit.slots, values, strict=True):
-            states.write_master(unit, slot, value.float())
+            accesses = [Access(wide.id, AccessMode.READ), Access(part.master.id, AccessMode.CREATE)]
+            with self.driver.op((OpKind.FORWARD, ("master", unit.index, number)), unit.name, accesses):
+                assert wide.frame is not None and part.master.frame is not None
+                values = arena.view(wide.frame, part.begin * n_bytes, unit.dtype, part.numel)
+                arena.view(part.master.frame, 0, torch.float32, part.numel).copy_(values)
+        if dtype is unit.dtype:
+            return
+        numel = unit.slices[-1].end
+        narrow = self.mover.create(unit.name, Tag.PARAM, numel * dtype.itemsize)
+        accesses = [Access(wide.id, AccessMode.READ), Access(narrow.id, AccessMode.CREATE)]
+        with self.driver.op((OpKind.FORWARD, ("narrow", unit.index)), unit.name, accesses):
+            assert wide.frame is not None and narrow.frame is not None
+            arena.view(narrow.frame, 0, dtype, numel).copy_(arena.view(wide.frame, 0, unit.dtype, numel))
+        self.driver.quiesce()
+        self.mover.forget(wide)
+        del self.binder.units[wide.id]
+        self.binder.units[narrow.id] = unit
+        unit.parameters, unit.dtype = narrow, dtype
+        for slot in unit.slots:
+            slot.dtype, slot.edited = dtype, False
 
     def adopt(self, model: nn.Module) -> None:
         """Page what is still ordinary in ``model``, name everything as it does, and drop units it does not use.
@@ -175,6 +194,11 @@ class PageStore:
             self._forget(unit)
         for unit in self.index.units:
             unit.name = unit.parameters.name = _common_name([slot.name for slot in unit.slots])
+            with self.driver.interlude():
+                self._narrow(unit)
+        for parameter in model.parameters():
+            if isinstance(parameter, PagedParameter) and parameter._place.placeholder.dtype is not parameter._place.slot.dtype:
+                parameter._place.follow_dtype(parameter)
 
     def _forget(self, unit: Unit) -> None:
         self.index.units.remove(unit)
@@ -202,8 +226,22 @@ class PageStore:
                 frames = 2 * ceil_div(numel * dtype.itemsize, self.page_bytes)
                 per_element = (n_states * 4, 0 if dtype is torch.float32 else 4)
                 frames += max(sum(ceil_div(part.numel * n, self.page_bytes) for n in per_element) for part in parts)
+                if dtype is not group[0][1].dtype:
+                    # Once, while it is prepared, a unit is there in both dtypes.
+                    both = sum(ceil_div(numel * size, self.page_bytes) for size in (dtype.itemsize, group[0][1].element_size()))
+                    frames = max(frames, both)
                 largest = max(largest, (frames, _common_name([key for key, _ in group])), key=lambda pair: pair[0])
         self._check_frames(*largest)
+
+    def give_back(self, model: nn.Module) -> None:
+        """Make a model whole and ordinary again, which needs as much memory beside the budget.
+
+        Raises:
+            StorageError: some values cannot be read; those parameters are still paged.
+        """
+        for parameter in model.parameters():
+            if isinstance(parameter, PagedParameter):
+                self.binder.give_back(parameter)
 
     def _check_frames(self, need_frames: int, name: str) -> None:
         ram_bytes, smallest_bytes = self.config.memory.ram, need_frames * self.page_bytes
@@ -217,8 +255,11 @@ class PageStore:
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 
-    def settle_sizes(self) -> int:
+    def settle_sizes(self, *, in_flight: bool) -> int:
         """Once all units are known: cut the gradients in flight out of the arena's share of the budget.
+
+        Args:
+            in_flight: whether gradients are ever used as autograd made them, outside the arena.
 
         Returns:
             Bytes for gradients in flight.
@@ -229,7 +270,7 @@ class PageStore:
         need_frames, unit = max(((self._update_frames(unit), unit) for unit in self.index.units), key=lambda pair: pair[0])
         self._check_frames(need_frames, unit.name)
         ram_bytes = self.config.memory.ram
-        gradient_bytes = max(unit.gradient_bytes for unit in self.index.units)
+        gradient_bytes = max(unit.gradient_bytes for unit in self.index.units) if in_flight else 0
         if (ram_bytes - gradient_bytes) // self.page_bytes < need_frames:
             gradient_bytes = 0
         self.driver.evict_all()
@@ -252,16 +293,20 @@ class PageStore:
             raise BudgetError(reserved.describe(), n_bytes)
         return reserved
 
-    def bytes_by_tag(self) -> dict[str, int]:
-        """Bytes of host pages by what they are held for."""
-        found: dict[str, int] = {}
+    def bytes_by_tag(self, direct_gradient_bytes: int) -> dict[str, int]:
+        """Bytes of host memory by what they are held for; gradients outside the arena are given."""
+        found: dict[str, int] = {Tag.GRAD.value: direct_gradient_bytes} if direct_gradient_bytes else {}
         for tensor in self.mover.tensors.values():
             if tensor.frame is not None:
                 found[tensor.tag.value] = found.get(tensor.tag.value, 0) + tensor.n_frames * self.page_bytes
         return found
 
     def close(self) -> None:
-        """Stop all moves, end all threads, close and unlock the page files, give the arena back. Idempotent."""
+        """Stop all moves, end all threads, close and unlock the page files, give the arena back. Idempotent.
+
+        Raises:
+            StorageError: a background copy had failed and nobody has been told; everything is closed all the same.
+        """
         if self.closed:
             return
         self.closed = True

@@ -1,7 +1,7 @@
 """How parameters change: update rules over pages, gradients, clipping, exact updates and the optimizer users hold."""
 
 from optim.accumulate import GradientStore
-from optim.exact import ExactUpdater
+from optim.exact import ExactUpdater, is_eager
 from optim.optimizer import PagedOptimizer
 from optim.rules import AdamRule, AdamWRule, SGDRule, UpdateRule, rule_for
 from optim.states import StateAccess
@@ -9,5 +9,5 @@ from optim.unit import Slice, Slot, Unit, UnitIndex
 
 __all__ = [
     "AdamRule", "AdamWRule", "ExactUpdater", "GradientStore", "PagedOptimizer", "SGDRule", "Slice", "Slot", "StateAccess",
-    "Unit", "UnitIndex", "UpdateRule", "rule_for",
+    "Unit", "UnitIndex", "UpdateRule", "is_eager", "rule_for",
 ]

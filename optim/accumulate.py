@@ -70,6 +70,7 @@ class GradientStore:
         """
         flat = flat_gradient(slot, gradient)
         mover = self._driver.mover
+        kept = slot.direct
         if unit.gradients is None:
             n_bytes = round_up(unit.slots[-1].end, SLOT_ALIGN_NUMEL) * flat.dtype.itemsize
             unit.gradients = mover.create(f"gradients of {unit.name}", Tag.GRAD, n_bytes)
@@ -80,10 +81,17 @@ class GradientStore:
             total = self.view(unit, slot)
             if slot.paged:
                 total.add_(flat)
+            elif kept is not None:
+                # One more gradient than foretold: the sum moves to pages.
+                torch.add(kept, flat, out=total)
             else:
                 total.copy_(flat)
             after(total)
         slot.paged = True
+        if kept is not None:
+            slot.direct = None
+            self.direct_bytes -= kept.numel() * kept.dtype.itemsize
+            self._reservation.resize(self.direct_bytes)
 
     def view(self, unit: Unit, slot: Slot) -> torch.Tensor:
         """The flat paged sum of one parameter; its pages must be pinned by the op under way."""

@@ -20,7 +20,7 @@ import torch
 from optim.accumulate import GradientStore
 from optim.clip import clip_coefficient, gradient_norm
 from optim.rules import Batch, UpdateRule
-from optim.states import state_view
+from optim.states import StateAccess, state_view
 from optim.unit import Hyper, Pending, Piece, Slice, Slot, Unit, UnitIndex, pieces_of
 from pagemem.errors import StaleGradientError
 from pagemem.events import Event, EventKind, EventSink
@@ -30,6 +30,11 @@ from scheduler.trace import Access, AccessMode, OpKind
 Start = Literal["auto", "step"]
 
 _HINT: Final = 'set update.start = "step" in the configuration'
+
+
+def is_eager(clip_norm: float | None, start: Start) -> bool:
+    """Whether units are updated during the backward pass, as soon as their gradients are complete."""
+    return start == "auto" and clip_norm is None
 
 
 class ExactUpdater:
@@ -62,9 +67,10 @@ class ExactUpdater:
         self._rule = rule
         self._hypers = hypers
         self._store = store
+        self._states = StateAccess(driver, rule.state_names)
         self._sink = sink
         self._clip_norm = clip_norm
-        self._eager = start == "auto" and clip_norm is None
+        self._eager = is_eager(clip_norm, start)
         self._lazy = not self._eager
         self._foretold = False
         self._used_hypers: Sequence[Hyper] | None = None
@@ -190,6 +196,7 @@ class ExactUpdater:
             self.before_use(unit)
 
     def _run(self, unit: Unit, pending: Pending) -> None:
+        self._states.follow_edits(unit)
         parts = [(number, part, pieces_of(unit, part)) for number, part in enumerate(unit.slices)]
         parts = [entry for entry in parts if entry[2]]
         paged = any(slot.paged for slot in unit.slots)

@@ -59,10 +59,22 @@ class StateAccess:
         flat = value.reshape(-1)
         self._visit(unit, slot, AccessMode.MODIFY, number, lambda view, begin: view.copy_(flat[begin : begin + view.numel()]))
 
-    def write_master(self, unit: Unit, slot: Slot, value: torch.Tensor) -> None:
-        """Set the fp32 master of a 16-bit parameter."""
-        flat = value.detach().reshape(-1)
-        self._visit(unit, slot, AccessMode.MODIFY, None, lambda view, begin: view.copy_(flat[begin : begin + view.numel()]))
+    def follow_edits(self, unit: Unit) -> None:
+        """Take values that were put into 16-bit parameters over into their masters; the others keep what rounding hides."""
+        for slot in unit.slots:
+            edited, slot.edited = slot.edited, False
+            for index, part in enumerate(unit.slices):
+                begin, end = max(slot.offset, part.begin), min(slot.end, part.end)
+                if not edited or begin >= end or part.master is None:
+                    continue
+                key = (OpKind.UPDATE, (unit.index, index, "edit", slot.order))
+                accesses = [Access(unit.parameters.id, AccessMode.READ), Access(part.master.id, AccessMode.MODIFY)]
+                with self._driver.op(key, f"master of {slot.name}", accesses):
+                    assert unit.parameters.frame is not None
+                    arena, size = self._driver.mover.arena, unit.dtype.itemsize
+                    value = arena.view(unit.parameters.frame, begin * size, unit.dtype, end - begin)
+                    master = state_view(self._driver, part, part.master, 0, begin, end - begin)
+                    master.copy_(torch.where(master.to(unit.dtype) == value, master, value.float()))
 
     def _visit(
         self, unit: Unit, slot: Slot, mode: AccessMode, number: int | None, visit: Callable[[torch.Tensor, int], object]

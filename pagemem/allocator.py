@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 from sortedcontainers import SortedDict
 
 from pagemem.free_runs import FreeRuns, SharedPages
-from pagemem.packing import MIN_PAGE_BYTES, Stretch, Tenancy, in_place_bytes, safe_order
-from pagemem.page import Extent, FrameId, PageMove, Placement, Run, Shortage, TensorId
+from pagemem.packing import Stretch, Tenancy, in_place_bytes, safe_order
+from pagemem.page import MIN_PAGE_BYTES, Extent, FrameId, PageMove, Placement, Run, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 

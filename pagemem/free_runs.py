@@ -191,6 +191,8 @@ class SharedPages:
                 raise AssertionError(f"frame {frame} cannot hold {there}")
             for tail, tensor in there:
                 inside = 0 <= tail.offset_bytes and tail.offset_bytes + tail.length_bytes <= self._page_bytes
+                if len(there) == 2 and all(other.offset_bytes for other, _ in there):
+                    raise AssertionError(f"neither of {there} begins at the start of frame {frame}")
                 if tail.frame != frame or not inside or tail.length_bytes <= 0 or tail.offset_bytes % BLOCK_BYTES:
                     raise AssertionError(f"{tail} of tensor {tensor} is not a block-aligned part of frame {frame}")
         room = sorted((self._gap(frame)[1], frame) for frame, there in self._tails.items() if len(there) == 1)
@@ -198,11 +200,11 @@ class SharedPages:
             raise AssertionError("the index of room in shared frames is not that of their tails")
 
     def _gap(self, frame: int) -> tuple[int, int]:
-        """Offset and length of the larger free side of a frame's only tail, in whole blocks."""
+        """Offset and length of the room beside a frame's only tail, in whole blocks: one of two tails begins at 0."""
         ((tail, _),) = self._tails[frame]
-        end_bytes = round_up(tail.offset_bytes + tail.length_bytes, BLOCK_BYTES)
-        if tail.offset_bytes > self._page_bytes - end_bytes:
+        if tail.offset_bytes:
             return 0, tail.offset_bytes
+        end_bytes = round_up(tail.length_bytes, BLOCK_BYTES)
         return end_bytes, self._page_bytes - end_bytes
 
 

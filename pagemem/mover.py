@@ -10,6 +10,7 @@ copy), and must be cheap. The first error of a background copy is kept and raise
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ import torch
 
 from pagemem.allocator import PageAllocator
 from pagemem.arena import HostArena
-from pagemem.errors import OffloadError
+from pagemem.errors import OffloadError, TransitionError
 from pagemem.events import Event, EventKind, EventSink
 from pagemem.page import FrameId, Placement, Shortage, TensorId
 from pagemem.page_file import PageFiles
@@ -80,6 +81,7 @@ class Mover:
         self.tensors: dict[TensorId, PagedTensor] = {}
         self._sink = sink
         self._failure: BaseException | None = None
+        self._told = False
         self._listeners: list[Callable[[], None]] = []
         self._in_flight = 0
         self._activity = {EventKind.READ: Activity(), EventKind.WRITE: Activity()}
@@ -109,16 +111,27 @@ class Mover:
         self._listeners.append(listener)
 
     def check(self) -> None:
-        """Raise the first error of a background copy. Call on the training thread.
+        """Raise the first error of a background copy since the last call, once. Call on the training thread.
 
         Raises:
-            StorageError: (or what the copy raised) every tensor is still whole where it was before that copy.
+            StorageError: (or what the copy raised) every tensor is still whole where it was before that copy, and
+                what moves it next tries again.
         """
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._told = True
+            raise failure
+
+    @property
+    def failed(self) -> bool:
+        """Whether a background copy failed and nobody has been told yet."""
+        return self._failure is not None
 
     def collect_leases(self) -> list[PagedTensor]:
-        """Count ended leases off; returns the tensors that have none left since the last call."""
+        """Count ended leases off; returns the tensors that have none left since the last call.
+
+        Until then an exposed tensor may have been written to, whatever was stored of it meanwhile.
+        """
         with self.changed:
             freed: list[PagedTensor] = []
             for tensor_id in self.arena.ended_leases():
@@ -128,6 +141,9 @@ class Mover:
                 tensor.leases -= 1
                 if tensor.leases == 0:
                     freed.append(tensor)
+                    if tensor.exposed and tensor.readable:
+                        self.touch(tensor)
+                    tensor.exposed = False
             return freed
 
     def droppable(self, tensor_id: TensorId) -> bool:
@@ -206,18 +222,22 @@ class Mover:
         with self.changed:
             self._in_flight -= 1
             self._activity[EventKind.WRITE].end(tensor.n_bytes)
-            if error is None:
+            if error is None and not tensor.rewritten:
                 tensor.backed = True
                 tensor.become(Residency.CLEAN)
             else:
                 tensor.become(Residency.DIRTY)
                 self._failure = self._failure or error
+            tensor.rewritten = False
             self._notify()
         self._emit(EventKind.WRITE, tensor, started_s)
 
     def touch(self, tensor: PagedTensor) -> None:
-        """Note that compute changed (or is about to change) the host copy. The tensor must be pinned, not STORING."""
+        """Note that compute changed (or is about to change) the host copy, which must be readable and held."""
         with self.changed:
+            if tensor.state is Residency.STORING:
+                tensor.rewritten = True
+                return
             if tensor.state is not Residency.DIRTY:
                 tensor.become(Residency.DIRTY)
             tensor.backed = False
@@ -231,6 +251,8 @@ class Mover:
         with self.changed:
             if tensor.held:
                 raise AssertionError(f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot drop it")
+            if tensor.state is not Residency.CLEAN:
+                raise TransitionError(f"{tensor.name} is {tensor.state.value}: only what is clean can be dropped")
             tensor.become(Residency.STORED if tensor.backed else Residency.ABSENT)
             self._give_up_frames(tensor)
 
@@ -285,8 +307,14 @@ class Mover:
         self.check()
 
     def close(self) -> None:
-        """Wait until no copy is under way. Idempotent; the page files stay open."""
+        """Wait until no copy is under way. Idempotent; the page files stay open.
+
+        Raises:
+            StorageError: (or what a background copy raised) if `check` has never raised one before.
+        """
         self.settle()
+        if not self._told:
+            self.check()
 
     def replace_arena(self, arena: HostArena) -> None:
         """Go on with another, empty arena of the same page size. Every tensor must be stored or absent.
@@ -321,9 +349,16 @@ class Mover:
             return self._activity[EventKind.READ].bytes_per_s(), self._activity[EventKind.WRITE].bytes_per_s()
 
     def planned_page_file_frames(self, stored: Iterable[TensorId]) -> int:
-        """Page-file frames in use once every tensor of ``stored`` has been stored."""
-        new = [self.tensors[t] for t in stored if self.tensors[t].route is None]
-        return self.ssd.used_frames + sum(tensor.n_frames for tensor in new)
+        """Page-file frames in use once every tensor of ``stored`` has been stored, for the first time in that order."""
+        with self.changed:
+            new = [self.tensors[t] for t in dict.fromkeys(stored) if self.tensors[t].route is None]
+            if not new:
+                return self.ssd.used_frames
+            tried = copy.deepcopy(self.ssd)
+        tried.grow(sum(tensor.n_frames for tensor in new))
+        for tensor in new:
+            tried.allocate(tensor.id, tensor.n_bytes)
+        return tried.used_frames
 
     def validate(self) -> None:
         """Check every cross reference between records and allocators.

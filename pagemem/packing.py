@@ -1,8 +1,7 @@
-"""Packing: small tensors into units, units into pages, and pages of a tier closer together. Pure arithmetic.
+"""Packing the pages of a tier closer together. Pure arithmetic.
 
-`pack_units` and `choose_page_bytes` decide before there are pages. `Tenancy` and `safe_order` are the two halves of
-making room for one flat view in a tier that has none: which frames are cheapest to clear, and in what order pages can be
-copied. Who owns what is not kept here, see `pagemem.allocator`.
+`Tenancy` and `safe_order` are the two halves of making room for one flat view in a tier that has none: which frames are
+cheapest to clear, and in what order pages can be copied. Who owns what is not kept here, see `pagemem.allocator`.
 """
 
 from __future__ import annotations
@@ -17,80 +16,9 @@ from typing import Final
 
 from pagemem.free_runs import FreeRuns, overlap
 from pagemem.page import Extent, FrameId, PageMove, TensorId
-from pagemem.units import KiB, MiB, round_up
 
-MIN_PAGE_BYTES: Final = 64 * KiB
-#: What `choose_page_bytes` chooses from ends here: longer requests are hardly faster, and more is lost by rounding.
-MAX_CHOSEN_PAGE_BYTES: Final = 4 * MiB
-#: Bytes that rounding may add to each byte asked for, and frames a budget must hold for moves to find places.
-MAX_WASTE_RATIO: Final = 0.03
-MIN_FRAMES: Final = 256
 #: Windows offered for clearing, cheapest first: whether the tenants of one find places elsewhere is a packing problem.
 MAX_WINDOWS: Final = 256
-
-
-def pack_units(sizes_bytes: Sequence[int], page_bytes: int, *, across_large: bool = False) -> list[list[int]]:
-    """Group items, in order, into units: small neighbours join while their sum stays within one page.
-
-    Args:
-        sizes_bytes: size of each item, in the order of use.
-        page_bytes: items of at least this size are units by themselves.
-        across_large: whether small items may join with a large one between them. Wastes less, but the page of such a
-            unit is needed for longer.
-
-    Returns:
-        Indices into ``sizes_bytes``, a list a unit, units ordered by their first item.
-
-    Raises:
-        ValueError: a size or the page size is not positive.
-    """
-    if page_bytes <= 0 or any(size <= 0 for size in sizes_bytes):
-        raise ValueError(f"sizes must be positive; the page has {page_bytes} bytes, the smallest item {min(sizes_bytes, default=0)}")
-    units: list[list[int]] = []
-    open_unit: list[int] | None = None
-    open_bytes = 0
-    for item, size_bytes in enumerate(sizes_bytes):
-        if size_bytes >= page_bytes:
-            units.append([item])
-            open_unit = open_unit if across_large else None
-        elif open_unit is not None and open_bytes + size_bytes <= page_bytes:
-            open_unit.append(item)
-            open_bytes += size_bytes
-        else:
-            open_unit, open_bytes = [item], size_bytes
-            units.append(open_unit)
-    return units
-
-
-def rounding_ratio(unit_bytes: Sequence[int], page_bytes: int) -> float:
-    """Bytes added by rounding every unit up to whole pages, for each byte asked for; 0 when nothing is."""
-    asked_bytes = sum(unit_bytes)
-    added_bytes = sum(round_up(n_bytes, page_bytes) - n_bytes for n_bytes in unit_bytes)
-    return added_bytes / asked_bytes if asked_bytes else 0.0
-
-
-def choose_page_bytes(unit_bytes: Sequence[int], budget_bytes: int) -> int:
-    """The largest page that wastes little when every unit takes whole pages of its own, as flat views do.
-
-    Args:
-        unit_bytes: size of each unit.
-        budget_bytes: what the tier may use.
-
-    Returns:
-        The largest power of two from 64 KiB to 4 MiB for which rounding adds at most 3 % and the budget holds at least
-        256 frames; 64 KiB when there is none.
-
-    Raises:
-        ValueError: a size or the budget is not positive.
-    """
-    if budget_bytes <= 0 or any(n_bytes <= 0 for n_bytes in unit_bytes):
-        raise ValueError(f"sizes must be positive; the budget has {budget_bytes} bytes, the smallest unit {min(unit_bytes, default=0)}")
-    page_bytes = MAX_CHOSEN_PAGE_BYTES
-    while page_bytes > MIN_PAGE_BYTES:
-        if budget_bytes // page_bytes >= MIN_FRAMES and rounding_ratio(unit_bytes, page_bytes) <= MAX_WASTE_RATIO:
-            break
-        page_bytes //= 2
-    return page_bytes
 
 
 def in_place_bytes(extents: Sequence[Extent]) -> dict[int, int]:

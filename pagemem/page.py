@@ -7,9 +7,14 @@ A page holds extents of at most two tensors. A *placement* is everything a tenso
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NewType
+from typing import Final, NewType
 
 from pagemem.tier import Tier
+from pagemem.units import KiB, MiB
+
+#: Smallest and largest size of a page, a power of two.
+MIN_PAGE_BYTES: Final = 64 * KiB
+MAX_PAGE_BYTES: Final = 64 * MiB
 
 TensorId = NewType("TensorId", int)
 FrameId = NewType("FrameId", int)

@@ -25,18 +25,16 @@ from pagemem.errors import StorageError, TransitionError
 from pagemem.io import Direction, RawBackend, choose_backend, os_failure
 from pagemem.io_stats import IoMeter, IoStats
 from pagemem.io_threads import IoPool
-from pagemem.page import Extent
+from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent
 from pagemem.page_requests import Route, plan_requests, tabulate
 from pagemem.page_transfer import Done, TransferServer, Work
 from pagemem.run_directory import RunDirectory
 from pagemem.striping import Striping
 from pagemem.token_bucket import TokenBucket
-from pagemem.units import BLOCK_BYTES, KiB, MiB, ceil_div
+from pagemem.units import BLOCK_BYTES, MiB, ceil_div
 
 PAGE_FILE_NAME: Final = "pages.bin"
 SLAB_BYTES: Final = 64 * MiB
-MIN_PAGE_BYTES: Final = 64 * KiB
-MAX_PAGE_BYTES: Final = 64 * MiB
 
 
 class FilesState(enum.Enum):

@@ -3,7 +3,7 @@
     ABSENT  --load-->  CLEAN                       nothing was ever written: reads as zeros
     STORED  --load-->  LOADING --> CLEAN           page file -> host; on failure back to STORED
     CLEAN   --touch--> DIRTY                       compute changed the host copy
-    DIRTY   --store--> STORING --> CLEAN           host -> page file; on failure back to DIRTY
+    DIRTY   --store--> STORING --> CLEAN           host -> page file; back to DIRTY on failure or when changed meanwhile
     CLEAN   --drop-->  STORED | ABSENT             host frames given up
     any resident --discard--> ABSENT               the content is dead (a consumed gradient)
 
@@ -61,6 +61,8 @@ class PagedTensor:
         frame: first host frame while one is held, else None.
         route: requests to the page-file frames it owns, kept for re-use once taken; ``backed`` says whether they hold its
             content.
+        rewritten: compute changed the host copy while it was being stored, so that the stored copy is stale already.
+        exposed: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
         pins: uses under way that need the host frames to stay.
         leases: live views of the host frames that were handed out, see `pagemem.arena.HostArena.lease`.
         last_use: sequence number of the last use, for least-recently-used ranking.
@@ -75,6 +77,8 @@ class PagedTensor:
     frame: FrameId | None = None
     route: Route | None = None
     backed: bool = False
+    rewritten: bool = False
+    exposed: bool = False
     pins: int = 0
     leases: int = 0
     last_use: int = 0

@@ -313,21 +313,31 @@ class Driver:
         return held
 
     def _hold_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        """Pin tensors that stood in each other's way: move them out and place them anew, side by side."""
+        """Pin tensors that stood in each other's way: move them out and place them anew, side by side.
+
+        Those of which a view lives stay where they are.
+        """
         own = [self.mover.tensors[access.tensor] for access in accesses]
         for tensor in own:
-            self._move_out(tensor)
+            if not tensor.held:
+                self._move_out(tensor)
         modes = {access.tensor: access.mode for access in accesses}
         held: list[PagedTensor] = []
         try:
-            for tensor in sorted(own, key=lambda t: -t.n_frames):
-                self._fetch(tensor, name, fresh=modes[tensor.id] is AccessMode.CREATE, lowest=True)
+            for tensor in sorted(own, key=lambda t: (not t.held, -t.n_frames)):
+                if tensor.held:
+                    self._await_copy(tensor, modes[tensor.id])
+                else:
+                    self._fetch(tensor, name, fresh=modes[tensor.id] is AccessMode.CREATE, lowest=True)
                 tensor.pins += 1
                 held.append(tensor)
         except BaseException:
             self.end(held)
             raise
         return held
+
+    def _await_copy(self, tensor: PagedTensor, mode: AccessMode) -> None:
+        self.mover.wait_until(lambda: self._usable(tensor, mode), tensor.name, tensor.n_bytes)
 
     def _usable(self, tensor: PagedTensor, mode: AccessMode) -> bool:
         if mode in _CHANGES:

@@ -55,7 +55,8 @@ class ReadLane:
         self._pumping = True
         try:
             self.stuck = False
-            while self._tasks and self._start(self._tasks[0]):
+            # After a failed copy nothing is begun until the training thread knows: the same could fail for ever.
+            while self._tasks and not self._mover.failed and self._start(self._tasks[0]):
                 self._waiting[self._tasks.popleft().tensor] -= 1
         finally:
             self._pumping = False
@@ -70,7 +71,8 @@ class ReadLane:
         leaving = [self._leaves(tenant) for tenant in self._tenants(task.frame, tensor.n_frames)]
         if not all(leaving):
             return False
-        self._mover.start_load(tensor, task.frame, fresh=task.fresh)
+        # A tensor that the plan took for dead by now and that is not, because the step goes another way, keeps its content.
+        self._mover.start_load(tensor, task.frame, fresh=task.fresh and tensor.state is Residency.ABSENT)
         return True
 
     def _tenants(self, first: int, n_frames: int) -> list[PagedTensor]:

@@ -73,9 +73,9 @@ class Plan:
         """Ops from one optimizer step to the next."""
         return len(self.keys) // self.n_steps
 
-    def stored(self) -> set[TensorId]:
-        """Tensors that the plan copies to the page files."""
-        return {task.tensor for task in self.stores}
+    def stored(self) -> list[TensorId]:
+        """Tensors that the plan copies to the page files, in order of their first copy."""
+        return list(dict.fromkeys(task.tensor for task in sorted(self.stores, key=lambda task: task.trigger)))
 
 
 def by_trigger(tasks: Iterable[TaskT]) -> dict[int, tuple[TaskT, ...]]:

@@ -40,8 +40,8 @@ MIN_CYCLE_STEPS: Final = 5
 STALL_QUANTUM_S: Final = 0.0005
 
 
-#: Tensor, first frame and dirtiness of everything in host memory, sorted.
-Placed = tuple[tuple[TensorId, FrameId, bool], ...]
+#: Tensor, first frame, dirtiness and deadness of everything in host memory, sorted.
+Placed = tuple[tuple[TensorId, FrameId, bool, bool], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,6 @@ class _Walk:
     trace: Trace
     n_bytes: Mapping[TensorId, int]
     machine: Machine
-    kept: tuple[TensorId, ...] = ()
     frames: PageAllocator = field(init=False)
     tenants: dict[TensorId, _Tenant] = field(default_factory=dict)
     uses: dict[TensorId, list[int]] = field(default_factory=dict)
@@ -91,11 +90,6 @@ class _Walk:
                 uses = self.uses.setdefault(access.tensor, [])
                 if not uses or uses[-1] != index:
                     uses.append(index)
-        for tensor in self.kept:
-            placed = self.frames.allocate(tensor, self.n_bytes[tensor], contiguous=True)
-            if isinstance(placed, Shortage):
-                raise AssertionError(f"what is kept does not fit: {placed}")
-            self.tenants[tensor] = _Tenant(placed.runs[0].first, -1)
 
     # ---- what the ranking needs --------------------------------------------------------------------------------
 
@@ -118,10 +112,9 @@ class _Walk:
     ) -> Window | None:
         """The best window for a load needed at op ``now``; tenants in ``staying`` are not moved. ``pack``: the lowest."""
         need_s = self.op_end_s[now - 1] if now else 0.0
-        kept = frozenset(self.kept)
 
         def movable(tensor: TensorId) -> bool:
-            return tensor not in staying and tensor not in kept and self.tenants[tensor].locked_until < now
+            return tensor not in staying and self.tenants[tensor].locked_until < now
 
         def cost(tensors: Sequence[TensorId]) -> tuple[float, float, int]:
             if pack:
@@ -166,7 +159,7 @@ class _Walk:
         placed = self.frames.allocate(tensor, n_bytes, contiguous=True, at=window.first)
         if isinstance(placed, Shortage):
             raise AssertionError(f"chosen window {window} is not free: {placed}")
-        self.tenants[tensor] = _Tenant(window.first, now)
+        self.tenants[tensor] = _Tenant(window.first, now - 1)
         self.loads.append(LoadTask(tensor, window.first, trigger, now, fresh))
         self.last_trigger = trigger
         self.read_free_s = start_s + read_s
@@ -175,16 +168,25 @@ class _Walk:
     def repack(self, op: Op, now: int) -> float:
         """Make room for an op whose own tensors stand in each other's way: place them anew, largest first.
 
+        Those of which an older view lives stay where they are.
+
         Raises:
             BudgetError: the op's tensors do not fit together; the message says which and how much they need.
         """
+        placed: set[TensorId] = set()
+        while self.loads and self.loads[-1].needed_at == now:
+            self.loads.pop()
         for access in op.accesses:
-            if access.tensor in self.tenants:
+            tenant = self.tenants.get(access.tensor)
+            if tenant is not None and tenant.locked_until >= now:
+                placed.add(access.tensor)
+            elif tenant is not None:
                 self.evict(access.tensor, now)
         self.last_trigger = now
         ready_s = 0.0
-        placed: set[TensorId] = set()
         for access in sorted(op.accesses, key=lambda a: -self.n_bytes[a.tensor]):
+            if access.tensor in placed:
+                continue
             there_s = self.load(access, now, frozenset(placed), pack=True)
             if there_s is None:
                 page_bytes = self.machine.page_bytes
@@ -243,7 +245,7 @@ class _Walk:
 
     def placement(self) -> Placed:
         """What is where; two steps that begin alike go on alike."""
-        return tuple(sorted((tensor, t.frame, t.dirty) for tensor, t in self.tenants.items() if not t.dead))
+        return tuple(sorted((tensor, t.frame, t.dirty, t.dead) for tensor, t in self.tenants.items()))
 
 
 def _numbered_from(start: int, n_ops: int, loads: Sequence[LoadTask], *, closed: bool) -> tuple[LoadTask, ...]:
@@ -299,7 +301,7 @@ def make_plan(trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine) -
         LoadTask(t.tensor, t.frame, 0, t.needed_at - (end - start), t.fresh) for t in numbered if t.needed_at >= end - start
     )
     before_s = walk.op_end_s[start - 1] if start else 0.0
-    initial = {tensor: frame for tensor, frame, _ in placements[first]}
+    initial = {tensor: frame for tensor, frame, _, dead in placements[first] if not dead}
     return Plan(
         keys=trace.keys * (last - first),
         n_steps=last - first,
@@ -326,8 +328,7 @@ def _least_different(placements: Sequence[Placed], n_bytes: Mapping[TensorId, in
     ]
 
     def bytes_in_place(stretch: tuple[int, int]) -> int:
-        here = {(tensor, frame) for tensor, frame, _ in placements[stretch[0]]}
-        there = {(tensor, frame) for tensor, frame, _ in placements[stretch[1]]}
+        here, there = ({(tensor, frame) for tensor, frame, _, _ in placements[end]} for end in stretch)
         return sum(n_bytes[tensor] for tensor, _ in here & there)
 
     return max(stretches, key=bytes_in_place)

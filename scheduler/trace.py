@@ -26,7 +26,8 @@ class OpKind(enum.Enum):
 class AccessMode(enum.Enum):
     """How an op uses a tensor.
 
-    CREATE writes it without looking at what it held; CONSUME reads it for the last time, its content is dead after.
+    CREATE writes it without looking at what it held; CONSUME reads it for the last time, its content is dead after, and
+    undefined until it is created again.
     """
 
     READ = "read"

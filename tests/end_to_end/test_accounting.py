@@ -112,7 +112,7 @@ def test_tags_add_up_at_every_step(clip_norm: float | None, tmp_path: Path) -> N
     "ram",
     [
         1 << 20,
-        pytest.param(2 << 20, marks=pytest.mark.xfail(strict=True, reason="gradients kept outside of pages have no tag")),
+        2 << 20,
     ],
 )
 def test_in_the_middle_of_backward_tags_add_up_and_the_budget_holds(ram: int, tmp_path: Path) -> None:
@@ -140,7 +140,6 @@ def test_after_a_refused_step_and_close_nothing_is_held(tmp_path: Path) -> None:
     assert engine.memory_report().tiers["ssd"].peak_pages >= report.tiers["ssd"].peak_pages
 
 
-@pytest.mark.xfail(strict=True, reason="tails of tensors share pages, which the prediction does not know")
 def test_page_file_pages_predicted_before_the_first_store_are_those_used(tmp_path: Path) -> None:
     engine = engine_of(built(), tmp_path, ram=16 << 20)
     try:

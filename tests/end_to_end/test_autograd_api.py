@@ -155,7 +155,6 @@ def test_activations_kept_elsewhere_by_save_on_cpu_give_the_same_bits(tmp_path: 
         pass
 
 
-@pytest.mark.xfail(strict=True, reason="the engine's own hooks around the model's forward hide all others")
 def test_hooks_around_the_model_get_the_activations_but_not_the_weights(tmp_path: Path) -> None:
     got: dict[bool, list[torch.Size]] = {False: [], True: []}
 

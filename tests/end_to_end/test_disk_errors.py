@@ -30,7 +30,6 @@ def test_a_full_disk_at_the_start_says_how_much_was_wanted_and_is_free(
     assert_closed(engine)
 
 
-@pytest.mark.xfail(strict=True, reason="a failed start closes the store that has taken the model's weights over")
 def test_a_full_disk_at_the_start_leaves_the_weights_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, model = FaultyDisk.install(monkeypatch), built()
     disk.errors["allocate"] = errno.ENOSPC
@@ -81,7 +80,6 @@ def test_a_flipped_byte_is_named_and_nothing_is_trained_on_it(tmp_path: Path) ->
     assert_closed(engine)
 
 
-@pytest.mark.xfail(strict=True, reason="Engine.close does not look at the mover's failure, so the error is lost")
 def test_a_background_failure_that_nobody_was_told_of_is_raised_by_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

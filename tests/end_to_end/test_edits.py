@@ -45,7 +45,7 @@ EDITS = [by_gathered, by_no_grad, by_data, by_state_dict]
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize(
     "dtype",
-    ["fp32", pytest.param("bf16", marks=pytest.mark.xfail(strict=True, reason="the fp32 master does not learn of the edit"))],
+    ["fp32", "bf16"],
 )
 def test_what_was_put_in_survives_updates_and_moves(dtype: str, edit: Callable[[nn.Module, float], None], tmp_path: Path) -> None:
     made = config(tmp_path, start="step") | {"model": {"factory": "unused:unused", "dtype": dtype}}
@@ -59,7 +59,6 @@ def test_what_was_put_in_survives_updates_and_moves(dtype: str, edit: Callable[[
     assert_closed(engine)
 
 
-@pytest.mark.xfail(strict=True, reason="Mover.touch makes a tensor that is being stored dirty, and the end of the copy is then illegal")
 def test_an_edit_while_its_page_is_being_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = FaultyDisk.install(monkeypatch)
     engine = engine_of(built(), tmp_path)
@@ -81,7 +80,6 @@ def test_an_edit_while_its_page_is_being_written_is_not_lost(tmp_path: Path, mon
     assert_closed(engine)
 
 
-@pytest.mark.xfail(run=False, reason="loaded values go into pages that are being stored, see the test of edits; it may hang")
 def test_weights_taken_back_in_the_middle_of_training(tmp_path: Path) -> None:
     plain = built()
     optimizer = adamw(plain.parameters())

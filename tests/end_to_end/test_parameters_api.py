@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 import offload
 
-HOOKS_COME_FIRST = pytest.mark.xfail(strict=True, reason="the engine's hooks, which are local functions, are pickled before parameters")
-
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[offload.Engine]:
@@ -191,14 +189,14 @@ def test_training_goes_on_in_a_new_engine_from_saved_states(source: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("copying", "what"),
+    "copying",
     [
-        pytest.param(copy.deepcopy, "copied", id="deepcopy"),
-        pytest.param(pickle.dumps, "pickled", id="pickle", marks=HOOKS_COME_FIRST),
-        pytest.param(lambda model: torch.save(model, io.BytesIO()), "pickled", id="torch.save", marks=HOOKS_COME_FIRST),
+        pytest.param(copy.deepcopy, id="deepcopy"),
+        pytest.param(pickle.dumps, id="pickle"),
+        pytest.param(lambda model: torch.save(model, io.BytesIO()), id="torch.save"),
     ],
 )
-def test_copying_the_model_itself_says_what_to_use(copying: Callable[[nn.Module], Any], what: str, engine: offload.Engine) -> None:
-    with pytest.raises(RuntimeError, match=rf"tok\.weight: a paged parameter cannot be {what}; use model\.state_dict\(\)"):
+def test_copying_the_model_itself_says_what_to_use(copying: Callable[[nn.Module], Any], engine: offload.Engine) -> None:
+    with pytest.raises(RuntimeError, match=r"cannot be copied.*; use model\.state_dict\(\)"):
         copying(engine.model)
     train(engine, 2)

@@ -172,7 +172,6 @@ def test_what_a_plan_stores() -> None:
 # ---- consumed tensors and views in the way -----------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="steps are taken for alike without looking where consumed tensors lie", raises=PlanError)
 def test_a_wrapped_load_waits_for_consumed_tensors_in_its_window() -> None:
     ops = ("Br", "Ac", "Ar", "Ar Br", "Ar Br", "Cc Ax", "Cx Dc")
     trace = step(*ops, seconds=0.0)
@@ -180,7 +179,6 @@ def test_a_wrapped_load_waits_for_consumed_tensors_in_its_window() -> None:
     plan_for(trace, n_frames=5, pages={"B": 2, "C": 2})
 
 
-@pytest.mark.xfail(strict=True, reason="an op's own tensors are placed anew even while an older view of them lives", raises=PlanError)
 def test_a_tensor_with_a_living_view_is_not_placed_anew() -> None:
     with suppress(BudgetError):  # No plan is a right answer too: the driver then goes on without one.
         plan_for(step("Br", "Cr", "Ar", "Ar Br", until={2: 3}), n_frames=3, pages={"B": 2})
