@@ -252,7 +252,7 @@ class Mover:
             if tensor.held:
                 raise AssertionError(f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot drop it")
             if tensor.state is not Residency.CLEAN:
-                raise TransitionError(f"{tensor.name} is {tensor.state.value}: only what is clean can be dropped")
+                raise TransitionError(f"{tensor.name}: {tensor.state.value} -> dropped is not a legal move: it is not clean")
             tensor.become(Residency.STORED if tensor.backed else Residency.ABSENT)
             self._give_up_frames(tensor)
 

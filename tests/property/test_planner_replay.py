@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagemem.errors import BudgetError
@@ -83,16 +83,19 @@ def check(work: Work, plan: Plan) -> Replay:
     return replay
 
 
+@settings(max_examples=300)
 @given(steps(), st.integers(0, 8))
 def test_what_fits_is_planned_and_every_op_finds_its_tensors(work: Work, spare_frames: int) -> None:
     check(work, work.plan(work.frames_needed() + spare_frames))
 
 
+@settings(max_examples=300)
 @given(steps(), st.integers(0, 8))
 def test_plans_for_a_fast_disk_hold_too(work: Work, spare_frames: int) -> None:
     check(work, work.plan(work.frames_needed() + spare_frames, read_bytes_per_s=1e12))
 
 
+@settings(max_examples=300)
 @given(steps(views=True), st.integers(0, 8))
 def test_views_that_outlive_their_op_are_respected(work: Work, spare_frames: int) -> None:
     try:
@@ -125,6 +128,7 @@ def test_what_does_not_fit_names_the_op_and_its_need(work: Work, data: st.DataOb
     assert caught.value.smallest_bytes == need[too_large[0]] * PAGE_BYTES
 
 
+@settings(max_examples=300)
 @given(steps(views=True), st.integers(0, 8))
 def test_the_same_step_gives_the_same_plan(work: Work, spare_frames: int) -> None:
     n_frames = work.frames_in_all() + spare_frames

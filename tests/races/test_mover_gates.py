@@ -83,7 +83,8 @@ def opened() -> Iterator[Gates]:
     finally:
         made.files.fail_all(StorageError("the test is over"))
         made.training.shutdown()
-        made.mover.close()
+        with suppress(StorageError):
+            made.mover.close()
         made.mover.validate()
         made.mover.arena.close()
 
@@ -112,7 +113,6 @@ def test_a_load_under_way_forbids_changes_stores_and_discards(gates: Gates) -> N
     assert tensor.state is R.CLEAN and gates.holds(tensor, 7)
 
 
-@pytest.mark.xfail(strict=True, reason="a drop amid a load looks like the load's failure, and frees frames that are being filled")
 def test_a_load_under_way_forbids_a_drop() -> None:
     with opened() as gates:
         tensor = gates.stored(7)
@@ -126,7 +126,6 @@ def test_a_load_under_way_forbids_a_drop() -> None:
                 read.fail(StorageError("ended"))
 
 
-@pytest.mark.xfail(strict=True, reason="a drop of a dirty tensor looks like a discard, and loses its content")
 def test_a_dirty_tensor_is_not_dropped() -> None:
     with opened() as gates:
         tensor = gates.dirty(5)
@@ -171,8 +170,7 @@ def test_a_load_that_fails_leaves_the_tensor_stored_and_its_frames_free(gates: G
     gates.files.take("read").fail(StorageError("the disk went away"))
     with pytest.raises(StorageError, match="the disk went away"):
         waiting.result(timeout=TIMEOUT_S)
-    with pytest.raises(StorageError, match="the disk went away"):
-        gates.mover.check()
+    gates.mover.check()  # Told once.
     assert (tensor.state, tensor.frame, tensor.backed) == (R.STORED, None, True)
     assert gates.mover.host.used_frames == 0
     gates.mover.validate()
@@ -225,8 +223,7 @@ def test_a_store_that_fails_keeps_the_tensor_dirty_and_whole(gates: Gates) -> No
     gates.files.take("write").fail(StorageError("no space"))
     with pytest.raises(StorageError, match="no space"):
         waiting.result(timeout=TIMEOUT_S)
-    with pytest.raises(StorageError, match="no space"):
-        gates.mover.check()
+    gates.mover.check()  # Told once.
     assert (tensor.state, tensor.backed) == (R.DIRTY, False)
     assert gates.holds(tensor, 5)
     gates.mover.validate()
@@ -353,7 +350,11 @@ def test_coming_to_rest_waits_for_every_copy_also_a_failing_one(gates: Gates, re
         read.open()
     assert not resting.done()
     write.open()
-    resting.result(timeout=TIMEOUT_S)
+    if failing and rest == "close":
+        with pytest.raises(StorageError, match="gone"):
+            resting.result(timeout=TIMEOUT_S)
+    else:
+        resting.result(timeout=TIMEOUT_S)
     assert (loading.state, storing.state) == (R.STORED if failing else R.CLEAN, R.CLEAN)
 
 

@@ -165,7 +165,7 @@ def test_tasks_are_grouped_by_trigger_in_order() -> None:
 
 def test_what_a_plan_stores() -> None:
     plan = plan_for(step("Aw", "Bw", "Cr"), n_frames=1)
-    assert plan.stored() == {tensor("A"), tensor("B")}
+    assert plan.stored() == [tensor("A"), tensor("B")]
     assert plan.ops_per_step == 3
 
 
