@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from offload.config import Config, load_config
 from offload.parameters import PagedParameter
 from offload.store import PageStore
+from pagemem.heap import large_blocks_mapped
 
 _building: PageStore | None = None
 
@@ -47,8 +48,9 @@ def deferred_init(config: Config | Mapping[str, Any] | str | Path) -> Iterator[P
 
     handle = register_module_module_registration_hook(registered)
     try:
-        yield store
-        store.flush()
+        with large_blocks_mapped():
+            yield store
+            store.flush()
         if not store.index.units:
             store.close()
     except BaseException:
