@@ -27,7 +27,7 @@ from pagemem.units import MiB, format_bytes, parse_bytes
 
 D_MODEL, SEQ, STEPS = 1024, 64, 3
 #: Kept from the cap for the interpreter, torch, thread stacks and the largest gradients' temporaries.
-BASE_BYTES = 620 * MiB
+BASE_BYTES = 720 * MiB
 #: Activations, autograd nodes and module objects of one layer at batch 1 x 64.
 LAYER_BYTES = int(4.8 * MiB)
 

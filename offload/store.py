@@ -276,9 +276,8 @@ class PageStore:
         self.driver.evict_all()
         n_frames = (ram_bytes - gradient_bytes) // self.page_bytes
         if n_frames != self.mover.arena.n_frames:
-            arena = HostArena(n_frames, self.page_bytes)
-            self.mover.replace_arena(arena)
-            self._arena_bytes.resize(arena.n_bytes)
+            self.mover.resize_arena(n_frames)
+            self._arena_bytes.resize(self.mover.arena.n_bytes)
         self.driver.overhead_bytes = ram_bytes - n_frames * self.page_bytes
         return gradient_bytes
 

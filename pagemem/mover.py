@@ -316,18 +316,20 @@ class Mover:
         if not self._told:
             self.check()
 
-    def replace_arena(self, arena: HostArena) -> None:
-        """Go on with another, empty arena of the same page size. Every tensor must be stored or absent.
+    def resize_arena(self, n_frames: int) -> None:
+        """Go on with an empty arena of another size. Every tensor must be stored or absent.
 
         Raises:
             AssertionError: a tensor still holds host frames; nothing was changed.
+            MemoryError: the arena cannot be mapped; there is none then.
         """
         with self.changed:
-            if self.host.used_frames or arena.page_bytes != self.arena.page_bytes:
+            if self.host.used_frames:
                 raise AssertionError(f"{self.host.used_frames} host frames are still in use")
+            # The old one goes first: a limit on memory need not hold both.
             self.arena.close()
-            self.arena = arena
-            self.host = PageAllocator(Tier.HOST, arena.page_bytes, arena.n_frames)
+            self.arena = HostArena(n_frames, self.arena.page_bytes)
+            self.host = PageAllocator(Tier.HOST, self.arena.page_bytes, n_frames)
             self.reset_touched()
 
     def reset_touched(self) -> None:
