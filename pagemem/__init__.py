@@ -1,0 +1,31 @@
+"""What memory there is and where bytes live: pages, budgets, the host arena, page files, and moves between them."""
+
+from pagemem.allocator import PageAllocator
+from pagemem.arena import HostArena
+from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.errors import (
+    BudgetError,
+    ChecksumError,
+    DiskFullError,
+    NonFiniteError,
+    OffloadError,
+    RunDirectoryError,
+    StaleGradientError,
+    StorageError,
+    TransitionError,
+)
+from pagemem.events import Event, EventKind, EventLog, EventSink, NullSink
+from pagemem.mover import Mover
+from pagemem.page import Extent, FrameId, Placement, Run, Shortage, TensorId
+from pagemem.page_file import PageFiles
+from pagemem.page_requests import Route
+from pagemem.residency import PagedTensor, Residency
+from pagemem.run_directory import RunDirectory
+from pagemem.tier import Tag, Tier
+
+__all__ = [
+    "Budget", "BudgetError", "BudgetShortage", "ChecksumError", "DiskFullError", "Event", "EventKind", "EventLog", "EventSink",
+    "Extent", "FrameId", "HostArena", "Mover", "NonFiniteError", "NullSink", "OffloadError", "PageAllocator", "PageFiles",
+    "PagedTensor", "Placement", "Reservation", "Residency", "Route", "Run", "RunDirectory", "RunDirectoryError", "Shortage",
+    "StaleGradientError", "StorageError", "Tag", "TensorId", "Tier", "TransitionError",
+]

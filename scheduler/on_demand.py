@@ -1,0 +1,85 @@
+"""Fetching without a plan: a tensor comes in now, in place of the least recently used ones.
+
+Used in the first steps, for steps that differ from their trace, and between steps. Training thread only, with the mover's
+lock held (waiting gives it up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pagemem.errors import BudgetError
+from pagemem.mover import Mover
+from pagemem.page import TensorId
+from pagemem.residency import PagedTensor, Residency
+from pagemem.tier import Tag
+from pagemem.units import format_bytes
+
+
+class OnDemand:
+    """Brings tensors in and out, one at a time.
+
+    Args:
+        mover: owner of all residency.
+        overhead_bytes: what the budget holds beside the arena; part of the budget that an error proposes.
+    """
+
+    def __init__(self, mover: Mover, overhead_bytes: int) -> None:
+        self.mover = mover
+        self.overhead_bytes = overhead_bytes
+
+    def fetch(self, tensor: PagedTensor, name: str, *, fresh: bool, lowest: bool = False) -> None:
+        """Bring one tensor in now, in place of the least recently used ones, and wait for it."""
+        tensors = self.mover.tensors
+
+        def cost(tenants: Sequence[TensorId]) -> tuple[int, int]:
+            if lowest:
+                return (0, 0)
+            dirty_frames = sum(tensors[t].n_frames for t in tenants if tensors[t].state is Residency.DIRTY)
+            return (max((tensors[t].last_use for t in tenants), default=-1), dirty_frames)
+
+        while True:
+            window = self.mover.choose(tensor.n_frames, cost)
+            if window is not None:
+                break
+            in_flight = [t for t in tensors.values() if t.state in (Residency.LOADING, Residency.STORING)]
+            if not in_flight:
+                raise self._shortage(tensor, name)
+            self.mover.settle()
+            self.mover.check()
+        for tenant in window.tenants:
+            if tensors[tenant].state is Residency.DIRTY:
+                self.mover.start_store(tensors[tenant])
+        for tenant in window.tenants:
+            self.move_out(tensors[tenant])
+        self.mover.start_load(tensor, window.first, fresh=fresh)
+        self.mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
+
+    def move_out(self, tensor: PagedTensor) -> None:
+        """Give a tensor's host frames up, storing it first when needed."""
+        if tensor.frame is None:
+            return
+        if tensor.state is Residency.DIRTY:
+            self.mover.start_store(tensor)
+        self.mover.wait_until(lambda: tensor.state is Residency.CLEAN, tensor.name, tensor.n_bytes)
+        self.mover.drop(tensor)
+
+    def _shortage(self, tensor: PagedTensor, name: str) -> BudgetError:
+        """The error for a tensor that finds no window although everything movable could leave."""
+        page_bytes = self.mover.arena.page_bytes
+        held = [t for t in self.mover.tensors.values() if t.held and t.frame is not None]
+        need_frames = sum(t.n_frames for t in held) + tensor.n_frames
+        if need_frames <= self.mover.arena.n_frames:
+            # Enough pages, but what is held lies between them.
+            need_frames = self.mover.arena.n_frames + tensor.n_frames
+        smallest_bytes = need_frames * page_bytes + self.overhead_bytes
+        by_tag: dict[Tag, int] = {}
+        for other in held:
+            by_tag[other.tag] = by_tag.get(other.tag, 0) + other.n_frames * page_bytes
+        holders = ", ".join(f"{tag.value} {format_bytes(n)}" for tag, n in by_tag.items()) or "nothing"
+        return BudgetError(
+            f"{name}: {tensor.name} needs {tensor.n_frames} adjacent pages of {format_bytes(page_bytes)}, the host arena "
+            f"has {self.mover.arena.n_frames}, and held by views in use are: {holders}. Set memory.ram to at least "
+            f"{smallest_bytes} bytes ({format_bytes(smallest_bytes)}).",
+            smallest_bytes,
+        )

@@ -1,0 +1,103 @@
+"""Page files without room, or that cannot be opened: nothing is taken, nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from page_file_bench import ALL, N_PAGES, PAGE_BYTES, Bench, aligned, failing_at, pages
+
+from pagemem.errors import DiskFullError, StorageError
+from pagemem.io import choose_backend
+from pagemem.page_file import PAGE_FILE_NAME, PageFiles
+from pagemem.run_directory import RunDirectory
+
+
+# ---- no room -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing_path", [0, 1, 2])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_adds_nothing_and_takes_nothing(bench: Bench, failing_path: int, code: int) -> None:
+    files = bench.open(3)
+    source = aligned(N_PAGES * PAGE_BYTES)
+    bench.write(ALL, source)
+    sizes = [os.stat(path).st_size for path in files.paths]
+    bench.backend.set_hook("allocate", failing_at(failing_path, code))
+    with pytest.raises(DiskFullError, match=r"growing .* wanted \d+ bytes .* free are \d+") as caught:
+        files.grow(8 * N_PAGES)
+    assert files.paths[failing_path] in str(caught.value)
+    assert files.n_frames == N_PAGES
+    assert [os.stat(path).st_size for path in files.paths] == sizes
+    assert bench.read(ALL) == source
+    bench.write(ALL, source)
+    files.grow(8 * N_PAGES)
+    assert files.n_frames == 8 * N_PAGES
+    bench.write(pages(8 * N_PAGES - 1), source[:PAGE_BYTES])
+    assert bench.read(ALL) == source
+
+
+def test_a_disk_that_cannot_lengthen_a_file_for_another_reason(bench: Bench) -> None:
+    files = bench.open()
+    bench.backend.set_hook("allocate", failing_at(0, errno.EFBIG))
+    with pytest.raises(StorageError, match="growing") as caught:
+        files.grow(2 * N_PAGES)
+    assert not isinstance(caught.value, DiskFullError)
+    assert files.n_frames == N_PAGES
+
+
+def test_no_room_for_a_write_is_a_full_disk(bench: Bench) -> None:
+    bench.open()
+    bench.backend.set_hook("write", failing_at(0, errno.ENOSPC))
+    with pytest.raises(DiskFullError, match="writing"):
+        bench.write(pages(0), aligned(PAGE_BYTES))
+
+
+# ---- files that cannot be opened -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [None, False])
+def test_a_page_file_that_cannot_be_opened_leaves_nothing_behind(tmp_path: Path, direct: bool | None) -> None:
+    threads, descriptors = set(threading.enumerate()), os.listdir("/proc/self/fd")
+    with RunDirectory(tmp_path / "a") as first, RunDirectory(tmp_path / "b") as second:
+        second.file(PAGE_FILE_NAME).mkdir()
+        with pytest.raises(StorageError, match=rf"opening {second.file(PAGE_FILE_NAME)}: Is a directory"):
+            PageFiles([first, second], page_bytes=PAGE_BYTES, direct=direct)
+    assert set(threading.enumerate()) == threads
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+def test_forcing_direct_where_it_is_refused_says_so() -> None:
+    with pytest.raises(StorageError, match=r'/proc refuses it; set ssd\.direct to "auto"'):
+        choose_backend([Path("/proc")], direct=True, n_workers=1)
+
+
+@pytest.mark.parametrize("direct", [None, False])
+def test_a_thread_that_cannot_be_started_leaves_none_behind(
+    tmp_path: Path, direct: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, descriptors = set(threading.enumerate()), os.listdir("/proc/self/fd")
+    start = threading.Thread.start
+    for n_allowed in range(100):
+        left = [n_allowed]
+
+        def limited(thread: threading.Thread) -> None:
+            if not left[0]:
+                raise RuntimeError("can't start new thread")
+            left[0] -= 1
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", limited)
+        with RunDirectory(tmp_path) as directory:
+            try:
+                PageFiles([directory], page_bytes=PAGE_BYTES, direct=direct, threads_per_path=2).close()
+                break
+            except StorageError as error:
+                assert "I/O thread could not be started" in str(error)
+        assert set(threading.enumerate()) == threads
+        assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    assert n_allowed >= 4, "two threads in each direction, each of which was refused once"
+    assert n_allowed < 99

@@ -1,0 +1,82 @@
+"""Small tiers drawn as strings: tensors are single letters, a page is 64 KiB.
+
+`layout` shows a letter a frame: ``.`` is free, a capital is whole pages, a small letter a shared page.
+"""
+
+from __future__ import annotations
+
+
+from pagemem.allocator import PageAllocator
+from pagemem.page import FrameId, PageMove, Placement, Shortage, TensorId
+from pagemem.tier import Tier
+from pagemem.units import KiB
+
+PAGE = 64 * KiB
+#: Every tier made by a test, to be validated at its end.
+made: list[PageAllocator] = []
+
+
+def tier(n_frames: int) -> PageAllocator:
+    made.append(PageAllocator(Tier.HOST, PAGE, n_frames))
+    return made[-1]
+
+
+def t(name: str) -> TensorId:
+    return TensorId(ord(name.upper()))
+
+
+def anyone(_: TensorId) -> bool:
+    return True
+
+
+def placed(found: Placement | Shortage) -> Placement:
+    assert isinstance(found, Placement), found
+    return found
+
+
+def copies(found: list[PageMove] | Shortage | None) -> list[str]:
+    """Page copies as 'A3>0': tensor, frame from, frame to."""
+    assert isinstance(found, list), found
+    return [f"{chr(move.tensor)}{move.source.frame}>{move.target.frame}" for move in found]
+
+
+def layout(frames: PageAllocator) -> str:
+    shown = ["."] * frames.n_frames
+    for tensor in frames.tensors():
+        for extent in placed_of(frames, tensor).extents(PAGE):
+            tail = placed_of(frames, tensor).tail
+            letter = chr(tensor).lower() if extent == tail else chr(tensor)
+            if shown[extent.frame] == "." or frames.owner(extent.frame) == tensor:
+                shown[extent.frame] = letter
+    return "".join(shown)
+
+
+def placed_of(frames: PageAllocator, tensor: TensorId) -> Placement:
+    found = frames.placement(tensor)
+    assert found is not None
+    return found
+
+
+def filled(picture: str) -> PageAllocator:
+    """A tier that looks like ``picture``: a letter in one stretch is contiguous, in several it is scattered."""
+    frames = tier(len(picture))
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for frame, letter in enumerate(picture):
+        runs = spans.setdefault(letter, [])
+        if runs and sum(runs[-1]) == frame:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((frame, 1))
+    # A scattered tensor takes the only frames that are free when its turn comes: all others are filled for that while.
+    for letter in [name for name in spans if name != "."]:
+        wanted = {frame for start, n in spans[letter] for frame in range(start, start + n)}
+        fillers = []
+        for frame in range(len(picture)):
+            if frame not in wanted and frames.owner(frame) is None:
+                fillers.append(TensorId(1000 + frame))
+                placed(frames.allocate(fillers[-1], PAGE, at=FrameId(frame)))
+        placed(frames.allocate(t(letter), len(wanted) * PAGE))
+        for filler in fillers:
+            frames.release(filler)
+    assert layout(frames) == picture
+    return frames
