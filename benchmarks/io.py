@@ -235,6 +235,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each single measurement (default: 3)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure (default: 5)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep the result as a JSON file")
     return parser.parse_args(arguments)
 
 
@@ -267,10 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = environment(folder, backend, fio_version)
     print(f"page file backend: {backend}; bar: {BAR} of fio")
     show(rows, list(contestants))
+    settings = {"request_bytes": REQUEST_BYTES, "file_bytes": FILE_BYTES, "seconds": options.seconds, "rounds": options.rounds}
+    record = {"benchmark": "io", **result, "settings": settings, "rows": [asdict(row) for row in rows]}
+    if options.save is not None:
+        options.save.write_text(json.dumps(record, indent=1) + "\n")
     if options.json:
-        settings = {"request_bytes": REQUEST_BYTES, "file_bytes": FILE_BYTES, "seconds": options.seconds}
-        settings["rounds"] = options.rounds
-        print(json.dumps({"benchmark": "io", **result, "settings": settings, "rows": [asdict(row) for row in rows]}))
+        print(json.dumps(record))
 
 
 if __name__ == "__main__":
