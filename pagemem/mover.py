@@ -14,12 +14,10 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from pagemem.activity import Activity
 from pagemem.allocator import PageAllocator
 from pagemem.arena import HostArena
 from pagemem.errors import OffloadError, TransitionError
@@ -32,6 +30,10 @@ from pagemem.residency import PagedTensor, Residency
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
 from pagemem.window import Comparable, Window, best_window
+
+#: Bandwidth assumed until the page files have moved enough to tell, and how much is enough.
+ASSUMED_BYTES_PER_S: Final = 1.5e9
+TELLING_BYTES: Final = 16 * MiB
 
 
 class Mover:
@@ -53,7 +55,6 @@ class Mover:
         self._told = False
         self._listeners: list[Callable[[], None]] = []
         self._in_flight = 0
-        self._activity = {EventKind.READ: Activity(), EventKind.WRITE: Activity()}
         self._next_id = 0
         self._touched = bytearray(arena.n_frames)
 
@@ -151,7 +152,6 @@ class Mover:
                 return
             tensor.become(Residency.LOADING)
             self._in_flight += 1
-            self._activity[EventKind.READ].begin()
             assert tensor.route is not None
             started_s = time.perf_counter()
             self._begin(self.files.read, tensor.route, buffer, lambda error: self._loaded(tensor, started_s, error))
@@ -159,7 +159,6 @@ class Mover:
     def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
             self._in_flight -= 1
-            self._activity[EventKind.READ].end(tensor.n_bytes)
             if error is None:
                 tensor.become(Residency.CLEAN)
             else:
@@ -181,7 +180,6 @@ class Mover:
             tensor.become(Residency.STORING)
             tensor.backed = False
             self._in_flight += 1
-            self._activity[EventKind.WRITE].begin()
             assert tensor.frame is not None
             buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
             started_s = time.perf_counter()
@@ -190,7 +188,6 @@ class Mover:
     def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
             self._in_flight -= 1
-            self._activity[EventKind.WRITE].end(tensor.n_bytes)
             if error is None and not tensor.rewritten:
                 tensor.backed = True
                 tensor.become(Residency.CLEAN)
@@ -316,8 +313,8 @@ class Mover:
 
     def bandwidth(self) -> tuple[float, float]:
         """Bytes/s of the page files so far while they were reading, and while they were writing."""
-        with self.changed:
-            return self._activity[EventKind.READ].bytes_per_s(), self._activity[EventKind.WRITE].bytes_per_s()
+        stats = self.files.stats()
+        return _bytes_per_s(stats.bytes_read, stats.read_busy_s), _bytes_per_s(stats.bytes_written, stats.write_busy_s)
 
     def planned_page_file_frames(self, stored: Iterable[TensorId]) -> int:
         """Page-file frames in use once every tensor of ``stored`` has been stored, for the first time in that order."""
@@ -383,3 +380,7 @@ class Mover:
 
     def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
         self._sink.emit(Event(kind, tensor.name, tensor.n_bytes, started_s, time.perf_counter() - started_s))
+
+
+def _bytes_per_s(n_bytes: int, busy_s: float) -> float:
+    return n_bytes / busy_s if n_bytes >= TELLING_BYTES and busy_s else ASSUMED_BYTES_PER_S

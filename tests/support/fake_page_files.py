@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ Route = tuple[Extent, ...]
 TIMEOUT_S = 30.0
 
 
-class FakePageFiles:
+class FakePageFiles(ABC):
     """Extents kept as bytes."""
 
     def __init__(self) -> None:
@@ -40,9 +41,9 @@ class FakePageFiles:
         self.n_writes += 1
         self.begin("write", route, source, done)
 
+    @abstractmethod
     def begin(self, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
         """Begin a transfer; ``done`` must not be called on this thread."""
-        raise NotImplementedError
 
     def copy(self, kind: str, route: Route, buffer: memoryview) -> BaseException | None:
         """Copy bytes one way or the other."""
