@@ -27,7 +27,6 @@ from optim import ExactUpdater, GradientStore, PagedOptimizer, StateAccess, is_e
 from optim.unit import Slot, Unit
 from pagemem.errors import NonFiniteError, OffloadError, TransitionError
 from pagemem.events import EventKind
-from pagemem.heap import trim
 from pagemem.page_file import PageFiles
 
 #: Makes a torch optimizer over the parameters given to it; its class, groups and options are taken over.
@@ -104,7 +103,6 @@ class Engine:
         )  # fmt: skip
         self.optimizer.attach(self._updater)
         self._install_hooks()
-        trim()
 
     def _give_back(self, error: BaseException) -> None:
         try:

@@ -24,13 +24,6 @@ BUILDING_BYTES: Final = 1 * MiB
 TRAINING_BYTES: Final = 32 * MiB
 
 
-def trim() -> None:
-    """Give the heap's free pages back to the system, as far as libc is glibc. Worth it once, not in every step."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)
-
-
 @contextmanager
 def large_blocks_mapped() -> Iterator[None]:
     """Inside, freed blocks of `BUILDING_BYTES` or more go back to the system at once. No effect where libc is not glibc.
