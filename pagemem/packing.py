@@ -1,7 +1,7 @@
 """Packing the pages of a tier closer together. Pure arithmetic.
 
 `Tenancy` and `safe_order` are the two halves of making room for one flat view in a tier that has none: which frames are
-cheapest to clear, and in what order pages can be copied. Who owns what is not kept here, see `pagemem.allocator`.
+cheapest to clear, and in what order pages can be copied. Who owns what is not kept here, see `pagemem.frame_book`.
 """
 
 from __future__ import annotations

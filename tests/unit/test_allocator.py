@@ -226,10 +226,10 @@ def test_validate_finds_every_broken_cross_reference() -> None:
         with pytest.raises(AssertionError, match=message):
             frames.validate()
 
-    broken(lambda frames: frames._free.add(0, 1), "two owners or none")
-    broken(lambda frames: frames._free.take(3, 1), "accounted for|two owners or none")
+    broken(lambda frames: frames.free.add(0, 1), "two owners or none")
+    broken(lambda frames: frames.free.take(3, 1), "accounted for|two owners or none")
     broken(lambda frames: frames._runs.update({0: (1, t("Z"))}), "index of runs")
     broken(lambda frames: frames._placements.pop(t("A")) and None, "does not know it")
     broken(lambda frames: setattr(frames, "peak_frames", 0), "more than the peak")
     broken(lambda frames: setattr(frames, "_asked_bytes", 5), "counted as asked for")
-    broken(lambda frames: setattr(frames._free, "n_frames", 9), "frames counted")
+    broken(lambda frames: setattr(frames.free, "n_frames", 9), "frames counted")
