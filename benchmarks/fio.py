@@ -60,14 +60,27 @@ class Fio:
         Raises:
             subprocess.CalledProcessError: fio failed; its message is on stderr.
         """
-        command = [
+        command = self._command(way, depth, seconds)
+        finished = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=_environment())
+        (job,) = json.loads(finished.stdout)["jobs"]
+        moved = job[way]
+        cpu_s = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
+        return Sample(moved["io_bytes"], moved["runtime"] / 1000, cpu_s)
+
+    def start(self, way: str, depth: int, seconds: float, bytes_per_s: int) -> subprocess.Popen[bytes]:
+        """Begin the same at a limited rate; returns the process, for the caller to end and to wait for."""
+        # A thread, not a forked process, so that the process's counters in /proc are those of the I/O.
+        command = [*self._command(way, depth, seconds), f"--rate={bytes_per_s}", "--thread"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=_environment())
+
+    def _command(self, way: str, depth: int, seconds: float) -> list[str]:
+        return [
             "fio", "--name=page", f"--filename={self.file}", f"--size={self.size_bytes}", f"--bs={self.request_bytes}",
             f"--rw={way}", f"--iodepth={depth}", f"--direct={int(self.direct)}", "--ioengine=libaio",
             "--iomem_align=2M", "--randrepeat=0", "--time_based",
             f"--runtime={int(seconds * 1000)}ms", "--output-format=json",
         ]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, check=True, env={**os.environ, **_HUGE_PAGES})
-        (job,) = json.loads(finished.stdout)["jobs"]
-        moved = job[way]
-        cpu_s = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
-        return Sample(moved["io_bytes"], moved["runtime"] / 1000, cpu_s)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, **_HUGE_PAGES}

@@ -3,7 +3,8 @@
 Reads and writes of 4 MiB with 1, 2 and 4 requests under way, checksums on and off, interleaved with fio's direct I/O
 (libaio) of the same size and depth. The ratio is the median over rounds of ours divided by fio's of the same round, so
 that a drift of the disk cancels. Like with like: all work on one and the same file of random bytes, written before
-anything is measured, and all have one buffer a request under way, in huge pages.
+anything is measured, and all have one buffer a request under way, in huge pages. One counts as under way until it is
+verified. What is asked of the page file are routes made beforehand, as the engine makes one a tensor and keeps it.
 """
 
 from __future__ import annotations
@@ -44,14 +45,18 @@ FIO, CHECKED, UNCHECKED = "fio", "checksums", "no checksums"
 class PageFileRun:
     """Page files over `FILE_BYTES` of the directory's page file, and the memory they are read into and written from."""
 
-    def __init__(self, directory: RunDirectory, checksums: bool) -> None:
-        self.files = PageFiles([directory], page_bytes=REQUEST_BYTES, checksums=checksums)
+    def __init__(self, directory: RunDirectory, checksums: bool, limit_mb_per_s: float | None = None) -> None:
+        self.files = PageFiles(
+            [directory], page_bytes=REQUEST_BYTES, checksums=checksums, limit_mb_per_s=limit_mb_per_s
+        )
         self.n_frames = FILE_BYTES // REQUEST_BYTES
         # One buffer a request under way, as fio has.
         self._memory = mmap.mmap(-1, max(DEPTHS) * REQUEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(mmap.MADV_HUGEPAGE)  # as the engine's arenas
         self._view = memoryview(self._memory)
         self.files.grow(self.n_frames)
+        # Kept from transfer to transfer, as the engine keeps them.
+        self._routes = [self.files.route([Extent(FrameId(i), 0, REQUEST_BYTES)]) for i in range(self.n_frames)]
 
     @property
     def path(self) -> Path:
@@ -61,7 +66,7 @@ class PageFileRun:
     def fill(self) -> None:
         """Write every frame once, so that it can be read."""
         self.refresh()
-        self._drive("write", 4, lambda n: n < self.n_frames)
+        self.drive("write", 4, lambda n: n < self.n_frames)
 
     def refresh(self) -> None:
         """Fresh random bytes to write."""
@@ -69,22 +74,22 @@ class PageFileRun:
             self._view[start : start + REQUEST_BYTES] = os.urandom(REQUEST_BYTES)
 
     def run(self, way: str, depth: int, seconds: float) -> Sample:
-        """Measure sequential transfers with ``depth`` under way, each begun where one ends, as the engine does."""
+        """Measure sequential transfers with ``depth`` under way, as the engine has them."""
         if way == "write":
             self.refresh()
         end_s = time.perf_counter() + seconds
-        return self._drive(way, depth, lambda n: time.perf_counter() < end_s)
+        return self.drive(way, depth, lambda n: time.perf_counter() < end_s)
 
-    def _drive(self, way: str, depth: int, more: Callable[[int], bool]) -> Sample:
+    def drive(self, way: str, depth: int, more: Callable[[int], bool]) -> Sample:
+        """Keep ``depth`` transfers under way, each begun where one ends, while ``more`` accepts the next number."""
         begin = self.files.read if way == "read" else self.files.write
         numbers, lock, over = count(), threading.Lock(), threading.Event()
         errors: list[BaseException] = []
         moved_bytes, under_way = 0, depth
 
         def start(slot: int, number: int) -> None:
-            extent = Extent(FrameId(number % self.n_frames), 0, REQUEST_BYTES)
             buffer = self._view[slot * REQUEST_BYTES : (slot + 1) * REQUEST_BYTES]
-            begin([extent], buffer, lambda error: ended(slot, error))
+            begin(self._routes[number % self.n_frames], buffer, lambda error: ended(slot, error))
 
         def ended(slot: int, error: BaseException | None) -> None:
             nonlocal moved_bytes, under_way

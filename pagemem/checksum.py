@@ -7,6 +7,7 @@ extent at offset 0, slot 1 for the other. All methods work on whole arrays of ex
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -30,6 +31,30 @@ def digests(buffer: memoryview, starts: IntArray, lengths: IntArray) -> DigestAr
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class ExtentKeys:
+    """Where the index keeps extents and how it tells them apart; worked out once for a placement.
+
+    Attributes:
+        slots: 0 for an extent at offset 0, else 1.
+        spans: the offset in the upper, the length in the lower half of a word. Never 0, as no length is 0.
+    """
+
+    frames: IntArray
+    slots: IntArray
+    spans: DigestArray
+
+    @classmethod
+    def of(cls, frames: IntArray, offsets: IntArray, lengths: IntArray) -> ExtentKeys:
+        """The keys of these extents."""
+        spans = (offsets.astype(np.uint64) << _HALF_WORD) | lengths.astype(np.uint64)
+        return cls(frames, (offsets > 0).astype(np.int64), spans)
+
+    def at(self, rows: IntArray) -> ExtentKeys:
+        """The keys of some of the extents."""
+        return ExtentKeys(self.frames[rows], self.slots[rows], self.spans[rows])
+
+
 class ExtentIndex:
     """Spans and checksums of the extents written so far, two slots a frame.
 
@@ -38,8 +63,7 @@ class ExtentIndex:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Offset in the upper, length in the lower half of the word: 0 means nothing was written, as no length is 0.
-        self._spans: DigestArray = np.zeros((0, 2), dtype=np.uint64)
+        self._spans: DigestArray = np.zeros((0, 2), dtype=np.uint64)  # 0: nothing was written
         self._sums: DigestArray = np.zeros((0, 2), dtype=np.uint64)
 
     def grow(self, n_frames: int) -> None:
@@ -53,35 +77,32 @@ class ExtentIndex:
             spans, sums = np.pad(self._spans, extra), np.pad(self._sums, extra)
             self._spans, self._sums = spans, sums
 
-    def record(self, frames: IntArray, offsets: IntArray, lengths: IntArray, sums: DigestArray) -> None:
+    def record(self, keys: ExtentKeys, sums: DigestArray) -> None:
         """Make extents known whose write has succeeded, and forget what they overwrote."""
-        slots = (offsets > 0).astype(np.int64)
+        frames, slots = keys.frames, keys.slots
         with self._lock:
-            self._spans[frames, slots] = _packed(offsets, lengths)
+            self._spans[frames, slots] = keys.spans
             self._sums[frames, slots] = sums
             # The two slots of a frame may have overlapped when the frame changed hands: the older one is gone.
             first_end = self._spans[frames, 0] & _LOW_HALF
             overlap = (self._spans[frames, 1] >> _HALF_WORD) < first_end
             self._spans[frames[overlap], 1 - slots[overlap]] = 0
 
-    def forget(self, frames: IntArray, offsets: IntArray, lengths: IntArray) -> None:
+    def forget(self, keys: ExtentKeys) -> None:
         """Make unknown whatever overlaps these extents: their bytes may be half old, half new."""
+        new_starts, new_ends = _bounds(keys.spans)
         with self._lock:
             for slot in range(self._spans.shape[1]):
-                spans = self._spans[frames, slot]
-                starts = (spans >> _HALF_WORD).astype(np.int64)
-                ends = starts + (spans & _LOW_HALF).astype(np.int64)
-                self._spans[frames[(starts < offsets + lengths) & (offsets < ends)], slot] = 0
+                starts, ends = _bounds(self._spans[keys.frames, slot])
+                self._spans[keys.frames[(starts < new_ends) & (new_starts < ends)], slot] = 0
 
-    def look_up(
-        self, frames: IntArray, offsets: IntArray, lengths: IntArray
-    ) -> tuple[npt.NDArray[np.bool_], DigestArray]:
+    def look_up(self, keys: ExtentKeys) -> tuple[npt.NDArray[np.bool_], DigestArray]:
         """Whether each extent is known, and the checksum it was written with (meaningless where it is not)."""
-        slots = (offsets > 0).astype(np.int64)
         with self._lock:
-            known = self._spans[frames, slots] == _packed(offsets, lengths)
-            return known, self._sums[frames, slots]
+            return self._spans[keys.frames, keys.slots] == keys.spans, self._sums[keys.frames, keys.slots]
 
 
-def _packed(offsets: IntArray, lengths: IntArray) -> DigestArray:
-    return (offsets.astype(np.uint64) << _HALF_WORD) | lengths.astype(np.uint64)
+def _bounds(spans: DigestArray) -> tuple[DigestArray, DigestArray]:
+    """Start and end of each span in its page."""
+    starts = spans >> _HALF_WORD
+    return starts, starts + (spans & _LOW_HALF)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
+from pagemem.checksum import ExtentKeys
 from pagemem.page import Extent
 from pagemem.striping import IntArray, Striping
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
@@ -23,7 +24,7 @@ MAX_BUFFERS: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class ExtentTable:
-    """One transfer's extents, a column each, in the order of their bytes in the buffer. All int64."""
+    """One transfer's extents, a column each, in the order of their bytes in the buffer."""
 
     frames: IntArray
     offsets: IntArray
@@ -33,6 +34,7 @@ class ExtentTable:
     paths: IntArray
     positions: IntArray
     """Where in the path's file each extent begins."""
+    keys: ExtentKeys
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -57,7 +59,9 @@ def tabulate(extents: Sequence[Extent], striping: Striping, page_bytes: int, n_f
         )
     ends = np.cumsum(lengths)
     paths, file_frames = striping.locate(frames)
-    return ExtentTable(frames, offsets, lengths, ends - lengths, paths, file_frames * page_bytes + offsets)
+    positions = file_frames * page_bytes + offsets
+    keys = ExtentKeys.of(frames, offsets, lengths)
+    return ExtentTable(frames, offsets, lengths, ends - lengths, paths, positions, keys)
 
 
 class Countdown:
@@ -84,6 +88,7 @@ class Request:
         n_bytes: its length, at most the limit.
         spans: [start, end) in the buffer, in the file's order; joined where memory is adjacent too.
         rows: the table's rows it covers; a part of a cut extent names that one row.
+        keys: of those rows.
         leads: whether it is the first part; always so for an extent that is not cut.
         n_parts: into how many requests its only extent is cut; 1 where nothing is cut.
     """
@@ -93,6 +98,7 @@ class Request:
     n_bytes: int
     spans: tuple[tuple[int, int], ...]
     rows: IntArray
+    keys: ExtentKeys
     leads: bool = True
     n_parts: int = 1
 
@@ -140,7 +146,7 @@ def _joined(table: ExtentTable, path: int, rows: IntArray) -> Request:
             spans[-1] = (spans[-1][0], start + length)
         else:
             spans.append((start, start + length))
-    return Request(path, int(table.positions[rows[0]]), sum(lengths), tuple(spans), rows)
+    return Request(path, int(table.positions[rows[0]]), sum(lengths), tuple(spans), rows, table.keys.at(rows))
 
 
 def _cut(request: Request, max_request_bytes: int) -> list[Request]:
@@ -150,6 +156,13 @@ def _cut(request: Request, max_request_bytes: int) -> list[Request]:
     part_bytes = round_up(ceil_div(request.n_bytes, n_parts), BLOCK_BYTES)
     cuts = [*range(start, end, part_bytes), end]
     return [
-        Request(request.path, request.position_bytes + a - start, b - a, ((a, b),), request.rows, a == start, len(cuts) - 1)
+        replace(
+            request,
+            position_bytes=request.position_bytes + a - start,
+            n_bytes=b - a,
+            spans=((a, b),),
+            leads=a == start,
+            n_parts=len(cuts) - 1,
+        )
         for a, b in zip(cuts, cuts[1:])
     ]

@@ -128,20 +128,18 @@ class TransferServer:
             under_way.sums[request.rows] = self._digests(under_way, request)
 
     def _complete(self, under_way: Transfer) -> None:
-        table = under_way.table
         if under_way.direction is Direction.WRITE:
             if under_way.error is None:
-                self._index.record(table.frames, table.offsets, table.lengths, under_way.sums)
+                self._index.record(under_way.table.keys, under_way.sums)
             elif not self._checksums:  # with them, a read finds out which of the old extents are still intact
-                self._index.forget(table.frames, table.offsets, table.lengths)
+                self._index.forget(under_way.table.keys)
         under_way.buffer.release()
         under_way.done(under_way.error)
 
     def _read(self, under_way: Transfer, request: Request) -> None:
-        table, rows = under_way.table, request.rows
-        known, sums = self._index.look_up(table.frames[rows], table.offsets[rows], table.lengths[rows])
+        known, sums = self._index.look_up(request.keys)
         if not known.all():
-            row = int(rows[int(np.argmin(known))])
+            table, row = under_way.table, int(request.rows[int(np.argmin(known))])
             raise StorageError(
                 f"{self._paths[request.path]}: frame {table.frames[row]}, offset {table.offsets[row]}, "
                 f"{table.lengths[row]} bytes: no such extent was written"
@@ -174,10 +172,10 @@ class TransferServer:
 
     def _verify(self, under_way: Transfer, request: Request, expected: DigestArray) -> None:
         found = self._digests(under_way, request)
-        wrong = np.flatnonzero(found != expected)
-        if len(wrong) == 0:
+        right = found == expected
+        if right.all():
             return
-        table, at = under_way.table, int(wrong[0])
+        table, at = under_way.table, int(np.argmin(right))
         row = int(request.rows[at])
         raise ChecksumError(
             f"{self._paths[request.path]}: frame {table.frames[row]} (file offset {table.positions[row]}, "

@@ -88,6 +88,9 @@ def test_requests_move_every_byte_once_to_its_place(
     moved: dict[tuple[int, int], int] = {}  # (path, block of the file) -> block of the buffer
     for request in requests:
         assert request.n_bytes == sum(end - start for start, end in request.spans) <= max_request_bytes
+        known_by = list(zip(request.keys.frames.tolist(), request.keys.slots.tolist(), request.keys.spans.tolist()))
+        covered = [extents[row] for row in request.rows.tolist()]
+        assert known_by == [(e.frame, int(e.offset_bytes > 0), e.offset_bytes << 32 | e.length_bytes) for e in covered]
         blocks = [b for start, end in request.spans for b in range(start // BLOCK_BYTES, end // BLOCK_BYTES)]
         for i, block in enumerate(blocks):
             key = request.path, request.position_bytes // BLOCK_BYTES + i
