@@ -37,7 +37,9 @@ from offload.config import Config, ConfigError, load_config  # noqa: E402
 from offload.deferred_init import deferred_init  # noqa: E402
 from offload.engine import Engine, initialize, prepare  # noqa: E402
 from offload.memory import MemoryReport, Stats, TierUse  # noqa: E402
+from offload.need import BudgetNeed  # noqa: E402
 from offload.parameters import PagedParameter, gathered  # noqa: E402
+from offload.smallest_budget import FactoryError, smallest_budget  # noqa: E402
 from pagemem.errors import (  # noqa: E402
     BudgetError,
     ChecksumError,
@@ -52,7 +54,7 @@ from pagemem.errors import (  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetError", "ChecksumError", "Config", "ConfigError", "DiskFullError", "Engine", "MemoryReport", "NonFiniteError",
-    "OffloadError", "PagedParameter", "RunDirectoryError", "StaleGradientError", "Stats", "StorageError", "TierUse",
-    "deferred_init", "gathered", "initialize", "load_config", "prepare",
+    "BudgetError", "BudgetNeed", "ChecksumError", "Config", "ConfigError", "DiskFullError", "Engine", "FactoryError",
+    "MemoryReport", "NonFiniteError", "OffloadError", "PagedParameter", "RunDirectoryError", "StaleGradientError", "Stats",
+    "StorageError", "TierUse", "deferred_init", "gathered", "initialize", "load_config", "prepare", "smallest_budget",
 ]

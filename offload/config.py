@@ -138,6 +138,11 @@ class OptimizerConfig(_Section):
             raise ValueError("nesterov needs name \"sgd\" and a momentum above 0")
         return self
 
+    @property
+    def n_states(self) -> int:
+        """States that it keeps for each element."""
+        return int(self.momentum != 0) if self.name == "sgd" else 2
+
 
 class ModelConfig(_Section):
     """What `offload launch` trains."""

@@ -8,7 +8,7 @@ works as on ordinary ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,40 @@ from offload.parameters import PagedParameter
 from offload.store import PageStore
 from pagemem.heap import large_blocks_mapped
 
-_building: PageStore | None = None
+_watched_by: str | None = None
+
+
+@contextmanager
+def watching_modules(by: str, built: Callable[[nn.Module, str, nn.Module], None]) -> Iterator[None]:
+    """Have ``built`` called with parent, name and module for every module registered in a parent inside the block.
+
+    Args:
+        by: who watches, for the error.
+
+    Raises:
+        RuntimeError: somebody watches already; two would not see what the other one does to the modules.
+    """
+    global _watched_by
+    if _watched_by is not None:
+        raise RuntimeError(f"{by} inside {_watched_by}: a model has one store; leave the outer block first")
+
+    def registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if child is not None:
+            built(parent, name, child)
+
+    handle = register_module_module_registration_hook(registered)
+    _watched_by = by
+    try:
+        yield
+    finally:
+        _watched_by = None
+        handle.remove()
+
+
+def named_parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A module and all below it, with paths that begin with ``name``."""
+    for path, part in module.named_modules():
+        yield f"{name}.{path}" if path else name, part
 
 
 @contextmanager
@@ -33,32 +66,29 @@ def deferred_init(config: Config | Mapping[str, Any] | str | Path) -> Iterator[P
     store is closed; a model that is never to get an engine is given up by ``close()`` of the store the block yields.
 
     Raises:
-        BudgetError: a module's parameters do not fit in the budget. RunDirectoryError: a page-file path is unusable.
+        BudgetError: a module's parameters do not fit in the budget; what the error proposes is the least for what has
+            been built so far. `offload.smallest_budget` knows the whole model.
+        RunDirectoryError: a page-file path is unusable.
         RuntimeError: another `deferred_init` block is open.
     """
-    global _building
-    if _building is not None:
-        raise RuntimeError("deferred_init inside deferred_init: a model has one store; leave the outer block first")
-    store = _building = PageStore(load_config(config))
 
-    def registered(_parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if child is not None:
-            for path, module in child.named_modules():
-                store.add_module(f"{name}.{path}" if path else name, module)
+    def built(parent: nn.Module, name: str, child: nn.Module) -> None:
+        store.copy_in_state_dict(parent)
+        for path, module in named_parts(f"{type(parent).__name__}.{name}", child):
+            store.add_module(path, module)
+            store.copy_in_state_dict(module)
 
-    handle = register_module_module_registration_hook(registered)
-    try:
-        with large_blocks_mapped():
-            yield store
-            store.flush()
-        if not store.index.units:
+    with watching_modules("deferred_init", built):
+        store = PageStore(load_config(config))
+        try:
+            with large_blocks_mapped():
+                yield store
+                store.flush()
+            if not store.index.units:
+                store.close()
+        except BaseException:
             store.close()
-    except BaseException:
-        store.close()
-        raise
-    finally:
-        handle.remove()
-        _building = None
+            raise
 
 
 def store_of(model: nn.Module) -> PageStore | None:

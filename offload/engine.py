@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from offload.config import Config, OptimizerConfig, load_config
 from offload.deferred_init import store_of
-from offload.hooks import ModelHook, SavedWeights
+from offload.hooks import SavedWeights
 from offload.memory import MemoryReport, Stats, TierUse
 from offload.parameters import PagedParameter
 from offload.store import PageStore
@@ -86,9 +86,9 @@ class Engine:
 
     def _build(self, optimizer: OptimizerLike) -> None:
         store, config = self._store, self.config
-        template = self._template(optimizer)
+        template = template_of(optimizer, config, self.model)
         rule = rule_for(template)
-        store.check_budget(self.model, len(rule.state_names))
+        store.check_budget(self.model, optimized_by(template), len(rule.state_names))
         store.adopt(self.model)
         states = StateAccess(store.driver, rule.state_names)
         self._assign_groups(template, states)
@@ -109,16 +109,6 @@ class Engine:
             self._store.give_back(self.model)
         except OffloadError as lost:
             error.add_note(f"the model cannot be made whole again ({lost}); build it anew")
-
-    def _template(self, optimizer: OptimizerLike) -> torch.optim.Optimizer:
-        if callable(optimizer) and not isinstance(optimizer, (OptimizerConfig, Mapping)):
-            return optimizer(list(self.model.parameters()))
-        section = self.config.optimizer
-        if isinstance(optimizer, OptimizerConfig):
-            section = optimizer
-        elif optimizer is not None:
-            section = OptimizerConfig.model_validate(dict(optimizer))
-        return template_from(section, self.model)
 
     def _places(self) -> dict[Tensor, tuple[Unit, Slot]]:
         return {p: (p._place.unit, p._place.slot) for p in self.model.parameters() if isinstance(p, PagedParameter)}
@@ -147,16 +137,8 @@ class Engine:
         for parameter in self.model.parameters():
             if isinstance(parameter, PagedParameter):
                 binder.watch_gradient(parameter)
-
-        def before(*_: Any) -> None:
-            binder.copying += 1
-
-        def after(*_: Any) -> None:
-            binder.copying -= 1
-
         for module in self.model.modules():
-            self._undo.append(module.register_state_dict_pre_hook(ModelHook(before)).remove)  # type: ignore[no-untyped-call]
-            self._undo.append(module.register_state_dict_post_hook(ModelHook(after)).remove)  # type: ignore[no-untyped-call]
+            self._store.copy_in_state_dict(module)
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -291,6 +273,23 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def template_of(optimizer: OptimizerLike, config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The torch optimizer that is asked for, over a model's parameters."""
+    if callable(optimizer) and not isinstance(optimizer, (OptimizerConfig, Mapping)):
+        return optimizer(list(model.parameters()))
+    section = config.optimizer
+    if isinstance(optimizer, OptimizerConfig):
+        section = optimizer
+    elif optimizer is not None:
+        section = OptimizerConfig.model_validate(dict(optimizer))
+    return template_from(section, model)
+
+
+def optimized_by(template: torch.optim.Optimizer) -> set[int]:
+    """``id`` of every parameter that a torch optimizer has."""
+    return {id(parameter) for group in template.param_groups for parameter in group["params"]}
 
 
 def template_from(section: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

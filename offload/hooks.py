@@ -75,6 +75,33 @@ class ModelHook:
         raise RuntimeError("a model with paged parameters cannot be copied or pickled; use model.state_dict()")
 
 
+class _Copying(ModelHook):
+    """One end of a module's `state_dict`. A copy of a module without pages may have it, too: it does nothing there."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Copying:
+        return self
+
+
+def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callable[[], None]]:
+    """Have a module's ``state_dict()`` return copies, not views that keep their pages in host memory.
+
+    Returns:
+        What removes the hooks again.
+    """
+
+    def before(*_: Any) -> None:
+        binder.copying += 1
+
+    def after(*_: Any) -> None:
+        binder.copying -= 1
+
+    handles = [
+        module.register_state_dict_pre_hook(_Copying(before)),  # type: ignore[no-untyped-call]
+        module.register_state_dict_post_hook(_Copying(after)),  # type: ignore[no-untyped-call]
+    ]
+    return [handle.remove for handle in handles]
+
+
 class SavedWeights:
     """Saved-tensor hooks over one binder's arena. Forward on the training thread; unpacking on autograd's."""
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -28,6 +29,7 @@ from offload.deferred_init import deferred_init
 from offload.engine import Engine, initialize
 from offload.progress import ProgressLog, StepMetrics
 from offload.report import BITS_PER_NAT, RunSummary, print_summary, save_loss_curve
+from offload.smallest_budget import FactoryError, smallest_budget
 from pagemem.errors import RunDirectoryError
 
 INTERRUPTED: Final = 130
@@ -63,18 +65,18 @@ def resolve(reference: str) -> Callable[..., Any]:
     return callable_
 
 
-def build(key: str, reference: str, arguments: dict[str, Any]) -> Any:
-    """What the factory ``reference``, named by the section ``key``, returns for ``arguments``.
+def factory_of(key: str, reference: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    """The factory ``reference``, named by the section ``key``, with its arguments.
 
     Raises:
-        ConfigError: there is no such factory, or it does not take these arguments. What it raises itself passes through.
+        ConfigError: there is no such factory, or it does not take these arguments.
     """
     factory = resolve(reference)
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"{key}.arguments: {reference}: {error}") from error
-    return factory(**arguments)
+    return partial(factory, **arguments)
 
 
 def learning_rate(train: TrainConfig) -> Callable[[int], float]:
@@ -89,6 +91,22 @@ def learning_rate(train: TrainConfig) -> Callable[[int], float]:
         return _FINAL_LR + (1 - _FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return factor
+
+
+def check_budget(make_model: Callable[[], nn.Module], config: Config, console: Console) -> None:
+    """Before anything is built: make sure that the largest unit fits into the budget.
+
+    A model that cannot be built on torch's meta device is checked while it is built; the console says so.
+
+    Raises:
+        BudgetError: it does not; names the unit and the smallest budget that works.
+    """
+    try:
+        need = smallest_budget(make_model, None, config)
+    except FactoryError as error:
+        console.print(f"memory.ram is checked only while the model is built, unit by unit: {error}", highlight=False, markup=False)
+        return
+    need.check(config.memory.ram)
 
 
 def open_run_folder(path: Path) -> Path:
@@ -163,6 +181,7 @@ def launch(config: Config, console: Console | None = None) -> int:
 
     Raises:
         ConfigError: a section is missing, a factory cannot be found or does not take its arguments.
+        BudgetError: ``memory.ram`` is too small; see `check_budget`.
         NonFiniteError: a loss is NaN or infinite; the metrics of the steps before are in the run folder.
         OffloadError: see `offload.Engine`.
         KeyboardInterrupt: a second Ctrl-C, or one before the first step; everything is closed.
@@ -172,17 +191,19 @@ def launch(config: Config, console: Console | None = None) -> int:
         raise ConfigError(f"launch needs the sections {', '.join(missing)} as well")
     console = console or Console()
     train = config.train
-    for section in (config.model, config.data):  # Before anything is written.
-        resolve(section.factory)
-    folder = open_run_folder(Path(config.output.run))
+    folder = Path(config.output.run)
+    data_arguments = {"folder": folder / "data", "seed": config.seed, **config.data.arguments}
+    make_model = factory_of("model", config.model.factory, config.model.arguments)
+    make_data = factory_of("data", config.data.factory, data_arguments)
+    open_run_folder(folder)  # Nothing is written before.
     config.dump(folder / "config.json")
+    check_budget(make_model, config, console)
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     torch.manual_seed(config.seed)
-    data_arguments = {"folder": folder / "data", "seed": config.seed, **config.data.arguments}
-    data = build("data", config.data.factory, data_arguments)
+    data = make_data()
     with deferred_init(config):
-        model = build("model", config.model.factory, config.model.arguments)
+        model = make_model()
     with initialize(model, config) as engine, _stop_on_interrupt() as interrupt:
         return _train(engine, data, config, train, folder, console, interrupt)
 

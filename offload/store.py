@@ -7,14 +7,18 @@ module's own parameters are never split over units. Made by `offload.deferred_in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from offload.config import Config, resolve_page_bytes
+from offload.config import Config
+from offload.hooks import copied_in_state_dict
+from offload.need import BudgetNeed, Sizes, UnitShape, budget_need
+from offload.neighbours import Group, Neighbours, common_name, groups_of, own_groups, units_of
 from offload.parameters import Binder, PagedParameter
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
 from pagemem.arena import HostArena
@@ -26,12 +30,9 @@ from pagemem.page_file import PageFiles
 from pagemem.residency import Residency
 from pagemem.run_directory import RunDirectory
 from pagemem.tier import Tag, Tier
-from pagemem.units import ceil_div, format_bytes
+from pagemem.units import format_bytes
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind
-
-#: Bounds of the parameters (in elements) that one slice of optimizer states covers.
-SLICE_NUMEL = (1 << 14, 1 << 20)
 
 
 class PageStore:
@@ -49,16 +50,14 @@ class PageStore:
     def __init__(self, config: Config, sink: EventSink | None = None) -> None:
         self.config = config
         ram_bytes = config.memory.ram
-        page = config.memory.page
-        self.page_bytes = resolve_page_bytes(ram_bytes) if page == "auto" else int(page)
-        self.compute_dtype = torch.bfloat16 if config.model is not None and config.model.dtype == "bf16" else None
+        sizes = Sizes.of(config)
+        self.page_bytes, self.slice_numel, self.compute_dtype = sizes.page_bytes, sizes.slice_numel, sizes.compute_dtype
         self.counters = Counters(sink)
         self.budget = Budget(Tier.HOST, ram_bytes)
         self.index = UnitIndex()
-        self.slice_numel = min(max(1 << (ram_bytes // 128).bit_length(), SLICE_NUMEL[0]), SLICE_NUMEL[1])
-        self._waiting: list[list[tuple[str, nn.Parameter]]] = []
-        self._waiting_ids: set[int] = set()
-        self._waiting_bytes = 0
+        self._neighbours = Neighbours(self.page_bytes)
+        self._copied: WeakSet[nn.Module] = WeakSet()
+        self._unhook: list[Callable[[], None]] = []
         self.closed = False
         with ExitStack() as undo:
             n_frames = ram_bytes // self.page_bytes
@@ -93,35 +92,24 @@ class PageStore:
         Raises:
             BudgetError: the arena cannot hold the unit; parameters of earlier modules are paged, this one's are whole.
         """
-        own = [
-            (f"{name}.{key}" if name else key, parameter)
-            for key, parameter in module.named_parameters(recurse=False)
-            if not isinstance(parameter, PagedParameter)
-            and id(parameter) not in self._waiting_ids
-            and parameter.numel()
-            and parameter.is_floating_point()
-        ]
-        for group in _by_dtype(own):
-            n_bytes = sum(p.numel() * p.element_size() for _, p in group)
-            if self._waiting and (
-                self._waiting_bytes + n_bytes > self.page_bytes or self._waiting[0][0][1].dtype != group[0][1].dtype
-            ):
-                self.flush()
-            self._waiting.append(group)
-            self._waiting_ids.update(id(p) for _, p in group)
-            self._waiting_bytes += n_bytes
-        if self._waiting_bytes >= self.page_bytes:
-            self.flush()
+        for group in own_groups(name, module, lambda p: isinstance(p, PagedParameter) or p in self._neighbours):
+            for unit in self._neighbours.take(group):
+                self._make_unit(unit)
 
     def flush(self) -> None:
         """Make a unit of the parameters that wait for neighbours."""
-        waiting = [pair for group in self._waiting for pair in group]
-        self._waiting, self._waiting_ids, self._waiting_bytes = [], set(), 0
-        if waiting:
-            self._make_unit(waiting)
+        for unit in self._neighbours.flush():
+            self._make_unit(unit)
 
-    def _make_unit(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    def copy_in_state_dict(self, module: nn.Module) -> None:
+        """Have a module's ``state_dict()`` return copies until the store is closed. Idempotent."""
+        if module not in self._copied:
+            self._copied.add(module)
+            self._unhook += copied_in_state_dict(module, self.binder)
+
+    def _make_unit(self, named: Group) -> None:
         dtype = named[0][1].dtype
+        self._check_built(named)
         layout = lay_out([(name, parameter.shape) for name, parameter in named])
         number = len(self.index.units)
         tensor = self.mover.create(named[0][0], Tag.PARAM, layout.numel * dtype.itemsize)
@@ -193,7 +181,7 @@ class PageStore:
         for unit in [unit for unit in self.index.units if unit not in used]:
             self._forget(unit)
         for unit in self.index.units:
-            unit.name = unit.parameters.name = _common_name([slot.name for slot in unit.slots])
+            unit.name = unit.parameters.name = common_name([slot.name for slot in unit.slots])
             with self.driver.interlude():
                 self._narrow(unit)
         for parameter in model.parameters():
@@ -207,31 +195,52 @@ class PageStore:
         for tensor in [unit.parameters, *(p.master for p in unit.slices if p.master), *(p.states for p in unit.slices if p.states)]:
             self.mover.forget(tensor)
 
-    def check_budget(self, model: nn.Module, n_states: int) -> None:
-        """Before anything is paged: make sure that the largest module's update will fit.
+    def check_budget(self, model: nn.Module, optimized: Collection[int], n_states: int) -> None:
+        """Before the engine pages anything: make sure that the largest unit will fit, also in its update.
 
         Args:
+            optimized: ``id`` of every parameter that the optimizer has.
             n_states: states that the optimizer keeps for each element.
 
         Raises:
-            BudgetError: it will not; names the module's parameters and the smallest budget that works.
+            BudgetError: it will not; names the unit and the smallest budget that works.
         """
-        largest = (0, "")
-        for name, module in model.named_modules():
-            own = [(f"{name}.{key}" if name else key, p) for key, p in module.named_parameters(recurse=False)]
-            for group in _by_dtype([(key, p) for key, p in own if p.numel() and p.is_floating_point()]):
-                dtype = self.compute_dtype or group[0][1].dtype
-                numel = lay_out([(key, p.shape) for key, p in group]).numel
-                parts = cut(numel, self.slice_numel)
-                frames = 2 * ceil_div(numel * dtype.itemsize, self.page_bytes)
-                per_element = (n_states * 4, 0 if dtype is torch.float32 else 4)
-                frames += max(sum(ceil_div(part.numel * n, self.page_bytes) for n in per_element) for part in parts)
-                if dtype is not group[0][1].dtype:
-                    # Once, while it is prepared, a unit is there in both dtypes.
-                    both = sum(ceil_div(numel * size, self.page_bytes) for size in (dtype.itemsize, group[0][1].element_size()))
-                    frames = max(frames, both)
-                largest = max(largest, (frames, _common_name([key for key, _ in group])), key=lambda pair: pair[0])
-        self._check_frames(*largest)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        made: dict[Unit, list[nn.Parameter]] = {}
+        for parameter in model.parameters():
+            if isinstance(parameter, PagedParameter):
+                made.setdefault(parameter._place.unit, []).append(parameter)
+        groups = groups_of(model.named_modules(), {id(parameter) for unit in made for parameter in made[unit]})
+
+        def units_at(page_bytes: int) -> Iterator[UnitShape]:
+            for unit, parameters in made.items():
+                name = common_name([names[id(parameter)] for parameter in parameters])
+                trained = any(id(parameter) in optimized for parameter in parameters)
+                yield UnitShape(name, unit.slices[-1].end, unit.dtype, trained)
+            for group in units_of([groups], page_bytes):
+                yield UnitShape.of(group, names, optimized)
+
+        if made or groups:
+            budget_need(units_at, n_states, self.config, self.config.memory.ram).check(self.config.memory.ram)
+
+    def _check_built(self, named: Group) -> None:
+        """While a model is built, of which only what has been built so far is known."""
+        ram_bytes, names = self.config.memory.ram, {id(parameter): name for name, parameter in named}
+        if UnitShape.of(named, names, ()).built_frames(self.page_bytes) * self.page_bytes <= ram_bytes:
+            return
+
+        def need_of(unit: UnitShape) -> BudgetNeed:
+            return budget_need(lambda _: [unit], self.config.optimizer.n_states, self.config, ram_bytes)
+
+        built, trained = need_of(UnitShape.of(named, {}, ())), need_of(UnitShape.of(named, names, names))
+        raise BudgetError(
+            f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but {trained.unit}, which is being built, needs at "
+            f"least {built.smallest_bytes} bytes ({format_bytes(built.smallest_bytes)}) for its parameters alone, and "
+            f"{trained.smallest_bytes} bytes ({format_bytes(trained.smallest_bytes)}) if the optimizer of the configuration "
+            "trains it. Modules not built yet may need more: offload.smallest_budget(factory, optimizer, config) says what "
+            "the whole model needs",
+            built.smallest_bytes,
+        )
 
     def give_back(self, model: nn.Module) -> None:
         """Make a model whole and ordinary again, which needs as much memory beside the budget.
@@ -243,16 +252,6 @@ class PageStore:
             if isinstance(parameter, PagedParameter):
                 self.binder.give_back(parameter)
 
-    def _check_frames(self, need_frames: int, name: str) -> None:
-        ram_bytes, smallest_bytes = self.config.memory.ram, need_frames * self.page_bytes
-        if smallest_bytes > ram_bytes:
-            raise BudgetError(
-                f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the update of the largest unit, {name}, "
-                f"needs {smallest_bytes} bytes ({format_bytes(smallest_bytes)}) at once for its parameters, gradients and "
-                f"one slice of states; set memory.ram to at least {smallest_bytes}",
-                smallest_bytes,
-            )
-
     # ---- sizes -------------------------------------------------------------------------------------------------
 
     def settle_sizes(self, *, in_flight: bool) -> int:
@@ -263,13 +262,10 @@ class PageStore:
 
         Returns:
             Bytes for gradients in flight.
-
-        Raises:
-            BudgetError: the budget cannot hold what the update of the largest unit needs at once.
         """
-        need_frames, unit = max(((self._update_frames(unit), unit) for unit in self.index.units), key=lambda pair: pair[0])
-        self._check_frames(need_frames, unit.name)
-        ram_bytes = self.config.memory.ram
+        need_frames, ram_bytes = max(map(self._update_frames, self.index.units)), self.config.memory.ram
+        if need_frames > ram_bytes // self.page_bytes:
+            raise AssertionError(f"an update needs {need_frames} pages, which the check of the budget has not seen")
         gradient_bytes = max(unit.gradient_bytes for unit in self.index.units) if in_flight else 0
         if (ram_bytes - gradient_bytes) // self.page_bytes < need_frames:
             gradient_bytes = 0
@@ -310,6 +306,8 @@ class PageStore:
             return
         self.closed = True
         self.binder.close()
+        for unhook in self._unhook:
+            unhook()
         with ExitStack() as closing:
             closing.callback(self.mover.arena.close)
             closing.callback(self._arena_bytes.release)
@@ -322,19 +320,3 @@ class PageStore:
     def is_resident(self, unit: Unit) -> bool:
         """Whether a unit's parameters are in host memory now."""
         return unit.parameters.state not in (Residency.ABSENT, Residency.STORED)
-
-
-def _by_dtype(named: Iterable[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
-    groups: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in named:
-        groups.setdefault(parameter.dtype, []).append((name, parameter))
-    return list(groups.values())
-
-
-def _common_name(names: Sequence[str]) -> str:
-    """A short name for neighbours: the only one, their module, or the first and the last."""
-    first, last = names[0], names[-1]
-    if first == last:
-        return first
-    owner = first.rpartition(".")[0]
-    return owner if owner and owner == last.rpartition(".")[0] else f"{first}..{last}"

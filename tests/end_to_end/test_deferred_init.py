@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,43 @@ def test_a_model_may_be_initialised_anew_after_the_block(tmp_path: Path) -> None
         model = built()
     model.apply(start_over)
     assert torch.equal(torch.get_rng_state(), expected)
+    with offload.initialize(model, config(tmp_path), adamw) as engine:
+        assert_equal(model, plain)
+    assert_closed(engine)
+
+
+def test_a_state_dict_before_there_is_an_engine_is_copied_and_holds_no_pages(tmp_path: Path) -> None:
+    plain = built(tied=True)
+    with offload.deferred_init(config(tmp_path)) as store:
+        model = built(tied=True)
+        values = model.state_dict()
+    values |= model.state_dict()
+    arena = store.mover.arena
+    assert all(arena.locate(value.data_ptr()) is None for value in values.values())
+    store.mover.collect_leases()
+    assert not any(tensor.held for tensor in store.mover.tensors.values())
+    with offload.initialize(model, config(tmp_path), adamw) as engine:
+        train(engine, 3)
+        for name, value in plain.state_dict().items():
+            assert torch.equal(values[name], value), name
+        after = model.state_dict()
+        assert all(arena.locate(value.data_ptr()) is None for value in after.values())
+    assert_closed(engine)
+    assert not any(module._state_dict_pre_hooks or module._state_dict_hooks for module in model.modules())
+
+
+def test_a_module_still_without_pages_may_be_cloned_inside_the_block(tmp_path: Path) -> None:
+    class Cloning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+            self.other = copy.deepcopy(self.one)
+
+    torch.manual_seed(7)
+    plain = Cloning()
+    torch.manual_seed(7)
+    with offload.deferred_init(config(tmp_path)):
+        model = Cloning()
     with offload.initialize(model, config(tmp_path), adamw) as engine:
         assert_equal(model, plain)
     assert_closed(engine)

@@ -6,13 +6,15 @@ import copy
 import io
 import json
 import os
+import random
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -22,7 +24,7 @@ from offload.cli import main
 from offload.config import ConfigError, load_config
 from offload.data import ByteCorpus
 from offload.engine import template_from
-from offload.launch import build, launch, learning_rate, open_run_folder, resolve
+from offload.launch import factory_of, launch, learning_rate, open_run_folder, resolve
 from offload.recipe import ByteGPT, byte_gpt
 from pagemem.errors import NonFiniteError, RunDirectoryError
 
@@ -81,6 +83,34 @@ def poisoned(d_model: int, n_layer: int, n_head: int, seq: int) -> ByteGPT:
     return Poisoned(d_model, n_layer, n_head, seq, tied=False)
 
 
+class Drawing(ByteGPT):
+    """Initialised with all kinds of random numbers."""
+
+    def __init__(self, *args: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        with torch.no_grad():
+            self.norm.weight.fill_(random.random())
+            self.norm.bias.fill_(float(np.random.rand()))
+
+
+def drawing(d_model: int, n_layer: int, n_head: int, seq: int) -> ByteGPT:
+    """The model that draws."""
+    return Drawing(d_model, n_layer, n_head, seq, tied=False)
+
+
+class Measured(ByteGPT):
+    """Looks at its values while it is built."""
+
+    def __init__(self, *args: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.spread = float(self.tokens.weight.detach().std())
+
+
+def measured(d_model: int, n_layer: int, n_head: int, seq: int) -> ByteGPT:
+    """The model that cannot be built without values."""
+    return Measured(d_model, n_layer, n_head, seq, tied=False)
+
+
 not_callable = 3
 
 
@@ -131,12 +161,12 @@ def table(text: str) -> dict[str, str]:
     return dict(re.split(r" {2,}", line, maxsplit=1) for line in text.splitlines() if re.search(r"\S {2,}\S", line))  # type: ignore[misc]
 
 
-def plain_losses(raw: dict[str, Any], folder: Path) -> list[float]:
+def plain_losses(raw: dict[str, Any], folder: Path, build: Callable[..., ByteGPT] = byte_gpt) -> list[float]:
     """The losses of the same training in plain PyTorch, step by step."""
     config = load_config(raw)
     assert config.train is not None
     torch.manual_seed(config.seed)
-    data, model = small_text(folder, config.seed), byte_gpt(**MODEL)
+    data, model = small_text(folder, config.seed), build(**MODEL)
     optimizer = template_from(config.optimizer, model)
     for group in optimizer.param_groups:
         group["fused"] = True
@@ -185,6 +215,16 @@ def test_losses_are_plain_torchs(accumulation: int, raw: dict[str, Any], tmp_pat
     assert [m["loss"] for m in metrics(raw)] == plain_losses(raw, tmp_path / "plain")
 
 
+def test_what_is_built_beforehand_takes_no_random_numbers_from_the_model(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["model"]["factory"] = f"{HERE}:drawing"
+    random.seed(3)
+    np.random.seed(4)
+    run(raw)
+    random.seed(3)
+    np.random.seed(4)
+    assert [m["loss"] for m in metrics(raw)] == plain_losses(raw, tmp_path / "plain", drawing)
+
+
 def test_a_pipe_gets_plain_lines_every_few_steps(raw: dict[str, Any]) -> None:
     _, text = run(raw)
     assert re.findall(r"^step (\d+)/12  loss [\d.]+  [\d,]+ tokens/s  RAM .+  SSD .+  waiting .+%$", text, re.M) == ["5", "10", "12"]
@@ -211,6 +251,47 @@ def test_a_run_folder_is_used_again_and_only_known_files_change(raw: dict[str, A
     run(raw)
     assert len(metrics(raw)) == 5 and note.read_text() == "mine"
     assert metrics(raw)[0]["loss"] == first[0]["loss"]
+
+
+# ---- a budget that is too small --------------------------------------------------------------------------------------
+
+
+def smallest_named(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> int:
+    """The number of the one line with which the command refuses the budget."""
+    assert run_command(raw, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("offload: error: memory.ram is ") and error.count("\n") == 1
+    found = re.search(r"the largest unit, blocks\.0\.up \(66560 bytes .*needs (\d+) bytes.*set memory\.ram to at least (\d+)$", error)
+    assert found is not None and found[1] == found[2], error
+    assert not (tmp_path / "pages").exists(), "nothing was built"
+    return int(found[1])
+
+
+@pytest.mark.parametrize("more", [{}, {"update": {"clip_norm": 0.5, "accumulation": 2}}, {"dtype": "bf16"}], ids=["plain", "clipped", "bf16"])
+def test_the_budget_that_the_error_names_trains(
+    more: dict[str, Any], raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw["model"]["dtype"] = more.get("dtype", "fp32")
+    raw["update"] = more.get("update", {})
+    raw["memory"]["ram"] = "128KiB"
+    smallest = smallest_named(raw, tmp_path, capsys)
+    raw["memory"]["ram"] = smallest - (64 << 10)
+    assert smallest_named(raw, tmp_path, capsys) == smallest
+    raw["memory"]["ram"] = smallest
+    assert run(raw)[0] == 0 and len(metrics(raw)) == STEPS
+
+
+def test_a_model_that_cannot_be_built_without_values_is_said_to_be_checked_while_it_is_built(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw["model"]["factory"] = f"{HERE}:measured"
+    code, text = run(raw)
+    said = "memory.ram is checked only while the model is built, unit by unit: the model cannot be built on torch's meta device"
+    assert code == 0 and said in " ".join(text.split()) and metrics(raw)[-1]["step"] == STEPS
+    raw["memory"]["ram"] = "64KiB"
+    assert run_command(raw, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "which is being built, needs at least 131072 bytes" in error and error.count("\n") == 1
 
 
 # ---- the ends that are not the end -----------------------------------------------------------------------------------
@@ -332,4 +413,4 @@ def test_a_factory_may_be_an_attribute_of_a_class() -> None:
 
 def test_what_a_factory_raises_itself_passes_through() -> None:
     with pytest.raises(ValueError, match="multiple"):
-        build("model", "offload.recipe:byte_gpt", {"d_model": 60, "n_head": 7})
+        factory_of("model", "offload.recipe:byte_gpt", {"d_model": 60, "n_head": 7})()
