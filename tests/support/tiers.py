@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 
 from pagemem.allocator import PageAllocator
 from pagemem.page import FrameId, PageMove, Placement, Shortage, TensorId
@@ -14,6 +17,15 @@ from pagemem.units import KiB
 PAGE = 64 * KiB
 #: Every tier made by a test, to be validated at its end.
 made: list[PageAllocator] = []
+
+
+@pytest.fixture(autouse=True)
+def every_tier_is_valid_at_the_end() -> Iterator[None]:
+    """For the tests of every module that imports it."""
+    made.clear()
+    yield
+    for frames in made:
+        frames.validate()
 
 
 def tier(n_frames: int) -> PageAllocator:

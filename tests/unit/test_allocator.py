@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-from tiers import PAGE, anyone, filled, layout, made, placed, t, tier
+from tiers import PAGE, anyone, every_tier_is_valid_at_the_end, filled, layout, placed, t, tier  # noqa: F401
 
 from pagemem.allocator import PageAllocator
 from pagemem.page import Extent, FrameId, Run, Shortage
 from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, KiB
-
-
-@pytest.fixture(autouse=True)
-def every_tier_is_valid_at_the_end() -> Iterator[None]:
-    made.clear()
-    yield
-    for frames in made:
-        frames.validate()
 
 
 # ---- taking and giving back ----------------------------------------------------------------------------------------

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from tiers import PAGE, anyone, copies, filled, layout, made, placed_of, t, tier
+from tiers import PAGE, anyone, copies, every_tier_is_valid_at_the_end, filled, layout, placed_of, t, tier  # noqa: F401
 
 from pagemem.free_runs import FreeRuns
 from pagemem.packing import safe_order
 from pagemem.page import Extent, FrameId, PageMove, Shortage
 from pagemem.tier import Tier
 from pagemem.units import KiB
-
-
-@pytest.fixture(autouse=True)
-def every_tier_is_valid_at_the_end() -> Iterator[None]:
-    made.clear()
-    yield
-    for frames in made:
-        frames.validate()
 
 
 # ---- moving --------------------------------------------------------------------------------------------------------

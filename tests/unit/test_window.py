@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiers import anyone
 
 from pagemem.page import FrameId, TensorId
 from pagemem.window import Segment, Window, best_window
@@ -29,10 +30,6 @@ def layout(text: str) -> list[Segment]:
 
 def tenants(text: str) -> tuple[TensorId, ...]:
     return tuple(TensorId(ord(sign)) for sign in text)
-
-
-def anyone(_: TensorId) -> bool:
-    return True
 
 
 def all_but(text: str) -> Movable:
