@@ -7,7 +7,6 @@ waste depends on the page: with 1 MiB and more the left-overs of small models do
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,11 @@ import torch
 from model_shapes import MODELS, Leaf, n_parameters
 from small_runs import RAM_BYTES, assert_closed, built, engine_of, train
 from small_runs import PAGE_BYTES as SMALL_PAGE_BYTES
+from torch import nn
 
-from offload.config import resolve_page_bytes
+from offload.config import load_config
+from offload.need import Sizes
+from offload.neighbours import units_of
 from optim.unit import cut, lay_out
 from pagemem.allocator import PageAllocator
 from pagemem.page import TensorId
@@ -28,35 +30,23 @@ ALLOWED = 0.03
 #: Bytes a parameter: p, m and v in fp32; p in bf16 with master, m and v in fp32.
 BYTES_EACH = {"fp32": 12, "bf16": 14}
 PAGES = (256 * KiB, MiB, 4 * MiB)
+#: A configuration that leaves all sizes to the engine; budgets are given apart.
+AUTOMATIC = load_config({"memory": {"ram": "1GiB"}, "ssd": {"paths": ["nowhere"]}})
 DOCS = Path(__file__).parents[2] / "docs" / "pages.md"
 
 
-def slice_numel_of(ram_bytes: int) -> int:
-    """Elements of a slice of states, as the page store cuts them."""
-    return min(max(1 << (ram_bytes // 128).bit_length(), 1 << 14), 1 << 20)
-
-
-def units(leaves: list[Leaf], page_bytes: int) -> Iterator[int]:
+def units(leaves: list[Leaf], page_bytes: int) -> list[int]:
     """Elements of each unit, of fp32 parameters as they are built."""
-    waiting: list[tuple[str, torch.Size]] = []
-    n_waiting = 0
-    for leaf in leaves:
-        own = [("", torch.Size(shape)) for shape in leaf]
-        n_bytes = sum(shape.numel() for _, shape in own) * 4
-        if waiting and n_waiting + n_bytes > page_bytes:
-            yield lay_out(waiting).numel
-            waiting, n_waiting = [], 0
-        waiting, n_waiting = waiting + own, n_waiting + n_bytes
-    if waiting:
-        yield lay_out(waiting).numel
+    groups = [[("", nn.Parameter(torch.empty(shape, device="meta"))) for shape in leaf] for leaf in leaves]
+    return [lay_out([(name, p.shape) for name, p in unit]).numel for unit in units_of([groups], page_bytes)]
 
 
-def tensor_bytes(leaves: list[Leaf], dtype: str, page_bytes: int, slice_numel: int) -> list[int]:
+def tensor_bytes(leaves: list[Leaf], dtype: str, page_bytes: int, ram_bytes: int) -> list[int]:
     """Sizes of all tensors in the order in which they come to the disk: parameters forward, states backward."""
-    numels = list(units(leaves, page_bytes))
+    numels = units(leaves, page_bytes)
     found = [numel * (2 if dtype == "bf16" else 4) for numel in numels]
     for numel in reversed(numels):
-        for part in cut(numel, slice_numel):
+        for part in cut(numel, Sizes.of(AUTOMATIC, ram_bytes).slice_numel):
             found += [part.numel * 4] * (dtype == "bf16") + [part.numel * 8]
     return [PagedTensor.sized(TensorId(0), "", Tag.PARAM, n_bytes, page_bytes).n_bytes for n_bytes in found]
 
@@ -68,7 +58,7 @@ def ram_bytes_of(name: str, dtype: str) -> int:
 
 def waste(name: str, dtype: str, page_bytes: int) -> float:
     """Unused bytes of the pages for each byte of the states."""
-    sizes = tensor_bytes(MODELS[name](), dtype, page_bytes, slice_numel_of(ram_bytes_of(name, dtype)))
+    sizes = tensor_bytes(MODELS[name](), dtype, page_bytes, ram_bytes_of(name, dtype))
     # Those of whole pages, nearly all of the largest models', waste nothing and share with nobody.
     odd = [n_bytes for n_bytes in sizes if n_bytes % page_bytes]
     frames = PageAllocator(Tier.SSD, page_bytes, sum(ceil_div(n_bytes, page_bytes) for n_bytes in odd))
@@ -96,7 +86,7 @@ def shown(name: str, page_bytes: int | None) -> str:
     """A cell of the table: the larger waste of the two formats in per cent, on automatic pages with their sizes."""
     if page_bytes is not None:
         return f"{100 * max(waste(name, dtype, page_bytes) for dtype in BYTES_EACH):.1f}"
-    automatic = {dtype: resolve_page_bytes(ram_bytes_of(name, dtype)) for dtype in BYTES_EACH}
+    automatic = {dtype: Sizes.of(AUTOMATIC, ram_bytes_of(name, dtype)).page_bytes for dtype in BYTES_EACH}
     worst = max(BYTES_EACH, key=lambda dtype: waste(name, dtype, automatic[dtype]))
     return f"{100 * waste(name, worst, automatic[worst]):.1f} at {format_bytes(automatic[worst])}"
 
@@ -104,7 +94,7 @@ def shown(name: str, page_bytes: int | None) -> str:
 def test_the_sizes_are_those_of_an_engine(tmp_path: Path) -> None:
     model = built()
     leaves = [tuple(tuple(p.shape) for p in module.parameters(recurse=False)) for module in model.modules()]
-    expected = tensor_bytes([leaf for leaf in leaves if leaf], "fp32", SMALL_PAGE_BYTES, slice_numel_of(RAM_BYTES))
+    expected = tensor_bytes([leaf for leaf in leaves if leaf], "fp32", SMALL_PAGE_BYTES, RAM_BYTES)
     engine = engine_of(model, tmp_path)
     train(engine, 1)
     tensors = [tensor for tensor in engine._store.mover.tensors.values() if tensor.tag is not Tag.GRAD]
