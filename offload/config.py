@@ -100,8 +100,13 @@ class SsdConfig(_Section):
 class UpdateConfig(_Section):
     """When and how gradients become updates."""
 
-    mode: Literal["exact"] = "exact"
-    """"exact": the same bits as plain PyTorch."""
+    mode: Literal["exact", "lock-free"] = "exact"
+    """"exact": the same bits as plain PyTorch. "lock-free": a thread applies updates as fast as the disk lets it, and
+    training does not wait for it, except to keep ``max_staleness``."""
+    max_staleness: int = Field(default=4, ge=0)
+    """Lock-free mode: how many of the steps before a step its parameters may miss. 0: the bits of exact mode."""
+    threads: int = Field(default=1, ge=1, le=64)
+    """Lock-free mode: compute threads of the updates, which run beside those of the step."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest global 2-norm of the gradients; larger ones are scaled down. None: no clipping. With clipping, updates
     wait for the whole backward pass and gradients are kept in pages until then."""
@@ -237,12 +242,13 @@ class Config(_Section):
 
 
 def resolve_page_bytes(ram_bytes: int) -> int:
-    """The page size that "auto" stands for: the largest power of two not above ``ram_bytes / 128``, 64KiB to 4MiB.
+    """The page size that "auto" stands for: a power of two not above ``ram_bytes / 128``, 64KiB to 256KiB, and beyond that
+    not above ``ram_bytes / 4096``, up to 4MiB.
 
-    Large pages make few, large requests and checksums; small ones lose less to rounding tensors up to whole pages.
+    Large pages make few checksums; small ones lose less to rounding tensors up to whole pages (see docs/pages.md).
     """
     page_bytes = MIN_PAGE_BYTES
-    while page_bytes * 2 <= min(ram_bytes // 128, 4 * MiB):
+    while page_bytes * 2 <= min(ram_bytes // 128, max(ram_bytes // 4096, 256 * KiB), 4 * MiB):
         page_bytes *= 2
     return page_bytes
 

@@ -23,7 +23,8 @@ from offload.hooks import SavedWeights
 from offload.memory import MemoryReport, Stats, TierUse
 from offload.parameters import PagedParameter
 from offload.store import PageStore
-from optim import ExactUpdater, GradientStore, PagedOptimizer, StateAccess, is_eager, rule_for
+from offload.updates import make_updater
+from optim import PagedOptimizer, StateAccess, rule_for
 from optim.unit import Slot, Unit
 from pagemem.errors import NonFiniteError, OffloadError, TransitionError
 from pagemem.events import EventKind
@@ -92,15 +93,10 @@ class Engine:
         store.adopt(self.model)
         states = StateAccess(store.driver, rule.state_names)
         self._assign_groups(template, states)
-        in_flight = is_eager(config.update.clip_norm, config.update.start)
-        self._gradients = GradientStore(store.driver, store.budget, store.settle_sizes(in_flight=in_flight))
         places = self._places()
         self.optimizer = PagedOptimizer(template, rule, places, states, store.driver.interlude)
         self.optimizer.engine = self  # type: ignore[attr-defined]
-        self._updater = ExactUpdater(
-            store.driver, store.index, rule, self.optimizer.hypers, self._gradients, store.counters,
-            clip_norm=config.update.clip_norm, start=config.update.start,
-        )  # fmt: skip
+        self._updater = make_updater(store, rule, self.optimizer.hypers)
         self.optimizer.attach(self._updater)
         self._install_hooks()
 
@@ -222,7 +218,7 @@ class Engine:
         mover, page_bytes, plan = store.mover, store.page_bytes, store.driver.plan
         host_planned = plan.peak_frames if plan is not None else None
         ssd_planned = mover.planned_page_file_frames(plan.stored()) if plan is not None else None
-        gradients = self._gradients
+        gradients = self._updater
         tiers = {
             "host": TierUse(
                 store.budget.limit_bytes,
@@ -255,7 +251,7 @@ class Engine:
             raise TransitionError(f"engine: {self.state.value} -> closed is not a legal move")
         self.state = EngineState.CLOSED
         self.optimizer.close()
-        self._gradients.close()
+        self._updater.close()
         self._release()
 
     def _release(self) -> None:

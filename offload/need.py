@@ -19,8 +19,9 @@ from pagemem.errors import BudgetError
 from pagemem.page import MIN_PAGE_BYTES
 from pagemem.units import ceil_div, format_bytes
 
-#: Bounds of the parameters (in elements) that one slice of optimizer states covers.
-SLICE_NUMEL: Final = (1 << 14, 1 << 20)
+#: Bounds of the parameters (in elements) that one slice of optimizer states covers, by update mode: in lock-free mode
+#: several slices are in memory at a time, beside all gradients.
+SLICE_NUMEL: Final = {"exact": (1 << 14, 1 << 20), "lock-free": (1 << 14, 1 << 18)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,11 @@ class Sizes:
         """Sizes for the configuration's budget, or for another one."""
         ram_bytes = config.memory.ram if ram_bytes is None else ram_bytes
         page = config.memory.page
+        least, most = SLICE_NUMEL[config.update.mode]
         return cls(
             ram_bytes,
             resolve_page_bytes(ram_bytes) if page == "auto" else int(page),
-            min(max(1 << (ram_bytes // 128).bit_length(), SLICE_NUMEL[0]), SLICE_NUMEL[1]),
+            min(max(1 << (ram_bytes // 128).bit_length(), least), most),
             torch.bfloat16 if config.model is not None and config.model.dtype == "bf16" else None,
         )
 

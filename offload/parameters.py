@@ -18,8 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from optim.exact import ExactUpdater
 from optim.unit import Slot, Unit
+from optim.updater import Updater
 from pagemem.mover import Mover
 from pagemem.page import TensorId
 from scheduler.driver import Driver
@@ -157,7 +157,7 @@ class Binder:
     def __init__(self, driver: Driver, mover: Mover) -> None:
         self.driver = driver
         self.mover = mover
-        self.updater: ExactUpdater | None = None
+        self.updater: Updater | None = None
         self.root: nn.Module | None = None
         self.copying = 0
         self.forwards = 0
@@ -209,7 +209,7 @@ class Binder:
         units = list(dict.fromkeys(place.unit for place in places))
         for unit in units:
             if self.updater is not None:
-                self.updater.before_use(unit)
+                (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
         kind = OpKind.FORWARD if torch._C._current_graph_task_id() == -1 else OpKind.BACKWARD
         key = (kind, tuple(unit.index for unit in units))
         held = self.driver.begin(key, units[0].name, [Access(unit.parameters.id, AccessMode.READ) for unit in units])

@@ -127,19 +127,26 @@ class PageStore:
         for (_, parameter), slot in zip(named, slots, strict=True):
             self.binder.adopt(parameter, unit, slot)
 
+    def add_masters(self, unit: Unit) -> None:
+        """Give a unit's slices fp32 masters with the values its parameters have. Outside steps."""
+        wide, n_bytes = unit.parameters, unit.dtype.itemsize
+        with self.driver.interlude():
+            for number, part in enumerate(unit.slices):
+                part.master = self.mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
+                accesses = [Access(wide.id, AccessMode.READ), Access(part.master.id, AccessMode.CREATE)]
+                with self.driver.op((OpKind.FORWARD, ("master", unit.index, number)), unit.name, accesses):
+                    assert wide.frame is not None and part.master.frame is not None
+                    values = self.mover.arena.view(wide.frame, part.begin * n_bytes, unit.dtype, part.numel)
+                    self.mover.arena.view(part.master.frame, 0, torch.float32, part.numel).copy_(values)
+        for slot in unit.slots:
+            slot.edited = False
+
     def _narrow(self, unit: Unit) -> None:
         """Give a unit that computes in 16 bits its fp32 masters, with the values as they were built, and go on in them."""
         wide, dtype = unit.parameters, self.compute_dtype or unit.dtype
         if dtype is torch.float32:
             return
-        arena, n_bytes = self.mover.arena, unit.dtype.itemsize
-        for number, part in enumerate(unit.slices):
-            part.master = self.mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
-            accesses = [Access(wide.id, AccessMode.READ), Access(part.master.id, AccessMode.CREATE)]
-            with self.driver.op((OpKind.FORWARD, ("master", unit.index, number)), unit.name, accesses):
-                assert wide.frame is not None and part.master.frame is not None
-                values = arena.view(wide.frame, part.begin * n_bytes, unit.dtype, part.numel)
-                arena.view(part.master.frame, 0, torch.float32, part.numel).copy_(values)
+        self.add_masters(unit)
         if dtype is unit.dtype:
             return
         numel = unit.slices[-1].end
@@ -147,6 +154,7 @@ class PageStore:
         accesses = [Access(wide.id, AccessMode.READ), Access(narrow.id, AccessMode.CREATE)]
         with self.driver.op((OpKind.FORWARD, ("narrow", unit.index)), unit.name, accesses):
             assert wide.frame is not None and narrow.frame is not None
+            arena = self.mover.arena
             arena.view(narrow.frame, 0, dtype, numel).copy_(arena.view(wide.frame, 0, unit.dtype, numel))
         self.driver.quiesce()
         self.mover.forget(wide)
@@ -269,13 +277,16 @@ class PageStore:
         gradient_bytes = max(unit.gradient_bytes for unit in self.index.units) if in_flight else 0
         if (ram_bytes - gradient_bytes) // self.page_bytes < need_frames:
             gradient_bytes = 0
+        self.resize_arena((ram_bytes - gradient_bytes) // self.page_bytes)
+        return gradient_bytes
+
+    def resize_arena(self, n_frames: int) -> None:
+        """Go on with ``n_frames`` host frames, all empty; the rest of the budget is for what lies outside the arena."""
         self.driver.evict_all()
-        n_frames = (ram_bytes - gradient_bytes) // self.page_bytes
         if n_frames != self.mover.arena.n_frames:
             self.mover.resize_arena(n_frames)
             self._arena_bytes.resize(self.mover.arena.n_bytes)
-        self.driver.overhead_bytes = ram_bytes - n_frames * self.page_bytes
-        return gradient_bytes
+        self.driver.overhead_bytes = self.config.memory.ram - n_frames * self.page_bytes
 
     def _update_frames(self, unit: Unit) -> int:
         parts = [sum(t.n_frames for t in (part.states, part.master) if t is not None) for part in unit.slices]

@@ -19,20 +19,25 @@ def gradient_norm(flat: torch.Tensor) -> torch.Tensor:
     return norm
 
 
-def clip_coefficient(norms: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """What every gradient is multiplied by so that their global norm is at most ``max_norm``.
+def total_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The global norm from the norms of all gradients of a step, in parameter order."""
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return total
 
-    Args:
-        norms: norms of all gradients of the step, in parameter order.
-        max_norm: largest global norm wanted, > 0.
+
+def clip_coefficient(total: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """What every gradient is multiplied by so that their global norm ``total`` becomes at most ``max_norm`` (> 0)."""
+    return torch.clamp(max_norm / (total + 1e-6), max=1.0)
+
+
+def check_finite(total: torch.Tensor) -> None:
+    """Raise unless a global norm can be clipped by.
 
     Raises:
-        NonFiniteError: the global norm is NaN or infinite.
+        NonFiniteError: it is NaN or infinite.
     """
-    total = torch.linalg.vector_norm(torch.stack(list(norms)))
     if not bool(torch.isfinite(total)):
         raise NonFiniteError(
             f"the gradients' global norm is {float(total)}: no parameter was changed; lower the learning rate, or look "
             "for the first step with an infinite loss"
         )
-    return torch.clamp(max_norm / (total + 1e-6), max=1.0)

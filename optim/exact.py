@@ -13,24 +13,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 
 from optim.accumulate import GradientStore
-from optim.clip import clip_coefficient, gradient_norm
+from optim.clip import check_finite, clip_coefficient, gradient_norm, total_norm
 from optim.rules import Batch, UpdateRule
 from optim.states import StateAccess, state_view
-from optim.unit import Hyper, Pending, Piece, Slice, Slot, Unit, UnitIndex, pieces_of
-from pagemem.errors import StaleGradientError
+from optim.unit import START_HINT, Hyper, Pending, Piece, Slice, Slot, Unit, UnitIndex, complete, forget_arrivals, pieces_of, stale_gradient
 from pagemem.events import Event, EventKind, EventSink
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind
 
 Start = Literal["auto", "step"]
-
-_HINT: Final = 'set update.start = "step" in the configuration'
-
 
 def is_eager(clip_norm: float | None, start: Start) -> bool:
     """Whether units are updated during the backward pass, as soon as their gradients are complete."""
@@ -86,11 +82,7 @@ class ExactUpdater:
         """
         self.before_use(unit)
         if unit.updated:
-            raise StaleGradientError(
-                f"{slot.name}: a gradient arrived after the update of this step, which was made when gradient "
-                f"{slot.expected} had arrived, as in the step before; for steps with a varying number of backward "
-                f"passes {_HINT}"
-            )
+            raise stale_gradient(slot)
         slot.arrivals += 1
         final = self._foretold and slot.arrivals == slot.expected
 
@@ -99,14 +91,11 @@ class ExactUpdater:
 
         if not (final and self._eager and slot.arrivals == 1 and self._store.keep(slot, gradient)):
             self._store.add(unit, slot, gradient, note_norm)
-        if self._eager and self._foretold and unit.live_views == 0 and self._complete(unit):
+        if self._eager and self._foretold and unit.live_views == 0 and complete(unit):
             hypers = self._hypers()
             self._used_hypers = self._used_hypers or hypers
             self._run(unit, Pending(hypers, None))
             unit.updated = True
-
-    def _complete(self, unit: Unit) -> bool:
-        return all(slot.arrivals == slot.expected for slot in unit.slots if slot.group >= 0)
 
     def discard(self) -> None:
         """Throw the gradients of the step under way away.
@@ -115,15 +104,11 @@ class ExactUpdater:
             RuntimeError: some updates of the step have been made already; nothing was changed.
         """
         if any(unit.updated for unit in self._index.units):
-            raise RuntimeError(f"zero_grad() without step(), but updates of this step have been made; to skip steps {_HINT}")
+            raise RuntimeError(f"zero_grad() without step(), but updates of this step have been made; to skip steps {START_HINT}")
         for unit in self._index.units:
             if unit.pending is None:
                 self._store.forget(unit)
-                self._forget_arrivals(unit)
-
-    def _forget_arrivals(self, unit: Unit) -> None:
-        for slot in unit.slots:
-            slot.arrivals = 0
+                forget_arrivals(unit)
 
     # ---- the optimizer step ------------------------------------------------------------------------------------
 
@@ -138,7 +123,7 @@ class ExactUpdater:
         if self._used_hypers is not None and list(self._used_hypers) != list(hypers):
             raise RuntimeError(
                 "learning rate or another hyper-parameter changed between backward and step, but updates of this step "
-                f"have already used the old values; change them before backward, or {_HINT}"
+                f"have already used the old values; change them before backward, or {START_HINT}"
             )
         waiting = [u for u in self._index.units if not u.updated and u.pending is None and any(s.arrivals for s in u.slots)]
         pending = Pending(hypers, self._coefficient() if self._clip_norm is not None and waiting else None)
@@ -156,7 +141,7 @@ class ExactUpdater:
         for unit in self._index.units:
             unit.updated = False
             if unit.pending is None:
-                self._forget_arrivals(unit)
+                forget_arrivals(unit)
         self._foretold = True
         self._used_hypers = None
         self._driver.end_step(repeatable=repeatable)
@@ -169,11 +154,13 @@ class ExactUpdater:
                 if slot.norm is None:
                     slot.norm = self._norm_of_sum(unit, slot)
                 norms.append(slot.norm)
+        total = total_norm(norms)
         try:
-            return clip_coefficient(norms, self._clip_norm)
+            check_finite(total)
         except BaseException:
             self.discard()
             raise
+        return clip_coefficient(total, self._clip_norm)
 
     def _norm_of_sum(self, unit: Unit, slot: Slot) -> torch.Tensor:
         assert unit.gradients is not None
@@ -188,12 +175,30 @@ class ExactUpdater:
         if unit.pending is not None:
             pending, unit.pending = unit.pending, None
             self._run(unit, pending)
-            self._forget_arrivals(unit)
+            forget_arrivals(unit)
+
+    def settle(self, unit: Unit) -> None:
+        """Before a use outside the step: as before any other."""
+        self.before_use(unit)
 
     def drain(self) -> None:
         """Make every update that was decided on."""
         for unit in self._index.units:
             self.before_use(unit)
+
+    def close(self) -> None:
+        """Give the gradients' memory back. Idempotent."""
+        self._store.close()
+
+    @property
+    def direct_bytes(self) -> int:
+        """Bytes of gradients outside the host arena now."""
+        return self._store.direct_bytes
+
+    @property
+    def peak_direct_bytes(self) -> int:
+        """Most of them at any time."""
+        return self._store.peak_direct_bytes
 
     def _run(self, unit: Unit, pending: Pending) -> None:
         self._states.follow_edits(unit)
@@ -227,7 +232,7 @@ class ExactUpdater:
                 parameter = self._parameter(unit, piece)
                 gradient = self._gradient(unit, piece)
                 if part.master is not None:
-                    master = state_view(self._driver, part, part.master, 0, piece.begin, piece.numel)
+                    master = state_view(self._driver.mover, part, part.master, 0, piece.begin, piece.numel)
                     narrow.append((parameter, master))
                     parameter, gradient = master, gradient.float()
                 if pending.clip_coefficient is not None:
@@ -237,7 +242,7 @@ class ExactUpdater:
                 batch.steps.append(piece.slot.steps)
                 for number, states in enumerate(batch.states):
                     assert part.states is not None
-                    states.append(state_view(self._driver, part, part.states, number, piece.begin, piece.numel))
+                    states.append(state_view(self._driver.mover, part, part.states, number, piece.begin, piece.numel))
             self._rule.apply(hyper, batch)
             for parameter, master in narrow:
                 parameter.copy_(master)

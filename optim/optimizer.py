@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from optim.exact import ExactUpdater
 from optim.rules import UpdateRule
 from optim.states import StateAccess
 from optim.unit import Hyper, Slot, Unit
+from optim.updater import Updater
 
 
 class PagedOptimizer(torch.optim.Optimizer):
@@ -42,12 +42,12 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._places = places
         self._states = states
         self._interlude = interlude
-        self._updater: ExactUpdater | None = None
+        self._updater: Updater | None = None
         self._closed = False
         groups = [{key: value for key, value in group.items()} for group in template.param_groups]
         super().__init__(groups, dict(template.defaults))
 
-    def attach(self, updater: ExactUpdater) -> None:
+    def attach(self, updater: Updater) -> None:
         """Give the optimizer the updater that does its work. Once, while it is made."""
         self._updater = updater
 
@@ -56,7 +56,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         return [{name: group[name] for name in self._rule.hyper_names} for group in self.param_groups]
 
     @property
-    def updater(self) -> ExactUpdater:
+    def updater(self) -> Updater:
         """What applies the updates."""
         if self._updater is None or self._closed:
             raise RuntimeError("this optimizer's engine is closed")

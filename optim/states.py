@@ -11,17 +11,18 @@ from collections.abc import Callable
 import torch
 
 from optim.unit import Slice, Slot, Unit
+from pagemem.mover import Mover
 from pagemem.residency import PagedTensor
 from pagemem.tier import Tag
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind
 
 
-def state_view(driver: Driver, part: Slice, tensor: PagedTensor, number: int, begin: int, numel: int) -> torch.Tensor:
+def state_view(mover: Mover, part: Slice, tensor: PagedTensor, number: int, begin: int, numel: int) -> torch.Tensor:
     """Elements [begin, begin + numel) of the ``number``-th fp32 state in a slice; its pages must be pinned."""
     assert tensor.frame is not None
     offset = (number * part.numel + begin - part.begin) * torch.float32.itemsize
-    return driver.mover.arena.view(tensor.frame, offset, torch.float32, numel)
+    return mover.arena.view(tensor.frame, offset, torch.float32, numel)
 
 
 class StateAccess:
@@ -73,7 +74,7 @@ class StateAccess:
                     assert unit.parameters.frame is not None
                     arena, size = self._driver.mover.arena, unit.dtype.itemsize
                     value = arena.view(unit.parameters.frame, begin * size, unit.dtype, end - begin)
-                    master = state_view(self._driver, part, part.master, 0, begin, end - begin)
+                    master = state_view(self._driver.mover, part, part.master, 0, begin, end - begin)
                     master.copy_(torch.where(master.to(unit.dtype) == value, master, value.float()))
 
     def _visit(
@@ -86,4 +87,4 @@ class StateAccess:
                 continue
             key = (OpKind.UPDATE, (unit.index, index, "state", number, slot.order))
             with self._driver.op(key, f"states of {slot.name}", [Access(tensor.id, mode)]):
-                visit(state_view(self._driver, part, tensor, number or 0, begin, end - begin), begin - slot.offset)
+                visit(state_view(self._driver.mover, part, tensor, number or 0, begin, end - begin), begin - slot.offset)

@@ -17,11 +17,15 @@ from typing import Any, Final
 
 import torch
 
+from pagemem.errors import StaleGradientError
 from pagemem.residency import PagedTensor
 from pagemem.units import ceil_div, round_up
 
 SLOT_ALIGN_NUMEL: Final = 64
 SLICE_ALIGN_NUMEL: Final = 1024
+
+#: What to do when steps are not alike.
+START_HINT: Final = 'set update.start = "step" in the configuration'
 
 #: Hyper-parameters of one parameter group as they were at one moment.
 Hyper = Mapping[str, Any]
@@ -171,6 +175,25 @@ class UnitIndex:
         """Every optimized parameter with its unit, in the model's order."""
         found = [(unit, slot) for unit in self.units for slot in unit.slots if slot.group >= 0]
         return sorted(found, key=lambda pair: pair[1].order)
+
+
+def complete(unit: Unit) -> bool:
+    """Whether all gradients of the step are there that the last whole step foretells."""
+    return all(slot.arrivals == slot.expected for slot in unit.slots if slot.group >= 0)
+
+
+def forget_arrivals(unit: Unit) -> None:
+    """Count the unit's gradients anew."""
+    for slot in unit.slots:
+        slot.arrivals = 0
+
+
+def stale_gradient(slot: Slot) -> StaleGradientError:
+    """The error for a gradient that nobody waits for any more."""
+    return StaleGradientError(
+        f"{slot.name}: a gradient arrived after the update of this step, which was begun when gradient {slot.expected} had "
+        f"arrived, as in the step before; for steps with a varying number of backward passes {START_HINT}"
+    )
 
 
 def pieces_of(unit: Unit, part: Slice) -> list[Piece]:

@@ -22,6 +22,7 @@ class EventKind(enum.Enum):
     DROP = "drop"
     WAIT = "wait"
     UPDATE = "update"
+    UPDATE_WAIT = "update wait"
     DEVIATION = "deviation"
 
 

@@ -57,6 +57,7 @@ class Mover:
         self._in_flight = 0
         self._next_id = 0
         self._touched = bytearray(arena.n_frames)
+        self._n_set_aside = 0
 
     # ---- records -----------------------------------------------------------------------------------------------
 
@@ -124,7 +125,29 @@ class Mover:
     def choose(self, n_frames: int, cost: Callable[[Sequence[TensorId]], Comparable]) -> Window | None:
         """The cheapest window of host frames whose tenants are all droppable, or None."""
         with self.changed:
-            return best_window(list(self.host.segments()), n_frames, self.droppable, cost)
+            segments = [segment for segment in self.host.segments() if segment[0] < self.n_shared_frames]
+            if segments:
+                first, length, owner = segments[-1]
+                segments[-1] = (first, min(length, self.n_shared_frames - first), owner)
+            return best_window(segments, n_frames, self.droppable, cost)
+
+    @property
+    def n_shared_frames(self) -> int:
+        """Host frames that whoever needs one may use, from the first on; those above have an owner, see `set_aside`."""
+        return self.arena.n_frames - self._n_set_aside
+
+    def set_aside(self, n_frames: int) -> FrameId:
+        """Keep the last ``n_frames`` host frames for an owner that places tensors in them itself; returns the first.
+
+        Raises:
+            AssertionError: they are in use, or there are not as many; nothing was changed.
+        """
+        with self.changed:
+            first = self.arena.n_frames - n_frames
+            if n_frames < 0 or first < 0 or any(self.host.owner(frame) is not None for frame in range(first, self.arena.n_frames)):
+                raise AssertionError(f"the last {n_frames} of {self.arena.n_frames} host frames are not free")
+            self._n_set_aside = n_frames
+            return FrameId(first)
 
     # ---- moves -------------------------------------------------------------------------------------------------
 
@@ -237,8 +260,10 @@ class Mover:
 
     # ---- waiting -----------------------------------------------------------------------------------------------
 
-    def wait_until(self, ready: Callable[[], bool], why: str, n_bytes: int = 0) -> None:
-        """Block the calling thread until ``ready()``, and record the wait.
+    def wait_until(
+        self, ready: Callable[[], bool], why: str, n_bytes: int = 0, kind: EventKind = EventKind.WAIT
+    ) -> None:
+        """Block the calling thread until ``ready()``, and record the wait as an event of ``kind``.
 
         Raises:
             StorageError: (or what a background copy raised) instead of waiting for ever.
@@ -250,7 +275,7 @@ class Mover:
             while not ready():
                 self.check()
                 self.changed.wait()
-        self._sink.emit(Event(EventKind.WAIT, why, n_bytes, started_s, time.perf_counter() - started_s))
+        self._sink.emit(Event(kind, why, n_bytes, started_s, time.perf_counter() - started_s))
 
     def settle(self) -> None:
         """Wait until no copy is under way, also after an error."""
@@ -296,6 +321,7 @@ class Mover:
             self.arena.close()
             self.arena = HostArena(n_frames, self.arena.page_bytes)
             self.host = PageAllocator(Tier.HOST, self.arena.page_bytes, n_frames)
+            self._n_set_aside = 0
             self.reset_touched()
 
     def reset_touched(self) -> None:

@@ -10,7 +10,7 @@
 Invariants
     1. In STORED and LOADING the page file is authoritative; in CLEAN both copies are equal; in DIRTY and STORING the
        host copy is authoritative. There is no state in which no copy is whole.
-    2. A tensor with pins or leases keeps its frames: only CLEAN tensors without either can be dropped.
+    2. A tensor that is fixed or has pins or leases keeps its frames: only other CLEAN tensors can be dropped.
     3. Only `PagedTensor.become` changes the state, only along `LEGAL_MOVES`.
 """
 
@@ -63,6 +63,7 @@ class PagedTensor:
             content.
         rewritten: compute changed the host copy while it was being stored, so that the stored copy is stale already.
         exposed: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
+        fixed: its host frames stay its own for good: it is never moved or dropped.
         pins: uses under way that need the host frames to stay.
         leases: live views of the host frames that were handed out, see `pagemem.arena.HostArena.lease`.
         last_use: sequence number of the last use, for least-recently-used ranking.
@@ -79,6 +80,7 @@ class PagedTensor:
     backed: bool = False
     rewritten: bool = False
     exposed: bool = False
+    fixed: bool = False
     pins: int = 0
     leases: int = 0
     last_use: int = 0
@@ -98,7 +100,7 @@ class PagedTensor:
     @property
     def held(self) -> bool:
         """Whether the host frames must stay where they are."""
-        return self.pins > 0 or self.leases > 0
+        return self.pins > 0 or self.leases > 0 or self.fixed
 
     def become(self, state: Residency) -> None:
         """Apply one legal move.

@@ -163,6 +163,11 @@ class Driver:
         finally:
             self._recording, self._began_s = recording, began_s and time.perf_counter()
 
+    @property
+    def in_step(self) -> bool:
+        """Whether ops are part of a step, not of an `interlude`."""
+        return self._recording
+
     def quiesce(self) -> None:
         """Stop reading ahead and wait until no copy is under way, also after an error."""
         self._disturb()
@@ -178,7 +183,7 @@ class Driver:
         self._collect_views()
         self.mover.store_all()
         for tensor in self.mover.tensors.values():
-            if tensor.state is Residency.CLEAN:
+            if tensor.state is Residency.CLEAN and not tensor.fixed:
                 self.mover.drop(tensor)
 
     # ---- following the plan ------------------------------------------------------------------------------------
@@ -196,12 +201,13 @@ class Driver:
         if self.plan is None or self.plan.ops_per_step == 0 or self.plan.keys[: self.plan.ops_per_step] != trace.keys:
             read_bytes_per_s, write_bytes_per_s = self._bandwidth()
             machine = Machine(
-                self.mover.arena.n_frames, self.mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s
+                self.mover.n_shared_frames, self.mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s
             )
             self._trace = trace
-            n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in trace.tensors()}
+            fixed = {t.id: t.frame for t in self.mover.tensors.values() if t.fixed and t.frame is not None}
+            n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in [*trace.tensors(), *fixed]}
             try:
-                self.plan = make_plan(trace, n_bytes, machine)
+                self.plan = make_plan(trace, n_bytes, machine, fixed)
             except BudgetError as error:
                 self.plan = None
                 self._sink.emit(Event(EventKind.DEVIATION, f"no plan: {error}", 0, time.perf_counter(), 0.0))
@@ -276,7 +282,9 @@ class Driver:
         """
         self._lane.clear()
         for tensor in self.mover.tensors.values():
-            if tensor.state is Residency.CLEAN and not tensor.held and plan.initial.get(tensor.id) != tensor.frame:
+            if tensor.state is not Residency.CLEAN or tensor.held or plan.initial.get(tensor.id) == tensor.frame:
+                continue
+            if tensor.frame is not None and tensor.frame < self.mover.n_shared_frames:
                 self.mover.drop(tensor)
         first_use = self._first_uses()
         wanted = sorted(plan.initial, key=lambda tensor: first_use.get(tensor, 0))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -36,6 +37,8 @@ from scheduler.trace import Access, AccessMode, Op, Trace
 MAX_STEPS: Final = 12
 WARM_UP_STEPS: Final = 2
 MIN_CYCLE_STEPS: Final = 5
+#: The op until which a tensor that is never moved is in use.
+FOR_GOOD: Final = sys.maxsize
 #: Stalls are compared in steps of this: below it the predicted clock is not to be trusted.
 STALL_QUANTUM_S: Final = 0.0005
 
@@ -73,6 +76,7 @@ class _Walk:
     trace: Trace
     n_bytes: Mapping[TensorId, int]
     machine: Machine
+    fixed: Mapping[TensorId, FrameId]
     frames: PageAllocator = field(init=False)
     tenants: dict[TensorId, _Tenant] = field(default_factory=dict)
     uses: dict[TensorId, list[int]] = field(default_factory=dict)
@@ -85,6 +89,9 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.frames = PageAllocator(Tier.HOST, self.machine.page_bytes, self.machine.n_frames)
+        for tensor, frame in self.fixed.items():
+            self.frames.allocate(tensor, self.n_bytes[tensor], contiguous=True, at=frame)
+            self.tenants[tensor] = _Tenant(frame, FOR_GOOD)
         for index, op in enumerate(self.trace.ops):
             for access in op.accesses:
                 uses = self.uses.setdefault(access.tensor, [])
@@ -265,13 +272,16 @@ def _numbered_from(start: int, n_ops: int, loads: Sequence[LoadTask], *, closed:
     return tuple(inside)
 
 
-def make_plan(trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine) -> Plan:
+def make_plan(
+    trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, fixed: Mapping[TensorId, FrameId] | None = None
+) -> Plan:
     """Schedule the page moves of a step that repeats.
 
     Args:
         trace: the step's ops with durations.
-        n_bytes: size of every tensor in the trace.
+        n_bytes: size of every tensor in the trace and in ``fixed``.
         machine: host frames and page-file bandwidths.
+        fixed: tensors that are in host memory for good, in the trace or not, and their first frames.
 
     Returns:
         A plan whose moves never need more than ``machine.n_frames`` frames.
@@ -279,7 +289,7 @@ def make_plan(trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine) -
     Raises:
         BudgetError: the tensors of one op do not fit together.
     """
-    walk = _Walk(trace, n_bytes, machine)
+    walk = _Walk(trace, n_bytes, machine, fixed or {})
     n_ops = len(trace.ops)
     placements = [walk.placement()]
     while len(placements) <= MAX_STEPS and placements[-1] not in placements[:-1]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from optim.clip import clip_coefficient, gradient_norm
+from optim.clip import check_finite, clip_coefficient, gradient_norm, total_norm
 from pagemem.errors import NonFiniteError
 
 SHAPES = [(7,), (64, 33), (1,), (128, 128), (3, 5, 7), (1001,)]
@@ -34,7 +34,7 @@ def test_clipped_gradients_and_the_norm_equal_torchs(scale: float, max_norm: flo
     flat = [gradient(parameter).reshape(-1).clone() for parameter in plain]
     expected = torch.nn.utils.clip_grad_norm_(plain, max_norm)
     norms = [gradient_norm(part) for part in flat]
-    coefficient = clip_coefficient(norms, max_norm)
+    coefficient = clip_coefficient(total_norm(norms), max_norm)
     assert torch.equal(torch.linalg.vector_norm(torch.stack(norms)), expected)
     for parameter, part in zip(plain, flat, strict=True):
         assert torch.equal(part.mul_(coefficient).view(parameter.shape), gradient(parameter))
@@ -42,7 +42,7 @@ def test_clipped_gradients_and_the_norm_equal_torchs(scale: float, max_norm: flo
 
 def test_small_gradients_are_multiplied_by_exactly_one() -> None:
     norms = [gradient_norm(gradient(parameter)) for parameter in parameters(1e-6)]
-    assert clip_coefficient(norms, 1e3).item() == 1.0
+    assert clip_coefficient(total_norm(norms), 1e3).item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -65,13 +65,13 @@ def test_a_gradient_that_is_not_finite_raises(bad: float, place: int) -> None:
     flat[place][4] = bad
     name = "nan" if math.isnan(bad) else "inf"
     with pytest.raises(NonFiniteError, match=rf"^the gradients' global norm is {name}: no parameter was changed"):
-        clip_coefficient([gradient_norm(part) for part in flat], 1.0)
+        check_finite(total_norm([gradient_norm(part) for part in flat]))
 
 
 def test_finite_gradients_with_an_infinite_norm_raise() -> None:
     with pytest.raises(NonFiniteError):
-        clip_coefficient([torch.tensor(3e38), torch.tensor(3e38)], 1.0)
+        check_finite(total_norm([torch.tensor(3e38), torch.tensor(3e38)]))
 
 
 def test_no_gradient_at_all_is_fine() -> None:
-    assert clip_coefficient([gradient_norm(torch.zeros(100))], 1.0).item() == 1.0
+    assert clip_coefficient(total_norm([gradient_norm(torch.zeros(100))]), 1.0).item() == 1.0

@@ -179,7 +179,9 @@ def test_automatic_page_is_the_largest_power_of_two_that_is_asked_for(ram_bytes:
     page = resolve_page_bytes(ram_bytes)
     assert page & (page - 1) == 0 and 64 * KiB <= page <= 4 * MiB
     assert page == 64 * KiB or page <= ram_bytes // 128
-    assert page == 4 * MiB or 2 * page > ram_bytes // 128
+    assert page <= 256 * KiB or page <= ram_bytes // 4096
+    assert page >= 256 * KiB or 2 * page > ram_bytes // 128
+    assert page == 4 * MiB or 2 * page > min(ram_bytes // 128, ram_bytes // 4096)
 
 
 def test_every_key_is_read_by_the_engine() -> None:

@@ -76,6 +76,12 @@ def test_pages_of_256_kib_waste_little_of_any_model(name: str, dtype: str) -> No
     assert waste(name, dtype, 256 * KiB) < ALLOWED
 
 
+@pytest.mark.parametrize("dtype", BYTES_EACH)
+@pytest.mark.parametrize("name", MODELS)
+def test_automatic_pages_waste_little_of_any_model(name: str, dtype: str) -> None:
+    assert waste(name, dtype, Sizes.of(AUTOMATIC, ram_bytes_of(name, dtype)).page_bytes) < ALLOWED
+
+
 def test_the_documented_waste_is_the_one_measured() -> None:
     rows = re.findall(r"^\| ((?:GPT|T5|Llama|Mixtral)\S*(?: \w+)?) \| (.*) \|$", DOCS.read_text(), re.MULTILINE)
     documented = {name: cells.split(" | ") for name, cells in rows}

@@ -1,0 +1,180 @@
+"""Hand-off between the training thread and the updater: gradients one way, new parameter versions the other.
+
+Each unit has one `Mailbox`. The training thread puts a `Parcel` of gradients in, the updater takes it; whoever has taken
+a parcel out owns it alone. A parcel that the updater has not taken when the next step's gradients are there is taken
+back, they are added to it, and it is put in again, so that a unit never has more than one waiting. Putting and taking
+are single operations on a deque, which Python makes atomic: no lock is held while either side works on what it owns.
+
+The updater writes new parameters over the gradients they came from and publishes them as a `Version`, whole, by
+assigning one attribute. Step numbers (`optim.clock`) tell each side what the other has seen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from optim.clock import UnitClock
+from optim.unit import Hyper, Slot, Unit
+
+
+@dataclass(slots=True, eq=False)
+class SlotSum:
+    """Gradients of one parameter, added up over one or more steps, and later the parameter's new values in their place.
+
+    Attributes:
+        flat: (numel,), in the parameter's dtype; owned by whoever owns the parcel.
+        hypers: hyper-parameters of each step in the sum, oldest first.
+        coefficient: factor of the sum that is still to be applied (clipping, loss scale), or None.
+    """
+
+    slot: Slot
+    flat: Tensor
+    hypers: list[Hyper]
+    coefficient: Tensor | None = None
+    _held: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._held = [self.flat.numel() * self.flat.dtype.itemsize]
+
+    def release(self) -> int:
+        """The bytes this stands for, to whoever asks first; 0 to others. Both threads may ask: popping is atomic."""
+        try:
+            return self._held.pop()
+        except IndexError:
+            return 0
+
+    @property
+    def n_steps(self) -> int:
+        """Steps in the sum."""
+        return len(self.hypers)
+
+    def add(self, later: SlotSum) -> None:
+        """Add a later step's gradient; that one's memory is free afterwards."""
+        for part in (self, later):
+            if part.coefficient is not None:
+                part.flat.mul_(part.coefficient)
+                part.coefficient = None
+        self.flat.add_(later.flat)
+        self.hypers += later.hypers
+
+
+@dataclass(slots=True, eq=False)
+class Parcel:
+    """A unit's gradients of steps ``first`` to ``last`` by its clock."""
+
+    first: int
+    last: int
+    sums: dict[Slot, SlotSum]
+
+    def add(self, later: Parcel) -> int:
+        """Add the gradients of the steps after; returns the bytes that are free afterwards.
+
+        Raises:
+            AssertionError: they are not of the step after.
+        """
+        if later.first != self.last + 1:
+            raise AssertionError(f"steps {later.first}..{later.last} cannot be added to steps {self.first}..{self.last}")
+        freed_bytes = 0
+        for slot, addend in later.sums.items():
+            kept = self.sums.get(slot)
+            if kept is None:
+                self.sums[slot] = addend
+            else:
+                kept.add(addend)
+                freed_bytes += addend.release()
+        self.last = later.last
+        return freed_bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Version:
+    """A unit's parameters with the updates up to step ``last``: new values of all that changed since step ``since``."""
+
+    last: int
+    since: int
+    values: dict[Slot, SlotSum]
+
+
+@dataclass(slots=True, eq=False)
+class Mailbox:
+    """One unit's hand-off. Each method says whose it is.
+
+    Attributes:
+        version: the newest published one; assigned by the updater alone.
+        freed_bytes: bytes of versions that a newer one replaced before they were adopted; the training thread collects.
+    """
+
+    unit: Unit
+    clock: UnitClock = field(default_factory=UnitClock)
+    version: Version | None = None
+    freed_bytes: deque[int] = field(default_factory=deque)
+    _waiting: deque[Parcel] = field(default_factory=deque)
+
+    # ---- the training thread's side ----------------------------------------------------------------------------
+
+    def put(self, sums: dict[Slot, SlotSum]) -> int:
+        """Hand one step's gradients over; returns the bytes that adding them to waiting ones has freed. Training thread."""
+        step = self.clock.produced + 1
+        parcel = Parcel(step, step, sums)
+        freed_bytes = 0
+        waiting = self._take()
+        if waiting is not None:
+            freed_bytes = waiting.add(parcel)
+            parcel = waiting
+        self.clock.produce()
+        self._waiting.append(parcel)
+        return freed_bytes
+
+    def unadopted(self) -> Version | None:
+        """The newest version, unless its values are in use already. Training thread."""
+        version = self.version
+        return version if version is not None and version.last > self.clock.adopted else None
+
+    # ---- the updater's side ------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether gradients wait (they may be taken back for a moment). Updater."""
+        return bool(self._waiting)
+
+    def take(self) -> Parcel | None:
+        """Take the waiting gradients, or None when there are none or the training thread is adding to them. Updater."""
+        return self._take()
+
+    def newest_values(self) -> dict[Slot, SlotSum]:
+        """Values newer than those in use, by parameter; what is not among them is in the unit's pages. Updater.
+
+        The pages cannot change under the updater: only adopting a version of its own changes them, and there is none
+        that is newer than what this returns.
+        """
+        version = self.version
+        # The version first, then the clock: one adopted in between is still whole in our hands.
+        return {} if version is None or self.clock.adopted >= version.last else version.values
+
+    def publish(self, parcel: Parcel) -> None:
+        """Make a parcel, whose gradients have been turned into new values, the newest version. Updater."""
+        before = self.version
+        values = dict(parcel.sums)
+        since = self.clock.adopted
+        if before is not None and since < before.last:
+            # Not adopted as far as we can know: what it has and we have not stays part of the newest version.
+            values = {**before.values, **values}
+            self.freed_bytes.append(sum(old.release() for slot, old in before.values.items() if slot in parcel.sums))
+        self.clock.apply(parcel.first, parcel.last)
+        self.version = Version(parcel.last, since, values)
+
+    def _take(self) -> Parcel | None:
+        try:
+            return self._waiting.popleft()
+        except IndexError:
+            return None
+
+
+def settled(flat: Tensor, coefficient: Tensor | None) -> Tensor:
+    """A gradient in fp32 with its factor applied, ready for the update; in place where it is fp32 already."""
+    wide = flat if flat.dtype is torch.float32 else flat.float()
+    return wide if coefficient is None else wide.mul_(coefficient)

@@ -1,0 +1,328 @@
+"""Lock-free updates: the training thread hands gradients over and goes on; it waits only to keep the staleness bound.
+
+A unit's gradient is handed to the updater when it is complete, which the previous whole step foretells, or, with
+clipping, at the optimizer step. New parameters are adopted (copied into the unit's pages) at most twice a step: before
+the unit's first use, and after its last, when its gradient is complete. In between its parameters do not change, so
+forward, recomputation and backward of a step see the same values. (Where memory for gradients is short, new parameters
+are also adopted between two micro-batches of a step, never between a forward and its backward.)
+
+Before a unit's first use in a step, the parameters in use miss at most ``max_staleness`` of the steps before; the
+training thread waits for the updater where they would miss more. With 0 the results are those of exact mode, bit for bit.
+
+Source: Angel-PTM (VLDB 2023), lock-free updating; the bound is that of stale-synchronous training (Ho et al., NeurIPS
+2013), kept for each unit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from optim.accumulate import flat_gradient
+from optim.clip import clip_coefficient, gradient_norm, total_norm
+from optim.handoff import Mailbox, SlotSum, Version
+from optim.states import StateAccess
+from optim.unit import START_HINT, Hyper, Slot, Unit, UnitIndex, complete, forget_arrivals, stale_gradient
+from optim.update_thread import UpdateThread
+from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.errors import BudgetError
+from pagemem.events import Event, EventKind, EventSink
+from pagemem.tier import Tag
+from scheduler.driver import Driver, Mode
+from scheduler.trace import Access, AccessMode, OpKind
+
+
+class LockFreeUpdater:
+    """Takes gradients and lets a thread of its own apply them. Methods belong to the training thread.
+
+    Args:
+        driver: gives host pages and keeps the trace.
+        index: the model's units.
+        thread: the updater, not started yet.
+        mailboxes: one for each unit that is optimized.
+        states: keeps fp32 masters in step with edited parameters.
+        hypers: current hyper-parameters of all groups, asked for whenever a gradient is handed over.
+        budget: the host budget; gradients on their way are reserved in it, tag GRAD.
+        limit_bytes: bytes of gradients on their way at any time.
+        scratch_bytes: what the updater has outside the host arena beside them.
+        clip_norm: largest global gradient norm, or None.
+        eager: hand a unit's gradient over as soon as it is complete, not at the optimizer step.
+        max_staleness: see above, >= 0.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        index: UnitIndex,
+        thread: UpdateThread,
+        mailboxes: Sequence[Mailbox],
+        states: StateAccess,
+        hypers: Callable[[], Sequence[Hyper]],
+        budget: Budget,
+        limit_bytes: int,
+        scratch_bytes: int,
+        sink: EventSink,
+        *,
+        clip_norm: float | None,
+        eager: bool,
+        max_staleness: int,
+    ) -> None:
+        self._driver = driver
+        self._thread = thread
+        self._mailboxes = {mailbox.unit: mailbox for mailbox in mailboxes}
+        self._states = states
+        self._hypers = hypers
+        self._sink = sink
+        self._clip_norm = clip_norm
+        self._eager = eager
+        self._max_staleness = max_staleness
+        self._limit_bytes = limit_bytes
+        reserved = budget.reserve(Tag.GRAD, 0, "gradients on their way")
+        assert isinstance(reserved, Reservation)
+        self._reservation = reserved
+        scratch = budget.reserve(Tag.STAGING, scratch_bytes, "the updater's scratch")
+        assert isinstance(scratch, Reservation)
+        self._scratch = scratch
+        self._slots = index.slots()
+        self._unused = set(self._mailboxes)
+        self._foretold = False
+        self._used_hypers: Sequence[Hyper] | None = None
+        self.direct_bytes = 0
+        self.peak_direct_bytes = 0
+        self.dropped_steps = 0
+        self.dropped_gradients = 0
+        thread.start()
+
+    # ---- gradients ---------------------------------------------------------------------------------------------
+
+    def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
+        """Take one gradient from autograd; hands the unit's over when it was the last one it waited for.
+
+        Raises:
+            StaleGradientError: the unit's gradient of this step was handed over; this one is lost, nothing else is.
+            BaseException: what ended the updater.
+        """
+        self._thread.check()
+        if unit.updated:
+            raise stale_gradient(slot)
+        flat = flat_gradient(slot, gradient)
+        slot.arrivals += 1
+        if slot.direct is None:
+            self._take_bytes(flat.numel() * flat.dtype.itemsize)
+            slot.direct = flat
+        else:
+            slot.direct.add_(flat)
+        if self._foretold and unit.live_views == 0 and complete(unit):
+            if self._eager:
+                hypers = self._hypers()
+                self._used_hypers = self._used_hypers or hypers
+                unit.updated = True
+                self._hand_over(unit, hypers, None)
+            self._adopt(unit, "after")
+
+    def discard(self) -> None:
+        """Throw the gradients of the step under way away.
+
+        Raises:
+            RuntimeError: some of them were handed over already; nothing was changed.
+        """
+        if any(unit.updated for unit in self._mailboxes):
+            raise RuntimeError(f"zero_grad() without step(), but gradients of this step are being applied; to skip steps {START_HINT}")
+        for unit in self._mailboxes:
+            self._drop(unit)
+            forget_arrivals(unit)
+
+    def _drop(self, unit: Unit) -> None:
+        for slot in unit.slots:
+            if slot.direct is not None:
+                self._free_bytes(slot.direct.numel() * slot.direct.dtype.itemsize)
+            slot.forget_gradient()
+
+    def _hand_over(self, unit: Unit, hypers: Sequence[Hyper], coefficient: torch.Tensor | None) -> None:
+        """Give the updater a unit's gradients of this step; ones that are not finite are dropped and counted."""
+        # An edit had the unit settled: the updater has nothing of it in hand before its next gradient.
+        self._states.follow_edits(unit)
+        found = [slot for slot in unit.slots if slot.direct is not None]
+        if coefficient is None and not all(_is_finite(slot.direct) for slot in found):
+            self.dropped_gradients += 1
+            self._drop(unit)
+            return
+        sums: dict[Slot, SlotSum] = {}
+        for slot in found:
+            assert slot.direct is not None
+            sums[slot] = SlotSum(slot, slot.direct, [hypers[slot.group]], coefficient)
+            slot.forget_gradient()
+        mailbox = self._mailboxes[unit]
+        self._free_bytes(mailbox.put(sums))
+        self._thread.wake()
+
+    # ---- the optimizer step ------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """End the step: hand over what was not yet. Does not wait for any update.
+
+        With clipping, a step whose gradients' norm is not finite is dropped and counted; nothing of it is applied.
+
+        Raises:
+            RuntimeError: hyper-parameters changed after gradients of this step were handed over with the old ones.
+            BaseException: what ended the updater.
+        """
+        self._thread.check()
+        hypers = self._hypers()
+        if self._used_hypers is not None and list(self._used_hypers) != list(hypers):
+            raise RuntimeError(
+                "learning rate or another hyper-parameter changed between backward and step, but gradients of this step "
+                f"were already handed over with the old values; change them before backward, or {START_HINT}"
+            )
+        waiting = [unit for unit in self._mailboxes if not unit.updated and any(slot.arrivals for slot in unit.slots)]
+        coefficient = self._coefficient(waiting)
+        if self._clip_norm is not None and waiting and coefficient is None:
+            self.dropped_steps += 1
+            for unit in waiting:
+                self._drop(unit)
+        else:
+            for unit in waiting:
+                self._hand_over(unit, hypers, coefficient)
+        self._end_step()
+
+    def _coefficient(self, waiting: Sequence[Unit]) -> torch.Tensor | None:
+        """What clipping multiplies this step's gradients by; None without clipping or when their norm is not finite."""
+        if self._clip_norm is None or not waiting:
+            return None
+        norm = total_norm([gradient_norm(slot.direct) for _, slot in self._slots if slot.direct is not None])
+        return clip_coefficient(norm, self._clip_norm) if bool(torch.isfinite(norm)) else None
+
+    def _end_step(self) -> None:
+        repeatable = self._foretold
+        for _, slot in self._slots:
+            slot.expected = slot.arrivals
+        for unit in self._mailboxes:
+            unit.updated = False
+            forget_arrivals(unit)
+        self._foretold = True
+        self._used_hypers = None
+        self._unused = set(self._mailboxes)
+        self._driver.end_step(repeatable=repeatable)
+
+    # ---- parameters --------------------------------------------------------------------------------------------
+
+    def before_use(self, unit: Unit) -> None:
+        """Before a unit's first use in a step: adopt its newest parameters, waiting while they are too old."""
+        self._thread.check()
+        if unit not in self._unused:
+            return
+        self._unused.discard(unit)
+        mailbox = self._mailboxes[unit]
+        late = mailbox.clock.staleness > self._max_staleness
+        if late:
+            self._await(mailbox, mailbox.clock.produced - self._max_staleness)
+        if late or unit.live_views == 0:
+            self._adopt(unit, "before")
+
+    def settle(self, unit: Unit) -> None:
+        """Before a use outside the step (evaluation, copies, edits): adopt all updates of the steps made."""
+        self._thread.check()
+        mailbox = self._mailboxes.get(unit)
+        if mailbox is not None and mailbox.clock.staleness:
+            self._await(mailbox, mailbox.clock.produced)
+            self._adopt(unit, "settle")
+
+    def drain(self) -> None:
+        """Have every update of the steps made, in every unit."""
+        for unit in self._mailboxes:
+            self.settle(unit)
+
+    def _await(self, mailbox: Mailbox, step: int) -> None:
+        """Wait until the updates up to ``step`` are applied."""
+        if mailbox.clock.applied >= step:
+            return
+        started_s = time.perf_counter()
+        self._thread.want(mailbox)
+        try:
+            self._thread.await_progress(lambda: mailbox.clock.applied >= step)
+        finally:
+            self._thread.want(None)
+        self._sink.emit(Event(EventKind.WAIT, f"update of {mailbox.unit.name}", 0, started_s, time.perf_counter() - started_s))
+
+    def _adopt(self, unit: Unit, when: str) -> None:
+        """Copy the newest published parameters, if they are newer, into the unit's pages."""
+        mailbox = self._mailboxes[unit]
+        self._collect_freed()
+        version = mailbox.unadopted()
+        if unit.parameters.fixed:
+            if version is None:
+                return
+            self._copy_in(unit, version)
+            self._driver.mover.touch(unit.parameters)
+        elif version is not None or self._driver.mode is not Mode.PLANNED:
+            # A step that is being traced has the op in any case: a later one may have something to adopt there.
+            accesses = [Access(unit.parameters.id, AccessMode.MODIFY)]
+            with self._driver.op((OpKind.UPDATE, (unit.index, "adopt", when)), f"adoption of {unit.name}", accesses):
+                if version is not None:
+                    self._copy_in(unit, version)
+        if version is not None:
+            mailbox.clock.adopt(version.last)
+            unit.version += 1
+            self._free_bytes(sum(total.release() for total in version.values.values()))
+
+    def _copy_in(self, unit: Unit, version: Version) -> None:
+        assert unit.parameters.frame is not None
+        arena = self._driver.mover.arena
+        for slot, total in version.values.items():
+            view = arena.view(unit.parameters.frame, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel)
+            view.copy_(total.flat)
+
+    # ---- memory ------------------------------------------------------------------------------------------------
+
+    def _take_bytes(self, n_bytes: int) -> None:
+        """Have ``n_bytes`` of the reserved bytes; where they are used up, wait for the updater to give some back."""
+        self._collect_freed()
+        while self.direct_bytes + n_bytes > self._limit_bytes:
+            published = sum(mailbox.clock.applied for mailbox in self._mailboxes.values())
+            for unit, mailbox in self._mailboxes.items():
+                if mailbox.unadopted() is not None and unit.live_views == 0:
+                    self._unused.discard(unit)
+                    self._adopt(unit, "short")
+            if self.direct_bytes + n_bytes <= self._limit_bytes:
+                break
+            if not any(mailbox.clock.applied < mailbox.clock.produced for mailbox in self._mailboxes.values()):
+                raise BudgetError(
+                    f"gradients on their way to the updater need {self.direct_bytes + n_bytes} bytes, the budget has "
+                    f"{self._limit_bytes} for them; raise memory.ram by the difference",
+                    self.direct_bytes + n_bytes,
+                )
+            self._thread.await_progress(lambda: sum(m.clock.applied for m in self._mailboxes.values()) > published)
+            self._collect_freed()
+        self._set_bytes(self.direct_bytes + n_bytes)
+
+    def _collect_freed(self) -> None:
+        for mailbox in self._mailboxes.values():
+            while mailbox.freed_bytes:
+                self._free_bytes(mailbox.freed_bytes.popleft())
+
+    def _free_bytes(self, n_bytes: int) -> None:
+        if n_bytes:
+            self._set_bytes(self.direct_bytes - n_bytes)
+
+    def _set_bytes(self, n_bytes: int) -> None:
+        if isinstance(self._reservation.resize(n_bytes), BudgetShortage):
+            raise AssertionError(f"{n_bytes} bytes of gradients do not fit in what was set aside, {self._limit_bytes}")
+        self.direct_bytes = n_bytes
+        self.peak_direct_bytes = max(self.peak_direct_bytes, n_bytes)
+
+    def close(self) -> None:
+        """End the updater, giving up updates not yet made, and give the reservation back. Idempotent."""
+        self._thread.stop()
+        for unit in self._mailboxes:
+            for slot in unit.slots:
+                slot.forget_gradient()
+        self._reservation.release()
+        self._scratch.release()
+
+
+def _is_finite(flat: torch.Tensor | None) -> bool:
+    """Whether every element is; one pass in most cases, two when the sum alone overflows."""
+    assert flat is not None
+    return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(flat).all())

@@ -1,0 +1,312 @@
+"""The updater of lock-free mode: a thread that goes round the units, applies gradients and publishes new parameters.
+
+    IDLE --start--> RUNNING --stop--> STOPPED
+                    RUNNING --error--> FAILED
+
+It takes the parcel of the unit that is furthest behind (one that the training thread waits for first), streams the
+unit's slices of optimizer states through its own windows of host memory, and publishes the new parameters when all of
+them are there. While a slice is updated the next one is read and the one before is written.
+
+Where a parcel holds the gradients of several steps, the unit makes that many updates with their mean, each with the
+learning rate of its own step: parameters move as far, and moments and bias corrections count as many steps, as if the
+updates had been made one by one. One update with the sum would move Adam's parameters by one step's length only, since
+its step does not grow with the gradient.
+
+The first error ends the thread; it is kept in `failure` and raised on the training thread. The unit that was being
+updated then has some of its slices updated and others not, and none of its new parameters published: training goes on
+only from a commit.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from optim.handoff import Mailbox, Parcel, SlotSum, settled
+from optim.rules import Batch, UpdateRule
+from optim.state_windows import StateWindows
+from optim.states import state_view
+from optim.unit import Hyper, Piece, Slice, Slot, Unit
+from pagemem.errors import TransitionError
+from pagemem.events import Event, EventKind, EventSink
+from pagemem.mover import Mover
+from pagemem.units import MiB
+
+#: Where tests hold the updater: names of the points in `UpdateThread` that call ``gate``.
+Gate = Callable[[str, Unit], None]
+
+
+class UpdaterState(enum.Enum):
+    """See the diagram at the top of this module."""
+
+    IDLE = "idle"
+    RUNNING = "running"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+_LEGAL: Final = {
+    UpdaterState.IDLE: frozenset({UpdaterState.RUNNING, UpdaterState.STOPPED}),
+    UpdaterState.RUNNING: frozenset({UpdaterState.STOPPED, UpdaterState.FAILED}),
+    UpdaterState.STOPPED: frozenset(),
+    UpdaterState.FAILED: frozenset(),
+}
+
+
+class _Stop(Exception):
+    """Raised inside the thread to end it between two slices."""
+
+
+def _no_gate(_point: str, _unit: Unit) -> None:
+    pass
+
+
+class UpdateThread:
+    """Applies parcels. `start`, `stop`, `wake`, `want` and `await_progress` belong to the training thread.
+
+    Args:
+        mover: owner of all residency.
+        mailboxes: one for each unit, in the order in which the model uses them.
+        windows: host memory for slices; slice ``k`` of unit ``u`` has the number ``first_slice[u] + k``.
+        n_threads: compute threads of an update.
+        gate: called at fixed points, for tests.
+    """
+
+    def __init__(
+        self,
+        mover: Mover,
+        rule: UpdateRule,
+        mailboxes: Sequence[Mailbox],
+        windows: StateWindows,
+        sink: EventSink,
+        *,
+        n_threads: int = 1,
+        gate: Gate = _no_gate,
+    ) -> None:
+        self.state = UpdaterState.IDLE
+        self.failure: BaseException | None = None
+        self._mover = mover
+        self._rule = rule
+        self._mailboxes = list(mailboxes)
+        self._windows = windows
+        self._sink = sink
+        self._n_threads = n_threads
+        self._gate = gate
+        self._first_slice: dict[Unit, int] = {}
+        number = 0
+        for mailbox in self._mailboxes:
+            self._first_slice[mailbox.unit] = number
+            number += len(mailbox.unit.slices)
+        self._largest_numel = max((part.numel for box in self._mailboxes for part in box.unit.slices), default=0)
+        self._wanted: Mailbox | None = None
+        self._work = threading.Event()
+        self._progress = threading.Condition()
+        self._n_published = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="optim-updater", daemon=True)
+
+    # ---- the training thread's side ----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._become(UpdaterState.RUNNING)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, after the slice that it is working on; gradients not yet applied are given up. Idempotent."""
+        self._stopping = True
+        self._work.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self.state in (UpdaterState.IDLE, UpdaterState.RUNNING):
+            self._become(UpdaterState.STOPPED)
+
+    def wake(self) -> None:
+        """Gradients were put into a mailbox."""
+        self._work.set()
+
+    def want(self, mailbox: Mailbox | None) -> None:
+        """Have a unit served next, or none in particular."""
+        self._wanted = mailbox
+
+    def await_progress(self, ready: Callable[[], bool]) -> None:
+        """Block until ``ready()``, which is asked after each publication.
+
+        Raises:
+            BaseException: what ended the updater, instead of waiting for ever.
+        """
+        with self._progress:
+            while not ready():
+                self.check()
+                self._progress.wait()
+
+    def check(self) -> None:
+        """Raise what ended the updater, every time."""
+        if self.failure is not None:
+            raise self.failure
+        if self.state is UpdaterState.STOPPED:
+            raise RuntimeError("the updater is stopped: this engine is closed")
+
+    # ---- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._scratch = torch.empty(self._largest_numel)
+            torch.ones(MiB).add_(1)  # torch sets a thread's number of OpenMP threads in its first parallel region
+            with threadpool_limits(self._n_threads, user_api="openmp"):
+                while True:
+                    self._serve_next()
+        except _Stop:
+            pass
+        except BaseException as error:  # whatever it is goes to the training thread
+            self.failure = error
+            self._become(UpdaterState.FAILED)
+        finally:
+            del self._scratch
+            with self._progress:
+                self._progress.notify_all()
+
+    def _serve_next(self) -> None:
+        self._work.clear()
+        mailbox = self._choose()
+        if mailbox is None:
+            self._check_stop()
+            self._work.wait()
+            return
+        self._gate("chosen", mailbox.unit)
+        parcel = mailbox.take()
+        if parcel is None:
+            # The training thread has it for a moment, to add a step; it wakes us when it puts it back.
+            return
+        self._gate("taken", mailbox.unit)
+        self._apply(mailbox, parcel)
+        self._gate("applied", mailbox.unit)
+        mailbox.publish(parcel)
+        with self._progress:
+            self._n_published += 1
+            self._progress.notify_all()
+        self._gate("published", mailbox.unit)
+
+    def _choose(self) -> Mailbox | None:
+        wanted = self._wanted
+        if wanted is not None and wanted.has_work:
+            return wanted
+        busy = [mailbox for mailbox in self._mailboxes if mailbox.has_work]
+        return min(busy, key=lambda box: (box.clock.applied - box.clock.produced), default=None)
+
+    def _check_stop(self) -> None:
+        if self._stopping:
+            raise _Stop
+
+    def _apply(self, mailbox: Mailbox, parcel: Parcel) -> None:
+        """Turn the gradients of a parcel into new parameter values."""
+        unit = mailbox.unit
+        newest = mailbox.newest_values()
+        first = self._first_slice[unit]
+        parts = [(first + k, part, _pieces(parcel, part)) for k, part in enumerate(unit.slices)]
+        parts = [entry for entry in parts if entry[2]]
+        for place, (number, part, pieces) in enumerate(parts):
+            self._check_stop()
+            with self._windows.held(number):
+                if place + 1 < len(parts):
+                    self._windows.prefetch(parts[place + 1][0])
+                else:
+                    self._prefetch_next_unit(mailbox)
+                self._gate("slice", unit)
+                started_s = time.perf_counter()
+                self._update(unit, part, pieces, parcel, newest)
+                spent_s = time.perf_counter() - started_s
+            self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
+        for total in parcel.sums.values():
+            total.slot.steps += total.n_steps
+
+    def _prefetch_next_unit(self, served: Mailbox) -> None:
+        following = self._choose()
+        if following is not None and following is not served:
+            self._windows.prefetch(self._first_slice[following.unit])
+
+    def _update(self, unit: Unit, part: Slice, pieces: list[Piece], parcel: Parcel, newest: dict[Slot, SlotSum]) -> None:
+        """All updates of one slice: as many as its gradients have steps, each with the hyper-parameters of its own."""
+        ready = [_Ready(piece, *self._operands(unit, part, piece, parcel.sums[piece.slot], newest)) for piece in pieces]
+        for step in range(max(one.total.n_steps for one in ready)):
+            due = [one for one in ready if step < one.total.n_steps]
+            for group in sorted({one.piece.slot.group for one in due}):
+                chosen = [one for one in due if one.piece.slot.group == group]
+                for hyper in _distinct(one.total.hypers[step] for one in chosen):
+                    self._rule.apply(hyper, self._batch(part, [one for one in chosen if one.total.hypers[step] == hyper], step))
+        for one in ready:
+            one.target.copy_(one.parameter)
+
+    def _batch(self, part: Slice, chosen: list[_Ready], step: int) -> Batch:
+        batch = Batch([], [], [[] for _ in self._rule.state_names], [])
+        for one in chosen:
+            batch.params.append(one.parameter)
+            batch.grads.append(one.gradient)
+            batch.steps.append(one.piece.slot.steps + step)
+            for number, states in enumerate(batch.states):
+                assert part.states is not None
+                states.append(state_view(self._mover, part, part.states, number, one.piece.begin, one.piece.numel))
+        return batch
+
+    def _operands(
+        self, unit: Unit, part: Slice, piece: Piece, total: SlotSum, newest: dict[Slot, SlotSum]
+    ) -> tuple[SlotSum, Tensor, Tensor, Tensor]:
+        """The sum, and flat: fp32 parameters to update, fp32 gradient, and where the new values go."""
+        begin, end = piece.begin - piece.slot.offset, piece.end - piece.slot.offset
+        target = total.flat[begin:end]
+        gradient = settled(target, total.coefficient)
+        if total.n_steps > 1:
+            gradient.mul_(1 / total.n_steps)
+        if part.master is not None:
+            return total, state_view(self._mover, part, part.master, 0, piece.begin, piece.numel), gradient, target
+        scratch = self._scratch[piece.begin - part.begin : piece.end - part.begin]
+        known = newest.get(piece.slot)
+        if known is not None:
+            scratch.copy_(known.flat[begin:end])
+        else:
+            assert unit.parameters.frame is not None
+            scratch.copy_(self._mover.arena.view(unit.parameters.frame, piece.begin * 4, unit.dtype, piece.numel))
+        return total, scratch, gradient, target
+
+    def _become(self, state: UpdaterState) -> None:
+        if state not in _LEGAL[self.state]:
+            raise TransitionError(f"updater: {self.state.value} -> {state.value} is not a legal move")
+        self.state = state
+
+
+class _Ready:
+    """What the kernel needs of one piece."""
+
+    __slots__ = ("gradient", "parameter", "piece", "target", "total")
+
+    def __init__(self, piece: Piece, total: SlotSum, parameter: Tensor, gradient: Tensor, target: Tensor) -> None:
+        self.piece = piece
+        self.total = total
+        self.parameter = parameter
+        self.gradient = gradient
+        self.target = target
+
+
+def _pieces(parcel: Parcel, part: Slice) -> list[Piece]:
+    """Parts of the parcel's parameters that lie in a slice."""
+    return [
+        Piece(slot, max(slot.offset, part.begin), min(slot.end, part.end))
+        for slot in parcel.sums
+        if slot.offset < part.end and slot.end > part.begin
+    ]
+
+
+def _distinct(hypers: Iterable[Hyper]) -> list[Hyper]:
+    """The different ones, in order."""
+    found: list[Hyper] = []
+    for hyper in hypers:
+        if hyper not in found:
+            found.append(hyper)
+    return found

@@ -1,0 +1,42 @@
+"""What the engine asks of either update mode. All methods belong to the training thread."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from optim.unit import Slot, Unit
+
+
+class Updater(Protocol):
+    """Takes gradients and brings parameters up to date."""
+
+    def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
+        """Take one gradient from autograd."""
+
+    def step(self) -> None:
+        """The optimizer step: no gradient belongs to this step any more."""
+
+    def discard(self) -> None:
+        """Throw the gradients of the step under way away."""
+
+    def before_use(self, unit: Unit) -> None:
+        """A unit is about to be used in a step."""
+
+    def settle(self, unit: Unit) -> None:
+        """A unit is about to be looked at or edited: it must have every update of the steps made."""
+
+    def drain(self) -> None:
+        """Have every update of the steps made, in every unit."""
+
+    def close(self) -> None:
+        """End what works in the background and give memory back. Idempotent."""
+
+    @property
+    def direct_bytes(self) -> int:
+        """Bytes of gradients outside the host arena now."""
+
+    @property
+    def peak_direct_bytes(self) -> int:
+        """Most of them at any time."""
