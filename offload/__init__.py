@@ -33,6 +33,7 @@ def _check_siblings() -> None:
 
 _check_siblings()
 
+from offload.checkpoint import Resumed  # noqa: E402
 from offload.config import Config, ConfigError, load_config  # noqa: E402
 from offload.deferred_init import deferred_init  # noqa: E402
 from offload.engine import Engine, initialize, prepare  # noqa: E402
@@ -43,6 +44,7 @@ from offload.smallest_budget import FactoryError, smallest_budget  # noqa: E402
 from pagemem.errors import (  # noqa: E402
     BudgetError,
     ChecksumError,
+    CommitError,
     DiskFullError,
     NonFiniteError,
     OffloadError,
@@ -54,7 +56,7 @@ from pagemem.errors import (  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetError", "BudgetNeed", "ChecksumError", "Config", "ConfigError", "DiskFullError", "Engine", "FactoryError",
-    "MemoryReport", "NonFiniteError", "OffloadError", "PagedParameter", "RunDirectoryError", "StaleGradientError", "Stats",
+    "BudgetError", "BudgetNeed", "ChecksumError", "CommitError", "Config", "ConfigError", "DiskFullError", "Engine", "FactoryError",
+    "MemoryReport", "NonFiniteError", "OffloadError", "PagedParameter", "Resumed", "RunDirectoryError", "StaleGradientError", "Stats",
     "StorageError", "TierUse", "deferred_init", "gathered", "initialize", "load_config", "prepare", "smallest_budget",
 ]

@@ -117,6 +117,19 @@ class UpdateConfig(_Section):
     ``optimizer.step()``, which steps with a varying number of backward passes need."""
 
 
+class CommitConfig(_Section):
+    """When training is made durable, and how much of it is kept."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Commit every so many steps, in the background. None: not by steps."""
+    every_s: float | None = Field(default=None, gt=0)
+    """Commit when the last one is this old, in seconds. None: not by time."""
+    keep: int = Field(default=2, ge=1)
+    """Unnamed commits that are kept; named ones are kept for good."""
+    resume: Literal["auto", "never"] = "auto"
+    """`offload launch`: "auto" goes on from the newest commit in ``ssd.paths``, "never" refuses to start over one."""
+
+
 class OptimizerConfig(_Section):
     """The optimizer, unless a factory is given in code."""
 
@@ -216,6 +229,8 @@ class Config(_Section):
     """Page files."""
     update: UpdateConfig = UpdateConfig()
     """Updates."""
+    commit: CommitConfig = CommitConfig()
+    """Commits."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer."""
     model: ModelConfig | None = None

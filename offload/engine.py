@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -17,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from offload.checkpoint import Checkpoints, Resumed, Stateful
 from offload.config import Config, OptimizerConfig, load_config
 from offload.deferred_init import store_of
 from offload.hooks import SavedWeights
@@ -97,8 +99,12 @@ class Engine:
         self.optimizer = PagedOptimizer(template, rule, places, states, store.driver.interlude)
         self.optimizer.engine = self  # type: ignore[attr-defined]
         self._updater = make_updater(store, rule, self.optimizer.hypers)
-        self.optimizer.attach(self._updater)
+        self.optimizer.attach(self._updater, self._count_step)
+        self._checkpoints = Checkpoints(self.model, store, self.optimizer, self._updater, config)
         self._install_hooks()
+
+    def _count_step(self) -> None:
+        self._steps += 1
 
     def _give_back(self, error: BaseException) -> None:
         try:
@@ -171,7 +177,6 @@ class Engine:
             return False
         self._micro_batches = 0
         self.optimizer.step()
-        self._steps += 1
         return True
 
     def drain(self) -> None:
@@ -184,6 +189,77 @@ class Engine:
         self._updater.drain()
         self._store.driver.quiesce()
         self._store.mover.check()
+
+    # ---- commits -----------------------------------------------------------------------------------------------
+
+    def track(self, name: str, thing: Stateful) -> None:
+        """Have the state of an LR scheduler, a data source or the like in every commit, and restored by `resume`.
+
+        Args:
+            thing: has ``state_dict()``, of plain numbers, text, lists and dicts, and ``load_state_dict()``.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        self._checkpoints.track(name, thing)
+
+    def save(self, name: str | None = None, *, wait: bool = True) -> int:
+        """Commit the steps made so far; call it at the end of an iteration, when everything tracked is up to date.
+
+        Args:
+            name: keeps the commit for good, until a later one takes the name over; None: it is kept as ``commit.keep`` says.
+            wait: until it is durable; otherwise that happens in the background, and the next call raises what went wrong.
+
+        Returns:
+            The commit's number.
+
+        Raises:
+            DiskFullError: there is no room for it; nothing was written, training can go on.
+            CommitError, StorageError, OSError: it could not be made; earlier ones are whole.
+        """
+        self._check_running()
+        number = self._checkpoints.save(self._steps, name)
+        if wait:
+            self._checkpoints.committer.wait()
+        return number
+
+    def save_if_due(self) -> int | None:
+        """Commit in the background if ``commit.every_steps`` or ``commit.every_s`` says so; call it at the end of an iteration.
+
+        Returns:
+            The commit's number, or None when it is not time or one is still being written.
+
+        Raises:
+            As `save`, also for a background commit that failed.
+        """
+        self._check_running()
+        return self._checkpoints.save_if_due(self._steps)
+
+    def resume(self, name: str | None = None, *, allow_older: bool = False) -> Resumed | None:
+        """Go on from the newest commit in ``ssd.paths``, or the one of this name.
+
+        Parameters, optimizer states, buffers, hyper-parameters, random generators and everything tracked are as they
+        were. What is read later is verified by its checksums.
+
+        Args:
+            allow_older: pass over a damaged newest commit; the result says what was wrong with it.
+
+        Returns:
+            Where the run goes on, or None when there is no commit.
+
+        Raises:
+            CommitError: it is damaged, missing, or of another model, optimizer or precision; the engine is as it was.
+        """
+        self._check_running()
+        resumed = self._checkpoints.resume(name, allow_older=allow_older)
+        if resumed is not None:
+            self._steps, self._micro_batches = resumed.step, 0
+        return resumed
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps made, those before `resume` included."""
+        return self._steps
 
     # ---- looking inside ----------------------------------------------------------------------------------------
 
@@ -250,9 +326,11 @@ class Engine:
         if EngineState.CLOSED not in _LEGAL[self.state]:
             raise TransitionError(f"engine: {self.state.value} -> closed is not a legal move")
         self.state = EngineState.CLOSED
-        self.optimizer.close()
-        self._updater.close()
-        self._release()
+        with ExitStack() as closing:
+            closing.callback(self._release)
+            closing.callback(self._updater.close)
+            closing.callback(self.optimizer.close)
+            closing.callback(self._checkpoints.committer.close)
 
     def _release(self) -> None:
         for undo in self._undo:

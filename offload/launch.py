@@ -30,6 +30,7 @@ from offload.engine import Engine, initialize
 from offload.progress import ProgressLog, StepMetrics
 from offload.report import BITS_PER_NAT, RunSummary, print_summary, save_loss_curve
 from offload.smallest_budget import FactoryError, smallest_budget
+from pagemem.commit_folder import CommitFolder
 from pagemem.errors import RunDirectoryError
 
 INTERRUPTED: Final = 130
@@ -79,6 +80,43 @@ def factory_of(key: str, reference: str, arguments: dict[str, Any]) -> Callable[
     return partial(factory, **arguments)
 
 
+@dataclass(slots=True)
+class _Past:
+    """What a run that goes on must know of its beginning; tracked in commits."""
+
+    before_bits: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the commit."""
+        return {"before_bits": self.before_bits}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the commit."""
+        self.before_bits = state_dict["before_bits"]
+
+
+def _goes_on(config: Config) -> bool:
+    """Whether the run directory holds commits to go on from.
+
+    Raises:
+        RunDirectoryError: it does, and the configuration forbids that.
+    """
+    folder = CommitFolder(Path(config.ssd.paths[0]))
+    if folder.numbers() and config.commit.resume == "never":
+        raise RunDirectoryError(
+            f'{folder.path} holds commits and commit.resume is "never"; name another folder in ssd.paths, or set it to "auto"'
+        )
+    return bool(folder.numbers())
+
+
+def kept_metrics(path: Path, steps: int) -> list[StepMetrics]:
+    """The metrics of the first ``steps`` steps that an earlier part of the run has left."""
+    if not steps or not path.exists():
+        return []
+    lines = (json.loads(line) for line in path.read_text().splitlines() if line.endswith("}"))
+    return [StepMetrics(**line) for line in lines if line["step"] <= steps]
+
+
 def learning_rate(train: TrainConfig) -> Callable[[int], float]:
     """What the learning rate is multiplied by at each step, counted from 0."""
 
@@ -109,8 +147,11 @@ def check_budget(make_model: Callable[[], nn.Module], config: Config, console: C
     need.check(config.memory.ram)
 
 
-def open_run_folder(path: Path) -> Path:
+def open_run_folder(path: Path, *, keep_metrics: bool = False) -> Path:
     """A folder for the run's output: new, empty, or of an earlier run (whose files are then replaced one by one).
+
+    Args:
+        keep_metrics: the earlier run goes on: its metrics stay.
 
     Raises:
         RunDirectoryError: it holds something else, or cannot be made; nothing in it was changed.
@@ -120,7 +161,7 @@ def open_run_folder(path: Path) -> Path:
         if any(path.iterdir()) and not (path / _IDENTITY).exists():
             raise RunDirectoryError(f"output.run: {path} holds files that are not of a run; name a new or empty folder")
         (path / _IDENTITY).write_text(json.dumps({"format": "offload run 1"}) + "\n")
-        for name in (_METRICS, _CURVE):  # A run that fails must not show the results of the one before.
+        for name in (_CURVE,) if keep_metrics else (_METRICS, _CURVE):  # A run that fails must not show the results of the one before.
             (path / name).unlink(missing_ok=True)
     except OSError as error:
         raise RunDirectoryError(f"output.run: {path} cannot be used: {error.strerror}") from error
@@ -195,7 +236,8 @@ def launch(config: Config, console: Console | None = None) -> int:
     data_arguments = {"folder": folder / "data", "seed": config.seed, **config.data.arguments}
     make_model = factory_of("model", config.model.factory, config.model.arguments)
     make_data = factory_of("data", config.data.factory, data_arguments)
-    open_run_folder(folder)  # Nothing is written before.
+    goes_on = _goes_on(config)
+    open_run_folder(folder, keep_metrics=goes_on)  # Nothing is written before.
     config.dump(folder / "config.json")
     check_budget(make_model, config, console)
     if train.threads is not None:
@@ -205,22 +247,29 @@ def launch(config: Config, console: Console | None = None) -> int:
     with deferred_init(config):
         model = make_model()
     with initialize(model, config) as engine, _stop_on_interrupt() as interrupt:
-        return _train(engine, data, config, train, folder, console, interrupt)
+        past = _Past()
+        engine.track("launch", past)
+        resumed = engine.resume() if goes_on else None
+        if resumed is not None:
+            console.print(f"going on after step {resumed.step}, from commit {resumed.number} of {resumed.created}", highlight=False)
+        return _train(engine, data, config, train, folder, console, interrupt, past)
 
 
 def _train(
-    engine: Engine, data: Any, config: Config, train: TrainConfig, folder: Path, console: Console, interrupt: _Interrupt
+    engine: Engine, data: Any, config: Config, train: TrainConfig, folder: Path, console: Console, interrupt: _Interrupt, past: _Past
 ) -> int:
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     console.print(f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False)
-    before_bits = validation_bits(engine.model, data, train, interrupt)
-    schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train))
-    metrics: list[StepMetrics] = []
+    if not engine.steps:
+        past.before_bits = validation_bits(engine.model, data, train, interrupt)
+    schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
+    metrics = kept_metrics(folder / _METRICS, engine.steps)
+    n_earlier = len(metrics)
     tokens_a_step = train.batch * train.seq * config.update.accumulation
     begun = last = engine.stats()
     started_s = time.perf_counter()
-    with ProgressLog(folder / _METRICS, console, train.steps, train.log_every) as log:
-        for step in range(train.steps):
+    with ProgressLog(folder / _METRICS, console, train.steps, train.log_every, metrics) as log:
+        for step in range(engine.steps, train.steps):
             if interrupt.asked:
                 break
             step_started_s = time.perf_counter()
@@ -240,11 +289,14 @@ def _train(
             )
             last = now
             log.take(metrics[-1])
+            engine.save_if_due()
+    if config.commit.every_steps is not None or config.commit.every_s is not None:
+        engine.save()
     train_s = time.perf_counter() - started_s
     stats = engine.stats().since(begun)
     after_bits = validation_bits(engine.model, data, train, interrupt)
     run = RunSummary(
-        n_parameters, len(metrics), train_s, tokens_a_step * len(metrics), before_bits, after_bits,
+        n_parameters, len(metrics), train_s, tokens_a_step * (len(metrics) - n_earlier), past.before_bits, after_bits,
         data.unigram_entropy_bits() if hasattr(data, "unigram_entropy_bits") else None,
         stats, engine.memory_report(), engine.planned_step_s, _process_peak_bytes(),
     )  # fmt: skip

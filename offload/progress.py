@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,9 +50,13 @@ class ProgressLog:
         path: the metrics file; replaced.
         steps: steps in all.
         log_every: steps between two plain lines.
+        earlier: metrics of the steps before, with which the file begins.
     """
 
-    def __init__(self, path: Path, console: Console, steps: int, log_every: int) -> None:
+    def __init__(
+        self, path: Path, console: Console, steps: int, log_every: int, earlier: Sequence[StepMetrics] = ()
+    ) -> None:
+        self._earlier = list(earlier)
         self._path = path
         self._console = console
         self._steps = steps
@@ -65,6 +70,7 @@ class ProgressLog:
 
     def __enter__(self) -> ProgressLog:
         self._file = self._path.open("w")
+        self._file.writelines(json.dumps(asdict(metrics)) + "\n" for metrics in self._earlier)
         if self._console.is_terminal:
             self._bar.start()
         return self

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from offload.config import Config
+from offload.earlier import EarlierCommits
 from offload.hooks import copied_in_state_dict
 from offload.need import BudgetNeed, Sizes, UnitShape, budget_need
 from offload.neighbours import Group, Neighbours, common_name, groups_of, own_groups, units_of
@@ -51,24 +52,26 @@ class PageStore:
         self.config = config
         ram_bytes = config.memory.ram
         sizes = Sizes.of(config)
-        self.page_bytes, self.slice_numel, self.compute_dtype = sizes.page_bytes, sizes.slice_numel, sizes.compute_dtype
+        self.compute_dtype = sizes.compute_dtype
         self.counters = Counters(sink)
         self.budget = Budget(Tier.HOST, ram_bytes)
         self.index = UnitIndex()
-        self._neighbours = Neighbours(self.page_bytes)
         self._copied: WeakSet[nn.Module] = WeakSet()
         self._unhook: list[Callable[[], None]] = []
         self.closed = False
         with ExitStack() as undo:
-            n_frames = ram_bytes // self.page_bytes
-            self._arena_bytes = self._reserve(n_frames * self.page_bytes)
-            arena = HostArena(n_frames, self.page_bytes)
-            undo.callback(arena.close)
             self.directories: list[RunDirectory] = []
             for path in config.ssd.paths:
                 directory = RunDirectory(Path(path))
                 undo.callback(directory.close)
                 self.directories.append(directory)
+            # A run that goes on keeps the sizes it was begun with.
+            self.earlier = EarlierCommits(self.directories)
+            self.page_bytes, self.slice_numel = self.earlier.sizes(sizes.page_bytes, sizes.slice_numel, config.memory.page)
+            n_frames = ram_bytes // self.page_bytes
+            self._arena_bytes = self._reserve(n_frames * self.page_bytes)
+            arena = HostArena(n_frames, self.page_bytes)
+            undo.callback(arena.close)
             self.page_files = PageFiles(
                 self.directories,
                 page_bytes=self.page_bytes,
@@ -78,8 +81,11 @@ class PageStore:
                 max_request_bytes=config.ssd.max_request,
                 limit_mb_per_s=config.ssd.limit_mb_per_s,
             )
+            undo.callback(self.page_files.close)
+            self.mover = Mover(arena, self.page_files, self.counters)
+            self.earlier.restore(self.mover.copies)
             undo.pop_all()
-        self.mover = Mover(arena, self.page_files, self.counters)
+        self._neighbours = Neighbours(self.page_bytes)
         self.driver = Driver(self.mover, self.counters, self.mover.bandwidth)
         self.binder = Binder(self.driver, self.mover)
         self.binder.owner = self

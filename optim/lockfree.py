@@ -254,6 +254,7 @@ class LockFreeUpdater:
         if unit.parameters.fixed:
             if version is None:
                 return
+            self._driver.mover.make_writable(unit.parameters)
             self._copy_in(unit, version)
             self._driver.mover.touch(unit.parameters)
         elif version is not None or self._driver.mode is not Mode.PLANNED:

@@ -47,9 +47,9 @@ class PagedOptimizer(torch.optim.Optimizer):
         groups = [{key: value for key, value in group.items()} for group in template.param_groups]
         super().__init__(groups, dict(template.defaults))
 
-    def attach(self, updater: Updater) -> None:
-        """Give the optimizer the updater that does its work. Once, while it is made."""
-        self._updater = updater
+    def attach(self, updater: Updater, stepped: Callable[[], None]) -> None:
+        """Give the optimizer the updater that does its work, and whom to tell of each step. Once, while it is made."""
+        self._updater, self._stepped = updater, stepped
 
     def hypers(self) -> list[Hyper]:
         """Hyper-parameters of every group as they are now."""
@@ -74,6 +74,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.updater.step()
+        self._stepped()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -113,6 +113,7 @@ class StateWindows:
                 raise StorageError(f"{tensors[0].name} could not be read")
             for tensor in tensors:
                 tensor.pins += 1
+                self._mover.make_writable(tensor)
                 self._mover.touch(tensor)
         try:
             yield

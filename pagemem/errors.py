@@ -39,6 +39,10 @@ class RunDirectoryError(OffloadError):
     """A run directory belongs to something else, is in use, or cannot be written. It was not changed."""
 
 
+class CommitError(OffloadError):
+    """A commit is damaged, missing, or not of this model. Nothing was changed by the attempt to use it."""
+
+
 class TransitionError(OffloadError):
     """A stateful object was asked for a move that its state does not allow. The state is unchanged."""
 

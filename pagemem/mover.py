@@ -10,7 +10,6 @@ copy), and must be cheap. The first error of a background copy is kept and raise
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,13 +19,15 @@ import torch
 
 from pagemem.allocator import PageAllocator
 from pagemem.arena import HostArena
+from pagemem.copies import Copies, StoredCopy
 from pagemem.errors import OffloadError, TransitionError
 from pagemem.events import Event, EventKind, EventSink
-from pagemem.page import FrameId, Placement, Shortage, TensorId
+from pagemem.page import FrameId, Shortage, TensorId
 from pagemem.page_file import PageFiles
 from pagemem.page_requests import Route
 from pagemem.page_transfer import Done
 from pagemem.residency import PagedTensor, Residency
+from pagemem.snapshot import Snapshot
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
 from pagemem.window import Comparable, Window, best_window
@@ -34,6 +35,8 @@ from pagemem.window import Comparable, Window, best_window
 #: Bandwidth assumed until the page files have moved enough to tell, and how much is enough.
 ASSUMED_BYTES_PER_S: Final = 1.5e9
 TELLING_BYTES: Final = 16 * MiB
+#: Stores under way at a time for a snapshot, beside those that training needs.
+SNAPSHOT_STORES: Final = 2
 
 
 class Mover:
@@ -48,7 +51,7 @@ class Mover:
         self.arena = arena
         self.files = files
         self.host = PageAllocator(Tier.HOST, arena.page_bytes, arena.n_frames)
-        self.ssd = PageAllocator(Tier.SSD, arena.page_bytes, files.n_frames)
+        self.copies = Copies(files, arena.page_bytes)
         self.tensors: dict[TensorId, PagedTensor] = {}
         self._sink = sink
         self._failure: BaseException | None = None
@@ -58,6 +61,13 @@ class Mover:
         self._next_id = 0
         self._touched = bytearray(arena.n_frames)
         self._n_set_aside = 0
+        self._snapshot: Snapshot | None = None
+        self._listeners.append(self._store_owed)
+
+    @property
+    def ssd(self) -> PageAllocator:
+        """Who holds which frame of the page files."""
+        return self.copies.book
 
     # ---- records -----------------------------------------------------------------------------------------------
 
@@ -73,8 +83,8 @@ class Mover:
         """Discard a tensor and give all its frames back. It must be neither held nor in flight."""
         with self.changed:
             self.discard(tensor)
-            if tensor.route is not None:
-                self.ssd.release(tensor.id)
+            if tensor.copy is not None:
+                self.copies.leave(tensor.copy)
             del self.tensors[tensor.id]
 
     def on_change(self, listener: Callable[[], None]) -> None:
@@ -175,9 +185,9 @@ class Mover:
                 return
             tensor.become(Residency.LOADING)
             self._in_flight += 1
-            assert tensor.route is not None
+            assert tensor.copy is not None
             started_s = time.perf_counter()
-            self._begin(self.files.read, tensor.route, buffer, lambda error: self._loaded(tensor, started_s, error))
+            self._begin(self.files.read, tensor.copy.route, buffer, lambda error: self._loaded(tensor, started_s, error))
 
     def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -192,21 +202,24 @@ class Mover:
         self._emit(EventKind.READ, tensor, started_s)
 
     def start_store(self, tensor: PagedTensor) -> None:
-        """Begin copying a dirty tensor to its page-file frames, taking some on the first store.
+        """Begin copying a dirty tensor to its page-file frames, to fresh ones if it has none or a commit names them.
 
         Raises:
             DiskFullError: there is no room; the tensor is still dirty and whole.
         """
         with self.changed:
-            if tensor.route is None:
-                tensor.route = self.files.route(self._take_page_file_frames(tensor).extents(self.arena.page_bytes))
+            if tensor.copy is None or tensor.copy.commits:
+                fresh = self._take_frames(tensor)
+                if tensor.copy is not None:
+                    self.copies.leave(tensor.copy)
+                tensor.copy = fresh
             tensor.become(Residency.STORING)
             tensor.backed = False
             self._in_flight += 1
             assert tensor.frame is not None
             buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
             started_s = time.perf_counter()
-            self._begin(self.files.write, tensor.route, buffer, lambda error: self._stored(tensor, started_s, error))
+            self._begin(self.files.write, tensor.copy.route, buffer, lambda error: self._stored(tensor, started_s, error))
 
     def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -214,16 +227,25 @@ class Mover:
             if error is None and not tensor.rewritten:
                 tensor.backed = True
                 tensor.become(Residency.CLEAN)
+                self._pay(tensor)
             else:
                 tensor.become(Residency.DIRTY)
                 self._failure = self._failure or error
+                if error is not None:
+                    self._give_up_snapshot(error)
             tensor.rewritten = False
             self._notify()
         self._emit(EventKind.WRITE, tensor, started_s)
 
     def touch(self, tensor: PagedTensor) -> None:
-        """Note that compute changed (or is about to change) the host copy, which must be readable and held."""
+        """Note that compute changed (or is about to change) the host copy, which must be readable and held.
+
+        Raises:
+            AssertionError: a snapshot has yet to get what was there; see `make_writable`.
+        """
         with self.changed:
+            if tensor.owed:
+                raise AssertionError(f"{tensor.name} is changed while a snapshot waits for its content")
             if tensor.state is Residency.STORING:
                 tensor.rewritten = True
                 return
@@ -345,14 +367,108 @@ class Mover:
     def planned_page_file_frames(self, stored: Iterable[TensorId]) -> int:
         """Page-file frames in use once every tensor of ``stored`` has been stored, for the first time in that order."""
         with self.changed:
-            new = [self.tensors[t] for t in dict.fromkeys(stored) if self.tensors[t].route is None]
-            if not new:
-                return self.ssd.used_frames
-            tried = copy.deepcopy(self.ssd)
-        tried.grow(sum(tensor.n_frames for tensor in new))
-        for tensor in new:
-            tried.allocate(tensor.id, tensor.n_bytes)
-        return tried.used_frames
+            new = [self.tensors[t] for t in dict.fromkeys(stored) if self.tensors[t].copy is None]
+            return self.copies.used_frames_after(tensor.n_bytes for tensor in new)
+
+    # ---- snapshots ---------------------------------------------------------------------------------------------
+
+    def begin_snapshot(self, tensors: Iterable[PagedTensor]) -> Snapshot:
+        """Begin to make what ``tensors`` hold now whole in the page files. Training thread, between two ops.
+
+        Raises:
+            DiskFullError: there is no room for it, and for all that will be stored beside it; nothing was changed.
+            AssertionError: another one is being made, or a tensor is being used.
+        """
+        with self.changed:
+            if self._snapshot is not None:
+                raise AssertionError("a snapshot is being made already")
+            whole = [t for t in tensors if t.state is not Residency.ABSENT]
+            owing = [t for t in whole if t.state in (Residency.DIRTY, Residency.STORING)]
+            if any(tensor.pins for tensor in owing):
+                raise AssertionError("a snapshot inside an op")
+            # Every copy that it names will have to be written elsewhere once its tensor has changed.
+            self.copies.reserve(sum(tensor.n_frames for tensor in whole))
+            snapshot = Snapshot(self.copies)
+            for tensor in whole:
+                if tensor.backed:
+                    assert tensor.copy is not None
+                    snapshot.add(tensor.id, tensor.copy)
+            for tensor in sorted(owing, key=lambda t: t.last_use):
+                tensor.owed = True
+                snapshot.owing[tensor.id] = None
+            snapshot.settle()
+            if snapshot.owing:
+                self._snapshot = snapshot
+                self._store_owed()
+            return snapshot
+
+    def resume(self, tensor: PagedTensor, stored: StoredCopy | None) -> None:
+        """Take a commit's copy for the content of a tensor that nobody holds; None: it reads as zeros from now on.
+
+        Raises:
+            AssertionError: it is held; nothing was changed.
+        """
+        with self.changed:
+            self.discard(tensor)
+            if tensor.copy is not None:
+                self.copies.leave(tensor.copy)
+                tensor.copy = None
+            if stored is not None:
+                stored.current = True
+                tensor.copy, tensor.backed = stored, True
+                tensor.become(Residency.STORED)
+
+    def make_writable(self, tensor: PagedTensor) -> None:
+        """Before a tensor is changed: have a snapshot that waits for its content get it, and wait for that.
+
+        Raises:
+            StorageError: it could not be stored (or what else failed); the snapshot is given up.
+        """
+        with self.changed:
+            if not tensor.owed:
+                return
+            if tensor.state is Residency.DIRTY:
+                self.start_store(tensor)
+            self.wait_until(lambda: not tensor.owed, f"commit of {tensor.name}", tensor.n_bytes)
+
+    def _store_owed(self) -> None:
+        """Keep a few stores for the snapshot under way."""
+        snapshot = self._snapshot
+        if snapshot is None or self._failure is not None:
+            return
+        owing = [self.tensors[tensor] for tensor in snapshot.owing]
+        n_more = SNAPSHOT_STORES - sum(tensor.state is Residency.STORING for tensor in owing)
+        for tensor in owing:
+            if n_more > 0 and tensor.state is Residency.DIRTY:
+                n_more -= 1
+                self.start_store(tensor)
+
+    def _pay(self, tensor: PagedTensor) -> None:
+        snapshot = self._snapshot
+        if not tensor.owed or snapshot is None:
+            return
+        assert tensor.copy is not None
+        tensor.owed = False
+        snapshot.add(tensor.id, tensor.copy)
+        snapshot.settle()
+        if not snapshot.owing:
+            self._snapshot = None
+
+    def abandon(self, snapshot: Snapshot) -> None:
+        """Give a snapshot up, complete or not; nothing is owed to it any more."""
+        with self.changed:
+            if snapshot is self._snapshot:
+                self._give_up_snapshot(None)
+            else:
+                snapshot.release()
+
+    def _give_up_snapshot(self, error: BaseException | None) -> None:
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None:
+            for tensor in snapshot.owing:
+                self.tensors[tensor].owed = False
+            snapshot.release(error)
+            self.changed.notify_all()
 
     def validate(self) -> None:
         """Check every cross reference between records and allocators.
@@ -375,15 +491,13 @@ class Mover:
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _take_page_file_frames(self, tensor: PagedTensor) -> Placement:
-        placed = self.ssd.allocate(tensor.id, tensor.n_bytes)
-        if isinstance(placed, Shortage):
-            self.files.grow(self.ssd.n_frames + tensor.n_frames)
-            self.ssd.grow(self.files.n_frames - self.ssd.n_frames)
-            placed = self.ssd.allocate(tensor.id, tensor.n_bytes)
-        if isinstance(placed, Shortage):
-            raise AssertionError(f"{tensor.name}: no page-file frames after growing: {placed}")
-        return placed
+    def _take_frames(self, tensor: PagedTensor) -> StoredCopy:
+        try:
+            return self.copies.take(tensor.n_bytes)
+        except OffloadError as error:
+            if tensor.owed:
+                self._give_up_snapshot(error)
+            raise
 
     def _begin(self, move: Callable[[Route, memoryview, Done], None], route: Route, buffer: memoryview, done: Done) -> None:
         try:

@@ -20,7 +20,7 @@ from typing import Final
 
 import numpy as np
 
-from pagemem.checksum import ExtentIndex
+from pagemem.checksum import DigestArray, ExtentIndex
 from pagemem.errors import StorageError, TransitionError
 from pagemem.io import Direction, RawBackend, choose_backend, os_failure
 from pagemem.io_stats import IoMeter, IoStats
@@ -164,6 +164,21 @@ class PageFiles:
         table = tabulate(extents, self._striping, self.page_bytes, self._n_frames)
         requests = plan_requests(table, len(self.paths), self.page_bytes, self._max_request_bytes)
         return Route(table, tuple(requests), int(table.lengths.sum()))
+
+    def sums(self, route: Route) -> DigestArray:
+        """The checksums with which a route's extents were last written; zeros where checksums are off. Any thread.
+
+        Raises:
+            StorageError: one of them was not written, or not exactly so.
+        """
+        known, sums = self._index.look_up(route.table.keys)
+        if not known.all():
+            raise StorageError(f"an extent at frame {route.table.frames[int(np.argmin(known))]} was never written")
+        return sums
+
+    def remember(self, route: Route, sums: DigestArray) -> None:
+        """Take extents for written with these checksums, by an earlier run. Any thread."""
+        self._index.record(route.table.keys, sums)
 
     def read(self, where: Route | Sequence[Extent], into: memoryview, done: Done) -> None:
         """Begin reading extents into a buffer, one after another; returns at once.

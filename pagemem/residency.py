@@ -5,6 +5,7 @@
     CLEAN   --touch--> DIRTY                       compute changed the host copy
     DIRTY   --store--> STORING --> CLEAN           host -> page file; back to DIRTY on failure or when changed meanwhile
     CLEAN   --drop-->  STORED | ABSENT             host frames given up
+    ABSENT  --resume--> STORED                     an earlier run's commit has the content
     any resident --discard--> ABSENT               the content is dead (a consumed gradient)
 
 Invariants
@@ -20,9 +21,9 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final
 
+from pagemem.copies import StoredCopy
 from pagemem.errors import TransitionError
 from pagemem.page import FrameId, TensorId
-from pagemem.page_requests import Route
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 
@@ -40,7 +41,7 @@ class Residency(enum.Enum):
 
 _R = Residency
 LEGAL_MOVES: Final[dict[Residency, frozenset[Residency]]] = {
-    _R.ABSENT: frozenset({_R.CLEAN}),
+    _R.ABSENT: frozenset({_R.CLEAN, _R.STORED}),
     _R.STORED: frozenset({_R.LOADING, _R.CLEAN, _R.ABSENT}),
     _R.LOADING: frozenset({_R.CLEAN, _R.STORED}),
     _R.CLEAN: frozenset({_R.DIRTY, _R.STORED, _R.ABSENT}),
@@ -59,8 +60,8 @@ class PagedTensor:
     Attributes:
         n_bytes: size, a multiple of the I/O block.
         frame: first host frame while one is held, else None.
-        route: requests to the page-file frames it owns, kept for re-use once taken; ``backed`` says whether they hold its
-            content.
+        copy: its page-file frames, kept for re-use once taken; ``backed`` says whether they hold its content.
+        owed: a snapshot that is being made has yet to get the content: it must be stored before it is changed.
         rewritten: compute changed the host copy while it was being stored, so that the stored copy is stale already.
         exposed: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
         fixed: its host frames stay its own for good: it is never moved or dropped.
@@ -76,8 +77,9 @@ class PagedTensor:
     n_frames: int
     state: Residency = Residency.ABSENT
     frame: FrameId | None = None
-    route: Route | None = None
+    copy: StoredCopy | None = None
     backed: bool = False
+    owed: bool = False
     rewritten: bool = False
     exposed: bool = False
     fixed: bool = False

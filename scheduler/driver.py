@@ -361,6 +361,10 @@ class Driver:
         return tensor.readable
 
     def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
+        # Outside a step nobody says whether a tensor is going to be changed.
+        if tensor.owed and (mode in _CHANGES or not self._recording):
+            self.mover.make_writable(tensor)
+
         def usable() -> bool:
             # A tensor that waits in the lane is about to move to where the plan has it, out of another one's way.
             return self._usable(tensor, mode) and tensor.id not in self._lane

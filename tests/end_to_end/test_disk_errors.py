@@ -64,7 +64,8 @@ def test_a_flipped_byte_is_named_and_nothing_is_trained_on_it(tmp_path: Path) ->
     train(engine, 4)
     engine.drain()
     unit = next(unit for unit in engine._store.index.units if not engine._store.is_resident(unit))
-    placement = engine._store.mover.ssd.placement(unit.parameters.id)
+    assert unit.parameters.copy is not None
+    placement = unit.parameters.copy.placement
     assert placement is not None
     frame = placement.extents(PAGE_BYTES)[0].frame
     file = tmp_path / "pages" / PAGE_FILE_NAME

@@ -1,0 +1,237 @@
+"""What makes up a moment of training beside the paged tensors, and bringing it back: `Checkpoints` of one engine.
+
+Counters, hyper-parameters, random generators and the states of tracked objects (LR schedulers, data) are JSON in the
+manifest; buffers and ordinary parameters are a safetensors file beside it. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from offload.commits import Committer, Moment
+from offload.config import Config
+from offload.earlier import Commit
+from offload.parameters import PagedParameter
+from offload.store import PageStore
+from optim.optimizer import PagedOptimizer
+from optim.unit import Slot
+from optim.updater import Updater
+from pagemem.errors import CommitError
+from pagemem.residency import PagedTensor
+from pagemem.tier import Tag
+
+
+class Stateful(Protocol):
+    """What can be tracked: an LR scheduler, a data source, ..."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as JSON has it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take a state over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+        step: optimizer steps made. number, name, created: of the commit.
+        passed_over: what is wrong with newer commits, which were damaged.
+    """
+
+    step: int
+    number: int
+    name: str | None
+    created: str
+    passed_over: tuple[str, ...] = ()
+
+
+class Checkpoints:
+    """Saves and resumes. Methods belong to the training thread, between two steps."""
+
+    def __init__(self, model: nn.Module, store: PageStore, optimizer: PagedOptimizer, updater: Updater, config: Config) -> None:
+        self._model = model
+        self._store = store
+        self._optimizer = optimizer
+        self._updater = updater
+        self._config = config
+        self._tracked: dict[str, Stateful] = {}
+        self.committer = Committer(store, config.commit.keep)
+        self._last_step = 0
+        self._last_s = time.monotonic()
+
+    def track(self, name: str, thing: Stateful) -> None:
+        """Have a thing's state in every commit from now on, and restored by `resume`.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self._tracked:
+            raise ValueError(f"something is tracked as {name!r} already; take another name")
+        self._tracked[name] = thing
+
+    # ---- saving ------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, name: str | None = None) -> int:
+        """Begin to commit the moment after ``step`` steps; returns the commit's number. See `Committer.begin`.
+
+        Raises:
+            CommitError: a tracked state has something that JSON cannot say; names it. Nothing was begun.
+        """
+        self._updater.drain()
+        number = self.committer.begin(Moment(step, name, self._state(), self._beside()))
+        self._last_step, self._last_s = step, time.monotonic()
+        return number
+
+    def save_if_due(self, step: int) -> int | None:
+        """Commit if the configuration says that it is time, unless one is being written; returns its number."""
+        due = self._config.commit
+        self.committer.check()
+        by_step = due.every_steps is not None and step - self._last_step >= due.every_steps
+        by_time = due.every_s is not None and time.monotonic() - self._last_s >= due.every_s and step > self._last_step
+        if not (by_step or by_time) or self.committer.busy:
+            return None
+        return self.save(step)
+
+    def _state(self) -> dict[str, Any]:
+        tracked = {name: thing.state_dict() for name, thing in self._tracked.items()}
+        for name, state in tracked.items():
+            try:
+                json.dumps(state, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise CommitError(f"the state of {name!r} cannot be committed: {error}; track what has a state of plain numbers") from error
+        return {
+            "slice_numel": self._store.slice_numel,
+            "update_steps": {slot.name: slot.steps for slot in self._slots()},
+            "groups": [{k: v for k, v in group.items() if k != "params" and _is_plain(v)} for group in self._optimizer.param_groups],
+            "random": random_states(),
+            "tracked": tracked,
+            "config": self._config.model_dump(mode="json"),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        }
+
+    def _beside(self) -> bytes:
+        tensors = self._ordinary_tensors()
+        return save_tensors({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}) if tensors else b""
+
+    def _ordinary_tensors(self) -> dict[str, Tensor]:
+        """Persistent buffers, and parameters that are not paged."""
+        found: dict[str, Tensor] = {n: p for n, p in self._model.named_parameters() if not isinstance(p, PagedParameter)}
+        for prefix, module in self._model.named_modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                if key not in module._non_persistent_buffers_set:
+                    found[f"{prefix}.{key}" if prefix else key] = buffer
+        return found
+
+    def _slots(self) -> list[Slot]:
+        return [slot for unit in self._store.index.units for slot in unit.slots]
+
+    # ---- resuming ----------------------------------------------------------------------------------------------
+
+    def resume(self, name: str | None = None, *, allow_older: bool = False) -> Resumed | None:
+        """Go on from the newest commit, or the one of this name; None when the run has no commit.
+
+        Raises:
+            CommitError: it is damaged, or of another model, optimizer or precision; the engine is as it was.
+        """
+        commit = self.committer.choose(name, allow_older=allow_older)
+        if commit is None:
+            return None
+        manifest = commit.manifest
+        self._check_fits(commit)
+        beside = manifest.state.get("beside")
+        ordinary = load_tensors(self._store.earlier.folder.read_beside(manifest.number, beside)) if beside else {}
+        self._updater.drain()
+        self._store.driver.quiesce()
+        with self._store.driver.interlude():
+            for tensor in self._tensors().values():
+                self._take_over(tensor, commit)
+        state = manifest.state
+        for slot in self._slots():
+            slot.steps, slot.edited = int(state["update_steps"][slot.name]), False
+        for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
+            group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
+        with torch.no_grad():
+            for key, kept in self._ordinary_tensors().items():
+                kept.copy_(ordinary[key])
+        for name_, thing in self._tracked.items():
+            thing.load_state_dict(state["tracked"][name_])
+        set_random_states(state["random"])
+        self.committer.follow(commit)
+        self._last_step, self._last_s = manifest.step, time.monotonic()
+        newer = [str(error) for number, error in sorted(self.committer.damaged.items()) if number > manifest.number]
+        return Resumed(manifest.step, manifest.number, manifest.name, manifest.created, tuple(newer))
+
+    def _tensors(self) -> dict[str, PagedTensor]:
+        return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag is not Tag.GRAD}
+
+    def _check_fits(self, commit: Commit) -> None:
+        ours = self._tensors()
+        theirs = {stored.key: stored.n_bytes for stored in commit.manifest.tensors}
+        where = f"commit {commit.manifest.number}"
+        for key, n_bytes in theirs.items():
+            if key not in ours:
+                raise CommitError(f"{where} has {key}, which this model and optimizer do not have; resume with those it was made with")
+            if ours[key].n_bytes != n_bytes:
+                raise CommitError(f"{where} has {key} with {n_bytes} bytes, this model's has {ours[key].n_bytes}")
+        for key, tensor in ours.items():
+            if key not in theirs and tensor.tag is Tag.PARAM:
+                raise CommitError(f"{where} has no {key}; resume with the model it was made with")
+        state = commit.manifest.state
+        missing = {slot.name for slot in self._slots()} ^ set(state["update_steps"])
+        if missing:
+            raise CommitError(f"{where} has other parameters than this model: {', '.join(sorted(missing)[:5])}")
+        if len(state["groups"]) != len(self._optimizer.param_groups):
+            raise CommitError(f"{where} has {len(state['groups'])} parameter groups, this optimizer {len(self._optimizer.param_groups)}")
+        untracked = set(self._tracked) - set(state["tracked"])
+        if untracked:
+            raise CommitError(f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks")
+
+    def _take_over(self, tensor: PagedTensor, commit: Commit) -> None:
+        mover, frame = self._store.mover, tensor.frame
+        fixed, tensor.fixed = tensor.fixed, False
+        mover.resume(tensor, commit.copies.get(f"{tensor.tag.value}: {tensor.name}"))
+        if fixed and frame is not None:
+            mover.start_load(tensor, frame)
+            mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
+            tensor.fixed = True
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, type(None))) or (
+        isinstance(value, (list, tuple)) and all(_is_plain(item) for item in value)
+    )
+
+
+def random_states() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's global generators, as JSON has it."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put the global generators where `random_states` found them."""
+    torch_state = np.frombuffer(base64.b64decode(states["torch"]), dtype=np.uint8).copy()
+    torch.set_rng_state(torch.from_numpy(torch_state))
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal), gauss_next))

@@ -1,0 +1,282 @@
+"""Commits: a step made durable in the background, the few that are kept, and going on from one.
+
+    IDLE --begin--> WRITING --written--> IDLE
+                    WRITING --error--> FAILED
+    IDLE | FAILED --close--> CLOSED
+
+`begin` runs on the training thread between two steps: it takes a snapshot of all paged tensors, which costs no copy, and
+the scalars of the moment. A thread of its own waits until the snapshot is whole in the page files, syncs them, writes the
+manifest, and removes the commits that are not kept any more. A failed commit leaves the earlier ones as they are; its
+error is raised on the training thread by the next call.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Final
+
+from offload.earlier import Commit, EarlierCommits
+from offload.store import PageStore
+from pagemem.copies import StoredCopy
+from pagemem.errors import CommitError, TransitionError
+from pagemem.manifest import Manifest, StoredTensor
+from pagemem.snapshot import Snapshot, SnapshotState
+from pagemem.tier import Tag
+
+
+class CommitterState(enum.Enum):
+    """See the diagram at the top of this module."""
+
+    IDLE = "idle"
+    WRITING = "writing"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+_LEGAL: Final = {
+    CommitterState.IDLE: frozenset({CommitterState.WRITING, CommitterState.CLOSED}),
+    CommitterState.WRITING: frozenset({CommitterState.IDLE, CommitterState.FAILED}),
+    CommitterState.FAILED: frozenset({CommitterState.IDLE, CommitterState.CLOSED}),
+    CommitterState.CLOSED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What a commit has beside the paged tensors.
+
+    Attributes:
+        state: JSON. beside: small tensors (buffers) as a safetensors file, or empty.
+    """
+
+    step: int
+    name: str | None
+    state: dict[str, Any]
+    beside: bytes
+
+
+class Committer:
+    """Makes, keeps and removes a run's commits. Methods belong to the training thread.
+
+    Args:
+        store: whose tensors are committed.
+        keep: unnamed commits to keep; named ones are kept until their name is given again.
+    """
+
+    def __init__(self, store: PageStore, keep: int) -> None:
+        self.state = CommitterState.IDLE
+        self._store = store
+        self._keep = keep
+        self._earlier: EarlierCommits = store.earlier
+        self.commits: dict[int, Commit] = dict(store.earlier.whole)
+        self._number = store.earlier.last_number
+        self._left: list[int] = []
+        self._own_course = not self.commits and not store.earlier.damaged
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition()
+        self._job: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
+
+    # ---- going on from a commit ---------------------------------------------------------------------------------
+
+    def choose(self, name: str | None, *, allow_older: bool) -> Commit | None:
+        """The newest commit, or the one with this name; None when the run has none at all.
+
+        Raises:
+            CommitError: it is damaged, or there is none of that name. With ``allow_older`` a damaged newest one is passed
+                over; what is wrong with it is in ``damaged``.
+        """
+        if name is not None:
+            named = [commit for commit in self.commits.values() if commit.manifest.name == name]
+            if not named:
+                known = ", ".join(repr(c.manifest.name) for c in self.commits.values() if c.manifest.name) or "none"
+                raise CommitError(f"{self._earlier.folder.path} has no commit named {name!r}; there are: {known}")
+            return named[-1]
+        newest = max(self.commits, default=0)
+        later = [number for number in self.damaged if number > newest]
+        if later and not allow_older:
+            older = f"commit {newest} (step {self.commits[newest].manifest.step}) is whole" if newest else "no other one is whole"
+            raise CommitError(f"{self.damaged[max(later)]}. {older}; allow_older=True goes on from the newest whole one")
+        return self.commits[newest] if newest else None
+
+    @property
+    def damaged(self) -> dict[int, CommitError]:
+        """What is wrong with commits that cannot be used, by number."""
+        return self._earlier.damaged
+
+    def follow(self, commit: Commit) -> None:
+        """The run goes on from ``commit``: later unnamed ones are of a course that was left, and go with the next commit."""
+        self._own_course = True
+        self._left = [n for n, c in self.commits.items() if n > commit.manifest.number and c.manifest.name is None]
+
+    # ---- making one ---------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a commit is being written."""
+        return self.state is CommitterState.WRITING
+
+    def begin(self, moment: Moment) -> int:
+        """Begin to commit what the tensors hold now; returns the commit's number. Waits for one that is being written.
+
+        Raises:
+            DiskFullError: there is no room for it; nothing was begun.
+            CommitError: the folder has commits of another course of the run, which would be removed in time.
+            BaseException: what the last commit failed of, once.
+        """
+        self.wait()
+        if not self._own_course:
+            raise CommitError(
+                f"{self._earlier.folder.path} holds commits, and this run did not go on from one; resume from it, or name "
+                "another folder in ssd.paths"
+            )
+        mover = self._store.mover
+        content = [tensor for tensor in mover.tensors.values() if tensor.tag is not Tag.GRAD]
+        snapshot = mover.begin_snapshot(content)
+        names = {tensor.id: (tensor.name, tensor.tag.value, tensor.n_bytes) for tensor in content}
+        self._number += 1
+        number = self._number
+
+        def describe(tensor: Any, stored: StoredCopy) -> StoredTensor:
+            name, tag, n_bytes = names[tensor]
+            placed = stored.placement
+            tail = placed.tail
+            return StoredTensor(
+                name, tag, n_bytes, tuple((run.first, run.n_frames) for run in placed.runs),
+                None if tail is None else (tail.frame, tail.offset_bytes, tail.length_bytes),
+                tuple(self._store.page_files.sums(stored.route).tolist()),
+            )  # fmt: skip
+
+        def job() -> None:
+            try:
+                self._await(snapshot)
+                self._store.page_files.sync()
+                state = dict(moment.state)
+                if moment.beside:
+                    state["beside"] = self._earlier.folder.write_beside(number, moment.beside)
+                manifest = Manifest(
+                    number=number,
+                    name=moment.name,
+                    created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    step=moment.step,
+                    page_bytes=self._store.page_bytes,
+                    run_ids=tuple(directory.run_id for directory in self._store.directories),
+                    checksums=self._store.config.ssd.checksums,
+                    tensors=tuple(describe(tensor, stored) for tensor, stored in snapshot.copies.items()),
+                    state=state,
+                )
+                self._earlier.folder.write(manifest)
+            except BaseException:
+                with mover.changed:
+                    if snapshot.state is not SnapshotState.RELEASED:
+                        mover.abandon(snapshot)
+                raise
+            by_key = {stored.key: copy for stored, copy in zip(manifest.tensors, snapshot.copies.values(), strict=True)}
+            self.commits[number] = Commit(manifest, by_key)
+            self._retire()
+
+        self._start(job)
+        return number
+
+    def _await(self, snapshot: Snapshot) -> None:
+        mover = self._store.mover
+        with mover.changed:
+            while snapshot.state is SnapshotState.OPEN:
+                mover.changed.wait()
+        if snapshot.state is SnapshotState.RELEASED:
+            raise CommitError(f"the commit was given up, earlier ones are whole: {snapshot.error}") from snapshot.error
+
+    def _retire(self) -> None:
+        """Remove what is not kept any more; its frames are free once that is durable."""
+        left, self._left = self._left, []
+        unnamed = [number for number, commit in self.commits.items() if commit.manifest.name is None and number not in left]
+        newest_of_name = {commit.manifest.name: number for number, commit in sorted(self.commits.items())}
+        kept = {*sorted(unnamed)[-self._keep :], *(n for name, n in newest_of_name.items() if name is not None), self._number}
+        for number in [number for number in self.commits if number not in kept]:
+            self._earlier.folder.remove(number)
+            commit = self.commits.pop(number)
+            with self._store.mover.changed:
+                for stored in commit.copies.values():
+                    self._store.mover.copies.let_go(stored)
+        for number in list(self._earlier.damaged):
+            self._earlier.folder.remove(number)
+            del self._earlier.damaged[number]
+
+    # ---- the thread ---------------------------------------------------------------------------------------------
+
+    def _start(self, job: Callable[[], None]) -> None:
+        with self._changed:
+            self._become(CommitterState.WRITING)
+            self._job = job
+            self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="offload-commit", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._job is None and self.state is not CommitterState.CLOSED:
+                    self._changed.wait()
+                job, self._job = self._job, None
+            if job is None:
+                return
+            error: BaseException | None = None
+            try:
+                job()
+            except BaseException as raised:  # whatever it is goes to the training thread
+                error = raised
+            with self._changed:
+                self._failure = error
+                self._become(CommitterState.IDLE if error is None else CommitterState.FAILED)
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait for the commit that is being written.
+
+        Raises:
+            BaseException: what it failed of, once; earlier commits are whole, and the next `begin` tries anew.
+        """
+        with self._changed:
+            while self.state is CommitterState.WRITING:
+                self._changed.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a commit failed of, once. Does not wait."""
+        with self._changed:
+            if self.state is CommitterState.FAILED:
+                failure, self._failure = self._failure, None
+                self._become(CommitterState.IDLE)
+                assert failure is not None
+                raise failure
+
+    def close(self) -> None:
+        """Complete the commit that is being written and end the thread. Idempotent.
+
+        Raises:
+            BaseException: what the last commit failed of, if nobody has been told; all is closed then, too.
+        """
+        if self.state is CommitterState.CLOSED:
+            return
+        failure: BaseException | None = None
+        try:
+            self.wait()
+        except BaseException as error:
+            failure = error
+        with self._changed:
+            self._become(CommitterState.CLOSED)
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        if failure is not None:
+            raise failure
+
+    def _become(self, state: CommitterState) -> None:
+        if state not in _LEGAL[self.state]:
+            raise TransitionError(f"committer: {self.state.value} -> {state.value} is not a legal move")
+        self.state = state
