@@ -42,6 +42,12 @@ def _direct(value: object) -> bool | str:
     raise ValueError(f"must be \"auto\", true or false, not {value!r}")
 
 
+def _scale(value: object) -> float | str:
+    if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")):
+        return value if isinstance(value, str) else float(value)
+    raise ValueError(f"must be \"auto\" or a number above 0, not {value!r}")
+
+
 Size = Annotated[int, BeforeValidator(_size)]
 #: A decay rate of a moment.
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -110,6 +116,9 @@ class UpdateConfig(_Section):
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest global 2-norm of the gradients; larger ones are scaled down. None: no clipping. With clipping, updates
     wait for the whole backward pass and gradients are kept in pages until then."""
+    loss_scale: Annotated[Literal["auto"] | float, BeforeValidator(_scale)] = "auto"
+    """What losses are multiplied by before backward: "auto" is dynamic for fp16 parameters and none for others; a number is
+    fixed. A step whose gradients overflow is dropped. In a loop of one's own call backward on `Engine.scaled`."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step of `Engine.step`. A loop of one's own simply calls backward several times."""
     start: Literal["auto", "step"] = "auto"
@@ -169,8 +178,8 @@ class ModelConfig(_Section):
     """``module:callable`` that returns the model; called with ``arguments``. Its forward(x, y) returns the loss."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the factory."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Parameters in compute: fp32, or bf16 with an fp32 master in pages."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Parameters in compute: fp32, or bf16 or fp16 with an fp32 master in pages."""
 
 
 class DataConfig(_Section):

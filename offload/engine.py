@@ -25,8 +25,8 @@ from offload.hooks import SavedWeights
 from offload.memory import MemoryReport, Stats, TierUse
 from offload.parameters import PagedParameter
 from offload.store import PageStore
-from offload.updates import make_updater
-from optim import PagedOptimizer, StateAccess, rule_for
+from offload.updates import make_updater, scaling_of
+from optim import LossScale, PagedOptimizer, StateAccess, rule_for
 from optim.unit import Slot, Unit
 from pagemem.errors import NonFiniteError, OffloadError, TransitionError
 from pagemem.events import EventKind
@@ -91,6 +91,7 @@ class Engine:
         store, config = self._store, self.config
         template = template_of(optimizer, config, self.model)
         rule = rule_for(template)
+        scaling = scaling_of(config)
         store.check_budget(self.model, optimized_by(template), len(rule.state_names))
         store.adopt(self.model)
         states = StateAccess(store.driver, rule.state_names)
@@ -98,9 +99,12 @@ class Engine:
         places = self._places()
         self.optimizer = PagedOptimizer(template, rule, places, states, store.driver.interlude)
         self.optimizer.engine = self  # type: ignore[attr-defined]
-        self._updater = make_updater(store, rule, self.optimizer.hypers)
+        self._loss_scale = scaling.loss_scale
+        self._updater = make_updater(store, rule, self.optimizer.hypers, scaling)
         self.optimizer.attach(self._updater, self._count_step)
         self._checkpoints = Checkpoints(self.model, store, self.optimizer, self._updater, config)
+        if self._loss_scale is not None:
+            self.track("loss scale", self._loss_scale)
         self._install_hooks()
 
     def _count_step(self) -> None:
@@ -163,8 +167,17 @@ class Engine:
             )
         if self.config.update.accumulation > 1:
             loss = loss / self.config.update.accumulation
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.scaled(loss).backward()  # type: ignore[no-untyped-call]
         self._micro_batches += 1
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call ``backward`` on in a loop of one's own: times the loss scale, with fp16 parameters."""
+        return loss if self._loss_scale is None else loss * self._loss_scale.scale
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """The loss scale and how many steps overflowed, or None without loss scaling."""
+        return self._loss_scale
 
     def step(self) -> bool:
         """Make the optimizer step once ``update.accumulation`` micro-batches are through.

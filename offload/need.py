@@ -19,6 +19,8 @@ from pagemem.errors import BudgetError
 from pagemem.page import MIN_PAGE_BYTES
 from pagemem.units import ceil_div, format_bytes
 
+#: What parameters become; None: they stay as they are built.
+COMPUTE_DTYPES: Final[dict[str, torch.dtype | None]] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Bounds of the parameters (in elements) that one slice of optimizer states covers, by update mode: in lock-free mode
 #: several slices are in memory at a time, beside all gradients.
 SLICE_NUMEL: Final = {"exact": (1 << 14, 1 << 20), "lock-free": (1 << 14, 1 << 18)}
@@ -43,7 +45,7 @@ class Sizes:
             ram_bytes,
             resolve_page_bytes(ram_bytes) if page == "auto" else int(page),
             min(max(1 << (ram_bytes // 128).bit_length(), least), most),
-            torch.bfloat16 if config.model is not None and config.model.dtype == "bf16" else None,
+            None if config.model is None else COMPUTE_DTYPES[config.model.dtype],
         )
 
 

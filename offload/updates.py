@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import torch
 
+from offload.config import Config
 from offload.store import PageStore
 from optim.accumulate import GradientStore
 from optim.exact import ExactUpdater, is_eager
 from optim.handoff import Mailbox
 from optim.lockfree import LockFreeUpdater
+from optim.loss_scale import LossScale, Scaling
 from optim.rules import UpdateRule
 from optim.state_windows import StateWindows, least_frames
 from optim.states import StateAccess
@@ -33,21 +35,36 @@ from scheduler.trace import Access, AccessMode, OpKind
 Hypers = Callable[[], Sequence[Hyper]]
 
 
-def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers) -> Updater:
+def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Scaling) -> Updater:
     """The updater of ``store.config.update``; the arena gets its final size.
+
+    Args:
+        scaling: of the gradients, from `scaling_of`.
 
     Raises:
         BudgetError: the budget cannot hold what the mode needs; names the smallest that can.
     """
     update = store.config.update
-    eager = is_eager(update.clip_norm, update.start)
+    eager = is_eager(scaling, update.start)
     if update.mode == "exact":
         gradients = GradientStore(store.driver, store.budget, store.settle_sizes(in_flight=eager))
         return ExactUpdater(
             store.driver, store.index, rule, hypers, gradients, store.counters,
-            clip_norm=update.clip_norm, start=update.start,
+            scaling=scaling, start=update.start,
         )  # fmt: skip
-    return _make_lock_free(store, rule, hypers, eager=eager)
+    return _make_lock_free(store, rule, hypers, scaling, eager=eager)
+
+
+def scaling_of(config: Config) -> Scaling:
+    """Clipping and loss scaling as a configuration asks for them: dynamic for fp16 unless it says otherwise."""
+    wanted = config.update.loss_scale
+    fp16 = config.model is not None and config.model.dtype == "fp16"
+    loss_scale = None
+    if wanted != "auto":
+        loss_scale = LossScale(float(wanted), dynamic=False)
+    elif fp16:
+        loss_scale = LossScale()
+    return Scaling(config.update.clip_norm, loss_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +136,13 @@ def _slice_frames(store: PageStore, part: Slice, *, masters: bool) -> int:
     return frames + (ceil_div(master_bytes, store.page_bytes) if masters else 0)
 
 
-def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, *, eager: bool) -> Updater:
+def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Scaling, *, eager: bool) -> Updater:
     units = [unit for unit in store.index.units if unit.gradient_bytes]
     division = divide(store, units, eager=eager)
     if not division.resident:
         for unit in units:
-            store.add_masters(unit)
+            if unit.slices[0].master is None:
+                store.add_masters(unit)
     store.resize_arena(division.parameter_frames + division.state_frames)
     first_frame = store.mover.set_aside(division.state_frames)
     if division.resident:
@@ -140,5 +158,5 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, *, eager
     thread = UpdateThread(store.mover, rule, mailboxes, windows, store.counters, n_threads=update.threads)
     return LockFreeUpdater(
         store.driver, store.index, thread, mailboxes, StateAccess(store.driver, rule.state_names), hypers, store.budget, division.gradient_bytes, scratch_bytes(units),
-        store.counters, clip_norm=update.clip_norm, eager=eager, max_staleness=update.max_staleness,
+        store.counters, scaling=scaling, eager=eager, max_staleness=update.max_staleness,
     )  # fmt: skip

@@ -4,13 +4,14 @@ from optim.accumulate import GradientStore
 from optim.exact import ExactUpdater, is_eager
 from optim.handoff import Mailbox
 from optim.lockfree import LockFreeUpdater
+from optim.loss_scale import LossScale, Scaling
 from optim.optimizer import PagedOptimizer
 from optim.rules import AdamRule, AdamWRule, SGDRule, UpdateRule, rule_for
 from optim.states import StateAccess
 from optim.unit import Slice, Slot, Unit, UnitIndex
 
 __all__ = [
-    "AdamRule", "AdamWRule", "ExactUpdater", "GradientStore", "LockFreeUpdater",
-    "Mailbox", "PagedOptimizer", "SGDRule", "Slice", "Slot", "StateAccess",
+    "AdamRule", "AdamWRule", "ExactUpdater", "GradientStore", "LockFreeUpdater", "LossScale",
+    "Mailbox", "PagedOptimizer", "SGDRule", "Scaling", "Slice", "Slot", "StateAccess",
     "Unit", "UnitIndex", "UpdateRule", "is_eager", "rule_for",
 ]

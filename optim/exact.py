@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 
 from optim.accumulate import GradientStore
-from optim.clip import check_finite, clip_coefficient, gradient_norm, total_norm
+from optim.clip import check_finite, gradient_norm, total_norm
+from optim.loss_scale import Scaling
 from optim.rules import Batch, UpdateRule
 from optim.states import StateAccess, state_view
 from optim.unit import START_HINT, Hyper, Pending, Piece, Slice, Slot, Unit, UnitIndex, complete, forget_arrivals, pieces_of, stale_gradient
@@ -28,9 +29,9 @@ from scheduler.trace import Access, AccessMode, OpKind
 
 Start = Literal["auto", "step"]
 
-def is_eager(clip_norm: float | None, start: Start) -> bool:
+def is_eager(scaling: Scaling, start: Start) -> bool:
     """Whether units are updated during the backward pass, as soon as their gradients are complete."""
-    return start == "auto" and clip_norm is None
+    return start == "auto" and not scaling.needs_norm
 
 
 class ExactUpdater:
@@ -42,7 +43,7 @@ class ExactUpdater:
         rule: what an update does.
         hypers: current hyper-parameters of all groups, asked for whenever an update is decided on.
         store: keeps gradients.
-        clip_norm: largest global gradient norm, or None.
+        scaling: clipping and loss scaling.
         start: "auto" updates a unit as soon as its gradients are complete, "step" after the optimizer step.
     """
 
@@ -55,7 +56,7 @@ class ExactUpdater:
         store: GradientStore,
         sink: EventSink,
         *,
-        clip_norm: float | None,
+        scaling: Scaling,
         start: Start,
     ) -> None:
         self._driver = driver
@@ -65,8 +66,8 @@ class ExactUpdater:
         self._store = store
         self._states = StateAccess(driver, rule.state_names)
         self._sink = sink
-        self._clip_norm = clip_norm
-        self._eager = is_eager(clip_norm, start)
+        self._scaling = scaling
+        self._eager = is_eager(scaling, start)
         self._lazy = not self._eager
         self._foretold = False
         self._used_hypers: Sequence[Hyper] | None = None
@@ -87,7 +88,7 @@ class ExactUpdater:
         final = self._foretold and slot.arrivals == slot.expected
 
         def note_norm(flat: torch.Tensor) -> None:
-            slot.norm = gradient_norm(flat) if final and self._clip_norm is not None else None
+            slot.norm = gradient_norm(flat) if final and self._scaling.needs_norm else None
 
         if not (final and self._eager and slot.arrivals == 1 and self._store.keep(slot, gradient)):
             self._store.add(unit, slot, gradient, note_norm)
@@ -115,9 +116,12 @@ class ExactUpdater:
     def step(self) -> None:
         """End the step: decide on the updates not yet made. They run now, or before their unit is next used.
 
+        With loss scaling, a step whose gradients are not finite is dropped whole.
+
         Raises:
             RuntimeError: hyper-parameters changed after updates of this step had used them.
-            NonFiniteError: the gradients' norm is not finite; no parameter was changed and the gradients are dropped.
+            NonFiniteError: without loss scaling, the gradients' norm is not finite; no parameter was changed and the
+                gradients are dropped.
         """
         hypers = self._hypers()
         if self._used_hypers is not None and list(self._used_hypers) != list(hypers):
@@ -126,9 +130,12 @@ class ExactUpdater:
                 f"have already used the old values; change them before backward, or {START_HINT}"
             )
         waiting = [u for u in self._index.units if not u.updated and u.pending is None and any(s.arrivals for s in u.slots)]
-        pending = Pending(hypers, self._coefficient() if self._clip_norm is not None and waiting else None)
+        coefficient = self._coefficient() if self._scaling.needs_norm and waiting else None
+        pending = Pending(hypers, coefficient)
         for unit in waiting:
-            if self._lazy:
+            if self._scaling.needs_norm and coefficient is None:
+                self._store.forget(unit)
+            elif self._lazy:
                 unit.pending = pending
             else:
                 self._run(unit, pending)
@@ -146,8 +153,8 @@ class ExactUpdater:
         self._used_hypers = None
         self._driver.end_step(repeatable=repeatable)
 
-    def _coefficient(self) -> torch.Tensor:
-        assert self._clip_norm is not None
+    def _coefficient(self) -> torch.Tensor | None:
+        """What this step's gradients are multiplied by; None when they overflowed under loss scaling."""
         norms = []
         for unit, slot in self._slots:
             if slot.arrivals:
@@ -155,12 +162,13 @@ class ExactUpdater:
                     slot.norm = self._norm_of_sum(unit, slot)
                 norms.append(slot.norm)
         total = total_norm(norms)
-        try:
-            check_finite(total)
-        except BaseException:
-            self.discard()
-            raise
-        return clip_coefficient(total, self._clip_norm)
+        if self._scaling.loss_scale is None:
+            try:
+                check_finite(total)
+            except BaseException:
+                self.discard()
+                raise
+        return self._scaling.coefficient(total)
 
     def _norm_of_sum(self, unit: Unit, slot: Slot) -> torch.Tensor:
         assert unit.gradients is not None
@@ -235,8 +243,8 @@ class ExactUpdater:
                     master = state_view(self._driver.mover, part, part.master, 0, piece.begin, piece.numel)
                     narrow.append((parameter, master))
                     parameter, gradient = master, gradient.float()
-                if pending.clip_coefficient is not None:
-                    gradient.mul_(pending.clip_coefficient)
+                if pending.coefficient is not None:
+                    gradient.mul_(pending.coefficient)
                 batch.params.append(parameter)
                 batch.grads.append(gradient)
                 batch.steps.append(piece.slot.steps)

@@ -54,12 +54,23 @@ class SlotSum:
 
     def add(self, later: SlotSum) -> None:
         """Add a later step's gradient; that one's memory is free afterwards."""
-        for part in (self, later):
-            if part.coefficient is not None:
-                part.flat.mul_(part.coefficient)
-                part.coefficient = None
-        self.flat.add_(later.flat)
+        if self.flat.dtype is torch.float16 and self.coefficient is not None and later.coefficient is not None:
+            self._add_scaled(later, later.coefficient)
+        else:
+            for part in (self, later):
+                if part.coefficient is not None:
+                    part.flat.mul_(part.coefficient)
+                    part.coefficient = None
+            self.flat.add_(later.flat)
         self.hypers += later.hypers
+
+    def _add_scaled(self, later: SlotSum, coefficient: Tensor) -> None:
+        """fp16 would lose small gradients scaled back, and could overflow with the sum: half of both, still scaled."""
+        assert self.coefficient is not None
+        larger = torch.maximum(self.coefficient, coefficient)
+        self.flat.mul_(self.coefficient / larger / 2)
+        self.flat.add_(later.flat.mul_(coefficient / larger / 2))
+        self.coefficient = larger * 2
 
 
 @dataclass(slots=True, eq=False)

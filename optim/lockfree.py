@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from optim.accumulate import flat_gradient
-from optim.clip import clip_coefficient, gradient_norm, total_norm
+from optim.clip import gradient_norm, total_norm
 from optim.handoff import Mailbox, SlotSum, Version
+from optim.loss_scale import Scaling
 from optim.states import StateAccess
 from optim.unit import START_HINT, Hyper, Slot, Unit, UnitIndex, complete, forget_arrivals, stale_gradient
 from optim.update_thread import UpdateThread
@@ -47,7 +48,7 @@ class LockFreeUpdater:
         budget: the host budget; gradients on their way are reserved in it, tag GRAD.
         limit_bytes: bytes of gradients on their way at any time.
         scratch_bytes: what the updater has outside the host arena beside them.
-        clip_norm: largest global gradient norm, or None.
+        scaling: clipping and loss scaling.
         eager: hand a unit's gradient over as soon as it is complete, not at the optimizer step.
         max_staleness: see above, >= 0.
     """
@@ -65,7 +66,7 @@ class LockFreeUpdater:
         scratch_bytes: int,
         sink: EventSink,
         *,
-        clip_norm: float | None,
+        scaling: Scaling,
         eager: bool,
         max_staleness: int,
     ) -> None:
@@ -75,7 +76,7 @@ class LockFreeUpdater:
         self._states = states
         self._hypers = hypers
         self._sink = sink
-        self._clip_norm = clip_norm
+        self._scaling = scaling
         self._eager = eager
         self._max_staleness = max_staleness
         self._limit_bytes = limit_bytes
@@ -163,7 +164,7 @@ class LockFreeUpdater:
     def step(self) -> None:
         """End the step: hand over what was not yet. Does not wait for any update.
 
-        With clipping, a step whose gradients' norm is not finite is dropped and counted; nothing of it is applied.
+        With clipping or loss scaling, a step whose gradients' norm is not finite is dropped and counted; nothing of it is applied.
 
         Raises:
             RuntimeError: hyper-parameters changed after gradients of this step were handed over with the old ones.
@@ -178,7 +179,7 @@ class LockFreeUpdater:
             )
         waiting = [unit for unit in self._mailboxes if not unit.updated and any(slot.arrivals for slot in unit.slots)]
         coefficient = self._coefficient(waiting)
-        if self._clip_norm is not None and waiting and coefficient is None:
+        if self._scaling.needs_norm and waiting and coefficient is None:
             self.dropped_steps += 1
             for unit in waiting:
                 self._drop(unit)
@@ -188,11 +189,11 @@ class LockFreeUpdater:
         self._end_step()
 
     def _coefficient(self, waiting: Sequence[Unit]) -> torch.Tensor | None:
-        """What clipping multiplies this step's gradients by; None without clipping or when their norm is not finite."""
-        if self._clip_norm is None or not waiting:
+        """What this step's gradients are multiplied by; None when nothing is to be done, or their norm is not finite."""
+        if not self._scaling.needs_norm or not waiting:
             return None
         norm = total_norm([gradient_norm(slot.direct) for _, slot in self._slots if slot.direct is not None])
-        return clip_coefficient(norm, self._clip_norm) if bool(torch.isfinite(norm)) else None
+        return self._scaling.coefficient(norm)
 
     def _end_step(self) -> None:
         repeatable = self._foretold

@@ -95,7 +95,7 @@ class Pending:
     """An update that the optimizer step decided on and that runs before the unit is next used."""
 
     hypers: Sequence[Hyper]
-    clip_coefficient: torch.Tensor | None
+    coefficient: torch.Tensor | None
 
 
 @dataclass(slots=True, eq=False)
