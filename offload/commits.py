@@ -136,7 +136,8 @@ class Committer:
             )
         mover = self._store.mover
         content = [tensor for tensor in mover.tensors.values() if tensor.tag is not Tag.GRAD]
-        snapshot = mover.begin_snapshot(content)
+        with mover.changed:
+            snapshot = mover.snapshots.begin(content)
         names = {tensor.id: (tensor.name, tensor.tag.value, tensor.n_bytes) for tensor in content}
         self._number += 1
         number = self._number
@@ -172,8 +173,8 @@ class Committer:
                 self._earlier.folder.write(manifest)
             except BaseException:
                 with mover.changed:
-                    if snapshot.state is not SnapshotState.RELEASED:
-                        mover.abandon(snapshot)
+                    mover.snapshots.abandon(snapshot)
+                    mover.changed.notify_all()
                 raise
             by_key = {stored.key: copy for stored, copy in zip(manifest.tensors, snapshot.copies.values(), strict=True)}
             self.commits[number] = Commit(manifest, by_key)

@@ -3,14 +3,11 @@
 A move is prepare (frames reserved, tensor in a state that forbids others to touch it) -> copy (I/O threads) -> complete
 or abort. The source stays authoritative until the move completes, so a failed or cancelled move loses nothing.
 
-One lock guards all bookkeeping, `Mover.changed`; no I/O is done while it is held. Every change of state notifies it and
-calls the listeners, which run with the lock held, on the thread that made the change (an I/O thread for the end of a
-copy), and must be cheap. The first error of a background copy is kept and raised on the training thread by `check`.
+One lock guards all bookkeeping, see `pagemem.monitor`.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
@@ -27,7 +24,8 @@ from pagemem.page_file import PageFiles
 from pagemem.page_requests import Route
 from pagemem.page_transfer import Done
 from pagemem.residency import PagedTensor, Residency
-from pagemem.snapshot import Snapshot
+from pagemem.monitor import CopyMonitor
+from pagemem.snapshot import Snapshots
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
 from pagemem.window import Comparable, Window, best_window
@@ -35,11 +33,9 @@ from pagemem.window import Comparable, Window, best_window
 #: Bandwidth assumed until the page files have moved enough to tell, and how much is enough.
 ASSUMED_BYTES_PER_S: Final = 1.5e9
 TELLING_BYTES: Final = 16 * MiB
-#: Stores under way at a time for a snapshot, beside those that training needs.
-SNAPSHOT_STORES: Final = 2
 
 
-class Mover:
+class Mover(CopyMonitor):
     """Owns the residency of every paged tensor of one host arena and one set of page files.
 
     Methods may be called on any thread unless they say otherwise; they take the lock themselves, and may be called
@@ -47,22 +43,17 @@ class Mover:
     """
 
     def __init__(self, arena: HostArena, files: PageFiles, sink: EventSink) -> None:
-        self.changed = threading.Condition(threading.RLock())
+        super().__init__(sink)
         self.arena = arena
         self.files = files
         self.host = PageAllocator(Tier.HOST, arena.page_bytes, arena.n_frames)
         self.copies = Copies(files, arena.page_bytes)
         self.tensors: dict[TensorId, PagedTensor] = {}
-        self._sink = sink
-        self._failure: BaseException | None = None
-        self._told = False
-        self._listeners: list[Callable[[], None]] = []
-        self._in_flight = 0
         self._next_id = 0
         self._touched = bytearray(arena.n_frames)
         self._n_set_aside = 0
-        self._snapshot: Snapshot | None = None
-        self._listeners.append(self._store_owed)
+        self.snapshots = Snapshots(self.tensors, self.copies, self.start_store)
+        self.on_change(lambda: None if self.failed else self.snapshots.store_owed())
 
     @property
     def ssd(self) -> PageAllocator:
@@ -87,27 +78,6 @@ class Mover:
                 self.copies.leave(tensor.copy)
             del self.tensors[tensor.id]
 
-    def on_change(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` with the lock held after every change that may let a waiting move go on."""
-        self._listeners.append(listener)
-
-    def check(self) -> None:
-        """Raise the first error of a background copy since the last call, once. Call on the training thread.
-
-        Raises:
-            StorageError: (or what the copy raised) every tensor is still whole where it was before that copy, and
-                what moves it next tries again.
-        """
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            self._told = True
-            raise failure
-
-    @property
-    def failed(self) -> bool:
-        """Whether a background copy failed and nobody has been told yet."""
-        return self._failure is not None
-
     def collect_leases(self) -> list[PagedTensor]:
         """Count ended leases off; returns the tensors that have none left since the last call.
 
@@ -123,6 +93,7 @@ class Mover:
                 if tensor.leases == 0:
                     freed.append(tensor)
                     if tensor.exposed and tensor.readable:
+                        self.make_writable(tensor)
                         self.touch(tensor)
                     tensor.exposed = False
             return freed
@@ -184,20 +155,19 @@ class Mover:
                 self._notify()
                 return
             tensor.become(Residency.LOADING)
-            self._in_flight += 1
+            self._begun()
             assert tensor.copy is not None
             started_s = time.perf_counter()
             self._begin(self.files.read, tensor.copy.route, buffer, lambda error: self._loaded(tensor, started_s, error))
 
     def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
-            self._in_flight -= 1
+            self._ended(error)
             if error is None:
                 tensor.become(Residency.CLEAN)
             else:
                 tensor.become(Residency.STORED)
                 self._give_up_frames(tensor)
-                self._failure = self._failure or error
             self._notify()
         self._emit(EventKind.READ, tensor, started_s)
 
@@ -215,7 +185,7 @@ class Mover:
                 tensor.copy = fresh
             tensor.become(Residency.STORING)
             tensor.backed = False
-            self._in_flight += 1
+            self._begun()
             assert tensor.frame is not None
             buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
             started_s = time.perf_counter()
@@ -223,16 +193,15 @@ class Mover:
 
     def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
-            self._in_flight -= 1
+            self._ended(error)
             if error is None and not tensor.rewritten:
                 tensor.backed = True
                 tensor.become(Residency.CLEAN)
-                self._pay(tensor)
+                self.snapshots.paid(tensor)
             else:
                 tensor.become(Residency.DIRTY)
-                self._failure = self._failure or error
                 if error is not None:
-                    self._give_up_snapshot(error)
+                    self.snapshots.give_up(error)
             tensor.rewritten = False
             self._notify()
         self._emit(EventKind.WRITE, tensor, started_s)
@@ -252,6 +221,35 @@ class Mover:
             if tensor.state is not Residency.DIRTY:
                 tensor.become(Residency.DIRTY)
             tensor.backed = False
+
+    def make_writable(self, tensor: PagedTensor) -> None:
+        """Before a tensor is changed: have a snapshot that waits for its content get it, and wait for that.
+
+        Raises:
+            StorageError: it could not be stored (or what else failed); the snapshot is given up.
+        """
+        with self.changed:
+            if not tensor.owed:
+                return
+            if tensor.state is Residency.DIRTY:
+                self.start_store(tensor)
+            self.wait_until(lambda: not tensor.owed, f"commit of {tensor.name}", tensor.n_bytes)
+
+    def resume(self, tensor: PagedTensor, stored: StoredCopy | None) -> None:
+        """Take a commit's copy for the content of a tensor that nobody holds; None: it reads as zeros from now on.
+
+        Raises:
+            AssertionError: it is held; nothing was changed.
+        """
+        with self.changed:
+            self.discard(tensor)
+            if tensor.copy is not None:
+                self.copies.leave(tensor.copy)
+                tensor.copy = None
+            if stored is not None:
+                stored.current = True
+                tensor.copy, tensor.backed = stored, True
+                tensor.become(Residency.STORED)
 
     def drop(self, tensor: PagedTensor) -> None:
         """Give up the host frames of a clean tensor that nobody holds.
@@ -281,29 +279,6 @@ class Mover:
             self._notify()
 
     # ---- waiting -----------------------------------------------------------------------------------------------
-
-    def wait_until(
-        self, ready: Callable[[], bool], why: str, n_bytes: int = 0, kind: EventKind = EventKind.WAIT
-    ) -> None:
-        """Block the calling thread until ``ready()``, and record the wait as an event of ``kind``.
-
-        Raises:
-            StorageError: (or what a background copy raised) instead of waiting for ever.
-        """
-        with self.changed:
-            if ready():
-                return
-            started_s = time.perf_counter()
-            while not ready():
-                self.check()
-                self.changed.wait()
-        self._sink.emit(Event(kind, why, n_bytes, started_s, time.perf_counter() - started_s))
-
-    def settle(self) -> None:
-        """Wait until no copy is under way, also after an error."""
-        with self.changed:
-            while self._in_flight:
-                self.changed.wait()
 
     def store_all(self) -> None:
         """Copy every dirty tensor to the page files and wait for it.
@@ -370,106 +345,6 @@ class Mover:
             new = [self.tensors[t] for t in dict.fromkeys(stored) if self.tensors[t].copy is None]
             return self.copies.used_frames_after(tensor.n_bytes for tensor in new)
 
-    # ---- snapshots ---------------------------------------------------------------------------------------------
-
-    def begin_snapshot(self, tensors: Iterable[PagedTensor]) -> Snapshot:
-        """Begin to make what ``tensors`` hold now whole in the page files. Training thread, between two ops.
-
-        Raises:
-            DiskFullError: there is no room for it, and for all that will be stored beside it; nothing was changed.
-            AssertionError: another one is being made, or a tensor is being used.
-        """
-        with self.changed:
-            if self._snapshot is not None:
-                raise AssertionError("a snapshot is being made already")
-            whole = [t for t in tensors if t.state is not Residency.ABSENT]
-            owing = [t for t in whole if t.state in (Residency.DIRTY, Residency.STORING)]
-            if any(tensor.pins for tensor in owing):
-                raise AssertionError("a snapshot inside an op")
-            # Every copy that it names will have to be written elsewhere once its tensor has changed.
-            self.copies.reserve(sum(tensor.n_frames for tensor in whole))
-            snapshot = Snapshot(self.copies)
-            for tensor in whole:
-                if tensor.backed:
-                    assert tensor.copy is not None
-                    snapshot.add(tensor.id, tensor.copy)
-            for tensor in sorted(owing, key=lambda t: t.last_use):
-                tensor.owed = True
-                snapshot.owing[tensor.id] = None
-            snapshot.settle()
-            if snapshot.owing:
-                self._snapshot = snapshot
-                self._store_owed()
-            return snapshot
-
-    def resume(self, tensor: PagedTensor, stored: StoredCopy | None) -> None:
-        """Take a commit's copy for the content of a tensor that nobody holds; None: it reads as zeros from now on.
-
-        Raises:
-            AssertionError: it is held; nothing was changed.
-        """
-        with self.changed:
-            self.discard(tensor)
-            if tensor.copy is not None:
-                self.copies.leave(tensor.copy)
-                tensor.copy = None
-            if stored is not None:
-                stored.current = True
-                tensor.copy, tensor.backed = stored, True
-                tensor.become(Residency.STORED)
-
-    def make_writable(self, tensor: PagedTensor) -> None:
-        """Before a tensor is changed: have a snapshot that waits for its content get it, and wait for that.
-
-        Raises:
-            StorageError: it could not be stored (or what else failed); the snapshot is given up.
-        """
-        with self.changed:
-            if not tensor.owed:
-                return
-            if tensor.state is Residency.DIRTY:
-                self.start_store(tensor)
-            self.wait_until(lambda: not tensor.owed, f"commit of {tensor.name}", tensor.n_bytes)
-
-    def _store_owed(self) -> None:
-        """Keep a few stores for the snapshot under way."""
-        snapshot = self._snapshot
-        if snapshot is None or self._failure is not None:
-            return
-        owing = [self.tensors[tensor] for tensor in snapshot.owing]
-        n_more = SNAPSHOT_STORES - sum(tensor.state is Residency.STORING for tensor in owing)
-        for tensor in owing:
-            if n_more > 0 and tensor.state is Residency.DIRTY:
-                n_more -= 1
-                self.start_store(tensor)
-
-    def _pay(self, tensor: PagedTensor) -> None:
-        snapshot = self._snapshot
-        if not tensor.owed or snapshot is None:
-            return
-        assert tensor.copy is not None
-        tensor.owed = False
-        snapshot.add(tensor.id, tensor.copy)
-        snapshot.settle()
-        if not snapshot.owing:
-            self._snapshot = None
-
-    def abandon(self, snapshot: Snapshot) -> None:
-        """Give a snapshot up, complete or not; nothing is owed to it any more."""
-        with self.changed:
-            if snapshot is self._snapshot:
-                self._give_up_snapshot(None)
-            else:
-                snapshot.release()
-
-    def _give_up_snapshot(self, error: BaseException | None) -> None:
-        snapshot, self._snapshot = self._snapshot, None
-        if snapshot is not None:
-            for tensor in snapshot.owing:
-                self.tensors[tensor].owed = False
-            snapshot.release(error)
-            self.changed.notify_all()
-
     def validate(self) -> None:
         """Check every cross reference between records and allocators.
 
@@ -496,7 +371,7 @@ class Mover:
             return self.copies.take(tensor.n_bytes)
         except OffloadError as error:
             if tensor.owed:
-                self._give_up_snapshot(error)
+                self.snapshots.give_up(error)
             raise
 
     def _begin(self, move: Callable[[Route, memoryview, Done], None], route: Route, buffer: memoryview, done: Done) -> None:
@@ -509,14 +384,6 @@ class Mover:
     def _give_up_frames(self, tensor: PagedTensor) -> None:
         self.host.release(tensor.id)
         tensor.frame = None
-
-    def _notify(self) -> None:
-        for listener in self._listeners:
-            try:
-                listener()
-            except OffloadError as error:
-                self._failure = self._failure or error
-        self.changed.notify_all()
 
     def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
         self._sink.emit(Event(kind, tensor.name, tensor.n_bytes, started_s, time.perf_counter() - started_s))

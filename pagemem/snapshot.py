@@ -13,12 +13,18 @@ Guarded by the mover's lock.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from pagemem.copies import Copies, StoredCopy
 from pagemem.errors import TransitionError
 from pagemem.page import TensorId
+from pagemem.residency import PagedTensor, Residency
+
+
+#: Stores under way at a time for a snapshot, beside those that training needs.
+STORES_AT_A_TIME: Final = 2
 
 
 class SnapshotState(enum.Enum):
@@ -38,7 +44,7 @@ _LEGAL: Final = {
 
 @dataclass(slots=True, eq=False)
 class Snapshot:
-    """One moment's copies. Made by `Mover.begin_snapshot`.
+    """One moment's copies. Made by `Snapshots.begin`.
 
     Attributes:
         copies: of every tensor that had content, once it is stored.
@@ -75,3 +81,88 @@ class Snapshot:
         if state not in _LEGAL[self.state]:
             raise TransitionError(f"snapshot: {self.state.value} -> {state.value} is not a legal move")
         self.state = state
+
+
+class Snapshots:
+    """Makes one snapshot at a time. With the mover's lock held.
+
+    Args:
+        tensors: all paged tensors, by id.
+        store: their copies.
+        start_store: begins to store a dirty tensor.
+    """
+
+    def __init__(
+        self, tensors: Mapping[TensorId, PagedTensor], store: Copies, start_store: Callable[[PagedTensor], None]
+    ) -> None:
+        self._tensors = tensors
+        self._store = store
+        self._start_store = start_store
+        self._open: Snapshot | None = None
+
+    def begin(self, tensors: Iterable[PagedTensor]) -> Snapshot:
+        """Begin to make what ``tensors`` hold now whole in the page files. Training thread, between two ops.
+
+        Raises:
+            DiskFullError: there is no room for it, and for all that will be stored beside it; nothing was changed.
+            AssertionError: another one is being made, or a tensor is being used.
+        """
+        if self._open is not None:
+            raise AssertionError("a snapshot is being made already")
+        whole = [tensor for tensor in tensors if tensor.state is not Residency.ABSENT]
+        owing = [tensor for tensor in whole if tensor.state in (Residency.DIRTY, Residency.STORING)]
+        if any(tensor.pins for tensor in owing):
+            raise AssertionError("a snapshot inside an op")
+        # Every copy that it names will have to be written elsewhere once its tensor has changed.
+        self._store.reserve(sum(tensor.n_frames for tensor in whole))
+        snapshot = Snapshot(self._store)
+        for tensor in whole:
+            if tensor.backed:
+                assert tensor.copy is not None
+                snapshot.add(tensor.id, tensor.copy)
+        for tensor in sorted(owing, key=lambda t: t.last_use):
+            tensor.owed = True
+            snapshot.owing[tensor.id] = None
+        snapshot.settle()
+        if snapshot.owing:
+            self._open = snapshot
+            self.store_owed()
+        return snapshot
+
+    def store_owed(self) -> None:
+        """Have a few stores under way for the open snapshot."""
+        if self._open is None:
+            return
+        owing = [self._tensors[tensor] for tensor in self._open.owing]
+        n_more = STORES_AT_A_TIME - sum(tensor.state is Residency.STORING for tensor in owing)
+        for tensor in owing:
+            if n_more > 0 and tensor.state is Residency.DIRTY:
+                n_more -= 1
+                self._start_store(tensor)
+
+    def paid(self, tensor: PagedTensor) -> None:
+        """A tensor's current copy is whole: if it was owed, it is in the snapshot now."""
+        snapshot = self._open
+        if not tensor.owed or snapshot is None:
+            return
+        assert tensor.copy is not None
+        tensor.owed = False
+        snapshot.add(tensor.id, tensor.copy)
+        snapshot.settle()
+        if not snapshot.owing:
+            self._open = None
+
+    def give_up(self, error: BaseException | None) -> None:
+        """Give the open snapshot up, if there is one; nothing is owed any more."""
+        snapshot, self._open = self._open, None
+        if snapshot is not None:
+            for tensor in snapshot.owing:
+                self._tensors[tensor].owed = False
+            snapshot.release(error)
+
+    def abandon(self, snapshot: Snapshot) -> None:
+        """Give a snapshot up, open or complete; nothing if it is released already."""
+        if snapshot is self._open:
+            self.give_up(None)
+        elif snapshot.state is not SnapshotState.RELEASED:
+            snapshot.release()

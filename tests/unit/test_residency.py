@@ -17,6 +17,7 @@ R = Residency
 #: The diagram in the module's docstring, move by move, written down a second time.
 MOVES = {
     (R.ABSENT, R.CLEAN): "first load",
+    (R.ABSENT, R.STORED): "resume",
     (R.STORED, R.LOADING): "load",
     (R.STORED, R.CLEAN): "fresh load: the content is not wanted",
     (R.STORED, R.ABSENT): "discard",
