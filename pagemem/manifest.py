@@ -98,7 +98,7 @@ class Manifest:
             found = json.loads(body)
             tensors = tuple(_stored_tensor(entry) for entry in found.pop("tensors"))
             return cls(tensors=tensors, run_ids=tuple(found.pop("run_ids")), **found)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CommitError(f"its content cannot be read: {type(error).__name__}: {error}") from error
 
 
