@@ -123,7 +123,7 @@ class StateWindows:
                 for tensor in tensors:
                     tensor.pins -= 1
                     if number not in self._home:
-                        self._mover.start_store(tensor)
+                        self._mover.start_store(tensor, background=True)
 
     def _free_window(self, *, needed: bool) -> _Window | None:
         """A window whose tenant has left. What was brought in early leaves only for a slice that is needed now."""
@@ -142,7 +142,7 @@ class StateWindows:
             if tensor.frame is not None and tensor.frame != frame and not self._leave((tensor,)):
                 return False
             if tensor.frame is None:
-                self._mover.start_load(tensor, frame)
+                self._mover.start_load(tensor, frame, background=True)
             frame = FrameId(frame + tensor.n_frames)
         return True
 
@@ -156,7 +156,7 @@ class StateWindows:
         stored = True
         for tensor in tensors:
             if tensor.state is Residency.DIRTY:
-                self._mover.start_store(tensor)
+                self._mover.start_store(tensor, background=True)
                 stored = False
         if stored:
             for tensor in tensors:

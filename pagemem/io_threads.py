@@ -42,7 +42,7 @@ def small_stacks() -> Iterator[None]:
 
 
 class IoPool(Generic[Item]):
-    """Threads that serve the items of one queue in order of arrival.
+    """Threads that serve the items of one queue in order of arrival, background items when no others wait.
 
     A thread that submits to its own pool while it serves (a callback that begins the next transfer) wakes nobody for
     the first such item: it looks at the queue itself right after. Waking an idle core costs up to 0.1 ms in a virtual
@@ -56,18 +56,26 @@ class IoPool(Generic[Item]):
         n_threads: how many items are served at a time.
         serve: called on a pool thread with one item.
         on_failure: called on a pool thread with what ``serve`` raised; the thread goes on with the next item.
+        n_background: how many background items are served at a time, at least 1.
 
     Raises:
         StorageError: the system starts no more threads; none is left running.
     """
 
     def __init__(
-        self, name: str, n_threads: int, serve: Callable[[Item], None], on_failure: Callable[[BaseException], None]
+        self,
+        name: str,
+        n_threads: int,
+        serve: Callable[[Item], None],
+        on_failure: Callable[[BaseException], None],
+        n_background: int = 1,
     ) -> None:
         self._serve = serve
         self._on_failure = on_failure
         self._lock = threading.Lock()  # guards all below
         self._items: deque[Item] = deque()
+        self._background: deque[Item] = deque()
+        self._n_background = n_background  # how many more may be begun
         self._idle: list[threading.Lock] = []  # a gate each waiting thread is blocked on, the latest last
         self._will_look: dict[int, bool] = {}  # by thread id, whether it has spared somebody a waking
         self._closing = False
@@ -83,11 +91,13 @@ class IoPool(Generic[Item]):
             self.close()
             raise
 
-    def submit(self, item: Item) -> None:
+    def submit(self, item: Item, *, background: bool = False) -> None:
         """Queue one item; any thread, never blocks. Not after `close` was called."""
         me = threading.get_ident()
         with self._lock:
-            self._items.append(item)
+            (self._background if background else self._items).append(item)
+            if background and not self._n_background:
+                return  # who serves one of those under way looks here after it
             if self._will_look.get(me) is False:
                 self._will_look[me] = True
                 return
@@ -108,21 +118,29 @@ class IoPool(Generic[Item]):
     def _run(self) -> None:
         gate = threading.Lock()
         gate.acquire()
-        while (item := self._next(gate)) is not None:
+        while (chosen := self._next(gate)) is not None:
+            item, background = chosen
             try:
                 self._serve(item)
             except BaseException as failure:  # whatever a callback raised must neither end the thread nor get lost
                 self._on_failure(failure)
             # Not kept while waiting for the next one: it holds the caller's buffer.
-            del item
+            del item, chosen
+            if background:
+                with self._lock:
+                    self._n_background += 1
 
-    def _next(self, gate: threading.Lock) -> Item | None:
-        """The next item, waited for; None when the pool closes and nothing is left."""
+    def _next(self, gate: threading.Lock) -> tuple[Item, bool] | None:
+        """The next item, waited for, and whether it is a background one; None when the pool closes and nothing is left."""
         while True:
             with self._lock:
                 self._will_look[threading.get_ident()] = False
                 if self._items:
-                    return self._items.popleft()
+                    return self._items.popleft(), False
+                if self._background and self._n_background:
+                    self._n_background -= 1
+                    return self._background.popleft(), True
+                # Background items that may not be begun yet are left to those who serve one: they look again after it.
                 if self._closing:
                     return None
                 self._idle.append(gate)

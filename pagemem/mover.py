@@ -52,7 +52,9 @@ class Mover(CopyMonitor):
         self._next_id = 0
         self._touched = bytearray(arena.n_frames)
         self._n_set_aside = 0
-        self.snapshots = Snapshots(self.tensors, self.copies, self.start_store)
+        self.snapshots = Snapshots(
+            self.tensors, self.copies, lambda tensor: self.start_store(tensor, background=True)
+        )
         self.on_change(lambda: None if self.failed else self.snapshots.store_owed())
 
     @property
@@ -132,10 +134,13 @@ class Mover(CopyMonitor):
 
     # ---- moves -------------------------------------------------------------------------------------------------
 
-    def start_load(self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False) -> None:
+    def start_load(
+        self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False, background: bool = False
+    ) -> None:
         """Begin bringing an absent or stored tensor into the free frames from ``frame`` on.
 
-        With ``fresh`` the old content is not wanted: nothing is read and the frames hold whatever was there.
+        With ``fresh`` the old content is not wanted: nothing is read and the frames hold whatever was there. A
+        ``background`` copy gives way to others.
 
         Raises:
             AssertionError: a frame is taken; nothing was changed.
@@ -158,7 +163,7 @@ class Mover(CopyMonitor):
             self._begun()
             assert tensor.copy is not None
             started_s = time.perf_counter()
-            self._begin(self.files.read, tensor.copy.route, buffer, lambda error: self._loaded(tensor, started_s, error))
+            self._begin(self.files.read, tensor.copy.route, buffer, lambda error: self._loaded(tensor, started_s, error), background)
 
     def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -171,8 +176,10 @@ class Mover(CopyMonitor):
             self._notify()
         self._emit(EventKind.READ, tensor, started_s)
 
-    def start_store(self, tensor: PagedTensor) -> None:
+    def start_store(self, tensor: PagedTensor, *, background: bool = False) -> None:
         """Begin copying a dirty tensor to its page-file frames, to fresh ones if it has none or a commit names them.
+
+        A ``background`` copy gives way to others.
 
         Raises:
             DiskFullError: there is no room; the tensor is still dirty and whole.
@@ -189,7 +196,7 @@ class Mover(CopyMonitor):
             assert tensor.frame is not None
             buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
             started_s = time.perf_counter()
-            self._begin(self.files.write, tensor.copy.route, buffer, lambda error: self._stored(tensor, started_s, error))
+            self._begin(self.files.write, tensor.copy.route, buffer, lambda error: self._stored(tensor, started_s, error), background)
 
     def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -374,9 +381,11 @@ class Mover(CopyMonitor):
                 self.snapshots.give_up(error)
             raise
 
-    def _begin(self, move: Callable[[Route, memoryview, Done], None], route: Route, buffer: memoryview, done: Done) -> None:
+    def _begin(
+        self, move: Callable[..., None], route: Route, buffer: memoryview, done: Done, background: bool
+    ) -> None:
         try:
-            move(route, buffer, done)
+            move(route, buffer, done, background=background)
         except BaseException as error:
             # Refused before it began: whoever waits for it hears of it as of one that failed.
             done(error)

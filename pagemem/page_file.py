@@ -180,7 +180,9 @@ class PageFiles:
         """Take extents for written with these checksums, by an earlier run. Any thread."""
         self._index.record(route.table.keys, sums)
 
-    def read(self, where: Route | Sequence[Extent], into: memoryview, done: Done) -> None:
+    def read(
+        self, where: Route | Sequence[Extent], into: memoryview, done: Done, *, background: bool = False
+    ) -> None:
         """Begin reading extents into a buffer, one after another; returns at once.
 
         Args:
@@ -190,6 +192,7 @@ class PageFiles:
             done: called once, on an I/O thread, with None or with the first error: `StorageError` (the system failed,
                 or an extent was never written) or `ChecksumError`. The buffer's content is undefined after an error.
                 It must be cheap and should not raise, see `failure`.
+            background: give way to transfers that are not.
 
         Raises:
             ValueError: extents or buffer are not as said; nothing was begun and ``done`` will not be called.
@@ -197,17 +200,21 @@ class PageFiles:
         """
         if into.readonly:
             raise ValueError("the buffer to read into is read-only; pass a writable one")
-        self._begin(Direction.READ, where, into, done)
+        self._begin(Direction.READ, where, into, done, background)
 
-    def write(self, where: Route | Sequence[Extent], source: memoryview, done: Done) -> None:
+    def write(
+        self, where: Route | Sequence[Extent], source: memoryview, done: Done, *, background: bool = False
+    ) -> None:
         """Begin writing a buffer to extents, one after another; returns at once.
 
         Arguments and exceptions are those of `read`. After an error (`StorageError`, `DiskFullError`) the extents hold
         neither the old nor the new bytes for certain; a read of them then raises unless the old ones are intact.
         """
-        self._begin(Direction.WRITE, where, source, done)
+        self._begin(Direction.WRITE, where, source, done, background)
 
-    def _begin(self, direction: Direction, where: Route | Sequence[Extent], buffer: memoryview, done: Done) -> None:
+    def _begin(
+        self, direction: Direction, where: Route | Sequence[Extent], buffer: memoryview, done: Done, background: bool
+    ) -> None:
         route = where if isinstance(where, Route) else self.route(where)
         flat = _flat(buffer)
         if flat.nbytes != route.n_bytes:
@@ -218,18 +225,22 @@ class PageFiles:
                 raise StorageError(f"the page files are {self._state.value}; no transfer can begin")
             for item in work:
                 _, request, _ = item
-                self._pools[direction, request.path].submit(item)
+                self._pools[direction, request.path].submit(item, background=background)
 
     def _note_failure(self, failure: BaseException) -> None:
         with self._state_lock:
             self._failure = self._failure or failure
 
     def _start_threads(self, threads_per_path: int) -> None:
+        # A thread that waits for tokens has taken them already: whoever comes next waits behind it.
+        n_background = 1 if self.throttle is not None else max(1, threads_per_path // 2)
         try:
             for direction in Direction:
                 for path in range(len(self.paths)):
                     name = f"pagemem-{direction.name.lower()}-{path}"
-                    self._pools[direction, path] = IoPool(name, threads_per_path, self._server, self._note_failure)
+                    self._pools[direction, path] = IoPool(
+                        name, threads_per_path, self._server, self._note_failure, n_background
+                    )
         except BaseException:
             self.close()
             raise

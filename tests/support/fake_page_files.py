@@ -31,12 +31,12 @@ class FakePageFiles(ABC):
         """What `read` and `write` are given again and again for the same extents."""
         return tuple(extents)
 
-    def read(self, route: Route, into: memoryview, done: Done) -> None:
+    def read(self, route: Route, into: memoryview, done: Done, *, background: bool = False) -> None:
         """Fill ``into``; an extent that was never written fails."""
         self.n_reads += 1
         self.begin("read", route, into, done)
 
-    def write(self, route: Route, source: memoryview, done: Done) -> None:
+    def write(self, route: Route, source: memoryview, done: Done, *, background: bool = False) -> None:
         """Keep the bytes of ``source``."""
         self.n_writes += 1
         self.begin("write", route, source, done)

@@ -106,3 +106,63 @@ def test_what_serving_raises_is_reported_and_the_thread_goes_on() -> None:
     assert log.take(1) == [1]
     pool.close()
     assert [type(failure) for failure in log.failures] == [KeyboardInterrupt]
+
+
+def test_background_items_give_way_to_the_others() -> None:
+    log, gate = Log(), threading.Event()
+
+    def serve(item: str) -> None:
+        gate.wait(TIMEOUT_S)
+        log.served.put(item)
+
+    pool: IoPool[str] = IoPool("test", 1, serve, log.failures.append)
+    pool.submit("first")
+    for number in range(3):
+        pool.submit(f"background {number}", background=True)
+        pool.submit(f"ordinary {number}")
+    gate.set()
+    pool.close()
+    ordinary, background = [[f"{kind} {number}" for number in range(3)] for kind in ("ordinary", "background")]
+    served = log.take(7)
+    served.remove("first")
+    assert served == [*ordinary, *background]
+
+
+def test_background_items_leave_threads_for_the_others() -> None:
+    gates = {name: threading.Event() for name in ("b0", "b1", "b2")}
+    log = Log()
+
+    def serve(item: str) -> None:
+        log.served.put(item)
+        if item in gates:
+            gates[item].wait(TIMEOUT_S)
+
+    pool: IoPool[str] = IoPool("test", 3, serve, log.failures.append, 2)
+    for name in gates:
+        pool.submit(name, background=True)
+    assert sorted(str(item) for item in log.take(2)) == ["b0", "b1"]
+    pool.submit("ordinary")
+    assert log.take(1) == ["ordinary"]
+    gates["b1"].set()
+    assert log.take(1) == ["b2"]
+    for gate in gates.values():
+        gate.set()
+    pool.close()
+
+
+def test_background_items_beyond_the_limit_are_served_before_the_pool_ends() -> None:
+    log, gate = Log(), threading.Event()
+
+    def serve(item: int) -> None:
+        gate.wait(TIMEOUT_S)
+        log.served.put(item)
+
+    pool: IoPool[int] = IoPool("test", 2, serve, log.failures.append)
+    for item in range(50):
+        pool.submit(item, background=True)
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    gate.set()
+    closing.join(TIMEOUT_S)
+    assert not closing.is_alive()
+    assert sorted(int(str(item)) for item in log.take(50)) == list(range(50))
