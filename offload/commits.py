@@ -75,6 +75,8 @@ class Committer:
         self.commits: dict[int, Commit] = dict(store.earlier.whole)
         self._number = store.earlier.last_number
         self._left: list[int] = []
+        #: Snapshots of commits that failed when their manifest may have been there already.
+        self._doubtful: dict[int, Snapshot] = {}
         self._own_course = not self.commits and not store.earlier.damaged
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
@@ -84,12 +86,14 @@ class Committer:
     # ---- going on from a commit ---------------------------------------------------------------------------------
 
     def choose(self, name: str | None, *, allow_older: bool) -> Commit | None:
-        """The newest commit, or the one with this name; None when the run has none at all.
+        """The newest commit, or the one with this name; None when the run has none at all. Waits for one being written.
 
         Raises:
             CommitError: it is damaged, or there is none of that name. With ``allow_older`` a damaged newest one is passed
                 over; what is wrong with it is in ``damaged``.
+            BaseException: what the last commit failed of, once.
         """
+        self.wait()
         if name is not None:
             named = [commit for commit in self.commits.values() if commit.manifest.name == name]
             if not named:
@@ -155,6 +159,7 @@ class Committer:
         def job() -> None:
             try:
                 self._await(snapshot)
+                self._settle_doubtful()
                 self._store.page_files.sync()
                 state = dict(moment.state)
                 if moment.beside:
@@ -172,9 +177,7 @@ class Committer:
                 )
                 self._earlier.folder.write(manifest)
             except BaseException:
-                with mover.changed:
-                    mover.snapshots.abandon(snapshot)
-                    mover.changed.notify_all()
+                self._give_up(number, snapshot)
                 raise
             by_key = {stored.key: copy for stored, copy in zip(manifest.tensors, snapshot.copies.values(), strict=True)}
             self.commits[number] = Commit(manifest, by_key)
@@ -182,6 +185,28 @@ class Committer:
 
         self._start(job)
         return number
+
+    def _give_up(self, number: int, snapshot: Snapshot) -> None:
+        """A commit has failed: its frames are free once it is certain that no manifest names them."""
+        if snapshot.state is SnapshotState.COMPLETE:
+            try:
+                self._earlier.folder.remove(number)
+            except OSError:  # The commit's own error is the one to raise; the frames wait for `_settle_doubtful`.
+                self._doubtful[number] = snapshot
+                return
+        self._abandon(snapshot)
+
+    def _settle_doubtful(self) -> None:
+        """Remove what failed commits may have left; nothing is committed while that cannot be done."""
+        for number in list(self._doubtful):
+            self._earlier.folder.remove(number)
+            self._abandon(self._doubtful.pop(number))
+
+    def _abandon(self, snapshot: Snapshot) -> None:
+        mover = self._store.mover
+        with mover.changed:
+            mover.snapshots.abandon(snapshot)
+            mover.changed.notify_all()
 
     def _await(self, snapshot: Snapshot) -> None:
         mover = self._store.mover
@@ -206,6 +231,7 @@ class Committer:
         for number in list(self._earlier.damaged):
             self._earlier.folder.remove(number)
             del self._earlier.damaged[number]
+        self._earlier.folder.sweep()
 
     # ---- the thread ---------------------------------------------------------------------------------------------
 

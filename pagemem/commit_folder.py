@@ -20,6 +20,7 @@ from pagemem.raw_file import sync_folder
 
 FOLDER_NAME: Final = "commits"
 _NAME: Final = re.compile(r"commit-(\d{8,})\.json")
+_OURS: Final = re.compile(r"commit-\d{8,}\.(json|safetensors)(\.new)?")
 
 
 class CommitFolder:
@@ -31,6 +32,7 @@ class CommitFolder:
 
     def __init__(self, run: Path) -> None:
         self.path = run / FOLDER_NAME
+        self._made = False
 
     def numbers(self) -> list[int]:
         """Numbers of the commits there are, damaged or not, ascending."""
@@ -63,14 +65,14 @@ class CommitFolder:
             content: ``manifest.encode()``, where the caller has it already.
 
         Raises:
-            OSError: it cannot be written; there is no such commit then.
+            OSError: it cannot be written. Whether there is such a commit after a crash is not known before `remove` succeeds.
         """
-        self.path.mkdir(exist_ok=True)
+        self._make()
         self._replace(self._file(manifest.number), manifest.encode() if content is None else content)
 
     def write_beside(self, number: int, content: bytes) -> dict[str, str | int]:
         """Make a commit's small tensors durable, before its manifest; returns what `read_beside` must be given."""
-        self.path.mkdir(exist_ok=True)
+        self._make()
         self._replace(self._beside(number), content)
         return {"n_bytes": len(content), "xxh3": xxh3_128_hexdigest(content)}
 
@@ -90,10 +92,30 @@ class CommitFolder:
         return content
 
     def remove(self, number: int) -> None:
-        """Remove a commit durably. There may be none."""
+        """Remove a commit durably. There may be none.
+
+        Raises:
+            OSError: it may still be there after a crash.
+        """
+        if not self.path.is_dir():
+            return
         self._file(number).unlink(missing_ok=True)
         sync_folder(self.path)
         self._beside(number).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove what a crash left of commits that there are not: drafts, and small tensors without a manifest."""
+        wanted = {path.name for number in self.numbers() for path in (self._file(number), self._beside(number))}
+        for name in os.listdir(self.path):
+            if _OURS.fullmatch(name) and name not in wanted:
+                (self.path / name).unlink()
+
+    def _make(self) -> None:
+        """Have the folder, durably."""
+        if not self._made:
+            self.path.mkdir(exist_ok=True)
+            sync_folder(self.path.parent)
+            self._made = True
 
     def _file(self, number: int) -> Path:
         return self.path / f"commit-{number:08d}.json"
