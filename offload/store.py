@@ -201,6 +201,8 @@ class PageStore:
         for parameter in model.parameters():
             if isinstance(parameter, PagedParameter) and parameter._place.placeholder.dtype is not parameter._place.slot.dtype:
                 parameter._place.follow_dtype(parameter)
+        if self.compute_dtype is not None:
+            _convert_buffers(model, self.compute_dtype)
 
     def _forget(self, unit: Unit) -> None:
         self.index.units.remove(unit)
@@ -337,3 +339,11 @@ class PageStore:
     def is_resident(self, unit: Unit) -> bool:
         """Whether a unit's parameters are in host memory now."""
         return unit.parameters.state not in (Residency.ABSENT, Residency.STORED)
+
+
+def _convert_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give floating-point buffers (running means, ...) the parameters' dtype, as ``model.to(dtype)`` does."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)

@@ -77,9 +77,6 @@ def train(case: Case, settings: dict[str, Any], optimizer: Callable[..., Any], *
     else:
         model = case.build()
     bf16 = settings["model"]["dtype"] == "bf16"
-    for buffer in model.buffers():  # Batch norm wants its buffers in the dtype of its input.
-        if bf16 and buffer.is_floating_point():
-            buffer.data = buffer.bfloat16()
     generator = torch.Generator().manual_seed(11)
     with offload.initialize(model, settings, optimizer) as engine:
         for _ in range(4):
