@@ -142,6 +142,13 @@ class Committer:
         content = [tensor for tensor in mover.tensors.values() if tensor.tag is not Tag.GRAD]
         with mover.changed:
             snapshot = mover.snapshots.begin(content)
+            try:
+                for tensor in content:
+                    if tensor.exposed:  # A view of it could be written to before it is stored.
+                        mover.make_writable(tensor)
+            except BaseException:
+                mover.snapshots.abandon(snapshot)
+                raise
         names = {tensor.id: (tensor.name, tensor.tag.value, tensor.n_bytes) for tensor in content}
         self._number += 1
         number = self._number

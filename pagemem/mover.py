@@ -55,7 +55,7 @@ class Mover(CopyMonitor):
         self.snapshots = Snapshots(
             self.tensors, self.copies, lambda tensor: self.start_store(tensor, background=True)
         )
-        self.on_change(lambda: None if self.failed else self.snapshots.store_owed())
+        self.on_change(self.snapshots.store_owed)
 
     @property
     def ssd(self) -> PageAllocator:

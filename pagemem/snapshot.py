@@ -103,6 +103,8 @@ class Snapshots:
     def begin(self, tensors: Iterable[PagedTensor]) -> Snapshot:
         """Begin to make what ``tensors`` hold now whole in the page files. Training thread, between two ops.
 
+        What is ``exposed`` is stored, as it may have been written to; the caller has that wait, see `Mover.make_writable`.
+
         Raises:
             DiskFullError: there is no room for it, and for all that will be stored beside it; nothing was changed.
             AssertionError: another one is being made, or a tensor is being used.
@@ -110,6 +112,11 @@ class Snapshots:
         if self._open is not None:
             raise AssertionError("a snapshot is being made already")
         whole = [tensor for tensor in tensors if tensor.state is not Residency.ABSENT]
+        for tensor in whole:
+            if tensor.exposed and tensor.state is Residency.CLEAN:
+                tensor.become(Residency.DIRTY)
+                tensor.backed = False
+            tensor.rewritten |= tensor.exposed and tensor.state is Residency.STORING
         owing = [tensor for tensor in whole if tensor.state in (Residency.DIRTY, Residency.STORING)]
         if any(tensor.pins for tensor in owing):
             raise AssertionError("a snapshot inside an op")

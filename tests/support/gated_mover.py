@@ -1,0 +1,86 @@
+"""A mover whose copies take as long as the test wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+import torch
+from fake_page_files import GatedPageFiles
+
+from pagemem.arena import HostArena
+from pagemem.errors import StorageError
+from pagemem.events import EventLog
+from pagemem.mover import Mover
+from pagemem.page import FrameId
+from pagemem.residency import PagedTensor
+from pagemem.tier import Tag
+from pagemem.units import KiB
+
+PAGE_BYTES = 64 * KiB
+N_FRAMES = 3
+
+
+class Gates:
+    """A mover whose copies wait for the test."""
+
+    def __init__(self, n_frames: int) -> None:
+        self.files = GatedPageFiles()
+        self.log = EventLog()
+        self.mover = Mover(HostArena(n_frames, PAGE_BYTES), self.files, self.log)  # type: ignore[arg-type]
+        self.training = ThreadPoolExecutor(1, "training")
+
+    def view(self, tensor: PagedTensor) -> torch.Tensor:
+        assert tensor.frame is not None
+        return self.mover.arena.view(tensor.frame, 0, torch.uint8, tensor.n_bytes)
+
+    def fill(self, tensor: PagedTensor, value: int) -> None:
+        """What an op that modifies a tensor does."""
+        tensor.pins += 1
+        self.mover.touch(tensor)
+        self.view(tensor).fill_(value)
+        tensor.pins -= 1
+
+    def holds(self, tensor: PagedTensor, value: int) -> bool:
+        return bool((self.view(tensor) == value).all())
+
+    def dirty(self, value: int, frame: int = 0, name: str = "t") -> PagedTensor:
+        """A new tensor in host memory that no page file has."""
+        tensor = self.mover.create(name, Tag.PARAM, PAGE_BYTES)
+        self.mover.start_load(tensor, FrameId(frame))
+        self.fill(tensor, value)
+        return tensor
+
+    def stored(self, value: int, name: str = "t") -> PagedTensor:
+        """A new tensor that only the page files have."""
+        tensor = self.dirty(value, name=name)
+        self.mover.start_store(tensor)
+        self.files.take("write").open()
+        self.mover.drop(tensor)
+        return tensor
+
+    def waits(self, until: Callable[[], bool], why: str) -> Future[None]:
+        """The training thread waits for something."""
+        return self.training.submit(self.mover.wait_until, until, why)
+
+    def lease(self, tensor: PagedTensor) -> torch.Tensor:
+        assert tensor.frame is not None
+        tensor.leases += 1
+        return self.mover.arena.lease(tensor.id, tensor.frame, 0, torch.uint8, tensor.n_bytes)
+
+
+@contextmanager
+def opened(n_frames: int = N_FRAMES) -> Iterator[Gates]:
+    """A mover at rest again at the end, with its books in order; what was never let happen fails, so that nobody hangs."""
+    made = Gates(n_frames)
+    try:
+        yield made
+        assert made.files.idle(), "a copy was begun that the test did not expect"
+    finally:
+        made.files.fail_all(StorageError("the test is over"))
+        made.training.shutdown()
+        with suppress(StorageError):
+            made.mover.close()
+        made.mover.validate()
+        made.mover.arena.close()
