@@ -115,7 +115,10 @@ class Checkpoints:
                 raise CommitError(f"the state of {name!r} cannot be committed: {error}; track what has a state of plain numbers") from error
         return {
             "slice_numel": self._store.slice_numel,
+            "optimizer": self._rule_name,
+            "parameters": self._parameters(),
             "update_steps": {slot.name: slot.steps for slot in self._slots()},
+            "edited": [slot.name for slot in self._slots() if slot.edited],
             "groups": [{k: v for k, v in group.items() if k != "params" and _is_plain(v)} for group in self._optimizer.param_groups],
             "random": random_states(),
             "tracked": tracked,
@@ -136,6 +139,14 @@ class Checkpoints:
                     found[f"{prefix}.{key}" if prefix else key] = buffer
         return found
 
+    @property
+    def _rule_name(self) -> str:
+        return self._optimizer.torch_class.__name__
+
+    def _parameters(self) -> dict[str, Any]:
+        """What must be alike where a run goes on: shape, dtype and parameter group of each paged parameter, as JSON has it."""
+        return {slot.name: [list(slot.shape), str(slot.dtype), slot.group] for slot in self._slots()}
+
     def _slots(self) -> list[Slot]:
         return [slot for unit in self._store.index.units for slot in unit.slots]
 
@@ -147,21 +158,21 @@ class Checkpoints:
         Raises:
             CommitError: it is damaged, or of another model, optimizer or precision; the engine is as it was.
         """
-        commit = self.committer.choose(name, allow_older=allow_older)
-        if commit is None:
+        found = self._choose(name, allow_older)
+        if found is None:
             return None
+        commit, ordinary = found
         manifest = commit.manifest
-        self._check_fits(commit)
-        beside = manifest.state.get("beside")
-        ordinary = load_tensors(self._store.earlier.folder.read_beside(manifest.number, beside)) if beside else {}
+        self._check_fits(commit, ordinary)
         self._updater.drain()
         self._store.driver.quiesce()
         with self._store.driver.interlude():
+            self._check_unused()
             for tensor in self._tensors().values():
                 self._take_over(tensor, commit)
         state = manifest.state
         for slot in self._slots():
-            slot.steps, slot.edited = int(state["update_steps"][slot.name]), False
+            slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]
         for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
             group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
         with torch.no_grad():
@@ -175,13 +186,40 @@ class Checkpoints:
         newer = [str(error) for number, error in sorted(self.committer.damaged.items()) if number > manifest.number]
         return Resumed(manifest.step, manifest.number, manifest.name, manifest.created, tuple(newer))
 
+    def _choose(self, name: str | None, allow_older: bool) -> tuple[Commit, dict[str, Tensor]] | None:
+        """A commit and the small tensors beside it."""
+        while (commit := self.committer.choose(name, allow_older=allow_older)) is not None:
+            beside = commit.manifest.state.get("beside")
+            try:
+                return commit, load_tensors(self._store.earlier.folder.read_beside(commit.manifest.number, beside)) if beside else {}
+            except CommitError as error:
+                if name is not None or not allow_older:
+                    raise
+                self.committer.damaged[commit.manifest.number] = error
+        return None
+
+    def _check_unused(self) -> None:
+        """Raise unless nobody has a view of a paged tensor."""
+        self._store.mover.collect_leases()
+        for key, tensor in self._tensors().items():
+            if tensor.pins or tensor.leases:
+                raise CommitError(f"{key} cannot be taken from the commit while a view of it is in use; let go of it before you resume")
+
     def _tensors(self) -> dict[str, PagedTensor]:
         return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag is not Tag.GRAD}
 
-    def _check_fits(self, commit: Commit) -> None:
+    def _check_fits(self, commit: Commit, ordinary: Mapping[str, Tensor]) -> None:
+        where, state = f"commit {commit.manifest.number}", commit.manifest.state
+        if state["optimizer"] != self._rule_name:
+            raise CommitError(f"{where} was made with {state['optimizer']}, this run has {self._rule_name}")
+        differing = _first_difference(state["parameters"], self._parameters())
+        if differing is not None:
+            raise CommitError(f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group)")
+        differing = _first_difference(_shapes(ordinary), _shapes(self._ordinary_tensors()))
+        if differing is not None:
+            raise CommitError(f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype)")
         ours = self._tensors()
         theirs = {stored.key: stored.n_bytes for stored in commit.manifest.tensors}
-        where = f"commit {commit.manifest.number}"
         for key, n_bytes in theirs.items():
             if key not in ours:
                 raise CommitError(f"{where} has {key}, which this model and optimizer do not have; resume with those it was made with")
@@ -190,12 +228,6 @@ class Checkpoints:
         for key, tensor in ours.items():
             if key not in theirs and tensor.tag is Tag.PARAM:
                 raise CommitError(f"{where} has no {key}; resume with the model it was made with")
-        state = commit.manifest.state
-        missing = {slot.name for slot in self._slots()} ^ set(state["update_steps"])
-        if missing:
-            raise CommitError(f"{where} has other parameters than this model: {', '.join(sorted(missing)[:5])}")
-        if len(state["groups"]) != len(self._optimizer.param_groups):
-            raise CommitError(f"{where} has {len(state['groups'])} parameter groups, this optimizer {len(self._optimizer.param_groups)}")
         untracked = set(self._tracked) - set(state["tracked"])
         if untracked:
             raise CommitError(f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks")
@@ -208,6 +240,18 @@ class Checkpoints:
             mover.start_load(tensor, frame)
             mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
             tensor.fixed = True
+
+
+def _first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """The first key under which two mappings have something else, in words."""
+    for key in sorted({*theirs, *ours}):
+        if theirs.get(key) != ours.get(key):
+            return f"{key}: {theirs.get(key, 'none')} and {ours.get(key, 'none')}"
+    return None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}
 
 
 def _is_plain(value: Any) -> bool:

@@ -95,12 +95,12 @@ class Committer:
         """
         self.wait()
         if name is not None:
-            named = [commit for commit in self.commits.values() if commit.manifest.name == name]
+            named = [commit for _, commit in sorted(self.commits.items()) if commit.manifest.name == name]
             if not named:
                 known = ", ".join(repr(c.manifest.name) for c in self.commits.values() if c.manifest.name) or "none"
                 raise CommitError(f"{self._earlier.folder.path} has no commit named {name!r}; there are: {known}")
             return named[-1]
-        newest = max(self.commits, default=0)
+        newest = max((number for number in self.commits if number not in self.damaged), default=0)
         later = [number for number in self.damaged if number > newest]
         if later and not allow_older:
             older = f"commit {newest} (step {self.commits[newest].manifest.step}) is whole" if newest else "no other one is whole"
@@ -168,6 +168,7 @@ class Committer:
                 self._await(snapshot)
                 self._settle_doubtful()
                 self._store.page_files.sync()
+                self._earlier.claim_parts()
                 state = dict(moment.state)
                 if moment.beside:
                     state["beside"] = self._earlier.folder.write_beside(number, moment.beside)
@@ -226,9 +227,10 @@ class Committer:
     def _retire(self) -> None:
         """Remove what is not kept any more; its frames are free once that is durable."""
         left, self._left = self._left, []
-        unnamed = [number for number, commit in self.commits.items() if commit.manifest.name is None and number not in left]
-        newest_of_name = {commit.manifest.name: number for number, commit in sorted(self.commits.items())}
-        kept = {*sorted(unnamed)[-self._keep :], *(n for name, n in newest_of_name.items() if name is not None), self._number}
+        usable = {number: commit for number, commit in sorted(self.commits.items()) if number not in self.damaged}
+        unnamed = [number for number, commit in usable.items() if commit.manifest.name is None and number not in left]
+        newest_of_name = {commit.manifest.name: number for number, commit in usable.items()}
+        kept = {*unnamed[-self._keep :], *(n for name, n in newest_of_name.items() if name is not None), self._number}
         for number in [number for number in self.commits if number not in kept]:
             self._earlier.folder.remove(number)
             commit = self.commits.pop(number)

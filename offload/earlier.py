@@ -1,9 +1,16 @@
-"""The commits that a run directory holds when it is opened, and the frames they name."""
+"""The commits that a run directory holds when it is opened, and the frames they name.
+
+Commits lie in the first of the run's directories and name page files in all of them. An engine that is given other
+directories, or the same in another order, would write over what they name: it is refused before anything is written.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -12,7 +19,11 @@ from pagemem.commit_folder import CommitFolder
 from pagemem.copies import Copies, StoredCopy
 from pagemem.errors import CommitError
 from pagemem.manifest import Manifest
+from pagemem.raw_file import sync_folder
 from pagemem.run_directory import RunDirectory
+
+#: In every directory of a run that commits but the first: which one that is.
+_PART_OF: Final = "commits-elsewhere.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +40,9 @@ class EarlierCommits:
     Attributes:
         whole: the commits that can be used, by number.
         damaged: what is wrong with the others, by number.
+
+    Raises:
+        ConfigError: the directories are not those, in their order, that the commits in one of them name.
     """
 
     def __init__(self, directories: Sequence[RunDirectory]) -> None:
@@ -36,29 +50,63 @@ class EarlierCommits:
         self.whole: dict[int, Commit] = {}
         self.damaged: dict[int, CommitError] = {}
         self._manifests: dict[int, Manifest] = {}
+        self._directories = directories
+        self._check_parts()
         run_ids = tuple(directory.run_id for directory in directories)
         for number in self.folder.numbers():
             try:
                 manifest = self.folder.read(number)
-                if manifest.run_ids != run_ids:
-                    raise CommitError(
-                        f"commit {number} in {self.folder.path} names other page files ({len(manifest.run_ids)} paths) than "
-                        "ssd.paths; give the same folders in the same order"
-                    )
-                self._manifests[number] = manifest
             except CommitError as error:
                 self.damaged[number] = error
+                continue
+            if manifest.run_ids != run_ids:
+                raise ConfigError(
+                    f"commit {number} in {self.folder.path} is of a run with {len(manifest.run_ids)} folders in ssd.paths, which are "
+                    "not those given now; give the same folders in the same order, or others"
+                )
+            self._manifests[number] = manifest
+
+    def _check_parts(self) -> None:
+        first = self._directories[0]
+        for directory in self._directories[1:]:
+            if CommitFolder(directory.path).numbers():
+                raise ConfigError(f"{directory.path} holds commits, so it is the first of its run's ssd.paths; give that run's folders in their order")
+        for directory in self._directories:
+            path = directory.file(_PART_OF)
+            if not path.exists():
+                continue
+            part_of = json.loads(path.read_text())
+            if directory is first or part_of["run_id"] != first.run_id:
+                raise ConfigError(
+                    f"{directory.path} holds pages of the commits in {part_of['path']}; give that run's folders in ssd.paths in their "
+                    f"order, or others; if that run is gone, remove {path}"
+                )
+
+    def claim_parts(self) -> None:
+        """Before a commit names page files in several directories: have each of them say so, durably."""
+        first = self._directories[0]
+        for directory in self._directories[1:]:
+            path = directory.file(_PART_OF)
+            if path.exists():
+                continue
+            draft = directory.file(_PART_OF + ".new")
+            with open(draft, "w") as file:
+                json.dump({"run_id": first.run_id, "path": str(first.path)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.rename(path)
+            sync_folder(directory.path)
 
     @property
     def last_number(self) -> int:
         """The greatest number in use, damaged or not; 0 when there is none."""
         return max([0, *self._manifests, *self.damaged])
 
-    def sizes(self, page_bytes: int, slice_numel: int, asked: int | str) -> tuple[int, int]:
+    def sizes(self, page_bytes: int, slice_numel: int, asked: int | str, *, checksums: bool) -> tuple[int, int]:
         """Page and slice size to go on with: the newest commit's, if there is one.
 
         Raises:
-            ConfigError: the configuration asks for another page size than it has.
+            ConfigError: the configuration asks for another page size than it has, or for checksums where it has none.
         """
         if not self._manifests:
             return page_bytes, slice_numel
@@ -68,6 +116,8 @@ class EarlierCommits:
                 f"memory.page is {page_bytes}, the commits in {self.folder.path} have pages of {newest.page_bytes} bytes; "
                 'use that, or "auto", or another folder'
             )
+        if checksums and not all(manifest.checksums for manifest in self._manifests.values()):
+            raise ConfigError(f"ssd.checksums is true, but commits in {self.folder.path} have none; set it to false, or name another folder")
         return newest.page_bytes, int(newest.state["slice_numel"])
 
     def restore(self, copies: Copies) -> None:

@@ -67,7 +67,9 @@ class PageStore:
                 self.directories.append(directory)
             # A run that goes on keeps the sizes it was begun with.
             self.earlier = EarlierCommits(self.directories)
-            self.page_bytes, self.slice_numel = self.earlier.sizes(sizes.page_bytes, sizes.slice_numel, config.memory.page)
+            self.page_bytes, self.slice_numel = self.earlier.sizes(
+                sizes.page_bytes, sizes.slice_numel, config.memory.page, checksums=config.ssd.checksums
+            )
             n_frames = ram_bytes // self.page_bytes
             self._arena_bytes = self._reserve(n_frames * self.page_bytes)
             arena = HostArena(n_frames, self.page_bytes)
@@ -278,10 +280,21 @@ class PageStore:
 
         Returns:
             Bytes for gradients in flight.
+
+        Raises:
+            BudgetError: the run's commits were made with a larger budget, and this one cannot go on from them.
         """
         need_frames, ram_bytes = max(map(self._update_frames, self.index.units)), self.config.memory.ram
         if need_frames > ram_bytes // self.page_bytes:
-            raise AssertionError(f"an update needs {need_frames} pages, which the check of the budget has not seen")
+            if not self.earlier.whole:
+                raise AssertionError(f"an update needs {need_frames} pages, which the check of the budget has not seen")
+            smallest_bytes = need_frames * self.page_bytes
+            raise BudgetError(
+                f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the commits in {self.earlier.folder.path} were made with "
+                f"more, and their optimizer states are cut accordingly: going on from them needs at least {smallest_bytes} bytes "
+                f"({format_bytes(smallest_bytes)})",
+                smallest_bytes,
+            )
         gradient_bytes = max(unit.gradient_bytes for unit in self.index.units) if in_flight else 0
         if (ram_bytes - gradient_bytes) // self.page_bytes < need_frames:
             gradient_bytes = 0

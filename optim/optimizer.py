@@ -51,6 +51,11 @@ class PagedOptimizer(torch.optim.Optimizer):
         """Give the optimizer the updater that does its work, and whom to tell of each step. Once, while it is made."""
         self._updater, self._stepped = updater, stepped
 
+    @property
+    def torch_class(self) -> type[torch.optim.Optimizer]:
+        """The class of torch that it stands for."""
+        return self._rule.torch_class
+
     def hypers(self) -> list[Hyper]:
         """Hyper-parameters of every group as they are now."""
         return [{name: group[name] for name in self._rule.hyper_names} for group in self.param_groups]
