@@ -37,6 +37,7 @@ from offload.checkpoint import Resumed  # noqa: E402
 from offload.config import Config, ConfigError, load_config  # noqa: E402
 from offload.deferred_init import deferred_init  # noqa: E402
 from offload.engine import Engine, initialize, prepare  # noqa: E402
+from offload.export import ExportError  # noqa: E402
 from offload.memory import MemoryReport, Stats, TierUse  # noqa: E402
 from offload.need import BudgetNeed  # noqa: E402
 from offload.parameters import PagedParameter, gathered  # noqa: E402
@@ -56,7 +57,7 @@ from pagemem.errors import (  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetError", "BudgetNeed", "ChecksumError", "CommitError", "Config", "ConfigError", "DiskFullError", "Engine", "FactoryError",
-    "MemoryReport", "NonFiniteError", "OffloadError", "PagedParameter", "Resumed", "RunDirectoryError", "StaleGradientError", "Stats",
+    "BudgetError", "BudgetNeed", "ChecksumError", "CommitError", "Config", "ConfigError", "DiskFullError", "Engine", "ExportError",
+    "FactoryError", "MemoryReport", "NonFiniteError", "OffloadError", "PagedParameter", "Resumed", "RunDirectoryError", "StaleGradientError", "Stats",
     "StorageError", "TierUse", "deferred_init", "gathered", "initialize", "load_config", "prepare", "smallest_budget",
 ]

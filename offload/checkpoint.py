@@ -25,6 +25,7 @@ from offload.config import Config
 from offload.earlier import Commit
 from offload.parameters import PagedParameter
 from offload.store import PageStore
+from offload.stored_layout import layout_of
 from optim.optimizer import PagedOptimizer
 from optim.unit import Slot
 from optim.updater import Updater
@@ -119,6 +120,7 @@ class Checkpoints:
             "parameters": self._parameters(),
             "update_steps": {slot.name: slot.steps for slot in self._slots()},
             "edited": [slot.name for slot in self._slots() if slot.edited],
+            **layout_of(self._store.index.units, self._model).describe(),
             "groups": [{k: v for k, v in group.items() if k != "params" and _is_plain(v)} for group in self._optimizer.param_groups],
             "random": random_states(),
             "tracked": tracked,

@@ -8,12 +8,26 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from rich.console import Console
 
 import offload
 from offload.config import ConfigError, load_config, read_config_file
+from offload.export import DTYPES, export_run
 from offload.launch import INTERRUPTED, launch
+from offload.verify import verify_run
 from pagemem.errors import OffloadError
+from pagemem.units import parse_bytes
+
+_EXPORT: Final = (
+    "Write the weights of a commit as safetensors files, in the layout of Hugging Face: shards and model.safetensors.index.json, "
+    "names as in model.state_dict(), buffers included, tied weights once. The run must not be training; nothing in it is changed."
+)
+_VERIFY: Final = (
+    "Check a run's commits: every manifest, the map of the pages, and the checksum of every page that a commit names. "
+    "The run must not be training; nothing in it is changed. Exit code 1 when anything is wrong."
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,13 +36,70 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"offload {offload.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("launch", help="train the model of a configuration file")
-    run.add_argument("file", metavar="FILE", help="configuration: .toml, .json, .yaml or .yml")
-    run.add_argument(
+    _add_launch(commands.add_parser("launch", help="train the model of a configuration file"))
+    _add_export(commands.add_parser("export", help="write the weights of a commit as safetensors files", description=_EXPORT))
+    _add_verify(commands.add_parser("verify", help="read everything that a run's commits name, and say what is wrong", description=_VERIFY))
+    return parser
+
+
+def _add_launch(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE", help="configuration: .toml, .json, .yaml or .yml")
+    command.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
         help="change one value of the file, e.g. --set memory.ram=64MiB; may be given several times",
     )  # fmt: skip
-    return parser
+    command.set_defaults(call=_launch)
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    _add_run(command, "commit to export; default: the newest whole one")
+    command.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder for the files, new or empty; it appears whole or not at all")
+    command.add_argument(
+        "--dtype", default="keep", choices=list(DTYPES),
+        help="dtype of the parameters; keep: the one they were computed in (default). fp32 takes the fp32 masters where there are any",
+    )  # fmt: skip
+    command.add_argument(
+        "--max-shard", default="5GB", metavar="SIZE", dest="max_shard", help="most bytes of tensors in a file, e.g. 500MB (default: 5GB)"
+    )
+    command.set_defaults(call=_export)
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    _add_run(command, "verify this commit alone; default: all")
+    command.set_defaults(call=_verify)
+
+
+def _add_run(command: argparse.ArgumentParser, commit: str) -> None:
+    command.add_argument("run", type=Path, metavar="RUN", help="run directory: the first folder of the run's ssd.paths")
+    command.add_argument(
+        "--path", action="append", default=[], type=Path, metavar="FOLDER", dest="paths",
+        help="another folder of the run's ssd.paths, where it is not found under the name in its configuration; may be given several times",
+    )  # fmt: skip
+    command.add_argument("--commit", metavar="NAME_OR_NUMBER", help=commit)
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    raw = read_config_file(Path(arguments.file))
+    return launch(load_config(apply_changes(raw, arguments.changes)))
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    try:
+        max_shard_bytes = parse_bytes(arguments.max_shard)
+    except ValueError as error:
+        raise ConfigError(f"--max-shard: {error}") from error
+    if max_shard_bytes < 1:
+        raise ConfigError(f"--max-shard is {arguments.max_shard}; it must be at least 1 byte")
+    export_run(
+        arguments.run, arguments.to, paths=arguments.paths, commit=arguments.commit, dtype=arguments.dtype,
+        max_shard_bytes=max_shard_bytes, console=Console(),
+    )  # fmt: skip
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    report = verify_run(arguments.run, paths=arguments.paths, commit=arguments.commit, console=Console())
+    return 0 if report.whole else 1
 
 
 def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
@@ -63,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
-        raw = read_config_file(Path(arguments.file))
-        return launch(load_config(apply_changes(raw, arguments.changes)))
+        code: int = arguments.call(arguments)
+        return code
     except (OffloadError, ValueError, OSError, MemoryError) as error:
         if arguments.debug:
             raise

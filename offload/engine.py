@@ -16,11 +16,13 @@ from types import TracebackType
 from typing import Any, Final
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from offload.checkpoint import Checkpoints, Resumed, Stateful
 from offload.config import Config, OptimizerConfig, load_config
 from offload.deferred_init import store_of
+from offload.export import export_commit
 from offload.hooks import SavedWeights
 from offload.memory import MemoryReport, Stats, TierUse
 from offload.parameters import PagedParameter
@@ -31,6 +33,7 @@ from optim.unit import Slot, Unit
 from pagemem.errors import NonFiniteError, OffloadError, TransitionError
 from pagemem.events import EventKind
 from pagemem.page_file import PageFiles
+from pagemem.units import parse_bytes
 
 #: Makes a torch optimizer over the parameters given to it; its class, groups and options are taken over.
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -268,6 +271,27 @@ class Engine:
         if resumed is not None:
             self._steps, self._micro_batches = resumed.step, 0
         return resumed
+
+    def export(self, folder: str | Path, *, dtype: str = "keep", max_shard: str | int = "5GB") -> Path:
+        """Commit the steps made so far, and write their weights as safetensors files; see `offload export --help`.
+
+        Args:
+            folder: new or empty; it appears whole or not at all.
+            dtype: "keep", "fp32" (the masters, where there are any), "bf16" or "fp16".
+            max_shard: most bytes of tensors in one file.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ExportError: the folder holds something, or a value cannot be expressed in ``dtype``; nothing was written.
+            As `save`, and StorageError where the folder cannot be written; nothing is left of the export then.
+        """
+        number = self.save()
+        manifest = self._checkpoints.committer.commits[number].manifest
+        folders = [directory.path for directory in self._store.directories]
+        shard_bytes = parse_bytes(max_shard)
+        return export_commit(folders, manifest, Path(folder), dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True)).folder
 
     @property
     def steps(self) -> int:

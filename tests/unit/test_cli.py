@@ -13,6 +13,7 @@ import pytest
 import offload
 from offload import cli
 from offload.config import Config, ConfigError
+from offload.verify import Report
 from pagemem.errors import OffloadError
 
 SMALL = '[memory]\nram = "64MiB"\n[ssd]\npaths = ["pages"]\n'
@@ -65,7 +66,18 @@ def test_the_surface() -> None:
         "--version": None,
         "--debug": None,
         "launch": {"-h/--help": None, "FILE": None, "--set": None},
+        "export": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")),
+        "verify": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit")),
     }
+
+
+@pytest.mark.parametrize("command", ["launch", "export", "verify"])
+def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    actions = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]._actions
+    assert [action.dest for action in actions if not action.help] == []
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0 and f"usage: offload {command}" in capsys.readouterr().out
 
 
 def test_the_version_in_a_process_of_its_own() -> None:
@@ -73,11 +85,31 @@ def test_the_version_in_a_process_of_its_own() -> None:
     assert done.stdout == f"offload {offload.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"], ["export", "run"],
+     ["export", "run", "--to", "out", "--dtype", "int8"], ["verify"], ["verify", "a", "b"]],
+)
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2 and "usage: offload" in capsys.readouterr().err
+
+
+def test_what_export_and_verify_are_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cli, "export_run", lambda *a, console, **named: seen.append((*a, named)))
+    monkeypatch.setattr(cli, "verify_run", lambda *a, console, **named: (seen.append((*a, named)), Report([], {3: ["wrong"]}))[1])
+    paths = ["--path", "b", "--path", "c"]
+    assert cli.main(["export", "a", "--to", "out", *paths, "--commit", "5", "--dtype", "bf16", "--max-shard", "2MB"]) == 0
+    assert cli.main(["export", "a", "--to", "out"]) == 0
+    assert cli.main(["verify", "a", *paths]) == 1
+    named = {"paths": [Path("b"), Path("c")], "commit": "5"}
+    assert seen == [
+        (Path("a"), Path("out"), {**named, "dtype": "bf16", "max_shard_bytes": 2_000_000}),
+        (Path("a"), Path("out"), {"paths": [], "commit": None, "dtype": "keep", "max_shard_bytes": 5_000_000_000}),
+        (Path("a"), {**named, "commit": None}),
+    ]
 
 
 def test_changes_go_into_the_configuration(file: Path, launched: list[Config]) -> None:

@@ -1,0 +1,332 @@
+"""`offload export`: the weights of a commit as safetensors files, streamed, so that a model of any size needs little RAM.
+
+The folder appears whole or not at all: everything is written under another name beside it, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from offload.byte_progress import ByteProgress
+from offload.shards import INDEX_NAME, Shard, ShardWriter, Weight, index_of, plan_shards, write_failure
+from offload.stopped_run import StoppedRun
+from offload.stored_layout import StoredLayout, StoredSlot, StoredUnit
+from pagemem.commit_folder import CommitFolder
+from pagemem.errors import ChecksumError, CommitError, DiskFullError, OffloadError
+from pagemem.manifest import Manifest, StoredTensor
+from pagemem.page_file import PAGE_FILE_NAME
+from pagemem.page_reader import Chunk, PageReader
+from pagemem.raw_file import sync_folder
+from pagemem.units import MiB, format_bytes
+
+#: dtypes that can be asked for; "keep" is what the parameters were computed in.
+DTYPES: Final[dict[str, torch.dtype | None]] = {
+    "keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
+#: Elements of a parameter that are in memory at a time.
+PIECE_NUMEL: Final = 1 * MiB
+_NAMES: Final = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class ExportError(OffloadError):
+    """A commit cannot be exported as asked, or not to that place. Nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written: names of the files with tensors, their bytes, and the commit."""
+
+    folder: Path
+    files: tuple[str, ...]
+    n_bytes: int
+    manifest: Manifest
+
+
+def export_run(
+    run: Path, to: Path, *, paths: Sequence[Path], commit: str | None, dtype: str, max_shard_bytes: int, console: Console
+) -> Exported:
+    """Export a commit of a run that nobody trains in. See `offload export --help`.
+
+    Raises:
+        RunDirectoryError: the run cannot be used. CommitError: the commit cannot. ExportError: not like this.
+        DiskFullError, StorageError: reading or writing failed. Nothing is left of the export in any case.
+    """
+    with StoppedRun(run, paths) as stopped:
+        manifest = stopped.choose(commit)
+        for error in stopped.damaged_after(manifest):
+            console.print(f"a newer commit is damaged: {error}", soft_wrap=True, highlight=False, markup=False)
+        named = f" ({manifest.name})" if manifest.name else ""
+        console.print(
+            f"commit {manifest.number}{named}, step {manifest.step}, of {manifest.created}"
+            + ("" if manifest.checksums else "; the run kept no checksums, so what is read cannot be verified"),
+            soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
+        exported = export_commit(stopped.folders, manifest, to, dtype=dtype, max_shard_bytes=max_shard_bytes, console=console)
+    console.print(
+        f"{exported.folder}: {len(exported.files)} files, {format_bytes(exported.n_bytes)}", soft_wrap=True, highlight=False, markup=False
+    )
+    return exported
+
+
+def export_commit(
+    folders: Sequence[Path], manifest: Manifest, to: Path, *, dtype: str, max_shard_bytes: int, console: Console
+) -> Exported:
+    """Export a commit whose frames nobody reuses meanwhile.
+
+    Args:
+        folders: the run directories, in order.
+        to: a new or empty folder.
+
+    Raises:
+        ValueError: ``dtype`` or ``max_shard_bytes`` is none.
+        As `export_run`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; known are {', '.join(DTYPES)}")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
+    to = to.absolute()
+    _refuse_place(to, folders)
+    weights = CommitWeights(folders, manifest, DTYPES[dtype])
+    shards = plan_shards(weights.listed(), max_shard_bytes, weights.tied)
+    index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
+    total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
+    with PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader:
+        with _new_folder(to, total_bytes) as draft, ByteProgress(console, "exporting", weights.n_bytes) as progress:
+            with ShardWriter(draft, shards) as writer:
+                for name, offset_bytes, data in weights.pieces(reader):
+                    writer.write(name, offset_bytes, data)
+                    progress.advance(data.nbytes)
+                writer.write_file(INDEX_NAME, index)
+                writer.finish()
+    return Exported(to, tuple(shard.file_name for shard in shards), total_bytes, manifest)
+
+
+# ---- the place -----------------------------------------------------------------------------------------------------
+
+
+def _refuse_place(to: Path, folders: Sequence[Path]) -> None:
+    """Raise unless ``to`` is new or empty, and not inside the run."""
+    resolved = to.resolve()
+    for folder in folders:
+        if resolved.is_relative_to(folder.resolve()):
+            raise ExportError(f"{to} is inside the run directory {folder}; name a folder elsewhere")
+    if to.exists() and not to.is_dir():
+        raise ExportError(f"{to} is a file; name a new or empty folder")
+    if to.is_dir() and any(to.iterdir()):
+        raise ExportError(f"{to} is not empty; nothing is overwritten: name a new or empty folder")
+
+
+@contextmanager
+def _new_folder(to: Path, n_bytes: int) -> Iterator[Path]:
+    """A folder that becomes ``to`` at the end of the block, and vanishes with everything in it after an error.
+
+    Raises:
+        DiskFullError: there is no room for ``n_bytes``.
+    """
+    made = _make_parents(to.parent)
+    draft: Path | None = None
+    try:
+        free_bytes = shutil.disk_usage(to.parent).free
+        if free_bytes < n_bytes:
+            raise DiskFullError(
+                f"the export takes {n_bytes} bytes ({format_bytes(n_bytes)}), free in {to.parent} are {free_bytes} "
+                f"({format_bytes(free_bytes)}); free some, or name another folder"
+            )
+        draft = Path(tempfile.mkdtemp(prefix=f".{to.name}.", suffix=".unfinished", dir=to.parent))
+        yield draft
+        draft.chmod(0o777 & ~_umask())
+        sync_folder(draft)
+        os.rename(draft, to)  # takes the place of an empty folder, refuses any other
+        draft = to
+        sync_folder(to.parent)
+    except BaseException as error:
+        if draft is not None:
+            shutil.rmtree(draft)
+        for folder in made:
+            folder.rmdir()
+        if isinstance(error, OSError):
+            raise write_failure(error, to, n_bytes) from error
+        raise
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make a folder and its parents; returns those made, the deepest first."""
+    missing = [path for path in [folder, *folder.parents] if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be made: {error.strerror}") from error
+    return missing
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+# ---- the weights ---------------------------------------------------------------------------------------------------
+
+
+class CommitWeights:
+    """The tensors of a commit, under the names of ``model.state_dict()``, and their bytes piece by piece.
+
+    Args:
+        dtype: of the paged parameters; None: as they were computed in. Buffers keep their own.
+
+    Attributes:
+        tied: further names, each with the one under which the tensor is.
+
+    Raises:
+        CommitError: the commit lacks something, or what lies beside it is damaged.
+    """
+
+    def __init__(self, folders: Sequence[Path], manifest: Manifest, dtype: torch.dtype | None) -> None:
+        self._manifest = manifest
+        self._dtype = dtype
+        self._layout = StoredLayout.read(manifest.state)
+        self._stored = {stored.key: stored for stored in manifest.tensors}
+        self.tied = {name: kept for name, kept in self._layout.names.items() if name != kept}
+        beside = manifest.state.get("beside")
+        self._beside = read_safetensors(CommitFolder(folders[0]).read_beside(manifest.number, beside)) if beside else {}
+        kept = set(self._layout.names.values())
+        self._paged = {slot.name: (unit, slot) for unit in self._layout.units for slot in unit.slots if slot.name in kept}
+
+    def listed(self) -> list[Weight]:
+        """All of them, in the order of the names.
+
+        Raises:
+            CommitError: the commit does not have one.
+        """
+        found = []
+        for name in dict.fromkeys(self._layout.names.values()):
+            if name in self._paged:
+                unit, slot = self._paged[name]
+                found.append(Weight(name, _NAMES[self._dtype or unit.torch_dtype], slot.shape))
+            elif name in self._beside:
+                found.append(self._beside[name][0])
+            else:
+                raise CommitError(f"commit {self._manifest.number} has no {name}")
+        return found
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all pieces."""
+        return sum(weight.n_bytes for weight in self.listed())
+
+    def pieces(self, reader: PageReader) -> Iterator[tuple[str, int, memoryview]]:
+        """Name, offset and bytes of each piece.
+
+        Raises:
+            ChecksumError: a page does not hold what was written; names the tensor, the file and the frame.
+            StorageError: a file cannot be read.
+            ExportError: a value cannot be expressed in the dtype.
+        """
+        for name in dict.fromkeys(self._layout.names.values()):
+            if name in self._beside:
+                yield name, 0, self._beside[name][1]
+        for unit in self._layout.units:
+            yield from self._unit_pieces(unit, reader)
+
+    def _unit_pieces(self, unit: StoredUnit, reader: PageReader) -> Iterator[tuple[str, int, memoryview]]:
+        source, target = unit.torch_dtype, self._dtype or unit.torch_dtype
+        size = source.itemsize
+        values = _Stream(reader, [(0, unit.slots[-1].end * size, self._tensor(unit.parameters))], checksums=self._manifest.checksums)
+        masters = None
+        if target is not source and unit.has_masters:
+            parts = [(part.begin * 4, part.end * 4, self._tensor(part.master or "")) for part in unit.slices]
+            masters = _Stream(reader, parts, checksums=self._manifest.checksums)
+        for slot in unit.slots:
+            if slot.name not in self._paged:
+                continue  # dropped from the model since its unit was made
+            for begin in range(slot.offset, slot.end, PIECE_NUMEL):
+                end = min(begin + PIECE_NUMEL, slot.end)
+                piece = torch.from_numpy(values.take(begin * size, end * size)).view(source)
+                if target is not source:
+                    wide = None if masters is None else torch.from_numpy(masters.take(begin * 4, end * 4)).view(torch.float32)
+                    piece = _converted(slot, piece, wide, target)
+                yield slot.name, (begin - slot.offset) * target.itemsize, piece.view(torch.uint8).numpy().data
+
+    def _tensor(self, key: str) -> StoredTensor:
+        if key not in self._stored:
+            raise CommitError(f"commit {self._manifest.number} has no {key}")
+        return self._stored[key]
+
+
+def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Values in another dtype, from their masters, except where they were edited since those were made."""
+    exact = values
+    if masters is not None:
+        exact = torch.where(masters.to(values.dtype) == values, masters, values.float())
+    converted = exact.to(dtype)
+    if bool((torch.isinf(converted) & torch.isfinite(exact)).any()):
+        raise ExportError(f"{slot.name} has values beyond the largest of {dtype}, {torch.finfo(dtype).max:g}; export as bf16 or fp32")
+    return converted
+
+
+class _Stream:
+    """Bytes of stored tensors that lie one after another, read once, from front to back, a chunk at a time."""
+
+    def __init__(self, reader: PageReader, parts: Sequence[tuple[int, int, StoredTensor]], *, checksums: bool) -> None:
+        self._reader = reader
+        self._checksums = checksums
+        self._buffer: Bytes = np.frombuffer(reader.buffer(), dtype=np.uint8)
+        self._begin = self._end = 0
+        self._chunks = self._all(parts)
+
+    def _all(self, parts: Sequence[tuple[int, int, StoredTensor]]) -> Iterator[tuple[int, int, StoredTensor, Chunk]]:
+        for begin, end, stored in parts:
+            for chunk in self._reader.chunks(stored):
+                start = begin + chunk.begin_bytes
+                yield start, min(end, start + chunk.n_bytes), stored, chunk
+
+    def take(self, begin: int, end: int) -> Bytes:
+        """A copy of bytes [begin, end), none of which lies before what was taken last."""
+        taken: Bytes = np.empty(end - begin, dtype=np.uint8)
+        at = begin
+        while at < end:
+            while at >= self._end:
+                self._next()
+            n_bytes = min(end, self._end) - at
+            taken[at - begin : at - begin + n_bytes] = self._buffer[at - self._begin : at - self._begin + n_bytes]
+            at += n_bytes
+        return taken
+
+    def _next(self) -> None:
+        try:
+            self._begin, self._end, stored, chunk = next(self._chunks)
+        except StopIteration:
+            raise CommitError("a tensor of the commit is shorter than its parameters") from None
+        with self._buffer.data as into:
+            wrong = self._reader.read(chunk, into, checksums=self._checksums)
+        if wrong:
+            raise ChecksumError(f"{stored.key}: {wrong[0]}: the disk or another program changed it; export an earlier commit")
+
+
+def read_safetensors(content: bytes) -> Mapping[str, tuple[Weight, memoryview]]:
+    """The tensors of a safetensors file in memory, with their bytes."""
+    n_header = int.from_bytes(content[:8], "little")
+    entries: dict[str, Any] = json.loads(content[8 : 8 + n_header])
+    data = memoryview(content)[8 + n_header :]
+    return {
+        name: (Weight(name, entry["dtype"], tuple(entry["shape"])), data[slice(*entry["data_offsets"])])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }

@@ -1,0 +1,202 @@
+"""A run that nobody trains in, opened for reading: its folders, held against engines that would start, and its commits.
+
+Nothing in the folders is changed, but for a lock file where there was none, which is removed at the end. So no engine can
+reuse frames of a commit that is being read.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from pagemem.commit_folder import CommitFolder
+from pagemem.errors import CommitError, RunDirectoryError
+from pagemem.manifest import Manifest
+from pagemem.page_file import PAGE_FILE_NAME
+from pagemem.run_directory import FORMAT, IDENTITY_NAME, LOCK_NAME
+
+
+class StoppedRun:
+    """The folders and commits of a run; a context manager that holds the folders' locks.
+
+    Args:
+        run: the folder with the commits, the first one of the run's ``ssd.paths``.
+        paths: others of its folders. Where they are not named, those in the run's configuration are tried.
+
+    Attributes:
+        folders: in the order of the page files' striping.
+        commits: reads what lies beside the manifests.
+        whole: the commits that can be used, by number.
+        damaged: what is wrong with the others, by number.
+
+    Raises:
+        RunDirectoryError: a folder is no run directory, is in use, or cannot be found. Nothing was changed.
+    """
+
+    def __init__(self, run: Path, paths: Sequence[Path] = ()) -> None:
+        self.path = run.absolute()
+        known = {_run_id(path): path.absolute() for path in [*reversed(paths), run]}
+        self._locks = ExitStack()
+        with ExitStack() as undo:
+            undo.callback(self._locks.close)
+            self._locks.callback(_hold(self.path))
+            self.commits = CommitFolder(self.path)
+            self._read_commits()
+            self.folders = self._find_folders(known)
+            for folder in self.folders[1:]:
+                self._locks.callback(_hold(folder))
+            undo.pop_all()
+
+    @property
+    def page_files(self) -> list[Path]:
+        """Where the pages are, in the order of their striping."""
+        return [folder / PAGE_FILE_NAME for folder in self.folders]
+
+    def choose(self, wanted: str | None) -> Manifest:
+        """The newest whole commit, or the one of this name or number.
+
+        Raises:
+            CommitError: there is none, it is damaged, or a name and a number mean two different ones.
+        """
+        if wanted is None:
+            if not self.whole:
+                wrong = "; ".join(str(error) for _, error in sorted(self.damaged.items()))
+                raise CommitError(f"{self.path} has no whole commit{': ' + wrong if wrong else ''}")
+            return self.whole[max(self.whole)]
+        found = {manifest.number: manifest for manifest in self.whole.values() if manifest.name == wanted}
+        number = int(wanted) if wanted.isascii() and wanted.isdigit() else 0
+        if number in self.whole:
+            found[number] = self.whole[number]
+        elif number in self.damaged and not found:
+            raise self.damaged[number]
+        if len(found) > 1:
+            raise CommitError(f"{wanted!r} is the name of commit {min(found.keys() - {number})} and the number of another; rename one")
+        if not found:
+            there = ", ".join(str(n) + (f" ({m.name})" if m.name else "") for n, m in sorted(self.whole.items())) or "none"
+            raise CommitError(f"{self.path} has no commit {wanted!r}; whole ones are: {there}")
+        return next(iter(found.values()))
+
+    def damaged_after(self, manifest: Manifest) -> list[CommitError]:
+        """What is wrong with commits newer than this one."""
+        return [error for number, error in sorted(self.damaged.items()) if number > manifest.number]
+
+    def close(self) -> None:
+        """Let engines use the folders again. Idempotent."""
+        self._locks.close()
+
+    def __enter__(self) -> StoppedRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- finding things ----------------------------------------------------------------------------------------
+
+    def _read_commits(self) -> None:
+        self.whole: dict[int, Manifest] = {}
+        self.damaged: dict[int, CommitError] = {}
+        numbers = self.commits.numbers()
+        if not numbers:
+            raise RunDirectoryError(
+                f"{self.path} holds no commits: either none was made, or they are in another folder of the run; "
+                "name the first one of its ssd.paths"
+            )
+        for number in numbers:
+            try:
+                self.whole[number] = self.commits.read(number)
+            except CommitError as error:
+                self.damaged[number] = error
+        own = _run_id(self.path)
+        expected = self.whole[max(self.whole)].run_ids if self.whole else ()
+        for number, manifest in list(self.whole.items()):
+            if manifest.run_ids != expected or manifest.run_ids[:1] != (own,):
+                del self.whole[number]
+                self.damaged[number] = CommitError(f"commit {number} in {self.commits.path} names other page files than those of this run")
+
+    def _find_folders(self, known: dict[str, Path]) -> list[Path]:
+        if not self.whole:
+            return [self.path]
+        newest = self.whole[max(self.whole)]
+        tried = [Path(path) for path in newest.state["config"]["ssd"]["paths"]]
+        for path in tried:
+            try:
+                known.setdefault(_run_id(path), path.absolute())
+            except RunDirectoryError:
+                continue  # moved since, or of another machine; what is missing is said below
+        missing = [place for place, run_id in enumerate(newest.run_ids) if run_id not in known]
+        if missing:
+            which = ", ".join(f"number {place + 1} (run id {newest.run_ids[place]})" for place in missing)
+            looked = ", ".join(str(path) for path in [*known.values(), *tried])
+            raise RunDirectoryError(
+                f"the pages of {self.path} are in {len(newest.run_ids)} folders, not found: {which}; looked at {looked}. "
+                "Name the others with --path"
+            )
+        return [known[run_id] for run_id in newest.run_ids]
+
+
+def _run_id(path: Path) -> str:
+    """The identity of a run directory.
+
+    Raises:
+        RunDirectoryError: it has none that this version can read.
+    """
+    try:
+        identity = json.loads((path / IDENTITY_NAME).read_text())
+        if identity["format"] != FORMAT:
+            raise RunDirectoryError(f"{path} was made by another version: format {identity['format']!r}, this one reads {FORMAT!r}")
+        return str(identity["run_id"])
+    except FileNotFoundError:
+        what = f"it has no {IDENTITY_NAME}" if path.is_dir() else "there is no such folder"
+        raise RunDirectoryError(f"{path} is not a run directory: {what}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{path} is not a run directory: {IDENTITY_NAME} cannot be read ({error})") from error
+
+
+class _Lock:
+    """Holds the lock of a folder; calling it lets go."""
+
+    def __init__(self, name: Path, fd: int, *, made: bool) -> None:
+        self._name, self._fd, self._made = name, fd, made
+
+    def __call__(self) -> None:
+        if self._made:
+            self._name.unlink(missing_ok=True)
+        fcntl.flock(self._fd, fcntl.LOCK_UN)  # explicitly, as forked children may share the description
+        os.close(self._fd)
+
+
+def _hold(folder: Path) -> _Lock:
+    """Take a folder's lock, as an engine would.
+
+    Raises:
+        RunDirectoryError: somebody has it; the message names the process.
+    """
+    name = folder / LOCK_NAME
+    while True:
+        made = not name.exists()
+        try:
+            fd = os.open(name, (os.O_RDWR | os.O_CREAT if made else os.O_RDONLY) | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue  # its holder has just removed it
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise RunDirectoryError(f"{folder} cannot be held against being used: {name.name}: {error.strerror}") from error
+            # Nobody can train on a read-only file system, so there is nothing to hold.
+            return _Lock(name, os.open(folder, os.O_RDONLY | os.O_CLOEXEC), made=False)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            raise RunDirectoryError(f"{folder} is in use by process {holder}; wait for that run to end, or close its engine") from None
+        if name.exists() and os.path.samestat(os.fstat(fd), os.stat(name)):
+            if made:
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            return _Lock(name, fd, made=made)
+        os.close(fd)

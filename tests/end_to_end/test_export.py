@@ -1,0 +1,332 @@
+"""`offload export`: the very weights, in shards that everybody reads, in little memory, and nothing half done."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finished_runs import FinishedRun, Tied, finished, settings
+from parity import adamw
+from safetensors import safe_open
+from safetensors.torch import load_file
+from small_runs import assert_equal, batches, built, engine_of, train
+from tiny_models import CASES
+from torch import Tensor, nn
+
+import offload
+from offload import export, shards
+from offload.cli import main
+from pagemem import page_reader
+from pagemem.page_reader import Chunk, PageReader
+
+
+def loaded(folder: Path) -> dict[str, Tensor]:
+    """What the shards hold, by the names of ``model.state_dict()``: tied ones, which are written once, under each name."""
+    index = json.loads((folder / shards.INDEX_NAME).read_text())
+    found: dict[str, Tensor] = {}
+    for file_name in dict.fromkeys(index["weight_map"].values()):
+        found |= load_file(folder / file_name)
+    assert set(found) == set(index["weight_map"])
+    return found | {name: found[kept] for name, kept in index["metadata"]["tied"].items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Names, dtypes, shapes and bits."""
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name].dtype is value.dtype and torch.equal(found[name], value), name
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> FinishedRun:
+    """A run with two commits, of which the first has a name."""
+    return finished(built(), settings(tmp_path), names=["first", None])
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["gpt", "conv", "partly_trained", "tied"])
+def test_the_shards_hold_the_weights_bit_for_bit(kind: str, dtype: str, tmp_path: Path) -> None:
+    build = Tied if kind == "tied" else CASES[kind].build
+    torch.manual_seed(3)
+    data = batches(2) if kind == "tied" else [CASES[kind].batch(torch.Generator().manual_seed(k)) for k in range(2)]
+    if dtype == "bf16":
+        data = [(x.bfloat16() if x.is_floating_point() else x, y) for x, y in data]
+    finish = finished(build(), settings(tmp_path, dtype=dtype), data, names=[None, None])
+    assert main(["export", str(finish.folder), "--to", str(tmp_path / "out"), "--max-shard", "100KB"]) == 0
+    found = loaded(tmp_path / "out")
+    assert_same(found, finish.weights)
+    plain = build().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    plain.load_state_dict(found)
+    assert_same({k: v for k, v in plain.state_dict().items() if v.is_floating_point() and k in dict(plain.named_parameters())},
+                {k: v for k, v in finish.weights.items() if k in dict(plain.named_parameters()) and v.is_floating_point()})  # fmt: skip
+
+
+def test_tied_tensors_are_written_once_and_their_names_are_kept(tmp_path: Path) -> None:
+    finish = finished(Tied(), settings(tmp_path), batches(1))
+    assert main(["export", str(finish.folder), "--to", str(tmp_path / "out")]) == 0
+    tied = {"head.weight": "embed.weight"} | {f"again.{name}": f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    index = json.loads((tmp_path / "out" / shards.INDEX_NAME).read_text())
+    assert index["metadata"]["tied"] == tied and index["metadata"]["step"] == 1 and not set(index["weight_map"]) & set(tied)
+    assert "scratch" not in index["weight_map"] and "codes" in index["weight_map"]
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **tied}
+    model = Tied()
+    assert not model.load_state_dict(loaded(tmp_path / "out")).missing_keys
+    assert torch.equal(model.head.weight, finish.weights["embed.weight"])
+
+
+@pytest.mark.parametrize(("limit", "alone"), [(300_000, False), (1, True)])
+def test_shards_are_no_larger_than_asked_but_for_single_tensors(run: FinishedRun, limit: int, alone: bool, tmp_path: Path) -> None:
+    assert main(["export", str(run.folder), "--to", str(tmp_path / "out"), "--max-shard", str(limit)]) == 0
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert [file.name for file in files] == [f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)]
+    for file in files:
+        held = load_file(file)
+        assert len(held) == 1 if alone else sum(value.nbytes for value in held.values()) <= limit
+        assert (file.stat().st_size - sum(value.nbytes for value in held.values())) % 8 == 0  # whole words of header: tensors are aligned
+    index = json.loads((tmp_path / "out" / shards.INDEX_NAME).read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in run.weights.values())
+
+
+def test_fp32_takes_the_masters_and_keeps_what_was_edited_since(tmp_path: Path) -> None:
+    model = built()
+    with offload.initialize(model, settings(tmp_path, dtype="bf16"), adamw) as engine:
+        train(engine, 3)
+        with offload.gathered(model.norm), torch.no_grad():
+            model.norm.weight.fill_(1.5)
+        engine.save()
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+    assert main(["export", str(tmp_path / "pages"), "--to", str(tmp_path / "wide"), "--dtype", "fp32"]) == 0
+    wide = loaded(tmp_path / "wide")
+    assert_same({name: value.bfloat16() for name, value in wide.items()}, weights)
+    assert torch.equal(wide["norm.weight"], torch.full((128,), 1.5))
+    assert not torch.equal(wide["tok.weight"], weights["tok.weight"].float())  # what rounding hides is there
+    assert main(["export", str(tmp_path / "pages"), "--to", str(tmp_path / "half"), "--dtype", "fp16"]) == 0
+    assert_same(loaded(tmp_path / "half"), {name: value.half() for name, value in wide.items()})
+
+
+def test_values_that_a_dtype_cannot_express_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = built()
+    with torch.no_grad():
+        model.norm.weight[5] = 70_000.0
+    finish = finished(model, settings(tmp_path))
+    assert main(["export", str(finish.folder), "--to", str(tmp_path / "out"), "--dtype", "fp16"]) == 1
+    assert "norm.weight has values beyond the largest of torch.float16, 65504; export as bf16 or fp32" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pages"]
+
+
+@pytest.mark.parametrize("commit", ["first", "1"])
+def test_a_commit_is_chosen_by_name_or_number(run: FinishedRun, commit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run.folder), "--to", str(tmp_path / "out"), "--commit", commit]) == 0
+    assert "commit 1 (first), step 1, of " in capsys.readouterr().out
+    plain = built()
+    plain.load_state_dict(loaded(tmp_path / "out"))
+    (tmp_path / "again").mkdir()
+    with engine_of(built(), tmp_path / "again") as engine:
+        train(engine, 1)
+        assert_equal(engine.model, plain)
+
+
+def test_an_engine_exports_itself_and_goes_on(tmp_path: Path) -> None:
+    with engine_of(built(), tmp_path) as engine:
+        train(engine, 2)
+        weights = {key: value.clone() for key, value in engine.model.state_dict().items()}
+        assert engine.export(tmp_path / "out", max_shard="200KB") == tmp_path / "out"
+        assert_same(loaded(tmp_path / "out"), weights)
+        with pytest.raises(offload.ExportError, match="is not empty"):
+            engine.export(tmp_path / "out")
+        train(engine, 1)
+
+
+# ---- memory and output -----------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_of_any_size_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(1024, 2048, bias=False), nn.Linear(2048, 1024))
+    ram = settings(tmp_path, dtype="bf16")
+    ram["memory"]["ram"] = 64 << 20
+    with offload.initialize(model, ram, adamw) as engine:
+        engine.save()
+    monkeypatch.setattr(page_reader, "CHUNK_BYTES", 128 << 10)
+    monkeypatch.setattr(export, "PIECE_NUMEL", 32 << 10)
+    largest = {"read": 0, "written": 0}
+    read, pwrite = PageReader.read, os.pwrite
+
+    def counted_read(self: PageReader, chunk: Chunk, into: memoryview, *, checksums: bool) -> Any:
+        largest["read"] = max(largest["read"], into.nbytes, chunk.n_bytes)
+        return read(self, chunk, into, checksums=checksums)
+
+    def counted_write(fd: int, data: memoryview, position: int) -> int:
+        largest["written"] = max(largest["written"], memoryview(data).nbytes)
+        return pwrite(fd, data, position)
+
+    monkeypatch.setattr(PageReader, "read", counted_read)
+    monkeypatch.setattr(os, "pwrite", counted_write)
+    tracemalloc.start()
+    try:
+        assert main(["export", str(tmp_path / "pages"), "--to", str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 16 << 20
+    assert largest == {"read": 128 << 10, "written": 128 << 10} and peak_bytes < 4 << 20
+
+
+def test_output_in_a_pipe_is_plain_lines(run: FinishedRun, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "offload.cli", "export", str(run.folder), "--to", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("commit 2, step 2, of ") and lines[-2].startswith("exporting 100 %  ")
+    assert lines[-1].startswith(f"{tmp_path / 'out'}: 1 files, ") and done.stderr == ""
+    assert done.stdout.replace("\n", "").isprintable() and 3 <= len(lines) <= 12
+
+
+# ---- what is refused, and what is left then --------------------------------------------------------------------------
+
+
+def refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line on stderr and exit code 1."""
+    assert main(["export", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("offload: error: ") and error.count("\n") == 1, error
+
+
+def test_a_folder_with_anything_in_it_is_left_alone(run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    refused([str(run.folder), "--to", str(tmp_path / "out")], "is not empty; nothing is overwritten", capsys)
+    refused([str(run.folder), "--to", str(tmp_path / "out" / "notes")], "is a file; name a new or empty folder", capsys)
+    refused([str(run.folder), "--to", str(run.folder / "out")], f"is inside the run directory {run.folder}", capsys)
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_an_empty_folder_is_taken(run: FinishedRun, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert main(["export", str(run.folder), "--to", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors", shards.INDEX_NAME]
+
+
+def test_what_is_no_run_or_has_no_such_commit_is_refused(run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--to", str(tmp_path / "out")]
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "photo").write_text("mine")
+    refused([str(tmp_path / "foreign"), *out], "foreign is not a run directory: it has no pagemem.json", capsys)
+    refused([str(tmp_path / "nowhere"), *out], "nowhere is not a run directory: there is no such folder", capsys)
+    refused([str(run.folder), *out, "--commit", "last"], "has no commit 'last'; whole ones are: 1 (first), 2", capsys)
+    refused([str(run.folder), *out, "--max-shard", "big"], "--max-shard: not a size: 'big'", capsys)
+    refused([str(run.folder), *out, "--max-shard", "0"], "--max-shard is 0; it must be at least 1 byte", capsys)
+    shutil.rmtree(run.folder / "commits")
+    refused([str(run.folder), *out], "holds no commits", capsys)
+    assert os.listdir(tmp_path / "foreign") == ["photo"] and not (tmp_path / "out").exists() and not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_in_use_is_refused_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with engine_of(built(), tmp_path) as engine:
+        train(engine, 1)
+        engine.save()
+        refused([str(tmp_path / "pages"), "--to", str(tmp_path / "out")], f"is in use by process {os.getpid()}", capsys)
+        train(engine, 1)
+        assert (tmp_path / "pages" / "pagemem.lock").exists()
+    assert main(["export", str(tmp_path / "pages"), "--to", str(tmp_path / "out")]) == 0
+
+
+def test_a_damaged_newest_commit_is_said_and_passed_over(run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = run.folder / "commits" / "commit-00000002.json"
+    newest.write_bytes(newest.read_bytes()[:-5])
+    assert main(["export", str(run.folder), "--to", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"a newer commit is damaged: {newest} is damaged: ") and "commit 1 (first), step 1" in said
+    refused([str(run.folder), "--to", str(tmp_path / "more"), "--commit", "2"], "commit-00000002.json is damaged", capsys)
+
+
+@pytest.mark.parametrize("tag", ["parameter", "master"])
+def test_a_damaged_page_is_named_and_nothing_is_left(tag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(built(), settings(tmp_path, dtype="bf16"))
+    stored = run.tensor(tag)
+    frame = run.damage(stored)
+    refused(
+        [str(run.folder), "--to", str(tmp_path / "deep" / "out"), "--dtype", "fp32"],
+        f"{stored.key}: {run.folder / 'pages.bin'}: frame {frame} (file offset ", capsys,
+    )  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pages"]
+
+
+def _fails(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
+    """Have a call of the os module fail from its third time on."""
+    real: Callable[..., Any] = getattr(os, name)
+    calls: list[None] = []
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        calls.append(None)
+        if len(calls) > 2:
+            raise error
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("pwrite", OSError(errno.ENOSPC, "No space left on device"), "No space left on device; wanted "),
+        ("pwrite", OSError(errno.EIO, "Input/output error"), "model.safetensors: Input/output error"),
+        ("fsync", OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        ("pwrite", KeyboardInterrupt(), "interrupted"),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_an_export_that_fails_leaves_nothing(
+    run: FinishedRun, name: str, error: BaseException, said: str, there: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if there:
+        (tmp_path / "out").mkdir()
+    before = run.content()
+    with monkeypatch.context() as broken:
+        _fails(broken, name, error)
+        assert main(["export", str(run.folder), "--to", str(tmp_path / "out")]) == (130 if "interrupted" in said else 1)
+    assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pages"][not there :] and run.content() == before
+    assert not there or list((tmp_path / "out").iterdir()) == []
+    assert main(["export", str(run.folder), "--to", str(tmp_path / "out")]) == 0
+
+
+def test_room_is_looked_for_beforehand(run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    refused([str(run.folder), "--to", str(tmp_path / "out")], "bytes (1.", capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pages"]
+
+
+def test_the_run_is_not_changed(run: FinishedRun, tmp_path: Path) -> None:
+    before = run.content()
+    assert main(["export", str(run.folder), "--to", str(tmp_path / "out")]) == 0
+    assert run.content() == before
+
+
+# ---- several disks ---------------------------------------------------------------------------------------------------
+
+
+def test_all_folders_of_a_run_are_found_or_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / "one", tmp_path / "two", tmp_path / "three"]
+    run = finished(built(), settings(tmp_path, paths=paths))
+    assert main(["export", str(run.folder), "--to", str(tmp_path / "found")]) == 0
+    assert_same(loaded(tmp_path / "found"), run.weights)
+    (tmp_path / "two").rename(tmp_path / "moved")
+    refused([str(run.folder), "--to", str(tmp_path / "out")], "are in 3 folders, not found: number 2 (run id ", capsys)
+    refused([str(run.folder), "--to", str(tmp_path / "out"), "--path", str(tmp_path)], "is not a run directory", capsys)
+    refused([str(tmp_path / "three"), "--to", str(tmp_path / "out")], "name the first one of its ssd.paths", capsys)
+    assert main(["export", str(run.folder), "--to", str(tmp_path / "named"), "--path", str(tmp_path / "moved")]) == 0
+    assert_same(loaded(tmp_path / "named"), run.weights)
