@@ -311,6 +311,11 @@ class Engine:
         plan = self._store.driver.plan
         return None if plan is None else plan.step_s
 
+    @property
+    def staleness(self) -> int:
+        """Steps that the parameters in use miss, in the unit that is furthest behind; 0 in exact mode."""
+        return self._updater.staleness
+
     def stats(self) -> Stats:
         """Counters since the engine was made."""
         driver, counters, files = self._store.driver, self._store.counters, self._store.page_files.stats()
@@ -323,13 +328,15 @@ class Engine:
             bytes_written=files.bytes_written,
             wait_s=counters.seconds(EventKind.WAIT),
             update_s=counters.seconds(EventKind.UPDATE),
+            dropped_steps=self._updater.dropped_steps,
+            dropped_gradients=self._updater.dropped_gradients,
         )
 
     def memory_report(self) -> MemoryReport:
         """Bytes per tier now, at their peak, and as planned."""
         store = self._store
         mover, page_bytes, plan = store.mover, store.page_bytes, store.driver.plan
-        host_planned = plan.peak_frames if plan is not None else None
+        host_planned = plan.peak_frames + self._updater.state_frames if plan is not None else None
         ssd_planned = mover.planned_page_file_frames(plan.stored()) if plan is not None else None
         gradients = self._updater
         tiers = {

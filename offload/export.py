@@ -242,17 +242,19 @@ class CommitWeights:
         for name in dict.fromkeys(self._layout.names.values()):
             if name in self._beside:
                 yield name, 0, self._beside[name][1]
+        buffers = [np.frombuffer(reader.buffer(), dtype=np.uint8) for _ in range(2)]
         for unit in self._layout.units:
-            yield from self._unit_pieces(unit, reader)
+            yield from self._unit_pieces(unit, reader, buffers)
 
-    def _unit_pieces(self, unit: StoredUnit, reader: PageReader) -> Iterator[tuple[str, int, memoryview]]:
+    def _unit_pieces(self, unit: StoredUnit, reader: PageReader, buffers: Sequence[Bytes]) -> Iterator[tuple[str, int, memoryview]]:
         source, target = unit.torch_dtype, self._dtype or unit.torch_dtype
         size = source.itemsize
-        values = _Stream(reader, [(0, unit.slots[-1].end * size, self._tensor(unit.parameters))], checksums=self._manifest.checksums)
+        checksums = self._manifest.checksums
+        values = _Stream(reader, buffers[0], [(0, unit.slots[-1].end * size, self._tensor(unit.parameters))], checksums=checksums)
         masters = None
         if target is not source and unit.has_masters:
             parts = [(part.begin * 4, part.end * 4, self._tensor(part.master or "")) for part in unit.slices]
-            masters = _Stream(reader, parts, checksums=self._manifest.checksums)
+            masters = _Stream(reader, buffers[1], parts, checksums=checksums)
         for slot in unit.slots:
             if slot.name not in self._paged:
                 continue  # dropped from the model since its unit was made
@@ -282,20 +284,19 @@ def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: 
 
 
 class _Stream:
-    """Bytes of stored tensors that lie one after another, read once, from front to back, a chunk at a time."""
+    """Bytes of stored tensors that lie one after another, read once, from front to back, a chunk at a time.
 
-    def __init__(self, reader: PageReader, parts: Sequence[tuple[int, int, StoredTensor]], *, checksums: bool) -> None:
+    Args:
+        buffer: as long as a chunk, this stream's alone while it is used.
+        parts: first byte, end, and the tensor that has them from its first byte on.
+    """
+
+    def __init__(self, reader: PageReader, buffer: Bytes, parts: Sequence[tuple[int, int, StoredTensor]], *, checksums: bool) -> None:
         self._reader = reader
         self._checksums = checksums
-        self._buffer: Bytes = np.frombuffer(reader.buffer(), dtype=np.uint8)
+        self._buffer = buffer
         self._begin = self._end = 0
-        self._chunks = self._all(parts)
-
-    def _all(self, parts: Sequence[tuple[int, int, StoredTensor]]) -> Iterator[tuple[int, int, StoredTensor, Chunk]]:
-        for begin, end, stored in parts:
-            for chunk in self._reader.chunks(stored):
-                start = begin + chunk.begin_bytes
-                yield start, min(end, start + chunk.n_bytes), stored, chunk
+        self._chunks = _chunks_of(reader, parts)
 
     def take(self, begin: int, end: int) -> Bytes:
         """A copy of bytes [begin, end), none of which lies before what was taken last."""
@@ -318,6 +319,14 @@ class _Stream:
             wrong = self._reader.read(chunk, into, checksums=self._checksums)
         if wrong:
             raise ChecksumError(f"{stored.key}: {wrong[0]}: the disk or another program changed it; export an earlier commit")
+
+
+def _chunks_of(reader: PageReader, parts: Sequence[tuple[int, int, StoredTensor]]) -> Iterator[tuple[int, int, StoredTensor, Chunk]]:
+    """First byte and end of each chunk, its tensor, and the chunk."""
+    for begin, end, stored in parts:
+        for chunk in reader.chunks(stored):
+            start = begin + chunk.begin_bytes
+            yield start, min(end, start + chunk.n_bytes), stored, chunk
 
 
 def read_safetensors(content: bytes) -> Mapping[str, tuple[Weight, memoryview]]:

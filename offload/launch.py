@@ -284,7 +284,7 @@ def _train(
                     host_bytes=memory.tiers["host"].used_bytes, ssd_bytes=memory.tiers["ssd"].used_bytes,
                     ssd_read_bytes=now.bytes_read - last.bytes_read,
                     ssd_written_bytes=now.bytes_written - last.bytes_written,
-                    wait_share=(now.wait_s - last.wait_s) / step_s,
+                    wait_share=(now.wait_s - last.wait_s) / step_s, staleness=engine.staleness,
                 )  # fmt: skip
             )
             last = now

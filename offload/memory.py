@@ -13,8 +13,10 @@ class Stats:
         steps: optimizer steps; each was a planned or an on-demand one.
         bytes_read, bytes_written: moved by the page files.
         wait_s: the training thread's waits for page moves.
-        update_s: spent in update kernels by the training thread.
+        update_s: spent in update kernels, on whichever thread.
         deviations: steps that left the plan because an op was not the traced one.
+        dropped_steps: steps whose gradients were not finite and were not applied (loss scaling, or clipping in lock-free mode).
+        dropped_gradients: gradients of single units that were not finite and were not applied (lock-free mode).
     """
 
     steps: int
@@ -25,6 +27,8 @@ class Stats:
     bytes_written: int
     wait_s: float
     update_s: float
+    dropped_steps: int = 0
+    dropped_gradients: int = 0
 
     def since(self, earlier: Stats) -> Stats:
         """What has been added since ``earlier``."""

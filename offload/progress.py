@@ -29,6 +29,7 @@ class StepMetrics:
     ssd_read_bytes: int
     ssd_written_bytes: int
     wait_share: float
+    staleness: int = 0
 
     @property
     def ssd_mb_per_s(self) -> float:
@@ -40,6 +41,7 @@ class StepMetrics:
         return (
             f"step {self.step}/{steps}  loss {self.loss:.4f}  {self.tokens_per_s:,.0f} tokens/s  RAM {format_bytes(self.host_bytes)}  "
             f"SSD {format_bytes(self.ssd_bytes)}  {self.ssd_mb_per_s:,.0f} MB/s  waiting {self.wait_share:.1%}"
+            + (f"  staleness {self.staleness}" if self.staleness else "")
         )
 
 

@@ -50,6 +50,8 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
         ("tokens/s", f"{run.tokens / run.train_s:,.0f}" if run.train_s else "-"),
         ("waiting for pages", f"{stats.wait_s / run.train_s:.1%} of the time" if run.train_s else "-"),
     ]
+    if stats.dropped_steps or stats.dropped_gradients:
+        rows.append(("dropped, not finite", f"{stats.dropped_steps} steps, {stats.dropped_gradients} gradients of units"))
     if run.planned_step_s is not None and run.steps:
         rows.append(("step, mean against planned", f"{run.train_s / run.steps:.3f} s, {run.planned_step_s:.3f} s"))
     for name, tier in run.memory.tiers.items():

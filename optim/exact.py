@@ -72,6 +72,8 @@ class ExactUpdater:
         self._foretold = False
         self._used_hypers: Sequence[Hyper] | None = None
         self._slots = index.slots()
+        self.staleness = self.dropped_gradients = self.state_frames = 0
+        self.dropped_steps = 0
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 
@@ -132,6 +134,7 @@ class ExactUpdater:
         waiting = [u for u in self._index.units if not u.updated and u.pending is None and any(s.arrivals for s in u.slots)]
         coefficient = self._coefficient() if self._scaling.needs_norm and waiting else None
         pending = Pending(hypers, coefficient)
+        self.dropped_steps += bool(self._scaling.needs_norm and waiting and coefficient is None)
         for unit in waiting:
             if self._scaling.needs_norm and coefficient is None:
                 self._store.forget(unit)

@@ -96,6 +96,16 @@ class LockFreeUpdater:
         self.dropped_gradients = 0
         thread.start()
 
+    @property
+    def staleness(self) -> int:
+        """Steps that the parameters in use miss, in the unit that is furthest behind."""
+        return max((mailbox.clock.staleness for mailbox in self._mailboxes.values()), default=0)
+
+    @property
+    def state_frames(self) -> int:
+        """Host frames in which the updater keeps optimizer states."""
+        return self._thread.windows.n_frames
+
     # ---- gradients ---------------------------------------------------------------------------------------------
 
     def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:

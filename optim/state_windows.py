@@ -62,6 +62,7 @@ class StateWindows:
                 end += size
         self._ring = [_Window(FrameId(end + k * max(sizes))) for k in range(RING_WINDOWS)] if ring_frames else []
         self._wanted: set[int] = set()
+        self.n_frames = end - first_frame + ring_frames
 
     @property
     def n_resident(self) -> int:

@@ -95,7 +95,7 @@ class UpdateThread:
         self._mover = mover
         self._rule = rule
         self._mailboxes = list(mailboxes)
-        self._windows = windows
+        self.windows = windows
         self._sink = sink
         self._n_threads = n_threads
         self._gate = gate
@@ -214,9 +214,9 @@ class UpdateThread:
         parts = [entry for entry in parts if entry[2]]
         for place, (number, part, pieces) in enumerate(parts):
             self._check_stop()
-            with self._windows.held(number):
+            with self.windows.held(number):
                 if place + 1 < len(parts):
-                    self._windows.prefetch(parts[place + 1][0])
+                    self.windows.prefetch(parts[place + 1][0])
                 else:
                     self._prefetch_next_unit(mailbox)
                 self._gate("slice", unit)
@@ -230,7 +230,7 @@ class UpdateThread:
     def _prefetch_next_unit(self, served: Mailbox) -> None:
         following = self._choose()
         if following is not None and following is not served:
-            self._windows.prefetch(self._first_slice[following.unit])
+            self.windows.prefetch(self._first_slice[following.unit])
 
     def _update(self, unit: Unit, part: Slice, pieces: list[Piece], parcel: Parcel, newest: dict[Slot, SlotSum]) -> None:
         """All updates of one slice: as many as its gradients have steps, each with the hyper-parameters of its own."""

@@ -34,6 +34,22 @@ class Updater(Protocol):
         """End what works in the background and give memory back. Idempotent."""
 
     @property
+    def staleness(self) -> int:
+        """Steps that the parameters in use miss, in the unit that is furthest behind."""
+
+    @property
+    def dropped_steps(self) -> int:
+        """Steps whose gradients were not finite, and so not applied."""
+
+    @property
+    def dropped_gradients(self) -> int:
+        """Gradients of single units that were not finite, and so not applied."""
+
+    @property
+    def state_frames(self) -> int:
+        """Host frames that the updater has for itself, outside the plan."""
+
+    @property
     def direct_bytes(self) -> int:
         """Bytes of gradients outside the host arena now."""
 
