@@ -86,16 +86,25 @@ class Checkpoints:
 
     # ---- saving ------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, name: str | None = None) -> int:
+    def save(self, step: int, name: str | None = None, *, whole: bool = True) -> int:
         """Begin to commit the moment after ``step`` steps; returns the commit's number. See `Committer.begin`.
+
+        Args:
+            whole: with every update of these steps. Otherwise gradients that are on their way to the updater of lock-free
+                mode are left out, and training does not wait for them; a run that goes on from there misses them.
 
         Raises:
             CommitError: a tracked state has something that JSON cannot say; names it. Nothing was begun.
         """
-        self._updater.drain()
-        number = self.committer.begin(Moment(step, name, self._state(), self._beside()))
+        with self._updater.consistent(whole=whole):
+            number = self.committer.begin(Moment(step, name, self._state(), self._beside()))
         self._last_step, self._last_s = step, time.monotonic()
         return number
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last commit, or the one that was resumed; 0 when there was none."""
+        return self._last_step
 
     def save_if_due(self, step: int) -> int | None:
         """Commit if the configuration says that it is time, unless one is being written; returns its number."""
@@ -105,7 +114,7 @@ class Checkpoints:
         by_time = due.every_s is not None and time.monotonic() - self._last_s >= due.every_s and step > self._last_step
         if not (by_step or by_time) or self.committer.busy:
             return None
-        return self.save(step)
+        return self.save(step, whole=False)
 
     def _state(self) -> dict[str, Any]:
         tracked = {name: thing.state_dict() for name, thing in self._tracked.items()}
@@ -116,6 +125,7 @@ class Checkpoints:
                 raise CommitError(f"the state of {name!r} cannot be committed: {error}; track what has a state of plain numbers") from error
         return {
             "slice_numel": self._store.slice_numel,
+            "staleness": self._updater.staleness,
             "optimizer": self._rule_name,
             "parameters": self._parameters(),
             "update_steps": {slot.name: slot.steps for slot in self._slots()},

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from offload.checkpoint import Checkpoints, Resumed, Stateful
 from offload.config import Config, OptimizerConfig, load_config
 from offload.deferred_init import store_of
-from offload.export import export_commit
+from offload.export import check_request, export_commit
 from offload.hooks import SavedWeights
 from offload.memory import MemoryReport, Stats, TierUse
 from offload.parameters import PagedParameter
@@ -242,6 +242,9 @@ class Engine:
     def save_if_due(self) -> int | None:
         """Commit in the background if ``commit.every_steps`` or ``commit.every_s`` says so; call it at the end of an iteration.
 
+        In lock-free mode with ``max_staleness`` above 0, gradients on their way are not waited for: a run that goes on
+        from such a commit misses them, at most ``max_staleness`` + 1 of each parameter. `save` has them all.
+
         Returns:
             The commit's number, or None when it is not time or one is still being written.
 
@@ -284,14 +287,14 @@ class Engine:
             The folder.
 
         Raises:
-            ExportError: the folder holds something, or a value cannot be expressed in ``dtype``; nothing was written.
-            As `save`, and StorageError where the folder cannot be written; nothing is left of the export then.
+            ValueError: ``dtype`` or ``max_shard`` is none. ExportError: the folder holds something. Nothing was committed.
+            ExportError: a value cannot be expressed in ``dtype``. As `save`, and StorageError where the folder cannot be written; nothing is left of the export then.
         """
-        number = self.save()
-        manifest = self._checkpoints.committer.commits[number].manifest
         folders = [directory.path for directory in self._store.directories]
         shard_bytes = parse_bytes(max_shard)
-        return export_commit(folders, manifest, Path(folder), dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True)).folder
+        to = check_request(folders, Path(folder), dtype=dtype, max_shard_bytes=shard_bytes)
+        manifest = self._checkpoints.committer.commits[self.save()].manifest
+        return export_commit(folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True)).folder
 
     @property
     def steps(self) -> int:

@@ -94,15 +94,9 @@ def export_commit(
         to: a new or empty folder.
 
     Raises:
-        ValueError: ``dtype`` or ``max_shard_bytes`` is none.
-        As `export_run`.
+        As `check_request` and `export_run`.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; known are {', '.join(DTYPES)}")
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
-    to = to.absolute()
-    _refuse_place(to, folders)
+    to = check_request(folders, to, dtype=dtype, max_shard_bytes=max_shard_bytes)
     weights = CommitWeights(folders, manifest, DTYPES[dtype])
     shards = plan_shards(weights.listed(), max_shard_bytes, weights.tied)
     index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
@@ -121,16 +115,26 @@ def export_commit(
 # ---- the place -----------------------------------------------------------------------------------------------------
 
 
-def _refuse_place(to: Path, folders: Sequence[Path]) -> None:
-    """Raise unless ``to`` is new or empty, and not inside the run."""
-    resolved = to.resolve()
+def check_request(folders: Sequence[Path], to: Path, *, dtype: str, max_shard_bytes: int) -> Path:
+    """Whether this can be asked for: returns the place, links resolved.
+
+    Raises:
+        ValueError: ``dtype`` or ``max_shard_bytes`` is none.
+        ExportError: ``to`` is neither new nor empty, or inside the run.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; known are {', '.join(DTYPES)}")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
+    to = to.resolve()
     for folder in folders:
-        if resolved.is_relative_to(folder.resolve()):
+        if to.is_relative_to(folder.resolve()):
             raise ExportError(f"{to} is inside the run directory {folder}; name a folder elsewhere")
     if to.exists() and not to.is_dir():
         raise ExportError(f"{to} is a file; name a new or empty folder")
     if to.is_dir() and any(to.iterdir()):
         raise ExportError(f"{to} is not empty; nothing is overwritten: name a new or empty folder")
+    return to
 
 
 @contextmanager
@@ -172,6 +176,9 @@ def _make_parents(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        for path in missing:
+            if path.is_dir():
+                path.rmdir()
         raise ExportError(f"{folder} cannot be made: {error.strerror}") from error
     return missing
 

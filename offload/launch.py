@@ -291,7 +291,7 @@ def _train(
             log.take(metrics[-1])
             engine.save_if_due()
     if config.commit.every_steps is not None or config.commit.every_s is not None:
-        engine.save()
+        engine.save()  # What a background commit left out is in this one.
     train_s = time.perf_counter() - started_s
     stats = engine.stats().since(begun)
     after_bits = validation_bits(engine.model, data, train, interrupt)

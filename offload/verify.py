@@ -191,7 +191,8 @@ def print_report(report: Report, console: Console) -> None:
         for row in rows:
             line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
             console.print(line.rstrip(), soft_wrap=True, highlight=False, markup=False)
-    verdict = "whole" if report.whole else f"{sum(map(len, report.faults.values()))} things are wrong"
+    n_faults = sum(map(len, report.faults.values()))
+    verdict = "whole" if report.whole else "1 thing is wrong" if n_faults == 1 else f"{n_faults} things are wrong"
     console.print(
         f"{verdict}; {report.n_extents} extents, {format_bytes(report.n_bytes)} read", soft_wrap=True, highlight=False, markup=False
     )

@@ -12,7 +12,8 @@ Per unit and step:   waiting --gradients--> updated --optimizer step--> waiting 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -196,6 +197,12 @@ class ExactUpdater:
         """Make every update that was decided on."""
         for unit in self._index.units:
             self.before_use(unit)
+
+    @contextmanager
+    def consistent(self, *, whole: bool) -> Iterator[None]:
+        """Between two steps: inside the block every update of the steps made is in parameters and states."""
+        self.drain()
+        yield
 
     def close(self) -> None:
         """Give the gradients' memory back. Idempotent."""

@@ -16,7 +16,8 @@ Source: Angel-PTM (VLDB 2023), lock-free updating; the bound is that of stale-sy
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -131,7 +132,8 @@ class LockFreeUpdater:
                 self._used_hypers = self._used_hypers or hypers
                 unit.updated = True
                 self._hand_over(unit, hypers, None)
-            self._adopt(unit, "after")
+            if not unit.parameters.owed:  # Not worth waiting for a commit that has yet to get the old ones.
+                self._adopt(unit, "after")
 
     def discard(self) -> None:
         """Throw the gradients of the step under way away.
@@ -229,7 +231,7 @@ class LockFreeUpdater:
         late = mailbox.clock.staleness > self._max_staleness
         if late:
             self._await(mailbox, mailbox.clock.produced - self._max_staleness)
-        if late or unit.live_views == 0:
+        if late or (unit.live_views == 0 and not unit.parameters.owed):
             self._adopt(unit, "before")
 
     def settle(self, unit: Unit) -> None:
@@ -244,6 +246,24 @@ class LockFreeUpdater:
         """Have every update of the steps made, in every unit."""
         for unit in self._mailboxes:
             self.settle(unit)
+
+    @contextmanager
+    def consistent(self, *, whole: bool) -> Iterator[None]:
+        """Between two steps: inside the block every unit's parameters and states are of the same updates, and stay so.
+
+        Not ``whole``: the updater rests between two units meanwhile, and gradients on their way are not applied before.
+        Where no staleness is allowed it is always whole.
+        """
+        if whole or self._max_staleness == 0:
+            self.drain()
+            yield
+            return
+        with self._thread.paused():
+            for unit, mailbox in self._mailboxes.items():
+                if mailbox.unadopted() is not None:
+                    with nullcontext() if unit.parameters.fixed else self._driver.interlude():
+                        self._adopt(unit, "commit")
+            yield
 
     def _await(self, mailbox: Mailbox, step: int) -> None:
         """Wait until the updates up to ``step`` are applied."""

@@ -22,7 +22,8 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -110,6 +111,8 @@ class UpdateThread:
         self._progress = threading.Condition()
         self._n_published = 0
         self._stopping = False
+        self._pausing = False
+        self._resting = False
         self._thread = threading.Thread(target=self._run, name="optim-updater", daemon=True)
 
     # ---- the training thread's side ----------------------------------------------------------------------------
@@ -154,6 +157,24 @@ class UpdateThread:
         if self.state is UpdaterState.STOPPED:
             raise RuntimeError("the updater is stopped: this engine is closed")
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Have the updater rest between two units inside the block; waits for the unit that it is working on.
+
+        Raises:
+            BaseException: what ended the updater.
+        """
+        with self._progress:
+            self._pausing = True
+        self._work.set()
+        try:
+            self.await_progress(lambda: self._resting)
+            yield
+        finally:
+            with self._progress:
+                self._pausing = False
+                self._progress.notify_all()
+
     # ---- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -173,8 +194,17 @@ class UpdateThread:
             with self._progress:
                 self._progress.notify_all()
 
+    def _rest(self) -> None:
+        with self._progress:
+            while self._pausing and not self._stopping:
+                self._resting = True
+                self._progress.notify_all()
+                self._progress.wait()
+            self._resting = False
+
     def _serve_next(self) -> None:
         self._work.clear()
+        self._rest()
         mailbox = self._choose()
         if mailbox is None:
             self._check_stop()

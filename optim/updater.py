@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -29,6 +30,14 @@ class Updater(Protocol):
 
     def drain(self) -> None:
         """Have every update of the steps made, in every unit."""
+
+    def consistent(self, *, whole: bool) -> AbstractContextManager[None]:
+        """Between two steps: inside the block every unit's parameters and states are of the same updates, and stay so.
+
+        Args:
+            whole: with every update of the steps made; otherwise gradients on their way may be missing, so that
+                training waits for no more than the unit being updated.
+        """
 
     def close(self) -> None:
         """End what works in the background and give memory back. Idempotent."""
