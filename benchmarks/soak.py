@@ -71,13 +71,13 @@ def config(folder: Path, mode: str, every_steps: int) -> dict[str, Any]:
 # ---- the process that is killed -----------------------------------------------------------------------------------
 
 
-def live(folder: Path, mode: str, every_steps: int, seed: int, say: Callable[[str], None]) -> None:
+def live(folder: Path, mode: str, every_steps: int, seed: int, say: Callable[[str], object]) -> None:
     """Go on from the newest commit, if there is one, to the last step."""
     torch.set_num_threads(1)
     commits = CommitFolder(folder)
     # What goes on from a commit does not depend on how it starts.
     torch.manual_seed(seed if commits.numbers() else 1)
-    if commits.path.is_dir():
+    if commits.numbers():
         report = verify_run(folder, paths=[], commit=None, console=Console(quiet=True))
         if not report.whole:
             raise AssertionError(f"damaged commits: {report.faults}")
@@ -125,14 +125,14 @@ def _digest(engine: offload.Engine) -> str:
 class Life:
     """A forked child and its messages."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, folder: Path, mode: str, every_steps: int, seed: int) -> None:
         receive, send = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(receive)
             code = 1
             try:
-                live(*arguments, lambda message: _send(send, message))
+                live(folder, mode, every_steps, seed, lambda message: _send(send, message))
                 code = 0
             except BaseException as error:  # a child has nobody else to tell
                 _send(send, f"failed {type(error).__name__}: {error}".replace("\n", " "))
