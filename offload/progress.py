@@ -71,8 +71,11 @@ class ProgressLog:
         self._task = self._bar.add_task("starting", total=steps)
 
     def __enter__(self) -> ProgressLog:
-        self._file = self._path.open("w")
-        self._file.writelines(json.dumps(asdict(metrics)) + "\n" for metrics in self._earlier)
+        # Replaced in one step: a run that is killed here must not have lost the metrics of its beginning.
+        draft = self._path.with_name(self._path.name + ".new")
+        draft.write_text("".join(json.dumps(asdict(metrics)) + "\n" for metrics in self._earlier))
+        draft.replace(self._path)
+        self._file = self._path.open("a")
         if self._console.is_terminal:
             self._bar.start()
         return self

@@ -1,0 +1,177 @@
+"""`offload launch` over a run that stopped, for whatever reason: it goes on as if it had not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from offload.cli import main
+from offload.config import load_config
+from offload.launch import launch
+from offload.progress import ProgressLog
+from pagemem.commit_folder import CommitFolder
+from pagemem.errors import CommitError, RunDirectoryError
+
+STEPS = 9
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """A run that commits every other step, on one compute thread."""
+    threads = torch.get_num_threads()
+    yield {
+        "seed": 5,
+        "memory": {"ram": "768KiB", "page": "64KiB"},
+        "ssd": {"paths": [str(tmp_path / "pages")], "threads": 1},
+        "optimizer": {"lr": 3e-3, "no_decay": ["1d"]},
+        "commit": {"every_steps": 2},
+        "model": {"factory": "offload.recipe:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
+        "data": {"factory": "launch_data:sentence_text"},
+        "train": {
+            "steps": STEPS, "batch": 2, "seq": 32, "evaluate_batches": 2, "schedule": "cosine", "warmup_steps": 2, "threads": 1,
+        },
+        "output": {"run": str(tmp_path / "run")},
+    }  # fmt: skip
+    torch.set_num_threads(threads)
+
+
+def signalled(raw: dict[str, Any], at: int, name: str) -> dict[str, Any]:
+    """The same run, which gets a signal in the step after step ``at``."""
+    return {**raw, "data": {"factory": "launch_data:signalling_text", "arguments": {"at": at, "name": name}}}
+
+
+def elsewhere(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same run in other folders."""
+    return {**raw, "ssd": {"paths": [str(folder / "pages")], "threads": 1}, "output": {"run": str(folder / "run")}}
+
+
+def run(raw: dict[str, Any]) -> tuple[int, str]:
+    """Launch; returns the exit code and what was printed."""
+    out = io.StringIO()
+    return launch(load_config(raw), Console(file=out, width=200)), out.getvalue()
+
+
+def metrics(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = (Path(raw["output"]["run"]) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def trained(raw: dict[str, Any]) -> list[tuple[int, float, float]]:
+    """Step, loss and learning rate of each line of the metrics."""
+    return [(line["step"], line["loss"], line["lr"]) for line in metrics(raw)]
+
+
+def validation(text: str) -> list[str]:
+    """The validation losses of the closing table."""
+    return [line.split()[-1] for line in text.splitlines() if line.strip().startswith("validation")]
+
+
+@pytest.fixture
+def uninterrupted(raw: dict[str, Any], tmp_path: Path) -> tuple[list[tuple[int, float, float]], list[str]]:
+    """Metrics and validation of the same run, had it not stopped, and not committed."""
+    never = elsewhere(raw, tmp_path / "never") | {"commit": {}}
+    (tmp_path / "never").mkdir()
+    code, text = run(never)
+    assert code == 0 and not CommitFolder(tmp_path / "never" / "pages").numbers()
+    return trained(never), validation(text)
+
+
+def test_a_killed_run_goes_on(raw: dict[str, Any], tmp_path: Path, uninterrupted: tuple[Any, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(signalled(raw, 7, "SIGKILL")))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    command = [sys.executable, "-c", "from offload.cli import main; raise SystemExit(main())", "launch", str(tmp_path / "config.json")]
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [step for step, _, _ in trained(raw)] == list(range(1, 8))
+    code, text = run(raw)
+    assert code == 0 and any(f"going on after step {step}, from commit" in text for step in (2, 4, 6))
+    assert (trained(raw), validation(text)) == uninterrupted
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_ctrl_c_and_the_same_command_again(at: int, raw: dict[str, Any], uninterrupted: tuple[Any, Any]) -> None:
+    assert run(signalled(raw, at, "SIGINT"))[0] == 130
+    assert [step for step, _, _ in trained(raw)] == list(range(1, at + 2))
+    code, text = run(raw)
+    assert code == 0 and f"going on after step {at + 1}, from commit" in text
+    assert (trained(raw), validation(text)) == uninterrupted
+
+
+def test_stopped_again_and_again(raw: dict[str, Any], uninterrupted: tuple[Any, Any]) -> None:
+    for at in (0, 1, 2, 3, 6):
+        assert run(signalled(raw, at, "SIGINT"))[0] == 130
+    code, text = run(raw)
+    assert code == 0 and (trained(raw), validation(text)) == uninterrupted
+
+
+def test_a_run_that_is_over_does_nothing_more_and_one_with_more_steps_goes_on(raw: dict[str, Any]) -> None:
+    raw["train"]["schedule"] = "constant"
+    _, first = run(raw)
+    before = metrics(raw)
+    code, again = run(raw)
+    assert code == 0 and f"going on after step {STEPS}" in again and metrics(raw) == before
+    assert validation(again) == validation(first)
+    raw["train"]["steps"] = STEPS + 3
+    assert run(raw)[0] == 0
+    assert metrics(raw)[:STEPS] == before and [line["step"] for line in metrics(raw)] == list(range(1, STEPS + 4))
+
+
+def test_never_means_never(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(signalled(raw, 3, "SIGINT"))
+    before, numbers = metrics(raw), CommitFolder(tmp_path / "pages").numbers()
+    raw["commit"]["resume"] = "never"
+    with pytest.raises(RunDirectoryError, match='holds commits and commit.resume is "never"'):
+        run(raw)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert main(["launch", str(tmp_path / "config.json")]) == 1
+    assert capsys.readouterr().err.startswith("offload: error: ")
+    assert metrics(raw) == before and CommitFolder(tmp_path / "pages").numbers() == numbers
+    (tmp_path / "new").mkdir()
+    assert run(elsewhere(raw, tmp_path / "new"))[0] == 0
+
+
+def test_a_damaged_commit_stops_the_launch_and_nothing_is_lost(raw: dict[str, Any], tmp_path: Path) -> None:
+    run(signalled(raw, 3, "SIGINT"))
+    before = metrics(raw)
+    folder = CommitFolder(tmp_path / "pages")
+    newest = folder.path / f"commit-{folder.numbers()[-1]:08d}.json"
+    os.truncate(newest, 100)
+    with pytest.raises(CommitError, match=rf"{newest} is damaged.*it was cut.*commit \d+ \(step \d\) is whole"):
+        run(raw)
+    assert metrics(raw) == before
+    newest.unlink()
+    assert run(raw)[0] == 0 and [line["step"] for line in metrics(raw)] == list(range(1, STEPS + 1))
+
+
+def test_metrics_of_the_beginning_are_whole_at_every_moment(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Also when the run is killed before its first step; a line that was cut is not taken for one."""
+    run(signalled(raw, 3, "SIGINT"))
+    path = Path(raw["output"]["run"]) / "metrics.jsonl"
+    before = path.read_text()
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    seen = []
+
+    class Watching(ProgressLog):
+        def __enter__(self) -> ProgressLog:
+            entered = super().__enter__()
+            seen.append(path.read_text())
+            return entered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offload.launch.ProgressLog", Watching)
+        assert run(raw)[0] == 0
+    assert seen == [before]
+    assert [line["step"] for line in metrics(raw)] == list(range(1, STEPS + 1))
