@@ -288,7 +288,8 @@ class Engine:
 
         Raises:
             ValueError: ``dtype`` or ``max_shard`` is none. ExportError: the folder holds something. Nothing was committed.
-            ExportError: a value cannot be expressed in ``dtype``. As `save`, and StorageError where the folder cannot be written; nothing is left of the export then.
+            As `save`; also ExportError, where a value cannot be expressed in ``dtype``, and StorageError, where the folder
+            cannot be written. Nothing is left of the export then.
         """
         folders = [directory.path for directory in self._store.directories]
         shard_bytes = parse_bytes(max_shard)

@@ -31,14 +31,14 @@ from pagemem.manifest import Manifest, StoredTensor
 from pagemem.page_file import PAGE_FILE_NAME
 from pagemem.page_reader import Chunk, PageReader
 from pagemem.raw_file import sync_folder
-from pagemem.units import MiB, format_bytes
+from pagemem.units import KiB, format_bytes
 
 #: dtypes that can be asked for; "keep" is what the parameters were computed in.
 DTYPES: Final[dict[str, torch.dtype | None]] = {
     "keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
 #: Elements of a parameter that are in memory at a time.
-PIECE_NUMEL: Final = 1 * MiB
+PIECE_NUMEL: Final = 256 * KiB
 _NAMES: Final = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Bytes = npt.NDArray[np.uint8]
@@ -284,6 +284,8 @@ def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: 
     exact = values
     if masters is not None:
         exact = torch.where(masters.to(values.dtype) == values, masters, values.float())
+    if exact.dtype is dtype:
+        return exact
     converted = exact.to(dtype)
     if bool((torch.isinf(converted) & torch.isfinite(exact)).any()):
         raise ExportError(f"{slot.name} has values beyond the largest of {dtype}, {torch.finfo(dtype).max:g}; export as bf16 or fp32")

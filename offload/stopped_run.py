@@ -59,28 +59,24 @@ class StoppedRun:
         return [folder / PAGE_FILE_NAME for folder in self.folders]
 
     def choose(self, wanted: str | None) -> Manifest:
-        """The newest whole commit, or the one of this name or number.
+        """The newest whole commit, or the one of this number or, where no commit has it for its number, name.
 
         Raises:
-            CommitError: there is none, it is damaged, or a name and a number mean two different ones.
+            CommitError: there is none, or it is damaged.
         """
         if wanted is None:
             if not self.whole:
                 wrong = "; ".join(str(error) for _, error in sorted(self.damaged.items()))
                 raise CommitError(f"{self.path} has no whole commit{': ' + wrong if wrong else ''}")
             return self.whole[max(self.whole)]
-        found = {manifest.number: manifest for manifest in self.whole.values() if manifest.name == wanted}
         number = int(wanted) if wanted.isascii() and wanted.isdigit() else 0
-        if number in self.whole:
-            found[number] = self.whole[number]
-        elif number in self.damaged and not found:
+        if number in self.damaged:
             raise self.damaged[number]
-        if len(found) > 1:
-            raise CommitError(f"{wanted!r} is the name of commit {min(found.keys() - {number})} and the number of another; rename one")
-        if not found:
+        named = [manifest.number for manifest in self.whole.values() if manifest.name == wanted]
+        if number not in self.whole and not named:
             there = ", ".join(str(n) + (f" ({m.name})" if m.name else "") for n, m in sorted(self.whole.items())) or "none"
             raise CommitError(f"{self.path} has no commit {wanted!r}; whole ones are: {there}")
-        return next(iter(found.values()))
+        return self.whole[number if number in self.whole else max(named)]
 
     def damaged_after(self, manifest: Manifest) -> list[CommitError]:
         """What is wrong with commits newer than this one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -140,6 +141,13 @@ def test_a_commit_is_chosen_by_name_or_number(run: FinishedRun, commit: str, tmp
         assert_equal(engine.model, plain)
 
 
+def test_a_name_that_is_the_number_of_another_commit_gives_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(built(), settings(tmp_path), names=["2", "7"])
+    for commit, said in (("2", "commit 2 (7)"), ("7", "commit 2 (7)"), ("1", "commit 1 (2)")):
+        assert main(["export", str(run.folder), "--to", str(tmp_path / f"out{commit}"), "--commit", commit]) == 0
+        assert capsys.readouterr().out.startswith(said)
+
+
 def test_an_engine_exports_itself_and_goes_on(tmp_path: Path) -> None:
     with engine_of(built(), tmp_path) as engine:
         train(engine, 2)
@@ -148,6 +156,9 @@ def test_an_engine_exports_itself_and_goes_on(tmp_path: Path) -> None:
         assert_same(loaded(tmp_path / "out"), weights)
         with pytest.raises(offload.ExportError, match="is not empty"):
             engine.export(tmp_path / "out")
+        with pytest.raises(ValueError, match="dtype is 'int8'; known are keep, fp32, bf16, fp16"):
+            engine.export(tmp_path / "more", dtype="int8")
+        assert (tmp_path / "pages" / "commits").is_dir() and len(list((tmp_path / "pages" / "commits").iterdir())) == 1
         train(engine, 1)
 
 
@@ -162,8 +173,8 @@ def test_a_tensor_of_any_size_takes_little_memory(tmp_path: Path, monkeypatch: p
         engine.save()
     monkeypatch.setattr(page_reader, "CHUNK_BYTES", 128 << 10)
     monkeypatch.setattr(export, "PIECE_NUMEL", 32 << 10)
-    largest = {"read": 0, "written": 0}
-    read, pwrite = PageReader.read, os.pwrite
+    largest, buffers = {"read": 0, "written": 0}, []
+    read, pwrite, buffer = PageReader.read, os.pwrite, PageReader.buffer
 
     def counted_read(self: PageReader, chunk: Chunk, into: memoryview, *, checksums: bool) -> Any:
         largest["read"] = max(largest["read"], into.nbytes, chunk.n_bytes)
@@ -173,7 +184,12 @@ def test_a_tensor_of_any_size_takes_little_memory(tmp_path: Path, monkeypatch: p
         largest["written"] = max(largest["written"], memoryview(data).nbytes)
         return pwrite(fd, data, position)
 
+    def counted_buffer(self: PageReader) -> mmap.mmap:
+        buffers.append(self.chunk_bytes)
+        return buffer(self)
+
     monkeypatch.setattr(PageReader, "read", counted_read)
+    monkeypatch.setattr(PageReader, "buffer", counted_buffer)
     monkeypatch.setattr(os, "pwrite", counted_write)
     tracemalloc.start()
     try:
@@ -183,6 +199,7 @@ def test_a_tensor_of_any_size_takes_little_memory(tmp_path: Path, monkeypatch: p
         tracemalloc.stop()
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 16 << 20
     assert largest == {"read": 128 << 10, "written": 128 << 10} and peak_bytes < 4 << 20
+    assert buffers == [128 << 10] * 2  # mapped outside of what is traced
 
 
 def test_output_in_a_pipe_is_plain_lines(run: FinishedRun, tmp_path: Path) -> None:
@@ -217,6 +234,13 @@ def test_an_empty_folder_is_taken(run: FinishedRun, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert main(["export", str(run.folder), "--to", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors", shards.INDEX_NAME]
+
+
+def test_a_link_to_an_empty_folder_is_followed(run: FinishedRun, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "there")
+    assert main(["export", str(run.folder), "--to", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "there" / "model.safetensors").is_file() and (tmp_path / "out").is_symlink()
 
 
 def test_what_is_no_run_or_has_no_such_commit_is_refused(run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

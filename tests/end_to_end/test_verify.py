@@ -223,7 +223,7 @@ def test_a_disk_that_fails_at_one_place_is_read_on(run: FinishedRun, monkeypatch
     monkeypatch.setattr(os, "preadv", failing)
     said = verified([str(run.folder)], 1, capsys)
     assert re.search(rf"^commit 2: {re.escape(stored.key)}: reading .*pages\.bin at offset {bad}, \d+ bytes: Input/output error", said, re.MULTILINE)
-    assert said.splitlines()[-1].startswith("1 things are wrong; ")
+    assert said.splitlines()[-1].startswith("1 thing is wrong; ")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
