@@ -29,6 +29,7 @@ from offload.parameters import PagedParameter
 from offload.store import PageStore
 from offload.updates import make_updater, scaling_of
 from optim import LossScale, PagedOptimizer, StateAccess, rule_for
+from optim.optimizer import without_compiler
 from optim.unit import Slot, Unit
 from pagemem.errors import NonFiniteError, OffloadError, TransitionError
 from pagemem.events import EventKind
@@ -83,7 +84,8 @@ class Engine:
         self._store = deferred or PageStore(self.config)
         self._undo: list[Callable[[], None]] = []
         try:
-            self._build(optimizer)
+            with without_compiler():
+                self._build(optimizer)
         except BaseException as error:
             if deferred is None:
                 self._give_back(error)

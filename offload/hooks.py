@@ -141,6 +141,7 @@ class SavedWeights:
                 f"{unit.name} has been updated or edited since it was saved for this backward pass (version "
                 f"{packed.version}, now {unit.version}); call backward before optimizer.step() and before edits"
             )
+        self._binder.forward_end.backward_use()
         driver = self._binder.driver
         key = (OpKind.BACKWARD, (unit.index,))
         held = driver.begin(key, unit.name, [Access(unit.parameters.id, AccessMode.READ)])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from optim.unit import Slot, Unit
 from optim.updater import Updater
+from pagemem.heap import ForwardEnd, give_back_free_pages
 from pagemem.mover import Mover
 from pagemem.page import TensorId
 from scheduler.driver import Driver
@@ -163,6 +164,7 @@ class Binder:
         self.forwards = 0
         self.closed = False
         self.save_hooks: Callable[[], Any] = nullcontext
+        self.forward_end = ForwardEnd(self._at_forward_end)
         self.units: dict[TensorId, Unit] = {}
         self.owner: object = None
 
@@ -211,6 +213,10 @@ class Binder:
             if self.updater is not None:
                 (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
         kind = OpKind.FORWARD if torch._C._current_graph_task_id() == -1 else OpKind.BACKWARD
+        if kind is OpKind.BACKWARD:
+            self.forward_end.backward_use()
+        elif self.forwards and torch.is_grad_enabled():
+            self.forward_end.forward_use([unit.parameters.id for unit in units], self.units)
         key = (kind, tuple(unit.index for unit in units))
         held = self.driver.begin(key, units[0].name, [Access(unit.parameters.id, AccessMode.READ) for unit in units])
         taken: list[tuple[PagedParameter, Place]] = []
@@ -226,6 +232,11 @@ class Binder:
                 if not place.bound:
                     parameter.data = place.placeholder
             self.driver.end(held)
+
+    def _at_forward_end(self) -> None:
+        # Where all pages fit, memory is not short, and the time is better kept.
+        if sum(tensor.n_frames for tensor in self.mover.tensors.values()) > self.mover.arena.n_frames:
+            give_back_free_pages()
 
     def _bind(self, parameter: PagedParameter, place: Place) -> None:
         if not place.bound:

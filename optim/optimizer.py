@@ -7,11 +7,14 @@ next used; every way to look at parameters or states shows them as if `step` had
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from optim.rules import UpdateRule
 from optim.states import StateAccess
@@ -19,7 +22,22 @@ from optim.unit import Hyper, Slot, Unit
 from optim.updater import Updater
 
 
-class PagedOptimizer(torch.optim.Optimizer):
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Have torch optimizers made without torch.compile, which adding a group imports just to be left alone by it.
+
+    It takes 75 MB and seconds. Where it is there already, nothing changes.
+    """
+    guarded = Optimizer.add_param_group
+    if "torch._dynamo" not in sys.modules:
+        Optimizer.add_param_group = inspect.unwrap(guarded)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Optimizer.add_param_group = guarded  # type: ignore[method-assign]
+
+
+class PagedOptimizer(Optimizer):
     """Optimizer over paged parameters. Made by `offload.prepare` and `offload.initialize`, not by hand.
 
     Args:

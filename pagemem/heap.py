@@ -1,18 +1,24 @@
-"""The C library's heap while a model is built: large blocks leave the process when they are freed.
+"""The C library's heap: what is free in it leaves the process while a model is built, and where a forward pass ends.
 
-glibc serves a block from its heap once a block of that size was freed before. A model's parameters, freed one by one as
+Building: glibc serves a block from its heap once a block of that size was freed before. A model's parameters, freed one by one as
 they move to pages, then leave holes that small objects nibble at and the next parameter just misses, and the heap grows
 by the size of the model. Blocks mapped by themselves do not. In training the same setting would map and fault in every
 activation anew, so it ends with the building.
+
+Training: an activation that is freed between two that live on leaves a hole that the next one of its size just misses.
+torch aligns blocks to 64 bytes, for which glibc looks for 96 more than the block takes, and what it cuts off goes to small
+objects. `ForwardEnd` gives such holes back just before most is alive. After each step, when nearly all of the heap is free,
+it would have to be mapped anew for the next one.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from pagemem.page import TensorId
 from pagemem.units import MiB
 
 # From malloc.h.
@@ -22,6 +28,63 @@ _M_MMAP_THRESHOLD: Final = -3
 BUILDING_BYTES: Final = 1 * MiB
 #: Afterwards: the largest that glibc takes, which is where its own rule ends up after a step of training.
 TRAINING_BYTES: Final = 32 * MiB
+#: With less than this free, the heap is left as it is: mapping the pages anew costs a small model more than a percent.
+WORTH_BYTES: Final = 96 * MiB
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def give_back_free_pages() -> None:
+    """Give the system every whole page that is free in the heap, if they are worth it. No effect where libc is not glibc."""
+    libc = ctypes.CDLL(None)
+    info, trim = getattr(libc, "mallinfo2", None), getattr(libc, "malloc_trim", None)
+    if info is None or trim is None:
+        return
+    info.restype = _Mallinfo2
+    if info().fordblks >= WORTH_BYTES:
+        trim(0)
+
+
+class ForwardEnd:
+    """Has the heap's free pages given back once in each forward pass, when the last of its tensors is first used.
+
+    Which tensors a pass uses is taken from the pass before. Training thread only.
+
+    Args:
+        give_back: called then.
+    """
+
+    def __init__(self, give_back: Callable[[], None]) -> None:
+        self._give_back = give_back
+        self._passes = 0
+        self._missing: set[TensorId] = set()
+        self._used: set[TensorId] = set()
+
+    def forward_use(self, tensors: Collection[TensorId], everything: Collection[TensorId]) -> None:
+        """A forward pass is about to use ``tensors``; the first pass is expected to use ``everything``."""
+        if not self._used and not self._passes:
+            self._missing = set(everything)
+        if not self._used and self._passes == 1:
+            # The first pass found the heap without holes; what it left lies as none of the later ones finds it.
+            self._give_back()
+        self._used.update(tensors)
+        if self._missing:
+            self._missing.difference_update(tensors)
+            if not self._missing:
+                self._give_back()
+
+    def backward_use(self) -> None:
+        """A backward pass uses parameters, so the forward pass is over."""
+        if self._used:
+            self._passes += 1
+            self._missing, self._used = self._used, set()
 
 
 @contextmanager
@@ -40,4 +103,5 @@ def large_blocks_mapped() -> Iterator[None]:
         yield
     finally:
         mallopt(_M_MMAP_THRESHOLD, TRAINING_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, 2 * TRAINING_BYTES)
+        # glibc's own trimming gives back what the next step maps again; `ForwardEnd` has the better moment.
+        mallopt(_M_TRIM_THRESHOLD, 8 * TRAINING_BYTES)

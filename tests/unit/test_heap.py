@@ -1,0 +1,82 @@
+"""The heap: when the end of a forward pass gives free pages back, and that this lowers resident memory."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from pagemem.heap import WORTH_BYTES, ForwardEnd, give_back_free_pages, large_blocks_mapped
+from pagemem.page import TensorId
+from pagemem.units import MiB
+
+EVERYTHING = [TensorId(number) for number in range(4)]
+
+
+class Passes:
+    """Forward and backward passes that use single tensors, and when pages were given back."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.end = ForwardEnd(lambda: self.log.append("back"))
+
+    def forward(self, *used: int) -> list[str]:
+        """What happened while these were used; uses are named by their number."""
+        self.log.clear()
+        for number in used:
+            self.end.forward_use([TensorId(number)], EVERYTHING)
+            self.log.append(str(number))
+        return list(self.log)
+
+    def backward(self) -> None:
+        """A backward pass with several uses."""
+        for _ in range(3):
+            self.end.backward_use()
+
+
+def test_pages_are_given_back_when_the_last_tensor_of_a_pass_is_first_used() -> None:
+    passes = Passes()
+    assert passes.forward(0, 1, 2, 3, 0) == ["0", "1", "2", "back", "3", "0"]
+    passes.backward()
+    assert passes.forward(0, 1, 2, 3, 0) == ["back", "0", "1", "2", "back", "3", "0"]
+    for _ in range(2):
+        passes.backward()
+        assert passes.forward(0, 1, 2, 3, 0) == ["0", "1", "2", "back", "3", "0"]
+
+
+def test_a_pass_is_expected_to_use_what_the_pass_before_used() -> None:
+    passes = Passes()
+    assert passes.forward(0, 2) == ["0", "2"]
+    passes.backward()
+    assert passes.forward(0, 2) == ["back", "0", "back", "2"]
+    passes.backward()
+    assert passes.forward(0, 1, 2) == ["0", "1", "back", "2"]
+    passes.backward()
+    assert passes.forward(0, 2) == ["0", "2"]
+
+
+def test_a_second_forward_before_the_backward_gives_nothing_back() -> None:
+    passes = Passes()
+    passes.forward(0, 1, 2, 3)
+    assert passes.forward(0, 1, 2, 3) == ["0", "1", "2", "3"]
+
+
+def test_free_pages_between_living_blocks_leave_the_process() -> None:
+    if getattr(ctypes.CDLL(None), "mallinfo2", None) is None:
+        pytest.skip("needs glibc")
+    with large_blocks_mapped():
+        pass  # From here on blocks of one MiB lie in the heap.
+    blocks = [torch.ones(MiB, dtype=torch.uint8) for _ in range(2 * (WORTH_BYTES // MiB + 32))]
+    del blocks[::2]
+    before = resident_bytes()
+    give_back_free_pages()
+    assert before - resident_bytes() >= WORTH_BYTES
+    assert all(bool((block == 1).all()) for block in blocks)
+
+
+def resident_bytes() -> int:
+    """Anonymous memory of this process that is resident."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
