@@ -1,0 +1,104 @@
+"""Lock-free mode: with no staleness allowed it is plain PyTorch, bit for bit; with some, what it says it is, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lockfree_replay import History, Replay, assert_replayed
+from parity import Parity, adamw, schedule, smallest_ram, state_bytes
+from small_runs import assert_closed
+from tiny_models import CASES, Case
+from updater_gates import UpdaterGates
+
+import offload
+
+LEVEL: dict[str, Any] = {"mode": "lock-free", "max_staleness": 0}
+
+
+def resident_ram(case: Case) -> int:
+    """Enough for everything."""
+    return 3 * state_bytes(case) + (8 << 20)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("residency", ["all_in_ram", "smallest_budget"])
+@pytest.mark.parametrize("name", CASES)
+def test_without_staleness_every_step_equals_plain_torch(
+    name: str, residency: str, clip_norm: float | None, accumulation: int, tmp_path: Path
+) -> None:
+    parity = Parity(CASES[name], tmp_path, resident_ram(CASES[name]), clip_norm, accumulation, steps=4, extra=LEVEL)
+    if residency == "smallest_budget":
+        parity.ram = smallest_ram(dataclasses.replace(parity, steps=1))
+    parity.run()
+    planned = dataclasses.replace(parity, each_step=False, steps=6)
+    stats = planned.run()
+    if name != "borrower" or residency == "all_in_ram":  # Its views hold pages that the plan of a tiny budget would move.
+        assert stats.deviations == 0
+        assert stats.planned_steps >= planned.steps - 2
+
+
+def replayed(
+    case: Case, folder: Path, ram: int, max_staleness: int, *, pace: str, steps: int = 10, clip_norm: float | None = None,
+    accumulation: int = 1, dtype: torch.dtype = torch.float32,
+) -> tuple[History, offload.Engine]:
+    """Train, do it again in plain PyTorch, compare everything; the engine is closed."""
+    torch.manual_seed(7)
+    plain = case.build()
+    config = {
+        "memory": {"ram": ram, "page": "64KiB"},
+        "ssd": {"paths": [str(folder / "pages")], "threads": 2},
+        "update": {"mode": "lock-free", "max_staleness": max_staleness, "clip_norm": clip_norm},
+    }  # fmt: skip
+    if dtype is torch.bfloat16:
+        config["model"] = {"factory": "unused:unused", "dtype": "bf16"}
+    model, optimizer = offload.prepare(copy.deepcopy(plain), adamw, config)
+    engine: offload.Engine = optimizer.engine  # type: ignore[attr-defined]
+    gates = UpdaterGates(engine)
+    history = History(gates, max_staleness)
+    scheduled = schedule(optimizer)
+    generator = torch.Generator().manual_seed(11)
+    every = [[case.batch(generator) for _ in range(accumulation)] for _ in range(steps)]
+    losses = []
+    for micro_batches in every:
+        if pace == "late":
+            gates.hold("chosen")
+        for batch in micro_batches:
+            for _ in range(case.passes):
+                loss = model(*batch)
+                (loss / accumulation).backward()
+                losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduled.step()
+    gates.open()
+    engine.drain()
+    for mailbox in gates.updater._mailboxes.values():
+        assert mailbox.clock.produced == mailbox.clock.applied == mailbox.clock.adopted
+    assert gates.updater.direct_bytes == 0
+    again = Replay(plain, adamw, history, clip_norm=clip_norm, dtype=dtype)
+    for mine, its in zip(losses, again.run(every), strict=True):
+        assert torch.equal(mine, its), "a loss differs"
+    assert_replayed(again, model, optimizer)
+    assert_closed(engine)
+    return history, engine
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("pace", ["free", "late"])
+@pytest.mark.parametrize("residency", ["all_in_ram", "streaming"])
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
+def test_with_staleness_the_results_follow_from_the_history(
+    max_staleness: int, residency: str, pace: str, clip_norm: float | None, tmp_path: Path
+) -> None:
+    case = CASES["gpt"]
+    ram = resident_ram(case) if residency == "all_in_ram" else 6_800_000
+    history, _ = replayed(case, tmp_path, ram, max_staleness, pace=pace, clip_norm=clip_norm)
+    if pace == "late":
+        merged = max(later - earlier for ends in history.published.values() for earlier, later in zip([0, *ends], ends))
+        assert 1 <= merged <= max_staleness + 1

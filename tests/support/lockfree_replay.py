@@ -1,0 +1,202 @@
+"""What an engine in lock-free mode did, step by step, and the same again in plain PyTorch.
+
+The order in which the updater and the training thread get on is not the same in two runs; what they computed must follow
+from it exactly. `History` records it: which steps' gradients each version was made of, and which version each step used.
+`Replay` does the same steps with a torch optimizer for each parameter, knowing nothing of pages or threads.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from optim.unit import Unit
+from parity import Factory, schedule
+from updater_gates import UpdaterGates
+
+Batch = tuple[Tensor, Tensor]
+
+
+class History:
+    """Records an engine through its gates, from its first step on. Checks the bound at every first use.
+
+    Attributes:
+        parameters: names of each unit's parameters, by the unit's name.
+        published: last step of each version of a unit, in order.
+        used: for each step and each unit used in it, the last step whose update it saw.
+    """
+
+    def __init__(self, gates: UpdaterGates, max_staleness: int) -> None:
+        updater = gates.updater
+        self.parameters = {unit.name: [slot.name for slot in unit.slots if slot.group >= 0] for unit in updater._mailboxes}
+        self.published: dict[str, list[int]] = {name: [] for name in self.parameters}
+        self.used: list[dict[str, int]] = [{}]
+        before_use, step = updater.before_use, updater.step
+
+        def published(point: str, unit: Unit) -> None:
+            if point == "published":
+                self.published[unit.name].append(updater._mailboxes[unit].clock.applied)
+
+        def used(unit: Unit) -> None:
+            before_use(unit)
+            mailbox = updater._mailboxes.get(unit)
+            if mailbox is not None and unit.name not in self.used[-1]:
+                clock = mailbox.clock
+                assert 0 <= clock.adopted <= clock.applied <= clock.produced
+                assert clock.staleness <= max_staleness, f"{unit.name} misses {clock.staleness} steps, {max_staleness} may be"
+                self.used[-1][unit.name] = clock.adopted
+
+        def stepped() -> None:
+            step()
+            self.used.append({})
+
+        gates.on_pass = published
+        updater.before_use = used  # type: ignore[method-assign]
+        updater.step = stepped  # type: ignore[method-assign]
+
+
+@dataclass
+class _Given:
+    """One parameter's gradient of one step, with the factor and the learning rate of that step."""
+
+    gradient: Tensor
+    coefficient: Tensor | None
+    lr: float
+
+
+@dataclass
+class _UnitReplay:
+    """A unit's updates so far, and the gradients of all its steps."""
+
+    names: list[str]
+    versions: list[int]
+    applied: int = 0
+    given: list[dict[str, _Given]] = field(default_factory=list)
+
+
+class Replay:
+    """The steps of a history, done again.
+
+    Args:
+        plain: the model as it was before the engine had it, in fp32.
+        factory: what makes its torch optimizer.
+        clip_norm: of the engine.
+        dtype: in which the model computes; updates are made in fp32.
+        constant_lr: whether the run was without `parity.schedule`.
+    """
+
+    def __init__(
+        self, plain: nn.Module, factory: Factory, history: History, *, clip_norm: float | None = None,
+        dtype: torch.dtype = torch.float32, constant_lr: bool = False,
+    ) -> None:
+        self.plain = plain
+        self._clip_norm = clip_norm
+        self._used = history.used
+        self._units = {name: _UnitReplay(names, list(history.published[name])) for name, names in history.parameters.items()}
+        self._template = factory(plain.parameters())
+        self._schedule = None if constant_lr else schedule(self._template)
+        names = {parameter: name for name, parameter in plain.named_parameters()}
+        self._masters: dict[str, nn.Parameter] = {}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._groups: dict[str, int] = {}
+        for number, group in enumerate(self._template.param_groups):
+            options = {key: value for key, value in group.items() if key != "params"}
+            for parameter in group["params"]:
+                master = nn.Parameter(parameter.detach().clone())
+                name = names[parameter]
+                self._masters[name], self._groups[name] = master, number
+                self._optimizers[name] = type(self._template)([{"params": [master], **options}])  # type: ignore[call-arg]
+        plain.to(dtype)
+
+    def run(self, steps: Iterable[Sequence[Batch]]) -> list[Tensor]:
+        """Do every step, each with its micro-batches; returns all losses."""
+        losses = []
+        for number, micro_batches in enumerate(steps):
+            for name, last in self._used[number].items():
+                self._advance(self._units[name], last)
+            for batch in micro_batches:
+                loss = self.plain(*batch)
+                (loss / len(micro_batches)).backward()
+                losses.append(loss.detach())
+            self._take_gradients()
+        for unit in self._units.values():
+            self._advance(unit, len(unit.given))
+        return losses
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """The states of each parameter that has any."""
+        return {name: dict(optimizer.state[self._masters[name]]) for name, optimizer in self._optimizers.items()}
+
+    def _take_gradients(self) -> None:
+        parameters = {name: p for name, p in self.plain.named_parameters() if p.grad is not None and name in self._masters}
+        coefficient = None
+        if self._clip_norm is not None:
+            total = torch.nn.utils.get_total_norm([p.grad.float() for p in parameters.values() if p.grad is not None])
+            coefficient = torch.clamp(self._clip_norm / (total + 1e-6), max=1.0)
+        for unit in self._units.values():
+            given: dict[str, _Given] = {}
+            for name in unit.names:
+                if name in parameters:
+                    gradient = parameters[name].grad
+                    assert gradient is not None
+                    lr = self._template.param_groups[self._groups[name]]["lr"]
+                    given[name] = _Given(gradient, coefficient, lr)
+            if given:
+                unit.given.append(given)
+        for parameter in self.plain.parameters():
+            parameter.grad = None
+        self._template.step()
+        if self._schedule is not None:
+            self._schedule.step()
+
+    def _advance(self, unit: _UnitReplay, last: int) -> None:
+        """Make a unit's updates, version by version as the engine did, up to step ``last``; the model then has them."""
+        while unit.applied < last:
+            following = unit.versions.pop(0)
+            for name in unit.names:
+                parts = [given[name] for given in unit.given[unit.applied : following] if name in given]
+                if parts:
+                    self._update(name, parts)
+            unit.applied = following
+        assert unit.applied == last, f"the version of step {last} was never published"
+
+    def _update(self, name: str, parts: list[_Given]) -> None:
+        master, optimizer = self._masters[name], self._optimizers[name]
+        if len(parts) == 1:
+            mean = parts[0].gradient.float()
+            mean = mean if parts[0].coefficient is None else mean * parts[0].coefficient
+        else:
+            scaled = [p.gradient if p.coefficient is None else p.gradient.clone().mul_(p.coefficient) for p in parts]
+            total = scaled[0].clone()
+            for later in scaled[1:]:
+                total.add_(later)
+            mean = total.float() * (1 / len(parts))
+        for part in parts:
+            optimizer.param_groups[0]["lr"] = part.lr
+            master.grad = mean.clone()
+            optimizer.step()
+        with torch.no_grad():
+            self.plain.get_parameter(name).copy_(master)
+
+
+def assert_replayed(replay: Replay, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The engine's parameters, buffers and optimizer states are those of the replay, bit for bit."""
+    ours = model.state_dict()
+    for name, value in replay.plain.state_dict().items():
+        assert torch.equal(value, ours[name]), f"{name} differs"
+    order = [name for group in optimizer.param_groups for name in _names(model, group["params"])]
+    found = optimizer.state_dict()["state"]
+    expected = {name: state for name, state in replay.states().items() if state}
+    assert {order[number] for number in found} == set(expected), "not the same parameters have states"
+    for number, state in found.items():
+        for name, value in expected[order[number]].items():
+            assert torch.equal(value, state[name]), f"{name} of {order[number]} differs"
+
+
+def _names(model: nn.Module, parameters: Iterable[Tensor]) -> list[str]:
+    known = defaultdict(str, {id(parameter): name for name, parameter in model.named_parameters()})
+    return [known[id(parameter)] for parameter in parameters]
