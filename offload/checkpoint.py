@@ -238,7 +238,7 @@ class Checkpoints:
             if ours[key].n_bytes != n_bytes:
                 raise CommitError(f"{where} has {key} with {n_bytes} bytes, this model's has {ours[key].n_bytes}")
         for key, tensor in ours.items():
-            if key not in theirs and tensor.tag is Tag.PARAM:
+            if key not in theirs and tensor.tag in (Tag.PARAM, Tag.MASTER):
                 raise CommitError(f"{where} has no {key}; resume with the model it was made with")
         untracked = set(self._tracked) - set(state["tracked"])
         if untracked:

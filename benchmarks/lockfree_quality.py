@@ -1,0 +1,182 @@
+"""Lock-free against exact updates on a slow disk: what a small GPT has learnt after as many steps. Part of `benchmarks.lockfree`.
+
+Runs with the same seed start from the same values and see the same batches. Two runs go on at a time, each with one
+compute thread; the disk's speed is a multiple of a step's compute as measured in the same way. What exact mode learns
+does not depend on the disk: it is trained without a limit, and a few steps with the limit say how long it would take.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from benchmarks.lockfree_child import Child, Job
+
+WORKERS: Final = 2
+PAGE: Final = "64KiB"
+#: Parameters and gradients stay in RAM, and none of the states do.
+RAM_PER_PARAMETER: Final = 13.5
+#: Exact mode with the states on the disk, to see how long its steps take.
+EXACT_RAM_PER_PARAMETER: Final = 6
+#: Enough for everything: exact mode that does not touch the disk.
+ALL_RAM_PER_PARAMETER: Final = 40
+#: Near the best for exact mode (1e-3 ends higher), and a quarter of it.
+BEST_LR: Final = 2e-3
+LOW_LR: Final = 5e-4
+
+
+@dataclass(frozen=True)
+class QualityPlan:
+    """How much is measured.
+
+    Attributes:
+        points: disk ratio, ``max_staleness`` and highest learning rate; exact mode is trained with each of the latter.
+        validation: batches, and rows of each.
+    """
+
+    model: Mapping[str, int]
+    steps: int
+    seeds: Sequence[int]
+    points: Sequence[tuple[float, int, float]]
+    validation: tuple[int, int]
+
+
+FULL: Final = QualityPlan(
+    model={"d_model": 128, "n_layer": 4, "n_head": 4, "seq": 128, "batch": 8},
+    steps=300,
+    seeds=(1, 2, 3),
+    points=(*((ratio, bound, BEST_LR) for ratio, bound in ((3, 1), (3, 2), (3, 4), (3, 8), (1, 4), (2, 4), (4, 4))), (3, 4, LOW_LR)),
+    validation=(128, 8),
+)
+QUICK: Final = replace(FULL, steps=60, seeds=(1,), points=((3, 4, BEST_LR),), validation=(16, 8))
+
+
+def measure(plan: QualityPlan, folder: str) -> dict[str, Any]:
+    """Train every point with every seed, and exact mode with every seed."""
+    base = Job(
+        name="quality", dir=folder, **plan.model, mode="exact", ram_bytes=1, page=PAGE, threads=1,
+        steps=plan.steps, warmup_steps=plan.steps // 10,
+    )  # fmt: skip
+    n = base.n_parameters()
+    base = replace(base, ram_bytes=int(RAM_PER_PARAMETER * n))
+    calibration = _calibrate(base)
+    lrs = sorted({lr for _, _, lr in plan.points})
+    jobs = [replace(base, name=f"exact-{lr:g}-{seed}", lr=lr, seed=seed, ram_bytes=ALL_RAM_PER_PARAMETER * n) for lr in lrs for seed in plan.seeds]
+    ratios: list[float] = [0.0] * len(jobs)
+    for ratio, bound, lr in plan.points:
+        limit_mb_per_s = calibration["round_bytes"] / (ratio * calibration["compute_s"]) / 1e6
+        for seed in plan.seeds:
+            jobs.append(
+                replace(
+                    base, name=f"lockfree-{ratio:g}-{bound}-{lr:g}-{seed}", mode="lock-free", seed=seed, lr=lr,
+                    max_staleness=bound, limit_mb_per_s=limit_mb_per_s,
+                )  # fmt: skip
+            )
+            ratios.append(ratio)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        runs = list(pool.map(lambda job, ratio: _train(job, ratio, plan, calibration), jobs, ratios))
+    exact_s = {}
+    for ratio in sorted({ratio for ratio, _, _ in plan.points}):
+        limit_mb_per_s = calibration["round_bytes"] / (ratio * calibration["compute_s"]) / 1e6
+        exact_s[f"{ratio:g}"] = _exact_step_s(replace(base, name="exact-limited", ram_bytes=EXACT_RAM_PER_PARAMETER * n, limit_mb_per_s=limit_mb_per_s))
+    return {"parameters": n, "calibration": calibration, "exact_step_s": exact_s, "runs": runs}
+
+
+def _calibrate(base: Job) -> dict[str, float]:
+    """Seconds of a step with updates off, two runs side by side, and the bytes of one round of all updates."""
+
+    def off(number: int) -> list[float]:
+        child = Child(replace(base, name=f"off-{number}", mode="off"))
+        child.ask("run 4")
+        steps = [step["step_s"] for step in child.ask("run 40")]
+        child.end()
+        return steps
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        compute_s = statistics.median(s for steps in pool.map(off, range(WORKERS)) for s in steps)
+    child = Child(replace(base, name="round", mode="lock-free", max_staleness=0))
+    child.ask("run 4")
+    moved = [step["bytes_read"] + step["bytes_written"] for step in child.ask("run 8")]
+    child.end()
+    return {"compute_s": compute_s, "round_bytes": statistics.median(moved)}
+
+
+def _exact_step_s(job: Job) -> float:
+    """Median seconds of a step of exact mode with the disk's limit, alone."""
+    child = Child(job)
+    child.ask("run 4")
+    step_s = float(statistics.median(step["step_s"] for step in child.ask("run 7")))
+    child.end()
+    return step_s
+
+
+def _train(job: Job, ratio: float, plan: QualityPlan, calibration: Mapping[str, float]) -> dict[str, Any]:
+    """One whole run."""
+    child = Child(job)
+    steps = child.ask(f"run {plan.steps}")
+    bits = child.ask(f"validate {plan.validation[0]} {plan.validation[1]}")
+    child.end()
+    later = steps[plan.steps // 10 :]
+    step_s = statistics.median(step["step_s"] for step in later)
+    moved = statistics.mean(step["bytes_read"] + step["bytes_written"] for step in later)
+    record = {
+        "mode": job.mode, "ratio": ratio, "max_staleness": job.max_staleness, "lr": job.lr, "seed": job.seed,
+        "limit_mb_per_s": job.limit_mb_per_s, "validation_bits": statistics.mean(bits), "validation_batches": bits,
+        "step_s": step_s, "mean_step_s": statistics.mean(step["step_s"] for step in later),
+        "steps_per_round": calibration["round_bytes"] / moved if moved else None,
+        "stale_mean": statistics.mean(step["stale_mean"] for step in later), "stale_max": max(step["stale_max"] for step in steps),
+        "wait_s": statistics.mean(step["wait_s"] for step in later), "load_1min": os.getloadavg()[0],
+        "losses": [round(step["loss"], 5) for step in steps], "step_times_s": [round(step["step_s"], 4) for step in steps],
+    }  # fmt: skip
+    stale = f"missed {record['stale_mean']:.2f}, at most {record['stale_max']}"
+    print(f"{job.name}: {record['validation_bits']:.4f} bits/byte, {step_s:.3f} s a step, {stale}", file=sys.stderr)
+    return record
+
+
+def against_exact(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each point's loss over that of exact mode with the same seed, by point."""
+    exact = {(run["lr"], run["seed"]): run for run in runs if run["mode"] == "exact"}
+    points = sorted({(-run["lr"], run["ratio"], run["max_staleness"]) for run in runs if run["mode"] != "exact"})
+    found = []
+    for minus_lr, ratio, bound in points:
+        lr = -minus_lr
+        ours = [run for run in runs if (run["mode"], run["ratio"], run["max_staleness"], run["lr"]) == ("lock-free", ratio, bound, lr)]
+        excess = [run["validation_bits"] / exact[lr, run["seed"]]["validation_bits"] - 1 for run in ours]
+        found.append(
+            {
+                "ratio": ratio, "max_staleness": bound, "lr": lr, "seeds": [run["seed"] for run in ours],
+                "validation_bits": statistics.mean(run["validation_bits"] for run in ours),
+                "excess": excess, "mean_excess": statistics.mean(excess),
+                "noise": statistics.mean(_noise(run, exact[lr, run["seed"]]) for run in ours),
+                "stale_mean": statistics.mean(run["stale_mean"] for run in ours), "stale_max": max(run["stale_max"] for run in ours),
+                "step_s": statistics.median(run["step_s"] for run in ours),
+                "mean_step_s": statistics.mean(run["mean_step_s"] for run in ours),
+                "steps_per_round": statistics.mean(run["steps_per_round"] for run in ours),
+            }
+        )  # fmt: skip
+    return found
+
+
+def _noise(ours: Mapping[str, Any], exact: Mapping[str, Any]) -> float:
+    """Standard error of the difference of two runs over the same validation batches, over exact mode's loss."""
+    differences = [a - b for a, b in zip(ours["validation_batches"], exact["validation_batches"], strict=True)]
+    return float(statistics.stdev(differences) / len(differences) ** 0.5 / exact["validation_bits"])
+
+
+def rows_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The table."""
+    rows = []
+    for lr in sorted({run["lr"] for run in record["runs"]}, reverse=True):
+        exact = [run["validation_bits"] for run in record["runs"] if run["mode"] == "exact" and run["lr"] == lr]
+        rows.append((f"exact, lr {lr:g}, bits a byte", f"{statistics.mean(exact):.4f} ({min(exact):.4f}-{max(exact):.4f}), mean of {len(exact)}"))
+    for point in against_exact(record["runs"]):
+        seeds = ", ".join(f"{share * 100:+.2f}" for share in point["excess"])
+        stale = f"missed {point['stale_mean']:.2f}, at most {point['stale_max']}"
+        value = f"{point['validation_bits']:.4f}, {point['mean_excess'] * 100:+.2f} % ({seeds}); {stale}; {point['mean_step_s']:.3f} s a step"
+        rows.append((f"disk {point['ratio']:g} x compute, max_staleness {point['max_staleness']}, lr {point['lr']:g}", value))
+    return rows
