@@ -3,8 +3,8 @@
     python -m benchmarks.commit --size 112m --ram-share 0.25
 
 One engine trains; every few steps it commits, so that steps under which a commit is made and steps without one follow each
-other. The cost of a commit is the time that the steps from its beginning to its end took beyond as many median steps
-without one. It is held against a minute, the time between two commits, and its bytes against what was dirty in RAM when
+other. The cost of a commit is the time that the steps from its beginning to its end took beyond as many steps without one,
+by the median of those before and after. It is held against a minute, the time between two commits, and its bytes against what was dirty in RAM when
 it began plus the manifest: pages that are on the disk already are named, not written.
 """
 
@@ -103,10 +103,10 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     subject = Subject(a)
     for _ in range(WARM_UP):
         subject.step()
-    without: list[dict[str, float]] = []
+    without: list[list[dict[str, float]]] = []
     commits: list[dict[str, Any]] = []
     for number in range(a.commits + 1):
-        without += [subject.step() for _ in range(a.steps)]
+        without.append([subject.step() for _ in range(a.steps)])
         dirty_bytes = subject.in_ram()
         commit: dict[str, Any] = {**subject.commit(), "dirty_bytes": dirty_bytes, "steps": []}
         while subject.busy or not commit["steps"]:
@@ -115,7 +115,8 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         if number:  # The first one makes the page files grow.
             commits.append(commit)
         print(f"commit {number}/{a.commits}: begun in {commit['begin_s']:.3f} s, beside {len(commit['steps'])} steps of",
-              *(f"{s['step_s']:.3f}" for s in commit["steps"]), "s; without:", *(f"{s['step_s']:.3f}" for s in without[-a.steps :]), file=sys.stderr)  # fmt: skip
+              *(f"{s['step_s']:.3f}" for s in commit["steps"]), "s; without:", *(f"{s['step_s']:.3f}" for s in without[-1]), file=sys.stderr)  # fmt: skip
+    without = [*without[1:], [subject.step() for _ in range(a.steps)]]
     subject.close()
     return {
         "benchmark": "commit",
@@ -127,13 +128,16 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _summary(without: list[dict[str, float]], commits: list[dict[str, Any]]) -> dict[str, Any]:
-    step_s = statistics.median(step["step_s"] for step in without)
-    written = statistics.median(step["written"] for step in without)
-    stalls = [c["begin_s"] + sum(s["step_s"] for s in c["steps"]) - step_s * len(c["steps"]) for c in commits]
-    extra = [c["written"] + sum(s["written"] for s in c["steps"]) - written * len(c["steps"]) for c in commits]
+def _summary(without: list[list[dict[str, float]]], commits: list[dict[str, Any]]) -> dict[str, Any]:
+    steps = [step for group in without for step in group]
+    written = statistics.median(step["written"] for step in steps)
+    stalls, extra = [], []
+    for commit, before, after in zip(commits, without, without[1:], strict=True):
+        step_s = statistics.median(step["step_s"] for step in [*before, *after])
+        stalls.append(commit["begin_s"] + sum(step["step_s"] - step_s for step in commit["steps"]))
+        extra.append(commit["written"] + sum(step["written"] - written for step in commit["steps"]))
     return {
-        "step_s": Spread.of([step["step_s"] for step in without]).__dict__,
+        "step_s": Spread.of([step["step_s"] for step in steps]).__dict__,
         "begin_s": Spread.of([c["begin_s"] for c in commits]).__dict__,
         "stall_s": Spread.of(stalls).__dict__,
         "stall_share_of_a_minute": statistics.median(stalls) / BETWEEN_S,
