@@ -96,7 +96,7 @@ def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 # ---- the picture --------------------------------------------------------------------------------------------------
 
 
-def draw(quality: Mapping[str, Any], default_bound: int, path: str) -> None:
+def draw(quality: Mapping[str, Any], config: Mapping[str, Any], default_bound: int, path: str) -> None:
     """Loss against steps and against seconds on one disk, and the final difference by disk and bound."""
     import matplotlib
 
@@ -112,7 +112,8 @@ def draw(quality: Mapping[str, Any], default_bound: int, path: str) -> None:
     exact_step_s = quality["exact_step_s"][f"{shown:g}"]
     curve = _mean_curve(exact)
     by_step.plot(range(SMOOTHED_STEPS, len(curve) + SMOOTHED_STEPS), curve, color="black", linewidth=2.5, label="exact")
-    by_time.plot([(k + SMOOTHED_STEPS) * exact_step_s for k in range(len(curve))], curve, color="black", linewidth=2.5, label="exact")
+    timed_as = f"exact, {config['exact_ram_per_parameter']:g} bytes of RAM a parameter"
+    by_time.plot([(k + SMOOTHED_STEPS) * exact_step_s for k in range(len(curve))], curve, color="black", linewidth=2.5, label=timed_as)
     bounds = sorted({run["max_staleness"] for run in runs if run["mode"] != "exact" and (run["ratio"], run["lr"]) == (shown, lr)})
     for number, bound in enumerate(bounds):
         ours = [run for run in runs if run["mode"] != "exact" and (run["ratio"], run["max_staleness"], run["lr"]) == (shown, bound, lr)]
@@ -186,7 +187,7 @@ def main() -> None:
         record = joined(json.loads(Path(a.save).read_text()) if os.path.exists(a.save) else {}, record)
     common.save(record, a.save)
     if a.picture and "quality" in record:
-        draw(record["quality"], record["default_max_staleness"], a.picture)
+        draw(record["quality"], record["quality_config"], record["default_max_staleness"], a.picture)
     common.show("lock-free updates on a slow disk", rows_of(record), summary_of(record), as_json=a.json)
 
 
