@@ -129,6 +129,7 @@ class Checkpoints:
             "optimizer": self._rule_name,
             "parameters": self._parameters(),
             "update_steps": {slot.name: slot.steps for slot in self._slots()},
+            "ahead": {slot.name: list(slot.ahead) for slot in self._slots() if slot.ahead},
             "edited": [slot.name for slot in self._slots() if slot.edited],
             **layout_of(self._store.index.units, self._model).describe(),
             "groups": [{k: v for k, v in group.items() if k != "params" and _is_plain(v)} for group in self._optimizer.param_groups],
@@ -185,6 +186,8 @@ class Checkpoints:
         state = manifest.state
         for slot in self._slots():
             slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]
+            # Exact mode goes on from where lock-free mode had the parameters; commits of format 1 may lack the entry.
+            slot.ahead = tuple(state.get("ahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
         for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
             group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
         with torch.no_grad():

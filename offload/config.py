@@ -111,6 +111,9 @@ class UpdateConfig(_Section):
     training does not wait for it, except to keep ``max_staleness``."""
     max_staleness: int = Field(default=4, ge=0)
     """Lock-free mode: how many of the steps before a step its parameters may miss. 0: the bits of exact mode."""
+    exact_steps: int = Field(default=100, ge=0)
+    """Lock-free mode: the first so many updates of each parameter are made as in exact mode, while gradients still change much
+    from step to step."""
     threads: int = Field(default=1, ge=1, le=64)
     """Lock-free mode: compute threads of the updates, which run beside those of the step."""
     clip_norm: float | None = Field(default=None, gt=0)

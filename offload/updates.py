@@ -159,4 +159,5 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling:
     return LockFreeUpdater(
         store.driver, store.index, thread, mailboxes, StateAccess(store.driver, rule.state_names), hypers, store.budget, division.gradient_bytes, scratch_bytes(units),
         store.counters, scaling=scaling, eager=eager, max_staleness=update.max_staleness,
+        exact_steps=update.exact_steps,
     )  # fmt: skip

@@ -183,9 +183,3 @@ class Mailbox:
             return self._waiting.popleft()
         except IndexError:
             return None
-
-
-def settled(flat: Tensor, coefficient: Tensor | None) -> Tensor:
-    """A gradient in fp32 with its factor applied, ready for the update; in place where it is fp32 already."""
-    wide = flat if flat.dtype is torch.float32 else flat.float()
-    return wide if coefficient is None else wide.mul_(coefficient)

@@ -7,7 +7,8 @@ forward, recomputation and backward of a step see the same values. (Where memory
 are also adopted between two micro-batches of a step, never between a forward and its backward.)
 
 Before a unit's first use in a step, the parameters in use miss at most ``max_staleness`` of the steps before; the
-training thread waits for the updater where they would miss more. With 0 the results are those of exact mode, bit for bit.
+training thread waits for the updater where they would miss more. With 0 the results are those of exact mode, bit for bit,
+and so are those of the first ``exact_steps`` steps.
 
 Source: Angel-PTM (VLDB 2023), lock-free updating; the bound is that of stale-synchronous training (Ho et al., NeurIPS
 2013), kept for each unit.
@@ -52,6 +53,7 @@ class LockFreeUpdater:
         scaling: clipping and loss scaling.
         eager: hand a unit's gradient over as soon as it is complete, not at the optimizer step.
         max_staleness: see above, >= 0.
+        exact_steps: the first so many steps of a unit's life are made as with ``max_staleness`` 0.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class LockFreeUpdater:
         scaling: Scaling,
         eager: bool,
         max_staleness: int,
+        exact_steps: int = 0,
     ) -> None:
         self._driver = driver
         self._thread = thread
@@ -80,6 +83,7 @@ class LockFreeUpdater:
         self._scaling = scaling
         self._eager = eager
         self._max_staleness = max_staleness
+        self._exact_steps = exact_steps
         self._limit_bytes = limit_bytes
         reserved = budget.reserve(Tag.GRAD, 0, "gradients on their way")
         assert isinstance(reserved, Reservation)
@@ -228,11 +232,18 @@ class LockFreeUpdater:
             return
         self._unused.discard(unit)
         mailbox = self._mailboxes[unit]
-        late = mailbox.clock.staleness > self._max_staleness
+        allowed = self._allowed(unit)
+        late = mailbox.clock.staleness > allowed
         if late:
-            self._await(mailbox, mailbox.clock.produced - self._max_staleness)
+            self._await(mailbox, mailbox.clock.produced - allowed)
         if late or (unit.live_views == 0 and not unit.parameters.owed):
             self._adopt(unit, "before")
+
+    def _allowed(self, unit: Unit) -> int:
+        """The steps that a unit's parameters may miss."""
+        # Counts of steps are the updater's, and part of commits; one it is about to raise means one exact step more.
+        young = max(slot.steps for slot in unit.slots) < self._exact_steps
+        return 0 if young else self._max_staleness
 
     def settle(self, unit: Unit) -> None:
         """Before a use outside the step (evaluation, copies, edits): adopt all updates of the steps made."""
@@ -254,7 +265,7 @@ class LockFreeUpdater:
         Not ``whole``: the updater rests between two units meanwhile, and gradients on their way are not applied before.
         Where no staleness is allowed it is always whole.
         """
-        if whole or self._max_staleness == 0:
+        if whole or not all(self._allowed(unit) for unit in self._mailboxes):
             self.drain()
             yield
             return

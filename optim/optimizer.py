@@ -151,7 +151,7 @@ class PagedOptimizer(Optimizer):
                 unit, slot = self._places[parameter]
                 state = states.get(number, {})
                 # SGD keeps no step count: a buffer means that there was a first update.
-                slot.steps = int(state["step"]) if "step" in state else int(bool(state))
+                slot.steps, slot.ahead = int(state["step"]) if "step" in state else int(bool(state)), ()
                 for i, name in enumerate(self._rule.state_names):
                     value = state.get(name)
                     self._states.write(unit, slot, i, torch.zeros(slot.shape) if value is None else value)

@@ -7,6 +7,7 @@ scalars; where pieces begin is chosen so that no element's rounding depends on t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol
@@ -27,6 +28,10 @@ class Batch:
     steps: list[int]
 
 
+#: Numbers that tell a rule how far a parameter was moved ahead of its last update; none: it was not.
+Ahead = tuple[float, ...]
+
+
 class UpdateRule(Protocol):
     """What an optimizer must say of itself to run on pages. Stateless; called on whichever thread updates."""
 
@@ -40,6 +45,19 @@ class UpdateRule(Protocol):
 
     def apply(self, hyper: Hyper, batch: Batch) -> None:
         """Update ``batch`` in place; each piece is updated for the (steps + 1)-th time."""
+
+    def merge(self, hypers: Sequence[Hyper]) -> list[Hyper]:
+        """The updates to make, in this order and all with the mean gradient, for steps whose gradients were added up.
+
+        Args:
+            hypers: of each step, oldest first; one alone comes back as it is.
+        """
+
+    def ahead(self, hyper: Hyper, n_updates: int, n_steps: int) -> Ahead:
+        """How far momentum alone takes a parameter in ``n_steps`` steps after its ``n_updates``-th update."""
+
+    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor) -> None:
+        """Move a piece ahead (``sign`` 1), or back (-1); states are those that `ahead` was asked for. All flat, alike long."""
 
 
 def _refuse(group: Hyper, name: str, *unsupported: str) -> None:
@@ -72,6 +90,32 @@ class _AdamRule:
             lr=hyper["lr"], beta1=beta1, beta2=beta2, weight_decay=hyper["weight_decay"], eps=hyper["eps"],
             amsgrad=False, maximize=hyper["maximize"], grad_scale=None, found_inf=None,
         )  # fmt: skip
+
+
+    def merge(self, hypers: Sequence[Hyper]) -> list[Hyper]:
+        """One update, as with a batch of all these steps; the learning rate is the root of the sum of their squares.
+
+        Source: the square-root scaling of Malladi et al., On the SDEs and scaling rules for adaptive gradient
+        algorithms, NeurIPS 2022; moments decay once, which theirs would do once a step.
+        """
+        if len(hypers) == 1:
+            return list(hypers)
+        return [{**hypers[-1], "lr": math.sqrt(math.fsum(hyper["lr"] ** 2 for hyper in hypers))}]
+
+    def ahead(self, hyper: Hyper, n_updates: int, n_steps: int) -> Ahead:
+        """Factors of exp_avg and of the root of exp_avg_sq, and eps."""
+        beta1, beta2 = hyper["betas"]
+        reach = hyper["lr"] * math.fsum(beta1**k for k in range(1, n_steps + 1))
+        if not reach:
+            return ()
+        return reach / (1 - beta1**n_updates), 1 / math.sqrt(1 - beta2**n_updates), hyper["eps"]
+
+    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor) -> None:
+        """Along exp_avg over the root of exp_avg_sq."""
+        reach, width, eps = ahead
+        torch.sqrt(states[1], out=scratch)
+        scratch.mul_(width).add_(eps)
+        parameter.addcdiv_(states[0], scratch, value=-sign * reach)
 
 
 class AdamWRule(_AdamRule):
@@ -121,6 +165,22 @@ class SGDRule:
                     dampening=hyper["dampening"], nesterov=hyper["nesterov"], maximize=hyper["maximize"],
                     is_first_step=first, grad_scale=None, found_inf=None,
                 )  # fmt: skip
+
+    def merge(self, hypers: Sequence[Hyper]) -> list[Hyper]:
+        """As many updates as steps: parameters move as far as if they had been made one by one."""
+        return list(hypers)
+
+    def ahead(self, hyper: Hyper, n_updates: int, n_steps: int) -> Ahead:
+        """Factor of the momentum buffer.
+
+        Source: Hakimi et al., Taming momentum in a distributed asynchronous environment (DANA), 2019.
+        """
+        reach = hyper["lr"] * math.fsum(hyper["momentum"] ** k for k in range(1, n_steps + 1))
+        return (reach,) if reach else ()
+
+    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor) -> None:
+        """Along the momentum buffer."""
+        parameter.add_(states[0], alpha=-sign * ahead[0])
 
 
 def _take(tensors: Sequence[Tensor], chosen: Sequence[int]) -> list[Tensor]:

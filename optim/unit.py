@@ -40,6 +40,7 @@ class Slot:
         order: place among the model's parameters; norms are combined in this order.
         group: index of the optimizer's parameter group, -1 for a parameter that is not optimized.
         steps: updates made so far.
+        ahead: how far lock-free mode has the parameter ahead of its last update (`optim.rules.Ahead`).
         arrivals: gradients that autograd delivered in this step; ``expected`` is how many the last whole step had.
         direct: the step's only gradient, flat, held as autograd made it; ``paged`` says that the sum is in pages.
         norm: 2-norm of the final gradient, once known.
@@ -53,6 +54,7 @@ class Slot:
     order: int = -1
     group: int = -1
     steps: int = 0
+    ahead: tuple[float, ...] = ()
     arrivals: int = 0
     expected: int | None = None
     direct: torch.Tensor | None = None

@@ -7,10 +7,9 @@ It takes the parcel of the unit that is furthest behind (one that the training t
 unit's slices of optimizer states through its own windows of host memory, and publishes the new parameters when all of
 them are there. While a slice is updated the next one is read and the one before is written.
 
-Where a parcel holds the gradients of several steps, the unit makes that many updates with their mean, each with the
-learning rate of its own step: parameters move as far, and moments and bias corrections count as many steps, as if the
-updates had been made one by one. One update with the sum would move Adam's parameters by one step's length only, since
-its step does not grow with the gradient.
+Where a parcel holds the gradients of several steps, the updater cannot keep pace with training. The rule then says which
+updates their mean makes (`UpdateRule.merge`), and parameters are published as far ahead of them as momentum will take
+them until the next ones are to be expected (`UpdateRule.ahead`); before the next update they are moved back.
 
 The first error ends the thread; it is kept in `failure` and raised on the training thread. The unit that was being
 updated then has some of its slices updated and others not, and none of its new parameters published: training goes on
@@ -30,8 +29,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from optim.handoff import Mailbox, Parcel, SlotSum, settled
-from optim.rules import Batch, UpdateRule
+from optim.handoff import Mailbox, Parcel, SlotSum
+from optim.rules import Ahead, Batch, UpdateRule
 from optim.state_windows import StateWindows
 from optim.states import state_view
 from optim.unit import Hyper, Piece, Slice, Slot, Unit
@@ -179,7 +178,7 @@ class UpdateThread:
 
     def _run(self) -> None:
         try:
-            self._scratch = torch.empty(self._largest_numel)
+            self._scratch = torch.empty(2, self._largest_numel)
             torch.ones(MiB).add_(1)  # torch sets a thread's number of OpenMP threads in its first parallel region
             with threadpool_limits(self._n_threads, user_api="openmp"):
                 while True:
@@ -255,7 +254,8 @@ class UpdateThread:
                 spent_s = time.perf_counter() - started_s
             self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
         for total in parcel.sums.values():
-            total.slot.steps += total.n_steps
+            total.slot.ahead = self._ahead(total)
+            total.slot.steps += len(self._rule.merge(total.hypers))
 
     def _prefetch_next_unit(self, served: Mailbox) -> None:
         following = self._choose()
@@ -263,26 +263,42 @@ class UpdateThread:
             self.windows.prefetch(self._first_slice[following.unit])
 
     def _update(self, unit: Unit, part: Slice, pieces: list[Piece], parcel: Parcel, newest: dict[Slot, SlotSum]) -> None:
-        """All updates of one slice: as many as its gradients have steps, each with the hyper-parameters of its own."""
+        """All updates of one slice."""
         ready = [_Ready(piece, *self._operands(unit, part, piece, parcel.sums[piece.slot], newest)) for piece in pieces]
-        for step in range(max(one.total.n_steps for one in ready)):
-            due = [one for one in ready if step < one.total.n_steps]
-            for group in sorted({one.piece.slot.group for one in due}):
-                chosen = [one for one in due if one.piece.slot.group == group]
-                for hyper in _distinct(one.total.hypers[step] for one in chosen):
-                    self._rule.apply(hyper, self._batch(part, [one for one in chosen if one.total.hypers[step] == hyper], step))
         for one in ready:
+            if one.piece.slot.ahead:
+                self._shift(one, one.piece.slot.ahead, -1, part)
+        for hypers, alike in _by_hypers(ready):
+            for made, hyper in enumerate(self._rule.merge(hypers)):
+                self._rule.apply(hyper, self._batch(part, alike, made))
+        for one in ready:
+            ahead = self._ahead(one.total)
+            if ahead:
+                self._shift(one, ahead, 1, part)
             one.target.copy_(one.parameter)
 
-    def _batch(self, part: Slice, chosen: list[_Ready], step: int) -> Batch:
+    def _ahead(self, total: SlotSum) -> Ahead:
+        """How far a parameter is to be ahead of the update with this sum: the next one will be of as many steps."""
+        updates = self._rule.merge(total.hypers)
+        return self._rule.ahead(updates[-1], total.slot.steps + len(updates), total.n_steps - 1)
+
+    def _shift(self, one: _Ready, ahead: Ahead, sign: int, part: Slice) -> None:
+        scratch = self._scratch[1, : one.piece.numel]
+        self._rule.shift(ahead, sign, one.parameter, self._states(part, one.piece), scratch)
+
+    def _states(self, part: Slice, piece: Piece) -> list[Tensor]:
+        if part.states is None:
+            return []
+        return [state_view(self._mover, part, part.states, k, piece.begin, piece.numel) for k in range(len(self._rule.state_names))]
+
+    def _batch(self, part: Slice, chosen: list[_Ready], made: int) -> Batch:
         batch = Batch([], [], [[] for _ in self._rule.state_names], [])
         for one in chosen:
             batch.params.append(one.parameter)
             batch.grads.append(one.gradient)
-            batch.steps.append(one.piece.slot.steps + step)
-            for number, states in enumerate(batch.states):
-                assert part.states is not None
-                states.append(state_view(self._mover, part, part.states, number, one.piece.begin, one.piece.numel))
+            batch.steps.append(one.piece.slot.steps + made)
+            for states, state in zip(batch.states, self._states(part, one.piece), strict=True):
+                states.append(state)
         return batch
 
     def _operands(
@@ -290,13 +306,16 @@ class UpdateThread:
     ) -> tuple[SlotSum, Tensor, Tensor, Tensor]:
         """The sum, and flat: fp32 parameters to update, fp32 gradient, and where the new values go."""
         begin, end = piece.begin - piece.slot.offset, piece.end - piece.slot.offset
+        # One is enough for both: what is not fp32 has masters, which are updated where they are.
+        scratch = self._scratch[0, piece.begin - part.begin : piece.end - part.begin]
         target = total.flat[begin:end]
-        gradient = settled(target, total.coefficient)
+        gradient = target if target.dtype is torch.float32 else scratch.copy_(target)
+        if total.coefficient is not None:
+            gradient.mul_(total.coefficient)
         if total.n_steps > 1:
             gradient.mul_(1 / total.n_steps)
         if part.master is not None:
             return total, state_view(self._mover, part, part.master, 0, piece.begin, piece.numel), gradient, target
-        scratch = self._scratch[piece.begin - part.begin : piece.end - part.begin]
         known = newest.get(piece.slot)
         if known is not None:
             scratch.copy_(known.flat[begin:end])
@@ -333,10 +352,14 @@ def _pieces(parcel: Parcel, part: Slice) -> list[Piece]:
     ]
 
 
-def _distinct(hypers: Iterable[Hyper]) -> list[Hyper]:
-    """The different ones, in order."""
-    found: list[Hyper] = []
-    for hyper in hypers:
-        if hyper not in found:
-            found.append(hyper)
+def _by_hypers(ready: Iterable[_Ready]) -> list[tuple[list[Hyper], list[_Ready]]]:
+    """Those of one parameter group and with gradients of the same steps together, in order."""
+    found: list[tuple[list[Hyper], list[_Ready]]] = []
+    for one in ready:
+        for hypers, alike in found:
+            if alike[0].piece.slot.group == one.piece.slot.group and hypers == one.total.hypers:
+                alike.append(one)
+                break
+        else:
+            found.append((one.total.hypers, [one]))
     return found

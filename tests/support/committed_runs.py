@@ -66,7 +66,7 @@ class Setup:
 
 RANDOM = Case(Random, "vectors")
 SMALL = Setup(RANDOM, 640 * KIB)
-LOCK_FREE = {"mode": "lock-free", "max_staleness": 0}
+LOCK_FREE = {"mode": "lock-free", "max_staleness": 0, "exact_steps": 0}
 SETUPS: dict[str, Setup] = {
     "random": SMALL,
     "random, all in RAM": Setup(RANDOM, 16 * MIB),

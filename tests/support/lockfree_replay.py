@@ -7,6 +7,7 @@ from it exactly. `History` records it: which steps' gradients each version was m
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ class Replay:
         self._masters: dict[str, nn.Parameter] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._groups: dict[str, int] = {}
+        self._ahead: dict[str, tuple[float, ...]] = {}
         for number, group in enumerate(self._template.param_groups):
             options = {key: value for key, value in group.items() if key != "params"}
             for parameter in group["params"]:
@@ -175,12 +177,49 @@ class Replay:
             for later in scaled[1:]:
                 total.add_(later)
             mean = total.float() * (1 / len(parts))
-        for part in parts:
-            optimizer.param_groups[0]["lr"] = part.lr
-            master.grad = mean.clone()
+        momentum = _Momentum(optimizer, master)
+        if name in self._ahead:
+            momentum.move(self._ahead.pop(name), back=True)
+        master.grad = mean
+        lrs = [part.lr for part in parts]
+        for lr in lrs if isinstance(optimizer, torch.optim.SGD) else [_root_of_squares(lrs)]:
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
+        if len(parts) > 1:
+            self._ahead[name] = momentum.reach(len(parts) - 1)
+            momentum.move(self._ahead[name], back=False)
         with torch.no_grad():
             self.plain.get_parameter(name).copy_(master)
+
+
+def _root_of_squares(lrs: Sequence[float]) -> float:
+    return lrs[0] if len(lrs) == 1 else math.sqrt(math.fsum(lr * lr for lr in lrs))
+
+
+class _Momentum:
+    """Moves a parameter as far as an optimizer's momentum alone would take it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+        self._group, self._state, self._parameter = optimizer.param_groups[0], optimizer.state[parameter], parameter
+
+    def reach(self, n_steps: int) -> tuple[float, ...]:
+        """Learning rate times the decays of so many steps and, for Adam, the corrections of both moments."""
+        group = self._group
+        if "betas" not in group:
+            return (group["lr"] * math.fsum(group["momentum"] ** k for k in range(1, n_steps + 1)),)
+        (beta1, beta2), made = group["betas"], float(self._state["step"])
+        reach = group["lr"] * math.fsum(beta1**k for k in range(1, n_steps + 1))
+        return reach / (1 - beta1**made), 1 / math.sqrt(1 - beta2**made)
+
+    @torch.no_grad()
+    def move(self, reach: tuple[float, ...], *, back: bool) -> None:
+        """There or back."""
+        sign = 1 if back else -1
+        if len(reach) == 1:
+            self._parameter.add_(self._state["momentum_buffer"], alpha=sign * reach[0])
+        else:
+            width = self._state["exp_avg_sq"].sqrt().mul_(reach[1]).add_(self._group["eps"])
+            self._parameter.addcdiv_(self._state["exp_avg"], width, value=sign * reach[0])
 
 
 def assert_replayed(replay: Replay, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from one_unit import mark, sums, unit_of
 
-from optim.handoff import Mailbox, Parcel, SlotSum, settled
+from optim.handoff import Mailbox, Parcel, SlotSum
 from optim.unit import Slot
 from pagemem.errors import TransitionError
 
@@ -161,13 +161,3 @@ def test_whoever_releases_first_has_the_bytes() -> None:
     newest = mailbox.unadopted()
     assert newest is not None and (newest.last, newest.since) == (2, 0)
     assert sum(total.release() for total in newest.values.values()) == 8 * N
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("factor", [None, 0.5])
-def test_a_settled_gradient_is_wide_and_scaled(dtype: torch.dtype, factor: float | None) -> None:
-    flat = torch.arange(8).to(dtype)
-    coefficient = None if factor is None else torch.tensor(factor)
-    wide = settled(flat, coefficient)
-    assert wide.dtype is torch.float32 and torch.equal(wide, torch.arange(8.0) * (factor or 1))
-    assert (wide.data_ptr() == flat.data_ptr()) is (dtype is torch.float32), "fp32 is settled in place"
