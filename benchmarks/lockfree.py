@@ -68,6 +68,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             "exact_ram_per_parameter": lockfree_quality.EXACT_RAM_PER_PARAMETER,
             "page": lockfree_quality.PAGE,
             "threads": 1,
+            "exact_steps": UpdateConfig().exact_steps,
         }
         record["quality_config"] = {**vars(quality), **settings}
         record["quality"] = lockfree_quality.measure(quality, a.dir)
@@ -118,10 +119,10 @@ def draw(quality: Mapping[str, Any], config: Mapping[str, Any], default_bound: i
     for number, bound in enumerate(bounds):
         ours = [run for run in runs if run["mode"] != "exact" and (run["ratio"], run["max_staleness"], run["lr"]) == (shown, bound, lr)]
         curve, color = _mean_curve(ours), f"C{number}"
-        step_s = sum(run["mean_step_s"] for run in ours) / len(ours)
+        seconds = torch.tensor([run["step_times_s"] for run in ours]).mean(0).cumsum(0)[SMOOTHED_STEPS - 1 :]
         name = f"lock-free, max_staleness {bound}" + (" (default)" if bound == default_bound else "")
         by_step.plot(range(SMOOTHED_STEPS, len(curve) + SMOOTHED_STEPS), curve, color=color, linewidth=1.2, label=name)
-        by_time.plot([(k + SMOOTHED_STEPS) * step_s for k in range(len(curve))], curve, color=color, linewidth=1.2, label=name)
+        by_time.plot(seconds.tolist(), curve, color=color, linewidth=1.2, label=name)
     by_step.set(xlabel="steps", title=f"Disk {shown:g} x compute: training loss by step")
     by_time.set(xlabel="seconds", title=f"Disk {shown:g} x compute: training loss by time")
     for axes in (by_step, by_time):

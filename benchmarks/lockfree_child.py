@@ -61,6 +61,7 @@ class Job:
     ram_bytes: int
     page: str
     max_staleness: int = 4
+    exact_steps: int = 0
     limit_mb_per_s: float | None = None
     steps: int = 1000
     warmup_steps: int = 0
@@ -74,7 +75,11 @@ class Job:
             "seed": self.seed,
             "memory": {"ram": self.ram_bytes, "page": self.page},
             "ssd": {"paths": [f"{self.dir}/pages-{self.name}"], "limit_mb_per_s": self.limit_mb_per_s},
-            "update": {"mode": "exact" if self.mode == "exact" else "lock-free", "max_staleness": self.max_staleness},
+            "update": {
+                "mode": "exact" if self.mode == "exact" else "lock-free",
+                "max_staleness": self.max_staleness,
+                "exact_steps": self.exact_steps,
+            },
             "optimizer": {**OPTIMIZER, "lr": self.lr},
         }
 

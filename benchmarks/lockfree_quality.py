@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from benchmarks.lockfree_child import Child, Job
+from offload.config import UpdateConfig
 
 WORKERS: Final = 2
 PAGE: Final = "64KiB"
@@ -47,13 +48,13 @@ class QualityPlan:
 
 
 FULL: Final = QualityPlan(
-    model={"d_model": 128, "n_layer": 4, "n_head": 4, "seq": 128, "batch": 8},
-    steps=300,
+    model={"d_model": 128, "n_layer": 4, "n_head": 4, "seq": 128, "batch": 4},
+    steps=1200,
     seeds=(1, 2, 3),
     points=(*((ratio, bound, BEST_LR) for ratio, bound in ((3, 1), (3, 2), (3, 4), (3, 8), (1, 4), (2, 4), (4, 4))), (3, 4, LOW_LR)),
     validation=(128, 8),
 )
-QUICK: Final = replace(FULL, steps=60, seeds=(1,), points=((3, 4, BEST_LR),), validation=(16, 8))
+QUICK: Final = replace(FULL, steps=150, seeds=(1,), points=((3, 4, BEST_LR),), validation=(16, 8))
 
 
 def measure(plan: QualityPlan, folder: str) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def measure(plan: QualityPlan, folder: str) -> dict[str, Any]:
             jobs.append(
                 replace(
                     base, name=f"lockfree-{ratio:g}-{bound}-{lr:g}-{seed}", mode="lock-free", seed=seed, lr=lr,
-                    max_staleness=bound, limit_mb_per_s=limit_mb_per_s,
+                    max_staleness=bound, exact_steps=UpdateConfig().exact_steps, limit_mb_per_s=limit_mb_per_s,
                 )  # fmt: skip
             )
             ratios.append(ratio)
@@ -121,7 +122,7 @@ def _train(job: Job, ratio: float, plan: QualityPlan, calibration: Mapping[str, 
     steps = child.ask(f"run {plan.steps}")
     bits = child.ask(f"validate {plan.validation[0]} {plan.validation[1]}")
     child.end()
-    later = steps[plan.steps // 10 :]
+    later = steps[max(plan.steps // 10, job.exact_steps) :]
     step_s = statistics.median(step["step_s"] for step in later)
     moved = statistics.mean(step["bytes_read"] + step["bytes_written"] for step in later)
     record = {

@@ -20,13 +20,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from offload.checkpoint import Checkpoints, Resumed, Stateful
-from offload.config import Config, OptimizerConfig, load_config
+from offload.config import Config, load_config
 from offload.deferred_init import store_of
 from offload.export import check_request, export_commit
 from offload.hooks import SavedWeights
-from offload.memory import MemoryReport, Stats, TierUse
+from offload.memory import MemoryReport, Stats, memory_report
 from offload.parameters import PagedParameter
 from offload.store import PageStore
+from offload.template import OptimizerLike, optimized_by, template_of
 from offload.updates import make_updater, scaling_of
 from optim import LossScale, PagedOptimizer, StateAccess, rule_for
 from optim.optimizer import without_compiler
@@ -36,12 +37,7 @@ from pagemem.events import EventKind
 from pagemem.page_file import PageFiles
 from pagemem.units import parse_bytes
 
-#: Makes a torch optimizer over the parameters given to it; its class, groups and options are taken over.
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-OptimizerLike = OptimizerFactory | OptimizerConfig | Mapping[str, Any] | None
 ConfigLike = Config | Mapping[str, Any] | str | Path
-
-_TORCH_CLASSES: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
 class EngineState(enum.Enum):
@@ -340,28 +336,7 @@ class Engine:
 
     def memory_report(self) -> MemoryReport:
         """Bytes per tier now, at their peak, and as planned."""
-        store = self._store
-        mover, page_bytes, plan = store.mover, store.page_bytes, store.driver.plan
-        host_planned = plan.peak_frames + self._updater.state_frames if plan is not None else None
-        ssd_planned = mover.planned_page_file_frames(plan.stored()) if plan is not None else None
-        gradients = self._updater
-        tiers = {
-            "host": TierUse(
-                store.budget.limit_bytes,
-                mover.host.used_frames * page_bytes + gradients.direct_bytes,
-                mover.host.peak_frames * page_bytes + gradients.peak_direct_bytes,
-                mover.touched_frames,
-                host_planned,
-            ),
-            "ssd": TierUse(
-                None,
-                mover.ssd.used_frames * page_bytes,
-                mover.ssd.peak_frames * page_bytes,
-                mover.ssd.peak_frames,
-                ssd_planned,
-            ),
-        }
-        return MemoryReport(tiers, store.bytes_by_tag(gradients.direct_bytes), page_bytes)
+        return memory_report(self._store, self._updater, self._checkpoints.committer)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -397,42 +372,6 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-def template_of(optimizer: OptimizerLike, config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The torch optimizer that is asked for, over a model's parameters."""
-    if callable(optimizer) and not isinstance(optimizer, (OptimizerConfig, Mapping)):
-        return optimizer(list(model.parameters()))
-    section = config.optimizer
-    if isinstance(optimizer, OptimizerConfig):
-        section = optimizer
-    elif optimizer is not None:
-        section = OptimizerConfig.model_validate(dict(optimizer))
-    return template_from(section, model)
-
-
-def optimized_by(template: torch.optim.Optimizer) -> set[int]:
-    """``id`` of every parameter that a torch optimizer has."""
-    return {id(parameter) for group in template.param_groups for parameter in group["params"]}
-
-
-def template_from(section: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The torch optimizer that an optimizer section describes, over a model's trainable parameters."""
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            free = any((parameter.ndim < 2) if key == "1d" else (key in name) for key in section.no_decay)
-            (undecayed if free else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
-    if undecayed:
-        groups.append({"params": undecayed, "weight_decay": 0.0})
-    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
-    if section.name == "sgd":
-        common.update(momentum=section.momentum, nesterov=section.nesterov)
-    else:
-        common.update(betas=section.betas, eps=section.eps)
-    return _TORCH_CLASSES[section.name](groups, **common)
 
 
 def initialize(model: nn.Module, config: ConfigLike, optimizer: OptimizerLike = None) -> Engine:

@@ -265,6 +265,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
     metrics = kept_metrics(folder / _METRICS, engine.steps)
     n_earlier = len(metrics)
+    committed = -1
     tokens_a_step = train.batch * train.seq * config.update.accumulation
     begun = last = engine.stats()
     started_s = time.perf_counter()
@@ -289,9 +290,11 @@ def _train(
             )
             last = now
             log.take(metrics[-1])
-            engine.save_if_due()
-    if config.commit.every_steps is not None or config.commit.every_s is not None:
-        engine.save()  # What a background commit left out is in this one.
+            if engine.save_if_due() is not None:
+                committed = engine.steps
+    commits = config.commit.every_steps is not None or config.commit.every_s is not None
+    if commits and (committed < engine.steps or config.update.mode == "lock-free"):
+        engine.save()  # In lock-free mode a background commit leaves out what was on its way.
     train_s = time.perf_counter() - started_s
     stats = engine.stats().since(begun)
     after_bits = validation_bits(engine.model, data, train, interrupt)

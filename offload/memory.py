@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from offload.commits import Committer
+from offload.store import PageStore
+from optim.updater import Updater
+from pagemem.tier import Tag
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:
@@ -45,6 +50,7 @@ class TierUse:
         peak_bytes: the most that was held at once, whole pages and gradients in flight.
         peak_pages: distinct pages touched, since the plan took over if there is one.
         planned_peak_pages: what the plan says ``peak_pages`` is, or None without a plan.
+        planned_with_commits: it is the most that may be needed, because commits keep the pages that they name.
     """
 
     budget_bytes: int | None
@@ -52,6 +58,7 @@ class TierUse:
     peak_bytes: int
     peak_pages: int
     planned_peak_pages: int | None
+    planned_with_commits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +68,31 @@ class MemoryReport:
     tiers: dict[str, TierUse]
     by_tag: dict[str, int]
     page_bytes: int
+
+
+def memory_report(store: PageStore, updater: Updater, committer: Committer) -> MemoryReport:
+    """Bytes per tier of a running engine."""
+    mover, page_bytes, plan = store.mover, store.page_bytes, store.driver.plan
+    commits = store.config.commit
+    committing = bool(commits.every_steps or commits.every_s or committer.commits)
+    host_planned = ssd_planned = None
+    if plan is not None:
+        host_planned = plan.peak_frames + updater.state_frames
+        ssd_planned = mover.planned_page_file_frames(plan.stored())
+        if committing:
+            # Beside the newest copy of each tensor, one of another age for each commit that is kept, and for the one in the making.
+            named = sum(1 for commit in committer.commits.values() if commit.manifest.name is not None)
+            changing = sum(tensor.n_frames for tensor in mover.tensors.values() if tensor.tag is not Tag.GRAD)
+            ssd_planned += (commits.keep + named + 1) * changing
+    in_flight, peak_in_flight = updater.direct_bytes, updater.peak_direct_bytes
+    host = TierUse(
+        store.budget.limit_bytes,
+        mover.host.used_frames * page_bytes + in_flight,
+        mover.host.peak_frames * page_bytes + peak_in_flight,
+        mover.touched_frames,
+        host_planned,
+    )
+    ssd = TierUse(
+        None, mover.ssd.used_frames * page_bytes, mover.ssd.peak_frames * page_bytes, mover.ssd.peak_frames, ssd_planned, committing
+    )
+    return MemoryReport({"host": host, "ssd": ssd}, store.bytes_by_tag(in_flight), page_bytes)

@@ -58,6 +58,8 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
         budget = "no limit" if tier.budget_bytes is None else format_bytes(tier.budget_bytes)
         rows.append((f"{name} peak of budget", f"{format_bytes(tier.peak_bytes)} of {budget}"))
         planned = "no plan" if tier.planned_peak_pages is None else f"{tier.planned_peak_pages} planned"
+        if tier.planned_with_commits and tier.planned_peak_pages is not None:
+            planned = f"at most {planned}, with the commits that are kept"
         rows.append((f"{name} pages touched", f"{tier.peak_pages} of {format_bytes(run.memory.page_bytes)}, {planned}"))
     if run.steps:
         for what, n_bytes in (("read", stats.bytes_read), ("written", stats.bytes_written)):

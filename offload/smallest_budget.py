@@ -17,9 +17,10 @@ from torch import nn
 
 from offload.config import load_config
 from offload.deferred_init import named_parts, watching_modules
-from offload.engine import ConfigLike, OptimizerLike, optimized_by, template_of
+from offload.engine import ConfigLike
 from offload.need import BudgetNeed, UnitShape, budget_need
 from offload.neighbours import Group, groups_of, units_of
+from offload.template import OptimizerLike, optimized_by, template_of
 from optim import rule_for
 
 

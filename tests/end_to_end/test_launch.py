@@ -23,7 +23,7 @@ from torch import Tensor
 from offload.cli import main
 from offload.config import ConfigError, load_config
 from offload.data import ByteCorpus
-from offload.engine import template_from
+from offload.template import template_from
 from offload.launch import factory_of, launch, learning_rate, open_run_folder, resolve
 from offload.recipe import ByteGPT, byte_gpt
 from pagemem.errors import NonFiniteError, RunDirectoryError

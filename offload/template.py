@@ -1,0 +1,53 @@
+"""The torch optimizer that a user asks for, as a template: its class, groups and options; it never makes a step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from offload.config import Config, OptimizerConfig
+
+#: Makes a torch optimizer over the parameters given to it; its class, groups and options are taken over.
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerLike = OptimizerFactory | OptimizerConfig | Mapping[str, Any] | None
+
+_TORCH_CLASSES: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+def template_of(optimizer: OptimizerLike, config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The torch optimizer that is asked for, over a model's parameters."""
+    if callable(optimizer) and not isinstance(optimizer, (OptimizerConfig, Mapping)):
+        return optimizer(list(model.parameters()))
+    section = config.optimizer
+    if isinstance(optimizer, OptimizerConfig):
+        section = optimizer
+    elif optimizer is not None:
+        section = OptimizerConfig.model_validate(dict(optimizer))
+    return template_from(section, model)
+
+
+def optimized_by(template: torch.optim.Optimizer) -> set[int]:
+    """``id`` of every parameter that a torch optimizer has."""
+    return {id(parameter) for group in template.param_groups for parameter in group["params"]}
+
+
+def template_from(section: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The torch optimizer that an optimizer section describes, over a model's trainable parameters."""
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            free = any((parameter.ndim < 2) if key == "1d" else (key in name) for key in section.no_decay)
+            (undecayed if free else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
+    if undecayed:
+        groups.append({"params": undecayed, "weight_decay": 0.0})
+    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
+    if section.name == "sgd":
+        common.update(momentum=section.momentum, nesterov=section.nesterov)
+    else:
+        common.update(betas=section.betas, eps=section.eps)
+    return _TORCH_CLASSES[section.name](groups, **common)
