@@ -61,9 +61,11 @@ class StateAccess:
         self._visit(unit, slot, AccessMode.MODIFY, number, lambda view, begin: view.copy_(flat[begin : begin + view.numel()]))
 
     def follow_edits(self, unit: Unit) -> None:
-        """Take values that were put into 16-bit parameters over into their masters; the others keep what rounding hides."""
+        """Take values that were put into parameters over into their masters; 16-bit ones keep what rounding hides elsewhere."""
         for slot in unit.slots:
             edited, slot.edited = slot.edited, False
+            if edited:
+                slot.ahead = ()  # What was put in is meant as it is: no update may move it back first.
             for index, part in enumerate(unit.slices):
                 begin, end = max(slot.offset, part.begin), min(slot.end, part.end)
                 if not edited or begin >= end or part.master is None:

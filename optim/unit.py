@@ -44,7 +44,7 @@ class Slot:
         arrivals: gradients that autograd delivered in this step; ``expected`` is how many the last whole step had.
         direct: the step's only gradient, flat, held as autograd made it; ``paged`` says that the sum is in pages.
         norm: 2-norm of the final gradient, once known.
-        edited: values may have been put into the 16-bit parameter that its fp32 master does not have.
+        edited: values may have been put into the parameter, which its fp32 master, if it has one, does not have.
     """
 
     name: str

@@ -1,0 +1,279 @@
+"""The updater's windows: what stays, what passes through, what is read early, and what happens when a copy fails."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from fake_page_files import TIMEOUT_S, FakePageFiles, GatedPageFiles, ThreadedPageFiles
+from torch import Tensor
+from training_rig import PAGE_BYTES, pattern
+
+from optim.state_windows import RING_WINDOWS, StateWindows, least_frames
+from pagemem.arena import HostArena
+from pagemem.errors import StorageError
+from pagemem.events import EventKind, EventLog
+from pagemem.mover import Mover
+from pagemem.page import FrameId
+from pagemem.residency import PagedTensor, Residency
+from pagemem.tier import Tag
+
+#: Frames below the updater's, which the training thread uses.
+SHARED = 4
+
+
+class Cycle:
+    """Slices of some numbers of pages in windows of ``n_frames`` frames; each visit checks and changes what a slice holds.
+
+    Args:
+        sizes: pages of each slice; a pair is a slice of two tensors.
+    """
+
+    def __init__(self, files: FakePageFiles, sizes: Sequence[int | tuple[int, int]], n_frames: int) -> None:
+        self.log = EventLog()
+        self.mover = Mover(HostArena(SHARED + n_frames, PAGE_BYTES), files, self.log)  # type: ignore[arg-type]
+        self.slices: list[tuple[PagedTensor, ...]] = []
+        for number, size in enumerate(sizes):
+            pages = size if isinstance(size, tuple) else (size,)
+            self.slices.append(tuple(self.mover.create(f"{number}.{k}", Tag.MOMENT, n * PAGE_BYTES) for k, n in enumerate(pages)))
+        self.first_frame = self.mover.set_aside(n_frames)
+        self.windows = StateWindows(self.mover, self.slices, self.first_frame, n_frames)
+        self._salts = dict.fromkeys((t.id for tensors in self.slices for t in tensors), 0)
+        self._salt = 0
+
+    def view(self, tensor: PagedTensor) -> Tensor:
+        """A tensor's host bytes."""
+        assert tensor.frame is not None
+        return self.mover.arena.view(tensor.frame, 0, torch.int32, tensor.n_bytes // 4)
+
+    def check(self, tensor: PagedTensor) -> None:
+        """It holds what was written last."""
+        assert torch.equal(self.view(tensor), pattern(tensor.n_bytes, self._salts[tensor.id])), f"{tensor.name} holds something else"
+
+    def write(self, tensor: PagedTensor) -> None:
+        """Put something new into it."""
+        self._salt += 1
+        self._salts[tensor.id] = self._salt
+        self.view(tensor).copy_(pattern(tensor.n_bytes, self._salt))
+
+    def visit(self, number: int, then_fetch: int | None = None) -> None:
+        """What the updater does with a slice."""
+        with self.windows.held(number):
+            if then_fetch is not None:
+                self.windows.prefetch(then_fetch)
+            for tensor in self.slices[number]:
+                assert tensor.frame is not None and tensor.frame >= self.first_frame and tensor.pins == 1
+                self.check(tensor)
+                self.write(tensor)
+
+    def go_round(self, times: int) -> None:
+        """Visit all slices, fetching the next one meanwhile."""
+        count = len(self.slices)
+        for _ in range(times):
+            for number in range(count):
+                self.visit(number, (number + 1) % count)
+                self.mover.validate()
+
+    def states(self) -> list[str]:
+        """Where each slice's first tensor is."""
+        return [tensors[0].state.value for tensors in self.slices]
+
+
+@contextmanager
+def streaming(sizes: Sequence[int | tuple[int, int]], n_frames: int) -> Iterator[tuple[Cycle, ThreadedPageFiles]]:
+    """Windows over page files whose copies are made at once."""
+    files = ThreadedPageFiles()
+    cycle = Cycle(files, sizes, n_frames)
+    try:
+        yield cycle, files
+    finally:
+        cycle.mover.settle()
+        files.close()
+        cycle.mover.validate()
+        cycle.mover.arena.close()
+
+
+class Gated:
+    """Windows over page files whose copies wait for the test; the updater's side runs on a thread of its own."""
+
+    def __init__(self, count: int) -> None:
+        self.files = GatedPageFiles()
+        self.cycle = Cycle(self.files, [1] * count, RING_WINDOWS)
+        self._updater = ThreadPoolExecutor(1, "updater")
+        for number in range(count):
+            self.cycle.visit(number)
+            self.files.take("write").open()
+
+    def begin(self, number: int) -> Future[None]:
+        """Begin a visit."""
+        return self._updater.submit(self.cycle.visit, number)
+
+    def close(self) -> None:
+        """Let everything end."""
+        self.files.fail_all(StorageError("the test is over"))
+        self._updater.shutdown()
+        self.cycle.mover.validate()
+        self.cycle.mover.arena.close()
+
+
+@pytest.fixture
+def five() -> Iterator[Gated]:
+    """Five slices that were visited once: the last one is in the ring, the others were stored and left."""
+    gated = Gated(5)
+    try:
+        assert gated.cycle.states() == ["stored"] * 4 + ["clean"]
+        yield gated
+    finally:
+        gated.close()
+
+
+@pytest.mark.parametrize(("sizes", "frames"), [([], 0), ([2], 2), ([2, 3], 5), ([2, 3, 1], 6), ([2, 3, 1, 4], 10), ([2, 3, 1, 4, 3], 12)])
+def test_least_frames(sizes: list[int], frames: int) -> None:
+    assert least_frames(sizes) == frames
+
+
+def test_where_all_slices_fit_nothing_is_ever_copied() -> None:
+    with streaming([1, 2, (1, 1), 3], 8) as (cycle, files):
+        assert cycle.windows.n_resident == 4
+        cycle.go_round(3)
+        assert files.n_reads == files.n_writes == 0
+        assert cycle.states() == ["dirty"] * 4
+
+
+@pytest.mark.parametrize("resident", [0, 1, 3])
+def test_as_many_slices_as_fit_stay_and_the_others_pass_through(resident: int) -> None:
+    sizes: list[int | tuple[int, int]] = [2, 1, (1, 1), 2, 1, (1, 1), 2]
+    frames = RING_WINDOWS * 2 + sum(sum(s) if isinstance(s, tuple) else s for s in sizes[:resident])
+    with streaming(sizes, frames) as (cycle, files):
+        assert cycle.windows.n_resident == resident
+        cycle.go_round(4)
+        cycle.mover.settle()
+        passing = sum(len(tensors) for tensors in cycle.slices[resident:])
+        assert files.n_writes == 4 * passing
+        # The first time there is nothing to read; at the end one is fetched for a fifth time.
+        assert 0 < files.n_reads <= 3 * passing + len(cycle.slices[resident])
+        assert cycle.states()[:resident] == ["dirty"] * resident
+        assert not cycle.log.of(EventKind.WAIT), "the updater's waits are not the training thread's"
+
+
+def test_any_order_of_visits_is_served() -> None:
+    with streaming([1, (1, 2), 3, 2, 1, 1], 3 * RING_WINDOWS) as (cycle, _):
+        for number in [5, 0, 2, 2, 1, 5, 4, 3, 0, 0, 1, 2, 4, 5, 3, 1]:
+            cycle.visit(number, (number * 2) % 6)
+            cycle.mover.validate()
+
+
+def test_a_slice_without_states_takes_no_window() -> None:
+    with streaming([1], 1) as (cycle, _):
+        windows = StateWindows(cycle.mover, [(), ()], FrameId(SHARED), 0)
+        with windows.held(0):
+            windows.prefetch(1)
+
+
+def test_what_is_needed_is_read_early_and_not_twice(five: Gated) -> None:
+    five.cycle.windows.prefetch(0)
+    five.cycle.windows.prefetch(0)
+    five.files.take("read").open()
+    assert five.files.idle()
+    five.cycle.visit(0)
+    five.files.take("write").open()
+
+
+def test_a_visit_waits_for_a_read_that_is_under_way(five: Gated) -> None:
+    five.cycle.windows.prefetch(0)
+    read = five.files.take("read")
+    visit = five.begin(0)
+    assert not visit.done()
+    read.open()
+    visit.result(TIMEOUT_S)
+    five.files.take("write").open()
+
+
+def test_what_was_read_early_leaves_only_for_what_is_needed(five: Gated) -> None:
+    cycle = five.cycle
+    for number in (0, 3, 4):
+        cycle.windows.prefetch(number)
+        five.files.take("read").open()
+    assert cycle.states() == ["clean", "stored", "stored", "clean", "clean"]
+    cycle.windows.prefetch(1)
+    assert five.files.idle() and cycle.states()[1] == "stored", "three were read early already"
+    visit = five.begin(1)
+    five.files.take("read").open()
+    visit.result(TIMEOUT_S)
+    assert cycle.states().count("stored") == 2 and cycle.states()[1] == "storing"
+    five.files.take("write").open()
+
+
+def test_a_slice_that_is_in_use_or_moving_is_not_stolen(five: Gated) -> None:
+    cycle = five.cycle
+    with cycle.windows.held(4):
+        cycle.windows.prefetch(0)
+        moving = five.files.take("read")
+        cycle.windows.prefetch(3)
+        five.files.take("read").open()
+        visit = five.begin(1)
+        read = five.files.take("read")
+        assert [cycle.states()[number] for number in (0, 3, 4)] == ["loading", "stored", "dirty"]
+        read.open()
+        visit.result(TIMEOUT_S)
+    moving.open()
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_tensor_that_the_training_thread_moved_elsewhere_comes_back(dirty: bool, resident: bool) -> None:
+    with streaming([(1, 1), 1, 2, 1, 2], 6 + (2 if resident else 0)) as (cycle, _):
+        cycle.go_round(2)
+        cycle.mover.settle()
+        tensor = cycle.slices[0][1]
+        if tensor.state is Residency.DIRTY:
+            cycle.mover.store_all()
+        if tensor.frame is not None:
+            cycle.mover.drop(tensor)
+        cycle.mover.start_load(tensor, FrameId(1))
+        cycle.mover.settle()
+        cycle.check(tensor)
+        if dirty:
+            cycle.mover.touch(tensor)
+            cycle.write(tensor)
+        cycle.windows.prefetch(0)
+        cycle.go_round(2)
+        assert cycle.mover.host.owner(FrameId(1)) is None
+
+
+def test_a_read_that_fails_is_raised_and_can_be_tried_again(five: Gated) -> None:
+    visit = five.begin(0)
+    five.files.take("read").fail(StorageError("the disk is gone"))
+    with pytest.raises(StorageError):
+        visit.result(TIMEOUT_S)
+    assert five.cycle.states()[0] == "stored"
+    with pytest.raises(StorageError, match="the disk is gone"):
+        five.cycle.mover.check()
+    again = five.begin(0)
+    five.files.take("read").open()
+    again.result(TIMEOUT_S)
+    five.files.take("write").open()
+
+
+def test_a_write_that_fails_is_raised_before_anything_else_is_begun(five: Gated) -> None:
+    cycle = five.cycle
+    five.begin(4).result(TIMEOUT_S)
+    five.files.take("write").fail(OSError(errno.EIO, "the disk is gone"))
+    assert cycle.states()[4] == "dirty"
+    with pytest.raises(OSError, match="the disk is gone"):
+        five.begin(0).result(TIMEOUT_S)
+    assert five.files.idle() and cycle.states()[4] == "dirty"
+    cycle.check(cycle.slices[4][0])
+    cycle.windows.prefetch(0)
+    assert cycle.states()[4] == "storing", "it is stored before it leaves"
+    five.files.take("write").open()
+    five.files.take("read").open()
+    for number in (1, 4):
+        visit = five.begin(number)
+        five.files.take("read").open()
+        visit.result(TIMEOUT_S)
+        five.files.take("write").open()
