@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
+    parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
     parser.add_argument("--no-checksums", action="store_true")
     parser.add_argument("--child", choices=["torch", "engine"], help=argparse.SUPPRESS)
     common.common_arguments(parser)
@@ -86,7 +87,7 @@ class Engine:
 
         ram = int(a.ram_share * 12 * common.n_parameters(*SIZES[a.size], a.seq))
         config = {
-            "memory": {"ram": ram},
+            "memory": {"ram": ram, "activations": a.activations},
             "ssd": {"paths": [f"{a.dir}/pages"], "checksums": not a.no_checksums},
             "update": {"clip_norm": a.clip_norm},
         }
@@ -250,7 +251,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     record = measure(a)
     common.save(record, a.save)
-    title = f"{a.size}, batch {a.batch} x {a.seq}, RAM for states {a.ram_share:g} of them"
+    title = f"{a.size}, batch {a.batch} x {a.seq}, RAM for states {a.ram_share:g} of them" + (f", {a.activations} of activations" if a.activations else "")
     common.show(title, rows_of(record), {k: v for k, v in record.items() if k != "all_steps"}, as_json=a.json)
 
 

@@ -31,7 +31,7 @@ from optim.unit import Slot
 from optim.updater import Updater
 from pagemem.errors import CommitError
 from pagemem.residency import PagedTensor
-from pagemem.tier import Tag
+from pagemem.tier import TRANSIENT, Tag
 
 
 class Stateful(Protocol):
@@ -221,7 +221,7 @@ class Checkpoints:
                 raise CommitError(f"{key} cannot be taken from the commit while a view of it is in use; let go of it before you resume")
 
     def _tensors(self) -> dict[str, PagedTensor]:
-        return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag is not Tag.GRAD}
+        return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag not in TRANSIENT}
 
     def _check_fits(self, commit: Commit, ordinary: Mapping[str, Tensor]) -> None:
         where, state = f"commit {commit.manifest.number}", commit.manifest.state

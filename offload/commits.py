@@ -25,7 +25,7 @@ from pagemem.copies import StoredCopy
 from pagemem.errors import CommitError, TransitionError
 from pagemem.manifest import Manifest, StoredTensor
 from pagemem.snapshot import Snapshot, SnapshotState
-from pagemem.tier import Tag
+from pagemem.tier import TRANSIENT
 
 
 class CommitterState(enum.Enum):
@@ -139,7 +139,7 @@ class Committer:
                 "another folder in ssd.paths"
             )
         mover = self._store.mover
-        content = [tensor for tensor in mover.tensors.values() if tensor.tag is not Tag.GRAD]
+        content = [tensor for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT]
         with mover.changed:
             snapshot = mover.snapshots.begin(content)
             try:

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from offload.activations import SavedActivations, chunk_bytes
 from offload.checkpoint import Checkpoints, Resumed, Stateful
 from offload.config import Config, load_config
 from offload.deferred_init import store_of
@@ -138,6 +139,10 @@ class Engine:
 
     def _install_hooks(self) -> None:
         binder = self._store.binder
+        memory = self.config.memory
+        if memory.activations is not None:
+            of_chunk = chunk_bytes(memory.ram, self._store.page_bytes)
+            binder.activations = SavedActivations(self._store.driver, memory.activations, of_chunk)
         saved = SavedWeights(binder)
         binder.updater, binder.root, binder.save_hooks = self._updater, self.model, saved.scope
         self._undo.append(saved.around_forward(self.model))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.activations import KeptTensor, PagedActivation
 from offload.parameters import Binder
 from optim.unit import Unit
 from scheduler.trace import Access, AccessMode, OpKind
@@ -102,20 +103,32 @@ def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callab
     return [handle.remove for handle in handles]
 
 
+#: What autograd holds of a saved tensor.
+Packed = KeptTensor | PagedActivation | SavedView
+
+
 class SavedWeights:
     """Saved-tensor hooks over one binder's arena. Forward on the training thread; unpacking on autograd's."""
 
     def __init__(self, binder: Binder) -> None:
         self._binder = binder
 
-    def pack(self, saved: Tensor) -> Tensor | SavedView:
-        """A place for views of pages, the tensor itself for everything else."""
+    def pack(self, saved: Tensor) -> Packed:
+        """A place for views of pages and for what is to go there, the tensor itself for everything else."""
         if saved.layout is not torch.strided or saved.device.type != "cpu" or saved.numel() == 0:
-            return saved
+            return KeptTensor(saved)
+        place = self._place(saved)
+        if place is not None:
+            return place
+        activations = self._binder.activations
+        return KeptTensor(saved) if activations is None else activations.pack(saved)
+
+    def _place(self, saved: Tensor) -> SavedView | None:
+        """Where a weight is; None for everything else."""
         mover = self._binder.mover
         located = mover.arena.locate(saved.data_ptr())
         if located is None:
-            return saved
+            return None
         frame, offset = located
         with mover.changed:
             owner = mover.host.owner(frame)
@@ -125,14 +138,18 @@ class SavedWeights:
             start = (frame - unit.parameters.frame) * mover.arena.page_bytes + offset
         return SavedView(unit, start, saved)
 
-    def unpack(self, packed: Tensor | SavedView) -> Tensor:
-        """The saved tensor again, its unit brought back when it has left host memory.
+    def unpack(self, packed: Packed) -> Tensor:
+        """The saved tensor again, brought back when it has left host memory.
 
         Raises:
-            RuntimeError: the weight has changed since it was saved, so the gradient would be wrong.
+            RuntimeError: it has changed since it was saved, so the gradient would be wrong.
         """
-        if isinstance(packed, Tensor):
-            return packed
+        if isinstance(packed, KeptTensor):
+            return packed.unpack()
+        if isinstance(packed, PagedActivation):
+            if self._binder.closed or self._binder.activations is None:
+                raise RuntimeError("the engine that holds what the forward pass saved is closed")
+            return self._binder.activations.unpack(packed)
         unit = packed.unit
         if self._binder.closed:
             raise RuntimeError(f"{unit.name}: the engine that holds this weight is closed")
@@ -162,8 +179,8 @@ class SavedWeights:
 
     def _inside(self, outer_pack: Callable[[Tensor], Any], outer_unpack: Callable[[Any], Tensor]) -> AbstractContextManager[Any]:
         def pack(saved: Tensor) -> SavedView | _Foreign:
-            packed = self.pack(saved)
-            return packed if isinstance(packed, SavedView) else _Foreign(outer_pack(saved))
+            dense = saved.layout is torch.strided and saved.device.type == "cpu" and saved.numel()
+            return (self._place(saved) if dense else None) or _Foreign(outer_pack(saved))
 
         def unpack(packed: SavedView | _Foreign) -> Tensor:
             return self.unpack(packed) if isinstance(packed, SavedView) else outer_unpack(packed.packed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from offload.commits import Committer
 from offload.store import PageStore
 from optim.updater import Updater
-from pagemem.tier import Tag
+from pagemem.tier import TRANSIENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def memory_report(store: PageStore, updater: Updater, committer: Committer) -> M
         if committing:
             # Beside the newest copy of each tensor, one of another age for each commit that is kept, and for the one in the making.
             named = sum(1 for commit in committer.commits.values() if commit.manifest.name is not None)
-            changing = sum(tensor.n_frames for tensor in mover.tensors.values() if tensor.tag is not Tag.GRAD)
+            changing = sum(tensor.n_frames for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT)
             ssd_planned += (commits.keep + named + 1) * changing
     in_flight, peak_in_flight = updater.direct_bytes, updater.peak_direct_bytes
     host = TierUse(

@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from offload.activations import SavedActivations
 from optim.unit import Slot, Unit
 from optim.updater import Updater
 from pagemem.heap import ForwardEnd, give_back_free_pages
@@ -160,6 +161,7 @@ class Binder:
         self.mover = mover
         self.updater: Updater | None = None
         self.root: nn.Module | None = None
+        self.activations: SavedActivations | None = None
         self.copying = 0
         self.forwards = 0
         self.closed = False
@@ -212,6 +214,8 @@ class Binder:
         for unit in units:
             if self.updater is not None:
                 (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
+        if self.activations is not None:
+            self.activations.flush()
         kind = OpKind.FORWARD if torch._C._current_graph_task_id() == -1 else OpKind.BACKWARD
         if kind is OpKind.BACKWARD:
             self.forward_end.backward_use()

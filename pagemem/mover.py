@@ -9,6 +9,7 @@ One lock guards all bookkeeping, see `pagemem.monitor`.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -50,6 +51,7 @@ class Mover(CopyMonitor):
         self.copies = Copies(files, arena.page_bytes)
         self.tensors: dict[TensorId, PagedTensor] = {}
         self._next_id = 0
+        self._expired: deque[PagedTensor] = deque()
         self._touched = bytearray(arena.n_frames)
         self._n_set_aside = 0
         self.snapshots = Snapshots(
@@ -80,13 +82,36 @@ class Mover(CopyMonitor):
                 self.copies.leave(tensor.copy)
             del self.tensors[tensor.id]
 
+    def expire(self, tensor: PagedTensor) -> None:
+        """Have a tensor's content discarded before the next op. Any thread, also finalizers: it is only noted down."""
+        self._expired.append(tensor)
+
+    def end_expiry(self, tensor: PagedTensor) -> None:
+        """Discard a tensor now if it has expired, waiting for a copy under way: it may be created anew then."""
+        with self.changed:
+            if tensor in self._expired:
+                self._expired.remove(tensor)
+                self.wait_until(lambda: tensor.state not in (Residency.LOADING, Residency.STORING), tensor.name, tensor.n_bytes)
+                self.discard(tensor)
+
+    def _discard_expired(self) -> list[PagedTensor]:
+        discarded: list[PagedTensor] = []
+        for _ in range(len(self._expired)):
+            tensor = self._expired.popleft()
+            if tensor.held or tensor.state in (Residency.LOADING, Residency.STORING):
+                self._expired.append(tensor)
+            else:
+                self.discard(tensor)
+                discarded.append(tensor)
+        return discarded
+
     def collect_leases(self) -> list[PagedTensor]:
-        """Count ended leases off; returns the tensors that have none left since the last call.
+        """Count ended leases off and discard what has expired; returns tensors that nobody has views of, or a use for, any more.
 
         Until then an exposed tensor may have been written to, whatever was stored of it meanwhile.
         """
         with self.changed:
-            freed: list[PagedTensor] = []
+            freed = self._discard_expired()
             for tensor_id in self.arena.ended_leases():
                 tensor = self.tensors.get(tensor_id)
                 if tensor is None:

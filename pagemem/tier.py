@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 
 class Tier(enum.Enum):
@@ -23,3 +24,7 @@ class Tag(enum.Enum):
     ACTIVATION = "activation"
     STAGING = "staging"
     COMM = "communication"
+
+
+#: Content that ends with the step: no commit has it.
+TRANSIENT: Final = frozenset({Tag.GRAD, Tag.ACTIVATION})

@@ -43,12 +43,13 @@ class Parity:
     each_step: bool = True
     steps: int = STEPS
     extra: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
         """The engine's configuration."""
         update = {"clip_norm": self.clip_norm, **self.extra}
         return {
-            "memory": {"ram": self.ram, "page": "64KiB"},
+            "memory": {"ram": self.ram, "page": "64KiB", **self.memory},
             "ssd": {"paths": [str(self.folder / "pages")], "threads": 2},
             "update": update,
         }

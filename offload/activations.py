@@ -1,0 +1,246 @@
+"""What autograd saves for the backward pass, kept within a number of bytes: the earliest saved tensors go to pages.
+
+    saved ---- of the first ones of a forward pass ----> waiting --flush--> in pages --unpack--> restored --> gone
+       \\------------------------- of the others: kept as it is until the backward pass has used it ----------> gone
+
+A storage that goes out is copied into paged tensors of a few pages each, before the next layer's weights are used. From
+there on the plan treats them like everything else: they leave for the SSD after their only use in the forward pass and
+come back before their only use in the backward pass. The earliest saved are needed last, so they are those that go.
+
+How many bytes have to go is known from the pass before: the most that was saved at once, less the limit. In the first
+pass everything goes that can.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from pagemem.residency import PagedTensor
+from pagemem.tier import Tag
+from scheduler.driver import Driver
+from scheduler.trace import Access, AccessMode, OpKind
+
+#: Smaller storages stay: they cost more than they free.
+LEAST_BYTES: Final = 1 << 16
+_CHUNK_BYTES: Final = 1 << 22
+
+
+def chunk_bytes(ram_bytes: int, page_bytes: int) -> int:
+    """Bytes of storage in one paged tensor: whole pages, and a small part of the budget."""
+    return max(page_bytes, min(_CHUNK_BYTES, ram_bytes // 64 // page_bytes * page_bytes))
+
+
+class SavedStorage:
+    """The bytes behind one or more saved tensors.
+
+    Attributes:
+        original: one of the tensors, while they are to go to pages and are not there yet.
+        spoiled: they were changed before they got there.
+        chunks: paged tensors that hold them, in order.
+        n_views: saved tensors that the backward has not asked for yet.
+    """
+
+    __slots__ = ("__weakref__", "_keeper", "chunks", "n_bytes", "n_views", "original", "reference", "restored", "spoiled", "version")
+
+    def __init__(self, keeper: SavedActivations, saved: Tensor, reference: StorageWeakRef, *, paged: bool) -> None:
+        self._keeper = keeper
+        self.reference = reference
+        self.version = saved._version
+        self.n_bytes = saved.untyped_storage().nbytes()
+        self.original = saved.detach() if paged else None
+        self.spoiled = False
+        self.chunks: list[PagedTensor] = []
+        self.restored: Tensor | None = None
+        self.n_views = 0
+        keeper.begun(self)
+
+    @property
+    def paged(self) -> bool:
+        """Whether its bytes are in pages, or are to go there."""
+        return self.original is not None or self.spoiled or bool(self.chunks)
+
+    def __del__(self) -> None:
+        self._keeper.ended(self)
+
+
+def changed_in_place(shape: torch.Size) -> RuntimeError:
+    """The error for a saved tensor that is not what it was."""
+    return RuntimeError(
+        f"a tensor of shape {tuple(shape)} that the backward pass needs was changed by an inplace operation after it was saved, "
+        "so its gradient would be wrong; use the operation that makes a new tensor"
+    )
+
+
+class KeptTensor:
+    """A saved tensor that stays as it is. Under hooks torch does not look whether it was changed; this does.
+
+    Attributes:
+        storage: counts it, where anybody counts.
+    """
+
+    __slots__ = ("saved", "storage", "version")
+
+    def __init__(self, saved: Tensor, storage: SavedStorage | None = None) -> None:
+        # Held as it is, an op's result would keep the op, which keeps us, alive for ever.
+        self.saved = saved.detach()
+        self.storage = storage
+        self.version = saved._version
+
+    def unpack(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: it was changed in place since it was saved, so the gradient would be wrong.
+        """
+        if self.saved._version != self.version:
+            raise changed_in_place(self.saved.shape)
+        return self.saved
+
+
+class PagedActivation:
+    """A saved tensor's place in a storage that goes to pages."""
+
+    __slots__ = ("dtype", "offset", "size", "storage", "stride")
+
+    def __init__(self, storage: SavedStorage, saved: Tensor) -> None:
+        self.storage = storage
+        self.dtype, self.size, self.stride, self.offset = saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
+        storage.n_views += 1
+
+
+class SavedActivations:
+    """Keeps one engine's saved tensors. Training thread only; storages may end on any, at any moment.
+
+    Args:
+        limit_bytes: of saved tensors to keep as they are.
+        chunk_bytes: of one paged tensor.
+    """
+
+    def __init__(self, driver: Driver, limit_bytes: int, chunk_bytes: int) -> None:
+        self._driver = driver
+        self._limit_bytes = limit_bytes
+        self._chunk_bytes = chunk_bytes
+        self._storages: weakref.WeakValueDictionary[int, SavedStorage] = weakref.WeakValueDictionary()
+        self._waiting: list[weakref.ref[SavedStorage]] = []
+        self._pool: dict[int, list[PagedTensor]] = defaultdict(list)
+        self._used: set[PagedTensor] = set()
+        self._expected_bytes: int | None = None
+        self.saved_bytes = 0
+        self.peak_saved_bytes = 0
+        self.paged_bytes = 0
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def pack(self, saved: Tensor) -> KeptTensor | PagedActivation:
+        """What to hold of a dense saved tensor that is not a weight."""
+        storage = saved.untyped_storage()
+        if type(saved) is not Tensor or storage.nbytes() < LEAST_BYTES:
+            return KeptTensor(saved)
+        # The weak reference keeps the address from being another storage's.
+        reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        known = self._storages.get(reference.cdata)
+        if known is None or known.version != saved._version:
+            known = SavedStorage(self, saved, reference, paged=self._is_to_go())
+            self._storages[reference.cdata] = known
+            if known.paged:
+                self._waiting.append(weakref.ref(known))
+        return PagedActivation(known, saved) if known.paged else KeptTensor(saved, known)
+
+    def _is_to_go(self) -> bool:
+        return self._expected_bytes is None or self.paged_bytes < self._expected_bytes - self._limit_bytes
+
+    def flush(self) -> None:
+        """Copy what waits into pages; called between two ops."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        for reference in waiting:
+            storage = reference()
+            if storage is not None and storage.original is not None:
+                self._write(storage, storage.original)
+
+    def _write(self, storage: SavedStorage, original: Tensor) -> None:
+        if original._version != storage.version:
+            storage.original, storage.spoiled = None, True
+            return
+        flat = torch.empty(0, dtype=torch.uint8).set_(original.untyped_storage())
+        for begin in range(0, storage.n_bytes, self._chunk_bytes):
+            part = flat[begin : begin + self._chunk_bytes]
+            chunk = self._take(part.numel())
+            storage.chunks.append(chunk)
+            with self._driver.op((OpKind.FORWARD, ("save", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CREATE)]):
+                self._view(chunk)[: part.numel()].copy_(part)
+        storage.original = None
+
+    def _take(self, n_bytes: int) -> PagedTensor:
+        """The first paged tensor of this size that is free, so that like steps use the same ones."""
+        pool = self._pool[n_bytes]
+        for chunk in pool:
+            if chunk not in self._used:
+                break
+        else:
+            chunk = self._driver.mover.create(f"saved tensor {sum(map(len, self._pool.values()))}", Tag.ACTIVATION, n_bytes)
+            pool.append(chunk)
+        self._driver.mover.end_expiry(chunk)
+        self._used.add(chunk)
+        return chunk
+
+    # ---- backward ----------------------------------------------------------------------------------------------
+
+    def unpack(self, packed: PagedActivation) -> Tensor:
+        """The saved tensor again, with the values that it had when it went to pages.
+
+        Raises:
+            RuntimeError: it was changed before it was there.
+            BudgetError, StorageError: its pages cannot be brought back; they are whole where they are.
+        """
+        self.flush()
+        storage = packed.storage
+        if storage.spoiled:
+            raise changed_in_place(packed.size)
+        if storage.restored is None:
+            storage.restored = self._read(storage)
+        flat = storage.restored
+        storage.n_views -= 1
+        if storage.n_views <= 0:
+            storage.restored = None  # A second backward reads it again.
+        view = torch.empty(0, dtype=packed.dtype)
+        return view.set_(flat.untyped_storage(), packed.offset, packed.size, packed.stride)
+
+    def _read(self, storage: SavedStorage) -> Tensor:
+        flat = torch.empty(storage.n_bytes, dtype=torch.uint8)
+        for number, chunk in enumerate(storage.chunks):
+            part = flat[number * self._chunk_bytes :][: self._chunk_bytes]
+            with self._driver.op((OpKind.BACKWARD, ("saved", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CONSUME)]):
+                part.copy_(self._view(chunk)[: part.numel()])
+        return flat
+
+    def _view(self, chunk: PagedTensor) -> Tensor:
+        assert chunk.frame is not None
+        return self._driver.mover.arena.view(chunk.frame, 0, torch.uint8, chunk.n_bytes)
+
+    # ---- what storages say of themselves -----------------------------------------------------------------------
+
+    def begun(self, storage: SavedStorage) -> None:
+        """Count a storage."""
+        self.saved_bytes += storage.n_bytes
+        self.peak_saved_bytes = max(self.peak_saved_bytes, self.saved_bytes)
+        if storage.paged:
+            self.paged_bytes += storage.n_bytes
+
+    def ended(self, storage: SavedStorage) -> None:
+        """Nobody needs a storage any more. Called by a finalizer: only notes it down."""
+        self.saved_bytes -= storage.n_bytes
+        if storage.paged:
+            self.paged_bytes -= storage.n_bytes
+        for chunk in storage.chunks:
+            self._used.discard(chunk)
+            self._driver.mover.expire(chunk)
+        if not self.saved_bytes:
+            self._expected_bytes, self.peak_saved_bytes = self.peak_saved_bytes, 0

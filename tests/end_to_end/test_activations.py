@@ -1,0 +1,160 @@
+"""Saved tensors beyond `memory.activations` go to pages and come back: the results are plain PyTorch's, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import Parity, adamw, state_bytes
+from small_runs import assert_closed
+from tiny_models import CASES
+from torch import Tensor, nn
+
+import offload
+from offload import activations
+from offload.activations import SavedActivations
+from pagemem.tier import Tag
+
+BATCH, WIDTH, DEPTH = 64, 64, 4
+LAYER_BYTES = BATCH * WIDTH * 4
+
+
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+
+
+@pytest.mark.parametrize(("clip_norm", "accumulation"), [(None, 1), (0.5, 3)])
+@pytest.mark.parametrize("limit", [0, "64KiB"])
+@pytest.mark.parametrize("name", CASES)
+def test_steps_equal_plain_torch(name: str, limit: int | str, clip_norm: float | None, accumulation: int, tmp_path: Path) -> None:
+    parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, accumulation, memory={"activations": limit})
+    parity.run()
+    planned = Parity(CASES[name], tmp_path, parity.ram, clip_norm, each_step=False, steps=9, memory={"activations": limit})
+    stats = planned.run()
+    assert stats.deviations == 0
+    assert stats.planned_steps >= planned.steps - 3, "the first pass that knows how much is saved, and the next, are traced anew"
+
+
+@pytest.mark.parametrize("ram", ["24MiB", "7MiB"], ids=["resident", "streaming"])
+def test_lock_free_steps_equal_plain_torch(ram: str, tmp_path: Path) -> None:
+    n_bytes = int(ram.removesuffix("MiB")) << 20
+    extra = {"mode": "lock-free", "max_staleness": 0}
+    Parity(CASES["gpt"], tmp_path, n_bytes, memory={"activations": 0}, extra=extra).run()
+
+
+class Tower(nn.Module):
+    """Linear layers, each followed by a tanh that saves its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(BATCH, WIDTH) to the same."""
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@contextmanager
+def tower(folder: Path, limit: int | None) -> Iterator[tuple[offload.Engine, nn.Module, Tensor]]:
+    """An engine, the same model without one, and a batch."""
+    torch.manual_seed(7)
+    plain = Tower()
+    config: dict[str, Any] = {
+        "memory": {"ram": "1MiB", "page": "64KiB", "activations": limit},
+        "ssd": {"paths": [str(folder / "pages")]},
+    }
+    engine = offload.initialize(copy.deepcopy(plain), config, adamw)
+    yield engine, plain, torch.randn(BATCH, WIDTH)
+    assert_closed(engine)
+
+
+def saved_by(engine: offload.Engine) -> SavedActivations:
+    """What keeps an engine's saved tensors."""
+    found = engine._store.binder.activations
+    assert found is not None
+    return found
+
+
+def test_no_more_than_the_limit_stays(tmp_path: Path) -> None:
+    limit = 2 * LAYER_BYTES
+    with tower(tmp_path, limit) as (engine, _, x):
+        saved = saved_by(engine)
+        for step in range(5):
+            result = engine(x)
+            assert saved.saved_bytes == DEPTH * LAYER_BYTES + LAYER_BYTES, "the input and each layer's result, once"
+            kept = saved.saved_bytes - saved.paged_bytes
+            assert kept <= limit
+            assert step == 0 or kept == limit, "more than the limit asks for went to pages"
+            result.sum().backward()
+            del result
+            assert (saved.saved_bytes, saved.paged_bytes) == (0, 0)
+            engine.optimizer.step()
+        assert engine.stats().deviations == 0
+        engine.save()
+        tagged = [t for t in engine._store.mover.tensors.values() if t.tag is Tag.ACTIVATION]
+        assert tagged and not any(t.backed and t.owed for t in tagged)
+        assert all("saved tensor" not in name for name in engine._checkpoints.committer.commits[1].copies)
+
+
+def test_a_graph_that_is_kept_can_be_used_twice(tmp_path: Path) -> None:
+    with tower(tmp_path, 0) as (engine, plain, x):
+        (loss, same) = engine(x).sum(), plain(x).sum()
+        for _ in range(2):
+            loss.backward(retain_graph=True)
+            same.backward(retain_graph=True)
+        del loss
+        engine.optimizer.step()
+        optimizer = adamw(plain.parameters())
+        optimizer.step()
+        assert all(torch.equal(value, plain.state_dict()[name]) for name, value in engine.model.state_dict().items())
+        assert saved_by(engine).saved_bytes == 0
+
+
+def test_a_graph_that_is_dropped_gives_its_pages_back(tmp_path: Path) -> None:
+    with tower(tmp_path, 0) as (engine, _, x):
+        saved = saved_by(engine)
+        for _ in range(3):
+            result = engine(x)
+            assert saved.paged_bytes
+            del result
+            gc.collect()
+            assert (saved.saved_bytes, saved.paged_bytes) == (0, 0)
+        for _ in range(3):
+            engine(x).sum().backward()
+        assert sum(map(len, saved._pool.values())) == DEPTH + 1, "pages that were given back are not used again"
+
+
+@pytest.mark.parametrize("limit", [None, 0, 1 << 30])
+@pytest.mark.parametrize("layer", range(DEPTH))
+def test_what_was_changed_in_place_is_an_error_as_in_plain_torch(limit: int | None, layer: int, tmp_path: Path) -> None:
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        for number, own in enumerate(model.layers):  # type: ignore[arg-type]
+            x = torch.tanh(own(x))
+            if number == layer:
+                with torch.no_grad():
+                    x.mul_(2)
+        return x
+
+    with tower(tmp_path, limit) as (engine, plain, x):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            forward(plain, x).sum().backward()
+        engine(x).sum().backward()
+        with engine._store.binder.save_hooks(), pytest.raises(RuntimeError, match="changed by an inplace operation"):
+            forward(engine.model, x).sum().backward()
+
+
+def test_backward_after_close_says_so(tmp_path: Path) -> None:
+    with tower(tmp_path, 0) as (engine, _, x):
+        result = engine(x)
+        engine.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            result.sum().backward()
