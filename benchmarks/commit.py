@@ -132,7 +132,7 @@ def _summary(without: list[list[dict[str, float]]], commits: list[dict[str, Any]
     steps = [step for group in without for step in group]
     written = statistics.median(step["written"] for step in steps)
     stalls, extra = [], []
-    for commit, before, after in zip(commits, without, without[1:], strict=True):
+    for commit, before, after in zip(commits, without[:-1], without[1:], strict=True):
         step_s = statistics.median(step["step_s"] for step in [*before, *after])
         stalls.append(commit["begin_s"] + sum(step["step_s"] - step_s for step in commit["steps"]))
         extra.append(commit["written"] + sum(step["written"] - written for step in commit["steps"]))

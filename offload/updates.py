@@ -26,7 +26,7 @@ from optim.rules import UpdateRule
 from optim.state_windows import StateWindows, least_frames
 from optim.states import StateAccess
 from optim.unit import Hyper, Slice, Unit
-from optim.update_thread import UpdateThread
+from optim.update_thread import UpdateThread, scratch_bytes
 from optim.updater import Updater
 from pagemem.errors import BudgetError
 from pagemem.units import BLOCK_BYTES, ceil_div, format_bytes, round_up
@@ -107,7 +107,7 @@ def divide(store: PageStore, units: Sequence[Unit], *, eager: bool) -> Division:
         least = 2 * largest_frames if masters else all_frames
         least = max(least, largest_frames + max(sizes)) if masters else least + max(sizes)
         for gradient_bytes in limits:
-            fixed_bytes = gradient_bytes + scratch_bytes(units)
+            fixed_bytes = gradient_bytes + scratch_bytes(units, store.config.update.threads)
             n_frames = max(0, ram_bytes - fixed_bytes) // page_bytes
             smallest_bytes = min(smallest_bytes, fixed_bytes + (least + ring_frames) * page_bytes)
             if n_frames >= least + ring_frames:
@@ -121,11 +121,6 @@ def divide(store: PageStore, units: Sequence[Unit], *, eager: bool) -> Division:
         'set memory.ram to at least that, or update.mode to "exact"',
         smallest_bytes,
     )
-
-
-def scratch_bytes(units: Sequence[Unit]) -> int:
-    """Bytes in which the updater widens or copies one slice's parameters and gradients."""
-    return 2 * max(part.numel for unit in units for part in unit.slices) * torch.float32.itemsize
 
 
 def _slice_frames(store: PageStore, part: Slice, *, masters: bool) -> int:
@@ -157,7 +152,7 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling:
     update = store.config.update
     thread = UpdateThread(store.mover, rule, mailboxes, windows, store.counters, n_threads=update.threads)
     return LockFreeUpdater(
-        store.driver, store.index, thread, mailboxes, StateAccess(store.driver, rule.state_names), hypers, store.budget, division.gradient_bytes, scratch_bytes(units),
+        store.driver, store.index, thread, mailboxes, StateAccess(store.driver, rule.state_names), hypers, store.budget, division.gradient_bytes, scratch_bytes(units, update.threads),
         store.counters, scaling=scaling, eager=eager, max_staleness=update.max_staleness,
         exact_steps=update.exact_steps,
     )  # fmt: skip

@@ -56,8 +56,12 @@ class UpdateRule(Protocol):
     def ahead(self, hyper: Hyper, n_updates: int, n_steps: int) -> Ahead:
         """How far momentum alone takes a parameter in ``n_steps`` steps after its ``n_updates``-th update."""
 
-    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor) -> None:
-        """Move a piece ahead (``sign`` 1), or back (-1); states are those that `ahead` was asked for. All flat, alike long."""
+    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor) -> None:
+        """Write a piece that is moved ahead (``sign`` 1), or back (-1), to ``out``, which may be the parameter itself.
+
+        Args:
+            states: those that `ahead` was asked for. All are flat and alike long.
+        """
 
 
 def _refuse(group: Hyper, name: str, *unsupported: str) -> None:
@@ -103,19 +107,19 @@ class _AdamRule:
         return [{**hypers[-1], "lr": math.sqrt(math.fsum(hyper["lr"] ** 2 for hyper in hypers))}]
 
     def ahead(self, hyper: Hyper, n_updates: int, n_steps: int) -> Ahead:
-        """Factors of exp_avg and of the root of exp_avg_sq, and eps."""
+        """Factor of exp_avg, and what is added to the root of exp_avg_sq; both have the corrections for bias in them."""
         beta1, beta2 = hyper["betas"]
         reach = hyper["lr"] * math.fsum(beta1**k for k in range(1, n_steps + 1))
         if not reach:
             return ()
-        return reach / (1 - beta1**n_updates), 1 / math.sqrt(1 - beta2**n_updates), hyper["eps"]
+        root = math.sqrt(1 - beta2**n_updates)
+        return reach * root / (1 - beta1**n_updates), hyper["eps"] * root
 
-    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor) -> None:
+    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor) -> None:
         """Along exp_avg over the root of exp_avg_sq."""
-        reach, width, eps = ahead
+        reach, eps = ahead
         torch.sqrt(states[1], out=scratch)
-        scratch.mul_(width).add_(eps)
-        parameter.addcdiv_(states[0], scratch, value=-sign * reach)
+        torch.addcdiv(parameter, states[0], scratch.add_(eps), value=-sign * reach, out=out)
 
 
 class AdamWRule(_AdamRule):
@@ -178,9 +182,9 @@ class SGDRule:
         reach = hyper["lr"] * math.fsum(hyper["momentum"] ** k for k in range(1, n_steps + 1))
         return (reach,) if reach else ()
 
-    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor) -> None:
+    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor) -> None:
         """Along the momentum buffer."""
-        parameter.add_(states[0], alpha=-sign * ahead[0])
+        torch.add(parameter, states[0], alpha=-sign * ahead[0], out=out)
 
 
 def _take(tensors: Sequence[Tensor], chosen: Sequence[int]) -> list[Tensor]:

@@ -33,7 +33,7 @@ from optim.handoff import Mailbox, Parcel, SlotSum
 from optim.rules import Ahead, Batch, UpdateRule
 from optim.state_windows import StateWindows
 from optim.states import state_view
-from optim.unit import Hyper, Piece, Slice, Slot, Unit
+from optim.unit import Piece, Slice, Slot, Unit
 from pagemem.errors import TransitionError
 from pagemem.events import Event, EventKind, EventSink
 from pagemem.mover import Mover
@@ -41,6 +41,21 @@ from pagemem.units import MiB
 
 #: Where tests hold the updater: names of the points in `UpdateThread` that call ``gate``.
 Gate = Callable[[str, Unit], None]
+
+
+#: Elements that a thread updates at a time: a multiple of what rounding must not see (`optim.unit.SLICE_ALIGN_NUMEL`), and so few
+#: that parameters, gradients, states and scratch of all of them fit in a core's cache.
+PIECE_NUMEL: Final = 1 << 17
+
+
+def piece_numel(units: Iterable[Unit], n_threads: int) -> int:
+    """Elements that are updated at a time."""
+    return min(PIECE_NUMEL * n_threads, max((part.numel for unit in units for part in unit.slices), default=0))
+
+
+def scratch_bytes(units: Iterable[Unit], n_threads: int) -> int:
+    """What the updater has outside the arena."""
+    return 2 * piece_numel(units, n_threads) * torch.float32.itemsize
 
 
 class UpdaterState(enum.Enum):
@@ -98,13 +113,13 @@ class UpdateThread:
         self.windows = windows
         self._sink = sink
         self._n_threads = n_threads
+        self._piece_numel = piece_numel((mailbox.unit for mailbox in mailboxes), n_threads)
         self._gate = gate
         self._first_slice: dict[Unit, int] = {}
         number = 0
         for mailbox in self._mailboxes:
             self._first_slice[mailbox.unit] = number
             number += len(mailbox.unit.slices)
-        self._largest_numel = max((part.numel for box in self._mailboxes for part in box.unit.slices), default=0)
         self._wanted: Mailbox | None = None
         self._work = threading.Event()
         self._progress = threading.Condition()
@@ -178,7 +193,7 @@ class UpdateThread:
 
     def _run(self) -> None:
         try:
-            self._scratch = torch.empty(2, self._largest_numel)
+            self._scratch = torch.empty(2, self._piece_numel)
             torch.ones(MiB).add_(1)  # torch sets a thread's number of OpenMP threads in its first parallel region
             with threadpool_limits(self._n_threads, user_api="openmp"):
                 while True:
@@ -239,7 +254,7 @@ class UpdateThread:
         unit = mailbox.unit
         newest = mailbox.newest_values()
         first = self._first_slice[unit]
-        parts = [(first + k, part, _pieces(parcel, part)) for k, part in enumerate(unit.slices)]
+        parts = [(first + k, part, _pieces(parcel, part, self._piece_numel)) for k, part in enumerate(unit.slices)]
         parts = [entry for entry in parts if entry[2]]
         for place, (number, part, pieces) in enumerate(parts):
             self._check_stop()
@@ -250,7 +265,8 @@ class UpdateThread:
                     self._prefetch_next_unit(mailbox)
                 self._gate("slice", unit)
                 started_s = time.perf_counter()
-                self._update(unit, part, pieces, parcel, newest)
+                for piece in pieces:
+                    self._update(unit, part, piece, parcel.sums[piece.slot], newest)
                 spent_s = time.perf_counter() - started_s
             self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
         for total in parcel.sums.values():
@@ -262,67 +278,52 @@ class UpdateThread:
         if following is not None and following is not served:
             self.windows.prefetch(self._first_slice[following.unit])
 
-    def _update(self, unit: Unit, part: Slice, pieces: list[Piece], parcel: Parcel, newest: dict[Slot, SlotSum]) -> None:
-        """All updates of one slice."""
-        ready = [_Ready(piece, *self._operands(unit, part, piece, parcel.sums[piece.slot], newest)) for piece in pieces]
-        for one in ready:
-            if one.piece.slot.ahead:
-                self._shift(one, one.piece.slot.ahead, -1, part)
-        for hypers, alike in _by_hypers(ready):
-            for made, hyper in enumerate(self._rule.merge(hypers)):
-                self._rule.apply(hyper, self._batch(part, alike, made))
-        for one in ready:
-            ahead = self._ahead(one.total)
-            if ahead:
-                self._shift(one, ahead, 1, part)
-            one.target.copy_(one.parameter)
+    def _update(self, unit: Unit, part: Slice, piece: Piece, total: SlotSum, newest: dict[Slot, SlotSum]) -> None:
+        """All updates of a piece, which is small enough for everything to stay in the processor's cache meanwhile."""
+        slot, states, ahead = piece.slot, self._states(part, piece), self._ahead(total)
+        begin, end = piece.begin - slot.offset, piece.end - slot.offset
+        scratch, spare = self._scratch[0, : piece.numel], self._scratch[1, : piece.numel]
+        target = total.flat[begin:end]
+        # One scratch is enough for both gradient and parameter: what is not fp32 has masters, which are updated in place.
+        gradient = target if target.dtype is torch.float32 else scratch.copy_(target)
+        if total.coefficient is not None:
+            gradient.mul_(total.coefficient)
+        if total.n_steps > 1:
+            gradient.mul_(1 / total.n_steps)
+        newest_values = self._parameter(unit, part, piece, newest)
+        parameter = newest_values if part.master is not None else scratch
+        if slot.ahead:
+            self._rule.shift(slot.ahead, -1, newest_values, states, spare, parameter)
+        elif parameter is not newest_values:
+            parameter.copy_(newest_values)
+        for made, hyper in enumerate(self._rule.merge(total.hypers)):
+            self._rule.apply(hyper, Batch([parameter], [gradient], [[state] for state in states], [slot.steps + made]))
+        if ahead and part.master is None:
+            self._rule.shift(ahead, 1, parameter, states, spare, target)
+            return
+        if ahead:
+            self._rule.shift(ahead, 1, parameter, states, spare, parameter)
+        target.copy_(parameter)
+
+    def _parameter(self, unit: Unit, part: Slice, piece: Piece, newest: dict[Slot, SlotSum]) -> Tensor:
+        """The newest fp32 values of a piece; the master where there is one."""
+        if part.master is not None:
+            return state_view(self._mover, part, part.master, 0, piece.begin, piece.numel)
+        known = newest.get(piece.slot)
+        if known is not None:
+            return known.flat[piece.begin - piece.slot.offset : piece.end - piece.slot.offset]
+        assert unit.parameters.frame is not None
+        return self._mover.arena.view(unit.parameters.frame, piece.begin * 4, unit.dtype, piece.numel)
 
     def _ahead(self, total: SlotSum) -> Ahead:
         """How far a parameter is to be ahead of the update with this sum: the next one will be of as many steps."""
         updates = self._rule.merge(total.hypers)
         return self._rule.ahead(updates[-1], total.slot.steps + len(updates), total.n_steps - 1)
 
-    def _shift(self, one: _Ready, ahead: Ahead, sign: int, part: Slice) -> None:
-        scratch = self._scratch[1, : one.piece.numel]
-        self._rule.shift(ahead, sign, one.parameter, self._states(part, one.piece), scratch)
-
     def _states(self, part: Slice, piece: Piece) -> list[Tensor]:
         if part.states is None:
             return []
         return [state_view(self._mover, part, part.states, k, piece.begin, piece.numel) for k in range(len(self._rule.state_names))]
-
-    def _batch(self, part: Slice, chosen: list[_Ready], made: int) -> Batch:
-        batch = Batch([], [], [[] for _ in self._rule.state_names], [])
-        for one in chosen:
-            batch.params.append(one.parameter)
-            batch.grads.append(one.gradient)
-            batch.steps.append(one.piece.slot.steps + made)
-            for states, state in zip(batch.states, self._states(part, one.piece), strict=True):
-                states.append(state)
-        return batch
-
-    def _operands(
-        self, unit: Unit, part: Slice, piece: Piece, total: SlotSum, newest: dict[Slot, SlotSum]
-    ) -> tuple[SlotSum, Tensor, Tensor, Tensor]:
-        """The sum, and flat: fp32 parameters to update, fp32 gradient, and where the new values go."""
-        begin, end = piece.begin - piece.slot.offset, piece.end - piece.slot.offset
-        # One is enough for both: what is not fp32 has masters, which are updated where they are.
-        scratch = self._scratch[0, piece.begin - part.begin : piece.end - part.begin]
-        target = total.flat[begin:end]
-        gradient = target if target.dtype is torch.float32 else scratch.copy_(target)
-        if total.coefficient is not None:
-            gradient.mul_(total.coefficient)
-        if total.n_steps > 1:
-            gradient.mul_(1 / total.n_steps)
-        if part.master is not None:
-            return total, state_view(self._mover, part, part.master, 0, piece.begin, piece.numel), gradient, target
-        known = newest.get(piece.slot)
-        if known is not None:
-            scratch.copy_(known.flat[begin:end])
-        else:
-            assert unit.parameters.frame is not None
-            scratch.copy_(self._mover.arena.view(unit.parameters.frame, piece.begin * 4, unit.dtype, piece.numel))
-        return total, scratch, gradient, target
 
     def _become(self, state: UpdaterState) -> None:
         if state not in _LEGAL[self.state]:
@@ -330,36 +331,10 @@ class UpdateThread:
         self.state = state
 
 
-class _Ready:
-    """What the kernel needs of one piece."""
-
-    __slots__ = ("gradient", "parameter", "piece", "target", "total")
-
-    def __init__(self, piece: Piece, total: SlotSum, parameter: Tensor, gradient: Tensor, target: Tensor) -> None:
-        self.piece = piece
-        self.total = total
-        self.parameter = parameter
-        self.gradient = gradient
-        self.target = target
-
-
-def _pieces(parcel: Parcel, part: Slice) -> list[Piece]:
-    """Parts of the parcel's parameters that lie in a slice."""
-    return [
-        Piece(slot, max(slot.offset, part.begin), min(slot.end, part.end))
-        for slot in parcel.sums
-        if slot.offset < part.end and slot.end > part.begin
-    ]
-
-
-def _by_hypers(ready: Iterable[_Ready]) -> list[tuple[list[Hyper], list[_Ready]]]:
-    """Those of one parameter group and with gradients of the same steps together, in order."""
-    found: list[tuple[list[Hyper], list[_Ready]]] = []
-    for one in ready:
-        for hypers, alike in found:
-            if alike[0].piece.slot.group == one.piece.slot.group and hypers == one.total.hypers:
-                alike.append(one)
-                break
-        else:
-            found.append((one.total.hypers, [one]))
+def _pieces(parcel: Parcel, part: Slice, most: int) -> list[Piece]:
+    """Parts of the parcel's parameters that lie in a slice, none longer than ``most`` elements."""
+    found: list[Piece] = []
+    for slot in parcel.sums:
+        first, end = max(slot.offset, part.begin), min(slot.end, part.end)
+        found += [Piece(slot, begin, min(begin + most, end)) for begin in range(first, end, most)]
     return found

@@ -16,6 +16,9 @@ from typing import Protocol
 class EventKind(enum.Enum):
     """What happened. READ and WRITE move pages between host and page file; WAIT blocks the training thread."""
 
+    # Members are single: enum's own hash, of the name, is a Python call.
+    __hash__ = object.__hash__
+
     ALLOCATE = "allocate"
     READ = "read"
     WRITE = "write"

@@ -31,6 +31,9 @@ from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 class Residency(enum.Enum):
     """Where a paged tensor's bytes are whole; see the diagram at the top of this module."""
 
+    # Members are single: enum's own hash, of the name, is a Python call.
+    __hash__ = object.__hash__
+
     ABSENT = "absent"
     STORED = "stored"
     LOADING = "loading"

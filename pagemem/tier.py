@@ -17,6 +17,9 @@ class Tier(enum.Enum):
 class Tag(enum.Enum):
     """What bytes of a budget are held for. Every reservation and every paged tensor has exactly one."""
 
+    # Members are single: enum's own hash, of the name, is a Python call.
+    __hash__ = object.__hash__
+
     PARAM = "parameter"
     GRAD = "gradient"
     MASTER = "master"

@@ -17,6 +17,9 @@ from pagemem.page import TensorId
 class OpKind(enum.Enum):
     """What the training thread does in an op."""
 
+    # Members are single: enum's own hash, of the name, is a Python call.
+    __hash__ = object.__hash__
+
     FORWARD = "forward"
     BACKWARD = "backward"
     GRADIENT = "gradient"
@@ -29,6 +32,9 @@ class AccessMode(enum.Enum):
     CREATE writes it without looking at what it held; CONSUME reads it for the last time, its content is dead after, and
     undefined until it is created again.
     """
+
+    # Members are single: enum's own hash, of the name, is a Python call.
+    __hash__ = object.__hash__
 
     READ = "read"
     MODIFY = "modify"

@@ -209,7 +209,8 @@ class _Momentum:
             return (group["lr"] * math.fsum(group["momentum"] ** k for k in range(1, n_steps + 1)),)
         (beta1, beta2), made = group["betas"], float(self._state["step"])
         reach = group["lr"] * math.fsum(beta1**k for k in range(1, n_steps + 1))
-        return reach / (1 - beta1**made), 1 / math.sqrt(1 - beta2**made)
+        root = math.sqrt(1 - beta2**made)
+        return reach * root / (1 - beta1**made), self._group["eps"] * root
 
     @torch.no_grad()
     def move(self, reach: tuple[float, ...], *, back: bool) -> None:
@@ -218,7 +219,7 @@ class _Momentum:
         if len(reach) == 1:
             self._parameter.add_(self._state["momentum_buffer"], alpha=sign * reach[0])
         else:
-            width = self._state["exp_avg_sq"].sqrt().mul_(reach[1]).add_(self._group["eps"])
+            width = self._state["exp_avg_sq"].sqrt().add_(reach[1])
             self._parameter.addcdiv_(self._state["exp_avg"], width, value=sign * reach[0])
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from offload.updates import Division, divide, scratch_bytes
+from offload.updates import Division, divide
+from optim.update_thread import scratch_bytes
 from optim.state_windows import least_frames
 from optim.unit import Slot, Unit, cut, lay_out
 from pagemem.errors import BudgetError
@@ -44,7 +45,7 @@ def divided(units: list[Unit], ram_bytes: int, *, eager: bool) -> Division:
     """The division of a budget."""
     index = SimpleNamespace(units=units)
     memory = SimpleNamespace(ram=ram_bytes)
-    store = SimpleNamespace(page_bytes=PAGE_BYTES, config=SimpleNamespace(memory=memory), index=index)
+    store = SimpleNamespace(page_bytes=PAGE_BYTES, config=SimpleNamespace(memory=memory, update=SimpleNamespace(threads=1)), index=index)
     return divide(cast(Any, store), [unit for unit in units if unit.gradient_bytes], eager=eager)
 
 
@@ -74,7 +75,7 @@ def test_what_is_divided_suffices_and_fits(units: list[Unit], ram_bytes: int, ea
     except BudgetError as error:
         assert error.smallest_bytes > ram_bytes
         return
-    assert found.gradient_bytes + scratch_bytes(trained) + (found.parameter_frames + found.state_frames) * PAGE_BYTES <= ram_bytes
+    assert found.gradient_bytes + scratch_bytes(trained, 1) + (found.parameter_frames + found.state_frames) * PAGE_BYTES <= ram_bytes
     sizes = [size for unit in trained for size in slice_frames(unit, masters=not found.resident)]
     assert least_frames(sizes) <= found.state_frames <= sum(sizes)
     every = [unit.parameters.n_frames for unit in units]
