@@ -45,7 +45,7 @@ def test_without_staleness_every_step_equals_plain_torch(
 
 def replayed(
     case: Case, folder: Path, ram: int, max_staleness: int, *, pace: str, steps: int = 10, clip_norm: float | None = None,
-    accumulation: int = 1, dtype: torch.dtype = torch.float32,
+    accumulation: int = 1, dtype: torch.dtype = torch.float32, exact_steps: int = 0,
 ) -> tuple[History, offload.Engine]:
     """Train, do it again in plain PyTorch, compare everything; the engine is closed."""
     torch.manual_seed(7)
@@ -53,7 +53,7 @@ def replayed(
     config = {
         "memory": {"ram": ram, "page": "64KiB"},
         "ssd": {"paths": [str(folder / "pages")], "threads": 2},
-        "update": {"mode": "lock-free", "max_staleness": max_staleness, "exact_steps": 0, "clip_norm": clip_norm},
+        "update": {"mode": "lock-free", "max_staleness": max_staleness, "exact_steps": exact_steps, "clip_norm": clip_norm},
     }  # fmt: skip
     if dtype is torch.bfloat16:
         config["model"] = {"factory": "unused:unused", "dtype": "bf16"}
@@ -104,3 +104,15 @@ def test_with_staleness_the_results_follow_from_the_history(
     if pace == "late":
         merged = max(later - earlier for ends in history.published.values() for earlier, later in zip([0, *ends], ends))
         assert 1 <= merged <= max_staleness + 1
+
+
+def test_the_first_steps_miss_nothing_and_later_ones_may(tmp_path: Path) -> None:
+    history, _ = replayed(CASES["gpt"], tmp_path, resident_ram(CASES["gpt"]), 4, pace="late", exact_steps=4)
+    missed = [max(step - adopted for adopted in used.values()) for step, used in enumerate(history.used) if used]
+    assert missed[:4] == [0] * 4, "a step was not exact"
+    assert max(missed) > 0, "nothing was late although the updater was held"
+
+
+def test_exact_steps_are_plain_torch_whatever_staleness_is_allowed(tmp_path: Path) -> None:
+    extra = {"mode": "lock-free", "max_staleness": 4, "exact_steps": 100}
+    Parity(CASES["gpt"], tmp_path, resident_ram(CASES["gpt"]), 0.5, 3, extra=extra).run()

@@ -188,3 +188,16 @@ def test_steps_that_the_updater_missed_are_merged(tmp_path: Path) -> None:
         assert run.gates.waits == []
         run.assert_replayed()
         assert run.history.published[SECOND][-2:] == [3, 6]
+
+
+def test_the_unit_that_is_waited_for_is_served_next(tmp_path: Path) -> None:
+    with running(tmp_path, 4) as run:
+        run.warm_up()
+        run.catch("chosen", UNITS[0])
+        run.step(2)  # Every unit has gradients now, and the first in order is layers.1.
+        begun = len(run.gates.passed)
+        with offload.gathered(run.model.layers[2]):
+            pass
+        served = [unit for point, unit in run.gates.passed[begun:] if point == "chosen"]
+        assert served[:1] == [UNITS[2]], "another unit was served before the one that the training thread waits for"
+        run.assert_replayed()
