@@ -132,7 +132,7 @@ def _train(job: Job, ratio: float, plan: QualityPlan, calibration: Mapping[str, 
         "steps_per_round": calibration["round_bytes"] / moved if moved else None,
         "stale_mean": statistics.mean(step["stale_mean"] for step in later), "stale_max": max(step["stale_max"] for step in steps),
         "wait_s": statistics.mean(step["wait_s"] for step in later), "load_1min": os.getloadavg()[0],
-        "losses": [round(step["loss"], 5) for step in steps], "step_times_s": [round(step["step_s"], 4) for step in steps],
+        "losses": [round(step["loss"], 4) for step in steps], "step_times_s": [round(step["step_s"], 3) for step in steps],
     }  # fmt: skip
     stale = f"missed {record['stale_mean']:.2f}, at most {record['stale_max']}"
     print(f"{job.name}: {record['validation_bits']:.4f} bits/byte, {step_s:.3f} s a step, {stale}", file=sys.stderr)
