@@ -4,6 +4,7 @@ VENV ?= .venv
 # The CPU build of torch; another one: make TORCH=torch==2.13.0 TORCH_INDEX=<index of that build>
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+WORKERS ?= 2
 RUN = $(VENV)/bin
 
 .PHONY: train test lint clean
@@ -22,8 +23,9 @@ lint: $(VENV)/.installed
 	$(RUN)/lint-imports
 	$(RUN)/mypy
 
+# Two workers with a compute thread each: tests are many and small, and threads of one would wait for each other.
 test: lint
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 clean:
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .hypothesis .import_linter_cache
