@@ -26,6 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported: a pool of compute threads would be in the way of forking.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 import torch.nn.functional as F
 from rich.console import Console
