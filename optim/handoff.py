@@ -29,12 +29,14 @@ class SlotSum:
         flat: (numel,), in the parameter's dtype; owned by whoever owns the parcel.
         hypers: hyper-parameters of each step in the sum, oldest first.
         coefficient: factor of the sum that is still to be applied (clipping, loss scale), or None.
+        missed: steps that the parameters missed with which the gradients were computed, summed over these.
     """
 
     slot: Slot
     flat: Tensor
     hypers: list[Hyper]
     coefficient: Tensor | None = None
+    missed: int = 0
     _held: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +54,11 @@ class SlotSum:
         """Steps in the sum."""
         return len(self.hypers)
 
+    @property
+    def mean_missed(self) -> float:
+        """Steps that the parameters missed with which a gradient of the sum was computed."""
+        return self.missed / len(self.hypers)
+
     def add(self, later: SlotSum) -> None:
         """Add a later step's gradient; that one's memory is free afterwards."""
         if self.flat.dtype is torch.float16 and self.coefficient is not None and later.coefficient is not None:
@@ -63,6 +70,7 @@ class SlotSum:
                     part.coefficient = None
             self.flat.add_(later.flat)
         self.hypers += later.hypers
+        self.missed += later.missed
 
     def _add_scaled(self, later: SlotSum, coefficient: Tensor) -> None:
         """fp16 would lose small gradients scaled back, and could overflow with the sum: half of both, still scaled."""
@@ -116,12 +124,14 @@ class Mailbox:
 
     Attributes:
         version: the newest published one; assigned by the updater alone.
+        missed: steps that the parameters in use miss in the step under way; the training thread's.
         freed_bytes: bytes of versions that a newer one replaced before they were adopted; the training thread collects.
     """
 
     unit: Unit
     clock: UnitClock = field(default_factory=UnitClock)
     version: Version | None = None
+    missed: int = 0
     freed_bytes: deque[int] = field(default_factory=deque)
     _waiting: deque[Parcel] = field(default_factory=deque)
 

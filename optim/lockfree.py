@@ -167,11 +167,11 @@ class LockFreeUpdater:
             self._drop(unit)
             return
         sums: dict[Slot, SlotSum] = {}
+        mailbox = self._mailboxes[unit]
         for slot in found:
             assert slot.direct is not None
-            sums[slot] = SlotSum(slot, slot.direct, [hypers[slot.group]], coefficient)
+            sums[slot] = SlotSum(slot, slot.direct, [hypers[slot.group]], coefficient, mailbox.missed)
             slot.forget_gradient()
-        mailbox = self._mailboxes[unit]
         self._free_bytes(mailbox.put(sums))
         self._thread.wake()
 
@@ -238,6 +238,7 @@ class LockFreeUpdater:
             self._await(mailbox, mailbox.clock.produced - allowed)
         if late or (unit.live_views == 0 and not unit.parameters.owed):
             self._adopt(unit, "before")
+        mailbox.missed = mailbox.clock.staleness
 
     def _allowed(self, unit: Unit) -> int:
         """The steps that a unit's parameters may miss."""
@@ -326,8 +327,10 @@ class LockFreeUpdater:
             published = sum(mailbox.clock.applied for mailbox in self._mailboxes.values())
             for unit, mailbox in self._mailboxes.items():
                 if mailbox.unadopted() is not None and unit.live_views == 0:
-                    self._unused.discard(unit)
                     self._adopt(unit, "short")
+                    if unit in self._unused:
+                        self._unused.discard(unit)
+                        mailbox.missed = mailbox.clock.staleness
             if self.direct_bytes + n_bytes <= self._limit_bytes:
                 break
             if not any(mailbox.clock.applied < mailbox.clock.produced for mailbox in self._mailboxes.values()):

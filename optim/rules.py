@@ -53,8 +53,11 @@ class UpdateRule(Protocol):
             hypers: of each step, oldest first; one alone comes back as it is.
         """
 
-    def ahead(self, hyper: Hyper, n_updates: int, n_steps: int) -> Ahead:
+    def ahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Ahead:
         """How far momentum alone takes a parameter in ``n_steps`` steps after its ``n_updates``-th update."""
+
+    def reaching(self, hyper: Hyper, n_steps: float) -> Hyper | None:
+        """Hyper-parameters with which `apply` ends that far ahead of the update by ``hyper``; None: use `shift` after it."""
 
     def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor) -> None:
         """Write a piece that is moved ahead (``sign`` 1), or back (-1), to ``out``, which may be the parameter itself.
@@ -62,6 +65,12 @@ class UpdateRule(Protocol):
         Args:
             states: those that `ahead` was asked for. All are flat and alike long.
         """
+
+
+def _decays(beta: float, n_steps: float) -> float:
+    """The share of a step that momentum still makes, added up over so many steps without a gradient."""
+    whole = int(n_steps)
+    return math.fsum(beta**k for k in range(1, whole + 1)) + (n_steps - whole) * beta ** (whole + 1)
 
 
 def _refuse(group: Hyper, name: str, *unsupported: str) -> None:
@@ -95,7 +104,6 @@ class _AdamRule:
             amsgrad=False, maximize=hyper["maximize"], grad_scale=None, found_inf=None,
         )  # fmt: skip
 
-
     def merge(self, hypers: Sequence[Hyper]) -> list[Hyper]:
         """One update, as with a batch of all these steps; the learning rate is the root of the sum of their squares.
 
@@ -106,14 +114,18 @@ class _AdamRule:
             return list(hypers)
         return [{**hypers[-1], "lr": math.sqrt(math.fsum(hyper["lr"] ** 2 for hyper in hypers))}]
 
-    def ahead(self, hyper: Hyper, n_updates: int, n_steps: int) -> Ahead:
+    def ahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Ahead:
         """Factor of exp_avg, and what is added to the root of exp_avg_sq; both have the corrections for bias in them."""
         beta1, beta2 = hyper["betas"]
-        reach = hyper["lr"] * math.fsum(beta1**k for k in range(1, n_steps + 1))
+        reach = hyper["lr"] * _decays(beta1, n_steps)
         if not reach:
             return ()
         root = math.sqrt(1 - beta2**n_updates)
         return reach * root / (1 - beta1**n_updates), hyper["eps"] * root
+
+    def reaching(self, hyper: Hyper, n_steps: float) -> Hyper | None:
+        """A higher learning rate: the update and the way ahead have one direction, the new exp_avg over its root."""
+        return {**hyper, "lr": hyper["lr"] * (1 + _decays(hyper["betas"][0], n_steps))}
 
     def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor) -> None:
         """Along exp_avg over the root of exp_avg_sq."""
@@ -127,6 +139,13 @@ class AdamWRule(_AdamRule):
 
     torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
     _kernel = torch._fused_adamw_
+
+    def reaching(self, hyper: Hyper, n_steps: float) -> Hyper | None:
+        """As Adam; weights decay as far as the update alone would have them."""
+        further = super().reaching(hyper, n_steps)
+        if further is None or not further["lr"]:
+            return further
+        return {**further, "weight_decay": hyper["weight_decay"] * (hyper["lr"] / further["lr"])}
 
 
 class AdamRule(_AdamRule):
@@ -174,13 +193,19 @@ class SGDRule:
         """As many updates as steps: parameters move as far as if they had been made one by one."""
         return list(hypers)
 
-    def ahead(self, hyper: Hyper, n_updates: int, n_steps: int) -> Ahead:
+    def ahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Ahead:
         """Factor of the momentum buffer.
 
         Source: Hakimi et al., Taming momentum in a distributed asynchronous environment (DANA), 2019.
         """
-        reach = hyper["lr"] * math.fsum(hyper["momentum"] ** k for k in range(1, n_steps + 1))
+        reach = hyper["lr"] * _decays(hyper["momentum"], n_steps)
         return (reach,) if reach else ()
+
+    def reaching(self, hyper: Hyper, n_steps: float) -> Hyper | None:
+        """A higher learning rate; not with Nesterov's momentum, whose updates have the gradient in them once more."""
+        if hyper["nesterov"]:
+            return None
+        return {**hyper, "lr": hyper["lr"] * (1 + _decays(hyper["momentum"], n_steps))}
 
     def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor) -> None:
         """Along the momentum buffer."""

@@ -7,9 +7,10 @@ It takes the parcel of the unit that is furthest behind (one that the training t
 unit's slices of optimizer states through its own windows of host memory, and publishes the new parameters when all of
 them are there. While a slice is updated the next one is read and the one before is written.
 
-Where a parcel holds the gradients of several steps, the updater cannot keep pace with training. The rule then says which
-updates their mean makes (`UpdateRule.merge`), and parameters are published as far ahead of them as momentum will take
-them until the next ones are to be expected (`UpdateRule.ahead`); before the next update they are moved back.
+Where a parcel holds the gradients of several steps, the updater cannot keep pace with training; the rule then says which
+updates their mean makes (`UpdateRule.merge`). Where gradients were computed with parameters that missed some steps, the
+next ones will be, too: parameters are published as far ahead as momentum will take them in as many (`UpdateRule.ahead`),
+and moved back before the next update.
 
 The first error ends the thread; it is kept in `failure` and raised on the training thread. The unit that was being
 updated then has some of its slices updated and others not, and none of its new parameters published: training goes on
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -33,7 +35,7 @@ from optim.handoff import Mailbox, Parcel, SlotSum
 from optim.rules import Ahead, Batch, UpdateRule
 from optim.state_windows import StateWindows
 from optim.states import state_view
-from optim.unit import Piece, Slice, Slot, Unit
+from optim.unit import Hyper, Piece, Slice, Slot, Unit
 from pagemem.errors import TransitionError
 from pagemem.events import Event, EventKind, EventSink
 from pagemem.mover import Mover
@@ -256,6 +258,7 @@ class UpdateThread:
         first = self._first_slice[unit]
         parts = [(first + k, part, _pieces(parcel, part, self._piece_numel)) for k, part in enumerate(unit.slices)]
         parts = [entry for entry in parts if entry[2]]
+        due = {slot: _due(self._rule, total) for slot, total in parcel.sums.items()}
         for place, (number, part, pieces) in enumerate(parts):
             self._check_stop()
             with self.windows.held(number):
@@ -266,21 +269,21 @@ class UpdateThread:
                 self._gate("slice", unit)
                 started_s = time.perf_counter()
                 for piece in pieces:
-                    self._update(unit, part, piece, parcel.sums[piece.slot], newest)
+                    self._update(unit, part, piece, parcel.sums[piece.slot], due[piece.slot], newest)
                 spent_s = time.perf_counter() - started_s
             self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
-        for total in parcel.sums.values():
-            total.slot.ahead = self._ahead(total)
-            total.slot.steps += len(self._rule.merge(total.hypers))
+        for slot, made in due.items():
+            slot.ahead = made.ahead
+            slot.steps += len(made.updates)
 
     def _prefetch_next_unit(self, served: Mailbox) -> None:
         following = self._choose()
         if following is not None and following is not served:
             self.windows.prefetch(self._first_slice[following.unit])
 
-    def _update(self, unit: Unit, part: Slice, piece: Piece, total: SlotSum, newest: dict[Slot, SlotSum]) -> None:
+    def _update(self, unit: Unit, part: Slice, piece: Piece, total: SlotSum, due: _Due, newest: dict[Slot, SlotSum]) -> None:
         """All updates of a piece, which is small enough for everything to stay in the processor's cache meanwhile."""
-        slot, states, ahead = piece.slot, self._states(part, piece), self._ahead(total)
+        slot, states = piece.slot, self._states(part, piece)
         begin, end = piece.begin - slot.offset, piece.end - slot.offset
         scratch, spare = self._scratch[0, : piece.numel], self._scratch[1, : piece.numel]
         target = total.flat[begin:end]
@@ -296,13 +299,10 @@ class UpdateThread:
             self._rule.shift(slot.ahead, -1, newest_values, states, spare, parameter)
         elif parameter is not newest_values:
             parameter.copy_(newest_values)
-        for made, hyper in enumerate(self._rule.merge(total.hypers)):
+        for made, hyper in enumerate(due.updates):
             self._rule.apply(hyper, Batch([parameter], [gradient], [[state] for state in states], [slot.steps + made]))
-        if ahead and part.master is None:
-            self._rule.shift(ahead, 1, parameter, states, spare, target)
-            return
-        if ahead:
-            self._rule.shift(ahead, 1, parameter, states, spare, parameter)
+        if due.ahead and not due.reached:
+            self._rule.shift(due.ahead, 1, parameter, states, spare, parameter)
         target.copy_(parameter)
 
     def _parameter(self, unit: Unit, part: Slice, piece: Piece, newest: dict[Slot, SlotSum]) -> Tensor:
@@ -315,11 +315,6 @@ class UpdateThread:
         assert unit.parameters.frame is not None
         return self._mover.arena.view(unit.parameters.frame, piece.begin * 4, unit.dtype, piece.numel)
 
-    def _ahead(self, total: SlotSum) -> Ahead:
-        """How far a parameter is to be ahead of the update with this sum: the next one will be of as many steps."""
-        updates = self._rule.merge(total.hypers)
-        return self._rule.ahead(updates[-1], total.slot.steps + len(updates), total.n_steps - 1)
-
     def _states(self, part: Slice, piece: Piece) -> list[Tensor]:
         if part.states is None:
             return []
@@ -329,6 +324,28 @@ class UpdateThread:
         if state not in _LEGAL[self.state]:
             raise TransitionError(f"updater: {self.state.value} -> {state.value} is not a legal move")
         self.state = state
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """What is to be done to a parameter.
+
+    Attributes:
+        updates: hyper-parameters of each.
+        ahead: how far ahead of the last of them it ends. reached: whether that one itself goes so far.
+    """
+
+    updates: list[Hyper]
+    ahead: Ahead
+    reached: bool = False
+
+
+def _due(rule: UpdateRule, total: SlotSum) -> _Due:
+    """The updates that a sum makes, and as many steps ahead as its gradients' parameters missed."""
+    updates = rule.merge(total.hypers)
+    ahead = rule.ahead(updates[-1], total.slot.steps + len(updates), total.mean_missed)
+    reaching = rule.reaching(updates[-1], total.mean_missed) if ahead else None
+    return _Due(updates, ahead) if reaching is None else _Due([*updates[:-1], reaching], ahead, reached=True)
 
 
 def _pieces(parcel: Parcel, part: Slice, most: int) -> list[Piece]:

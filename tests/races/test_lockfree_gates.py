@@ -119,8 +119,8 @@ def test_an_edit_comes_after_all_updates_and_before_the_next(point: str, scale: 
         run.step()
         with offload.gathered(run.model.layers[1]), torch.no_grad():
             assert run.clock(SECOND) == (4, 4, 4)
-            # Held there, both steps were merged, so what is edited was ahead of its update.
-            assert all(bool(slot.ahead) is (point == "chosen") for slot in run.boxes[SECOND].unit.slots)
+            # Held before it was published, an update was not in the last step's parameters, which are ahead for that.
+            assert all(bool(slot.ahead) is (point != "published") for slot in run.boxes[SECOND].unit.slots)
             before = run.model.layers[1].weight.clone()
             run.model.layers[1].weight.mul_(0.5)
         run.gates.open()

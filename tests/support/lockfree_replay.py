@@ -62,11 +62,12 @@ class History:
 
 @dataclass
 class _Given:
-    """One parameter's gradient of one step, with the factor and the learning rate of that step."""
+    """One parameter's gradient of one step, with that step's factor and learning rate and the updates it was without."""
 
     gradient: Tensor
     coefficient: Tensor | None
     lr: float
+    missed: int
 
 
 @dataclass
@@ -146,7 +147,7 @@ class Replay:
                     gradient = parameters[name].grad
                     assert gradient is not None
                     lr = self._template.param_groups[self._groups[name]]["lr"]
-                    given[name] = _Given(gradient, coefficient, lr)
+                    given[name] = _Given(gradient, coefficient, lr, len(unit.given) - unit.applied)
             if given:
                 unit.given.append(given)
         for parameter in self.plain.parameters():
@@ -181,13 +182,25 @@ class Replay:
         if name in self._ahead:
             momentum.move(self._ahead.pop(name), back=True)
         master.grad = mean
+        missed = sum(part.missed for part in parts) / len(parts)
         lrs = [part.lr for part in parts]
-        for lr in lrs if isinstance(optimizer, torch.optim.SGD) else [_root_of_squares(lrs)]:
-            optimizer.param_groups[0]["lr"] = lr
+        *first, last = lrs if isinstance(optimizer, torch.optim.SGD) else [_root_of_squares(lrs)]
+        group = optimizer.param_groups[0]
+        for lr in first:
+            group["lr"] = lr
             optimizer.step()
-        if len(parts) > 1:
-            self._ahead[name] = momentum.reach(len(parts) - 1)
-            momentum.move(self._ahead[name], back=False)
+        if last == 0:
+            missed = 0
+        at_once = not group.get("nesterov", False)
+        further, decay = (last * (1 + momentum.decays(missed)) if at_once else last), group["weight_decay"]
+        decoupled = isinstance(optimizer, torch.optim.AdamW)
+        group.update(lr=further, weight_decay=decay * (last / further) if decoupled and missed else decay)
+        optimizer.step()
+        group.update(lr=last, weight_decay=decay)
+        if missed:
+            self._ahead[name] = momentum.reach(missed)
+            if not at_once:
+                momentum.move(self._ahead[name], back=False)
         with torch.no_grad():
             self.plain.get_parameter(name).copy_(master)
 
@@ -202,13 +215,20 @@ class _Momentum:
     def __init__(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
         self._group, self._state, self._parameter = optimizer.param_groups[0], optimizer.state[parameter], parameter
 
-    def reach(self, n_steps: int) -> tuple[float, ...]:
+    def decays(self, n_steps: float) -> float:
+        """What momentum alone makes of one step in so many."""
+        group = self._group
+        beta = group["betas"][0] if "betas" in group else group["momentum"]
+        whole = math.floor(n_steps)
+        return math.fsum(beta**k for k in range(1, whole + 1)) + (n_steps - whole) * beta ** (whole + 1)
+
+    def reach(self, n_steps: float) -> tuple[float, ...]:
         """Learning rate times the decays of so many steps and, for Adam, the corrections of both moments."""
         group = self._group
         if "betas" not in group:
-            return (group["lr"] * math.fsum(group["momentum"] ** k for k in range(1, n_steps + 1)),)
+            return (group["lr"] * self.decays(n_steps),)
         (beta1, beta2), made = group["betas"], float(self._state["step"])
-        reach = group["lr"] * math.fsum(beta1**k for k in range(1, n_steps + 1))
+        reach = group["lr"] * self.decays(n_steps)
         root = math.sqrt(1 - beta2**made)
         return reach * root / (1 - beta1**made), self._group["eps"] * root
 
