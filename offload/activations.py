@@ -1,26 +1,30 @@
-"""What autograd saves for the backward pass, kept within a number of bytes: the earliest saved tensors go to pages.
+"""What autograd saves for the backward pass, kept within a number of bytes: the earliest saved tensors go.
 
-    saved ---- of the first ones of a forward pass ----> waiting --flush--> in pages --unpack--> restored --> gone
-       \\------------------------- of the others: kept as it is until the backward pass has used it ----------> gone
+    saved ---- has a recipe ---------------------------> forgotten --unpack--> computed again -----------> gone
+       |------ else, of the first ones of a forward pass -> waiting --flush--> in pages --unpack--> restored --> gone
+       \\------ others: kept as it is until the backward pass has used it ----------------------------------> gone
 
-A storage that goes out is copied into paged tensors of a few pages each, before the next layer's weights are used. From
+What can be computed again from what is saved anyway (`offload.recompute`) costs least and goes first, as many of the
+earliest as are needed. If that is not enough, others go to pages. A storage that does is copied into paged tensors of a few pages each, before the next layer's weights are used. From
 there on the plan treats them like everything else: they leave for the SSD after their only use in the forward pass and
 come back before their only use in the backward pass. The earliest saved are needed last, so they are those that go.
 
-How many bytes have to go is known from the pass before: the most that was saved at once, less the limit. In the first
-pass everything goes that can.
+How many bytes have to go is known from the pass before: the most that was saved at once, less the limit, and how much of
+it had recipes. In the first pass everything goes that can.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from offload.recompute import Layout, Recipe, recipe_of
 from pagemem.residency import PagedTensor
 from pagemem.tier import Tag
 from scheduler.driver import Driver
@@ -43,12 +47,19 @@ class SavedStorage:
         original: one of the tensors, while they are to go to pages and are not there yet.
         spoiled: they were changed before they got there.
         chunks: paged tensors that hold them, in order.
-        n_views: saved tensors that the backward has not asked for yet.
+        recipe: how to compute them again, if that is what is to be done.
+        repeatable: whether there is one.
+        n_views: saved tensors, and inputs of recipes, that the backward has not asked for yet.
     """
 
-    __slots__ = ("__weakref__", "_keeper", "chunks", "n_bytes", "n_views", "original", "reference", "restored", "spoiled", "version")
+    __slots__ = (
+        "__weakref__", "_keeper", "chunks", "n_bytes", "n_views", "original", "recipe", "reference", "repeatable", "restored",
+        "spoiled", "version",
+    )  # fmt: skip
 
-    def __init__(self, keeper: SavedActivations, saved: Tensor, reference: StorageWeakRef, *, paged: bool) -> None:
+    def __init__(
+        self, keeper: SavedActivations, saved: Tensor, reference: StorageWeakRef, *, paged: bool, recipe: Recipe | None, repeatable: bool
+    ) -> None:
         self._keeper = keeper
         self.reference = reference
         self.version = saved._version
@@ -56,9 +67,15 @@ class SavedStorage:
         self.original = saved.detach() if paged else None
         self.spoiled = False
         self.chunks: list[PagedTensor] = []
+        self.recipe = recipe
+        self.repeatable = repeatable
         self.restored: Tensor | None = None
         self.n_views = 0
         keeper.begun(self)
+
+    def kept_by(self, keeper: SavedActivations) -> bool:
+        """Whether it is this engine's."""
+        return self._keeper is keeper
 
     @property
     def paged(self) -> bool:
@@ -92,6 +109,11 @@ class KeptTensor:
         self.storage = storage
         self.version = saved._version
 
+    @property
+    def layout(self) -> Layout:
+        """How it lies in its storage."""
+        return Layout.of(self.saved)
+
     def unpack(self) -> Tensor:
         """The tensor.
 
@@ -103,15 +125,23 @@ class KeptTensor:
         return self.saved
 
 
-class PagedActivation:
-    """A saved tensor's place in a storage that goes to pages."""
+class LeftActivation:
+    """A saved tensor's place in a storage that is let go of: it goes to pages or is computed again."""
 
-    __slots__ = ("dtype", "offset", "size", "storage", "stride")
+    __slots__ = ("layout", "offset", "storage")
 
     def __init__(self, storage: SavedStorage, saved: Tensor) -> None:
         self.storage = storage
-        self.dtype, self.size, self.stride, self.offset = saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
+        self.layout, self.offset = Layout.of(saved), saved.storage_offset()
         storage.n_views += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Peak:
+    """Bytes of storages when most were saved; those that could be computed again among them."""
+
+    saved_bytes: int = 0
+    repeatable_bytes: int = 0
 
 
 class SavedActivations:
@@ -130,14 +160,16 @@ class SavedActivations:
         self._waiting: list[weakref.ref[SavedStorage]] = []
         self._pool: dict[int, list[PagedTensor]] = defaultdict(list)
         self._used: set[PagedTensor] = set()
-        self._expected_bytes: int | None = None
+        self._expected: _Peak | None = None
+        self._peak = _Peak()
         self.saved_bytes = 0
-        self.peak_saved_bytes = 0
+        self.repeatable_bytes = 0
+        self.recomputed_bytes = 0
         self.paged_bytes = 0
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
-    def pack(self, saved: Tensor) -> KeptTensor | PagedActivation:
+    def pack(self, saved: Tensor) -> KeptTensor | LeftActivation:
         """What to hold of a dense saved tensor that is not a weight."""
         storage = saved.untyped_storage()
         if type(saved) is not Tensor or storage.nbytes() < LEAST_BYTES:
@@ -146,14 +178,31 @@ class SavedActivations:
         reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         known = self._storages.get(reference.cdata)
         if known is None or known.version != saved._version:
-            known = SavedStorage(self, saved, reference, paged=self._is_to_go())
+            recipe = recipe_of(saved, self._layout_of)
+            repeat = recipe is not None and self.recomputed_bytes < self._excess_bytes()
+            paged = recipe is None and self._is_to_be_paged()
+            known = SavedStorage(
+                self, saved, reference, paged=paged, recipe=recipe if repeat else None, repeatable=recipe is not None
+            )  # fmt: skip
+            if known.recipe is not None:
+                for read in known.recipe.inputs:
+                    if isinstance(read, LeftActivation):
+                        read.storage.n_views += 1
             self._storages[reference.cdata] = known
             if known.paged:
                 self._waiting.append(weakref.ref(known))
-        return PagedActivation(known, saved) if known.paged else KeptTensor(saved, known)
+        return LeftActivation(known, saved) if known.paged or known.recipe is not None else KeptTensor(saved, known)
 
-    def _is_to_go(self) -> bool:
-        return self._expected_bytes is None or self.paged_bytes < self._expected_bytes - self._limit_bytes
+    def _layout_of(self, packed: object) -> Layout | None:
+        if isinstance(packed, KeptTensor) or (isinstance(packed, LeftActivation) and packed.storage.kept_by(self)):
+            return packed.layout
+        return None
+
+    def _excess_bytes(self) -> float:
+        return float("inf") if self._expected is None else self._expected.saved_bytes - self._limit_bytes
+
+    def _is_to_be_paged(self) -> bool:
+        return self._expected is None or self.paged_bytes < self._excess_bytes() - self._expected.repeatable_bytes
 
     def flush(self) -> None:
         """Copy what waits into pages; called between two ops."""
@@ -193,8 +242,8 @@ class SavedActivations:
 
     # ---- backward ----------------------------------------------------------------------------------------------
 
-    def unpack(self, packed: PagedActivation) -> Tensor:
-        """The saved tensor again, with the values that it had when it went to pages.
+    def unpack(self, packed: LeftActivation) -> Tensor:
+        """The saved tensor again, with the values that it had when it was saved.
 
         Raises:
             RuntimeError: it was changed before it was there.
@@ -202,16 +251,20 @@ class SavedActivations:
         """
         self.flush()
         storage = packed.storage
+        layout = packed.layout
         if storage.spoiled:
-            raise changed_in_place(packed.size)
+            raise changed_in_place(layout.size)
         if storage.restored is None:
-            storage.restored = self._read(storage)
+            storage.restored = self._read(storage) if storage.recipe is None else storage.recipe.result(self._input)
         flat = storage.restored
         storage.n_views -= 1
         if storage.n_views <= 0:
             storage.restored = None  # A second backward reads it again.
-        view = torch.empty(0, dtype=packed.dtype)
-        return view.set_(flat.untyped_storage(), packed.offset, packed.size, packed.stride)
+        view = torch.empty(0, dtype=layout.dtype)
+        return view.set_(flat.untyped_storage(), packed.offset, layout.size, layout.stride)
+
+    def _input(self, packed: KeptTensor | LeftActivation) -> Tensor:
+        return packed.unpack() if isinstance(packed, KeptTensor) else self.unpack(packed)
 
     def _read(self, storage: SavedStorage) -> Tensor:
         flat = torch.empty(storage.n_bytes, dtype=torch.uint8)
@@ -229,18 +282,21 @@ class SavedActivations:
 
     def begun(self, storage: SavedStorage) -> None:
         """Count a storage."""
-        self.saved_bytes += storage.n_bytes
-        self.peak_saved_bytes = max(self.peak_saved_bytes, self.saved_bytes)
-        if storage.paged:
-            self.paged_bytes += storage.n_bytes
+        self._count(storage, storage.n_bytes)
+        if self.saved_bytes > self._peak.saved_bytes:
+            self._peak = _Peak(self.saved_bytes, self.repeatable_bytes)
+
+    def _count(self, storage: SavedStorage, n_bytes: int) -> None:
+        self.saved_bytes += n_bytes
+        self.repeatable_bytes += n_bytes * storage.repeatable
+        self.recomputed_bytes += n_bytes * (storage.recipe is not None)
+        self.paged_bytes += n_bytes * storage.paged
 
     def ended(self, storage: SavedStorage) -> None:
         """Nobody needs a storage any more. Called by a finalizer: only notes it down."""
-        self.saved_bytes -= storage.n_bytes
-        if storage.paged:
-            self.paged_bytes -= storage.n_bytes
+        self._count(storage, -storage.n_bytes)
         for chunk in storage.chunks:
             self._used.discard(chunk)
             self._driver.mover.expire(chunk)
         if not self.saved_bytes:
-            self._expected_bytes, self.peak_saved_bytes = self.peak_saved_bytes, 0
+            self._expected, self._peak = self._peak, _Peak()

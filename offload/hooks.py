@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.activations import KeptTensor, PagedActivation
+from offload.activations import KeptTensor, LeftActivation
 from offload.parameters import Binder
 from optim.unit import Unit
 from scheduler.trace import Access, AccessMode, OpKind
@@ -104,7 +104,7 @@ def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callab
 
 
 #: What autograd holds of a saved tensor.
-Packed = KeptTensor | PagedActivation | SavedView
+Packed = KeptTensor | LeftActivation | SavedView
 
 
 class SavedWeights:
@@ -146,7 +146,7 @@ class SavedWeights:
         """
         if isinstance(packed, KeptTensor):
             return packed.unpack()
-        if isinstance(packed, PagedActivation):
+        if isinstance(packed, LeftActivation):
             if self._binder.closed or self._binder.activations is None:
                 raise RuntimeError("the engine that holds what the forward pass saved is closed")
             return self._binder.activations.unpack(packed)
