@@ -65,8 +65,9 @@ class MemoryConfig(_Section):
     """Budget of the model's states in RAM: parameters, gradients in flight and optimizer states. Activations and the
     interpreter are not part of it."""
     activations: Size | None = Field(default=None, ge=0)
-    """RAM, beside ``ram``, for tensors that autograd saves for the backward pass. The earliest saved ones beyond it go to pages
-    of ``ram`` and from there to SSD. None: all stay as they are."""
+    """RAM, beside ``ram``, for tensors that autograd saves for the backward pass. Of what is beyond it, results of elementwise
+    ops are computed again where possible; the earliest saved of the others go to pages of ``ram`` and from there to SSD.
+    None: all stay as they are."""
     page: Annotated[Literal["auto"] | int, BeforeValidator(_page)] = "auto"
     """Page size, a power of two from 64KiB to 64MiB. "auto" takes about a 128th of ``ram``, at most 4MiB."""
 

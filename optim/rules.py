@@ -28,6 +28,9 @@ class Batch:
     steps: list[int]
 
 
+#: Adam's learning rate for n steps' mean gradient is n to this power times one step's.
+MERGED_LR_POWER: Final = 0.25
+
 #: Numbers that tell a rule how far a parameter was moved ahead of its last update; none: it was not.
 Ahead = tuple[float, ...]
 
@@ -105,14 +108,15 @@ class _AdamRule:
         )  # fmt: skip
 
     def merge(self, hypers: Sequence[Hyper]) -> list[Hyper]:
-        """One update, as with a batch of all these steps; the learning rate is the root of the sum of their squares.
+        """One update, as with a batch of all these steps, at their mean learning rate times the fourth root of their number.
 
-        Source: the square-root scaling of Malladi et al., On the SDEs and scaling rules for adaptive gradient
-        algorithms, NeurIPS 2022; moments decay once, which theirs would do once a step.
+        Malladi et al., On the SDEs and scaling rules for adaptive gradient algorithms, NeurIPS 2022, have the square root
+        for a larger batch. These gradients are late as well, which bears less: see docs/lockfree.md.
         """
         if len(hypers) == 1:
             return list(hypers)
-        return [{**hypers[-1], "lr": math.sqrt(math.fsum(hyper["lr"] ** 2 for hyper in hypers))}]
+        mean = math.fsum(hyper["lr"] for hyper in hypers) / len(hypers)
+        return [{**hypers[-1], "lr": mean * len(hypers) ** MERGED_LR_POWER}]
 
     def ahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Ahead:
         """Factor of exp_avg, and what is added to the root of exp_avg_sq; both have the corrections for bias in them."""

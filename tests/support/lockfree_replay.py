@@ -184,7 +184,7 @@ class Replay:
         master.grad = mean
         missed = sum(part.missed for part in parts) / len(parts)
         lrs = [part.lr for part in parts]
-        *first, last = lrs if isinstance(optimizer, torch.optim.SGD) else [_root_of_squares(lrs)]
+        *first, last = lrs if isinstance(optimizer, torch.optim.SGD) else [_merged(lrs)]
         group = optimizer.param_groups[0]
         for lr in first:
             group["lr"] = lr
@@ -205,8 +205,8 @@ class Replay:
             self.plain.get_parameter(name).copy_(master)
 
 
-def _root_of_squares(lrs: Sequence[float]) -> float:
-    return lrs[0] if len(lrs) == 1 else math.sqrt(math.fsum(lr * lr for lr in lrs))
+def _merged(lrs: Sequence[float]) -> float:
+    return lrs[0] if len(lrs) == 1 else math.fsum(lrs) / len(lrs) * len(lrs) ** 0.25
 
 
 class _Momentum:
