@@ -105,8 +105,11 @@ def draw(quality: Mapping[str, Any], config: Mapping[str, Any], default_bound: i
     from matplotlib import pyplot
 
     runs = quality["runs"]
-    ratios = sorted({run["ratio"] for run in runs if run["mode"] != "exact"})
-    shown = 3.0 if 3.0 in ratios else ratios[-1]
+    bounds_at: dict[float, set[int]] = {}
+    for run in runs:
+        if run["mode"] != "exact":
+            bounds_at.setdefault(run["ratio"], set()).add(run["max_staleness"])
+    shown = max(bounds_at, key=lambda ratio: (len(bounds_at[ratio]), ratio))
     figure, (by_step, by_time, final) = pyplot.subplots(1, 3, figsize=(16, 5), constrained_layout=True)
     lr = max(run["lr"] for run in runs)
     exact = [run for run in runs if run["mode"] == "exact" and run["lr"] == lr]
@@ -162,8 +165,12 @@ def _mean_curve(runs: Sequence[Mapping[str, Any]]) -> list[float]:
 
 def rows_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table."""
-    rows = lockfree_speed.rows_of(record["speed"]) if "speed" in record else []
-    return rows + (lockfree_quality.rows_of(record["quality"]) if "quality" in record else [])
+    rows = []
+    for part, rows_of_part in (("speed", lockfree_speed.rows_of), ("quality", lockfree_quality.rows_of)):
+        if part in record:
+            model = record[f"{part}_config"]["model"]
+            rows += rows_of_part(record[part], model["batch"] * model["seq"])
+    return rows
 
 
 def summary_of(record: Mapping[str, Any]) -> dict[str, Any]:

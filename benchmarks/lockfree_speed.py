@@ -142,7 +142,7 @@ def _kind(steps: Sequence[Mapping[str, float]], n: int, ram_per_parameter: float
     }
 
 
-def rows_of(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def rows_of(records: Sequence[Mapping[str, Any]], tokens_a_step: int) -> list[tuple[str, str]]:
     """The table."""
     rows = []
     for record in records:
@@ -159,6 +159,7 @@ def rows_of(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
                 continue
             made = record[kind]
             moved = f"{made['read_bytes_per_parameter']:.1f} + {made['written_bytes_per_parameter']:.1f} B/parameter read + written"
-            rows.append((f"  {kind}, RAM {made['ram_per_parameter']:g} B/parameter", f"{Spread(**made['step_s'])} s, {moved}"))
+            speed = f"{Spread(**made['step_s'])} s, {tokens_a_step / made['mean_s']:,.0f} tokens/s"
+            rows.append((f"  {kind}, RAM {made['ram_per_parameter']:g} B/parameter", f"{speed}, {moved}"))
         rows.append(("  load, 1 minute", ", ".join(f"{load:.1f}" for load in record["load_1min"])))
     return rows
