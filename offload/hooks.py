@@ -204,6 +204,7 @@ class SavedWeights:
             context.__enter__()
             stack.append(context)
             self._binder.forwards += 1
+            self._binder.copying = 0  # A state_dict() that raised did not come to its end.
 
         def leave(_module: torch.nn.Module, _args: Any, _result: Any) -> None:
             if stack:

@@ -19,6 +19,7 @@ from tiny_models import GPT
 from torch import Tensor, nn
 
 import offload
+from scheduler.trace import OpKind
 
 
 @pytest.fixture
@@ -165,6 +166,25 @@ def test_state_dict_is_plain_a_copy_and_loads_back(engine: offload.Engine) -> No
     assert_equal(engine.model, plain)
     train(engine, 4)
     assert all(torch.equal(value, expected) for value, expected in zip(saved.values(), built().state_dict().values(), strict=True))
+
+
+def test_training_goes_on_after_a_state_dict_that_raised(engine: offload.Engine) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("not today")
+
+    plain = built()
+    hook = engine.model.register_state_dict_post_hook(refuse)
+    hook_first = next(iter(engine.model._state_dict_hooks))
+    engine.model._state_dict_hooks.move_to_end(hook.id, last=False)
+    assert next(iter(engine.model._state_dict_hooks)) != hook_first, "it must raise before the engine's own hook"
+    with pytest.raises(ValueError, match="not today"):
+        engine.model.state_dict()
+    hook.remove()
+    train(engine, 4)
+    train_plain(plain, adamw(plain.parameters()), 4)
+    assert_equal(engine.model, plain)
+    plan = engine._store.driver.plan
+    assert plan is not None and any(kind is OpKind.FORWARD for kind, _ in plan.keys), "forward passes were not traced"
 
 
 @pytest.mark.parametrize("source", ["engine", "plain"])
