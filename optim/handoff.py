@@ -29,14 +29,14 @@ class SlotSum:
         flat: (numel,), in the parameter's dtype; owned by whoever owns the parcel.
         hypers: hyper-parameters of each step in the sum, oldest first.
         coefficient: factor of the sum that is still to be applied (clipping, loss scale), or None.
-        missed: steps that the parameters missed with which the gradients were computed, summed over these.
+        ahead_steps: how many steps ahead each gradient asks the next parameters to be, summed over these.
     """
 
     slot: Slot
     flat: Tensor
     hypers: list[Hyper]
     coefficient: Tensor | None = None
-    missed: int = 0
+    ahead_steps: int = 0
     _held: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,9 +55,9 @@ class SlotSum:
         return len(self.hypers)
 
     @property
-    def mean_missed(self) -> float:
-        """Steps that the parameters missed with which a gradient of the sum was computed."""
-        return self.missed / len(self.hypers)
+    def mean_ahead(self) -> float:
+        """How many steps ahead of their update the next parameters are to be."""
+        return self.ahead_steps / len(self.hypers)
 
     def add(self, later: SlotSum) -> None:
         """Add a later step's gradient; that one's memory is free afterwards."""
@@ -70,7 +70,7 @@ class SlotSum:
                     part.coefficient = None
             self.flat.add_(later.flat)
         self.hypers += later.hypers
-        self.missed += later.missed
+        self.ahead_steps += later.ahead_steps
 
     def _add_scaled(self, later: SlotSum, coefficient: Tensor) -> None:
         """fp16 would lose small gradients scaled back, and could overflow with the sum: half of both, still scaled."""
@@ -125,6 +125,7 @@ class Mailbox:
     Attributes:
         version: the newest published one; assigned by the updater alone.
         missed: steps that the parameters in use miss in the step under way; the training thread's.
+        may_miss: whether they may miss any.
         freed_bytes: bytes of versions that a newer one replaced before they were adopted; the training thread collects.
     """
 
@@ -132,6 +133,7 @@ class Mailbox:
     clock: UnitClock = field(default_factory=UnitClock)
     version: Version | None = None
     missed: int = 0
+    may_miss: bool = False
     freed_bytes: deque[int] = field(default_factory=deque)
     _waiting: deque[Parcel] = field(default_factory=deque)
 

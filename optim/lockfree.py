@@ -170,7 +170,8 @@ class LockFreeUpdater:
         mailbox = self._mailboxes[unit]
         for slot in found:
             assert slot.direct is not None
-            sums[slot] = SlotSum(slot, slot.direct, [hypers[slot.group]], coefficient, mailbox.missed)
+            hyper = hypers[slot.group]
+            sums[slot] = SlotSum(slot, slot.direct, [hyper], coefficient, _ahead_steps(mailbox, hyper))
             slot.forget_gradient()
         self._free_bytes(mailbox.put(sums))
         self._thread.wake()
@@ -238,7 +239,7 @@ class LockFreeUpdater:
             self._await(mailbox, mailbox.clock.produced - allowed)
         if late or (unit.live_views == 0 and not unit.parameters.owed):
             self._adopt(unit, "before")
-        mailbox.missed = mailbox.clock.staleness
+        mailbox.missed, mailbox.may_miss = mailbox.clock.staleness, allowed > 0
 
     def _allowed(self, unit: Unit) -> int:
         """The steps that a unit's parameters may miss."""
@@ -330,7 +331,7 @@ class LockFreeUpdater:
                     self._adopt(unit, "short")
                     if unit in self._unused:
                         self._unused.discard(unit)
-                        mailbox.missed = mailbox.clock.staleness
+                        mailbox.missed, mailbox.may_miss = mailbox.clock.staleness, self._allowed(unit) > 0
             if self.direct_bytes + n_bytes <= self._limit_bytes:
                 break
             if not any(mailbox.clock.applied < mailbox.clock.produced for mailbox in self._mailboxes.values()):
@@ -366,6 +367,15 @@ class LockFreeUpdater:
                 slot.forget_gradient()
         self._reservation.release()
         self._scratch.release()
+
+
+def _ahead_steps(mailbox: Mailbox, hyper: Hyper) -> int:
+    """How far ahead the parameters after this gradient are to be: as far as it was behind, and where it may be at least a step.
+
+    One step is what Nesterov's momentum looks ahead, and what makes up for a step that is missed now and then.
+    """
+    least = 1 if mailbox.may_miss and not hyper.get("nesterov") else 0
+    return max(least, mailbox.missed)
 
 
 def _is_finite(flat: torch.Tensor | None) -> bool:

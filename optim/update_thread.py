@@ -9,8 +9,8 @@ them are there. While a slice is updated the next one is read and the one before
 
 Where a parcel holds the gradients of several steps, the updater cannot keep pace with training; the rule then says which
 updates their mean makes (`UpdateRule.merge`). Where gradients were computed with parameters that missed some steps, the
-next ones will be, too: parameters are published as far ahead as momentum will take them in as many (`UpdateRule.ahead`),
-and moved back before the next update.
+next ones will be, too: parameters are published as far ahead as momentum will take them in as many, and at least one step
+(`UpdateRule.ahead`), and moved back before the next update.
 
 The first error ends the thread; it is kept in `failure` and raised on the training thread. The unit that was being
 updated then has some of its slices updated and others not, and none of its new parameters published: training goes on
@@ -341,10 +341,10 @@ class _Due:
 
 
 def _due(rule: UpdateRule, total: SlotSum) -> _Due:
-    """The updates that a sum makes, and as many steps ahead as its gradients' parameters missed."""
+    """The updates that a sum makes, and as many steps ahead as its gradients ask for."""
     updates = rule.merge(total.hypers)
-    ahead = rule.ahead(updates[-1], total.slot.steps + len(updates), total.mean_missed)
-    reaching = rule.reaching(updates[-1], total.mean_missed) if ahead else None
+    ahead = rule.ahead(updates[-1], total.slot.steps + len(updates), total.mean_ahead)
+    reaching = rule.reaching(updates[-1], total.mean_ahead) if ahead else None
     return _Due(updates, ahead) if reaching is None else _Due([*updates[:-1], reaching], ahead, reached=True)
 
 

@@ -29,6 +29,7 @@ class History:
         parameters: names of each unit's parameters, by the unit's name.
         published: last step of each version of a unit, in order.
         used: for each step and each unit used in it, the last step whose update it saw.
+        exact: for each step, the units that had to have seen all.
     """
 
     def __init__(self, gates: UpdaterGates, max_staleness: int) -> None:
@@ -36,6 +37,7 @@ class History:
         self.parameters = {unit.name: [slot.name for slot in unit.slots if slot.group >= 0] for unit in updater._mailboxes}
         self.published: dict[str, list[int]] = {name: [] for name in self.parameters}
         self.used: list[dict[str, int]] = [{}]
+        self.exact: list[set[str]] = [set()]
         before_use, step = updater.before_use, updater.step
 
         def published(point: str, unit: Unit) -> None:
@@ -43,8 +45,10 @@ class History:
                 self.published[unit.name].append(updater._mailboxes[unit].clock.applied)
 
         def used(unit: Unit) -> None:
-            before_use(unit)
             mailbox = updater._mailboxes.get(unit)
+            if mailbox is not None and unit.name not in self.used[-1] and not updater._allowed(unit):
+                self.exact[-1].add(unit.name)
+            before_use(unit)
             if mailbox is not None and unit.name not in self.used[-1]:
                 clock = mailbox.clock
                 assert 0 <= clock.adopted <= clock.applied <= clock.produced
@@ -54,6 +58,7 @@ class History:
         def stepped() -> None:
             step()
             self.used.append({})
+            self.exact.append(set())
 
         gates.on_pass = published
         updater.before_use = used  # type: ignore[method-assign]
@@ -62,12 +67,12 @@ class History:
 
 @dataclass
 class _Given:
-    """One parameter's gradient of one step, with that step's factor and learning rate and the updates it was without."""
+    """One parameter's gradient of one step, with that step's factor and learning rate, and how far ahead it asks to be."""
 
     gradient: Tensor
     coefficient: Tensor | None
     lr: float
-    missed: int
+    ahead_steps: int
 
 
 @dataclass
@@ -98,6 +103,7 @@ class Replay:
         self.plain = plain
         self._clip_norm = clip_norm
         self._used = history.used
+        self._exact = history.exact
         self._units = {name: _UnitReplay(names, list(history.published[name])) for name, names in history.parameters.items()}
         self._template = factory(plain.parameters())
         self._schedule = None if constant_lr else schedule(self._template)
@@ -125,7 +131,7 @@ class Replay:
                 loss = self.plain(*batch)
                 (loss / len(micro_batches)).backward()
                 losses.append(loss.detach())
-            self._take_gradients()
+            self._take_gradients(self._exact[number])
         for unit in self._units.values():
             self._advance(unit, len(unit.given))
         return losses
@@ -134,20 +140,21 @@ class Replay:
         """The states of each parameter that has any."""
         return {name: dict(optimizer.state[self._masters[name]]) for name, optimizer in self._optimizers.items()}
 
-    def _take_gradients(self) -> None:
+    def _take_gradients(self, exact: set[str]) -> None:
         parameters = {name: p for name, p in self.plain.named_parameters() if p.grad is not None and name in self._masters}
         coefficient = None
         if self._clip_norm is not None:
             total = torch.nn.utils.get_total_norm([p.grad.float() for p in parameters.values() if p.grad is not None])
             coefficient = torch.clamp(self._clip_norm / (total + 1e-6), max=1.0)
-        for unit in self._units.values():
+        for unit_name, unit in self._units.items():
             given: dict[str, _Given] = {}
             for name in unit.names:
                 if name in parameters:
                     gradient = parameters[name].grad
                     assert gradient is not None
-                    lr = self._template.param_groups[self._groups[name]]["lr"]
-                    given[name] = _Given(gradient, coefficient, lr, len(unit.given) - unit.applied)
+                    group = self._template.param_groups[self._groups[name]]
+                    least = 0 if unit_name in exact or group.get("nesterov") else 1
+                    given[name] = _Given(gradient, coefficient, group["lr"], max(least, len(unit.given) - unit.applied))
             if given:
                 unit.given.append(given)
         for parameter in self.plain.parameters():
@@ -182,7 +189,7 @@ class Replay:
         if name in self._ahead:
             momentum.move(self._ahead.pop(name), back=True)
         master.grad = mean
-        missed = sum(part.missed for part in parts) / len(parts)
+        ahead_steps = sum(part.ahead_steps for part in parts) / len(parts)
         lrs = [part.lr for part in parts]
         *first, last = lrs if isinstance(optimizer, torch.optim.SGD) else [_merged(lrs)]
         group = optimizer.param_groups[0]
@@ -190,15 +197,15 @@ class Replay:
             group["lr"] = lr
             optimizer.step()
         if last == 0:
-            missed = 0
+            ahead_steps = 0
         at_once = not group.get("nesterov", False)
-        further, decay = (last * (1 + momentum.decays(missed)) if at_once else last), group["weight_decay"]
+        further, decay = (last * (1 + momentum.decays(ahead_steps)) if at_once else last), group["weight_decay"]
         decoupled = isinstance(optimizer, torch.optim.AdamW)
-        group.update(lr=further, weight_decay=decay * (last / further) if decoupled and missed else decay)
+        group.update(lr=further, weight_decay=decay * (last / further) if decoupled and ahead_steps else decay)
         optimizer.step()
         group.update(lr=last, weight_decay=decay)
-        if missed:
-            self._ahead[name] = momentum.reach(missed)
+        if ahead_steps:
+            self._ahead[name] = momentum.reach(ahead_steps)
             if not at_once:
                 momentum.move(self._ahead[name], back=False)
         with torch.no_grad():
