@@ -39,6 +39,8 @@ THREADS: Final = (1, 2, 4)
 DEFAULT_REQUEST_BYTES: Final = 4 * MiB
 DEFAULT_THREADS: Final = 4
 FOLDER_PREFIX: Final = "offload-bench-ssd-"
+#: File systems that are memory.
+IN_RAM: Final = frozenset({"tmpfs", "ramfs"})
 #: Room on the file system that is never taken.
 SPARE_BYTES: Final = 64 * MiB
 #: Transfers under way for each thread, so that none waits for the next.
@@ -176,7 +178,16 @@ def temporary_run(path: Path) -> Iterator[RunDirectory]:
     finally:
         # Asked of the disk: an interrupt can come between the folder's making and the next line.
         if folder.exists():
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except KeyboardInterrupt:
+        if folder.exists():  # a second Ctrl-C ends no sooner, but must not leave a file of this size behind
             shutil.rmtree(folder)
+        raise
 
 
 def measure(target: Target, plan: Plan, measured: Callable[[Point], None] = lambda point: None) -> Measured:

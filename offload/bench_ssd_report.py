@@ -11,7 +11,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from offload.bench_ssd import DEFAULT_REQUEST_BYTES, Measured, Plan, Point, Target, check_target, measure
+from offload.bench_ssd import DEFAULT_REQUEST_BYTES, IN_RAM, Measured, Plan, Point, Target, check_target, measure
 from offload.config import ConfigError
 from pagemem.units import KiB, MiB, format_bytes
 
@@ -103,9 +103,11 @@ def _point_record(point: Point) -> dict[str, Any]:
 def target_line(target: Target, plan: Plan) -> str:
     """What is about to be measured."""
     line = f"{target.path}: {target.file_system}, {format_bytes(target.free_bytes)} free, test file of {format_bytes(plan.file_bytes)}"
-    if target.holder is None:
-        return line
-    return f"{line}; a run of process {target.holder} uses this folder: the two slow each other, and the figures are too low"
+    if target.file_system in IN_RAM:
+        line += "; this is RAM, not a disk"
+    if target.holder is not None:
+        line += f"; a run of process {target.holder} uses this folder: the two slow each other, and the figures are too low"
+    return line
 
 
 def advice_lines(advice: Recommendation, n_paths: int) -> list[str]:
@@ -143,7 +145,7 @@ def _measure(target: Target, plan: Plan, console: Console) -> Measured:
             nonlocal n_done
             n_done += 1
             cells = point_cells(point)
-            status.update(f"{n_done} of {len(plan.settings)}: {cells[0]}, {cells[1]} threads: write {cells[3]}, read {cells[4]} GB/s")
+            status.update(f"{n_done} of {len(plan.settings)}: {cells[0]}, threads {cells[1]}: write {cells[3]}, read {cells[4]} GB/s")
 
         return measure(target, plan, show)
 

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from rich.console import Console
 
+from offload.bench_ssd import IN_RAM
 from offload.machine import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact, gather
 from pagemem.units import GiB, format_bytes
 
@@ -22,7 +23,6 @@ _LEAST_AVAILABLE_BYTES: Final = GiB
 _LEAST_OPEN_FILES: Final = 256
 #: More of the RAM than this leaves too little for activations and the interpreter.
 _BUDGET_SHARE: Final = 0.8
-_IN_RAM: Final = frozenset({"tmpfs", "ramfs"})
 _REMOTE: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "fuse.sshfs"})
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "problem": "red"}
 
@@ -50,7 +50,7 @@ def run_doctor(file: Path | None, console: Console, *, bench: bool = True, as_js
         style = _COLOURS[finding.level] if console.is_terminal else None
         console.print(finding.line, style=style, soft_wrap=True, highlight=False, markup=False)
     counts = Counter(finding.level for finding in findings)
-    summary = f"{counts['ok']} ok, {counts['warning']} warnings, {counts['problem']} problems"
+    summary = f"ok: {counts['ok']}, warnings: {counts['warning']}, problems: {counts['problem']}"
     console.print(summary, soft_wrap=True, highlight=False, markup=False)
     if as_json:
         console.print(json.dumps(as_record(facts, findings)), soft_wrap=True, highlight=False, markup=False)
@@ -241,7 +241,7 @@ def _check_use(folder: FolderFact, what: str) -> Finding:
 
 def _check_room(folder: FolderFact, what: str, config: ConfigFact | None) -> Finding:
     said = f"{folder.file_system}, {format_bytes(folder.free_bytes)} free"
-    if folder.file_system in _IN_RAM:
+    if folder.file_system in IN_RAM:
         return Finding("warning", what, said, "this is RAM itself: take a folder on a disk")
     if folder.file_system in _REMOTE:
         return Finding("warning", what, said, "this is another machine's disk: take a local one")

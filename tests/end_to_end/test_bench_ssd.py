@@ -190,6 +190,23 @@ def test_an_interrupt_while_the_folder_is_made_leaves_nothing(disk: Path, monkey
     assert content(disk) == before
 
 
+def test_a_second_interrupt_while_it_is_removed_leaves_nothing(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, calls = shutil.rmtree, []
+
+    def interrupted(folder: Path) -> None:
+        calls.append(folder)
+        if len(calls) == 1:
+            (folder / "pagemem.json").unlink()
+            raise KeyboardInterrupt
+        remove(folder)
+
+    before = content(disk)
+    monkeypatch.setattr(bench_ssd.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), temporary_run(disk):
+        pass
+    assert len(calls) == 2 and content(disk) == before
+
+
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("when", [1, 40, 150])
 def test_ctrl_c_ends_it_at_once_and_leaves_nothing(

@@ -85,6 +85,7 @@ def test_lines_by_hand() -> None:
     plan = Plan(MiB, 0.5, (Setting(64 * KiB, 1),))
     assert target_line(TARGET, plan) == "/disk: ext4, 3.0 GiB free, test file of 1.0 MiB"
     assert "process 12" in target_line(Target(Path("/disk"), "ext4", GiB, "12"), plan)
+    assert target_line(Target(Path("/disk"), "tmpfs", GiB, None), plan).endswith("; this is RAM, not a disk")
     assert point_cells(Point(Setting(256 * KiB, 2, checksums=False), 1.234, 2.345)) == ["256KiB", "2", "off", "1.23", "2.35"]
     assert config_size(4 * MiB) == "4MiB" and config_size(256 * KiB) == "256KiB"
     assert "O_DIRECT, past" in backend_line(Measured(TARGET, "direct", ()))

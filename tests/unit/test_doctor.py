@@ -258,7 +258,7 @@ def test_lines_json_and_exit_code_agree(change: dict[str, Any], code: int, termi
     findings = judge(facts)
     assert lines == [finding.line for finding in findings]
     assert summary == ", ".join(
-        f"{sum(finding.level == level for finding in findings)} {what}"
+        f"{what}: {sum(finding.level == level for finding in findings)}"
         for level, what in (("ok", "ok"), ("warning", "warnings"), ("problem", "problems"))
     )
     record = json.loads(last)
