@@ -264,24 +264,18 @@ class _Traffic:
         self._changed = threading.Condition()  # guards what follows
         self._under_way = 0
         self._moved_bytes = 0
-        self._stopping = False
         self._error: BaseException | None = None
 
     def run(self, direction: Direction, seconds: float | None) -> float:
-        """GB/s over so many seconds, or over every frame once. An interrupt begins no more transfers and is raised."""
+        """GB/s over so many seconds, or over every frame once. After an interrupt, transfers go on until the page files are closed."""
         started_s = time.perf_counter()
         end_s = None if seconds is None else started_s + seconds
         self._moved_bytes = 0
-        try:
-            for slot in range(self._n_slots):
-                own = range(slot, self._n_frames, self._n_slots)
-                self._begin(direction, slot, iter(own) if end_s is None else cycle(own), end_s)
-            with self._changed:
-                self._changed.wait_for(lambda: self._under_way == 0)
-        except BaseException:
-            with self._changed:
-                self._stopping = True  # closing the page files waits for those under way
-            raise
+        for slot in range(self._n_slots):
+            own = range(slot, self._n_frames, self._n_slots)
+            self._begin(direction, slot, iter(own) if end_s is None else cycle(own), end_s)
+        with self._changed:
+            self._changed.wait_for(lambda: self._under_way == 0)
         if self._error is not None:
             raise self._error
         return self._moved_bytes / (time.perf_counter() - started_s) / 1e9
@@ -289,7 +283,7 @@ class _Traffic:
     def _begin(self, direction: Direction, slot: int, frames: Iterator[int], end_s: float | None) -> None:
         """Begin the slot's next transfer, unless the time is up, its frames are done or something failed."""
         with self._changed:
-            over = self._stopping or self._error is not None or (end_s is not None and time.perf_counter() >= end_s)
+            over = self._error is not None or (end_s is not None and time.perf_counter() >= end_s)
             frame = None if over else next(frames, None)
             if frame is None:
                 return
@@ -302,7 +296,7 @@ class _Traffic:
             else:
                 start = self._starts[frame]
                 self._files.write(self._routes[frame], self._memory.source[start : start + self._page_bytes], done)
-        except Exception as error:  # on an I/O thread it has no other way to the thread that waits
+        except Exception as error:  # also that they are closed; from an I/O thread it has no other way to the one that waits
             self._note(0, error)
 
     def _ended(

@@ -88,6 +88,20 @@ def test_what_is_written_and_read_is_random_and_verified(disk: Path, monkeypatch
     assert len(set(written)) >= PLAN.file_bytes // MiB  # the parts of the file differ
 
 
+def test_every_page_size_reads_what_was_written_once(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first round writes, all of the file; every setting knows the checksums of its pages none the less."""
+    run_traffic = bench_ssd._Traffic.run
+
+    def read_only(self: Any, direction: Direction, seconds: float | None) -> float:
+        if direction is Direction.WRITE and seconds is not None:
+            return 1.0
+        return run_traffic(self, direction, seconds if direction is Direction.WRITE else None)  # every frame once
+
+    monkeypatch.setattr(bench_ssd._Traffic, "run", read_only)
+    result = measure(check_target(disk, PLAN.file_bytes), PLAN)
+    assert [point.write_gb_per_s for point in result.points] == [1.0] * len(PLAN.settings)
+
+
 def test_a_page_that_comes_back_changed_is_an_error_and_nothing_stays(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content(disk)
     run_traffic = bench_ssd._Traffic.run
