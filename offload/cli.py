@@ -13,7 +13,10 @@ from typing import Any, Final
 from rich.console import Console
 
 import offload
+from offload.bench_ssd import full_plan
+from offload.bench_ssd_report import run_bench_ssd
 from offload.config import ConfigError, load_config, read_config_file
+from offload.doctor import run_doctor
 from offload.export import DTYPES, export_run
 from offload.launch import INTERRUPTED, launch
 from offload.verify import verify_run
@@ -28,6 +31,14 @@ _VERIFY: Final = (
     "Check a run's commits: every manifest, the map of the pages, and the checksum of every page that a commit names. "
     "The run must not be training; nothing in it is changed. Exit code 1 when anything is wrong."
 )
+_BENCH_SSD: Final = (
+    "Measure what page files reach on folders: GB/s of writing and reading by size of a request and number of threads. "
+    "A temporary folder is made in each and removed again; nothing else there is touched. Ends with a recommendation."
+)
+_DOCTOR: Final = (
+    "Say what this machine offers and what could go wrong, one line for each check. With FILE, its folders and its budget as well; "
+    "without, the current directory as a folder for page files. Exit code 1 when there is a problem."
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_launch(commands.add_parser("launch", help="train the model of a configuration file"))
     _add_export(commands.add_parser("export", help="write the weights of a commit as safetensors files", description=_EXPORT))
     _add_verify(commands.add_parser("verify", help="read everything that a run's commits name, and say what is wrong", description=_VERIFY))
+    _add_bench_ssd(commands.add_parser("bench-ssd", help="measure folders for page files", description=_BENCH_SSD))
+    _add_doctor(commands.add_parser("doctor", help="say what this machine offers and what could go wrong", description=_DOCTOR))
     return parser
 
 
@@ -69,6 +82,23 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
     command.set_defaults(call=_verify)
 
 
+def _add_bench_ssd(command: argparse.ArgumentParser) -> None:
+    command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder to measure, one per disk")
+    command.add_argument("--size", default="512MiB", metavar="SIZE", help="bytes of the test file in each folder (default: 512MiB)")
+    command.add_argument(
+        "--seconds", default=0.5, type=float, metavar="S", help="seconds of each measurement, for writing and for reading (default: 0.5)"
+    )
+    command.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+    command.set_defaults(call=_bench_ssd)
+
+
+def _add_doctor(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", nargs="?", type=Path, metavar="FILE", help="configuration to look at as well")
+    command.add_argument("--no-bench", action="store_false", dest="bench", help="measure nothing, and write nothing anywhere")
+    command.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+    command.set_defaults(call=_doctor)
+
+
 def _add_run(command: argparse.ArgumentParser, commit: str) -> None:
     command.add_argument("run", type=Path, metavar="RUN", help="run directory: the first folder of the run's ssd.paths")
     command.add_argument(
@@ -84,10 +114,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    try:
-        max_shard_bytes = parse_bytes(arguments.max_shard)
-    except ValueError as error:
-        raise ConfigError(f"--max-shard: {error}") from error
+    max_shard_bytes = _size("--max-shard", arguments.max_shard)
     if max_shard_bytes < 1:
         raise ConfigError(f"--max-shard is {arguments.max_shard}; it must be at least 1 byte")
     export_run(
@@ -100,6 +127,31 @@ def _export(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     report = verify_run(arguments.run, paths=arguments.paths, commit=arguments.commit, console=Console())
     return 0 if report.whole else 1
+
+
+def _bench_ssd(arguments: argparse.Namespace) -> int:
+    try:
+        plan = full_plan(_size("--size", arguments.size), arguments.seconds)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    run_bench_ssd(arguments.paths, plan, Console(), as_json=arguments.json)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    return run_doctor(arguments.file, Console(), bench=arguments.bench, as_json=arguments.json)
+
+
+def _size(option: str, text: str) -> int:
+    """The bytes that an option names.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from error
 
 
 def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import fcntl
 import json
 import os
 import uuid
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from pagemem.errors import RunDirectoryError
 from pagemem.raw_file import sync_folder
@@ -25,6 +26,63 @@ FORMAT: Final = "pagemem-run-directory-1"
 _DRAFT_NAME: Final = "pagemem.json.new"
 #: What a crash between taking the lock and publishing the identity can leave in a folder that was empty before.
 _UNFINISHED_CLAIM: Final = frozenset({LOCK_NAME, _DRAFT_NAME})
+
+
+@dataclass(frozen=True, slots=True)
+class FolderUse:
+    """What a folder is to this engine, found without changing anything.
+
+    Attributes:
+        kind: ``"absent"``, ``"empty"`` (also a claim that was cut short), ``"run"`` or ``"foreign"``.
+        detail: the run id of a run, why a foreign folder is none of ours; else empty.
+        holder: the process that has the lock (``"unknown"`` where it left no number), or None: nobody has.
+    """
+
+    kind: Literal["absent", "empty", "run", "foreign"]
+    detail: str = ""
+    holder: str | None = None
+
+
+def folder_use(path: str | os.PathLike[str]) -> FolderUse:
+    """Whether a folder is a run, and whether an engine has it. Nothing is made, removed or written. Any thread.
+
+    A lock file that a killed engine left is tried with a shared lock, for some microseconds.
+
+    Raises:
+        OSError: the folder or its lock file cannot be read.
+    """
+    folder = Path(path)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return FolderUse("absent")
+    except NotADirectoryError:
+        return FolderUse("foreign", f"{folder} is not a folder; name one that is empty or new")
+    holder = _holder(folder)
+    if IDENTITY_NAME not in names and not set(names) - _UNFINISHED_CLAIM:
+        return FolderUse("empty", holder=holder)
+    try:
+        _refuse_foreign(folder)
+        return FolderUse("run", _read_run_id(folder), holder)
+    except RunDirectoryError as error:
+        return FolderUse("foreign", str(error), holder)
+
+
+def _holder(folder: Path) -> str | None:
+    """The process that has a folder's lock, as its file says; None where nobody has."""
+    try:
+        fd = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+    else:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        return None
+    finally:
+        os.close(fd)
 
 
 class RunDirectory:

@@ -68,10 +68,12 @@ def test_the_surface() -> None:
         "launch": {"-h/--help": None, "FILE": None, "--set": None},
         "export": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")),
         "verify": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit")),
+        "bench-ssd": dict.fromkeys(("-h/--help", "PATH", "--size", "--seconds", "--json")),
+        "doctor": dict.fromkeys(("-h/--help", "FILE", "--no-bench", "--json")),
     }
 
 
-@pytest.mark.parametrize("command", ["launch", "export", "verify"])
+@pytest.mark.parametrize("command", ["launch", "export", "verify", "bench-ssd", "doctor"])
 def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     actions = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]._actions
     assert [action.dest for action in actions if not action.help] == []
@@ -88,7 +90,8 @@ def test_the_version_in_a_process_of_its_own() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"], ["export", "run"],
-     ["export", "run", "--to", "out", "--dtype", "int8"], ["verify"], ["verify", "a", "b"]],
+     ["export", "run", "--to", "out", "--dtype", "int8"], ["verify"], ["verify", "a", "b"],
+     ["bench-ssd"], ["bench-ssd", "a", "--seconds", "long"], ["doctor", "a", "b"]],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
