@@ -370,12 +370,11 @@ class LockFreeUpdater:
 
 
 def _ahead_steps(mailbox: Mailbox, hyper: Hyper) -> int:
-    """How far ahead the parameters after this gradient are to be: as far as it was behind, and where it may be at least a step.
+    """How far ahead the parameters after this gradient are to be: as far as it was behind, and a step, where it may be behind.
 
-    One step is what Nesterov's momentum looks ahead, and what makes up for a step that is missed now and then.
+    That step is what Nesterov's momentum looks ahead; it also makes up for a step that is missed now and then.
     """
-    least = 1 if mailbox.may_miss and not hyper.get("nesterov") else 0
-    return max(least, mailbox.missed)
+    return mailbox.missed + (mailbox.may_miss and not hyper.get("nesterov", False))
 
 
 def _is_finite(flat: torch.Tensor | None) -> bool:

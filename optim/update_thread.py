@@ -9,7 +9,7 @@ them are there. While a slice is updated the next one is read and the one before
 
 Where a parcel holds the gradients of several steps, the updater cannot keep pace with training; the rule then says which
 updates their mean makes (`UpdateRule.merge`). Where gradients were computed with parameters that missed some steps, the
-next ones will be, too: parameters are published as far ahead as momentum will take them in as many, and at least one step
+next ones will be, too: parameters are published as far ahead as momentum will take them in as many steps and one more
 (`UpdateRule.ahead`), and moved back before the next update.
 
 The first error ends the thread; it is kept in `failure` and raised on the training thread. The unit that was being

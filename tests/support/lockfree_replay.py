@@ -153,8 +153,8 @@ class Replay:
                     gradient = parameters[name].grad
                     assert gradient is not None
                     group = self._template.param_groups[self._groups[name]]
-                    least = 0 if unit_name in exact or group.get("nesterov") else 1
-                    given[name] = _Given(gradient, coefficient, group["lr"], max(least, len(unit.given) - unit.applied))
+                    further = 0 if unit_name in exact or group.get("nesterov") else 1
+                    given[name] = _Given(gradient, coefficient, group["lr"], len(unit.given) - unit.applied + further)
             if given:
                 unit.given.append(given)
         for parameter in self.plain.parameters():
