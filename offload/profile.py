@@ -136,7 +136,8 @@ class Profile:
         store, memory = self._store, self._memory_report()
         since = self._stats().since(self._begun)
         tiers = {
-            name: TierLimits(tier.budget_bytes, tier.planned_peak_pages, tier.peak_pages) for name, tier in memory.tiers.items()
+            name: TierLimits(tier.budget_bytes, tier.planned_peak_pages, tier.peak_pages, tier.planned_with_commits)
+            for name, tier in memory.tiers.items()
         }
         activations = frozenset(tensor.name for tensor in store.mover.tensors.values() if tensor.tag is Tag.ACTIVATION)
         return Context(

@@ -28,11 +28,13 @@ class TierLimits:
 
     Attributes:
         pages_touched: distinct pages in use since the plan took over.
+        planned_at_most: ``planned_pages`` is the most that may be needed, because commits keep pages.
     """
 
     budget_bytes: int | None
     planned_pages: int | None
     pages_touched: int
+    planned_at_most: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,7 @@ def _tier(recording: Recording, tier: Tier, context: Context) -> dict[str, Any]:
         "mean_bytes": timeline.mean_bytes(tier),
         "pages_touched": limits.pages_touched,
         "planned_pages": limits.planned_pages,
+        "planned_at_most": limits.planned_at_most,
     }
 
 

@@ -20,6 +20,7 @@ from pagemem.intervals import Interval, shares, without
 from pagemem.recorder import Recording
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
+from scheduler.trace import OpKind
 
 N_BUCKETS: Final = 1000
 _PLACE: Final = "{{DATA}}"
@@ -50,7 +51,8 @@ def _lanes(recording: Recording, n_buckets: int) -> list[dict[str, Any]]:
     def course(intervals: Iterable[Interval]) -> list[float]:
         return [round(share, 3) for share in shares(intervals, recording.begin_s, recording.end_s, n_buckets)]
 
-    phases = dict.fromkeys(op.phase for op in recording.ops)
+    seen = {op.phase for op in recording.ops}
+    phases = [kind.value for kind in OpKind if kind.value in seen]
     compute = {
         phase: course(without([(op.start_s, op.end_s) for op in recording.ops if op.phase == phase], waits)) for phase in phases
     }
@@ -82,6 +84,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         budget = "no limit" if tier["budget_bytes"] is None else format_bytes(tier["budget_bytes"])
         by_tag = ", ".join(f"{tag} {format_bytes(n)}" for tag, n in sorted(tier["peak_by_tag"].items(), key=lambda row: -row[1]))
         rows.append((f"{name} peak of budget", f"{format_bytes(tier['peak_bytes'])} of {budget}: {by_tag}"))
+    if summary["mode"] == "lock-free":
+        rows.append(("of what is moved", "the plan has the training thread's part, not the updater's"))
     lanes = summary["lanes"]
     rows.append(("busy", ", ".join(f"{lane} {lanes[lane]['share']:.0%}" for lane in lanes if lane != "waits")))
     rows.append(("waiting for pages", f"{lanes['waits']['share']:.1%} of the time"))

@@ -33,7 +33,7 @@ class WaitCause:
 
 UNKNOWN_CAUSE = WaitCause("none", "not known")
 #: An event of a wait that did not begin in `Recorder.waits`: lock-free mode waits for the updater itself.
-_UPDATER = WaitCause("update", "its updates had yet to be made")
+_UPDATER = WaitCause("update", "the updater had yet to get that far")
 _WAITS = frozenset({EventKind.WAIT, EventKind.UPDATE_WAIT})
 
 
@@ -105,7 +105,7 @@ class Recorder:
         self._step_ends_s: list[float] = []
         self._op: tuple[str, str, str, int, float] | None = None
         # Of each thread its own: only that thread writes there.
-        self._causes: dict[int, WaitCause] = {}
+        self._causes: dict[int, tuple[str, WaitCause]] = {}
         self._spent: dict[int, tuple[float, int]] = {}
         self._began_s = time.perf_counter()
 
@@ -121,7 +121,9 @@ class Recorder:
         """Note an event; a wait with its cause."""
         now_s, thread = time.perf_counter(), threading.get_ident()
         if event.kind in _WAITS:
-            cause = self._causes.pop(thread, _UPDATER)
+            begun, cause = self._causes.pop(thread, ("", _UPDATER))
+            if begun != event.name:  # Left by a wait that failed.
+                cause = _UPDATER
             end_s = event.start_s + event.duration_s
             self._waits.append(Wait(event.name, event.n_bytes, event.start_s, end_s, cause, thread == self._training))
         else:
@@ -131,7 +133,7 @@ class Recorder:
     def waits(self, why: str) -> None:
         """Note what a wait that begins has to wait for."""
         now_s = time.perf_counter()
-        self._causes[threading.get_ident()] = self._explain(why)
+        self._causes[threading.get_ident()] = why, self._explain(why)
         self._count(now_s)
 
     def begins(self, phase: str, name: str, tensor: str, n_bytes: int) -> None:
@@ -143,15 +145,20 @@ class Recorder:
     def ends(self) -> None:
         """Note the end of the op under way."""
         now_s = time.perf_counter()
-        if self._op is not None:
-            self._ops.append(OpSpan(*self._op, now_s))
-            self._op = None
+        self._end_op(now_s)
         self._count(now_s)
 
     def step_ends(self) -> None:
         """Note the end of a step."""
-        self.ends()
-        self._step_ends_s.append(time.perf_counter())
+        now_s = time.perf_counter()
+        self._end_op(now_s)
+        self._step_ends_s.append(now_s)
+        self._count(now_s)
+
+    def _end_op(self, now_s: float) -> None:
+        if self._op is not None:
+            self._ops.append(OpSpan(*self._op, now_s))
+            self._op = None
 
     def _count(self, since_s: float) -> None:
         thread = threading.get_ident()
@@ -166,8 +173,8 @@ class Recorder:
         Args:
             held: bytes held when recording began.
         """
-        self.ends()
         end_s = time.perf_counter()
+        self._end_op(end_s)
         # A thread may be inside a last call: what it adds after this moment is not part of the recording.
         changes = [Change(*change) for change in list(self._changes) if change[0] <= end_s]
         spent = dict(self._spent)
