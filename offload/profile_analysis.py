@@ -117,6 +117,7 @@ def summarize(recording: Recording, context: Context) -> dict[str, Any]:
         "tiers": {tier.value: _tier(recording, tier, context) for tier in recording.timeline.tiers},
         "plan": _plan(recording, context.planned, steps),
         "lanes": _lanes(recording, elapsed_s),
+        "wait_causes": wait_causes(recording.waits),
         "waits": top_waits(recording.waits),
         "modules": by_module(recording, context),
         "overhead": {
@@ -199,6 +200,18 @@ def top_waits(waits: Sequence[Wait]) -> list[dict[str, Any]]:
         row["total_s"] += wait.end_s - wait.start_s
         row["longest_s"] = max(row["longest_s"], wait.end_s - wait.start_s)
     return sorted(found.values(), key=lambda row: (-row["total_s"], row["name"]))
+
+
+def wait_causes(waits: Sequence[Wait]) -> list[dict[str, Any]]:
+    """The training thread's waits by what they waited for, whichever the tensor; those that took longest first."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for wait in waits:
+        if wait.training:
+            cause = wait.cause
+            row = found.setdefault((cause.lane, cause.reason), {"lane": cause.lane, "reason": cause.reason, "count": 0, "total_s": 0.0})
+            row["count"] += 1
+            row["total_s"] += wait.end_s - wait.start_s
+    return sorted(found.values(), key=lambda row: (-row["total_s"], row["reason"]))
 
 
 @dataclass(slots=True)

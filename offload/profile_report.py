@@ -89,6 +89,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     lanes = summary["lanes"]
     rows.append(("busy", ", ".join(f"{lane} {lanes[lane]['share']:.0%}" for lane in lanes if lane != "waits")))
     rows.append(("waiting for pages", f"{lanes['waits']['share']:.1%} of the time"))
+    causes = ", ".join(f"{cause['reason']} {cause['total_s']:.3f} s" for cause in summary["wait_causes"])
+    rows.append(("waits by cause", causes or "none"))
     for number, wait in enumerate([wait for wait in summary["waits"] if wait["thread"] == "training"][:_TOP_WAITS], start=1):
         rows.append((f"wait {number}", f"{wait['total_s']:.3f} s in {wait['count']} for {wait['name']}: {describe_cause(wait)}"))
     rows.append(("the recorder itself", f"{overhead['training_share']:.2%} of the time, in {overhead['calls']:,} calls"))

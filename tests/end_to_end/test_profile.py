@@ -110,6 +110,8 @@ def test_moves_ops_and_waits_are_those_that_were_counted(tmp_path: Path) -> None
     assert summary["steps"] == summary["planned_steps"] == len(recording.step_ends_s) == 4
     waits_s = sum(wait.end_s - wait.start_s for wait in recording.waits)
     assert waits_s == pytest.approx(stats.wait_s) and sum(row["total_s"] for row in summary["waits"]) == pytest.approx(waits_s)
+    assert sum(row["total_s"] for row in summary["wait_causes"]) == pytest.approx(waits_s)
+    assert sum(row["count"] for row in summary["wait_causes"]) == sum(row["count"] for row in summary["waits"]) == len(recording.waits)
     assert {op.phase for op in recording.ops} >= {"forward", "backward", "update"}
     assert len(recording.ops) % 4 == 0, "four steps of the same ops"
     assert all(one.end_s <= two.start_s for one, two in zip(recording.ops, recording.ops[1:], strict=False))

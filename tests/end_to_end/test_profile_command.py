@@ -203,11 +203,33 @@ def test_the_report_draws_itself_in_a_browser(raw: dict[str, Any], tmp_path: Pat
         assert len(waits) == len(summary["waits"]) and all(w["reason"] in line for w, line in zip(summary["waits"], waits, strict=True))
     else:
         assert "Nobody waited." in document
+    if summary["wait_causes"]:
+        assert len(rows_of(document, "causes")) == len(summary["wait_causes"])
+    else:
+        assert "The training thread never waited." in document
     for tier in summary["tiers"].values():
         for tag in tier["tag_peaks"]:
             assert re.search(rf'<path d="M[^"]+Z"[^>]* data-tag="{tag}"', document), tag
     assert document.count('data-lane="') >= 5 and "NaN" not in document and "undefined" not in document.split("<main>")[1].split("<script")[0]
     assert f"{summary['steps']} steps in" in document
+
+
+@in_a_browser
+def test_pointing_at_the_picture_and_clicking_a_heading(raw: dict[str, Any], tmp_path: Path, dom: Callable[[Path], str]) -> None:
+    summary, _ = profile(raw, tmp_path / "profile")
+    page = (tmp_path / "profile" / "report.html").read_text()
+    acted = tmp_path / "acted.html"
+    acted.write_text(page.replace("</body>", """<script>
+        const picture = document.querySelector("svg"), box = picture.getBoundingClientRect();
+        picture.dispatchEvent(new MouseEvent("mousemove", { clientX: box.left + box.width / 2, clientY: box.top + 40 }));
+        [...document.querySelectorAll("#modules th")].find((head) => head.textContent === "parameters").click();
+    </script></body>"""))
+    document = dom(acted)
+    tip = re.search(r'<div id="tip" style="display: block;[^>]*>(.*?)</div>', document, re.DOTALL)
+    assert tip is not None and all(tier in tip[1] for tier in ("time", "host", "ssd", "parameter")) and "NaN" not in tip[1]
+    shown = [re.sub(r"<td>(.*?)</td>.*", r"\1", row.removeprefix("<tr>"), flags=re.DOTALL) for row in rows_of(document, "modules")]
+    n_bytes = {row["name"]: row["parameter_bytes"] for row in summary["modules"]}
+    assert [n_bytes[name] for name in shown] == sorted(n_bytes.values(), reverse=True)
 
 
 @in_a_browser
