@@ -109,7 +109,7 @@ class Profile:
         open_profile_folder(self.folder)
         self._become(ProfileState.RECORDING)
         self._begun = self._stats()
-        self._recorder = Recorder(self._store.driver.why)
+        self._recorder = Recorder(self._store.driver.causes())
         self._onward = self._store.counters.onward
         self._held = attach(self._store, self._recorder, self._recorder)
         return self

@@ -23,9 +23,8 @@ from pagemem.errors import BudgetError, TransitionError
 from pagemem.events import Event, EventKind, EventSink, Watcher
 from pagemem.mover import Mover
 from pagemem.page import TensorId
-from pagemem.recorder import WaitCause
 from pagemem.residency import PagedTensor, Residency
-from scheduler.causes import cause_of
+from scheduler.causes import Causes
 from scheduler.lanes import ReadLane
 from scheduler.on_demand import OnDemand
 from scheduler.plan import LoadTask, Plan
@@ -283,9 +282,9 @@ class Driver:
             self.deviations += 1
             self._sink.emit(Event(EventKind.DEVIATION, why, 0, time.perf_counter(), 0.0))
 
-    def why(self, name: str) -> WaitCause:
-        """What a wait for the tensor of this name would have to wait for now. With the mover's lock held."""
-        return cause_of(self.mover, self._lane, name)
+    def causes(self) -> Causes:
+        """Who says what a wait has to wait for."""
+        return Causes(self.mover, self._lane)
 
     def _disturb(self) -> None:
         """Something other than the plan is about to move tensors: the placement is restored before going on by plan."""

@@ -100,6 +100,30 @@ def test_bytes_held_are_those_of_the_memory_report(update: dict[str, Any], tmp_p
     assert_closed(engine)
 
 
+def test_with_commits_evaluation_and_a_run_that_goes_on_every_copy_is_counted(tmp_path: Path) -> None:
+    for begun in (False, True):
+        with engine_of(built(), tmp_path) as engine:
+            assert (engine.resume() is not None) == begun
+            book = engine._store.mover.ssd
+            before = book.fragmentation().asked_bytes
+            with engine.profile(tmp_path / "profile") as profile:
+                steps(engine, 0, 2)
+                engine.save()
+                steps(engine, 2, 1)
+                with torch.no_grad():
+                    engine.model(*batches(1)[0])
+                engine.save("kept")
+                steps(engine, 3, 2)
+                engine.save()  # The first one goes.
+                engine.drain()
+            assert profile.recording is not None
+            samples = profile.recording.timeline.samples(Tier.SSD)
+            assert (samples[0].total_bytes, samples[-1].total_bytes) == (before, book.fragmentation().asked_bytes)
+            host = profile.recording.timeline.samples(Tier.HOST)[-1]
+            assert {tag.value: n_bytes for tag, n_bytes in host.by_tag.items()} == engine.memory_report().by_tag
+        assert_closed(engine)
+
+
 def test_moves_ops_and_waits_are_those_that_were_counted(tmp_path: Path) -> None:
     profile, stats, _ = recorded(tmp_path)
     recording, summary = profile.recording, profile.summary

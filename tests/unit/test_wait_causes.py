@@ -16,7 +16,7 @@ from pagemem.recorder import UNKNOWN_CAUSE, Recorder, WaitCause
 from pagemem.residency import PagedTensor
 from pagemem.tier import Tag, Tier
 from scheduler.causes import (
-    ARRIVING, BEHIND, COMMITTING, IN_USE, MAKING_ROOM, MAKING_ROOM_FIRST, READING, WRITING, cause_of,
+    ARRIVING, BEHIND, COMMITTING, IN_USE, MAKING_ROOM, MAKING_ROOM_FIRST, NO_PLACE, READING, WRITING, Causes,
 )  # fmt: skip
 from scheduler.lanes import ReadLane
 from scheduler.plan import LoadTask
@@ -31,7 +31,7 @@ def load(gates: Gates, name: str, frame: int) -> LoadTask:
 def cause(gates: Gates, lane: ReadLane, name: str) -> WaitCause:
     """Asked as a recorder asks."""
     with gates.mover.changed:
-        return cause_of(gates.mover, lane, name)
+        return Causes(gates.mover, lane)(name)
 
 
 def test_under_way_in_either_direction() -> None:
@@ -88,11 +88,38 @@ def test_a_place_in_use_is_named() -> None:
         lane.clear()
 
 
+def test_what_nobody_has_begun_to_bring_in_has_no_place_yet() -> None:
+    with opened() as gates:
+        lane = ReadLane(gates.mover)
+        gates.stored(1, "a")
+        gates.mover.start_store(gates.dirty(2, name="b"))
+        assert cause(gates, lane, "a") == WaitCause("write", NO_PLACE, "b")
+        gates.files.take("write").open()
+
+
+def test_a_tensor_made_or_made_anew_later_is_known_by_its_name() -> None:
+    with opened() as gates:
+        lane = ReadLane(gates.mover)
+        first = gates.dirty(1, name="a")
+        causes = Causes(gates.mover, lane)
+        gates.mover.forget(first)
+        with gates.mover.changed:
+            assert causes("a") == UNKNOWN_CAUSE
+        for _ in range(2):
+            again = gates.dirty(2, name="a")
+            gates.mover.start_store(again)
+            with gates.mover.changed:
+                assert causes("a") == WaitCause("write", WRITING)
+            gates.files.take("write").open()
+            gates.mover.forget(again)
+
+
 class Watched:
     """A recorder of a mover's waits, which says when one has begun."""
 
     def __init__(self, gates: Gates) -> None:
         self.lane = ReadLane(gates.mover)
+        self.causes = Causes(gates.mover, self.lane)
         self.begun = threading.Event()
         self.gates = gates
         self.recorder = Recorder(self._explain)
@@ -100,7 +127,7 @@ class Watched:
 
     def _explain(self, name: str) -> WaitCause:
         self.begun.set()
-        return cause_of(self.gates.mover, self.lane, name)
+        return self.causes(name)
 
     def wait(self, tensor: PagedTensor) -> Future[None]:
         """Have the training thread wait for a tensor; returns once it does."""
