@@ -1,7 +1,7 @@
 """Profiling some steps of a running engine: what `Engine.profile` returns.
 
     NEW --enter--> RECORDING --exit--> WRITTEN
-                   RECORDING --error in the block--> ABANDONED     nothing is written
+                   RECORDING --error--> ABANDONED     in the block: nothing is written
 
 Nothing that the engine computes depends on it: it is told what happens, and asks nothing of the engine but sizes.
 """
@@ -119,13 +119,20 @@ class Profile:
         if error is not None:
             self._become(ProfileState.ABANDONED)
             return
-        self.recording = self._recorder.finish(self._held)
-        context = self._context()
-        self.summary = summarize(self.recording, context)
-        write_trace(self.folder / TRACE, self.recording)
-        write_report(self.folder / REPORT, self.recording, self.summary)
-        (self.folder / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n")
+        try:
+            self._write(self._recorder.finish(self._held))
+        except BaseException:
+            self._become(ProfileState.ABANDONED)
+            raise
         self._become(ProfileState.WRITTEN)
+
+    def _write(self, recording: Recording) -> None:
+        self.recording = recording
+        self.summary = summarize(recording, self._context())
+        # First what says that the folder is a profile's: it can be used again even if the others do not come about.
+        (self.folder / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n")
+        write_trace(self.folder / TRACE, recording)
+        write_report(self.folder / REPORT, recording, self.summary)
 
     def _become(self, state: ProfileState) -> None:
         if state not in _LEGAL[self.state]:

@@ -219,6 +219,24 @@ def test_an_error_in_the_block_leaves_no_files_and_a_whole_engine(tmp_path: Path
     assert_closed(engine)
 
 
+def test_files_that_cannot_be_written_are_an_error_and_the_folder_can_be_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with engine_of(built(), tmp_path) as engine:
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+            patched.setattr("offload.profile.write_trace", full)
+            with engine.profile(tmp_path / "profile") as profile:
+                steps(engine, 0, 1)
+        assert profile.state is ProfileState.ABANDONED and engine._store.driver.watcher is None
+        with engine.profile(tmp_path / "profile"):
+            steps(engine, 1, 1)
+        assert {path.name for path in (tmp_path / "profile").iterdir()} == FILES
+    assert_closed(engine)
+
+
 def test_one_profile_at_a_time_each_used_once_and_only_of_a_running_engine(tmp_path: Path) -> None:
     with engine_of(built(), tmp_path) as engine:
         with engine.profile(tmp_path / "a") as profile:
