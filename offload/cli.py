@@ -15,10 +15,11 @@ from rich.console import Console
 import offload
 from offload.bench_ssd import full_plan
 from offload.bench_ssd_report import run_bench_ssd
-from offload.config import ConfigError, load_config, read_config_file
+from offload.config import Config, ConfigError, load_config, read_config_file
 from offload.doctor import run_doctor
 from offload.export import DTYPES, export_run
 from offload.launch import INTERRUPTED, launch
+from offload.profile_run import profile_run
 from offload.verify import verify_run
 from pagemem.errors import OffloadError
 from pagemem.units import parse_bytes
@@ -39,6 +40,11 @@ _DOCTOR: Final = (
     "Say what this machine offers and what could go wrong, one line for each check. With FILE, its folders and its budget as well; "
     "without, the current directory as a folder for page files. Exit code 1 when there is a problem."
 )
+_PROFILE: Final = (
+    "Train a few steps of a configuration, from the beginning, and write what they do to memory: report.html (opens without a "
+    "network), trace.json (for ui.perfetto.dev) and summary.json. The page files lie in temporary folders beside those of "
+    "ssd.paths and are removed; a run that is there is neither read nor changed."
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_launch(commands.add_parser("launch", help="train the model of a configuration file"))
+    _add_profile(commands.add_parser("profile", help="record what a few steps do to memory, and report it", description=_PROFILE))
     _add_export(commands.add_parser("export", help="write the weights of a commit as safetensors files", description=_EXPORT))
     _add_verify(commands.add_parser("verify", help="read everything that a run's commits name, and say what is wrong", description=_VERIFY))
     _add_bench_ssd(commands.add_parser("bench-ssd", help="measure folders for page files", description=_BENCH_SSD))
@@ -56,12 +63,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_launch(command: argparse.ArgumentParser) -> None:
+    _add_file(command)
+    command.set_defaults(call=_launch)
+
+
+def _add_profile(command: argparse.ArgumentParser) -> None:
+    _add_file(command)
+    command.add_argument(
+        "--steps", type=int, default=4, metavar="N", help="steps to record, after those until the plan is followed (default: 4)"
+    )
+    command.add_argument(
+        "--to", type=Path, default=Path("profile"), metavar="DIR",
+        help="folder for the files: new, empty, or of an earlier profile, which is replaced (default: profile)",
+    )  # fmt: skip
+    command.set_defaults(call=_profile)
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", help="configuration: .toml, .json, .yaml or .yml")
     command.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
         help="change one value of the file, e.g. --set memory.ram=64MiB; may be given several times",
     )  # fmt: skip
-    command.set_defaults(call=_launch)
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
@@ -109,8 +132,17 @@ def _add_run(command: argparse.ArgumentParser, commit: str) -> None:
 
 
 def _launch(arguments: argparse.Namespace) -> int:
+    return launch(_read_config(arguments))
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    profile_run(_read_config(arguments), arguments.steps, arguments.to, Console())
+    return 0
+
+
+def _read_config(arguments: argparse.Namespace) -> Config:
     raw = read_config_file(Path(arguments.file))
-    return launch(load_config(apply_changes(raw, arguments.changes)))
+    return load_config(apply_changes(raw, arguments.changes))
 
 
 def _export(arguments: argparse.Namespace) -> int:

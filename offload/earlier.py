@@ -21,6 +21,7 @@ from pagemem.errors import CommitError
 from pagemem.manifest import Manifest
 from pagemem.raw_file import sync_folder
 from pagemem.run_directory import RunDirectory
+from pagemem.tier import Tag
 
 #: In every directory of a run that commits but the first: which one that is.
 _PART_OF: Final = "commits-elsewhere.json"
@@ -128,7 +129,7 @@ class EarlierCommits:
             for tensor in manifest.tensors:
                 place = (tensor.runs, tensor.tail)
                 if place not in known:
-                    known[place] = copies.restore(tensor.placement(), np.array(tensor.sums, dtype=np.uint64))
+                    known[place] = copies.restore(tensor.placement(), np.array(tensor.sums, dtype=np.uint64), Tag(tensor.tag))
                 named[tensor.key] = known[place]
                 copies.hold(known[place])
             self.whole[number] = Commit(manifest, named)

@@ -27,6 +27,7 @@ from offload.export import check_request, export_commit
 from offload.hooks import SavedWeights
 from offload.memory import MemoryReport, Stats, memory_report
 from offload.parameters import PagedParameter
+from offload.profile import Profile
 from offload.store import PageStore
 from offload.template import OptimizerLike, optimized_by, template_of
 from offload.updates import make_updater, scaling_of
@@ -342,6 +343,19 @@ class Engine:
     def memory_report(self) -> MemoryReport:
         """Bytes per tier now, at their peak, and as planned."""
         return memory_report(self._store, self._updater, self._checkpoints.committer)
+
+    def profile(self, folder: str | Path) -> Profile:
+        """Record the steps made inside ``with engine.profile(folder):``, and write what they did to memory when it ends.
+
+        The folder then holds report.html, summary.json and trace.json (for ui.perfetto.dev); the value of ``as`` has
+        ``summary``. Training computes the same bits. After an error in the block nothing is written.
+
+        Raises:
+            RunDirectoryError: on entering, the folder holds something other than an earlier profile; nothing was changed.
+            RuntimeError: on entering, this engine is being profiled already, or is closed.
+        """
+        self._check_running()
+        return Profile(folder, self._store, self.stats, self.memory_report)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 

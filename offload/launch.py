@@ -205,7 +205,7 @@ def _process_peak_bytes() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def _one_step(engine: Engine, data: Any, config: Config, train: TrainConfig, step: int) -> float:
+def one_step(engine: Engine, data: Any, config: Config, train: TrainConfig, step: int) -> float:
     """All micro-batches of one optimizer step; returns their mean loss in nats."""
     total = 0.0
     for micro in range(config.update.accumulation):
@@ -275,7 +275,7 @@ def _train(
                 break
             step_started_s = time.perf_counter()
             lr = float(schedule.get_last_lr()[0])
-            loss = _one_step(engine, data, config, train, step)
+            loss = one_step(engine, data, config, train, step)
             schedule.step()
             step_s = time.perf_counter() - step_started_s
             now, memory = engine.stats(), engine.memory_report()

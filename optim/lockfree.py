@@ -340,7 +340,9 @@ class LockFreeUpdater:
                     f"{self._limit_bytes} for them; raise memory.ram by the difference",
                     self.direct_bytes + n_bytes,
                 )
+            started_s = time.perf_counter()
             self._thread.await_progress(lambda: sum(m.clock.applied for m in self._mailboxes.values()) > published)
+            self._sink.emit(Event(EventKind.WAIT, "room for gradients", n_bytes, started_s, time.perf_counter() - started_s))
             self._collect_freed()
         self._set_bytes(self.direct_bytes + n_bytes)
 

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Final, Literal
 
 from pagemem.errors import TransitionError
+from pagemem.events import Watcher
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
 
@@ -168,6 +169,7 @@ class Budget:
         self._peak_bytes = 0
         self._by_tag = dict.fromkeys(Tag, 0)
         self._held: set[Reservation] = set()
+        self._watcher: Watcher | None = None
 
     def reserve(self, tag: Tag, n_bytes: int, holder: str) -> Reservation | BudgetShortage:
         """Hold ``n_bytes`` bytes; ``holder`` is named in errors.
@@ -199,6 +201,12 @@ class Budget:
         with self._lock:
             return {tag: n_bytes for tag, n_bytes in self._by_tag.items() if n_bytes}
 
+    def watch(self, watcher: Watcher | None) -> dict[Tag, int]:
+        """Tell ``watcher`` (None: nobody) of every change from now on; returns `by_tag` of that instant."""
+        with self._lock:
+            self._watcher = watcher
+            return {tag: n_bytes for tag, n_bytes in self._by_tag.items() if n_bytes}
+
     def close(self) -> None:
         """Make sure that everything was given back. May be called again after it was.
 
@@ -220,6 +228,8 @@ class Budget:
         self._used_bytes += more_bytes
         self._by_tag[reservation.tag] += more_bytes
         self._peak_bytes = max(self._peak_bytes, self._used_bytes)
+        if self._watcher is not None:
+            self._watcher.held(self.tier, reservation.tag, more_bytes)
         return None
 
     def _resize(self, reservation: Reservation, n_bytes: int) -> Reservation | BudgetShortage:
@@ -243,6 +253,8 @@ class Budget:
             self._held.remove(reservation)
             self._used_bytes -= n_bytes
             self._by_tag[reservation.tag] -= n_bytes
+            if self._watcher is not None:
+                self._watcher.held(self.tier, reservation.tag, -n_bytes)
 
 
 def _check_size(reservation: Reservation, n_bytes: int) -> None:

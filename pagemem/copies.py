@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from pagemem.allocator import PageAllocator
 from pagemem.checksum import DigestArray
+from pagemem.events import Watcher
 from pagemem.page import Placement, Shortage, TensorId
 from pagemem.page_file import PageFiles
 from pagemem.page_requests import Route
-from pagemem.tier import Tier
+from pagemem.tier import Tag, Tier
 
 
 @dataclass(slots=True, eq=False)
@@ -41,14 +42,26 @@ class Copies:
     Args:
         files: where they are.
         page_bytes: size of a frame.
+
+    Attributes:
+        watcher: is told of bytes taken and given back, while somebody profiles.
     """
 
     def __init__(self, files: PageFiles, page_bytes: int) -> None:
         self.book = PageAllocator(Tier.SSD, page_bytes, files.n_frames)
+        self.watcher: Watcher | None = None
         self._files = files
         self._next = 0
+        self._tags: dict[TensorId, Tag] = {}
 
-    def take(self, n_bytes: int) -> StoredCopy:
+    def held(self) -> dict[Tag, int]:
+        """Bytes of all copies by what they hold. O(copies)."""
+        found: dict[Tag, int] = {}
+        for key, tag in self._tags.items():
+            found[tag] = found.get(tag, 0) + self.book.held(key).n_bytes
+        return found
+
+    def take(self, n_bytes: int, tag: Tag) -> StoredCopy:
         """Frames for ``n_bytes`` bytes, as a tensor's current copy; the page files grow when they have none.
 
         Raises:
@@ -61,6 +74,7 @@ class Copies:
             placed = self.book.allocate(key, n_bytes)
         if isinstance(placed, Shortage):
             raise AssertionError(f"no page-file frames after growing: {placed}")
+        self._keep(placed, tag)
         return StoredCopy(placed, self._files.route(placed.extents(self.book.page_bytes)))
 
     def reserve(self, n_frames: int) -> None:
@@ -88,7 +102,7 @@ class Copies:
         stored.commits -= 1
         self._free_if_unused(stored)
 
-    def restore(self, placed: Placement, sums: DigestArray) -> StoredCopy:
+    def restore(self, placed: Placement, sums: DigestArray, tag: Tag) -> StoredCopy:
         """A copy that is in the page files already, as an earlier run's commit says; no tensor's current one yet.
 
         Raises:
@@ -99,6 +113,7 @@ class Copies:
             self._grow(beyond)
         own = Placement(self._key(), Tier.SSD, placed.n_bytes, placed.runs, placed.tail)
         self.book.put(own)
+        self._keep(own, tag)
         route = self._files.route(own.extents(self.book.page_bytes))
         self._files.remember(route, sums)
         return StoredCopy(own, route, current=False)
@@ -120,7 +135,15 @@ class Copies:
 
     def _free_if_unused(self, stored: StoredCopy) -> None:
         if not stored.current and not stored.commits:
-            self.book.release(stored.placement.tensor)
+            placed = self.book.release(stored.placement.tensor)
+            tag = self._tags.pop(placed.tensor)
+            if self.watcher is not None:
+                self.watcher.held(Tier.SSD, tag, -placed.n_bytes)
+
+    def _keep(self, placed: Placement, tag: Tag) -> None:
+        self._tags[placed.tensor] = tag
+        if self.watcher is not None:
+            self.watcher.held(Tier.SSD, tag, placed.n_bytes)
 
     def _grow(self, n_frames: int) -> None:
         self._files.grow(self.book.n_frames + n_frames)

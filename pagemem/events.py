@@ -1,7 +1,8 @@
 """Records of what the engine does, and the sinks that take them.
 
 A sink is called on whichever thread did the thing, must be cheap, and must not call back into the engine. `NullSink`
-costs one call; `Counters` adds up what a run report needs; `EventLog` keeps everything for tests and timelines.
+costs one call; `Counters` adds up what a run report needs; `EventLog` keeps everything for tests. A `Watcher` is told more,
+but only while there is one: otherwise that costs one look at an attribute.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import threading
 from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
+
+from pagemem.tier import Tag, Tier
 
 
 class EventKind(enum.Enum):
@@ -47,6 +50,25 @@ class EventSink(Protocol):
         """Take one record."""
 
 
+class Watcher(EventSink, Protocol):
+    """Watches an engine while it is profiled. Any thread; some calls come with the caller's lock held."""
+
+    def held(self, tier: Tier, tag: Tag, more_bytes: int) -> None:
+        """So many bytes more (or less) are held; called under the lock that guards them, in the order of the changes."""
+
+    def waits(self, why: str) -> None:
+        """The calling thread is about to wait; called with the mover's lock held. The wait's own event follows it."""
+
+    def begins(self, phase: str, name: str, tensor: str, n_bytes: int) -> None:
+        """An op has its tensors at hand, of which ``tensor`` is the first; it lasts until `ends`."""
+
+    def ends(self) -> None:
+        """What the training thread was doing is over, if it was doing anything."""
+
+    def step_ends(self) -> None:
+        """The optimizer step is made."""
+
+
 class NullSink:
     """Forgets everything."""
 
@@ -70,10 +92,14 @@ class EventLog:
 
 
 class Counters:
-    """Adds up count, bytes and seconds by kind, and passes each event on."""
+    """Adds up count, bytes and seconds by kind, and passes each event on.
+
+    Attributes:
+        onward: who takes them; may be exchanged at any time.
+    """
 
     def __init__(self, onward: EventSink | None = None) -> None:
-        self._onward = onward or NullSink()
+        self.onward: EventSink = onward or NullSink()
         self._lock = threading.Lock()
         self._count: Counter[EventKind] = Counter()
         self._bytes: Counter[EventKind] = Counter()
@@ -85,7 +111,7 @@ class Counters:
             self._count[event.kind] += 1
             self._bytes[event.kind] += event.n_bytes
             self._seconds[event.kind] += event.duration_s
-        self._onward.emit(event)
+        self.onward.emit(event)
 
     def count(self, kind: EventKind) -> int:
         """Events of ``kind`` so far."""

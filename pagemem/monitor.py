@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from pagemem.errors import OffloadError
-from pagemem.events import Event, EventKind, EventSink
+from pagemem.events import Event, EventKind, EventSink, Watcher
 
 
 class CopyMonitor:
@@ -20,10 +20,14 @@ class CopyMonitor:
 
     Args:
         sink: takes waits.
+
+    Attributes:
+        watcher: is told of waits that begin, while somebody profiles.
     """
 
     def __init__(self, sink: EventSink) -> None:
         self.changed = threading.Condition(threading.RLock())
+        self.watcher: Watcher | None = None
         self._sink = sink
         self._failure: BaseException | None = None
         self._told = False
@@ -63,6 +67,8 @@ class CopyMonitor:
             if ready():
                 return
             started_s = time.perf_counter()
+            if self.watcher is not None:
+                self.watcher.waits(why)
             while not ready():
                 self.check()
                 self.changed.wait()

@@ -19,7 +19,7 @@ from pagemem.allocator import PageAllocator
 from pagemem.arena import HostArena
 from pagemem.copies import Copies, StoredCopy
 from pagemem.errors import OffloadError, TransitionError
-from pagemem.events import Event, EventKind, EventSink
+from pagemem.events import Event, EventKind, EventSink, Watcher
 from pagemem.page import FrameId, Shortage, TensorId
 from pagemem.page_file import PageFiles
 from pagemem.page_requests import Route
@@ -63,6 +63,20 @@ class Mover(CopyMonitor):
     def ssd(self) -> PageAllocator:
         """Who holds which frame of the page files."""
         return self.copies.book
+
+    def watch(self, watcher: Watcher | None) -> dict[tuple[Tier, Tag], int]:
+        """Tell ``watcher`` (None: nobody) of every change of what tensors hold from now on; returns what they hold then.
+
+        In host memory that is whole frames, in the page files the bytes of copies.
+        """
+        with self.changed:
+            self.watcher = self.copies.watcher = watcher
+            found = {(Tier.SSD, tag): n_bytes for tag, n_bytes in self.copies.held().items()}
+            for tensor in self.tensors.values():
+                if tensor.frame is not None:
+                    key = (Tier.HOST, tensor.tag)
+                    found[key] = found.get(key, 0) + tensor.n_frames * self.arena.page_bytes
+            return found
 
     # ---- records -----------------------------------------------------------------------------------------------
 
@@ -175,6 +189,8 @@ class Mover(CopyMonitor):
             if isinstance(placed, Shortage):
                 raise AssertionError(f"{tensor.name}: frames {frame}..{frame + tensor.n_frames} are taken")
             tensor.frame = frame
+            if self.watcher is not None:
+                self.watcher.held(Tier.HOST, tensor.tag, tensor.n_frames * self.arena.page_bytes)
             self._touched[frame : frame + tensor.n_frames] = b"\1" * tensor.n_frames
             buffer = self.arena.buffer(frame, tensor.n_bytes)
             if fresh or tensor.state is Residency.ABSENT:
@@ -400,7 +416,7 @@ class Mover(CopyMonitor):
 
     def _take_frames(self, tensor: PagedTensor) -> StoredCopy:
         try:
-            return self.copies.take(tensor.n_bytes)
+            return self.copies.take(tensor.n_bytes, tensor.tag)
         except OffloadError as error:
             if tensor.owed:
                 self.snapshots.give_up(error)
@@ -418,6 +434,8 @@ class Mover(CopyMonitor):
     def _give_up_frames(self, tensor: PagedTensor) -> None:
         self.host.release(tensor.id)
         tensor.frame = None
+        if self.watcher is not None:
+            self.watcher.held(Tier.HOST, tensor.tag, -tensor.n_frames * self.arena.page_bytes)
 
     def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
         self._sink.emit(Event(kind, tensor.name, tensor.n_bytes, started_s, time.perf_counter() - started_s))

@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from typing import Final
 
 from pagemem.errors import BudgetError, TransitionError
-from pagemem.events import Event, EventKind, EventSink
+from pagemem.events import Event, EventKind, EventSink, Watcher
 from pagemem.mover import Mover
 from pagemem.page import TensorId
 from pagemem.residency import PagedTensor, Residency
+from scheduler.causes import Causes
 from scheduler.lanes import ReadLane
 from scheduler.on_demand import OnDemand
 from scheduler.plan import LoadTask, Plan
@@ -50,6 +51,9 @@ class Driver:
         sink: takes waits and deviations.
         bandwidth: current page-file bandwidths (read, write) in bytes/s, asked for when a plan is made.
         overhead_bytes: what the budget holds beside the arena; part of the budget that an error proposes.
+
+    Attributes:
+        watcher: is told of ops and steps, while somebody profiles.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Driver:
         self.planned_steps = 0
         self.on_demand_steps = 0
         self.deviations = 0
+        self.watcher: Watcher | None = None
         self._on_demand = OnDemand(mover, overhead_bytes)
         self._sink = sink
         self._bandwidth = bandwidth
@@ -102,6 +107,9 @@ class Driver:
         """Begin an op, see `op`; returns what `end` must be given."""
         if self._began_s is not None and self._recording:
             self._recorder.add_duration(time.perf_counter() - self._began_s)
+        watcher = self.watcher
+        if watcher is not None:
+            watcher.ends()
         with self.mover.changed:
             self.mover.check()
             self._collect_views()
@@ -110,6 +118,8 @@ class Driver:
                     self._follow(key)
                 self._recorder.begin(key, name, accesses)
             held = self._hold(name, accesses)
+        if watcher is not None:
+            watcher.begins(key[0].value, name, held[0].name if held else "", sum(tensor.n_bytes for tensor in held))
         self._began_s = time.perf_counter()
         return held
 
@@ -136,6 +146,8 @@ class Driver:
         if self._began_s is not None:
             self._recorder.add_duration(time.perf_counter() - self._began_s)
             self._began_s = None
+        if self.watcher is not None:
+            self.watcher.step_ends()
         with self.mover.changed:
             self._collect_views()
             if self.mode is Mode.PLANNED and self._at_step_end():
@@ -269,6 +281,10 @@ class Driver:
         if why is not None:
             self.deviations += 1
             self._sink.emit(Event(EventKind.DEVIATION, why, 0, time.perf_counter(), 0.0))
+
+    def causes(self) -> Causes:
+        """Who says what a wait has to wait for."""
+        return Causes(self.mover, self._lane)
 
     def _disturb(self) -> None:
         """Something other than the plan is about to move tensors: the placement is restored before going on by plan."""

@@ -33,6 +33,11 @@ class ReadLane:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    @property
+    def first(self) -> LoadTask | None:
+        """The load that the others wait behind, if one waits."""
+        return self._tasks[0] if self._tasks else None
+
     def submit(self, tasks: Iterable[LoadTask]) -> None:
         """Queue loads behind those that wait."""
         with self._mover.changed:
@@ -68,14 +73,15 @@ class ReadLane:
         if tensor.frame is not None and not self._leaves(tensor):
             return False
         # Every tenant is asked to leave before giving up, so that several copies out run at once.
-        leaving = [self._leaves(tenant) for tenant in self._tenants(task.frame, tensor.n_frames)]
+        leaving = [self._leaves(tenant) for tenant in self.tenants(task.frame, tensor.n_frames)]
         if not all(leaving):
             return False
         # A tensor that the plan took for dead by now and that is not, because the step goes another way, keeps its content.
         self._mover.start_load(tensor, task.frame, fresh=task.fresh and tensor.state is Residency.ABSENT)
         return True
 
-    def _tenants(self, first: int, n_frames: int) -> list[PagedTensor]:
+    def tenants(self, first: int, n_frames: int) -> list[PagedTensor]:
+        """Who holds the frames from ``first`` on. With the mover's lock held."""
         found: list[PagedTensor] = []
         frame = first
         while frame < first + n_frames:

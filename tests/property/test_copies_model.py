@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pagemem.checksum import DigestArray
 from pagemem.copies import Copies, StoredCopy
 from pagemem.page import Extent, Placement
+from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, KiB
 
 PAGE = 64 * KiB
@@ -101,7 +102,7 @@ class CopiesModel(RuleBasedStateMachine):
     def store(self, data: st.DataObject) -> None:
         tensor = self.pick(data)
         if tensor.copy is None or tensor.copy.commits:
-            fresh = self.copies.take(tensor.n_bytes)
+            fresh = self.copies.take(tensor.n_bytes, Tag.PARAM)
             if tensor.copy is not None:
                 self.copies.leave(tensor.copy)
             tensor.copy = fresh
@@ -158,7 +159,7 @@ class CopiesModel(RuleBasedStateMachine):
         for commit in self.commits:
             for at, (stored, value) in enumerate(commit.named):
                 if id(stored) not in restored:
-                    restored[id(stored)] = self.copies.restore(stored.placement, sums[id(stored)])
+                    restored[id(stored)] = self.copies.restore(stored.placement, sums[id(stored)], Tag.PARAM)
                 commit.named[at] = restored[id(stored)], value
                 self.copies.hold(restored[id(stored)])
         for tensor in self.tensors:

@@ -66,6 +66,7 @@ def test_the_surface() -> None:
         "--version": None,
         "--debug": None,
         "launch": {"-h/--help": None, "FILE": None, "--set": None},
+        "profile": dict.fromkeys(("-h/--help", "FILE", "--set", "--steps", "--to")),
         "export": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")),
         "verify": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit")),
         "bench-ssd": dict.fromkeys(("-h/--help", "PATH", "--size", "--seconds", "--json")),
@@ -73,7 +74,7 @@ def test_the_surface() -> None:
     }
 
 
-@pytest.mark.parametrize("command", ["launch", "export", "verify", "bench-ssd", "doctor"])
+@pytest.mark.parametrize("command", ["launch", "profile", "export", "verify", "bench-ssd", "doctor"])
 def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     actions = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]._actions
     assert [action.dest for action in actions if not action.help] == []
@@ -91,7 +92,7 @@ def test_the_version_in_a_process_of_its_own() -> None:
     "arguments",
     [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"], ["export", "run"],
      ["export", "run", "--to", "out", "--dtype", "int8"], ["verify"], ["verify", "a", "b"],
-     ["bench-ssd"], ["bench-ssd", "a", "--seconds", "long"], ["doctor", "a", "b"]],
+     ["profile"], ["profile", "a", "--steps", "few"], ["bench-ssd"], ["bench-ssd", "a", "--seconds", "long"], ["doctor", "a", "b"]],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -113,6 +114,14 @@ def test_what_export_and_verify_are_called_with(monkeypatch: pytest.MonkeyPatch)
         (Path("a"), Path("out"), {"paths": [], "commit": None, "dtype": "keep", "max_shard_bytes": 5_000_000_000}),
         (Path("a"), {**named, "commit": None}),
     ]
+
+
+def test_what_profile_is_called_with(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cli, "profile_run", lambda config, *rest: seen.append((config.memory.ram, *rest[:2])))
+    assert cli.main(["profile", str(file), "--set", "memory.ram=128MiB", "--steps", "7", "--to", "out"]) == 0
+    assert cli.main(["profile", str(file)]) == 0
+    assert seen == [(128 << 20, 7, Path("out")), (64 << 20, 4, Path("profile"))]
 
 
 def test_changes_go_into_the_configuration(file: Path, launched: list[Config]) -> None:

@@ -9,7 +9,7 @@ from fake_page_files import ThreadedPageFiles
 from pagemem.copies import Copies
 from pagemem.errors import DiskFullError
 from pagemem.page import Extent, FrameId, Placement, Run, TensorId
-from pagemem.tier import Tier
+from pagemem.tier import Tag, Tier
 from pagemem.units import KiB
 
 PAGE = 64 * KiB
@@ -39,24 +39,24 @@ def copies() -> Copies:
 
 
 def test_frames_named_by_a_commit_are_not_handed_out_before_the_last_commit_lets_go(copies: Copies) -> None:
-    first = copies.take(3 * PAGE)
+    first = copies.take(3 * PAGE, Tag.PARAM)
     for _ in range(2):
         copies.hold(first)
     copies.leave(first)
-    others = [copies.take(PAGE) for _ in range(7)]
+    others = [copies.take(PAGE, Tag.PARAM) for _ in range(7)]
     with pytest.raises(DiskFullError):
-        copies.take(PAGE)
+        copies.take(PAGE, Tag.PARAM)
     copies.let_go(first)
     with pytest.raises(DiskFullError):
-        copies.take(PAGE)
+        copies.take(PAGE, Tag.PARAM)
     copies.let_go(first)
-    again = copies.take(3 * PAGE)
+    again = copies.take(3 * PAGE, Tag.PARAM)
     assert again.placement.runs == first.placement.runs
     assert all(other.placement.runs != again.placement.runs for other in others)
 
 
 def test_a_current_copy_is_not_freed_by_the_commit_that_goes(copies: Copies) -> None:
-    stored = copies.take(PAGE)
+    stored = copies.take(PAGE, Tag.PARAM)
     copies.hold(stored)
     copies.let_go(stored)
     assert copies.book.used_frames == 1
@@ -65,47 +65,47 @@ def test_a_current_copy_is_not_freed_by_the_commit_that_goes(copies: Copies) -> 
 
 
 def test_letting_go_of_what_no_commit_names_is_an_error(copies: Copies) -> None:
-    stored = copies.take(PAGE)
+    stored = copies.take(PAGE, Tag.PARAM)
     with pytest.raises(AssertionError, match="no commit names"):
         copies.let_go(stored)
 
 
 def test_a_full_disk_changes_nothing(copies: Copies) -> None:
-    kept = copies.take(8 * PAGE)
-    for ask in (lambda: copies.take(3 * PAGE), lambda: copies.reserve(3)):
+    kept = copies.take(8 * PAGE, Tag.PARAM)
+    for ask in (lambda: copies.take(3 * PAGE, Tag.PARAM), lambda: copies.reserve(3)):
         with pytest.raises(DiskFullError):
             ask()
     assert copies.book.used_frames == 8 and copies.book.n_frames == 8
     copies.reserve(2)
-    assert copies.book.free_frames == 2 and copies.take(2 * PAGE).placement.runs != kept.placement.runs
+    assert copies.book.free_frames == 2 and copies.take(2 * PAGE, Tag.PARAM).placement.runs != kept.placement.runs
     copies.book.validate()
 
 
 def test_a_restored_copy_keeps_its_frames_and_its_checksums(copies: Copies) -> None:
     placed = Placement(TensorId(-1), Tier.SSD, 2 * PAGE + BLOCK, (Run(FrameId(4), 2),), Extent(FrameId(7), 2 * BLOCK, BLOCK))
-    stored = copies.restore(placed, np.array([5, 6, 7], dtype=np.uint64))
+    stored = copies.restore(placed, np.array([5, 6, 7], dtype=np.uint64), Tag.PARAM)
     copies.hold(stored)
     assert stored.placement.runs == placed.runs and stored.placement.tail == placed.tail and not stored.current
     files: LimitedFiles = copies._files  # type: ignore[assignment]
     assert files.remembered == [(tuple(placed.extents(PAGE)), [5, 6, 7])]
-    taken = {run.first + k for run in copies.take(5 * PAGE).placement.runs for k in range(run.n_frames)}
+    taken = {run.first + k for run in copies.take(5 * PAGE, Tag.PARAM).placement.runs for k in range(run.n_frames)}
     assert taken == {0, 1, 2, 3, 6}
     copies.book.validate()
 
 
 def test_frames_cannot_be_restored_twice(copies: Copies) -> None:
     placed = Placement(TensorId(-1), Tier.SSD, 2 * PAGE, (Run(FrameId(0), 2),))
-    copies.restore(placed, np.array([5, 6], dtype=np.uint64))
+    copies.restore(placed, np.array([5, 6], dtype=np.uint64), Tag.PARAM)
     overlapping = Placement(TensorId(-1), Tier.SSD, PAGE, (Run(FrameId(1), 1),))
     with pytest.raises(AssertionError):
-        copies.restore(overlapping, np.array([5], dtype=np.uint64))
+        copies.restore(overlapping, np.array([5], dtype=np.uint64), Tag.PARAM)
 
 
 def test_frames_after_storing_are_foretold(copies: Copies) -> None:
-    copies.hold(copies.take(PAGE + BLOCK))
+    copies.hold(copies.take(PAGE + BLOCK, Tag.PARAM))
     sizes = [PAGE, 2 * BLOCK, 3 * PAGE + BLOCK]
     foretold, now = copies.used_frames_after(sizes), copies.book.used_frames
     assert copies.used_frames_after([]) == now
     for size in sizes:
-        copies.take(size)
+        copies.take(size, Tag.PARAM)
     assert copies.book.used_frames == foretold > now

@@ -1,0 +1,87 @@
+"""Why a thread waits for a paged tensor: which lane has yet to do something, and what is in the way.
+
+Looked at while somebody profiles, with the mover's lock held, when a wait begins. What is in the way later, after the
+first obstacle has gone, is not looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pagemem.mover import Mover
+from pagemem.recorder import UNKNOWN_CAUSE, WaitCause
+from pagemem.residency import PagedTensor, Residency
+from scheduler.lanes import ReadLane
+
+_COMMIT: Final = "commit of "
+READING: Final = "it was being read"
+WRITING: Final = "it was being written"
+BEHIND: Final = "its read waited behind another"
+MAKING_ROOM: Final = "its place was being written out"
+MAKING_ROOM_FIRST: Final = "a read before it waited for its place to be written out"
+ARRIVING: Final = "the tensor in its place was still being read"
+IN_USE: Final = "its place was in use"
+NO_PLACE: Final = "no place was free for it while others were being written out"
+COMMITTING: Final = "a commit had yet to store it"
+
+
+class Causes:
+    """Knows tensors by their names; called with the name of one that is waited for, or that of a commit of it.
+
+    Args:
+        mover: owner of all residency. lane: the queue of planned loads.
+    """
+
+    def __init__(self, mover: Mover, lane: ReadLane) -> None:
+        self._mover = mover
+        self._lane = lane
+        with mover.changed:
+            self._named = {tensor.name: tensor for tensor in mover.tensors.values()}
+
+    def __call__(self, name: str) -> WaitCause:
+        """What a wait for the tensor named ``name`` has to wait for now. With the mover's lock held."""
+        tensor = self._find(name.removeprefix(_COMMIT))
+        if tensor is None:
+            return UNKNOWN_CAUSE
+        if name.startswith(_COMMIT):
+            return WaitCause("write", COMMITTING)
+        if tensor.id in self._lane:
+            return _in_queue(self._mover, self._lane, tensor)
+        if tensor.state is Residency.LOADING:
+            return WaitCause("read", READING)
+        if tensor.state is Residency.STORING:
+            return WaitCause("write", WRITING)
+        return _no_window(self._mover)
+
+    def _find(self, name: str) -> PagedTensor | None:
+        known = self._named.get(name)
+        if known is None or self._mover.tensors.get(known.id) is not known:
+            known = next((tensor for tensor in self._mover.tensors.values() if tensor.name == name), None)
+            if known is not None:
+                self._named[name] = known
+        return known
+
+
+def _in_queue(mover: Mover, lane: ReadLane, tensor: PagedTensor) -> WaitCause:
+    """The first queued load cannot start, and the others wait behind it."""
+    task = lane.first
+    assert task is not None
+    first = mover.tensors[task.tensor]
+    own = first is tensor
+    tenants = lane.tenants(task.frame, first.n_frames)
+    if first.frame is not None and first not in tenants:
+        tenants.append(first)  # It has to leave one place for another.
+    for tenant in tenants:
+        if tenant.held:
+            return WaitCause("none", IN_USE, tenant.name)
+        if tenant.state is Residency.STORING:
+            return WaitCause("write", MAKING_ROOM if own else MAKING_ROOM_FIRST, tenant.name)
+        if tenant.state is Residency.LOADING:
+            return WaitCause("read", ARRIVING if own else BEHIND, tenant.name)
+    return UNKNOWN_CAUSE if own else WaitCause("read", BEHIND, first.name)
+
+
+def _no_window(mover: Mover) -> WaitCause:
+    """Nobody has begun to bring it in: the windows of the updater are all busy."""
+    storing = next((t for t in mover.tensors.values() if t.state is Residency.STORING), None)
+    return UNKNOWN_CAUSE if storing is None else WaitCause("write", NO_PLACE, storing.name)

@@ -1,0 +1,179 @@
+"""Why a wait waits: each obstacle is built by hand, with copies that end when the test says."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+from fake_page_files import TIMEOUT_S
+from gated_mover import PAGE_BYTES, Gates, opened
+
+from pagemem.errors import StorageError
+from pagemem.events import Event, EventKind
+from pagemem.page import FrameId
+from pagemem.recorder import UNKNOWN_CAUSE, Recorder, WaitCause
+from pagemem.residency import PagedTensor
+from pagemem.tier import Tag, Tier
+from scheduler.causes import (
+    ARRIVING, BEHIND, COMMITTING, IN_USE, MAKING_ROOM, MAKING_ROOM_FIRST, NO_PLACE, READING, WRITING, Causes,
+)  # fmt: skip
+from scheduler.lanes import ReadLane
+from scheduler.plan import LoadTask
+
+
+def load(gates: Gates, name: str, frame: int) -> LoadTask:
+    """A planned load of the tensor of this name."""
+    tensor = next(tensor for tensor in gates.mover.tensors.values() if tensor.name == name)
+    return LoadTask(tensor.id, FrameId(frame), 0, 0)
+
+
+def cause(gates: Gates, lane: ReadLane, name: str) -> WaitCause:
+    """Asked as a recorder asks."""
+    with gates.mover.changed:
+        return Causes(gates.mover, lane)(name)
+
+
+def test_under_way_in_either_direction() -> None:
+    with opened() as gates:
+        lane = ReadLane(gates.mover)
+        gates.stored(1, "a")
+        lane.submit([load(gates, "a", 0)])
+        assert cause(gates, lane, "a") == WaitCause("read", READING)
+        gates.files.take("read").open()
+        b = gates.dirty(2, frame=1, name="b")
+        gates.mover.start_store(b)
+        assert cause(gates, lane, "b") == WaitCause("write", WRITING)
+        assert cause(gates, lane, "commit of b") == WaitCause("write", COMMITTING)
+        gates.files.take("write").open()
+        assert cause(gates, lane, "nobody") == cause(gates, lane, "a") == UNKNOWN_CAUSE
+
+
+def test_a_load_waits_for_the_tenant_of_its_place_and_others_behind_it() -> None:
+    with opened() as gates:
+        lane = ReadLane(gates.mover)
+        gates.stored(1, "a")
+        gates.stored(2, "b")
+        gates.dirty(3, name="tenant")
+        lane.submit([load(gates, "a", 0), load(gates, "b", 1)])
+        assert cause(gates, lane, "a") == WaitCause("write", MAKING_ROOM, "tenant")
+        assert cause(gates, lane, "b") == WaitCause("write", MAKING_ROOM_FIRST, "tenant")
+        gates.files.take("write").open()
+        for name in ("a", "b"):
+            assert cause(gates, lane, name) == WaitCause("read", READING)
+            gates.files.take("read").open()
+
+
+def test_a_load_waits_for_what_is_still_being_read_into_its_place() -> None:
+    with opened() as gates:
+        lane = ReadLane(gates.mover)
+        for name in ("tenant", "a", "b"):
+            gates.stored(1, name)
+        lane.submit([load(gates, "tenant", 0), load(gates, "a", 0), load(gates, "b", 1)])
+        assert cause(gates, lane, "a") == WaitCause("read", ARRIVING, "tenant")
+        assert cause(gates, lane, "b") == WaitCause("read", BEHIND, "tenant")
+        for _ in range(3):
+            gates.files.take("read").open()
+
+
+def test_a_place_in_use_is_named() -> None:
+    with opened() as gates:
+        lane = ReadLane(gates.mover)
+        gates.stored(1, "a")
+        tenant = gates.dirty(2, name="tenant")
+        tenant.pins += 1
+        lane.submit([load(gates, "a", 0)])
+        assert cause(gates, lane, "a") == WaitCause("none", IN_USE, "tenant")
+        tenant.pins -= 1
+        lane.clear()
+
+
+def test_what_nobody_has_begun_to_bring_in_has_no_place_yet() -> None:
+    with opened() as gates:
+        lane = ReadLane(gates.mover)
+        gates.stored(1, "a")
+        gates.mover.start_store(gates.dirty(2, name="b"))
+        assert cause(gates, lane, "a") == WaitCause("write", NO_PLACE, "b")
+        gates.files.take("write").open()
+
+
+def test_a_tensor_made_or_made_anew_later_is_known_by_its_name() -> None:
+    with opened() as gates:
+        lane = ReadLane(gates.mover)
+        first = gates.dirty(1, name="a")
+        causes = Causes(gates.mover, lane)
+        gates.mover.forget(first)
+        with gates.mover.changed:
+            assert causes("a") == UNKNOWN_CAUSE
+        for _ in range(2):
+            again = gates.dirty(2, name="a")
+            gates.mover.start_store(again)
+            with gates.mover.changed:
+                assert causes("a") == WaitCause("write", WRITING)
+            gates.files.take("write").open()
+            gates.mover.forget(again)
+
+
+class Watched:
+    """A recorder of a mover's waits, which says when one has begun."""
+
+    def __init__(self, gates: Gates) -> None:
+        self.lane = ReadLane(gates.mover)
+        self.causes = Causes(gates.mover, self.lane)
+        self.begun = threading.Event()
+        self.gates = gates
+        self.recorder = Recorder(self._explain)
+        self.held = gates.mover.watch(self.recorder)
+
+    def _explain(self, name: str) -> WaitCause:
+        self.begun.set()
+        return self.causes(name)
+
+    def wait(self, tensor: PagedTensor) -> Future[None]:
+        """Have the training thread wait for a tensor; returns once it does."""
+        self.begun.clear()
+        waiting = self.gates.training.submit(self._wait, tensor)
+        assert self.begun.wait(TIMEOUT_S)
+        return waiting
+
+    def _wait(self, tensor: PagedTensor) -> None:
+        self.gates.mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
+        self.recorder.emit(self.gates.log.of(EventKind.WAIT)[-1])  # The mover's sink is a log here.
+
+
+def test_the_recorder_joins_a_wait_with_its_cause_and_keeps_what_was_held() -> None:
+    with opened() as gates:
+        a = gates.stored(1, "a")
+        watched = Watched(gates)
+        assert watched.held == {(Tier.SSD, Tag.PARAM): PAGE_BYTES}
+        watched.lane.submit([load(gates, "a", 0)])
+        waiting = watched.wait(a)
+        gates.files.take("read").open()
+        waiting.result()
+        gates.mover.drop(a)
+        assert gates.mover.watch(None) == watched.held
+        gates.mover.forget(a)  # Nobody is told.
+        recording = watched.recorder.finish(watched.held)
+    (wait,) = recording.waits
+    assert (wait.name, wait.cause, wait.training) == ("a", WaitCause("read", READING), False)
+    assert recording.begin_s <= wait.start_s <= wait.end_s <= recording.end_s
+    host = [sample.total_bytes for sample in recording.timeline.samples(Tier.HOST)]
+    assert host == [0, PAGE_BYTES, 0] and recording.timeline.peak(Tier.SSD).total_bytes == PAGE_BYTES
+    assert recording.n_calls == 4  # Two changes, the wait's beginning and its end.
+    assert 0 < recording.spent_s and recording.training_spent_s < recording.spent_s
+
+
+def test_the_cause_of_a_wait_that_failed_is_no_others() -> None:
+    with opened() as gates:
+        a = gates.stored(1, "a")
+        watched = Watched(gates)
+        watched.lane.submit([load(gates, "a", 0)])
+        waiting = watched.wait(a)
+        gates.files.take("read").fail(StorageError("gone"))
+        with pytest.raises(StorageError, match="gone"):
+            waiting.result()
+        gates.mover.watch(None)
+        late = Event(EventKind.WAIT, "update of a", 0, watched.recorder.finish({}).begin_s, 0.0)
+        gates.training.submit(watched.recorder.emit, late).result()
+        (wait,) = watched.recorder.finish({}).waits
+        assert wait.cause == WaitCause("update", "the updater had yet to get that far")
