@@ -24,6 +24,7 @@ from pagemem.events import Event, EventKind, EventSink
 from pagemem.mover import Mover
 from pagemem.page import TensorId
 from pagemem.residency import PagedTensor, Residency
+from scheduler.bounds import check_bounds
 from scheduler.lanes import ReadLane
 from scheduler.on_demand import OnDemand
 from scheduler.plan import LoadTask, Plan
@@ -208,6 +209,7 @@ class Driver:
             n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in [*trace.tensors(), *fixed]}
             try:
                 self.plan = make_plan(trace, n_bytes, machine, fixed)
+                check_bounds(self.plan, trace, n_bytes, machine, fixed)
             except BudgetError as error:
                 self.plan = None
                 self._sink.emit(Event(EventKind.DEVIATION, f"no plan: {error}", 0, time.perf_counter(), 0.0))
