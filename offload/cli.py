@@ -15,6 +15,7 @@ from rich.console import Console
 import offload
 from offload.config import ConfigError, load_config, read_config_file
 from offload.export import DTYPES, export_run
+from offload.forecast import check_forecastable, forecast, print_forecast, rates_of
 from offload.launch import INTERRUPTED, launch
 from offload.verify import verify_run
 from pagemem.errors import OffloadError
@@ -30,6 +31,13 @@ _VERIFY: Final = (
 )
 
 
+_PLAN: Final = (
+    "Say what training with a configuration will take, without training: pages and bytes of each tier, the smallest budget, and "
+    "the predicted step time with the lane that limits it. The model is built without bytes. Exact mode without "
+    "memory.activations; the model is given two int64 tensors of train.batch rows and train.seq tokens."
+)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(prog="offload", description="Train models larger than memory out of RAM and SSD.")
@@ -37,18 +45,35 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_launch(commands.add_parser("launch", help="train the model of a configuration file"))
+    _add_plan(commands.add_parser("plan", help="predict memory, bytes moved and step time of a configuration file", description=_PLAN))
     _add_export(commands.add_parser("export", help="write the weights of a commit as safetensors files", description=_EXPORT))
     _add_verify(commands.add_parser("verify", help="read everything that a run's commits name, and say what is wrong", description=_VERIFY))
     return parser
 
 
 def _add_launch(command: argparse.ArgumentParser) -> None:
+    _add_file(command)
+    command.set_defaults(call=_launch)
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", help="configuration: .toml, .json, .yaml or .yml")
     command.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
         help="change one value of the file, e.g. --set memory.ram=64MiB; may be given several times",
     )  # fmt: skip
-    command.set_defaults(call=_launch)
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    _add_file(command)
+    command.add_argument("--ram", metavar="SIZE", help="instead of memory.ram, e.g. 64GiB")
+    assumed = "default: ssd.limit_mb_per_s, or else what the engine assumes of a disk it does not know"
+    command.add_argument("--ssd-read", type=float, metavar="MB/S", help=f"read bandwidth of the page files; {assumed}")
+    command.add_argument("--ssd-write", type=float, metavar="MB/S", help=f"write bandwidth of the page files; {assumed}")
+    command.add_argument("--flops", type=float, metavar="F", help="floating-point operations a second of matrix products, e.g. 2e11; default: measured")
+    command.add_argument("--ram-speed", type=float, metavar="MB/S", help="bytes a second that other kernels read and write; default: a copy, measured")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    command.set_defaults(call=_plan)
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
@@ -81,6 +106,19 @@ def _add_run(command: argparse.ArgumentParser, commit: str) -> None:
 def _launch(arguments: argparse.Namespace) -> int:
     raw = read_config_file(Path(arguments.file))
     return launch(load_config(apply_changes(raw, arguments.changes)))
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    ram = [] if arguments.ram is None else [f"memory.ram={arguments.ram}"]
+    config = load_config(apply_changes(read_config_file(Path(arguments.file)), [*arguments.changes, *ram]))
+    check_forecastable(config)
+    given = {name: getattr(arguments, name) for name in ("ram_speed", "ssd_read", "ssd_write")}
+    bytes_per_s = {name: None if value is None else value * 1e6 for name, value in given.items()}
+    rates = rates_of(
+        config, flops=arguments.flops, ram=bytes_per_s["ram_speed"], ssd_read=bytes_per_s["ssd_read"], ssd_write=bytes_per_s["ssd_write"]
+    )
+    print_forecast(forecast(config, rates), Console(), as_json=arguments.json)
+    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

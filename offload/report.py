@@ -70,14 +70,18 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
 
 
 def print_summary(run: RunSummary, console: Console) -> None:
-    """The closing table: framed on a terminal, aligned plain text in a pipe."""
-    rows = summary_rows(run)
+    """The closing table."""
+    print_rows("Run", summary_rows(run), console)
+
+
+def print_rows(title: str, rows: Sequence[tuple[str, str]], console: Console) -> None:
+    """A table of (what, value) pairs: framed on a terminal, aligned plain text in a pipe."""
     if not console.is_terminal:
         width = max(len(what) for what, _ in rows)
         for what, value in rows:
             console.print(f"{what:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False)
         return
-    table = Table(title="Run", show_header=False)
+    table = Table(title=title, show_header=False)
     for what, value in rows:
         table.add_row(what, value)
     console.print(table)
