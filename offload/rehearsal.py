@@ -46,7 +46,9 @@ from scheduler.trace import Access, OpKey, Trace
 
 #: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything anew.
 STEPS: Final = 3
-_FUSED: Final = frozenset({torch.ops.aten._fused_adam_, torch.ops.aten._fused_adamw_, torch.ops.aten._fused_sgd_})
+_ATEN: Final = torch.ops.aten
+_FUSED: Final = frozenset({_ATEN._fused_adam_, _ATEN._fused_adamw_, _ATEN._fused_sgd_})
+_UNTOUCHED: Final = frozenset({_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided})
 
 
 class RehearsalError(OffloadError):
@@ -150,14 +152,23 @@ class CostMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Count one kernel."""
         named, packet = kwargs or {}, func._overloadpacket
-        # The fused optimizers change their arguments in place; not all of them exist on meta.
-        result = None if packet in _FUSED else func(*args, **named)
+        if packet in _FUSED:  # They change their arguments in place, and not all of them exist on meta.
+            self.n_bytes += 2 * _bytes_of(args)
+            return None
+        result = func(*args, **named)
         if packet in flop_registry:
             self.flops += int(flop_registry[packet](*args, **named, out_val=result))
-        elif not any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns):
-            touched = [*tree_leaves(args), *tree_leaves(named), *tree_leaves(result)]
-            self.n_bytes += sum(t.numel() * t.element_size() for t in touched if isinstance(t, Tensor))
+        elif packet not in _UNTOUCHED and not _is_view(func):
+            self.n_bytes += _bytes_of((args, named, result))
         return result
+
+
+def _bytes_of(values: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, Tensor))
+
+
+def _is_view(func: Any) -> bool:
+    return any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)
 
 
 class _Driver(Driver):

@@ -66,12 +66,13 @@ def test_the_surface() -> None:
         "--version": None,
         "--debug": None,
         "launch": {"-h/--help": None, "FILE": None, "--set": None},
+        "plan": dict.fromkeys(("-h/--help", "FILE", "--set", "--ram", "--ssd-read", "--ssd-write", "--flops", "--ram-speed", "--json")),
         "export": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")),
         "verify": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit")),
     }
 
 
-@pytest.mark.parametrize("command", ["launch", "export", "verify"])
+@pytest.mark.parametrize("command", ["launch", "plan", "export", "verify"])
 def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     actions = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]._actions
     assert [action.dest for action in actions if not action.help] == []
@@ -87,7 +88,7 @@ def test_the_version_in_a_process_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"], ["export", "run"],
+    [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"], ["plan"], ["plan", "a", "--flops", "fast"], ["export", "run"],
      ["export", "run", "--to", "out", "--dtype", "int8"], ["verify"], ["verify", "a", "b"]],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
