@@ -203,11 +203,14 @@ def rates_of(
     for name, value in (("--flops", flops), ("--ram-speed", ram), ("--ssd-read", ssd_read), ("--ssd-write", ssd_write)):
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} is {value:g}; it must be a number above 0")
-    if config.train is not None and config.train.threads is not None and (flops is None or ram is None):
-        torch.set_num_threads(config.train.threads)
     limit = config.ssd.limit_mb_per_s
     assumed = ASSUMED_BYTES_PER_S if limit is None else limit * 1e6
-    return Rates(flops or _measured_flops(), ram or _measured_copy(), ssd_read or assumed, ssd_write or assumed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads((config.train and config.train.threads) or threads)
+    try:
+        return Rates(flops or _measured_flops(), ram or _measured_copy(), ssd_read or assumed, ssd_write or assumed)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _best_s(run: Callable[[], object]) -> float:

@@ -198,6 +198,9 @@ class Driver:
         """Go on by plan: the present one if the step was as it expects, else a new one.
 
         Where views in use leave the planner no window, steps stay on demand; that is counted and emitted.
+
+        Raises:
+            PlanError: the plan does not hold, which is a defect; it is not followed.
         """
         if self.plan is None or self.plan.ops_per_step == 0 or self.plan.keys[: self.plan.ops_per_step] != trace.keys:
             read_bytes_per_s, write_bytes_per_s = self._bandwidth()
@@ -208,8 +211,9 @@ class Driver:
             fixed = {t.id: t.frame for t in self.mover.tensors.values() if t.fixed and t.frame is not None}
             n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in [*trace.tensors(), *fixed]}
             try:
-                self.plan = make_plan(trace, n_bytes, machine, fixed)
-                check_bounds(self.plan, trace, n_bytes, machine, fixed)
+                plan = make_plan(trace, n_bytes, machine, fixed)
+                check_bounds(plan, trace, n_bytes, machine, fixed)
+                self.plan = plan
             except BudgetError as error:
                 self.plan = None
                 self._sink.emit(Event(EventKind.DEVIATION, f"no plan: {error}", 0, time.perf_counter(), 0.0))
