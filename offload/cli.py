@@ -18,6 +18,7 @@ from offload.bench_ssd_report import run_bench_ssd
 from offload.config import Config, ConfigError, load_config, read_config_file
 from offload.doctor import run_doctor
 from offload.export import DTYPES, export_run
+from offload.forecast import check_forecastable, forecast, print_forecast, rates_of
 from offload.launch import INTERRUPTED, launch
 from offload.profile_run import profile_run
 from offload.verify import verify_run
@@ -45,6 +46,11 @@ _PROFILE: Final = (
     "network), trace.json (for ui.perfetto.dev) and summary.json. The page files lie in temporary folders beside those of "
     "ssd.paths and are removed; a run that is there is neither read nor changed."
 )
+_PLAN: Final = (
+    "Say what training with a configuration will take, without training: pages and bytes of each tier, the smallest budget, and "
+    "the predicted step time with the lane that limits it. The model is built without bytes. Exact mode without "
+    "memory.activations; the model is given two int64 tensors of train.batch rows and train.seq tokens."
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_launch(commands.add_parser("launch", help="train the model of a configuration file"))
     _add_profile(commands.add_parser("profile", help="record what a few steps do to memory, and report it", description=_PROFILE))
+    _add_plan(commands.add_parser("plan", help="predict memory, bytes moved and step time of a configuration file", description=_PLAN))
     _add_export(commands.add_parser("export", help="write the weights of a commit as safetensors files", description=_EXPORT))
     _add_verify(commands.add_parser("verify", help="read everything that a run's commits name, and say what is wrong", description=_VERIFY))
     _add_bench_ssd(commands.add_parser("bench-ssd", help="measure folders for page files", description=_BENCH_SSD))
@@ -85,6 +92,18 @@ def _add_file(command: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
         help="change one value of the file, e.g. --set memory.ram=64MiB; may be given several times",
     )  # fmt: skip
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    _add_file(command)
+    command.add_argument("--ram", metavar="SIZE", help="instead of memory.ram, e.g. 64GiB")
+    assumed = "default: ssd.limit_mb_per_s, or else what the engine assumes of a disk it does not know"
+    command.add_argument("--ssd-read", type=float, metavar="MB/S", help=f"read bandwidth of the page files; {assumed}")
+    command.add_argument("--ssd-write", type=float, metavar="MB/S", help=f"write bandwidth of the page files; {assumed}")
+    command.add_argument("--flops", type=float, metavar="F", help="floating-point operations a second of matrix products, e.g. 2e11; default: measured")
+    command.add_argument("--ram-speed", type=float, metavar="MB/S", help="bytes a second that other kernels read and write; default: a copy, measured")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    command.set_defaults(call=_plan)
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
@@ -140,9 +159,22 @@ def _profile(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_config(arguments: argparse.Namespace) -> Config:
+def _read_config(arguments: argparse.Namespace, *more: str) -> Config:
     raw = read_config_file(Path(arguments.file))
-    return load_config(apply_changes(raw, arguments.changes))
+    return load_config(apply_changes(raw, [*arguments.changes, *more]))
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    ram = [] if arguments.ram is None else [f"memory.ram={arguments.ram}"]
+    config = _read_config(arguments, *ram)
+    check_forecastable(config)
+    given = {name: getattr(arguments, name) for name in ("ram_speed", "ssd_read", "ssd_write")}
+    bytes_per_s = {name: None if value is None else value * 1e6 for name, value in given.items()}
+    rates = rates_of(
+        config, flops=arguments.flops, ram=bytes_per_s["ram_speed"], ssd_read=bytes_per_s["ssd_read"], ssd_write=bytes_per_s["ssd_write"]
+    )
+    print_forecast(forecast(config, rates), Console(), as_json=arguments.json)
+    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

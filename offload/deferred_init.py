@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -21,6 +21,7 @@ from offload.parameters import PagedParameter
 from offload.store import PageStore
 from pagemem.heap import large_blocks_mapped
 
+StoreT = TypeVar("StoreT", bound=PageStore)
 _watched_by: str | None = None
 
 
@@ -71,6 +72,13 @@ def deferred_init(config: Config | Mapping[str, Any] | str | Path) -> Iterator[P
         RunDirectoryError: a page-file path is unusable.
         RuntimeError: another `deferred_init` block is open.
     """
+    with built_into(lambda: PageStore(load_config(config))) as store:
+        yield store
+
+
+@contextmanager
+def built_into(make_store: Callable[[], StoreT]) -> Iterator[StoreT]:
+    """What `deferred_init` does, for a store that the caller makes."""
 
     def built(parent: nn.Module, name: str, child: nn.Module) -> None:
         store.copy_in_state_dict(parent)
@@ -79,7 +87,7 @@ def deferred_init(config: Config | Mapping[str, Any] | str | Path) -> Iterator[P
             store.copy_in_state_dict(module)
 
     with watching_modules("deferred_init", built):
-        store = PageStore(load_config(config))
+        store = make_store()
         try:
             with large_blocks_mapped():
                 yield store

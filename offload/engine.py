@@ -26,12 +26,13 @@ from offload.deferred_init import store_of
 from offload.export import check_request, export_commit
 from offload.hooks import SavedWeights
 from offload.memory import MemoryReport, Stats, memory_report
-from offload.parameters import PagedParameter
+from offload.parameters import Binder, PagedParameter
 from offload.profile import Profile
 from offload.store import PageStore
 from offload.template import OptimizerLike, optimized_by, template_of
 from offload.updates import make_updater, scaling_of
 from optim import LossScale, PagedOptimizer, StateAccess, rule_for
+from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
 from optim.unit import Slot, Unit
 from pagemem.errors import NonFiniteError, OffloadError, TransitionError
@@ -94,7 +95,7 @@ class Engine:
         store, config = self._store, self.config
         template = template_of(optimizer, config, self.model)
         rule = rule_for(template)
-        scaling = scaling_of(config)
+        scaling = self._scaling()
         store.check_budget(self.model, optimized_by(template), len(rule.state_names))
         store.adopt(self.model)
         states = StateAccess(store.driver, rule.state_names)
@@ -138,13 +139,19 @@ class Engine:
                     self._store.mover.forget(part.master)
                     part.master = None
 
+    def _scaling(self) -> Scaling:
+        return scaling_of(self.config)
+
+    def _saved_weights(self, binder: Binder) -> SavedWeights:
+        return SavedWeights(binder)
+
     def _install_hooks(self) -> None:
         binder = self._store.binder
         memory = self.config.memory
         if memory.activations is not None:
             of_chunk = chunk_bytes(memory.ram, self._store.page_bytes)
             binder.activations = SavedActivations(self._store.driver, memory.activations, of_chunk)
-        saved = SavedWeights(binder)
+        saved = self._saved_weights(binder)
         binder.updater, binder.root, binder.save_hooks = self._updater, self.model, saved.scope
         self._undo.append(saved.around_forward(self.model))
         for parameter in self.model.parameters():

@@ -115,13 +115,16 @@ class SavedWeights:
 
     def pack(self, saved: Tensor) -> Packed:
         """A place for views of pages and for what is to go there, the tensor itself for everything else."""
-        if saved.layout is not torch.strided or saved.device.type != "cpu" or saved.numel() == 0:
+        if not self._dense(saved):
             return KeptTensor(saved)
         place = self._place(saved)
         if place is not None:
             return place
         activations = self._binder.activations
         return KeptTensor(saved) if activations is None else activations.pack(saved)
+
+    def _dense(self, saved: Tensor) -> bool:
+        return saved.layout is torch.strided and saved.device.type == "cpu" and saved.numel() > 0
 
     def _place(self, saved: Tensor) -> SavedView | None:
         """Where a weight is; None for everything else."""
@@ -179,8 +182,7 @@ class SavedWeights:
 
     def _inside(self, outer_pack: Callable[[Tensor], Any], outer_unpack: Callable[[Any], Tensor]) -> AbstractContextManager[Any]:
         def pack(saved: Tensor) -> SavedView | _Foreign:
-            dense = saved.layout is torch.strided and saved.device.type == "cpu" and saved.numel()
-            return (self._place(saved) if dense else None) or _Foreign(outer_pack(saved))
+            return (self._place(saved) if self._dense(saved) else None) or _Foreign(outer_pack(saved))
 
         def unpack(packed: SavedView | _Foreign) -> Tensor:
             return self.unpack(packed) if isinstance(packed, SavedView) else outer_unpack(packed.packed)

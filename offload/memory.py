@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from offload.commits import Committer
 from offload.store import PageStore
 from optim.updater import Updater
+from pagemem.mover import Mover
 from pagemem.tier import TRANSIENT
 
 
@@ -70,6 +71,14 @@ class MemoryReport:
     page_bytes: int
 
 
+def commit_frames(mover: Mover, n_kept: int) -> int:
+    """The most page-file frames that commits may need, of which so many are kept, beside the newest copy of each tensor.
+
+    One copy of another age for each of them, and for the one in the making.
+    """
+    return (n_kept + 1) * sum(tensor.n_frames for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT)
+
+
 def memory_report(store: PageStore, updater: Updater, committer: Committer) -> MemoryReport:
     """Bytes per tier of a running engine."""
     mover, page_bytes, plan = store.mover, store.page_bytes, store.driver.plan
@@ -80,10 +89,8 @@ def memory_report(store: PageStore, updater: Updater, committer: Committer) -> M
         host_planned = plan.peak_frames + updater.state_frames
         ssd_planned = mover.planned_page_file_frames(plan.stored())
         if committing:
-            # Beside the newest copy of each tensor, one of another age for each commit that is kept, and for the one in the making.
             named = sum(1 for commit in committer.commits.values() if commit.manifest.name is not None)
-            changing = sum(tensor.n_frames for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT)
-            ssd_planned += (commits.keep + named + 1) * changing
+            ssd_planned += commit_frames(mover, commits.keep + named)
     in_flight, peak_in_flight = updater.direct_bytes, updater.peak_direct_bytes
     host = TierUse(
         store.budget.limit_bytes,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import ClassVar
 from weakref import WeakSet
 
 import torch
@@ -48,6 +49,9 @@ class PageStore:
         MemoryError: the arena cannot be mapped.
     """
 
+    #: Where parameters are built.
+    device: ClassVar[str] = "cpu"
+
     def __init__(self, config: Config, sink: EventSink | None = None) -> None:
         self.config = config
         ram_bytes = config.memory.ram
@@ -72,17 +76,9 @@ class PageStore:
             )
             n_frames = ram_bytes // self.page_bytes
             self._arena_bytes = self._reserve(n_frames * self.page_bytes)
-            arena = HostArena(n_frames, self.page_bytes)
+            arena = self._make_arena(n_frames)
             undo.callback(arena.close)
-            self.page_files = PageFiles(
-                self.directories,
-                page_bytes=self.page_bytes,
-                checksums=config.ssd.checksums,
-                direct=None if config.ssd.direct == "auto" else config.ssd.direct,
-                threads_per_path=config.ssd.threads,
-                max_request_bytes=config.ssd.max_request,
-                limit_mb_per_s=config.ssd.limit_mb_per_s,
-            )
+            self.page_files = self._make_files()
             undo.callback(self.page_files.close)
             self.mover = Mover(arena, self.page_files, self.counters)
             self.earlier.restore(self.mover.copies)
@@ -91,6 +87,21 @@ class PageStore:
         self.driver = Driver(self.mover, self.counters, self.mover.bandwidth)
         self.binder = Binder(self.driver, self.mover)
         self.binder.owner = self
+
+    def _make_arena(self, n_frames: int) -> HostArena:
+        return HostArena(n_frames, self.page_bytes)
+
+    def _make_files(self) -> PageFiles:
+        ssd = self.config.ssd
+        return PageFiles(
+            self.directories,
+            page_bytes=self.page_bytes,
+            checksums=ssd.checksums,
+            direct=None if ssd.direct == "auto" else ssd.direct,
+            threads_per_path=ssd.threads,
+            max_request_bytes=ssd.max_request,
+            limit_mb_per_s=ssd.limit_mb_per_s,
+        )
 
     # ---- parameters --------------------------------------------------------------------------------------------
 
@@ -179,7 +190,7 @@ class PageStore:
             ValueError: the model has no floating-point parameters, or some on another device than the CPU.
         """
         for name, parameter in model.named_parameters():
-            if parameter.device.type != "cpu":
+            if parameter.device.type != self.device:
                 raise ValueError(f"{name} is on {parameter.device}; build the model on the CPU (or under deferred_init)")
         for name, module in model.named_modules():
             self.add_module(name, module)

@@ -364,7 +364,7 @@ class Mover(CopyMonitor):
                 raise AssertionError(f"{self.host.used_frames} host frames are still in use")
             # The old one goes first: a limit on memory need not hold both.
             self.arena.close()
-            self.arena = HostArena(n_frames, self.arena.page_bytes)
+            self.arena = type(self.arena)(n_frames, self.arena.page_bytes)
             self.host = PageAllocator(Tier.HOST, self.arena.page_bytes, n_frames)
             self._n_set_aside = 0
             self.reset_touched()

@@ -1,11 +1,13 @@
-"""When things happen: the trace of a step, the plan made from it, and the driver that follows the plan."""
+"""When things happen: the trace of a step, the plan made from it, its check and simulation, and the driver that follows it."""
 
+from scheduler.bounds import BoundsReport, PlanError, check_bounds
 from scheduler.driver import Driver, Mode
 from scheduler.plan import LoadTask, Plan, StoreTask
 from scheduler.planner import Machine, make_plan
+from scheduler.simulator import Lane, Simulation, Wait, simulate
 from scheduler.trace import Access, AccessMode, Op, OpKey, OpKind, Trace, TraceRecorder
 
 __all__ = [
-    "Access", "AccessMode", "Driver", "LoadTask", "Machine", "Mode", "Op", "OpKey", "OpKind", "Plan", "StoreTask",
-    "Trace", "TraceRecorder", "make_plan",
+    "Access", "AccessMode", "BoundsReport", "Driver", "Lane", "LoadTask", "Machine", "Mode", "Op", "OpKey", "OpKind", "Plan",
+    "PlanError", "Simulation", "StoreTask", "Trace", "TraceRecorder", "Wait", "check_bounds", "make_plan", "simulate",
 ]

@@ -24,6 +24,7 @@ from pagemem.events import Event, EventKind, EventSink, Watcher
 from pagemem.mover import Mover
 from pagemem.page import TensorId
 from pagemem.residency import PagedTensor, Residency
+from scheduler.bounds import check_bounds
 from scheduler.causes import Causes
 from scheduler.lanes import ReadLane
 from scheduler.on_demand import OnDemand
@@ -209,6 +210,9 @@ class Driver:
         """Go on by plan: the present one if the step was as it expects, else a new one.
 
         Where views in use leave the planner no window, steps stay on demand; that is counted and emitted.
+
+        Raises:
+            PlanError: the plan does not hold, which is a defect; it is not followed.
         """
         if self.plan is None or self.plan.ops_per_step == 0 or self.plan.keys[: self.plan.ops_per_step] != trace.keys:
             read_bytes_per_s, write_bytes_per_s = self._bandwidth()
@@ -219,7 +223,9 @@ class Driver:
             fixed = {t.id: t.frame for t in self.mover.tensors.values() if t.fixed and t.frame is not None}
             n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in [*trace.tensors(), *fixed]}
             try:
-                self.plan = make_plan(trace, n_bytes, machine, fixed)
+                plan = make_plan(trace, n_bytes, machine, fixed)
+                check_bounds(plan, trace, n_bytes, machine, fixed)
+                self.plan = plan
             except BudgetError as error:
                 self.plan = None
                 self._sink.emit(Event(EventKind.DEVIATION, f"no plan: {error}", 0, time.perf_counter(), 0.0))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pagemem.errors import BudgetError
 from pagemem.page import TensorId
 from pagemem.units import BLOCK_BYTES, KiB
-from replay import Replay
+from scheduler.bounds import Replay, check_bounds
 from scheduler.plan import Plan
 from scheduler.planner import Machine, make_plan
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
@@ -73,13 +73,18 @@ def steps(draw: st.DrawFn, *, views: bool = False, largest_frames: int = 4) -> W
 
 
 def check(work: Work, plan: Plan) -> Replay:
-    """Perform a plan for a few cycles (one, where it does not close)."""
+    """Perform a plan for a few cycles; its placement is restored between them where it does not close."""
     replay = work.replay(plan)
     began = dict(replay.where)
-    for _ in range(3 if plan.closed else 1):
-        replay.cycle()
+    for _ in range(3):
+        used = replay.cycle()
         assert not plan.closed or replay.where == began, "a closed plan ends where it began"
+        assert max(used) <= plan.n_frames
+        if not plan.closed:
+            replay.restore()
     assert plan.peak_frames == len(replay.touched) <= plan.n_frames
+    report = check_bounds(plan, work.trace, work.n_bytes, Machine(plan.n_frames, PAGE_BYTES, BYTES_PER_S, BYTES_PER_S))
+    assert report.peak_frames == plan.peak_frames and len(report.frames_at_op) == len(plan.keys)
     return replay
 
 

@@ -67,6 +67,7 @@ def test_the_surface() -> None:
         "--debug": None,
         "launch": {"-h/--help": None, "FILE": None, "--set": None},
         "profile": dict.fromkeys(("-h/--help", "FILE", "--set", "--steps", "--to")),
+        "plan": dict.fromkeys(("-h/--help", "FILE", "--set", "--ram", "--ssd-read", "--ssd-write", "--flops", "--ram-speed", "--json")),
         "export": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")),
         "verify": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit")),
         "bench-ssd": dict.fromkeys(("-h/--help", "PATH", "--size", "--seconds", "--json")),
@@ -74,7 +75,7 @@ def test_the_surface() -> None:
     }
 
 
-@pytest.mark.parametrize("command", ["launch", "profile", "export", "verify", "bench-ssd", "doctor"])
+@pytest.mark.parametrize("command", ["launch", "profile", "plan", "export", "verify", "bench-ssd", "doctor"])
 def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     actions = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]._actions
     assert [action.dest for action in actions if not action.help] == []
@@ -90,7 +91,7 @@ def test_the_version_in_a_process_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"], ["export", "run"],
+    [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"], ["plan"], ["plan", "a", "--flops", "fast"], ["export", "run"],
      ["export", "run", "--to", "out", "--dtype", "int8"], ["verify"], ["verify", "a", "b"],
      ["profile"], ["profile", "a", "--steps", "few"], ["bench-ssd"], ["bench-ssd", "a", "--seconds", "long"], ["doctor", "a", "b"]],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,11 @@ import torch
 from pagemem.errors import BudgetError
 from pagemem.events import EventKind
 from pagemem.residency import Residency
+from scheduler import driver as driver_module
+from scheduler.bounds import PlanError
 from scheduler.driver import Mode
+from scheduler.plan import Plan
+from scheduler.planner import make_plan
 from scheduler.trace import OpKind
 from training_rig import PAGE_BYTES, Rig, rig
 
@@ -77,6 +83,27 @@ def test_tensors_of_an_op_that_stand_in_each_others_way_are_placed_side_by_side(
     with rig(5, "ABC", pages={"A": 1, "B": 2, "C": 4}) as r:
         for text in ("Aw", "Bw", "Cw", "Br", "Ar Cr", "Aw Cw"):
             r.op(text)
+        r.read_all()
+
+
+# ---- checking the plan -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_does_not_hold_is_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Plan] = []
+
+    def make_plan_without_stores(*arguments: Any) -> Plan:
+        plan = make_plan(*arguments)
+        assert plan.stores
+        made.append(plan)
+        return replace(plan, stores=(), stores_at={})
+
+    monkeypatch.setattr(driver_module, "make_plan", make_plan_without_stores)
+    with rig(2) as r:
+        for number in (1, 2):
+            with pytest.raises(PlanError, match="leaves dirty: it was not stored after its last change$"):
+                r.step(*PLAIN)
+            assert (r.driver.mode, r.driver.plan, len(made)) == (Mode.ON_DEMAND, None, number)
         r.read_all()
 
 

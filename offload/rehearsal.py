@@ -1,0 +1,347 @@
+"""A rehearsal: the first steps of an engine on torch's meta device, where tensors have shapes and no bytes.
+
+Store, mover, driver, updater and interception are the engine's own; only what would hold bytes is not there: the host
+arena hands out meta tensors, and the page files move nothing, at once. So units, slices, pages, ops and their order are
+those of a real run, and the plan is made of them by the same planner. What differs is time: an op takes as long as its
+floating-point operations, and the bytes that its other kernels touch, take on a given machine.
+"""
+
+from __future__ import annotations
+
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from offload.config import Config
+from offload.deferred_init import built_into
+from offload.engine import Engine
+from offload.hooks import SavedView, SavedWeights
+from offload.parameters import Binder
+from offload.store import PageStore
+from optim import LossScale, Scaling
+from pagemem.arena import HostArena
+from pagemem.errors import OffloadError
+from pagemem.io_stats import IoMeter
+from pagemem.page import Extent, FrameId, TensorId
+from pagemem.page_file import SLAB_BYTES, PageFiles
+from pagemem.page_requests import Route
+from pagemem.page_transfer import Done
+from pagemem.residency import PagedTensor
+from pagemem.striping import Striping
+from pagemem.units import ceil_div
+from scheduler.driver import Driver
+from scheduler.planner import Machine
+from scheduler.trace import Access, OpKey, Trace
+
+#: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything anew.
+STEPS: Final = 3
+_ATEN: Final = torch.ops.aten
+_FUSED: Final = frozenset({_ATEN._fused_adam_, _ATEN._fused_adamw_, _ATEN._fused_sgd_})
+_UNTOUCHED: Final = frozenset({_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided})
+
+
+class RehearsalError(OffloadError):
+    """A model whose step cannot be performed on torch's meta device; says why."""
+
+
+class MetaArena(HostArena):
+    """Frames without bytes: every view is a meta tensor of its own, and a lease is known by its storage."""
+
+    def __init__(self, n_frames: int, page_bytes: int) -> None:
+        self.n_frames, self.page_bytes, self.n_bytes = n_frames, page_bytes, n_frames * page_bytes
+        self._leases: dict[int, tuple[StorageWeakRef, TensorId, int]] = {}
+        self._scratch = memoryview(bytearray(1))
+
+    def buffer(self, frame: FrameId, n_bytes: int) -> memoryview:
+        """One byte that stands for all of them."""
+        return self._scratch
+
+    def view(self, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor:
+        """A flat tensor without bytes."""
+        return torch.empty(numel, dtype=dtype, device="meta")
+
+    def lease(self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor:
+        """A flat tensor without bytes whose storage is watched."""
+        flat = self.view(frame, offset_bytes, dtype, numel)
+        watch = StorageWeakRef(flat.untyped_storage())  # type: ignore[no-untyped-call]
+        self._leases[watch.cdata] = (watch, tensor, offset_bytes)
+        return flat
+
+    def ended_leases(self) -> list[TensorId]:
+        """Tensors of the leases whose storage is gone."""
+        ended = [(key, tensor) for key, (watch, tensor, _) in self._leases.items() if watch.expired()]  # type: ignore[no-untyped-call]
+        for key, _ in ended:
+            del self._leases[key]
+        return [tensor for _, tensor in ended]
+
+    def leased(self, tensor: Tensor) -> tuple[TensorId, int] | None:
+        """Whose lease a meta tensor is a view of, and the bytes from that one's beginning to the view's; or None."""
+        if tensor.device.type != "meta" or tensor.layout is not torch.strided:
+            return None
+        found = self._leases.get(tensor.untyped_storage()._cdata)
+        return None if found is None else (found[1], found[2] + int(tensor.storage_offset()) * tensor.element_size())
+
+    def close(self) -> None:
+        """Nothing is to be given back."""
+
+
+class _NoFiles(PageFiles):
+    """Page files whose transfers move nothing and are over at once, on a thread as real ones are. They grow as real ones do."""
+
+    def __init__(self, n_paths: int, page_bytes: int, max_request_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.paths = [""] * n_paths
+        self._striping = Striping([1.0] * n_paths)
+        self._max_request_bytes = max_request_bytes
+        self._slab_frames = max(1, SLAB_BYTES // page_bytes)
+        self._n_frames = 0
+        self._meter = IoMeter()
+        self._asked: queue.SimpleQueue[Done | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="rehearsal-files", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while (done := self._asked.get()) is not None:
+            done(None)
+
+    def grow(self, n_frames: int) -> None:
+        """Have at least so many frames, in whole slabs."""
+        if n_frames > self._n_frames:
+            self._n_frames = ceil_div(n_frames, self._slab_frames) * self._slab_frames
+
+    def read(self, where: Route | Sequence[Extent], into: memoryview, done: Done, *, background: bool = False) -> None:
+        """Done, soon."""
+        self._asked.put(done)
+
+    def write(self, where: Route | Sequence[Extent], source: memoryview, done: Done, *, background: bool = False) -> None:
+        """Done, soon."""
+        self._asked.put(done)
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        self._asked.put(None)
+        self._thread.join()
+
+
+class CostMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up what torch's kernels would take: floating-point operations, and bytes of those that have none to speak of."""
+
+    def __init__(self, flops_per_s: float, bytes_per_s: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.n_bytes = 0
+        self._flops_per_s = flops_per_s
+        self._bytes_per_s = bytes_per_s
+
+    @property
+    def seconds(self) -> float:
+        """All of it, one after the other."""
+        return self.flops / self._flops_per_s + self.n_bytes / self._bytes_per_s
+
+    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Count one kernel."""
+        named, packet = kwargs or {}, func._overloadpacket
+        if packet in _FUSED:  # They change their arguments in place, and not all of them exist on meta.
+            self.n_bytes += 2 * _bytes_of(args)
+            return None
+        result = func(*args, **named)
+        if packet in flop_registry:
+            self.flops += int(flop_registry[packet](*args, **named, out_val=result))
+        elif packet not in _UNTOUCHED and not _is_view(func):
+            self.n_bytes += _bytes_of((args, named, result))
+        return result
+
+
+def _bytes_of(values: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, Tensor))
+
+
+def _is_view(func: Any) -> bool:
+    return any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)
+
+
+class _Driver(Driver):
+    """The engine's driver, whose ops last as long as ``clock`` says, and which stops at the plan.
+
+    Args:
+        bandwidth: of the page files, read and write, in bytes/s.
+        clock: seconds that the ops so far take.
+    """
+
+    def __init__(self, store: PageStore, bandwidth: Callable[[], tuple[float, float]], clock: Callable[[], float]) -> None:
+        super().__init__(store.mover, store.counters, bandwidth)
+        self._clock = clock
+        self._began_at_s: list[float] = []
+
+    def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        """Begin an op and note when."""
+        if self.in_step:
+            self._began_at_s.append(self._clock())
+        return super().begin(key, name, accesses)
+
+    def end_step(self, *, repeatable: bool) -> None:
+        """End a step and note when."""
+        self._began_at_s.append(self._clock())
+        super().end_step(repeatable=repeatable)
+        self._began_at_s = []
+
+    def _adopt(self, trace: Trace) -> None:
+        times_s = self._began_at_s
+        if len(times_s) != len(trace.ops) + 1:
+            raise AssertionError(f"{len(trace.ops)} ops began at {len(times_s) - 1} times")
+        for op, begin_s, end_s in zip(trace.ops, times_s, times_s[1:], strict=False):
+            op.duration_s = end_s - begin_s
+        super()._adopt(trace)
+
+    @property
+    def trace(self) -> Trace:
+        """What the plan is made of."""
+        return self._trace
+
+
+class _Binder(Binder):
+    """The engine's binder over a meta arena."""
+
+    def _exposes(self, result: Any) -> bool:
+        arena = self.mover.arena
+        assert isinstance(arena, MetaArena)
+        values = result if isinstance(result, (list, tuple)) else (result,)
+        return any(isinstance(v, Tensor) and not v.requires_grad and arena.leased(v) is not None for v in values)
+
+
+class _SavedWeights(SavedWeights):
+    """The engine's saved weights over a meta arena."""
+
+    def _dense(self, saved: Tensor) -> bool:
+        return saved.layout is torch.strided and saved.numel() > 0
+
+    def _place(self, saved: Tensor) -> SavedView | None:
+        arena = self._binder.mover.arena
+        assert isinstance(arena, MetaArena)
+        leased = arena.leased(saved)
+        return None if leased is None else SavedView(self._binder.units[leased[0]], leased[1], saved)
+
+
+class _Store(PageStore):
+    """The engine's page store without bytes."""
+
+    device: ClassVar[str] = "meta"
+
+    def __init__(self, config: Config, bandwidth: Callable[[], tuple[float, float]], clock: Callable[[], float]) -> None:
+        super().__init__(config)
+        self.timed = _Driver(self, bandwidth, clock)
+        self.driver = self.timed
+        self.binder = _Binder(self.driver, self.mover)
+        self.binder.owner = self
+
+    def _make_arena(self, n_frames: int) -> HostArena:
+        return MetaArena(n_frames, self.page_bytes)
+
+    def _make_files(self) -> PageFiles:
+        return _NoFiles(len(self.directories), self.page_bytes, self.config.ssd.max_request)
+
+
+class _AllFinite(Scaling):
+    """Meta tensors have no values: every norm is taken for finite, and nothing is clipped."""
+
+    def coefficient(self, total: Tensor) -> Tensor | None:
+        """One."""
+        return torch.ones(())
+
+
+class Rehearsal(Engine):
+    """An engine that has performed `STEPS` steps without bytes, and has a plan. Made by `rehearsed`."""
+
+    def _scaling(self) -> Scaling:
+        asked = super()._scaling()
+        # With a loss scale nobody looks at a norm's value but `_AllFinite`.
+        scale = LossScale(1.0, dynamic=False) if asked.needs_norm else None
+        return _AllFinite(asked.clip_norm, scale)
+
+    def _saved_weights(self, binder: Binder) -> SavedWeights:
+        return _SavedWeights(binder)
+
+    @property
+    def store(self) -> _Store:
+        """Pages, mover and driver."""
+        assert isinstance(self._store, _Store)
+        return self._store
+
+    @property
+    def trace(self) -> Trace:
+        """The step that the plan is made of."""
+        return self.store.timed.trace
+
+    def machine(self) -> Machine:
+        """What the plan was made for."""
+        mover = self.store.mover
+        return Machine(mover.n_shared_frames, mover.arena.page_bytes, *self.store.timed._bandwidth())
+
+    @property
+    def peak_gradient_bytes(self) -> int:
+        """The most bytes of gradients outside the pages at any time."""
+        return self._updater.peak_direct_bytes
+
+    def rehearse(self, rows: int, tokens: int) -> None:
+        """Perform the steps.
+
+        Raises:
+            RehearsalError: the model needs values, or leaves no plan.
+            BudgetError: as in a real step.
+        """
+        x = torch.empty((rows, tokens), dtype=torch.int64)
+        for _ in range(STEPS):
+            for _ in range(self.config.update.accumulation):
+                with _needs_no_values():
+                    self.scaled(self.model(x, x) / self.config.update.accumulation).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        self.store.driver.quiesce()
+        if self.store.driver.plan is None:
+            raise RehearsalError("views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise memory.ram")
+
+
+@contextmanager
+def _needs_no_values() -> Iterator[None]:
+    try:
+        yield
+    except OffloadError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        raise RehearsalError(f"the model's step cannot be performed without values, on torch's meta device: {reason}") from error
+
+
+@contextmanager
+def rehearsed(
+    make_model: Callable[[], nn.Module], config: Config, cost: CostMode, bandwidth: tuple[float, float]
+) -> Iterator[Rehearsal]:
+    """An engine without bytes for the model of a factory, built as `deferred_init` builds it; closed at the end.
+
+    Args:
+        cost: what kernels take.
+        bandwidth: of the page files, read and write, in bytes/s.
+
+    Raises:
+        BudgetError, ConfigError, ValueError: as `offload.Engine`.
+    """
+    with tempfile.TemporaryDirectory(prefix="offload-plan-") as folder:
+        paths = [str(Path(folder) / str(number)) for number in range(len(config.ssd.paths))]
+        elsewhere = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths})})
+        on_meta: AbstractContextManager[Any] = torch.device("meta")
+        with on_meta, cost:
+            with built_into(lambda: _Store(elsewhere, lambda: bandwidth, lambda: cost.seconds)):
+                model = make_model()
+            engine = Rehearsal(model, elsewhere)
+            with engine:
+                yield engine

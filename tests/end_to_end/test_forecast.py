@@ -1,0 +1,322 @@
+"""`offload plan` against the engine: the same ops, units and pages, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import offload
+from offload.cli import main
+from offload.config import Config, ConfigError, load_config
+from offload.forecast import Forecast, Rates, forecast, forecast_rows, rates_of
+from offload.launch import factory_of
+from offload.rehearsal import CostMode, RehearsalError, rehearsed
+from pagemem.errors import BudgetError
+from scheduler.plan import Plan
+from scheduler.planner import Machine
+from scheduler.simulator import simulate
+
+HERE = __name__
+PAGE_BYTES = 64 << 10
+ROWS, TOKENS = 2, 16
+EXAMPLE = Path(__file__).parents[2] / "examples" / "byte_gpt.toml"
+#: Slow enough for the plan to matter: a step computes for about as long as its moves take.
+RATES = Rates(flops=2e9, ram=2e9, ssd_read=4e8, ssd_write=4e8)
+STEPS = 4
+
+
+# ---- models that configurations of these tests name --------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A layer whose weight is also used cut in two, through views."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual."""
+        first, second = self.up.weight.chunk(2)
+        bias = self.up.bias.chunk(2)
+        h = self.norm(x)
+        hidden = torch.cat([nn.functional.linear(h, first, bias[0]), nn.functional.linear(h, second, bias[1])], -1)
+        return x + self.down(hidden.relu())
+
+
+class Viewed(nn.Module):
+    """A tied language model of such blocks, some recomputed in backward."""
+
+    def __init__(self, width: int = 64, recompute: bool = False) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.tokens = nn.Embedding(256, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss."""
+        hidden = self.tokens(x)
+        for block in self.blocks:
+            if self.recompute:
+                hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=False)
+            else:
+                hidden = block(hidden)
+        logits = nn.functional.linear(hidden, self.tokens.weight)
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+
+
+class Looking(nn.Module):
+    """Its forward depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Asks for a number."""
+        hidden: Tensor = self.layer(torch.ones(4, 16))
+        return hidden.sum() if float(hidden.detach().sum()) > 0 else -hidden.sum()
+
+
+def gpt_config(folder: Path, ram: int, *, model: str = "offload.recipe:byte_gpt", dtype: str = "fp32", **sections: Any) -> Config:
+    """A small GPT, or another model."""
+    arguments = {"d_model": 96, "n_layer": 3, "n_head": 4, "seq": TOKENS} if model == "offload.recipe:byte_gpt" else {}
+    arguments |= sections.pop("arguments", {})
+    return load_config(
+        {
+            "memory": {"ram": ram, "page": PAGE_BYTES},
+            "ssd": {"paths": [str(folder / "pages")]},
+            "model": {"factory": model, "arguments": arguments, "dtype": dtype},
+            "train": {"steps": 1, "batch": ROWS, "seq": TOKENS},
+            **sections,
+        }
+    )
+
+
+def trained(config: Config, steps: int = STEPS) -> tuple[offload.MemoryReport, int, Plan]:
+    """What a real engine reports after some steps; the page-file pages when it was made; and its plan."""
+    assert config.model is not None
+    torch.manual_seed(1)
+    with offload.deferred_init(config):
+        model = factory_of("model", config.model.factory, config.model.arguments)()
+    with offload.initialize(model, config) as engine:
+        start = engine._store.mover.ssd.used_frames
+        for _ in range(steps):
+            for _ in range(config.update.accumulation):
+                x = torch.randint(0, 256, (ROWS, TOKENS))
+                engine.backward(engine(x, x))
+            engine.optimizer.step()
+        engine._store.driver.quiesce()
+        plan = engine._store.driver.plan
+        assert plan is not None and engine.stats().deviations == 0
+        return engine.memory_report(), start, plan
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"dtype": "bf16"},
+    "fp16": {"dtype": "fp16"},
+    "clipped": {"update": {"clip_norm": 1.0}},
+    "accumulated": {"update": {"accumulation": 2}},
+    "at the step": {"update": {"start": "step"}},
+    "sgd": {"optimizer": {"name": "sgd"}},
+    "tied": {"arguments": {"tied": True}},
+    "views": {"model": f"{HERE}:Viewed"},
+    "recomputed": {"model": f"{HERE}:Viewed", "arguments": {"recompute": True}},
+    "commits": {"commit": {"every_steps": 100, "keep": 3}},
+}
+
+
+@pytest.mark.parametrize("ram", [2 << 20, 64 << 20], ids=["little RAM", "much RAM"])
+@pytest.mark.parametrize("case", CASES)
+def test_ops_and_pages_are_those_of_the_engine(case: str, ram: int, tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, ram, **CASES[case])
+    report, start_pages, plan = trained(config)
+    found = forecast(config, RATES)
+    host, ssd = report.tiers["host"], report.tiers["ssd"]
+    assert found.page_bytes == report.page_bytes and found.start.ssd_pages == start_pages
+    assert found.ops == plan.ops_per_step
+    assert found.step.host_pages == host.planned_peak_pages == host.peak_pages
+    assert found.step.host_bytes <= ram
+    assert (found.commit if case == "commits" else found.step).ssd_pages == ssd.planned_peak_pages
+    if case != "commits":
+        assert found.step.ssd_pages == ssd.peak_pages
+
+
+def test_the_ops_and_their_accesses_are_those_of_the_engine(tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, 2 << 20, model=f"{HERE}:Viewed")
+    _, _, plan = trained(config)
+    assert config.model is not None
+    with rehearsed(factory_of("model", config.model.factory, {}), config, CostMode(1e9, 1e9), (1e9, 1e9)) as engine:
+        engine.rehearse(ROWS, TOKENS)
+        assert engine.trace.keys == plan.keys[: plan.ops_per_step]
+        longest = max(op.until - index for index, op in enumerate(engine.trace.ops))
+        assert longest > 0  # The views of a weight that outlive their op have been seen.
+        assert engine.stats().deviations == 0 and engine.stats().planned_steps == 1
+
+
+@pytest.mark.parametrize("n_pages", [24, 36, 56])
+def test_a_simulated_plan_moves_the_bytes_that_the_engine_moves(n_pages: int, tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, n_pages * PAGE_BYTES)
+    assert config.model is not None
+    torch.manual_seed(1)
+    model = factory_of("model", config.model.factory, config.model.arguments)()
+    x = torch.randint(0, 256, (ROWS, TOKENS))
+    with offload.initialize(model, config) as engine:
+        store = engine._store
+
+        def train(steps: int) -> None:
+            for _ in range(steps):
+                engine.backward(engine(x, x))
+                engine.step()
+
+        train(2)
+        plan, trace = store.driver.plan, store.driver._trace
+        assert plan is not None
+        train(plan.n_steps)
+        store.mover.settle()
+        before = engine.stats()
+        train(2 * plan.n_steps)
+        store.mover.settle()
+        moved = engine.stats().since(before)
+        machine = Machine(store.mover.n_shared_frames, store.page_bytes, 1e9, 1e9)
+        done = simulate(plan, trace, {t.id: t.n_bytes for t in store.mover.tensors.values()}, machine)
+        assert moved.deviations == 0 and done.steady
+        # Where a plan does not close, the driver stores what is in the wrong place only when its frames are wanted.
+        share = 0.0 if plan.closed else 0.01
+        assert moved.bytes_read / moved.steps == pytest.approx(done.read_bytes, rel=share, abs=0.01)
+        assert moved.bytes_written / moved.steps == pytest.approx(done.written_bytes, rel=share, abs=0.01)
+
+
+# ---- the forecast by itself --------------------------------------------------------------------------------------------
+
+
+def test_pages_do_not_depend_on_the_rates(tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, 2 << 20)
+    slow, fast = (forecast(config, Rates(flops, flops, 4e8, 4e8)) for flops in (2e7, 2e12))
+    assert (slow.start, slow.step, slow.commit) == (fast.start, fast.step, fast.commit)
+    assert slow.limiting == "compute" and fast.limiting in ("ssd_read", "ssd_write")
+    assert slow.step_s > fast.step_s >= fast.read_bytes / 4e8
+    assert sum(fast.waits_s.values()) > 0
+    assert not (tmp_path / "pages").exists()
+
+
+SGD: dict[str, Any] = {
+    "weight_decay": 0.0, "momentum": 0.0, "lr": 1.0, "dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False,
+}  # fmt: skip
+
+
+def test_flops_of_a_linear_layer_and_bytes_of_the_rest() -> None:
+    with torch.device("meta"), CostMode(100.0, 10.0) as cost:
+        layer = nn.Linear(8, 4, bias=False)
+        assert cost.flops == 0
+        begun = cost.n_bytes
+        hidden = layer(torch.empty(5, 8))
+        assert (cost.flops, cost.n_bytes) == (2 * 5 * 8 * 4, begun)
+        hidden.view(20).relu()
+        assert cost.n_bytes == begun + 2 * 20 * 4
+        assert cost.seconds == cost.flops / 100.0 + cost.n_bytes / 10.0
+        begun = cost.n_bytes
+        torch.ops.aten._fused_sgd_([torch.empty(6)], [torch.empty(6)], [], **SGD)
+        assert cost.n_bytes == begun + 2 * 2 * 6 * 4
+
+
+def test_with_the_ram_from_which_nothing_moves_nothing_moves_and_with_a_page_less_something_does(tmp_path: Path) -> None:
+    resident = forecast(gpt_config(tmp_path, 64 << 20), RATES).resident_ram_bytes
+    enough, less = (forecast(gpt_config(tmp_path, ram), RATES) for ram in (resident, resident - PAGE_BYTES))
+    assert enough.resident_ram_bytes == resident
+    assert (enough.read_bytes, enough.written_bytes) == (0.0, 0.0) and enough.step.host_bytes <= resident
+    assert less.read_bytes > 0
+
+
+def test_the_smallest_budget_is_forecast_and_one_byte_less_is_refused(tmp_path: Path) -> None:
+    smallest = forecast(gpt_config(tmp_path, 2 << 20), RATES).smallest_ram_bytes
+    found = forecast(gpt_config(tmp_path, smallest), RATES)
+    assert found.ram_bytes == smallest and found.step.host_bytes <= smallest and found.read_bytes > 0
+    with pytest.raises(BudgetError, match=f"set memory.ram to at least {smallest}$") as caught:
+        forecast(gpt_config(tmp_path, smallest - 1), RATES)
+    assert caught.value.smallest_bytes == smallest
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"update": {"mode": "lock-free"}}, 'update.mode is "lock-free": plan knows "exact" only'),
+        ({"memory": {"ram": 2 << 20, "activations": 0}}, "memory.activations is set"),
+        ({"model": None, "train": None}, "plan needs the sections model, train as well"),
+    ],
+)
+def test_what_is_not_forecast_is_refused(sections: dict[str, Any], said: str, tmp_path: Path) -> None:
+    raw = gpt_config(tmp_path, 2 << 20).model_dump()
+    config = load_config({name: value for name, value in {**raw, **sections}.items() if value is not None})
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        forecast(config, RATES)
+
+
+def test_a_model_that_looks_at_values_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(RehearsalError, match="^the model's step cannot be performed without values, on torch's meta device: "):
+        forecast(gpt_config(tmp_path, 2 << 20, model=f"{HERE}:Looking"), RATES)
+
+
+def test_rates_are_given_assumed_or_measured(tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, 2 << 20)
+    assert rates_of(config, flops=1.0, ram=2.0, ssd_read=3.0, ssd_write=4.0) == Rates(1.0, 2.0, 3.0, 4.0)
+    assert rates_of(config, flops=1.0, ram=2.0) == Rates(1.0, 2.0, 1.5e9, 1.5e9)
+    limited = gpt_config(tmp_path, 2 << 20, ssd={"paths": [str(tmp_path / "pages")], "limit_mb_per_s": 250.0})
+    assert rates_of(limited, flops=1.0, ram=2.0, ssd_write=3.0) == Rates(1.0, 2.0, 2.5e8, 3.0)
+    measured = rates_of(config)
+    assert measured.flops > 0 and measured.ram > 0
+    with pytest.raises(ConfigError, match="^--ssd-read is 0; it must be a number above 0$"):
+        rates_of(config, ssd_read=0.0)
+
+
+def test_rehearsing_leaves_random_numbers_files_and_modes_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    forecast(gpt_config(tmp_path, 2 << 20), RATES)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.empty(1).device.type == "cpu" and list(tmp_path.iterdir()) == []
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------
+
+SHRUNK = [
+    "--set", 'model.arguments={"d_model": 96, "n_layer": 3, "n_head": 4, "seq": 16}', "--set", "train.seq=16", "--set", "train.batch=2",
+    "--set", f"memory.page={PAGE_BYTES}", "--ram", "2MiB", "--flops", "2e9", "--ram-speed", "2000", "--ssd-read", "400", "--ssd-write", "400",
+]  # fmt: skip
+
+
+def test_json_is_one_object_of_what_the_forecast_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(EXAMPLE), *SHRUNK, "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    said = json.loads(line)
+    found: Forecast = forecast(gpt_config(tmp_path, 2 << 20), RATES)
+    assert said["ram_bytes"] == 2 << 20 and said["parameters"] == found.parameters
+    assert said["rates"] == {"flops": 2e9, "ram": 2e9, "ssd_read": 4e8, "ssd_write": 4e8}
+    assert said["step"]["ssd_pages"] == found.step.ssd_pages and said["step"]["host_bytes"] == found.step.host_bytes
+    assert said["read_bytes_per_parameter"] == pytest.approx(said["read_bytes"] / said["parameters"])
+
+
+def test_the_table_says_it_in_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", str(EXAMPLE), *SHRUNK]) == 0
+    text = capsys.readouterr().out
+    found = forecast(gpt_config(tmp_path, 2 << 20), RATES)
+    said = dict(forecast_rows(found))
+    assert said["limited by"] == "compute"
+    assert said["step"].startswith(f"RAM {found.step.host_pages} pages, ") and f"SSD {found.step.ssd_pages} pages, " in said["step"]
+    for what in said:
+        assert what in text
+
+
+def test_a_budget_that_is_too_small_is_one_line_with_the_one_that_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(EXAMPLE), *SHRUNK, "--ram", "128KiB"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("offload: error: memory.ram is 131072 bytes") and "set memory.ram to at least" in error and error.count("\n") == 1

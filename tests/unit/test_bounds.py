@@ -1,0 +1,160 @@
+"""Plans written by hand, each wrong in one way, and what is said of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pagemem.page import FrameId, TensorId
+from pagemem.units import KiB
+from scheduler.bounds import BoundsReport, PlanError, check_bounds
+from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.planner import Machine, make_plan
+from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
+
+PAGE_BYTES = 64 * KiB
+MODES = {"r": AccessMode.READ, "w": AccessMode.MODIFY, "c": AccessMode.CREATE, "x": AccessMode.CONSUME}
+A, B, C = (TensorId(i) for i in range(3))
+
+
+def trace_of(*ops: str, until: dict[int, int] | None = None) -> Trace:
+    """Ops written as ``"Ar Bw"``."""
+    made = []
+    for index, text in enumerate(ops):
+        accesses = tuple(Access(TensorId(ord(word[0]) - ord("A")), MODES[word[1]]) for word in text.split())
+        made.append(Op((OpKind.FORWARD, index), text, accesses, 0.01, (until or {}).get(index, index)))
+    return Trace(tuple(made))
+
+
+def load(tensor: TensorId, frame: int, trigger: int, needed_at: int | None = None, *, fresh: bool = False) -> LoadTask:
+    return LoadTask(tensor, FrameId(frame), trigger, trigger if needed_at is None else needed_at, fresh)
+
+
+def plan_of(
+    trace: Trace, n_frames: int, initial: dict[TensorId, int], loads: tuple[LoadTask, ...] = (), stores: tuple[StoreTask, ...] = (), *,
+    carried: tuple[LoadTask, ...] = (), closed: bool = True, peak_frames: int | None = None,
+) -> Plan:  # fmt: skip
+    """A plan of one step."""
+    return Plan(
+        keys=trace.keys, n_steps=1, n_frames=n_frames, initial={t: FrameId(f) for t, f in initial.items()}, loads=loads, stores=stores,
+        carried=carried, closed=closed, peak_frames=n_frames if peak_frames is None else peak_frames, step_s=0.0, compute_s=0.0,
+        loads_at=by_trigger(loads), stores_at=by_trigger(stores),
+    )  # fmt: skip
+
+
+def check(plan: Plan, trace: Trace, pages: dict[TensorId, int] | None = None, fixed: dict[TensorId, FrameId] | None = None) -> BoundsReport:
+    """Check a plan of one-page tensors, unless ``pages`` says otherwise."""
+    n_bytes = {tensor: (pages or {}).get(tensor, 1) * PAGE_BYTES for tensor in [*trace.tensors(), *(fixed or {}), A, B, C]}
+    return check_bounds(plan, trace, n_bytes, Machine(plan.n_frames, PAGE_BYTES, 1e9, 1e9), fixed)
+
+
+# ---- what holds --------------------------------------------------------------------------------------------------------
+
+TURNS = trace_of("Aw", "Bw")
+#: One frame for two tensors that change: each is stored and the other one read, every op.
+GOOD = plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (StoreTask(B, 0), StoreTask(A, 1)))
+
+
+def test_frames_at_every_op_and_bytes_a_step() -> None:
+    assert check(GOOD, TURNS) == BoundsReport((1, 1), 1, 2 * PAGE_BYTES, 2 * PAGE_BYTES)
+
+
+def test_peaks_count_the_tensors_that_are_there_at_an_op() -> None:
+    trace = trace_of("Ar", "Gc Ar", "Gx Ar", "Ar")
+    gradient = TensorId(6)
+    plan = plan_of(trace, 3, {A: 0}, (load(gradient, 1, 1, fresh=True),))
+    report = check(plan, trace, {gradient: 2})
+    assert report == BoundsReport((1, 3, 3, 1), 3, 0.0, 0.0)
+
+
+def test_bytes_are_those_of_a_step_where_a_cycle_has_several() -> None:
+    plan = replace(
+        GOOD, keys=TURNS.keys * 2, n_steps=2, loads=(*GOOD.loads, load(A, 0, 2), load(B, 0, 3)),
+        stores=(*GOOD.stores, StoreTask(B, 2), StoreTask(A, 3)),
+    )  # fmt: skip
+    plan = replace(plan, loads_at=by_trigger(plan.loads), stores_at=by_trigger(plan.stores))
+    assert check(plan, TURNS) == BoundsReport((1, 1, 1, 1), 1, 2 * PAGE_BYTES, 2 * PAGE_BYTES)
+
+
+def test_a_plan_that_does_not_close_is_restored_between_cycles() -> None:
+    trace = trace_of("Ar", "Bw", "Ar")
+    plan = plan_of(trace, 1, {A: 0}, (load(B, 0, 1), load(A, 0, 2)), (StoreTask(B, 2),), closed=False)
+    assert check(plan, trace).read_bytes == 2 * PAGE_BYTES
+    ends_elsewhere = plan_of(trace_of("Ar", "Bw"), 1, {A: 0}, (load(B, 0, 1),), closed=False)
+    report = check(ends_elsewhere, trace_of("Ar", "Bw"))
+    assert (report.read_bytes, report.written_bytes) == (2 * PAGE_BYTES, PAGE_BYTES)  # The restoring is part of the cycle.
+    with pytest.raises(PlanError, match="^op 2: Ar misses 0$"):
+        check(replace(ends_elsewhere, closed=True, stores=(StoreTask(B, 0),), stores_at={0: (StoreTask(B, 0),)}), trace_of("Ar", "Bw"))
+
+
+def test_fixed_tensors_are_counted_and_stay() -> None:
+    trace, fixed = trace_of("Br", "Cr"), {A: FrameId(0)}
+    plan = plan_of(trace, 2, {A: 0, B: 1}, (load(B, 1, 0), load(C, 1, 1)))
+    assert check(plan, trace, fixed=fixed).frames_at_op == (2, 2)
+    with pytest.raises(PlanError, match="^op 0: 0 is fixed at frame 0 and not planned there$"):
+        check(plan_of(trace, 2, {B: 1}, (load(C, 0, 1),)), trace, fixed=fixed)
+    with pytest.raises(PlanError, match="^op 1: 0 leaves while a view of it lives$"):
+        check(plan_of(trace, 2, {A: 0, B: 1}, (load(C, 0, 1),)), trace, fixed=fixed)
+
+
+# ---- what does not -----------------------------------------------------------------------------------------------------
+
+VIEWED = trace_of("Ar", "Br", "Ar", until={0: 1})
+READ = trace_of("Ar", "Br")
+
+
+@pytest.mark.parametrize(
+    ("said", "trace", "plan", "pages"),
+    [
+        ("op 1: Br misses 1", READ, plan_of(READ, 2, {A: 0}), {}),
+        ("op 0: Ar sees an old 0", READ, plan_of(READ, 2, {B: 1}, (load(A, 0, 0, fresh=True),)), {}),
+        ("op 0: 1 overlaps 0", READ, plan_of(READ, 2, {A: 0, B: 1}), {A: 2}),
+        ("op 0: 1 has no frames 1..2: there are 2", READ, plan_of(READ, 2, {A: 0, B: 1}), {B: 2}),
+        ("op 1: 1 has no frames 1..2: there are 2", READ, plan_of(READ, 2, {A: 0}, (load(B, 1, 1),)), {B: 2}),
+        ("op 1: 0 leaves while a view of it lives", VIEWED, plan_of(VIEWED, 1, {A: 0}, (load(B, 0, 1), load(A, 0, 2))), {}),
+        (
+            "op 1: 0 leaves dirty: it was not stored after its last change", TURNS,
+            plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (StoreTask(B, 0),)), {},
+        ),
+        (
+            "op 2: 1 leaves dirty: it was not stored after its last change", TURNS,
+            plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (StoreTask(B, 1), StoreTask(A, 1))), {},
+        ),
+        ("op 1: 1 is loaded too late for op 0", READ, plan_of(READ, 2, {A: 0}, (load(B, 1, 1, 0),)), {}),
+        ("op 0: 2 is not for op 1", READ, plan_of(READ, 2, {A: 0, B: 1}, (load(C, 0, 0, 1),)), {}),
+        ("op 0: 2 is placed and never used", READ, plan_of(READ, 3, {A: 0, B: 1, C: 2}), {}),
+        ("op 0: loads start in another order than they stand in", READ, plan_of(READ, 2, {}, (load(B, 1, 1), load(A, 0, 0))), {}),
+        ("op 0: a move is triggered by no op of the cycle", READ, plan_of(READ, 2, {A: 0, B: 1}, (), (StoreTask(A, 2),)), {}),
+        ("op 0: the plan expects other ops", READ, replace(plan_of(READ, 2, {A: 0, B: 1}), keys=READ.keys[::-1]), {}),
+        ("op 0: the plan has another number of ops", READ, replace(plan_of(READ, 2, {A: 0, B: 1}), n_steps=2), {}),
+        ("op 0: the moves by op are not those of the plan", TURNS, replace(GOOD, stores_at={}), {}),
+        ("op 4: 2 frames are touched, the plan says 1", READ, plan_of(READ, 2, {A: 0, B: 1}, peak_frames=1), {}),
+    ],
+)  # fmt: skip
+def test_the_first_violation_is_named(said: str, trace: Trace, plan: Plan, pages: dict[TensorId, int]) -> None:
+    with pytest.raises(PlanError) as caught:
+        check(plan, trace, pages)
+    assert str(caught.value) == said
+
+
+def test_a_plan_for_more_frames_than_there_are_is_refused() -> None:
+    with pytest.raises(PlanError, match="^op 0: the plan has 2 frames, the machine 1$"):
+        check_bounds(plan_of(READ, 2, {A: 0, B: 1}), READ, {A: 1, B: 1}, Machine(1, PAGE_BYTES, 1e9, 1e9))
+
+
+def test_a_load_taken_out_of_a_planners_plan_is_missed() -> None:
+    trace = trace_of("Ar", "Br", "Cw", "Cw", "Br", "Aw")
+    n_bytes = dict.fromkeys(trace.tensors(), PAGE_BYTES)
+    machine = Machine(2, PAGE_BYTES, 1e9, 1e9)
+    plan = make_plan(trace, n_bytes, machine)
+    check_bounds(plan, trace, n_bytes, machine)
+    assert len(plan.loads) > 1 and plan.stores
+    for without in range(len(plan.loads)):
+        loads = plan.loads[:without] + plan.loads[without + 1 :]
+        with pytest.raises(PlanError):
+            check_bounds(replace(plan, loads=loads, loads_at=by_trigger(loads)), trace, n_bytes, machine)
+    for without in range(len(plan.stores)):
+        stores = plan.stores[:without] + plan.stores[without + 1 :]
+        with pytest.raises(PlanError, match="leaves dirty"):
+            check_bounds(replace(plan, stores=stores, stores_at=by_trigger(stores)), trace, n_bytes, machine)
