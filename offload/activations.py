@@ -4,10 +4,11 @@
        |------ else, of the first ones of a forward pass -> waiting --flush--> in pages --unpack--> restored --> gone
        \\------ others: kept as it is until the backward pass has used it ----------------------------------> gone
 
-What can be computed again from what is saved anyway (`offload.recompute`) costs least and goes first, as many of the
-earliest as are needed. If that is not enough, others go to pages. A storage that does is copied into paged tensors of a few pages each, before the next layer's weights are used. From
-there on the plan treats them like everything else: they leave for the SSD after their only use in the forward pass and
-come back before their only use in the backward pass. The earliest saved are needed last, so they are those that go.
+What can be computed again from what is saved anyway (`offload.recompute`) costs least and goes first, as many of the earliest as
+are needed. If that is not enough, others go to pages. A storage that does is copied into paged tensors of a few pages each, before
+the next layer's weights are used. From there on the plan treats them like everything else: they leave for the SSD after their only
+use in the forward pass and come back before their only use in the backward pass. The earliest saved are needed last, so they are
+those that go.
 
 How many bytes have to go is known from the pass before: the most that was saved at once, less the limit, and how much of
 it had recipes. In the first pass everything goes that can.
