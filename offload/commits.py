@@ -153,46 +153,51 @@ class Committer:
         self._number += 1
         number = self._number
 
-        def describe(tensor: Any, stored: StoredCopy) -> StoredTensor:
-            name, tag, n_bytes = names[tensor]
-            placed = stored.placement
-            tail = placed.tail
-            return StoredTensor(
-                name, tag, n_bytes, tuple((run.first, run.n_frames) for run in placed.runs),
-                None if tail is None else (tail.frame, tail.offset_bytes, tail.length_bytes),
-                tuple(self._store.page_files.sums(stored.route).tolist()),
-            )  # fmt: skip
-
         def job() -> None:
             try:
                 self._await(snapshot)
                 self._settle_doubtful()
                 self._store.page_files.sync()
                 self._earlier.claim_parts()
-                state = dict(moment.state)
-                if moment.beside:
-                    state["beside"] = self._earlier.folder.write_beside(number, moment.beside)
-                manifest = Manifest(
-                    number=number,
-                    name=moment.name,
-                    created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    step=moment.step,
-                    page_bytes=self._store.page_bytes,
-                    run_ids=tuple(directory.run_id for directory in self._store.directories),
-                    checksums=self._store.config.ssd.checksums,
-                    tensors=tuple(describe(tensor, stored) for tensor, stored in snapshot.copies.items()),
-                    state=state,
-                )
+                stored = tuple(self._stored(names[tensor], copy) for tensor, copy in snapshot.copies.items())
+                manifest = self._manifest(number, moment, stored)
                 self._earlier.folder.write(manifest)
             except BaseException:
                 self._give_up(number, snapshot)
                 raise
-            by_key = {stored.key: copy for stored, copy in zip(manifest.tensors, snapshot.copies.values(), strict=True)}
+            by_key = {tensor.key: copy for tensor, copy in zip(manifest.tensors, snapshot.copies.values(), strict=True)}
             self.commits[number] = Commit(manifest, by_key)
             self._retire()
 
         self._start(job)
         return number
+
+    def _stored(self, named: tuple[str, str, int], copy: StoredCopy) -> StoredTensor:
+        """What a manifest says of a tensor of this name, tag and size."""
+        placed = copy.placement
+        tail = placed.tail
+        return StoredTensor(
+            *named, tuple((run.first, run.n_frames) for run in placed.runs),
+            None if tail is None else (tail.frame, tail.offset_bytes, tail.length_bytes),
+            tuple(self._store.page_files.sums(copy.route).tolist()),
+        )  # fmt: skip
+
+    def _manifest(self, number: int, moment: Moment, stored: tuple[StoredTensor, ...]) -> Manifest:
+        """The manifest of a commit; what belongs beside it is written."""
+        state = dict(moment.state)
+        if moment.beside:
+            state["beside"] = self._earlier.folder.write_beside(number, moment.beside)
+        return Manifest(
+            number=number,
+            name=moment.name,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            step=moment.step,
+            page_bytes=self._store.page_bytes,
+            run_ids=tuple(directory.run_id for directory in self._store.directories),
+            checksums=self._store.config.ssd.checksums,
+            tensors=stored,
+            state=state,
+        )
 
     def _give_up(self, number: int, snapshot: Snapshot) -> None:
         """A commit has failed: its frames are free once it is certain that no manifest names them."""
