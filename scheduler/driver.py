@@ -30,7 +30,7 @@ from scheduler.lanes import ReadLane
 from scheduler.on_demand import OnDemand
 from scheduler.plan import LoadTask, Plan
 from scheduler.planner import Machine, make_plan
-from scheduler.trace import Access, AccessMode, OpKey, OpKind, Trace, TraceRecorder
+from scheduler.trace import CHANGES, Access, AccessMode, OpKey, OpKind, Trace, TraceRecorder
 
 
 class Mode(enum.Enum):
@@ -41,7 +41,6 @@ class Mode(enum.Enum):
 
 
 _LEGAL: Final = {Mode.ON_DEMAND: frozenset({Mode.PLANNED}), Mode.PLANNED: frozenset({Mode.ON_DEMAND})}
-_CHANGES: Final = frozenset({AccessMode.MODIFY, AccessMode.CREATE})
 
 
 class Driver:
@@ -346,7 +345,7 @@ class Driver:
         self._sequence += 1
         for access, tensor in zip(accesses, (self.mover.tensors[a.tensor] for a in accesses), strict=True):
             tensor.last_use = self._sequence
-            if access.mode in _CHANGES:
+            if access.mode in CHANGES:
                 self.mover.touch(tensor)
         return held
 
@@ -378,13 +377,13 @@ class Driver:
         self.mover.wait_until(lambda: self._usable(tensor, mode), tensor.name, tensor.n_bytes)
 
     def _usable(self, tensor: PagedTensor, mode: AccessMode) -> bool:
-        if mode in _CHANGES:
+        if mode in CHANGES:
             return tensor.state in (Residency.CLEAN, Residency.DIRTY)
         return tensor.readable
 
     def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
         # Outside a step nobody says whether a tensor is going to be changed.
-        if tensor.owed and (mode in _CHANGES or not self._recording):
+        if tensor.owed and (mode in CHANGES or not self._recording):
             self.mover.make_writable(tensor)
 
         def usable() -> bool:

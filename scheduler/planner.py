@@ -30,7 +30,7 @@ from pagemem.tier import Tier
 from pagemem.units import ceil_div
 from pagemem.window import Window, best_window
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.trace import Access, AccessMode, Op, Trace
+from scheduler.trace import CHANGES, Access, AccessMode, Op, Trace
 
 #: Steps walked at most, steps at the beginning that are left out (the walk begins with empty host memory), and the
 #: shortest stretch that is worth restoring a placement for.
@@ -241,7 +241,7 @@ class _Walk:
         for access in op.accesses:
             tenant = self.tenants[access.tensor]
             tenant.locked_until = max(tenant.locked_until, until, now)
-            if access.mode in (AccessMode.MODIFY, AccessMode.CREATE):
+            if access.mode in CHANGES:
                 write_s = self.n_bytes[access.tensor] / self.machine.write_bytes_per_s
                 if not tenant.dirty:
                     self.write_free_s = max(self.write_free_s, self.op_end_s[now]) + write_s
@@ -306,6 +306,8 @@ def make_plan(
     stores = dict.fromkeys(
         StoreTask(task.tensor, (task.trigger - start) % (end - start)) for evicted_at, task in walk.stores if start <= evicted_at < end
     )
+    if not closed:
+        stores |= dict.fromkeys(_unseen_stores(trace, placements[first], placements[last], loads, start, end))
     store_tasks = tuple(stores)
     carried = tuple(
         LoadTask(t.tensor, t.frame, 0, t.needed_at - (end - start), t.fresh) for t in numbered if t.needed_at >= end - start
@@ -342,6 +344,25 @@ def _least_different(placements: Sequence[Placed], n_bytes: Mapping[TensorId, in
         return sum(n_bytes[tensor] for tensor, _ in here & there)
 
     return max(stretches, key=bytes_in_place)
+
+
+def _unseen_stores(
+    trace: Trace, first: Placed, last: Placed, loads: Sequence[LoadTask], start: int, end: int
+) -> list[StoreTask]:
+    """Stores of a cycle that does not close, which the walk did not see because it went on where the cycle begins anew.
+
+    A tensor may be in the same frames at both ends, clean at the beginning and dirty at the end. If it then leaves before
+    it is changed again, it has to be stored after the last change of the cycle before.
+    """
+    clean = {(tensor, frame) for tensor, frame, dirty, _ in first if not dirty}
+    returns_at = {load.tensor: load.needed_at - start for load in reversed(loads)}
+    stores = []
+    for tensor in (tensor for tensor, frame, dirty, dead in last if dirty and not dead and (tensor, frame) in clean):
+        changes = [index for index, op in enumerate(trace.ops) if any(a.tensor == tensor and a.mode in CHANGES for a in op.accesses)]
+        if returns_at.get(tensor, end) <= changes[0]:
+            after_last_change = end - start - len(trace.ops) + changes[-1] + 1
+            stores.append(StoreTask(tensor, after_last_change % (end - start)))
+    return stores
 
 
 def _peak_frames(

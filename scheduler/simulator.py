@@ -26,12 +26,11 @@ from pagemem.units import ceil_div
 from scheduler.bounds import check_bounds
 from scheduler.plan import LoadTask, Plan
 from scheduler.planner import Machine
-from scheduler.trace import AccessMode, Op, Trace
+from scheduler.trace import CHANGES, AccessMode, Op, Trace
 
 #: Cycles performed at most before the step time is taken of all of them together.
 MAX_CYCLES: Final = 24
 _NS: Final = 1_000_000_000
-_CHANGES: Final = frozenset({AccessMode.MODIFY, AccessMode.CREATE})
 
 
 def _whole_ns(seconds: float) -> int:
@@ -325,7 +324,7 @@ class _Run:
         self.now_ns = begin_ns + takes_ns
         for access in op.accesses:
             record = self.tensors[access.tensor]
-            if access.mode in _CHANGES:
+            if access.mode in CHANGES:
                 record.dirty = True
             elif access.mode is AccessMode.CONSUME:
                 record.dirty = False

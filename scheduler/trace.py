@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from pagemem.page import TensorId
 
@@ -40,6 +41,10 @@ class AccessMode(enum.Enum):
     MODIFY = "modify"
     CREATE = "create"
     CONSUME = "consume"
+
+
+#: Modes after which a tensor has content that is not in the page files.
+CHANGES: Final = frozenset({AccessMode.MODIFY, AccessMode.CREATE})
 
 
 @dataclass(frozen=True, slots=True)
