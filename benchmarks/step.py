@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import GPT, SIZES, Spread, batch, fused_adamw
+from pagemem.heap import keep_freed_memory
 
 WARM_UP = 4
 
@@ -37,6 +38,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
     parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
+    parser.add_argument("--heap", choices=["auto", "keep", "trim"], default="auto", help="memory.heap of the engine")
+    parser.add_argument("--torch-keeps-heap", action="store_true", help="plain PyTorch keeps freed memory too, as memory.heap = keep does")
     parser.add_argument("--no-checksums", action="store_true")
     parser.add_argument("--child", choices=["torch", "engine"], help=argparse.SUPPRESS)
     common.common_arguments(parser)
@@ -54,6 +57,8 @@ class PlainTorch:
 
     def __init__(self, a: argparse.Namespace) -> None:
         self.clip_norm = a.clip_norm
+        if a.torch_keeps_heap:
+            keep_freed_memory()
         self.model = GPT(*SIZES[a.size], a.seq)
         self.optimizer = fused_adamw(self.model.parameters())
 
@@ -87,7 +92,7 @@ class Engine:
 
         ram = int(a.ram_share * 12 * common.n_parameters(*SIZES[a.size], a.seq))
         config = {
-            "memory": {"ram": ram, "activations": a.activations},
+            "memory": {"ram": ram, "activations": a.activations, "heap": a.heap},
             "ssd": {"paths": [f"{a.dir}/pages"], "checksums": not a.no_checksums},
             "update": {"clip_norm": a.clip_norm},
         }

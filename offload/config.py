@@ -68,6 +68,10 @@ class MemoryConfig(_Section):
     """RAM, beside ``ram``, for tensors that autograd saves for the backward pass. Of what is beyond it, results of elementwise
     ops are computed again where possible; the earliest saved of the others go to pages of ``ram`` and from there to SSD.
     None: all stay as they are."""
+    heap: Literal["auto", "keep", "trim"] = "auto"
+    """What becomes of ordinary memory that a step frees: "keep" leaves it with the process for the next step, which is
+    faster; "trim" gives blocks of 32 MiB back at once and, where not all pages fit in ``ram``, other free pages once a
+    step. "auto" trims where ``activations`` is set. The setting is the whole process's; see pagemem/heap.py."""
     page: Annotated[Literal["auto"] | int, BeforeValidator(_page)] = "auto"
     """Page size, a power of two from 64KiB to 64MiB. "auto" takes about a 128th of ``ram``, at most 4MiB."""
 

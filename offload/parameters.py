@@ -162,6 +162,7 @@ class Binder:
         self.updater: Updater | None = None
         self.root: nn.Module | None = None
         self.activations: SavedActivations | None = None
+        self.trims = False
         self.copying = 0
         self.forwards = 0
         self.closed = False
@@ -239,7 +240,7 @@ class Binder:
 
     def _at_forward_end(self) -> None:
         # Where all pages fit, memory is not short, and the time is better kept.
-        if sum(tensor.n_frames for tensor in self.mover.tensors.values()) > self.mover.arena.n_frames:
+        if self.trims and sum(tensor.n_frames for tensor in self.mover.tensors.values()) > self.mover.arena.n_frames:
             give_back_free_pages()
 
     def _bind(self, parameter: PagedParameter, place: Place) -> None:

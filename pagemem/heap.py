@@ -1,14 +1,20 @@
-"""The C library's heap: what is free in it leaves the process while a model is built, and where a forward pass ends.
+"""The C library's heap: when what is free in it leaves the process, and when it stays for the next step.
 
 Building: glibc serves a block from its heap once a block of that size was freed before. A model's parameters, freed one by one as
 they move to pages, then leave holes that small objects nibble at and the next parameter just misses, and the heap grows
 by the size of the model. Blocks mapped by themselves do not. In training the same setting would map and fault in every
 activation anew, so it ends with the building.
 
-Training: an activation that is freed between two that live on leaves a hole that the next one of its size just misses.
+Training, for time: a page that was given back is mapped and cleared anew when it is touched again, 0.25 ms a megabyte and more
+in a virtual machine. By glibc's own rule that happens in every step to all blocks of `TRAINING_BYTES` or more, such as a
+loss's tensors of the logits' size. `keep_freed_memory` has the heap keep everything, which takes about as much more RAM as they do.
+
+Training, for memory: an activation that is freed between two that live on leaves a hole that the next one of its size just misses.
 torch aligns blocks to 64 bytes, for which glibc looks for 96 more than the block takes, and what it cuts off goes to small
 objects. `ForwardEnd` gives such holes back just before most is alive. After each step, when nearly all of the heap is free,
 it would have to be mapped anew for the next one.
+
+All settings are the process's; each function here has no effect where libc is not glibc.
 """
 
 from __future__ import annotations
@@ -24,6 +30,10 @@ from pagemem.units import MiB
 # From malloc.h.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
+_M_MMAP_MAX: Final = -4
+#: glibc's own number of blocks that may be mapped by themselves.
+_MAPPED_BLOCKS: Final = 65536
+_NEVER: Final = -1
 #: Blocks of this size or more are mapped by themselves meanwhile.
 BUILDING_BYTES: Final = 1 * MiB
 #: Afterwards: the largest that glibc takes, which is where its own rule ends up after a step of training.
@@ -42,7 +52,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def give_back_free_pages() -> None:
-    """Give the system every whole page that is free in the heap, if they are worth it. No effect where libc is not glibc."""
+    """Give the system every whole page that is free in the heap, if they are worth it."""
     libc = ctypes.CDLL(None)
     info, trim = getattr(libc, "mallinfo2", None), getattr(libc, "malloc_trim", None)
     if info is None or trim is None:
@@ -87,16 +97,25 @@ class ForwardEnd:
             self._missing, self._used = self._used, set()
 
 
+def keep_freed_memory() -> None:
+    """From here on nothing that is freed leaves the process, until `large_blocks_mapped` says otherwise."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
 @contextmanager
 def large_blocks_mapped() -> Iterator[None]:
-    """Inside, freed blocks of `BUILDING_BYTES` or more go back to the system at once. No effect where libc is not glibc.
+    """Inside, freed blocks of `BUILDING_BYTES` or more go back to the system at once, afterwards those of `TRAINING_BYTES`.
 
-    The setting is the process's. It replaces glibc's rule of learning thresholds from what is freed, before and after.
+    It replaces glibc's rule of learning thresholds from what is freed, before and after.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         yield
         return
+    mallopt(_M_MMAP_MAX, _MAPPED_BLOCKS)
     mallopt(_M_MMAP_THRESHOLD, BUILDING_BYTES)
     mallopt(_M_TRIM_THRESHOLD, 2 * BUILDING_BYTES)
     try:

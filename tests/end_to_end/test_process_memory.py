@@ -31,15 +31,53 @@ def test_each_training_forward_gives_pages_back_once(tmp_path: Path, arguments: 
         assert all(calls)
 
 
-@pytest.mark.parametrize(("budgets", "given_back"), [(1, True), (20, False)], ids=["short", "all fits"])
-def test_only_where_memory_is_short_are_pages_given_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budgets: int, given_back: bool
+@pytest.mark.parametrize(
+    ("budgets", "memory", "given_back"),
+    [
+        (1, {"heap": "trim"}, True),
+        (1, {"activations": 0}, True),
+        (1, {"activations": 0, "heap": "keep"}, False),
+        (1, {}, False),
+        (20, {"heap": "trim"}, False),
+    ],
+    ids=["trim", "activations", "activations, keep", "default", "trim, all fits"],
+)
+def test_free_pages_are_given_back_only_where_they_are_wanted_and_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budgets: int, memory: dict[str, object], given_back: bool
 ) -> None:
     calls: list[bool] = []
     monkeypatch.setattr(offload.parameters, "give_back_free_pages", lambda: calls.append(True))
-    with offload.initialize(built(), config(tmp_path, ram=budgets * RAM_BYTES), adamw) as engine:
+    settings = config(tmp_path, ram=budgets * RAM_BYTES)
+    settings["memory"] |= memory
+    with offload.initialize(built(), settings, adamw) as engine:
         train(engine, 3)
     assert bool(calls) is given_back
+
+
+@pytest.mark.parametrize(("heap", "stays"), [("keep", True), ("trim", False)])
+def test_a_large_block_that_is_freed_stays_with_the_process_or_leaves_it(tmp_path: Path, heap: str, stays: bool) -> None:
+    code = (
+        "import sys, torch; sys.path[:0] = sys.argv[2].split(':')\n"
+        "from pathlib import Path\n"
+        "import offload\n"
+        "from parity import adamw\n"
+        "from small_runs import built, config, train\n"
+        "settings = config(Path(sys.argv[1]))\n"
+        "settings['memory']['heap'] = sys.argv[3]\n"
+        "def resident():\n"
+        "    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon')) >> 10\n"
+        "with offload.deferred_init(settings):\n"
+        "    model = built()\n"
+        "with offload.initialize(model, settings, adamw) as engine:\n"
+        "    train(engine, 1)\n"
+        "    before = resident()\n"
+        "    torch.ones(64 << 20, dtype=torch.uint8)\n"
+        "    print(resident() - before)\n"
+    )
+    path = ":".join(path for path in sys.path if path)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), path, heap], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) > 48) is stays
 
 
 def test_an_engine_does_not_import_the_compiler(tmp_path: Path) -> None:
