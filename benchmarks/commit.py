@@ -28,7 +28,7 @@ from pagemem.commit_folder import FOLDER_NAME
 from pagemem.residency import Residency
 from pagemem.tier import Tag
 
-WARM_UP = 5
+WARM_UP = 8
 BETWEEN_S = 60.0
 
 

@@ -25,6 +25,7 @@ from pagemem.mover import Mover
 from pagemem.page import TensorId
 from pagemem.residency import PagedTensor, Residency
 from scheduler.bounds import check_bounds
+from scheduler.durations import Durations
 from scheduler.causes import Causes
 from scheduler.lanes import ReadLane
 from scheduler.on_demand import OnDemand
@@ -72,6 +73,8 @@ class Driver:
         self._lane = ReadLane(mover)
         self._recorder = TraceRecorder()
         self._trace = Trace(())
+        self._durations = Durations()
+        self._steps_of_plan = 0
         self._recording = True
         self._position = 0
         self._restore = False
@@ -151,10 +154,7 @@ class Driver:
         with self.mover.changed:
             self._collect_views()
             if self.mode is Mode.PLANNED and self._at_step_end():
-                self._recorder.finish()
-                if not self.planned_steps:
-                    self.mover.reset_touched()
-                self.planned_steps += 1
+                self._planned_step_ended(self._recorder.finish())
                 return
             if self.mode is Mode.PLANNED:
                 self._leave_plan("the step ended early")
@@ -209,29 +209,45 @@ class Driver:
         """Go on by plan: the present one if the step was as it expects, else a new one.
 
         Where views in use leave the planner no window, steps stay on demand; that is counted and emitted.
-
-        Raises:
-            PlanError: the plan does not hold, which is a defect; it is not followed.
         """
         if self.plan is None or self.plan.ops_per_step == 0 or self.plan.keys[: self.plan.ops_per_step] != trace.keys:
-            read_bytes_per_s, write_bytes_per_s = self._bandwidth()
-            machine = Machine(
-                self.mover.n_shared_frames, self.mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s
-            )
-            self._trace = trace
-            fixed = {t.id: t.frame for t in self.mover.tensors.values() if t.fixed and t.frame is not None}
-            n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in [*trace.tensors(), *fixed]}
-            try:
-                plan = make_plan(trace, n_bytes, machine, fixed)
-                check_bounds(plan, trace, n_bytes, machine, fixed)
-                self.plan = plan
-            except BudgetError as error:
-                self.plan = None
-                self._sink.emit(Event(EventKind.DEVIATION, f"no plan: {error}", 0, time.perf_counter(), 0.0))
+            self.plan, self._durations = None, Durations()
+            self._plan_for(trace)
+            if self.plan is None:
                 return
         self._position = 0
         self._restore = True
         self._become(Mode.PLANNED)
+
+    def _plan_for(self, trace: Trace) -> None:
+        """Make a plan and take it for the next step on; where there is none, the present one stays.
+
+        Raises:
+            PlanError: the plan does not hold, which is a defect; it is not followed.
+        """
+        read_bytes_per_s, write_bytes_per_s = self._bandwidth()
+        machine = Machine(self.mover.n_shared_frames, self.mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s)
+        fixed = {t.id: t.frame for t in self.mover.tensors.values() if t.fixed and t.frame is not None}
+        n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in [*trace.tensors(), *fixed]}
+        try:
+            plan = make_plan(trace, n_bytes, machine, fixed)
+        except BudgetError as error:
+            self._sink.emit(Event(EventKind.DEVIATION, f"no plan: {error}", 0, time.perf_counter(), 0.0))
+            return
+        check_bounds(plan, trace, n_bytes, machine, fixed)
+        self._trace, self.plan = trace, plan
+        self._steps_of_plan = 0
+        self._disturb()
+
+    def _planned_step_ended(self, performed: Trace) -> None:
+        """Count a step that followed the plan, and make the plan anew once it is known how long its ops really take."""
+        if not self._steps_of_plan:
+            self.mover.reset_touched()
+        self._steps_of_plan += 1
+        self.planned_steps += 1
+        refined = self._durations.add(self._trace, performed)
+        if refined is not None:
+            self._plan_for(refined)
 
     def _follow(self, key: OpKey) -> None:
         """Take the step to ``key`` along the plan, starting what it triggers, or leave the plan."""

@@ -17,6 +17,7 @@ from offload.forecast import Forecast, Rates, forecast, forecast_rows, rates_of
 from offload.launch import factory_of
 from offload.rehearsal import CostMode, RehearsalError, rehearsed
 from pagemem.errors import BudgetError
+from scheduler.durations import MEASURED_STEPS
 from scheduler.plan import Plan
 from scheduler.planner import Machine
 from scheduler.simulator import simulate
@@ -177,7 +178,7 @@ def test_a_simulated_plan_moves_the_bytes_that_the_engine_moves(n_pages: int, tm
                 engine.backward(engine(x, x))
                 engine.step()
 
-        train(2)
+        train(3 + MEASURED_STEPS)  # The plan is made anew then, with the times of these steps.
         plan, trace = store.driver.plan, store.driver._trace
         assert plan is not None
         train(plan.n_steps)

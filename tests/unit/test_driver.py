@@ -15,9 +15,10 @@ from pagemem.residency import Residency
 from scheduler import driver as driver_module
 from scheduler.bounds import PlanError
 from scheduler.driver import Mode
+from scheduler.durations import MEASURED_STEPS, Durations
 from scheduler.plan import Plan
-from scheduler.planner import make_plan
-from scheduler.trace import OpKind
+from scheduler.planner import MAX_STEPS, make_plan
+from scheduler.trace import Op, OpKind, Trace, TraceRecorder
 from training_rig import PAGE_BYTES, Rig, rig
 
 #: Forward, backward, and updates with a gradient that is made and consumed, over five tensors.
@@ -253,6 +254,8 @@ def test_a_step_that_goes_on_longer_is_right_and_counted() -> None:
 def test_ops_between_steps_leave_the_plan_as_it_is(n_frames: int) -> None:
     with rig(n_frames) as r:
         planned(r, *STEP)
+        for _ in range(MEASURED_STEPS + 1):
+            r.step(*STEP)
         plan = r.driver.plan
         for turn in range(4):
             with r.driver.interlude():
@@ -260,8 +263,48 @@ def test_ops_between_steps_leave_the_plan_as_it_is(n_frames: int) -> None:
                     r.op(text)
             r.step(*STEP)
         assert r.driver.plan is plan
-        assert (r.driver.deviations, r.driver.planned_steps) == (0, 5)
+        assert (r.driver.deviations, r.driver.planned_steps) == (0, 5 + MEASURED_STEPS + 1)
         r.read_all()
+
+
+@pytest.mark.parametrize("n_frames", [2, 3, 5])
+def test_the_plan_is_made_once_more_with_the_times_of_planned_steps(n_frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+
+    def spied(trace: Trace, *rest: Any) -> Plan:
+        made.append(trace.compute_s)
+        return make_plan(trace, *rest)
+
+    monkeypatch.setattr(driver_module, "make_plan", spied)
+    with rig(n_frames) as r:
+        step_s = iter([9.0, 8.0, 1.0, 3.0, 2.0])
+        finish = TraceRecorder.finish
+        monkeypatch.setattr(TraceRecorder, "finish", lambda recorder: lasting(finish(recorder), next(step_s, 7.0)))
+        for steps in range(1, 4 + MEASURED_STEPS):
+            r.step(*STEP)
+            assert (len(made), r.driver.planned_steps) == (1 if steps < 2 + MEASURED_STEPS else 2, steps - 1)
+        assert made == pytest.approx([9.0, 2.0]), "the first planned step is left out; of the others the median counts"
+        for _ in range(2 * MAX_STEPS):
+            r.step(*STEP)
+        assert len(made) == 2 and r.driver.deviations == 0
+        r.read_all()
+
+
+def test_a_step_with_ops_missing_says_nothing_about_durations() -> None:
+    ops = tuple(Op((OpKind.UPDATE, index), f"op {index}", (), 1.0, index) for index in range(3))
+    found = Durations()
+    assert found.add(Trace(ops), Trace(ops)) is None
+    for _ in range(MEASURED_STEPS - 1):
+        assert found.add(Trace(ops), lasting(Trace(ops), 6.0)) is None
+        assert found.add(Trace(ops), lasting(Trace(ops[:2]), 9.0)) is None
+    refined = found.add(Trace(ops), lasting(Trace(ops), 6.0))
+    assert refined is not None and [op.duration_s for op in refined.ops] == [2.0, 2.0, 2.0]
+    assert found.add(Trace(ops), lasting(Trace(ops), 6.0)) is None, "once is enough"
+
+
+def lasting(trace: Trace, step_s: float) -> Trace:
+    """The trace with ops of equal durations."""
+    return Trace(tuple(replace(op, duration_s=step_s / len(trace.ops)) for op in trace.ops))
 
 
 @pytest.mark.parametrize("n_frames", [2, 3, 5])
