@@ -59,22 +59,22 @@ def best_window(
     if not segments:
         return None
     end = segments[-1][0] + segments[-1][1]
+    owners = [owner for _, _, owner in segments if owner is not None]
+    # Per segment: how many tenants, and how many of those that must stay, lie before it.
+    before, staying = [0], [0]
+    for _, _, owner in segments:
+        before.append(before[-1] + (owner is not None))
+        staying.append(staying[-1] + (owner is not None and not movable(owner)))
     best: Window | None = None
     best_cost: Any = None
-    low = 0
+    low = high = 0
     for start in _candidates(segments, n_frames, end):
         while segments[low][0] + segments[low][1] <= start:
             low += 1
-        tenants: list[TensorId] = []
-        index = low
-        while index < len(segments) and segments[index][0] < start + n_frames:
-            owner = segments[index][2]
-            if owner is not None:
-                if not movable(owner):
-                    break
-                tenants.append(owner)
-            index += 1
-        else:
+        while high < len(segments) and segments[high][0] < start + n_frames:
+            high += 1
+        if staying[high] == staying[low]:
+            tenants = owners[before[low] : before[high]]
             found = cost(tenants)
             if best_cost is None or found < best_cost:
                 best, best_cost = Window(FrameId(start), n_frames, tuple(tenants)), found

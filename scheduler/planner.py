@@ -43,6 +43,9 @@ FOR_GOOD: Final = sys.maxsize
 STALL_QUANTUM_S: Final = 0.0005
 
 
+#: The cost of a window that is not taken.
+_DEAR: Final = (math.inf, math.inf, 0)
+
 #: Tensor, first frame, dirtiness and deadness of everything in host memory, sorted.
 Placed = tuple[tuple[TensorId, FrameId, bool, bool], ...]
 
@@ -67,6 +70,8 @@ class _Tenant:
     dead: bool = False
     modified_at: int = -1
     clean_at_s: float = 0.0
+    #: The first op that uses it again, as of its last use; infinite when it is dead.
+    next_use: float = -1
 
 
 @dataclass(slots=True)
@@ -119,22 +124,37 @@ class _Walk:
     ) -> Window | None:
         """The best window for a load needed at op ``now``; tenants in ``staying`` are not moved. ``pack``: the lowest."""
         need_s = self.op_end_s[now - 1] if now else 0.0
+        least = _DEAR
+
+        def stall(start_s: float) -> float:
+            return max(0.0, start_s + read_s - need_s) // STALL_QUANTUM_S
+
+        least_stall = stall(self.read_free_s)
+        tenants = self.tenants
 
         def movable(tensor: TensorId) -> bool:
-            return tensor not in staying and self.tenants[tensor].locked_until < now
+            return tensor not in staying and tenants[tensor].locked_until < now
 
         def cost(tensors: Sequence[TensorId]) -> tuple[float, float, int]:
             if pack:
                 return (0.0, 0.0, 0)
-            start_s, soonest, dirty_bytes = self.read_free_s, math.inf, 0
+            nonlocal least
+            soonest = math.inf
             for tensor in tensors:
-                tenant = self.tenants[tensor]
+                next_use = tenants[tensor].next_use
+                if next_use < soonest:
+                    soonest = next_use
+                    # Most windows are out of the question early: what is left to add cannot make them cheaper.
+                    if least[0] == least_stall and -soonest > least[1]:
+                        return _DEAR
+            start_s, dirty_bytes = self.read_free_s, 0
+            for tensor in tensors:
+                tenant = tenants[tensor]
                 start_s = max(start_s, self.released_s(tenant))
-                if not tenant.dead:
-                    soonest = min(soonest, self.next_use(tensor, now))
-                    dirty_bytes += self.n_bytes[tensor] * tenant.dirty
-            stall_s = max(0.0, start_s + read_s - need_s)
-            return (stall_s // STALL_QUANTUM_S, -soonest, dirty_bytes)
+                dirty_bytes += self.n_bytes[tensor] * tenant.dirty
+            found = (stall(start_s), -soonest, dirty_bytes)
+            least = min(least, found)
+            return found
 
         return best_window(list(self.frames.segments()), n_frames, movable, cost)
 
@@ -241,6 +261,7 @@ class _Walk:
         for access in op.accesses:
             tenant = self.tenants[access.tensor]
             tenant.locked_until = max(tenant.locked_until, until, now)
+            tenant.next_use = self.next_use(access.tensor, now)
             if access.mode in CHANGES:
                 write_s = self.n_bytes[access.tensor] / self.machine.write_bytes_per_s
                 if not tenant.dirty:
@@ -248,7 +269,7 @@ class _Walk:
                 tenant.dirty, tenant.modified_at = True, now
                 tenant.clean_at_s = max(self.write_free_s, self.op_end_s[now] + write_s)
             elif access.mode is AccessMode.CONSUME:
-                tenant.dead, tenant.dirty = True, False
+                tenant.dead, tenant.dirty, tenant.next_use = True, False, math.inf
 
     def placement(self) -> Placed:
         """What is where; two steps that begin alike go on alike."""
