@@ -98,11 +98,21 @@ class ForwardEnd:
 
 
 def keep_freed_memory() -> None:
-    """From here on nothing that is freed leaves the process, until `large_blocks_mapped` says otherwise."""
+    """From here on nothing that is freed leaves the process by itself."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def give_back_large_blocks() -> None:
+    """From here on freed blocks of `TRAINING_BYTES` or more leave the process at once; undoes `keep_freed_memory`."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, _MAPPED_BLOCKS)
+        mallopt(_M_MMAP_THRESHOLD, TRAINING_BYTES)
+        # glibc's own trimming gives back what the next step maps again; `ForwardEnd` has the better moment.
+        mallopt(_M_TRIM_THRESHOLD, 8 * TRAINING_BYTES)
 
 
 @contextmanager
@@ -121,6 +131,4 @@ def large_blocks_mapped() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(_M_MMAP_THRESHOLD, TRAINING_BYTES)
-        # glibc's own trimming gives back what the next step maps again; `ForwardEnd` has the better moment.
-        mallopt(_M_TRIM_THRESHOLD, 8 * TRAINING_BYTES)
+        give_back_large_blocks()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pagemem.heap import WORTH_BYTES, ForwardEnd, give_back_free_pages, large_blocks_mapped
+from pagemem.heap import WORTH_BYTES, ForwardEnd, give_back_free_pages, give_back_large_blocks, keep_freed_memory, large_blocks_mapped
 from pagemem.page import TensorId
 from pagemem.units import MiB
 
@@ -74,6 +74,18 @@ def test_free_pages_between_living_blocks_leave_the_process() -> None:
     give_back_free_pages()
     assert before - resident_bytes() >= WORTH_BYTES
     assert all(bool((block == 1).all()) for block in blocks)
+
+
+def test_what_one_engine_keeps_another_one_gives_back() -> None:
+    if getattr(ctypes.CDLL(None), "mallinfo2", None) is None:
+        pytest.skip("needs glibc")
+    keep_freed_memory()
+    give_back_large_blocks()
+    before = resident_bytes()
+    block = torch.ones(64 * MiB, dtype=torch.uint8)
+    assert resident_bytes() - before >= 60 * MiB
+    del block
+    assert resident_bytes() - before < 4 * MiB
 
 
 def resident_bytes() -> int:
