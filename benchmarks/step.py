@@ -4,8 +4,8 @@
 
 Each process is blocked on its pipe while the other one steps, so they do not disturb each other and each has its own
 peak memory. ``--ram-share`` is the RAM budget for model states over 12 bytes a parameter (fp32 parameters and two
-moments); 1.5 holds everything. The engine traces in its first two steps and plans
-once more after its sixth; all that is warm-up.
+moments); 1.5 holds everything. The engine traces in its first two steps and plans once more after its sixth; all that is
+warm-up.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import GPT, SIZES, Spread, batch, fused_adamw
-from pagemem.heap import keep_freed_memory
+from pagemem.heap import joining, keep_freed_memory
 
 WARM_UP = 8
 
@@ -41,6 +42,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
     parser.add_argument("--heap", choices=["auto", "keep", "trim"], default="auto", help="memory.heap of the engine")
     parser.add_argument("--torch-keeps-heap", action="store_true", help="plain PyTorch keeps freed memory too, as memory.heap = keep does")
+    parser.add_argument(
+        "--joining-heap", action="store_true",
+        help="start the engine's process with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, as offload launch does where --activations is set",
+    )  # fmt: skip
     parser.add_argument("--no-checksums", action="store_true")
     parser.add_argument("--child", choices=["torch", "engine"], help=argparse.SUPPRESS)
     common.common_arguments(parser)
@@ -155,9 +160,10 @@ def child(a: argparse.Namespace) -> None:
 class Child:
     """One measured process."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, joining_heap: bool) -> None:
         command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--child", kind]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = joining(os.environ) if joining_heap else None
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def ask(self, line: str) -> dict[str, Any]:
         """Send a line, wait for the answer."""
@@ -185,7 +191,7 @@ def _answer(stdout: IO[str]) -> dict[str, Any]:
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     """Both processes, in turns; returns the record."""
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
-    children = {kind: Child(kind) for kind in ("torch", "engine")}
+    children = {kind: Child(kind, joining_heap=a.joining_heap and kind == "engine") for kind in ("torch", "engine")}
     steps: dict[str, list[dict[str, Any]]] = {"torch": [], "engine": []}
     for number in range(WARM_UP + a.steps):
         for kind, process in children.items():

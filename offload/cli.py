@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from offload.launch import INTERRUPTED, launch
 from offload.profile_run import profile_run
 from offload.verify import verify_run
 from pagemem.errors import OffloadError
+from pagemem.heap import joining
 from pagemem.units import parse_bytes
 
 _EXPORT: Final = (
@@ -151,12 +153,23 @@ def _add_run(command: argparse.ArgumentParser, commit: str) -> None:
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    return launch(_read_config(arguments))
+    config = _read_config(arguments)
+    _start_anew_if_worth_it(arguments, config)
+    return launch(config)
 
 
 def _profile(arguments: argparse.Namespace) -> int:
-    profile_run(_read_config(arguments), arguments.steps, arguments.to, Console())
+    config = _read_config(arguments)
+    _start_anew_if_worth_it(arguments, config)
+    profile_run(config, arguments.steps, arguments.to, Console())
     return 0
+
+
+def _start_anew_if_worth_it(arguments: argparse.Namespace, config: Config) -> None:
+    """Replace this process by one like it whose heap needs no trimming, see `pagemem.heap`, where memory is to be saved."""
+    environment = joining(os.environ)
+    if arguments.owns_process and config.memory.activations is not None and config.memory.heap == "auto" and environment is not None:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _read_config(arguments: argparse.Namespace, *more: str) -> Config:
@@ -249,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     What a caller can put right is one line on stderr; any other exception is a defect and keeps its traceback.
     """
     arguments = build_parser().parse_args(argv)
+    arguments.owns_process = argv is None
     try:
         code: int = arguments.call(arguments)
         return code

@@ -71,7 +71,9 @@ class MemoryConfig(_Section):
     heap: Literal["auto", "keep", "trim"] = "auto"
     """What becomes of ordinary memory that a step frees: "keep" leaves it with the process for the next step, which is
     faster; "trim" gives blocks of 32 MiB back at once and, where not all pages fit in ``ram``, other free pages once a
-    step. "auto" trims where ``activations`` is set. The setting is the whole process's; see pagemem/heap.py."""
+    step. "auto" trims where ``activations`` is set, unless the process was started with
+    ``GLIBC_TUNABLES=glibc.malloc.tcache_count=0``, as ``offload launch`` starts itself then: keeping takes little more memory in such a
+    process. The setting is the whole process's; see pagemem/heap.py."""
     page: Annotated[Literal["auto"] | int, BeforeValidator(_page)] = "auto"
     """Page size, a power of two from 64KiB to 64MiB. "auto" takes about a 128th of ``ram``, at most 4MiB."""
 

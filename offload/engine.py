@@ -37,7 +37,7 @@ from optim.optimizer import without_compiler
 from optim.unit import Slot, Unit
 from pagemem.errors import NonFiniteError, OffloadError, TransitionError
 from pagemem.events import EventKind
-from pagemem.heap import give_back_large_blocks, keep_freed_memory
+from pagemem.heap import blocks_join, give_back_large_blocks, keep_freed_memory
 from pagemem.page_file import PageFiles
 from pagemem.units import parse_bytes
 
@@ -152,7 +152,7 @@ class Engine:
         if memory.activations is not None:
             of_chunk = chunk_bytes(memory.ram, self._store.page_bytes)
             binder.activations = SavedActivations(self._store.driver, memory.activations, of_chunk)
-        binder.trims = memory.heap == "trim" or (memory.heap == "auto" and memory.activations is not None)
+        binder.trims = memory.heap == "trim" or (memory.heap == "auto" and memory.activations is not None and not blocks_join())
         # The process may have been set otherwise by an engine before.
         (give_back_large_blocks if binder.trims else keep_freed_memory)()
         saved = self._saved_weights(binder)

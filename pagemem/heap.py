@@ -10,9 +10,12 @@ in a virtual machine. By glibc's own rule that happens in every step to all bloc
 loss's tensors of the logits' size. `keep_freed_memory` has the heap keep everything, which takes about as much more RAM as they do.
 
 Training, for memory: an activation that is freed between two that live on leaves a hole that the next one of its size just misses.
-torch aligns blocks to 64 bytes, for which glibc looks for 96 more than the block takes, and what it cuts off goes to small
-objects. `ForwardEnd` gives such holes back just before most is alive. After each step, when nearly all of the heap is free,
-it would have to be mapped anew for the next one.
+torch aligns blocks to 64 bytes, for which glibc looks for 96 more than the block takes, and what it cuts off goes to its cache of
+small blocks (tcache), which does not join it to the block again when that is freed. `ForwardEnd` gives such holes back just before
+most is alive. After each step, when nearly all of the heap is free, it would have to be mapped anew for the next one.
+
+Training, for both: a process that was started with `TUNABLE` in its environment has no such cache and few such holes, so that
+keeping everything takes little more than trimming does. It is too late for it once the process runs.
 
 All settings are the process's; each function here has no effect where libc is not glibc.
 """
@@ -20,8 +23,9 @@ All settings are the process's; each function here has no effect where libc is n
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 from pagemem.page import TensorId
@@ -38,6 +42,9 @@ _NEVER: Final = -1
 BUILDING_BYTES: Final = 1 * MiB
 #: Afterwards: the largest that glibc takes, which is where its own rule ends up after a step of training.
 TRAINING_BYTES: Final = 32 * MiB
+#: glibc reads it when a process starts: freed blocks join their neighbours at once instead of being cached.
+TUNABLE: Final = "glibc.malloc.tcache_count=0"
+TUNABLES_VARIABLE: Final = "GLIBC_TUNABLES"
 #: With less than this free, the heap is left as it is: mapping the pages anew costs a small model more than a percent.
 WORTH_BYTES: Final = 96 * MiB
 
@@ -132,3 +139,31 @@ def large_blocks_mapped() -> Iterator[None]:
         yield
     finally:
         give_back_large_blocks()
+
+
+def joining(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The environment for a process whose freed blocks join their neighbours at once; None where starting it would change nothing.
+
+    Tunables for other things stay as they are; one for the same thing is somebody's decision and stands.
+    """
+    tunables = [tunable for tunable in environment.get(TUNABLES_VARIABLE, "").split(":") if tunable]
+    name = TUNABLE.partition("=")[0]
+    if not _is_glibc() or any(tunable.partition("=")[0] == name for tunable in tunables):
+        return None
+    return {**environment, TUNABLES_VARIABLE: ":".join([*tunables, TUNABLE])}
+
+
+def blocks_join() -> bool:
+    """Whether this process was started with `TUNABLE`, and its libc is one that heeds it."""
+    if not _is_glibc():
+        return False
+    try:
+        at_start = Path("/proc/self/environ").read_bytes()
+    except OSError:
+        return False
+    found = [value for name, _, value in (entry.partition(b"=") for entry in at_start.split(b"\0")) if name == TUNABLES_VARIABLE.encode()]
+    return bool(found) and TUNABLE.encode() in found[-1].split(b":")
+
+
+def _is_glibc() -> bool:
+    return getattr(ctypes.CDLL(None), "gnu_get_libc_version", None) is not None

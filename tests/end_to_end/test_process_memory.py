@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,10 @@ import torch
 from parity import adamw
 from small_runs import RAM_BYTES, batches, built, config, engine_of, train
 
+import offload.cli
 import offload.parameters
-from pagemem.heap import ForwardEnd
+from offload.cli import main
+from pagemem.heap import ForwardEnd, joining
 
 
 @pytest.mark.parametrize("arguments", [{}, {"tied": True}, {"recompute": "non-reentrant"}], ids=["plain", "tied", "recompute"])
@@ -52,6 +56,39 @@ def test_free_pages_are_given_back_only_where_they_are_wanted_and_memory_is_shor
     with offload.initialize(built(), settings, adamw) as engine:
         train(engine, 3)
     assert bool(calls) is given_back
+
+
+def test_with_freed_blocks_that_join_activations_need_no_trimming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(offload.parameters, "give_back_free_pages", lambda: calls.append(True))
+    monkeypatch.setattr(offload.engine, "blocks_join", lambda: True)
+    settings = config(tmp_path, ram=RAM_BYTES)
+    settings["memory"] |= {"activations": 0}
+    with offload.initialize(built(), settings, adamw) as engine:
+        train(engine, 3)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("memory", "anew"), [({"activations": 0}, True), ({"activations": 0, "heap": "keep"}, False), ({}, False)], ids=["activations", "keep", "default"]
+)
+def test_launch_starts_itself_anew_where_the_heap_would_be_trimmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: dict[str, object], anew: bool
+) -> None:
+    environment = joining(os.environ)
+    if environment is None:
+        pytest.skip("needs glibc, and a process that has its cache")
+    started: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(offload.cli, "launch", lambda config: 0)
+    settings = config(tmp_path)
+    settings["memory"] |= memory
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    command = ["launch", str(tmp_path / "config.json")]
+    assert main(command) == 0 and not started, "a caller's process is not replaced"
+    monkeypatch.setattr(sys, "argv", ["offload", *command])
+    assert main() == 0
+    assert started == ([(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)] if anew else [])
 
 
 @pytest.mark.parametrize(("heap", "stays"), [("keep", True), ("trim", False)])

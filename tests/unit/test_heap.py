@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from pagemem.heap import (
-    WORTH_BYTES, ForwardEnd, give_back_free_pages, give_back_large_blocks, keep_freed_memory, large_blocks_mapped,
+    TUNABLE, TUNABLES_VARIABLE, WORTH_BYTES, ForwardEnd, give_back_free_pages, give_back_large_blocks, joining, keep_freed_memory,
+    large_blocks_mapped,
 )  # fmt: skip
 from pagemem.page import TensorId
 from pagemem.units import MiB
@@ -98,6 +100,46 @@ def test_what_one_engine_keeps_another_one_gives_back() -> None:
     path = ":".join([str(Path(__file__).parent), *(path for path in sys.path if path)])
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_joining_keeps_what_the_environment_says_of_other_things() -> None:
+    if getattr(ctypes.CDLL(None), "mallinfo2", None) is None:
+        pytest.skip("needs glibc")
+    assert joining({"A": "1"}) == {"A": "1", TUNABLES_VARIABLE: TUNABLE}
+    others = "glibc.malloc.arena_max=2:glibc.malloc.mxfast=0"
+    assert joining({TUNABLES_VARIABLE: others}) == {TUNABLES_VARIABLE: f"{others}:{TUNABLE}"}
+
+
+@pytest.mark.parametrize("decided", [TUNABLE, "glibc.malloc.mxfast=0:glibc.malloc.tcache_count=7"])
+def test_joining_leaves_a_decision_of_somebody_else_alone(decided: str) -> None:
+    assert joining({TUNABLES_VARIABLE: decided}) is None
+
+
+def test_blocks_of_one_size_use_the_same_memory_where_freed_blocks_join() -> None:
+    """A long-lived small object after each large block that is freed: with glibc's cache it lies in the block's cut-off end."""
+    environment = joining(os.environ)
+    if environment is None:
+        pytest.skip("needs glibc, and a process that has its cache")
+    code = (
+        "import sys, torch; sys.path[:0] = sys.argv[1].split(':')\n"
+        "from test_heap import MiB, resident_bytes\n"
+        "from pagemem.heap import blocks_join, keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "before, kept = resident_bytes(), []\n"
+        "for _ in range(40):\n"
+        "    pair = [torch.ones(8 * MiB, dtype=torch.uint8) for _ in range(2)]\n"
+        "    kept.extend(torch.empty(8, dtype=torch.uint8) for _ in range(8))\n"
+        "    del pair\n"
+        "print(blocks_join(), (resident_bytes() - before) // MiB)\n"
+    )
+    path = ":".join([str(Path(__file__).parent), *(path for path in sys.path if path)])
+    said = {}
+    for name, variables in (("as it is", dict(os.environ)), ("joining", environment)):
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120, check=False, env=variables)
+        said[name] = done.stdout.split()
+        assert len(said[name]) == 2, done.stderr
+    assert said["as it is"][0] == "False" and said["joining"][0] == "True"
+    assert int(said["joining"][1]) < 40, said
 
 
 def resident_bytes() -> int:
