@@ -34,6 +34,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--size", choices=SIZES, default="27m")
     parser.add_argument("--ram-share", type=float, default=0.25)
+    parser.add_argument(
+        "--device-share", type=float, metavar="SHARE", help="compute out of a third tier of ordinary RAM (device = cpu-emulated) that holds so much of the parameters"
+    )
     parser.add_argument("--steps", type=int, default=9, help="timed steps each, at least 5")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=256)
@@ -97,8 +100,10 @@ class Engine:
         import offload
 
         ram = int(a.ram_share * 12 * common.n_parameters(*SIZES[a.size], a.seq))
+        device = None if a.device_share is None else int(a.device_share * 4 * common.n_parameters(*SIZES[a.size], a.seq))
         config = {
-            "memory": {"ram": ram, "activations": a.activations, "heap": a.heap},
+            "device": "cpu" if device is None else "cpu-emulated",
+            "memory": {"ram": ram, "device": device, "activations": a.activations, "heap": a.heap},
             "ssd": {"paths": [f"{a.dir}/pages"], "checksums": not a.no_checksums},
             "update": {"clip_norm": a.clip_norm},
         }
@@ -264,6 +269,7 @@ def main() -> None:
     record = measure(a)
     common.save(record, a.save)
     title = f"{a.size}, batch {a.batch} x {a.seq}, RAM for states {a.ram_share:g} of them" + (f", {a.activations} of activations" if a.activations else "")
+    title += "" if a.device_share is None else f", device for parameters {a.device_share:g} of them"
     common.show(title, rows_of(record), {k: v for k, v in record.items() if k != "all_steps"}, as_json=a.json)
 
 

@@ -179,10 +179,12 @@ class Checkpoints:
         self._check_fits(commit, ordinary)
         self._updater.drain()
         self._store.driver.quiesce()
-        with self._store.driver.interlude():
+        with self._store.binder.driver.interlude():
             self._check_unused()
             for tensor in self._tensors().values():
                 self._take_over(tensor, commit)
+            for unit in self._store.index.units:
+                self._store.updated(unit)
         state = manifest.state
         for slot in self._slots():
             slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]

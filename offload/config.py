@@ -68,6 +68,8 @@ class MemoryConfig(_Section):
     """RAM, beside ``ram``, for tensors that autograd saves for the backward pass. Of what is beyond it, results of elementwise
     ops are computed again where possible; the earliest saved of the others go to pages of ``ram`` and from there to SSD.
     None: all stay as they are."""
+    device: Size | None = Field(default=None, gt=0)
+    """Budget of parameters on the device, where compute is not run out of ``ram``."""
     heap: Literal["auto", "keep", "trim"] = "auto"
     """What becomes of ordinary memory that a step frees: "keep" leaves it with the process for the next step, which is
     faster; "trim" gives blocks of 32 MiB back at once and, where not all pages fit in ``ram``, other free pages once a
@@ -84,6 +86,8 @@ class MemoryConfig(_Section):
             raise ValueError(f"page is {page} bytes; it must be a power of two from 64KiB to 64MiB")
         if self.ram < page:
             raise ValueError(f"ram is {format_bytes(self.ram)}, less than one page of {format_bytes(page)}; raise ram")
+        if self.device is not None and self.device < page:
+            raise ValueError(f"device is {format_bytes(self.device)}, less than one page of {format_bytes(page)}; raise device")
         return self
 
 
@@ -243,8 +247,9 @@ class Config(_Section):
 
     seed: int = Field(default=1, ge=0)
     """Seed of torch's generator and of the data order (launch)."""
-    device: Literal["cpu"] = "cpu"
-    """Where compute runs: straight out of host pages."""
+    device: Literal["cpu", "cpu-emulated"] = "cpu"
+    """Where compute runs: "cpu", straight out of host pages, or "cpu-emulated", out of pages of a third tier above them with a
+    budget of its own, ``memory.device``, which is ordinary RAM: what a GPU does, for trying and testing."""
     memory: MemoryConfig
     """Host memory."""
     ssd: SsdConfig
@@ -266,6 +271,11 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if (self.device == "cpu") != (self.memory.device is None):
+            wanted = "leave memory.device out" if self.device == "cpu" else "set memory.device, the budget of parameters there"
+            raise ValueError(f'device is "{self.device}": {wanted}')
+        if self.device != "cpu" and self.update.mode != "exact":
+            raise ValueError(f'device is "{self.device}", for which updates are exact; set update.mode to "exact"')
         if self.output is not None:
             run = Path(self.output.run).resolve()
             for path in self.ssd.paths:

@@ -138,6 +138,8 @@ def check_forecastable(config: Config) -> None:
         raise ConfigError(f"plan needs the sections {', '.join(missing)} as well")
     if config.update.mode != "exact":
         raise ConfigError(f'update.mode is "{config.update.mode}": plan knows "exact" only, whose updates are part of the step; --set update.mode=exact')
+    if config.device != "cpu":
+        raise ConfigError(f'device is "{config.device}": plan knows host memory and SSD only; --set device=cpu and leave memory.device out')
     if config.memory.activations is not None:
         raise ConfigError("memory.activations is set: plan does not know which saved tensors would go to pages; leave it out for plan")
 

@@ -136,9 +136,9 @@ class SavedWeights:
         with mover.changed:
             owner = mover.host.owner(frame)
             unit = self._binder.units.get(owner) if owner is not None else None
-            if unit is None or unit.parameters.frame is None:
+            if unit is None or unit.compute.frame is None:
                 raise AssertionError(f"a saved tensor lies in page {frame}, which holds no parameters")
-            start = (frame - unit.parameters.frame) * mover.arena.page_bytes + offset
+            start = (frame - unit.compute.frame) * mover.arena.page_bytes + offset
         return SavedView(unit, start, saved)
 
     def unpack(self, packed: Packed) -> Tensor:
@@ -164,7 +164,7 @@ class SavedWeights:
         self._binder.forward_end.backward_use()
         driver = self._binder.driver
         key = (OpKind.BACKWARD, (unit.index,))
-        held = driver.begin(key, unit.name, [Access(unit.parameters.id, AccessMode.READ)])
+        held = driver.begin(key, unit.name, [Access(unit.compute.id, AccessMode.READ)])
         try:
             flat = self._binder.lease(unit, packed.offset_bytes, packed.dtype, packed.span)
             return flat.as_strided(packed.size, packed.stride)

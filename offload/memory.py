@@ -64,7 +64,7 @@ class TierUse:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Use of every tier ("host", "ssd"), host bytes by tag, and the page size."""
+    """Use of every tier ("device" where there is one, "host", "ssd"), host bytes by tag, and the page size."""
 
     tiers: dict[str, TierUse]
     by_tag: dict[str, int]
@@ -102,4 +102,17 @@ def memory_report(store: PageStore, updater: Updater, committer: Committer) -> M
     ssd = TierUse(
         None, mover.ssd.used_frames * page_bytes, mover.ssd.peak_frames * page_bytes, mover.ssd.peak_frames, ssd_planned, committing
     )
-    return MemoryReport({"host": host, "ssd": ssd}, store.bytes_by_tag(in_flight), page_bytes)
+    return MemoryReport({**_device_use(store), "host": host, "ssd": ssd}, store.bytes_by_tag(in_flight), page_bytes)
+
+
+def _device_use(store: PageStore) -> dict[str, TierUse]:
+    device = store.device_tier
+    if device is None:
+        return {}
+    book, plan, page_bytes = device.mover.host, device.driver.plan, store.page_bytes
+    planned = None if plan is None else plan.peak_frames
+    return {
+        "device": TierUse(
+            device.budget.limit_bytes, book.used_frames * page_bytes, book.peak_frames * page_bytes, device.mover.touched_frames, planned
+        )
+    }

@@ -152,8 +152,8 @@ class Binder:
     """Binds paged parameters for the calls that use them. Training thread only.
 
     Args:
-        driver: brings the pages.
-        mover: owner of the arena.
+        driver: brings the pages that compute uses.
+        mover: owner of the arena that they are in.
     """
 
     def __init__(self, driver: Driver, mover: Mover) -> None:
@@ -221,9 +221,9 @@ class Binder:
         if kind is OpKind.BACKWARD:
             self.forward_end.backward_use()
         elif self.forwards and torch.is_grad_enabled():
-            self.forward_end.forward_use([unit.parameters.id for unit in units], self.units)
+            self.forward_end.forward_use([unit.compute.id for unit in units], self.units)
         key = (kind, tuple(unit.index for unit in units))
-        held = self.driver.begin(key, units[0].name, [Access(unit.parameters.id, AccessMode.READ) for unit in units])
+        held = self.driver.begin(key, units[0].name, [Access(unit.compute.id, AccessMode.READ) for unit in units])
         taken: list[tuple[PagedParameter, Place]] = []
         try:
             for parameter, place in zip(parameters, places, strict=True):
@@ -252,7 +252,7 @@ class Binder:
 
     def lease(self, unit: Unit, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor:
         """A flat view of a unit's pages, which stay where they are until its last alias is gone. The unit is pinned."""
-        tensor = unit.parameters
+        tensor = unit.compute
         assert tensor.frame is not None
         tensor.leases += 1
         return self.mover.arena.lease(tensor.id, tensor.frame, offset_bytes, dtype, numel)
@@ -272,8 +272,8 @@ class Binder:
     def _changed(self, place: Place, *, exposed: bool = False) -> None:
         place.unit.version += 1
         place.slot.edited = True
-        place.unit.parameters.exposed |= exposed
-        self.mover.touch(place.unit.parameters)
+        place.unit.compute.exposed |= exposed
+        self.mover.touch(place.unit.compute)
 
     def watch_gradient(self, parameter: PagedParameter) -> None:
         """Have the updater take this parameter's gradients from now on."""

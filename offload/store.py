@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from offload.config import Config
+from offload.device_tier import DeviceTier
 from offload.earlier import EarlierCommits
 from offload.hooks import copied_in_state_dict
 from offload.need import BudgetNeed, Sizes, UnitShape, budget_need
@@ -85,11 +86,16 @@ class PageStore:
             undo.pop_all()
         self._neighbours = Neighbours(self.page_bytes)
         self.driver = Driver(self.mover, self.counters, self.mover.bandwidth)
-        self.binder = Binder(self.driver, self.mover)
+        self.device_tier = self._make_device_tier()
+        self.binder = Binder(self.driver, self.mover) if self.device_tier is None else Binder(self.device_tier.driver, self.device_tier.mover)
         self.binder.owner = self
 
     def _make_arena(self, n_frames: int) -> HostArena:
         return HostArena(n_frames, self.page_bytes)
+
+    def _make_device_tier(self) -> DeviceTier | None:
+        device_bytes = self.config.memory.device
+        return None if device_bytes is None else DeviceTier(device_bytes, self.page_bytes, self.driver, self.counters)
 
     def _make_files(self) -> PageFiles:
         ssd = self.config.ssd
@@ -142,9 +148,26 @@ class PageStore:
                 for (_, parameter), slot in zip(named, slots, strict=True):
                     flat[slot.offset : slot.end].copy_(parameter.detach().reshape(-1))
         self.index.units.append(unit)
-        self.binder.units[tensor.id] = unit
+        self._known(unit)
         for (_, parameter), slot in zip(named, slots, strict=True):
             self.binder.adopt(parameter, unit, slot)
+
+    def _known(self, unit: Unit) -> None:
+        """Tell the binder of a unit's parameters, which the device has none of yet."""
+        if self.device_tier is not None:
+            unit.device = self.device_tier.mirror(unit)
+        self.binder.units[unit.compute.id] = unit
+
+    def _unknown(self, unit: Unit) -> None:
+        del self.binder.units[unit.compute.id]
+        if self.device_tier is not None and unit.device is not None:
+            self.device_tier.forget(unit.device)
+            unit.device = None
+
+    def updated(self, unit: Unit) -> None:
+        """A unit's parameters have changed in host memory."""
+        if self.device_tier is not None and unit.device is not None:
+            self.device_tier.driver.renewed(unit.device)
 
     def add_masters(self, unit: Unit) -> None:
         """Give a unit's slices fp32 masters with the values its parameters have. Outside steps."""
@@ -176,10 +199,10 @@ class PageStore:
             arena = self.mover.arena
             arena.view(narrow.frame, 0, dtype, numel).copy_(arena.view(wide.frame, 0, unit.dtype, numel))
         self.driver.quiesce()
+        self._unknown(unit)
         self.mover.forget(wide)
-        del self.binder.units[wide.id]
-        self.binder.units[narrow.id] = unit
         unit.parameters, unit.dtype = narrow, dtype
+        self._known(unit)
         for slot in unit.slots:
             slot.dtype, slot.edited = dtype, False
 
@@ -219,8 +242,8 @@ class PageStore:
 
     def _forget(self, unit: Unit) -> None:
         self.index.units.remove(unit)
-        del self.binder.units[unit.parameters.id]
         self.driver.quiesce()
+        self._unknown(unit)
         for tensor in [unit.parameters, *(p.master for p in unit.slices if p.master), *(p.states for p in unit.slices if p.states)]:
             self.mover.forget(tensor)
 
@@ -358,6 +381,8 @@ class PageStore:
                 closing.callback(directory.close)
             closing.callback(self.page_files.close)
             closing.callback(self.mover.close)
+            if self.device_tier is not None:
+                closing.callback(self.device_tier.close)
             self.driver.quiesce()
 
     def is_resident(self, unit: Unit) -> bool:

@@ -50,7 +50,7 @@ def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Sc
         gradients = GradientStore(store.driver, store.budget, store.settle_sizes(in_flight=eager))
         return ExactUpdater(
             store.driver, store.index, rule, hypers, gradients, store.counters,
-            scaling=scaling, start=update.start,
+            scaling=scaling, start=update.start, updated=store.updated,
         )  # fmt: skip
     return _make_lock_free(store, rule, hypers, scaling, eager=eager)
 

@@ -46,6 +46,7 @@ class ExactUpdater:
         store: keeps gradients.
         scaling: clipping and loss scaling.
         start: "auto" updates a unit as soon as its gradients are complete, "step" after the optimizer step.
+        updated: told of each unit whose parameters were updated.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class ExactUpdater:
         *,
         scaling: Scaling,
         start: Start,
+        updated: Callable[[Unit], None] = lambda unit: None,
     ) -> None:
         self._driver = driver
         self._index = index
         self._rule = rule
         self._hypers = hypers
         self._store = store
+        self._updated = updated
         self._states = StateAccess(driver, rule.state_names)
         self._sink = sink
         self._scaling = scaling
@@ -238,6 +241,7 @@ class ExactUpdater:
             slot.steps += slot.arrivals > 0
         unit.version += 1
         self._store.forget(unit)
+        self._updated(unit)
 
     def _apply(self, unit: Unit, part: Slice, pieces: Sequence[Piece], pending: Pending) -> None:
         for group, hyper in enumerate(pending.hypers):

@@ -105,6 +105,7 @@ class Unit:
     """Parameters that move together.
 
     Attributes:
+        device: the copy of ``parameters`` that compute uses, where it does not use them in host memory.
         live_views: weights saved by autograd that may still be asked for; while there are any, an update must wait.
         version: updates and edits so far; a saved weight of another version must not be used.
         updated: whether the update of the step under way has been made.
@@ -117,10 +118,16 @@ class Unit:
     slots: list[Slot]
     slices: list[Slice]
     gradients: PagedTensor | None = None
+    device: PagedTensor | None = None
     live_views: int = 0
     version: int = 0
     updated: bool = False
     pending: Pending | None = None
+
+    @property
+    def compute(self) -> PagedTensor:
+        """The parameters as compute uses them: on the device, or in host memory."""
+        return self.device or self.parameters
 
     @property
     def gradient_bytes(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 
@@ -43,11 +43,15 @@ class Mover(CopyMonitor):
     with it held (it is re-entrant), which is how a caller makes several steps one.
     """
 
+    #: The tier of the arena, and the budget that is too small when it is.
+    tier: ClassVar[Tier] = Tier.HOST
+    setting: ClassVar[str] = "memory.ram"
+
     def __init__(self, arena: HostArena, files: PageFiles, sink: EventSink) -> None:
         super().__init__(sink)
         self.arena = arena
         self.files = files
-        self.host = PageAllocator(Tier.HOST, arena.page_bytes, arena.n_frames)
+        self.host = PageAllocator(self.tier, arena.page_bytes, arena.n_frames)
         self.copies = Copies(files, arena.page_bytes)
         self.tensors: dict[TensorId, PagedTensor] = {}
         self._next_id = 0
@@ -74,7 +78,7 @@ class Mover(CopyMonitor):
             found = {(Tier.SSD, tag): n_bytes for tag, n_bytes in self.copies.held().items()}
             for tensor in self.tensors.values():
                 if tensor.frame is not None:
-                    key = (Tier.HOST, tensor.tag)
+                    key = (self.tier, tensor.tag)
                     found[key] = found.get(key, 0) + tensor.n_frames * self.arena.page_bytes
             return found
 
@@ -142,7 +146,7 @@ class Mover(CopyMonitor):
     def droppable(self, tensor_id: TensorId) -> bool:
         """Whether the tensor's host frames can be given up after at most one store."""
         tensor = self.tensors[tensor_id]
-        return not tensor.held and tensor.state in (Residency.CLEAN, Residency.DIRTY)
+        return not tensor.held and not tensor.uploads and tensor.state in (Residency.CLEAN, Residency.DIRTY)
 
     def choose(self, n_frames: int, cost: Callable[[Sequence[TensorId]], Comparable]) -> Window | None:
         """The cheapest window of host frames whose tenants are all droppable, or None."""
@@ -190,7 +194,7 @@ class Mover(CopyMonitor):
                 raise AssertionError(f"{tensor.name}: frames {frame}..{frame + tensor.n_frames} are taken")
             tensor.frame = frame
             if self.watcher is not None:
-                self.watcher.held(Tier.HOST, tensor.tag, tensor.n_frames * self.arena.page_bytes)
+                self.watcher.held(self.tier, tensor.tag, tensor.n_frames * self.arena.page_bytes)
             self._touched[frame : frame + tensor.n_frames] = b"\1" * tensor.n_frames
             buffer = self.arena.buffer(frame, tensor.n_bytes)
             if fresh or tensor.state is Residency.ABSENT:
@@ -202,9 +206,17 @@ class Mover(CopyMonitor):
                 return
             tensor.become(Residency.LOADING)
             self._begun()
-            assert tensor.copy is not None
             started_s = time.perf_counter()
-            self._begin(self.files.read, tensor.copy.route, buffer, lambda error: self._loaded(tensor, started_s, error), background)
+            self._read(tensor, buffer, lambda error: self._loaded(tensor, started_s, error), background=background)
+
+    def _read(self, tensor: PagedTensor, buffer: memoryview, done: Done, *, background: bool) -> None:
+        """Begin to fill a tensor's frames from the tier below."""
+        assert tensor.copy is not None
+        self._begin(self.files.read, tensor.copy.route, buffer, done, background)
+
+    def take_back_load(self, tensor: PagedTensor) -> bool:
+        """Undo a load whose copy has not begun; returns whether it was one. Reads of page files cannot be undone."""
+        return False
 
     def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -306,7 +318,7 @@ class Mover(CopyMonitor):
             TransitionError: it is not clean; AssertionError: it is held. Nothing was changed.
         """
         with self.changed:
-            if tensor.held:
+            if tensor.held or tensor.uploads:
                 raise AssertionError(f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot drop it")
             if tensor.state is not Residency.CLEAN:
                 raise TransitionError(f"{tensor.name}: {tensor.state.value} -> dropped is not a legal move: it is not clean")
@@ -318,12 +330,27 @@ class Mover(CopyMonitor):
         with self.changed:
             if tensor.state is Residency.ABSENT:
                 return
-            if tensor.held:
+            if tensor.held or tensor.uploads:
                 raise AssertionError(f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot discard it")
             tensor.become(Residency.ABSENT)
             tensor.backed = False
             if tensor.frame is not None:
                 self._give_up_frames(tensor)
+            self._notify()
+
+    def begin_upload(self, tensor: PagedTensor) -> memoryview:
+        """The bytes of a readable tensor, which stay as they are until `end_upload`."""
+        with self.changed:
+            assert tensor.readable and tensor.frame is not None
+            tensor.uploads += 1
+            self._begun()
+            return self.arena.buffer(tensor.frame, tensor.n_bytes)
+
+    def end_upload(self, tensor: PagedTensor) -> None:
+        """The bytes that `begin_upload` gave are not looked at any more."""
+        with self.changed:
+            tensor.uploads -= 1
+            self._ended(None)
             self._notify()
 
     # ---- waiting -----------------------------------------------------------------------------------------------
@@ -365,7 +392,7 @@ class Mover(CopyMonitor):
             # The old one goes first: a limit on memory need not hold both.
             self.arena.close()
             self.arena = type(self.arena)(n_frames, self.arena.page_bytes)
-            self.host = PageAllocator(Tier.HOST, self.arena.page_bytes, n_frames)
+            self.host = PageAllocator(self.tier, self.arena.page_bytes, n_frames)
             self._n_set_aside = 0
             self.reset_touched()
 
@@ -435,7 +462,7 @@ class Mover(CopyMonitor):
         self.host.release(tensor.id)
         tensor.frame = None
         if self.watcher is not None:
-            self.watcher.held(Tier.HOST, tensor.tag, -tensor.n_frames * self.arena.page_bytes)
+            self.watcher.held(self.tier, tensor.tag, -tensor.n_frames * self.arena.page_bytes)
 
     def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
         self._sink.emit(Event(kind, tensor.name, tensor.n_bytes, started_s, time.perf_counter() - started_s))

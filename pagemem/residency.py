@@ -69,6 +69,7 @@ class PagedTensor:
         exposed: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
         fixed: its host frames stay its own for good: it is never moved or dropped.
         pins: uses under way that need the host frames to stay.
+        uploads: copies of the host frames to the device that are under way; until they end it neither moves nor changes.
         leases: live views of the host frames that were handed out, see `pagemem.arena.HostArena.lease`.
         last_use: sequence number of the last use, for least-recently-used ranking.
     """
@@ -87,6 +88,7 @@ class PagedTensor:
     exposed: bool = False
     fixed: bool = False
     pins: int = 0
+    uploads: int = 0
     leases: int = 0
     last_use: int = 0
     history: list[Residency] = field(default_factory=list)

@@ -243,6 +243,12 @@ class Replay:
         for access in op.accesses:
             tensor = access.tensor
             first = self.where.get(tensor)
+            if access.mode is AccessMode.RENEW:
+                self.versions += 1
+                self.latest[tensor] = self.filed[tensor] = self.versions
+                if first is not None:
+                    self.dead.add(tensor)
+                continue
             if first is None:
                 raise PlanError(f"op {self.now}: {op.name} misses {tensor}")
             size = self.size(tensor)

@@ -17,7 +17,7 @@ import enum
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import ClassVar, Final
 
 from pagemem.errors import BudgetError, TransitionError
 from pagemem.events import Event, EventKind, EventSink, Watcher
@@ -55,7 +55,11 @@ class Driver:
 
     Attributes:
         watcher: is told of ops and steps, while somebody profiles.
+        above: the driver of the tier above, whose steps end when this one's do.
     """
+
+    #: Whether every planned step has to have the same moves.
+    alike: ClassVar[bool] = False
 
     def __init__(
         self, mover: Mover, sink: EventSink, bandwidth: Callable[[], tuple[float, float]], overhead_bytes: int = 0
@@ -67,6 +71,7 @@ class Driver:
         self.on_demand_steps = 0
         self.deviations = 0
         self.watcher: Watcher | None = None
+        self.above: Driver | None = None
         self._on_demand = OnDemand(mover, overhead_bytes)
         self._sink = sink
         self._bandwidth = bandwidth
@@ -120,7 +125,7 @@ class Driver:
                 if self.mode is Mode.PLANNED:
                     self._follow(key)
                 self._recorder.begin(key, name, accesses)
-            held = self._hold(name, accesses)
+            held = self._hold(name, [access for access in accesses if access.mode is not AccessMode.RENEW])
         if watcher is not None:
             watcher.begins(key[0].value, name, held[0].name if held else "", sum(tensor.n_bytes for tensor in held))
         self._began_s = time.perf_counter()
@@ -151,17 +156,27 @@ class Driver:
             self._began_s = None
         if self.watcher is not None:
             self.watcher.step_ends()
+        asked_otherwise = self.above is not None and self._ends_above(repeatable=repeatable)
         with self.mover.changed:
             self._collect_views()
             if self.mode is Mode.PLANNED and self._at_step_end():
                 self._planned_step_ended(self._recorder.finish())
+                if asked_otherwise:
+                    self._leave_plan(None)
                 return
             if self.mode is Mode.PLANNED:
                 self._leave_plan("the step ended early")
             self.on_demand_steps += 1
             trace = self._recorder.finish()
-            if repeatable and trace.ops:
+            if repeatable and trace.ops and not asked_otherwise:
                 self._adopt(trace)
+
+    def _ends_above(self, *, repeatable: bool) -> bool:
+        """End the step of the tier above; returns whether it goes on by another plan, so that it will ask for other things."""
+        assert self.above is not None
+        plan = self.above.plan
+        self.above.end_step(repeatable=repeatable)
+        return self.above.plan is not plan
 
     @contextmanager
     def interlude(self) -> Iterator[None]:
@@ -182,6 +197,8 @@ class Driver:
 
     def quiesce(self) -> None:
         """Stop reading ahead and wait until no copy is under way, also after an error."""
+        if self.above is not None:
+            self.above.quiesce()
         self._disturb()
         self.mover.settle()
 
@@ -230,7 +247,7 @@ class Driver:
         fixed = {t.id: t.frame for t in self.mover.tensors.values() if t.fixed and t.frame is not None}
         n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in [*trace.tensors(), *fixed]}
         try:
-            plan = make_plan(trace, n_bytes, machine, fixed)
+            plan = make_plan(trace, n_bytes, machine, fixed, alike=self.alike)
         except BudgetError as error:
             self._sink.emit(Event(EventKind.DEVIATION, f"no plan: {error}", 0, time.perf_counter(), 0.0))
             return
@@ -319,7 +336,7 @@ class Driver:
         """
         self._lane.clear()
         for tensor in self.mover.tensors.values():
-            if tensor.state is not Residency.CLEAN or tensor.held or plan.initial.get(tensor.id) == tensor.frame:
+            if tensor.state is not Residency.CLEAN or tensor.held or tensor.uploads or plan.initial.get(tensor.id) == tensor.frame:
                 continue
             if tensor.frame is not None and tensor.frame < self.mover.n_shared_frames:
                 self.mover.drop(tensor)
@@ -394,7 +411,7 @@ class Driver:
 
     def _usable(self, tensor: PagedTensor, mode: AccessMode) -> bool:
         if mode in CHANGES:
-            return tensor.state in (Residency.CLEAN, Residency.DIRTY)
+            return tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads
         return tensor.readable
 
     def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
@@ -407,7 +424,7 @@ class Driver:
             return self._usable(tensor, mode) and tensor.id not in self._lane
 
         def hopeless() -> bool:
-            if tensor.state in (Residency.LOADING, Residency.STORING):
+            if tensor.uploads or tensor.state in (Residency.LOADING, Residency.STORING):
                 return False
             return self._lane.stuck or tensor.id not in self._lane
 

@@ -100,10 +100,13 @@ class ReadLane:
         if tenant.held:
             self.stuck = True
             return False
+        if tenant.uploads:
+            return False
         if tenant.state is Residency.DIRTY:
             self._mover.start_store(tenant)
             return False
         if tenant.state is not Residency.CLEAN:
-            return False
+            # A copy up that waits for host memory would wait for ever if this window is for what is used before.
+            return self._mover.take_back_load(tenant)
         self._mover.drop(tenant)
         return True

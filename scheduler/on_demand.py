@@ -42,7 +42,7 @@ class OnDemand:
             window = self.mover.choose(tensor.n_frames, cost)
             if window is not None:
                 break
-            in_flight = [t for t in tensors.values() if t.state in (Residency.LOADING, Residency.STORING)]
+            in_flight = [t for t in tensors.values() if t.uploads or t.state in (Residency.LOADING, Residency.STORING)]
             if not in_flight:
                 raise self._shortage(tensor, name)
             self.mover.settle()
@@ -61,7 +61,7 @@ class OnDemand:
             return
         if tensor.state is Residency.DIRTY:
             self.mover.start_store(tensor)
-        self.mover.wait_until(lambda: tensor.state is Residency.CLEAN, tensor.name, tensor.n_bytes)
+        self.mover.wait_until(lambda: tensor.state is Residency.CLEAN and not tensor.uploads, tensor.name, tensor.n_bytes)
         self.mover.drop(tensor)
 
     def _shortage(self, tensor: PagedTensor, name: str) -> BudgetError:
@@ -78,8 +78,8 @@ class OnDemand:
             by_tag[other.tag] = by_tag.get(other.tag, 0) + other.n_frames * page_bytes
         holders = ", ".join(f"{tag.value} {format_bytes(n)}" for tag, n in by_tag.items()) or "nothing"
         return BudgetError(
-            f"{name}: {tensor.name} needs {tensor.n_frames} adjacent pages of {format_bytes(page_bytes)}, the host arena "
-            f"has {self.mover.arena.n_frames}, and held by views in use are: {holders}. Set memory.ram to at least "
+            f"{name}: {tensor.name} needs {tensor.n_frames} adjacent pages of {format_bytes(page_bytes)}, the {self.mover.tier.value} arena "
+            f"has {self.mover.arena.n_frames}, and held by views in use are: {holders}. Set {self.mover.setting} to at least "
             f"{smallest_bytes} bytes ({format_bytes(smallest_bytes)}).",
             smallest_bytes,
         )

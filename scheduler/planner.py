@@ -85,6 +85,8 @@ class _Walk:
     frames: PageAllocator = field(init=False)
     tenants: dict[TensorId, _Tenant] = field(default_factory=dict)
     uses: dict[TensorId, list[int]] = field(default_factory=dict)
+    renewals: dict[TensorId, set[int]] = field(default_factory=dict)
+    renewed_at: dict[TensorId, int] = field(default_factory=dict)
     loads: list[LoadTask] = field(default_factory=list)
     stores: list[tuple[int, StoreTask]] = field(default_factory=list)
     op_end_s: list[float] = field(default_factory=list)
@@ -102,17 +104,18 @@ class _Walk:
                 uses = self.uses.setdefault(access.tensor, [])
                 if not uses or uses[-1] != index:
                     uses.append(index)
+                if access.mode is AccessMode.RENEW:
+                    self.renewals.setdefault(access.tensor, set()).add(index)
 
     # ---- what the ranking needs --------------------------------------------------------------------------------
 
-    def next_use(self, tensor: TensorId, now: int) -> int:
-        """First op after ``now`` that uses ``tensor``."""
+    def next_use(self, tensor: TensorId, now: int) -> float:
+        """First op after ``now`` that uses ``tensor`` as it is now; infinite when it is renewed before."""
         cycle, index = divmod(now, len(self.trace.ops))
         uses = self.uses[tensor]
         place = bisect.bisect_right(uses, index)
-        if place < len(uses):
-            return cycle * len(self.trace.ops) + uses[place]
-        return (cycle + 1) * len(self.trace.ops) + uses[0]
+        cycle, use = (cycle, uses[place]) if place < len(uses) else (cycle + 1, uses[0])
+        return math.inf if use in self.renewals.get(tensor, ()) else cycle * len(self.trace.ops) + use
 
     def released_s(self, tenant: _Tenant) -> float:
         """When the tenant's frames can be overwritten, on the predicted clock."""
@@ -179,6 +182,7 @@ class _Walk:
         if window is None:
             return None
         start_s, trigger = self.read_free_s, max(self.last_trigger, now - len(self.trace.ops) + 1)
+        trigger = max(trigger, self.renewed_at.get(tensor, -1) + 1)
         for victim in window.tenants:
             tenant = self.evict(victim, now)
             start_s = max(start_s, self.released_s(tenant))
@@ -244,6 +248,8 @@ class _Walk:
         own = frozenset(access.tensor for access in op.accesses)
         ready_s = 0.0
         for access in op.accesses:
+            if access.mode is AccessMode.RENEW:
+                continue
             tenant = self.tenants.get(access.tensor)
             if tenant is not None and tenant.dead:
                 self.evict(access.tensor, now)
@@ -259,6 +265,13 @@ class _Walk:
     def use(self, op: Op, now: int, until: int) -> None:
         """Note what an op does to its tensors."""
         for access in op.accesses:
+            if access.mode is AccessMode.RENEW:
+                self.renewed_at[access.tensor] = now
+                stale = self.tenants.get(access.tensor)
+                if stale is not None:
+                    stale.locked_until = max(stale.locked_until, now)
+                    stale.dead, stale.dirty, stale.next_use = True, False, math.inf
+                continue
             tenant = self.tenants[access.tensor]
             tenant.locked_until = max(tenant.locked_until, until, now)
             tenant.next_use = self.next_use(access.tensor, now)
@@ -294,7 +307,12 @@ def _numbered_from(start: int, n_ops: int, loads: Sequence[LoadTask], *, closed:
 
 
 def make_plan(
-    trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, fixed: Mapping[TensorId, FrameId] | None = None
+    trace: Trace,
+    n_bytes: Mapping[TensorId, int],
+    machine: Machine,
+    fixed: Mapping[TensorId, FrameId] | None = None,
+    *,
+    alike: bool = False,
 ) -> Plan:
     """Schedule the page moves of a step that repeats.
 
@@ -303,6 +321,7 @@ def make_plan(
         n_bytes: size of every tensor in the trace and in ``fixed``.
         machine: host frames and page-file bandwidths.
         fixed: tensors that are in host memory for good, in the trace or not, and their first frames.
+        alike: every step has the same moves, for the price of restoring the placement at each step's beginning.
 
     Returns:
         A plan whose moves never need more than ``machine.n_frames`` frames.
@@ -313,14 +332,15 @@ def make_plan(
     walk = _Walk(trace, n_bytes, machine, fixed or {})
     n_ops = len(trace.ops)
     placements = [walk.placement()]
-    while len(placements) <= MAX_STEPS and placements[-1] not in placements[:-1]:
+    seen = slice(-2, -1) if alike else slice(0, -1)
+    while len(placements) <= MAX_STEPS and (len(placements) < 2 or placements[-1] not in placements[seen]):
         walk.walk_step(len(placements) - 1)
         placements.append(walk.placement())
     last = len(placements) - 1
-    closed = placements[-1] in placements[:-1]
-    first = placements.index(placements[-1]) if closed else 0
+    closed = placements[-1] in placements[seen]
+    first = last - 1 if alike else placements.index(placements[-1])
     if not closed:
-        first, last = _least_different(placements, n_bytes)
+        first, last = _least_different(placements, n_bytes, range(1, 2) if alike else range(MIN_CYCLE_STEPS, MAX_STEPS + 1))
     start, end = first * n_ops, last * n_ops
     loads = [task for task in walk.loads if start <= task.needed_at < end]
     numbered = _numbered_from(start, end - start, loads, closed=closed)
@@ -352,12 +372,13 @@ def make_plan(
     )
 
 
-def _least_different(placements: Sequence[Placed], n_bytes: Mapping[TensorId, int]) -> tuple[int, int]:
-    """Two steps far enough apart with the most bytes in the same place."""
+def _least_different(placements: Sequence[Placed], n_bytes: Mapping[TensorId, int], lengths: range) -> tuple[int, int]:
+    """Two steps so many steps apart with the most bytes in the same place."""
     stretches = [
-        (first, last)
+        (first, first + length)
         for first in range(WARM_UP_STEPS, len(placements))
-        for last in range(first + MIN_CYCLE_STEPS, len(placements))
+        for length in lengths
+        if first + length < len(placements)
     ]
 
     def bytes_in_place(stretch: tuple[int, int]) -> int:

@@ -31,7 +31,8 @@ class AccessMode(enum.Enum):
     """How an op uses a tensor.
 
     CREATE writes it without looking at what it held; CONSUME reads it for the last time, its content is dead after, and
-    undefined until it is created again.
+    undefined until it is created again. RENEW does not touch it: what lies in the tier below changes, so that a copy in this
+    one is out of date, and one made before must not be used after.
     """
 
     # Members are single: enum's own hash, of the name, is a Python call.
@@ -41,6 +42,7 @@ class AccessMode(enum.Enum):
     MODIFY = "modify"
     CREATE = "create"
     CONSUME = "consume"
+    RENEW = "renew"
 
 
 #: Modes after which a tensor has content that is not in the page files.

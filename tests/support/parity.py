@@ -49,6 +49,7 @@ class Parity:
         """The engine's configuration."""
         update = {"clip_norm": self.clip_norm, **self.extra}
         return {
+            "device": "cpu-emulated" if "device" in self.memory else "cpu",
             "memory": {"ram": self.ram, "page": "64KiB", **self.memory},
             "ssd": {"paths": [str(self.folder / "pages")], "threads": 2},
             "update": update,

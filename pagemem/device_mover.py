@@ -1,0 +1,154 @@
+"""Residency in the device arena: whole tensors of host pages, copied up, and dropped when their frames are wanted.
+
+What is on the device is a copy: the tier below is authoritative, and may for its part have the bytes on SSD. A tensor that
+compute edits is written back at once by the training thread (`scheduler.device_driver`); updates are made below, after
+which the copy is out of date and is dropped. So nothing is ever stored from here, and dropping costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from pagemem.arena import HostArena
+from pagemem.events import EventSink
+from pagemem.host_copier import HostCopier
+from pagemem.mover import Mover
+from pagemem.page import FrameId, TensorId
+from pagemem.page_transfer import Done
+from pagemem.residency import PagedTensor, Residency
+from pagemem.tier import Tier
+from pagemem.units import MiB
+
+#: Bandwidth assumed until copies have moved enough to tell, and how much is enough.
+_ASSUMED_BYTES_PER_S: Final = 5e9
+_TELLING_BYTES: Final = 16 * MiB
+
+
+class DeviceMover(Mover):
+    """Owns the residency of every tensor of one device arena. Threads as `Mover`; its lock is taken before that of ``below``.
+
+    Args:
+        arena: the device's frames.
+        below: owner of the host pages.
+
+    Attributes:
+        unclaimed: tensors whose load has begun since their last use.
+        edited: tensors that compute changed and that have not been written back yet.
+
+    Raises:
+        StorageError: the system starts no more threads.
+    """
+
+    tier = Tier.DEVICE
+    setting = "memory.device"
+
+    def __init__(self, arena: HostArena, below: Mover, sink: EventSink) -> None:
+        super().__init__(arena, below.files, sink)
+        self.below = below
+        self.unclaimed: set[TensorId] = set()
+        self.edited: dict[TensorId, PagedTensor] = {}
+        self._lower: dict[TensorId, PagedTensor] = {}
+        self._copier = HostCopier(below)
+
+    def mirror(self, lower: PagedTensor) -> PagedTensor:
+        """A tensor of the device whose content is that of one below."""
+        with self.changed:
+            tensor = self.create(lower.name, lower.tag, lower.n_bytes)
+            tensor.become(Residency.STORED)
+            tensor.backed = True
+            self._lower[tensor.id] = lower
+            return tensor
+
+    def lower(self, tensor: TensorId) -> PagedTensor:
+        """The tensor below that one of the device is a copy of."""
+        return self._lower[tensor]
+
+    def forget(self, tensor: PagedTensor) -> None:
+        """As `Mover.forget`."""
+        super().forget(tensor)
+        del self._lower[tensor.id]
+        self.unclaimed.discard(tensor.id)
+
+    # ---- moves -------------------------------------------------------------------------------------------------
+
+    def start_load(self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False, background: bool = False) -> None:
+        """As `Mover.start_load`; the copy waits until the tensor is in host memory, which nothing here sees to."""
+        with self.changed:
+            super().start_load(tensor, frame, fresh=fresh, background=background)
+            self.unclaimed.add(tensor.id)
+
+    def _read(self, tensor: PagedTensor, buffer: memoryview, done: Done, *, background: bool) -> None:
+        self._copier.submit(self._lower[tensor.id], buffer, done)
+
+    def take_back_load(self, tensor: PagedTensor) -> bool:
+        """Undo a load whose copy has not begun; returns whether it was one."""
+        with self.changed:
+            if tensor.state is not Residency.LOADING or not self._copier.take_back(self._lower[tensor.id]):
+                return False
+            self._ended(None)
+            tensor.become(Residency.STORED)
+            self._give_up_frames(tensor)
+            self.unclaimed.discard(tensor.id)
+            self._notify()
+            return True
+
+    def take_back_loads(self) -> None:
+        """Undo all loads whose copies have not begun."""
+        with self.changed:
+            for tensor in self.tensors.values():
+                self.take_back_load(tensor)
+
+    def touch(self, tensor: PagedTensor) -> None:
+        """As `Mover.touch`; the tensor is to be written back."""
+        with self.changed:
+            super().touch(tensor)
+            self.edited[tensor.id] = tensor
+
+    def start_store(self, tensor: PagedTensor, *, background: bool = False) -> None:
+        """Nothing: who edits a tensor writes it back, see `written_back`. Until then it stays dirty and where it is."""
+
+    def written_back(self, tensor: PagedTensor) -> None:
+        """The tensor below has the content of an edited one."""
+        with self.changed:
+            del self.edited[tensor.id]
+            if tensor.state is Residency.DIRTY:
+                tensor.become(Residency.STORING)
+                tensor.become(Residency.CLEAN)
+            tensor.backed = True
+            self._notify()
+
+    def renew(self, tensor: PagedTensor) -> bool:
+        """The tensor below has changed: drop what is here of it.
+
+        Returns:
+            Whether that was possible; if not, views of it are in use and its frames have to be filled anew.
+        """
+        with self.changed:
+            self.take_back_load(tensor)
+            self.wait_until(lambda: tensor.state is not Residency.LOADING, tensor.name, tensor.n_bytes)
+            if tensor.state is Residency.CLEAN and not tensor.held:
+                self.drop(tensor)
+            self.unclaimed.discard(tensor.id)
+            return tensor.frame is None
+
+    def bytes_of(self, tensor: PagedTensor) -> torch.Tensor:
+        """The bytes of a resident tensor, uint8."""
+        assert tensor.frame is not None
+        return self.arena.view(tensor.frame, 0, torch.uint8, tensor.n_bytes)
+
+    # ---- the rest ----------------------------------------------------------------------------------------------
+
+    def bandwidth(self) -> tuple[float, float]:
+        """Bytes/s of copies up so far, while there were any; nothing goes down by plan."""
+        copier = self._copier
+        told = copier.copied_bytes >= _TELLING_BYTES and copier.busy_s > 0
+        up = copier.copied_bytes / copier.busy_s if told else _ASSUMED_BYTES_PER_S
+        return up, up
+
+    def close(self) -> None:
+        """Wait until no copy is under way and end the thread. Idempotent."""
+        self.take_back_loads()
+        super().close()
+        self._copier.close()

@@ -1,0 +1,126 @@
+"""Executes training ops over tensors of the device, and has the tier below bring what is to be copied up.
+
+Two drivers, one above the other, each with a trace and a plan of its own. This one plans which tensors are on the device;
+its loads are copies from host memory. The first use of a tensor after a load is an op of the driver below, too, which
+reads the tensor there: so the plan below has it in host memory by then, mostly long before, and the copy, which waits for
+nothing else, is made as early as that. What the device keeps from one use to the next asks for nothing below.
+
+For both traces to be the same in every step, each planned step here has the same moves (`alike`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from pagemem.device_mover import DeviceMover
+from pagemem.events import EventSink
+from pagemem.page import TensorId
+from pagemem.residency import PagedTensor
+from scheduler.driver import Driver
+from scheduler.trace import Access, AccessMode, OpKey, OpKind
+
+
+class DeviceDriver(Driver):
+    """Gives the training thread its tensors on the device. Training thread only; otherwise as `Driver`.
+
+    Args:
+        device: owner of residency on the device.
+        below: the driver of host memory; it ends this one's steps with its own.
+    """
+
+    alike = True
+
+    def __init__(self, device: DeviceMover, below: Driver, sink: EventSink) -> None:
+        super().__init__(device, sink, device.bandwidth)
+        self.device = device
+        self.below = below
+        below.above = self
+        self._kind = OpKind.FORWARD
+
+    # ---- ops ---------------------------------------------------------------------------------------------------
+
+    def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        """Begin an op; see `Driver.begin`."""
+        self._kind = key[0]
+        return super().begin(key, name, accesses)
+
+    def end(self, held: Sequence[PagedTensor]) -> None:
+        """End an op; what it edited is written back.
+
+        Raises:
+            StorageError: it cannot be: a page file failed. The device still has it.
+        """
+        super().end(held)
+        self._write_back()
+
+    @contextmanager
+    def interlude(self) -> Iterator[None]:
+        """Ops inside are not part of a step, here and below."""
+        with self.below.interlude(), super().interlude():
+            yield
+
+    def renewed(self, tensor: PagedTensor) -> None:
+        """An update has changed what lies below: what the device has of it is dropped, or copied anew where views are in use."""
+        key = (OpKind.UPDATE, ("renewed", tensor.id))
+        with self.op(key, tensor.name, [Access(tensor.id, AccessMode.RENEW)]):
+            if not self.device.renew(tensor):
+                lower = self.device.lower(tensor.id)
+                with self._below_has([tensor.id], tensor.name):
+                    assert lower.frame is not None
+                    source = self.below.mover.arena.view(lower.frame, 0, self.device.bytes_of(tensor).dtype, lower.n_bytes)
+                    self.device.bytes_of(tensor).copy_(source)
+
+    def quiesce(self) -> None:
+        """Stop copying ahead and wait until no copy is under way, also after an error."""
+        self._write_back()
+        super().quiesce()
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _below_has(self, tensors: Sequence[TensorId], name: str, mode: AccessMode = AccessMode.READ) -> AbstractContextManager[None]:
+        """Have tensors in host memory inside the block, as one op there."""
+        lower = [self.device.lower(tensor) for tensor in tensors]
+        key = (self._kind, (mode.value, *(tensor.id for tensor in lower)))
+        return self.below.op(key, name, [Access(tensor.id, mode) for tensor in lower])
+
+    def _write_back(self) -> None:
+        for tensor in list(self.device.edited.values()):
+            lower = self.device.lower(tensor.id)
+            with self._below_has([tensor.id], tensor.name, AccessMode.MODIFY):
+                assert lower.frame is not None
+                values = self.device.bytes_of(tensor)
+                self.below.mover.arena.view(lower.frame, 0, values.dtype, lower.n_bytes).copy_(values)
+            self.device.written_back(tensor)
+
+    def _collect_views(self) -> None:
+        super()._collect_views()
+        self._write_back()
+
+    def _follow(self, key: OpKey) -> None:
+        if not self._recorder.ops:
+            # What the device still has, and from when, differs from step to step; what is asked for below must not.
+            self.device.unclaimed.update(tensor.id for tensor in self.device.tensors.values() if tensor.frame is not None)
+        super()._follow(key)
+
+    def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
+        if tensor.id not in self.device.unclaimed and self._usable(tensor, mode) and tensor.id not in self._lane:
+            return
+        with self._below_has([tensor.id], name):
+            super()._make_usable(tensor, mode, name)
+        self.device.unclaimed.discard(tensor.id)
+
+    def _hold_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        tensors = [access.tensor for access in accesses]
+        with self._below_has(tensors, name):
+            held = super()._hold_packed(name, accesses)
+        self.device.unclaimed.difference_update(tensors)
+        return held
+
+    def _leave_plan(self, why: str | None) -> None:
+        super()._leave_plan(why)
+        self.device.take_back_loads()
+
+    def _disturb(self) -> None:
+        super()._disturb()
+        self.device.take_back_loads()

@@ -1,0 +1,64 @@
+"""Plans over copies of what lies in the tier below, which updates there make out of date: the device tier's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagemem.page import TensorId
+from scheduler.bounds import PlanError, check_bounds
+from scheduler.plan import by_trigger
+from scheduler.planner import Machine, make_plan
+from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
+
+PAGE_BYTES = 1 << 16
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[Trace, dict[TensorId, int], Machine]:
+    """Uses and renewals of a few tensors in any order, and at least the room that the largest one needs."""
+    n_bytes = {TensorId(number): pages * PAGE_BYTES for number, pages in enumerate(draw(st.lists(st.integers(1, 4), min_size=1, max_size=7)))}
+    modes = st.sampled_from([AccessMode.READ, AccessMode.READ, AccessMode.RENEW])
+    uses = draw(st.lists(st.tuples(st.sampled_from(sorted(n_bytes)), modes), min_size=1, max_size=24))
+    ops = [
+        Op((OpKind.FORWARD, index), f"op {index}", (Access(tensor, mode),), draw(st.sampled_from([0.01, 1.0])), index)
+        for index, (tensor, mode) in enumerate(uses)
+    ]
+    most_pages = sum(n_bytes.values()) // PAGE_BYTES
+    n_frames = draw(st.integers(max(n_bytes.values()) // PAGE_BYTES, most_pages))
+    speed = draw(st.sampled_from([0.5, 50.0])) * PAGE_BYTES
+    return Trace(tuple(ops)), n_bytes, Machine(n_frames, PAGE_BYTES, speed, speed)
+
+
+@given(steps(), st.booleans())
+def test_no_op_sees_what_was_copied_before_a_renewal(work: tuple[Trace, dict[TensorId, int], Machine], alike: bool) -> None:
+    trace, n_bytes, machine = work
+    plan = make_plan(trace, n_bytes, machine, alike=alike)
+    report = check_bounds(plan, trace, n_bytes, machine)
+    assert report.written_bytes == 0 and not plan.stores, "what is below is authoritative"
+    assert plan.n_steps == 1 or not alike
+
+
+def test_what_is_not_renewed_stays_and_what_is_renewed_comes_again() -> None:
+    a, b = TensorId(0), TensorId(1)
+    uses = [(a, AccessMode.READ), (b, AccessMode.READ), (a, AccessMode.RENEW)]
+    ops = [Op((OpKind.FORWARD, index), f"op {index}", (Access(*use),), 1.0, index) for index, use in enumerate(uses)]
+    trace, n_bytes, machine = Trace(tuple(ops)), dict.fromkeys((a, b), PAGE_BYTES), Machine(2, PAGE_BYTES, 1e9, 1e9)
+    plan = make_plan(trace, n_bytes, machine, alike=True)
+    assert plan.closed and [load.tensor for load in plan.loads] == [a]
+    assert check_bounds(plan, trace, n_bytes, machine).read_bytes == PAGE_BYTES
+
+
+def test_a_copy_made_too_early_is_found_out() -> None:
+    a = TensorId(0)
+    uses = [AccessMode.READ, AccessMode.RENEW, AccessMode.READ]
+    ops = [Op((OpKind.FORWARD, index), f"op {index}", (Access(a, mode),), 1.0, index) for index, mode in enumerate(uses)]
+    trace, n_bytes, machine = Trace(tuple(ops)), {a: PAGE_BYTES}, Machine(1, PAGE_BYTES, 1e9, 1e9)
+    plan = make_plan(trace, n_bytes, machine, alike=True)
+    check_bounds(plan, trace, n_bytes, machine)
+    early = tuple(replace(load, trigger=min(load.trigger, 1)) for load in plan.loads)
+    with pytest.raises(PlanError, match="misses|old"):
+        check_bounds(replace(plan, loads=early, loads_at=by_trigger(early)), trace, n_bytes, machine)
