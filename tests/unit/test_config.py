@@ -121,7 +121,7 @@ def test_an_unknown_key_names_the_nearest_one(name: str, value: Any, said: str) 
         ("ssd.max_request", 5000, "it must be a multiple of 4096"),
         ("ssd.limit_mb_per_s", 0, "ssd.limit_mb_per_s: "),
         ("seed", -1, "seed: "),
-        ("device", "cuda", "device: Input should be 'cpu', not 'cuda'"),
+        ("device", "cuda", "device: Input should be 'cpu' or 'cpu-emulated', not 'cuda'"),
         ("optimizer.lr", float("nan"), "optimizer.lr: Input should be a finite number, not nan"),
         ("optimizer.betas", [0.9, 1.0], "optimizer.betas.1: Input should be less than 1, not 1.0"),
         ("optimizer.betas", [0.9], "optimizer.betas.1 is missing"),

@@ -1,0 +1,152 @@
+"""Copies up to the device while host pages come when the test lets them: what waits for what, and what is taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from gated_mover import PAGE_BYTES, Gates, opened
+
+from pagemem.arena import HostArena
+from pagemem.device_mover import DeviceMover
+from pagemem.errors import StorageError
+from pagemem.events import EventLog
+from pagemem.page import FrameId
+from pagemem.residency import PagedTensor, Residency
+from scheduler.lanes import ReadLane
+from scheduler.plan import LoadTask
+
+R = Residency
+
+
+class Tiers:
+    """A device of two frames above a gated host mover."""
+
+    def __init__(self, below: Gates) -> None:
+        self.below = below
+        self.device = DeviceMover(HostArena(2, PAGE_BYTES), below.mover, EventLog())
+
+    def holds(self, tensor: PagedTensor, value: int) -> bool:
+        return bool((self.device.bytes_of(tensor) == value).all())
+
+    def arrives(self, tensor: PagedTensor) -> None:
+        """Wait until a copy is there."""
+        self.device.wait_until(lambda: tensor.state is R.CLEAN, tensor.name)
+
+    def stored(self, value: int, name: str) -> PagedTensor:
+        """A tensor of the device of which only the page files have anything."""
+        return self.device.mirror(self.below.stored(value, name))
+
+    def comes(self, tensor: PagedTensor, frame: int) -> None:
+        """The tensor's pages come into host memory."""
+        self.below.mover.start_load(self.device.lower(tensor.id), FrameId(frame))
+        self.below.files.take("read").open()
+
+
+@pytest.fixture
+def tiers() -> Iterator[Tiers]:
+    """Tiers for one test, at rest at its end."""
+    with opened() as below:
+        made = Tiers(below)
+        try:
+            yield made
+        finally:
+            made.device.close()
+            made.device.validate()
+            made.device.arena.close()
+
+
+def test_a_copy_waits_for_its_host_pages(tiers: Tiers) -> None:
+    tensor = tiers.stored(7, "t")
+    tiers.device.start_load(tensor, FrameId(1))
+    assert tensor.state is R.LOADING and tensor.id in tiers.device.unclaimed
+    tiers.comes(tensor, 0)
+    tiers.arrives(tensor)
+    assert tiers.holds(tensor, 7)
+    tiers.below.mover.settle()
+    assert tiers.device.lower(tensor.id).uploads == 0
+
+
+def test_copies_overtake_those_that_wait(tiers: Tiers) -> None:
+    first, second = tiers.stored(1, "first"), tiers.stored(2, "second")
+    tiers.device.start_load(first, FrameId(0))
+    tiers.device.start_load(second, FrameId(1))
+    tiers.comes(second, 0)
+    tiers.arrives(second)
+    assert first.state is R.LOADING and tiers.holds(second, 2)
+    tiers.comes(first, 1)
+    tiers.arrives(first)
+    assert tiers.holds(first, 1)
+
+
+def test_a_copy_that_has_not_begun_is_taken_back(tiers: Tiers) -> None:
+    tensor = tiers.stored(7, "t")
+    tiers.device.start_load(tensor, FrameId(0))
+    assert tiers.device.take_back_load(tensor)
+    assert tensor.state is R.STORED and tensor.frame is None and tensor.id not in tiers.device.unclaimed
+    assert not tiers.device.take_back_load(tensor), "there is none any more"
+    tiers.device.settle()
+    tiers.comes(tensor, 0)
+    assert tensor.state is R.STORED, "nobody wants it now"
+
+
+def test_a_window_is_freed_of_a_copy_that_waits(tiers: Tiers) -> None:
+    """Otherwise what is used first would wait for what the host brings only afterwards."""
+    late, soon = tiers.stored(1, "late"), tiers.stored(2, "soon")
+    lane = ReadLane(tiers.device)
+    tiers.device.start_load(late, FrameId(0))
+    lane.submit([LoadTask(soon.id, FrameId(0), 0, 1)])
+    assert late.state is R.STORED and soon.state is R.LOADING
+    tiers.comes(soon, 0)
+    tiers.arrives(soon)
+    assert tiers.holds(soon, 2)
+
+
+def test_an_update_drops_the_copy_or_says_that_it_is_in_use(tiers: Tiers) -> None:
+    tensor = tiers.device.mirror(tiers.below.dirty(1))
+    tiers.device.start_load(tensor, FrameId(0))
+    tiers.arrives(tensor)
+    tensor.pins += 1
+    assert not tiers.device.renew(tensor) and tensor.state is R.CLEAN
+    tensor.pins -= 1
+    assert tiers.device.renew(tensor) and tensor.state is R.STORED
+    tiers.below.mover.settle()
+    tiers.below.mover.discard(tiers.device.lower(tensor.id))
+
+
+def test_host_pages_that_are_being_copied_neither_leave_nor_change(tiers: Tiers) -> None:
+    lower = tiers.below.dirty(1)
+    source = tiers.below.mover.begin_upload(lower)
+    assert not tiers.below.mover.droppable(lower.id)
+    with pytest.raises(AssertionError, match="cannot discard"):
+        tiers.below.mover.discard(lower)
+    assert bool((torch.frombuffer(source, dtype=torch.uint8) == 1).all())
+    source.release()
+    tiers.below.mover.end_upload(lower)
+    assert tiers.below.mover.droppable(lower.id)
+    tiers.below.mover.discard(lower)
+
+
+def test_an_edit_stays_on_the_device_until_it_is_written_back(tiers: Tiers) -> None:
+    tensor = tiers.device.mirror(tiers.below.dirty(1))
+    tiers.device.start_load(tensor, FrameId(0))
+    tiers.arrives(tensor)
+    tiers.device.touch(tensor)
+    tiers.device.start_store(tensor)
+    assert tensor.state is R.DIRTY and tensor.id in tiers.device.edited
+    tiers.device.written_back(tensor)
+    assert tensor.state is R.CLEAN and not tiers.device.edited
+    tiers.below.mover.settle()
+    tiers.below.mover.discard(tiers.device.lower(tensor.id))
+
+
+def test_host_pages_that_cannot_be_read_leave_the_device_as_it_was(tiers: Tiers) -> None:
+    tensor = tiers.stored(7, "t")
+    tiers.device.start_load(tensor, FrameId(0))
+    tiers.below.mover.start_load(tiers.device.lower(tensor.id), FrameId(0))
+    tiers.below.files.take("read").fail(StorageError("EIO"))
+    assert tensor.state is R.LOADING
+    with pytest.raises(StorageError, match="EIO"):
+        tiers.below.mover.check()
+    assert tiers.device.take_back_load(tensor) and tensor.state is R.STORED
