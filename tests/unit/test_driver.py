@@ -93,8 +93,8 @@ def test_tensors_of_an_op_that_stand_in_each_others_way_are_placed_side_by_side(
 def test_a_plan_that_does_not_hold_is_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Plan] = []
 
-    def make_plan_without_stores(*arguments: Any) -> Plan:
-        plan = make_plan(*arguments)
+    def make_plan_without_stores(*arguments: Any, **named: Any) -> Plan:
+        plan = make_plan(*arguments, **named)
         assert plan.stores
         made.append(plan)
         return replace(plan, stores=(), stores_at={})
@@ -271,9 +271,9 @@ def test_ops_between_steps_leave_the_plan_as_it_is(n_frames: int) -> None:
 def test_the_plan_is_made_once_more_with_the_times_of_planned_steps(n_frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[float] = []
 
-    def spied(trace: Trace, *rest: Any) -> Plan:
+    def spied(trace: Trace, *rest: Any, **named: Any) -> Plan:
         made.append(trace.compute_s)
-        return make_plan(trace, *rest)
+        return make_plan(trace, *rest, **named)
 
     monkeypatch.setattr(driver_module, "make_plan", spied)
     with rig(n_frames) as r:
