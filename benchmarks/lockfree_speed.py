@@ -29,7 +29,7 @@ class SpeedPlan:
 
     Attributes:
         ratios: seconds of the disk for each second of compute.
-        blocks: engines in the order of their blocks. same_ram_at: ratios at which exact mode is timed with more RAM, too.
+        blocks: engines in the order of their blocks. same_ram_at: ratios at which exact mode is timed with lock-free's RAM, too.
         leads, timed: steps of a block by engine, before and in the measurement.
     """
 
@@ -48,7 +48,7 @@ FULL: Final = SpeedPlan(
     model={"d_model": 512, "n_layer": 8, "n_head": 8, "seq": 256, "batch": 4},
     ratios=(1, 2, 3, 4),
     blocks=("off", "lock-free", "exact", "off", "lock-free", "exact, same RAM", "off", "lock-free"),
-    same_ram_at=(3,),
+    same_ram_at=(3, 4.4),
     leads={"off": 1, "lock-free": 5, "exact": 1, "exact, same RAM": 1},
     timed={"off": 4, "lock-free": 6, "exact": 5, "exact, same RAM": 5},
     ram_per_parameter={"off": 10, "lock-free": 10, "exact": 5, "exact, same RAM": 10},
