@@ -83,10 +83,10 @@ class PageStore:
             undo.callback(self.page_files.close)
             self.mover = Mover(arena, self.page_files, self.counters)
             self.earlier.restore(self.mover.copies)
+            self.driver = Driver(self.mover, self.counters, self.mover.bandwidth)
+            self.device_tier = self._make_device_tier()
             undo.pop_all()
         self._neighbours = Neighbours(self.page_bytes)
-        self.driver = Driver(self.mover, self.counters, self.mover.bandwidth)
-        self.device_tier = self._make_device_tier()
         self.binder = Binder(self.driver, self.mover) if self.device_tier is None else Binder(self.device_tier.driver, self.device_tier.mover)
         self.binder.owner = self
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +29,7 @@ class HostCopier:
     """Copies tensors of one mover into given buffers.
 
     Args:
-        below: whose host pages are read.
+        below: whose host pages are read; what goes wrong in a copy is raised by its `check`, on the training thread.
 
     Raises:
         StorageError: the system starts no more threads.
@@ -86,9 +85,12 @@ class HostCopier:
                     self._gate.clear()
             if upload is None:
                 self._gate.wait()
-            else:
+                continue
+            try:
                 self._copy(upload, source)
-            upload = None
+            except BaseException as failure:  # whatever it is: a thread that ends silently leaves its waiters for ever
+                self._below.note_failure(failure)
+            del upload, source
 
     def _copy(self, upload: _Upload, source: memoryview) -> None:
         began_s = time.perf_counter()
@@ -99,8 +101,4 @@ class HostCopier:
             self.copied_bytes += upload.tensor.n_bytes
             self.busy_s += spent_s
             self._below.end_upload(upload.tensor)
-        _finish(upload.done)
-
-
-def _finish(done: Callable[[BaseException | None], None]) -> None:
-    done(None)
+        upload.done(None)

@@ -50,6 +50,12 @@ class CopyMonitor:
             self._told = True
             raise failure
 
+    def note_failure(self, failure: BaseException) -> None:
+        """Have `check` raise what ended a background task. Any thread."""
+        with self.changed:
+            self._failure = self._failure or failure
+            self.changed.notify_all()
+
     @property
     def failed(self) -> bool:
         """Whether a background copy failed and nobody has been told yet."""
