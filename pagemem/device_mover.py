@@ -50,7 +50,7 @@ class DeviceMover(Mover):
         self.unclaimed: set[TensorId] = set()
         self.edited: dict[TensorId, PagedTensor] = {}
         self._lower: dict[TensorId, PagedTensor] = {}
-        self._copier = HostCopier(below)
+        self._copier = HostCopier(below, self.note_failure)
 
     def mirror(self, lower: PagedTensor) -> PagedTensor:
         """A tensor of the device whose content is that of one below."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,14 +30,16 @@ class HostCopier:
     """Copies tensors of one mover into given buffers.
 
     Args:
-        below: whose host pages are read; what goes wrong in a copy is raised by its `check`, on the training thread.
+        below: whose host pages are read.
+        on_failure: called on the copier's thread with what a ``done`` raised; the thread goes on with the next copy.
 
     Raises:
         StorageError: the system starts no more threads.
     """
 
-    def __init__(self, below: Mover) -> None:
+    def __init__(self, below: Mover, on_failure: Callable[[BaseException], None]) -> None:
         self._below = below
+        self._on_failure = on_failure
         self._waiting: list[_Upload] = []  # guarded by below.changed, as are the next four
         self._closing = False
         self._gate = threading.Event()
@@ -87,18 +90,22 @@ class HostCopier:
                 self._gate.wait()
                 continue
             try:
-                self._copy(upload, source)
+                upload.done(self._copied(upload, source))
             except BaseException as failure:  # whatever it is: a thread that ends silently leaves its waiters for ever
-                self._below.note_failure(failure)
+                self._on_failure(failure)
             del upload, source
 
-    def _copy(self, upload: _Upload, source: memoryview) -> None:
-        began_s = time.perf_counter()
-        # NumPy copies on this thread alone; torch would start a team of its own beside the one that computes.
-        np.copyto(np.frombuffer(upload.into, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
+    def _copied(self, upload: _Upload, source: memoryview) -> BaseException | None:
+        """Make one copy; returns what went wrong."""
+        began_s, error = time.perf_counter(), None
+        try:
+            # NumPy copies on this thread alone; torch would start a team of its own beside the one that computes.
+            np.copyto(np.frombuffer(upload.into, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
+        except BaseException as raised:  # it goes to done, and from there to the training thread
+            error = raised
         spent_s = time.perf_counter() - began_s
         with self._below.changed:
             self.copied_bytes += upload.tensor.n_bytes
             self.busy_s += spent_s
             self._below.end_upload(upload.tensor)
-        upload.done(None)
+        return error

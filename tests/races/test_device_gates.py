@@ -150,3 +150,21 @@ def test_host_pages_that_cannot_be_read_leave_the_device_as_it_was(tiers: Tiers)
     with pytest.raises(StorageError, match="EIO"):
         tiers.below.mover.check()
     assert tiers.device.take_back_load(tensor) and tensor.state is R.STORED
+
+
+def test_a_copy_that_fails_is_told_and_leaves_the_tensor_below(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("no copy")
+
+    tensor = tiers.device.mirror(tiers.below.dirty(1))
+    with monkeypatch.context() as broken:
+        broken.setattr("pagemem.host_copier.np.copyto", fails)
+        tiers.device.start_load(tensor, FrameId(0))
+        with pytest.raises(MemoryError, match="no copy"):
+            tiers.arrives(tensor)
+    assert tensor.state is R.STORED and tiers.device.lower(tensor.id).uploads == 0
+    tiers.device.start_load(tensor, FrameId(0))
+    tiers.arrives(tensor)
+    assert tiers.holds(tensor, 1), "the thread goes on"
+    tiers.below.mover.settle()
+    tiers.below.mover.discard(tiers.device.lower(tensor.id))
