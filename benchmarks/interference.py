@@ -116,7 +116,7 @@ def page_file_traffic(run: PageFileRun) -> Traffic:
 
         def drive() -> None:
             try:
-                run.drive(way, DEPTH, lambda n: not over.is_set())
+                run.drive(way, lambda n: not over.is_set())
             except BaseException as error:  # raised below, on the thread that measures
                 errors.append(error)
 
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="interference-", dir=options.dir)))
         directory = stack.enter_context(RunDirectory(folder / "run"))
         runs = {
-            name: PageFileRun(directory, checksums, limit_mb_per_s=options.rate)
+            name: PageFileRun(directory, checksums, DEPTH, limit_mb_per_s=options.rate)
             for name, checksums in (("page file without checksums", False), ("page file", True))
         }
         for run in runs.values():

@@ -1,10 +1,11 @@
 """The page file against fio on the same file system: ``python -m benchmarks.io [--dir D] [--seconds 3] [--json]``.
 
 Reads and writes of 4 MiB with 1, 2 and 4 requests under way, checksums on and off, interleaved with fio's direct I/O
-(libaio) of the same size and depth. The ratio is the median over rounds of ours divided by fio's of the same round, so
-that a drift of the disk cancels. Like with like: all work on one and the same file of random bytes, written before
-anything is measured, and all have one buffer a request under way, in huge pages. One counts as under way until it is
-verified. What is asked of the page file are routes made beforehand, as the engine makes one a tensor and keeps it.
+(libaio) of the same size and depth: how many requests are with the system at a time, for the page file its threads. The
+ratio is the median over rounds of ours divided by fio's of the same round, so that a drift of the disk cancels. Like with
+like: all work on one and the same file of random bytes, written before anything is measured, with buffers in huge pages.
+The page file is kept busy as the engine keeps it, with twice as many transfers begun as may be under way, so that one is
+verified while another is read. What is asked of it are routes made beforehand, as the engine makes one a tensor and keeps it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,17 +42,28 @@ BAR: Final = 0.9
 #: Contestants, in the order of the table's columns.
 FIO, CHECKED, UNCHECKED = "fio", "checksums", "no checksums"
 
+#: Measures "read" or "write" with so many requests under way for so many seconds.
+Contestant = Callable[[str, int, float], Sample]
+
 
 class PageFileRun:
-    """Page files over `FILE_BYTES` of the directory's page file, and the memory they are read into and written from."""
+    """Page files over `FILE_BYTES` of the directory's page file, and the memory they are read into and written from.
 
-    def __init__(self, directory: RunDirectory, checksums: bool, limit_mb_per_s: float | None = None) -> None:
+    Args:
+        depth: how many requests may be with the system at a time.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, checksums: bool, depth: int, limit_mb_per_s: float | None = None
+    ) -> None:
         self.files = PageFiles(
-            [directory], page_bytes=REQUEST_BYTES, checksums=checksums, limit_mb_per_s=limit_mb_per_s
+            [directory], page_bytes=REQUEST_BYTES, checksums=checksums, threads_per_path=depth,
+            limit_mb_per_s=limit_mb_per_s,
         )
         self.n_frames = FILE_BYTES // REQUEST_BYTES
-        # One buffer a request under way, as fio has.
-        self._memory = mmap.mmap(-1, max(DEPTHS) * REQUEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._n_begun = 2 * depth
+        # One buffer a transfer begun.
+        self._memory = mmap.mmap(-1, self._n_begun * REQUEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(mmap.MADV_HUGEPAGE)  # as the engine's arenas
         self._view = memoryview(self._memory)
         self.files.grow(self.n_frames)
@@ -66,47 +78,52 @@ class PageFileRun:
     def fill(self) -> None:
         """Write every frame once, so that it can be read."""
         self.refresh()
-        self.drive("write", 4, lambda n: n < self.n_frames)
+        self.drive("write", lambda n: n < self.n_frames)
+
+    def take_over(self, other: PageFileRun) -> None:
+        """Go by what the other wrote to the file."""
+        for mine, others in zip(self._routes, other._routes):
+            self.files.remember(mine, other.files.sums(others))
 
     def refresh(self) -> None:
         """Fresh random bytes to write."""
         for start in range(0, len(self._view), REQUEST_BYTES):
             self._view[start : start + REQUEST_BYTES] = os.urandom(REQUEST_BYTES)
 
-    def run(self, way: str, depth: int, seconds: float) -> Sample:
-        """Measure sequential transfers with ``depth`` under way, as the engine has them."""
+    def run(self, way: str, seconds: float) -> Sample:
+        """Measure sequential transfers, as the engine has them."""
         if way == "write":
             self.refresh()
         end_s = time.perf_counter() + seconds
-        return self.drive(way, depth, lambda n: time.perf_counter() < end_s)
+        return self.drive(way, lambda n: time.perf_counter() < end_s)
 
-    def drive(self, way: str, depth: int, more: Callable[[int], bool]) -> Sample:
-        """Keep ``depth`` transfers under way, each begun where one ends, while ``more`` accepts the next number."""
+    def drive(self, way: str, more: Callable[[int], bool]) -> Sample:
+        """Transfers one after another, each begun where one ends, while ``more`` accepts the next number."""
         begin = self.files.read if way == "read" else self.files.write
         numbers, lock, over = count(), threading.Lock(), threading.Event()
         errors: list[BaseException] = []
-        moved_bytes, under_way = 0, depth
+        moved_bytes, left = 0, self._n_begun
 
         def start(slot: int, number: int) -> None:
             buffer = self._view[slot * REQUEST_BYTES : (slot + 1) * REQUEST_BYTES]
             begin(self._routes[number % self.n_frames], buffer, lambda error: ended(slot, error))
 
         def ended(slot: int, error: BaseException | None) -> None:
-            nonlocal moved_bytes, under_way
+            nonlocal moved_bytes, left
             with lock:
                 moved_bytes += REQUEST_BYTES
                 number = next(numbers)
                 if error is not None:
                     errors.append(error)
                 if errors or not more(number):
-                    under_way -= 1
-                    if under_way == 0:
+                    left -= 1
+                    if left == 0:
                         over.set()
                     return
             start(slot, number)
 
         cpu_s, wall_s = time.process_time(), time.perf_counter()
-        for slot, number in enumerate([next(numbers) for _ in range(depth)]):
+        for slot, number in enumerate([next(numbers) for _ in range(self._n_begun)]):
             start(slot, number)
         over.wait()
         wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
@@ -175,7 +192,7 @@ def headings(names: Sequence[str]) -> list[str]:
 
 
 def measure(
-    contestants: dict[str, Callable[[str, int, float], Sample]],
+    contestants: dict[str, Contestant],
     prepare: Callable[[], None],
     seconds: float,
     rounds: int,
@@ -251,20 +268,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pagemem-io-", dir=options.dir)))
         directory = stack.enter_context(RunDirectory(folder / "run"))
-        unchecked, checked = PageFileRun(directory, checksums=False), PageFileRun(directory, checksums=True)
-        stack.callback(unchecked.close)
-        stack.callback(checked.close)
+        runs: dict[tuple[str, int], PageFileRun] = {}
+        for name, depth in product((CHECKED, UNCHECKED), DEPTHS):
+            runs[name, depth] = PageFileRun(directory, name == CHECKED, depth)
+            stack.callback(runs[name, depth].close)
+        writer = runs[CHECKED, max(DEPTHS)]
 
         def prepare() -> None:
-            unchecked.fill()
-            checked.fill()  # last: its checksums are those of the file's bytes
+            writer.fill()
+            for run in runs.values():
+                run.take_over(writer)
 
-        backend = checked.files.backend_name
-        contestants: dict[str, Callable[[str, int, float], Sample]] = {CHECKED: checked.run, UNCHECKED: unchecked.run}
+        def contestant(name: str) -> Contestant:
+            return lambda way, depth, seconds: runs[name, depth].run(way, seconds)
+
+        backend = writer.files.backend_name
+        contestants = {name: contestant(name) for name in (CHECKED, UNCHECKED)}
         if fio_version is None:
             print("fio is not installed: only the page file is measured", file=sys.stderr)
         else:
-            fio = Fio(checked.path, FILE_BYTES, REQUEST_BYTES, direct=backend == "direct")
+            fio = Fio(writer.path, FILE_BYTES, REQUEST_BYTES, direct=backend == "direct")
             contestants = {FIO: fio.run, **contestants}
         rows: list[Row] = []
         for row in measure(contestants, prepare, options.seconds, options.rounds):

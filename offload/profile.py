@@ -171,12 +171,10 @@ def attach(store: PageStore, watcher: Watcher | None, onward: EventSink) -> Mapp
 
 def planned_of(store: PageStore) -> Planned | None:
     """What the present plan predicts of a step."""
-    plan, tensors = store.driver.plan, store.mover.tensors
+    plan = store.driver.plan
     if plan is None:
         return None
-    read = sum(tensors[task.tensor].n_bytes for task in plan.loads if not task.fresh and task.tensor in tensors)
-    written = sum(tensors[task.tensor].n_bytes for task in plan.stores if task.tensor in tensors)
-    return Planned(plan.step_s, plan.compute_s, read / plan.n_steps, written / plan.n_steps)
+    return Planned(plan.step_s, plan.compute_s, plan.read_bytes / plan.n_steps, plan.written_bytes / plan.n_steps)
 
 
 def modules_of(store: PageStore) -> list[ModuleBytes]:

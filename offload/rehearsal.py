@@ -41,8 +41,8 @@ from pagemem.residency import PagedTensor
 from pagemem.striping import Striping
 from pagemem.units import ceil_div
 from scheduler.driver import Driver
-from scheduler.planner import Machine
 from scheduler.trace import Access, OpKey, Trace
+from scheduler.walk import Machine
 
 #: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything anew.
 STEPS: Final = 3

@@ -105,6 +105,11 @@ class IoPool(Generic[Item]):
         if gate is not None:
             gate.release()
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether an item waits that is not a background one. Any thread; out of date at once."""
+        return bool(self._items)
+
     def close(self) -> None:
         """Serve what is queued, then end and join the threads. Not on a pool thread. Idempotent."""
         with self._lock:

@@ -27,7 +27,7 @@ from pagemem.io_stats import IoMeter, IoStats
 from pagemem.io_threads import IoPool
 from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent
 from pagemem.page_requests import Route, plan_requests, tabulate
-from pagemem.page_transfer import Done, TransferServer, Work
+from pagemem.page_transfer import COMPUTING, Done, TransferServer, Work
 from pagemem.run_directory import RunDirectory
 from pagemem.striping import Striping
 from pagemem.token_bucket import TokenBucket
@@ -63,7 +63,8 @@ class PageFiles:
         page_bytes: size of a frame, a power of two from 64 KiB to 64 MiB.
         checksums: whether to compute an xxh3 of every extent written and verify it on reading.
         direct: True or False forces O_DIRECT or aiofiles, None probes.
-        threads_per_path: requests under way at a time on one path, in each direction.
+        threads_per_path: requests under way at a time on one path, in each direction. Half as many threads compute
+            checksums beside them.
         max_request_bytes: longest single request to the system, a multiple of 4096.
         limit_mb_per_s: caps reads and writes together, in 10^6 bytes a second, to model a slower disk.
         weights: shares of the frames a path, e.g. bandwidths; None is equal shares.
@@ -99,6 +100,7 @@ class PageFiles:
         self.paths = [str(directory.file(PAGE_FILE_NAME)) for directory in directories]
         self._max_request_bytes = max_request_bytes
         self._slab_frames = max(1, slab_bytes // page_bytes)
+        self._checksums = checksums
         self._n_frames = 0
         self._index = ExtentIndex()
         self._meter = IoMeter()
@@ -112,9 +114,10 @@ class PageFiles:
         self._backend = choose_backend(folders, direct=direct, n_workers=n_workers) if backend is None else backend
         self._open_files()
         self._server = TransferServer(
-            self._backend, self.paths, self._index, self._meter, self.throttle, checksums=checksums
+            self._backend, self.paths, self._index, self._meter, self.throttle, self._hand_on, checksums=checksums
         )
         self._pools: dict[tuple[Direction, int], IoPool[Work]] = {}
+        self._digest_pool: IoPool[Work] | None = None
         self._start_threads(threads_per_path)
 
     # ---- what there is -----------------------------------------------------------------------------------------
@@ -224,8 +227,19 @@ class PageFiles:
             if self._state is not FilesState.OPEN:
                 raise StorageError(f"the page files are {self._state.value}; no transfer can begin")
             for item in work:
-                _, request, _ = item
-                self._pools[direction, request.path].submit(item, background=background)
+                _, request, job = item
+                if self._digest_pool is not None and job in COMPUTING:
+                    self._digest_pool.submit(item)
+                else:
+                    self._pools[direction, request.path].submit(item, background=background)
+
+    def _hand_on(self, work: Work) -> bool:
+        """Leave verifying to another thread where the caller's next request waits already."""
+        under_way, request, _ = work
+        if self._digest_pool is None or not self._pools[under_way.direction, request.path].has_waiting:
+            return False
+        self._digest_pool.submit(work)
+        return True
 
     def _note_failure(self, failure: BaseException) -> None:
         with self._state_lock:
@@ -234,7 +248,10 @@ class PageFiles:
     def _start_threads(self, threads_per_path: int) -> None:
         # A thread that waits for tokens has taken them already: whoever comes next waits behind it.
         n_background = 1 if self.throttle is not None else max(1, threads_per_path // 2)
+        n_digest = max(1, threads_per_path // 2) * len(self.paths)
         try:
+            if self._checksums:
+                self._digest_pool = IoPool("pagemem-digest", n_digest, self._server, self._note_failure)
             for direction in Direction:
                 for path in range(len(self.paths)):
                     name = f"pagemem-{direction.name.lower()}-{path}"
@@ -296,6 +313,8 @@ class PageFiles:
             self._become(FilesState.CLOSING)
             for pool in self._pools.values():
                 pool.close()
+            if self._digest_pool is not None:  # last: reads leave their verifying to it
+                self._digest_pool.close()
             self._backend.close()
             self._become(FilesState.CLOSED)
         if self._failure is not None:

@@ -1,7 +1,8 @@
 """What I/O threads do with a transfer: move its requests' bytes, keep and verify checksums, report the end.
 
-A transfer is a list of jobs: each request is moved, and a write's checksums are jobs of their own, so that an idle
-thread computes them beside the move (after it where none is idle). A read is verified by the thread that read it.
+A transfer is a list of jobs: each request is moved, and a write's checksums are jobs of their own, computed by another
+thread beside the move. A read is verified by the thread that read it if no other request waits for that thread; else by
+another one, so that the disk is asked for the next request first.
 
 Invariants
     1. ``done`` is called exactly once, after all jobs ended, with no lock held and no reference to the buffer kept.
@@ -16,6 +17,7 @@ import enum
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 
@@ -30,15 +32,16 @@ Done = Callable[[BaseException | None], None]
 
 
 class Job(enum.Enum):
-    """What is to be done with one request: READ and verify, WRITE, or DIGEST what is written."""
+    """What is to be done with one request: READ and verify, WRITE, DIGEST what is written, VERIFY what was read."""
 
     READ = "read"
     WRITE = "write"
     DIGEST = "digest"
+    VERIFY = "verify"
 
 
 class Transfer:
-    """One read or write under way: its extents, its buffer, and how many of its jobs are left.
+    """One read or write under way: its extents, their checksums, its buffer, and how many of its jobs are left.
 
     Args:
         buffer: a view of its own, released when the transfer ends.
@@ -70,6 +73,9 @@ class Transfer:
 
 Work = tuple[Transfer, Request, Job]
 
+#: Jobs of a processor rather than of a disk.
+COMPUTING: Final = frozenset({Job.DIGEST, Job.VERIFY})
+
 
 class TransferServer:
     """Serves jobs of transfers; called by any number of I/O threads at a time.
@@ -78,6 +84,7 @@ class TransferServer:
         paths: names of the backend's files, by index.
         index: what was written so far; consulted by reads, extended by writes that succeed.
         throttle: waited for before each request; None: no limit.
+        hand_on: takes over a VERIFY job, to serve it on another thread, or returns False: the caller serves it at once.
         checksums: whether to compute and verify them; extents are recorded as written either way.
     """
 
@@ -88,6 +95,7 @@ class TransferServer:
         index: ExtentIndex,
         meter: IoMeter,
         throttle: TokenBucket | None,
+        hand_on: Callable[[Work], bool],
         *,
         checksums: bool,
     ) -> None:
@@ -96,6 +104,7 @@ class TransferServer:
         self._index = index
         self._meter = meter
         self._throttle = throttle
+        self._hand_on = hand_on
         self._checksums = checksums
 
     def work(self, direction: Direction, route: Route, buffer: memoryview, done: Done) -> list[Work]:
@@ -114,6 +123,10 @@ class TransferServer:
         if under_way.error is None:
             try:
                 self._do(under_way, request, job)
+                if job is Job.READ and self._checksums and under_way.whole(request):
+                    if self._hand_on((under_way, request, Job.VERIFY)):
+                        return  # the job goes on elsewhere
+                    self._verify(under_way, request)
             except BaseException as raised:  # whatever it is goes to done: a lost error would block a waiter for ever
                 error = raised
         if under_way.job_ended(error):
@@ -121,11 +134,14 @@ class TransferServer:
 
     def _do(self, under_way: Transfer, request: Request, job: Job) -> None:
         if job is Job.READ:
-            self._read(under_way, request)
+            self._look_up(under_way, request)
+            self._move(under_way, request)
         elif job is Job.WRITE:
             self._move(under_way, request)
-        else:
+        elif job is Job.DIGEST:
             under_way.sums[request.rows] = self._digests(under_way, request)
+        else:
+            self._verify(under_way, request)
 
     def _complete(self, under_way: Transfer) -> None:
         if under_way.direction is Direction.WRITE:
@@ -136,7 +152,8 @@ class TransferServer:
         under_way.buffer.release()
         under_way.done(under_way.error)
 
-    def _read(self, under_way: Transfer, request: Request) -> None:
+    def _look_up(self, under_way: Transfer, request: Request) -> None:
+        """Put the checksums to be found into the transfer; no extent is read that was never written."""
         known, sums = self._index.look_up(request.keys)
         if not known.all():
             table, row = under_way.table, int(request.rows[int(np.argmin(known))])
@@ -144,10 +161,7 @@ class TransferServer:
                 f"{self._paths[request.path]}: frame {table.frames[row]}, offset {table.offsets[row]}, "
                 f"{table.lengths[row]} bytes: no such extent was written"
             )
-        self._move(under_way, request)
-        # The parts of a cut extent end in any order: the last one sees all its bytes.
-        if self._checksums and under_way.whole(request):
-            self._verify(under_way, request, sums)
+        under_way.sums[request.rows] = sums
 
     def _move(self, under_way: Transfer, request: Request) -> None:
         direction, moved_bytes = under_way.direction, 0
@@ -170,8 +184,8 @@ class TransferServer:
         self._meter.verified(time.perf_counter() - started_s)
         return found
 
-    def _verify(self, under_way: Transfer, request: Request, expected: DigestArray) -> None:
-        found = self._digests(under_way, request)
+    def _verify(self, under_way: Transfer, request: Request) -> None:
+        found, expected = self._digests(under_way, request), under_way.sums[request.rows]
         right = found == expected
         if right.all():
             return

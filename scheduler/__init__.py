@@ -3,9 +3,10 @@
 from scheduler.bounds import BoundsReport, PlanError, check_bounds
 from scheduler.driver import Driver, Mode
 from scheduler.plan import LoadTask, Plan, StoreTask
-from scheduler.planner import Machine, make_plan
+from scheduler.planner import make_plan
 from scheduler.simulator import Lane, Simulation, Wait, simulate
 from scheduler.trace import Access, AccessMode, Op, OpKey, OpKind, Trace, TraceRecorder
+from scheduler.walk import Machine
 
 __all__ = [
     "Access", "AccessMode", "BoundsReport", "Driver", "Lane", "LoadTask", "Machine", "Mode", "Op", "OpKey", "OpKind", "Plan",

@@ -14,8 +14,8 @@ from typing import Final
 
 from pagemem.page import FrameId, TensorId
 from scheduler.plan import LoadTask, Plan, by_trigger
-from scheduler.planner import Machine
 from scheduler.trace import AccessMode, Op, Trace
+from scheduler.walk import Machine
 
 #: Cycles that `check_bounds` performs: in the second one, tensors are dirty when it begins, as in every later one.
 CYCLES: Final = 2

@@ -30,8 +30,9 @@ from scheduler.causes import Causes
 from scheduler.lanes import ReadLane
 from scheduler.on_demand import OnDemand
 from scheduler.plan import LoadTask, Plan
-from scheduler.planner import Machine, make_plan
+from scheduler.planner import make_plan
 from scheduler.trace import CHANGES, Access, AccessMode, OpKey, OpKind, Trace, TraceRecorder
+from scheduler.walk import Machine
 
 
 class Mode(enum.Enum):

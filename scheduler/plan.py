@@ -51,7 +51,8 @@ class Plan:
         carried: loads of the previous cycle for this one; a first cycle starts with them.
         closed: whether a cycle ends with the placement it began with; if not, each one begins by restoring it.
         peak_frames: distinct host frames that the cycle touches.
-        step_s: predicted seconds of one step; ``compute_s`` of them without any wait.
+        read_bytes: that a cycle moves at most, restoring its first placement included; written_bytes: likewise.
+        step_s: predicted seconds of one step, with its share of restoring; ``compute_s`` of them without any wait.
     """
 
     keys: tuple[OpKey, ...]
@@ -63,6 +64,8 @@ class Plan:
     carried: tuple[LoadTask, ...]
     closed: bool
     peak_frames: int
+    read_bytes: int
+    written_bytes: int
     step_s: float
     compute_s: float
     loads_at: Mapping[int, tuple[LoadTask, ...]] = field(default_factory=dict)
@@ -72,6 +75,11 @@ class Plan:
     def ops_per_step(self) -> int:
         """Ops from one optimizer step to the next."""
         return len(self.keys) // self.n_steps
+
+    @property
+    def moved_bytes(self) -> float:
+        """Bytes read and written a step."""
+        return (self.read_bytes + self.written_bytes) / self.n_steps
 
     def stored(self) -> list[TensorId]:
         """Tensors that the plan copies to the page files, in order of their first copy."""

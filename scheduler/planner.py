@@ -1,26 +1,21 @@
 """Phase 1 of the schedule: which page moves to make, when, and into which frames. A pure function of the trace.
 
-A reader walks the cyclic trace ahead of compute. For each access whose tensor is not in host memory it chooses a window
-of adjacent frames: among those that cost no stall the one whose tenants are needed last (Belady's rule; all next uses
-are known), clean before dirty on ties. The load is triggered by the first op at which every tenant of its window has had
-its last use; a dirty tenant is copied out right after its last change. Memory that no load needs keeps what it holds, so
-spare memory serves first what is used soonest again: parameters between forward and backward, then optimizer states.
+A reader walks the cyclic trace and chooses frames for every load (`scheduler.walk`). The walk repeats the step. When the
+placement at a step's end equals that of an earlier one, the steps in between are the plan's cycle, and it closes by itself.
+In a tight budget placements wander instead; then the cycle is the stretch of steps whose two ends differ least, and the
+driver restores the first placement once per cycle. Frames are part of the plan: at run time nothing is allocated,
+fragmented or compacted.
 
-The walk repeats the step. When the placement at a step's end equals that of an earlier one, the steps in between are the
-plan's cycle, and it closes by itself. In a tight budget placements wander instead; then the cycle is the stretch of steps
-whose two ends differ least, and the driver restores the first placement once per cycle. Frames are part of the plan: at
-run time nothing is allocated, fragmented or compacted.
+The reader avoids each stall as it comes and pays with moves. Where the disk is what limits a step, those moves are the next
+stalls. So there are several walks: one with all tensors on the move, and some in which a part of the frames is given for
+good to the tensors that are used most often. The quickest is taken, and of those about as quick the one that moves least.
 
-Source: Angel-PTM (VLDB 2023), unified scheduling; victims after L. A. Belady, IBM Systems Journal 5(2), 1966.
+Source: Angel-PTM (VLDB 2023), unified scheduling.
 """
 
 from __future__ import annotations
 
-import bisect
-import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from pagemem.allocator import PageAllocator
@@ -28,282 +23,22 @@ from pagemem.errors import BudgetError
 from pagemem.page import FrameId, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
-from pagemem.window import Window, best_window
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.trace import CHANGES, Access, AccessMode, Op, Trace
+from scheduler.trace import CHANGES, AccessMode, Trace
+from scheduler.walk import Machine, Placed, Walk
 
 #: Steps walked at most, steps at the beginning that are left out (the walk begins with empty host memory), and the
 #: shortest stretch that is worth restoring a placement for.
 MAX_STEPS: Final = 12
 WARM_UP_STEPS: Final = 2
 MIN_CYCLE_STEPS: Final = 5
-#: The op until which a tensor that is never moved is in use.
-FOR_GOOD: Final = sys.maxsize
-#: Stalls are compared in steps of this: below it the predicted clock is not to be trusted.
-STALL_QUANTUM_S: Final = 0.0005
+#: Shares of the frames that are given to tensors for good, one walk each.
+KEPT_SHARES: Final = (0.5, 0.65, 0.75, 0.82, 0.88)
+#: Predicted steps that differ by less count as equally long: the clock knows nothing of what moves cost the processor.
+CLOCK_TOLERANCE: Final = 0.005
 
-
-#: The cost of a window that is not taken.
-_DEAR: Final = (math.inf, math.inf, 0)
-
-#: Tensor, first frame, dirtiness and deadness of everything in host memory, sorted.
-Placed = tuple[tuple[TensorId, FrameId, bool, bool], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the planner must know of the memory: host frames, their size, and the page files' bandwidths (bytes/s)."""
-
-    n_frames: int
-    page_bytes: int
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-
-
-@dataclass(slots=True)
-class _Tenant:
-    """A tensor in host frames. Op numbers count on over all cycles."""
-
-    frame: FrameId
-    locked_until: int
-    dirty: bool = False
-    dead: bool = False
-    modified_at: int = -1
-    clean_at_s: float = 0.0
-    #: The first op that uses it again, as of its last use; infinite when it is dead.
-    next_use: float = -1
-
-
-@dataclass(slots=True)
-class _Walk:
-    """State of the reader and of the predicted clock."""
-
-    trace: Trace
-    n_bytes: Mapping[TensorId, int]
-    machine: Machine
-    fixed: Mapping[TensorId, FrameId]
-    frames: PageAllocator = field(init=False)
-    tenants: dict[TensorId, _Tenant] = field(default_factory=dict)
-    uses: dict[TensorId, list[int]] = field(default_factory=dict)
-    renewals: dict[TensorId, set[int]] = field(default_factory=dict)
-    renewed_at: dict[TensorId, int] = field(default_factory=dict)
-    loads: list[LoadTask] = field(default_factory=list)
-    stores: list[tuple[int, StoreTask]] = field(default_factory=list)
-    op_end_s: list[float] = field(default_factory=list)
-    read_free_s: float = 0.0
-    write_free_s: float = 0.0
-    last_trigger: int = 0
-
-    def __post_init__(self) -> None:
-        self.frames = PageAllocator(Tier.HOST, self.machine.page_bytes, self.machine.n_frames)
-        for tensor, frame in self.fixed.items():
-            self.frames.allocate(tensor, self.n_bytes[tensor], contiguous=True, at=frame)
-            self.tenants[tensor] = _Tenant(frame, FOR_GOOD)
-        for index, op in enumerate(self.trace.ops):
-            for access in op.accesses:
-                uses = self.uses.setdefault(access.tensor, [])
-                if not uses or uses[-1] != index:
-                    uses.append(index)
-                if access.mode is AccessMode.RENEW:
-                    self.renewals.setdefault(access.tensor, set()).add(index)
-
-    # ---- what the ranking needs --------------------------------------------------------------------------------
-
-    def next_use(self, tensor: TensorId, now: int) -> float:
-        """First op after ``now`` that uses ``tensor`` as it is now; infinite when it is renewed before."""
-        cycle, index = divmod(now, len(self.trace.ops))
-        uses = self.uses[tensor]
-        place = bisect.bisect_right(uses, index)
-        cycle, use = (cycle, uses[place]) if place < len(uses) else (cycle + 1, uses[0])
-        return math.inf if use in self.renewals.get(tensor, ()) else cycle * len(self.trace.ops) + use
-
-    def released_s(self, tenant: _Tenant) -> float:
-        """When the tenant's frames can be overwritten, on the predicted clock."""
-        used_s = self.op_end_s[tenant.locked_until] if tenant.locked_until >= 0 else 0.0
-        return max(used_s, tenant.clean_at_s) if tenant.dirty else used_s
-
-    def choose(
-        self, now: int, n_frames: int, read_s: float, staying: frozenset[TensorId], *, pack: bool = False
-    ) -> Window | None:
-        """The best window for a load needed at op ``now``; tenants in ``staying`` are not moved. ``pack``: the lowest."""
-        need_s = self.op_end_s[now - 1] if now else 0.0
-        least = _DEAR
-
-        def stall(start_s: float) -> float:
-            return max(0.0, start_s + read_s - need_s) // STALL_QUANTUM_S
-
-        least_stall = stall(self.read_free_s)
-        tenants = self.tenants
-
-        def movable(tensor: TensorId) -> bool:
-            return tensor not in staying and tenants[tensor].locked_until < now
-
-        def cost(tensors: Sequence[TensorId]) -> tuple[float, float, int]:
-            if pack:
-                return (0.0, 0.0, 0)
-            nonlocal least
-            soonest = math.inf
-            for tensor in tensors:
-                next_use = tenants[tensor].next_use
-                if next_use < soonest:
-                    soonest = next_use
-                    # Most windows are out of the question early: what is left to add cannot make them cheaper.
-                    if least[0] == least_stall and -soonest > least[1]:
-                        return _DEAR
-            start_s, dirty_bytes = self.read_free_s, 0
-            for tensor in tensors:
-                tenant = tenants[tensor]
-                start_s = max(start_s, self.released_s(tenant))
-                dirty_bytes += self.n_bytes[tensor] * tenant.dirty
-            found = (stall(start_s), -soonest, dirty_bytes)
-            least = min(least, found)
-            return found
-
-        return best_window(list(self.frames.segments()), n_frames, movable, cost)
-
-    # ---- moves -------------------------------------------------------------------------------------------------
-
-    def evict(self, tensor: TensorId, now: int) -> _Tenant:
-        """Take a tensor out of host memory, storing it first when it is dirty."""
-        tenant = self.tenants.pop(tensor)
-        self.frames.release(tensor)
-        if tenant.dirty and not tenant.dead:
-            self.stores.append((now, StoreTask(tensor, tenant.modified_at + 1)))
-        return tenant
-
-    def load(self, access: Access, now: int, staying: frozenset[TensorId], *, pack: bool = False) -> float | None:
-        """Place a tensor for op ``now``; returns when it is there (predicted clock), or None when no window is free."""
-        tensor = access.tensor
-        n_bytes = self.n_bytes[tensor]
-        n_frames = ceil_div(n_bytes, self.machine.page_bytes)
-        fresh = access.mode is AccessMode.CREATE
-        read_s = 0.0 if fresh else n_bytes / self.machine.read_bytes_per_s
-        window = self.choose(now, n_frames, read_s, staying, pack=pack)
-        if window is None:
-            return None
-        start_s, trigger = self.read_free_s, max(self.last_trigger, now - len(self.trace.ops) + 1)
-        trigger = max(trigger, self.renewed_at.get(tensor, -1) + 1)
-        for victim in window.tenants:
-            tenant = self.evict(victim, now)
-            start_s = max(start_s, self.released_s(tenant))
-            trigger = max(trigger, tenant.locked_until + 1)
-        placed = self.frames.allocate(tensor, n_bytes, contiguous=True, at=window.first)
-        if isinstance(placed, Shortage):
-            raise AssertionError(f"chosen window {window} is not free: {placed}")
-        self.tenants[tensor] = _Tenant(window.first, now - 1)
-        self.loads.append(LoadTask(tensor, window.first, trigger, now, fresh))
-        self.last_trigger = trigger
-        self.read_free_s = start_s + read_s
-        return self.read_free_s
-
-    def repack(self, op: Op, now: int) -> float:
-        """Make room for an op whose own tensors stand in each other's way: place them anew, largest first.
-
-        Those of which an older view lives stay where they are.
-
-        Raises:
-            BudgetError: the op's tensors do not fit together; the message says which and how much they need.
-        """
-        placed: set[TensorId] = set()
-        while self.loads and self.loads[-1].needed_at == now:
-            self.loads.pop()
-        for access in op.accesses:
-            tenant = self.tenants.get(access.tensor)
-            if tenant is not None and tenant.locked_until >= now:
-                placed.add(access.tensor)
-            elif tenant is not None:
-                self.evict(access.tensor, now)
-        self.last_trigger = now
-        ready_s = 0.0
-        for access in sorted(op.accesses, key=lambda a: -self.n_bytes[a.tensor]):
-            if access.tensor in placed:
-                continue
-            there_s = self.load(access, now, frozenset(placed), pack=True)
-            if there_s is None:
-                page_bytes = self.machine.page_bytes
-                need_bytes = page_bytes * sum(ceil_div(self.n_bytes[a.tensor], page_bytes) for a in op.accesses)
-                raise BudgetError(
-                    f"{op.name} needs {need_bytes} bytes of host pages at once, the budget holds "
-                    f"{self.machine.n_frames * page_bytes}; raise memory.ram",
-                    need_bytes,
-                )
-            placed.add(access.tensor)
-            ready_s = max(ready_s, there_s)
-        return ready_s
-
-    # ---- the walk ----------------------------------------------------------------------------------------------
-
-    def walk_step(self, cycle: int) -> None:
-        """Let the reader and the predicted clock pass over one more step."""
-        n_ops = len(self.trace.ops)
-        for index, op in enumerate(self.trace.ops):
-            now = cycle * n_ops + index
-            ready_s = self.bring(op, now)
-            begin_s = max(ready_s, self.op_end_s[-1] if self.op_end_s else 0.0)
-            self.op_end_s.append(begin_s + op.duration_s)
-            self.use(op, now, until=cycle * n_ops + op.until)
-
-    def bring(self, op: Op, now: int) -> float:
-        """Have every tensor of an op in host memory; returns when the last one is there."""
-        own = frozenset(access.tensor for access in op.accesses)
-        ready_s = 0.0
-        for access in op.accesses:
-            if access.mode is AccessMode.RENEW:
-                continue
-            tenant = self.tenants.get(access.tensor)
-            if tenant is not None and tenant.dead:
-                self.evict(access.tensor, now)
-                self.last_trigger = max(self.last_trigger, tenant.locked_until + 1)
-                tenant = None
-            if tenant is None:
-                there_s = self.load(access, now, own)
-                if there_s is None:
-                    return self.repack(op, now)
-                ready_s = max(ready_s, there_s)
-        return ready_s
-
-    def use(self, op: Op, now: int, until: int) -> None:
-        """Note what an op does to its tensors."""
-        for access in op.accesses:
-            if access.mode is AccessMode.RENEW:
-                self.renewed_at[access.tensor] = now
-                stale = self.tenants.get(access.tensor)
-                if stale is not None:
-                    stale.locked_until = max(stale.locked_until, now)
-                    stale.dead, stale.dirty, stale.next_use = True, False, math.inf
-                continue
-            tenant = self.tenants[access.tensor]
-            tenant.locked_until = max(tenant.locked_until, until, now)
-            tenant.next_use = self.next_use(access.tensor, now)
-            if access.mode in CHANGES:
-                write_s = self.n_bytes[access.tensor] / self.machine.write_bytes_per_s
-                if not tenant.dirty:
-                    self.write_free_s = max(self.write_free_s, self.op_end_s[now]) + write_s
-                tenant.dirty, tenant.modified_at = True, now
-                tenant.clean_at_s = max(self.write_free_s, self.op_end_s[now] + write_s)
-            elif access.mode is AccessMode.CONSUME:
-                tenant.dead, tenant.dirty, tenant.next_use = True, False, math.inf
-
-    def placement(self) -> Placed:
-        """What is where; two steps that begin alike go on alike."""
-        return tuple(sorted((tensor, t.frame, t.dirty, t.dead) for tensor, t in self.tenants.items()))
-
-
-def _numbered_from(start: int, n_ops: int, loads: Sequence[LoadTask], *, closed: bool) -> tuple[LoadTask, ...]:
-    """Loads of one cycle with op numbers counted from its beginning; early ones wrap to the cycle before."""
-    inside: list[LoadTask] = []
-    wrapped: list[LoadTask] = []
-    for task in loads:
-        trigger, needed_at = task.trigger - start, task.needed_at - start
-        if trigger < 0 and closed:
-            wrapped.append(LoadTask(task.tensor, task.frame, trigger + n_ops, needed_at + n_ops, task.fresh))
-        else:
-            inside.append(LoadTask(task.tensor, task.frame, max(trigger, 0), needed_at, task.fresh))
-    latest = inside[-1].trigger if inside else 0
-    for task in wrapped:
-        latest = max(latest, task.trigger)
-        inside.append(LoadTask(task.tensor, task.frame, latest, task.needed_at, task.fresh))
-    return tuple(inside)
+#: What a step must do with a tensor that can be kept: its content is the same tensor's from step to step.
+_LASTING: Final = frozenset({AccessMode.READ, AccessMode.MODIFY})
 
 
 def make_plan(
@@ -329,7 +64,55 @@ def make_plan(
     Raises:
         BudgetError: the tensors of one op do not fit together.
     """
-    walk = _Walk(trace, n_bytes, machine, fixed or {})
+    plan = _plan_with(trace, n_bytes, machine, fixed or {}, alike)
+    if not plan.loads:
+        return plan
+    found = [plan]
+    for kept in _kept_sets(trace, n_bytes, machine, fixed or {}):
+        try:
+            found.append(_plan_with(trace, n_bytes, machine, kept, alike))
+        except BudgetError:
+            break  # the next one keeps more
+    quickest_s = min(plan.step_s for plan in found)
+    return min((plan for plan in found if plan.step_s <= (1 + CLOCK_TOLERANCE) * quickest_s), key=lambda plan: plan.moved_bytes)
+
+
+def _kept_sets(
+    trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, fixed: Mapping[TensorId, FrameId]
+) -> Iterator[dict[TensorId, FrameId]]:
+    """What is kept beside ``fixed`` in each further walk: tensors by ops that use them, then as the step meets them."""
+    n_uses: dict[TensorId, int] = {}
+    passing: set[TensorId] = set(fixed)
+    for op in trace.ops:
+        for access in op.accesses:
+            n_uses[access.tensor] = n_uses.get(access.tensor, 0) + 1
+            if access.mode not in _LASTING:
+                passing.add(access.tensor)
+    wanted = sorted((tensor for tensor in n_uses if tensor not in passing), key=lambda tensor: -n_uses[tensor])
+    before: dict[TensorId, FrameId] = {}
+    for share in KEPT_SHARES:
+        frames = PageAllocator(Tier.HOST, machine.page_bytes, machine.n_frames)
+        for tensor, frame in fixed.items():
+            frames.allocate(tensor, n_bytes[tensor], contiguous=True, at=frame)
+        kept, left = dict(fixed), int(share * machine.n_frames) - frames.used_frames
+        for tensor in wanted:
+            n_pages = ceil_div(n_bytes[tensor], machine.page_bytes)
+            if n_pages > left:
+                continue
+            placed = frames.allocate(tensor, n_bytes[tensor], contiguous=True)
+            if not isinstance(placed, Shortage):
+                kept[tensor] = placed.runs[0].first
+                left -= n_pages
+        if kept != before and len(kept) > len(fixed):
+            yield kept
+        before = kept
+
+
+def _plan_with(
+    trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, fixed: Mapping[TensorId, FrameId], alike: bool
+) -> Plan:
+    """The plan of one walk."""
+    walk = Walk(trace, n_bytes, machine, fixed)
     n_ops = len(trace.ops)
     placements = [walk.placement()]
     seen = slice(-2, -1) if alike else slice(0, -1)
@@ -347,9 +130,13 @@ def make_plan(
     stores = dict.fromkeys(
         StoreTask(task.tensor, (task.trigger - start) % (end - start)) for evicted_at, task in walk.stores if start <= evicted_at < end
     )
+    read_bytes, written_bytes = 0, 0
     if not closed:
         stores |= dict.fromkeys(_unseen_stores(trace, placements[first], placements[last], loads, start, end))
-    store_tasks = tuple(stores)
+        read_bytes, written_bytes = _restored_bytes(placements[first], placements[last], n_bytes)
+    restore_s = max(read_bytes / machine.read_bytes_per_s, written_bytes / machine.write_bytes_per_s)
+    read_bytes += sum(n_bytes[task.tensor] for task in loads if not task.fresh)
+    written_bytes += sum(n_bytes[task.tensor] for task in stores)
     carried = tuple(
         LoadTask(t.tensor, t.frame, 0, t.needed_at - (end - start), t.fresh) for t in numbered if t.needed_at >= end - start
     )
@@ -361,15 +148,42 @@ def make_plan(
         n_frames=machine.n_frames,
         initial=initial,
         loads=numbered,
-        stores=store_tasks,
+        stores=tuple(stores),
         carried=carried,
         closed=closed,
         peak_frames=_peak_frames(initial, loads, n_bytes, machine.page_bytes),
-        step_s=(walk.op_end_s[end - 1] - before_s) / (last - first),
+        read_bytes=read_bytes,
+        written_bytes=written_bytes,
+        step_s=(walk.op_end_s[end - 1] - before_s + restore_s) / (last - first),
         compute_s=trace.compute_s,
         loads_at=by_trigger(numbered),
-        stores_at=by_trigger(store_tasks),
+        stores_at=by_trigger(tuple(stores)),
     )
+
+
+def _restored_bytes(first: Placed, last: Placed, n_bytes: Mapping[TensorId, int]) -> tuple[int, int]:
+    """What is read and written to have the first placement after the last one."""
+    wanted = {(tensor, frame) for tensor, frame, _, dead in first if not dead}
+    there = {(tensor, frame) for tensor, frame, _, dead in last if not dead}
+    read_bytes = sum(n_bytes[tensor] for tensor, _ in wanted - there)
+    return read_bytes, sum(n_bytes[tensor] for tensor, frame, dirty, dead in last if dirty and not dead and (tensor, frame) not in wanted)
+
+
+def _numbered_from(start: int, n_ops: int, loads: Sequence[LoadTask], *, closed: bool) -> tuple[LoadTask, ...]:
+    """Loads of one cycle with op numbers counted from its beginning; early ones wrap to the cycle before."""
+    inside: list[LoadTask] = []
+    wrapped: list[LoadTask] = []
+    for task in loads:
+        trigger, needed_at = task.trigger - start, task.needed_at - start
+        if trigger < 0 and closed:
+            wrapped.append(LoadTask(task.tensor, task.frame, trigger + n_ops, needed_at + n_ops, task.fresh))
+        else:
+            inside.append(LoadTask(task.tensor, task.frame, max(trigger, 0), needed_at, task.fresh))
+    latest = inside[-1].trigger if inside else 0
+    for task in wrapped:
+        latest = max(latest, task.trigger)
+        inside.append(LoadTask(task.tensor, task.frame, latest, task.needed_at, task.fresh))
+    return tuple(inside)
 
 
 def _least_different(placements: Sequence[Placed], n_bytes: Mapping[TensorId, int], lengths: range) -> tuple[int, int]:

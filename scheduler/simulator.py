@@ -25,8 +25,8 @@ from pagemem.page import FrameId, TensorId
 from pagemem.units import ceil_div
 from scheduler.bounds import check_bounds
 from scheduler.plan import LoadTask, Plan
-from scheduler.planner import Machine
 from scheduler.trace import CHANGES, AccessMode, Op, Trace
+from scheduler.walk import Machine
 
 #: Cycles performed at most before the step time is taken of all of them together.
 MAX_CYCLES: Final = 24

@@ -242,7 +242,11 @@ def test_ctrl_c_ends_it_at_once_and_leaves_nothing(
     monkeypatch.setattr(bench_ssd._Traffic, "_ended", signal_at)
     monkeypatch.setattr(cli, "full_plan", lambda size_bytes, seconds: Plan(3 * MiB, 600.0, PLAN.settings))
     before = content(disk)
-    assert cli.main(["bench-ssd", str(disk)]) == 130
+    before_handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
+    try:
+        assert cli.main(["bench-ssd", str(disk)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before_handler)
     assert "interrupted" in capsys.readouterr().err
     assert content(disk) == before
 

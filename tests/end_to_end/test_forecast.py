@@ -19,8 +19,8 @@ from offload.rehearsal import CostMode, RehearsalError, rehearsed
 from pagemem.errors import BudgetError
 from scheduler.durations import MEASURED_STEPS
 from scheduler.plan import Plan
-from scheduler.planner import Machine
 from scheduler.simulator import simulate
+from scheduler.walk import Machine
 
 HERE = __name__
 PAGE_BYTES = 64 << 10

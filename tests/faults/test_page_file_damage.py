@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
+import threading
 
 import pytest
-from page_file_bench import ALL, N_PAGES, PAGE_BYTES, Bench, aligned, pages
+from page_file_bench import ALL, N_PAGES, PAGE_BYTES, REQUEST_PAGES, TIMEOUT_S, Bench, aligned, pages
 
 from pagemem.errors import ChecksumError, StorageError
 from pagemem.io import MAX_STALLS
@@ -34,6 +36,26 @@ def test_a_flipped_byte_is_found_and_named(bench: Bench, at_byte: int, max_reque
             assert bench.read([extent]) == page
     flip(bench.files.paths[0], at_byte)
     assert bench.read(ALL) == source
+
+
+def test_with_a_request_waiting_another_thread_verifies(bench: Bench) -> None:
+    """Three reads for one thread: it leaves verifying the first two to others; a flipped byte is found there, too."""
+    bench.open(threads_per_path=1)
+    source = aligned(N_PAGES * PAGE_BYTES)
+    bench.write(ALL, source)
+    flip(bench.files.paths[0], 5 * PAGE_BYTES)
+    begun = threading.Event()
+    bench.backend.set_hook("read", lambda number: None if begun.wait(TIMEOUT_S) else 0)
+    ends: queue.SimpleQueue[tuple[int, str, BaseException | None]] = queue.SimpleQueue()
+    into = [aligned(REQUEST_PAGES * PAGE_BYTES) for _ in range(3)]
+    for k in range(3):
+        extents = pages(*range(k * REQUEST_PAGES, (k + 1) * REQUEST_PAGES))
+        bench.files.read(extents, into[k], lambda error, k=k: ends.put((k, threading.current_thread().name, error)))  # type: ignore[misc]
+    begun.set()
+    found = sorted((ends.get(timeout=TIMEOUT_S) for _ in range(3)), key=lambda end: end[0])
+    assert [name.rpartition("-")[0] for _, name, _ in found] == ["pagemem-digest", "pagemem-digest", "pagemem-read-0"]
+    assert [type(error) for _, _, error in found] == [type(None), ChecksumError, type(None)]
+    assert into[0] == source[: REQUEST_PAGES * PAGE_BYTES]
 
 
 def flip(path: str, at_byte: int) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from pagemem.page import TensorId
 from scheduler.bounds import PlanError, check_bounds
 from scheduler.plan import by_trigger
-from scheduler.planner import Machine, make_plan
+from scheduler.planner import make_plan
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.walk import Machine
 
 PAGE_BYTES = 1 << 16
 

@@ -13,8 +13,9 @@ from pagemem.page import TensorId
 from pagemem.units import BLOCK_BYTES, KiB
 from scheduler.bounds import Replay, check_bounds
 from scheduler.plan import Plan
-from scheduler.planner import Machine, make_plan
+from scheduler.planner import make_plan
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.walk import Machine
 
 PAGE_BYTES = 64 * KiB
 #: One page takes a millisecond to read.
@@ -77,11 +78,14 @@ def check(work: Work, plan: Plan) -> Replay:
     replay = work.replay(plan)
     began = dict(replay.where)
     for _ in range(3):
+        moved = replay.bytes_read, replay.bytes_written
         used = replay.cycle()
         assert not plan.closed or replay.where == began, "a closed plan ends where it began"
         assert max(used) <= plan.n_frames
         if not plan.closed:
             replay.restore()
+    # Less where an op's tensors were placed anew and one of them came to where it was.
+    assert replay.bytes_read - moved[0] <= plan.read_bytes and replay.bytes_written - moved[1] <= plan.written_bytes
     assert plan.peak_frames == len(replay.touched) <= plan.n_frames
     report = check_bounds(plan, work.trace, work.n_bytes, Machine(plan.n_frames, PAGE_BYTES, BYTES_PER_S, BYTES_PER_S))
     assert report.peak_frames == plan.peak_frames and len(report.frames_at_op) == len(plan.keys)

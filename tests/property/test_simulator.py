@@ -13,9 +13,10 @@ from pagemem.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.bounds import PlanError, check_bounds
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.planner import Machine, make_plan
+from scheduler.planner import make_plan
 from scheduler.simulator import Lane, Simulation, Wait, simulate
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.walk import Machine
 
 PAGE_BYTES = 64 * KiB
 #: One page takes a millisecond.
@@ -39,8 +40,8 @@ def plan_of(trace: Trace, n_frames: int, initial: dict[TensorId, int], loads: tu
     """A plan of one step that closes."""
     carried = tuple(replace(t, trigger=0, needed_at=t.needed_at - len(trace.ops)) for t in loads if t.needed_at >= len(trace.ops))
     return Plan(
-        trace.keys, 1, n_frames, {t: FrameId(f) for t, f in initial.items()}, loads, stores, carried, True, n_frames, 0.0, 0.0,
-        by_trigger(loads), by_trigger(stores),
+        trace.keys, 1, n_frames, {t: FrameId(f) for t, f in initial.items()}, loads, stores, carried, True, n_frames, 0, 0,
+        0.0, 0.0, by_trigger(loads), by_trigger(stores),
     )  # fmt: skip
 
 

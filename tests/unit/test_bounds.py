@@ -10,8 +10,9 @@ from pagemem.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.bounds import BoundsReport, PlanError, check_bounds
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.planner import Machine, make_plan
+from scheduler.planner import make_plan
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.walk import Machine
 
 PAGE_BYTES = 64 * KiB
 MODES = {"r": AccessMode.READ, "w": AccessMode.MODIFY, "c": AccessMode.CREATE, "x": AccessMode.CONSUME}
@@ -38,8 +39,8 @@ def plan_of(
     """A plan of one step."""
     return Plan(
         keys=trace.keys, n_steps=1, n_frames=n_frames, initial={t: FrameId(f) for t, f in initial.items()}, loads=loads, stores=stores,
-        carried=carried, closed=closed, peak_frames=n_frames if peak_frames is None else peak_frames, step_s=0.0, compute_s=0.0,
-        loads_at=by_trigger(loads), stores_at=by_trigger(stores),
+        carried=carried, closed=closed, peak_frames=n_frames if peak_frames is None else peak_frames,
+        read_bytes=0, written_bytes=0, step_s=0.0, compute_s=0.0, loads_at=by_trigger(loads), stores_at=by_trigger(stores),
     )  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from pagemem.page import TensorId
 from pagemem.units import KiB
 from scheduler.bounds import Replay
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.planner import Machine, make_plan
+from scheduler.planner import make_plan
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.walk import Machine
 
 PAGE_BYTES = 64 * KiB
 PAGE_S = 1e-3
@@ -40,17 +41,39 @@ def plan_for(trace: Trace, n_frames: int, pages: dict[str, int] | None = None) -
     replay = Replay(trace, plan, n_bytes, PAGE_BYTES)
     began = dict(replay.where)
     for _ in range(3):
+        moved = replay.bytes_read, replay.bytes_written
         replay.cycle()
         assert not plan.closed or replay.where == began
         if not plan.closed:
             replay.restore()
     assert plan.peak_frames == len(replay.touched)
+    assert (replay.bytes_read - moved[0], replay.bytes_written - moved[1]) == (plan.read_bytes, plan.written_bytes)
     return plan
 
 
 def loaded(plan: Plan) -> list[str]:
     """What is loaded and for which op of the step, in order: ``"A@3"``; ``"A*@3"`` when only the frames are wanted."""
     return [f"{chr(ord('A') + t.tensor)}{'*' * t.fresh}@{t.needed_at % plan.ops_per_step}" for t in plan.loads]
+
+
+# ---- kept for good ----------------------------------------------------------------------------------------------------
+
+
+def test_where_the_disk_is_the_limit_some_tensors_stay_for_good() -> None:
+    """Sixteen tensors that change in turn, ten frames. Taking what is free soonest each time, all of them would move."""
+    letters = "ABCDEFGHIJKLMNOP"
+    plan = plan_for(step(*(f"{letter}w" for letter in letters), seconds=PAGE_S), 10)
+    moving = {task.tensor for task in plan.loads} | {task.tensor for task in plan.stores}
+    assert len(moving) < len(letters) and set(plan.initial) - moving
+    assert plan.moved_bytes <= 16 * PAGE_BYTES, "six at least cannot stay: 12 pages are read and written"
+    assert plan.step_s == pytest.approx(plan.compute_s)
+
+
+def test_what_dies_or_begins_in_a_step_is_not_kept() -> None:
+    """The busiest tensors pass: they are created and consumed in the step, so their frames serve others as well."""
+    trace = step("Ac Br", "Ar Cr", "Ar Dr", "Ax Er", "Fc Br", "Fr Cr", "Fx Dr", seconds=PAGE_S)
+    plan = plan_for(trace, 4)
+    assert not {tensor("A"), tensor("F")} & set(plan.initial)
 
 
 # ---- spare memory ------------------------------------------------------------------------------------------------------
