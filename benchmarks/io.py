@@ -1,11 +1,12 @@
-"""The page file against fio on the same file system: ``python -m benchmarks.io [--dir D] [--seconds 3] [--json]``.
+"""The page file against fio on the same file system: ``python -m benchmarks.io [--dir D] [--seconds 0.7] [--json]``.
 
 Reads and writes of 4 MiB with 1, 2 and 4 requests under way, checksums on and off, interleaved with fio's direct I/O
 (libaio) of the same size and depth: how many requests are with the system at a time, for the page file its threads. The
-ratio is the median over rounds of ours divided by fio's of the same round, so that a drift of the disk cancels. Like with
-like: all work on one and the same file of random bytes, written before anything is measured, with buffers in huge pages.
-The page file is kept busy as the engine keeps it, with twice as many transfers begun as may be under way, so that one is
-verified while another is read. What is asked of it are routes made beforehand, as the engine makes one a tensor and keeps it.
+ratio is the median over rounds of ours divided by fio's of the same round, so that a drift of the disk cancels;
+measurements are short and many for the same reason. Like with like: all work on one and the same file of random bytes,
+written before anything is measured, with buffers in huge pages. The page file is kept busy as the engine keeps it, with
+twice as many transfers begun as may be under way, so that one is verified while another is read. What is asked of it are
+routes made beforehand, as the engine makes one a tensor and keeps it.
 """
 
 from __future__ import annotations
@@ -254,8 +255,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.io", description=__doc__.split("\n\n")[0])
     parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to put the files (default: here)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each single measurement (default: 3)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure (default: 5)")
+    parser.add_argument("--seconds", type=float, default=0.7, help="of each single measurement (default: 0.7)")
+    parser.add_argument("--rounds", type=int, default=21, help="measurements of each figure (default: 21)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     parser.add_argument("--save", type=Path, metavar="FILE", help="keep the result as a JSON file")
     return parser.parse_args(arguments)

@@ -63,8 +63,8 @@ class PageFiles:
         page_bytes: size of a frame, a power of two from 64 KiB to 64 MiB.
         checksums: whether to compute an xxh3 of every extent written and verify it on reading.
         direct: True or False forces O_DIRECT or aiofiles, None probes.
-        threads_per_path: requests under way at a time on one path, in each direction. Half as many threads compute
-            checksums beside them.
+        threads_per_path: requests under way at a time on one path, in each direction. Half as many threads do what
+            follows a request beside them: checksums, and telling of the end.
         max_request_bytes: longest single request to the system, a multiple of 4096.
         limit_mb_per_s: caps reads and writes together, in 10^6 bytes a second, to model a slower disk.
         weights: shares of the frames a path, e.g. bandwidths; None is equal shares.
@@ -100,7 +100,6 @@ class PageFiles:
         self.paths = [str(directory.file(PAGE_FILE_NAME)) for directory in directories]
         self._max_request_bytes = max_request_bytes
         self._slab_frames = max(1, slab_bytes // page_bytes)
-        self._checksums = checksums
         self._n_frames = 0
         self._index = ExtentIndex()
         self._meter = IoMeter()
@@ -116,8 +115,8 @@ class PageFiles:
         self._server = TransferServer(
             self._backend, self.paths, self._index, self._meter, self.throttle, self._hand_on, checksums=checksums
         )
+        self._started: list[IoPool[Work]] = []
         self._pools: dict[tuple[Direction, int], IoPool[Work]] = {}
-        self._digest_pool: IoPool[Work] | None = None
         self._start_threads(threads_per_path)
 
     # ---- what there is -----------------------------------------------------------------------------------------
@@ -228,18 +227,16 @@ class PageFiles:
                 raise StorageError(f"the page files are {self._state.value}; no transfer can begin")
             for item in work:
                 _, request, job = item
-                if self._digest_pool is not None and job in COMPUTING:
-                    self._digest_pool.submit(item)
-                else:
-                    self._pools[direction, request.path].submit(item, background=background)
+                pool = self._finishing if job in COMPUTING else self._pools[direction, request.path]
+                pool.submit(item, background=background and pool is not self._finishing)
 
     def _hand_on(self, work: Work) -> bool:
-        """Leave verifying to another thread where the caller's next request waits already."""
+        """Leave what follows a request to another thread where the caller's next one waits already."""
         under_way, request, _ = work
-        if self._digest_pool is None or not self._pools[under_way.direction, request.path].has_waiting:
-            return False
-        self._digest_pool.submit(work)
-        return True
+        waiting = self._pools[under_way.direction, request.path].has_waiting
+        if waiting:
+            self._finishing.submit(work)
+        return waiting
 
     def _note_failure(self, failure: BaseException) -> None:
         with self._state_lock:
@@ -248,19 +245,20 @@ class PageFiles:
     def _start_threads(self, threads_per_path: int) -> None:
         # A thread that waits for tokens has taken them already: whoever comes next waits behind it.
         n_background = 1 if self.throttle is not None else max(1, threads_per_path // 2)
-        n_digest = max(1, threads_per_path // 2) * len(self.paths)
+        n_finishing = max(1, threads_per_path // 2) * len(self.paths)
         try:
-            if self._checksums:
-                self._digest_pool = IoPool("pagemem-digest", n_digest, self._server, self._note_failure)
             for direction in Direction:
                 for path in range(len(self.paths)):
                     name = f"pagemem-{direction.name.lower()}-{path}"
-                    self._pools[direction, path] = IoPool(
-                        name, threads_per_path, self._server, self._note_failure, n_background
-                    )
+                    self._pools[direction, path] = self._start(name, threads_per_path, n_background)
+            self._finishing = self._start("pagemem-finish", n_finishing, 1)
         except BaseException:
             self.close()
             raise
+
+    def _start(self, name: str, n_threads: int, n_background: int) -> IoPool[Work]:
+        self._started.append(IoPool(name, n_threads, self._server, self._note_failure, n_background))
+        return self._started[-1]
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -311,10 +309,8 @@ class PageFiles:
             if self._state is FilesState.CLOSED:
                 return
             self._become(FilesState.CLOSING)
-            for pool in self._pools.values():
+            for pool in self._started:  # in this order: the last one takes what the others leave to it
                 pool.close()
-            if self._digest_pool is not None:  # last: reads leave their verifying to it
-                self._digest_pool.close()
             self._backend.close()
             self._become(FilesState.CLOSED)
         if self._failure is not None:

@@ -1,8 +1,8 @@
 """What I/O threads do with a transfer: move its requests' bytes, keep and verify checksums, report the end.
 
 A transfer is a list of jobs: each request is moved, and a write's checksums are jobs of their own, computed by another
-thread beside the move. A read is verified by the thread that read it if no other request waits for that thread; else by
-another one, so that the disk is asked for the next request first.
+thread beside the move. What follows a move (verifying a read, telling of the end) is done by the thread that moved if no
+other request waits for that thread; else by another one, so that the disk is asked for the next request first.
 
 Invariants
     1. ``done`` is called exactly once, after all jobs ended, with no lock held and no reference to the buffer kept.
@@ -32,12 +32,12 @@ Done = Callable[[BaseException | None], None]
 
 
 class Job(enum.Enum):
-    """What is to be done with one request: READ and verify, WRITE, DIGEST what is written, VERIFY what was read."""
+    """What is to be done with one request: READ or WRITE its bytes, FINISH what was moved, DIGEST what is written."""
 
     READ = "read"
     WRITE = "write"
+    FINISH = "finish"
     DIGEST = "digest"
-    VERIFY = "verify"
 
 
 class Transfer:
@@ -74,7 +74,7 @@ class Transfer:
 Work = tuple[Transfer, Request, Job]
 
 #: Jobs of a processor rather than of a disk.
-COMPUTING: Final = frozenset({Job.DIGEST, Job.VERIFY})
+COMPUTING: Final = frozenset({Job.DIGEST, Job.FINISH})
 
 
 class TransferServer:
@@ -84,7 +84,7 @@ class TransferServer:
         paths: names of the backend's files, by index.
         index: what was written so far; consulted by reads, extended by writes that succeed.
         throttle: waited for before each request; None: no limit.
-        hand_on: takes over a VERIFY job, to serve it on another thread, or returns False: the caller serves it at once.
+        hand_on: takes over a FINISH job, to serve it on another thread, or returns False: the caller serves it at once.
         checksums: whether to compute and verify them; extents are recorded as written either way.
     """
 
@@ -123,10 +123,10 @@ class TransferServer:
         if under_way.error is None:
             try:
                 self._do(under_way, request, job)
-                if job is Job.READ and self._checksums and under_way.whole(request):
-                    if self._hand_on((under_way, request, Job.VERIFY)):
+                if job not in COMPUTING:
+                    if self._hand_on((under_way, request, Job.FINISH)):
                         return  # the job goes on elsewhere
-                    self._verify(under_way, request)
+                    self._finish(under_way, request)
             except BaseException as raised:  # whatever it is goes to done: a lost error would block a waiter for ever
                 error = raised
         if under_way.job_ended(error):
@@ -141,6 +141,11 @@ class TransferServer:
         elif job is Job.DIGEST:
             under_way.sums[request.rows] = self._digests(under_way, request)
         else:
+            self._finish(under_way, request)
+
+    def _finish(self, under_way: Transfer, request: Request) -> None:
+        # The parts of a cut extent end in any order: the last one sees all its bytes.
+        if self._checksums and under_way.direction is Direction.READ and under_way.whole(request):
             self._verify(under_way, request)
 
     def _complete(self, under_way: Transfer) -> None:

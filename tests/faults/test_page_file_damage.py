@@ -53,7 +53,7 @@ def test_with_a_request_waiting_another_thread_verifies(bench: Bench) -> None:
         bench.files.read(extents, into[k], lambda error, k=k: ends.put((k, threading.current_thread().name, error)))  # type: ignore[misc]
     begun.set()
     found = sorted((ends.get(timeout=TIMEOUT_S) for _ in range(3)), key=lambda end: end[0])
-    assert [name.rpartition("-")[0] for _, name, _ in found] == ["pagemem-digest", "pagemem-digest", "pagemem-read-0"]
+    assert [name.rpartition("-")[0] for _, name, _ in found] == ["pagemem-finish", "pagemem-finish", "pagemem-read-0"]
     assert [type(error) for _, _, error in found] == [type(None), ChecksumError, type(None)]
     assert into[0] == source[: REQUEST_PAGES * PAGE_BYTES]
 
