@@ -8,7 +8,7 @@ fragmented or compacted.
 
 The reader avoids each stall as it comes and pays with moves. Where the disk is what limits a step, those moves are the next
 stalls. So there are several walks: one with all tensors on the move, and some in which a part of the frames is given for
-good to the tensors that are used most often. The quickest is taken, and of those about as quick the one that moves least.
+good to the tensors that are used most often. The quickest is taken; moves count as the processor time that they take, too.
 
 Source: Angel-PTM (VLDB 2023), unified scheduling.
 """
@@ -33,9 +33,10 @@ MAX_STEPS: Final = 12
 WARM_UP_STEPS: Final = 2
 MIN_CYCLE_STEPS: Final = 5
 #: Shares of the frames that are given to tensors for good, one walk each.
-KEPT_SHARES: Final = (0.5, 0.65, 0.75, 0.82, 0.88)
-#: Predicted steps that differ by less count as equally long: the clock knows nothing of what moves cost the processor.
-CLOCK_TOLERANCE: Final = 0.005
+KEPT_SHARES: Final = (0.4, 0.55, 0.65, 0.75, 0.82)
+#: What a byte moved beside computing adds to a step: I/O threads take a core for 0.2 s a GB, checksums included, and the
+#: threads that compute wait for the one that is held up (measured on two cores, docs/schedule.md).
+MOVE_S_PER_BYTE: Final = 2e-10
 
 #: What a step must do with a tensor that can be kept: its content is the same tensor's from step to step.
 _LASTING: Final = frozenset({AccessMode.READ, AccessMode.MODIFY})
@@ -73,8 +74,7 @@ def make_plan(
             found.append(_plan_with(trace, n_bytes, machine, kept, alike))
         except BudgetError:
             break  # the next one keeps more
-    quickest_s = min(plan.step_s for plan in found)
-    return min((plan for plan in found if plan.step_s <= (1 + CLOCK_TOLERANCE) * quickest_s), key=lambda plan: plan.moved_bytes)
+    return min(found, key=lambda plan: plan.step_s + MOVE_S_PER_BYTE * plan.moved_bytes)
 
 
 def _kept_sets(
