@@ -63,8 +63,10 @@ class PageFiles:
         page_bytes: size of a frame, a power of two from 64 KiB to 64 MiB.
         checksums: whether to compute an xxh3 of every extent written and verify it on reading.
         direct: True or False forces O_DIRECT or aiofiles, None probes.
-        threads_per_path: requests under way at a time on one path, in each direction. Half as many threads do what
-            follows a request beside them: checksums, and telling of the end.
+        threads_per_path: requests under way at a time on one path, in each direction.
+        finishing_threads: threads beside them, of all paths together, for what need not keep a thread from the next
+            request: checksums, and telling of the end. They are worth it while cores are idle. None: half of those per
+            path, but at least one; 0: who moves does that, too.
         max_request_bytes: longest single request to the system, a multiple of 4096.
         limit_mb_per_s: caps reads and writes together, in 10^6 bytes a second, to model a slower disk.
         weights: shares of the frames a path, e.g. bandwidths; None is equal shares.
@@ -85,6 +87,7 @@ class PageFiles:
         checksums: bool = True,
         direct: bool | None = None,
         threads_per_path: int = 4,
+        finishing_threads: int | None = None,
         max_request_bytes: int = 4 * MiB,
         limit_mb_per_s: float | None = None,
         weights: Sequence[float] | None = None,
@@ -117,7 +120,10 @@ class PageFiles:
         )
         self._started: list[IoPool[Work]] = []
         self._pools: dict[tuple[Direction, int], IoPool[Work]] = {}
-        self._start_threads(threads_per_path)
+        self._finishing: IoPool[Work] | None = None
+        if finishing_threads is None:
+            finishing_threads = max(1, threads_per_path // 2) * len(directories)
+        self._start_threads(threads_per_path, finishing_threads)
 
     # ---- what there is -----------------------------------------------------------------------------------------
 
@@ -227,31 +233,33 @@ class PageFiles:
                 raise StorageError(f"the page files are {self._state.value}; no transfer can begin")
             for item in work:
                 _, request, job = item
-                pool = self._finishing if job in COMPUTING else self._pools[direction, request.path]
-                pool.submit(item, background=background and pool is not self._finishing)
+                if self._finishing is not None and job in COMPUTING:
+                    self._finishing.submit(item)
+                else:
+                    self._pools[direction, request.path].submit(item, background=background)
 
     def _hand_on(self, work: Work) -> bool:
         """Leave what follows a request to another thread where the caller's next one waits already."""
         under_way, request, _ = work
-        waiting = self._pools[under_way.direction, request.path].has_waiting
-        if waiting:
-            self._finishing.submit(work)
-        return waiting
+        if self._finishing is None or not self._pools[under_way.direction, request.path].has_waiting:
+            return False
+        self._finishing.submit(work)
+        return True
 
     def _note_failure(self, failure: BaseException) -> None:
         with self._state_lock:
             self._failure = self._failure or failure
 
-    def _start_threads(self, threads_per_path: int) -> None:
+    def _start_threads(self, threads_per_path: int, finishing_threads: int) -> None:
         # A thread that waits for tokens has taken them already: whoever comes next waits behind it.
         n_background = 1 if self.throttle is not None else max(1, threads_per_path // 2)
-        n_finishing = max(1, threads_per_path // 2) * len(self.paths)
         try:
             for direction in Direction:
                 for path in range(len(self.paths)):
                     name = f"pagemem-{direction.name.lower()}-{path}"
                     self._pools[direction, path] = self._start(name, threads_per_path, n_background)
-            self._finishing = self._start("pagemem-finish", n_finishing, 1)
+            if finishing_threads:
+                self._finishing = self._start("pagemem-finish", finishing_threads, 1)
         except BaseException:
             self.close()
             raise

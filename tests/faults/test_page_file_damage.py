@@ -38,9 +38,10 @@ def test_a_flipped_byte_is_found_and_named(bench: Bench, at_byte: int, max_reque
     assert bench.read(ALL) == source
 
 
-def test_with_a_request_waiting_another_thread_verifies(bench: Bench) -> None:
-    """Three reads for one thread: it leaves verifying the first two to others; a flipped byte is found there, too."""
-    bench.open(threads_per_path=1)
+@pytest.mark.parametrize(("finishing_threads", "elsewhere"), [(None, "pagemem-finish"), (0, "pagemem-read-0")])
+def test_with_a_request_waiting_another_thread_verifies(bench: Bench, finishing_threads: int | None, elsewhere: str) -> None:
+    """Three reads for one thread: it leaves verifying the first two to others, if there are any; a flipped byte is found there, too."""
+    bench.open(threads_per_path=1, finishing_threads=finishing_threads)
     source = aligned(N_PAGES * PAGE_BYTES)
     bench.write(ALL, source)
     flip(bench.files.paths[0], 5 * PAGE_BYTES)
@@ -53,7 +54,7 @@ def test_with_a_request_waiting_another_thread_verifies(bench: Bench) -> None:
         bench.files.read(extents, into[k], lambda error, k=k: ends.put((k, threading.current_thread().name, error)))  # type: ignore[misc]
     begun.set()
     found = sorted((ends.get(timeout=TIMEOUT_S) for _ in range(3)), key=lambda end: end[0])
-    assert [name.rpartition("-")[0] for _, name, _ in found] == ["pagemem-finish", "pagemem-finish", "pagemem-read-0"]
+    assert [name.rpartition("-")[0] for _, name, _ in found] == [elsewhere, elsewhere, "pagemem-read-0"]
     assert [type(error) for _, _, error in found] == [type(None), ChecksumError, type(None)]
     assert into[0] == source[: REQUEST_PAGES * PAGE_BYTES]
 
