@@ -34,6 +34,9 @@ WARM_UP_STEPS: Final = 2
 MIN_CYCLE_STEPS: Final = 5
 #: Shares of the frames that are given to tensors for good, one walk each.
 KEPT_SHARES: Final = (0.4, 0.55, 0.65, 0.75, 0.82)
+#: The one share that is tried where a step has more than so many ops: a walk takes seconds then.
+ONE_SHARE: Final = 0.75
+MANY_OPS: Final = 1000
 #: What a byte moved beside computing adds to a step: I/O threads take a core for 0.2 s a GB, checksums included, and the
 #: threads that compute wait for the one that is held up (measured on two cores, docs/schedule.md).
 MOVE_S_PER_BYTE: Final = 2e-10
@@ -90,7 +93,7 @@ def _kept_sets(
                 passing.add(access.tensor)
     wanted = sorted((tensor for tensor in n_uses if tensor not in passing), key=lambda tensor: -n_uses[tensor])
     before: dict[TensorId, FrameId] = {}
-    for share in KEPT_SHARES:
+    for share in KEPT_SHARES if len(trace.ops) <= MANY_OPS else (ONE_SHARE,):
         frames = PageAllocator(Tier.HOST, machine.page_bytes, machine.n_frames)
         for tensor, frame in fixed.items():
             frames.allocate(tensor, n_bytes[tensor], contiguous=True, at=frame)
