@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,9 @@ from pagemem.page import TensorId
 from pagemem.units import KiB
 from scheduler.bounds import Replay
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.planner import make_plan
+from scheduler.planner import KEPT_SHARES, make_plan
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.walk import Machine
+from scheduler.walk import Machine, Walk
 
 PAGE_BYTES = 64 * KiB
 PAGE_S = 1e-3
@@ -74,6 +75,20 @@ def test_what_dies_or_begins_in_a_step_is_not_kept() -> None:
     trace = step("Ac Br", "Ar Cr", "Ar Dr", "Ax Er", "Fc Br", "Fr Cr", "Fx Dr", seconds=PAGE_S)
     plan = plan_for(trace, 4)
     assert not {tensor("A"), tensor("F")} & set(plan.initial)
+
+
+@pytest.mark.parametrize(("n_ops", "n_walks"), [(900, 1 + len(KEPT_SHARES)), (1200, 2)])
+def test_long_steps_are_walked_twice(n_ops: int, n_walks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[Walk] = []
+
+    def counted(*arguments: Any) -> Walk:
+        walks.append(Walk(*arguments))
+        return walks[-1]
+
+    monkeypatch.setattr("scheduler.planner.Walk", counted)
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    plan_for(step(*(f"{letters[index % 26]}r" for index in range(n_ops))), 24)
+    assert len(walks) == n_walks
 
 
 # ---- spare memory ------------------------------------------------------------------------------------------------------
