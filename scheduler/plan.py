@@ -52,7 +52,8 @@ class Plan:
         closed: whether a cycle ends with the placement it began with; if not, each one begins by restoring it.
         peak_frames: distinct host frames that the cycle touches.
         read_bytes: that a cycle moves at most, restoring its first placement included; written_bytes: likewise.
-        step_s: predicted seconds of one step, with its share of restoring; ``compute_s`` of them without any wait.
+        step_s: seconds of one step, predicted with the planner's bandwidths, its share of restoring included. compute_s: of
+            them without any wait.
     """
 
     keys: tuple[OpKey, ...]

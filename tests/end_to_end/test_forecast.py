@@ -151,7 +151,7 @@ def test_ops_and_pages_are_those_of_the_engine(case: str, ram: int, tmp_path: Pa
     assert found.step.host_pages == host.planned_peak_pages == host.peak_pages
     assert found.step.host_bytes <= ram
     ssd_pages = (found.commit if case == "commits" else found.step).ssd_pages
-    assert ssd_pages == pytest.approx(ssd.planned_peak_pages, rel=0.04 if ram == LITTLE_RAM else 0.0)
+    assert ssd_pages == pytest.approx(ssd.planned_peak_pages, rel=0.02 if ram == LITTLE_RAM else 0.0)
     if case != "commits":
         assert ssd.peak_pages == ssd.planned_peak_pages
 
