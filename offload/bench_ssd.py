@@ -35,8 +35,8 @@ from pagemem.units import KiB, MiB, format_bytes, round_up
 
 REQUEST_BYTES: Final = (256 * KiB, MiB, 4 * MiB, 16 * MiB)
 THREADS: Final = (1, 2, 4)
-#: Where the engine's defaults are among the points; measured without checksums as well.
-DEFAULT_REQUEST_BYTES: Final = 4 * MiB
+#: The point of a usual tensor and the engine's default number of threads; measured without checksums as well.
+USUAL_REQUEST_BYTES: Final = 4 * MiB
 DEFAULT_THREADS: Final = 4
 FOLDER_PREFIX: Final = "offload-bench-ssd-"
 #: File systems that are memory.
@@ -101,9 +101,9 @@ class Plan:
 
 
 def full_plan(size_bytes: int, seconds: float) -> Plan:
-    """Every size with every number of threads, as the engine has it by default, and its defaults without checksums."""
+    """Every size with every number of threads, as the engine has it by default, and the usual ones without checksums."""
     grid = [Setting(request_bytes, threads) for request_bytes in REQUEST_BYTES for threads in THREADS]
-    return Plan(size_bytes, seconds, (*grid, Setting(DEFAULT_REQUEST_BYTES, DEFAULT_THREADS, checksums=False)))
+    return Plan(size_bytes, seconds, (*grid, Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS, checksums=False)))
 
 
 @dataclass(frozen=True, slots=True)

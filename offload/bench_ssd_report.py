@@ -11,7 +11,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from offload.bench_ssd import DEFAULT_REQUEST_BYTES, IN_RAM, Measured, Plan, Point, Target, check_target, measure
+from offload.bench_ssd import IN_RAM, Measured, Plan, Point, Target, check_target, measure
 from offload.config import ConfigError
 from pagemem.units import KiB, MiB, format_bytes
 
@@ -30,10 +30,8 @@ class Recommendation:
 
     @property
     def config_lines(self) -> list[str]:
-        """TOML for a configuration file; a longer request than the default one has to be allowed as well."""
-        size = config_size(self.page_bytes)
-        lines = ["[memory]", f'page = "{size}"', "[ssd]", f"threads = {self.threads}"]
-        return [*lines, f'max_request = "{size}"'] if self.page_bytes > DEFAULT_REQUEST_BYTES else lines
+        """TOML for a configuration file. No page measured here is longer than `ssd.max_request` is by default."""
+        return ["[memory]", f'page = "{config_size(self.page_bytes)}"', "[ssd]", f"threads = {self.threads}"]
 
 
 def config_size(n_bytes: int) -> str:

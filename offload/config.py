@@ -104,8 +104,11 @@ class SsdConfig(_Section):
     """I/O threads per path, for reading and for writing each."""
     limit_mb_per_s: float | None = Field(default=None, gt=0)
     """Bandwidth (10^6 bytes/s) of reads and writes together, to model a slower disk. None: as fast as it goes."""
-    max_request: Size = Field(default=4 * MiB, ge=4 * KiB, le=16 * MiB)
-    """Largest single read or write, a multiple of 4KiB up to 16MiB; larger tensors are split over the threads."""
+    max_request: Size = Field(default=16 * MiB, ge=4 * KiB, le=16 * MiB)
+    """Largest single read or write, a multiple of 4KiB up to 16MiB; larger tensors are split over the threads.
+
+    Each request costs the wake-up of a thread, which holds up the threads that compute.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> SsdConfig:

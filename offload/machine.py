@@ -22,7 +22,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 import offload
-from offload.bench_ssd import DEFAULT_REQUEST_BYTES, DEFAULT_THREADS, Plan, Point, Setting, check_target, file_system, measure
+from offload.bench_ssd import USUAL_REQUEST_BYTES, DEFAULT_THREADS, Plan, Point, Setting, check_target, file_system, measure
 from offload.config import Config, ConfigError, load_config
 from pagemem.errors import DiskFullError, OffloadError
 from pagemem.run_directory import FolderUse, folder_use
@@ -33,7 +33,7 @@ COPY_BYTES: Final = 64 * MiB
 _COPIES: Final = 5
 _PINNED_BYTES: Final = MiB
 #: The engine's default setting, briefly.
-PROBE: Final = Plan(64 * MiB, 0.2, (Setting(DEFAULT_REQUEST_BYTES, DEFAULT_THREADS),))
+PROBE: Final = Plan(64 * MiB, 0.2, (Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS),))
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class PageFiles:
         finishing_threads: threads beside them, of all paths together, for what need not keep a thread from the next
             request: checksums, and telling of the end. They are worth it while cores are idle. None: half of those per
             path, but at least one; 0: who moves does that, too.
-        max_request_bytes: longest single request to the system, a multiple of 4096.
+        max_request_bytes: longest single request to the system, a multiple of 4096. Each one wakes a thread or two.
         limit_mb_per_s: caps reads and writes together, in 10^6 bytes a second, to model a slower disk.
         weights: shares of the frames a path, e.g. bandwidths; None is equal shares.
         slab_bytes: the step by which the tier grows, over all paths together.
@@ -88,7 +88,7 @@ class PageFiles:
         direct: bool | None = None,
         threads_per_path: int = 4,
         finishing_threads: int | None = None,
-        max_request_bytes: int = 4 * MiB,
+        max_request_bytes: int = 16 * MiB,
         limit_mb_per_s: float | None = None,
         weights: Sequence[float] | None = None,
         slab_bytes: int = SLAB_BYTES,
@@ -115,14 +115,15 @@ class PageFiles:
         folders = [directory.path for directory in directories]
         self._backend = choose_backend(folders, direct=direct, n_workers=n_workers) if backend is None else backend
         self._open_files()
-        self._server = TransferServer(
-            self._backend, self.paths, self._index, self._meter, self.throttle, self._hand_on, checksums=checksums
-        )
         self._started: list[IoPool[Work]] = []
         self._pools: dict[tuple[Direction, int], IoPool[Work]] = {}
         self._finishing: IoPool[Work] | None = None
         if finishing_threads is None:
             finishing_threads = max(1, threads_per_path // 2) * len(directories)
+        hand_on = self._hand_on if finishing_threads else None
+        self._server = TransferServer(
+            self._backend, self.paths, self._index, self._meter, self.throttle, hand_on, checksums=checksums
+        )
         self._start_threads(threads_per_path, finishing_threads)
 
     # ---- what there is -----------------------------------------------------------------------------------------

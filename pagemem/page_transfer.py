@@ -1,8 +1,9 @@
 """What I/O threads do with a transfer: move its requests' bytes, keep and verify checksums, report the end.
 
-A transfer is a list of jobs: each request is moved, and a write's checksums are jobs of their own, computed by another
-thread beside the move. What follows a move (verifying a read, telling of the end) is done by the thread that moved if no
-other request waits for that thread; else by another one, so that the disk is asked for the next request first.
+A transfer is a list of jobs, a move for each request. With threads for what follows a move, a write's checksums are jobs of
+their own, computed beside it, and what comes after a move (verifying a read, telling of the end) is done by the thread that
+moved only if no other request waits for it: the disk is asked for the next request first. Without such threads one job does
+all of a request, checksums of a write first: that wakes the fewest threads, which is what counts while all cores compute.
 
 Invariants
     1. ``done`` is called exactly once, after all jobs ended, with no lock held and no reference to the buffer kept.
@@ -84,7 +85,8 @@ class TransferServer:
         paths: names of the backend's files, by index.
         index: what was written so far; consulted by reads, extended by writes that succeed.
         throttle: waited for before each request; None: no limit.
-        hand_on: takes over a FINISH job, to serve it on another thread, or returns False: the caller serves it at once.
+        hand_on: takes over a FINISH job, to serve it on another thread, or returns False: the caller serves it at once. None:
+            there is no other thread, one job does all of a request.
         checksums: whether to compute and verify them; extents are recorded as written either way.
     """
 
@@ -95,7 +97,7 @@ class TransferServer:
         index: ExtentIndex,
         meter: IoMeter,
         throttle: TokenBucket | None,
-        hand_on: Callable[[Work], bool],
+        hand_on: Callable[[Work], bool] | None,
         *,
         checksums: bool,
     ) -> None:
@@ -111,7 +113,7 @@ class TransferServer:
         """A new transfer's jobs, to be served in this order or beside each other."""
         move = Job.READ if direction is Direction.READ else Job.WRITE
         jobs = [(request, move) for request in route.requests]
-        if direction is Direction.WRITE and self._checksums:
+        if direction is Direction.WRITE and self._checksums and self._hand_on is not None:
             jobs += [(request, Job.DIGEST) for request in route.requests if request.leads]
         under_way = Transfer(direction, route, buffer, done, len(jobs))
         return [(under_way, request, job) for request, job in jobs]
@@ -124,7 +126,7 @@ class TransferServer:
             try:
                 self._do(under_way, request, job)
                 if job not in COMPUTING:
-                    if self._hand_on((under_way, request, Job.FINISH)):
+                    if self._hand_on is not None and self._hand_on((under_way, request, Job.FINISH)):
                         return  # the job goes on elsewhere
                     self._finish(under_way, request)
             except BaseException as raised:  # whatever it is goes to done: a lost error would block a waiter for ever
@@ -137,6 +139,8 @@ class TransferServer:
             self._look_up(under_way, request)
             self._move(under_way, request)
         elif job is Job.WRITE:
+            if self._checksums and self._hand_on is None and request.leads:
+                self._do(under_way, request, Job.DIGEST)
             self._move(under_way, request)
         elif job is Job.DIGEST:
             under_way.sums[request.rows] = self._digests(under_way, request)

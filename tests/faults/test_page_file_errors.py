@@ -18,9 +18,10 @@ from pagemem.units import BLOCK_BYTES
 # ---- errors of the system ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("finishing_threads", [None, 0])
 @pytest.mark.parametrize("number", range(N_REQUESTS))
-def test_a_failed_read_is_reported_once_and_loses_nothing(bench: Bench, number: int) -> None:
-    bench.open()
+def test_a_failed_read_is_reported_once_and_loses_nothing(bench: Bench, number: int, finishing_threads: int | None) -> None:
+    bench.open(finishing_threads=finishing_threads)
     source = aligned(N_PAGES * PAGE_BYTES)
     bench.write(ALL, source)
     bench.backend.set_hook("read", failing_at(number, errno.EIO))
@@ -32,9 +33,10 @@ def test_a_failed_read_is_reported_once_and_loses_nothing(bench: Bench, number: 
     assert bench.read(ALL) == source
 
 
+@pytest.mark.parametrize("finishing_threads", [None, 0])
 @pytest.mark.parametrize("number", range(N_REQUESTS))
-def test_after_a_failed_write_no_torn_page_passes_for_whole(bench: Bench, number: int) -> None:
-    bench.open()
+def test_after_a_failed_write_no_torn_page_passes_for_whole(bench: Bench, number: int, finishing_threads: int | None) -> None:
+    bench.open(finishing_threads=finishing_threads)
     old, new = aligned(N_PAGES * PAGE_BYTES), aligned(N_PAGES * PAGE_BYTES)
     bench.write(ALL, old)
     bench.backend.set_hook("write", failing_at(number, errno.EIO))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from offload.bench_ssd import (
-    DEFAULT_REQUEST_BYTES,
+    USUAL_REQUEST_BYTES,
     DEFAULT_THREADS,
     REQUEST_BYTES,
     THREADS,
@@ -66,9 +66,9 @@ def test_every_recommendation_is_a_configuration(page_bytes: int, threads: int) 
 
 def test_the_plan_holds_the_engines_defaults_with_and_without_checksums() -> None:
     defaults = SsdConfig(paths=["/disk"])
-    assert (defaults.max_request, defaults.threads, defaults.checksums) == (DEFAULT_REQUEST_BYTES, DEFAULT_THREADS, True)
+    assert (defaults.max_request, defaults.threads, defaults.checksums) == (max(REQUEST_BYTES), DEFAULT_THREADS, True)
     settings = full_plan(512 * MiB, 0.5).settings
-    assert [s for s in settings if not s.checksums] == [Setting(DEFAULT_REQUEST_BYTES, DEFAULT_THREADS, checksums=False)]
+    assert [s for s in settings if not s.checksums] == [Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS, checksums=False)]
     assert {(s.request_bytes, s.threads) for s in settings if s.checksums} == {(size, n) for size in REQUEST_BYTES for n in THREADS}
 
 
@@ -94,4 +94,4 @@ def test_lines_by_hand() -> None:
         "recommended, 1.50 GB/s with reads and writes equally mixed:", "[memory]", 'page = "256KiB"', "[ssd]", "threads = 2",
     ]  # fmt: skip
     several = advice_lines(Recommendation(16 * MiB, 4, 1.5), n_paths=2)
-    assert several[0].endswith("on the slowest path:") and 'max_request = "16MiB"' in several and "wastes room" in several[-1]
+    assert several[0].endswith("on the slowest path:") and 'page = "16MiB"' in several and "wastes room" in several[-1]

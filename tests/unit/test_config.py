@@ -54,7 +54,7 @@ def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
 def test_defaults_are_those_of_the_reference() -> None:
     config = load_config(SMALL)
     assert config.memory.ram == 64 * MiB and config.memory.page == "auto"
-    assert config.ssd.direct == "auto" and config.ssd.checksums and config.ssd.max_request == 4 * MiB
+    assert config.ssd.direct == "auto" and config.ssd.checksums and config.ssd.max_request == 16 * MiB
     assert config.optimizer.betas == (0.9, 0.95) and config.optimizer.lr == 3e-4
     assert config.model is config.data is config.train is config.output is None
 

@@ -111,9 +111,11 @@ def test_the_probe_decides_the_backend(opened: Opener, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page_bytes", [64 * KiB, MiB, 4 * MiB])
-@pytest.mark.parametrize("checksums", [True, False])
-def test_scattered_pages_come_back_in_order(opened: Opener, page_bytes: int, checksums: bool) -> None:
-    files = opened(page_bytes=page_bytes, n_frames=16, checksums=checksums, max_request_bytes=MiB)
+@pytest.mark.parametrize(("checksums", "finishing_threads"), [(True, None), (True, 0), (False, None), (False, 0)])
+def test_scattered_pages_come_back_in_order(
+    opened: Opener, page_bytes: int, checksums: bool, finishing_threads: int | None
+) -> None:
+    files = opened(page_bytes=page_bytes, n_frames=16, checksums=checksums, finishing_threads=finishing_threads, max_request_bytes=MiB)
     first, second = pages(3, 4, 5, 9, 1, page_bytes=page_bytes), pages(0, 2, 15, 6, page_bytes=page_bytes)
     a, b = Buffer(5 * page_bytes), Buffer(4 * page_bytes)
     write(files, first, a.view)
