@@ -27,6 +27,7 @@ from offload.export import check_request, export_commit
 from offload.hooks import SavedWeights
 from offload.memory import MemoryReport, Stats, memory_report
 from offload.parameters import Binder, PagedParameter
+from offload.plan_file import plan_keepers
 from offload.profile import Profile
 from offload.store import PageStore
 from offload.template import OptimizerLike, optimized_by, template_of
@@ -106,6 +107,7 @@ class Engine:
         self.optimizer.engine = self  # type: ignore[attr-defined]
         self._loss_scale = scaling.loss_scale
         self._updater = make_updater(store, rule, self.optimizer.hypers, scaling)
+        self._plan_keepers = plan_keepers(store)
         self.optimizer.attach(self._updater, self._count_step)
         self._checkpoints = Checkpoints(self.model, store, self.optimizer, self._updater, config)
         if self._loss_scale is not None:
@@ -114,6 +116,8 @@ class Engine:
 
     def _count_step(self) -> None:
         self._steps += 1
+        for keeper in self._plan_keepers:
+            keeper.keep()
 
     def _give_back(self, error: BaseException) -> None:
         try:

@@ -196,6 +196,11 @@ class Driver:
             self._recording, self._began_s = recording, began_s and time.perf_counter()
 
     @property
+    def trace(self) -> Trace:
+        """The step that the plan was made for, with the durations it was made with; empty without a plan."""
+        return self._trace if self.plan is not None else Trace(())
+
+    @property
     def in_step(self) -> bool:
         """Whether ops are part of a step, not of an `interlude`."""
         return self._recording
