@@ -22,7 +22,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 import offload
-from offload.bench_ssd import USUAL_REQUEST_BYTES, DEFAULT_THREADS, Plan, Point, Setting, check_target, file_system, measure
+from offload.bench_ssd import DEFAULT_THREADS, USUAL_REQUEST_BYTES, Plan, Point, Setting, check_target, file_system, measure
 from offload.config import Config, ConfigError, load_config
 from pagemem.errors import DiskFullError, OffloadError
 from pagemem.run_directory import FolderUse, folder_use

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offload.store import PageStore
 from pagemem.page import FrameId, TensorId
+from pagemem.units import ceil_div
 from scheduler.driver import Driver
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.trace import OpKey, OpKind, Trace
@@ -114,7 +115,7 @@ class PlanFile(_Strict):
         """The plan again.
 
         Raises:
-            PlanFileError: a task names an op, a frame or a tensor that there is not.
+            PlanFileError: something names an op, a frame or a tensor that there is not.
         """
         keys: tuple[OpKey, ...] = tuple((op.kind, _key(op.key)) for op in self.ops) * self.steps
         loads, carried = tuple(map(_task, self.loads)), tuple(map(_task, self.carried))
@@ -123,11 +124,13 @@ class PlanFile(_Strict):
         for task in tasks:
             if task.trigger >= len(keys):
                 raise PlanFileError(f"{task} begins with op {task.trigger}; the cycle has {len(keys)}")
-            if task.tensor not in self.names or task.tensor not in self.tensor_bytes:
-                raise PlanFileError(f"{task} is of tensor {task.tensor}, of which the file has no name or no size")
+        for tensor in {task.tensor for task in tasks} | set(self.initial):
+            if tensor not in self.names or tensor not in self.tensor_bytes:
+                raise PlanFileError(f"a task is of tensor {tensor}, of which the file has no name or no size")
         for tensor, frame in [*self.initial.items(), *((load.tensor, load.frame) for load in (*loads, *carried))]:
-            if frame >= self.frames:
-                raise PlanFileError(f"tensor {tensor} goes to frame {frame}; there are {self.frames}")
+            last = frame + ceil_div(self.tensor_bytes[tensor], self.page_bytes) - 1
+            if last >= self.frames:
+                raise PlanFileError(f"tensor {tensor} goes to frames {frame} to {last}; there are {self.frames}")
         return Plan(
             keys=keys, n_steps=self.steps, n_frames=self.frames,
             initial={TensorId(tensor): FrameId(frame) for tensor, frame in self.initial.items()},

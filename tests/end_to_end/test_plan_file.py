@@ -142,9 +142,11 @@ def test_tasks_that_point_nowhere_are_refused(content: dict[str, Any], tmp_path:
     load = content["loads"][0]
     for key, value, what in (
         ("loads", [{**load, "trigger": n_ops}], rf"begins with op {n_ops}; the cycle has {n_ops}"),
-        ("loads", [{**load, "frame": content["frames"]}], rf"goes to frame {content['frames']}; there are {content['frames']}"),
+        ("loads", [{**load, "frame": content["frames"]}], rf"goes to frames {content['frames']} to \d+; there are {content['frames']}"),
+        ("tensor_bytes", {**content["tensor_bytes"], str(load["tensor"]): content["page_bytes"] * (content["frames"] + 1)}, "goes to frames"),
+        ("initial", {"1000000": 0}, r"of tensor 1000000, of which the file has no name"),
         ("stores", [{"tensor": 10**6, "trigger": 0}], r"of tensor 1000000, of which the file has no name"),
-        ("initial", {str(load["tensor"]): content["frames"]}, "goes to frame"),
+        ("initial", {str(load["tensor"]): content["frames"]}, "goes to frames"),
     ):
         (tmp_path / PLAN_NAME).write_text(changed(content, key, value))
         with pytest.raises(PlanFileError, match=what):
