@@ -50,10 +50,6 @@ class ExtentKeys:
         spans = (offsets.astype(np.uint64) << _HALF_WORD) | lengths.astype(np.uint64)
         return cls(frames, (offsets > 0).astype(np.int64), spans)
 
-    def at(self, rows: IntArray) -> ExtentKeys:
-        """The keys of some of the extents."""
-        return ExtentKeys(self.frames[rows], self.slots[rows], self.spans[rows])
-
 
 class ExtentIndex:
     """Spans and checksums of the extents written so far, two slots a frame.

@@ -88,7 +88,6 @@ class Request:
         n_bytes: its length, at most the limit.
         spans: [start, end) in the buffer, in the file's order; joined where memory is adjacent too.
         rows: the table's rows it covers; a part of a cut extent names that one row.
-        keys: of those rows.
         leads: whether it is the first part; always so for an extent that is not cut.
         n_parts: into how many requests its only extent is cut; 1 where nothing is cut.
     """
@@ -98,7 +97,6 @@ class Request:
     n_bytes: int
     spans: tuple[tuple[int, int], ...]
     rows: IntArray
-    keys: ExtentKeys
     leads: bool = True
     n_parts: int = 1
 
@@ -146,7 +144,7 @@ def _joined(table: ExtentTable, path: int, rows: IntArray) -> Request:
             spans[-1] = (spans[-1][0], start + length)
         else:
             spans.append((start, start + length))
-    return Request(path, int(table.positions[rows[0]]), sum(lengths), tuple(spans), rows, table.keys.at(rows))
+    return Request(path, int(table.positions[rows[0]]), sum(lengths), tuple(spans), rows)
 
 
 def _cut(request: Request, max_request_bytes: int) -> list[Request]:

@@ -116,6 +116,8 @@ class TransferServer:
         if direction is Direction.WRITE and self._checksums and self._hand_on is not None:
             jobs += [(request, Job.DIGEST) for request in route.requests if request.leads]
         under_way = Transfer(direction, route, buffer, done, len(jobs))
+        if direction is Direction.READ:
+            self._look_up(under_way)
         return [(under_way, request, job) for request, job in jobs]
 
     def __call__(self, work: Work) -> None:
@@ -136,7 +138,6 @@ class TransferServer:
 
     def _do(self, under_way: Transfer, request: Request, job: Job) -> None:
         if job is Job.READ:
-            self._look_up(under_way, request)
             self._move(under_way, request)
         elif job is Job.WRITE:
             if self._checksums and self._hand_on is None and request.leads:
@@ -161,16 +162,19 @@ class TransferServer:
         under_way.buffer.release()
         under_way.done(under_way.error)
 
-    def _look_up(self, under_way: Transfer, request: Request) -> None:
-        """Put the checksums to be found into the transfer; no extent is read that was never written."""
-        known, sums = self._index.look_up(request.keys)
+    def _look_up(self, under_way: Transfer) -> None:
+        """Put the checksums to be found into a read; one of an extent never written has failed before it begins.
+
+        Here, not between two requests: the disk would wait for it.
+        """
+        table = under_way.table
+        known, under_way.sums = self._index.look_up(table.keys)
         if not known.all():
-            table, row = under_way.table, int(request.rows[int(np.argmin(known))])
-            raise StorageError(
-                f"{self._paths[request.path]}: frame {table.frames[row]}, offset {table.offsets[row]}, "
+            row = int(np.argmin(known))
+            under_way.error = StorageError(
+                f"{self._paths[table.paths[row]]}: frame {table.frames[row]}, offset {table.offsets[row]}, "
                 f"{table.lengths[row]} bytes: no such extent was written"
             )
-        under_way.sums[request.rows] = sums
 
     def _move(self, under_way: Transfer, request: Request) -> None:
         direction, moved_bytes = under_way.direction, 0
