@@ -21,6 +21,7 @@ from offload.doctor import run_doctor
 from offload.export import DTYPES, export_run
 from offload.forecast import check_forecastable, forecast, print_forecast, rates_of
 from offload.launch import INTERRUPTED, launch
+from offload.plain_profile import profile_plain
 from offload.profile_run import profile_run
 from offload.verify import verify_run
 from pagemem.errors import OffloadError
@@ -46,7 +47,8 @@ _DOCTOR: Final = (
 _PROFILE: Final = (
     "Train a few steps of a configuration, from the beginning, and write what they do to memory: report.html (opens without a "
     "network), trace.json (for ui.perfetto.dev) and summary.json. The page files lie in temporary folders beside those of "
-    "ssd.paths and are removed; a run that is there is neither read nor changed."
+    "ssd.paths and are removed; a run that is there is neither read nor changed. With --plain, of training that does not use the engine: "
+    "what takes its memory, and what the engine would save."
 )
 _PLAN: Final = (
     "Say what training with a configuration will take, without training: pages and bytes of each tier, the smallest budget, and "
@@ -77,7 +79,12 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
 
 
 def _add_profile(command: argparse.ArgumentParser) -> None:
-    _add_file(command)
+    what = command.add_mutually_exclusive_group(required=True)
+    _add_file(command, what, nargs="?")
+    what.add_argument(
+        "--plain", metavar="MODULE:CALLABLE",
+        help="instead of FILE: training that does not use the engine. The callable returns (model, optimizer, step), step() making one step",
+    )  # fmt: skip
     command.add_argument(
         "--steps", type=int, default=4, metavar="N", help="steps to record, after those until the plan is followed (default: 4)"
     )
@@ -88,8 +95,8 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
     command.set_defaults(call=_profile)
 
 
-def _add_file(command: argparse.ArgumentParser) -> None:
-    command.add_argument("file", metavar="FILE", help="configuration: .toml, .json, .yaml or .yml")
+def _add_file(command: argparse.ArgumentParser, within: argparse._ActionsContainer | None = None, nargs: str | None = None) -> None:
+    (within or command).add_argument("file", nargs=nargs, metavar="FILE", help="configuration: .toml, .json, .yaml or .yml")
     command.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
         help="change one value of the file, e.g. --set memory.ram=64MiB; may be given several times",
@@ -159,6 +166,11 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _profile(arguments: argparse.Namespace) -> int:
+    if arguments.plain is not None:
+        if arguments.changes:
+            raise ConfigError("--set changes a FILE; --plain has none")
+        profile_plain(arguments.plain, arguments.steps, arguments.to, Console())
+        return 0
     config = _read_config(arguments)
     _start_anew_if_worth_it(arguments, config)
     profile_run(config, arguments.steps, arguments.to, Console())
@@ -263,6 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     arguments.owns_process = argv is None
+    if arguments.owns_process and not {"", os.getcwd()} & set(sys.path):
+        # Last, so that a file there takes the place of no installed package: factories that lie beside the configuration.
+        sys.path.append(os.getcwd())
     try:
         code: int = arguments.call(arguments)
         return code

@@ -73,6 +73,14 @@ def _is_profile(path: Path) -> bool:
     return isinstance(loaded, dict) and loaded.get("format") == FORMAT
 
 
+def write_profile(folder: Path, recording: Recording, summary: dict[str, Any]) -> None:
+    """Write a profile's files into a folder that `open_profile_folder` has opened."""
+    # First what says that the folder is a profile's: it can be used again even if the others do not come about.
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    write_trace(folder / TRACE, recording)
+    write_report(folder / REPORT, recording, summary)
+
+
 class Profile:
     """Records from its beginning as a context manager to its end, then writes trace, report and summary. Training thread only.
 
@@ -129,10 +137,7 @@ class Profile:
     def _write(self, recording: Recording) -> None:
         self.recording = recording
         self.summary = summarize(recording, self._context())
-        # First what says that the folder is a profile's: it can be used again even if the others do not come about.
-        (self.folder / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n")
-        write_trace(self.folder / TRACE, recording)
-        write_report(self.folder / REPORT, recording, self.summary)
+        write_profile(self.folder, recording, self.summary)
 
     def _become(self, state: ProfileState) -> None:
         if state not in _LEGAL[self.state]:

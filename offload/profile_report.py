@@ -32,9 +32,10 @@ def report_data(recording: Recording, summary: dict[str, Any], n_buckets: int = 
     ends = [end - recording.begin_s for end in recording.step_ends_s]
     return {
         "summary": summary,
+        "n_buckets": n_buckets,
         "step_ends_s": ends,
         "tiers": [_tier(recording, tier, n_buckets) for tier in recording.timeline.tiers],
-        "lanes": _lanes(recording, n_buckets),
+        "lanes": _lanes(recording, n_buckets)[: 1 if "plain" in summary else None],  # No page moves in plain PyTorch.
     }
 
 

@@ -27,6 +27,7 @@ class Tag(enum.Enum):
     ACTIVATION = "activation"
     STAGING = "staging"
     COMM = "communication"
+    TEMPORARY = "temporary"
 
 
 #: Content that ends with the step: no commit has it.

@@ -18,6 +18,7 @@ from rich.console import Console
 from offload.cli import main
 from offload.config import ConfigError, load_config
 from offload.launch import launch
+from offload.plain_profile import profile_plain
 from offload.profile_report import write_report
 from offload.profile_run import WARM_UP_STEPS, profile_run, temporary_beside
 from offload.recipe import ByteGPT
@@ -212,6 +213,34 @@ def test_the_report_draws_itself_in_a_browser(raw: dict[str, Any], tmp_path: Pat
             assert re.search(rf'<path d="M[^"]+Z"[^>]* data-tag="{tag}"', document), tag
     assert document.count('data-lane="') >= 5 and "NaN" not in document and "undefined" not in document.split("<main>")[1].split("<script")[0]
     assert f"{summary['steps']} steps in" in document
+
+
+@in_a_browser
+def test_the_report_of_plain_training_shows_what_there_is_and_nothing_else(tmp_path: Path, dom: Callable[[Path], str]) -> None:
+    summary = profile_plain(f"{__name__}:plain_training", 2, tmp_path / "profile", Console(file=io.StringIO()))
+    document = dom(tmp_path / "profile" / "report.html")
+    root = re.search(r"<html[^>]*>", document)
+    assert root is not None and 'data-rendered="yes"' in root[0] and "data-error" not in root[0]
+    assert [len(rows_of(document, table)) for table in ("peaks", "modules", "engine")] == [
+        1, len(summary["plain"]["modules"]), len(summary["plain"]["engine"]),
+    ]  # fmt: skip
+    shown = document.split("<main>")[1].split("<script")[0]
+    assert not any(heading in shown for heading in ("Plan against reality", "Lanes", "Waits")) and "NaN" not in shown and "undefined" not in shown
+    assert 'data-tag="activation"' in shown and 'data-lane="compute"' in shown
+
+
+def plain_training() -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable[[], None]]:
+    """A training without the engine."""
+    model = ByteGPT(**MODEL, tied=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.zeros(2, MODEL["seq"], dtype=torch.int64)
+
+    def step() -> None:
+        model(x, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, optimizer, step
 
 
 @in_a_browser

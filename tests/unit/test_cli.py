@@ -66,7 +66,7 @@ def test_the_surface() -> None:
         "--version": None,
         "--debug": None,
         "launch": {"-h/--help": None, "FILE": None, "--set": None},
-        "profile": dict.fromkeys(("-h/--help", "FILE", "--set", "--steps", "--to")),
+        "profile": dict.fromkeys(("-h/--help", "FILE", "--plain", "--set", "--steps", "--to")),
         "plan": dict.fromkeys(("-h/--help", "FILE", "--set", "--ram", "--ssd-read", "--ssd-write", "--flops", "--ram-speed", "--json")),
         "export": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")),
         "verify": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit")),
@@ -89,11 +89,20 @@ def test_the_version_in_a_process_of_its_own() -> None:
     assert done.stdout == f"offload {offload.__version__}\n"
 
 
+def test_factories_beside_the_configuration_are_found_and_hide_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def make():\n    return 1\n")
+    (tmp_path / "torch.py").write_text("raise SystemExit('a file here took the place of a package')\n")
+    # -P: as the installed command is started, without the current directory.
+    command = [sys.executable, "-P", "-m", "offload.cli", "profile", "--plain", "mine:make", "--to", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "") and "--plain mine:make returns (int)" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"], ["plan"], ["plan", "a", "--flops", "fast"], ["export", "run"],
      ["export", "run", "--to", "out", "--dtype", "int8"], ["verify"], ["verify", "a", "b"],
-     ["profile"], ["profile", "a", "--steps", "few"], ["bench-ssd"], ["bench-ssd", "a", "--seconds", "long"], ["doctor", "a", "b"]],
+     ["profile"], ["profile", "a", "--plain", "b:c"], ["profile", "a", "--steps", "few"], ["bench-ssd"], ["bench-ssd", "a", "--seconds", "long"], ["doctor", "a", "b"]],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
