@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 SIZES: Final = {"27m": (512, 6), "112m": (768, 14), "357m": (1024, 27)}
 VOCAB: Final = 8192
@@ -79,10 +80,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The measured model; forward returns the mean cross entropy."""
+    """The measured model; forward returns the mean cross entropy.
 
-    def __init__(self, d_model: int, n_layer: int, seq: int) -> None:
+    Args:
+        recompute: whether each block is computed again in the backward pass (`torch.utils.checkpoint`).
+    """
+
+    def __init__(self, d_model: int, n_layer: int, seq: int, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         _Draw.count = 0
         self.tok, self.pos = Embedding(VOCAB, d_model), Embedding(seq, d_model)
         self.blocks = nn.ModuleList(Block(d_model) for _ in range(n_layer))
@@ -91,7 +97,7 @@ class GPT(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         hidden = self.tok(x) + self.pos(torch.arange(x.shape[1]))
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = checkpoint(block, hidden, use_reentrant=False) if self.recompute else block(hidden)
         return F.cross_entropy(self.head(self.lnf(hidden)).flatten(0, 1), y.flatten())
 
 

@@ -18,15 +18,20 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import IO, Any
 
 import torch
 
 from benchmarks import common
 from benchmarks.common import GPT, SIZES, Spread, batch, fused_adamw
+from offload.live_storages import Holder, LiveStorages
 from pagemem.heap import joining, keep_freed_memory
 
 WARM_UP = 8
+#: One of them, by plan, in which tensors are counted if that is asked for.
+COUNTED_STEP = 4
 
 
 def arguments() -> argparse.Namespace:
@@ -49,6 +54,8 @@ def arguments() -> argparse.Namespace:
         "--joining-heap", action="store_true",
         help="start the engine's process with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, as offload launch does where --activations is set",
     )  # fmt: skip
+    parser.add_argument("--recompute", action="store_true", help="each block is computed again in the backward pass, on both sides")
+    parser.add_argument("--count-tensors", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-checksums", action="store_true")
     parser.add_argument("--child", choices=["torch", "engine"], help=argparse.SUPPRESS)
     common.common_arguments(parser)
@@ -68,7 +75,7 @@ class PlainTorch:
         self.clip_norm = a.clip_norm
         if a.torch_keeps_heap:
             keep_freed_memory()
-        self.model = GPT(*SIZES[a.size], a.seq)
+        self.model = GPT(*SIZES[a.size], a.seq, a.recompute)
         self.optimizer = fused_adamw(self.model.parameters())
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
@@ -108,7 +115,7 @@ class Engine:
             "update": {"clip_norm": a.clip_norm},
         }
         with offload.deferred_init(config):
-            model = GPT(*SIZES[a.size], a.seq)
+            model = GPT(*SIZES[a.size], a.seq, a.recompute)
         self.model, self.optimizer = offload.prepare(model, fused_adamw, config)
         self.engine = self.optimizer.engine
 
@@ -134,16 +141,30 @@ class Engine:
         self.engine.close()
 
 
+class Count:
+    """The most bytes of tensors that a step made and that were alive at once; what lies in pages is not made anew."""
+
+    def __init__(self) -> None:
+        self.bytes = self.peak_bytes = 0
+
+    def __call__(self, _holder: Holder, more_bytes: int) -> None:
+        self.bytes += more_bytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+
 def child(a: argparse.Namespace) -> None:
     """Step whenever a line comes in; answer each with one JSON line."""
     torch.set_num_threads(a.threads)
     torch.manual_seed(1)
     subject: PlainTorch | Engine = PlainTorch(a) if a.child == "torch" else Engine(a)
+    count = Count()
+    tensors = LiveStorages(count)
     for number, _ in enumerate(iter(sys.stdin.readline, "stop\n")):
         x, y = batch(number, a.batch, a.seq)
         before, disk = subject.counters(), common.disk_bytes()
         started_s, cpu_s = time.perf_counter(), time.process_time()
-        loss = subject.step(x, y)
+        with tensors if a.count_tensors and number == COUNTED_STEP else nullcontext():
+            loss = subject.step(x, y)
         step_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
         after, disk_after = subject.counters(), common.disk_bytes()
         answer = {
@@ -155,7 +176,8 @@ def child(a: argparse.Namespace) -> None:
             **{key: after[key] - before[key] for key in after},
         }
         print(json.dumps(answer), flush=True)
-    print(json.dumps({"peak_rss_bytes": common.status_bytes("VmHWM"), **subject.summary()}), flush=True)
+    summary = {"peak_rss_bytes": common.status_bytes("VmHWM"), "tensor_peak_bytes": count.peak_bytes}
+    print(json.dumps({**summary, **subject.summary()}), flush=True)
     subject.close()
 
 
@@ -163,10 +185,10 @@ def child(a: argparse.Namespace) -> None:
 
 
 class Child:
-    """One measured process."""
+    """One measured process, which takes the command line's options."""
 
-    def __init__(self, kind: str, *, joining_heap: bool) -> None:
-        command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--child", kind]
+    def __init__(self, kind: str, options: Sequence[str], *, joining_heap: bool) -> None:
+        command = [sys.executable, "-m", "benchmarks.step", *options, "--child", kind]
         environment = joining(os.environ) if joining_heap else None
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -196,7 +218,7 @@ def _answer(stdout: IO[str]) -> dict[str, Any]:
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     """Both processes, in turns; returns the record."""
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
-    children = {kind: Child(kind, joining_heap=a.joining_heap and kind == "engine") for kind in ("torch", "engine")}
+    children = {kind: Child(kind, sys.argv[1:], joining_heap=a.joining_heap and kind == "engine") for kind in ("torch", "engine")}
     steps: dict[str, list[dict[str, Any]]] = {"torch": [], "engine": []}
     for number in range(WARM_UP + a.steps):
         for kind, process in children.items():

@@ -19,10 +19,13 @@ from offload.bench_ssd_report import run_bench_ssd
 from offload.config import Config, ConfigError, load_config, read_config_file
 from offload.doctor import run_doctor
 from offload.export import DTYPES, export_run
-from offload.forecast import check_forecastable, forecast, print_forecast, rates_of
+from offload.fit import Room, free_disk_bytes
+from offload.forecast import Question, check_forecastable, forecast, print_forecast
 from offload.launch import INTERRUPTED, launch
+from offload.machine import memory_fact
 from offload.plain_profile import profile_plain
 from offload.profile_run import profile_run
+from offload.rates import rates_of
 from offload.verify import verify_run
 from pagemem.errors import OffloadError
 from pagemem.heap import joining
@@ -111,6 +114,10 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ssd-write", type=float, metavar="MB/S", help=f"write bandwidth of the page files; {assumed}")
     command.add_argument("--flops", type=float, metavar="F", help="floating-point operations a second of matrix products, e.g. 2e11; default: measured")
     command.add_argument("--ram-speed", type=float, metavar="MB/S", help="bytes a second that other kernels read and write; default: a copy, measured")
+    command.add_argument("--machine-ram", metavar="SIZE", help="RAM that the process can have, e.g. 64GiB; default: what is free here")
+    command.add_argument("--machine-disk", metavar="SIZE", help="room for page files, e.g. 2TB; default: what is free on the disks of ssd.paths")
+    command.add_argument("--largest", action="store_true", help="look for the largest batch and depth that fit as well, which takes some rehearsals more")
+    command.add_argument("--depth", metavar="NAME", help="the model's argument that counts its layers, for --largest; default: n_layer or the like")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     command.set_defaults(call=_plan)
 
@@ -198,7 +205,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     rates = rates_of(
         config, flops=arguments.flops, ram=bytes_per_s["ram_speed"], ssd_read=bytes_per_s["ssd_read"], ssd_write=bytes_per_s["ssd_write"]
     )
-    print_forecast(forecast(config, rates), Console(), as_json=arguments.json)
+    here = Room(memory_fact().usable_bytes, free_disk_bytes(config))
+    room = Room(
+        here.ram_bytes if arguments.machine_ram is None else _size("--machine-ram", arguments.machine_ram),
+        here.disk_bytes if arguments.machine_disk is None else _size("--machine-disk", arguments.machine_disk),
+    )
+    found = forecast(config, rates, Question(room, arguments.largest, arguments.depth))
+    print_forecast(found, Console(), as_json=arguments.json)
     return 0
 
 

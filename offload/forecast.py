@@ -8,43 +8,30 @@ good as the rates they are computed from.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 
 from offload.config import Config, ConfigError
+from offload.fit import Fit, Room, Taken, advice, commits, depth_argument, free_disk_bytes, largest_batch, largest_depth
+from offload.kernels import CostMode, TimedKernels
 from offload.launch import factory_of
+from offload.machine import memory_fact
 from offload.memory import commit_frames
-from offload.rehearsal import CostMode, Rehearsal, rehearsed
+from offload.rates import Rates, kernels_of, threads_of
+from offload.rehearsal import Rehearsal, rehearsed
 from offload.report import print_rows
 from offload.smallest_budget import smallest_budget
-from pagemem.mover import ASSUMED_BYTES_PER_S
-from pagemem.units import MiB, format_bytes
+from pagemem.units import format_bytes
 from scheduler.simulator import Lane, Simulation, simulate
 
-_MATRIX: Final = 768
-_COPY_BYTES: Final = 64 * MiB
-_REPEATS: Final = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What a machine does in a second.
-
-    Attributes:
-        flops: floating-point operations of matrix products.
-        ram: bytes that other kernels read and write.
-        ssd_read, ssd_write: bytes of the page files.
-    """
-
-    flops: float
-    ram: float
-    ssd_read: float
-    ssd_write: float
+#: Processor time of the I/O threads (`benchmarks/README.md`). Where all cores compute, compute is so much longer.
+MOVING_S_PER_BYTE: Final = 1.4e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +52,14 @@ class Forecast:
         smallest_ram_bytes: the least ``memory.ram`` that the model can be trained in.
         resident_ram_bytes: ``memory.ram`` from which on nothing moves, with pages of this size.
         start: when the model is built. step: the most during the steps. commit: that, with the commits that are kept.
-        ops: of one step. step_s: predicted; compute_s of it without any wait.
+        ops: of one step. step_s: predicted; compute_s of it without any wait, moving_s: by which moves slow compute down.
         busy: share of the step that each lane is busy. waits_s: of a step, by the lane that was waited for.
         limiting: the lane that is busy most.
         read_bytes, written_bytes: moved per step.
+        tensor_bytes: the most that tensors outside of the pages take in a step: activations, gradients in flight, results.
+        base_bytes: RAM that Python and its libraries take: of this process, when it was asked.
+        process_bytes: RAM of the process in a step: pages, those tensors, and the base.
+        kernels_timed: kernels that were run on this machine, and the seconds that took; kernels_rated: those that could not be.
     """
 
     parameters: int
@@ -84,16 +75,39 @@ class Forecast:
     ops: int
     step_s: float
     compute_s: float
+    moving_s: float
     steady: bool
     busy: Mapping[str, float]
     waits_s: Mapping[str, float]
     limiting: str
     read_bytes: float
     written_bytes: float
+    tensor_bytes: int
+    base_bytes: int
+    process_bytes: int
+    kernels_timed: int
+    kernels_timed_s: float
+    kernels_rated: int
+    fit: Fit
     rates: Rates
 
 
-def forecast(config: Config, rates: Rates) -> Forecast:
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked beyond the run as it is configured.
+
+    Attributes:
+        room: the machine's; None: this one's.
+        largest: whether to look for the largest batch and depth that fit.
+        depth: name of the model's argument that counts its layers; None: a usual one.
+    """
+
+    room: Room | None = None
+    largest: bool = False
+    depth: str | None = None
+
+
+def forecast(config: Config, rates: Rates, question: Question = Question()) -> Forecast:
     """Rehearse and simulate the run of a configuration.
 
     Args:
@@ -109,26 +123,55 @@ def forecast(config: Config, rates: Rates) -> Forecast:
     check_forecastable(config)
     assert config.model is not None and config.train is not None
     make_model = factory_of("model", config.model.factory, config.model.arguments)
+    argument = depth_argument(config, question.depth)
     need = smallest_budget(make_model, None, config)
     need.check(config.memory.ram)
-    cost = CostMode(rates.flops, rates.ram)
-    with rehearsed(make_model, config, cost, (rates.ssd_read, rates.ssd_write)) as engine:
+    base_bytes = psutil.Process().memory_info().rss
+    kernels = kernels_of(rates)
+    with threads_of(config), rehearsed(make_model, config, CostMode(kernels), (rates.ssd_read, rates.ssd_write)) as engine:
         start = _at_start(engine)
         engine.rehearse(config.train.batch, config.train.seq)
         step, commit = _at_step(engine), _at_commit(engine)
         simulated = _simulated(engine)
         mover = engine.store.mover
-        return Forecast(
+        moved_bytes = simulated.read_bytes + simulated.written_bytes
+        moving_s = MOVING_S_PER_BYTE * moved_bytes if rates.flops is None and torch.get_num_threads() >= len(os.sched_getaffinity(0)) else 0.0
+        process_bytes = base_bytes + step.host_pages * mover.arena.page_bytes + engine.outside.peak_bytes
+        found = Forecast(
             parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
             ram_bytes=config.memory.ram, page_bytes=mover.arena.page_bytes,
             smallest_ram_bytes=need.smallest_bytes, largest_unit=need.unit,
             resident_ram_bytes=_resident_bytes(engine),
             start=start, step=step, commit=commit, commits_kept=config.commit.keep,
-            ops=len(engine.trace.ops), step_s=simulated.step_s, compute_s=engine.trace.compute_s, steady=simulated.steady,
+            ops=len(engine.trace.ops), step_s=simulated.step_s + moving_s, compute_s=engine.trace.compute_s, moving_s=moving_s,
+            steady=simulated.steady,
             busy={lane.value: share for lane, share in simulated.busy.items()},
             waits_s=_waits_s(engine, simulated), limiting=simulated.limiting.value,
-            read_bytes=simulated.read_bytes, written_bytes=simulated.written_bytes, rates=rates,
+            read_bytes=simulated.read_bytes, written_bytes=simulated.written_bytes,
+            tensor_bytes=engine.outside.peak_bytes,
+            base_bytes=base_bytes, process_bytes=process_bytes,
+            kernels_timed=kernels.n_timed if isinstance(kernels, TimedKernels) else 0,
+            kernels_timed_s=kernels.spent_s if isinstance(kernels, TimedKernels) else 0.0,
+            kernels_rated=kernels.n_others if isinstance(kernels, TimedKernels) else 0,
+            fit=_fit(
+                config, question, Taken(process_bytes, (commit if commits(config) else step).ssd_bytes),
+                step.host_pages * mover.arena.page_bytes, need.smallest_bytes,
+            ),
+            rates=rates,
         )  # fmt: skip
+    if not question.largest:
+        return found
+    room, taken = found.fit.room, found.fit.taken
+    fit = replace(
+        found.fit, largest_batch=largest_batch(config, room, taken, base_bytes), depth_argument=argument,
+        largest_depth=largest_depth(config, room, taken, base_bytes, argument) if argument else None,
+    )  # fmt: skip
+    return replace(found, fit=fit)
+
+
+def _fit(config: Config, question: Question, taken: Taken, pages_bytes: int, smallest_ram_bytes: int) -> Fit:
+    room = question.room or Room(memory_fact().usable_bytes, free_disk_bytes(config))
+    return Fit(room, taken, taken.within(room), advice(config, room, taken, pages_bytes, smallest_ram_bytes))
 
 
 def check_forecastable(config: Config) -> None:
@@ -191,50 +234,6 @@ def _at_commit(engine: Rehearsal) -> Phase:
     return Phase(step.host_pages, step.host_bytes, ssd_pages, ssd_pages * engine.store.page_bytes)
 
 
-# ---- rates -------------------------------------------------------------------------------------------------------------
-
-
-def rates_of(
-    config: Config, *, flops: float | None = None, ram: float | None = None, ssd_read: float | None = None, ssd_write: float | None = None
-) -> Rates:
-    """The rates given, and for others: compute as measured now, the disk as ``ssd.limit_mb_per_s`` says or as the engine assumes.
-
-    Raises:
-        ConfigError: a rate is not above 0.
-    """
-    for name, value in (("--flops", flops), ("--ram-speed", ram), ("--ssd-read", ssd_read), ("--ssd-write", ssd_write)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{name} is {value:g}; it must be a number above 0")
-    limit = config.ssd.limit_mb_per_s
-    assumed = ASSUMED_BYTES_PER_S if limit is None else limit * 1e6
-    threads = torch.get_num_threads()
-    torch.set_num_threads((config.train and config.train.threads) or threads)
-    try:
-        return Rates(flops or _measured_flops(), ram or _measured_copy(), ssd_read or assumed, ssd_write or assumed)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _best_s(run: Callable[[], object]) -> float:
-    """The shortest of some runs: what disturbs them only makes them longer."""
-    took_s = []
-    for _ in range(_REPEATS):
-        started_s = time.perf_counter()
-        run()
-        took_s.append(time.perf_counter() - started_s)
-    return min(took_s)
-
-
-def _measured_flops() -> float:
-    a = torch.ones(_MATRIX, _MATRIX)
-    return 2.0 * _MATRIX**3 / _best_s(lambda: a @ a)
-
-
-def _measured_copy() -> float:
-    source, target = torch.ones(_COPY_BYTES // 4), torch.empty(_COPY_BYTES // 4)
-    return 2.0 * _COPY_BYTES / _best_s(lambda: target.copy_(source))
-
-
 # ---- output ------------------------------------------------------------------------------------------------------------
 
 
@@ -251,21 +250,42 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
     for name, phase in phases:
         host = f"RAM {phase.host_pages} pages, {format_bytes(phase.host_bytes)}"
         rows.append((name, f"{host}; SSD {phase.ssd_pages} pages, {format_bytes(phase.ssd_bytes)}"))
+    pages_bytes = found.step.host_pages * found.page_bytes
+    rows.append(
+        (
+            "process, in a step",
+            f"{format_bytes(found.process_bytes)}: pages {format_bytes(pages_bytes)}, other tensors {format_bytes(found.tensor_bytes)}, "
+            f"Python and libraries {format_bytes(found.base_bytes)}",
+        )
+    )
+    rows += fit_rows(found.fit)
+    moving = f"; {found.moving_s:.3f} s by which moves slow it down" if found.moving_s else ""
     rows += [
-        ("step, predicted", f"{found.step_s:.3f} s, of which compute {found.compute_s:.3f} s, in {found.ops} ops"),
+        ("step, predicted", f"{found.step_s:.3f} s, of which compute {found.compute_s:.3f} s, in {found.ops} ops{moving}"),
         ("busy", ", ".join(f"{lane} {share:.0%}" for lane, share in found.busy.items())),
         ("limited by", found.limiting),
         ("waits a step", ", ".join(f"{lane} {seconds:.3f} s" for lane, seconds in found.waits_s.items())),
     ]
     for what, n_bytes in (("read", found.read_bytes), ("written", found.written_bytes)):
         rows.append((f"SSD bytes {what} a step", f"{format_bytes(n_bytes)} ({n_bytes / found.parameters:.1f} a parameter)"))
-    rows.append(
-        (
-            "at these rates",
-            f"{rates.flops / 1e9:,.1f} GFLOP/s, RAM {rates.ram / 1e6:,.0f} MB/s, SSD read {rates.ssd_read / 1e6:,.0f} MB/s, "
-            f"write {rates.ssd_write / 1e6:,.0f} MB/s",
-        )
-    )
+    disk = f"SSD read {rates.ssd_read / 1e6:,.0f} MB/s, write {rates.ssd_write / 1e6:,.0f} MB/s"
+    if rates.flops is None or rates.ram is None:
+        compute = f"{found.kernels_timed} kernels timed here in {found.kernels_timed_s:.1f} s"
+        compute += f", {found.kernels_rated} by their flops and bytes" if found.kernels_rated else ""
+    else:
+        compute = f"{rates.flops / 1e9:,.1f} GFLOP/s, RAM {rates.ram / 1e6:,.0f} MB/s"
+    rows.append(("at these rates", f"{compute}, {disk}"))
+    return rows
+
+
+def fit_rows(fit: Fit) -> list[tuple[str, str]]:
+    """What fits, and what to change, as (what, value) pairs."""
+    taken = f"RAM {format_bytes(fit.taken.ram_bytes)} of {format_bytes(fit.room.ram_bytes)}, disk {format_bytes(fit.taken.disk_bytes)} of {format_bytes(fit.room.disk_bytes)}"
+    rows = [("fits", f"{'yes' if fit.fits else 'no'}: {taken}"), *(("to make it fit", line) for line in fit.advice)]
+    if fit.largest_batch is not None:
+        rows.append(("largest train.batch that fits", str(fit.largest_batch)))
+        depth = f"{fit.depth_argument} = {fit.largest_depth}" if fit.depth_argument else "the model has no argument that counts its layers; name one with --depth"
+        rows.append(("largest depth that fits", depth))
     return rows
 
 

@@ -2,8 +2,8 @@
 
 Store, mover, driver, updater and interception are the engine's own; only what would hold bytes is not there: the host
 arena hands out meta tensors, and the page files move nothing, at once. So units, slices, pages, ops and their order are
-those of a real run, and the plan is made of them by the same planner. What differs is time: an op takes as long as its
-floating-point operations, and the bytes that its other kernels touch, take on a given machine.
+those of a real run, and the plan is made of them by the same planner. What differs is time: an op takes as long as its kernels do
+(`offload.kernels`). Tensors outside of the pages are followed from the op that makes them to their end, and so counted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -19,14 +19,15 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils._python_dispatch import _disable_current_modes
 
 from offload.config import Config
+from offload.cpu_attention import AttentionOfCpu
 from offload.deferred_init import built_into
 from offload.engine import Engine
 from offload.hooks import SavedView, SavedWeights
+from offload.kernels import CostMode
+from offload.live_storages import Holder, LiveStorages
 from offload.parameters import Binder
 from offload.store import PageStore
 from optim import LossScale, Scaling
@@ -46,9 +47,6 @@ from scheduler.walk import Machine
 
 #: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything anew.
 STEPS: Final = 3
-_ATEN: Final = torch.ops.aten
-_FUSED: Final = frozenset({_ATEN._fused_adam_, _ATEN._fused_adamw_, _ATEN._fused_sgd_})
-_UNTOUCHED: Final = frozenset({_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided})
 
 
 class RehearsalError(OffloadError):
@@ -68,8 +66,9 @@ class MetaArena(HostArena):
         return self._scratch
 
     def view(self, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor:
-        """A flat tensor without bytes."""
-        return torch.empty(numel, dtype=dtype, device="meta")
+        """A flat tensor without bytes; nobody counts it."""
+        with _disable_current_modes():
+            return torch.empty(numel, dtype=dtype, device="meta")
 
     def lease(self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor:
         """A flat tensor without bytes whose storage is watched."""
@@ -132,43 +131,6 @@ class _NoFiles(PageFiles):
         """End the thread. Idempotent."""
         self._asked.put(None)
         self._thread.join()
-
-
-class CostMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up what torch's kernels would take: floating-point operations, and bytes of those that have none to speak of."""
-
-    def __init__(self, flops_per_s: float, bytes_per_s: float) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
-        self.n_bytes = 0
-        self._flops_per_s = flops_per_s
-        self._bytes_per_s = bytes_per_s
-
-    @property
-    def seconds(self) -> float:
-        """All of it, one after the other."""
-        return self.flops / self._flops_per_s + self.n_bytes / self._bytes_per_s
-
-    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Count one kernel."""
-        named, packet = kwargs or {}, func._overloadpacket
-        if packet in _FUSED:  # They change their arguments in place, and not all of them exist on meta.
-            self.n_bytes += 2 * _bytes_of(args)
-            return None
-        result = func(*args, **named)
-        if packet in flop_registry:
-            self.flops += int(flop_registry[packet](*args, **named, out_val=result))
-        elif packet not in _UNTOUCHED and not _is_view(func):
-            self.n_bytes += _bytes_of((args, named, result))
-        return result
-
-
-def _bytes_of(values: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, Tensor))
-
-
-def _is_view(func: Any) -> bool:
-    return any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)
 
 
 class _Driver(Driver):
@@ -252,6 +214,26 @@ class _Store(PageStore):
         return _NoFiles(len(self.directories), self.page_bytes, self.config.ssd.max_request)
 
 
+class _OutsideBytes:
+    """Bytes of tensors that are not in pages: activations, gradients in flight, what ops leave.
+
+    Attributes:
+        peak_bytes: the most at once since `restart`.
+    """
+
+    def __init__(self) -> None:
+        self._now_bytes = 0
+        self.peak_bytes = 0
+
+    def __call__(self, _holder: Holder, more_bytes: int) -> None:
+        self._now_bytes += more_bytes
+        self.peak_bytes = max(self.peak_bytes, self._now_bytes)
+
+    def restart(self) -> None:
+        """Look for the most from here on."""
+        self.peak_bytes = self._now_bytes
+
+
 class _AllFinite(Scaling):
     """Meta tensors have no values: every norm is taken for finite, and nothing is clipped."""
 
@@ -288,26 +270,30 @@ class Rehearsal(Engine):
         mover = self.store.mover
         return Machine(mover.n_shared_frames, mover.arena.page_bytes, *self.store.timed._bandwidth())
 
+    outside: _OutsideBytes
+    """Tensors that are not in pages; set by `rehearsed`."""
+
     @property
     def peak_gradient_bytes(self) -> int:
         """The most bytes of gradients outside the pages at any time."""
         return self._updater.peak_direct_bytes
 
-    def rehearse(self, rows: int, tokens: int) -> None:
-        """Perform the steps.
+    def rehearse(self, rows: int, tokens: int, steps: int = STEPS) -> None:
+        """Perform the steps; fewer than `STEPS` leave no plan, but all tensors.
 
         Raises:
             RehearsalError: the model needs values, or leaves no plan.
             BudgetError: as in a real step.
         """
         x = torch.empty((rows, tokens), dtype=torch.int64)
-        for _ in range(STEPS):
+        self.outside.restart()
+        for _ in range(steps):
             for _ in range(self.config.update.accumulation):
                 with _needs_no_values():
                     self.scaled(self.model(x, x) / self.config.update.accumulation).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
         self.store.driver.quiesce()
-        if self.store.driver.plan is None:
+        if steps >= STEPS and self.store.driver.plan is None:
             raise RehearsalError("views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise memory.ram")
 
 
@@ -339,9 +325,11 @@ def rehearsed(
         paths = [str(Path(folder) / str(number)) for number in range(len(config.ssd.paths))]
         elsewhere = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths})})
         on_meta: AbstractContextManager[Any] = torch.device("meta")
-        with on_meta, cost:
+        outside = _OutsideBytes()
+        with on_meta, AttentionOfCpu(), LiveStorages(outside), cost:
             with built_into(lambda: _Store(elsewhere, lambda: bandwidth, lambda: cost.seconds)):
                 model = make_model()
             engine = Rehearsal(model, elsewhere)
+            engine.outside = outside
             with engine:
                 yield engine

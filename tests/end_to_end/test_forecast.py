@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
 from offload.cli import main
 from offload.config import Config, ConfigError, load_config
-from offload.forecast import Forecast, Rates, forecast, forecast_rows, rates_of
+from offload.cpu_attention import AttentionOfCpu
+from offload.fit import Room, Taken, advice, taken_by
+from offload.forecast import Forecast, Question, fit_rows, forecast, forecast_rows
+from offload.kernels import CostMode, RatedKernels
 from offload.launch import factory_of
-from offload.rehearsal import CostMode, RehearsalError, rehearsed
+from offload.live_storages import Holder, LiveStorages
+from offload.rates import Rates, rates_of
+from offload.rehearsal import RehearsalError, rehearsed
 from pagemem.errors import BudgetError
 from scheduler.durations import MEASURED_STEPS
 from scheduler.plan import Plan
@@ -160,7 +166,7 @@ def test_the_ops_and_their_accesses_are_those_of_the_engine(tmp_path: Path) -> N
     config = gpt_config(tmp_path, 2 << 20, model=f"{HERE}:Viewed")
     _, _, plan = trained(config)
     assert config.model is not None
-    with rehearsed(factory_of("model", config.model.factory, {}), config, CostMode(1e9, 1e9), (1e9, 1e9)) as engine:
+    with rehearsed(factory_of("model", config.model.factory, {}), config, CostMode(RatedKernels(1e9, 1e9)), (1e9, 1e9)) as engine:
         engine.rehearse(ROWS, TOKENS)
         assert engine.trace.keys == plan.keys[: plan.ops_per_step]
         longest = max(op.until - index for index, op in enumerate(engine.trace.ops))
@@ -220,18 +226,17 @@ SGD: dict[str, Any] = {
 
 
 def test_flops_of_a_linear_layer_and_bytes_of_the_rest() -> None:
-    with torch.device("meta"), CostMode(100.0, 10.0) as cost:
+    with torch.device("meta"), CostMode(RatedKernels(100.0, 10.0)) as cost:
         layer = nn.Linear(8, 4, bias=False)
-        assert cost.flops == 0
-        begun = cost.n_bytes
-        hidden = layer(torch.empty(5, 8))
-        assert (cost.flops, cost.n_bytes) == (2 * 5 * 8 * 4, begun)
+        x, begun = torch.empty(5, 8), cost.seconds
+        hidden = layer(x)
+        assert cost.seconds == pytest.approx(begun + 2 * 5 * 8 * 4 / 100.0)
+        begun = cost.seconds
         hidden.view(20).relu()
-        assert cost.n_bytes == begun + 2 * 20 * 4
-        assert cost.seconds == cost.flops / 100.0 + cost.n_bytes / 10.0
-        begun = cost.n_bytes
+        assert cost.seconds == pytest.approx(begun + 2 * 20 * 4 / 10.0)
+        begun = cost.seconds
         torch.ops.aten._fused_sgd_([torch.empty(6)], [torch.empty(6)], [], **SGD)
-        assert cost.n_bytes == begun + 2 * 2 * 6 * 4
+        assert cost.seconds == pytest.approx(begun + 2 * 2 * 6 * 4 / 10.0)
 
 
 def test_with_the_ram_from_which_nothing_moves_nothing_moves_and_with_a_page_less_something_does(tmp_path: Path) -> None:
@@ -277,8 +282,9 @@ def test_rates_are_given_assumed_or_measured(tmp_path: Path) -> None:
     assert rates_of(config, flops=1.0, ram=2.0) == Rates(1.0, 2.0, 1.5e9, 1.5e9)
     limited = gpt_config(tmp_path, 2 << 20, ssd={"paths": [str(tmp_path / "pages")], "limit_mb_per_s": 250.0})
     assert rates_of(limited, flops=1.0, ram=2.0, ssd_write=3.0) == Rates(1.0, 2.0, 2.5e8, 3.0)
-    measured = rates_of(config)
-    assert measured.flops > 0 and measured.ram > 0
+    assert rates_of(config) == Rates(None, None, 1.5e9, 1.5e9)
+    half = rates_of(config, flops=1.0)
+    assert half.flops == 1.0 and half.ram is not None and half.ram > 0
     with pytest.raises(ConfigError, match="^--ssd-read is 0; it must be a number above 0$"):
         rates_of(config, ssd_read=0.0)
 
@@ -290,6 +296,114 @@ def test_rehearsing_leaves_random_numbers_files_and_modes_alone(tmp_path: Path) 
     forecast(gpt_config(tmp_path, 2 << 20), RATES)
     assert torch.equal(torch.rand(3), expected)
     assert torch.empty(1).device.type == "cpu" and list(tmp_path.iterdir()) == []
+
+
+# ---- memory of the process, and what fits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "tied", "views", "recomputed"])
+def test_tensors_outside_of_the_pages_are_those_of_a_real_step(case: str, tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, LITTLE_RAM, **CASES[case])
+    assert config.model is not None
+    with offload.deferred_init(config):
+        model = factory_of("model", config.model.factory, config.model.arguments)()
+    now = peak = 0
+
+    def changed(_holder: Holder, more_bytes: int) -> None:
+        nonlocal now, peak
+        now += more_bytes
+        peak = max(peak, now)
+
+    with offload.initialize(model, config) as engine:
+        x = torch.randint(0, 256, (ROWS, TOKENS))
+        with LiveStorages(changed):
+            for _ in range(STEPS):
+                engine.backward(engine(x, x))
+                engine.optimizer.step()
+    found = forecast(config, RATES)
+    assert found.tensor_bytes == pytest.approx(peak, rel=0.02)
+    assert found.process_bytes > found.tensor_bytes + found.step.host_pages * PAGE_BYTES + (50 << 20)
+
+
+def test_attention_is_one_kernel_as_on_a_cpu() -> None:
+    def kernels(device: str) -> list[str]:
+        with torch.device(device), AttentionOfCpu(), Kernels() as seen:
+            query = torch.zeros(2, 4, 16, 8, requires_grad=True)
+            torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
+        return [name for name in seen.names if "attention" in name or "mm" in name]
+
+    assert kernels("meta") == kernels("cpu") == [
+        "aten._scaled_dot_product_flash_attention_for_cpu.default", "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+    ]  # fmt: skip
+
+
+class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which kernels are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """One kernel."""
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_rates_kernels_are_timed_here(tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, LITTLE_RAM)
+    found = forecast(config, rates_of(config))
+    assert (found.rates.flops, found.rates.ram) == (None, None) and found.kernels_timed > 20 and found.kernels_rated == 0
+    assert 1e-4 < found.compute_s < 10
+    assert f"{found.kernels_timed} kernels timed here in " in dict(forecast_rows(found))["at these rates"]
+
+
+def test_what_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, 64 << 20, commit={"every_steps": 10, "keep": 3})
+    taken, mib = Taken(100 << 20, 50 << 20), 1 << 20
+    assert advice(config, Room(100 * mib, 50 * mib), taken, 10 * mib, mib) == ()
+    assert advice(config, Room(98 * mib, 50 * mib), taken, 10 * mib, mib) == ("set memory.ram to 8388608 (8.0 MiB) or less",)
+    far = advice(config, Room(50 * mib, 49 * mib), taken, 10 * mib, mib)
+    assert far[0].startswith("lower memory.ram (the smallest that works is 1048576) is not enough by itself: 50.0 MiB are missing")
+    assert "memory.activations" in far[1] and "train.batch" in far[1]
+    assert far[2] == "free 1.0 MiB in the file systems of ssd.paths, name another disk there or keep fewer commits (commit.keep)"
+
+
+def test_this_machine_is_what_a_run_is_to_fit_in_unless_another_is_given(tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, LITTLE_RAM)
+    here = forecast(config, RATES)
+    assert here.fit.fits and here.fit.room.disk_bytes > 1 << 30 and here.fit.taken.ram_bytes == here.process_bytes
+    assert here.fit.taken.disk_bytes == here.step.ssd_bytes
+    other = forecast(config, RATES, Question(Room(1 << 20, 1 << 40))).fit
+    assert not other.fits and other.advice and dict(fit_rows(other))["fits"].startswith("no: RAM ")
+    committing = forecast(gpt_config(tmp_path, LITTLE_RAM, commit={"every_s": 60}), RATES)
+    assert committing.fit.taken.disk_bytes == committing.commit.ssd_bytes > committing.step.ssd_bytes
+
+
+def test_the_largest_batch_fits_and_one_row_more_does_not(tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, LITTLE_RAM)
+    taken = forecast(config, RATES).fit.taken
+    room = Room(taken.ram_bytes + (16 << 20), taken.disk_bytes)
+    found = forecast(config, RATES, Question(room, largest=True))
+    largest = found.fit.largest_batch
+    assert largest is not None and largest > ROWS and config.train is not None
+    for rows, fits in ((largest, True), (largest + 1, False)):
+        larger = config.model_copy(update={"train": config.train.model_copy(update={"batch": rows})})
+        assert (taken_by(larger, found.base_bytes).ram_bytes <= room.ram_bytes) == fits
+
+
+def test_the_largest_depth_is_what_memory_and_disk_allow(tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, LITTLE_RAM)
+    taken = forecast(config, RATES).fit.taken
+    much = 1 << 40
+    by_disk = forecast(config, RATES, Question(Room(much, 2 * taken.disk_bytes), largest=True)).fit
+    assert by_disk.depth_argument == "n_layer" and by_disk.largest_depth is not None and 6 <= by_disk.largest_depth <= 9
+    none = forecast(config, RATES, Question(Room(1, 1), largest=True)).fit
+    assert (none.largest_batch, none.largest_depth) == (0, 0)
+    unnamed = forecast(gpt_config(tmp_path, LITTLE_RAM, model=f"{HERE}:Viewed"), RATES, Question(Room(much, much), largest=True)).fit
+    assert (unnamed.depth_argument, unnamed.largest_depth) == ("", None)
+    with pytest.raises(ConfigError, match="--depth width: model.arguments has"):
+        forecast(config, RATES, Question(depth="width"))
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------

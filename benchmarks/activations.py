@@ -1,0 +1,116 @@
+"""Saved activations in pages against recomputing them: `memory.activations` and `torch.utils.checkpoint`, in turns.
+
+    python -m benchmarks.activations --size 112m --seq 1024 --batch 1
+
+Three engines with the same budget for states: one as it is, one with a limit on saved activations, and one whose blocks are all computed
+again in the backward pass. Tensors are those that a step makes outside of the pages and that are alive at once, whatever for: what is
+saved, gradients on their way, the loss's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from typing import Any, Final
+
+from benchmarks import common
+from benchmarks.common import SIZES, Spread
+from benchmarks.step import WARM_UP, Child
+
+AS_IT_IS, IN_PAGES, RECOMPUTED = "as it is", "in pages", "recomputed"
+TENSORS_BAR: Final = 0.35
+STEP_BAR: Final = 1.10
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--size", choices=SIZES, default="112m")
+    parser.add_argument("--ram-share", type=float, default=0.25, help="memory.ram over 12 bytes a parameter (default: 0.25)")
+    parser.add_argument("--activations", default="160MiB", metavar="SIZE", help="memory.activations (default: 160MiB)")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps each, at least 5")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=2)
+    common.common_arguments(parser)
+    chosen = parser.parse_args()
+    if chosen.steps < 5:
+        parser.error("--steps must be at least 5")
+    return chosen
+
+
+def measure(a: argparse.Namespace) -> dict[str, Any]:
+    """Three processes in turns; returns the record."""
+    names = {AS_IT_IS: [], IN_PAGES: ["--activations", a.activations], RECOMPUTED: ["--recompute"]}
+    shared = ["--size", a.size, "--ram-share", a.ram_share, "--batch", a.batch, "--seq", a.seq, "--threads", a.threads, "--count-tensors"]
+    folders = {name: f"{a.dir}/{number}" for number, name in enumerate(names)}
+    for folder in folders.values():
+        shutil.rmtree(f"{folder}/pages", ignore_errors=True)
+    children = {
+        # As `offload launch` starts itself where memory.activations is set.
+        name: Child("engine", [*map(str, shared), *options, "--dir", folders[name]], joining_heap=name == IN_PAGES)
+        for name, options in names.items()
+    }
+    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(WARM_UP + a.steps):
+        for name, process in children.items():
+            steps[name].append(process.ask("step"))
+        print(f"step {number + 1}/{WARM_UP + a.steps}", *(f"{n} {v[-1]['step_s']:.3f} s" for n, v in steps.items()), file=sys.stderr)
+    ends = {name: process.end() for name, process in children.items()}
+    for folder in folders.values():
+        shutil.rmtree(f"{folder}/pages", ignore_errors=True)
+    timed = {name: values[WARM_UP:] for name, values in steps.items()}
+
+    def over(name: str, other: str) -> dict[str, float]:
+        pairs = zip(timed[name], timed[other], strict=True)
+        return dataclasses.asdict(Spread.of([one["step_s"] / two["step_s"] for one, two in pairs]))
+
+    return {
+        "benchmark": "activations",
+        "config": {k: v for k, v in vars(a).items() if k not in ("json", "save", "dir")},
+        "surroundings": common.surroundings(),
+        "step_s": {name: dataclasses.asdict(Spread.of([step["step_s"] for step in values])) for name, values in timed.items()},
+        "in_pages_over_recomputed": over(IN_PAGES, RECOMPUTED),
+        "in_pages_over_as_it_is": over(IN_PAGES, AS_IT_IS),
+        "tensor_bytes": {name: end["tensor_peak_bytes"] for name, end in ends.items()},
+        "rss_bytes": {name: end["peak_rss_bytes"] for name, end in ends.items()},
+        "moved_bytes": {name: sum(s["bytes_read"] + s["bytes_written"] for s in values) / len(values) for name, values in timed.items()},
+        "losses_equal": len({tuple(step["loss"] for step in values) for values in steps.values()}) == 1,
+        "all_steps": steps,
+    }
+
+
+def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table."""
+    tensors = record["tensor_bytes"]
+    rows = [
+        ("step in pages over recomputed", f"{Spread(**record['in_pages_over_recomputed'])}, bar {STEP_BAR}"),
+        ("step in pages over as it is", str(Spread(**record["in_pages_over_as_it_is"]))),
+        ("tensors in pages over as it is", f"{tensors[IN_PAGES] / tensors[AS_IT_IS]:.3f}, bar {TENSORS_BAR}"),
+        ("tensors recomputed over as it is", f"{tensors[RECOMPUTED] / tensors[AS_IT_IS]:.3f}"),
+    ]
+    for name in tensors:
+        rows.append(
+            (
+                name,
+                f"{Spread(**record['step_s'][name])} s a step, tensors {tensors[name] / 1e6:,.0f} MB, VmHWM {record['rss_bytes'][name] / 1e6:,.0f} MB, "
+                f"{record['moved_bytes'][name] / 1e6:,.0f} MB moved a step",
+            )
+        )
+    rows.append(("losses equal, bit for bit", str(record["losses_equal"])))
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    a = arguments()
+    record = measure(a)
+    common.save(record, a.save)
+    title = f"{a.size}, batch {a.batch} x {a.seq}, RAM for states {a.ram_share:g} of them, {a.activations} of activations"
+    common.show(title, rows_of(record), {k: v for k, v in record.items() if k != "all_steps"}, as_json=a.json)
+
+
+if __name__ == "__main__":
+    main()

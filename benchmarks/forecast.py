@@ -1,0 +1,149 @@
+"""What `offload plan` says against what a run does: peaks of each tier, memory of the process, step time.
+
+    python -m benchmarks.forecast --sizes 27m 112m 357m
+
+For each size and share of RAM: the disk is measured as `offload doctor` measures it, the plan is made by the command in a process of
+its own, then the same configuration is trained, and the plan is made once more: where both plans differ, the machine has
+changed meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import common
+from benchmarks.common import HYPER, SIZES
+from benchmarks.step import WARM_UP, Child
+from offload.bench_ssd import check_target, measure
+from offload.machine import PROBE
+
+#: What a forecast may be off by: pages, memory of the process, step time.
+BARS: Final = {"host": 0.02, "ssd": 0.02, "process": 0.10, "step": 0.10}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--ram-shares", nargs="+", type=float, default=[0.25], help="memory.ram over 12 bytes a parameter (default: 0.25)")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps, at least 5")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    common.common_arguments(parser)
+    chosen = parser.parse_args()
+    if chosen.steps < 5:
+        parser.error("--steps must be at least 5")
+    return chosen
+
+
+def plan_of(a: argparse.Namespace, size: str, share: float, disk: tuple[float, float]) -> dict[str, Any]:
+    """What the command says."""
+    d_model, n_layer = SIZES[size]
+    config = {
+        "memory": {"ram": int(share * 12 * common.n_parameters(d_model, n_layer, a.seq))},
+        "ssd": {"paths": [f"{a.dir}/pages"]},
+        "model": {"factory": "benchmarks.common:GPT", "arguments": {"d_model": d_model, "n_layer": n_layer, "seq": a.seq}},
+        "optimizer": {"name": "adamw", "lr": HYPER["lr"], "betas": HYPER["betas"], "weight_decay": HYPER["weight_decay"]},
+        "train": {"steps": 1, "batch": a.batch, "seq": a.seq, "threads": a.threads},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.json"
+        file.write_text(json.dumps(config))
+        command = [sys.executable, "-m", "offload.cli", "plan", str(file), "--json"]
+        rates = ["--ssd-read", str(disk[0] / 1e6), "--ssd-write", str(disk[1] / 1e6)]
+        done = subprocess.run([*command, *rates], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def run_of(a: argparse.Namespace, size: str, share: float) -> dict[str, Any]:
+    """What a run does."""
+    shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
+    options = ["--size", size, "--ram-share", share, "--batch", a.batch, "--seq", a.seq, "--threads", a.threads, "--dir", a.dir]
+    process = Child("engine", [str(option) for option in options], joining_heap=False)
+    steps = []
+    for number in range(WARM_UP + a.steps):
+        steps.append(process.ask("step"))
+        print(f"{size}, step {number + 1}/{WARM_UP + a.steps}: {steps[-1]['step_s']:.3f} s", file=sys.stderr)
+    summary = process.end()
+    shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
+    timed = steps[WARM_UP:]
+    return {
+        **summary,
+        "step_s": statistics.median(step["step_s"] for step in timed),
+        "all_step_s": [step["step_s"] for step in steps],
+        "read_bytes": sum(step["bytes_read"] for step in timed) / len(timed),
+        "written_bytes": sum(step["bytes_written"] for step in timed) / len(timed),
+    }
+
+
+def compare(a: argparse.Namespace, size: str, share: float) -> dict[str, Any]:
+    """One size with one share of RAM."""
+    Path(a.dir).mkdir(parents=True, exist_ok=True)
+    (point,) = measure(check_target(Path(a.dir), PROBE.file_bytes), PROBE).points
+    disk = point.read_gb_per_s * 1e9, point.write_gb_per_s * 1e9
+    before = plan_of(a, size, share, disk)
+    run = run_of(a, size, share)
+    after = plan_of(a, size, share, disk)
+    tiers = run["memory"]["tiers"]
+    pairs = {
+        "host": (before["step"]["host_pages"], tiers["host"]["peak_pages"]),
+        "ssd": (before["step"]["ssd_pages"], tiers["ssd"]["peak_pages"]),
+        "process": (before["process_bytes"], run["peak_rss_bytes"]),
+        "step": (before["step_s"], run["step_s"]),
+        "read": (before["read_bytes"], run["read_bytes"]),
+        "written": (before["written_bytes"], run["written_bytes"]),
+    }
+    return {
+        "size": size, "ram_share": share, "disk_bytes_per_s": disk, "plan": before, "plan_after": after, "run": run,
+        "forecast_over_measured": {what: forecast / measured if measured else None for what, (forecast, measured) in pairs.items()},
+        "step_s_planned_after": after["step_s"],
+    }  # fmt: skip
+
+
+def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table of one size."""
+    plan, run, ratio = found["plan"], found["run"], found["forecast_over_measured"]
+    tiers = run["memory"]["tiers"]
+
+    def row(what: str, name: str, forecast: str, measured: str) -> tuple[str, str]:
+        bar = f", bar {BARS[name]:.0%}" if name in BARS else ""
+        return what, f"{forecast} forecast, {measured} measured: {ratio[name]:.3f}{bar}" if ratio[name] is not None else f"{forecast}, {measured}"
+
+    return [
+        row("host pages", "host", f"{plan['step']['host_pages']}", f"{tiers['host']['peak_pages']}"),
+        row("ssd pages", "ssd", f"{plan['step']['ssd_pages']}", f"{tiers['ssd']['peak_pages']}"),
+        row("process (VmHWM)", "process", f"{plan['process_bytes'] / 1e6:,.0f} MB", f"{run['peak_rss_bytes'] / 1e6:,.0f} MB"),
+        row("step", "step", f"{plan['step_s']:.3f} s (afterwards {found['step_s_planned_after']:.3f} s)", f"{run['step_s']:.3f} s"),
+        row("bytes read a step", "read", f"{plan['read_bytes'] / 1e6:,.0f} MB", f"{run['read_bytes'] / 1e6:,.0f} MB"),
+        row("bytes written a step", "written", f"{plan['written_bytes'] / 1e6:,.0f} MB", f"{run['written_bytes'] / 1e6:,.0f} MB"),
+    ]
+
+
+def main() -> None:
+    """Compare and print."""
+    a = arguments()
+    found = [compare(a, size, share) for size in a.sizes for share in a.ram_shares]
+    record = {
+        "benchmark": "forecast",
+        "config": {k: v for k, v in vars(a).items() if k not in ("json", "save", "dir")},
+        "surroundings": common.surroundings(),
+        "found": found,
+    }
+    common.save(record, a.save)
+    for entry in found:
+        last = entry is found[-1]
+        common.show(f"{entry['size']}, RAM for states {entry['ram_share']:g} of them", rows_of(entry), record, as_json=a.json and last)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Whether a run fits into a machine, how much larger it could be, and what to change if it does not fit.
+
+RAM is the whole process's: pages, other tensors, Python. Tensors outside of the pages grow evenly with the batch and with the number of
+equal layers, so two rehearsals of one step each tell how much one row, or one layer more, takes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+
+from offload.config import Config, ConfigError
+from offload.kernels import CostMode, RatedKernels
+from offload.launch import factory_of
+from offload.memory import commit_frames
+from offload.rehearsal import rehearsed
+from pagemem.units import format_bytes
+
+#: Names of a model's argument that counts its layers, where none is given.
+DEPTHS: Final = ("n_layer", "n_layers", "num_layers", "num_hidden_layers", "layers", "depth")
+#: Steps by which a batch found by arithmetic is corrected by rehearsing it.
+_CORRECTIONS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a machine has for a run: RAM for its process, and disk for its page files, in bytes."""
+
+    ram_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a run takes of it."""
+
+    ram_bytes: int
+    disk_bytes: int
+
+    def within(self, room: Room) -> bool:
+        """Whether there is room for it."""
+        return self.ram_bytes <= room.ram_bytes and self.disk_bytes <= room.disk_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A run in a machine.
+
+    Attributes:
+        advice: what to change, most telling first; empty where it fits.
+        largest_batch: rows, with everything else as it is; 0: none fits; None: not looked for.
+        largest_depth: of the model's argument ``depth_argument``; likewise.
+    """
+
+    room: Room
+    taken: Taken
+    fits: bool
+    advice: tuple[str, ...]
+    largest_batch: int | None = None
+    largest_depth: int | None = None
+    depth_argument: str = ""
+
+
+def free_disk_bytes(config: Config) -> int:
+    """Free bytes of the file systems that ``ssd.paths`` lie on, or would."""
+    folders = [next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir()) for path in config.ssd.paths]
+    by_device = {folder.stat().st_dev: shutil.disk_usage(folder).free for folder in folders}
+    return sum(by_device.values())
+
+
+def commits(config: Config) -> bool:
+    """Whether a run makes commits by itself."""
+    return config.commit.every_steps is not None or config.commit.every_s is not None
+
+
+def taken_by(config: Config, base_bytes: int) -> Taken:
+    """What one step of a configuration takes, by rehearsing it.
+
+    Args:
+        base_bytes: RAM of Python and its libraries.
+    """
+    assert config.model is not None and config.train is not None
+    make_model: Callable[[], nn.Module] = factory_of("model", config.model.factory, config.model.arguments)
+    with rehearsed(make_model, config, CostMode(RatedKernels(1.0, 1.0)), (1.0, 1.0)) as engine:
+        engine.rehearse(config.train.batch, config.train.seq, steps=1)
+        mover = engine.store.mover
+        frames = sum(tensor.n_frames for tensor in mover.tensors.values())
+        pages_bytes = min(mover.arena.n_frames, frames) * engine.store.page_bytes
+        stored = frames + (commit_frames(mover, config.commit.keep) if commits(config) else 0)
+        return Taken(base_bytes + pages_bytes + engine.outside.peak_bytes, stored * engine.store.page_bytes)
+
+
+def advice(config: Config, room: Room, taken: Taken, pages_bytes: int, smallest_ram_bytes: int) -> tuple[str, ...]:
+    """What would make a run fit.
+
+    Args:
+        pages_bytes: RAM of the pages in use.
+    """
+    found = []
+    short_bytes = taken.ram_bytes - room.ram_bytes
+    if short_bytes > 0:
+        lower_bytes = pages_bytes - short_bytes
+        if lower_bytes >= smallest_ram_bytes:
+            found.append(f"set memory.ram to {lower_bytes} ({format_bytes(lower_bytes)}) or less")
+        else:
+            found.append(f"lower memory.ram (the smallest that works is {smallest_ram_bytes}) is not enough by itself: {format_bytes(short_bytes)} are missing")
+            found.append("lower train.batch or train.seq, recompute layers (torch.utils.checkpoint), or set memory.activations")
+    if taken.disk_bytes > room.disk_bytes:
+        missing = format_bytes(taken.disk_bytes - room.disk_bytes)
+        fewer = " or keep fewer commits (commit.keep)" if commits(config) and config.commit.keep > 1 else ""
+        found.append(f"free {missing} in the file systems of ssd.paths, name another disk there{fewer}")
+    return tuple(found)
+
+
+def largest_batch(config: Config, room: Room, taken: Taken, base_bytes: int) -> int:
+    """The most rows of ``train.batch`` that fit; 0 where none does.
+
+    Args:
+        taken: by the configuration as it is; rows take no disk.
+    """
+    assert config.train is not None
+    rows = config.train.batch
+
+    def ram_bytes(n: int) -> int:
+        assert config.train is not None
+        return taken_by(config.model_copy(update={"train": config.train.model_copy(update={"batch": n})}), base_bytes).ram_bytes
+
+    if taken.disk_bytes > room.disk_bytes:
+        return 0
+    one_bytes = ram_bytes(rows)
+    a_row_bytes = max(1.0, (ram_bytes(2 * rows) - one_bytes) / rows)
+    found = max(0, rows + int((room.ram_bytes - one_bytes) // a_row_bytes))
+    for _ in range(_CORRECTIONS):
+        if found and ram_bytes(found) > room.ram_bytes:
+            found -= 1
+        elif ram_bytes(found + 1) <= room.ram_bytes:
+            found += 1
+        else:
+            break
+    return found
+
+
+def depth_argument(config: Config, named: str | None) -> str:
+    """The model's argument that counts its layers; "" where there is none that is known.
+
+    Raises:
+        ConfigError: ``named`` is not an argument of the model, or no whole number.
+    """
+    assert config.model is not None
+    arguments: dict[str, Any] = config.model.arguments
+    if named is None:
+        return next((name for name in DEPTHS if isinstance(arguments.get(name), int)), "")
+    if not isinstance(arguments.get(named), int):
+        raise ConfigError(f"--depth {named}: model.arguments has {arguments}; name one that is a whole number")
+    return named
+
+
+def largest_depth(config: Config, room: Room, taken: Taken, base_bytes: int, argument: str) -> int:
+    """The most layers that fit, by what one more takes; 0 where none does.
+
+    Args:
+        taken: by the configuration as it is.
+    """
+    assert config.model is not None
+    layers = int(config.model.arguments[argument])
+
+    def at(n: int) -> Taken:
+        assert config.model is not None
+        arguments = {**config.model.arguments, argument: n}
+        return taken_by(config.model_copy(update={"model": config.model.model_copy(update={"arguments": arguments})}), base_bytes)
+
+    one, more = at(layers), at(layers + 1)
+    by_ram = (room.ram_bytes - taken.ram_bytes) // max(1, more.ram_bytes - one.ram_bytes)
+    # A plan stores a part of what there is, see `Forecast.step`.
+    a_layer_bytes = max(1, (more.disk_bytes - one.disk_bytes) * taken.disk_bytes / one.disk_bytes)
+    return max(0, layers + min(by_ram, int((room.disk_bytes - taken.disk_bytes) // a_layer_bytes)))
