@@ -27,6 +27,8 @@ from offload.rates import Rates, kernels_of, threads_of
 from offload.rehearsal import Rehearsal, rehearsed
 from offload.report import print_rows
 from offload.smallest_budget import smallest_budget
+from pagemem.heap import give_back_free_pages
+from pagemem.page_reader import CHUNK_BYTES
 from pagemem.units import format_bytes
 from scheduler.simulator import Lane, Simulation, simulate
 
@@ -51,13 +53,15 @@ class Forecast:
     Attributes:
         smallest_ram_bytes: the least ``memory.ram`` that the model can be trained in.
         resident_ram_bytes: ``memory.ram`` from which on nothing moves, with pages of this size.
-        start: when the model is built. step: the most during the steps. commit: that, with the commits that are kept.
+        start: when the model is built. step: the most during the steps. commit: that, with the commits that are kept. resume: when a
+            run has gone on from one, before its first step.
+        export_ram_bytes: buffers of `offload export`, beside what Python and its libraries take. export_bytes: of the files it writes.
         ops: of one step. step_s: predicted; compute_s of it without any wait, moving_s: by which moves slow compute down.
         busy: share of the step that each lane is busy. waits_s: of a step, by the lane that was waited for.
         limiting: the lane that is busy most.
         read_bytes, written_bytes: moved per step.
         tensor_bytes: the most that tensors outside of the pages take in a step: activations, gradients in flight, results.
-        base_bytes: RAM that Python and its libraries take: of this process, when it was asked.
+        base_bytes: RAM that Python and its libraries take: of this process; with the kernels' own buffers where they were run here.
         process_bytes: RAM of the process in a step: pages, those tensors, and the base.
         kernels_timed: kernels that were run on this machine, and the seconds that took; kernels_rated: those that could not be.
     """
@@ -72,6 +76,9 @@ class Forecast:
     step: Phase
     commit: Phase
     commits_kept: int
+    resume: Phase
+    export_ram_bytes: int
+    export_bytes: int
     ops: int
     step_s: float
     compute_s: float
@@ -126,7 +133,7 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
     argument = depth_argument(config, question.depth)
     need = smallest_budget(make_model, None, config)
     need.check(config.memory.ram)
-    base_bytes = psutil.Process().memory_info().rss
+    base_bytes = _resident_now_bytes()
     kernels = kernels_of(rates)
     with threads_of(config), rehearsed(make_model, config, CostMode(kernels), (rates.ssd_read, rates.ssd_write)) as engine:
         start = _at_start(engine)
@@ -136,6 +143,8 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
         mover = engine.store.mover
         moved_bytes = simulated.read_bytes + simulated.written_bytes
         moving_s = MOVING_S_PER_BYTE * moved_bytes if rates.flops is None and torch.get_num_threads() >= len(os.sched_getaffinity(0)) else 0.0
+        if isinstance(kernels, TimedKernels):
+            base_bytes = max(base_bytes, _resident_now_bytes())
         process_bytes = base_bytes + step.host_pages * mover.arena.page_bytes + engine.outside.peak_bytes
         found = Forecast(
             parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
@@ -143,6 +152,9 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
             smallest_ram_bytes=need.smallest_bytes, largest_unit=need.unit,
             resident_ram_bytes=_resident_bytes(engine),
             start=start, step=step, commit=commit, commits_kept=config.commit.keep,
+            resume=Phase(0, 0, commit.ssd_pages, commit.ssd_bytes),
+            export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
+            export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()),
             ops=len(engine.trace.ops), step_s=simulated.step_s + moving_s, compute_s=engine.trace.compute_s, moving_s=moving_s,
             steady=simulated.steady,
             busy={lane.value: share for lane, share in simulated.busy.items()},
@@ -167,6 +179,12 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
         largest_depth=largest_depth(config, room, taken, base_bytes, argument) if argument else None,
     )  # fmt: skip
     return replace(found, fit=fit)
+
+
+def _resident_now_bytes() -> int:
+    """RAM of this process, without what is free in its heap."""
+    give_back_free_pages(0)
+    return int(psutil.Process().memory_info().rss)
 
 
 def _fit(config: Config, question: Question, taken: Taken, pages_bytes: int, smallest_ram_bytes: int) -> Fit:
@@ -246,10 +264,13 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         ("smallest memory.ram that works", f"{format_bytes(found.smallest_ram_bytes)} ({found.smallest_ram_bytes}), for {found.largest_unit}"),
         ("memory.ram from which nothing moves", f"{format_bytes(found.resident_ram_bytes)}, with pages of this size"),
     ]
-    phases = (("start", found.start), ("step", found.step), (f"commit, {found.commits_kept} kept: at most", found.commit))
+    phases = (
+        ("start", found.start), ("step", found.step), (f"commit, {found.commits_kept} kept: at most", found.commit), ("resume: at most", found.resume),
+    )  # fmt: skip
     for name, phase in phases:
         host = f"RAM {phase.host_pages} pages, {format_bytes(phase.host_bytes)}"
         rows.append((name, f"{host}; SSD {phase.ssd_pages} pages, {format_bytes(phase.ssd_bytes)}"))
+    rows.append(("export", f"RAM {format_bytes(found.export_ram_bytes)} of buffers; files of {format_bytes(found.export_bytes)}"))
     pages_bytes = found.step.host_pages * found.page_bytes
     rows.append(
         (

@@ -58,14 +58,14 @@ class _Mallinfo2(ctypes.Structure):
     ]  # fmt: skip
 
 
-def give_back_free_pages() -> None:
-    """Give the system every whole page that is free in the heap, if they are worth it."""
+def give_back_free_pages(worth_bytes: int = WORTH_BYTES) -> None:
+    """Give the system every whole page that is free in the heap, if at least ``worth_bytes`` are."""
     libc = ctypes.CDLL(None)
     info, trim = getattr(libc, "mallinfo2", None), getattr(libc, "malloc_trim", None)
     if info is None or trim is None:
         return
     info.restype = _Mallinfo2
-    if info().fordblks >= WORTH_BYTES:
+    if info().fordblks >= worth_bytes:
         trim(0)
 
 

@@ -354,7 +354,7 @@ def test_without_rates_kernels_are_timed_here(tmp_path: Path) -> None:
     config = gpt_config(tmp_path, LITTLE_RAM)
     found = forecast(config, rates_of(config))
     assert (found.rates.flops, found.rates.ram) == (None, None) and found.kernels_timed > 20 and found.kernels_rated == 0
-    assert 1e-4 < found.compute_s < 10
+    assert found.step_s >= found.compute_s > 0
     assert f"{found.kernels_timed} kernels timed here in " in dict(forecast_rows(found))["at these rates"]
 
 
@@ -378,6 +378,29 @@ def test_this_machine_is_what_a_run_is_to_fit_in_unless_another_is_given(tmp_pat
     assert not other.fits and other.advice and dict(fit_rows(other))["fits"].startswith("no: RAM ")
     committing = forecast(gpt_config(tmp_path, LITTLE_RAM, commit={"every_s": 60}), RATES)
     assert committing.fit.taken.disk_bytes == committing.commit.ssd_bytes > committing.step.ssd_bytes
+
+
+def test_a_run_that_goes_on_has_nothing_in_ram_at_first_and_its_export_is_as_large_as_forecast(tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, LITTLE_RAM, commit={"every_steps": 100, "keep": 1}, dtype="bf16")
+    found = forecast(config, RATES)
+    for going_on in (False, True):
+        assert config.model is not None
+        with offload.deferred_init(config):
+            model = factory_of("model", config.model.factory, config.model.arguments)()
+        with offload.initialize(model, config) as engine:
+            if going_on:
+                engine.resume()
+                assert engine._store.mover.host.used_frames == found.resume.host_pages == 0
+                assert engine._store.mover.ssd.used_frames <= found.resume.ssd_pages
+                continue
+            for _ in range(2):
+                x = torch.randint(0, 256, (ROWS, TOKENS))
+                engine.backward(engine(x, x))
+                engine.step()
+            engine.save("last")
+    assert main(["export", str(tmp_path / "pages"), "--to", str(tmp_path / "weights")]) == 0
+    written = sum(file.stat().st_size for file in (tmp_path / "weights").glob("*.safetensors"))
+    assert written == pytest.approx(found.export_bytes, rel=0.02)
 
 
 def test_the_largest_batch_fits_and_one_row_more_does_not(tmp_path: Path) -> None:
