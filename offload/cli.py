@@ -19,10 +19,9 @@ from offload.bench_ssd_report import run_bench_ssd
 from offload.config import Config, ConfigError, load_config, read_config_file
 from offload.doctor import run_doctor
 from offload.export import DTYPES, export_run
-from offload.fit import Room, free_disk_bytes
+from offload.fit import Room, room_here
 from offload.forecast import Question, check_forecastable, forecast, print_forecast
 from offload.launch import INTERRUPTED, launch
-from offload.machine import memory_fact
 from offload.plain_profile import profile_plain
 from offload.profile_run import profile_run
 from offload.rates import rates_of
@@ -112,8 +111,8 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     assumed = "default: ssd.limit_mb_per_s, or else what the engine assumes of a disk it does not know"
     command.add_argument("--ssd-read", type=float, metavar="MB/S", help=f"read bandwidth of the page files; {assumed}")
     command.add_argument("--ssd-write", type=float, metavar="MB/S", help=f"write bandwidth of the page files; {assumed}")
-    command.add_argument("--flops", type=float, metavar="F", help="floating-point operations a second of matrix products, e.g. 2e11; default: measured")
-    command.add_argument("--ram-speed", type=float, metavar="MB/S", help="bytes a second that other kernels read and write; default: a copy, measured")
+    command.add_argument("--flops", type=float, metavar="F", help="floating-point operations a second of matrix products, e.g. 2e11; default: each kernel is timed here")
+    command.add_argument("--ram-speed", type=float, metavar="MB/S", help="bytes a second that other kernels read and write; if only one of the two is given, the other is measured")
     command.add_argument("--machine-ram", metavar="SIZE", help="RAM that the process can have, e.g. 64GiB; default: what is free here")
     command.add_argument("--machine-disk", metavar="SIZE", help="room for page files, e.g. 2TB; default: what is free on the disks of ssd.paths")
     command.add_argument("--largest", action="store_true", help="look for the largest batch and depth that fit as well, which takes some rehearsals more")
@@ -205,7 +204,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     rates = rates_of(
         config, flops=arguments.flops, ram=bytes_per_s["ram_speed"], ssd_read=bytes_per_s["ssd_read"], ssd_write=bytes_per_s["ssd_write"]
     )
-    here = Room(memory_fact().usable_bytes, free_disk_bytes(config))
+    here = room_here(config)
     room = Room(
         here.ram_bytes if arguments.machine_ram is None else _size("--machine-ram", arguments.machine_ram),
         here.disk_bytes if arguments.machine_disk is None else _size("--machine-disk", arguments.machine_disk),

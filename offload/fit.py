@@ -17,6 +17,7 @@ from torch import nn
 from offload.config import Config, ConfigError
 from offload.kernels import CostMode, RatedKernels
 from offload.launch import factory_of
+from offload.machine import memory_fact
 from offload.memory import commit_frames
 from offload.rehearsal import rehearsed
 from pagemem.units import format_bytes
@@ -66,11 +67,11 @@ class Fit:
     depth_argument: str = ""
 
 
-def free_disk_bytes(config: Config) -> int:
-    """Free bytes of the file systems that ``ssd.paths`` lie on, or would."""
+def room_here(config: Config) -> Room:
+    """What this machine has now: RAM that is free, and the free bytes of the file systems that ``ssd.paths`` lie on, or would."""
     folders = [next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir()) for path in config.ssd.paths]
     by_device = {folder.stat().st_dev: shutil.disk_usage(folder).free for folder in folders}
-    return sum(by_device.values())
+    return Room(memory_fact().usable_bytes, sum(by_device.values()))
 
 
 def commits(config: Config) -> bool:

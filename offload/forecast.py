@@ -18,10 +18,9 @@ import torch
 from rich.console import Console
 
 from offload.config import Config, ConfigError
-from offload.fit import Fit, Room, Taken, advice, commits, depth_argument, free_disk_bytes, largest_batch, largest_depth
+from offload.fit import Fit, Room, Taken, advice, commits, depth_argument, largest_batch, largest_depth, room_here
 from offload.kernels import CostMode, TimedKernels
 from offload.launch import factory_of
-from offload.machine import memory_fact
 from offload.memory import commit_frames
 from offload.rates import Rates, kernels_of, threads_of
 from offload.rehearsal import Rehearsal, rehearsed
@@ -188,7 +187,7 @@ def _resident_now_bytes() -> int:
 
 
 def _fit(config: Config, question: Question, taken: Taken, pages_bytes: int, smallest_ram_bytes: int) -> Fit:
-    room = question.room or Room(memory_fact().usable_bytes, free_disk_bytes(config))
+    room = question.room or room_here(config)
     return Fit(room, taken, taken.within(room), advice(config, room, taken, pages_bytes, smallest_ram_bytes))
 
 
