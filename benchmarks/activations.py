@@ -30,15 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="112m")
     parser.add_argument("--ram-share", type=float, default=0.25, help="memory.ram over 12 bytes a parameter (default: 0.25)")
     parser.add_argument("--activations", default="160MiB", metavar="SIZE", help="memory.activations (default: 160MiB)")
-    parser.add_argument("--steps", type=int, default=9, help="timed steps each, at least 5")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seq", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=2)
-    common.common_arguments(parser)
-    chosen = parser.parse_args()
-    if chosen.steps < 5:
-        parser.error("--steps must be at least 5")
-    return chosen
+    return common.step_arguments(parser, steps=9, batch=1, seq=1024)
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:

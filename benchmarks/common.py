@@ -198,6 +198,19 @@ def save(record: Mapping[str, Any], path: str | None) -> None:
         Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
+def step_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int = 4, seq: int = 256) -> argparse.Namespace:
+    """Options of benchmarks that time training steps, and all that is asked on the command line."""
+    parser.add_argument("--steps", type=int, default=steps, help="timed steps each, at least 5 (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--seq", type=int, default=seq)
+    parser.add_argument("--threads", type=int, default=2)
+    common_arguments(parser)
+    chosen = parser.parse_args()
+    if chosen.steps < 5:
+        parser.error("--steps must be at least 5")
+    return chosen
+
+
 def common_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that every benchmark has."""
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")

@@ -34,15 +34,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--ram-shares", nargs="+", type=float, default=[0.25], help="memory.ram over 12 bytes a parameter (default: 0.25)")
-    parser.add_argument("--steps", type=int, default=9, help="timed steps, at least 5")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
-    common.common_arguments(parser)
-    chosen = parser.parse_args()
-    if chosen.steps < 5:
-        parser.error("--steps must be at least 5")
-    return chosen
+    return common.step_arguments(parser, steps=9)
 
 
 def plan_of(a: argparse.Namespace, size: str, share: float, disk: tuple[float, float]) -> dict[str, Any]:

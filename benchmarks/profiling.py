@@ -28,16 +28,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--size", choices=SIZES, default="27m")
     parser.add_argument("--ram-share", type=float, default=0.25)
-    parser.add_argument("--steps", type=int, default=21, help="timed steps each, at least 5")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
     parser.set_defaults(device_share=None, activations=None, heap="auto", no_checksums=False, clip_norm=None, recompute=False)
-    common.common_arguments(parser)
-    chosen = parser.parse_args()
-    if chosen.steps < 5:
-        parser.error("--steps must be at least 5")
-    return chosen
+    return common.step_arguments(parser, steps=21)
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:

@@ -42,10 +42,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--device-share", type=float, metavar="SHARE", help="compute out of a third tier of ordinary RAM (device = cpu-emulated) that holds so much of the parameters"
     )
-    parser.add_argument("--steps", type=int, default=9, help="timed steps each, at least 5")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
     parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
     parser.add_argument("--heap", choices=["auto", "keep", "trim"], default="auto", help="memory.heap of the engine")
@@ -58,11 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count-tensors", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-checksums", action="store_true")
     parser.add_argument("--child", choices=["torch", "engine"], help=argparse.SUPPRESS)
-    common.common_arguments(parser)
-    chosen = parser.parse_args()
-    if chosen.steps < 5:
-        parser.error("--steps must be at least 5")
-    return chosen
+    return common.step_arguments(parser, steps=9)
 
 
 # ---- the measured processes ---------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from rich.console import Console
 
 from offload.config import Config, ConfigError
 from offload.fit import Fit, Room, Taken, advice, commits, depth_argument, largest_batch, largest_depth, room_here
-from offload.kernels import CostMode, TimedKernels
+from offload.kernels import CostMode, Kernels, TimedKernels
 from offload.launch import factory_of
 from offload.memory import commit_frames
+from offload.need import BudgetNeed
 from offload.rates import Rates, kernels_of, threads_of
 from offload.rehearsal import Rehearsal, rehearsed
 from offload.report import print_rows
@@ -137,39 +138,7 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
     with threads_of(config), rehearsed(make_model, config, CostMode(kernels), (rates.ssd_read, rates.ssd_write)) as engine:
         start = _at_start(engine)
         engine.rehearse(config.train.batch, config.train.seq)
-        step, commit = _at_step(engine), _at_commit(engine)
-        simulated = _simulated(engine)
-        mover = engine.store.mover
-        moved_bytes = simulated.read_bytes + simulated.written_bytes
-        moving_s = MOVING_S_PER_BYTE * moved_bytes if rates.flops is None and torch.get_num_threads() >= len(os.sched_getaffinity(0)) else 0.0
-        if isinstance(kernels, TimedKernels):
-            base_bytes = max(base_bytes, _resident_now_bytes())
-        process_bytes = base_bytes + step.host_pages * mover.arena.page_bytes + engine.outside.peak_bytes
-        found = Forecast(
-            parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
-            ram_bytes=config.memory.ram, page_bytes=mover.arena.page_bytes,
-            smallest_ram_bytes=need.smallest_bytes, largest_unit=need.unit,
-            resident_ram_bytes=_resident_bytes(engine),
-            start=start, step=step, commit=commit, commits_kept=config.commit.keep,
-            resume=Phase(0, 0, commit.ssd_pages, commit.ssd_bytes),
-            export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
-            export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()),
-            ops=len(engine.trace.ops), step_s=simulated.step_s + moving_s, compute_s=engine.trace.compute_s, moving_s=moving_s,
-            steady=simulated.steady,
-            busy={lane.value: share for lane, share in simulated.busy.items()},
-            waits_s=_waits_s(engine, simulated), limiting=simulated.limiting.value,
-            read_bytes=simulated.read_bytes, written_bytes=simulated.written_bytes,
-            tensor_bytes=engine.outside.peak_bytes,
-            base_bytes=base_bytes, process_bytes=process_bytes,
-            kernels_timed=kernels.n_timed if isinstance(kernels, TimedKernels) else 0,
-            kernels_timed_s=kernels.spent_s if isinstance(kernels, TimedKernels) else 0.0,
-            kernels_rated=kernels.n_others if isinstance(kernels, TimedKernels) else 0,
-            fit=_fit(
-                config, question, Taken(process_bytes, (commit if commits(config) else step).ssd_bytes),
-                step.host_pages * mover.arena.page_bytes, need.smallest_bytes,
-            ),
-            rates=rates,
-        )  # fmt: skip
+        found = _found(engine, rates, kernels, start, need, base_bytes, question.room or room_here(config))
     if not question.largest:
         return found
     room, taken = found.fit.room, found.fit.taken
@@ -180,15 +149,44 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
     return replace(found, fit=fit)
 
 
+def _found(
+    engine: Rehearsal, rates: Rates, kernels: Kernels, start: Phase, need: BudgetNeed, base_bytes: int, room: Room
+) -> Forecast:
+    """What an engine that has rehearsed its steps tells."""
+    config, mover = engine.config, engine.store.mover
+    step, commit = _at_step(engine), _at_commit(engine)
+    simulated = _simulated(engine)
+    timed = kernels if isinstance(kernels, TimedKernels) else None
+    busy_cores = torch.get_num_threads() >= len(os.sched_getaffinity(0))
+    moving_s = MOVING_S_PER_BYTE * (simulated.read_bytes + simulated.written_bytes) if timed and busy_cores else 0.0
+    if timed:
+        base_bytes = max(base_bytes, _resident_now_bytes())
+    pages_bytes = step.host_pages * mover.arena.page_bytes
+    process_bytes = base_bytes + pages_bytes + engine.outside.peak_bytes
+    taken = Taken(process_bytes, (commit if commits(config) else step).ssd_bytes)
+    return Forecast(
+        parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
+        ram_bytes=config.memory.ram, page_bytes=mover.arena.page_bytes,
+        smallest_ram_bytes=need.smallest_bytes, largest_unit=need.unit, resident_ram_bytes=_resident_bytes(engine),
+        start=start, step=step, commit=commit, commits_kept=config.commit.keep,
+        resume=Phase(0, 0, commit.ssd_pages, commit.ssd_bytes),
+        export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
+        export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()),
+        ops=len(engine.trace.ops), step_s=simulated.step_s + moving_s, compute_s=engine.trace.compute_s, moving_s=moving_s,
+        steady=simulated.steady, busy={lane.value: share for lane, share in simulated.busy.items()},
+        waits_s=_waits_s(engine, simulated), limiting=simulated.limiting.value,
+        read_bytes=simulated.read_bytes, written_bytes=simulated.written_bytes,
+        tensor_bytes=engine.outside.peak_bytes, base_bytes=base_bytes, process_bytes=process_bytes,
+        kernels_timed=timed.n_timed if timed else 0, kernels_timed_s=timed.spent_s if timed else 0.0,
+        kernels_rated=timed.n_others if timed else 0,
+        fit=Fit(room, taken, taken.within(room), advice(config, room, taken, pages_bytes, need.smallest_bytes)), rates=rates,
+    )  # fmt: skip
+
+
 def _resident_now_bytes() -> int:
     """RAM of this process, without what is free in its heap."""
     give_back_free_pages(0)
     return int(psutil.Process().memory_info().rss)
-
-
-def _fit(config: Config, question: Question, taken: Taken, pages_bytes: int, smallest_ram_bytes: int) -> Fit:
-    room = question.room or room_here(config)
-    return Fit(room, taken, taken.within(room), advice(config, room, taken, pages_bytes, smallest_ram_bytes))
 
 
 def check_forecastable(config: Config) -> None:

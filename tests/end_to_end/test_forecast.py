@@ -8,140 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from forecast_runs import CASES, HERE, LITTLE_RAM, PAGE_BYTES, RATES, ROWS, TOKENS, gpt_config, trained
+from torch import nn
 
 import offload
 from offload.cli import main
-from offload.config import Config, ConfigError, load_config
-from offload.cpu_attention import AttentionOfCpu
-from offload.fit import Room, Taken, advice, taken_by
-from offload.forecast import Forecast, Question, fit_rows, forecast, forecast_rows
+from offload.config import ConfigError, load_config
+from offload.forecast import Forecast, forecast, forecast_rows
 from offload.kernels import CostMode, RatedKernels
 from offload.launch import factory_of
-from offload.live_storages import Holder, LiveStorages
 from offload.rates import Rates, rates_of
 from offload.rehearsal import RehearsalError, rehearsed
 from pagemem.errors import BudgetError
 from scheduler.durations import MEASURED_STEPS
-from scheduler.plan import Plan
 from scheduler.simulator import simulate
 from scheduler.walk import Machine
 
-HERE = __name__
-PAGE_BYTES = 64 << 10
-ROWS, TOKENS = 2, 16
 EXAMPLE = Path(__file__).parents[2] / "examples" / "byte_gpt.toml"
-#: Slow enough for the plan to matter: a step computes for about as long as its moves take.
-RATES = Rates(flops=2e9, ram=2e9, ssd_read=4e8, ssd_write=4e8)
-STEPS = 4
-
-
-# ---- models that configurations of these tests name --------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """A layer whose weight is also used cut in two, through views."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Residual."""
-        first, second = self.up.weight.chunk(2)
-        bias = self.up.bias.chunk(2)
-        h = self.norm(x)
-        hidden = torch.cat([nn.functional.linear(h, first, bias[0]), nn.functional.linear(h, second, bias[1])], -1)
-        return x + self.down(hidden.relu())
-
-
-class Viewed(nn.Module):
-    """A tied language model of such blocks, some recomputed in backward."""
-
-    def __init__(self, width: int = 64, recompute: bool = False) -> None:
-        super().__init__()
-        self.recompute = recompute
-        self.tokens = nn.Embedding(256, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss."""
-        hidden = self.tokens(x)
-        for block in self.blocks:
-            if self.recompute:
-                hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=False)
-            else:
-                hidden = block(hidden)
-        logits = nn.functional.linear(hidden, self.tokens.weight)
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
-
-
-class Looking(nn.Module):
-    """Its forward depends on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Asks for a number."""
-        hidden: Tensor = self.layer(torch.ones(4, 16))
-        return hidden.sum() if float(hidden.detach().sum()) > 0 else -hidden.sum()
-
-
-def gpt_config(folder: Path, ram: int, *, model: str = "offload.recipe:byte_gpt", dtype: str = "fp32", **sections: Any) -> Config:
-    """A small GPT, or another model."""
-    arguments = {"d_model": 96, "n_layer": 3, "n_head": 4, "seq": TOKENS} if model == "offload.recipe:byte_gpt" else {}
-    arguments |= sections.pop("arguments", {})
-    return load_config(
-        {
-            "memory": {"ram": ram, "page": PAGE_BYTES},
-            "ssd": {"paths": [str(folder / "pages")]},
-            "model": {"factory": model, "arguments": arguments, "dtype": dtype},
-            "train": {"steps": 1, "batch": ROWS, "seq": TOKENS},
-            **sections,
-        }
-    )
-
-
-def trained(config: Config, steps: int = STEPS) -> tuple[offload.MemoryReport, int, Plan]:
-    """What a real engine reports after some steps; the page-file pages when it was made; and its plan."""
-    assert config.model is not None
-    torch.manual_seed(1)
-    with offload.deferred_init(config):
-        model = factory_of("model", config.model.factory, config.model.arguments)()
-    with offload.initialize(model, config) as engine:
-        start = engine._store.mover.ssd.used_frames
-        for _ in range(steps):
-            for _ in range(config.update.accumulation):
-                x = torch.randint(0, 256, (ROWS, TOKENS))
-                engine.backward(engine(x, x))
-            engine.optimizer.step()
-        engine._store.driver.quiesce()
-        plan = engine._store.driver.plan
-        assert plan is not None and engine.stats().deviations == 0
-        return engine.memory_report(), start, plan
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "bf16": {"dtype": "bf16"},
-    "fp16": {"dtype": "fp16"},
-    "clipped": {"update": {"clip_norm": 1.0}},
-    "accumulated": {"update": {"accumulation": 2}},
-    "at the step": {"update": {"start": "step"}},
-    "sgd": {"optimizer": {"name": "sgd"}},
-    "tied": {"arguments": {"tied": True}},
-    "views": {"model": f"{HERE}:Viewed"},
-    "recomputed": {"model": f"{HERE}:Viewed", "arguments": {"recompute": True}},
-    "commits": {"commit": {"every_steps": 100, "keep": 3}},
-}
-
-
-LITTLE_RAM = 2 << 20
 
 
 @pytest.mark.parametrize("ram", [LITTLE_RAM, 64 << 20], ids=["little RAM", "much RAM"])
@@ -296,137 +179,6 @@ def test_rehearsing_leaves_random_numbers_files_and_modes_alone(tmp_path: Path) 
     forecast(gpt_config(tmp_path, 2 << 20), RATES)
     assert torch.equal(torch.rand(3), expected)
     assert torch.empty(1).device.type == "cpu" and list(tmp_path.iterdir()) == []
-
-
-# ---- memory of the process, and what fits ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "tied", "views", "recomputed"])
-def test_tensors_outside_of_the_pages_are_those_of_a_real_step(case: str, tmp_path: Path) -> None:
-    config = gpt_config(tmp_path, LITTLE_RAM, **CASES[case])
-    assert config.model is not None
-    with offload.deferred_init(config):
-        model = factory_of("model", config.model.factory, config.model.arguments)()
-    now = peak = 0
-
-    def changed(_holder: Holder, more_bytes: int) -> None:
-        nonlocal now, peak
-        now += more_bytes
-        peak = max(peak, now)
-
-    with offload.initialize(model, config) as engine:
-        x = torch.randint(0, 256, (ROWS, TOKENS))
-        with LiveStorages(changed):
-            for _ in range(STEPS):
-                engine.backward(engine(x, x))
-                engine.optimizer.step()
-    found = forecast(config, RATES)
-    assert found.tensor_bytes == pytest.approx(peak, rel=0.02)
-    assert found.process_bytes > found.tensor_bytes + found.step.host_pages * PAGE_BYTES + (50 << 20)
-
-
-def test_attention_is_one_kernel_as_on_a_cpu() -> None:
-    def kernels(device: str) -> list[str]:
-        with torch.device(device), AttentionOfCpu(), Kernels() as seen:
-            query = torch.zeros(2, 4, 16, 8, requires_grad=True)
-            torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
-        return [name for name in seen.names if "attention" in name or "mm" in name]
-
-    assert kernels("meta") == kernels("cpu") == [
-        "aten._scaled_dot_product_flash_attention_for_cpu.default", "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
-    ]  # fmt: skip
-
-
-class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which kernels are called."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One kernel."""
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_without_rates_kernels_are_timed_here(tmp_path: Path) -> None:
-    config = gpt_config(tmp_path, LITTLE_RAM)
-    found = forecast(config, rates_of(config))
-    assert (found.rates.flops, found.rates.ram) == (None, None) and found.kernels_timed > 20 and found.kernels_rated == 0
-    assert found.step_s >= found.compute_s > 0
-    assert f"{found.kernels_timed} kernels timed here in " in dict(forecast_rows(found))["at these rates"]
-
-
-def test_what_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
-    config = gpt_config(tmp_path, 64 << 20, commit={"every_steps": 10, "keep": 3})
-    taken, mib = Taken(100 << 20, 50 << 20), 1 << 20
-    assert advice(config, Room(100 * mib, 50 * mib), taken, 10 * mib, mib) == ()
-    assert advice(config, Room(98 * mib, 50 * mib), taken, 10 * mib, mib) == ("set memory.ram to 8388608 (8.0 MiB) or less",)
-    far = advice(config, Room(50 * mib, 49 * mib), taken, 10 * mib, mib)
-    assert far[0].startswith("lower memory.ram (the smallest that works is 1048576) is not enough by itself: 50.0 MiB are missing")
-    assert "memory.activations" in far[1] and "train.batch" in far[1]
-    assert far[2] == "free 1.0 MiB in the file systems of ssd.paths, name another disk there or keep fewer commits (commit.keep)"
-
-
-def test_this_machine_is_what_a_run_is_to_fit_in_unless_another_is_given(tmp_path: Path) -> None:
-    config = gpt_config(tmp_path, LITTLE_RAM)
-    here = forecast(config, RATES)
-    assert here.fit.fits and here.fit.room.disk_bytes > 1 << 30 and here.fit.taken.ram_bytes == here.process_bytes
-    assert here.fit.taken.disk_bytes == here.step.ssd_bytes
-    other = forecast(config, RATES, Question(Room(1 << 20, 1 << 40))).fit
-    assert not other.fits and other.advice and dict(fit_rows(other))["fits"].startswith("no: RAM ")
-    committing = forecast(gpt_config(tmp_path, LITTLE_RAM, commit={"every_s": 60}), RATES)
-    assert committing.fit.taken.disk_bytes == committing.commit.ssd_bytes > committing.step.ssd_bytes
-
-
-def test_a_run_that_goes_on_has_nothing_in_ram_at_first_and_its_export_is_as_large_as_forecast(tmp_path: Path) -> None:
-    config = gpt_config(tmp_path, LITTLE_RAM, commit={"every_steps": 100, "keep": 1}, dtype="bf16")
-    found = forecast(config, RATES)
-    for going_on in (False, True):
-        assert config.model is not None
-        with offload.deferred_init(config):
-            model = factory_of("model", config.model.factory, config.model.arguments)()
-        with offload.initialize(model, config) as engine:
-            if going_on:
-                engine.resume()
-                assert engine._store.mover.host.used_frames == found.resume.host_pages == 0
-                assert engine._store.mover.ssd.used_frames <= found.resume.ssd_pages
-                continue
-            for _ in range(2):
-                x = torch.randint(0, 256, (ROWS, TOKENS))
-                engine.backward(engine(x, x))
-                engine.step()
-            engine.save("last")
-    assert main(["export", str(tmp_path / "pages"), "--to", str(tmp_path / "weights")]) == 0
-    written = sum(file.stat().st_size for file in (tmp_path / "weights").glob("*.safetensors"))
-    assert written == pytest.approx(found.export_bytes, rel=0.02)
-
-
-def test_the_largest_batch_fits_and_one_row_more_does_not(tmp_path: Path) -> None:
-    config = gpt_config(tmp_path, LITTLE_RAM)
-    taken = forecast(config, RATES).fit.taken
-    room = Room(taken.ram_bytes + (16 << 20), taken.disk_bytes)
-    found = forecast(config, RATES, Question(room, largest=True))
-    largest = found.fit.largest_batch
-    assert largest is not None and largest > ROWS and config.train is not None
-    for rows, fits in ((largest, True), (largest + 1, False)):
-        larger = config.model_copy(update={"train": config.train.model_copy(update={"batch": rows})})
-        assert (taken_by(larger, found.base_bytes).ram_bytes <= room.ram_bytes) == fits
-
-
-def test_the_largest_depth_is_what_memory_and_disk_allow(tmp_path: Path) -> None:
-    config = gpt_config(tmp_path, LITTLE_RAM)
-    taken = forecast(config, RATES).fit.taken
-    much = 1 << 40
-    by_disk = forecast(config, RATES, Question(Room(much, 2 * taken.disk_bytes), largest=True)).fit
-    assert by_disk.depth_argument == "n_layer" and by_disk.largest_depth is not None and 6 <= by_disk.largest_depth <= 9
-    none = forecast(config, RATES, Question(Room(1, 1), largest=True)).fit
-    assert (none.largest_batch, none.largest_depth) == (0, 0)
-    unnamed = forecast(gpt_config(tmp_path, LITTLE_RAM, model=f"{HERE}:Viewed"), RATES, Question(Room(much, much), largest=True)).fit
-    assert (unnamed.depth_argument, unnamed.largest_depth) == ("", None)
-    with pytest.raises(ConfigError, match="--depth width: model.arguments has"):
-        forecast(config, RATES, Question(depth="width"))
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------
