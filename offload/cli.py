@@ -20,7 +20,8 @@ from offload.config import Config, ConfigError, load_config, read_config_file
 from offload.doctor import run_doctor
 from offload.export import DTYPES, export_run
 from offload.fit import Room, room_here
-from offload.forecast import Question, check_forecastable, forecast, print_forecast
+from offload.forecast import Question, check_forecastable, forecast
+from offload.forecast_report import print_forecast
 from offload.launch import INTERRUPTED, launch
 from offload.plain_profile import profile_plain
 from offload.profile_run import profile_run
@@ -113,8 +114,11 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ssd-write", type=float, metavar="MB/S", help=f"write bandwidth of the page files; {assumed}")
     command.add_argument("--flops", type=float, metavar="F", help="floating-point operations a second of matrix products, e.g. 2e11; default: each kernel is timed here")
     command.add_argument("--ram-speed", type=float, metavar="MB/S", help="bytes a second that other kernels read and write; if only one of the two is given, the other is measured")
+    command.add_argument("--device-ram-speed", type=float, metavar="MB/S", help="as --ram-speed, of kernels on the device; the optimizer's updates are made in RAM")
+    command.add_argument("--h2d", type=float, metavar="MB/S", help="bandwidth from RAM to the device; default: what the engine assumes of one it does not know")
     command.add_argument("--machine-ram", metavar="SIZE", help="RAM that the process can have, e.g. 64GiB; default: what is free here")
     command.add_argument("--machine-disk", metavar="SIZE", help="room for page files, e.g. 2TB; default: what is free on the disks of ssd.paths")
+    command.add_argument("--machine-device", metavar="SIZE", help="memory of the device, e.g. 80GB: its pages and what kernels make are there, not in RAM")
     command.add_argument("--largest", action="store_true", help="look for the largest batch and depth that fit as well, which takes some rehearsals more")
     command.add_argument("--depth", metavar="NAME", help="the model's argument that counts its layers, for --largest; default: n_layer or the like")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -199,15 +203,17 @@ def _plan(arguments: argparse.Namespace) -> int:
     ram = [] if arguments.ram is None else [f"memory.ram={arguments.ram}"]
     config = _read_config(arguments, *ram)
     check_forecastable(config)
-    given = {name: getattr(arguments, name) for name in ("ram_speed", "ssd_read", "ssd_write")}
-    bytes_per_s = {name: None if value is None else value * 1e6 for name, value in given.items()}
-    rates = rates_of(
-        config, flops=arguments.flops, ram=bytes_per_s["ram_speed"], ssd_read=bytes_per_s["ssd_read"], ssd_write=bytes_per_s["ssd_write"]
-    )
+    if config.device == "cpu" and arguments.machine_device is not None:
+        raise ConfigError('--machine-device: device is "cpu", which has no memory of its own; --set device=cpu-emulated --set memory.device=SIZE')
+    named = {"ram": "ram_speed", "ssd_read": "ssd_read", "ssd_write": "ssd_write", "h2d": "h2d", "device_ram": "device_ram_speed"}
+    given = {rate: getattr(arguments, name) for rate, name in named.items()}
+    bytes_per_s = {rate: None if value is None else value * 1e6 for rate, value in given.items()}
+    rates = rates_of(config, flops=arguments.flops, **bytes_per_s)
     here = room_here(config)
     room = Room(
         here.ram_bytes if arguments.machine_ram is None else _size("--machine-ram", arguments.machine_ram),
         here.disk_bytes if arguments.machine_disk is None else _size("--machine-disk", arguments.machine_disk),
+        None if arguments.machine_device is None else _size("--machine-device", arguments.machine_device),
     )
     found = forecast(config, rates, Question(room, arguments.largest, arguments.depth))
     print_forecast(found, Console(), as_json=arguments.json)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from types import TracebackType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
-_ATTENTION: Final = torch.nn.functional.scaled_dot_product_attention
+_ATTENTION: Final = functional.scaled_dot_product_attention
 
 
-class AttentionOfCpu(TorchFunctionMode):
-    """While it is on, attention is dispatched as torch's kernel for CPUs wherever torch would choose that on a CPU."""
+class AttentionOfCpu:
+    """While it is entered, attention is dispatched as torch's kernel for CPUs wherever torch would choose that on a CPU.
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """One call of torch."""
-        return _attention(*args, **(kwargs or {})) if func is _ATTENTION else func(*args, **(kwargs or {}))
+    For callers of ``torch.nn.functional.scaled_dot_product_attention`` by that name, in the whole process: a mode of torch's would be
+    off in what backward recomputes.
+    """
+
+    def __enter__(self) -> None:
+        functional.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        functional.scaled_dot_product_attention = _ATTENTION
 
 
 def _attention(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from optim.unit import Unit
@@ -28,20 +29,22 @@ class DeviceTier:
         device_bytes: the budget, at least one page.
         page_bytes: as below.
         below: the driver of host memory.
+        make_arena: of so many frames. On a CPU the device's memory is ordinary RAM.
 
     Raises:
         MemoryError: the arena cannot be mapped. StorageError: the system starts no more threads.
     """
 
-    def __init__(self, device_bytes: int, page_bytes: int, below: Driver, sink: EventSink) -> None:
+    def __init__(
+        self, device_bytes: int, page_bytes: int, below: Driver, sink: EventSink, make_arena: Callable[[int], HostArena]
+    ) -> None:
         self.budget = Budget(Tier.DEVICE, device_bytes)
         n_frames = device_bytes // page_bytes
         reserved = self.budget.reserve(Tag.PARAM, n_frames * page_bytes, "device arena")
         if isinstance(reserved, BudgetShortage):
             raise AssertionError(reserved.describe())
         self._reserved = reserved
-        # On a CPU the device's memory is ordinary RAM.
-        arena = HostArena(n_frames, page_bytes)
+        arena = make_arena(n_frames)
         with ExitStack() as undo:
             undo.callback(arena.close)
             self.mover = DeviceMover(arena, below.mover, sink)

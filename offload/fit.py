@@ -19,7 +19,7 @@ from offload.kernels import CostMode, RatedKernels
 from offload.launch import factory_of
 from offload.machine import memory_fact
 from offload.memory import commit_frames
-from offload.rehearsal import rehearsed
+from offload.rehearsal import Bandwidths, Rehearsal, rehearsed
 from pagemem.units import format_bytes
 
 #: Names of a model's argument that counts its layers, where none is given.
@@ -30,10 +30,15 @@ _CORRECTIONS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a machine has for a run: RAM for its process, and disk for its page files, in bytes."""
+    """What a machine has for a run: RAM for its process, disk for its page files, and memory of a device, in bytes.
+
+    Attributes:
+        device_bytes: for the pages there and for what kernels make; None: a device is a part of RAM, as ``cpu-emulated`` is.
+    """
 
     ram_bytes: int
     disk_bytes: int
+    device_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +47,27 @@ class Taken:
 
     ram_bytes: int
     disk_bytes: int
+    device_bytes: int = 0
+
+    @classmethod
+    def of(cls, base_bytes: int, host_bytes: int, device_bytes: int, tensor_bytes: int, disk_bytes: int, room: Room) -> Taken:
+        """By the parts of a process.
+
+        Args:
+            base_bytes: Python and its libraries. host_bytes, device_bytes: pages. tensor_bytes: other tensors of a step.
+        """
+        if room.device_bytes is None:
+            return cls(base_bytes + host_bytes + device_bytes + tensor_bytes, disk_bytes)
+        return cls(base_bytes + host_bytes, disk_bytes, device_bytes + tensor_bytes)
 
     def within(self, room: Room) -> bool:
         """Whether there is room for it."""
-        return self.ram_bytes <= room.ram_bytes and self.disk_bytes <= room.disk_bytes
+        return self.missing_bytes(room) <= 0 and self.disk_bytes <= room.disk_bytes
+
+    def missing_bytes(self, room: Room) -> int:
+        """Memory by which the room is exceeded, of RAM or of the device, whichever lacks more; below 0: what is left."""
+        on_device = self.device_bytes - room.device_bytes if room.device_bytes is not None else self.ram_bytes - room.ram_bytes
+        return max(self.ram_bytes - room.ram_bytes, on_device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +101,29 @@ def commits(config: Config) -> bool:
     return config.commit.every_steps is not None or config.commit.every_s is not None
 
 
-def taken_by(config: Config, base_bytes: int) -> Taken:
+def taken_by(config: Config, base_bytes: int, room: Room) -> Taken:
     """What one step of a configuration takes, by rehearsing it.
 
     Args:
         base_bytes: RAM of Python and its libraries.
+        room: whether the device is a part of RAM.
     """
     assert config.model is not None and config.train is not None
     make_model: Callable[[], nn.Module] = factory_of("model", config.model.factory, config.model.arguments)
-    with rehearsed(make_model, config, CostMode(RatedKernels(1.0, 1.0)), (1.0, 1.0)) as engine:
+    with rehearsed(make_model, config, CostMode(RatedKernels(1.0, 1.0)), Bandwidths(1.0, 1.0, 1.0)) as engine:
         engine.rehearse(config.train.batch, config.train.seq, steps=1)
         mover = engine.store.mover
         frames = sum(tensor.n_frames for tensor in mover.tensors.values())
         pages_bytes = min(mover.arena.n_frames, frames) * engine.store.page_bytes
         stored = frames + (commit_frames(mover, config.commit.keep) if commits(config) else 0)
-        return Taken(base_bytes + pages_bytes + engine.outside.peak_bytes, stored * engine.store.page_bytes)
+        disk_bytes = stored * engine.store.page_bytes
+        return Taken.of(base_bytes, pages_bytes, device_pages(engine) * engine.store.page_bytes, engine.outside.peak_bytes, disk_bytes, room)
+
+
+def device_pages(engine: Rehearsal) -> int:
+    """Pages of the device that a run fills."""
+    tier = engine.store.device_tier
+    return 0 if tier is None else min(tier.mover.arena.n_frames, sum(tensor.n_frames for tensor in tier.mover.tensors.values()))
 
 
 def advice(config: Config, room: Room, taken: Taken, pages_bytes: int, smallest_ram_bytes: int) -> tuple[str, ...]:
@@ -111,6 +141,9 @@ def advice(config: Config, room: Room, taken: Taken, pages_bytes: int, smallest_
         else:
             found.append(f"lower memory.ram (the smallest that works is {smallest_ram_bytes}) is not enough by itself: {format_bytes(short_bytes)} are missing")
             found.append("lower train.batch or train.seq, recompute layers (torch.utils.checkpoint), or set memory.activations")
+    if room.device_bytes is not None and taken.device_bytes > room.device_bytes:
+        over = format_bytes(taken.device_bytes - room.device_bytes)
+        found.append(f"the device lacks {over}: lower memory.device, train.batch or train.seq, or recompute layers (torch.utils.checkpoint)")
     if taken.disk_bytes > room.disk_bytes:
         missing = format_bytes(taken.disk_bytes - room.disk_bytes)
         fewer = " or keep fewer commits (commit.keep)" if commits(config) and config.commit.keep > 1 else ""
@@ -127,19 +160,20 @@ def largest_batch(config: Config, room: Room, taken: Taken, base_bytes: int) -> 
     assert config.train is not None
     rows = config.train.batch
 
-    def ram_bytes(n: int) -> int:
+    def missing_bytes(n: int) -> int:
         assert config.train is not None
-        return taken_by(config.model_copy(update={"train": config.train.model_copy(update={"batch": n})}), base_bytes).ram_bytes
+        more = config.model_copy(update={"train": config.train.model_copy(update={"batch": n})})
+        return taken_by(more, base_bytes, room).missing_bytes(room)
 
     if taken.disk_bytes > room.disk_bytes:
         return 0
-    one_bytes = ram_bytes(rows)
-    a_row_bytes = max(1.0, (ram_bytes(2 * rows) - one_bytes) / rows)
-    found = max(0, rows + int((room.ram_bytes - one_bytes) // a_row_bytes))
+    one_bytes = missing_bytes(rows)
+    a_row_bytes = max(1.0, (missing_bytes(2 * rows) - one_bytes) / rows)
+    found = max(0, rows + int(-one_bytes // a_row_bytes))
     for _ in range(_CORRECTIONS):
-        if found and ram_bytes(found) > room.ram_bytes:
+        if found and missing_bytes(found) > 0:
             found -= 1
-        elif ram_bytes(found + 1) <= room.ram_bytes:
+        elif missing_bytes(found + 1) <= 0:
             found += 1
         else:
             break
@@ -173,10 +207,10 @@ def largest_depth(config: Config, room: Room, taken: Taken, base_bytes: int, arg
     def at(n: int) -> Taken:
         assert config.model is not None
         arguments = {**config.model.arguments, argument: n}
-        return taken_by(config.model_copy(update={"model": config.model.model_copy(update={"arguments": arguments})}), base_bytes)
+        return taken_by(config.model_copy(update={"model": config.model.model_copy(update={"arguments": arguments})}), base_bytes, room)
 
     one, more = at(layers), at(layers + 1)
-    by_ram = (room.ram_bytes - taken.ram_bytes) // max(1, more.ram_bytes - one.ram_bytes)
+    by_memory = -taken.missing_bytes(room) // max(1, more.missing_bytes(room) - one.missing_bytes(room))
     # A plan stores a part of what there is, see `Forecast.step`.
     a_layer_bytes = max(1, (more.disk_bytes - one.disk_bytes) * taken.disk_bytes / one.disk_bytes)
-    return max(0, layers + min(by_ram, int((room.disk_bytes - taken.disk_bytes) // a_layer_bytes)))
+    return max(0, layers + min(by_memory, int((room.disk_bytes - taken.disk_bytes) // a_layer_bytes)))

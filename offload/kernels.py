@@ -11,14 +11,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import cache
 from typing import Any, Final, Protocol
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from offload.live_storages import tensors_in
 
 _ATEN: Final = torch.ops.aten
 FUSED: Final = frozenset({_ATEN._fused_adam_, _ATEN._fused_adamw_, _ATEN._fused_sgd_})
@@ -47,17 +50,19 @@ class RatedKernels:
     Args:
         flops_per_s: of those that have floating-point operations to speak of.
         bytes_per_s: read and written by the others.
+        update_bytes_per_s: read and written by an optimizer's updates, where they are made in other memory; None: likewise.
     """
 
-    def __init__(self, flops_per_s: float, bytes_per_s: float) -> None:
+    def __init__(self, flops_per_s: float, bytes_per_s: float, update_bytes_per_s: float | None = None) -> None:
         self._flops_per_s = flops_per_s
         self._bytes_per_s = bytes_per_s
+        self._update_bytes_per_s = update_bytes_per_s or bytes_per_s
 
     def seconds(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> float:
         """See `Kernels`."""
         packet = func._overloadpacket
         if packet in FUSED:
-            return 2 * bytes_of(args) / self._bytes_per_s
+            return 2 * bytes_of(args) / self._update_bytes_per_s
         flops = flops_of(packet, args, kwargs, result)
         if flops is not None:
             return flops / self._flops_per_s
@@ -165,9 +170,10 @@ def flops_of(packet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], resu
 
 def bytes_of(values: Any) -> int:
     """Bytes of all tensors in a structure."""
-    return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors_in(values))
 
 
+@cache
 def is_view(func: Any) -> bool:
     """Whether a kernel returns its argument's bytes."""
     return any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pagemem.tier import Tag
 
@@ -53,9 +52,9 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one op and follow what it makes."""
         named = kwargs or {}
         result = func(*args, **named)
-        made = [tensor for tensor in tree_leaves(result) if _has_storage(tensor)]
+        made = [tensor for tensor in tensors_in(result) if _has_storage(tensor)]
         if made:
-            given = {t.untyped_storage()._cdata for t in tree_leaves((args, named)) if _has_storage(t)}
+            given = {t.untyped_storage()._cdata for t in tensors_in((args, named)) if _has_storage(t)}
             for tensor in made:
                 # A view, or an argument changed in place, is not new; a parameter's would be counted anew.
                 if tensor.untyped_storage()._cdata not in given:
@@ -94,6 +93,18 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self._lock:
             _, holder, n_bytes = self._live.pop(place)
             self._changed(holder, -n_bytes)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors among an op's arguments or results, in lists, tuples and dicts, too; `torch.utils._pytree` is far slower."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
 
 
 def _has_storage(value: object) -> bool:

@@ -14,16 +14,20 @@ import torch
 
 from offload.config import Config, resolve_page_bytes
 from offload.neighbours import Group, common_name
-from optim.unit import cut, lay_out
+from optim.unit import largest_slice, lay_out
 from pagemem.errors import BudgetError
 from pagemem.page import MIN_PAGE_BYTES
-from pagemem.units import ceil_div, format_bytes
+from pagemem.units import GiB, ceil_div, format_bytes
 
 #: What parameters become; None: they stay as they are built.
 COMPUTE_DTYPES: Final[dict[str, torch.dtype | None]] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Bounds of the parameters (in elements) that one slice of optimizer states covers, by update mode: in lock-free mode
 #: several slices are in memory at a time, beside all gradients.
 SLICE_NUMEL: Final = {"exact": (1 << 14, 1 << 20), "lock-free": (1 << 14, 1 << 18)}
+#: Budgets that hold more than a thousand of the largest slices have larger ones, in proportion from here on and at most so many times as
+#: large: each slice is an op, and a step of a hundred thousand ops is planned for hours to gain nothing.
+LARGE_BUDGET_BYTES: Final = 4 * GiB
+MOST_GROWTH: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Sizes:
         ram_bytes = config.memory.ram if ram_bytes is None else ram_bytes
         page = config.memory.page
         least, most = SLICE_NUMEL[config.update.mode]
+        most *= min(1 << max(0, (ram_bytes // LARGE_BUDGET_BYTES).bit_length() - 1), MOST_GROWTH)
         return cls(
             ram_bytes,
             resolve_page_bytes(ram_bytes) if page == "auto" else int(page),
@@ -87,15 +92,15 @@ class UnitShape:
         if not self.kept:
             return built
         dtype = sizes.compute_dtype or self.dtype
-        parts = cut(self.numel, sizes.slice_numel)
-        masters = [ceil_div(part.numel * 4, sizes.page_bytes) * (dtype is not torch.float32) for part in parts]
-        states = [ceil_div(part.numel * 4 * n_states, sizes.page_bytes) for part in parts]
+        part_numel = largest_slice(self.numel, sizes.slice_numel)
+        master = ceil_div(part_numel * 4, sizes.page_bytes) * (dtype is not torch.float32)
+        states = ceil_div(part_numel * 4 * n_states, sizes.page_bytes)
         computed = ceil_div(self.numel * dtype.itemsize, sizes.page_bytes)
-        needs = [built + max(masters)]
+        needs = [built + master]
         if dtype is not self.dtype:
             needs.append(built + computed)
         if self.trained:
-            needs.append(2 * computed + max(map(sum, zip(masters, states, strict=True))))
+            needs.append(2 * computed + master + states)
         return max(needs)
 
     def built_frames(self, page_bytes: int) -> int:

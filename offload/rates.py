@@ -12,6 +12,8 @@ import torch
 
 from offload.config import Config, ConfigError
 from offload.kernels import Kernels, RatedKernels, TimedKernels
+from offload.rehearsal import Bandwidths
+from pagemem.device_mover import ASSUMED_UPLOAD_BYTES_PER_S
 from pagemem.mover import ASSUMED_BYTES_PER_S
 from pagemem.units import MiB
 
@@ -27,34 +29,48 @@ class Rates:
     Attributes:
         flops: floating-point operations of matrix products. ram: bytes that other kernels read and write. Both None: each kernel
             is timed on this machine.
-        ssd_read, ssd_write: bytes of the page files.
+        ssd_read, ssd_write: bytes of the page files. h2d: bytes copied from RAM to the device.
+        device_ram: as ``ram``, of kernels on the device; optimizer's updates are made in RAM. None: as ``ram``.
     """
 
     flops: float | None
     ram: float | None
     ssd_read: float
     ssd_write: float
+    h2d: float = ASSUMED_UPLOAD_BYTES_PER_S
+    device_ram: float | None = None
+
+    @property
+    def bandwidths(self) -> Bandwidths:
+        """Of what moves pages."""
+        return Bandwidths(self.ssd_read, self.ssd_write, self.h2d)
 
 
 def rates_of(
-    config: Config, *, flops: float | None = None, ram: float | None = None, ssd_read: float | None = None, ssd_write: float | None = None
-) -> Rates:
+    config: Config, *, flops: float | None = None, ram: float | None = None, ssd_read: float | None = None,
+    ssd_write: float | None = None, h2d: float | None = None, device_ram: float | None = None,
+) -> Rates:  # fmt: skip
     """The rates given, and for others: compute as measured now (if only one of both is given; else its kernels are timed later), the
-    disk as ``ssd.limit_mb_per_s`` says or as the engine assumes.
+    disk as ``ssd.limit_mb_per_s`` says or as the engine assumes, copies to the device as it assumes.
 
     Raises:
-        ConfigError: a rate is not above 0.
+        ConfigError: a rate is not above 0, or is of a device without the others that a forecast for another machine needs.
     """
-    for name, value in (("--flops", flops), ("--ram-speed", ram), ("--ssd-read", ssd_read), ("--ssd-write", ssd_write)):
+    given = {
+        "--flops": flops, "--ram-speed": ram, "--ssd-read": ssd_read, "--ssd-write": ssd_write, "--h2d": h2d, "--device-ram-speed": device_ram,
+    }  # fmt: skip
+    for name, value in given.items():
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} is {value:g}; it must be a number above 0")
+    if device_ram is not None and (flops is None or ram is None):
+        raise ConfigError("--device-ram-speed tells of another machine's device: give its --flops, and --ram-speed of its RAM, too")
     limit = config.ssd.limit_mb_per_s
     assumed = ASSUMED_BYTES_PER_S if limit is None else limit * 1e6
     disk = ssd_read or assumed, ssd_write or assumed
     if flops is None and ram is None:
-        return Rates(None, None, *disk)
+        return Rates(None, None, *disk, h2d or ASSUMED_UPLOAD_BYTES_PER_S)
     with threads_of(config):
-        return Rates(flops or _measured_flops(), ram or _measured_copy(), *disk)
+        return Rates(flops or _measured_flops(), ram or _measured_copy(), *disk, h2d or ASSUMED_UPLOAD_BYTES_PER_S, device_ram)
 
 
 def _best_s(run: Callable[[], object]) -> float:
@@ -80,7 +96,7 @@ def _measured_copy() -> float:
 def kernels_of(rates: Rates) -> Kernels:
     """What tells the time of kernels: the rates, or this machine."""
     if rates.flops is not None and rates.ram is not None:
-        return RatedKernels(rates.flops, rates.ram)
+        return RatedKernels(rates.flops, rates.device_ram or rates.ram, rates.ram)
     return TimedKernels(RatedKernels(_measured_flops(), _measured_copy()))
 
 

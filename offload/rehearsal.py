@@ -8,11 +8,11 @@ those of a real run, and the plan is made of them by the same planner. What diff
 
 from __future__ import annotations
 
-import queue
+import gc
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -36,17 +36,28 @@ from pagemem.errors import OffloadError
 from pagemem.io_stats import IoMeter
 from pagemem.page import Extent, FrameId, TensorId
 from pagemem.page_file import SLAB_BYTES, PageFiles
-from pagemem.page_requests import Route
+from pagemem.page_requests import Route, tabulate
 from pagemem.page_transfer import Done
 from pagemem.residency import PagedTensor
 from pagemem.striping import Striping
 from pagemem.units import ceil_div
+from scheduler.device_driver import DeviceDriver
 from scheduler.driver import Driver
 from scheduler.trace import Access, OpKey, Trace
 from scheduler.walk import Machine
 
-#: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything anew.
+#: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything anew. With a
+#: device one more is recorded: what it asks of host memory by plan.
 STEPS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidths:
+    """Bytes/s of the page files and of copies from host memory to the device."""
+
+    ssd_read: float
+    ssd_write: float
+    h2d: float
 
 
 class RehearsalError(OffloadError):
@@ -96,7 +107,7 @@ class MetaArena(HostArena):
 
 
 class _NoFiles(PageFiles):
-    """Page files whose transfers move nothing and are over at once, on a thread as real ones are. They grow as real ones do."""
+    """Page files whose transfers move nothing and are over when they begin. They grow as real ones do."""
 
     def __init__(self, n_paths: int, page_bytes: int, max_request_bytes: int) -> None:
         self.page_bytes = page_bytes
@@ -106,55 +117,51 @@ class _NoFiles(PageFiles):
         self._slab_frames = max(1, SLAB_BYTES // page_bytes)
         self._n_frames = 0
         self._meter = IoMeter()
-        self._asked: queue.SimpleQueue[Done | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name="rehearsal-files", daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while (done := self._asked.get()) is not None:
-            done(None)
+        self._nowhere = tabulate([Extent(FrameId(0), 0, page_bytes)], self._striping, page_bytes, 1)
 
     def grow(self, n_frames: int) -> None:
         """Have at least so many frames, in whole slabs."""
         if n_frames > self._n_frames:
             self._n_frames = ceil_div(n_frames, self._slab_frames) * self._slab_frames
 
+    def route(self, extents: Sequence[Extent]) -> Route:
+        """Requests that move nothing, whatever the extents."""
+        return Route(self._nowhere, (), sum(extent.length_bytes for extent in extents))
+
     def read(self, where: Route | Sequence[Extent], into: memoryview, done: Done, *, background: bool = False) -> None:
-        """Done, soon."""
-        self._asked.put(done)
+        """Done."""
+        done(None)
 
     def write(self, where: Route | Sequence[Extent], source: memoryview, done: Done, *, background: bool = False) -> None:
-        """Done, soon."""
-        self._asked.put(done)
+        """Done."""
+        done(None)
 
     def close(self) -> None:
-        """End the thread. Idempotent."""
-        self._asked.put(None)
-        self._thread.join()
+        """Nothing is to be given back."""
 
 
-class _Driver(Driver):
-    """The engine's driver, whose ops last as long as ``clock`` says, and which stops at the plan.
+class Clocked(Driver):
+    """A driver whose ops last as long as ``clock`` says, and which stops at the plan.
 
-    Args:
-        bandwidth: of the page files, read and write, in bytes/s.
-        clock: seconds that the ops so far take.
+    Attributes:
+        clock: seconds that the ops so far take; to be set before the first.
     """
 
-    def __init__(self, store: PageStore, bandwidth: Callable[[], tuple[float, float]], clock: Callable[[], float]) -> None:
-        super().__init__(store.mover, store.counters, bandwidth)
-        self._clock = clock
+    clock: Callable[[], float]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._began_at_s: list[float] = []
 
     def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         """Begin an op and note when."""
         if self.in_step:
-            self._began_at_s.append(self._clock())
+            self._began_at_s.append(self.clock())
         return super().begin(key, name, accesses)
 
     def end_step(self, *, repeatable: bool) -> None:
         """End a step and note when."""
-        self._began_at_s.append(self._clock())
+        self._began_at_s.append(self.clock())
         super().end_step(repeatable=repeatable)
         self._began_at_s = []
 
@@ -166,10 +173,13 @@ class _Driver(Driver):
             op.duration_s = end_s - begin_s
         super()._adopt(trace)
 
-    @property
-    def trace(self) -> Trace:
-        """What the plan is made of."""
-        return self._trace
+    def machine(self) -> Machine:
+        """What the plan was made for, at the whole bandwidth."""
+        return Machine(self.mover.n_shared_frames, self.mover.arena.page_bytes, *self._bandwidth())
+
+
+class ClockedDevice(Clocked, DeviceDriver):
+    """The engine's driver of the device, clocked."""
 
 
 class _Binder(Binder):
@@ -200,11 +210,17 @@ class _Store(PageStore):
 
     device: ClassVar[str] = "meta"
 
-    def __init__(self, config: Config, bandwidth: Callable[[], tuple[float, float]], clock: Callable[[], float]) -> None:
+    def __init__(self, config: Config, bandwidths: Bandwidths, clock: Callable[[], float]) -> None:
         super().__init__(config)
-        self.timed = _Driver(self, bandwidth, clock)
-        self.driver = self.timed
-        self.binder = _Binder(self.driver, self.mover)
+        self.driver = self.host = Clocked(self.mover, self.counters, lambda: (bandwidths.ssd_read, bandwidths.ssd_write))
+        self.host.clock = clock
+        self.device_driver: ClockedDevice | None = None
+        if self.device_tier is not None:
+            self.device_tier.driver = self.device_driver = ClockedDevice(self.device_tier.mover, self.host, self.counters)
+            self.device_driver.clock = clock
+            self.device_driver._bandwidth = lambda: (bandwidths.h2d, bandwidths.h2d)
+        above = self.device_driver or self.host
+        self.binder = _Binder(above, above.mover)
         self.binder.owner = self
 
     def _make_arena(self, n_frames: int) -> HostArena:
@@ -262,13 +278,8 @@ class Rehearsal(Engine):
 
     @property
     def trace(self) -> Trace:
-        """The step that the plan is made of."""
-        return self.store.timed.trace
-
-    def machine(self) -> Machine:
-        """What the plan was made for."""
-        mover = self.store.mover
-        return Machine(mover.n_shared_frames, mover.arena.page_bytes, *self.store.timed._bandwidth())
+        """The step that the plan of host memory is made of."""
+        return self.store.driver.trace
 
     outside: _OutsideBytes
     """Tensors that are not in pages; set by `rehearsed`."""
@@ -278,8 +289,8 @@ class Rehearsal(Engine):
         """The most bytes of gradients outside the pages at any time."""
         return self._updater.peak_direct_bytes
 
-    def rehearse(self, rows: int, tokens: int, steps: int = STEPS) -> None:
-        """Perform the steps; fewer than `STEPS` leave no plan, but all tensors.
+    def rehearse(self, rows: int, tokens: int, steps: int | None = None) -> None:
+        """Perform the steps, by default as many as it takes to have plans; fewer leave none, but all tensors.
 
         Raises:
             RehearsalError: the model needs values, or leaves no plan.
@@ -287,13 +298,15 @@ class Rehearsal(Engine):
         """
         x = torch.empty((rows, tokens), dtype=torch.int64)
         self.outside.restart()
+        enough = STEPS + (self.store.device_tier is not None)
+        steps = enough if steps is None else steps
         for _ in range(steps):
             for _ in range(self.config.update.accumulation):
                 with _needs_no_values():
                     self.scaled(self.model(x, x) / self.config.update.accumulation).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
         self.store.driver.quiesce()
-        if steps >= STEPS and self.store.driver.plan is None:
+        if steps >= enough and any(driver.plan is None for driver in (self.store.host, self.store.device_driver) if driver is not None):
             raise RehearsalError("views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise memory.ram")
 
 
@@ -309,14 +322,26 @@ def _needs_no_values() -> Iterator[None]:
 
 
 @contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collection inside: going through all units and pages again and again, it finds next to nothing."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@contextmanager
 def rehearsed(
-    make_model: Callable[[], nn.Module], config: Config, cost: CostMode, bandwidth: tuple[float, float]
+    make_model: Callable[[], nn.Module], config: Config, cost: CostMode, bandwidths: Bandwidths
 ) -> Iterator[Rehearsal]:
     """An engine without bytes for the model of a factory, built as `deferred_init` builds it; closed at the end.
 
     Args:
         cost: what kernels take.
-        bandwidth: of the page files, read and write, in bytes/s.
+        bandwidths: of the page files, and of copies to the device.
 
     Raises:
         BudgetError, ConfigError, ValueError: as `offload.Engine`.
@@ -326,8 +351,8 @@ def rehearsed(
         elsewhere = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths})})
         on_meta: AbstractContextManager[Any] = torch.device("meta")
         outside = _OutsideBytes()
-        with on_meta, AttentionOfCpu(), LiveStorages(outside), cost:
-            with built_into(lambda: _Store(elsewhere, lambda: bandwidth, lambda: cost.seconds)):
+        with _no_collection(), on_meta, AttentionOfCpu(), LiveStorages(outside), cost:
+            with built_into(lambda: _Store(elsewhere, bandwidths, lambda: cost.seconds)):
                 model = make_model()
             engine = Rehearsal(model, elsewhere)
             engine.outside = outside

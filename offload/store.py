@@ -96,7 +96,7 @@ class PageStore:
 
     def _make_device_tier(self) -> DeviceTier | None:
         device_bytes = self.config.memory.device
-        return None if device_bytes is None else DeviceTier(device_bytes, self.page_bytes, self.driver, self.counters)
+        return None if device_bytes is None else DeviceTier(device_bytes, self.page_bytes, self.driver, self.counters, self._make_arena)
 
     def _make_files(self) -> PageFiles:
         ssd = self.config.ssd

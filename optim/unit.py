@@ -153,10 +153,15 @@ def lay_out(parameters: Sequence[tuple[str, torch.Size]]) -> UnitLayout:
     return UnitLayout(tuple(placed), numel)
 
 
+def largest_slice(numel: int, slice_numel: int) -> int:
+    """Elements of the largest slice that `cut` makes: of the first one."""
+    count = max(1, round(numel / slice_numel))
+    return min(round_up(ceil_div(numel, count), SLICE_ALIGN_NUMEL), numel)
+
+
 def cut(numel: int, slice_numel: int) -> list[Slice]:
     """Cut a layout of ``numel`` elements into slices of about equal size, near ``slice_numel`` elements each."""
-    count = max(1, round(numel / slice_numel))
-    step = round_up(ceil_div(numel, count), SLICE_ALIGN_NUMEL)
+    step = largest_slice(numel, slice_numel)
     return [Slice(begin, min(begin + step, numel)) for begin in range(0, numel, step)]
 
 

@@ -22,7 +22,7 @@ from pagemem.tier import Tier
 from pagemem.units import MiB
 
 #: Bandwidth assumed until copies have moved enough to tell, and how much is enough.
-_ASSUMED_BYTES_PER_S: Final = 5e9
+ASSUMED_UPLOAD_BYTES_PER_S: Final = 5e9
 _TELLING_BYTES: Final = 16 * MiB
 
 
@@ -144,7 +144,7 @@ class DeviceMover(Mover):
         """Bytes/s of copies up so far, while there were any; nothing goes down by plan."""
         copier = self._copier
         told = copier.copied_bytes >= _TELLING_BYTES and copier.busy_s > 0
-        up = copier.copied_bytes / copier.busy_s if told else _ASSUMED_BYTES_PER_S
+        up = copier.copied_bytes / copier.busy_s if told else ASSUMED_UPLOAD_BYTES_PER_S
         return up, up
 
     def close(self) -> None:

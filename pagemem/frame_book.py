@@ -161,6 +161,9 @@ class FrameBook:
     def __contains__(self, tensor: TensorId) -> bool:
         return tensor in self._placements
 
+    def __len__(self) -> int:
+        return len(self._placements)
+
     def tensors(self) -> list[TensorId]:
         """Every tensor with frames here. O(tensors)."""
         return list(self._placements)
@@ -176,29 +179,42 @@ class FrameBook:
         start, (length, tensor) = self._runs.peekitem(place)
         return tensor if frame < start + length else None
 
-    def segments(self) -> Iterator[tuple[FrameId, int, TensorId | None]]:
-        """Maximal stretches of frames with one `owner` (None: free), in order, covering the tier. O(n), and sorts shared pages."""
-        first, end, owner = 0, 0, None
-        for start, length, tensor in self.taken():
-            if start > end or tensor != owner:
-                if end > first:
-                    yield FrameId(first), end - first, owner
-                if start > end:
-                    yield FrameId(end), start - end, None
-                first, owner = start, tensor
-            end = start + length
-        if end > first:
-            yield FrameId(first), end - first, owner
-        if end < self.n_frames:
-            yield FrameId(end), self.n_frames - end, None
+    def segments(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[FrameId, int, TensorId | None]]:
+        """Maximal stretches of frames with one `owner` (None: free), in order, covering the tier or, cut off there, [begin, end).
 
-    def taken(self) -> Iterable[tuple[int, int, TensorId]]:
-        """Runs and shared pages in order of place: start, length, owner. O(n), and sorts shared pages."""
-        runs = ((start, length, tensor) for start, (length, tensor) in self._runs.items())
+        O(log n + stretches), and goes through all shared pages.
+        """
+        last = self.n_frames if end is None else min(end, self.n_frames)
+        first, reached, owner = begin, begin, None
+        for run_start, length, tensor in self.taken(begin, last):
+            start = max(run_start, begin)
+            if start > reached or tensor != owner:
+                if reached > first:
+                    yield FrameId(first), reached - first, owner
+                if start > reached:
+                    yield FrameId(reached), start - reached, None
+                first, owner = start, tensor
+            reached = min(run_start + length, last)
+        if reached > first:
+            yield FrameId(first), reached - first, owner
+        if reached < last:
+            yield FrameId(reached), last - reached, None
+
+    def taken(self, begin: int = 0, end: int | None = None) -> Iterable[tuple[int, int, TensorId]]:
+        """Runs and shared pages that touch the frames of [begin, end), in order of place: start, length, owner; cost as `segments`."""
+        last = self.n_frames if end is None else end
+        runs = self._taken_runs(begin, last)
         if not self.shared:
             return runs
-        shared = [(frame, 1, self.shared.tails(frame)[0][1]) for frame in self.shared]
+        shared = [(frame, 1, self.shared.tails(frame)[0][1]) for frame in self.shared if begin <= frame < last]
         return heapq.merge(runs, sorted(shared))
+
+    def _taken_runs(self, begin: int, end: int) -> Iterator[tuple[int, int, TensorId]]:
+        place = max(0, self._runs.bisect_right(begin) - 1)
+        for start in self._runs.islice(place, self._runs.bisect_left(end)):
+            length, tensor = self._runs[start]
+            if start + length > begin:
+                yield start, length, tensor
 
     @property
     def free_frames(self) -> int:

@@ -29,7 +29,7 @@ from pagemem.monitor import CopyMonitor
 from pagemem.snapshot import Snapshots
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
-from pagemem.window import Comparable, Window, best_window
+from pagemem.window import MANY_TENANTS, Comparable, Window, best_window, window_near
 
 #: Bandwidth assumed until the page files have moved enough to tell, and how much is enough.
 ASSUMED_BYTES_PER_S: Final = 1.5e9
@@ -58,6 +58,7 @@ class Mover(CopyMonitor):
         self._expired: deque[PagedTensor] = deque()
         self._touched = bytearray(arena.n_frames)
         self._n_set_aside = 0
+        self._by_use: dict[TensorId, None] = {}  # what has host frames, the least recently used first
         self.snapshots = Snapshots(
             self.tensors, self.copies, lambda tensor: self.start_store(tensor, background=True)
         )
@@ -148,14 +149,31 @@ class Mover(CopyMonitor):
         tensor = self.tensors[tensor_id]
         return not tensor.held and not tensor.uploads and tensor.state in (Residency.CLEAN, Residency.DIRTY)
 
-    def choose(self, n_frames: int, cost: Callable[[Sequence[TensorId]], Comparable]) -> Window | None:
-        """The cheapest window of host frames whose tenants are all droppable, or None."""
+    def choose(
+        self,
+        n_frames: int,
+        cost: Callable[[Sequence[TensorId]], Comparable],
+        bound: Callable[[TensorId], Comparable] | None = None,
+    ) -> Window | None:
+        """The cheapest window of host frames whose tenants are all droppable, or None.
+
+        Args:
+            bound: what a window with this tenant costs at least, more for those used later; given, windows are looked for near
+                the least recently used tenants if there are very many.
+        """
         with self.changed:
-            segments = [segment for segment in self.host.segments() if segment[0] < self.n_shared_frames]
-            if segments:
-                first, length, owner = segments[-1]
-                segments[-1] = (first, min(length, self.n_shared_frames - first), owner)
-            return best_window(segments, n_frames, self.droppable, cost)
+            if bound is not None and len(self.host) > MANY_TENANTS:
+                near = window_near(self.host, n_frames, self._by_use, self.droppable, cost, bound, self.n_shared_frames)
+                if near is not None:
+                    return near
+            return best_window(list(self.host.segments(0, self.n_shared_frames)), n_frames, self.droppable, cost)
+
+    def used(self, tensor: PagedTensor, number: int) -> None:
+        """Note the use of a tensor in host frames; uses are numbered."""
+        with self.changed:
+            tensor.last_use = number
+            self._by_use.pop(tensor.id, None)
+            self._by_use[tensor.id] = None
 
     @property
     def n_shared_frames(self) -> int:
@@ -193,6 +211,7 @@ class Mover(CopyMonitor):
             if isinstance(placed, Shortage):
                 raise AssertionError(f"{tensor.name}: frames {frame}..{frame + tensor.n_frames} are taken")
             tensor.frame = frame
+            self._by_use[tensor.id] = None
             if self.watcher is not None:
                 self.watcher.held(self.tier, tensor.tag, tensor.n_frames * self.arena.page_bytes)
             self._touched[frame : frame + tensor.n_frames] = b"\1" * tensor.n_frames
@@ -460,6 +479,7 @@ class Mover(CopyMonitor):
 
     def _give_up_frames(self, tensor: PagedTensor) -> None:
         self.host.release(tensor.id)
+        self._by_use.pop(tensor.id, None)
         tensor.frame = None
         if self.watcher is not None:
             self.watcher.held(self.tier, tensor.tag, -tensor.n_frames * self.arena.page_bytes)

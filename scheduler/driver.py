@@ -387,7 +387,7 @@ class Driver:
             raise
         self._sequence += 1
         for access, tensor in zip(accesses, (self.mover.tensors[a.tensor] for a in accesses), strict=True):
-            tensor.last_use = self._sequence
+            self.mover.used(tensor, self._sequence)
             if access.mode in CHANGES:
                 self.mover.touch(tensor)
         return held

@@ -24,6 +24,7 @@ class ReadLane:
         self._tasks: deque[LoadTask] = deque()
         self._waiting: Counter[TensorId] = Counter()
         self._pumping = False
+        self._look_again = False
         self.stuck = False
         mover.on_change(self.pump)
 
@@ -55,14 +56,16 @@ class ReadLane:
 
     def pump(self) -> None:
         """Start every load that can start now."""
+        self._look_again = True
         if self._pumping:
-            return
+            return  # a copy that is over as soon as it begins
         self._pumping = True
         try:
-            self.stuck = False
-            # After a failed copy nothing is begun until the training thread knows: the same could fail for ever.
-            while self._tasks and not self._mover.failed and self._start(self._tasks[0]):
-                self._waiting[self._tasks.popleft().tensor] -= 1
+            while self._look_again:
+                self._look_again = self.stuck = False
+                # After a failed copy nothing is begun until the training thread knows: the same could fail for ever.
+                while self._tasks and not self._mover.failed and self._start(self._tasks[0]):
+                    self._waiting[self._tasks.popleft().tensor] -= 1
         finally:
             self._pumping = False
 

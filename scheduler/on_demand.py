@@ -38,8 +38,11 @@ class OnDemand:
             dirty_frames = sum(tensors[t].n_frames for t in tenants if tensors[t].state is Residency.DIRTY)
             return (max((tensors[t].last_use for t in tenants), default=-1), dirty_frames)
 
+        def least_cost(tenant: TensorId) -> tuple[int, int]:
+            return (tensors[tenant].last_use, 0)
+
         while True:
-            window = self.mover.choose(tensor.n_frames, cost)
+            window = self.mover.choose(tensor.n_frames, cost, None if lowest else least_cost)
             if window is not None:
                 break
             in_flight = [t for t in tensors.values() if t.uploads or t.state in (Residency.LOADING, Residency.STORING)]

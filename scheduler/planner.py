@@ -32,6 +32,11 @@ from scheduler.walk import Machine, Placed, Walk
 MAX_STEPS: Final = 12
 WARM_UP_STEPS: Final = 2
 MIN_CYCLE_STEPS: Final = 5
+#: As many steps at most, and as short a stretch, where a step has more than so many ops: it is long enough for restoring a placement
+#: to be a small part of it, and walking it takes seconds.
+VERY_MANY_OPS: Final = 2500
+FEW_STEPS: Final = 5
+SHORT_CYCLE_STEPS: Final = 2
 #: Shares of the frames that are given to tensors for good, one walk each.
 KEPT_SHARES: Final = (0.4, 0.55, 0.65, 0.75, 0.82)
 #: The one share that is tried where a step has more than so many ops: a walk takes seconds then.
@@ -117,16 +122,17 @@ def _plan_with(
     """The plan of one walk."""
     walk = Walk(trace, n_bytes, machine, fixed)
     n_ops = len(trace.ops)
+    most_steps, shortest = (MAX_STEPS, MIN_CYCLE_STEPS) if n_ops <= VERY_MANY_OPS else (FEW_STEPS, SHORT_CYCLE_STEPS)
     placements = [walk.placement()]
     seen = slice(-2, -1) if alike else slice(0, -1)
-    while len(placements) <= MAX_STEPS and (len(placements) < 2 or placements[-1] not in placements[seen]):
+    while len(placements) <= most_steps and (len(placements) < 2 or placements[-1] not in placements[seen]):
         walk.walk_step(len(placements) - 1)
         placements.append(walk.placement())
     last = len(placements) - 1
     closed = placements[-1] in placements[seen]
     first = last - 1 if alike else placements.index(placements[-1])
     if not closed:
-        first, last = _least_different(placements, n_bytes, range(1, 2) if alike else range(MIN_CYCLE_STEPS, MAX_STEPS + 1))
+        first, last = _least_different(placements, n_bytes, range(1, 2) if alike else range(shortest, most_steps + 1))
     start, end = first * n_ops, last * n_ops
     loads = [task for task in walk.loads if start <= task.needed_at < end]
     numbered = _numbered_from(start, end - start, loads, closed=closed)
@@ -215,9 +221,14 @@ def _unseen_stores(
     """
     clean = {(tensor, frame) for tensor, frame, dirty, _ in first if not dirty}
     returns_at = {load.tensor: load.needed_at - start for load in reversed(loads)}
+    changes_of: dict[TensorId, list[int]] = {}
+    for index, op in enumerate(trace.ops):
+        for access in op.accesses:
+            if access.mode in CHANGES:
+                changes_of.setdefault(access.tensor, []).append(index)
     stores = []
     for tensor in (tensor for tensor, frame, dirty, dead in last if dirty and not dead and (tensor, frame) in clean):
-        changes = [index for index, op in enumerate(trace.ops) if any(a.tensor == tensor and a.mode in CHANGES for a in op.accesses)]
+        changes = changes_of[tensor]
         if returns_at.get(tensor, end) <= changes[0]:
             after_last_change = end - start - len(trace.ops) + changes[-1] + 1
             stores.append(StoreTask(tensor, after_last_change % (end - start)))

@@ -25,7 +25,7 @@ from pagemem.page import FrameId, TensorId
 from pagemem.units import ceil_div
 from scheduler.bounds import check_bounds
 from scheduler.plan import LoadTask, Plan
-from scheduler.trace import CHANGES, AccessMode, Op, Trace
+from scheduler.trace import CHANGES, ENDS, AccessMode, Op, Trace
 from scheduler.walk import Machine
 
 #: Cycles performed at most before the step time is taken of all of them together.
@@ -326,7 +326,7 @@ class _Run:
             record = self.tensors[access.tensor]
             if access.mode in CHANGES:
                 record.dirty = True
-            elif access.mode is AccessMode.CONSUME:
+            elif access.mode in ENDS and record.frame is not None:
                 record.dirty = False
                 self.dying[access.tensor] = max(until, self.dying.get(access.tensor, until))
 

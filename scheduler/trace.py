@@ -47,6 +47,8 @@ class AccessMode(enum.Enum):
 
 #: Modes after which a tensor has content that is not in the page files.
 CHANGES: Final = frozenset({AccessMode.MODIFY, AccessMode.CREATE})
+#: Modes after which what is in this tier of a tensor is of no use.
+ENDS: Final = frozenset({AccessMode.CONSUME, AccessMode.RENEW})
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,10 @@ from pagemem.errors import BudgetError
 from pagemem.page import FrameId, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
-from pagemem.window import Window, best_window
+from pagemem.window import MANY_TENANTS, Window, best_window, window_near
 from scheduler.plan import LoadTask, StoreTask
 from scheduler.trace import CHANGES, Access, AccessMode, Op, Trace
+from scheduler.victims import Victims
 
 #: The op until which a tensor that is never moved is in use.
 FOR_GOOD: Final = sys.maxsize
@@ -88,6 +89,7 @@ class Walk:
     read_free_s: float = 0.0
     write_free_s: float = 0.0
     last_trigger: int = 0
+    victims: Victims = field(default_factory=Victims)
 
     def __post_init__(self) -> None:
         self.frames = PageAllocator(Tier.HOST, self.machine.page_bytes, self.machine.n_frames)
@@ -154,13 +156,27 @@ class Walk:
             least = min(least, found)
             return found
 
+        if len(tenants) > MANY_TENANTS and not pack:
+            self.victims.settle(max(self.read_free_s, need_s - read_s))
+            near = window_near(
+                self.frames, n_frames, self.victims.in_order(), movable, cost, lambda tensor: (least_stall, -tenants[tensor].next_use, 0)
+            )
+            if near is not None:
+                return near
         return best_window(list(self.frames.segments()), n_frames, movable, cost)
+
+    def _used_next(self, tensor: TensorId, tenant: Tenant, next_use: float) -> None:
+        """Note when a tenant is used again."""
+        tenant.next_use = next_use
+        if tenant.locked_until != FOR_GOOD:
+            self.victims.used(tensor, next_use)
 
     # ---- moves -------------------------------------------------------------------------------------------------
 
     def evict(self, tensor: TensorId, now: int) -> Tenant:
         """Take a tensor out of host memory, storing it first when it is dirty."""
         tenant = self.tenants.pop(tensor)
+        self.victims.left(tensor)
         self.frames.release(tensor)
         if tenant.dirty and not tenant.dead:
             self.stores.append((now, StoreTask(tensor, tenant.modified_at + 1)))
@@ -265,19 +281,23 @@ class Walk:
                 stale = self.tenants.get(access.tensor)
                 if stale is not None:
                     stale.locked_until = max(stale.locked_until, now)
-                    stale.dead, stale.dirty, stale.next_use = True, False, math.inf
+                    stale.dead, stale.dirty = True, False
+                    self._used_next(access.tensor, stale, math.inf)
                 continue
             tenant = self.tenants[access.tensor]
             tenant.locked_until = max(tenant.locked_until, until, now)
-            tenant.next_use = self.next_use(access.tensor, now)
+            self._used_next(access.tensor, tenant, self.next_use(access.tensor, now))
             if access.mode in CHANGES:
                 write_s = self.n_bytes[access.tensor] / self.machine.write_bytes_per_s
                 if not tenant.dirty:
                     self.write_free_s = max(self.write_free_s, self.op_end_s[now]) + write_s
                 tenant.dirty, tenant.modified_at = True, now
                 tenant.clean_at_s = max(self.write_free_s, self.op_end_s[now] + write_s)
+                if tenant.locked_until != FOR_GOOD:
+                    self.victims.changed(access.tensor, tenant.clean_at_s)
             elif access.mode is AccessMode.CONSUME:
-                tenant.dead, tenant.dirty, tenant.next_use = True, False, math.inf
+                tenant.dead, tenant.dirty = True, False
+                self._used_next(access.tensor, tenant, math.inf)
 
     def placement(self) -> Placed:
         """What is where; two steps that begin alike go on alike."""

@@ -15,7 +15,8 @@ from offload.cli import main
 from offload.config import ConfigError
 from offload.cpu_attention import AttentionOfCpu
 from offload.fit import Room, Taken, advice, taken_by
-from offload.forecast import Question, fit_rows, forecast, forecast_rows
+from offload.forecast import Question, forecast
+from offload.forecast_report import fit_rows, forecast_rows
 from offload.launch import factory_of
 from offload.live_storages import Holder, LiveStorages
 from offload.rates import rates_of
@@ -46,15 +47,19 @@ def test_tensors_outside_of_the_pages_are_those_of_a_real_step(case: str, tmp_pa
 
 
 def test_attention_is_one_kernel_as_on_a_cpu() -> None:
-    def kernels(device: str) -> list[str]:
+    def attention(query: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+    def kernels(device: str, recompute: bool) -> list[str]:
         with torch.device(device), AttentionOfCpu(), Kernels() as seen:
             query = torch.zeros(2, 4, 16, 8, requires_grad=True)
-            torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
+            result = torch.utils.checkpoint.checkpoint(attention, query, use_reentrant=False) if recompute else attention(query)
+            result.sum().backward()
         return [name for name in seen.names if "attention" in name or "mm" in name]
 
-    assert kernels("meta") == kernels("cpu") == [
-        "aten._scaled_dot_product_flash_attention_for_cpu.default", "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
-    ]  # fmt: skip
+    forward, backward = (f"aten._scaled_dot_product_flash_attention_for_cpu{which}.default" for which in ("", "_backward"))
+    assert kernels("meta", recompute=False) == kernels("cpu", recompute=False) == [forward, backward]
+    assert kernels("meta", recompute=True) == kernels("cpu", recompute=True) == [forward, forward, backward]
 
 
 class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -87,6 +92,23 @@ def test_what_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
     assert far[0].startswith("lower memory.ram (the smallest that works is 1048576) is not enough by itself: 50.0 MiB are missing")
     assert "memory.activations" in far[1] and "train.batch" in far[1]
     assert far[2] == "free 1.0 MiB in the file systems of ssd.paths, name another disk there or keep fewer commits (commit.keep)"
+
+
+def test_a_device_of_its_own_is_another_thing_to_fit_in(tmp_path: Path) -> None:
+    config = gpt_config(tmp_path, LITTLE_RAM, device="cpu-emulated", memory={"ram": LITTLE_RAM, "page": PAGE_BYTES, "device": 1 << 20})
+    much = 1 << 40
+    shared = forecast(config, RATES, Question(Room(much, much)))
+    own = forecast(config, RATES, Question(Room(much, much, much), largest=True))
+    in_device = shared.step.device_bytes + shared.tensor_bytes
+    assert shared.fit.taken.device_bytes == 0 and own.fit.taken.device_bytes == pytest.approx(in_device, rel=0.01)
+    assert "device, in a step" in dict(forecast_rows(own)) and "device, in a step" not in dict(forecast_rows(shared))
+    largest = own.fit.largest_batch
+    assert largest is not None and largest > 1000
+    small = forecast(config, RATES, Question(Room(much, much, own.fit.taken.device_bytes + (1 << 20)), largest=True)).fit
+    assert small.fits and small.largest_batch is not None and ROWS < small.largest_batch < largest
+    none = forecast(config, RATES, Question(Room(much, much, 1 << 16), largest=True)).fit
+    assert not none.fits and none.advice[0].startswith("the device lacks ") and none.largest_batch == 0
+    assert dict(fit_rows(none))["fits"].startswith("no: device ")
 
 
 def test_this_machine_is_what_a_run_is_to_fit_in_unless_another_is_given(tmp_path: Path) -> None:
@@ -132,7 +154,7 @@ def test_the_largest_batch_fits_and_one_row_more_does_not(tmp_path: Path) -> Non
     assert largest is not None and largest > ROWS and config.train is not None
     for rows, fits in ((largest, True), (largest + 1, False)):
         larger = config.model_copy(update={"train": config.train.model_copy(update={"batch": rows})})
-        assert (taken_by(larger, found.base_bytes).ram_bytes <= room.ram_bytes) == fits
+        assert (taken_by(larger, found.base_bytes, room).ram_bytes <= room.ram_bytes) == fits
 
 
 def test_the_largest_depth_is_what_memory_and_disk_allow(tmp_path: Path) -> None:

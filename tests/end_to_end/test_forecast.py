@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forecast_runs import CASES, HERE, LITTLE_RAM, PAGE_BYTES, RATES, ROWS, TOKENS, gpt_config, trained
+from forecast_runs import CASES, HERE, LITTLE_RAM, PAGE_BYTES, RATES, ROWS, STEPS, TOKENS, gpt_config, trained
 from torch import nn
 
 import offload
 from offload.cli import main
 from offload.config import ConfigError, load_config
-from offload.forecast import Forecast, forecast, forecast_rows
+from offload.forecast import Forecast, forecast
+from offload.forecast_report import forecast_rows
 from offload.kernels import CostMode, RatedKernels
 from offload.launch import factory_of
-from offload.rates import Rates, rates_of
-from offload.rehearsal import RehearsalError, rehearsed
+from offload.rates import Rates, kernels_of, rates_of
+from offload.rehearsal import Bandwidths, RehearsalError, rehearsed
 from pagemem.errors import BudgetError
 from scheduler.durations import MEASURED_STEPS
 from scheduler.simulator import simulate
@@ -45,11 +47,31 @@ def test_ops_and_pages_are_those_of_the_engine(case: str, ram: int, tmp_path: Pa
         assert ssd.peak_pages == ssd.planned_peak_pages
 
 
+@pytest.mark.parametrize("device", [6 * PAGE_BYTES, 20 * PAGE_BYTES, 8 << 20], ids=["little", "some", "much"])
+@pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "accumulated", "tied", "views", "recomputed"])
+def test_with_a_device_too(case: str, device: int, tmp_path: Path) -> None:
+    memory = {"ram": LITTLE_RAM, "page": PAGE_BYTES, "device": device}
+    config = gpt_config(tmp_path, LITTLE_RAM, device="cpu-emulated", **{**CASES[case], "memory": memory})
+    try:
+        report, start_pages, plan = trained(config, STEPS + 1)
+    except BudgetError as error:
+        with pytest.raises(BudgetError, match=f"^{re.escape(str(error))}$"):
+            forecast(config, RATES)
+        return
+    found = forecast(config, RATES)
+    host, on_device = report.tiers["host"], report.tiers["device"]
+    assert found.start.ssd_pages == start_pages and found.ops == plan.ops_per_step
+    assert found.step.host_pages == host.planned_peak_pages == host.peak_pages
+    assert found.step.device_pages == on_device.planned_peak_pages == on_device.peak_pages
+    assert found.h2d_bytes > 0 and 0 < found.busy["h2d"] < 1 and found.waits_s["h2d"] >= 0
+    assert found.step_s == pytest.approx(found.compute_s + sum(found.waits_s.values()), rel=0.02)
+
+
 def test_the_ops_and_their_accesses_are_those_of_the_engine(tmp_path: Path) -> None:
     config = gpt_config(tmp_path, 2 << 20, model=f"{HERE}:Viewed")
     _, _, plan = trained(config)
     assert config.model is not None
-    with rehearsed(factory_of("model", config.model.factory, {}), config, CostMode(RatedKernels(1e9, 1e9)), (1e9, 1e9)) as engine:
+    with rehearsed(factory_of("model", config.model.factory, {}), config, CostMode(RatedKernels(1e9, 1e9)), Bandwidths(1e9, 1e9, 1e9)) as engine:
         engine.rehearse(ROWS, TOKENS)
         assert engine.trace.keys == plan.keys[: plan.ops_per_step]
         longest = max(op.until - index for index, op in enumerate(engine.trace.ops))
@@ -170,6 +192,10 @@ def test_rates_are_given_assumed_or_measured(tmp_path: Path) -> None:
     assert half.flops == 1.0 and half.ram is not None and half.ram > 0
     with pytest.raises(ConfigError, match="^--ssd-read is 0; it must be a number above 0$"):
         rates_of(config, ssd_read=0.0)
+    far = rates_of(config, flops=1.0, ram=2.0, h2d=7.0, device_ram=8.0)
+    assert (far.h2d, far.device_ram) == (7.0, 8.0) and kernels_of(far)
+    with pytest.raises(ConfigError, match="^--device-ram-speed tells of another machine's device: give its --flops"):
+        rates_of(config, device_ram=8.0)
 
 
 def test_rehearsing_leaves_random_numbers_files_and_modes_alone(tmp_path: Path) -> None:
@@ -195,7 +221,7 @@ def test_json_is_one_object_of_what_the_forecast_finds(tmp_path: Path, capsys: p
     said = json.loads(line)
     found: Forecast = forecast(gpt_config(tmp_path, 2 << 20), RATES)
     assert said["ram_bytes"] == 2 << 20 and said["parameters"] == found.parameters
-    assert said["rates"] == {"flops": 2e9, "ram": 2e9, "ssd_read": 4e8, "ssd_write": 4e8}
+    assert said["rates"] == {"flops": 2e9, "ram": 2e9, "ssd_read": 4e8, "ssd_write": 4e8, "h2d": 5e9, "device_ram": None}
     assert said["step"]["ssd_pages"] == found.step.ssd_pages and said["step"]["host_bytes"] == found.step.host_bytes
     assert said["read_bytes_per_parameter"] == pytest.approx(said["read_bytes"] / said["parameters"])
 

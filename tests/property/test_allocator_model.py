@@ -173,6 +173,10 @@ class AllocatorAgainstByteMap(RuleBasedStateMachine):
             assert (first, length > 0, owner != last) == (len(shown), True, True)
             shown += [owner] * length
             last = owner
+        for begin, end in ((0, self.n_frames // 2), (self.n_frames // 3, None), (self.n_frames // 3, self.n_frames // 3 + 2)):
+            stretch = list(self.frames.segments(begin, end))
+            assert [owner for _, length, owner in stretch for _ in range(length)] == shown[begin:end]
+            assert [first for first, _, _ in stretch] == [begin + sum(length for _, length, _ in stretch[:i]) for i in range(len(stretch))]
         for frame in range(self.n_frames):
             owners = self.owners(frame)
             assert len(owners) <= 2

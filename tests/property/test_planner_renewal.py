@@ -12,6 +12,7 @@ from pagemem.page import TensorId
 from scheduler.bounds import PlanError, check_bounds
 from scheduler.plan import by_trigger
 from scheduler.planner import make_plan
+from scheduler.simulator import simulate
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
 from scheduler.walk import Machine
 
@@ -41,6 +42,7 @@ def test_no_op_sees_what_was_copied_before_a_renewal(work: tuple[Trace, dict[Ten
     report = check_bounds(plan, trace, n_bytes, machine)
     assert report.written_bytes == 0 and not plan.stores, "what is below is authoritative"
     assert plan.n_steps == 1 or not alike
+    assert simulate(plan, trace, n_bytes, machine).read_bytes == pytest.approx(report.read_bytes)
 
 
 def test_what_is_not_renewed_stays_and_what_is_renewed_comes_again() -> None:

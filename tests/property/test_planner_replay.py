@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -111,6 +112,18 @@ def test_views_that_outlive_their_op_are_respected(work: Work, spare_frames: int
         plan = work.plan(work.frames_needed() + spare_frames)
     except BudgetError:
         return  # What is held may lie so that no window is left.
+    check(work, plan)
+
+
+@settings(max_examples=300)
+@given(steps(views=True), st.integers(0, 8))
+def test_plans_that_look_for_windows_near_the_best_tenants_hold_too(work: Work, spare_frames: int) -> None:
+    """As they do where there are many tenants."""
+    try:
+        with patch("scheduler.walk.MANY_TENANTS", 0):
+            plan = work.plan(work.frames_needed() + spare_frames)
+    except BudgetError:
+        return
     check(work, plan)
 
 

@@ -67,7 +67,7 @@ def test_the_surface() -> None:
         "--debug": None,
         "launch": {"-h/--help": None, "FILE": None, "--set": None},
         "profile": dict.fromkeys(("-h/--help", "FILE", "--plain", "--set", "--steps", "--to")),
-        "plan": dict.fromkeys(("-h/--help", "FILE", "--set", "--ram", "--ssd-read", "--ssd-write", "--flops", "--ram-speed", "--machine-ram", "--machine-disk", "--largest", "--depth", "--json")),
+        "plan": dict.fromkeys(("-h/--help", "FILE", "--set", "--ram", "--ssd-read", "--ssd-write", "--flops", "--ram-speed", "--device-ram-speed", "--h2d", "--machine-ram", "--machine-disk", "--machine-device", "--largest", "--depth", "--json")),
         "export": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")),
         "verify": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit")),
         "bench-ssd": dict.fromkeys(("-h/--help", "PATH", "--size", "--seconds", "--json")),

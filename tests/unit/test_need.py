@@ -53,6 +53,11 @@ def test_pages_of_a_unit_worked_by_hand(
     assert unit.frames(sizes(compute), n_states) == frames
 
 
+def test_slices_grow_with_budgets_that_hold_thousands_of_them() -> None:
+    in_exact_mode = {gib: Sizes.of(config("auto"), gib << 30).slice_numel for gib in (1, 7, 8, 100, 256, 2000)}
+    assert in_exact_mode == {1: 1 << 20, 7: 1 << 20, 8: 1 << 21, 100: 1 << 24, 256: 1 << 25, 2000: 1 << 25}
+
+
 @pytest.mark.parametrize("page", [PAGE_BYTES, "auto"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("numel", [64, 16_384, 70_016, 1_100_032, 2_015_000, 1_340_032, 1_600_000, 2_700_032])

@@ -9,8 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiers import anyone
 
+from pagemem.allocator import PageAllocator
 from pagemem.page import FrameId, TensorId
-from pagemem.window import Segment, Window, best_window
+from pagemem.tier import Tier
+from pagemem.units import KiB
+from pagemem.window import LOOKED_AT, Segment, Window, best_window, window_near
+
+PAGE_BYTES = 64 * KiB
 
 Movable = Callable[[TensorId], bool]
 
@@ -147,3 +152,60 @@ def test_tenants_are_named_once_each_in_the_order_they_lie(segments: list[Segmen
     found = best_window(segments, n_frames, anyone, number)
     if found is not None:
         assert list(found.tenants) == sorted(set(found.tenants))
+
+
+# ---- near the best tenants ---------------------------------------------------------------------------------------------
+
+
+def book_of(segments: Sequence[Segment]) -> PageAllocator:
+    """A tier with these tenants."""
+    book = PageAllocator(Tier.HOST, PAGE_BYTES, sum(length for _, length, _ in segments))
+    for first, length, owner in segments:
+        if owner is not None:
+            book.allocate(owner, length * PAGE_BYTES, at=first)
+    return book
+
+
+@given(tiers(), st.integers(1, 12), st.sets(st.integers(0, 7)), st.lists(st.integers(0, 3), min_size=8, max_size=8), st.integers(0, 4))
+def test_looking_near_the_best_tenants_finds_what_looking_everywhere_finds(
+    segments: list[Segment], n_frames: int, staying: set[int], weights: list[int], cut: int
+) -> None:
+    book = book_of(segments)
+    end = max(0, book.n_frames - cut)
+
+    def movable(tensor: TensorId) -> bool:
+        return tensor not in staying
+
+    def dearest(leaving: Sequence[TensorId]) -> int:
+        return max((weights[tensor] for tensor in leaving), default=-1)
+
+    preferred = sorted(book.tensors(), key=lambda tensor: weights[tensor])
+    found = window_near(book, n_frames, preferred, movable, dearest, lambda tensor: weights[tensor], end)
+    best = best_window(list(book.segments(0, end)), n_frames, movable, dearest)
+    if best is None:
+        assert found is None
+    elif best.tenants:
+        assert found is not None and dearest(found.tenants) == dearest(best.tenants) and all(map(movable, found.tenants))
+        assert found in every_window(list(book.segments(0, end)), n_frames, movable)
+    elif found is not None:  # A free window that no movable tenant is near is not looked for below the end of a tier.
+        assert found.tenants == () or cut
+        assert found.first + n_frames <= end
+
+
+def test_it_looks_no_further_than_it_must() -> None:
+    segments = layout("".join(chr(ord("A") + number) for number in range(3 * LOOKED_AT)))
+    book, seen = book_of(segments), set[TensorId]()
+
+    def cost(leaving: Sequence[TensorId]) -> int:
+        seen.update(leaving)
+        return max(leaving)
+
+    def stalled(leaving: Sequence[TensorId]) -> int:
+        seen.update(leaving)
+        return 1000 - min(leaving)
+
+    first = min(book.tensors())
+    assert window_near(book, 1, sorted(book.tensors()), anyone, cost, lambda tensor: tensor) == Window(FrameId(0), 1, (first,))
+    assert seen == {first}
+    assert window_near(book, 1, sorted(book.tensors()), anyone, stalled, lambda tensor: 0) is not None
+    assert len(seen) == LOOKED_AT
