@@ -18,11 +18,11 @@ from pagemem.intervals import tracks
 from pagemem.recorder import Recording, Wait
 
 _PID: Final = 1
-_STEPS, _COMPUTE, _WAITS, _UPDATES, _OTHER_WAITS, _READS, _WRITES, _COUNTERS = 1, 2, 3, 100, 200, 300, 400, 500
+_STEPS, _COMPUTE, _WAITS, _UPDATES, _OTHER_WAITS, _UPLOADS, _READS, _WRITES, _COUNTERS = 1, 2, 3, 100, 200, 250, 300, 400, 500
 #: Name and, where several may be under way at a time, room for that many tracks.
 _TITLES: Final = {
     _STEPS: "steps", _COMPUTE: "compute", _WAITS: "waits", _UPDATES: "updates", _OTHER_WAITS: "waits of other threads",
-    _READS: "read lane", _WRITES: "write lane", _COUNTERS: "bytes held",
+    _UPLOADS: "copies to the device", _READS: "read lane", _WRITES: "write lane", _COUNTERS: "bytes held",
 }  # fmt: skip
 
 
@@ -47,7 +47,8 @@ def _slices(recording: Recording) -> Iterator[dict[str, Any]]:
         yield _slice(recording, _COMPUTE, op.name, op.phase, op.start_s, op.end_s, {"phase": op.phase, "bytes": op.n_bytes})
     yield from _wait_slices(recording, _WAITS, [wait for wait in recording.waits if wait.training])
     yield from _wait_slices(recording, _OTHER_WAITS, [wait for wait in recording.waits if not wait.training])
-    for first, kind in ((_UPDATES, EventKind.UPDATE), (_READS, EventKind.READ), (_WRITES, EventKind.WRITE)):
+    kinds = ((_UPDATES, EventKind.UPDATE), (_UPLOADS, EventKind.UPLOAD), (_READS, EventKind.READ), (_WRITES, EventKind.WRITE))
+    for first, kind in kinds:
         yield from _event_slices(recording, first, recording.of(kind))
     for event in recording.of(EventKind.DEVIATION):
         ts = _us(recording, event.start_s)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -117,7 +118,7 @@ class Profile:
         open_profile_folder(self.folder)
         self._become(ProfileState.RECORDING)
         self._begun = self._stats()
-        self._recorder = Recorder(self._store.driver.causes())
+        self._recorder = Recorder((self._store.device_tier or self._store).driver.causes())
         self._onward = self._store.counters.onward
         self._held = attach(self._store, self._recorder, self._recorder)
         return self
@@ -163,8 +164,15 @@ def attach(store: PageStore, watcher: Watcher | None, onward: EventSink) -> Mapp
 
     In host memory that is whole pages of the arena, and what is reserved outside of it.
     """
-    with store.mover.changed:
+    with ExitStack() as locks:
+        device = store.device_tier
+        if device is not None:
+            locks.enter_context(device.mover.changed)  # taken before the one below, everywhere
+        locks.enter_context(store.mover.changed)
         held = store.mover.watch(watcher)
+        if device is not None:
+            held |= device.mover.watch(watcher)
+            device.driver.watcher = watcher
         for tag, n_bytes in store.budget.watch(watcher).items():
             # The arena itself is reserved whole; what it holds is counted page by page.
             outside = n_bytes - store.mover.arena.n_bytes if tag is Tag.STAGING else n_bytes

@@ -19,7 +19,8 @@ FORMAT: Final = "offload profile 1"
 #: Shown for what belongs to no unit of the model.
 ACTIVATIONS: Final = "saved activations"
 OTHER: Final = "other"
-LANES: Final = ("compute", "read", "write", "update")
+#: The lane of copies to the device.
+H2D: Final = "h2d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ def lane_intervals(recording: Recording) -> dict[str, list[Interval]]:
         "compute": without([(op.start_s, op.end_s) for op in recording.ops], waits),
         "read": [span(event) for event in recording.of(EventKind.READ)],
         "write": [span(event) for event in recording.of(EventKind.WRITE)],
+        **({H2D: [span(event) for event in uploads]} if (uploads := recording.of(EventKind.UPLOAD)) else {}),
         "update": [span(event) for event in recording.of(EventKind.UPDATE)],
         "waits": waits,
     }
@@ -167,10 +169,12 @@ def _lanes(recording: Recording, elapsed_s: float) -> dict[str, Any]:
         "compute": len(recording.ops),
         "read": len(recording.of(EventKind.READ)),
         "write": len(recording.of(EventKind.WRITE)),
+        H2D: len(recording.of(EventKind.UPLOAD)),
         "update": len(recording.of(EventKind.UPDATE)),
         "waits": sum(wait.training for wait in recording.waits),
     }
-    n_bytes = {"read": _moved(recording, EventKind.READ), "write": _moved(recording, EventKind.WRITE)}
+    kinds = {"read": EventKind.READ, "write": EventKind.WRITE, H2D: EventKind.UPLOAD}
+    n_bytes = {lane: _moved(recording, kind) for lane, kind in kinds.items()}
     found = {}
     for lane, intervals in lane_intervals(recording).items():
         busy_s = total_s(intervals)

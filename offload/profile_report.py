@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from offload.profile_analysis import lane_intervals
+from offload.profile_analysis import H2D, lane_intervals
 from offload.report import print_rows
 from pagemem.intervals import Interval, shares, without
 from pagemem.recorder import Recording
@@ -58,7 +58,7 @@ def _lanes(recording: Recording, n_buckets: int) -> list[dict[str, Any]]:
         phase: course(without([(op.start_s, op.end_s) for op in recording.ops if op.phase == phase], waits)) for phase in phases
     }
     lanes = lane_intervals(recording)
-    others = [{"name": lane, "parts": {lane: course(lanes[lane])}} for lane in ("waits", "read", "write", "update")]
+    others = [{"name": lane, "parts": {lane: course(lanes[lane])}} for lane in ("waits", "read", "write", H2D, "update") if lane in lanes]
     return [{"name": "compute", "parts": compute}, *others]
 
 

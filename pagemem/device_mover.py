@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from pagemem.arena import HostArena
-from pagemem.events import EventSink
+from pagemem.events import EventKind, EventSink
 from pagemem.host_copier import HostCopier
 from pagemem.mover import Mover
 from pagemem.page import FrameId, TensorId
@@ -50,7 +50,7 @@ class DeviceMover(Mover):
         self.unclaimed: set[TensorId] = set()
         self.edited: dict[TensorId, PagedTensor] = {}
         self._lower: dict[TensorId, PagedTensor] = {}
-        self._copier = HostCopier(below, self.note_failure)
+        self._copier = HostCopier(below, self.note_failure, sink)
 
     def mirror(self, lower: PagedTensor) -> PagedTensor:
         """A tensor of the device whose content is that of one below."""
@@ -137,6 +137,9 @@ class DeviceMover(Mover):
         """The bytes of a resident tensor, uint8."""
         assert tensor.frame is not None
         return self.arena.view(tensor.frame, 0, torch.uint8, tensor.n_bytes)
+
+    def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
+        """Nothing: the copier tells of copies, from when it made them; nothing is written from here."""
 
     # ---- the rest ----------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from pagemem.tier import Tag, Tier
 
 
 class EventKind(enum.Enum):
-    """What happened. READ and WRITE move pages between host and page file; WAIT blocks the training thread."""
+    """What happened. READ and WRITE move pages between host and page file, UPLOAD from host to device; WAIT blocks the training thread."""
 
     # Members are single: enum's own hash, of the name, is a Python call.
     __hash__ = object.__hash__
@@ -25,6 +25,7 @@ class EventKind(enum.Enum):
     ALLOCATE = "allocate"
     READ = "read"
     WRITE = "write"
+    UPLOAD = "upload"
     DROP = "drop"
     WAIT = "wait"
     UPDATE = "update"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pagemem.events import Event, EventKind, EventSink
 from pagemem.io_threads import small_stacks
 from pagemem.mover import Mover
 from pagemem.page_transfer import Done
@@ -32,13 +33,15 @@ class HostCopier:
     Args:
         below: whose host pages are read.
         on_failure: called on the copier's thread with what a ``done`` raised; the thread goes on with the next copy.
+        sink: takes an UPLOAD for each copy.
 
     Raises:
         StorageError: the system starts no more threads.
     """
 
-    def __init__(self, below: Mover, on_failure: Callable[[BaseException], None]) -> None:
+    def __init__(self, below: Mover, on_failure: Callable[[BaseException], None], sink: EventSink) -> None:
         self._below = below
+        self._sink = sink
         self._on_failure = on_failure
         self._waiting: list[_Upload] = []  # guarded by below.changed, as are the next four
         self._closing = False
@@ -108,4 +111,5 @@ class HostCopier:
             self.copied_bytes += upload.tensor.n_bytes
             self.busy_s += spent_s
             self._below.end_upload(upload.tensor)
+        self._sink.emit(Event(EventKind.UPLOAD, upload.tensor.name, upload.tensor.n_bytes, began_s, spent_s))
         return error

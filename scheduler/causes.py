@@ -6,8 +6,10 @@ first obstacle has gone, is not looked at.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
+from pagemem.device_mover import DeviceMover
 from pagemem.mover import Mover
 from pagemem.recorder import UNKNOWN_CAUSE, WaitCause
 from pagemem.residency import PagedTensor, Residency
@@ -22,6 +24,7 @@ MAKING_ROOM_FIRST: Final = "a read before it waited for its place to be written 
 ARRIVING: Final = "the tensor in its place was still being read"
 IN_USE: Final = "its place was in use"
 NO_PLACE: Final = "no place was free for it while others were being written out"
+COPYING: Final = "it was being copied to the device"
 COMMITTING: Final = "a commit had yet to store it"
 
 
@@ -60,6 +63,31 @@ class Causes:
             if known is not None:
                 self._named[name] = known
         return known
+
+
+class DeviceCauses:
+    """Knows what waits for tensors of a device wait for; named as those below, which they are copies of.
+
+    Args:
+        device: owner of residency there. below: says it of host memory.
+    """
+
+    def __init__(self, device: DeviceMover, below: Callable[[str], WaitCause]) -> None:
+        self._device = device
+        self._below = below
+        with device.changed:
+            self._named = {tensor.name: tensor for tensor in device.tensors.values()}
+
+    def __call__(self, name: str) -> WaitCause:
+        """What a wait for the tensor named ``name`` has to wait for now. With the lock held of the mover that waits."""
+        tensor = self._named.get(name)
+        # Without the device's lock, which is taken before the one below: who waits below may have that one.
+        if tensor is not None and tensor.state is Residency.LOADING:
+            lower = self._device.lower(tensor.id)
+            if lower.uploads or lower.readable:
+                return WaitCause("h2d", COPYING)
+        with self._device.below.changed:
+            return self._below(name)
 
 
 def _in_queue(mover: Mover, lane: ReadLane, tensor: PagedTensor) -> WaitCause:

@@ -10,13 +10,15 @@ For both traces to be the same in every step, each planned step here has the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from pagemem.device_mover import DeviceMover
 from pagemem.events import EventSink
 from pagemem.page import TensorId
+from pagemem.recorder import WaitCause
 from pagemem.residency import PagedTensor
+from scheduler.causes import DeviceCauses
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKey, OpKind
 
@@ -30,6 +32,7 @@ class DeviceDriver(Driver):
     """
 
     alike = True
+    tells_of_steps = False
 
     def __init__(self, device: DeviceMover, below: Driver, sink: EventSink) -> None:
         super().__init__(device, sink, device.bandwidth)
@@ -70,6 +73,10 @@ class DeviceDriver(Driver):
                     assert lower.frame is not None
                     source = self.below.mover.arena.view(lower.frame, 0, self.device.bytes_of(tensor).dtype, lower.n_bytes)
                     self.device.bytes_of(tensor).copy_(source)
+
+    def causes(self) -> Callable[[str], WaitCause]:
+        """Who says what a wait has to wait for, here or below."""
+        return DeviceCauses(self.device, self.below.causes())
 
     def quiesce(self) -> None:
         """Stop copying ahead and wait until no copy is under way, also after an error."""

@@ -23,6 +23,7 @@ from pagemem.errors import BudgetError, TransitionError
 from pagemem.events import Event, EventKind, EventSink, Watcher
 from pagemem.mover import Mover
 from pagemem.page import TensorId
+from pagemem.recorder import WaitCause
 from pagemem.residency import PagedTensor, Residency
 from scheduler.bounds import check_bounds
 from scheduler.durations import Durations
@@ -65,6 +66,8 @@ class Driver:
 
     #: Whether every planned step has to have the same moves.
     alike: ClassVar[bool] = False
+    #: Whether a watcher hears of the ends of steps from this driver.
+    tells_of_steps: ClassVar[bool] = True
 
     def __init__(
         self, mover: Mover, sink: EventSink, bandwidth: Callable[[], tuple[float, float]], overhead_bytes: int = 0
@@ -159,7 +162,7 @@ class Driver:
         if self._began_s is not None:
             self._recorder.add_duration(time.perf_counter() - self._began_s)
             self._began_s = None
-        if self.watcher is not None:
+        if self.watcher is not None and self.tells_of_steps:
             self.watcher.step_ends()
         asked_otherwise = self.above is not None and self._ends_above(repeatable=repeatable)
         with self.mover.changed:
@@ -330,7 +333,7 @@ class Driver:
             self.deviations += 1
             self._sink.emit(Event(EventKind.DEVIATION, why, 0, time.perf_counter(), 0.0))
 
-    def causes(self) -> Causes:
+    def causes(self) -> Callable[[str], WaitCause]:
         """Who says what a wait has to wait for."""
         return Causes(self.mover, self._lane)
 

@@ -100,6 +100,37 @@ def test_bytes_held_are_those_of_the_memory_report(update: dict[str, Any], tmp_p
     assert_closed(engine)
 
 
+@pytest.mark.parametrize("device", ["4MiB", 9 * (64 << 10)], ids=["all", "little"])
+def test_with_a_device_its_bytes_copies_and_waits_are_recorded_too(device: int | str, tmp_path: Path) -> None:
+    plain = built()
+    made = config(tmp_path)
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": device, "page": 64 << 10}}
+    train_plain(plain, adamw(plain.parameters()), WARM_UP + 4)
+    with offload.initialize(built(), made, adamw) as engine:
+        steps(engine, 0, WARM_UP)
+        engine.drain()
+        tier = engine._store.device_tier
+        assert tier is not None
+        before, copied_bytes = engine.stats(), tier.mover._copier.copied_bytes
+        with engine.profile(tmp_path / "profile") as profile:
+            steps(engine, WARM_UP, 4)
+            engine.drain()
+        moved, copied_bytes = engine.stats().since(before), tier.mover._copier.copied_bytes - copied_bytes
+        recording, summary = profile.recording, profile.summary
+        assert recording is not None and summary["steps"] == 4
+        held = recording.timeline.samples(Tier.DEVICE)
+        assert held[-1].total_bytes == tier.mover.host.used_frames * (64 << 10)
+        assert max(sample.total_bytes for sample in held) == summary["tiers"]["device"]["peak_bytes"] <= tier.budget.limit_bytes
+        assert summary["lanes"]["h2d"]["bytes"] == copied_bytes > 0
+        assert summary["lanes"]["read"]["bytes"] == moved.bytes_read and summary["lanes"]["write"]["bytes"] == moved.bytes_written
+        assert {"forward", "backward", "update"} <= {op.phase for op in recording.ops}
+        assert all(begin.end_s <= end.start_s for begin, end in zip(recording.ops, recording.ops[1:], strict=False))
+        assert "copies to the device" in (tmp_path / "profile" / "trace.json").read_text()
+        assert tier.driver.watcher is None and tier.mover.watcher is None
+        assert_equal(engine.model, plain)
+    assert_closed(engine)
+
+
 def test_with_commits_evaluation_and_a_run_that_goes_on_every_copy_is_counted(tmp_path: Path) -> None:
     for begun in (False, True):
         with engine_of(built(), tmp_path) as engine:
