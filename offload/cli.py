@@ -203,8 +203,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     ram = [] if arguments.ram is None else [f"memory.ram={arguments.ram}"]
     config = _read_config(arguments, *ram)
     check_forecastable(config)
-    if config.device == "cpu" and arguments.machine_device is not None:
-        raise ConfigError('--machine-device: device is "cpu", which has no memory of its own; --set device=cpu-emulated --set memory.device=SIZE')
+    for option in ("machine_device", "h2d", "device_ram_speed"):
+        if config.device == "cpu" and getattr(arguments, option) is not None:
+            name = "--" + option.replace("_", "-")
+            raise ConfigError(f'{name}: device is "cpu", which has no memory of its own; --set device=cpu-emulated --set memory.device=SIZE')
     named = {"ram": "ram_speed", "ssd_read": "ssd_read", "ssd_write": "ssd_write", "h2d": "h2d", "device_ram": "device_ram_speed"}
     given = {rate: getattr(arguments, name) for rate, name in named.items()}
     bytes_per_s = {rate: None if value is None else value * 1e6 for rate, value in given.items()}

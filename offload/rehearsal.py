@@ -323,7 +323,7 @@ def _needs_no_values() -> Iterator[None]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without garbage collection inside: going through all units and pages again and again, it finds next to nothing."""
+    """Without garbage collection inside, which would go through all units and pages again and again."""
     before = gc.isenabled()
     gc.disable()
     try:

@@ -241,3 +241,9 @@ def test_a_budget_that_is_too_small_is_one_line_with_the_one_that_works(capsys: 
     assert main(["plan", str(EXAMPLE), *SHRUNK, "--ram", "128KiB"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("offload: error: memory.ram is 131072 bytes") and "set memory.ram to at least" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [["--machine-device", "1GiB"], ["--h2d", "1000"], ["--device-ram-speed", "1000"]])
+def test_options_of_a_device_are_refused_without_one(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(EXAMPLE), *SHRUNK, *option]) == 1
+    assert capsys.readouterr().err.startswith(f'offload: error: {option[0]}: device is "cpu", which has no memory of its own; --set device=')

@@ -101,7 +101,7 @@ def test_bytes_held_are_those_of_the_memory_report(update: dict[str, Any], tmp_p
 
 
 @pytest.mark.parametrize("device", ["4MiB", 9 * (64 << 10)], ids=["all", "little"])
-def test_with_a_device_its_bytes_copies_and_waits_are_recorded_too(device: int | str, tmp_path: Path) -> None:
+def test_with_a_device_its_bytes_and_copies_are_recorded_too(device: int | str, tmp_path: Path) -> None:
     plain = built()
     made = config(tmp_path)
     made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": device, "page": 64 << 10}}

@@ -9,14 +9,16 @@ import pytest
 from fake_page_files import TIMEOUT_S
 from gated_mover import PAGE_BYTES, Gates, opened
 
+from pagemem.arena import HostArena
+from pagemem.device_mover import DeviceMover
 from pagemem.errors import StorageError
-from pagemem.events import Event, EventKind
+from pagemem.events import Event, EventKind, NullSink
 from pagemem.page import FrameId
 from pagemem.recorder import UNKNOWN_CAUSE, Recorder, WaitCause
 from pagemem.residency import PagedTensor
 from pagemem.tier import Tag, Tier
 from scheduler.causes import (
-    ARRIVING, BEHIND, COMMITTING, IN_USE, MAKING_ROOM, MAKING_ROOM_FIRST, NO_PLACE, READING, WRITING, Causes,
+    ARRIVING, BEHIND, COMMITTING, COPYING, IN_USE, MAKING_ROOM, MAKING_ROOM_FIRST, NO_PLACE, READING, WRITING, Causes, DeviceCauses,
 )  # fmt: skip
 from scheduler.lanes import ReadLane
 from scheduler.plan import LoadTask
@@ -177,3 +179,25 @@ def test_the_cause_of_a_wait_that_failed_is_no_others() -> None:
         gates.training.submit(watched.recorder.emit, late).result()
         (wait,) = watched.recorder.finish({}).waits
         assert wait.cause == WaitCause("update", "the updater had yet to get that far")
+
+
+def test_of_the_device_it_is_the_copy_once_host_memory_has_the_tensor_and_what_that_waits_for_before() -> None:
+    with opened() as gates:
+        arena = HostArena(2, PAGE_BYTES)
+        lower, lane = gates.stored(1, "a"), ReadLane(gates.mover)
+        device = DeviceMover(arena, gates.mover, NullSink())
+        tensor = device.mirror(lower)
+        causes = DeviceCauses(device, Causes(gates.mover, lane))
+        device.start_load(tensor, FrameId(0))  # the copy waits for host memory
+        lane.submit([load(gates, "a", 0)])
+        with device.changed:
+            assert causes("a") == WaitCause("read", READING)
+        with gates.mover.changed:
+            lower.uploads += 1  # as while it is being copied
+            assert causes("a") == WaitCause("h2d", COPYING)
+            lower.uploads -= 1
+        gates.files.take("read").open()
+        device.wait_until(lambda: tensor.readable, "a")
+        assert causes("a") == UNKNOWN_CAUSE and causes("nobody") == UNKNOWN_CAUSE
+        device.close()
+        arena.close()
