@@ -272,6 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     fio_version = Fio.version()
     with ExitStack() as stack:
+        if options.dir is not None:
+            Path(options.dir).mkdir(parents=True, exist_ok=True)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pagemem-io-", dir=options.dir)))
         directory = stack.enter_context(RunDirectory(folder / "run"))
         runs: dict[tuple[str, int], PageFileRun] = {}

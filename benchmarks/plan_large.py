@@ -34,7 +34,7 @@ RATES: Final = (
 def configuration(layers: int, folder: Path) -> dict[str, Any]:
     """The run that is planned."""
     return {
-        "device": "cpu-emulated",
+        "device": "cuda",
         "memory": {"ram": "220GiB", "device": "60GiB"},
         "ssd": {"paths": [str(folder / f"ssd{i}") for i in range(4)]},
         "model": {"factory": "benchmarks.llama:llama", "arguments": {"n_layer": layers}, "dtype": "bf16"},

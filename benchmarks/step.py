@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--device-share", type=float, metavar="SHARE", help="compute out of a third tier of ordinary RAM (device = cpu-emulated) that holds so much of the parameters"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both compute; cuda needs --device-share")
     parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
     parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
     parser.add_argument("--heap", choices=["auto", "keep", "trim"], default="auto", help="memory.heap of the engine")
@@ -54,7 +55,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count-tensors", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-checksums", action="store_true")
     parser.add_argument("--child", choices=["torch", "engine"], help=argparse.SUPPRESS)
-    return common.step_arguments(parser, steps=9)
+    options = common.step_arguments(parser, steps=9)
+    if options.device == "cuda" and options.device_share is None:
+        parser.error("--device cuda needs --device-share, what the device holds of the parameters")
+    return options
 
 
 # ---- the measured processes ---------------------------------------------------------------------------------------
@@ -67,7 +71,7 @@ class PlainTorch:
         self.clip_norm = a.clip_norm
         if a.torch_keeps_heap:
             keep_freed_memory()
-        self.model = GPT(*SIZES[a.size], a.seq, a.recompute)
+        self.model = GPT(*SIZES[a.size], a.seq, a.recompute).to(a.device)
         self.optimizer = fused_adamw(self.model.parameters())
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
@@ -101,7 +105,7 @@ class Engine:
         ram = int(a.ram_share * 12 * common.n_parameters(*SIZES[a.size], a.seq))
         device = None if a.device_share is None else int(a.device_share * 4 * common.n_parameters(*SIZES[a.size], a.seq))
         config = {
-            "device": "cpu" if device is None else "cpu-emulated",
+            "device": a.device if device is None or a.device != "cpu" else "cpu-emulated",
             "memory": {"ram": ram, "device": device, "activations": a.activations, "heap": a.heap},
             "ssd": {"paths": [f"{a.dir}/pages"], "checksums": not a.no_checksums},
             "update": {"clip_norm": a.clip_norm},
@@ -152,11 +156,13 @@ def child(a: argparse.Namespace) -> None:
     count = Count()
     tensors = LiveStorages(count)
     for number, _ in enumerate(iter(sys.stdin.readline, "stop\n")):
-        x, y = batch(number, a.batch, a.seq)
+        x, y = (tensor.to(a.device) for tensor in batch(number, a.batch, a.seq))
         before, disk = subject.counters(), common.disk_bytes()
         started_s, cpu_s = time.perf_counter(), time.process_time()
         with tensors if a.count_tensors and number == COUNTED_STEP else nullcontext():
             loss = subject.step(x, y)
+            if a.device == "cuda":
+                torch.cuda.synchronize()
         step_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
         after, disk_after = subject.counters(), common.disk_bytes()
         answer = {
@@ -169,6 +175,8 @@ def child(a: argparse.Namespace) -> None:
         }
         print(json.dumps(answer), flush=True)
     summary = {"peak_rss_bytes": common.status_bytes("VmHWM"), "tensor_peak_bytes": count.peak_bytes}
+    if a.device == "cuda":
+        summary["device_peak_bytes"] = torch.cuda.max_memory_allocated()
     print(json.dumps({**summary, **subject.summary()}), flush=True)
     subject.close()
 
@@ -232,6 +240,8 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "engine_step_s": dataclasses.asdict(Spread.of([step["step_s"] for step in timed["engine"]])),
         "torch_peak_rss_bytes": summaries["torch"]["peak_rss_bytes"],
         "engine_peak_rss_bytes": summaries["engine"]["peak_rss_bytes"],
+        "torch_device_peak_bytes": summaries["torch"].get("device_peak_bytes"),
+        "engine_device_peak_bytes": summaries["engine"].get("device_peak_bytes"),
         "read_bytes_per_parameter": per_step["bytes_read"] / n,
         "written_bytes_per_parameter": per_step["bytes_written"] / n,
         "device_read_bytes_per_parameter": per_step["disk_read"] / n,
@@ -262,6 +272,11 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("losses equal, bit for bit", str(record["losses_equal"])),
         ("VmHWM, plain torch", f"{record['torch_peak_rss_bytes'] / 1e6:,.0f} MB"),
         ("VmHWM, engine", f"{record['engine_peak_rss_bytes'] / 1e6:,.0f} MB"),
+        *(
+            (f"device memory at its peak, {name}", f"{record[key] / 1e6:,.0f} MB")
+            for name, key in (("plain torch", "torch_device_peak_bytes"), ("engine", "engine_device_peak_bytes"))
+            if record[key] is not None
+        ),
         ("SSD bytes a parameter and step", f"{record['read_bytes_per_parameter']:.2f} read, {record['written_bytes_per_parameter']:.2f} written"),
         (
             "  as the block device counts",

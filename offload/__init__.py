@@ -46,6 +46,7 @@ from pagemem.errors import (  # noqa: E402
     BudgetError,
     ChecksumError,
     CommitError,
+    DeviceError,
     DiskFullError,
     NonFiniteError,
     OffloadError,
@@ -57,7 +58,7 @@ from pagemem.errors import (  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetError", "BudgetNeed", "ChecksumError", "CommitError", "Config", "ConfigError", "DiskFullError", "Engine", "ExportError",
+    "BudgetError", "BudgetNeed", "ChecksumError", "CommitError", "Config", "ConfigError", "DeviceError", "DiskFullError", "Engine", "ExportError",
     "FactoryError", "MemoryReport", "NonFiniteError", "OffloadError", "PagedParameter", "Resumed", "RunDirectoryError", "StaleGradientError", "Stats",
     "StorageError", "TierUse", "deferred_init", "gathered", "initialize", "load_config", "prepare", "smallest_budget",
 ]

@@ -206,7 +206,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     for option in ("machine_device", "h2d", "device_ram_speed"):
         if config.device == "cpu" and getattr(arguments, option) is not None:
             name = "--" + option.replace("_", "-")
-            raise ConfigError(f'{name}: device is "cpu", which has no memory of its own; --set device=cpu-emulated --set memory.device=SIZE')
+            raise ConfigError(f'{name}: device is "cpu", which has no memory of its own; --set device=cuda --set memory.device=SIZE')
+    of_device = ("machine_device", "flops", "ram_speed", "device_ram_speed")
+    missing = ", ".join("--" + option.replace("_", "-") for option in of_device if getattr(arguments, option) is None)
+    if config.device.startswith("cuda") and missing:
+        raise ConfigError(f'device is "{config.device}", of which the kernels of a CPU tell nothing: give {missing} as well')
     named = {"ram": "ram_speed", "ssd_read": "ssd_read", "ssd_write": "ssd_write", "h2d": "h2d", "device_ram": "device_ram_speed"}
     given = {rate: getattr(arguments, name) for rate, name in named.items()}
     bytes_per_s = {rate: None if value is None else value * 1e6 for rate, value in given.items()}

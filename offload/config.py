@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import reprlib
 import tomllib
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES
 from pagemem.units import BLOCK_BYTES, KiB, MiB, format_bytes, parse_bytes
@@ -40,6 +41,12 @@ def _direct(value: object) -> bool | str:
     if value == "auto" or isinstance(value, bool):
         return value
     raise ValueError(f"must be \"auto\", true or false, not {value!r}")
+
+
+def _device(value: str) -> str:
+    if re.fullmatch(r"cpu|cpu-emulated|cuda(:\d+)?", value) is None:
+        raise ValueError(f'must be "cpu", "cuda", "cuda:N" or "cpu-emulated", not {value!r}')
+    return value
 
 
 def _scale(value: object) -> float | str:
@@ -250,9 +257,9 @@ class Config(_Section):
 
     seed: int = Field(default=1, ge=0)
     """Seed of torch's generator and of the data order (launch)."""
-    device: Literal["cpu", "cpu-emulated"] = "cpu"
-    """Where compute runs: "cpu", straight out of host pages, or "cpu-emulated", out of pages of a third tier above them with a
-    budget of its own, ``memory.device``, which is ordinary RAM: what a GPU does, for trying and testing."""
+    device: Annotated[str, AfterValidator(_device)] = "cpu"
+    """Where compute runs: "cpu", straight out of host pages; "cuda" (or "cuda:1", ...), out of pages of a third tier above them with
+    a budget of its own, ``memory.device``; or "cpu-emulated", the same with a third tier in ordinary RAM, for trying and testing."""
     memory: MemoryConfig
     """Host memory."""
     ssd: SsdConfig
@@ -279,6 +286,8 @@ class Config(_Section):
             raise ValueError(f'device is "{self.device}": {wanted}')
         if self.device != "cpu" and self.update.mode != "exact":
             raise ValueError(f'device is "{self.device}", for which updates are exact; set update.mode to "exact"')
+        if self.device.startswith("cuda") and self.memory.activations is not None:
+            raise ValueError(f'memory.activations is for device "cpu", and device is "{self.device}"; leave it out')
         if self.output is not None:
             run = Path(self.output.run).resolve()
             for path in self.ssd.paths:

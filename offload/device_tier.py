@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 
 from optim.unit import Unit
-from pagemem.arena import HostArena
+from pagemem.accelerator import Accelerator
 from pagemem.budget import Budget, BudgetShortage
 from pagemem.device_mover import DeviceMover
 from pagemem.errors import BudgetError
@@ -29,25 +28,23 @@ class DeviceTier:
         device_bytes: the budget, at least one page.
         page_bytes: as below.
         below: the driver of host memory.
-        make_arena: of so many frames. On a CPU the device's memory is ordinary RAM.
+        accelerator: the device.
 
     Raises:
-        MemoryError: the arena cannot be mapped. StorageError: the system starts no more threads.
+        MemoryError: the device has no room for the arena. StorageError: the system starts no more threads.
     """
 
-    def __init__(
-        self, device_bytes: int, page_bytes: int, below: Driver, sink: EventSink, make_arena: Callable[[int], HostArena]
-    ) -> None:
+    def __init__(self, device_bytes: int, page_bytes: int, below: Driver, sink: EventSink, accelerator: Accelerator) -> None:
         self.budget = Budget(Tier.DEVICE, device_bytes)
         n_frames = device_bytes // page_bytes
         reserved = self.budget.reserve(Tag.PARAM, n_frames * page_bytes, "device arena")
         if isinstance(reserved, BudgetShortage):
             raise AssertionError(reserved.describe())
         self._reserved = reserved
-        arena = make_arena(n_frames)
+        arena = accelerator.make_arena(n_frames, page_bytes)
         with ExitStack() as undo:
             undo.callback(arena.close)
-            self.mover = DeviceMover(arena, below.mover, sink)
+            self.mover = DeviceMover(arena, below.mover, accelerator, sink)
             undo.pop_all()
         self.driver = DeviceDriver(self.mover, below, sink)
 

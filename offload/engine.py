@@ -317,6 +317,11 @@ class Engine:
         return export_commit(folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True)).folder
 
     @property
+    def torch_device(self) -> torch.device:
+        """Where the model computes, and where its inputs belong."""
+        return self._store.binder.torch_device
+
+    @property
     def steps(self) -> int:
         """Optimizer steps made, those before `resume` included."""
         return self._steps

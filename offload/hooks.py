@@ -124,7 +124,7 @@ class SavedWeights:
         return KeptTensor(saved) if activations is None else activations.pack(saved)
 
     def _dense(self, saved: Tensor) -> bool:
-        return saved.layout is torch.strided and saved.device.type == "cpu" and saved.numel() > 0
+        return saved.layout is torch.strided and saved.device == self._binder.torch_device and saved.numel() > 0
 
     def _place(self, saved: Tensor) -> SavedView | None:
         """Where a weight is; None for everything else."""

@@ -168,19 +168,19 @@ def open_run_folder(path: Path, *, keep_metrics: bool = False) -> Path:
     return path
 
 
-def validation_bits(model: nn.Module, data: Any, train: TrainConfig, interrupt: _Interrupt) -> float | None:
+def validation_bits(engine: Engine, data: Any, train: TrainConfig, interrupt: _Interrupt) -> float | None:
     """Mean validation loss in bits per byte, or None when none is asked for or Ctrl-C came first."""
     if not train.evaluate_batches:
         return None
-    was_training = model.training
-    model.eval()
+    was_training = engine.model.training
+    engine.model.eval()
     losses = []
     with torch.no_grad():
         for x, y in data.validation_batches(train.evaluate_batches, train.batch, train.seq):
             if interrupt.asked:
                 break
-            losses.append(float(model(x, y)))
-    model.train(was_training)
+            losses.append(float(engine(x.to(engine.torch_device), y.to(engine.torch_device))))
+    engine.model.train(was_training)
     return None if interrupt.asked else sum(losses) / len(losses) * BITS_PER_NAT
 
 
@@ -210,7 +210,7 @@ def one_step(engine: Engine, data: Any, config: Config, train: TrainConfig, step
     total = 0.0
     for micro in range(config.update.accumulation):
         x, y = data.batch(step * config.update.accumulation + micro, train.batch, train.seq)
-        loss = engine(x, y)
+        loss = engine(x.to(engine.torch_device), y.to(engine.torch_device))
         total += float(loss.detach())
         engine.backward(loss)
     engine.step()
@@ -261,7 +261,7 @@ def _train(
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     console.print(f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False)
     if not engine.steps:
-        past.before_bits = validation_bits(engine.model, data, train, interrupt)
+        past.before_bits = validation_bits(engine, data, train, interrupt)
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
     metrics = kept_metrics(folder / _METRICS, engine.steps)
     n_earlier = len(metrics)
@@ -297,7 +297,7 @@ def _train(
         engine.save()  # In lock-free mode a background commit leaves out what was on its way.
     train_s = time.perf_counter() - started_s
     stats = engine.stats().since(begun)
-    after_bits = validation_bits(engine.model, data, train, interrupt)
+    after_bits = validation_bits(engine, data, train, interrupt)
     run = RunSummary(
         n_parameters, len(metrics), train_s, tokens_a_step * (len(metrics) - n_earlier), past.before_bits, after_bits,
         data.unigram_entropy_bits() if hasattr(data, "unigram_entropy_bits") else None,

@@ -76,10 +76,10 @@ class Place:
 
     def _nan(self) -> Tensor:
         # NaN: values read past the binder's back are conspicuous, and zero strides make writes fail.
-        return torch.full((1,), float("nan"), dtype=self.slot.dtype).expand(self.slot.shape)
+        return torch.full((1,), float("nan"), dtype=self.slot.dtype, device=self.binder.torch_device).expand(self.slot.shape)
 
-    def follow_dtype(self, parameter: PagedParameter) -> None:
-        """The unit went on in another dtype: so does the parameter."""
+    def follow(self, parameter: PagedParameter) -> None:
+        """The unit went on in another dtype or on another device: so does the parameter."""
         self.placeholder = self._nan()
         with _NO_TORCH_FUNCTION():
             parameter.data = self.placeholder
@@ -139,6 +139,11 @@ def _copy_into(parameter: PagedParameter, values: Tensor) -> None:
         parameter.copy_(values)
 
 
+def _detached(values: Tensor) -> Tensor:
+    """A copy for a ``state_dict()``, in host memory where the device's need not hold all parameters."""
+    return values.cpu() if values.device.type == "cuda" else values.clone()
+
+
 def _check_gradient_unheld(parameter: PagedParameter) -> None:
     slot = parameter._place.slot
     if slot.arrivals and not parameter._place.binder.closed:
@@ -154,11 +159,15 @@ class Binder:
     Args:
         driver: brings the pages that compute uses.
         mover: owner of the arena that they are in.
+
+    Attributes:
+        torch_device: where that arena is.
     """
 
     def __init__(self, driver: Driver, mover: Mover) -> None:
         self.driver = driver
         self.mover = mover
+        self.torch_device = torch.device("cpu")
         self.updater: Updater | None = None
         self.root: nn.Module | None = None
         self.activations: SavedActivations | None = None
@@ -195,7 +204,7 @@ class Binder:
             for parameter, version in zip(parameters, versions, strict=True):
                 if exposed or parameter._version != version:
                     self._changed(parameter._place, exposed=exposed)
-            return result.clone() if copying else result
+            return _detached(result) if copying else result
 
     def _scope(self) -> Any:
         """Uses that evaluate, copy, edit or initialise the model do not belong to the traced step."""
@@ -291,15 +300,15 @@ class Binder:
 
         parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
 
-    def give_back(self, parameter: PagedParameter) -> None:
-        """Make a paged parameter an ordinary one again, with its values.
+    def give_back(self, parameter: PagedParameter, device: str) -> None:
+        """Make a paged parameter an ordinary one again, with its values, on ``device``.
 
         Raises:
             StorageError: they cannot be read; the parameter is still paged.
         """
         with _NO_TORCH_FUNCTION():
             with self.driver.interlude(), self.bound([parameter]):
-                values = parameter.detach().clone()
+                values = parameter.detach().to(device, copy=True)
             parameter.data = values
             parameter.__class__ = nn.Parameter  # type: ignore[assignment]
             del parameter._place

@@ -31,7 +31,8 @@ from offload.live_storages import Holder, LiveStorages
 from offload.parameters import Binder
 from offload.store import PageStore
 from optim import LossScale, Scaling
-from pagemem.arena import HostArena
+from pagemem.accelerator import Accelerator, Copy, Mark, RamDevice, TimedCopy
+from pagemem.arena import Arena
 from pagemem.errors import OffloadError
 from pagemem.io_stats import IoMeter
 from pagemem.page import Extent, FrameId, TensorId
@@ -64,11 +65,11 @@ class RehearsalError(OffloadError):
     """A model whose step cannot be performed on torch's meta device; says why."""
 
 
-class MetaArena(HostArena):
+class MetaArena(Arena):
     """Frames without bytes: every view is a meta tensor of its own, and a lease is known by its storage."""
 
     def __init__(self, n_frames: int, page_bytes: int) -> None:
-        self.n_frames, self.page_bytes, self.n_bytes = n_frames, page_bytes, n_frames * page_bytes
+        super().__init__(n_frames, page_bytes)
         self._leases: dict[int, tuple[StorageWeakRef, TensorId, int]] = {}
         self._scratch = memoryview(bytearray(1))
 
@@ -102,8 +103,26 @@ class MetaArena(HostArena):
         found = self._leases.get(tensor.untyped_storage()._cdata)
         return None if found is None else (found[1], found[2] + int(tensor.storage_offset()) * tensor.element_size())
 
+    def resized(self, n_frames: int) -> MetaArena:
+        """As many frames as asked for, without bytes."""
+        return MetaArena(n_frames, self.page_bytes)
+
     def close(self) -> None:
         """Nothing is to be given back."""
+
+
+class _MetaDevice(RamDevice):
+    """A device without bytes."""
+
+    torch_device = torch.device("meta")
+
+    def make_arena(self, n_frames: int, page_bytes: int) -> Arena:
+        """Frames without bytes."""
+        return MetaArena(n_frames, page_bytes)
+
+    def copy_up(self, source: Tensor, into: Tensor, after: Mark) -> Copy:
+        """Nothing to copy."""
+        return TimedCopy(0.0)
 
 
 class _NoFiles(PageFiles):
@@ -219,12 +238,15 @@ class _Store(PageStore):
             self.device_tier.driver = self.device_driver = ClockedDevice(self.device_tier.mover, self.host, self.counters)
             self.device_driver.clock = clock
             self.device_driver._bandwidth = lambda: (bandwidths.h2d, bandwidths.h2d)
-        above = self.device_driver or self.host
-        self.binder = _Binder(above, above.mover)
+        self.binder = _Binder(self.host, self.mover)
+        self.binder.torch_device = torch.device("meta")
         self.binder.owner = self
 
-    def _make_arena(self, n_frames: int) -> HostArena:
+    def _make_arena(self, n_frames: int) -> Arena:
         return MetaArena(n_frames, self.page_bytes)
+
+    def _make_accelerator(self) -> Accelerator:
+        return _MetaDevice()
 
     def _make_files(self) -> PageFiles:
         return _NoFiles(len(self.directories), self.page_bytes, self.config.ssd.max_request)

@@ -25,8 +25,10 @@ from offload.need import BudgetNeed, Sizes, UnitShape, budget_need
 from offload.neighbours import Group, Neighbours, common_name, groups_of, own_groups, units_of
 from offload.parameters import Binder, PagedParameter
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
-from pagemem.arena import HostArena
+from pagemem.accelerator import Accelerator, RamDevice
+from pagemem.arena import Arena, HostArena
 from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.cuda import CudaDevice
 from pagemem.errors import BudgetError
 from pagemem.events import Counters, EventSink
 from pagemem.mover import Mover
@@ -48,7 +50,7 @@ class PageStore:
 
     Raises:
         RunDirectoryError: a page-file path is foreign, locked or not writable; it was not changed.
-        MemoryError: the arena cannot be mapped.
+        MemoryError: the arena cannot be mapped, or the device has no room for its own. DeviceError: there is no such device.
     """
 
     #: Where parameters are built.
@@ -60,6 +62,7 @@ class PageStore:
         sizes = Sizes.of(config)
         self.compute_dtype = sizes.compute_dtype
         self.counters = Counters(sink)
+        self.accelerator = None if config.device == "cpu" else self._make_accelerator()
         self.budget = Budget(Tier.HOST, ram_bytes)
         self.index = UnitIndex()
         self._copied: WeakSet[nn.Module] = WeakSet()
@@ -88,15 +91,23 @@ class PageStore:
             self.device_tier = self._make_device_tier()
             undo.pop_all()
         self._neighbours = Neighbours(self.page_bytes)
-        self.binder = Binder(self.driver, self.mover) if self.device_tier is None else Binder(self.device_tier.driver, self.device_tier.mover)
+        self.binder = Binder(self.driver, self.mover)
         self.binder.owner = self
 
-    def _make_arena(self, n_frames: int) -> HostArena:
-        return HostArena(n_frames, self.page_bytes)
+    def _make_arena(self, n_frames: int) -> Arena:
+        return HostArena(n_frames, self.page_bytes, None if self.accelerator is None else self.accelerator.pin)
+
+    def _make_accelerator(self) -> Accelerator:
+        if self.config.device == "cpu-emulated":
+            return RamDevice()
+        _, _, index = self.config.device.partition(":")
+        return CudaDevice(int(index) if index else None)
 
     def _make_device_tier(self) -> DeviceTier | None:
         device_bytes = self.config.memory.device
-        return None if device_bytes is None else DeviceTier(device_bytes, self.page_bytes, self.driver, self.counters, self._make_arena)
+        if device_bytes is None or self.accelerator is None:
+            return None
+        return DeviceTier(device_bytes, self.page_bytes, self.driver, self.counters, self.accelerator)
 
     def _make_files(self) -> PageFiles:
         ssd = self.config.ssd
@@ -152,21 +163,9 @@ class PageStore:
                 for (_, parameter), slot in zip(named, slots, strict=True):
                     flat[slot.offset : slot.end].copy_(parameter.detach().reshape(-1))
         self.index.units.append(unit)
-        self._known(unit)
+        self.binder.units[unit.compute.id] = unit
         for (_, parameter), slot in zip(named, slots, strict=True):
             self.binder.adopt(parameter, unit, slot)
-
-    def _known(self, unit: Unit) -> None:
-        """Tell the binder of a unit's parameters, which the device has none of yet."""
-        if self.device_tier is not None:
-            unit.device = self.device_tier.mirror(unit)
-        self.binder.units[unit.compute.id] = unit
-
-    def _unknown(self, unit: Unit) -> None:
-        del self.binder.units[unit.compute.id]
-        if self.device_tier is not None and unit.device is not None:
-            self.device_tier.forget(unit.device)
-            unit.device = None
 
     def updated(self, unit: Unit) -> None:
         """A unit's parameters have changed in host memory."""
@@ -203,10 +202,10 @@ class PageStore:
             arena = self.mover.arena
             arena.view(narrow.frame, 0, dtype, numel).copy_(arena.view(wide.frame, 0, unit.dtype, numel))
         self.driver.quiesce()
-        self._unknown(unit)
+        del self.binder.units[wide.id]
         self.mover.forget(wide)
         unit.parameters, unit.dtype = narrow, dtype
-        self._known(unit)
+        self.binder.units[narrow.id] = unit
         for slot in unit.slots:
             slot.dtype, slot.edited = dtype, False
 
@@ -238,16 +237,34 @@ class PageStore:
             unit.name = unit.parameters.name = common_name([slot.name for slot in unit.slots])
             with self.driver.interlude():
                 self._narrow(unit)
+        if self.device_tier is not None:
+            self._compute_on(self.device_tier)
         for parameter in model.parameters():
-            if isinstance(parameter, PagedParameter) and parameter._place.placeholder.dtype is not parameter._place.slot.dtype:
-                parameter._place.follow_dtype(parameter)
-        if self.compute_dtype is not None:
-            _convert_buffers(model, self.compute_dtype)
+            if isinstance(parameter, PagedParameter):
+                place = parameter._place
+                if (place.placeholder.dtype, place.placeholder.device) != (place.slot.dtype, self.binder.torch_device):
+                    place.follow(parameter)
+            elif self.accelerator is not None:
+                parameter.data = parameter.data.to(self.accelerator.torch_device)
+        _move_buffers(model, self.compute_dtype, None if self.accelerator is None else self.accelerator.torch_device)
+
+    def _compute_on(self, tier: DeviceTier) -> None:
+        """Have compute use the device's copies of all units from now on.
+
+        Raises:
+            BudgetError: the device cannot hold a unit; names the smallest budget that can.
+        """
+        self.driver.quiesce()
+        mirrors = {unit: tier.mirror(unit) for unit in self.index.units}
+        for unit, mirror in mirrors.items():
+            unit.device = mirror
+        self.binder.units = {unit.compute.id: unit for unit in self.index.units}
+        self.binder.driver, self.binder.mover, self.binder.torch_device = tier.driver, tier.mover, tier.mover.accelerator.torch_device
 
     def _forget(self, unit: Unit) -> None:
         self.index.units.remove(unit)
         self.driver.quiesce()
-        self._unknown(unit)
+        del self.binder.units[unit.compute.id]
         for tensor in [unit.parameters, *(p.master for p in unit.slices if p.master), *(p.states for p in unit.slices if p.states)]:
             self.mover.forget(tensor)
 
@@ -306,18 +323,21 @@ class PageStore:
         """
         for parameter in model.parameters():
             if isinstance(parameter, PagedParameter):
-                self.binder.give_back(parameter)
+                self.binder.give_back(parameter, self.device)
+        _move_buffers(model, None, torch.device(self.device))
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 
-    def settle_sizes(self, *, in_flight: bool) -> int:
-        """Once all units are known: cut the gradients in flight out of the arena's share of the budget.
+    def settle_sizes(self, *, direct: bool, on_their_way: bool = False) -> tuple[int, int]:
+        """Once all units are known: cut the gradients outside the arena out of its share of the budget.
 
         Args:
-            in_flight: whether gradients are ever used as autograd made them, outside the arena.
+            direct: whether gradients are ever used as autograd made them.
+            on_their_way: whether some are on their way down from a device.
 
         Returns:
-            Bytes for gradients in flight.
+            Bytes for gradients in use, and for gradients on their way: as many as the largest unit has, or 0 where there is no
+            room for that.
 
         Raises:
             BudgetError: the run's commits were made with a larger budget, and this one cannot go on from them.
@@ -333,11 +353,14 @@ class PageStore:
                 f"({format_bytes(smallest_bytes)})",
                 smallest_bytes,
             )
-        gradient_bytes = max(unit.gradient_bytes for unit in self.index.units) if in_flight else 0
-        if (ram_bytes - gradient_bytes) // self.page_bytes < need_frames:
-            gradient_bytes = 0
-        self.resize_arena((ram_bytes - gradient_bytes) // self.page_bytes)
-        return gradient_bytes
+        largest_bytes, left_bytes = max(unit.gradient_bytes for unit in self.index.units), ram_bytes
+        given_bytes: list[int] = []
+        for wanted in (direct, on_their_way):
+            fits = wanted and (left_bytes - largest_bytes) // self.page_bytes >= need_frames
+            given_bytes.append(largest_bytes if fits else 0)
+            left_bytes -= given_bytes[-1]
+        self.resize_arena(left_bytes // self.page_bytes)
+        return given_bytes[0], given_bytes[1]
 
     def resize_arena(self, n_frames: int) -> None:
         """Go on with ``n_frames`` host frames, all empty; the rest of the budget is for what lies outside the arena."""
@@ -394,9 +417,12 @@ class PageStore:
         return unit.parameters.state not in (Residency.ABSENT, Residency.STORED)
 
 
-def _convert_buffers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give floating-point buffers (running means, ...) the parameters' dtype, as ``model.to(dtype)`` does."""
+def _move_buffers(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Have buffers where compute is, floating-point ones (running means, ...) in the parameters' dtype, as ``model.to`` does."""
+    moved: dict[int, torch.Tensor] = {}  # one buffer may be several modules'
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(dtype)
+            if buffer is not None:
+                if id(buffer) not in moved:
+                    moved[id(buffer)] = buffer.to(device=device, dtype=dtype if buffer.is_floating_point() else None)
+                module._buffers[name] = moved[id(buffer)]

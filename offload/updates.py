@@ -1,6 +1,6 @@
 """Makes the updater that a configuration asks for, and divides the RAM budget between it and the schedule.
 
-Exact mode: gradients in flight | arena.
+Exact mode: gradients in flight, and those on their way down from a device | arena.
 Lock-free mode: gradients on their way | the updater's scratch | arena, of which the schedule has the lower frames, for
 parameters, and the updater the upper ones, for optimizer states. Where the schedule's frames hold all parameters, they
 stay in them for good, and fp32 parameters are their own masters. Otherwise parameters come and go by plan, and the
@@ -18,6 +18,7 @@ import torch
 from offload.config import Config
 from offload.store import PageStore
 from optim.accumulate import GradientStore
+from optim.device_gradients import DeviceGradients
 from optim.exact import ExactUpdater, is_eager
 from optim.handoff import Mailbox
 from optim.lockfree import LockFreeUpdater
@@ -47,11 +48,14 @@ def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Sc
     update = store.config.update
     eager = is_eager(scaling, update.start)
     if update.mode == "exact":
-        gradients = GradientStore(store.driver, store.budget, store.settle_sizes(in_flight=eager))
-        return ExactUpdater(
-            store.driver, store.index, rule, hypers, gradients, store.counters,
+        device = store.accelerator
+        # The largest gradient once as autograd made it, and once on its way down from a device.
+        direct_bytes, on_their_way_bytes = store.settle_sizes(direct=eager, on_their_way=device is not None)
+        exact = ExactUpdater(
+            store.driver, store.index, rule, hypers, GradientStore(store.driver, store.budget, direct_bytes), store.counters,
             scaling=scaling, start=update.start, updated=store.updated,
         )  # fmt: skip
+        return exact if device is None else DeviceGradients(exact, device, store.budget, on_their_way_bytes)
     return _make_lock_free(store, rule, hypers, scaling, eager=eager)
 
 

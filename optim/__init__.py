@@ -1,6 +1,7 @@
 """How parameters change: update rules over pages, gradients, clipping, exact updates and the optimizer users hold."""
 
 from optim.accumulate import GradientStore
+from optim.device_gradients import DeviceGradients
 from optim.exact import ExactUpdater, is_eager
 from optim.handoff import Mailbox
 from optim.lockfree import LockFreeUpdater
@@ -11,7 +12,7 @@ from optim.states import StateAccess
 from optim.unit import Slice, Slot, Unit, UnitIndex
 
 __all__ = [
-    "AdamRule", "AdamWRule", "ExactUpdater", "GradientStore", "LockFreeUpdater", "LossScale",
+    "AdamRule", "AdamWRule", "DeviceGradients", "ExactUpdater", "GradientStore", "LockFreeUpdater", "LossScale",
     "Mailbox", "PagedOptimizer", "SGDRule", "Scaling", "Slice", "Slot", "StateAccess",
     "Unit", "UnitIndex", "UpdateRule", "is_eager", "rule_for",
 ]

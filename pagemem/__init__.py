@@ -6,6 +6,7 @@ from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.errors import (
     BudgetError,
     ChecksumError,
+    DeviceError,
     DiskFullError,
     NonFiniteError,
     OffloadError,
@@ -24,7 +25,7 @@ from pagemem.run_directory import RunDirectory
 from pagemem.tier import Tag, Tier
 
 __all__ = [
-    "Budget", "BudgetError", "BudgetShortage", "ChecksumError", "DiskFullError", "Event", "EventKind", "EventLog", "EventSink",
+    "Budget", "BudgetError", "BudgetShortage", "ChecksumError", "DeviceError", "DiskFullError", "Event", "EventKind", "EventLog", "EventSink",
     "Extent", "FrameId", "HostArena", "Mover", "NonFiniteError", "NullSink", "OffloadError", "PageAllocator", "PageFiles",
     "PagedTensor", "Placement", "Reservation", "Residency", "Route", "Run", "RunDirectory", "RunDirectoryError", "Shortage",
     "StaleGradientError", "StorageError", "Tag", "TensorId", "Tier", "TransitionError",

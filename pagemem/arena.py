@@ -1,4 +1,4 @@
-"""The host tier's memory: one anonymous mapping cut into frames, and leases that say when a view of it is dead.
+"""A tier's memory: one stretch of addresses cut into frames, and leases that say when a view of it is dead.
 
 A *lease* is a view of the arena that somebody else may keep: a bound parameter, a weight saved by autograd. The arena
 learns of its death from the storage's own reference count, so it holds for every alias (views, detached tensors, saved
@@ -10,62 +10,61 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
 from pagemem.page import FrameId, TensorId
 
+#: Makes so many bytes from an address on fit for copies by a device; returns what undoes that.
+Pin = Callable[[int, int], Callable[[], None]]
 
-class HostArena:
-    """``n_frames`` frames of ``page_bytes`` bytes in one private anonymous mapping.
 
-    The mapping is charged whole against RLIMIT_DATA when it is made; resident memory grows as frames are touched.
-    Views may be made on any thread.
+class Arena(ABC):
+    """``n_frames`` frames of ``page_bytes`` bytes. Views may be made on any thread.
 
-    Raises:
-        MemoryError: the mapping was refused (RLIMIT_DATA, overcommit); the message names the size.
+    Attributes:
+        address: of the first byte.
     """
+
+    address: int
 
     def __init__(self, n_frames: int, page_bytes: int) -> None:
         self.n_frames = n_frames
         self.page_bytes = page_bytes
         self.n_bytes = n_frames * page_bytes
-        try:
-            self._map = mmap.mmap(-1, self.n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise MemoryError(f"cannot map {self.n_bytes} bytes for the host arena: {error}; lower memory.ram") from error
-        # Frames live for the whole run and are streamed through: huge pages save TLB misses in the matrix products.
-        self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = memoryview(self._map)
-        self.address = torch.frombuffer(self._bytes, dtype=torch.uint8, count=1).data_ptr()
         self._dead: deque[TensorId] = deque()
-        self._watch: dict[int, weakref.ref[memoryview]] = {}
+        self._watch: dict[int, weakref.ref[object]] = {}
 
+    @abstractmethod
     def buffer(self, frame: FrameId, n_bytes: int) -> memoryview:
-        """The bytes from the start of ``frame`` on, for I/O. The caller keeps the frames pinned while it is used."""
-        start = frame * self.page_bytes
-        return self._bytes[start : start + n_bytes]
+        """The bytes from the start of ``frame`` on, for I/O. The caller keeps the frames pinned while it is used.
 
+        Raises:
+            TypeError: it is the memory of a device, which I/O does not reach.
+        """
+
+    @abstractmethod
     def view(self, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
         """A flat tensor over ``numel`` elements, for use inside one pinned operation; its life is not tracked."""
-        start = frame * self.page_bytes + offset_bytes
-        return torch.frombuffer(self._bytes, dtype=dtype, count=numel, offset=start)
 
+    @abstractmethod
     def lease(self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
         """A flat tensor whose last alias's death is reported by `ended_leases`. The caller counts it as begun."""
-        start = frame * self.page_bytes + offset_bytes
-        window = self._bytes[start : start + numel * dtype.itemsize]
-        key = id(window)
-        watch, dead = self._watch, self._dead
 
-        def ended(_: weakref.ref[memoryview]) -> None:
-            # May run inside any reference drop, with any lock held: it must not take one. deque.append is atomic.
-            watch.pop(key, None)
-            dead.append(tensor)
+    @abstractmethod
+    def resized(self, n_frames: int) -> Arena:
+        """Another arena of this kind.
 
-        watch[key] = weakref.ref(window, ended)
-        return torch.frombuffer(window, dtype=dtype, count=numel)
+        Raises:
+            MemoryError: there is no room for it.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back, at once when no lease lives, else when the last one ends. Idempotent."""
 
     def ended_leases(self) -> list[TensorId]:
         """Tensors of the leases that ended since the last call, once per lease."""
@@ -81,8 +80,71 @@ class HostArena:
             return FrameId(distance // self.page_bytes), distance % self.page_bytes
         return None
 
+    def _watch_end(self, window: object, tensor: TensorId) -> None:
+        """Report the end of ``tensor``'s lease when ``window``, which the lease's storage holds, is gone."""
+        key = id(window)
+        watch, dead = self._watch, self._dead
+
+        def ended(_: weakref.ref[object]) -> None:
+            # May run inside any reference drop, with any lock held: it must not take one. deque.append is atomic.
+            watch.pop(key, None)
+            dead.append(tensor)
+
+        watch[key] = weakref.ref(window, ended)
+
+
+class HostArena(Arena):
+    """Frames in one private anonymous mapping.
+
+    The mapping is charged whole against RLIMIT_DATA when it is made; resident memory grows as frames are touched, or is
+    all there at once where it is pinned.
+
+    Args:
+        pin: makes the mapping fit for copies by a device; None: there is no such device.
+
+    Raises:
+        MemoryError: the mapping was refused (RLIMIT_DATA, overcommit); the message names the size.
+    """
+
+    def __init__(self, n_frames: int, page_bytes: int, pin: Pin | None = None) -> None:
+        super().__init__(n_frames, page_bytes)
+        try:
+            self._map = mmap.mmap(-1, self.n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"cannot map {self.n_bytes} bytes for the host arena: {error}; lower memory.ram") from error
+        # Frames live for the whole run and are streamed through: huge pages save TLB misses in the matrix products.
+        self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = memoryview(self._map)
+        self.address = torch.frombuffer(self._bytes, dtype=torch.uint8, count=1).data_ptr()
+        self._pin = pin
+        self._unpin = pin(self.address, self.n_bytes) if pin is not None and n_frames else None
+
+    def buffer(self, frame: FrameId, n_bytes: int) -> memoryview:
+        """As `Arena.buffer`; never raises."""
+        start = frame * self.page_bytes
+        return self._bytes[start : start + n_bytes]
+
+    def view(self, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        """As `Arena.view`."""
+        start = frame * self.page_bytes + offset_bytes
+        return torch.frombuffer(self._bytes, dtype=dtype, count=numel, offset=start)
+
+    def lease(self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        """As `Arena.lease`."""
+        start = frame * self.page_bytes + offset_bytes
+        window = self._bytes[start : start + numel * dtype.itemsize]
+        self._watch_end(window, tensor)
+        return torch.frombuffer(window, dtype=dtype, count=numel)
+
+    def resized(self, n_frames: int) -> HostArena:
+        """As `Arena.resized`."""
+        return HostArena(n_frames, self.page_bytes, self._pin)
+
     def close(self) -> None:
-        """Give the mapping back, at once when no lease lives, else when the last one ends. Idempotent."""
+        """As `Arena.close`; no copy by a device may be under way."""
+        if self._unpin is not None:
+            unpin, self._unpin = self._unpin, None
+            unpin()
         self._bytes.release()
         try:
             self._map.close()

@@ -11,7 +11,8 @@ from typing import Final
 
 import torch
 
-from pagemem.arena import HostArena
+from pagemem.accelerator import Accelerator, Mark
+from pagemem.arena import Arena
 from pagemem.events import EventKind, EventSink
 from pagemem.host_copier import HostCopier
 from pagemem.mover import Mover
@@ -32,6 +33,7 @@ class DeviceMover(Mover):
     Args:
         arena: the device's frames.
         below: owner of the host pages.
+        accelerator: makes the copies, and says what compute has been given.
 
     Attributes:
         unclaimed: tensors whose load has begun since their last use.
@@ -44,13 +46,15 @@ class DeviceMover(Mover):
     tier = Tier.DEVICE
     setting = "memory.device"
 
-    def __init__(self, arena: HostArena, below: Mover, sink: EventSink) -> None:
+    def __init__(self, arena: Arena, below: Mover, accelerator: Accelerator, sink: EventSink) -> None:
         super().__init__(arena, below.files, sink)
         self.below = below
+        self.accelerator = accelerator
         self.unclaimed: set[TensorId] = set()
         self.edited: dict[TensorId, PagedTensor] = {}
         self._lower: dict[TensorId, PagedTensor] = {}
-        self._copier = HostCopier(below, self.note_failure, sink)
+        self._marks: dict[TensorId, Mark] = {}  # of copies that compute has not been put behind yet
+        self._copier = HostCopier(below, accelerator, self.note_failure, sink)
 
     def mirror(self, lower: PagedTensor) -> PagedTensor:
         """A tensor of the device whose content is that of one below."""
@@ -68,19 +72,39 @@ class DeviceMover(Mover):
     def forget(self, tensor: PagedTensor) -> None:
         """As `Mover.forget`."""
         super().forget(tensor)
+        self._marks.pop(tensor.id, None)
         del self._lower[tensor.id]
         self.unclaimed.discard(tensor.id)
 
     # ---- moves -------------------------------------------------------------------------------------------------
 
     def start_load(self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False, background: bool = False) -> None:
-        """As `Mover.start_load`; the copy waits until the tensor is in host memory, which nothing here sees to."""
+        """As `Mover.start_load`; the copy waits until the tensor is in host memory, which nothing here sees to.
+
+        It is there, for compute that is put behind it (`follow`), as soon as the copy was given to the device.
+        """
         with self.changed:
             super().start_load(tensor, frame, fresh=fresh, background=background)
             self.unclaimed.add(tensor.id)
 
-    def _read(self, tensor: PagedTensor, buffer: memoryview, done: Done, *, background: bool) -> None:
-        self._copier.submit(self._lower[tensor.id], buffer, done)
+    def _read(self, tensor: PagedTensor, done: Done, *, background: bool) -> None:
+        def given(result: Mark | BaseException) -> None:
+            if isinstance(result, BaseException):
+                done(result)
+                return
+            with self.changed:
+                self._marks[tensor.id] = result
+                done(None)
+
+        # What compute has been given until now may use the frames: nobody holds them any more, so nothing later does.
+        self._copier.submit(self._lower[tensor.id], self.bytes_of(tensor), self.accelerator.mark(), given)
+
+    def follow(self, tensor: PagedTensor) -> None:
+        """Have compute that is given from now on see what was copied. Training thread."""
+        with self.changed:
+            mark = self._marks.pop(tensor.id, None)
+        if mark is not None:
+            self.accelerator.follow(mark)
 
     def take_back_load(self, tensor: PagedTensor) -> bool:
         """Undo a load whose copy has not begun; returns whether it was one."""
@@ -130,6 +154,8 @@ class DeviceMover(Mover):
             self.wait_until(lambda: tensor.state is not Residency.LOADING, tensor.name, tensor.n_bytes)
             if tensor.state is Residency.CLEAN and not tensor.held:
                 self.drop(tensor)
+            else:
+                self.follow(tensor)
             self.unclaimed.discard(tensor.id)
             return tensor.frame is None
 

@@ -35,6 +35,10 @@ class ChecksumError(StorageError):
     """Bytes read from a page file are not the bytes that were written there."""
 
 
+class DeviceError(OffloadError):
+    """A device is not there, or is used in a way that its copies cannot be ordered with. Nothing was changed."""
+
+
 class RunDirectoryError(OffloadError):
     """A run directory belongs to something else, is in use, or cannot be written. It was not changed."""
 

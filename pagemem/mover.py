@@ -16,7 +16,7 @@ from typing import ClassVar, Final
 import torch
 
 from pagemem.allocator import PageAllocator
-from pagemem.arena import HostArena
+from pagemem.arena import Arena
 from pagemem.copies import Copies, StoredCopy
 from pagemem.errors import OffloadError, TransitionError
 from pagemem.events import Event, EventKind, EventSink, Watcher
@@ -47,7 +47,7 @@ class Mover(CopyMonitor):
     tier: ClassVar[Tier] = Tier.HOST
     setting: ClassVar[str] = "memory.ram"
 
-    def __init__(self, arena: HostArena, files: PageFiles, sink: EventSink) -> None:
+    def __init__(self, arena: Arena, files: PageFiles, sink: EventSink) -> None:
         super().__init__(sink)
         self.arena = arena
         self.files = files
@@ -215,10 +215,9 @@ class Mover(CopyMonitor):
             if self.watcher is not None:
                 self.watcher.held(self.tier, tensor.tag, tensor.n_frames * self.arena.page_bytes)
             self._touched[frame : frame + tensor.n_frames] = b"\1" * tensor.n_frames
-            buffer = self.arena.buffer(frame, tensor.n_bytes)
             if fresh or tensor.state is Residency.ABSENT:
                 if not fresh:
-                    torch.frombuffer(buffer, dtype=torch.uint8).zero_()
+                    self.arena.view(frame, 0, torch.uint8, tensor.n_bytes).zero_()
                 tensor.backed = tensor.backed and not fresh
                 tensor.become(Residency.CLEAN)
                 self._notify()
@@ -226,11 +225,12 @@ class Mover(CopyMonitor):
             tensor.become(Residency.LOADING)
             self._begun()
             started_s = time.perf_counter()
-            self._read(tensor, buffer, lambda error: self._loaded(tensor, started_s, error), background=background)
+            self._read(tensor, lambda error: self._loaded(tensor, started_s, error), background=background)
 
-    def _read(self, tensor: PagedTensor, buffer: memoryview, done: Done, *, background: bool) -> None:
+    def _read(self, tensor: PagedTensor, done: Done, *, background: bool) -> None:
         """Begin to fill a tensor's frames from the tier below."""
-        assert tensor.copy is not None
+        assert tensor.copy is not None and tensor.frame is not None
+        buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
         self._begin(self.files.read, tensor.copy.route, buffer, done, background)
 
     def take_back_load(self, tensor: PagedTensor) -> bool:
@@ -357,13 +357,13 @@ class Mover(CopyMonitor):
                 self._give_up_frames(tensor)
             self._notify()
 
-    def begin_upload(self, tensor: PagedTensor) -> memoryview:
-        """The bytes of a readable tensor, which stay as they are until `end_upload`."""
+    def begin_upload(self, tensor: PagedTensor) -> torch.Tensor:
+        """The bytes of a readable tensor, uint8, which stay as they are until `end_upload`."""
         with self.changed:
             assert tensor.readable and tensor.frame is not None
             tensor.uploads += 1
             self._begun()
-            return self.arena.buffer(tensor.frame, tensor.n_bytes)
+            return self.arena.view(tensor.frame, 0, torch.uint8, tensor.n_bytes)
 
     def end_upload(self, tensor: PagedTensor) -> None:
         """The bytes that `begin_upload` gave are not looked at any more."""
@@ -410,7 +410,7 @@ class Mover(CopyMonitor):
                 raise AssertionError(f"{self.host.used_frames} host frames are still in use")
             # The old one goes first: a limit on memory need not hold both.
             self.arena.close()
-            self.arena = type(self.arena)(n_frames, self.arena.page_bytes)
+            self.arena = self.arena.resized(n_frames)
             self.host = PageAllocator(self.tier, self.arena.page_bytes, n_frames)
             self._n_set_aside = 0
             self.reset_touched()

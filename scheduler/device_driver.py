@@ -44,7 +44,12 @@ class DeviceDriver(Driver):
     # ---- ops ---------------------------------------------------------------------------------------------------
 
     def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        """Begin an op; see `Driver.begin`."""
+        """Begin an op; see `Driver.begin`.
+
+        Raises:
+            DeviceError: the calling thread's compute goes where copies are not ordered with it.
+        """
+        self.device.accelerator.check()
         self._kind = key[0]
         return super().begin(key, name, accesses)
 
@@ -116,12 +121,15 @@ class DeviceDriver(Driver):
         with self._below_has([tensor.id], name):
             super()._make_usable(tensor, mode, name)
         self.device.unclaimed.discard(tensor.id)
+        self.device.follow(tensor)
 
     def _hold_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         tensors = [access.tensor for access in accesses]
         with self._below_has(tensors, name):
             held = super()._hold_packed(name, accesses)
         self.device.unclaimed.difference_update(tensors)
+        for tensor in held:
+            self.device.follow(tensor)
         return held
 
     def _leave_plan(self, why: str | None) -> None:

@@ -247,3 +247,12 @@ def test_a_budget_that_is_too_small_is_one_line_with_the_one_that_works(capsys: 
 def test_options_of_a_device_are_refused_without_one(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(EXAMPLE), *SHRUNK, *option]) == 1
     assert capsys.readouterr().err.startswith(f'offload: error: {option[0]}: device is "cpu", which has no memory of its own; --set device=')
+
+
+def test_a_forecast_for_cuda_takes_no_figures_of_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    device = ["--set", "device=cuda", "--set", "memory.device=4MiB"]
+    given = ["--machine-device", "1GiB", "--flops", "1e12", "--ram-speed", "10000"]
+    assert main(["plan", str(EXAMPLE), *SHRUNK, *device, *given]) == 1
+    assert capsys.readouterr().err.endswith("of which the kernels of a CPU tell nothing: give --device-ram-speed as well\n")
+    assert main(["plan", str(EXAMPLE), *SHRUNK, *device, *given, "--device-ram-speed", "100000", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"]["device_bytes"] > 0

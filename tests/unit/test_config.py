@@ -121,7 +121,7 @@ def test_an_unknown_key_names_the_nearest_one(name: str, value: Any, said: str) 
         ("ssd.max_request", 5000, "it must be a multiple of 4096"),
         ("ssd.limit_mb_per_s", 0, "ssd.limit_mb_per_s: "),
         ("seed", -1, "seed: "),
-        ("device", "cuda", "device: Input should be 'cpu' or 'cpu-emulated', not 'cuda'"),
+        ("device", "cuda", 'device is "cuda": set memory.device'),
         ("optimizer.lr", float("nan"), "optimizer.lr: Input should be a finite number, not nan"),
         ("optimizer.betas", [0.9, 1.0], "optimizer.betas.1: Input should be less than 1, not 1.0"),
         ("optimizer.betas", [0.9], "optimizer.betas.1 is missing"),
@@ -214,3 +214,13 @@ def test_the_reference_in_the_readme_has_every_key_with_its_default() -> None:
         if name == "ssd.max_request":
             written = load_config(changed((name, written))).ssd.max_request
         assert written == default, name
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", ""])
+def test_a_device_that_there_is_not_is_named(device: str) -> None:
+    assert 'device: must be "cpu", "cuda", "cuda:N" or "cpu-emulated", not ' in complaint(("device", device))
+
+
+def test_on_a_cuda_device_activations_stay_there() -> None:
+    said = complaint(("device", "cuda"), ("memory.device", "16MiB"), ("memory.activations", "8MiB"))
+    assert 'memory.activations is for device "cpu"' in said

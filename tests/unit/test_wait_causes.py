@@ -9,6 +9,7 @@ import pytest
 from fake_page_files import TIMEOUT_S
 from gated_mover import PAGE_BYTES, Gates, opened
 
+from pagemem.accelerator import RamDevice
 from pagemem.arena import HostArena
 from pagemem.device_mover import DeviceMover
 from pagemem.errors import StorageError
@@ -185,7 +186,7 @@ def test_of_the_device_it_is_the_copy_once_host_memory_has_the_tensor_and_what_t
     with opened() as gates:
         arena = HostArena(2, PAGE_BYTES)
         lower, lane = gates.stored(1, "a"), ReadLane(gates.mover)
-        device = DeviceMover(arena, gates.mover, NullSink())
+        device = DeviceMover(arena, gates.mover, RamDevice(), NullSink())
         tensor = device.mirror(lower)
         causes = DeviceCauses(device, Causes(gates.mover, lane))
         device.start_load(tensor, FrameId(0))  # the copy waits for host memory

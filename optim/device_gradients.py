@@ -1,0 +1,166 @@
+"""The way down: gradients of a device on their way to the updater, which is behind compute by as many bytes as may be on it.
+
+A device computes gradients long after it was given what to compute. An updater that takes each one when autograd delivers
+it would wait until the device has caught up, and the device would then stand idle while the update is made. So gradients
+wait in host memory, in order, each with the mark of its copy, and go on when younger ones need their room, or when their
+unit is used. By then the copy is mostly made, and the device has the backward of later layers to do meanwhile. Sizes alone
+decide when a gradient goes on, so every step has the same order of ops.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from optim.unit import Slot, Unit
+from optim.updater import Updater
+from pagemem.accelerator import Accelerator, Mark
+from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.tier import Tag
+
+
+@dataclass(frozen=True, slots=True)
+class _OnItsWay:
+    unit: Unit
+    slot: Slot
+    gradient: torch.Tensor
+    there: Mark
+
+    @property
+    def n_bytes(self) -> int:
+        return self.gradient.numel() * self.gradient.dtype.itemsize
+
+
+class DeviceGradients:
+    """An `Updater` that hands gradients of a device on to another one. Training thread only, or autograd's in its place.
+
+    Args:
+        updater: takes the gradients in host memory.
+        accelerator: copies them there.
+        budget: the host budget; gradients on their way are reserved in it, tag GRAD.
+        limit_bytes: of gradients on their way; one that is larger goes on at once.
+    """
+
+    def __init__(self, updater: Updater, accelerator: Accelerator, budget: Budget, limit_bytes: int) -> None:
+        self._updater = updater
+        self._accelerator = accelerator
+        self._limit_bytes = limit_bytes
+        reserved = budget.reserve(Tag.GRAD, 0, "gradients on their way down")
+        if isinstance(reserved, BudgetShortage):
+            raise AssertionError(reserved.describe())
+        self._reservation: Reservation | None = reserved
+        self._waiting: deque[_OnItsWay] = deque()
+        self._waiting_bytes = 0
+        self._peak_bytes = 0
+
+    def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
+        """Take one gradient from autograd; older ones go on to the updater until there is room for it.
+
+        Raises:
+            As the updater's; RuntimeError: the device failed.
+        """
+        if gradient.layout is not torch.strided:
+            self._updater.gradient(unit, slot, gradient)  # which refuses it
+            return
+        n_bytes = gradient.numel() * gradient.dtype.itemsize
+        while self._waiting and self._waiting_bytes + n_bytes > self._limit_bytes:
+            self._hand_on()
+        values, there = self._accelerator.copy_down(gradient.detach())
+        self._waiting.append(_OnItsWay(unit, slot, values, there))
+        if n_bytes > self._limit_bytes:
+            self._hand_on()
+            return
+        self._hold(self._waiting_bytes + n_bytes)
+        self._peak_bytes = max(self._peak_bytes, self.direct_bytes)
+
+    def _hand_on(self) -> None:
+        """Give the oldest gradient to the updater."""
+        oldest = self._waiting.popleft()
+        self._hold(max(0, self._waiting_bytes - oldest.n_bytes))
+        oldest.there.wait()
+        self._updater.gradient(oldest.unit, oldest.slot, oldest.gradient)
+
+    def _hold(self, n_bytes: int) -> None:
+        assert self._reservation is not None
+        self._waiting_bytes = n_bytes
+        held = self._reservation.resize(n_bytes)
+        if isinstance(held, BudgetShortage):
+            raise AssertionError(held.describe())
+
+    def _hand_all_on(self) -> None:
+        while self._waiting:
+            self._hand_on()
+
+    def step(self) -> None:
+        """As the updater's, with every gradient."""
+        self._hand_all_on()
+        self._updater.step()
+
+    def discard(self) -> None:
+        """As the updater's, with every gradient: what it takes may have been an update's last one."""
+        self._hand_all_on()
+        self._updater.discard()
+
+    def before_use(self, unit: Unit) -> None:
+        """As the updater's, with every gradient of the unit, and those before."""
+        while any(waiting.unit is unit for waiting in self._waiting):
+            self._hand_on()
+        self._updater.before_use(unit)
+
+    def settle(self, unit: Unit) -> None:
+        """As the updater's; likewise."""
+        while any(waiting.unit is unit for waiting in self._waiting):
+            self._hand_on()
+        self._updater.settle(unit)
+
+    def drain(self) -> None:
+        """As the updater's."""
+        self._hand_all_on()
+        self._updater.drain()
+
+    def consistent(self, *, whole: bool) -> AbstractContextManager[None]:
+        """As the updater's."""
+        self._hand_all_on()
+        return self._updater.consistent(whole=whole)
+
+    def close(self) -> None:
+        """Forget gradients on their way, and close the updater. Idempotent."""
+        if self._reservation is not None:
+            self._waiting.clear()
+            self._waiting_bytes = 0
+            self._reservation.release()
+            self._reservation = None
+        self._updater.close()
+
+    @property
+    def staleness(self) -> int:
+        """As the updater's."""
+        return self._updater.staleness
+
+    @property
+    def dropped_steps(self) -> int:
+        """As the updater's."""
+        return self._updater.dropped_steps
+
+    @property
+    def dropped_gradients(self) -> int:
+        """As the updater's."""
+        return self._updater.dropped_gradients
+
+    @property
+    def state_frames(self) -> int:
+        """As the updater's."""
+        return self._updater.state_frames
+
+    @property
+    def direct_bytes(self) -> int:
+        """Bytes of gradients outside the host arena now, those on their way included."""
+        return self._waiting_bytes + self._updater.direct_bytes
+
+    @property
+    def peak_direct_bytes(self) -> int:
+        """Most of them at any time."""
+        return max(self._peak_bytes, self._updater.peak_direct_bytes)

@@ -1,0 +1,195 @@
+"""A CUDA device: its memory cut into frames, and streams for copies up and down beside the one that computes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from pagemem.accelerator import Copy, Mark
+from pagemem.arena import Arena
+from pagemem.errors import DeviceError
+from pagemem.page import FrameId, TensorId
+from pagemem.units import format_bytes
+
+#: Large parts of it have no types.
+_CUDA: Final[Any] = torch.cuda
+
+
+class _Window:
+    """Bytes of an arena as other libraries hand device memory over; torch keeps it as long as a storage made of it lives."""
+
+    __slots__ = ("__cuda_array_interface__", "__weakref__", "_whole")
+
+    def __init__(self, whole: torch.Tensor, address: int, n_bytes: int) -> None:
+        self._whole = whole  # the memory outlives the arena for as long as views of it do
+        self.__cuda_array_interface__ = {"shape": (n_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3}
+
+
+class CudaArena(Arena):
+    """Frames in one allocation on a CUDA device.
+
+    Raises:
+        MemoryError: the device has no room for it.
+    """
+
+    def __init__(self, n_frames: int, page_bytes: int, device: torch.device) -> None:
+        super().__init__(n_frames, page_bytes)
+        self._device = device
+        try:
+            self._whole = torch.empty(self.n_bytes, dtype=torch.uint8, device=device)
+        except _CUDA.OutOfMemoryError as error:
+            free_bytes, _ = _CUDA.mem_get_info(device)
+            raise MemoryError(
+                f"{device} has {format_bytes(free_bytes)} free, memory.device is {format_bytes(self.n_bytes)}; lower memory.device"
+            ) from error
+        self.address = self._whole.data_ptr()
+
+    def buffer(self, frame: FrameId, n_bytes: int) -> memoryview:
+        """As `Arena.buffer`: always raises."""
+        raise TypeError(f"frame {frame} is in the memory of {self._device}: files are not read into it")
+
+    def view(self, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        """As `Arena.view`."""
+        start = frame * self.page_bytes + offset_bytes
+        return self._whole[start : start + numel * dtype.itemsize].view(dtype)
+
+    def lease(self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        """As `Arena.lease`."""
+        window = _Window(self._whole, self.address + frame * self.page_bytes + offset_bytes, numel * dtype.itemsize)
+        self._watch_end(window, tensor)
+        return torch.as_tensor(window, device=self._device).view(dtype)
+
+    def resized(self, n_frames: int) -> CudaArena:
+        """As `Arena.resized`."""
+        return CudaArena(n_frames, self.page_bytes, self._device)
+
+    def close(self) -> None:
+        """As `Arena.close`. Views made from here on are of nothing."""
+        self._whole = torch.empty(0, dtype=torch.uint8, device=self._device)
+
+
+class CudaMark:
+    """An event of a stream (`torch.cuda.Event`)."""
+
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+    def reached(self) -> bool:
+        """As `Mark.reached`."""
+        return bool(self.event.query())
+
+    def wait(self) -> None:
+        """As `Mark.wait`."""
+        self.event.synchronize()
+
+
+class CudaCopy(CudaMark):
+    """An event behind a copy, and the one before it."""
+
+    def __init__(self, begun: Any, ended: Any) -> None:
+        super().__init__(ended)
+        self._begun = begun
+
+    def seconds(self) -> float:
+        """As `Copy.seconds`."""
+        return float(self._begun.elapsed_time(self.event)) / 1e3
+
+
+class CudaDevice:
+    """One CUDA device, whose compute is given on the stream that is current when this is made; see `Accelerator`.
+
+    Args:
+        index: of the device; None: the current one.
+
+    Raises:
+        DeviceError: torch cannot use CUDA here, or has no such device; says why.
+    """
+
+    def __init__(self, index: int | None = None) -> None:
+        if not _CUDA.is_available():
+            build = "this torch is a build without CUDA" if torch.version.cuda is None else "torch finds no device that it can use"
+            raise DeviceError(f'device is "cuda", but {build}; `offload doctor` says more. Set device to "cpu" to train without one')
+        n_devices = _CUDA.device_count()
+        if index is not None and index >= n_devices:
+            raise DeviceError(f'device is "cuda:{index}", but there are {n_devices}, numbered from 0')
+        self.torch_device = torch.device("cuda", _CUDA.current_device() if index is None else index)
+        self._compute = _CUDA.current_stream(self.torch_device)
+        self._up = _CUDA.Stream(self.torch_device)
+        self._down = _CUDA.Stream(self.torch_device)
+        self._warned = False
+
+    def make_arena(self, n_frames: int, page_bytes: int) -> Arena:
+        """As `Accelerator.make_arena`."""
+        return CudaArena(n_frames, page_bytes, self.torch_device)
+
+    def pin(self, address: int, n_bytes: int) -> Callable[[], None]:
+        """Lock host memory in place for copies at full speed. Where the system refuses, it stays as it is, with one warning."""
+        runtime = _CUDA.cudart()
+        with _CUDA.device(self.torch_device):
+            refused = int(runtime.cudaHostRegister(address, n_bytes, 0))
+        if refused:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{format_bytes(n_bytes)} of host memory cannot be pinned (CUDA error {refused}): copies to {self.torch_device} are "
+                    "slower and hold the thread that asks for them up. Raise the limit on locked memory (ulimit -l) or lower memory.ram",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return lambda: None
+        return lambda: _unpin(address)
+
+    def mark(self) -> Mark:
+        """As `Accelerator.mark`."""
+        return CudaMark(self._recorded(self._compute))
+
+    def follow(self, mark: Mark) -> None:
+        """As `Accelerator.follow`."""
+        self._compute.wait_event(_event(mark))
+
+    def check(self) -> None:
+        """As `Accelerator.check`."""
+        current = _CUDA.current_stream(self.torch_device)
+        if current != self._compute:
+            raise DeviceError(
+                f"the model is used on {current}, but the engine was made on {self._compute} and orders its copies by that; make and use "
+                "it on one stream"
+            )
+
+    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
+        """As `Accelerator.copy_up`; copies follow one another."""
+        self._up.wait_event(_event(after))
+        begun = self._recorded(self._up, timed=True)
+        with _CUDA.stream(self._up):
+            into.copy_(source, non_blocking=True)
+        return CudaCopy(begun, self._recorded(self._up, timed=True))
+
+    def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
+        """As `Accelerator.copy_down`; copies follow one another."""
+        # Laid out as the source is, so that no kernel has to make it contiguous first.
+        values = torch.empty_like(source, device="cpu", pin_memory=True)
+        self._down.wait_event(self._recorded(self._compute))
+        with _CUDA.stream(self._down):
+            values.copy_(source, non_blocking=True)
+        source.record_stream(self._down)
+        return values, CudaMark(self._recorded(self._down))
+
+    def _recorded(self, stream: Any, *, timed: bool = False) -> Any:
+        event = _CUDA.Event(enable_timing=timed)
+        event.record(stream)
+        return event
+
+
+def _event(mark: Mark) -> Any:
+    if not isinstance(mark, CudaMark):
+        raise TypeError(f"{mark!r} is no mark of a CUDA device")
+    return mark.event
+
+
+def _unpin(address: int) -> None:
+    refused = int(_CUDA.cudart().cudaHostUnregister(address))
+    if refused:
+        raise RuntimeError(f"host memory at {address:#x} cannot be unpinned: CUDA error {refused}")

@@ -1,0 +1,82 @@
+"""A device that does what it is given later: nobody waits for it but compute itself, and results are plain PyTorch's, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from late_device import late_device
+from parity import Parity, adamw, state_bytes
+from small_runs import assert_closed, assert_equal, batches, built, config, train, train_plain
+from tiny_models import CASES
+
+import offload
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_equals_plain_torch(name: str, clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulation = 3 if name == "gpt" else 1
+    parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, accumulation, steps=8)
+    parity.memory = {"device": "1MiB"}
+    with late_device(monkeypatch) as device:
+        stats = parity.run()
+        assert device.followed and device.brought
+    assert stats.deviations == 0 and stats.planned_steps >= parity.steps - 4
+
+
+def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The updater is behind compute by the bytes of the largest unit's gradients, not by a step, and not by nothing."""
+    made = config(tmp_path, ram=4 << 20)
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB"}}
+    with late_device(monkeypatch) as device:
+        with offload.initialize(built(), made, adamw) as engine:
+            train(engine, 4)
+            largest_bytes = max(unit.gradient_bytes for unit in engine._store.index.units)
+            behind: list[int] = []
+            updated = engine._store.updated
+            with monkeypatch.context() as watched:
+                watched.setattr(engine._updater._updater, "_updated", lambda unit: (behind.append(engine._updater.direct_bytes), updated(unit)))
+                train(engine, 1)
+            use = engine.memory_report().tiers["host"]
+            assert len(behind) == len(engine._store.index.units)
+            assert 0 < max(behind) <= 2 * largest_bytes and behind[-1] <= largest_bytes
+            assert use.budget_bytes is not None and use.peak_bytes <= use.budget_bytes
+            assert engine._updater.direct_bytes == 0, "the optimizer step leaves none on its way"
+        assert_closed(engine)
+        assert device.brought == 5 * sum(1 for _ in built().parameters())
+
+
+def test_a_copy_that_fails_on_the_device_is_raised_on_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(tmp_path)
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "1MiB"}}
+    with late_device(monkeypatch) as device:
+        with offload.initialize(built(), made, adamw) as engine:
+            train(engine, 3)
+            device.fails = RuntimeError("the device is gone")
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                train(engine, 2)
+        assert_closed(engine)
+
+
+def test_values_edited_and_saved_are_those_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, made = built(), config(tmp_path)
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "1MiB"}}
+    with late_device(monkeypatch):
+        with offload.initialize(built(), made, adamw) as engine:
+            with torch.no_grad():
+                for ours, theirs in zip(engine.model.parameters(), plain.parameters(), strict=True):
+                    with offload.gathered([ours]):
+                        ours.mul_(0.5)
+                    theirs.mul_(0.5)
+            optimizer = adamw(plain.parameters())
+            train(engine, 3)
+            train_plain(plain, optimizer, 3)
+            assert_equal(engine.model, plain)
+            engine.save()
+            train(engine, 1)
+            assert engine.resume() is not None
+            assert_equal(engine.model, plain)
+            assert torch.equal(engine(*batches(1)[0]), plain(*batches(1)[0]))
+        assert_closed(engine)

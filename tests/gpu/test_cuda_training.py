@@ -1,0 +1,114 @@
+"""Training on a CUDA device: forward and backward there, updates on the CPU, bit for bit as plain PyTorch does both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import adamw
+from small_runs import assert_closed, batches, built, config
+from torch import Tensor, nn
+
+import offload
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def same_sums_every_time() -> Iterator[None]:
+    """Fused attention sums its gradients in any order."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+
+
+class Plain:
+    """A copy of the model on the device, and one on the CPU for its updates."""
+
+    def __init__(self, model: nn.Module, clip_norm: float | None) -> None:
+        self.model, self.clip_norm = model, clip_norm
+        self.below = [nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
+        self.optimizer = adamw(self.below)
+        model.cuda()
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step; returns the loss."""
+        loss: Tensor = self.model(x.cuda(), y.cuda())
+        loss.backward()
+        for above, below in zip(self.model.parameters(), self.below, strict=True):
+            below.grad, above.grad = None if above.grad is None else above.grad.cpu(), None
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.below, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for above, below in zip(self.model.parameters(), self.below, strict=True):
+                above.copy_(below)
+        return loss.detach()
+
+
+def on_cuda(folder: Path, device: str = "1MiB", **update: Any) -> dict[str, Any]:
+    """The small run on the device."""
+    made = config(folder, **update)
+    return made | {"device": "cuda", "memory": made["memory"] | {"device": device}}
+
+
+def assert_same(model: nn.Module, plain: nn.Module) -> None:
+    """All values equal, bit for bit, wherever they are."""
+    expected = plain.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.cpu(), expected[name].cpu()), name
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("device", ["1MiB", "64MiB"])
+def test_every_step_equals_plain_torch(device: str, clip_norm: float | None, tmp_path: Path) -> None:
+    plain = Plain(built(), clip_norm)
+    with offload.initialize(built(), on_cuda(tmp_path, device, clip_norm=clip_norm), adamw) as engine:
+        assert engine.torch_device.type == "cuda"
+        for number, (x, y) in enumerate(batches(STEPS)):
+            loss = engine(x.cuda(), y.cuda())
+            engine.backward(loss)
+            engine.step()
+            assert torch.equal(loss.detach(), plain.step(x, y)), f"step {number}"
+            assert_same(engine.model, plain.model)
+        use = engine.memory_report().tiers["device"]
+        assert use.peak_pages == use.planned_peak_pages and engine.stats().deviations == 0
+    assert_closed(engine)
+
+
+def test_values_are_the_same_built_under_deferred_init(tmp_path: Path) -> None:
+    made = on_cuda(tmp_path)
+    with offload.deferred_init(made):
+        model = built()
+    with offload.initialize(model, made, adamw) as engine:
+        assert_same(engine.model, built())
+        assert all(value.device.type == "cpu" for value in engine.model.state_dict().values()), "the device need not hold all"
+    assert_closed(engine)
+
+
+def test_a_run_goes_on_from_a_commit(tmp_path: Path) -> None:
+    plain = Plain(built(), None)
+    for x, y in batches(6):
+        plain.step(x, y)
+    made = on_cuda(tmp_path)
+    for part in (slice(0, 3), slice(3, 6)):
+        with offload.initialize(built(), made, adamw) as engine:
+            engine.resume()
+            for x, y in batches(6)[part]:
+                engine.backward(engine(x.cuda(), y.cuda()))
+                engine.step()
+            engine.save()
+            if part.stop == 6:
+                assert_same(engine.model, plain.model)
+        assert_closed(engine)
+
+
+def test_a_layer_that_does_not_fit_leaves_the_model_on_the_cpu(tmp_path: Path) -> None:
+    model = built()
+    with pytest.raises(offload.BudgetError, match=r"memory\.device"):
+        offload.initialize(model, on_cuda(tmp_path, device="64KiB"), adamw)
+    assert all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
+    assert_same(model, built())

@@ -1,0 +1,114 @@
+"""A device of ordinary memory that makes its copies later than they are asked for, in order, on a thread of its own.
+
+Compute, which the training thread does at once, sees a copy only if it was put behind its mark: until then there is NaN.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from offload.store import PageStore
+from pagemem.accelerator import Accelerator, Copy, Mark, RamDevice
+
+
+@dataclass
+class LateMark:
+    """Behind one copy of a `LateDevice`."""
+
+    made: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+    def reached(self) -> bool:
+        """Whether the copy is made."""
+        return self.made.is_set()
+
+    def wait(self) -> None:
+        """Until it is."""
+        assert self.made.wait(30), "a copy was never made"
+        if self.error is not None:
+            raise self.error
+
+    def seconds(self) -> float:
+        """As if it had a bandwidth."""
+        assert self.made.is_set()
+        return 1e-6
+
+
+class LateDevice(RamDevice):
+    """A device whose copies take a while.
+
+    Attributes:
+        late_s: how long each takes.
+        followed: copies that compute was put behind. brought: gradients copied down.
+    """
+
+    def __init__(self, late_s: float = 0.001) -> None:
+        self.late_s = late_s
+        self.followed = self.brought = 0
+        self.fails: BaseException | None = None
+        self._asked: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor, Mark, LateMark] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="late-device")
+        self._thread.start()
+
+    def follow(self, mark: Mark) -> None:
+        """Compute begins at once, so that it has to wait here."""
+        self.followed += 1
+        super().follow(mark)
+
+    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
+        """Later."""
+        # Two bytes of ones are NaN in every float of two or four bytes.
+        into.fill_(255)
+        return self._later(source, into, after)
+
+    def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
+        """Later, into memory of its own."""
+        self.brought += 1
+        values = torch.full_like(source, float("nan"))
+        return values, self._later(source, values, self.mark())
+
+    def _later(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> LateMark:
+        mark = LateMark()
+        self._asked.put((source, into, after, mark))
+        return mark
+
+    def _run(self) -> None:
+        while (asked := self._asked.get()) is not None:
+            source, into, after, mark = asked
+            after.wait()
+            time.sleep(self.late_s)
+            if self.fails is None:
+                into.copy_(source)
+            mark.error, self.fails = self.fails, None
+            mark.made.set()
+            # Not kept while waiting for the next: they are views of arenas.
+            del asked, source, into, after, mark
+
+    def close(self) -> None:
+        """End the thread."""
+        self._asked.put(None)
+        self._thread.join()
+
+
+@contextmanager
+def late_device(patch: pytest.MonkeyPatch, late_s: float = 0.001) -> Iterator[LateDevice]:
+    """Engines made inside compute on a `LateDevice` where they are asked for an emulated one."""
+    device = LateDevice(late_s)
+
+    def make(_: PageStore) -> Accelerator:
+        return device
+
+    try:
+        with patch.context() as patched:
+            patched.setattr(PageStore, "_make_accelerator", make)
+            yield device
+    finally:
+        device.close()
