@@ -8,7 +8,7 @@ module's own parameters are never split over units. Made by `offload.deferred_in
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar

@@ -113,7 +113,7 @@ class DeviceMover(Mover):
                 return False
             self._ended(None)
             tensor.become(Residency.STORED)
-            self._give_up_frames(tensor)
+            self._move_out(tensor)
             self.unclaimed.discard(tensor.id)
             self._notify()
             return True

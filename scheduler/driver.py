@@ -26,13 +26,14 @@ from pagemem.page import TensorId
 from pagemem.recorder import WaitCause
 from pagemem.residency import PagedTensor, Residency
 from scheduler.bounds import check_bounds
-from scheduler.durations import Durations
 from scheduler.causes import Causes
+from scheduler.cursor import Astray, Cursor
+from scheduler.durations import Durations
 from scheduler.lanes import ReadLane
 from scheduler.on_demand import OnDemand
 from scheduler.plan import LoadTask, Plan
 from scheduler.planner import make_plan
-from scheduler.trace import CHANGES, Access, AccessMode, OpKey, OpKind, Trace, TraceRecorder
+from scheduler.trace import CHANGES, Access, AccessMode, OpKey, Trace, TraceRecorder
 from scheduler.walk import Machine
 
 
@@ -89,8 +90,7 @@ class Driver:
         self._durations = Durations()
         self._steps_of_plan = 0
         self._recording = True
-        self._position = 0
-        self._restore = False
+        self._cursor = Cursor()
         self._began_s: float | None = None
         self._sequence = 0
 
@@ -167,7 +167,7 @@ class Driver:
         asked_otherwise = self.above is not None and self._ends_above(repeatable=repeatable)
         with self.mover.changed:
             self._collect_views()
-            if self.mode is Mode.PLANNED and self._at_step_end():
+            if self.mode is Mode.PLANNED and self.plan is not None and self._cursor.end_step(self.plan):
                 self._planned_step_ended(self._recorder.finish())
                 if asked_otherwise:
                     self._leave_plan(None)
@@ -245,8 +245,7 @@ class Driver:
             self._plan_for(trace)
             if self.plan is None:
                 return
-        self._position = 0
-        self._restore = True
+        self._cursor.enter()
         self._become(Mode.PLANNED)
 
     def _plan_for(self, trace: Trace) -> None:
@@ -283,25 +282,13 @@ class Driver:
         """Take the step to ``key`` along the plan, starting what it triggers, or leave the plan."""
         plan = self.plan
         assert plan is not None
-        if self._position == len(plan.keys):
-            self._position = 0
-            self._restore = self._restore or not plan.closed
-        if self._restore and self._position % plan.ops_per_step == 0:
-            self._position = 0
-        target = self._position
-        # Updates that an interlude has already made are missing here; their moves still have to be.
-        while target < len(plan.keys) and plan.keys[target] != key and plan.keys[target][0] is OpKind.UPDATE:
-            target += 1
-        if target == len(plan.keys) or plan.keys[target] != key:
-            self._leave_plan(f"op {self._position} was {plan.keys[self._position][1]!r} in the trace and is {key[1]!r} now")
+        found = self._cursor.advance(plan, key)
+        if isinstance(found, Astray):
+            self._leave_plan(found.why)
             return
-        if self._restore:
-            if self._position != 0:
-                self._leave_plan(None)
-                return
-            self._restore = False
+        if found.restores:
             self._restore_placement(plan)
-        for position in range(self._position, target + 1):
+        for position in found.ops:
             for store in plan.stores_at.get(position, ()):
                 tensor = self.mover.tensors[store.tensor]
                 if tensor.state is Residency.DIRTY and not tensor.pins:
@@ -311,19 +298,6 @@ class Driver:
                 self._lane.submit(loads)
         if self._lane.stuck:
             self._lane.pump()
-        self._position = target + 1
-
-    def _at_step_end(self) -> bool:
-        """Whether the step under way had all its planned ops (updates made elsewhere may be missing)."""
-        plan = self.plan
-        assert plan is not None
-        position = self._position
-        while position % plan.ops_per_step and plan.keys[position][0] is OpKind.UPDATE:
-            position += 1
-        if position % plan.ops_per_step or position == 0:
-            return False
-        self._position = position
-        return True
 
     def _leave_plan(self, why: str | None) -> None:
         """Go on on demand for the rest of the step; with a reason it counts as a deviation from the trace."""
@@ -340,7 +314,7 @@ class Driver:
     def _disturb(self) -> None:
         """Something other than the plan is about to move tensors: the placement is restored before going on by plan."""
         self._lane.clear()
-        self._restore = True
+        self._cursor.restoring = True
 
     def _restore_placement(self, plan: Plan) -> None:
         """Put every tensor where the plan's cycle begins, and queue the loads that would be under way then.

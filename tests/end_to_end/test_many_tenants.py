@@ -9,7 +9,7 @@ import pytest
 from parity import Parity, smallest_ram, state_bytes
 from tiny_models import CASES
 
-from pagemem import mover
+from pagemem import tenants
 from scheduler import walk
 
 
@@ -19,7 +19,7 @@ from scheduler import walk
 def test_every_step_equals_plain_torch(
     name: str, ram: str, memory: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked = {mover: 0, walk: 0}
+    looked = {tenants: 0, walk: 0}
     for module in looked:
         near = module.window_near
 
