@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--ram-shares", nargs="+", type=float, default=[0.25], help="memory.ram over 12 bytes a parameter (default: 0.25)")
+    parser.add_argument("--activations", metavar="SIZE", help="memory.activations, on both sides; the run's heap is then one that joins free blocks")
     return common.step_arguments(parser, steps=9)
 
 
@@ -41,7 +42,7 @@ def plan_of(a: argparse.Namespace, size: str, share: float, disk: tuple[float, f
     """What the command says."""
     d_model, n_layer = SIZES[size]
     config = {
-        "memory": {"ram": int(share * 12 * common.n_parameters(d_model, n_layer, a.seq))},
+        "memory": {"ram": int(share * 12 * common.n_parameters(d_model, n_layer, a.seq)), "activations": a.activations},
         "ssd": {"paths": [f"{a.dir}/pages"]},
         "model": {"factory": "benchmarks.common:GPT", "arguments": {"d_model": d_model, "n_layer": n_layer, "seq": a.seq}},
         "optimizer": {"name": "adamw", "lr": HYPER["lr"], "betas": HYPER["betas"], "weight_decay": HYPER["weight_decay"]},
@@ -61,7 +62,9 @@ def run_of(a: argparse.Namespace, size: str, share: float) -> dict[str, Any]:
     """What a run does."""
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
     options = ["--size", size, "--ram-share", share, "--batch", a.batch, "--seq", a.seq, "--threads", a.threads, "--dir", a.dir]
-    process = Child("engine", [str(option) for option in options], joining_heap=False)
+    if a.activations is not None:
+        options += ["--activations", a.activations]
+    process = Child("engine", [str(option) for option in options], joining_heap=a.activations is not None)
     steps = []
     for number in range(WARM_UP + a.steps):
         steps.append(process.ask("step"))

@@ -54,7 +54,7 @@ class SavedStorage:
     """
 
     __slots__ = (
-        "__weakref__", "_keeper", "chunks", "n_bytes", "n_views", "original", "recipe", "reference", "repeatable", "restored",
+        "__weakref__", "_keeper", "chunks", "device", "n_bytes", "n_views", "original", "recipe", "reference", "repeatable", "restored",
         "spoiled", "version",
     )  # fmt: skip
 
@@ -65,6 +65,7 @@ class SavedStorage:
         self.reference = reference
         self.version = saved._version
         self.n_bytes = saved.untyped_storage().nbytes()
+        self.device = saved.device
         self.original = saved.detach() if paged else None
         self.spoiled = False
         self.chunks: list[PagedTensor] = []
@@ -219,7 +220,7 @@ class SavedActivations:
         if original._version != storage.version:
             storage.original, storage.spoiled = None, True
             return
-        flat = torch.empty(0, dtype=torch.uint8).set_(original.untyped_storage())
+        flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(original.untyped_storage())
         for begin in range(0, storage.n_bytes, self._chunk_bytes):
             part = flat[begin : begin + self._chunk_bytes]
             chunk = self._take(part.numel())
@@ -261,14 +262,14 @@ class SavedActivations:
         storage.n_views -= 1
         if storage.n_views <= 0:
             storage.restored = None  # A second backward reads it again.
-        view = torch.empty(0, dtype=layout.dtype)
+        view = torch.empty(0, dtype=layout.dtype, device=storage.device)
         return view.set_(flat.untyped_storage(), packed.offset, layout.size, layout.stride)
 
     def _input(self, packed: KeptTensor | LeftActivation) -> Tensor:
         return packed.unpack() if isinstance(packed, KeptTensor) else self.unpack(packed)
 
     def _read(self, storage: SavedStorage) -> Tensor:
-        flat = torch.empty(storage.n_bytes, dtype=torch.uint8)
+        flat = torch.empty(storage.n_bytes, dtype=torch.uint8, device=storage.device)
         for number, chunk in enumerate(storage.chunks):
             part = flat[number * self._chunk_bytes :][: self._chunk_bytes]
             with self._driver.op((OpKind.BACKWARD, ("saved", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CONSUME)]):

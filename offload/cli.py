@@ -55,8 +55,8 @@ _PROFILE: Final = (
 )
 _PLAN: Final = (
     "Say what training with a configuration will take, without training: pages and bytes of each tier, the smallest budget, and "
-    "the predicted step time with the lane that limits it. The model is built without bytes. Exact mode without "
-    "memory.activations; the model is given two int64 tensors of train.batch rows and train.seq tokens."
+    "the predicted step time with the lane that limits it. The model is built without bytes. Exact "
+    "mode; the model is given two int64 tensors of train.batch rows and train.seq tokens."
 )
 
 

@@ -118,8 +118,8 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
     """Rehearse and simulate the run of a configuration.
 
     Args:
-        config: exact mode, without ``memory.activations``, with the sections model and train, with or without a device; the model takes two int64
-            tensors of ``train.batch`` rows and ``train.seq`` tokens.
+        config: exact mode, with the sections model and train, with or without a device; the model takes two int64 tensors of
+            ``train.batch`` rows and ``train.seq`` tokens.
         rates: of the machine.
 
     Raises:
@@ -195,8 +195,6 @@ def check_forecastable(config: Config) -> None:
         raise ConfigError(f"plan needs the sections {', '.join(missing)} as well")
     if config.update.mode != "exact":
         raise ConfigError(f'update.mode is "{config.update.mode}": plan knows "exact" only, whose updates are part of the step; --set update.mode=exact')
-    if config.memory.activations is not None:
-        raise ConfigError("memory.activations is set: plan does not know which saved tensors would go to pages; leave it out for plan")
 
 
 # ---- tiers -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import forecast_runs
 import pytest
 import torch
 from forecast_runs import CASES, HERE, LITTLE_RAM, PAGE_BYTES, RATES, ROWS, STEPS, TOKENS, gpt_config, trained
@@ -66,6 +67,26 @@ def test_with_a_device_too(case: str, device: int, tmp_path: Path) -> None:
     assert found.step.device_pages == on_device.planned_peak_pages == on_device.peak_pages
     assert found.h2d_bytes > 0 and 0 < found.busy["h2d"] < 1 and found.waits_s["h2d"] >= 0
     assert found.step_s == pytest.approx(found.compute_s + sum(found.waits_s.values()), rel=0.02)
+
+
+@pytest.mark.parametrize("activations", ["64KiB", "1MiB", "3MiB"])
+@pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "recomputed"])
+def test_with_saved_tensors_in_pages_too(case: str, activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast_runs, "ROWS", 8)
+    monkeypatch.setattr(forecast_runs, "TOKENS", 64)
+    ram = 2 * LITTLE_RAM
+    made = {**CASES[case], "memory": {"ram": ram, "page": PAGE_BYTES, "activations": activations}}
+    config = gpt_config(tmp_path, ram, **made)
+    report, start_pages, plan = trained(config)
+    found = forecast(config, RATES)
+    host, ssd = report.tiers["host"], report.tiers["ssd"]
+    assert found.start.ssd_pages == start_pages and found.ops == plan.ops_per_step
+    assert found.step.host_pages == pytest.approx(host.peak_pages, rel=0.02)
+    assert found.step.ssd_pages == pytest.approx(ssd.planned_peak_pages, rel=0.1)
+    unlimited = forecast(gpt_config(tmp_path, ram, **CASES[case]), RATES)
+    assert found.tensor_bytes <= unlimited.tensor_bytes and found.ops >= unlimited.ops
+    if case != "recomputed":
+        assert found.tensor_bytes < unlimited.tensor_bytes
 
 
 def test_the_ops_and_their_accesses_are_those_of_the_engine(tmp_path: Path) -> None:
@@ -166,7 +187,6 @@ def test_the_smallest_budget_is_forecast_and_one_byte_less_is_refused(tmp_path: 
     ("sections", "said"),
     [
         ({"update": {"mode": "lock-free"}}, 'update.mode is "lock-free": plan knows "exact" only'),
-        ({"memory": {"ram": 2 << 20, "activations": 0}}, "memory.activations is set"),
         ({"model": None, "train": None}, "plan needs the sections model, train as well"),
     ],
 )
