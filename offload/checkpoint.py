@@ -133,7 +133,7 @@ class Checkpoints:
             "edited": [slot.name for slot in self._slots() if slot.edited],
             **layout_of(self._store.index.units, self._model).describe(),
             "groups": [{k: v for k, v in group.items() if k != "params" and _is_plain(v)} for group in self._optimizer.param_groups],
-            "random": random_states(),
+            "random": random_states(self._store.binder.torch_device),
             "tracked": tracked,
             "config": self._config.model_dump(mode="json"),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
@@ -197,7 +197,7 @@ class Checkpoints:
                 kept.copy_(ordinary[key])
         for name_, thing in self._tracked.items():
             thing.load_state_dict(state["tracked"][name_])
-        set_random_states(state["random"])
+        set_random_states(state["random"], self._store.binder.torch_device)
         self.committer.follow(commit)
         self._last_step, self._last_s = manifest.step, time.monotonic()
         newer = [str(error) for number, error in sorted(self.committer.damaged.items()) if number > manifest.number]
@@ -277,22 +277,32 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def random_states() -> dict[str, Any]:
+def random_states(device: torch.device) -> dict[str, Any]:
     """States of Python's, NumPy's and torch's global generators, as JSON has it."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
     return {
-        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "torch": _text_of(torch.get_rng_state()),
+        **({"cuda": _text_of(torch.cuda.get_rng_state(device))} if device.type == "cuda" else {}),
         "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
         "python": [version, list(internal), gauss_next],
     }
 
 
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put the global generators where `random_states` found them."""
-    torch_state = np.frombuffer(base64.b64decode(states["torch"]), dtype=np.uint8).copy()
-    torch.set_rng_state(torch.from_numpy(torch_state))
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Put the global generators where `random_states` found them; the device's only if it was of that kind then."""
+    torch.set_rng_state(_bytes_of(states["torch"]))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(_bytes_of(states["cuda"]), device)
     name, keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = states["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+def _text_of(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _bytes_of(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())

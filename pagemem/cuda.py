@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any, Final
@@ -16,6 +17,7 @@ from pagemem.units import format_bytes
 
 #: Large parts of it have no types.
 _CUDA: Final[Any] = torch.cuda
+_LOG: Final = logging.getLogger(__name__)
 
 
 class _Window:
@@ -131,6 +133,7 @@ class CudaDevice:
         with _CUDA.device(self.torch_device):
             refused = int(runtime.cudaHostRegister(address, n_bytes, 0))
         if refused:
+            self._forget_refusal()
             if not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -141,6 +144,14 @@ class CudaDevice:
                 )
             return lambda: None
         return lambda: _unpin(address)
+
+    def _forget_refusal(self) -> None:
+        """CUDA keeps the error of a refused call for whoever asks next, which would be the next kernel: let it be this one."""
+        try:
+            torch.zeros(1, device=self.torch_device)
+        except RuntimeError as error:
+            # What went wrong is in the warning; anything worse fails again at once.
+            _LOG.debug("after a refused pinning: %s", error)
 
     def mark(self) -> Mark:
         """As `Accelerator.mark`."""

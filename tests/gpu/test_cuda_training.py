@@ -112,3 +112,15 @@ def test_a_layer_that_does_not_fit_leaves_the_model_on_the_cpu(tmp_path: Path) -
         offload.initialize(model, on_cuda(tmp_path, device="64KiB"), adamw)
     assert all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
     assert_same(model, built())
+
+
+def test_random_numbers_of_the_device_go_on_from_a_commit(tmp_path: Path) -> None:
+    with offload.initialize(built(), on_cuda(tmp_path), adamw) as engine:
+        torch.cuda.manual_seed(3)
+        torch.rand(5, device="cuda")
+        engine.save()
+        expected = torch.rand(4, device="cuda")
+        torch.cuda.manual_seed(4)
+        assert engine.resume() is not None
+        assert torch.equal(torch.rand(4, device="cuda"), expected)
+    assert_closed(engine)
