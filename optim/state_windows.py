@@ -105,25 +105,36 @@ class StateWindows:
             yield
             return
         name, n_bytes = tensors[0].name, sum(tensor.n_bytes for tensor in tensors)
-        self._mover.wait_until(lambda: self._begin(number, needed=True), name, n_bytes, EventKind.UPDATE_WAIT)
-        self._mover.wait_until(
-            lambda: not any(t.state in _MOVING for t in tensors), name, n_bytes, EventKind.UPDATE_WAIT
-        )
+
+        begun = False
+
+        def there() -> bool:
+            # The training thread may take one away again before all are there: a master whose parameter was edited. What has
+            # failed is not tried for ever.
+            nonlocal begun
+            if begun and self._mover.failed:
+                return True
+            begun = self._begin(number, needed=True)
+            return begun and not any(tensor.state in _MOVING for tensor in tensors)
+
         with self._mover.changed:
-            if not all(tensor.readable for tensor in tensors):
-                raise StorageError(f"{tensors[0].name} could not be read")
+            self._mover.wait_until(there, name, n_bytes, EventKind.UPDATE_WAIT)
+            if any(tensor.state in _MOVING or not tensor.readable for tensor in tensors):
+                raise StorageError(f"{name} could not be read")
             for tensor in tensors:
                 tensor.pins += 1
-                self._mover.make_writable(tensor)
-                self._mover.touch(tensor)
         try:
+            with self._mover.changed:
+                for tensor in tensors:
+                    self._mover.make_writable(tensor)
+                    self._mover.touch(tensor)
             yield
         finally:
             with self._mover.changed:
                 self._wanted.discard(number)
                 for tensor in tensors:
                     tensor.pins -= 1
-                    if number not in self._home:
+                    if number not in self._home and tensor.state is Residency.DIRTY:
                         self._mover.start_store(tensor, background=True)
 
     def _free_window(self, *, needed: bool) -> _Window | None:

@@ -6,7 +6,7 @@ lock held (waiting gives it up).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pagemem.errors import BudgetError
 from pagemem.mover import Mover
@@ -41,8 +41,26 @@ class OnDemand:
         def least_cost(tenant: TensorId) -> tuple[int, int]:
             return (tensors[tenant].last_use, 0)
 
+        while not tensor.readable:
+            self.mover.check()  # what has failed is not tried for ever
+            if tensor.frame is None:
+                self._begin(tensor, name, cost, None if lowest else least_cost, fresh=fresh)
+            # Who else has a use for it may have begun to bring it, or take it away again.
+            self.mover.wait_until(lambda: tensor.readable or tensor.frame is None, tensor.name, tensor.n_bytes)
+
+    def _begin(
+        self,
+        tensor: PagedTensor,
+        name: str,
+        cost: Callable[[Sequence[TensorId]], tuple[int, int]],
+        least_cost: Callable[[TensorId], tuple[int, int]] | None,
+        *,
+        fresh: bool,
+    ) -> None:
+        """Make room for a tensor and begin to bring it in."""
+        tensors = self.mover.tensors
         while True:
-            window = self.mover.choose(tensor.n_frames, cost, None if lowest else least_cost)
+            window = self.mover.choose(tensor.n_frames, cost, least_cost)
             if window is not None:
                 break
             in_flight = [t for t in tensors.values() if t.uploads or t.state in (Residency.LOADING, Residency.STORING)]
@@ -55,8 +73,8 @@ class OnDemand:
                 self.mover.start_store(tensors[tenant])
         for tenant in window.tenants:
             self.move_out(tensors[tenant])
-        self.mover.start_load(tensor, window.first, fresh=fresh)
-        self.mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
+        if tensor.frame is None:
+            self.mover.start_load(tensor, window.first, fresh=fresh)
 
     def move_out(self, tensor: PagedTensor) -> None:
         """Give a tensor's host frames up, storing it first when needed."""
