@@ -98,15 +98,21 @@ def streaming(sizes: Sequence[int | tuple[int, int]], n_frames: int) -> Iterator
 
 
 class Gated:
-    """Windows over page files whose copies wait for the test; the updater's side runs on a thread of its own."""
+    """Windows over page files whose copies wait for the test; the updater's side runs on a thread of its own.
 
-    def __init__(self, count: int) -> None:
+    Args:
+        n_tensors: of a page each, in every slice.
+    """
+
+    def __init__(self, count: int, n_tensors: int = 1) -> None:
         self.files = GatedPageFiles()
-        self.cycle = Cycle(self.files, [1] * count, RING_WINDOWS)
+        size = (1, 1) if n_tensors == 2 else 1
+        self.cycle = Cycle(self.files, [size] * count, RING_WINDOWS * n_tensors)
         self._updater = ThreadPoolExecutor(1, "updater")
         for number in range(count):
             self.cycle.visit(number)
-            self.files.take("write").open()
+            for _ in range(n_tensors):
+                self.files.take("write").open()
 
     def begin(self, number: int) -> Future[None]:
         """Begin a visit."""
@@ -124,6 +130,17 @@ class Gated:
 def five() -> Iterator[Gated]:
     """Five slices that were visited once: the last one is in the ring, the others were stored and left."""
     gated = Gated(5)
+    try:
+        assert gated.cycle.states() == ["stored"] * 4 + ["clean"]
+        yield gated
+    finally:
+        gated.close()
+
+
+@pytest.fixture
+def pairs() -> Iterator[Gated]:
+    """Five slices of two tensors, likewise."""
+    gated = Gated(5, 2)
     try:
         assert gated.cycle.states() == ["stored"] * 4 + ["clean"]
         yield gated
@@ -257,6 +274,22 @@ def test_a_read_that_fails_is_raised_and_can_be_tried_again(five: Gated) -> None
     five.files.take("read").open()
     again.result(TIMEOUT_S)
     five.files.take("write").open()
+
+
+def test_what_is_taken_away_while_another_one_comes_is_brought_again(pairs: Gated) -> None:
+    """As the training thread does with the master of an edited parameter that it places elsewhere."""
+    mover, (slow, quick) = pairs.cycle.mover, pairs.cycle.slices[0]
+    visit = pairs.begin(0)
+    reads = [pairs.files.take("read") for _ in range(2)]
+    reads[1].open()
+    mover.wait_until(lambda: quick.state is Residency.CLEAN, quick.name)
+    mover.drop(quick)
+    reads[0].open()
+    pairs.files.take("read").open()
+    visit.result(TIMEOUT_S)
+    assert slow.state is quick.state is Residency.STORING
+    for _ in range(2):
+        pairs.files.take("write").open()
 
 
 def test_a_write_that_fails_is_raised_before_anything_else_is_begun(five: Gated) -> None:
