@@ -64,11 +64,6 @@ class DeviceTier:
             )
         return self.mover.mirror(tensor)
 
-    def forget(self, tensor: PagedTensor) -> None:
-        """Give up what the device has of a tensor that nobody uses any more."""
-        self.driver.quiesce()
-        self.mover.forget(tensor)
-
     def close(self) -> None:
         """Stop all copies, end the thread, give the arena back. Idempotent."""
         self.mover.close()
