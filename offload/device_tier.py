@@ -65,7 +65,7 @@ class DeviceTier:
         return self.mover.mirror(tensor)
 
     def close(self) -> None:
-        """Stop all copies, end the thread, give the arena back. Idempotent."""
+        """Stop all copies, end the threads, give the arena back. Idempotent."""
         self.mover.close()
         self.mover.arena.close()
         self._reserved.release()

@@ -112,14 +112,13 @@ class StateWindows:
             # The training thread may take one away again before all are there: a master whose parameter was edited. What has
             # failed is not tried for ever.
             nonlocal begun
-            if begun and self._mover.failed:
-                return True
-            begun = self._begin(number, needed=True)
+            if not (begun and self._mover.failed):
+                begun = self._begin(number, needed=True)
             return begun and not any(tensor.state in _MOVING for tensor in tensors)
 
         with self._mover.changed:
             self._mover.wait_until(there, name, n_bytes, EventKind.UPDATE_WAIT)
-            if any(tensor.state in _MOVING or not tensor.readable for tensor in tensors):
+            if not all(tensor.readable for tensor in tensors):
                 raise StorageError(f"{name} could not be read")
             for tensor in tensors:
                 tensor.pins += 1

@@ -177,7 +177,7 @@ class DeviceMover(Mover):
         return up, up
 
     def close(self) -> None:
-        """Wait until no copy is under way and end the thread. Idempotent."""
+        """Wait until no copy is under way and end the threads. Idempotent."""
         self.take_back_loads()
         super().close()
         self._copier.close()
