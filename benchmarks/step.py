@@ -3,9 +3,10 @@
     python -m benchmarks.step --size 27m --ram-share 0.25
 
 Each process is blocked on its pipe while the other one steps, so they do not disturb each other and each has its own
-peak memory. ``--ram-share`` is the RAM budget for model states over 12 bytes a parameter (fp32 parameters and two
-moments); 1.5 holds everything. The engine traces in its first two steps and plans once more after its sixth; all that is
-warm-up.
+peak memory. In turns of one step, what the engine reads and writes beyond a step's end goes on during the other's step;
+with ``--turn 5`` only that of every fifth step does. ``--ram-share`` is the RAM budget for model states over 12 bytes a
+parameter (fp32 parameters and two moments); 1.5 holds everything. The engine traces in its first two steps and plans once
+more after its sixth; all that is warm-up.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -55,7 +57,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count-tensors", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-checksums", action="store_true")
     parser.add_argument("--child", choices=["torch", "engine"], help=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=int, default=1, help="pairs of new processes, one after another: where their memory lies differs (default: %(default)s)")
+    parser.add_argument("--turn", type=int, default=1, help="steps that each makes before the other's turn (default: %(default)s)")
     options = common.step_arguments(parser, steps=9)
+    if min(options.runs, options.turn) < 1:
+        parser.error("--runs and --turn must be at least 1")
     if options.device == "cuda" and options.device_share is None:
         parser.error("--device cuda needs --device-share, what the device holds of the parameters")
     return options
@@ -215,44 +221,80 @@ def _answer(stdout: IO[str]) -> dict[str, Any]:
     return answer
 
 
-def measure(a: argparse.Namespace) -> dict[str, Any]:
-    """Both processes, in turns; returns the record."""
+def take_turns(a: argparse.Namespace, run: int) -> Run:
+    """Two new processes that step in turns, until each has made the steps asked for."""
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
     children = {kind: Child(kind, sys.argv[1:], joining_heap=a.joining_heap and kind == "engine") for kind in ("torch", "engine")}
     steps: dict[str, list[dict[str, Any]]] = {"torch": [], "engine": []}
-    for number in range(WARM_UP + a.steps):
+    n_steps = WARM_UP + a.steps
+    for begin in range(0, n_steps, a.turn):
+        turn = range(begin, min(begin + a.turn, n_steps))
         for kind, process in children.items():
-            steps[kind].append(process.ask("step"))
-        print(f"step {number + 1}/{WARM_UP + a.steps}", *(f"{k} {v[-1]['step_s']:.3f} s" for k, v in steps.items()), file=sys.stderr)
+            steps[kind] += [process.ask("step") for _ in turn]
+        for number in turn:
+            times = (f"{kind} {values[number]['step_s']:.3f} s" for kind, values in steps.items())
+            print(f"run {run + 1}/{a.runs}, step {number + 1}/{n_steps}", *times, file=sys.stderr)
     summaries = {kind: process.end() for kind, process in children.items()}
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
-    timed = {kind: values[WARM_UP:] for kind, values in steps.items()}
-    ratios = [ours["step_s"] / plain["step_s"] for ours, plain in zip(timed["engine"], timed["torch"], strict=True)]
+    return Run(steps, summaries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What two processes answered: their steps, and their summaries."""
+
+    steps: dict[str, list[dict[str, Any]]]
+    summaries: dict[str, dict[str, Any]]
+
+    def timed(self, kind: str) -> list[dict[str, Any]]:
+        """The steps after the warm-up."""
+        return self.steps[kind][WARM_UP:]
+
+    def ratios(self) -> list[float]:
+        """The engine's time over plain PyTorch's, step by step."""
+        return [ours["step_s"] / plain["step_s"] for ours, plain in zip(self.timed("engine"), self.timed("torch"), strict=True)]
+
+    def losses_equal(self) -> bool:
+        """Whether both had the same losses, bit for bit, in every step."""
+        torch_losses, engine_losses = ([step["loss"] for step in self.steps[kind]] for kind in ("torch", "engine"))
+        return torch_losses == engine_losses
+
+
+def measure(a: argparse.Namespace) -> dict[str, Any]:
+    """All runs; returns the record: times over all their steps, the highest peaks, tiers of the last one."""
+    runs = [take_turns(a, run) for run in range(a.runs)]
+    timed = {kind: [step for run in runs for step in run.timed(kind)] for kind in ("torch", "engine")}
+    summaries = [run.summaries for run in runs]
     n = common.n_parameters(*SIZES[a.size], a.seq)
-    per_step = {key: sum(step[key] for step in timed["engine"]) / a.steps for key in timed["engine"][0]}
+    per_step = {key: sum(step[key] for step in timed["engine"]) / len(timed["engine"]) for key in timed["engine"][0]}
+
+    def highest(kind: str, key: str) -> Any:
+        return max((summary[kind][key] for summary in summaries if key in summary[kind]), default=None)
+
     return {
         "benchmark": "step",
         "config": {k: v for k, v in vars(a).items() if k not in ("child", "json", "save", "dir")},
         "surroundings": common.surroundings(),
         "parameters": n,
-        "ratio": dataclasses.asdict(Spread.of(ratios)),
+        "ratio": dataclasses.asdict(Spread.of([ratio for run in runs for ratio in run.ratios()])),
+        "ratio_of_each_run": [statistics.median(run.ratios()) for run in runs],
         "torch_step_s": dataclasses.asdict(Spread.of([step["step_s"] for step in timed["torch"]])),
         "engine_step_s": dataclasses.asdict(Spread.of([step["step_s"] for step in timed["engine"]])),
-        "torch_peak_rss_bytes": summaries["torch"]["peak_rss_bytes"],
-        "engine_peak_rss_bytes": summaries["engine"]["peak_rss_bytes"],
-        "torch_device_peak_bytes": summaries["torch"].get("device_peak_bytes"),
-        "engine_device_peak_bytes": summaries["engine"].get("device_peak_bytes"),
+        "torch_peak_rss_bytes": highest("torch", "peak_rss_bytes"),
+        "engine_peak_rss_bytes": highest("engine", "peak_rss_bytes"),
+        "torch_device_peak_bytes": highest("torch", "device_peak_bytes"),
+        "engine_device_peak_bytes": highest("engine", "device_peak_bytes"),
         "read_bytes_per_parameter": per_step["bytes_read"] / n,
         "written_bytes_per_parameter": per_step["bytes_written"] / n,
         "device_read_bytes_per_parameter": per_step["disk_read"] / n,
         "device_written_bytes_per_parameter": per_step["disk_written"] / n,
         "waiting_s": per_step["wait_s"],
         "update_s": per_step["update_s"],
-        "planned_step_s": summaries["engine"]["planned_step_s"],
-        "deviations": sum(step["deviations"] for step in steps["engine"]),
-        "losses_equal": [s["loss"] for s in steps["torch"]] == [s["loss"] for s in steps["engine"]],
-        "memory": summaries["engine"]["memory"],
-        "all_steps": steps,
+        "planned_step_s": summaries[-1]["engine"]["planned_step_s"],
+        "deviations": sum(step["deviations"] for run in runs for step in run.steps["engine"]),
+        "losses_equal": all(run.losses_equal() for run in runs),
+        "memory": summaries[-1]["engine"]["memory"],
+        "all_steps": [run.steps for run in runs],
     }
 
 
@@ -263,6 +305,7 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("parameters", f"{record['parameters']:,}"),
         ("step time over plain torch", str(ratio)),
+        *([("  of each run", ", ".join(f"{median:.3f}" for median in record["ratio_of_each_run"]))] if len(record["ratio_of_each_run"]) > 1 else []),
         ("plain torch, s a step", str(plain)),
         ("engine, s a step", str(ours)),
         ("  of it waiting for reads", f"{record['waiting_s']:.3f}"),

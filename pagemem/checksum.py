@@ -18,6 +18,8 @@ from pagemem.striping import IntArray
 
 DigestArray = npt.NDArray[np.uint64]
 
+#: Extents that a frame may hold.
+SLOTS: Final = 2
 _HALF_WORD: Final = np.uint64(32)
 _LOW_HALF: Final = np.uint64(0xFFFFFFFF)
 
@@ -36,31 +38,31 @@ class ExtentKeys:
     """Where the index keeps extents and how it tells them apart; worked out once for a placement.
 
     Attributes:
-        slots: 0 for an extent at offset 0, else 1.
+        places: each extent's slot, counted over all frames: two a frame, the first one for the extent at offset 0.
         spans: the offset in the upper, the length in the lower half of a word. Never 0, as no length is 0.
     """
 
-    frames: IntArray
-    slots: IntArray
+    places: IntArray
     spans: DigestArray
 
     @classmethod
     def of(cls, frames: IntArray, offsets: IntArray, lengths: IntArray) -> ExtentKeys:
         """The keys of these extents."""
         spans = (offsets.astype(np.uint64) << _HALF_WORD) | lengths.astype(np.uint64)
-        return cls(frames, (offsets > 0).astype(np.int64), spans)
+        return cls(frames * SLOTS + (offsets > 0), spans)
 
 
 class ExtentIndex:
     """Spans and checksums of the extents written so far, two slots a frame.
 
-    An extent is *known* when exactly it (same offset, same length) was the last thing written to its bytes.
+    An extent is *known* when exactly it (same offset, same length) was the last thing written to its bytes. It is asked
+    twice for each transfer, by threads that take a core from compute meanwhile: a few operations on whole arrays each time.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spans: DigestArray = np.zeros((0, 2), dtype=np.uint64)  # 0: nothing was written
-        self._sums: DigestArray = np.zeros((0, 2), dtype=np.uint64)
+        self._spans: DigestArray = np.zeros(0, dtype=np.uint64)  # 0: nothing was written
+        self._sums: DigestArray = np.zeros(0, dtype=np.uint64)
 
     def grow(self, n_frames: int) -> None:
         """Make room for ``n_frames`` frames in all; new ones hold nothing.
@@ -69,33 +71,39 @@ class ExtentIndex:
             MemoryError: there is no RAM for it; nothing was changed.
         """
         with self._lock:
-            extra = ((0, n_frames - len(self._sums)), (0, 0))
+            extra = (0, SLOTS * n_frames - len(self._sums))
             spans, sums = np.pad(self._spans, extra), np.pad(self._sums, extra)
             self._spans, self._sums = spans, sums
 
     def record(self, keys: ExtentKeys, sums: DigestArray) -> None:
         """Make extents known whose write has succeeded, and forget what they overwrote."""
-        frames, slots = keys.frames, keys.slots
         with self._lock:
-            self._spans[frames, slots] = keys.spans
-            self._sums[frames, slots] = sums
-            # The two slots of a frame may have overlapped when the frame changed hands: the older one is gone.
-            first_end = self._spans[frames, 0] & _LOW_HALF
-            overlap = (self._spans[frames, 1] >> _HALF_WORD) < first_end
-            self._spans[frames[overlap], 1 - slots[overlap]] = 0
+            self._spans[keys.places] = keys.spans
+            self._sums[keys.places] = sums
+            self._forget_others(keys)
 
     def forget(self, keys: ExtentKeys) -> None:
         """Make unknown whatever overlaps these extents: their bytes may be half old, half new."""
-        new_starts, new_ends = _bounds(keys.spans)
         with self._lock:
-            for slot in range(self._spans.shape[1]):
-                starts, ends = _bounds(self._spans[keys.frames, slot])
-                self._spans[keys.frames[(starts < new_ends) & (new_starts < ends)], slot] = 0
+            self._forget_at(keys.places, keys.spans)
+            self._forget_others(keys)
 
     def look_up(self, keys: ExtentKeys) -> tuple[npt.NDArray[np.bool_], DigestArray]:
         """Whether each extent is known, and the checksum it was written with (meaningless where it is not)."""
         with self._lock:
-            return self._spans[keys.frames, keys.slots] == keys.spans, self._sums[keys.frames, keys.slots]
+            return self._spans[keys.places] == keys.spans, self._sums[keys.places]
+
+    def _forget_others(self, keys: ExtentKeys) -> None:
+        """Forget what overlaps these extents in their frames' other slots. Most frames have nothing there."""
+        others = keys.places ^ 1
+        if self._spans[others].any():
+            self._forget_at(others, keys.spans)
+
+    def _forget_at(self, places: IntArray, spans: DigestArray) -> None:
+        """Forget what has a byte in common with ``spans``, each at its place."""
+        new_starts, new_ends = _bounds(spans)
+        starts, ends = _bounds(self._spans[places])
+        self._spans[places[(starts < new_ends) & (new_starts < ends)]] = 0
 
 
 def _bounds(spans: DigestArray) -> tuple[DigestArray, DigestArray]:

@@ -27,6 +27,9 @@ _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 class Direction(enum.Enum):
     """Which way bytes go."""
 
+    # Members are single: enum's own hash, of the name, is a Python call.
+    __hash__ = object.__hash__
+
     READ = "reading"
     WRITE = "writing"
 

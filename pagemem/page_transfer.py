@@ -35,6 +35,9 @@ Done = Callable[[BaseException | None], None]
 class Job(enum.Enum):
     """What is to be done with one request: READ or WRITE its bytes, FINISH what was moved, DIGEST what is written."""
 
+    # Members are single: enum's own hash, of the name, is a Python call.
+    __hash__ = object.__hash__
+
     READ = "read"
     WRITE = "write"
     FINISH = "finish"

@@ -85,18 +85,7 @@ class ReadLane:
 
     def tenants(self, first: int, n_frames: int) -> list[PagedTensor]:
         """Who holds the frames from ``first`` on. With the mover's lock held."""
-        found: list[PagedTensor] = []
-        frame = first
-        while frame < first + n_frames:
-            owner = self._mover.host.owner(frame)
-            if owner is None:
-                frame += 1
-                continue
-            tenant = self._mover.tensors[owner]
-            found.append(tenant)
-            assert tenant.frame is not None
-            frame = tenant.frame + tenant.n_frames
-        return found
+        return [self._mover.tensors[owner] for _, _, owner in self._mover.host.taken(first, first + n_frames)]
 
     def _leaves(self, tenant: PagedTensor) -> bool:
         """Make a tenant give up its frames if it can; False while it cannot."""

@@ -84,8 +84,8 @@ def test_requests_move_every_byte_once_to_its_place(
     n_bytes = sum(extent.length_bytes for extent in extents)
     table = tabulate(extents, striping, page_bytes, 60)
     requests = plan_requests(table, n_paths, page_bytes, max_request_bytes)
-    known_by = list(zip(table.keys.frames.tolist(), table.keys.slots.tolist(), table.keys.spans.tolist()))
-    assert known_by == [(e.frame, int(e.offset_bytes > 0), e.offset_bytes << 32 | e.length_bytes) for e in extents]
+    known_by = list(zip(table.keys.places.tolist(), table.keys.spans.tolist()))
+    assert known_by == [(2 * e.frame + int(e.offset_bytes > 0), e.offset_bytes << 32 | e.length_bytes) for e in extents]
 
     moved: dict[tuple[int, int], int] = {}  # (path, block of the file) -> block of the buffer
     for request in requests:
