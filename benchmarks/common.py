@@ -95,7 +95,7 @@ class GPT(nn.Module):
         self.lnf, self.head = nn.LayerNorm(d_model), Linear(d_model, VOCAB, bias=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        hidden = self.tok(x) + self.pos(torch.arange(x.shape[1]))
+        hidden = self.tok(x) + self.pos(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks:
             hidden = checkpoint(block, hidden, use_reentrant=False) if self.recompute else block(hidden)
         return F.cross_entropy(self.head(self.lnf(hidden)).flatten(0, 1), y.flatten())

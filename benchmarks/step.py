@@ -22,7 +22,8 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +31,9 @@ from benchmarks import common
 from benchmarks.common import GPT, SIZES, Spread, batch, fused_adamw
 from offload.live_storages import Holder, LiveStorages
 from pagemem.heap import joining, keep_freed_memory
+
+if TYPE_CHECKING:
+    from benchmarks.torch_offload import TorchOffload
 
 WARM_UP = 8
 #: One of them, by plan, in which tensors are counted if that is asked for.
@@ -45,6 +49,7 @@ def arguments() -> argparse.Namespace:
         "--device-share", type=float, metavar="SHARE", help="compute out of a third tier of ordinary RAM (device = cpu-emulated) that holds so much of the parameters"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both compute; cuda needs --device-share")
+    parser.add_argument("--torch-offload", action="store_true", help="torch's own CPU offload (FSDP2) steps beside them")
     parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
     parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
     parser.add_argument("--heap", choices=["auto", "keep", "trim"], default="auto", help="memory.heap of the engine")
@@ -56,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recompute", action="store_true", help="each block is computed again in the backward pass, on both sides")
     parser.add_argument("--count-tensors", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-checksums", action="store_true")
-    parser.add_argument("--child", choices=["torch", "engine"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["torch", "engine", "torch_offload"], help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=1, help="pairs of new processes, one after another: where their memory lies differs (default: %(default)s)")
     parser.add_argument("--turn", type=int, default=1, help="steps that each makes before the other's turn (default: %(default)s)")
     options = common.step_arguments(parser, steps=9)
@@ -154,11 +159,21 @@ class Count:
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
 
+def _subject(a: argparse.Namespace) -> PlainTorch | Engine | TorchOffload:
+    if a.child == "torch":
+        return PlainTorch(a)
+    if a.child == "engine":
+        return Engine(a)
+    from benchmarks.torch_offload import TorchOffload  # not in the processes whose memory it would change
+
+    return TorchOffload(GPT(*SIZES[a.size], a.seq, a.recompute), a.device, Path(a.dir), a.clip_norm)
+
+
 def child(a: argparse.Namespace) -> None:
     """Step whenever a line comes in; answer each with one JSON line."""
     torch.set_num_threads(a.threads)
     torch.manual_seed(1)
-    subject: PlainTorch | Engine = PlainTorch(a) if a.child == "torch" else Engine(a)
+    subject = _subject(a)
     count = Count()
     tensors = LiveStorages(count)
     for number, _ in enumerate(iter(sys.stdin.readline, "stop\n")):
@@ -222,10 +237,11 @@ def _answer(stdout: IO[str]) -> dict[str, Any]:
 
 
 def take_turns(a: argparse.Namespace, run: int) -> Run:
-    """Two new processes that step in turns, until each has made the steps asked for."""
+    """New processes that step in turns, until each has made the steps asked for."""
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
-    children = {kind: Child(kind, sys.argv[1:], joining_heap=a.joining_heap and kind == "engine") for kind in ("torch", "engine")}
-    steps: dict[str, list[dict[str, Any]]] = {"torch": [], "engine": []}
+    kinds = ["torch", "engine", *(["torch_offload"] if a.torch_offload else [])]
+    children = {kind: Child(kind, sys.argv[1:], joining_heap=a.joining_heap and kind == "engine") for kind in kinds}
+    steps: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     n_steps = WARM_UP + a.steps
     for begin in range(0, n_steps, a.turn):
         turn = range(begin, min(begin + a.turn, n_steps))
@@ -241,7 +257,7 @@ def take_turns(a: argparse.Namespace, run: int) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What two processes answered: their steps, and their summaries."""
+    """What its processes answered, by kind: their steps, and their summaries."""
 
     steps: dict[str, list[dict[str, Any]]]
     summaries: dict[str, dict[str, Any]]
@@ -250,9 +266,9 @@ class Run:
         """The steps after the warm-up."""
         return self.steps[kind][WARM_UP:]
 
-    def ratios(self) -> list[float]:
-        """The engine's time over plain PyTorch's, step by step."""
-        return [ours["step_s"] / plain["step_s"] for ours, plain in zip(self.timed("engine"), self.timed("torch"), strict=True)]
+    def ratios(self, over: str = "torch") -> list[float]:
+        """The engine's time over another's, step by step."""
+        return [ours["step_s"] / theirs["step_s"] for ours, theirs in zip(self.timed("engine"), self.timed(over), strict=True)]
 
     def losses_equal(self) -> bool:
         """Whether both had the same losses, bit for bit, in every step."""
@@ -263,7 +279,7 @@ class Run:
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     """All runs; returns the record: times over all their steps, the highest peaks, tiers of the last one."""
     runs = [take_turns(a, run) for run in range(a.runs)]
-    timed = {kind: [step for run in runs for step in run.timed(kind)] for kind in ("torch", "engine")}
+    timed = {kind: [step for run in runs for step in run.timed(kind)] for kind in runs[0].steps}
     summaries = [run.summaries for run in runs]
     n = common.n_parameters(*SIZES[a.size], a.seq)
     per_step = {key: sum(step[key] for step in timed["engine"]) / len(timed["engine"]) for key in timed["engine"][0]}
@@ -294,6 +310,14 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "deviations": sum(step["deviations"] for run in runs for step in run.steps["engine"]),
         "losses_equal": all(run.losses_equal() for run in runs),
         "memory": summaries[-1]["engine"]["memory"],
+        "torch_offload": None
+        if not a.torch_offload
+        else {
+            "ratio": dataclasses.asdict(Spread.of([ratio for run in runs for ratio in run.ratios("torch_offload")])),
+            "step_s": dataclasses.asdict(Spread.of([step["step_s"] for step in timed["torch_offload"]])),
+            "peak_rss_bytes": highest("torch_offload", "peak_rss_bytes"),
+            "device_peak_bytes": highest("torch_offload", "device_peak_bytes"),
+        },
         "all_steps": [run.steps for run in runs],
     }
 
@@ -326,6 +350,15 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
             f"{record['device_read_bytes_per_parameter']:.2f} read, {record['device_written_bytes_per_parameter']:.2f} written",
         ),
     ]
+    peer = record["torch_offload"]
+    if peer is not None:
+        rows += [
+            ("step time over torch's own CPU offload", str(Spread(**peer["ratio"]))),
+            ("torch's own CPU offload, s a step", str(Spread(**peer["step_s"]))),
+            ("VmHWM, torch's own CPU offload", f"{peer['peak_rss_bytes'] / 1e6:,.0f} MB"),
+        ]
+        if peer["device_peak_bytes"] is not None:
+            rows.append(("device memory at its peak, torch's own CPU offload", f"{peer['device_peak_bytes'] / 1e6:,.0f} MB"))
     for name, tier in record["memory"]["tiers"].items():
         rows.append((f"{name} pages: planned, measured", f"{tier['planned_peak_pages']}, {tier['peak_pages']}"))
     return rows

@@ -10,7 +10,7 @@ after the mark of the copies that it needs, all on the device. The training thre
 from __future__ import annotations
 
 import time
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -62,6 +62,16 @@ class Accelerator(Protocol):
 
     def follow(self, mark: Mark) -> None:
         """Have compute that is given from now on begin after ``mark``."""
+
+    def stamp(self) -> Any:
+        """The moment when compute has done everything that it was given so far. Does not wait for it."""
+
+    def seconds(self, begun: Any, ended: Any) -> float:
+        """From one stamp to a later one; waits until compute has come to that.
+
+        Raises:
+            RuntimeError: the device failed; what torch says of it.
+        """
 
     def check(self) -> None:
         """Make sure that the calling thread gives its compute where `mark` and `follow` look.
@@ -118,6 +128,14 @@ class RamDevice:
     def follow(self, mark: Mark) -> None:
         """Wait: what compute is given begins at once."""
         mark.wait()
+
+    def stamp(self) -> float:
+        """Now."""
+        return time.perf_counter()
+
+    def seconds(self, begun: float, ended: float) -> float:
+        """The difference."""
+        return ended - begun
 
     def check(self) -> None:
         """Compute is given in one place only."""

@@ -161,6 +161,15 @@ class CudaDevice:
         """As `Accelerator.follow`."""
         self._compute.wait_event(_event(mark))
 
+    def stamp(self) -> Any:
+        """As `Accelerator.stamp`: an event of the stream that computes."""
+        return self._recorded(self._compute, timed=True)
+
+    def seconds(self, begun: Any, ended: Any) -> float:
+        """As `Accelerator.seconds`."""
+        ended.synchronize()
+        return float(begun.elapsed_time(ended)) / 1e3
+
     def check(self) -> None:
         """As `Accelerator.check`."""
         current = _CUDA.current_stream(self.torch_device)

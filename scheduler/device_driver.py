@@ -5,7 +5,7 @@ its loads are copies from host memory. The first use of a tensor after a load is
 reads the tensor there: so the plan below has it in host memory by then, mostly long before, and the copy, which waits for
 nothing else, is made as early as that. What the device keeps from one use to the next asks for nothing below.
 
-For both traces to be the same in every step, each planned step here has the same moves (`alike`).
+Ops are timed by the device's own clock: the training thread is ahead of it. For both traces to be the same in every step, each planned step here has the same moves (`alike`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DeviceDriver(Driver):
     tells_of_steps = False
 
     def __init__(self, device: DeviceMover, below: Driver, sink: EventSink) -> None:
-        super().__init__(device, sink, device.bandwidth)
+        super().__init__(device, sink, device.bandwidth, clock=device.accelerator)
         self.device = device
         self.below = below
         below.above = self

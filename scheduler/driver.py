@@ -33,7 +33,7 @@ from scheduler.lanes import ReadLane
 from scheduler.on_demand import OnDemand
 from scheduler.plan import LoadTask, Plan
 from scheduler.planner import make_plan
-from scheduler.trace import CHANGES, Access, AccessMode, OpKey, Trace, TraceRecorder
+from scheduler.trace import CHANGES, Access, AccessMode, Clock, HostClock, OpKey, Trace, TraceRecorder
 from scheduler.walk import Machine
 
 
@@ -59,6 +59,7 @@ class Driver:
         sink: takes waits and deviations.
         bandwidth: current page-file bandwidths (read, write) in bytes/s, asked for when a plan is made.
         overhead_bytes: what the budget holds beside the arena; part of the budget that an error proposes.
+        clock: times ops; None: the training thread's own.
 
     Attributes:
         watcher: is told of ops and steps, while somebody profiles.
@@ -71,7 +72,7 @@ class Driver:
     tells_of_steps: ClassVar[bool] = True
 
     def __init__(
-        self, mover: Mover, sink: EventSink, bandwidth: Callable[[], tuple[float, float]], overhead_bytes: int = 0
+        self, mover: Mover, sink: EventSink, bandwidth: Callable[[], tuple[float, float]], overhead_bytes: int = 0, clock: Clock | None = None
     ) -> None:
         self.mover = mover
         self.mode = Mode.ON_DEMAND
@@ -85,13 +86,12 @@ class Driver:
         self._sink = sink
         self._bandwidth = bandwidth
         self._lane = ReadLane(mover)
-        self._recorder = TraceRecorder()
+        self._recorder = TraceRecorder(clock or HostClock())
         self._trace = Trace(())
         self._durations = Durations()
         self._steps_of_plan = 0
         self._recording = True
         self._cursor = Cursor()
-        self._began_s: float | None = None
         self._sequence = 0
 
     @property
@@ -121,8 +121,8 @@ class Driver:
 
     def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         """Begin an op, see `op`; returns what `end` must be given."""
-        if self._began_s is not None and self._recording:
-            self._recorder.add_duration(time.perf_counter() - self._began_s)
+        if self._recording:
+            self._recorder.pause()
         watcher = self.watcher
         if watcher is not None:
             watcher.ends()
@@ -136,7 +136,8 @@ class Driver:
             held = self._hold(name, [access for access in accesses if access.mode is not AccessMode.RENEW])
         if watcher is not None:
             watcher.begins(key[0].value, name, held[0].name if held else "", sum(tensor.n_bytes for tensor in held))
-        self._began_s = time.perf_counter()
+        if self._recording:
+            self._recorder.go_on()
         return held
 
     def end(self, held: Sequence[PagedTensor]) -> None:
@@ -159,23 +160,21 @@ class Driver:
         Args:
             repeatable: whether the next step is expected to have the same ops (not so for a first step).
         """
-        if self._began_s is not None:
-            self._recorder.add_duration(time.perf_counter() - self._began_s)
-            self._began_s = None
+        self._recorder.pause()
         if self.watcher is not None and self.tells_of_steps:
             self.watcher.step_ends()
         asked_otherwise = self.above is not None and self._ends_above(repeatable=repeatable)
         with self.mover.changed:
             self._collect_views()
             if self.mode is Mode.PLANNED and self.plan is not None and self._cursor.end_step(self.plan):
-                self._planned_step_ended(self._recorder.finish())
+                self._planned_step_ended(self._recorder.finish(timed=self._durations.wanted))
                 if asked_otherwise:
                     self._leave_plan(None)
                 return
             if self.mode is Mode.PLANNED:
                 self._leave_plan("the step ended early")
             self.on_demand_steps += 1
-            trace = self._recorder.finish()
+            trace = self._recorder.finish(timed=repeatable)
             if repeatable and trace.ops and not asked_otherwise:
                 self._adopt(trace)
 
@@ -189,14 +188,17 @@ class Driver:
     @contextmanager
     def interlude(self) -> Iterator[None]:
         """Ops inside are not part of a step: they are fetched on demand and leave the trace as it is."""
-        recording, began_s = self._recording, self._began_s
+        recording, computing = self._recording, self._recorder.computing
         if recording:
+            self._recorder.pause()
             self._disturb()
         self._recording = False
         try:
             yield
         finally:
-            self._recording, self._began_s = recording, began_s and time.perf_counter()
+            self._recording = recording
+            if recording and computing:
+                self._recorder.go_on()
 
     @property
     def trace(self) -> Trace:

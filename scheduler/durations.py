@@ -27,6 +27,11 @@ class Durations:
     n_steps: int = 0
     _measured_s: list[list[float]] = field(default_factory=list)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether the durations of the next step are of use."""
+        return self.n_steps > 0 and len(self._measured_s) < MEASURED_STEPS
+
     def add(self, planned: Trace, performed: Trace) -> Trace | None:
         """Take the durations of one more step.
 

@@ -1,4 +1,4 @@
-"""The ordered operations of one step, as the training thread performed them. Pure data; no device, thread or file.
+"""The ordered operations of one step, as the training thread performed them. Data; no device, thread or file.
 
 An operation (`Op`) is whatever touches paged tensors between two points of the training thread: a layer's forward, the
 backward of a layer, a gradient being added to its accumulator, the update of a slice of optimizer states. Each names
@@ -8,9 +8,10 @@ the tensors it accesses and how; that is all the planner needs to know about tra
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, Protocol
 
 from pagemem.page import TensorId
 
@@ -106,12 +107,37 @@ class Trace:
         return list(dict.fromkeys(access.tensor for op in self.ops for access in op.accesses))
 
 
+class Clock(Protocol):
+    """Tells how long what computes takes: the training thread itself, or a device that works through what it was given."""
+
+    def stamp(self) -> Any:
+        """A moment: now, or when a device comes to this place in what it was given. Does not wait for that."""
+
+    def seconds(self, begun: Any, ended: Any) -> float:
+        """From one of its stamps to a later one. Waits until a device has come to that."""
+
+
+class HostClock:
+    """The training thread's own clock; see `Clock`."""
+
+    def stamp(self) -> float:
+        """Now."""
+        return time.perf_counter()
+
+    def seconds(self, begun: float, ended: float) -> float:
+        """The difference."""
+        return ended - begun
+
+
 @dataclass(slots=True)
 class TraceRecorder:
-    """Collects the ops of the step under way. Training thread only."""
+    """Collects the ops of the step under way, and when each one computed. Training thread only."""
 
+    clock: Clock = field(default_factory=HostClock)
     ops: list[Op] = field(default_factory=list)
     _last_by_tensor: dict[TensorId, int] = field(default_factory=dict)
+    _began: Any = None
+    _spans: list[tuple[Op, Any, Any]] = field(default_factory=list)
 
     def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> int:
         """Append an op; returns its index."""
@@ -121,10 +147,20 @@ class TraceRecorder:
             self._last_by_tensor[access.tensor] = index
         return index
 
-    def add_duration(self, seconds: float) -> None:
-        """Add compute time to the op under way."""
-        if self.ops:
-            self.ops[-1].duration_s += seconds
+    @property
+    def computing(self) -> bool:
+        """Whether the time from now on is the last op's."""
+        return self._began is not None
+
+    def go_on(self) -> None:
+        """Compute has what it needs: from here on the time is the last op's."""
+        self._began = self.clock.stamp()
+
+    def pause(self) -> None:
+        """What comes next is not the last op's compute: a wait, something outside the step, or its end."""
+        if self._began is not None and self.ops:
+            self._spans.append((self.ops[-1], self._began, self.clock.stamp()))
+        self._began = None
 
     def views_ended(self, tensor: TensorId) -> None:
         """The last living view of ``tensor`` is gone: it was needed up to the op under way."""
@@ -132,9 +168,16 @@ class TraceRecorder:
         if index is not None:
             self.ops[index].until = len(self.ops) - 1
 
-    def finish(self) -> Trace:
-        """The finished step's trace; the recorder is empty again."""
+    def finish(self, *, timed: bool = True) -> Trace:
+        """The finished step's trace; the recorder is empty again.
+
+        Args:
+            timed: whether anybody wants the ops' durations, for which a device is waited for; else they are 0.
+        """
+        if timed:
+            for op, begun, ended in self._spans:
+                op.duration_s += self.clock.seconds(begun, ended)
         trace = Trace(tuple(self.ops))
-        self.ops = []
+        self.ops, self._spans, self._began = [], [], None
         self._last_by_tensor = {}
         return trace

@@ -27,6 +27,20 @@ def test_every_step_equals_plain_torch(name: str, clip_norm: float | None, tmp_p
     assert stats.deviations == 0 and stats.planned_steps >= parity.steps - 4
 
 
+def test_the_device_is_asked_for_times_only_until_the_plan_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking means waiting for it: the step that is traced and three by the first plan are timed, no later one."""
+    made = config(tmp_path)
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "1MiB"}}
+    with late_device(monkeypatch) as device, offload.initialize(built(), made, adamw) as engine:
+        timed = []
+        for _ in range(9):
+            before = device.timed
+            train(engine, 1)
+            timed.append(device.timed > before)
+        assert timed == [False, True, False, True, True, True, False, False, False]
+        assert engine.stats().deviations == 0
+
+
 def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The updater is behind compute by the bytes of the largest unit's gradients, not by a step, and not by nothing."""
     made = config(tmp_path, ram=4 << 20)

@@ -47,12 +47,12 @@ class LateDevice(RamDevice):
 
     Attributes:
         late_s: how long each takes.
-        followed: copies that compute was put behind. brought: gradients copied down.
+        followed: copies that compute was put behind. brought: gradients copied down. timed: times asked for.
     """
 
     def __init__(self, late_s: float = 0.001) -> None:
         self.late_s = late_s
-        self.followed = self.brought = 0
+        self.followed = self.brought = self.timed = 0
         self.fails: BaseException | None = None
         self._asked: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor, Mark, LateMark] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="late-device")
@@ -62,6 +62,11 @@ class LateDevice(RamDevice):
         """Compute begins at once, so that it has to wait here."""
         self.followed += 1
         super().follow(mark)
+
+    def seconds(self, begun: float, ended: float) -> float:
+        """For which a real device would be waited for."""
+        self.timed += 1
+        return super().seconds(begun, ended)
 
     def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
         """Later."""

@@ -131,6 +131,14 @@ def test_a_copy_up_comes_between_the_mark_it_follows_and_its_own(monkeypatch: py
     assert copy.reached() and isinstance(copy, CudaCopy) and copy.seconds() == 0.0025
 
 
+def test_compute_is_timed_where_it_is_given_and_waited_for_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    device = device_on(fake, monkeypatch)
+    begun, ended = device.stamp(), device.stamp()
+    assert fake.log == ["event compute 0", "event compute 1"] and not ended.query()
+    assert device.seconds(begun, ended) == 0.0025 and ended.query() and not begun.query()
+
+
 def test_marks_of_other_devices_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     device = device_on(FakeCuda(), monkeypatch)
     assert isinstance(device.mark(), CudaMark)

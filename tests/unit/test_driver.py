@@ -279,7 +279,7 @@ def test_the_plan_is_made_once_more_with_the_times_of_planned_steps(n_frames: in
     with rig(n_frames) as r:
         step_s = iter([9.0, 8.0, 1.0, 3.0, 2.0])
         finish = TraceRecorder.finish
-        monkeypatch.setattr(TraceRecorder, "finish", lambda recorder: lasting(finish(recorder), next(step_s, 7.0)))
+        monkeypatch.setattr(TraceRecorder, "finish", lambda recorder, **timed: lasting(finish(recorder, **timed), next(step_s, 7.0)))
         for steps in range(1, 4 + MEASURED_STEPS):
             r.step(*STEP)
             assert (len(made), r.driver.planned_steps) == (1 if steps < 2 + MEASURED_STEPS else 2, steps - 1)

@@ -1,0 +1,52 @@
+"""When ops computed, by a clock that is asked only in the end."""
+
+from __future__ import annotations
+
+from scheduler.trace import OpKind, TraceRecorder
+
+
+class Ticks:
+    """A clock whose stamps are numbers, one second apart; notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.stamped = 0
+        self.asked: list[tuple[int, int]] = []
+
+    def stamp(self) -> int:
+        self.stamped += 1
+        return self.stamped
+
+    def seconds(self, begun: int, ended: int) -> float:
+        self.asked.append((begun, ended))
+        return float(ended - begun)
+
+
+def test_an_op_lasts_from_having_its_tensors_to_the_next_op_less_what_is_not_its_own() -> None:
+    clock = Ticks()
+    recorder = TraceRecorder(clock)
+    recorder.pause()
+    recorder.begin((OpKind.FORWARD, 0), "first", [])
+    recorder.go_on()  # 1
+    recorder.pause()  # 2: something outside the step
+    assert not recorder.computing
+    recorder.go_on()  # 3
+    clock.stamp()
+    recorder.pause()  # 5
+    recorder.begin((OpKind.FORWARD, 1), "second", [])
+    clock.stamp()  # waits for its tensors
+    assert not recorder.computing
+    recorder.go_on()  # 7
+    recorder.pause()  # 8
+    assert not clock.asked, "a device would have to be waited for"
+    assert [op.duration_s for op in recorder.finish().ops] == [1 + 2, 1]
+
+
+def test_durations_that_nobody_wants_are_not_asked_for() -> None:
+    clock = Ticks()
+    recorder = TraceRecorder(clock)
+    for timed in (False, True):
+        recorder.begin((OpKind.FORWARD, 0), "op", [])
+        recorder.go_on()
+        recorder.pause()
+        (op,) = recorder.finish(timed=timed).ops
+        assert op.duration_s == float(timed) and len(clock.asked) == timed
