@@ -4,13 +4,14 @@ Reads and writes of 4 MiB with 1, 2 and 4 requests under way, checksums on and o
 (libaio) of the same size and depth: how many requests are with the system at a time, for the page file its threads. The
 ratio is the median over rounds of ours divided by fio's of the same round, so that a drift of the disk cancels;
 measurements are short and many for the same reason. Like with like: all work on one and the same file of random bytes,
-written before anything is measured, with buffers in huge pages. The page file is kept busy as the engine keeps it, with
-one transfer more begun than may be under way, so that one is verified while others are read. What is asked of it are
-routes made beforehand, as the engine makes one a tensor and keeps it.
+written before anything is measured, with buffers in huge pages. What is asked of the page file are routes made beforehand,
+as the engine makes one a tensor and keeps it.
 
-That takes one buffer more than fio has, and where a processor copies what comes from the disk (a virtual one, a page cache)
-few buffers stay in its cache and are faster. So a plain loop over preadv and pwritev is measured, too, with the page
-file's buffers and as many threads: what it loses to fio is not the page file's doing.
+Without checksums the page file does what fio does, with as many buffers. With checksums it is kept busy as the engine keeps
+it, with one transfer more begun than may be under way, so that one is verified while others are read. That takes one buffer
+more, and where a processor copies what comes from the disk (a virtual one, a page cache) few buffers stay in its cache and
+are faster. So a plain loop over preadv and pwritev is measured, too, with those buffers and as many threads: what it loses
+to fio is not the page file's doing.
 """
 
 from __future__ import annotations
@@ -57,17 +58,18 @@ class PageFileRun:
 
     Args:
         depth: how many requests may be with the system at a time.
+        spare: transfers begun beyond that, to be verified meanwhile.
     """
 
     def __init__(
-        self, directory: RunDirectory, checksums: bool, depth: int, limit_mb_per_s: float | None = None
+        self, directory: RunDirectory, checksums: bool, depth: int, spare: int = 1, limit_mb_per_s: float | None = None
     ) -> None:
         self.files = PageFiles(
             [directory], page_bytes=REQUEST_BYTES, checksums=checksums, threads_per_path=depth,
             limit_mb_per_s=limit_mb_per_s,
         )
         self.n_frames = FILE_BYTES // REQUEST_BYTES
-        self._n_begun = depth + 1
+        self._n_begun = depth + spare
         # One buffer a transfer begun.
         self._memory = mmap.mmap(-1, self._n_begun * REQUEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(mmap.MADV_HUGEPAGE)  # as the engine's arenas
@@ -278,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         directory = stack.enter_context(RunDirectory(folder / "run"))
         runs: dict[tuple[str, int], PageFileRun] = {}
         for name, depth in product((CHECKED, UNCHECKED), DEPTHS):
-            runs[name, depth] = PageFileRun(directory, name == CHECKED, depth)
+            runs[name, depth] = PageFileRun(directory, name == CHECKED, depth, spare=int(name == CHECKED))
             stack.callback(runs[name, depth].close)
         writer = runs[CHECKED, max(DEPTHS)]
 

@@ -32,11 +32,12 @@ from offload.profile import Profile
 from offload.store import PageStore
 from offload.template import OptimizerLike, optimized_by, template_of
 from offload.updates import make_updater, scaling_of
-from optim import LossScale, PagedOptimizer, StateAccess, rule_for
+from optim import DeviceGradients, LossScale, PagedOptimizer, StateAccess, rule_for
+from optim.clip import check_loss
 from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
 from optim.unit import Slot, Unit
-from pagemem.errors import NonFiniteError, OffloadError, TransitionError
+from pagemem.errors import OffloadError, TransitionError
 from pagemem.events import EventKind
 from pagemem.heap import blocks_join, give_back_large_blocks, keep_freed_memory
 from pagemem.page_file import PageFiles
@@ -178,15 +179,14 @@ class Engine:
         """Backward of one micro-batch; its loss is divided by ``update.accumulation``.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite; no gradient was computed and no parameter changed.
+            NonFiniteError: the loss is NaN or infinite; no parameter was changed by it, and its gradients are dropped. On a device
+                nobody waits for the loss: the next forward pass or `step` may be what raises.
         """
         self._check_running()
-        value = float(loss.detach())
-        if not torch.isfinite(torch.tensor(value)):
-            raise NonFiniteError(
-                f"the loss of step {self._steps + 1} is {value}: no gradient was computed and no parameter changed by it; "
-                "lower the learning rate or look at the batch"
-            )
+        if isinstance(self._updater, DeviceGradients) and loss.device == self.torch_device:
+            self._updater.expect(loss, self._steps + 1)
+        else:
+            check_loss(float(loss.detach()), self._steps + 1)
         if self.config.update.accumulation > 1:
             loss = loss / self.config.update.accumulation
         self.scaled(loss).backward()  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ slices would round differently. Gradients of 16-bit parameters are widened to fp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,19 @@ def total_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
 def clip_coefficient(total: torch.Tensor, max_norm: float) -> torch.Tensor:
     """What every gradient is multiplied by so that their global norm ``total`` becomes at most ``max_norm`` (> 0)."""
     return torch.clamp(max_norm / (total + 1e-6), max=1.0)
+
+
+def check_loss(value: float, step: int) -> None:
+    """Raise unless a loss is a number.
+
+    Args:
+        step: of the optimizer, that it is for; from 1.
+
+    Raises:
+        NonFiniteError: it is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise NonFiniteError(f"the loss of step {step} is {value}: no parameter changed by it; lower the learning rate or look at the batch")
 
 
 def check_finite(total: torch.Tensor) -> None:

@@ -5,6 +5,8 @@ it would wait until the device has caught up, and the device would then stand id
 wait in host memory, in order, each with the mark of its copy, and go on when younger ones need their room, or when their
 unit is used. By then the copy is mostly made, and the device has the backward of later layers to do meanwhile. Sizes alone
 decide when a gradient goes on, so every step has the same order of ops.
+
+The loss is copied down before its gradients, and looked at before the first of them goes on: nobody waits for it either.
 """
 
 from __future__ import annotations
@@ -15,11 +17,23 @@ from dataclasses import dataclass
 
 import torch
 
+from optim.clip import check_loss
 from optim.unit import Slot, Unit
 from optim.updater import Updater
 from pagemem.accelerator import Accelerator, Mark
 from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.errors import NonFiniteError
 from pagemem.tier import Tag
+
+
+@dataclass(slots=True)
+class _Loss:
+    """What a backward pass begins with."""
+
+    value: torch.Tensor
+    step: int
+    there: Mark
+    checked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +42,7 @@ class _OnItsWay:
     slot: Slot
     gradient: torch.Tensor
     there: Mark
+    loss: _Loss | None
 
     @property
     def n_bytes(self) -> int:
@@ -53,8 +68,18 @@ class DeviceGradients:
             raise AssertionError(reserved.describe())
         self._reservation: Reservation | None = reserved
         self._waiting: deque[_OnItsWay] = deque()
+        self._loss: _Loss | None = None
         self._waiting_bytes = 0
         self._peak_bytes = 0
+
+    def expect(self, loss: torch.Tensor, step: int) -> None:
+        """Gradients from here on are those of a loss (one element, on the device) for a step of the optimizer, counted from 1.
+
+        Whatever hands the first of them on raises NonFiniteError if it is no number: taking a younger one, the next use of
+        its unit, or `step`.
+        """
+        value, there = self._accelerator.copy_down(loss.detach())
+        self._loss = _Loss(value, step, there)
 
     def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
         """Take one gradient from autograd; older ones go on to the updater until there is room for it.
@@ -69,7 +94,7 @@ class DeviceGradients:
         while self._waiting and self._waiting_bytes + n_bytes > self._limit_bytes:
             self._hand_on()
         values, there = self._accelerator.copy_down(gradient.detach())
-        self._waiting.append(_OnItsWay(unit, slot, values, there))
+        self._waiting.append(_OnItsWay(unit, slot, values, there, self._loss))
         if n_bytes > self._limit_bytes:
             self._hand_on()
             return
@@ -77,11 +102,28 @@ class DeviceGradients:
         self._peak_bytes = max(self._peak_bytes, self.direct_bytes)
 
     def _hand_on(self) -> None:
-        """Give the oldest gradient to the updater."""
+        """Give the oldest gradient to the updater.
+
+        Raises:
+            NonFiniteError: its loss is no number; all gradients of it are dropped.
+        """
+        self._check(self._waiting[0].loss)
         oldest = self._waiting.popleft()
         self._hold(max(0, self._waiting_bytes - oldest.n_bytes))
         oldest.there.wait()
         self._updater.gradient(oldest.unit, oldest.slot, oldest.gradient)
+
+    def _check(self, loss: _Loss | None) -> None:
+        if loss is None or loss.checked:
+            return
+        loss.there.wait()
+        loss.checked = True
+        try:
+            check_loss(float(loss.value), loss.step)
+        except NonFiniteError:
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.loss is not loss)
+            self._hold(sum(waiting.n_bytes for waiting in self._waiting))
+            raise
 
     def _hold(self, n_bytes: int) -> None:
         assert self._reservation is not None

@@ -41,6 +41,63 @@ def test_the_device_is_asked_for_times_only_until_the_plan_has_them(tmp_path: Pa
         assert engine.stats().deviations == 0
 
 
+@pytest.mark.parametrize("device_bytes", ["1MiB", "8MiB"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_changes_nothing_and_training_goes_on(
+    value: float, device_bytes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, made = built(), config(tmp_path, ram=4 << 20)
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": device_bytes}}
+    optimizer = adamw(plain.parameters())
+    with late_device(monkeypatch), offload.initialize(built(), made, adamw) as engine:
+        for step, batch in enumerate(batches(6)):
+            if step == 3:
+                with pytest.raises(offload.NonFiniteError, match=f"loss of step 4 is {value}: no parameter was changed by it; .*learning rate"):
+                    engine.backward(engine(*batch) * value)
+                    engine.step()
+                assert engine._updater.direct_bytes == 0
+                assert_equal(engine.model, plain)
+            plain(*batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.backward(engine(*batch))
+            assert engine.step()
+        assert_equal(engine.model, plain)
+    assert_closed(engine)
+
+
+def test_gradients_of_an_earlier_loss_outlive_one_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two micro-batches the second one fails: the first one's gradients are those of a step made without it."""
+    plain, made = built(), config(tmp_path, ram=4 << 20, start="step")
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB"}}
+    optimizer = adamw(plain.parameters())
+    with late_device(monkeypatch), offload.initialize(built(), made, adamw) as engine:
+        good, bad = batches(2)
+        engine.backward(engine(*good))
+        with pytest.raises(offload.NonFiniteError, match="loss of step 1 is nan"):
+            engine.backward(engine(*bad) * float("nan"))
+            engine.step()
+        engine.optimizer.step()
+        plain(*good).backward()
+        optimizer.step()
+        assert_equal(engine.model, plain)
+
+
+def test_nobody_waits_for_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(tmp_path)
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "1MiB"}}
+    with late_device(monkeypatch) as device, offload.initialize(built(), made, adamw) as engine:
+        ((x, y),) = batches(1)
+        loss = engine(x, y)
+        device.late_s = 0.5
+        engine._updater.expect(loss, 1)
+        assert not engine._updater._loss.there.reached()
+        device.late_s = 0.0
+        loss.backward()
+        engine.optimizer.step()
+        assert engine._updater._loss.checked
+
+
 def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The updater is behind compute by the bytes of the largest unit's gradients, not by a step, and not by nothing."""
     made = config(tmp_path, ram=4 << 20)
@@ -60,7 +117,7 @@ def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monke
             assert use.budget_bytes is not None and use.peak_bytes <= use.budget_bytes
             assert engine._updater.direct_bytes == 0, "the optimizer step leaves none on its way"
         assert_closed(engine)
-        assert device.brought == 5 * sum(1 for _ in built().parameters())
+        assert device.brought == 5 * (1 + sum(1 for _ in built().parameters())), "the loss, and every gradient"
 
 
 def test_a_copy_that_fails_on_the_device_is_raised_on_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
