@@ -117,13 +117,14 @@ class DeviceGradients:
         if loss is None or loss.checked:
             return
         loss.there.wait()
-        loss.checked = True
         try:
             check_loss(float(loss.value), loss.step)
         except NonFiniteError:
+            # Not checked for good: a gradient of it that autograd delivers in spite of this must not go on either.
             self._waiting = deque(waiting for waiting in self._waiting if waiting.loss is not loss)
             self._hold(sum(waiting.n_bytes for waiting in self._waiting))
             raise
+        loss.checked = True
 
     def _hold(self, n_bytes: int) -> None:
         assert self._reservation is not None
@@ -139,6 +140,7 @@ class DeviceGradients:
     def step(self) -> None:
         """As the updater's, with every gradient."""
         self._hand_all_on()
+        self._loss = None
         self._updater.step()
 
     def discard(self) -> None:

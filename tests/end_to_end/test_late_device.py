@@ -91,11 +91,12 @@ def test_nobody_waits_for_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         loss = engine(x, y)
         device.late_s = 0.5
         engine._updater.expect(loss, 1)
-        assert not engine._updater._loss.there.reached()
+        expected = engine._updater._loss
+        assert not expected.there.reached()
         device.late_s = 0.0
         loss.backward()
         engine.optimizer.step()
-        assert engine._updater._loss.checked
+        assert expected.checked and engine._updater._loss is None
 
 
 def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
