@@ -2,8 +2,9 @@
 
     python -m benchmarks.activations --size 112m --seq 1024 --batch 1
 
-Three engines with the same budget for states: one as it is, one with a limit on saved activations, and one whose blocks are all computed
-again in the backward pass. Tensors are those that a step makes outside of the pages and that are alive at once, whatever for: what is
+Four engines with the same budget for states: one as it is, two with a limit on saved activations, of which the first keeps to pages and the
+second chooses by cost between pages and computing blocks again, and one whose model computes all blocks again in the backward pass. The choice
+is made after six steps and looked at again after twelve; all that is warm-up. ``--ssd-limit`` models a slower disk. Tensors are those that a step makes outside of the pages and that are alive at once, whatever for: what is
 saved, gradients on their way, the loss's own.
 """
 
@@ -17,9 +18,11 @@ from typing import Any, Final
 
 from benchmarks import common
 from benchmarks.common import SIZES, Spread
-from benchmarks.step import WARM_UP, Child
+from benchmarks.step import Child
 
-AS_IT_IS, IN_PAGES, RECOMPUTED = "as it is", "in pages", "recomputed"
+AS_IT_IS, IN_PAGES, CHOSEN, RECOMPUTED = "as it is", "in pages", "chosen by cost", "recomputed"
+#: Steps until the choice is made and has been looked at again, where the first traced step was like the later ones.
+WARM_UP: Final = 13
 TENSORS_BAR: Final = 0.35
 STEP_BAR: Final = 1.10
 
@@ -30,19 +33,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="112m")
     parser.add_argument("--ram-share", type=float, default=0.25, help="memory.ram over 12 bytes a parameter (default: 0.25)")
     parser.add_argument("--activations", default="160MiB", metavar="SIZE", help="memory.activations (default: 160MiB)")
+    parser.add_argument("--ssd-limit", type=float, metavar="MB_PER_S", help="ssd.limit_mb_per_s, to model a slower disk")
     return common.step_arguments(parser, steps=9, batch=1, seq=1024)
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
-    """Three processes in turns; returns the record."""
-    names = {AS_IT_IS: [], IN_PAGES: ["--activations", a.activations], RECOMPUTED: ["--recompute"]}
-    shared = ["--size", a.size, "--ram-share", a.ram_share, "--batch", a.batch, "--seq", a.seq, "--threads", a.threads, "--count-tensors"]
+    """Four processes in turns; returns the record."""
+    limited = ["--activations", a.activations]
+    names = {AS_IT_IS: [], IN_PAGES: [*limited, "--blocks", "never"], CHOSEN: limited, RECOMPUTED: ["--recompute"]}
+    shared = ["--size", a.size, "--ram-share", a.ram_share, "--batch", a.batch, "--seq", a.seq, "--threads", a.threads, "--count-tensors", WARM_UP - 1]
+    shared += [] if a.ssd_limit is None else ["--ssd-limit", a.ssd_limit]
     folders = {name: f"{a.dir}/{number}" for number, name in enumerate(names)}
     for folder in folders.values():
         shutil.rmtree(f"{folder}/pages", ignore_errors=True)
     children = {
         # As `offload launch` starts itself where memory.activations is set.
-        name: Child("engine", [*map(str, shared), *options, "--dir", folders[name]], joining_heap=name == IN_PAGES)
+        name: Child("engine", [*map(str, shared), *options, "--dir", folders[name]], joining_heap=name in (IN_PAGES, CHOSEN))
         for name, options in names.items()
     }
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -66,6 +72,9 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "step_s": {name: dataclasses.asdict(Spread.of([step["step_s"] for step in values])) for name, values in timed.items()},
         "in_pages_over_recomputed": over(IN_PAGES, RECOMPUTED),
         "in_pages_over_as_it_is": over(IN_PAGES, AS_IT_IS),
+        "chosen_over_in_pages": over(CHOSEN, IN_PAGES),
+        "chosen_over_recomputed": over(CHOSEN, RECOMPUTED),
+        "recomputed_blocks": timed[CHOSEN][-1]["recomputed_blocks"],
         "tensor_bytes": {name: end["tensor_peak_bytes"] for name, end in ends.items()},
         "rss_bytes": {name: end["peak_rss_bytes"] for name, end in ends.items()},
         "moved_bytes": {name: sum(s["bytes_read"] + s["bytes_written"] for s in values) / len(values) for name, values in timed.items()},
@@ -80,7 +89,11 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("step in pages over recomputed", f"{Spread(**record['in_pages_over_recomputed'])}, bar {STEP_BAR}"),
         ("step in pages over as it is", str(Spread(**record["in_pages_over_as_it_is"]))),
+        ("step chosen by cost over in pages", str(Spread(**record["chosen_over_in_pages"]))),
+        ("step chosen by cost over recomputed", f"{Spread(**record['chosen_over_recomputed'])}, bar {STEP_BAR}"),
+        ("blocks that it computes again", str(record["recomputed_blocks"])),
         ("tensors in pages over as it is", f"{tensors[IN_PAGES] / tensors[AS_IT_IS]:.3f}, bar {TENSORS_BAR}"),
+        ("tensors chosen by cost over as it is", f"{tensors[CHOSEN] / tensors[AS_IT_IS]:.3f}, bar {TENSORS_BAR}"),
         ("tensors recomputed over as it is", f"{tensors[RECOMPUTED] / tensors[AS_IT_IS]:.3f}"),
     ]
     for name in tensors:

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from benchmarks.torch_offload import TorchOffload
 
 WARM_UP = 8
-#: One of them, by plan, in which tensors are counted if that is asked for.
-COUNTED_STEP = 4
 
 
 def arguments() -> argparse.Namespace:
@@ -52,6 +50,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--torch-offload", action="store_true", help="torch's own CPU offload (FSDP2) steps beside them")
     parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
     parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
+    parser.add_argument("--blocks", choices=["auto", "never"], default="auto", help="memory.recompute of the engine, which matters with --activations")
+    parser.add_argument("--ssd-limit", type=float, metavar="MB_PER_S", help="ssd.limit_mb_per_s of the engine, to model a slower disk")
     parser.add_argument("--heap", choices=["auto", "keep", "trim"], default="auto", help="memory.heap of the engine")
     parser.add_argument("--torch-keeps-heap", action="store_true", help="plain PyTorch keeps freed memory too, as memory.heap = keep does")
     parser.add_argument(
@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
         help="start the engine's process with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, as offload launch does where --activations is set",
     )  # fmt: skip
     parser.add_argument("--recompute", action="store_true", help="each block is computed again in the backward pass, on both sides")
-    parser.add_argument("--count-tensors", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--count-tensors", type=int, metavar="STEP", help=argparse.SUPPRESS)
     parser.add_argument("--no-checksums", action="store_true")
     parser.add_argument("--child", choices=["torch", "engine", "torch_offload"], help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=1, help="pairs of new processes, one after another: where their memory lies differs (default: %(default)s)")
@@ -117,8 +117,8 @@ class Engine:
         device = None if a.device_share is None else int(a.device_share * 4 * common.n_parameters(*SIZES[a.size], a.seq))
         config = {
             "device": a.device if device is None or a.device != "cpu" else "cpu-emulated",
-            "memory": {"ram": ram, "device": device, "activations": a.activations, "heap": a.heap},
-            "ssd": {"paths": [f"{a.dir}/pages"], "checksums": not a.no_checksums},
+            "memory": {"ram": ram, "device": device, "activations": a.activations, "recompute": a.blocks, "heap": a.heap},
+            "ssd": {"paths": [f"{a.dir}/pages"], "checksums": not a.no_checksums, "limit_mb_per_s": a.ssd_limit},
             "update": {"clip_norm": a.clip_norm},
         }
         with offload.deferred_init(config):
@@ -180,7 +180,7 @@ def child(a: argparse.Namespace) -> None:
         x, y = (tensor.to(a.device) for tensor in batch(number, a.batch, a.seq))
         before, disk = subject.counters(), common.disk_bytes()
         started_s, cpu_s = time.perf_counter(), time.process_time()
-        with tensors if a.count_tensors and number == COUNTED_STEP else nullcontext():
+        with tensors if number == a.count_tensors else nullcontext():
             loss = subject.step(x, y)
             if a.device == "cuda":
                 torch.cuda.synchronize()
@@ -192,7 +192,8 @@ def child(a: argparse.Namespace) -> None:
             "loss": loss,
             "disk_read": disk_after[0] - disk[0],
             "disk_written": disk_after[1] - disk[1],
-            **{key: after[key] - before[key] for key in after},
+            **{key: after[key] - before[key] for key in after if key != "recomputed_blocks"},
+            **{key: after[key] for key in after if key == "recomputed_blocks"},
         }
         print(json.dumps(answer), flush=True)
     summary = {"peak_rss_bytes": common.status_bytes("VmHWM"), "tensor_peak_bytes": count.peak_bytes}

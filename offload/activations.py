@@ -48,13 +48,14 @@ class SavedStorage:
         original: one of the tensors, while they are to go to pages and are not there yet.
         spoiled: they were changed before they got there.
         chunks: paged tensors that hold them, in order.
+        consumed: they were in paged tensors and are in ordinary memory again, for good.
         recipe: how to compute them again, if that is what is to be done.
         repeatable: whether there is one.
         n_views: saved tensors, and inputs of recipes, that the backward has not asked for yet.
     """
 
     __slots__ = (
-        "__weakref__", "_keeper", "chunks", "device", "n_bytes", "n_views", "original", "recipe", "reference", "repeatable", "restored",
+        "__weakref__", "_keeper", "chunks", "consumed", "device", "n_bytes", "n_views", "original", "recipe", "reference", "repeatable", "restored",
         "spoiled", "version",
     )  # fmt: skip
 
@@ -69,6 +70,7 @@ class SavedStorage:
         self.original = saved.detach() if paged else None
         self.spoiled = False
         self.chunks: list[PagedTensor] = []
+        self.consumed = False
         self.recipe = recipe
         self.repeatable = repeatable
         self.restored: Tensor | None = None
@@ -81,8 +83,8 @@ class SavedStorage:
 
     @property
     def paged(self) -> bool:
-        """Whether its bytes are in pages, or are to go there."""
-        return self.original is not None or self.spoiled or bool(self.chunks)
+        """Whether its bytes are in pages, were there, or are to go there."""
+        return self.original is not None or self.spoiled or bool(self.chunks) or self.consumed
 
     def __del__(self) -> None:
         self._keeper.ended(self)
@@ -94,6 +96,11 @@ def changed_in_place(shape: torch.Size) -> RuntimeError:
         f"a tensor of shape {tuple(shape)} that the backward pass needs was changed by an inplace operation after it was saved, "
         "so its gradient would be wrong; use the operation that makes a new tensor"
     )
+
+
+def _graph_is_kept() -> bool:
+    """Whether what is saved may be asked for again after the backward pass under way: its graph is kept, or there is no such pass."""
+    return torch._C._current_graph_task_id() == -1 or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class KeptTensor:
@@ -164,6 +171,7 @@ class SavedActivations:
         self._used: set[PagedTensor] = set()
         self._expected: _Peak | None = None
         self._peak = _Peak()
+        self.ever_saved_bytes = 0
         self.saved_bytes = 0
         self.repeatable_bytes = 0
         self.recomputed_bytes = 0
@@ -260,7 +268,7 @@ class SavedActivations:
             storage.restored = self._read(storage) if storage.recipe is None else storage.recipe.result(self._input)
         flat = storage.restored
         storage.n_views -= 1
-        if storage.n_views <= 0:
+        if storage.n_views <= 0 and not storage.consumed:
             storage.restored = None  # A second backward reads it again.
         view = torch.empty(0, dtype=layout.dtype, device=storage.device)
         return view.set_(flat.untyped_storage(), packed.offset, layout.size, layout.stride)
@@ -269,11 +277,17 @@ class SavedActivations:
         return packed.unpack() if isinstance(packed, KeptTensor) else self.unpack(packed)
 
     def _read(self, storage: SavedStorage) -> Tensor:
+        for_good = not _graph_is_kept()
         flat = torch.empty(storage.n_bytes, dtype=torch.uint8, device=storage.device)
         for number, chunk in enumerate(storage.chunks):
             part = flat[number * self._chunk_bytes :][: self._chunk_bytes]
             with self._driver.op((OpKind.BACKWARD, ("saved", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CONSUME)]):
                 part.copy_(self._view(chunk)[: part.numel()])
+            if for_good:
+                self._driver.consume(chunk)
+        if for_good:
+            self._used.difference_update(storage.chunks)
+            storage.chunks, storage.consumed = [], True
         return flat
 
     def _view(self, chunk: PagedTensor) -> Tensor:
@@ -284,6 +298,7 @@ class SavedActivations:
 
     def begun(self, storage: SavedStorage) -> None:
         """Count a storage."""
+        self.ever_saved_bytes += storage.n_bytes
         self._count(storage, storage.n_bytes)
         if self.saved_bytes > self._peak.saved_bytes:
             self._peak = _Peak(self.saved_bytes, self.repeatable_bytes)

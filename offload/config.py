@@ -75,6 +75,9 @@ class MemoryConfig(_Section):
     """RAM, beside ``ram``, for tensors that autograd saves for the backward pass. Of what is beyond it, results of elementwise
     ops are computed again where possible; the earliest saved of the others go to pages of ``ram`` and from there to SSD.
     None: all stay as they are."""
+    recompute: Literal["auto", "never"] = "auto"
+    """Whole blocks of the model (entries of an ``nn.ModuleList`` or ``nn.Sequential``) computed again in the backward pass, where
+    ``activations`` is set and what they save would go to pages: "auto" as many as make a step cheaper by plan."""
     device: Size | None = Field(default=None, gt=0)
     """Budget of parameters on the device, where compute is not run out of ``ram``."""
     heap: Literal["auto", "keep", "trim"] = "auto"

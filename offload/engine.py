@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from offload.activations import SavedActivations, chunk_bytes
+from offload.blocks import Blocks
 from offload.checkpoint import Checkpoints, Resumed, Stateful
 from offload.config import Config, load_config
 from offload.deferred_init import store_of
@@ -29,6 +30,7 @@ from offload.memory import MemoryReport, Stats, memory_report
 from offload.parameters import Binder, PagedParameter
 from offload.plan_file import plan_keepers
 from offload.profile import Profile
+from offload.recompute_choice import RecomputeChoice
 from offload.store import PageStore
 from offload.template import OptimizerLike, optimized_by, template_of
 from offload.updates import make_updater, scaling_of
@@ -80,6 +82,7 @@ class Engine:
         self.state = EngineState.RUNNING
         self._steps = 0
         self._micro_batches = 0
+        self._choice: RecomputeChoice | None = None
         deferred = store_of(model)
         if deferred is not None and (deferred.config.memory, deferred.config.ssd) != (self.config.memory, self.config.ssd):
             raise ValueError("the model was built under deferred_init with other memory or ssd settings; use the same")
@@ -117,6 +120,8 @@ class Engine:
 
     def _count_step(self) -> None:
         self._steps += 1
+        if self._choice is not None:
+            self._choice.step_ended()
         for keeper in self._plan_keepers:
             keeper.keep()
 
@@ -157,6 +162,8 @@ class Engine:
         if memory.activations is not None:
             of_chunk = chunk_bytes(memory.ram, self._store.page_bytes)
             binder.activations = SavedActivations(self._store.driver, memory.activations, of_chunk)
+            if memory.recompute == "auto":
+                self._choice = self._choose_recomputation(binder.activations, memory.activations)
         binder.trims = memory.heap == "trim" or (memory.heap == "auto" and memory.activations is not None and not blocks_join())
         # The process may have been set otherwise by an engine before.
         (give_back_large_blocks if binder.trims else keep_freed_memory)()
@@ -168,6 +175,12 @@ class Engine:
                 binder.watch_gradient(parameter)
         for module in self.model.modules():
             self._store.copy_in_state_dict(module)
+
+    def _choose_recomputation(self, saved: SavedActivations, limit_bytes: int) -> RecomputeChoice:
+        driver = self._store.driver
+        blocks = Blocks(self.model, lambda: driver.position, lambda: saved.ever_saved_bytes)
+        self._undo.append(blocks.close)
+        return RecomputeChoice(blocks, driver, limit_bytes)
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -358,6 +371,7 @@ class Engine:
             update_s=counters.seconds(EventKind.UPDATE),
             dropped_steps=self._updater.dropped_steps,
             dropped_gradients=self._updater.dropped_gradients,
+            recomputed_blocks=0 if self._choice is None else self._choice.blocks.n_recomputed,
         )
 
     def memory_report(self) -> MemoryReport:

@@ -23,6 +23,7 @@ class Stats:
         deviations: steps that left the plan because an op was not the traced one.
         dropped_steps: steps whose gradients were not finite and were not applied (loss scaling, or clipping in lock-free mode).
         dropped_gradients: gradients of single units that were not finite and were not applied (lock-free mode).
+        recomputed_blocks: blocks of the model that are computed again in the backward pass now; the one figure that is no counter.
     """
 
     steps: int
@@ -35,10 +36,12 @@ class Stats:
     update_s: float
     dropped_steps: int = 0
     dropped_gradients: int = 0
+    recomputed_blocks: int = 0
 
     def since(self, earlier: Stats) -> Stats:
         """What has been added since ``earlier``."""
-        return Stats(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__})
+        added = {name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__}
+        return Stats(**{**added, "recomputed_blocks": self.recomputed_blocks})
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,7 +194,7 @@ class Clocked(Driver):
 
     def machine(self) -> Machine:
         """What the plan was made for, at the whole bandwidth."""
-        return Machine(self.mover.n_shared_frames, self.mover.arena.page_bytes, *self._bandwidth())
+        return self.planning.machine(share=1)
 
 
 class ClockedDevice(Clocked, DeviceDriver):
@@ -237,7 +237,7 @@ class _Store(PageStore):
         if self.device_tier is not None:
             self.device_tier.driver = self.device_driver = ClockedDevice(self.device_tier.mover, self.host, self.counters)
             self.device_driver.clock = clock
-            self.device_driver._bandwidth = lambda: (bandwidths.h2d, bandwidths.h2d)
+            self.device_driver.planning.bandwidth = lambda: (bandwidths.h2d, bandwidths.h2d)
         self.binder = _Binder(self.host, self.mover)
         self.binder.torch_device = torch.device("meta")
         self.binder.owner = self
@@ -318,17 +318,26 @@ class Rehearsal(Engine):
             RehearsalError: the model needs values, or leaves no plan.
             BudgetError: as in a real step.
         """
+        enough = STEPS + (self.store.device_tier is not None)
+        self._perform(rows, tokens, enough if steps is None else steps)
+        if steps is None:
+            self._check_planned()
+            while self._choice is not None and self._choice.open and self._choice.decide():
+                self._perform(rows, tokens, enough)
+                self._check_planned()
+
+    def _perform(self, rows: int, tokens: int, steps: int) -> None:
         x = torch.empty((rows, tokens), dtype=torch.int64)
         self.outside.restart()
-        enough = STEPS + (self.store.device_tier is not None)
-        steps = enough if steps is None else steps
         for _ in range(steps):
             for _ in range(self.config.update.accumulation):
                 with _needs_no_values():
                     self.scaled(self.model(x, x) / self.config.update.accumulation).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
         self.store.driver.quiesce()
-        if steps >= enough and any(driver.plan is None for driver in (self.store.host, self.store.device_driver) if driver is not None):
+
+    def _check_planned(self) -> None:
+        if any(driver.plan is None for driver in (self.store.host, self.store.device_driver) if driver is not None):
             raise RehearsalError("views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise memory.ram")
 
 

@@ -25,16 +25,14 @@ from pagemem.mover import Mover
 from pagemem.page import TensorId
 from pagemem.recorder import WaitCause
 from pagemem.residency import PagedTensor, Residency
-from scheduler.bounds import check_bounds
 from scheduler.causes import Causes
 from scheduler.cursor import Astray, Cursor
 from scheduler.durations import Durations
 from scheduler.lanes import ReadLane
 from scheduler.on_demand import OnDemand
 from scheduler.plan import LoadTask, Plan
-from scheduler.planner import make_plan
+from scheduler.planning import Planning
 from scheduler.trace import CHANGES, Access, AccessMode, Clock, HostClock, OpKey, Trace, TraceRecorder
-from scheduler.walk import Machine
 
 
 class Mode(enum.Enum):
@@ -43,10 +41,6 @@ class Mode(enum.Enum):
     ON_DEMAND = "on demand"
     PLANNED = "planned"
 
-
-#: Of the bandwidths seen so far, what a plan relies on: what a disk gives beside computing varies. In simulation such plans wait
-#: as little at the full bandwidth and less at half of it; in runs no difference was measured.
-RELIABLE_SHARE: Final = 0.7
 
 _LEGAL: Final = {Mode.ON_DEMAND: frozenset({Mode.PLANNED}), Mode.PLANNED: frozenset({Mode.ON_DEMAND})}
 
@@ -64,6 +58,7 @@ class Driver:
     Attributes:
         watcher: is told of ops and steps, while somebody profiles.
         above: the driver of the tier above, whose steps end when this one's do.
+        planning: makes plans for this tier.
     """
 
     #: Whether every planned step has to have the same moves.
@@ -84,12 +79,13 @@ class Driver:
         self.above: Driver | None = None
         self._on_demand = OnDemand(mover, overhead_bytes)
         self._sink = sink
-        self._bandwidth = bandwidth
+        self.planning = Planning(mover, bandwidth, alike=self.alike)
         self._lane = ReadLane(mover)
         self._recorder = TraceRecorder(clock or HostClock())
         self._trace = Trace(())
         self._durations = Durations()
         self._steps_of_plan = 0
+        self._unsettled_steps = 0
         self._recording = True
         self._cursor = Cursor()
         self._sequence = 0
@@ -163,6 +159,9 @@ class Driver:
         self._recorder.pause()
         if self.watcher is not None and self.tells_of_steps:
             self.watcher.step_ends()
+        if self._unsettled_steps:
+            self._unsettled_steps -= 1
+            repeatable = False
         asked_otherwise = self.above is not None and self._ends_above(repeatable=repeatable)
         with self.mover.changed:
             self._collect_views()
@@ -177,6 +176,19 @@ class Driver:
             trace = self._recorder.finish(timed=repeatable)
             if repeatable and trace.ops and not asked_otherwise:
                 self._adopt(trace)
+
+    def expect_change(self, steps: int) -> None:
+        """Between two steps: the next ones have other ops than those until now, and so many of them are not yet like those after.
+
+        They are fetched on demand, then there is a plan anew. Nobody's deviation.
+        """
+        if self.above is not None:
+            self.above.expect_change(steps)
+        with self.mover.changed:
+            self._unsettled_steps = steps
+            if self.mode is Mode.PLANNED:
+                self._leave_plan(None)
+            self.plan = None
 
     def _ends_above(self, *, repeatable: bool) -> bool:
         """End the step of the tier above; returns whether it goes on by another plan, so that it will ask for other things."""
@@ -204,6 +216,16 @@ class Driver:
     def trace(self) -> Trace:
         """The step that the plan was made for, with the durations it was made with; empty without a plan."""
         return self._trace if self.plan is not None else Trace(())
+
+    @property
+    def timed(self) -> bool:
+        """Whether the plan was made with the times of steps that followed one."""
+        return self.plan is not None and self._durations.complete
+
+    @property
+    def position(self) -> int:
+        """Ops of the step under way so far."""
+        return len(self._recorder.ops)
 
     @property
     def in_step(self) -> bool:
@@ -256,16 +278,11 @@ class Driver:
         Raises:
             PlanError: the plan does not hold, which is a defect; it is not followed.
         """
-        read_bytes_per_s, write_bytes_per_s = (RELIABLE_SHARE * bytes_per_s for bytes_per_s in self._bandwidth())
-        machine = Machine(self.mover.n_shared_frames, self.mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s)
-        fixed = {t.id: t.frame for t in self.mover.tensors.values() if t.fixed and t.frame is not None}
-        n_bytes = {tensor: self.mover.tensors[tensor].n_bytes for tensor in [*trace.tensors(), *fixed]}
         try:
-            plan = make_plan(trace, n_bytes, machine, fixed, alike=self.alike)
+            plan = self.planning.plan(trace)
         except BudgetError as error:
             self._sink.emit(Event(EventKind.DEVIATION, f"no plan: {error}", 0, time.perf_counter(), 0.0))
             return
-        check_bounds(plan, trace, n_bytes, machine, fixed)
         self._trace, self.plan = trace, plan
         self._steps_of_plan = 0
         self._disturb()

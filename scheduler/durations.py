@@ -30,7 +30,12 @@ class Durations:
     @property
     def wanted(self) -> bool:
         """Whether the durations of the next step are of use."""
-        return self.n_steps > 0 and len(self._measured_s) < MEASURED_STEPS
+        return self.n_steps > 0 and not self.complete
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that is needed has been measured."""
+        return len(self._measured_s) == MEASURED_STEPS
 
     def add(self, planned: Trace, performed: Trace) -> Trace | None:
         """Take the durations of one more step.
@@ -43,7 +48,7 @@ class Durations:
             Once, with the last step needed: ``planned`` with the medians of what was measured; otherwise None.
         """
         self.n_steps += 1
-        if self.n_steps == 1 or len(self._measured_s) == MEASURED_STEPS or performed.keys != planned.keys:
+        if self.n_steps == 1 or self.complete or performed.keys != planned.keys:
             return None
         self._measured_s.append([op.duration_s for op in performed.ops])
         if len(self._measured_s) < MEASURED_STEPS:

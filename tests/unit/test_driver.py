@@ -12,7 +12,7 @@ import torch
 from pagemem.errors import BudgetError
 from pagemem.events import EventKind
 from pagemem.residency import Residency
-from scheduler import driver as driver_module
+from scheduler import planning as planning_module
 from scheduler.bounds import PlanError
 from scheduler.driver import Mode
 from scheduler.durations import MEASURED_STEPS, Durations
@@ -99,7 +99,7 @@ def test_a_plan_that_does_not_hold_is_never_followed(monkeypatch: pytest.MonkeyP
         made.append(plan)
         return replace(plan, stores=(), stores_at={})
 
-    monkeypatch.setattr(driver_module, "make_plan", make_plan_without_stores)
+    monkeypatch.setattr(planning_module, "make_plan", make_plan_without_stores)
     with rig(2) as r:
         for number in (1, 2):
             with pytest.raises(PlanError, match="leaves dirty: it was not stored after its last change$"):
@@ -275,7 +275,7 @@ def test_the_plan_is_made_once_more_with_the_times_of_planned_steps(n_frames: in
         made.append(trace.compute_s)
         return make_plan(trace, *rest, **named)
 
-    monkeypatch.setattr(driver_module, "make_plan", spied)
+    monkeypatch.setattr(planning_module, "make_plan", spied)
     with rig(n_frames) as r:
         step_s = iter([9.0, 8.0, 1.0, 3.0, 2.0])
         finish = TraceRecorder.finish

@@ -1,0 +1,70 @@
+"""Making plans for one tier as it is: its frames, its tensors, its bandwidths. Moves nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+from pagemem.errors import BudgetError
+from pagemem.mover import Mover
+from pagemem.page import FrameId, TensorId
+from scheduler.bounds import check_bounds
+from scheduler.plan import Plan
+from scheduler.planner import cost_s, make_plan
+from scheduler.trace import Trace
+from scheduler.walk import Machine
+
+#: Of the bandwidths seen so far, what a plan relies on: what a disk gives beside computing varies. In simulation such plans wait
+#: as little at the full bandwidth and less at half of it; in runs no difference was measured.
+RELIABLE_SHARE: Final = 0.7
+
+
+class Planning:
+    """Makes plans for a mover's tier. Training thread only, with the mover's lock held.
+
+    Args:
+        mover: owner of all residency.
+        bandwidth: of what is below (read, write) in bytes/s, asked for whenever a plan is made.
+        alike: whether every step of a plan has to have the same moves.
+
+    Attributes:
+        bandwidth: as given.
+    """
+
+    def __init__(self, mover: Mover, bandwidth: Callable[[], tuple[float, float]], *, alike: bool) -> None:
+        self._mover = mover
+        self._alike = alike
+        self.bandwidth = bandwidth
+
+    def machine(self, share: float = RELIABLE_SHARE) -> Machine:
+        """The tier, with a share of the bandwidths."""
+        read_bytes_per_s, write_bytes_per_s = (share * bytes_per_s for bytes_per_s in self.bandwidth())
+        return Machine(self._mover.n_shared_frames, self._mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s)
+
+    def n_bytes(self, trace: Trace) -> dict[TensorId, int]:
+        """Sizes of what a step uses and of what is in the tier for good."""
+        tensors = self._mover.tensors
+        return {tensor: tensors[tensor].n_bytes for tensor in [*trace.tensors(), *self._fixed()]}
+
+    def plan(self, trace: Trace) -> Plan:
+        """The plan for a step, checked.
+
+        Raises:
+            BudgetError: there is none: the tensors of one op do not fit together.
+            PlanError: it does not hold, which is a defect.
+        """
+        machine, n_bytes, fixed = self.machine(), self.n_bytes(trace), self._fixed()
+        plan = make_plan(trace, n_bytes, machine, fixed, alike=self._alike)
+        check_bounds(plan, trace, n_bytes, machine, fixed)
+        return plan
+
+    def cost_s(self, trace: Trace) -> float:
+        """What a step would cost by a plan, roughly; infinite where there is none. Only to be compared with other steps'."""
+        try:
+            return cost_s(make_plan(trace, self.n_bytes(trace), self.machine(), self._fixed(), alike=self._alike, brief=True))
+        except BudgetError:
+            return math.inf
+
+    def _fixed(self) -> dict[TensorId, FrameId]:
+        return {t.id: t.frame for t in self._mover.tensors.values() if t.fixed and t.frame is not None}
