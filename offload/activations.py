@@ -10,6 +10,9 @@ the next layer's weights are used. From there on the plan treats them like every
 use in the forward pass and come back before their only use in the backward pass. The earliest saved are needed last, so they are
 those that go.
 
+On a device storages are copied down into host pages and up again, and nobody waits for that but the device: a storage is let go of once
+compute is behind its copy down, which is when younger ones need the room that storages on their way may take.
+
 How many bytes have to go is known from the pass before: the most that was saved at once, less the limit, and how much of
 it had recipes. In the first pass everything goes that can.
 """
@@ -17,7 +20,7 @@ it had recipes. In the first pass everything goes that can.
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +29,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.recompute import Layout, Recipe, recipe_of
+from pagemem.accelerator import Mark
+from pagemem.device_mover import DeviceMover
 from pagemem.residency import PagedTensor
 from pagemem.tier import Tag
 from scheduler.driver import Driver
@@ -34,6 +39,8 @@ from scheduler.trace import Access, AccessMode, OpKind
 #: Smaller storages stay: they cost more than they free.
 LEAST_BYTES: Final = 1 << 16
 _CHUNK_BYTES: Final = 1 << 22
+#: Of the limit, what storages on their way down from a device may take: enough to copy one while compute makes the next ones.
+_LEAVING_SHARE: Final = 4
 
 
 def chunk_bytes(ram_bytes: int, page_bytes: int) -> int:
@@ -157,14 +164,19 @@ class SavedActivations:
     """Keeps one engine's saved tensors. Training thread only; storages may end on any, at any moment.
 
     Args:
-        limit_bytes: of saved tensors to keep as they are.
+        driver: of host memory, where the pages are.
+        limit_bytes: of saved tensors to keep as they are, on a device those on their way down included.
         chunk_bytes: of one paged tensor.
+        device: what copies between the device and host pages; None: compute is in host memory.
     """
 
-    def __init__(self, driver: Driver, limit_bytes: int, chunk_bytes: int) -> None:
+    def __init__(self, driver: Driver, limit_bytes: int, chunk_bytes: int, device: DeviceMover | None = None) -> None:
         self._driver = driver
-        self._limit_bytes = limit_bytes
+        self._device = device
+        self._leaving_limit_bytes = 0 if device is None else limit_bytes // _LEAVING_SHARE
+        self._limit_bytes = limit_bytes - self._leaving_limit_bytes
         self._chunk_bytes = chunk_bytes
+        self._leaving: deque[tuple[Tensor, Mark]] = deque()
         self._storages: weakref.WeakValueDictionary[int, SavedStorage] = weakref.WeakValueDictionary()
         self._waiting: list[weakref.ref[SavedStorage]] = []
         self._pool: dict[int, list[PagedTensor]] = defaultdict(list)
@@ -234,8 +246,23 @@ class SavedActivations:
             chunk = self._take(part.numel())
             storage.chunks.append(chunk)
             with self._driver.op((OpKind.FORWARD, ("save", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CREATE)]):
-                self._view(chunk)[: part.numel()].copy_(part)
+                if self._device is None:
+                    self._view(chunk)[: part.numel()].copy_(part)
+                else:
+                    mark = self._device.save(part, chunk)
+        if self._device is not None and not mark.reached():
+            self._leaving.append((flat, mark))
         storage.original = None
+        self._let_go(self._leaving_limit_bytes)
+
+    def _let_go(self, limit_bytes: int) -> None:
+        """Of storages on their way down, keep the youngest, so many bytes of them; compute goes on behind the copies of the others."""
+        leaving_bytes = sum(original.numel() for original, _ in self._leaving)
+        while leaving_bytes > limit_bytes:
+            assert self._device is not None
+            original, mark = self._leaving.popleft()
+            self._device.accelerator.follow(mark)
+            leaving_bytes -= original.numel()
 
     def _take(self, n_bytes: int) -> PagedTensor:
         """The first paged tensor of this size that is free, so that like steps use the same ones."""
@@ -260,6 +287,7 @@ class SavedActivations:
             BudgetError, StorageError: its pages cannot be brought back; they are whole where they are.
         """
         self.flush()
+        self._let_go(0)
         storage = packed.storage
         layout = packed.layout
         if storage.spoiled:
@@ -282,9 +310,14 @@ class SavedActivations:
         for number, chunk in enumerate(storage.chunks):
             part = flat[number * self._chunk_bytes :][: self._chunk_bytes]
             with self._driver.op((OpKind.BACKWARD, ("saved", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CONSUME)]):
-                part.copy_(self._view(chunk)[: part.numel()])
+                if self._device is None:
+                    part.copy_(self._view(chunk)[: part.numel()])
+                else:
+                    mark = self._device.restore(chunk, part)
             if for_good:
-                self._driver.consume(chunk)
+                self._driver.mover.discard_soon(chunk)
+        if self._device is not None:
+            self._device.accelerator.follow(mark)
         if for_good:
             self._used.difference_update(storage.chunks)
             storage.chunks, storage.consumed = [], True

@@ -72,7 +72,7 @@ class MemoryConfig(_Section):
     """Budget of the model's states in RAM: parameters, gradients in flight and optimizer states. Activations and the
     interpreter are not part of it."""
     activations: Size | None = Field(default=None, ge=0)
-    """RAM, beside ``ram``, for tensors that autograd saves for the backward pass. Of what is beyond it, results of elementwise
+    """Memory where compute is, beside ``ram`` or ``device``, for tensors that autograd saves for the backward pass. Of what is beyond it, results of elementwise
     ops are computed again where possible; the earliest saved of the others go to pages of ``ram`` and from there to SSD.
     None: all stay as they are."""
     recompute: Literal["auto", "never"] = "auto"
@@ -289,8 +289,6 @@ class Config(_Section):
             raise ValueError(f'device is "{self.device}": {wanted}')
         if self.device != "cpu" and self.update.mode != "exact":
             raise ValueError(f'device is "{self.device}", for which updates are exact; set update.mode to "exact"')
-        if self.device.startswith("cuda") and self.memory.activations is not None:
-            raise ValueError(f'memory.activations is for device "cpu", and device is "{self.device}"; leave it out')
         if self.output is not None:
             run = Path(self.output.run).resolve()
             for path in self.ssd.paths:

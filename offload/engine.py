@@ -161,7 +161,7 @@ class Engine:
         memory = self.config.memory
         if memory.activations is not None:
             of_chunk = chunk_bytes(memory.ram, self._store.page_bytes)
-            binder.activations = SavedActivations(self._store.driver, memory.activations, of_chunk)
+            binder.activations = SavedActivations(self._store.driver, memory.activations, of_chunk, self._store.device_mover)
             if memory.recompute == "auto":
                 self._choice = self._choose_recomputation(binder.activations, memory.activations)
         binder.trims = memory.heap == "trim" or (memory.heap == "auto" and memory.activations is not None and not blocks_join())

@@ -31,6 +31,7 @@ from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.cuda import CudaDevice
 from pagemem.errors import BudgetError
 from pagemem.events import Counters, EventSink
+from pagemem.device_mover import DeviceMover
 from pagemem.mover import Mover
 from pagemem.page_file import PageFiles
 from pagemem.residency import Residency
@@ -102,6 +103,11 @@ class PageStore:
             return RamDevice()
         _, _, index = self.config.device.partition(":")
         return CudaDevice(int(index) if index else None)
+
+    @property
+    def device_mover(self) -> DeviceMover | None:
+        """What copies between host pages and the device; None without one."""
+        return None if self.device_tier is None else self.device_tier.mover
 
     def _make_device_tier(self) -> DeviceTier | None:
         device_bytes = self.config.memory.device

@@ -19,13 +19,12 @@ from pagemem.errors import StorageError
 from pagemem.events import EventKind
 from pagemem.mover import Mover
 from pagemem.page import FrameId
-from pagemem.residency import PagedTensor, Residency
+from pagemem.residency import IN_FLIGHT, PagedTensor, Residency
 
 RING_WINDOWS: Final = 3
 
 #: The paged tensors of one slice, which are always in memory together.
 SliceTensors = tuple[PagedTensor, ...]
-_MOVING: Final = frozenset({Residency.LOADING, Residency.STORING})
 
 
 def least_frames(sizes: Sequence[int]) -> int:
@@ -114,7 +113,7 @@ class StateWindows:
             nonlocal begun
             if not (begun and self._mover.failed):
                 begun = self._begin(number, needed=True)
-            return begun and not any(tensor.state in _MOVING for tensor in tensors)
+            return begun and not any(tensor.state in IN_FLIGHT for tensor in tensors)
 
         with self._mover.changed:
             self._mover.wait_until(there, name, n_bytes, EventKind.UPDATE_WAIT)
@@ -159,7 +158,7 @@ class StateWindows:
 
     def _leave(self, tensors: SliceTensors) -> bool:
         """Have tensors give up their frames, if they can now."""
-        if any(tensor.held or tensor.state in _MOVING for tensor in tensors):
+        if any(tensor.held or tensor.state in IN_FLIGHT for tensor in tensors):
             return False
         if self._mover.failed:
             # Nothing is begun after a failed copy until somebody knows: the same could fail for ever.

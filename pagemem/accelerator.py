@@ -86,6 +86,10 @@ class Accelerator(Protocol):
     def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
         """A tensor's values in host memory, there once the mark is reached. Does not wait for it."""
 
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
+        """Copy bytes (uint8, flat, of one size) of the device into given host memory, as they are when compute has done everything
+        that it was given so far. Does not wait for it: neither is to be changed or let go of before compute is put behind the mark."""
+
 
 class _Reached:
     """A mark that needs no waiting for."""
@@ -150,3 +154,8 @@ class RamDevice:
     def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
         """The tensor itself."""
         return source, REACHED
+
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
+        """At once; with torch's threads, since the training thread has nothing else to do."""
+        into.copy_(source)
+        return REACHED

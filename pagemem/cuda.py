@@ -191,11 +191,16 @@ class CudaDevice:
         """As `Accelerator.copy_down`; copies follow one another."""
         # Laid out as the source is, so that no kernel has to make it contiguous first.
         values = torch.empty_like(source, device="cpu", pin_memory=True)
+        mark = self.copy_out(source, values)
+        source.record_stream(self._down)
+        return values, mark
+
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
+        """As `Accelerator.copy_out`; copies follow one another."""
         self._down.wait_event(self._recorded(self._compute))
         with _CUDA.stream(self._down):
-            values.copy_(source, non_blocking=True)
-        source.record_stream(self._down)
-        return values, CudaMark(self._recorded(self._down))
+            into.copy_(source, non_blocking=True)
+        return CudaMark(self._recorded(self._down))
 
     def _recorded(self, stream: Any, *, timed: bool = False) -> Any:
         event = _CUDA.Event(enable_timing=timed)

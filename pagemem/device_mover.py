@@ -106,6 +106,36 @@ class DeviceMover(Mover):
         if mark is not None:
             self.accelerator.follow(mark)
 
+    def save(self, source: torch.Tensor, lower: PagedTensor) -> Mark:
+        """Copy bytes that compute has made (uint8, flat) into a dirty tensor of the tier below, which is not moved before they are there.
+
+        Returns:
+            A mark, behind which ``source`` may be let go of. Training thread.
+        """
+        into = self.below.begin_arrival(lower)[: source.numel()]
+        try:
+            mark = self.accelerator.copy_out(source, into)
+        except BaseException:
+            self.below.end_arrival(lower)
+            raise
+        self._copier.arrives(lower, mark)
+        return mark
+
+    def restore(self, lower: PagedTensor, into: torch.Tensor) -> Mark:
+        """Copy bytes of a readable tensor of the tier below into memory of the device that compute has just got (uint8, flat).
+
+        Returns:
+            The mark that compute has to be put behind before it reads them. Training thread.
+        """
+        source = self.below.begin_upload(lower)[: into.numel()]
+        try:
+            copy = self.accelerator.copy_up(source, into, self.accelerator.mark())
+        except BaseException:
+            self.below.end_upload(lower)
+            raise
+        self._copier.begun(lower, copy)
+        return copy
+
     def take_back_load(self, tensor: PagedTensor) -> bool:
         """Undo a load whose copy has not begun; returns whether it was one."""
         with self.changed:

@@ -3,7 +3,7 @@
 A copy waits until the mover below has its tensor in host memory, which may be long after it was asked for, or never: then
 whoever asked takes it back. Copies that wait for host pages are overtaken, so that one is in nobody's way.
 
-A device makes its copies later than it is given them. Who asked hears when one is given, with a mark to put compute behind. The
+A device makes its copies later than it is given them, up and down. Who asked hears when one is given, with a mark to put compute behind. The
 host pages stay as they are until the copy is made, which a second thread waits for. It must not be the first: who asked may be
 told only after a lock is free whose holder waits for those pages.
 """
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -59,7 +60,7 @@ class HostCopier:
         self._gate = threading.Event()
         self.copied_bytes = 0
         self.busy_s = 0.0
-        self._under_way: queue.SimpleQueue[tuple[PagedTensor, Copy] | None] = queue.SimpleQueue()
+        self._under_way: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         below.on_change(self._look)
         # Daemons, as I/O threads are: a program that dies without closing its engine must not hang on them.
         self._begins = threading.Thread(target=self._run, name="pagemem-h2d", daemon=True)
@@ -83,6 +84,21 @@ class HostCopier:
         with self._below.changed:
             self._waiting.append(_Upload(tensor, into, after, given))
             self._look()
+
+    def begun(self, tensor: PagedTensor, copy: Copy) -> None:
+        """A copy up from the pages of a tensor, for which `Mover.begin_upload` was called, was given to the device by somebody else."""
+        self._ends_by(partial(self._finish, tensor, copy), copy)
+
+    def arrives(self, tensor: PagedTensor, mark: Mark) -> None:
+        """A copy down into the pages of a tensor, for which `Mover.begin_arrival` was called, was given to the device."""
+        self._ends_by(partial(self._arrived, tensor, mark), mark)
+
+    def _ends_by(self, finish: Callable[[], None], mark: Mark) -> None:
+        """Have a copy's end noted: now, where it is made already, else by the thread that waits for it."""
+        if mark.reached():
+            finish()
+        else:
+            self._under_way.put(finish)
 
     def take_back(self, tensor: PagedTensor) -> bool:
         """Forget the copy of a tensor if it has not begun; returns whether it was forgotten. Any thread."""
@@ -123,12 +139,12 @@ class HostCopier:
             del begun
 
     def _run_ends(self) -> None:
-        while (made := self._under_way.get()) is not None:
+        while (finish := self._under_way.get()) is not None:
             try:
-                self._finish(*made)
+                finish()
             except BaseException as failure:  # likewise
                 self._below.note_failure(failure)
-            del made
+            del finish
 
     def _begin(self) -> tuple[_Upload, torch.Tensor] | None:
         """The first copy whose host pages are there, and their bytes. With the lock held."""
@@ -146,10 +162,7 @@ class HostCopier:
             self._below.end_upload(upload.tensor)
             upload.given(error)
             return
-        if copy.reached():
-            self._finish(upload.tensor, copy)
-        else:
-            self._under_way.put((upload.tensor, copy))
+        self.begun(upload.tensor, copy)
         upload.given(copy)
 
     def _finish(self, tensor: PagedTensor, copy: Copy) -> None:
@@ -164,3 +177,10 @@ class HostCopier:
                 self.busy_s += spent_s
                 self._below.end_upload(tensor)
         self._sink.emit(Event(EventKind.UPLOAD, tensor.name, tensor.n_bytes, time.perf_counter() - spent_s, spent_s))
+
+    def _arrived(self, tensor: PagedTensor, mark: Mark) -> None:
+        """Wait until a copy down is made; its host pages may be read and stored then."""
+        try:
+            mark.wait()
+        finally:
+            self._below.end_arrival(tensor)

@@ -181,6 +181,7 @@ class Mover(Tenants):
                 if error is not None:
                     self.snapshots.give_up(error)
             tensor.rewritten = False
+            self._discard_if_expired(tensor)
             self._notify()
         self._emit(EventKind.WRITE, tensor, started_s)
 
@@ -242,7 +243,33 @@ class Mover(Tenants):
         with self.changed:
             tensor.uploads -= 1
             self._ended(None)
+            self._discard_if_expired(tensor)
             self._notify()
+
+    def begin_arrival(self, tensor: PagedTensor) -> torch.Tensor:
+        """The bytes of a dirty tensor, uint8, which a device fills with its own until `end_arrival`; nobody reads them before."""
+        with self.changed:
+            assert tensor.frame is not None
+            tensor.become(Residency.ARRIVING)
+            self._begun()
+            return self.arena.view(tensor.frame, 0, torch.uint8, tensor.n_bytes)
+
+    def end_arrival(self, tensor: PagedTensor) -> None:
+        """What a device filled is there; if it was to be stored by now, that begins. Any thread.
+
+        Raises:
+            DiskFullError: there is no room for that; the tensor is dirty and whole.
+        """
+        with self.changed:
+            tensor.become(Residency.DIRTY)
+            self._ended(None)
+            self._discard_if_expired(tensor)
+            to_store, tensor.to_store = tensor.to_store and tensor.state is Residency.DIRTY, False
+            try:
+                if to_store:
+                    self.start_store(tensor)
+            finally:
+                self._notify()
 
     # ---- waiting -----------------------------------------------------------------------------------------------
 

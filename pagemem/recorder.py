@@ -21,7 +21,7 @@ class WaitCause:
     """What a wait waited for.
 
     Attributes:
-        lane: "read", "write" or "update": who had yet to do something; "none" where that is not known.
+        lane: "read", "write", "h2d", "d2h" or "update": who had yet to do something; "none" where that is not known.
         reason: what, in words that are the same for equal reasons.
         blocker: the tensor that was in the way, or "".
     """

@@ -4,13 +4,15 @@
     STORED  --load-->  LOADING --> CLEAN           page file -> host; on failure back to STORED
     CLEAN   --touch--> DIRTY                       compute changed the host copy
     DIRTY   --store--> STORING --> CLEAN           host -> page file; back to DIRTY on failure or when changed meanwhile
+    DIRTY   --fill--> ARRIVING --> DIRTY           a device copies its own bytes into the host frames
     CLEAN   --drop-->  STORED | ABSENT             host frames given up
     ABSENT  --resume--> STORED                     an earlier run's commit has the content
     any resident --discard--> ABSENT               the content is dead (a consumed gradient)
 
 Invariants
     1. In STORED and LOADING the page file is authoritative; in CLEAN both copies are equal; in DIRTY and STORING the
-       host copy is authoritative. There is no state in which no copy is whole.
+       host copy is authoritative. In ARRIVING the device has the bytes, which whoever had them copied keeps until they are
+       here. There is no state in which no copy is whole.
     2. A tensor that is fixed or has pins or leases keeps its frames: only other CLEAN tensors can be dropped.
     3. Only `PagedTensor.become` changes the state, only along `LEGAL_MOVES`.
 """
@@ -40,6 +42,7 @@ class Residency(enum.Enum):
     CLEAN = "clean"
     DIRTY = "dirty"
     STORING = "storing"
+    ARRIVING = "arriving"
 
 
 _R = Residency
@@ -48,12 +51,15 @@ LEGAL_MOVES: Final[dict[Residency, frozenset[Residency]]] = {
     _R.STORED: frozenset({_R.LOADING, _R.CLEAN, _R.ABSENT}),
     _R.LOADING: frozenset({_R.CLEAN, _R.STORED}),
     _R.CLEAN: frozenset({_R.DIRTY, _R.STORED, _R.ABSENT}),
-    _R.DIRTY: frozenset({_R.STORING, _R.ABSENT}),
+    _R.DIRTY: frozenset({_R.STORING, _R.ARRIVING, _R.ABSENT}),
     _R.STORING: frozenset({_R.CLEAN, _R.DIRTY}),
+    _R.ARRIVING: frozenset({_R.DIRTY}),
 }
 
 #: States in which compute may read the host frames.
 READABLE: Final = frozenset({_R.CLEAN, _R.DIRTY, _R.STORING})
+#: States that end by themselves: a copy is under way.
+IN_FLIGHT: Final = frozenset({_R.LOADING, _R.STORING, _R.ARRIVING})
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +73,7 @@ class PagedTensor:
         owed: a snapshot that is being made has yet to get the content: it must be stored before it is changed.
         rewritten: compute changed the host copy while it was being stored, so that the stored copy is stale already.
         exposed: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
+        to_store: it is to be stored as soon as what is arriving is there.
         fixed: its host frames stay its own for good: it is never moved or dropped.
         pins: uses under way that need the host frames to stay.
         uploads: copies of the host frames to the device that are under way; until they end it neither moves nor changes.
@@ -86,6 +93,7 @@ class PagedTensor:
     owed: bool = False
     rewritten: bool = False
     exposed: bool = False
+    to_store: bool = False
     fixed: bool = False
     pins: int = 0
     uploads: int = 0
@@ -103,6 +111,11 @@ class PagedTensor:
     def readable(self) -> bool:
         """Whether compute may read the host frames now."""
         return self.state in READABLE
+
+    @property
+    def moving(self) -> bool:
+        """Whether a copy from or to the host frames is under way that moving or discarding it has to wait for."""
+        return self.state in IN_FLIGHT or self.uploads > 0
 
     @property
     def held(self) -> bool:

@@ -17,7 +17,7 @@ from pagemem.errors import TransitionError
 from pagemem.events import EventSink
 from pagemem.monitor import CopyMonitor
 from pagemem.page import FrameId, Shortage, TensorId
-from pagemem.residency import PagedTensor, Residency
+from pagemem.residency import IN_FLIGHT, PagedTensor, Residency
 from pagemem.tier import Tag, Tier
 from pagemem.window import MANY_TENANTS, Comparable, Window, best_window, window_near
 
@@ -62,21 +62,36 @@ class Tenants(CopyMonitor):
     def end_expiry(self, tensor: PagedTensor) -> None:
         """Discard a tensor now if it has expired, waiting for a copy under way: it may be created anew then."""
         with self.changed:
-            if tensor in self._expired:
-                self._expired.remove(tensor)
-                self.wait_until(lambda: tensor.state not in (Residency.LOADING, Residency.STORING), tensor.name, tensor.n_bytes)
-                self.discard(tensor)
+            # It counts as expired as long as it is waited for: whoever looks meanwhile must not take it for what is to come.
+            self.wait_until(lambda: not (self.expires(tensor) and tensor.moving), tensor.name, tensor.n_bytes)
+            self._discard_if_expired(tensor)
 
     def _discard_expired(self) -> list[PagedTensor]:
         discarded: list[PagedTensor] = []
         for _ in range(len(self._expired)):
             tensor = self._expired.popleft()
-            if tensor.held or tensor.state in (Residency.LOADING, Residency.STORING):
+            if tensor.held or tensor.moving:
                 self._expired.append(tensor)
             else:
                 self.discard(tensor)
                 discarded.append(tensor)
         return discarded
+
+    def discard_soon(self, tensor: PagedTensor) -> None:
+        """Discard a tensor now, or once what is moving it, or holding it, lets go of it. Does not wait."""
+        with self.changed:
+            self._expired.append(tensor)
+            self._discard_if_expired(tensor)
+
+    def expires(self, tensor: PagedTensor) -> bool:
+        """Whether what there is of a tensor is about to be discarded."""
+        return tensor in self._expired
+
+    def _discard_if_expired(self, tensor: PagedTensor) -> None:
+        """Discard a tensor at once that was noted down as expired, if nothing speaks against it."""
+        if tensor in self._expired and not tensor.held and not tensor.moving:
+            self._expired.remove(tensor)
+            self.discard(tensor)
 
     def discard(self, tensor: PagedTensor) -> None:
         """Declare the content dead: the next load reads zeros. Page-file frames stay the tensor's for re-use."""
@@ -221,6 +236,6 @@ class Tenants(CopyMonitor):
                 placed = self.host.placement(tensor.id)
                 if (placed is None) != (tensor.frame is None):
                     raise AssertionError(f"{tensor.name}: frame {tensor.frame} but host placement {placed}")
-                in_host = tensor.readable or tensor.state is Residency.LOADING
+                in_host = tensor.readable or tensor.state in IN_FLIGHT
                 if in_host != (tensor.frame is not None):
                     raise AssertionError(f"{tensor.name}: {tensor.state.value} with frame {tensor.frame}")

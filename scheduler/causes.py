@@ -25,6 +25,7 @@ ARRIVING: Final = "the tensor in its place was still being read"
 IN_USE: Final = "its place was in use"
 NO_PLACE: Final = "no place was free for it while others were being written out"
 COPYING: Final = "it was being copied to the device"
+COMING_DOWN: Final = "the device was still copying it down"
 COMMITTING: Final = "a commit had yet to store it"
 
 
@@ -54,6 +55,8 @@ class Causes:
             return WaitCause("read", READING)
         if tensor.state is Residency.STORING:
             return WaitCause("write", WRITING)
+        if tensor.state is Residency.ARRIVING:
+            return WaitCause("d2h", COMING_DOWN)
         return _no_window(self._mover)
 
     def _find(self, name: str) -> PagedTensor | None:

@@ -146,8 +146,7 @@ class Driver:
 
     def consume(self, tensor: PagedTensor) -> None:
         """Declare a tensor's content dead, after the op that consumed it has ended."""
-        in_flight = (Residency.LOADING, Residency.STORING)
-        self.mover.wait_until(lambda: tensor.state not in in_flight, tensor.name, tensor.n_bytes)
+        self.mover.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
         self.mover.discard(tensor)
 
     def end_step(self, *, repeatable: bool) -> None:
@@ -310,6 +309,7 @@ class Driver:
         for position in found.ops:
             for store in plan.stores_at.get(position, ()):
                 tensor = self.mover.tensors[store.tensor]
+                tensor.to_store = tensor.state is Residency.ARRIVING
                 if tensor.state is Residency.DIRTY and not tensor.pins:
                     self.mover.start_store(tensor)
             loads = plan.loads_at.get(position)
@@ -430,7 +430,7 @@ class Driver:
             return self._usable(tensor, mode) and tensor.id not in self._lane
 
         def hopeless() -> bool:
-            if tensor.uploads or tensor.state in (Residency.LOADING, Residency.STORING):
+            if tensor.moving:
                 return False
             return self._lane.stuck or tensor.id not in self._lane
 

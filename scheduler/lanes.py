@@ -71,6 +71,8 @@ class ReadLane:
 
     def _start(self, task: LoadTask) -> bool:
         tensor = self._mover.tensors[task.tensor]
+        if self._mover.expires(tensor):
+            return False  # what is there of it has to go first, also from the very frames that it is to have
         if tensor.frame == task.frame:
             return True
         if tensor.frame is not None and not self._leaves(tensor):

@@ -63,7 +63,7 @@ class OnDemand:
             window = self.mover.choose(tensor.n_frames, cost, least_cost)
             if window is not None:
                 break
-            in_flight = [t for t in tensors.values() if t.uploads or t.state in (Residency.LOADING, Residency.STORING)]
+            in_flight = [t for t in tensors.values() if t.moving]
             if not in_flight:
                 raise self._shortage(tensor, name)
             self.mover.settle()
@@ -80,6 +80,7 @@ class OnDemand:
         """Give a tensor's host frames up, storing it first when needed."""
         if tensor.frame is None:
             return
+        self.mover.wait_until(lambda: tensor.state is not Residency.ARRIVING, tensor.name, tensor.n_bytes)
         if tensor.state is Residency.DIRTY:
             self.mover.start_store(tensor)
         self.mover.wait_until(lambda: tensor.state is Residency.CLEAN and not tensor.uploads, tensor.name, tensor.n_bytes)

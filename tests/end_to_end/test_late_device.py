@@ -13,6 +13,7 @@ from small_runs import assert_closed, assert_equal, batches, built, config, trai
 from tiny_models import CASES
 
 import offload
+from offload import activations
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
@@ -25,6 +26,62 @@ def test_every_step_equals_plain_torch(name: str, clip_norm: float | None, tmp_p
         stats = parity.run()
         assert device.followed and device.brought
     assert stats.deviations == 0 and stats.planned_steps >= parity.steps - 4
+
+
+@pytest.mark.parametrize("limit", [0, "64KiB", "512KiB"])
+@pytest.mark.parametrize("name", CASES)
+def test_saved_tensors_go_down_and_come_back_late(name: str, limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    accumulation = 3 if name == "gpt" else 1
+    parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), None, accumulation, steps=9)
+    parity.memory = {"device": "1MiB", "activations": limit}
+    with late_device(monkeypatch, late_s=0.0005) as device:
+        stats = parity.run()
+        assert device.saved or name == "recompute_reentrant" or limit
+    assert stats.deviations == 0 and stats.planned_steps >= parity.steps - 5
+
+
+def test_compute_goes_on_behind_what_is_on_its_way_down_only_for_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the limit may be on its way; what is older is waited for by the device, before its memory is used again."""
+    made = config(tmp_path, ram=4 << 20)
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB", "activations": "128KiB", "recompute": "never"}}
+    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    most_bytes = 0
+    with late_device(monkeypatch, late_s=0.002) as device, offload.initialize(built(), made, adamw) as engine:
+        saved = engine._store.binder.activations
+        assert saved is not None
+
+        def look(*_: object) -> None:
+            nonlocal most_bytes
+            most_bytes = max(most_bytes, sum(original.numel() for original, _ in saved._leaving))
+
+        for module in engine.model.modules():
+            module.register_forward_hook(look)
+        train(engine, 4)
+        assert device.saved and 0 < most_bytes <= saved._leaving_limit_bytes == 32 << 10
+        assert not saved._leaving, "the backward pass needs what it asks for, and the memory"
+    assert_closed(engine)
+
+
+def test_a_device_that_fails_to_copy_a_saved_tensor_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(tmp_path, ram=4 << 20)
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB", "activations": 0}}
+    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    with late_device(monkeypatch) as device, offload.initialize(built(), made, adamw) as engine:
+        train(engine, 1)
+        copy_out = device.copy_out
+
+        def failing(source: torch.Tensor, into: torch.Tensor) -> object:
+            device.fails = RuntimeError("the device is lost")
+            return copy_out(source, into)
+
+        monkeypatch.setattr(device, "copy_out", failing)
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            train(engine, 2)
+        monkeypatch.undo()
+        with suppress(RuntimeError):
+            engine.close()
+    assert_closed(engine)
 
 
 def test_the_device_is_asked_for_times_only_until_the_plan_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,20 @@ def test_a_copy_down_has_what_compute_was_given_before_it(device: CudaDevice) ->
     assert bool((brought == 3).all())
 
 
+def test_a_copy_into_host_memory_has_what_compute_was_given_before_it(device: CudaDevice) -> None:
+    source = torch.zeros(1 << 16, dtype=torch.uint8, device="cuda")
+    into = torch.empty(1 << 16, dtype=torch.uint8, pin_memory=True)
+    torch.cuda._sleep(LONG)
+    source.add_(3)
+    mark = device.copy_out(source, into)
+    assert not mark.reached()
+    device.follow(mark)
+    source.fill_(9)  # compute goes on behind the copy
+    mark.wait()
+    torch.cuda.synchronize()
+    assert bool((into == 3).all())
+
+
 def test_compute_on_another_stream_is_refused(device: CudaDevice) -> None:
     device.check()
     with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(DeviceError, match="on one stream"):

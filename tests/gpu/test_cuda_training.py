@@ -13,6 +13,7 @@ from small_runs import assert_closed, batches, built, config
 from torch import Tensor, nn
 
 import offload
+from offload import activations
 
 STEPS = 8
 
@@ -104,6 +105,43 @@ def test_a_run_goes_on_from_a_commit(tmp_path: Path) -> None:
             if part.stop == 6:
                 assert_same(engine.model, plain.model)
         assert_closed(engine)
+
+
+@pytest.mark.parametrize("limit", [0, "64KiB", "512KiB"])
+def test_saved_tensors_go_to_host_pages_and_come_back(limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    plain, made = Plain(built(), None), on_cuda(tmp_path)
+    with offload.initialize(built(), made | {"memory": made["memory"] | {"activations": limit}}, adamw) as engine:
+        saved = engine._store.binder.activations
+        assert saved is not None
+        for number, (x, y) in enumerate(batches(STEPS + 6)):
+            loss = engine(x.cuda(), y.cuda())
+            assert limit or saved.paged_bytes
+            engine.backward(loss)
+            engine.step()
+            assert torch.equal(loss.detach(), plain.step(x, y)), f"step {number}"
+        assert_same(engine.model, plain.model)
+        assert engine.stats().deviations == 0 and saved.saved_bytes == 0
+    assert_closed(engine)
+
+
+def test_saved_tensors_in_host_pages_leave_the_device_room(tmp_path: Path) -> None:
+    """Without waiting for the device anywhere: memory on its way down is bounded, and used again once compute is behind the copy."""
+    layers, width, rows = 16, 256, 4096
+    tower = nn.Sequential(*(layer for _ in range(layers) for layer in (nn.Linear(width, width), nn.Tanh())))
+    storage_bytes = rows * width * 4
+    made = on_cuda(tmp_path, device="64MiB")
+    made["memory"] |= {"ram": "256MiB", "activations": 4 * storage_bytes, "recompute": "never"}
+    with offload.initialize(tower, made, adamw) as engine:
+        for _ in range(4):
+            x = torch.randn(rows, width, device="cuda")
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            engine.backward(engine(x).square().sum())
+            engine.step()
+        assert torch.cuda.max_memory_allocated() - before < 10 * storage_bytes < layers * storage_bytes
+    assert_closed(engine)
 
 
 def test_a_layer_that_does_not_fit_leaves_the_model_on_the_cpu(tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
 from gated_mover import PAGE_BYTES, Gates, opened
 
 from pagemem.accelerator import RamDevice
 from pagemem.arena import HostArena
 from pagemem.device_mover import DeviceMover
-from pagemem.errors import StorageError
+from pagemem.errors import StorageError, TransitionError
 from pagemem.events import EventLog
 from pagemem.page import FrameId
 from pagemem.residency import PagedTensor, Residency
@@ -20,12 +22,43 @@ from scheduler.plan import LoadTask
 R = Residency
 
 
+class GatedMark:
+    """A place that a device comes to when the test lets it."""
+
+    def __init__(self) -> None:
+        self._gate = threading.Event()
+        self.error: BaseException | None = None
+
+    def open(self) -> None:
+        self._gate.set()
+
+    def reached(self) -> bool:
+        return self._gate.is_set()
+
+    def wait(self) -> None:
+        assert self._gate.wait(30)
+        if self.error is not None:
+            raise self.error
+
+
+class GatedDevice(RamDevice):
+    """Bytes go down when the test lets them."""
+
+    def __init__(self) -> None:
+        self.mark_down = GatedMark()
+
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> GatedMark:
+        """Now, which nobody may see before the gate is open."""
+        into.copy_(source)
+        return self.mark_down
+
+
 class Tiers:
     """A device of two frames above a gated host mover."""
 
     def __init__(self, below: Gates) -> None:
         self.below = below
-        self.device = DeviceMover(HostArena(2, PAGE_BYTES), below.mover, RamDevice(), EventLog())
+        self.device = DeviceMover(HostArena(2, PAGE_BYTES), below.mover, GatedDevice(), EventLog())
 
     def holds(self, tensor: PagedTensor, value: int) -> bool:
         return bool((self.device.bytes_of(tensor) == value).all())
@@ -37,6 +70,23 @@ class Tiers:
     def stored(self, value: int, name: str) -> PagedTensor:
         """A tensor of the device of which only the page files have anything."""
         return self.device.mirror(self.below.stored(value, name))
+
+    @property
+    def down(self) -> GatedMark:
+        """The mark behind what goes down."""
+        assert isinstance(self.device.accelerator, GatedDevice)
+        return self.device.accelerator.mark_down
+
+    def saved(self, value: int, frame: int = 0) -> PagedTensor:
+        """A tensor of host memory that the device is filling."""
+        lower = self.below.dirty(0, frame, f"saved {value}")
+        assert self.device.save(torch.full((PAGE_BYTES,), value, dtype=torch.uint8), lower) is self.down
+        return lower
+
+    def is_there(self, lower: PagedTensor) -> None:
+        """Let it be filled, and wait for that."""
+        self.down.open()
+        self.below.mover.wait_until(lambda: lower.state is not R.ARRIVING, lower.name)
 
     def comes(self, tensor: PagedTensor, frame: int) -> None:
         """The tensor's pages come into host memory."""
@@ -168,3 +218,105 @@ def test_a_copy_that_fails_is_told_and_leaves_the_tensor_below(tiers: Tiers, mon
     assert tiers.holds(tensor, 1), "the thread goes on"
     tiers.below.mover.settle()
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
+
+
+# ---- bytes of the device on their way down ------------------------------------------------------------------------------
+
+
+def test_host_pages_that_the_device_fills_are_neither_read_nor_moved_before(tiers: Tiers) -> None:
+    lower = tiers.saved(5)
+    assert lower.state is R.ARRIVING and not lower.readable and not tiers.below.mover.droppable(lower.id)
+    tiers.below.mover.validate()
+    with pytest.raises(TransitionError, match="arriving -> absent"):
+        tiers.below.mover.discard(lower)
+    with pytest.raises(TransitionError, match="arriving -> storing"):
+        tiers.below.mover.start_store(lower)
+    tiers.is_there(lower)
+    assert lower.state is R.DIRTY and tiers.below.holds(lower, 5)
+    tiers.below.mover.discard(lower)
+
+
+def test_what_was_to_be_stored_by_now_is_stored_when_it_is_there(tiers: Tiers) -> None:
+    lower = tiers.saved(5)
+    lower.to_store = True
+    tiers.is_there(lower)
+    assert lower.state is R.STORING and not lower.to_store
+    tiers.below.files.take("write").open()
+    assert lower.state is R.CLEAN
+    tiers.below.mover.discard(lower)
+
+
+def test_a_load_waits_for_what_arrives_in_its_place_and_then_for_its_way_out(tiers: Tiers) -> None:
+    waiting = tiers.below.stored(1, "waiting")
+    lower, lane = tiers.saved(5), ReadLane(tiers.below.mover)
+    lane.submit([LoadTask(waiting.id, FrameId(0), 0, 1)])
+    assert not lane.stuck and lower.state is R.ARRIVING and waiting.state is R.STORED
+    tiers.is_there(lower)
+    assert lower.state is R.STORING
+    tiers.below.files.take("write").open()
+    tiers.below.files.take("read").open()
+    assert waiting.state is R.CLEAN and lower.state is R.STORED
+
+
+@pytest.mark.parametrize("while_it_arrives", [True, False])
+def test_what_nobody_wants_any_more_goes_when_it_is_there(while_it_arrives: bool, tiers: Tiers) -> None:
+    lower = tiers.saved(5)
+    lower.to_store = True
+    if while_it_arrives:
+        tiers.below.mover.discard_soon(lower)
+        assert lower.state is R.ARRIVING
+        tiers.is_there(lower)
+    else:
+        tiers.is_there(lower)
+        tiers.below.mover.discard_soon(lower)
+        assert lower.state is R.STORING
+        tiers.below.files.take("write").open()
+    assert lower.state is R.ABSENT and lower.frame is None
+
+
+def test_what_is_copied_up_is_discarded_when_the_copy_is_made(tiers: Tiers) -> None:
+    lower = tiers.below.dirty(3)
+    into = torch.zeros(PAGE_BYTES, dtype=torch.uint8)
+    tiers.below.mover.begin_upload(lower)
+    tiers.device.restore(lower, into).wait()
+    assert bool((into == 3).all())
+    tiers.below.mover.discard_soon(lower)
+    assert lower.state is R.DIRTY, "the first copy is still being made"
+    tiers.below.mover.end_upload(lower)
+    assert lower.state is R.ABSENT
+
+
+def test_a_load_into_the_frames_that_a_tensor_is_about_to_lose_waits_for_that(tiers: Tiers) -> None:
+    """What is created anew there by plan must not be taken for what is still being copied from there."""
+    lower, lane = tiers.below.dirty(3), ReadLane(tiers.below.mover)
+    tiers.below.mover.begin_upload(lower)
+    tiers.below.mover.discard_soon(lower)
+    lane.submit([LoadTask(lower.id, FrameId(0), 0, 1, fresh=True)])
+    assert len(lane) == 1 and not lane.stuck
+    tiers.below.mover.end_upload(lower)
+    assert len(lane) == 0 and lower.state is R.CLEAN and lower.frame == 0
+    tiers.below.mover.drop(lower)
+
+
+def test_what_is_waited_for_to_go_is_not_taken_for_what_is_to_come(tiers: Tiers) -> None:
+    lower, lane = tiers.below.dirty(3), ReadLane(tiers.below.mover)
+    tiers.below.mover.begin_upload(lower)
+    tiers.below.mover.discard_soon(lower)
+    lane.submit([LoadTask(lower.id, FrameId(0), 0, 1, fresh=True)])
+    gone = tiers.below.training.submit(tiers.below.mover.end_expiry, lower)
+    assert not gone.done()
+    tiers.below.mover.end_upload(lower)
+    gone.result(30)
+    assert len(lane) == 0 and lower.state is R.CLEAN and lower.frame == 0
+    tiers.below.mover.drop(lower)
+
+
+def test_a_device_that_fails_to_fill_is_heard_of_and_nobody_waits_for_ever(tiers: Tiers) -> None:
+    lower = tiers.saved(5)
+    tiers.down.error = RuntimeError("the device is lost")
+    tiers.down.open()
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        tiers.below.mover.wait_until(lambda: lower.state is not R.ARRIVING and tiers.below.mover.failed, lower.name)
+        tiers.below.mover.check()
+    assert lower.state is R.DIRTY
+    tiers.below.mover.discard(lower)

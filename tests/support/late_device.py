@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.store import PageStore
 from pagemem.accelerator import Accelerator, Copy, Mark, RamDevice
@@ -42,19 +43,32 @@ class LateMark:
         return 1e-6
 
 
+class Lying:
+    """Where a flat tensor of bytes lies, without keeping it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._watch = StorageWeakRef(tensor.untyped_storage())
+        self._offset, self._n_bytes = tensor.storage_offset(), tensor.numel()
+
+    def now(self) -> torch.Tensor | None:
+        """The tensor, unless it has been let go of."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._watch.cdata)
+        return None if storage is None else torch.empty(0, dtype=torch.uint8).set_(storage, self._offset, (self._n_bytes,), (1,))
+
+
 class LateDevice(RamDevice):
     """A device whose copies take a while.
 
     Attributes:
         late_s: how long each takes.
-        followed: copies that compute was put behind. brought: gradients copied down. timed: times asked for.
+        followed: copies that compute was put behind. brought: gradients copied down. saved: pieces of saved tensors. timed: times asked for.
     """
 
     def __init__(self, late_s: float = 0.001) -> None:
         self.late_s = late_s
-        self.followed = self.brought = self.timed = 0
+        self.followed = self.brought = self.saved = self.timed = 0
         self.fails: BaseException | None = None
-        self._asked: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor, Mark, LateMark] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[torch.Tensor | Lying, torch.Tensor, Mark, LateMark] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="late-device")
         self._thread.start()
 
@@ -80,7 +94,13 @@ class LateDevice(RamDevice):
         values = torch.full_like(source, float("nan"))
         return values, self._later(source, values, self.mark())
 
-    def _later(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> LateMark:
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
+        """Later, from the memory where it lies now, which is nobody's any more if whoever asked has let go of it."""
+        self.saved += 1
+        into.fill_(255)
+        return self._later(Lying(source), into, self.mark())
+
+    def _later(self, source: torch.Tensor | Lying, into: torch.Tensor, after: Mark) -> LateMark:
         mark = LateMark()
         self._asked.put((source, into, after, mark))
         return mark
@@ -90,12 +110,16 @@ class LateDevice(RamDevice):
             source, into, after, mark = asked
             after.wait()
             time.sleep(self.late_s)
-            if self.fails is None:
-                into.copy_(source)
-            mark.error, self.fails = self.fails, None
+            error, self.fails = self.fails, None
+            lying = source.now() if isinstance(source, Lying) else source
+            if lying is None:
+                error = AssertionError("what was to be copied has been let go of")
+            elif error is None:
+                into.copy_(lying)
+            mark.error = error
             mark.made.set()
             # Not kept while waiting for the next: they are views of arenas.
-            del asked, source, into, after, mark
+            del asked, source, into, after, mark, lying
 
     def close(self) -> None:
         """End the thread."""

@@ -219,8 +219,3 @@ def test_the_reference_in_the_readme_has_every_key_with_its_default() -> None:
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", ""])
 def test_a_device_that_there_is_not_is_named(device: str) -> None:
     assert 'device: must be "cpu", "cuda", "cuda:N" or "cpu-emulated", not ' in complaint(("device", device))
-
-
-def test_on_a_cuda_device_activations_stay_there() -> None:
-    said = complaint(("device", "cuda"), ("memory.device", "16MiB"), ("memory.activations", "8MiB"))
-    assert 'memory.activations is for device "cpu"' in said

@@ -30,6 +30,8 @@ MOVES = {
     (R.DIRTY, R.ABSENT): "discard",
     (R.STORING, R.CLEAN): "store complete",
     (R.STORING, R.DIRTY): "store failed",
+    (R.DIRTY, R.ARRIVING): "a device begins to fill it",
+    (R.ARRIVING, R.DIRTY): "what it copies is there",
 }
 
 
