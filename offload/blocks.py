@@ -2,15 +2,18 @@
 
 A block is an entry of a `nn.ModuleList` or `nn.Sequential` with others of its class: a layer of a transformer, a stage of a tower. Its
 ``forward`` is wrapped, which costs nothing worth telling while it is not computed again; if it is, by `torch.utils.checkpoint`.
-Blocks that change a buffer in their forward pass (batch norm) are never computed again: it would be changed twice.
+Blocks whose forward pass leaves something behind (it changes a buffer, as batch norm does, or draws Python's or NumPy's random numbers) are never
+computed again: that would happen twice, and with other numbers. Torch's own random numbers are the same again.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -57,12 +60,12 @@ class Block:
     Attributes:
         recomputes: it is computed again in the backward pass.
         calls: in the step under way, in order. past: in the step before.
-        changes_buffers: a forward pass has changed a buffer.
+        leaves_traces: a forward pass has changed a buffer or the state of random generators that are not torch's.
     """
 
     module: nn.Module
     recomputes: bool = False
-    changes_buffers: bool = False
+    leaves_traces: bool = False
     calls: list[Call] = field(default_factory=list)
     past: list[Call] = field(default_factory=list)
 
@@ -73,11 +76,15 @@ class Blocks:
     Args:
         position: ops of the step under way so far.
         saved_bytes: of all that was saved for a backward pass so far; only ever more.
+
+    Attributes:
+        watching: whether it matters what forward passes leave behind.
     """
 
     def __init__(self, model: nn.Module, position: Callable[[], int], saved_bytes: Callable[[], int]) -> None:
         self._position = position
         self._saved_bytes = saved_bytes
+        self.watching = True
         self._blocks = [Block(module) for module in blocks_of(model)]
         self._undo = [self._wrap(block) for block in self._blocks]
 
@@ -108,12 +115,14 @@ class Blocks:
             # Within a backward pass it is the model's own recomputation that calls.
             if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
                 return inner(*args, **kwargs)
-            begun, saved_bytes, buffers = self._position(), self._saved_bytes(), _versions(module)
+            begun, saved_bytes = self._position(), self._saved_bytes()
+            traces = _traces(module) if self.watching else None
             if block.recomputes:
                 result = checkpoint(inner, *args, use_reentrant=False, **kwargs)
             else:
                 result = inner(*args, **kwargs)
-            block.changes_buffers = block.changes_buffers or _versions(module) != buffers
+            if traces is not None and _traces(module) != traces:
+                block.leaves_traces = True
             block.calls.append(Call(range(begun, self._position()), _bytes_in([*args, *kwargs.values()]), self._saved_bytes() - saved_bytes))
             return result
 
@@ -127,8 +136,11 @@ class Blocks:
         return undo
 
 
-def _versions(module: nn.Module) -> list[tuple[int, int]]:
-    return [(id(buffer), buffer._version) for buffer in module.buffers()]
+def _traces(module: nn.Module) -> tuple[Any, ...]:
+    """What a forward pass must leave as it is."""
+    numbers: Any = np.random.get_state()
+    buffers = [(id(buffer), buffer._version) for buffer in module.buffers()]
+    return buffers, random.getstate(), numbers[1].tobytes(), numbers[2]
 
 
 def _bytes_in(values: list[Any]) -> int:

@@ -106,7 +106,7 @@ class RecomputeChoice:
     def _may_be_recomputed(self, block: Block, trace: Trace) -> bool:
         parts = _parts(block)
         n_ops = len(trace.ops)
-        return bool(parts) and not block.changes_buffers and all(part.ops.stop <= n_ops and pages(trace, part) for part in parts)
+        return bool(parts) and not block.leaves_traces and all(part.ops.stop <= n_ops and pages(trace, part) for part in parts)
 
     def _holds(self, blocks: list[Block]) -> bool:
         """Whether the limit has room for what the blocks read and for all that one of them saves, while that is computed again."""
@@ -129,6 +129,7 @@ class RecomputeChoice:
         if state not in _LEGAL[self.state]:
             raise TransitionError(f"choice of recomputation: {self.state.value} -> {state.value} is not a legal move")
         self.state = state
+        self.blocks.watching = self.open
 
 
 def _parts(block: Block) -> list[Part]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,15 +108,33 @@ def test_a_block_computed_again_gives_the_same_bits_also_of_random_numbers() -> 
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_a_block_that_changes_a_buffer_is_told(norm: bool) -> None:
+def test_a_block_that_changes_a_buffer_is_noticed(norm: bool) -> None:
     model = nn.Sequential(Layer(norm=norm), Layer(norm=norm))
     watched = Watched(model)
     model(torch.randn(4, 8))
-    assert [block.changes_buffers for block in watched.blocks] == [norm, norm]
+    assert [block.leaves_traces for block in watched.blocks] == [norm, norm]
     model.eval()
     fresh = Watched(model)
     model(torch.randn(4, 8))
-    assert not any(block.changes_buffers for block in fresh.blocks)
+    assert not any(block.leaves_traces for block in fresh.blocks)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, torch.rand, lambda *_: 0.5], ids=["python", "numpy", "torch", "none"])
+def test_a_block_that_draws_numbers_which_are_not_the_same_again_is_noticed(draw: Callable[..., Any]) -> None:
+    class Drawing(Layer):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return super().forward(x, float(draw(1)) if draw is torch.rand else float(draw()))
+
+    model = nn.Sequential(Drawing(), Drawing())
+    watched = Watched(model)
+    model(torch.ones(2, 8))
+    noticed = draw in (random.random, np.random.rand)
+    assert [block.leaves_traces for block in watched.blocks] == [noticed, noticed]
+    watched.blocks.watching = False
+    for block in watched.blocks:
+        block.leaves_traces = False
+    model(torch.ones(2, 8))
+    assert not any(block.leaves_traces for block in watched.blocks), "it was looked for although it does not matter any more"
 
 
 def test_arguments_by_name_and_an_own_forward_are_kept() -> None:

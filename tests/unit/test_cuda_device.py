@@ -131,6 +131,18 @@ def test_a_copy_up_comes_between_the_mark_it_follows_and_its_own(monkeypatch: py
     assert copy.reached() and isinstance(copy, CudaCopy) and copy.seconds() == 0.0025
 
 
+def test_a_copy_into_host_memory_comes_behind_compute_so_far_and_compute_goes_on_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    device = device_on(fake, monkeypatch)
+    into: Any = torch.zeros(8, dtype=torch.uint8).as_subclass(Bytes)
+    into.log = fake.log
+    mark = device.copy_out(torch.ones(8, dtype=torch.uint8), into)
+    assert fake.log == ["event compute 0", "down waits for compute 0", "copy", "event down 3"]
+    assert bool((into == 1).all()) and not mark.reached()
+    device.follow(mark)
+    assert fake.log[-1] == "compute waits for down 3"
+
+
 def test_compute_is_timed_where_it_is_given_and_waited_for_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda()
     device = device_on(fake, monkeypatch)
