@@ -17,8 +17,8 @@ from typing import Any, Final
 import torch
 
 from benchmarks import common
-from benchmarks.common import SIZES, Spread, batch
-from benchmarks.step import WARM_UP, Engine
+from benchmarks.common import Spread, batch
+from benchmarks.step import WARM_UP, Engine, model_arguments
 
 BAR: Final = 0.02
 
@@ -26,9 +26,7 @@ BAR: Final = 0.02
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--size", choices=SIZES, default="27m")
-    parser.add_argument("--ram-share", type=float, default=0.25)
-    parser.set_defaults(device_share=None, activations=None, heap="auto", no_checksums=False, clip_norm=None, recompute=False)
+    model_arguments(parser)
     return common.step_arguments(parser, steps=21)
 
 

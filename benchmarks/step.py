@@ -41,26 +41,14 @@ WARM_UP = 8
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--size", choices=SIZES, default="27m")
-    parser.add_argument("--ram-share", type=float, default=0.25)
-    parser.add_argument(
-        "--device-share", type=float, metavar="SHARE", help="compute out of a third tier of ordinary RAM (device = cpu-emulated) that holds so much of the parameters"
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both compute; cuda needs --device-share")
+    model_arguments(parser)
     parser.add_argument("--torch-offload", action="store_true", help="torch's own CPU offload (FSDP2) steps beside them")
-    parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
-    parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
-    parser.add_argument("--blocks", choices=["auto", "never"], default="auto", help="memory.recompute of the engine, which matters with --activations")
-    parser.add_argument("--ssd-limit", type=float, metavar="MB_PER_S", help="ssd.limit_mb_per_s of the engine, to model a slower disk")
-    parser.add_argument("--heap", choices=["auto", "keep", "trim"], default="auto", help="memory.heap of the engine")
     parser.add_argument("--torch-keeps-heap", action="store_true", help="plain PyTorch keeps freed memory too, as memory.heap = keep does")
     parser.add_argument(
         "--joining-heap", action="store_true",
         help="start the engine's process with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, as offload launch does where --activations is set",
     )  # fmt: skip
-    parser.add_argument("--recompute", action="store_true", help="each block is computed again in the backward pass, on both sides")
     parser.add_argument("--count-tensors", type=int, metavar="STEP", help=argparse.SUPPRESS)
-    parser.add_argument("--no-checksums", action="store_true")
     parser.add_argument("--child", choices=["torch", "engine", "torch_offload"], help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=1, help="pairs of new processes, one after another: where their memory lies differs (default: %(default)s)")
     parser.add_argument("--turn", type=int, default=1, help="steps that each makes before the other's turn (default: %(default)s)")
@@ -70,6 +58,23 @@ def arguments() -> argparse.Namespace:
     if options.device == "cuda" and options.device_share is None:
         parser.error("--device cuda needs --device-share, what the device holds of the parameters")
     return options
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the model and of `Engine`."""
+    parser.add_argument("--size", choices=SIZES, default="27m")
+    parser.add_argument("--ram-share", type=float, default=0.25)
+    parser.add_argument(
+        "--device-share", type=float, metavar="SHARE", help="compute out of a third tier of ordinary RAM (device = cpu-emulated) that holds so much of the parameters"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both compute; cuda needs --device-share")
+    parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
+    parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
+    parser.add_argument("--blocks", choices=["auto", "never"], default="auto", help="memory.recompute of the engine, which matters with --activations")
+    parser.add_argument("--ssd-limit", type=float, metavar="MB_PER_S", help="ssd.limit_mb_per_s of the engine, to model a slower disk")
+    parser.add_argument("--heap", choices=["auto", "keep", "trim"], default="auto", help="memory.heap of the engine")
+    parser.add_argument("--recompute", action="store_true", help="each block is computed again in the backward pass, on both sides")
+    parser.add_argument("--no-checksums", action="store_true")
 
 
 # ---- the measured processes ---------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_every_step_equals_plain_torch(name: str, clip_norm: float | None, tmp_p
     assert stats.deviations == 0 and stats.planned_steps >= parity.steps - 4
 
 
-@pytest.mark.parametrize("limit", [0, "64KiB", "512KiB"])
+@pytest.mark.parametrize("limit", [0, "64KiB"])
 @pytest.mark.parametrize("name", CASES)
 def test_saved_tensors_go_down_and_come_back_late(name: str, limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
