@@ -43,7 +43,7 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         ("waits a step", ", ".join(f"{lane} {seconds:.3f} s" for lane, seconds in found.waits_s.items())),
     ]
     if found.recomputed_blocks:
-        rows.append(("recomputed in the backward pass", f"{found.recomputed_blocks} blocks of the model, which costs less than pages for what they save"))
+        rows.append(("recomputed in the backward pass", f"{found.recomputed_blocks} of the blocks of the model, which costs less than pages for what they save"))
     for what, n_bytes in (("read", found.read_bytes), ("written", found.written_bytes)):
         rows.append((f"SSD bytes {what} a step", f"{format_bytes(n_bytes)} ({n_bytes / found.parameters:.1f} a parameter)"))
     if H2D in found.busy:

@@ -53,7 +53,7 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
     if stats.dropped_steps or stats.dropped_gradients:
         rows.append(("dropped, not finite", f"{stats.dropped_steps} steps, {stats.dropped_gradients} gradients of units"))
     if stats.recomputed_blocks:
-        rows.append(("recomputed in the backward pass", f"{stats.recomputed_blocks} blocks of the model"))
+        rows.append(("recomputed in the backward pass", f"{stats.recomputed_blocks} of the blocks of the model"))
     if run.planned_step_s is not None and run.steps:
         rows.append(("step, mean against planned", f"{run.train_s / run.steps:.3f} s, {run.planned_step_s:.3f} s"))
     for name, tier in run.memory.tiers.items():
