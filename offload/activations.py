@@ -55,7 +55,7 @@ class SavedStorage:
         original: one of the tensors, while they are to go to pages and are not there yet.
         spoiled: they were changed before they got there.
         chunks: paged tensors that hold them, in order.
-        consumed: they were in paged tensors and are in ordinary memory again, for good.
+        consumed: they are being, or have been, brought back from paged tensors for good.
         recipe: how to compute them again, if that is what is to be done.
         repeatable: whether there is one.
         n_views: saved tensors, and inputs of recipes, that the backward has not asked for yet.
@@ -305,6 +305,8 @@ class SavedActivations:
         return packed.unpack() if isinstance(packed, KeptTensor) else self.unpack(packed)
 
     def _read(self, storage: SavedStorage) -> Tensor:
+        if storage.consumed:
+            raise RuntimeError("what this backward pass needs was given up by one that failed while it was brought back; run the forward pass again")
         for_good = not _graph_is_kept()
         flat = torch.empty(storage.n_bytes, dtype=torch.uint8, device=storage.device)
         for number, chunk in enumerate(storage.chunks):
@@ -315,12 +317,13 @@ class SavedActivations:
                 else:
                     mark = self._device.restore(chunk, part)
             if for_good:
+                storage.consumed = True
                 self._driver.mover.discard_soon(chunk)
         if self._device is not None:
             self._device.accelerator.follow(mark)
         if for_good:
             self._used.difference_update(storage.chunks)
-            storage.chunks, storage.consumed = [], True
+            storage.chunks = []
         return flat
 
     def _view(self, chunk: PagedTensor) -> Tensor:

@@ -119,6 +119,41 @@ def test_a_graph_that_is_kept_can_be_used_twice(tmp_path: Path) -> None:
         assert saved_by(engine).saved_bytes == 0
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_backward_pass_that_fails_while_bytes_come_back_never_gives_wrong_gradients(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a storage is back and its pages are free: asking again is an error, unless the graph, and so the pages, were kept."""
+    with tower(tmp_path, 0) as (engine, plain, _):
+        x = torch.randn(32 * BATCH, WIDTH)
+        loss, same = engine(x).sum(), plain(x).sum()
+        driver = engine._store.driver
+        begin, seen = driver.begin, []
+
+        def failing(key: Any, name: str, accesses: Any) -> Any:
+            seen.append(key[1][0] == "saved")
+            if sum(seen) == 3:
+                raise MemoryError("not now")
+            return begin(key, name, accesses)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(driver, "begin", failing)
+            with pytest.raises(MemoryError, match="not now"):
+                loss.backward(retain_graph=kept)
+        if kept:
+            loss.backward()
+            same.backward()
+            adamw(plain.parameters()).step()
+            engine.optimizer.step()
+            assert all(torch.equal(value, plain.state_dict()[name]) for name, value in engine.model.state_dict().items())
+        else:
+            with pytest.raises(RuntimeError, match="run the forward pass again"):
+                loss.backward()
+        del loss
+        gc.collect()
+        assert saved_by(engine).saved_bytes == 0
+
+
 def test_a_graph_that_is_dropped_gives_its_pages_back(tmp_path: Path) -> None:
     with tower(tmp_path, 0) as (engine, _, x):
         saved = saved_by(engine)
