@@ -38,7 +38,7 @@ from pagemem.io_stats import IoMeter
 from pagemem.page import Extent, FrameId, TensorId
 from pagemem.page_file import SLAB_BYTES, PageFiles
 from pagemem.page_requests import Route, tabulate
-from pagemem.page_transfer import Done
+from pagemem.page_transfer import Done, Part, Part
 from pagemem.residency import PagedTensor
 from pagemem.striping import Striping
 from pagemem.units import ceil_div
@@ -147,8 +147,10 @@ class _NoFiles(PageFiles):
         """Requests that move nothing, whatever the extents."""
         return Route(self._nowhere, (), sum(extent.length_bytes for extent in extents))
 
-    def read(self, where: Route | Sequence[Extent], into: memoryview, done: Done, *, background: bool = False) -> None:
-        """Done."""
+    def read(
+        self, where: Route | Sequence[Extent], into: memoryview, done: Done, *, background: bool = False, part: Part | None = None
+    ) -> None:
+        """Done, without parts."""
         done(None)
 
     def write(self, where: Route | Sequence[Extent], source: memoryview, done: Done, *, background: bool = False) -> None:

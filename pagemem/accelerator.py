@@ -81,7 +81,10 @@ class Accelerator(Protocol):
         """
 
     def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
-        """Copy bytes (uint8, flat, of one size) from host memory into the device's, after ``after``. Does not wait for it."""
+        """Copy bytes (uint8, flat, of one size) from host memory into the device's, after ``after`` and after those asked for before.
+
+        Does not wait for it.
+        """
 
     def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
         """A tensor's values in host memory, there once the mark is reached. Does not wait for it."""

@@ -137,7 +137,7 @@ class DeviceMover(Mover):
         return copy
 
     def take_back_load(self, tensor: PagedTensor) -> bool:
-        """Undo a load whose copy has not begun; returns whether it was one."""
+        """Undo a load whose copy has not begun; returns whether it was one. One that has begun ends by itself."""
         with self.changed:
             if tensor.state is not Residency.LOADING or not self._copier.take_back(self._lower[tensor.id]):
                 return False
@@ -188,11 +188,6 @@ class DeviceMover(Mover):
                 self.follow(tensor)
             self.unclaimed.discard(tensor.id)
             return tensor.frame is None
-
-    def bytes_of(self, tensor: PagedTensor) -> torch.Tensor:
-        """The bytes of a resident tensor, uint8."""
-        assert tensor.frame is not None
-        return self.arena.view(tensor.frame, 0, torch.uint8, tensor.n_bytes)
 
     def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
         """Nothing: the copier tells of copies, from when it made them; nothing is written from here."""

@@ -1,7 +1,12 @@
 """The h2d lane: a thread that gives a device copies of host pages to make, each once they are there.
 
 A copy waits until the mover below has its tensor in host memory, which may be long after it was asked for, or never: then
-whoever asked takes it back. Copies that wait for host pages are overtaken, so that one is in nobody's way.
+whoever asked takes it back. Copies that wait for host pages are overtaken, so that one is in nobody's way. Of a tensor that
+is being read from the page files, what has come is copied up while the rest is read: SSD, host and device are one pipeline.
+
+    WAITING --(bytes are there)--> BEGUN --(all were given to the device, or it failed)--> ENDED
+       ^                             |
+       +------(the load failed)------+
 
 A device makes its copies later than it is given them, up and down. Who asked hears when one is given, with a mark to put compute behind. The
 host pages stay as they are until the copy is made, which a second thread waits for. It must not be the first: who asked may be
@@ -10,31 +15,96 @@ told only after a lock is free whose holder waits for those pages.
 
 from __future__ import annotations
 
+import enum
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 import torch
 
 from pagemem.accelerator import Accelerator, Copy, Mark
+from pagemem.errors import TransitionError
 from pagemem.events import Event, EventKind, EventSink
+from pagemem.intervals import union, without
 from pagemem.io_threads import small_stacks
 from pagemem.mover import Mover
-from pagemem.residency import PagedTensor
+from pagemem.residency import PagedTensor, Residency
 
-#: Called with the copy's mark once it was given to the device, or with what went wrong.
+#: Called with the mark behind a copy once it was given to the device, or with what went wrong.
 Given = Callable[[Mark | BaseException], None]
+#: [start, end) of a tensor's bytes.
+Span = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class UploadState(enum.Enum):
+    """How far a copy up is; see the diagram at the top of this module."""
+
+    WAITING = "waiting"
+    BEGUN = "begun"
+    ENDED = "ended"
+
+
+LEGAL_MOVES: Final[dict[UploadState, frozenset[UploadState]]] = {
+    UploadState.WAITING: frozenset({UploadState.BEGUN}),
+    UploadState.BEGUN: frozenset({UploadState.ENDED, UploadState.WAITING}),
+    UploadState.ENDED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
 class _Upload:
+    """One copy up. Guarded by the lock of the mover below, but for ``copy``, which is the copier's thread's own.
+
+    Attributes:
+        arrived: spans of the load whose bytes are copied as they come; n_taken: how many of them were.
+        copy: behind what was given to the device so far.
+    """
+
     tensor: PagedTensor
     into: torch.Tensor
     after: Mark
     given: Given
+    state: UploadState = UploadState.WAITING
+    arrived: list[Span] = field(default_factory=list)
+    n_taken: int = 0
+    copy: Copy | None = None
+
+    def become(self, state: UploadState) -> None:
+        """Apply one legal move.
+
+        Raises:
+            TransitionError: there is no such move; nothing was changed.
+        """
+        if state not in LEGAL_MOVES[self.state]:
+            raise TransitionError(f"copy of {self.tensor.name}: {self.state.value} -> {state.value} is not a legal move")
+        self.state = state
+
+    @property
+    def stale(self) -> bool:
+        """Whether what it has copied so far came by a load that failed."""
+        there = self.tensor.readable or self.tensor.state is Residency.LOADING
+        return self.state is UploadState.BEGUN and not (there and self.arrived is self.tensor.arrived)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there is something to do for it."""
+        if self.tensor.readable or self.stale:
+            return True
+        return self.tensor.state is Residency.LOADING and len(self.tensor.arrived) > self.n_taken
+
+    def take(self) -> list[Span]:
+        """What has come since the last time, joined where it is adjacent; all that is left, once all is there."""
+        if self.state is UploadState.WAITING:
+            if self.tensor.readable:
+                return [(0, self.tensor.n_bytes)]
+            self.arrived = self.tensor.arrived
+        before, come = self.arrived[: self.n_taken], self.arrived[self.n_taken :]
+        self.n_taken = len(self.arrived)
+        return without([(0, self.tensor.n_bytes)], before) if self.tensor.readable else union(come)
 
 
 class HostCopier:
@@ -62,6 +132,7 @@ class HostCopier:
         self.busy_s = 0.0
         self._under_way: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         below.on_change(self._look)
+        below.on_part = self._look
         # Daemons, as I/O threads are: a program that dies without closing its engine must not hang on them.
         self._begins = threading.Thread(target=self._run, name="pagemem-h2d", daemon=True)
         self._ends = threading.Thread(target=self._run_ends, name="pagemem-h2d-ends", daemon=True)
@@ -87,7 +158,8 @@ class HostCopier:
 
     def begun(self, tensor: PagedTensor, copy: Copy) -> None:
         """A copy up from the pages of a tensor, for which `Mover.begin_upload` was called, was given to the device by somebody else."""
-        self._ends_by(partial(self._finish, tensor, copy), copy)
+        self._ends_by(partial(self._made, tensor, tensor.n_bytes, copy), copy)
+        self._ends_by(partial(self._let_go, tensor, copy), copy)
 
     def arrives(self, tensor: PagedTensor, mark: Mark) -> None:
         """A copy down into the pages of a tensor, for which `Mover.begin_arrival` was called, was given to the device."""
@@ -103,7 +175,7 @@ class HostCopier:
     def take_back(self, tensor: PagedTensor) -> bool:
         """Forget the copy of a tensor if it has not begun; returns whether it was forgotten. Any thread."""
         with self._below.changed:
-            kept = [upload for upload in self._waiting if upload.tensor is not tensor]
+            kept = [upload for upload in self._waiting if upload.tensor is not tensor or upload.state is not UploadState.WAITING]
             found, self._waiting = len(kept) < len(self._waiting), kept
             return found
 
@@ -117,26 +189,31 @@ class HostCopier:
         self._ends.join()
 
     def _look(self) -> None:
-        if any(upload.tensor.readable for upload in self._waiting):
+        if any(upload.can_go_on for upload in self._waiting):
             self._gate.set()
 
     def _run(self) -> None:
         while True:
             with self._below.changed:
-                begun = self._begin()
-                if begun is None:
+                upload = next((upload for upload in self._waiting if upload.can_go_on), None)
+                if upload is None:
                     if self._closing:
                         return
                     self._gate.clear()
-            if begun is None:
+                elif upload.stale:
+                    self._begin_anew(upload)
+                    continue
+                else:
+                    source, spans = self._begin(upload)
+            if upload is None:
                 self._gate.wait()
                 continue
             try:
-                self._give(*begun)
+                self._give(upload, source, spans)
             except BaseException as failure:  # whatever it is: a thread that ends silently leaves its waiters for ever
                 self._on_failure(failure)
-            # Not kept while waiting for the next one: it holds views of both arenas.
-            del begun
+            # Not kept while waiting for the next one: they hold views of both arenas.
+            del upload, source
 
     def _run_ends(self) -> None:
         while (finish := self._under_way.get()) is not None:
@@ -146,37 +223,70 @@ class HostCopier:
                 self._below.note_failure(failure)
             del finish
 
-    def _begin(self) -> tuple[_Upload, torch.Tensor] | None:
-        """The first copy whose host pages are there, and their bytes. With the lock held."""
-        upload = next((upload for upload in self._waiting if upload.tensor.readable), None)
-        if upload is None:
-            return None
+    def _begin(self, upload: _Upload) -> tuple[torch.Tensor, list[Span]]:
+        """The bytes of a tensor, and which of them can be copied now; the last ones if its state is ENDED then. With the lock held.
+
+        From the first to the last the host pages are kept as they are, so that all are of one version.
+        """
+        spans = upload.take()
+        if upload.state is UploadState.WAITING:
+            upload.become(UploadState.BEGUN)
+            source = self._below.begin_upload(upload.tensor)
+        else:
+            source = self._below.bytes_of(upload.tensor)
+        if upload.tensor.readable:
+            self._end(upload)
+        return source, spans
+
+    def _end(self, upload: _Upload) -> None:
+        upload.become(UploadState.ENDED)
         self._waiting.remove(upload)
-        return upload, self._below.begin_upload(upload.tensor)
 
-    def _give(self, upload: _Upload, source: torch.Tensor) -> None:
-        """Have one copy made, and tell who asked."""
+    def _begin_anew(self, upload: _Upload) -> None:
+        """Forget what was copied of a load that failed. With the lock held."""
+        upload.become(UploadState.WAITING)
+        upload.arrived, upload.n_taken = [], 0
+        assert upload.copy is not None
+        # Not here, which would be waiting with the lock held.
+        self._under_way.put(partial(self._let_go, upload.tensor, upload.copy))
+
+    def _give(self, upload: _Upload, source: torch.Tensor, spans: Sequence[Span]) -> None:
+        """Have bytes copied, and tell who asked when these are the last."""
+        error: BaseException | None = None
         try:
-            copy = self._accelerator.copy_up(source, upload.into, upload.after)
-        except BaseException as error:  # it goes to who asked, and from there to the training thread
-            self._below.end_upload(upload.tensor)
-            upload.given(error)
+            for start, end in spans:
+                upload.copy = copy = self._accelerator.copy_up(source[start:end], upload.into[start:end], upload.after)
+                self._ends_by(partial(self._made, upload.tensor, end - start, copy), copy)
+        except BaseException as raised:  # it goes to who asked, and from there to the training thread
+            error = raised
+            with self._below.changed:
+                if upload.state is not UploadState.ENDED:
+                    self._end(upload)
+        if upload.state is not UploadState.ENDED:
             return
-        self.begun(upload.tensor, copy)
-        upload.given(copy)
+        if upload.copy is None:
+            self._below.end_upload(upload.tensor)
+        else:
+            self._ends_by(partial(self._let_go, upload.tensor, upload.copy), upload.copy)
+        result = error or upload.copy
+        assert result is not None
+        upload.given(result)
 
-    def _finish(self, tensor: PagedTensor, copy: Copy) -> None:
-        """Wait until a copy is made; its host pages may be changed then."""
-        spent_s = 0.0
+    def _made(self, tensor: PagedTensor, n_bytes: int, copy: Copy) -> None:
+        """Wait until a copy is made, and tell of it."""
+        copy.wait()
+        spent_s = copy.seconds()
+        with self._below.changed:
+            self.copied_bytes += n_bytes
+            self.busy_s += spent_s
+        self._sink.emit(Event(EventKind.UPLOAD, tensor.name, n_bytes, time.perf_counter() - spent_s, spent_s))
+
+    def _let_go(self, tensor: PagedTensor, copy: Copy) -> None:
+        """Wait until a copy is made; the host pages may be changed then."""
         try:
             copy.wait()
-            spent_s = copy.seconds()
         finally:
-            with self._below.changed:
-                self.copied_bytes += tensor.n_bytes
-                self.busy_s += spent_s
-                self._below.end_upload(tensor)
-        self._sink.emit(Event(EventKind.UPLOAD, tensor.name, tensor.n_bytes, time.perf_counter() - spent_s, spent_s))
+            self._below.end_upload(tensor)
 
     def _arrived(self, tensor: PagedTensor, mark: Mark) -> None:
         """Wait until a copy down is made; its host pages may be read and stored then."""

@@ -1,11 +1,13 @@
-"""Arithmetic on stretches of time. Pure; intervals are (begin, end) in seconds, in any order, and may overlap."""
+"""Arithmetic on stretches of time, or of bytes. Pure; intervals are (begin, end) in seconds, in any order, and may overlap."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 Interval = tuple[float, float]
+Number = TypeVar("Number", int, float)
 
 
 def clipped(intervals: Iterable[Interval], begin_s: float, end_s: float) -> list[Interval]:
@@ -14,9 +16,9 @@ def clipped(intervals: Iterable[Interval], begin_s: float, end_s: float) -> list
     return [(begin, end) for begin, end in cut if end > begin]
 
 
-def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time as disjoint intervals, in order."""
-    found: list[Interval] = []
+def union(intervals: Iterable[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
+    """The same time or bytes as disjoint intervals, in order."""
+    found: list[tuple[Number, Number]] = []
     for begin, end in sorted(interval for interval in intervals if interval[1] > interval[0]):
         if found and begin <= found[-1][1]:
             found[-1] = (found[-1][0], max(found[-1][1], end))
@@ -25,9 +27,10 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
     return found
 
 
-def without(intervals: Iterable[Interval], others: Iterable[Interval]) -> list[Interval]:
-    """The time of ``intervals`` that is not also the others', as disjoint intervals in order."""
-    gaps, taken, place = [], union(others), 0
+def without(intervals: Iterable[tuple[Number, Number]], others: Iterable[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
+    """What of ``intervals`` is not also the others', as disjoint intervals in order."""
+    gaps: list[tuple[Number, Number]] = []
+    taken, place = union(others), 0
     for begin, end in union(intervals):
         while place < len(taken) and taken[place][1] <= begin:
             place += 1

@@ -9,7 +9,8 @@ One lock guards all bookkeeping, see `pagemem.monitor`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 import torch
@@ -39,11 +40,16 @@ class Mover(Tenants):
 
     Methods may be called on any thread unless they say otherwise; they take the lock themselves, and may be called
     with it held (it is re-entrant), which is how a caller makes several steps one.
+
+    Attributes:
+        on_part: called with the lock held, on an I/O thread, when bytes of a load are there before all are; see `PagedTensor.arrived`.
+            None: nobody wants to know.
     """
 
     def __init__(self, arena: Arena, files: PageFiles, sink: EventSink) -> None:
         super().__init__(arena, sink)
         self.files = files
+        self.on_part: Callable[[], None] | None = None
         self.copies = Copies(files, arena.page_bytes)
         self.snapshots = Snapshots(
             self.tensors, self.copies, lambda tensor: self.start_store(tensor, background=True)
@@ -114,9 +120,10 @@ class Mover(Tenants):
         """
         with self.changed:
             self._move_in(tensor, frame)
+            tensor.arrived = []
             if fresh or tensor.state is Residency.ABSENT:
                 if not fresh:
-                    self.arena.view(frame, 0, torch.uint8, tensor.n_bytes).zero_()
+                    self.bytes_of(tensor).zero_()
                 tensor.backed = tensor.backed and not fresh
                 tensor.become(Residency.CLEAN)
                 self._notify()
@@ -130,7 +137,16 @@ class Mover(Tenants):
         """Begin to fill a tensor's frames from the tier below."""
         assert tensor.copy is not None and tensor.frame is not None
         buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
-        self._begin(self.files.read, tensor.copy.route, buffer, done, background)
+        read: Callable[..., None] = self.files.read
+        if self.on_part is not None:
+            read = partial(read, part=partial(self._part_arrived, tensor.arrived))
+        self._begin(read, tensor.copy.route, buffer, done, background)
+
+    def _part_arrived(self, arrived: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> None:
+        with self.changed:
+            arrived.extend(spans)
+            if self.on_part is not None:
+                self.on_part()
 
     def take_back_load(self, tensor: PagedTensor) -> bool:
         """Undo a load whose copy has not begun; returns whether it was one. Reads of page files cannot be undone."""
@@ -231,12 +247,15 @@ class Mover(Tenants):
                 tensor.become(Residency.STORED)
 
     def begin_upload(self, tensor: PagedTensor) -> torch.Tensor:
-        """The bytes of a readable tensor, uint8, which stay as they are until `end_upload`."""
+        """The bytes of a tensor, uint8, which stay as they are until `end_upload`; of one that is being loaded those that have arrived.
+
+        Should the load fail, they are not looked at any more: the frames are given up at once.
+        """
         with self.changed:
-            assert tensor.readable and tensor.frame is not None
+            assert tensor.readable or tensor.state is Residency.LOADING
             tensor.uploads += 1
             self._begun()
-            return self.arena.view(tensor.frame, 0, torch.uint8, tensor.n_bytes)
+            return self.bytes_of(tensor)
 
     def end_upload(self, tensor: PagedTensor) -> None:
         """The bytes that `begin_upload` gave are not looked at any more."""
@@ -249,10 +268,9 @@ class Mover(Tenants):
     def begin_arrival(self, tensor: PagedTensor) -> torch.Tensor:
         """The bytes of a dirty tensor, uint8, which a device fills with its own until `end_arrival`; nobody reads them before."""
         with self.changed:
-            assert tensor.frame is not None
             tensor.become(Residency.ARRIVING)
             self._begun()
-            return self.arena.view(tensor.frame, 0, torch.uint8, tensor.n_bytes)
+            return self.bytes_of(tensor)
 
     def end_arrival(self, tensor: PagedTensor) -> None:
         """What a device filled is there; if it was to be stored by now, that begins. Any thread.

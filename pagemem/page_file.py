@@ -27,7 +27,7 @@ from pagemem.io_stats import IoMeter, IoStats
 from pagemem.io_threads import IoPool
 from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent
 from pagemem.page_requests import Route, plan_requests, tabulate
-from pagemem.page_transfer import COMPUTING, Done, TransferServer, Work
+from pagemem.page_transfer import COMPUTING, Done, Part, TransferServer, Work
 from pagemem.run_directory import RunDirectory
 from pagemem.striping import Striping
 from pagemem.token_bucket import TokenBucket
@@ -190,7 +190,7 @@ class PageFiles:
         self._index.record(route.table.keys, sums)
 
     def read(
-        self, where: Route | Sequence[Extent], into: memoryview, done: Done, *, background: bool = False
+        self, where: Route | Sequence[Extent], into: memoryview, done: Done, *, background: bool = False, part: Part | None = None
     ) -> None:
         """Begin reading extents into a buffer, one after another; returns at once.
 
@@ -202,6 +202,8 @@ class PageFiles:
                 or an extent was never written) or `ChecksumError`. The buffer's content is undefined after an error.
                 It must be cheap and should not raise, see `failure`.
             background: give way to transfers that are not.
+            part: called before ``done``, also on I/O threads and as cheap, with [start, end) in ``into`` of bytes that are there
+                and verified; in any order, each once, all of them if there is no error.
 
         Raises:
             ValueError: extents or buffer are not as said; nothing was begun and ``done`` will not be called.
@@ -209,7 +211,7 @@ class PageFiles:
         """
         if into.readonly:
             raise ValueError("the buffer to read into is read-only; pass a writable one")
-        self._begin(Direction.READ, where, into, done, background)
+        self._begin(Direction.READ, where, into, done, background, part)
 
     def write(
         self, where: Route | Sequence[Extent], source: memoryview, done: Done, *, background: bool = False
@@ -222,13 +224,19 @@ class PageFiles:
         self._begin(Direction.WRITE, where, source, done, background)
 
     def _begin(
-        self, direction: Direction, where: Route | Sequence[Extent], buffer: memoryview, done: Done, background: bool
+        self,
+        direction: Direction,
+        where: Route | Sequence[Extent],
+        buffer: memoryview,
+        done: Done,
+        background: bool,
+        part: Part | None = None,
     ) -> None:
         route = where if isinstance(where, Route) else self.route(where)
         flat = _flat(buffer)
         if flat.nbytes != route.n_bytes:
             raise ValueError(f"the extents hold {route.n_bytes} bytes, the buffer {flat.nbytes}; they must be equal")
-        work = self._server.work(direction, route, flat, done)
+        work = self._server.work(direction, route, flat, done, part)
         with self._state_lock:
             if self._state is not FilesState.OPEN:
                 raise StorageError(f"the page files are {self._state.value}; no transfer can begin")

@@ -5,11 +5,14 @@ their own, computed beside it, and what comes after a move (verifying a read, te
 moved only if no other request waits for it: the disk is asked for the next request first. Without such threads one job does
 all of a request, checksums of a write first: that wakes the fewest threads, which is what counts while all cores compute.
 
+A read may tell of its bytes as they come, request by request, for whoever goes on with them before all are there.
+
 Invariants
     1. ``done`` is called exactly once, after all jobs ended, with no lock held and no reference to the buffer kept.
     2. A checksum becomes visible only when the whole write has succeeded; an extent never written cannot be read, nor,
        where there are no checksums to tell, one that a failed write may have torn.
-    3. The first error is the one reported. Jobs that had not begun by then do nothing.
+    3. ``part`` is told of bytes only once they are verified, before ``done`` is called.
+    4. The first error is the one reported. Jobs that had not begun by then do nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from pagemem.page_requests import Countdown, Request, Route
 from pagemem.token_bucket import TokenBucket
 
 Done = Callable[[BaseException | None], None]
+#: Told of [start, end) in the buffer, on an I/O thread, as often as bytes come.
+Part = Callable[[Sequence[tuple[int, int]]], None]
 
 
 class Job(enum.Enum):
@@ -50,13 +55,17 @@ class Transfer:
     Args:
         buffer: a view of its own, released when the transfer ends.
         n_jobs: how many jobs it has, >= 1.
+        part: is told of what has been read; None: nobody is.
     """
 
-    def __init__(self, direction: Direction, route: Route, buffer: memoryview, done: Done, n_jobs: int) -> None:
+    def __init__(
+        self, direction: Direction, route: Route, buffer: memoryview, done: Done, n_jobs: int, part: Part | None = None
+    ) -> None:
         self.direction = direction
         self.table = route.table
         self.buffer = buffer
         self.done = done
+        self.part = part
         self.sums: DigestArray = np.zeros(len(route.table), dtype=np.uint64)
         self.error: BaseException | None = None
         self._error_lock = threading.Lock()
@@ -66,6 +75,17 @@ class Transfer:
     def whole(self, request: Request) -> bool:
         """Note that a request's bytes are there; returns whether all bytes of its extents are."""
         return request.n_parts == 1 or self._cut[int(request.rows[0])].is_last()
+
+    def tell_part(self, request: Request) -> None:
+        """Say which bytes are there, after the last of a request's parts."""
+        if self.part is None:
+            return
+        if request.n_parts == 1:
+            self.part(request.spans)
+        else:
+            row = int(request.rows[0])
+            start = int(self.table.starts[row])
+            self.part([(start, start + int(self.table.lengths[row]))])
 
     def job_ended(self, error: BaseException | None) -> bool:
         """Note a job's end, keep the first error; returns whether it was the last one."""
@@ -112,13 +132,13 @@ class TransferServer:
         self._hand_on = hand_on
         self._checksums = checksums
 
-    def work(self, direction: Direction, route: Route, buffer: memoryview, done: Done) -> list[Work]:
+    def work(self, direction: Direction, route: Route, buffer: memoryview, done: Done, part: Part | None = None) -> list[Work]:
         """A new transfer's jobs, to be served in this order or beside each other."""
         move = Job.READ if direction is Direction.READ else Job.WRITE
         jobs = [(request, move) for request in route.requests]
         if direction is Direction.WRITE and self._checksums and self._hand_on is not None:
             jobs += [(request, Job.DIGEST) for request in route.requests if request.leads]
-        under_way = Transfer(direction, route, buffer, done, len(jobs))
+        under_way = Transfer(direction, route, buffer, done, len(jobs), part)
         if direction is Direction.READ:
             self._look_up(under_way)
         return [(under_way, request, job) for request, job in jobs]
@@ -153,8 +173,10 @@ class TransferServer:
 
     def _finish(self, under_way: Transfer, request: Request) -> None:
         # The parts of a cut extent end in any order: the last one sees all its bytes.
-        if self._checksums and under_way.direction is Direction.READ and under_way.whole(request):
-            self._verify(under_way, request)
+        if under_way.direction is Direction.READ and under_way.whole(request):
+            if self._checksums:
+                self._verify(under_way, request)
+            under_way.tell_part(request)
 
     def _complete(self, under_way: Transfer) -> None:
         if under_way.direction is Direction.WRITE:

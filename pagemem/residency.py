@@ -73,10 +73,13 @@ class PagedTensor:
         owed: a snapshot that is being made has yet to get the content: it must be stored before it is changed.
         rewritten: compute changed the host copy while it was being stored, so that the stored copy is stale already.
         exposed: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
+        arrived: of the load under way or the last one: [start, end) of the bytes that are there already, in the order in which they
+            came; only where somebody asked for it, see `Mover.on_part`.
         to_store: it is to be stored as soon as what is arriving is there.
         fixed: its host frames stay its own for good: it is never moved or dropped.
         pins: uses under way that need the host frames to stay.
-        uploads: copies of the host frames to the device that are under way; until they end it neither moves nor changes.
+        uploads: copies of the host frames to the device that are under way, perhaps of what a load has brought so far; until they end
+            it neither moves nor changes.
         leases: live views of the host frames that were handed out, see `pagemem.arena.HostArena.lease`.
         last_use: sequence number of the last use, for least-recently-used ranking.
     """
@@ -93,6 +96,7 @@ class PagedTensor:
     owed: bool = False
     rewritten: bool = False
     exposed: bool = False
+    arrived: list[tuple[int, int]] = field(default_factory=list)
     to_store: bool = False
     fixed: bool = False
     pins: int = 0

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import torch
+
 from pagemem.allocator import PageAllocator
 from pagemem.arena import Arena
 from pagemem.errors import TransitionError
@@ -200,6 +202,11 @@ class Tenants(CopyMonitor):
     def touched_frames(self) -> int:
         """Distinct host frames in use at any time since `reset_touched`."""
         return self._touched.count(1)
+
+    def bytes_of(self, tensor: PagedTensor) -> torch.Tensor:
+        """The bytes of a tensor that has frames, uint8, flat."""
+        assert tensor.frame is not None
+        return self.arena.view(tensor.frame, 0, torch.uint8, tensor.n_bytes)
 
     def _move_in(self, tensor: PagedTensor, frame: FrameId) -> None:
         """Make a tensor the tenant of the free frames from ``frame`` on.

@@ -38,6 +38,18 @@ def test_a_flipped_byte_is_found_and_named(bench: Bench, at_byte: int, max_reque
     assert bench.read(ALL) == source
 
 
+@pytest.mark.parametrize("max_request_bytes", [BLOCK_BYTES * 5, PAGE_BYTES])
+def test_damaged_bytes_are_not_told_of(bench: Bench, max_request_bytes: int) -> None:
+    bench.open(max_request_bytes=max_request_bytes)
+    bench.write(ALL, aligned(N_PAGES * PAGE_BYTES))
+    flip(bench.files.paths[0], 5 * PAGE_BYTES + 1234)
+    told: list[tuple[int, int]] = []
+    ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    bench.files.read(ALL, aligned(N_PAGES * PAGE_BYTES), ends.put, part=told.extend)
+    assert isinstance(ends.get(timeout=TIMEOUT_S), ChecksumError)
+    assert not any(start < 6 * PAGE_BYTES and end > 5 * PAGE_BYTES for start, end in told)
+
+
 @pytest.mark.parametrize(("finishing_threads", "elsewhere"), [(None, "pagemem-finish"), (0, "pagemem-read-0")])
 def test_with_a_request_waiting_another_thread_verifies(bench: Bench, finishing_threads: int | None, elsewhere: str) -> None:
     """Three reads for one thread: it leaves verifying the first two to others, if there are any; a flipped byte is found there, too."""

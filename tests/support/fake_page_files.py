@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pagemem.page import Extent, FrameId
 
 Done = Callable[[BaseException | None], None]
+Part = Callable[[Sequence[tuple[int, int]]], None]
 Route = tuple[Extent, ...]
 TIMEOUT_S = 30.0
 
@@ -31,10 +32,10 @@ class FakePageFiles(ABC):
         """What `read` and `write` are given again and again for the same extents."""
         return tuple(extents)
 
-    def read(self, route: Route, into: memoryview, done: Done, *, background: bool = False) -> None:
+    def read(self, route: Route, into: memoryview, done: Done, *, background: bool = False, part: Part | None = None) -> None:
         """Fill ``into``; an extent that was never written fails."""
         self.n_reads += 1
-        self.begin("read", route, into, done)
+        self.begin("read", route, into, done, part)
 
     def write(self, route: Route, source: memoryview, done: Done, *, background: bool = False) -> None:
         """Keep the bytes of ``source``."""
@@ -42,7 +43,7 @@ class FakePageFiles(ABC):
         self.begin("write", route, source, done)
 
     @abstractmethod
-    def begin(self, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
+    def begin(self, kind: str, route: Route, buffer: memoryview, done: Done, part: Part | None = None) -> None:
         """Begin a transfer; ``done`` must not be called on this thread."""
 
     def copy(self, kind: str, route: Route, buffer: memoryview) -> BaseException | None:
@@ -71,8 +72,8 @@ class ThreadedPageFiles(FakePageFiles):
         self._threads = {kind: ThreadPoolExecutor(1, f"fake-{kind}") for kind in ("read", "write")}
         self._errors: list[BaseException] = []
 
-    def begin(self, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
-        """Queue a transfer."""
+    def begin(self, kind: str, route: Route, buffer: memoryview, done: Done, part: Part | None = None) -> None:
+        """Queue a transfer; all of it comes at once."""
         self._threads[kind].submit(self._serve, kind, route, buffer, done)
 
     def _serve(self, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
@@ -92,11 +93,19 @@ class ThreadedPageFiles(FakePageFiles):
 class Held:
     """A transfer that has been asked for and is neither made nor reported before the test says so."""
 
-    def __init__(self, files: FakePageFiles, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
+    def __init__(self, files: FakePageFiles, kind: str, route: Route, buffer: memoryview, done: Done, part: Part | None) -> None:
         self.kind = kind
         self.route = route
         self.ended = False
-        self._files, self._buffer, self._done = files, buffer, done
+        self._files, self._buffer, self._done, self._part = files, buffer, done, part
+
+    def arrive(self, extent: int) -> None:
+        """Let one extent of a read be there, and say so; on the calling thread."""
+        lengths = [extent.length_bytes for extent in self.route]
+        start = sum(lengths[:extent])
+        end = start + lengths[extent]
+        assert self._part is not None and self._files.copy(self.kind, self.route[extent : extent + 1], self._buffer[start:end]) is None
+        self._part([(start, end)])
 
     def open(self) -> None:
         """Let it happen, whole, and be reported; on the calling thread."""
@@ -120,9 +129,9 @@ class GatedPageFiles(FakePageFiles):
         self._asked: queue.SimpleQueue[Held] = queue.SimpleQueue()
         self._every: list[Held] = []
 
-    def begin(self, kind: str, route: Route, buffer: memoryview, done: Done) -> None:
+    def begin(self, kind: str, route: Route, buffer: memoryview, done: Done, part: Part | None = None) -> None:
         """Hold a transfer."""
-        held = Held(self, kind, route, buffer, done)
+        held = Held(self, kind, route, buffer, done, part)
         self._every.append(held)
         self._asked.put(held)
 

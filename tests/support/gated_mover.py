@@ -45,16 +45,16 @@ class Gates:
     def holds(self, tensor: PagedTensor, value: int) -> bool:
         return bool((self.view(tensor) == value).all())
 
-    def dirty(self, value: int, frame: int = 0, name: str = "t") -> PagedTensor:
+    def dirty(self, value: int, frame: int = 0, name: str = "t", n_pages: int = 1) -> PagedTensor:
         """A new tensor in host memory that no page file has."""
-        tensor = self.mover.create(name, Tag.PARAM, PAGE_BYTES)
+        tensor = self.mover.create(name, Tag.PARAM, n_pages * PAGE_BYTES)
         self.mover.start_load(tensor, FrameId(frame))
         self.fill(tensor, value)
         return tensor
 
-    def stored(self, value: int, name: str = "t") -> PagedTensor:
+    def stored(self, value: int, name: str = "t", n_pages: int = 1) -> PagedTensor:
         """A new tensor that only the page files have."""
-        tensor = self.dirty(value, name=name)
+        tensor = self.dirty(value, name=name, n_pages=n_pages)
         self.mover.start_store(tensor)
         self.files.take("write").open()
         self.mover.drop(tensor)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pagemem.errors import StorageError, TransitionError
+from pagemem.intervals import union
 from pagemem.io_direct import accepts_direct
 from pagemem.page import Extent, FrameId
 from pagemem.page_file import LEGAL_MOVES, PAGE_FILE_NAME, SLAB_BYTES, FilesState, PageFiles
@@ -244,6 +245,25 @@ def test_done_comes_once_from_an_io_thread_with_the_buffer_free(opened: Opener, 
     # Whichever job ends last: a request's own thread, or one that finishes what others have moved.
     assert outcome.thread_name.startswith(("pagemem-write-0-" if kind == "write" else "pagemem-read-0-", "pagemem-finish-"))
     assert [type(error) for error in errors] == [StorageError if kind == "failing read" else type(None)]
+
+
+@pytest.mark.parametrize("finishing_threads", [None, 0])
+@pytest.mark.parametrize("max_request_bytes", [BLOCK_BYTES * 5, PAGE_BYTES, 4 * PAGE_BYTES])
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_read_tells_of_bytes_as_they_come(opened: Opener, checksums: bool, max_request_bytes: int, finishing_threads: int | None) -> None:
+    files = opened(2, max_request_bytes=max_request_bytes, checksums=checksums, finishing_threads=finishing_threads, threads_per_path=2)
+    source, into, outcome = Buffer(9 * PAGE_BYTES), Buffer(9 * PAGE_BYTES, random=False), Outcome()
+    told: list[tuple[int, int]] = []
+
+    def part(spans: Sequence[tuple[int, int]]) -> None:
+        for start, end in spans:
+            assert into.view[start:end] == source.view[start:end] and outcome.calls.empty()
+            told.append((start, end))
+
+    write(files, pages(5, 3, 4, 7, 9, 20, 21, 22, 23), source.view)
+    files.read(pages(5, 3, 4, 7, 9, 20, 21, 22, 23), into.view, outcome, part=part)
+    outcome.wait()
+    assert len(told) > 1 and union(told) == [(0, 9 * PAGE_BYTES)] and sum(end - start for start, end in told) == 9 * PAGE_BYTES
 
 
 def test_done_may_begin_the_next_transfer(opened: Opener) -> None:
