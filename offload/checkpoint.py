@@ -97,6 +97,7 @@ class Checkpoints:
             CommitError: a tracked state has something that JSON cannot say; names it. Nothing was begun.
         """
         with self._updater.consistent(whole=whole):
+            self._store.bring_down()
             number = self.committer.begin(Moment(step, name, self._state(), self._beside()))
         self._last_step, self._last_s = step, time.monotonic()
         return number
@@ -185,6 +186,7 @@ class Checkpoints:
                 self._take_over(tensor, commit)
             for unit in self._store.index.units:
                 self._store.updated(unit)
+            self._store.bring_up()
         state = manifest.state
         for slot in self._slots():
             slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]

@@ -80,6 +80,9 @@ class MemoryConfig(_Section):
     ``activations`` is set and what they save would go to pages: "auto" as many as make a step cheaper by plan."""
     device: Size | None = Field(default=None, gt=0)
     """Budget of parameters on the device, where compute is not run out of ``ram``."""
+    device_states: Literal["auto", "never"] = "auto"
+    """Units with all of their parameters and optimizer states in ``device`` for good, and updated there: "auto" as many as have room
+    beside those that come and go; "never" none, all updates are made in RAM."""
     heap: Literal["auto", "keep", "trim"] = "auto"
     """What becomes of ordinary memory that a step frees: "keep" leaves it with the process for the next step, which is
     faster; "trim" gives blocks of 32 MiB back at once and, where not all pages fit in ``ram``, other free pages once a

@@ -1,11 +1,12 @@
 """The device tier of one engine: a budget, an arena, and who moves what in it, above the host tier.
 
     SSD --(host plan)--> host pages --(device plan)--> device pages, where compute runs
-                             ^-- updates, on the CPU: parameters, masters and states never leave the two lower tiers
+                             ^-- updates, on the CPU      ^-- updates of units that are at home there, on the device
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from optim.unit import Unit
@@ -14,6 +15,7 @@ from pagemem.budget import Budget, BudgetShortage
 from pagemem.device_mover import DeviceMover
 from pagemem.errors import BudgetError
 from pagemem.events import EventSink
+from pagemem.page import FrameId
 from pagemem.residency import PagedTensor
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
@@ -22,7 +24,7 @@ from scheduler.driver import Driver
 
 
 class DeviceTier:
-    """Device pages for the parameters that compute uses. Training thread only.
+    """Device pages for the parameters that compute uses, and for units that are at home there. Training thread only.
 
     Args:
         device_bytes: the budget, at least one page.
@@ -63,6 +65,42 @@ class DeviceTier:
                 smallest_bytes,
             )
         return self.mover.mirror(tensor)
+
+    def settle(self, units: Sequence[Unit], *, sums: bool) -> None:
+        """Have units with their masters and states on the device for good, from its first frames on; updates of them are made there.
+
+        Between two steps, once all of them have their states. They must fit.
+
+        Args:
+            sums: whether their gradients are added up there, too.
+
+        Raises:
+            StorageError: one cannot be read, or the device fails; the engine is to be closed.
+        """
+        self.driver.evict_all()
+        frame = 0
+        for unit in units:
+            assert unit.device is not None
+            unit.parameters, unit.device, unit.home = unit.device, None, self.driver
+            self.driver.settle(unit.parameters, FrameId(frame))
+            frame += unit.parameters.n_frames
+            for part in unit.slices:
+                if part.states is not None:
+                    part.states = self._settled(part.states, frame)
+                    frame += part.states.n_frames
+                if part.master is not None:
+                    part.master = self._settled(part.master, frame)
+                    frame += part.master.n_frames
+            if sums:
+                unit.gradients = self.mover.create(f"gradients of {unit.name}", Tag.GRAD, unit.parameters.n_bytes)
+                self.driver.settle_empty(unit.gradients, FrameId(frame))
+                frame += unit.gradients.n_frames
+
+    def _settled(self, lower: PagedTensor, frame: int) -> PagedTensor:
+        """The device's own in place of a tensor of host memory."""
+        tensor = self.mover.mirror(lower)
+        self.driver.settle(tensor, FrameId(frame))
+        return tensor
 
     def close(self) -> None:
         """Stop all copies, end the threads, give the arena back. Idempotent."""

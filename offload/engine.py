@@ -36,6 +36,7 @@ from offload.template import OptimizerLike, optimized_by, template_of
 from offload.updates import make_updater, scaling_of
 from optim import DeviceGradients, LossScale, PagedOptimizer, StateAccess, rule_for
 from optim.clip import check_loss
+from optim.exact import is_eager
 from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
 from optim.unit import Slot, Unit
@@ -106,6 +107,7 @@ class Engine:
         store.adopt(self.model)
         states = StateAccess(store.driver, rule.state_names)
         self._assign_groups(template, states)
+        store.settle_on_device(sums=not is_eager(scaling, config.update.start) or config.update.accumulation > 1)
         places = self._places()
         self.optimizer = PagedOptimizer(template, rule, places, states, store.driver.interlude)
         self.optimizer.engine = self  # type: ignore[attr-defined]
@@ -372,6 +374,7 @@ class Engine:
             dropped_steps=self._updater.dropped_steps,
             dropped_gradients=self._updater.dropped_gradients,
             recomputed_blocks=0 if self._choice is None else self._choice.blocks.n_recomputed,
+            device_units=self._store.device_units,
         )
 
     def memory_report(self) -> MemoryReport:

@@ -58,6 +58,7 @@ class Forecast:
         busy: share of the step that each lane is busy. waits_s: of a step, by the lane that was waited for.
         limiting: the lane that is busy most.
         recomputed_blocks: of the model, computed again in the backward pass instead of having what they save in pages.
+        device_units: of all units, those whose parameters and states are on the device for good and are updated there.
         read_bytes, written_bytes: of the page files per step; h2d_bytes: copied to the device.
         tensor_bytes: the most that tensors outside of the pages take in a step: activations, gradients in flight, results.
         base_bytes: RAM that Python and its libraries take: of this process; with the kernels' own buffers where they were run here.
@@ -88,6 +89,8 @@ class Forecast:
     waits_s: Mapping[str, float]
     limiting: str
     recomputed_blocks: int
+    device_units: int
+    units: int
     read_bytes: float
     written_bytes: float
     h2d_bytes: float
@@ -174,9 +177,9 @@ def _found(
         resume=Phase(0, 0, commit.ssd_pages, commit.ssd_bytes),
         export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
         export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()),
-        ops=len(engine.trace.ops), step_s=times.step_s + moving_s, compute_s=engine.trace.compute_s, moving_s=moving_s,
+        ops=len(engine.trace.ops), step_s=times.step_s + moving_s, compute_s=times.compute_s, moving_s=moving_s,
         steady=times.steady, busy=times.busy, waits_s=times.waits_s, limiting=times.limiting,
-        recomputed_blocks=engine.stats().recomputed_blocks,
+        recomputed_blocks=engine.stats().recomputed_blocks, device_units=engine.stats().device_units, units=len(engine.store.index.units),
         read_bytes=times.read_bytes, written_bytes=times.written_bytes, h2d_bytes=times.h2d_bytes,
         tensor_bytes=engine.outside.peak_bytes, base_bytes=base_bytes, process_bytes=taken.ram_bytes,
         kernels_timed=timed.n_timed if timed else 0, kernels_timed_s=timed.spent_s if timed else 0.0,

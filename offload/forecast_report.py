@@ -44,6 +44,8 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
     ]
     if found.recomputed_blocks:
         rows.append(("recomputed in the backward pass", f"{found.recomputed_blocks} of the blocks of the model, which costs less than pages for what they save"))
+    if found.device_units:
+        rows.append(("updated on the device, where their states are", f"{found.device_units} of {found.units} units"))
     for what, n_bytes in (("read", found.read_bytes), ("written", found.written_bytes)):
         rows.append((f"SSD bytes {what} a step", f"{format_bytes(n_bytes)} ({n_bytes / found.parameters:.1f} a parameter)"))
     if H2D in found.busy:

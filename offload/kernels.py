@@ -51,18 +51,22 @@ class RatedKernels:
         flops_per_s: of those that have floating-point operations to speak of.
         bytes_per_s: read and written by the others.
         update_bytes_per_s: read and written by an optimizer's updates, where they are made in other memory; None: likewise.
+
+    Attributes:
+        updates_on_device: whether updates that come now are made where everything else is.
     """
 
     def __init__(self, flops_per_s: float, bytes_per_s: float, update_bytes_per_s: float | None = None) -> None:
         self._flops_per_s = flops_per_s
         self._bytes_per_s = bytes_per_s
         self._update_bytes_per_s = update_bytes_per_s or bytes_per_s
+        self.updates_on_device = False
 
     def seconds(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> float:
         """See `Kernels`."""
         packet = func._overloadpacket
         if packet in FUSED:
-            return 2 * bytes_of(args) / self._update_bytes_per_s
+            return 2 * bytes_of(args) / (self._bytes_per_s if self.updates_on_device else self._update_bytes_per_s)
         flops = flops_of(packet, args, kwargs, result)
         if flops is not None:
             return flops / self._flops_per_s
@@ -147,6 +151,11 @@ class CostMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.seconds = 0.0
         self._kernels = kernels
+
+    def updates_are_made(self, *, on_device: bool) -> None:
+        """Say where updates that come from now on are made; kernels that are timed here are all made here."""
+        if isinstance(self._kernels, RatedKernels):
+            self._kernels.updates_on_device = on_device
 
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Count one kernel."""

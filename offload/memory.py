@@ -23,7 +23,8 @@ class Stats:
         deviations: steps that left the plan because an op was not the traced one.
         dropped_steps: steps whose gradients were not finite and were not applied (loss scaling, or clipping in lock-free mode).
         dropped_gradients: gradients of single units that were not finite and were not applied (lock-free mode).
-        recomputed_blocks: blocks of the model that are computed again in the backward pass now; the one figure that is no counter.
+        recomputed_blocks: blocks of the model that are computed again in the backward pass now; it is no counter.
+        device_units: units whose parameters and states are on the device for good and are updated there; no counter either.
     """
 
     steps: int
@@ -37,11 +38,12 @@ class Stats:
     dropped_steps: int = 0
     dropped_gradients: int = 0
     recomputed_blocks: int = 0
+    device_units: int = 0
 
     def since(self, earlier: Stats) -> Stats:
         """What has been added since ``earlier``."""
         added = {name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__}
-        return Stats(**{**added, "recomputed_blocks": self.recomputed_blocks})
+        return Stats(**{**added, "recomputed_blocks": self.recomputed_blocks, "device_units": self.device_units})
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,7 +200,23 @@ class Clocked(Driver):
 
 
 class ClockedDevice(Clocked, DeviceDriver):
-    """The engine's driver of the device, clocked."""
+    """The engine's driver of the device, clocked.
+
+    Attributes:
+        cost: of kernels; is told of updates that are made on the device.
+    """
+
+    cost: CostMode
+
+    def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        """Begin an op there."""
+        self.cost.updates_are_made(on_device=True)
+        return super().begin(key, name, accesses)
+
+    def end(self, held: Sequence[PagedTensor]) -> None:
+        """End an op there."""
+        super().end(held)
+        self.cost.updates_are_made(on_device=False)
 
 
 class _Binder(Binder):
@@ -231,14 +247,18 @@ class _Store(PageStore):
 
     device: ClassVar[str] = "meta"
 
-    def __init__(self, config: Config, bandwidths: Bandwidths, clock: Callable[[], float]) -> None:
+    def __init__(self, config: Config, bandwidths: Bandwidths, cost: CostMode) -> None:
         super().__init__(config)
+
+        def clock() -> float:
+            return cost.seconds
+
         self.driver = self.host = Clocked(self.mover, self.counters, lambda: (bandwidths.ssd_read, bandwidths.ssd_write))
         self.host.clock = clock
         self.device_driver: ClockedDevice | None = None
         if self.device_tier is not None:
             self.device_tier.driver = self.device_driver = ClockedDevice(self.device_tier.mover, self.host, self.counters)
-            self.device_driver.clock = clock
+            self.device_driver.clock, self.device_driver.cost = clock, cost
             self.device_driver.planning.bandwidth = lambda: (bandwidths.h2d, bandwidths.h2d)
         self.binder = _Binder(self.host, self.mover)
         self.binder.torch_device = torch.device("meta")
@@ -385,7 +405,7 @@ def rehearsed(
         on_meta: AbstractContextManager[Any] = torch.device("meta")
         outside = _OutsideBytes()
         with _no_collection(), on_meta, AttentionOfCpu(), LiveStorages(outside), cost:
-            with built_into(lambda: _Store(elsewhere, bandwidths, lambda: cost.seconds)):
+            with built_into(lambda: _Store(elsewhere, bandwidths, cost)):
                 model = make_model()
             engine = Rehearsal(model, elsewhere)
             engine.outside = outside

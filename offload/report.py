@@ -54,6 +54,8 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
         rows.append(("dropped, not finite", f"{stats.dropped_steps} steps, {stats.dropped_gradients} gradients of units"))
     if stats.recomputed_blocks:
         rows.append(("recomputed in the backward pass", f"{stats.recomputed_blocks} of the blocks of the model"))
+    if stats.device_units:
+        rows.append(("updated on the device, where their states are", f"{stats.device_units} units"))
     if run.planned_step_s is not None and run.steps:
         rows.append(("step, mean against planned", f"{run.train_s / run.steps:.3f} s, {run.planned_step_s:.3f} s"))
     for name, tier in run.memory.tiers.items():

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from offload.config import Config
+from offload.device_homes import Candidate, choose_homes
 from offload.device_tier import DeviceTier
 from offload.earlier import EarlierCommits
 from offload.hooks import copied_in_state_dict
@@ -267,6 +268,45 @@ class PageStore:
         self.binder.units = {unit.compute.id: unit for unit in self.index.units}
         self.binder.driver, self.binder.mover, self.binder.torch_device = tier.driver, tier.mover, tier.mover.accelerator.torch_device
 
+    def settle_on_device(self, *, sums: bool) -> None:
+        """Have as many units at home on the device as have room there beside those that come and go; once all have their states.
+
+        Args:
+            sums: whether gradients are added up before they are used: clipped, scaled, or of several backward passes.
+
+        Raises:
+            As `DeviceTier.settle`.
+        """
+        tier = self.device_tier
+        if tier is None or self.config.memory.device_states == "never":
+            return
+        units = self.index.units
+        chosen = choose_homes([_candidate(unit, sums=sums) for unit in units], tier.mover.arena.n_frames)
+        tier.settle([units[index] for index in chosen], sums=sums)
+
+    @property
+    def device_units(self) -> int:
+        """Units that are at home on the device."""
+        return sum(unit.home is not None for unit in self.index.units)
+
+    def bring_down(self) -> None:
+        """Between two steps: have in host memory, or on SSD, what has changed on the device.
+
+        Raises:
+            StorageError: a page file failed; the device has everything.
+        """
+        if self.device_tier is not None:
+            self.device_tier.driver.bring_down()
+
+    def bring_up(self) -> None:
+        """Between two steps: parameters and states below have changed, so what is at home on the device is made alike.
+
+        Raises:
+            StorageError: one cannot be read.
+        """
+        if self.device_tier is not None:
+            self.device_tier.driver.bring_up()
+
     def _forget(self, unit: Unit) -> None:
         self.index.units.remove(unit)
         self.driver.quiesce()
@@ -421,6 +461,13 @@ class PageStore:
     def is_resident(self, unit: Unit) -> bool:
         """Whether a unit's parameters are in host memory now."""
         return unit.parameters.state not in (Residency.ABSENT, Residency.STORED)
+
+
+def _candidate(unit: Unit, *, sums: bool) -> Candidate:
+    """A unit's pages, if it were at home on the device."""
+    states = [tensor for part in unit.slices for tensor in (part.states, part.master) if tensor is not None]
+    home_frames = (2 if sums else 1) * unit.parameters.n_frames + sum(tensor.n_frames for tensor in states)
+    return Candidate(unit.parameters.n_frames, home_frames if unit.gradient_bytes else None)
 
 
 def _move_buffers(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:

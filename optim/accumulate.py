@@ -3,7 +3,7 @@
 A gradient that is final on arrival is kept as autograd made it, flat, within a reserved number of bytes (`direct`); its
 unit's update follows at once and frees it. Everything else (accumulation over several backward passes, clipping, which
 must know all gradients first) is added up in a paged tensor of the unit's layout, in the order of arrival, as
-``param.grad += gradient`` would. Training thread only.
+``param.grad += gradient`` would. Sums are in host pages, but for units that have pages for them on a device. Training thread only.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def flat_gradient(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
     return gradient.detach().reshape(-1)
 
 
+def _host_bytes(unit: Unit, gradient: torch.Tensor) -> int:
+    """What of the host's budget a gradient takes as autograd made it."""
+    return 0 if unit.home is not None else gradient.numel() * gradient.dtype.itemsize
+
+
 class GradientStore:
     """Keeps the gradients of the step under way.
 
@@ -49,10 +54,13 @@ class GradientStore:
         self.direct_bytes = 0
         self.peak_direct_bytes = 0
 
-    def keep(self, slot: Slot, gradient: torch.Tensor) -> bool:
-        """Keep a final gradient as it is; False when the reserved bytes do not suffice (then `add` it)."""
+    def keep(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> bool:
+        """Keep a final gradient as it is; False when the reserved bytes do not suffice (then `add` it).
+
+        That of a unit that is at home on a device is there, among what autograd has, and not in the host's budget.
+        """
         flat = flat_gradient(slot, gradient)
-        n_bytes = flat.numel() * flat.dtype.itemsize
+        n_bytes = _host_bytes(unit, flat)
         if self.direct_bytes + n_bytes > self._limit_bytes:
             return False
         if isinstance(self._reservation.resize(self.direct_bytes + n_bytes), BudgetShortage):
@@ -69,43 +77,46 @@ class GradientStore:
             BudgetError: no host pages for the unit's gradients; the sum is as it was before.
         """
         flat = flat_gradient(slot, gradient)
-        mover = self._driver.mover
         kept = slot.direct
         if unit.gradients is None:
             n_bytes = round_up(unit.slots[-1].end, SLOT_ALIGN_NUMEL) * flat.dtype.itemsize
-            unit.gradients = mover.create(f"gradients of {unit.name}", Tag.GRAD, n_bytes)
+            unit.gradients = self._driver.mover.create(f"gradients of {unit.name}", Tag.GRAD, n_bytes)
         begun = any(other.paged for other in unit.slots)
         mode = AccessMode.MODIFY if begun else AccessMode.CREATE
         key = (OpKind.GRADIENT, (unit.index, slot.order, slot.arrivals))
-        with self._driver.op(key, f"gradient of {slot.name}", [Access(unit.gradients.id, mode)]):
+        with self.driver_of(unit).op(key, f"gradient of {slot.name}", [Access(unit.gradients.id, mode)]):
             total = self.view(unit, slot)
+            flat = flat.to(total.device)
             if slot.paged:
                 total.add_(flat)
             elif kept is not None:
                 # One more gradient than foretold: the sum moves to pages.
-                torch.add(kept, flat, out=total)
+                torch.add(kept.to(total.device), flat, out=total)
             else:
                 total.copy_(flat)
             after(total)
         slot.paged = True
         if kept is not None:
             slot.direct = None
-            self.direct_bytes -= kept.numel() * kept.dtype.itemsize
+            self.direct_bytes -= _host_bytes(unit, kept)
             self._reservation.resize(self.direct_bytes)
 
     def view(self, unit: Unit, slot: Slot) -> torch.Tensor:
         """The flat paged sum of one parameter; its pages must be pinned by the op under way."""
         assert unit.gradients is not None and unit.gradients.frame is not None
-        return self._driver.mover.arena.view(
-            unit.gradients.frame, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel
-        )
+        arena = self.driver_of(unit).mover.arena
+        return arena.view(unit.gradients.frame, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel)
+
+    def driver_of(self, unit: Unit) -> Driver:
+        """Who gives the pages of the unit's sums."""
+        return unit.home if unit.home is not None and unit.sums_at_home else self._driver
 
     def forget(self, unit: Unit) -> None:
         """The unit's gradients are used up or thrown away."""
         for slot in unit.slots:
             if slot.direct is not None:
-                self.direct_bytes -= slot.direct.numel() * slot.direct.dtype.itemsize
-            if slot.paged and unit.gradients is not None:
+                self.direct_bytes -= _host_bytes(unit, slot.direct)
+            if slot.paged and unit.gradients is not None and not unit.sums_at_home:
                 self._driver.consume(unit.gradients)
             slot.forget_gradient()
         self._reservation.resize(self.direct_bytes)

@@ -21,8 +21,9 @@ def gradient_norm(flat: torch.Tensor) -> torch.Tensor:
 
 
 def total_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The global norm from the norms of all gradients of a step, in parameter order."""
-    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    """The global norm from the norms of all gradients of a step, in parameter order; where these are, or on the CPU if that differs."""
+    there = list(norms) if len({norm.device for norm in norms}) == 1 else [norm.cpu() for norm in norms]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(there))
     return total
 
 

@@ -6,6 +6,8 @@ wait in host memory, in order, each with the mark of its copy, and go on when yo
 unit is used. By then the copy is mostly made, and the device has the backward of later layers to do meanwhile. Sizes alone
 decide when a gradient goes on, so every step has the same order of ops.
 
+The gradient of a unit that is at home on the device stays there, but waits in line all the same, until its loss is known.
+
 The loss is copied down before its gradients, and looked at before the first of them goes on: nobody waits for it either.
 """
 
@@ -18,8 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from optim.clip import check_loss
+from optim.exact import ExactUpdater
 from optim.unit import Slot, Unit
-from optim.updater import Updater
 from pagemem.accelerator import Accelerator, Mark
 from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.errors import NonFiniteError
@@ -41,12 +43,16 @@ class _OnItsWay:
     unit: Unit
     slot: Slot
     gradient: torch.Tensor
-    there: Mark
+    there: Mark | None  # None: it stays where it is
     loss: _Loss | None
 
     @property
     def n_bytes(self) -> int:
         return self.gradient.numel() * self.gradient.dtype.itemsize
+
+    @property
+    def host_bytes(self) -> int:
+        return 0 if self.there is None else self.n_bytes
 
 
 class DeviceGradients:
@@ -59,7 +65,7 @@ class DeviceGradients:
         limit_bytes: of gradients on their way; one that is larger goes on at once.
     """
 
-    def __init__(self, updater: Updater, accelerator: Accelerator, budget: Budget, limit_bytes: int) -> None:
+    def __init__(self, updater: ExactUpdater, accelerator: Accelerator, budget: Budget, limit_bytes: int) -> None:
         self._updater = updater
         self._accelerator = accelerator
         self._limit_bytes = limit_bytes
@@ -69,7 +75,7 @@ class DeviceGradients:
         self._reservation: Reservation | None = reserved
         self._waiting: deque[_OnItsWay] = deque()
         self._loss: _Loss | None = None
-        self._waiting_bytes = 0
+        self._waiting_bytes = self._host_bytes = 0
         self._peak_bytes = 0
 
     def expect(self, loss: torch.Tensor, step: int) -> None:
@@ -93,12 +99,14 @@ class DeviceGradients:
         n_bytes = gradient.numel() * gradient.dtype.itemsize
         while self._waiting and self._waiting_bytes + n_bytes > self._limit_bytes:
             self._hand_on()
-        values, there = self._accelerator.copy_down(gradient.detach())
-        self._waiting.append(_OnItsWay(unit, slot, values, there, self._loss))
+        if unit.home is not None and (unit.sums_at_home or self._updater.uses_as_it_is(slot)):
+            self._waiting.append(_OnItsWay(unit, slot, gradient.detach(), None, self._loss))
+        else:
+            self._waiting.append(_OnItsWay(unit, slot, *self._accelerator.copy_down(gradient.detach()), self._loss))
         if n_bytes > self._limit_bytes:
             self._hand_on()
             return
-        self._hold(self._waiting_bytes + n_bytes)
+        self._hold()
         self._peak_bytes = max(self._peak_bytes, self.direct_bytes)
 
     def _hand_on(self) -> None:
@@ -109,8 +117,9 @@ class DeviceGradients:
         """
         self._check(self._waiting[0].loss)
         oldest = self._waiting.popleft()
-        self._hold(max(0, self._waiting_bytes - oldest.n_bytes))
-        oldest.there.wait()
+        self._hold()
+        if oldest.there is not None:
+            oldest.there.wait()
         self._updater.gradient(oldest.unit, oldest.slot, oldest.gradient)
 
     def _check(self, loss: _Loss | None) -> None:
@@ -122,14 +131,15 @@ class DeviceGradients:
         except NonFiniteError:
             # Not checked for good: a gradient of it that autograd delivers in spite of this must not go on either.
             self._waiting = deque(waiting for waiting in self._waiting if waiting.loss is not loss)
-            self._hold(sum(waiting.n_bytes for waiting in self._waiting))
+            self._hold()
             raise
         loss.checked = True
 
-    def _hold(self, n_bytes: int) -> None:
+    def _hold(self) -> None:
         assert self._reservation is not None
-        self._waiting_bytes = n_bytes
-        held = self._reservation.resize(n_bytes)
+        self._waiting_bytes = sum(waiting.n_bytes for waiting in self._waiting)
+        self._host_bytes = sum(waiting.host_bytes for waiting in self._waiting)
+        held = self._reservation.resize(self._host_bytes)
         if isinstance(held, BudgetShortage):
             raise AssertionError(held.describe())
 
@@ -174,7 +184,7 @@ class DeviceGradients:
         """Forget gradients on their way, and close the updater. Idempotent."""
         if self._reservation is not None:
             self._waiting.clear()
-            self._waiting_bytes = 0
+            self._waiting_bytes = self._host_bytes = 0
             self._reservation.release()
             self._reservation = None
         self._updater.close()
@@ -202,7 +212,7 @@ class DeviceGradients:
     @property
     def direct_bytes(self) -> int:
         """Bytes of gradients outside the host arena now, those on their way included."""
-        return self._waiting_bytes + self._updater.direct_bytes
+        return self._host_bytes + self._updater.direct_bytes
 
     @property
     def peak_direct_bytes(self) -> int:

@@ -3,7 +3,8 @@
 A unit is updated when its last gradient of the step has arrived, which the previous whole step foretells (`eager`), or,
 with clipping or ``start="step"``, after the optimizer step and before the unit is next used (`pending`). Gradients that
 come after their unit's update raise `StaleGradientError`. Everything runs on the training thread: on a machine whose
-cores are all computing, a second thread for updates takes cores from the matrix products (see docs/exact_updates.md).
+cores are all computing, a second thread for updates takes cores from the matrix products (see docs/exact_updates.md). Units
+that are at home on a device are updated there, by kernels that the device gets in order with those that compute.
 
 Per unit and step:   waiting --gradients--> updated --optimizer step--> waiting           (eager)
                      waiting --gradients, optimizer step--> pending --use--> waiting      (otherwise)
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -39,7 +40,7 @@ class ExactUpdater:
     """Takes gradients and applies updates to the units of one model. Training thread only.
 
     Args:
-        driver: gives host pages and keeps the trace.
+        driver: gives host pages and keeps the trace; units that are at home on a device have a driver of their own.
         index: the model's units.
         rule: what an update does.
         hypers: current hyper-parameters of all groups, asked for whenever an update is decided on.
@@ -96,13 +97,17 @@ class ExactUpdater:
         def note_norm(flat: torch.Tensor) -> None:
             slot.norm = gradient_norm(flat) if final and self._scaling.needs_norm else None
 
-        if not (final and self._eager and slot.arrivals == 1 and self._store.keep(slot, gradient)):
+        if not (final and self._eager and slot.arrivals == 1 and self._store.keep(unit, slot, gradient)):
             self._store.add(unit, slot, gradient, note_norm)
         if self._eager and self._foretold and unit.live_views == 0 and complete(unit):
             hypers = self._hypers()
             self._used_hypers = self._used_hypers or hypers
             self._run(unit, Pending(hypers, None))
             unit.updated = True
+
+    def uses_as_it_is(self, slot: Slot) -> bool:
+        """Whether a gradient that comes now is to be the parameter's only one of the step, and used as autograd made it."""
+        return self._eager and self._foretold and slot.expected == 1
 
     def discard(self) -> None:
         """Throw the gradients of the step under way away.
@@ -180,7 +185,8 @@ class ExactUpdater:
     def _norm_of_sum(self, unit: Unit, slot: Slot) -> torch.Tensor:
         assert unit.gradients is not None
         access = Access(unit.gradients.id, AccessMode.READ)
-        with self._driver.op((OpKind.GRADIENT, (unit.index, slot.order, "norm")), f"norm of {slot.name}", [access]):
+        key = (OpKind.GRADIENT, (unit.index, slot.order, "norm"))
+        with self._store.driver_of(unit).op(key, f"norm of {slot.name}", [access]):
             return gradient_norm(self._store.view(unit, slot))
 
     # ---- updates -----------------------------------------------------------------------------------------------
@@ -225,17 +231,18 @@ class ExactUpdater:
         self._states.follow_edits(unit)
         parts = [(number, part, pieces_of(unit, part)) for number, part in enumerate(unit.slices)]
         parts = [entry for entry in parts if entry[2]]
-        paged = any(slot.paged for slot in unit.slots)
         for number, part, pieces in parts:
+            last = part is parts[-1][1]
+            sums = self._paged_sums(unit, last=last)
             accesses = [Access(unit.parameters.id, AccessMode.MODIFY)]
             accesses += [Access(t.id, AccessMode.MODIFY) for t in (part.states, part.master) if t is not None]
-            if paged and unit.gradients is not None:
-                last = part is parts[-1][1]
-                accesses.append(Access(unit.gradients.id, AccessMode.CONSUME if last else AccessMode.READ))
-            with self._driver.op((OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses):
-                started_s = time.perf_counter()
-                self._apply(unit, part, pieces, pending)
-                spent_s = time.perf_counter() - started_s
+            here = unit.home is None or unit.sums_at_home
+            accesses += sums if here else []
+            with (unit.home or self._driver).op((OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses):
+                with nullcontext() if here or not sums else self._brought_up(unit, number, sums):
+                    started_s = time.perf_counter()
+                    self._apply(unit, part, pieces, pending, last=last)
+                    spent_s = time.perf_counter() - started_s
             self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
         for slot in unit.slots:
             slot.steps += slot.arrivals > 0
@@ -243,7 +250,18 @@ class ExactUpdater:
         self._store.forget(unit)
         self._updated(unit)
 
-    def _apply(self, unit: Unit, part: Slice, pieces: Sequence[Piece], pending: Pending) -> None:
+    def _paged_sums(self, unit: Unit, *, last: bool) -> list[Access]:
+        """What an update needs of the unit's paged gradients; the last one uses them up."""
+        if unit.gradients is None or not any(slot.paged for slot in unit.slots):
+            return []
+        return [Access(unit.gradients.id, AccessMode.CONSUME if last and not unit.sums_at_home else AccessMode.READ)]
+
+    def _brought_up(self, unit: Unit, number: int, sums: Sequence[Access]) -> AbstractContextManager[None]:
+        """Have paged gradients in host memory for an update on a device."""
+        return self._driver.op((OpKind.GRADIENT, (unit.index, number, "up")), f"gradients of {unit.name}", sums)
+
+    def _apply(self, unit: Unit, part: Slice, pieces: Sequence[Piece], pending: Pending, *, last: bool) -> None:
+        mover = (unit.home or self._driver).mover
         for group, hyper in enumerate(pending.hypers):
             chosen = [piece for piece in pieces if piece.slot.group == group]
             if not chosen:
@@ -251,28 +269,26 @@ class ExactUpdater:
             batch = Batch([], [], [[] for _ in self._rule.state_names], [])
             narrow = []
             for piece in chosen:
-                parameter = self._parameter(unit, piece)
-                gradient = self._gradient(unit, piece)
+                assert unit.parameters.frame is not None
+                parameter = mover.arena.view(unit.parameters.frame, piece.begin * unit.dtype.itemsize, unit.dtype, piece.numel)
+                gradient = self._gradient(unit, piece).to(parameter.device)
                 if part.master is not None:
-                    master = state_view(self._driver.mover, part, part.master, 0, piece.begin, piece.numel)
+                    master = state_view(mover, part, part.master, 0, piece.begin, piece.numel)
                     narrow.append((parameter, master))
                     parameter, gradient = master, gradient.float()
                 if pending.coefficient is not None:
-                    gradient.mul_(pending.coefficient)
+                    # Sums that later slices need, too, may be on their way to the page files: what they hold must not change.
+                    kept = piece.slot.direct is None and not (last or unit.sums_at_home)
+                    gradient = gradient * pending.coefficient if kept else gradient.mul_(pending.coefficient)
                 batch.params.append(parameter)
                 batch.grads.append(gradient)
                 batch.steps.append(piece.slot.steps)
                 for number, states in enumerate(batch.states):
                     assert part.states is not None
-                    states.append(state_view(self._driver.mover, part, part.states, number, piece.begin, piece.numel))
+                    states.append(state_view(mover, part, part.states, number, piece.begin, piece.numel))
             self._rule.apply(hyper, batch)
             for parameter, master in narrow:
                 parameter.copy_(master)
-
-    def _parameter(self, unit: Unit, piece: Piece) -> torch.Tensor:
-        assert unit.parameters.frame is not None
-        arena = self._driver.mover.arena
-        return arena.view(unit.parameters.frame, piece.begin * unit.dtype.itemsize, unit.dtype, piece.numel)
 
     def _gradient(self, unit: Unit, piece: Piece) -> torch.Tensor:
         begin = piece.begin - piece.slot.offset

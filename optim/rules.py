@@ -99,7 +99,8 @@ class _AdamRule:
 
     def apply(self, hyper: Hyper, batch: Batch) -> None:
         """One fused call over all pieces."""
-        steps = [torch.tensor(float(step + 1)) for step in batch.steps]
+        # Filled where the parameters are: a copy there would be waited for.
+        steps = [torch.full((), float(step + 1), dtype=torch.float32, device=parameter.device) for step, parameter in zip(batch.steps, batch.params, strict=True)]
         beta1, beta2 = hyper["betas"]
         type(self)._kernel(
             batch.params, batch.grads, batch.states[0], batch.states[1], [], steps,

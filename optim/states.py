@@ -26,7 +26,11 @@ def state_view(mover: Mover, part: Slice, tensor: PagedTensor, number: int, begi
 
 
 class StateAccess:
-    """Reads and writes whole per-parameter states (exp_avg, ..., master) of units through their slices."""
+    """Reads and writes whole per-parameter states (exp_avg, ..., master) of units through their slices.
+
+    Args:
+        driver: gives host pages; units that are at home on a device have a driver of their own.
+    """
 
     def __init__(self, driver: Driver, state_names: tuple[str, ...]) -> None:
         self._driver = driver
@@ -72,11 +76,12 @@ class StateAccess:
                     continue
                 key = (OpKind.UPDATE, (unit.index, index, "edit", slot.order))
                 accesses = [Access(unit.parameters.id, AccessMode.READ), Access(part.master.id, AccessMode.MODIFY)]
-                with self._driver.op(key, f"master of {slot.name}", accesses):
+                driver = unit.home or self._driver
+                with driver.op(key, f"master of {slot.name}", accesses):
                     assert unit.parameters.frame is not None
-                    arena, size = self._driver.mover.arena, unit.dtype.itemsize
+                    arena, size = driver.mover.arena, unit.dtype.itemsize
                     value = arena.view(unit.parameters.frame, begin * size, unit.dtype, end - begin)
-                    master = state_view(self._driver.mover, part, part.master, 0, begin, end - begin)
+                    master = state_view(driver.mover, part, part.master, 0, begin, end - begin)
                     master.copy_(torch.where(master.to(unit.dtype) == value, master, value.float()))
 
     def _visit(
@@ -88,5 +93,6 @@ class StateAccess:
             if begin >= end or tensor is None:
                 continue
             key = (OpKind.UPDATE, (unit.index, index, "state", number, slot.order))
-            with self._driver.op(key, f"states of {slot.name}", [Access(tensor.id, mode)]):
-                visit(state_view(self._driver.mover, part, tensor, number or 0, begin, end - begin), begin - slot.offset)
+            driver = unit.home or self._driver
+            with driver.op(key, f"states of {slot.name}", [Access(tensor.id, mode)]):
+                visit(state_view(driver.mover, part, tensor, number or 0, begin, end - begin), begin - slot.offset)

@@ -20,6 +20,7 @@ import torch
 from pagemem.errors import StaleGradientError
 from pagemem.residency import PagedTensor
 from pagemem.units import ceil_div, round_up
+from scheduler.driver import Driver
 
 SLOT_ALIGN_NUMEL: Final = 64
 SLICE_ALIGN_NUMEL: Final = 1024
@@ -106,6 +107,8 @@ class Unit:
 
     Attributes:
         device: the copy of ``parameters`` that compute uses, where it does not use them in host memory.
+        home: the driver of the device, where parameters, masters and states are the device's own tensors, in its pages for good, and are
+            updated there; None: updates are made in host memory.
         live_views: weights saved by autograd that may still be asked for; while there are any, an update must wait.
         version: updates and edits so far; a saved weight of another version must not be used.
         updated: whether the update of the step under way has been made.
@@ -119,6 +122,7 @@ class Unit:
     slices: list[Slice]
     gradients: PagedTensor | None = None
     device: PagedTensor | None = None
+    home: Driver | None = None
     live_views: int = 0
     version: int = 0
     updated: bool = False
@@ -128,6 +132,11 @@ class Unit:
     def compute(self) -> PagedTensor:
         """The parameters as compute uses them: on the device, or in host memory."""
         return self.device or self.parameters
+
+    @property
+    def sums_at_home(self) -> bool:
+        """Whether paged gradients have pages on the device that are theirs for good."""
+        return self.home is not None and self.gradients is not None and self.gradients.fixed
 
     @property
     def gradient_bytes(self) -> int:

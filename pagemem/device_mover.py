@@ -3,6 +3,9 @@
 What is on the device is a copy: the tier below is authoritative, and may for its part have the bytes on SSD. A tensor that
 compute edits is written back at once by the training thread (`scheduler.device_driver`); updates are made below, after
 which the copy is out of date and is dropped. So nothing is ever stored from here, and dropping costs nothing.
+
+A tensor that is fixed is at home here: it is changed in its frames, is authoritative, and never leaves. Below is what it was
+when it was last brought down, for a commit.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ class DeviceMover(Mover):
 
     Attributes:
         unclaimed: tensors whose load has begun since their last use.
-        edited: tensors that compute changed and that have not been written back yet.
+        edited: tensors that were changed here and that have not been written back yet.
 
     Raises:
         StorageError: the system starts no more threads.
@@ -69,11 +72,15 @@ class DeviceMover(Mover):
         """The tensor below that one of the device is a copy of."""
         return self._lower[tensor]
 
+    def mirrors(self, tensor: PagedTensor) -> bool:
+        """Whether there is one below of which a tensor is a copy."""
+        return tensor.id in self._lower
+
     def forget(self, tensor: PagedTensor) -> None:
         """As `Mover.forget`."""
         super().forget(tensor)
         self._marks.pop(tensor.id, None)
-        del self._lower[tensor.id]
+        self._lower.pop(tensor.id, None)
         self.unclaimed.discard(tensor.id)
 
     # ---- moves -------------------------------------------------------------------------------------------------
@@ -158,7 +165,8 @@ class DeviceMover(Mover):
         """As `Mover.touch`; the tensor is to be written back."""
         with self.changed:
             super().touch(tensor)
-            self.edited[tensor.id] = tensor
+            if self.mirrors(tensor):
+                self.edited[tensor.id] = tensor
 
     def start_store(self, tensor: PagedTensor, *, background: bool = False) -> None:
         """Nothing: who edits a tensor writes it back, see `written_back`. Until then it stays dirty and where it is."""

@@ -51,6 +51,8 @@ class Cursor:
     def advance(self, plan: Plan, key: OpKey) -> Stretch | Astray:
         """Go on to the op ``key``. Astray, the cursor stays where it is."""
         n_ops = len(plan.keys)
+        if not n_ops:
+            return Astray(f"the step had no ops in the trace and has {key[1]!r} now")
         if self._position == n_ops:
             self._position = 0
             self.restoring = self.restoring or not plan.closed
@@ -71,6 +73,8 @@ class Cursor:
     def end_step(self, plan: Plan) -> bool:
         """Whether the step under way had all its planned ops (updates made elsewhere may be missing)."""
         position = self._position
+        if not plan.keys:
+            return True
         while position % plan.ops_per_step and plan.keys[position][0] is OpKind.UPDATE:
             position += 1
         if position % plan.ops_per_step or position == 0:

@@ -3,7 +3,8 @@
 Two drivers, one above the other, each with a trace and a plan of its own. This one plans which tensors are on the device;
 its loads are copies from host memory. The first use of a tensor after a load is an op of the driver below, too, which
 reads the tensor there: so the plan below has it in host memory by then, mostly long before, and the copy, which waits for
-nothing else, is made as early as that. What the device keeps from one use to the next asks for nothing below.
+nothing else, is made as early as that. What the device keeps from one use to the next asks for nothing below, and neither does
+what is at home on it.
 
 Ops are timed by the device's own clock: the training thread is ahead of it. For both traces to be the same in every step, each planned step here has the same moves (`alike`).
 """
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from pagemem.device_mover import DeviceMover
 from pagemem.events import EventSink
-from pagemem.page import TensorId
+from pagemem.page import FrameId, TensorId
 from pagemem.recorder import WaitCause
 from pagemem.residency import PagedTensor
 from scheduler.causes import DeviceCauses
@@ -73,15 +74,55 @@ class DeviceDriver(Driver):
         key = (OpKind.UPDATE, ("renewed", tensor.id))
         with self.op(key, tensor.name, [Access(tensor.id, AccessMode.RENEW)]):
             if not self.device.renew(tensor):
-                lower = self.device.lower(tensor.id)
-                with self._below_has([tensor.id], tensor.name):
-                    assert lower.frame is not None
-                    source = self.below.mover.arena.view(lower.frame, 0, self.device.bytes_of(tensor).dtype, lower.n_bytes)
-                    self.device.bytes_of(tensor).copy_(source)
+                self._filled_anew(tensor)
 
     def causes(self) -> Callable[[str], WaitCause]:
         """Who says what a wait has to wait for, here or below."""
         return DeviceCauses(self.device, self.below.causes())
+
+    # ---- tensors that are at home here -------------------------------------------------------------------------
+
+    def settle(self, tensor: PagedTensor, frame: FrameId) -> None:
+        """Have a tensor in the free frames from ``frame`` on for good, as it is below. Updates of it are made here from then on.
+
+        Raises:
+            StorageError: it cannot be read, or the device fails; the tensor is whole below.
+        """
+        with self.interlude(), self._below_has([tensor.id], tensor.name):
+            self.device.start_load(tensor, frame)
+            self.device.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
+            self.device.check()
+            self.device.follow(tensor)
+        self.device.unclaimed.discard(tensor.id)
+        tensor.fixed = True
+
+    def settle_empty(self, tensor: PagedTensor, frame: FrameId) -> None:
+        """Have a new tensor, of which there is nothing below and never will be, in the free frames from ``frame`` on for good."""
+        self.device.start_load(tensor, frame, fresh=True)
+        self.device.unclaimed.discard(tensor.id)
+        tensor.fixed = True
+
+    def bring_down(self) -> None:
+        """Between two steps: have below what has changed in tensors that are at home here.
+
+        Raises:
+            StorageError: a page file failed, or has no room for what has to give way. The device has everything.
+        """
+        with self.interlude():
+            for tensor in [tensor for tensor in self.device.edited.values() if tensor.fixed]:
+                self._written_back(tensor, AccessMode.CREATE)
+
+    def bring_up(self) -> None:
+        """Between two steps: what is below of tensors that are at home here is what they are to be.
+
+        Raises:
+            StorageError: one cannot be read; it and those after it are as they were.
+        """
+        with self.interlude():
+            for tensor in [tensor for tensor in self.device.tensors.values() if tensor.fixed and self.device.mirrors(tensor)]:
+                self._filled_anew(tensor)
+                if tensor.id in self.device.edited:
+                    self.device.written_back(tensor)
 
     def quiesce(self) -> None:
         """Stop copying ahead and wait until no copy is under way, also after an error."""
@@ -96,14 +137,19 @@ class DeviceDriver(Driver):
         key = (self._kind, (mode.value, *(tensor.id for tensor in lower)))
         return self.below.op(key, name, [Access(tensor.id, mode) for tensor in lower])
 
+    def _filled_anew(self, tensor: PagedTensor) -> None:
+        """Copy what is below into the frames that a tensor has."""
+        with self._below_has([tensor.id], tensor.name):
+            self.device.bytes_of(tensor).copy_(self.below.mover.bytes_of(self.device.lower(tensor.id)))
+
     def _write_back(self) -> None:
-        for tensor in list(self.device.edited.values()):
-            lower = self.device.lower(tensor.id)
-            with self._below_has([tensor.id], tensor.name, AccessMode.MODIFY):
-                assert lower.frame is not None
-                values = self.device.bytes_of(tensor)
-                self.below.mover.arena.view(lower.frame, 0, values.dtype, lower.n_bytes).copy_(values)
-            self.device.written_back(tensor)
+        for tensor in [tensor for tensor in self.device.edited.values() if not tensor.fixed]:
+            self._written_back(tensor, AccessMode.MODIFY)
+
+    def _written_back(self, tensor: PagedTensor, mode: AccessMode) -> None:
+        with self._below_has([tensor.id], tensor.name, mode):
+            self.below.mover.bytes_of(self.device.lower(tensor.id)).copy_(self.device.bytes_of(tensor))
+        self.device.written_back(tensor)
 
     def _collect_views(self) -> None:
         super()._collect_views()
@@ -112,7 +158,7 @@ class DeviceDriver(Driver):
     def _follow(self, key: OpKey) -> None:
         if not self._recorder.ops:
             # What the device still has, and from when, differs from step to step; what is asked for below must not.
-            self.device.unclaimed.update(tensor.id for tensor in self.device.tensors.values() if tensor.frame is not None)
+            self.device.unclaimed.update(t.id for t in self.device.tensors.values() if t.frame is not None and not t.fixed)
         super()._follow(key)
 
     def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
@@ -124,7 +170,7 @@ class DeviceDriver(Driver):
         self.device.follow(tensor)
 
     def _hold_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        tensors = [access.tensor for access in accesses]
+        tensors = [access.tensor for access in accesses if not self.device.tensors[access.tensor].fixed]
         with self._below_has(tensors, name):
             held = super()._hold_packed(name, accesses)
         self.device.unclaimed.difference_update(tensors)

@@ -173,7 +173,8 @@ class Driver:
                 self._leave_plan("the step ended early")
             self.on_demand_steps += 1
             trace = self._recorder.finish(timed=repeatable)
-            if repeatable and trace.ops and not asked_otherwise:
+            # A step may ask nothing of this tier, where all it needs is at home above.
+            if repeatable and not asked_otherwise and (trace.ops or (self.above is not None and self.above.plan is not None)):
                 self._adopt(trace)
 
     def expect_change(self, steps: int) -> None:
@@ -263,7 +264,7 @@ class Driver:
 
         Where views in use leave the planner no window, steps stay on demand; that is counted and emitted.
         """
-        if self.plan is None or self.plan.ops_per_step == 0 or self.plan.keys[: self.plan.ops_per_step] != trace.keys:
+        if self.plan is None or self.plan.keys[: self.plan.ops_per_step] != trace.keys:
             self.plan, self._durations = None, Durations()
             self._plan_for(trace)
             if self.plan is None:

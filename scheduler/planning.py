@@ -45,7 +45,7 @@ class Planning:
     def n_bytes(self, trace: Trace) -> dict[TensorId, int]:
         """Sizes of what a step uses and of what is in the tier for good."""
         tensors = self._mover.tensors
-        return {tensor: tensors[tensor].n_bytes for tensor in [*trace.tensors(), *self._fixed()]}
+        return {tensor: tensors[tensor].n_bytes for tensor in [*trace.tensors(), *self.fixed()]}
 
     def plan(self, trace: Trace) -> Plan:
         """The plan for a step, checked.
@@ -54,7 +54,7 @@ class Planning:
             BudgetError: there is none: the tensors of one op do not fit together.
             PlanError: it does not hold, which is a defect.
         """
-        machine, n_bytes, fixed = self.machine(), self.n_bytes(trace), self._fixed()
+        machine, n_bytes, fixed = self.machine(), self.n_bytes(trace), self.fixed()
         plan = make_plan(trace, n_bytes, machine, fixed, alike=self._alike)
         check_bounds(plan, trace, n_bytes, machine, fixed)
         return plan
@@ -62,9 +62,10 @@ class Planning:
     def cost_s(self, trace: Trace) -> float:
         """What a step would cost by a plan, roughly; infinite where there is none. Only to be compared with other steps'."""
         try:
-            return cost_s(make_plan(trace, self.n_bytes(trace), self.machine(), self._fixed(), alike=self._alike, brief=True))
+            return cost_s(make_plan(trace, self.n_bytes(trace), self.machine(), self.fixed(), alike=self._alike, brief=True))
         except BudgetError:
             return math.inf
 
-    def _fixed(self) -> dict[TensorId, FrameId]:
+    def fixed(self) -> dict[TensorId, FrameId]:
+        """What is in the tier for good, and its first frames."""
         return {t.id: t.frame for t in self._mover.tensors.values() if t.fixed and t.frame is not None}

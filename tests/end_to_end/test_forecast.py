@@ -48,11 +48,12 @@ def test_ops_and_pages_are_those_of_the_engine(case: str, ram: int, tmp_path: Pa
         assert ssd.peak_pages == ssd.planned_peak_pages
 
 
-@pytest.mark.parametrize("device", [6 * PAGE_BYTES, 20 * PAGE_BYTES, 8 << 20], ids=["little", "some", "much"])
+@pytest.mark.parametrize("states", ["auto", "never"])
+@pytest.mark.parametrize("device", [6 * PAGE_BYTES, 20 * PAGE_BYTES, 60 * PAGE_BYTES, 8 << 20], ids=["little", "some", "more", "much"])
 @pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "accumulated", "tied", "views", "recomputed"])
-def test_with_a_device_too(case: str, device: int, tmp_path: Path) -> None:
+def test_with_a_device_too(case: str, device: int, states: str, tmp_path: Path) -> None:
     # As many frames as without a device, where no gradients are on their way down.
-    memory = {"ram": LITTLE_RAM + PAGE_BYTES, "page": PAGE_BYTES, "device": device}
+    memory = {"ram": LITTLE_RAM + PAGE_BYTES, "page": PAGE_BYTES, "device": device, "device_states": states}
     config = gpt_config(tmp_path, LITTLE_RAM, device="cpu-emulated", **{**CASES[case], "memory": memory})
     try:
         report, start_pages, plan = trained(config, STEPS + 1)
@@ -65,7 +66,11 @@ def test_with_a_device_too(case: str, device: int, tmp_path: Path) -> None:
     assert found.start.ssd_pages == start_pages and found.ops == plan.ops_per_step
     assert found.step.host_pages == host.planned_peak_pages == host.peak_pages
     assert found.step.device_pages == on_device.planned_peak_pages == on_device.peak_pages
-    assert found.h2d_bytes > 0 and 0 < found.busy["h2d"] < 1 and found.waits_s["h2d"] >= 0
+    assert (found.device_units > 0) is (states == "auto" and device >= 20 * PAGE_BYTES)
+    if found.device_units == found.units:
+        assert found.h2d_bytes == found.read_bytes == found.written_bytes == found.ops == 0
+    else:
+        assert found.h2d_bytes > 0 and 0 < found.busy["h2d"] < 1 and found.waits_s["h2d"] >= 0
     assert found.step_s == pytest.approx(found.compute_s + sum(found.waits_s.values()), rel=0.02)
 
 

@@ -159,7 +159,7 @@ def test_nobody_waits_for_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The updater is behind compute by the bytes of the largest unit's gradients, not by a step, and not by nothing."""
     made = config(tmp_path, ram=4 << 20)
-    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB"}}
+    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB", "device_states": "never"}}
     with late_device(monkeypatch) as device:
         with offload.initialize(built(), made, adamw) as engine:
             train(engine, 4)

@@ -37,13 +37,14 @@ def smallest_device(parity: Parity) -> int:
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("device", ["smallest", "all"])
+@pytest.mark.parametrize("device", ["smallest", "all parameters", "some states", "all states"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_step_equals_plain_torch(name: str, device: str, clip_norm: float | None, tmp_path: Path) -> None:
     accumulation = 3 if name == "gpt" else 1
     parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, accumulation)
-    device_bytes = 64 << 20 if device == "all" else smallest_device(dataclasses.replace(parity, steps=2))
-    parity.memory = {"device": device_bytes}
+    device_bytes = {"some states": 3 << 20}.get(device, 64 << 20)
+    device_bytes = smallest_device(dataclasses.replace(parity, steps=2)) if device == "smallest" else device_bytes
+    parity.memory = {"device": device_bytes, "device_states": "auto" if "states" in device else "never"}
     assert parity.run().steps == parity.steps
 
 
@@ -73,10 +74,11 @@ def three_tiers(folder: Path, device: int | str = "1MiB", **update: Any) -> dict
     return made | {"device": "cpu-emulated", "memory": made["memory"] | {"device": device}}
 
 
+@pytest.mark.parametrize("device", ["1MiB", "64MiB"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("edit", EDITS)
-def test_edits_reach_host_memory(edit: Any, dtype: str, tmp_path: Path) -> None:
-    made = three_tiers(tmp_path, start="step") | {"model": {"factory": "unused:unused", "dtype": dtype}}
+def test_edits_reach_host_memory(edit: Any, dtype: str, device: str, tmp_path: Path) -> None:
+    made = three_tiers(tmp_path, device, start="step") | {"model": {"factory": "unused:unused", "dtype": dtype}}
     with offload.initialize(built(), made, lambda ps: torch.optim.SGD(ps, lr=0.0, fused=True)) as engine:
         edit(engine.model, 2.0)
         train(engine, 4)
@@ -89,8 +91,10 @@ def test_edits_reach_host_memory(edit: Any, dtype: str, tmp_path: Path) -> None:
     assert_closed(engine)
 
 
-def test_a_view_in_use_sees_the_update_as_in_plain_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("states", ["auto", "never"])
+def test_a_view_in_use_sees_the_update_as_in_plain_torch(states: str, tmp_path: Path) -> None:
     plain, made = built(), three_tiers(tmp_path, device="8MiB")
+    made["memory"]["device_states"] = states
     with offload.initialize(built(), made, adamw) as engine:
         weight = engine.model.get_parameter("blocks.0.up.weight")
         view = weight.detach()[:4]
@@ -102,8 +106,9 @@ def test_a_view_in_use_sees_the_update_as_in_plain_torch(tmp_path: Path) -> None
     assert_closed(engine)
 
 
+@pytest.mark.parametrize("device", ["1MiB", "3MiB", "64MiB"])
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_a_run_goes_on_from_a_commit(clip_norm: float | None, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_a_commit(clip_norm: float | None, device: str, tmp_path: Path) -> None:
     plain = built()
     optimizer = adamw(plain.parameters())
     for batch in batches(6):
@@ -112,7 +117,7 @@ def test_a_run_goes_on_from_a_commit(clip_norm: float | None, tmp_path: Path) ->
             nn.utils.clip_grad_norm_(plain.parameters(), clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-    made = three_tiers(tmp_path, clip_norm=clip_norm)
+    made = three_tiers(tmp_path, device, clip_norm=clip_norm)
     with offload.initialize(built(), made, adamw) as engine:
         for batch in batches(6)[:3]:
             engine.backward(engine(*batch))
