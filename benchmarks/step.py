@@ -65,8 +65,10 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="27m")
     parser.add_argument("--ram-share", type=float, default=0.25)
     parser.add_argument(
-        "--device-share", type=float, metavar="SHARE", help="compute out of a third tier of ordinary RAM (device = cpu-emulated) that holds so much of the parameters"
-    )
+        "--device-share", type=float, metavar="SHARE",
+        help="compute out of a third tier of ordinary RAM (device = cpu-emulated) with room for so much of the parameters; with AdamW in fp32, from 3 on for states as well"
+    )  # fmt: skip
+    parser.add_argument("--device-states", choices=["auto", "never"], default="auto", help="memory.device_states of the engine")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both compute; cuda needs --device-share")
     parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
     parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
@@ -122,7 +124,7 @@ class Engine:
         device = None if a.device_share is None else int(a.device_share * 4 * common.n_parameters(*SIZES[a.size], a.seq))
         config = {
             "device": a.device if device is None or a.device != "cpu" else "cpu-emulated",
-            "memory": {"ram": ram, "device": device, "activations": a.activations, "recompute": a.blocks, "heap": a.heap},
+            "memory": {"ram": ram, "device": device, "device_states": a.device_states, "activations": a.activations, "recompute": a.blocks, "heap": a.heap},
             "ssd": {"paths": [f"{a.dir}/pages"], "checksums": not a.no_checksums, "limit_mb_per_s": a.ssd_limit},
             "update": {"clip_norm": a.clip_norm},
         }
@@ -146,7 +148,7 @@ class Engine:
     def summary(self) -> dict[str, Any]:
         """Memory by tier, and the plan's forecast."""
         report = self.engine.memory_report()
-        return {"planned_step_s": self.engine.planned_step_s, "memory": dataclasses.asdict(report)}
+        return {"planned_step_s": self.engine.planned_step_s, "device_units": self.engine.stats().device_units, "memory": dataclasses.asdict(report)}
 
     def close(self) -> None:
         """Close the engine."""
@@ -313,6 +315,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "waiting_s": per_step["wait_s"],
         "update_s": per_step["update_s"],
         "planned_step_s": summaries[-1]["engine"]["planned_step_s"],
+        "device_units": highest("engine", "device_units"),
         "deviations": sum(step["deviations"] for run in runs for step in run.steps["engine"]),
         "losses_equal": all(run.losses_equal() for run in runs),
         "memory": summaries[-1]["engine"]["memory"],
@@ -345,6 +348,7 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("losses equal, bit for bit", str(record["losses_equal"])),
         ("VmHWM, plain torch", f"{record['torch_peak_rss_bytes'] / 1e6:,.0f} MB"),
         ("VmHWM, engine", f"{record['engine_peak_rss_bytes'] / 1e6:,.0f} MB"),
+        *([("units updated on the device", str(record["device_units"]))] if record["device_units"] else []),
         *(
             (f"device memory at its peak, {name}", f"{record[key] / 1e6:,.0f} MB")
             for name, key in (("plain torch", "torch_device_peak_bytes"), ("engine", "engine_device_peak_bytes"))

@@ -79,7 +79,7 @@ class MemoryConfig(_Section):
     """Whole blocks of the model (entries of an ``nn.ModuleList`` or ``nn.Sequential``) computed again in the backward pass, where
     ``activations`` is set and what they save would go to pages: "auto" as many as make a step cheaper by plan."""
     device: Size | None = Field(default=None, gt=0)
-    """Budget of parameters on the device, where compute is not run out of ``ram``."""
+    """Budget of pages on the device, where compute is not run out of ``ram``."""
     device_states: Literal["auto", "never"] = "auto"
     """Units with all of their parameters and optimizer states in ``device`` for good, and updated there: "auto" as many as have room
     beside those that come and go; "never" none, all updates are made in RAM."""

@@ -2,6 +2,7 @@
 
 from scheduler.bounds import BoundsReport, PlanError, check_bounds
 from scheduler.driver import Driver, Mode
+from scheduler.gathers import Link, ShardedPlan, plan_sharded
 from scheduler.plan import LoadTask, Plan, StoreTask
 from scheduler.planner import make_plan
 from scheduler.simulator import Lane, Simulation, Wait, simulate
@@ -9,6 +10,6 @@ from scheduler.trace import Access, AccessMode, Op, OpKey, OpKind, Trace, TraceR
 from scheduler.walk import Machine
 
 __all__ = [
-    "Access", "AccessMode", "BoundsReport", "Driver", "Lane", "LoadTask", "Machine", "Mode", "Op", "OpKey", "OpKind", "Plan",
-    "PlanError", "Simulation", "StoreTask", "Trace", "TraceRecorder", "Wait", "check_bounds", "make_plan", "simulate",
+    "Access", "AccessMode", "BoundsReport", "Driver", "Lane", "Link", "LoadTask", "Machine", "Mode", "Op", "OpKey", "OpKind", "Plan",
+    "PlanError", "ShardedPlan", "Simulation", "StoreTask", "Trace", "TraceRecorder", "Wait", "check_bounds", "make_plan", "plan_sharded", "simulate",
 ]

@@ -193,7 +193,9 @@ class Walk:
         if window is None:
             return None
         start_s, trigger = self.read_free_s, max(self.last_trigger, now - len(self.trace.ops) + 1)
-        trigger = max(trigger, self.renewed_at.get(tensor, -1) + 1)
+        if tensor in self.renewed_at:
+            trigger = max(trigger, self.renewed_at[tensor] + 1)
+            start_s = max(start_s, self.op_end_s[self.renewed_at[tensor]])
         for victim in window.tenants:
             tenant = self.evict(victim, now)
             start_s = max(start_s, self.released_s(tenant))

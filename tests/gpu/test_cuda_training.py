@@ -53,7 +53,7 @@ class Plain:
 def on_cuda(folder: Path, device: str = "1MiB", **update: Any) -> dict[str, Any]:
     """The small run on the device."""
     made = config(folder, **update)
-    return made | {"device": "cuda", "memory": made["memory"] | {"device": device}}
+    return made | {"device": "cuda", "memory": made["memory"] | {"device": device, "device_states": "never"}}
 
 
 def assert_same(model: nn.Module, plain: nn.Module) -> None:
@@ -77,6 +77,40 @@ def test_every_step_equals_plain_torch(device: str, clip_norm: float | None, tmp
             assert_same(engine.model, plain.model)
         use = engine.memory_report().tiers["device"]
         assert use.peak_pages == use.planned_peak_pages and engine.stats().deviations == 0
+    assert_closed(engine)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("device", ["3MiB", "64MiB"])
+def test_units_at_home_on_the_device_are_updated_as_plain_torch_does_there(device: str, clip_norm: float | None, tmp_path: Path) -> None:
+    plain, made = built().cuda(), on_cuda(tmp_path, device, clip_norm=clip_norm)
+    optimizer = adamw(plain.parameters())
+    made["memory"]["device_states"] = "auto"
+    with offload.initialize(built(), made, adamw) as engine:
+        assert (engine.stats().device_units == len(engine._store.index.units)) is (device == "64MiB")
+        assert 0 < engine.stats().device_units
+        for number, (x, y) in enumerate(batches(STEPS)):
+            loss = engine(x.cuda(), y.cuda())
+            engine.backward(loss)
+            engine.step()
+            expected = plain(x.cuda(), y.cuda())
+            expected.backward()
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(plain.parameters(), clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            # Norms are added up in another order, and updates of the other units are made by the CPU's kernel.
+            if clip_norm is None and device == "64MiB":
+                assert torch.equal(loss.detach(), expected.detach()), f"step {number}"
+                assert_same(engine.model, plain)
+            else:
+                assert torch.allclose(loss.detach(), expected.detach(), rtol=1e-4), f"step {number}"
+        engine.save()
+        kept = {name: value.clone() for name, value in engine.model.state_dict().items()}
+        engine.backward(engine(x.cuda(), y.cuda()))
+        engine.step()
+        assert engine.resume() is not None
+        assert all(torch.equal(value, kept[name]) for name, value in engine.model.state_dict().items())
     assert_closed(engine)
 
 

@@ -1,0 +1,166 @@
+"""Phase 2 of the schedule: where the whole of what is sharded over ranks is put together, and how early. Pure.
+
+Each of some ranks has a *shard* of every sharded tensor, an equal part, in its pages; phase 1 moves shards. An op needs the *whole*: an
+all-gather makes it, in frames of its own. It is a copy: dropped when its frames are wanted, gathered once more for its next use, out
+of date once its shards are updated. That is what copies on a device are to host pages, so the same reader plans them, at the pace of the
+link and in the memory that phase 1 does not have. How much that is to be, it finds by trying: what the neediest op takes, and multiples of
+it, in which gathers run ahead of their ops; phase 1 has less then to keep what it saves moves by. The quickest by prediction is taken.
+
+Ranks that gather in different orders wait for each other for ever. A plan depends on its arguments alone: ranks that are given the
+same step, sizes and figures have the same plan. The engine is one process so far, which has nothing to gather.
+
+Source: Angel-PTM (VLDB 2023), unified scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from pagemem.errors import BudgetError
+from pagemem.page import FrameId, TensorId
+from pagemem.units import ceil_div
+from scheduler.bounds import check_bounds
+from scheduler.plan import Plan
+from scheduler.planner import cost_s, make_plan
+from scheduler.trace import ENDS, Access, AccessMode, Op, Trace
+from scheduler.walk import Machine
+
+#: Rooms for wholes that are tried, in multiples of what the neediest op takes; beside them, room for all wholes.
+ROOMS: Final = (1, 2, 3, 4, 6)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What joins the ranks.
+
+    Attributes:
+        n_ranks: that shards are spread over, >= 2.
+        bytes_per_s: that each rank receives in an all-gather, > 0.
+    """
+
+    n_ranks: int
+    bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        if self.n_ranks < 2 or not self.bytes_per_s > 0:
+            raise ValueError(f"{self.n_ranks} ranks at {self.bytes_per_s} bytes/s; there must be two or more ranks, and some bandwidth")
+
+    @property
+    def whole_bytes_per_s(self) -> float:
+        """Bytes of wholes gathered in a second: a rank receives all but its own shard."""
+        return self.bytes_per_s * self.n_ranks / (self.n_ranks - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedPlan:
+    """One rank's plan of a step, in two parts with one numbering of ops.
+
+    Attributes:
+        shards: phase 1, in the frames below ``first_frame``: loads and stores of shards and everything else that is not gathered.
+        gathers: phase 2: its loads are all-gathers; frames are counted from ``first_frame`` on.
+    """
+
+    shards: Plan
+    gathers: Plan
+    first_frame: int
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one step, predicted: what it computes and the waits for either part."""
+        return self.shards.step_s + self.gathers.step_s - self.gathers.compute_s
+
+
+def plan_sharded(
+    trace: Trace, shards: Mapping[TensorId, TensorId], n_bytes: Mapping[TensorId, int], machine: Machine, link: Link
+) -> ShardedPlan:
+    """Plan one rank's step: the moves of its shards, and the gathers of wholes.
+
+    Args:
+        trace: ops read wholes, and read or change shards and any other tensors.
+        shards: the shard of each whole.
+        n_bytes: of wholes, shards and all other tensors.
+        machine: of one rank; its bandwidths are of page files.
+
+    Returns:
+        The plan, both parts checked; together they need no more frames than there are.
+
+    Raises:
+        BudgetError: the wholes of one op and the shards of another do not fit together.
+        ValueError: a whole is changed: updates change shards.
+    """
+    below, above = shard_trace(trace, shards), gather_trace(trace, shards)
+    found: list[ShardedPlan] = []
+    short: BudgetError | None = None
+    for room in _rooms(above, n_bytes, machine.page_bytes):
+        try:
+            found.append(_with_room(below, above, n_bytes, machine, link, room))
+        except BudgetError as error:
+            short = short or error
+    if not found:
+        assert short is not None
+        raise short
+    return min(found, key=lambda plan: plan.step_s + cost_s(plan.shards) - plan.shards.step_s)
+
+
+def gather_trace(trace: Trace, shards: Mapping[TensorId, TensorId]) -> Trace:
+    """The step as wholes see it: an op that changes a shard makes its whole out of date.
+
+    Raises:
+        ValueError: an op changes a whole.
+    """
+    wholes = {shard: whole for whole, shard in shards.items()}
+
+    def seen(op: Op) -> Iterator[Access]:
+        for access in op.accesses:
+            if access.tensor in shards:
+                if access.mode is not AccessMode.READ:
+                    raise ValueError(f"{op.name}: a whole is only read, updates change its shards; it is to {access.mode.value} {access.tensor}")
+                yield access
+            elif access.tensor in wholes and access.mode is not AccessMode.READ:
+                yield Access(wholes[access.tensor], AccessMode.RENEW)
+
+    return Trace(tuple(replace(op, accesses=tuple(seen(op))) for op in trace.ops))
+
+
+def shard_trace(trace: Trace, shards: Mapping[TensorId, TensorId]) -> Trace:
+    """The step as shards see it: an op that reads a whole reads its shard, which is free again when the whole is there."""
+    made = []
+    for index, op in enumerate(trace.ops):
+        accesses = [Access(shards.get(access.tensor, access.tensor), access.mode) for access in op.accesses]
+        only_wholes = all(access.tensor in shards for access in op.accesses)
+        made.append(replace(op, accesses=tuple(dict.fromkeys(accesses)), until=index if only_wholes else op.until))
+    return Trace(tuple(made))
+
+
+def _rooms(above: Trace, n_bytes: Mapping[TensorId, int], page_bytes: int) -> list[int]:
+    """Numbers of frames for wholes that are worth trying, the least first."""
+
+    def frames(tensor: TensorId) -> int:
+        return ceil_div(n_bytes[tensor], page_bytes)
+
+    least = max((sum(frames(a.tensor) for a in op.accesses if a.mode not in ENDS) for op in above.ops), default=0)
+    every = sum(frames(tensor) for tensor in above.tensors())
+    return sorted({min(multiple * least, every) for multiple in ROOMS} | {every})
+
+
+def _with_room(below: Trace, above: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, link: Link, room: int) -> ShardedPlan:
+    """The plan with at least so many frames for wholes; they get what phase 1 leaves beside."""
+    if room > machine.n_frames:
+        need_bytes = room * machine.page_bytes
+        raise BudgetError(
+            f"the wholes of one op need {need_bytes} bytes of pages at once, the budget holds {machine.n_frames * machine.page_bytes}; "
+            "raise memory.ram",
+            need_bytes,
+        )
+    first = replace(machine, n_frames=machine.n_frames - room)
+    shards = make_plan(below, n_bytes, first)
+    check_bounds(shards, below, n_bytes, first)
+    placed = [*shards.initial.items(), *((load.tensor, load.frame) for load in shards.loads)]
+    first_frame = max((frame + ceil_div(n_bytes[tensor], machine.page_bytes) for tensor, frame in placed), default=0)
+    rate = link.whole_bytes_per_s
+    left = Machine(machine.n_frames - first_frame, machine.page_bytes, rate, rate)
+    gathers = make_plan(above, n_bytes, left, alike=True)
+    check_bounds(gathers, above, n_bytes, left)
+    return ShardedPlan(shards, gathers, FrameId(first_frame))
