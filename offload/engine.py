@@ -350,9 +350,13 @@ class Engine:
 
     @property
     def planned_step_s(self) -> float | None:
-        """Seconds of one step as the plan predicts them, or None while there is no plan."""
-        plan = self._store.driver.plan
-        return None if plan is None else plan.step_s
+        """Seconds of one step as the plan predicts them, or None while there is no plan. With a device there are two: it waits for both."""
+        tier = self._store.device_tier
+        plans = [self._store.driver.plan, *([] if tier is None else [tier.driver.plan])]
+        made = [plan for plan in plans if plan is not None]
+        if len(made) < len(plans):
+            return None
+        return max(plan.compute_s for plan in made) + sum(plan.step_s - plan.compute_s for plan in made)
 
     @property
     def staleness(self) -> int:

@@ -50,15 +50,17 @@ class Taken:
     device_bytes: int = 0
 
     @classmethod
-    def of(cls, base_bytes: int, host_bytes: int, device_bytes: int, tensor_bytes: int, disk_bytes: int, room: Room) -> Taken:
+    def of(cls, base_bytes: int, pages: tuple[int, int], tensor_bytes: int, gradient_bytes: int, disk_bytes: int, room: Room) -> Taken:
         """By the parts of a process.
 
         Args:
-            base_bytes: Python and its libraries. host_bytes, device_bytes: pages. tensor_bytes: other tensors of a step.
+            base_bytes: Python and its libraries. pages: bytes of those in RAM, and of those on a device. tensor_bytes: other tensors of a step.
+            gradient_bytes: the most of gradients outside of pages in RAM: some of those tensors, or copies of a device's.
         """
+        host_bytes, device_bytes = pages
         if room.device_bytes is None:
             return cls(base_bytes + host_bytes + device_bytes + tensor_bytes, disk_bytes)
-        return cls(base_bytes + host_bytes, disk_bytes, device_bytes + tensor_bytes)
+        return cls(base_bytes + host_bytes + gradient_bytes, disk_bytes, device_bytes + tensor_bytes)
 
     def within(self, room: Room) -> bool:
         """Whether there is room for it."""
@@ -117,7 +119,8 @@ def taken_by(config: Config, base_bytes: int, room: Room) -> Taken:
         pages_bytes = min(mover.arena.n_frames, frames) * engine.store.page_bytes
         stored = frames + (commit_frames(mover, config.commit.keep) if commits(config) else 0)
         disk_bytes = stored * engine.store.page_bytes
-        return Taken.of(base_bytes, pages_bytes, device_pages(engine) * engine.store.page_bytes, engine.outside.peak_bytes, disk_bytes, room)
+        pages = pages_bytes, device_pages(engine) * engine.store.page_bytes
+        return Taken.of(base_bytes, pages, engine.outside.peak_bytes, engine.peak_gradient_bytes, disk_bytes, room)
 
 
 def device_pages(engine: Rehearsal) -> int:

@@ -168,7 +168,7 @@ def _found(
         base_bytes = max(base_bytes, _resident_now_bytes())
     pages_bytes = step.host_pages * mover.arena.page_bytes
     disk_bytes = (commit if commits(config) else step).ssd_bytes
-    taken = Taken.of(base_bytes, pages_bytes, step.device_bytes, engine.outside.peak_bytes, disk_bytes, room)
+    taken = Taken.of(base_bytes, (pages_bytes, step.device_bytes), engine.outside.peak_bytes, engine.peak_gradient_bytes, disk_bytes, room)
     return Forecast(
         parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
         ram_bytes=config.memory.ram, page_bytes=mover.arena.page_bytes,

@@ -69,7 +69,8 @@ def memory_rows(found: Forecast) -> list[tuple[str, str]]:
     on_device, others = f"pages {format_bytes(found.step.device_bytes)}", f"other tensors {format_bytes(found.tensor_bytes)}"
     base = f"Python and libraries {format_bytes(found.base_bytes)}"
     own = found.fit.taken.device_bytes
-    parts = [pages, base] if own else [pages, *([f"device's {on_device}"] if found.step.device_pages else []), others, base]
+    on_their_way = f"gradients {format_bytes(found.step.host_bytes - found.step.host_pages * found.page_bytes)}"
+    parts = [pages, on_their_way, base] if own else [pages, *([f"device's {on_device}"] if found.step.device_pages else []), others, base]
     rows = [("process, in a step", f"{format_bytes(found.process_bytes)}: {', '.join(parts)}")]
     if own:
         rows.append(("device, in a step", f"{format_bytes(own)}: {on_device}, {others}"))

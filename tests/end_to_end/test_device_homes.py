@@ -53,6 +53,7 @@ def test_where_all_are_at_home_nothing_moves(update: dict[str, Any], tmp_path: P
         assert made.device_units == len(engine._store.index.units)
         assert device.brought - brought == 4, "the losses, and no gradient"
         assert device.followed == followed
+        assert engine.planned_step_s is not None and engine.planned_step_s > 0
         tiers = engine.memory_report().tiers
         assert tiers["host"].peak_pages == tiers["host"].planned_peak_pages == 0
         assert tiers["device"].peak_pages == tiers["device"].planned_peak_pages

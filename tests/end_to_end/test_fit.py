@@ -100,6 +100,8 @@ def test_a_device_of_its_own_is_another_thing_to_fit_in(tmp_path: Path) -> None:
     shared = forecast(config, RATES, Question(Room(much, much)))
     own = forecast(config, RATES, Question(Room(much, much, much), largest=True))
     in_device = shared.step.device_bytes + shared.tensor_bytes
+    assert own.process_bytes == own.base_bytes + own.step.host_bytes, "copies of the device's gradients are in RAM"
+    assert own.step.host_bytes > own.step.host_pages * own.page_bytes
     assert shared.fit.taken.device_bytes == 0 and own.fit.taken.device_bytes == pytest.approx(in_device, rel=0.01)
     assert "device, in a step" in dict(forecast_rows(own)) and "device, in a step" not in dict(forecast_rows(shared))
     largest = own.fit.largest_batch
