@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from optim.unit import Unit
+
 #: How many times the largest of the units that come and go is left for them: one in use, and the next ones on their way.
 WORKING_UNITS: Final = 4
 
@@ -27,6 +29,13 @@ class Candidate:
 
     parameter_frames: int
     home_frames: int | None
+
+    @classmethod
+    def of(cls, unit: Unit, *, sums: bool) -> Candidate:
+        """A unit that has its states; ``sums``: with room for sums of its gradients."""
+        states = [tensor for part in unit.slices for tensor in (part.states, part.master) if tensor is not None]
+        home_frames = (2 if sums else 1) * unit.parameters.n_frames + sum(tensor.n_frames for tensor in states)
+        return cls(unit.parameters.n_frames, home_frames if unit.gradient_bytes else None)
 
 
 def choose_homes(units: Sequence[Candidate], n_frames: int) -> list[int]:

@@ -9,7 +9,7 @@ back; its parameters cannot be used afterwards, so take `model.state_dict()` bef
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,18 +21,19 @@ from torch import Tensor, nn
 
 from offload.activations import SavedActivations, chunk_bytes
 from offload.blocks import Blocks
+from offload.budget_checks import check_model
 from offload.checkpoint import Checkpoints, Resumed, Stateful
 from offload.config import Config, load_config
 from offload.deferred_init import store_of
 from offload.export import check_request, export_commit
 from offload.hooks import SavedWeights
-from offload.memory import MemoryReport, Stats, memory_report
+from offload.memory import MemoryReport, Stats, memory_report, planned_step_s, stats_of
 from offload.parameters import Binder, PagedParameter
 from offload.plan_file import plan_keepers
 from offload.profile import Profile
 from offload.recompute_choice import RecomputeChoice
 from offload.store import PageStore
-from offload.template import OptimizerLike, optimized_by, template_of
+from offload.template import OptimizerLike, assign_groups, optimized_by, template_of
 from offload.updates import make_updater, scaling_of
 from optim import DeviceGradients, LossScale, PagedOptimizer, StateAccess, rule_for
 from optim.clip import check_loss
@@ -41,7 +42,6 @@ from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
 from optim.unit import Slot, Unit
 from pagemem.errors import OffloadError, TransitionError
-from pagemem.events import EventKind
 from pagemem.heap import blocks_join, give_back_large_blocks, keep_freed_memory
 from pagemem.page_file import PageFiles
 from pagemem.units import parse_bytes
@@ -103,12 +103,13 @@ class Engine:
         template = template_of(optimizer, config, self.model)
         rule = rule_for(template)
         scaling = self._scaling()
-        store.check_budget(self.model, optimized_by(template), len(rule.state_names))
+        check_model(self.model, optimized_by(template), len(rule.state_names), config)
         store.adopt(self.model)
         states = StateAccess(store.driver, rule.state_names)
-        self._assign_groups(template, states)
-        store.settle_on_device(sums=not is_eager(scaling, config.update.start) or config.update.accumulation > 1)
         places = self._places()
+        assign_groups(template, {parameter: slot for parameter, (_, slot) in places.items()})
+        self._make_states(states)
+        store.settle_on_device(sums=not is_eager(scaling, config.update.start) or config.update.accumulation > 1)
         self.optimizer = PagedOptimizer(template, rule, places, states, store.driver.interlude)
         self.optimizer.engine = self  # type: ignore[attr-defined]
         self._loss_scale = scaling.loss_scale
@@ -136,13 +137,8 @@ class Engine:
     def _places(self) -> dict[Tensor, tuple[Unit, Slot]]:
         return {p: (p._place.unit, p._place.slot) for p in self.model.parameters() if isinstance(p, PagedParameter)}
 
-    def _assign_groups(self, template: torch.optim.Optimizer, states: StateAccess) -> None:
-        places = self._places()
-        for number, group in enumerate(template.param_groups):
-            for parameter in group["params"]:
-                if parameter not in places:
-                    raise ValueError(f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's")
-                places[parameter][1].group = number
+    def _make_states(self, states: StateAccess) -> None:
+        """Give units that are optimized their states, and others no masters."""
         for unit in self._store.index.units:
             if any(slot.group >= 0 for slot in unit.slots):
                 states.create(unit)
@@ -351,12 +347,7 @@ class Engine:
     @property
     def planned_step_s(self) -> float | None:
         """Seconds of one step as the plan predicts them, or None while there is no plan. With a device there are two: it waits for both."""
-        tier = self._store.device_tier
-        plans = [self._store.driver.plan, *([] if tier is None else [tier.driver.plan])]
-        made = [plan for plan in plans if plan is not None]
-        if len(made) < len(plans):
-            return None
-        return max(plan.compute_s for plan in made) + sum(plan.step_s - plan.compute_s for plan in made)
+        return planned_step_s(self._store)
 
     @property
     def staleness(self) -> int:
@@ -365,21 +356,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """Counters since the engine was made."""
-        driver, counters, files = self._store.driver, self._store.counters, self._store.page_files.stats()
-        return Stats(
-            steps=driver.planned_steps + driver.on_demand_steps,
-            planned_steps=driver.planned_steps,
-            on_demand_steps=driver.on_demand_steps,
-            deviations=driver.deviations,
-            bytes_read=files.bytes_read,
-            bytes_written=files.bytes_written,
-            wait_s=counters.seconds(EventKind.WAIT),
-            update_s=counters.seconds(EventKind.UPDATE),
-            dropped_steps=self._updater.dropped_steps,
-            dropped_gradients=self._updater.dropped_gradients,
-            recomputed_blocks=0 if self._choice is None else self._choice.blocks.n_recomputed,
-            device_units=self._store.device_units,
-        )
+        return stats_of(self._store, self._updater, 0 if self._choice is None else self._choice.blocks.n_recomputed)
 
     def memory_report(self) -> MemoryReport:
         """Bytes per tier now, at their peak, and as planned."""

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from offload.byte_progress import ByteProgress
-from offload.shards import INDEX_NAME, Shard, ShardWriter, Weight, index_of, plan_shards, write_failure
+from offload.shards import INDEX_NAME, ShardWriter, Weight, index_of, plan_shards, write_failure
 from offload.stopped_run import StoppedRun
 from offload.stored_layout import StoredLayout, StoredSlot, StoredUnit
 from pagemem.commit_folder import CommitFolder

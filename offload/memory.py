@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from offload.commits import Committer
 from offload.store import PageStore
 from optim.updater import Updater
+from pagemem.events import EventKind
 from pagemem.mover import Mover
 from pagemem.tier import TRANSIENT
 
@@ -44,6 +45,34 @@ class Stats:
         """What has been added since ``earlier``."""
         added = {name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__}
         return Stats(**{**added, "recomputed_blocks": self.recomputed_blocks, "device_units": self.device_units})
+
+
+def stats_of(store: PageStore, updater: Updater, recomputed_blocks: int) -> Stats:
+    """The counters of a running engine."""
+    driver, counters, files = store.driver, store.counters, store.page_files.stats()
+    return Stats(
+        steps=driver.planned_steps + driver.on_demand_steps,
+        planned_steps=driver.planned_steps,
+        on_demand_steps=driver.on_demand_steps,
+        deviations=driver.deviations,
+        bytes_read=files.bytes_read,
+        bytes_written=files.bytes_written,
+        wait_s=counters.seconds(EventKind.WAIT),
+        update_s=counters.seconds(EventKind.UPDATE),
+        dropped_steps=updater.dropped_steps,
+        dropped_gradients=updater.dropped_gradients,
+        recomputed_blocks=recomputed_blocks,
+        device_units=store.device_units,
+    )
+
+
+def planned_step_s(store: PageStore) -> float | None:
+    """Seconds of a step as the plans predict them; None while one is missing. A step waits for both tiers."""
+    plans = [driver.plan for driver in (store.driver, store.driver.above) if driver is not None]
+    made = [plan for plan in plans if plan is not None]
+    if len(made) < len(plans):
+        return None
+    return max(plan.compute_s for plan in made) + sum(plan.step_s - plan.compute_s for plan in made)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ from pagemem.io_stats import IoMeter
 from pagemem.page import Extent, FrameId, TensorId
 from pagemem.page_file import SLAB_BYTES, PageFiles
 from pagemem.page_requests import Route, tabulate
-from pagemem.page_transfer import Done, Part, Part
+from pagemem.page_transfer import Done, Part
 from pagemem.residency import PagedTensor
 from pagemem.striping import Striping
 from pagemem.units import ceil_div

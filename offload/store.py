@@ -8,7 +8,7 @@ module's own parameters are never split over units. Made by `offload.deferred_in
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
@@ -18,12 +18,14 @@ import torch
 from torch import nn
 
 from offload.config import Config
+from offload.budget_checks import check_built
 from offload.device_homes import Candidate, choose_homes
 from offload.device_tier import DeviceTier
 from offload.earlier import EarlierCommits
 from offload.hooks import copied_in_state_dict
-from offload.need import BudgetNeed, Sizes, UnitShape, budget_need
-from offload.neighbours import Group, Neighbours, common_name, groups_of, own_groups, units_of
+from offload.masters import narrow
+from offload.need import Sizes
+from offload.neighbours import Group, Neighbours, common_name, own_groups
 from offload.parameters import Binder, PagedParameter
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
 from pagemem.accelerator import Accelerator, RamDevice
@@ -156,7 +158,7 @@ class PageStore:
 
     def _make_unit(self, named: Group) -> None:
         dtype = named[0][1].dtype
-        self._check_built(named)
+        check_built(named, self.config, self.page_bytes)
         layout = lay_out([(name, parameter.shape) for name, parameter in named])
         number = len(self.index.units)
         tensor = self.mover.create(named[0][0], Tag.PARAM, layout.numel * dtype.itemsize)
@@ -178,43 +180,6 @@ class PageStore:
         """A unit's parameters have changed in host memory."""
         if self.device_tier is not None and unit.device is not None:
             self.device_tier.driver.renewed(unit.device)
-
-    def add_masters(self, unit: Unit) -> None:
-        """Give a unit's slices fp32 masters with the values its parameters have. Outside steps."""
-        wide, n_bytes = unit.parameters, unit.dtype.itemsize
-        with self.driver.interlude():
-            for number, part in enumerate(unit.slices):
-                part.master = self.mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
-                accesses = [Access(wide.id, AccessMode.READ), Access(part.master.id, AccessMode.CREATE)]
-                with self.driver.op((OpKind.FORWARD, ("master", unit.index, number)), unit.name, accesses):
-                    assert wide.frame is not None and part.master.frame is not None
-                    values = self.mover.arena.view(wide.frame, part.begin * n_bytes, unit.dtype, part.numel)
-                    self.mover.arena.view(part.master.frame, 0, torch.float32, part.numel).copy_(values)
-        for slot in unit.slots:
-            slot.edited = False
-
-    def _narrow(self, unit: Unit) -> None:
-        """Give a unit that computes in 16 bits its fp32 masters, with the values as they were built, and go on in them."""
-        wide, dtype = unit.parameters, self.compute_dtype or unit.dtype
-        if dtype is torch.float32:
-            return
-        self.add_masters(unit)
-        if dtype is unit.dtype:
-            return
-        numel = unit.slices[-1].end
-        narrow = self.mover.create(unit.name, Tag.PARAM, numel * dtype.itemsize)
-        accesses = [Access(wide.id, AccessMode.READ), Access(narrow.id, AccessMode.CREATE)]
-        with self.driver.op((OpKind.FORWARD, ("narrow", unit.index)), unit.name, accesses):
-            assert wide.frame is not None and narrow.frame is not None
-            arena = self.mover.arena
-            arena.view(narrow.frame, 0, dtype, numel).copy_(arena.view(wide.frame, 0, unit.dtype, numel))
-        self.driver.quiesce()
-        del self.binder.units[wide.id]
-        self.mover.forget(wide)
-        unit.parameters, unit.dtype = narrow, dtype
-        self.binder.units[narrow.id] = unit
-        for slot in unit.slots:
-            slot.dtype, slot.edited = dtype, False
 
     def adopt(self, model: nn.Module) -> None:
         """Page what is still ordinary in ``model``, name everything as it does, and drop units it does not use.
@@ -243,7 +208,7 @@ class PageStore:
         for unit in self.index.units:
             unit.name = unit.parameters.name = common_name([slot.name for slot in unit.slots])
             with self.driver.interlude():
-                self._narrow(unit)
+                narrow(self, unit)
         if self.device_tier is not None:
             self._compute_on(self.device_tier)
         for parameter in model.parameters():
@@ -281,7 +246,7 @@ class PageStore:
         if tier is None or self.config.memory.device_states == "never":
             return
         units = self.index.units
-        chosen = choose_homes([_candidate(unit, sums=sums) for unit in units], tier.mover.arena.n_frames)
+        chosen = choose_homes([Candidate.of(unit, sums=sums) for unit in units], tier.mover.arena.n_frames)
         tier.settle([units[index] for index in chosen], sums=sums)
 
     @property
@@ -313,53 +278,6 @@ class PageStore:
         del self.binder.units[unit.compute.id]
         for tensor in [unit.parameters, *(p.master for p in unit.slices if p.master), *(p.states for p in unit.slices if p.states)]:
             self.mover.forget(tensor)
-
-    def check_budget(self, model: nn.Module, optimized: Collection[int], n_states: int) -> None:
-        """Before the engine pages anything: make sure that the largest unit will fit, also in its update.
-
-        Args:
-            optimized: ``id`` of every parameter that the optimizer has.
-            n_states: states that the optimizer keeps for each element.
-
-        Raises:
-            BudgetError: it will not; names the unit and the smallest budget that works.
-        """
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        made: dict[Unit, list[nn.Parameter]] = {}
-        for parameter in model.parameters():
-            if isinstance(parameter, PagedParameter):
-                made.setdefault(parameter._place.unit, []).append(parameter)
-        groups = groups_of(model.named_modules(), {id(parameter) for unit in made for parameter in made[unit]})
-
-        def units_at(page_bytes: int) -> Iterator[UnitShape]:
-            for unit, parameters in made.items():
-                name = common_name([names[id(parameter)] for parameter in parameters])
-                trained = any(id(parameter) in optimized for parameter in parameters)
-                yield UnitShape(name, unit.slices[-1].end, unit.dtype, trained)
-            for group in units_of([groups], page_bytes):
-                yield UnitShape.of(group, names, optimized)
-
-        if made or groups:
-            budget_need(units_at, n_states, self.config, self.config.memory.ram).check(self.config.memory.ram)
-
-    def _check_built(self, named: Group) -> None:
-        """While a model is built, of which only what has been built so far is known."""
-        ram_bytes, names = self.config.memory.ram, {id(parameter): name for name, parameter in named}
-        if UnitShape.of(named, names, ()).built_frames(self.page_bytes) * self.page_bytes <= ram_bytes:
-            return
-
-        def need_of(unit: UnitShape) -> BudgetNeed:
-            return budget_need(lambda _: [unit], self.config.optimizer.n_states, self.config, ram_bytes)
-
-        built, trained = need_of(UnitShape.of(named, {}, ())), need_of(UnitShape.of(named, names, names))
-        raise BudgetError(
-            f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but {trained.unit}, which is being built, needs at "
-            f"least {built.smallest_bytes} bytes ({format_bytes(built.smallest_bytes)}) for its parameters alone, and "
-            f"{trained.smallest_bytes} bytes ({format_bytes(trained.smallest_bytes)}) if the optimizer of the configuration "
-            "trains it. Modules not built yet may need more: offload.smallest_budget(factory, optimizer, config) says what "
-            "the whole model needs",
-            built.smallest_bytes,
-        )
 
     def give_back(self, model: nn.Module) -> None:
         """Make a model whole and ordinary again, which needs as much memory beside the budget.
@@ -461,13 +379,6 @@ class PageStore:
     def is_resident(self, unit: Unit) -> bool:
         """Whether a unit's parameters are in host memory now."""
         return unit.parameters.state not in (Residency.ABSENT, Residency.STORED)
-
-
-def _candidate(unit: Unit, *, sums: bool) -> Candidate:
-    """A unit's pages, if it were at home on the device."""
-    states = [tensor for part in unit.slices for tensor in (part.states, part.master) if tensor is not None]
-    home_frames = (2 if sums else 1) * unit.parameters.n_frames + sum(tensor.n_frames for tensor in states)
-    return Candidate(unit.parameters.n_frames, home_frames if unit.gradient_bytes else None)
 
 
 def _move_buffers(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from offload.config import Config, OptimizerConfig
+from optim.unit import Slot
 
 #: Makes a torch optimizer over the parameters given to it; its class, groups and options are taken over.
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -32,6 +33,19 @@ def template_of(optimizer: OptimizerLike, config: Config, model: nn.Module) -> t
 def optimized_by(template: torch.optim.Optimizer) -> set[int]:
     """``id`` of every parameter that a torch optimizer has."""
     return {id(parameter) for group in template.param_groups for parameter in group["params"]}
+
+
+def assign_groups(template: torch.optim.Optimizer, slots: Mapping[torch.Tensor, Slot]) -> None:
+    """Note in each parameter's slot which group of the template it is in.
+
+    Raises:
+        ValueError: the template has a parameter that has no slot.
+    """
+    for number, group in enumerate(template.param_groups):
+        for parameter in group["params"]:
+            if parameter not in slots:
+                raise ValueError(f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's")
+            slots[parameter].group = number
 
 
 def template_from(section: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

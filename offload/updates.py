@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from offload.config import Config
+from offload.masters import add_masters
 from offload.store import PageStore
 from optim.accumulate import GradientStore
 from optim.device_gradients import DeviceGradients
@@ -141,7 +142,7 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling:
     if not division.resident:
         for unit in units:
             if unit.slices[0].master is None:
-                store.add_masters(unit)
+                add_masters(store, unit)
     store.resize_arena(division.parameter_frames + division.state_frames)
     first_frame = store.mover.set_aside(division.state_frames)
     if division.resident:

@@ -28,8 +28,8 @@ from pagemem.residency import PagedTensor, Residency
 from scheduler.causes import Causes
 from scheduler.cursor import Astray, Cursor
 from scheduler.durations import Durations
+from scheduler.holding import Holding
 from scheduler.lanes import ReadLane
-from scheduler.on_demand import OnDemand
 from scheduler.plan import LoadTask, Plan
 from scheduler.planning import Planning
 from scheduler.trace import CHANGES, Access, AccessMode, Clock, HostClock, OpKey, Trace, TraceRecorder
@@ -45,7 +45,7 @@ class Mode(enum.Enum):
 _LEGAL: Final = {Mode.ON_DEMAND: frozenset({Mode.PLANNED}), Mode.PLANNED: frozenset({Mode.ON_DEMAND})}
 
 
-class Driver:
+class Driver(Holding):
     """Gives the training thread its tensors, op by op.
 
     Args:
@@ -69,7 +69,7 @@ class Driver:
     def __init__(
         self, mover: Mover, sink: EventSink, bandwidth: Callable[[], tuple[float, float]], overhead_bytes: int = 0, clock: Clock | None = None
     ) -> None:
-        self.mover = mover
+        super().__init__(mover, overhead_bytes)
         self.mode = Mode.ON_DEMAND
         self.plan: Plan | None = None
         self.planned_steps = 0
@@ -77,7 +77,6 @@ class Driver:
         self.deviations = 0
         self.watcher: Watcher | None = None
         self.above: Driver | None = None
-        self._on_demand = OnDemand(mover, overhead_bytes)
         self._sink = sink
         self.planning = Planning(mover, bandwidth, alike=self.alike)
         self._lane = ReadLane(mover)
@@ -88,7 +87,6 @@ class Driver:
         self._unsettled_steps = 0
         self._recording = True
         self._cursor = Cursor()
-        self._sequence = 0
 
     @property
     def overhead_bytes(self) -> int:
@@ -366,60 +364,6 @@ class Driver:
         for tensor in self.mover.collect_leases():
             if self._recording:
                 self._recorder.views_ended(tensor.id)
-
-    def _hold(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        """Pin the tensors of an op once they are usable."""
-        held: list[PagedTensor] = []
-        try:
-            for access in accesses:
-                tensor = self.mover.tensors[access.tensor]
-                self._make_usable(tensor, access.mode, name)
-                tensor.pins += 1
-                held.append(tensor)
-        except BudgetError:
-            self.end(held)
-            held = self._hold_packed(name, accesses)
-        except BaseException:
-            self.end(held)
-            raise
-        self._sequence += 1
-        for access, tensor in zip(accesses, (self.mover.tensors[a.tensor] for a in accesses), strict=True):
-            self.mover.used(tensor, self._sequence)
-            if access.mode in CHANGES:
-                self.mover.touch(tensor)
-        return held
-
-    def _hold_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        """Pin tensors that stood in each other's way: move them out and place them anew, side by side.
-
-        Those of which a view lives stay where they are.
-        """
-        own = [self.mover.tensors[access.tensor] for access in accesses]
-        for tensor in own:
-            if not tensor.held:
-                self._on_demand.move_out(tensor)
-        modes = {access.tensor: access.mode for access in accesses}
-        held: list[PagedTensor] = []
-        try:
-            for tensor in sorted(own, key=lambda t: (not t.held, -t.n_frames)):
-                if tensor.held:
-                    self._await_copy(tensor, modes[tensor.id])
-                else:
-                    self._on_demand.fetch(tensor, name, fresh=modes[tensor.id] is AccessMode.CREATE, lowest=True)
-                tensor.pins += 1
-                held.append(tensor)
-        except BaseException:
-            self.end(held)
-            raise
-        return held
-
-    def _await_copy(self, tensor: PagedTensor, mode: AccessMode) -> None:
-        self.mover.wait_until(lambda: self._usable(tensor, mode), tensor.name, tensor.n_bytes)
-
-    def _usable(self, tensor: PagedTensor, mode: AccessMode) -> bool:
-        if mode in CHANGES:
-            return tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads
-        return tensor.readable
 
     def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
         # Outside a step nobody says whether a tensor is going to be changed.

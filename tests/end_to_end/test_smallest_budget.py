@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from parity import adamw
 from small_runs import PAGE_BYTES, assert_closed, assert_untouched, built, config
-from tiny_models import CASES, GPT, ROWS, Case
+from tiny_models import CASES, GPT, Case
 from torch import Tensor, nn
 
 import offload

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pagemem.heap import (
-    TUNABLE, TUNABLES_VARIABLE, WORTH_BYTES, ForwardEnd, give_back_free_pages, give_back_large_blocks, joining, keep_freed_memory,
+    TUNABLE, TUNABLES_VARIABLE, WORTH_BYTES, ForwardEnd, give_back_free_pages, joining,
     large_blocks_mapped,
 )  # fmt: skip
 from pagemem.page import TensorId
@@ -88,7 +88,8 @@ def test_what_one_engine_keeps_another_one_gives_back() -> None:
     # In a process of its own: what other tests have freed here would serve the block.
     code = (
         "import sys, torch; sys.path[:0] = sys.argv[1].split(':')\n"
-        "from test_heap import MiB, give_back_large_blocks, keep_freed_memory, resident_bytes\n"
+        "from pagemem.heap import give_back_large_blocks, keep_freed_memory\n"
+        "from test_heap import MiB, resident_bytes\n"
         "keep_freed_memory()\n"
         "give_back_large_blocks()\n"
         "before = resident_bytes()\n"

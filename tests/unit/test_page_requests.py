@@ -81,7 +81,6 @@ def test_requests_move_every_byte_once_to_its_place(
 ) -> None:
     extents, page_bytes = transfer
     striping = Striping([2.0, 1.0, 1.0][:n_paths])
-    n_bytes = sum(extent.length_bytes for extent in extents)
     table = tabulate(extents, striping, page_bytes, 60)
     requests = plan_requests(table, n_paths, page_bytes, max_request_bytes)
     known_by = list(zip(table.keys.places.tolist(), table.keys.spans.tolist()))
