@@ -172,9 +172,9 @@ class DeviceMover(Mover):
         """Nothing: who edits a tensor writes it back, see `written_back`. Until then it stays dirty and where it is."""
 
     def written_back(self, tensor: PagedTensor) -> None:
-        """The tensor below has the content of an edited one."""
+        """The tensor below has the content of an edited one, or of one that may have been."""
         with self.changed:
-            del self.edited[tensor.id]
+            self.edited.pop(tensor.id, None)
             if tensor.state is Residency.DIRTY:
                 tensor.become(Residency.STORING)
                 tensor.become(Residency.CLEAN)

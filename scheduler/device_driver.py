@@ -103,14 +103,15 @@ class DeviceDriver(Driver):
         tensor.fixed = True
 
     def bring_down(self) -> None:
-        """Between two steps: have below what has changed in tensors that are at home here.
+        """Between two steps: have below what has changed in tensors that are at home here, and what may have through views in use.
 
         Raises:
             StorageError: a page file failed, or has no room for what has to give way. The device has everything.
         """
         with self.interlude():
-            for tensor in [tensor for tensor in self.device.edited.values() if tensor.fixed]:
-                self._written_back(tensor, AccessMode.CREATE)
+            for tensor in list(self.device.tensors.values()):
+                if tensor.id in self.device.edited or (tensor.exposed and tensor.readable):
+                    self._written_back(tensor, AccessMode.CREATE)
 
     def bring_up(self) -> None:
         """Between two steps: what is below of tensors that are at home here is what they are to be.

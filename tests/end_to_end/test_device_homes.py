@@ -106,6 +106,22 @@ def test_training_goes_on_beside_a_commit_in_the_background(device: str, tmp_pat
     assert_closed(engine)
 
 
+@pytest.mark.parametrize("states", ["auto", "never"])
+def test_what_is_written_through_a_view_in_use_is_in_the_next_commit(states: str, tmp_path: Path) -> None:
+    with offload.initialize(built(), homes(tmp_path, states=states), adamw) as engine:
+        train(engine, 2)
+        view = engine.model.get_parameter("blocks.0.up.weight").detach()
+        engine.save()
+        view.fill_(5.0)
+        engine.save()
+        view.fill_(6.0)
+        assert bool((engine.model.state_dict()["blocks.0.up.weight"] == 6.0).all())
+        del view
+        assert engine.resume() is not None
+        assert bool((engine.model.state_dict()["blocks.0.up.weight"] == 5.0).all())
+    assert_closed(engine)
+
+
 def test_weights_are_exported_as_they_are_on_the_device(tmp_path: Path) -> None:
     with offload.initialize(built(), homes(tmp_path), adamw) as engine:
         train(engine, 3)
