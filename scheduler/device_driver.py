@@ -126,8 +126,9 @@ class DeviceDriver(Driver):
                     self.device.written_back(tensor)
 
     def quiesce(self) -> None:
-        """Stop copying ahead and wait until no copy is under way, also after an error."""
-        self._write_back()
+        """Stop copying ahead and wait until no copy is under way, also after an error. What was edited until now is written back."""
+        with self.device.changed:
+            self._collect_views()
         super().quiesce()
 
     # ---- inside ------------------------------------------------------------------------------------------------
