@@ -2,131 +2,27 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 import torch
-from fake_page_files import Held
-from gated_mover import PAGE_BYTES, Gates, opened
+from gated_device import Tiers, opened_tiers
+from gated_mover import PAGE_BYTES
 
-from pagemem.accelerator import RamDevice
-from pagemem.arena import HostArena
-from pagemem.device_mover import DeviceMover
 from pagemem.errors import StorageError, TransitionError
-from pagemem.events import EventKind, EventLog
 from pagemem.page import FrameId
-from pagemem.residency import PagedTensor, Residency
+from pagemem.residency import Residency
 from scheduler.lanes import ReadLane
 from scheduler.plan import LoadTask
 
 R = Residency
 
 
-class GatedMark:
-    """A place that a device comes to when the test lets it."""
-
-    def __init__(self) -> None:
-        self._gate = threading.Event()
-        self.error: BaseException | None = None
-
-    def open(self) -> None:
-        self._gate.set()
-
-    def reached(self) -> bool:
-        return self._gate.is_set()
-
-    def wait(self) -> None:
-        assert self._gate.wait(30)
-        if self.error is not None:
-            raise self.error
-
-
-class GatedDevice(RamDevice):
-    """Bytes go down when the test lets them."""
-
-    def __init__(self) -> None:
-        self.mark_down = GatedMark()
-
-    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> GatedMark:
-        """Now, which nobody may see before the gate is open."""
-        into.copy_(source)
-        return self.mark_down
-
-
-class Tiers:
-    """A device of two frames above a gated host mover."""
-
-    def __init__(self, below: Gates) -> None:
-        self.below = below
-        self.log = EventLog()
-        self.device = DeviceMover(HostArena(2, PAGE_BYTES), below.mover, GatedDevice(), self.log)
-
-    def holds(self, tensor: PagedTensor, value: int) -> bool:
-        return bool((self.device.bytes_of(tensor) == value).all())
-
-    def arrives(self, tensor: PagedTensor) -> None:
-        """Wait until a copy is there."""
-        self.device.wait_until(lambda: tensor.state is R.CLEAN, tensor.name)
-
-    def stored(self, value: int, name: str, n_pages: int = 1) -> PagedTensor:
-        """A tensor of the device of which only the page files have anything."""
-        return self.device.mirror(self.below.stored(value, name, n_pages))
-
-    @property
-    def down(self) -> GatedMark:
-        """The mark behind what goes down."""
-        assert isinstance(self.device.accelerator, GatedDevice)
-        return self.device.accelerator.mark_down
-
-    def saved(self, value: int, frame: int = 0) -> PagedTensor:
-        """A tensor of host memory that the device is filling."""
-        lower = self.below.dirty(0, frame, f"saved {value}")
-        assert self.device.save(torch.full((PAGE_BYTES,), value, dtype=torch.uint8), lower) is self.down
-        return lower
-
-    def is_there(self, lower: PagedTensor) -> None:
-        """Let it be filled, and wait for that."""
-        self.down.open()
-        self.below.mover.wait_until(lambda: lower.state is not R.ARRIVING, lower.name)
-
-    def comes(self, tensor: PagedTensor, frame: int) -> None:
-        """The tensor's pages come into host memory."""
-        self.below.mover.start_load(self.device.lower(tensor.id), FrameId(frame))
-        self.below.files.take("read").open()
-
-
-class Coming:
-    """A tensor on its way up while it is read."""
-
-    def __init__(self, tiers: Tiers, tensor: PagedTensor, read: Held) -> None:
-        self.tiers, self.tensor, self.read = tiers, tensor, read
-        self.lower = tiers.device.lower(tensor.id)
-
-    def has(self, page: int) -> bool:
-        """Whether the device has a page of it."""
-        return bool((self.tiers.device.bytes_of(self.tensor)[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] == 7).all())
-
-    def copied(self, page: int) -> None:
-        """Wait until it has."""
-        ends_s = time.monotonic() + 30
-        while not self.has(page):
-            assert time.monotonic() < ends_s, f"page {page} was not copied up"
-            time.sleep(0.001)
-
-
 @pytest.fixture
 def tiers() -> Iterator[Tiers]:
-    """Tiers for one test, at rest at its end."""
-    with opened() as below:
-        made = Tiers(below)
-        try:
-            yield made
-        finally:
-            made.device.close()
-            made.device.validate()
-            made.device.arena.close()
+    """Tiers for one test."""
+    with opened_tiers() as made:
+        yield made
 
 
 def test_a_copy_waits_for_its_host_pages(tiers: Tiers) -> None:
@@ -240,110 +136,6 @@ def test_a_copy_that_fails_is_told_and_leaves_the_tensor_below(tiers: Tiers, mon
     assert tiers.holds(tensor, 1), "the thread goes on"
     tiers.below.mover.settle()
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
-
-
-# ---- page by page -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def coming(tiers: Tiers) -> Iterator[Coming]:
-    """A tensor of two pages that is wanted on the device and is being read from the page files."""
-    tensor = tiers.stored(7, "t", n_pages=2)
-    tiers.device.start_load(tensor, FrameId(0))
-    tiers.below.mover.start_load(tiers.device.lower(tensor.id), FrameId(0))
-    yield Coming(tiers, tensor, tiers.below.files.take("read"))
-    tiers.below.mover.settle()
-    assert tiers.device.lower(tensor.id).uploads == 0
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_pages_are_copied_up_while_the_others_are_read(coming: Coming, order: tuple[int, int]) -> None:
-    first, last = order
-    coming.read.arrive(first)
-    coming.copied(first)
-    assert not coming.has(last) and coming.tensor.state is R.LOADING and coming.lower.state is R.LOADING
-    coming.read.arrive(last)
-    coming.copied(last)
-    assert coming.tensor.state is R.LOADING, "the read may still turn out to have failed"
-    coming.read.open()
-    coming.tiers.arrives(coming.tensor)
-    assert coming.tiers.holds(coming.tensor, 7)
-
-
-def test_pages_that_were_not_told_of_are_copied_when_all_are_there(coming: Coming) -> None:
-    coming.read.arrive(1)
-    coming.copied(1)
-    coming.read.open()
-    coming.tiers.arrives(coming.tensor)
-    assert coming.tiers.holds(coming.tensor, 7)
-
-
-def test_each_page_is_copied_once(coming: Coming) -> None:
-    coming.read.arrive(0)
-    coming.copied(0)
-    coming.read.arrive(1)
-    coming.read.open()
-    coming.tiers.arrives(coming.tensor)
-    coming.tiers.below.mover.settle()
-    assert coming.tiers.device._copier.copied_bytes == 2 * PAGE_BYTES
-    assert [event.n_bytes for event in coming.tiers.log.events if event.kind is EventKind.UPLOAD][0] == PAGE_BYTES
-
-
-def test_a_copy_that_has_begun_is_not_taken_back_and_its_host_pages_stay(coming: Coming) -> None:
-    coming.read.arrive(0)
-    coming.copied(0)
-    assert not coming.tiers.device.take_back_load(coming.tensor)
-    coming.read.arrive(1)
-    coming.copied(1)
-    assert coming.lower.uploads == 1, "an update now would be half of the next version"
-    coming.read.open()
-    coming.tiers.arrives(coming.tensor)
-
-
-def test_a_read_that_fails_half_way_is_forgotten_and_the_next_one_is_copied_whole(coming: Coming) -> None:
-    below = coming.tiers.below
-    coming.read.arrive(0)
-    coming.copied(0)
-    coming.read.fail(StorageError("EIO"))
-    with pytest.raises(StorageError, match="EIO"):
-        below.mover.check()
-    below.mover.settle()
-    assert coming.lower.state is R.STORED and coming.lower.uploads == 0 and coming.tensor.state is R.LOADING
-    coming.tiers.device.bytes_of(coming.tensor).zero_()
-    coming.read.arrive(1)  # the old one, late: nobody listens
-    below.mover.start_load(coming.lower, FrameId(1))
-    again = below.files.take("read")
-    again.arrive(1)
-    coming.copied(1)
-    assert not coming.has(0)
-    again.open()
-    coming.tiers.arrives(coming.tensor)
-    assert coming.tiers.holds(coming.tensor, 7)
-
-
-def test_after_a_read_that_fails_half_way_the_copy_can_be_taken_back(coming: Coming) -> None:
-    coming.read.arrive(0)
-    coming.copied(0)
-    coming.read.fail(StorageError("EIO"))
-    with pytest.raises(StorageError, match="EIO"):
-        coming.tiers.below.mover.check()
-    coming.tiers.below.mover.settle()
-    assert coming.tiers.device.take_back_load(coming.tensor) and coming.tensor.state is R.STORED
-
-
-def test_a_copy_that_fails_half_way_is_told(coming: Coming, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> None:
-        raise MemoryError("no copy")
-
-    coming.read.arrive(0)
-    coming.copied(0)
-    with monkeypatch.context() as broken:
-        broken.setattr("pagemem.accelerator.np.copyto", fails)
-        coming.read.arrive(1)
-        with pytest.raises(MemoryError, match="no copy"):
-            coming.tiers.arrives(coming.tensor)
-    assert coming.tensor.state is R.STORED
-    coming.read.open()
 
 
 # ---- bytes of the device on their way down ------------------------------------------------------------------------------
