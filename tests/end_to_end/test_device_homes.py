@@ -14,6 +14,7 @@ from small_runs import assert_closed, assert_equal, built, config, train, train_
 from tiny_models import CASES
 
 import offload
+from offload import activations
 from pagemem.errors import StorageError
 from pagemem.page_file import PageFiles
 from pagemem.tier import Tag
@@ -40,6 +41,17 @@ def test_on_a_late_device_every_step_equals_plain_torch(
     with late_device(monkeypatch):
         stats = parity.run()
     assert stats.deviations == 0 and stats.planned_steps >= parity.steps - 4 and stats.device_units > 0
+
+
+@pytest.mark.parametrize("device", [SOME, ALL])
+@pytest.mark.parametrize("name", ["gpt", "recompute", "two_backwards"])
+def test_saved_tensors_go_to_host_pages_beside_units_at_home(name: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), steps=10, each_step=False)
+    parity.memory = {"device": device, "activations": "64KiB"}
+    with late_device(monkeypatch) as late:
+        stats = parity.run()
+        assert late.saved and stats.deviations == 0 and stats.device_units > 0
 
 
 @pytest.mark.parametrize("update", [{}, {"clip_norm": 0.5}, {"accumulation": 2}, {"start": "step"}], ids=["eager", "clipped", "accumulated", "at the step"])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from edits import EDITS
+from late_device import late_device
 from parity import Parity, adamw, smallest_ram, state_bytes
 from small_runs import assert_closed, assert_equal, batches, built, config, train, train_plain
 from tiny_models import CASES
 from torch import nn
 
 import offload
+from pagemem.host_copier import _Upload
 from pagemem.residency import Residency
 from pagemem.tier import Tier
 
@@ -66,6 +69,22 @@ def test_both_plans_are_followed(name: str, clip_norm: float | None, tmp_path: P
     stats = parity.run()
     assert stats.deviations == 0
     assert stats.planned_steps >= parity.steps - 4, "one more step on demand for each plan of the device"
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("name", ["gpt", "tied"])
+def test_tensors_that_are_read_in_many_requests_are_copied_as_they_come(
+    name: str, clip_norm: float | None, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 4 + (1 << 20), clip_norm, each_step=False, steps=8)
+    parity.memory, parity.ssd = {"device": "1MiB", "device_states": "never"}, {"max_request": "8KiB", "limit_mb_per_s": 100.0}
+    taken: list[bool] = []
+    take = _Upload.take
+    monkeypatch.setattr(_Upload, "take", lambda upload: (taken.append(not upload.tensor.readable), take(upload))[1])
+    with late_device(monkeypatch) if late else nullcontext():
+        stats = parity.run()
+    assert stats.deviations == 0 and any(taken), "some are copied while they are read"
 
 
 def three_tiers(folder: Path, device: int | str = "1MiB", **update: Any) -> dict[str, Any]:

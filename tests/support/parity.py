@@ -44,6 +44,7 @@ class Parity:
     steps: int = STEPS
     extra: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    ssd: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
         """The engine's configuration."""
@@ -51,7 +52,7 @@ class Parity:
         return {
             "device": "cpu-emulated" if "device" in self.memory else "cpu",
             "memory": {"ram": self.ram, "page": "64KiB", **self.memory},
-            "ssd": {"paths": [str(self.folder / "pages")], "threads": 2},
+            "ssd": {"paths": [str(self.folder / "pages")], "threads": 2, **self.ssd},
             "update": update,
         }
 
