@@ -6,8 +6,9 @@ from types import TracebackType
 from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from offload.live_bar import LiveBar
 from pagemem.units import format_bytes
 
 _PARTS: Final = 10
@@ -26,9 +27,8 @@ class ByteProgress:
         self._what = what
         self._total_bytes = total_bytes
         self._done_bytes = 0
-        self._bar = Progress(
-            TextColumn(what), BarColumn(bar_width=24), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn(),
-            console=console, transient=True,
+        self._bar = LiveBar(
+            console, TextColumn(what), BarColumn(bar_width=24), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn(),
         )  # fmt: skip
         self._task = self._bar.add_task(what, total=total_bytes)
 
@@ -36,7 +36,7 @@ class ByteProgress:
         """So many bytes more are done."""
         before, self._done_bytes = self._done_bytes, self._done_bytes + n_bytes
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=self._done_bytes)
+            self._bar.move(self._task, completed=self._done_bytes)
         elif self._part(before) < self._part(self._done_bytes):
             share = f"{self._done_bytes * 100 // max(1, self._total_bytes):3d} %"
             done = f"{format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)}"

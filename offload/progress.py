@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import IO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from offload.live_bar import LiveBar
 from pagemem.units import format_bytes
 
 
@@ -64,9 +65,8 @@ class ProgressLog:
         self._steps = steps
         self._log_every = log_every
         self._file: IO[str] | None = None
-        self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
-            TimeRemainingColumn(), console=console, transient=True,
+        self._bar = LiveBar(
+            console, TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeRemainingColumn(),
         )  # fmt: skip
         self._task = self._bar.add_task("starting", total=steps)
 
@@ -93,6 +93,6 @@ class ProgressLog:
         self._file.flush()
         if self._console.is_terminal:
             text = metrics.line(self._steps).split("  ", 1)[1]
-            self._bar.update(self._task, completed=metrics.step, description=text)
+            self._bar.move(self._task, completed=metrics.step, description=text)
         elif metrics.step % self._log_every == 0 or metrics.step == self._steps:
             self._console.print(metrics.line(self._steps), soft_wrap=True, highlight=False)
