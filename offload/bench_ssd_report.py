@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, TextColumn
 from rich.table import Table
 
 from offload.bench_ssd import IN_RAM, Measured, Plan, Point, Target, check_target, measure
 from offload.config import ConfigError
+from offload.live_bar import LiveBar
 from pagemem.units import KiB, MiB, format_bytes
 
 #: A setting this near the best one is as good.
@@ -136,15 +138,14 @@ def _measure(target: Target, plan: Plan, console: Console) -> Measured:
     _plain(console, target_line(target, plan))
     if not console.is_terminal:
         return measure(target, plan)
-    with console.status("writing the test file") as status:
-        n_done = 0
+    with LiveBar(console, MofNCompleteColumn(), TextColumn("{task.description}")) as bar:
+        task = bar.add_task("writing the test file", total=len(plan.settings))
 
         def show(point: Point) -> None:
-            nonlocal n_done
-            n_done += 1
             cells = point_cells(point)
-            status.update(f"{n_done} of {len(plan.settings)}: {cells[0]}, threads {cells[1]}: write {cells[3]}, read {cells[4]} GB/s")
+            bar.move(task, advance=1, description=f"{cells[0]}, threads {cells[1]}: write {cells[3]}, read {cells[4]} GB/s")
 
+        bar.refresh()
         return measure(target, plan, show)
 
 
