@@ -36,8 +36,9 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
     rows.append(("export", f"RAM {format_bytes(found.export_ram_bytes)} of buffers; files of {format_bytes(found.export_bytes)}"))
     rows += [*memory_rows(found), *fit_rows(found.fit)]
     moving = f"; {found.moving_s:.3f} s by which moves slow it down" if found.moving_s else ""
+    ops = f"{found.ops} ops" + (" of host memory" if found.step.device_pages else "")
     rows += [
-        ("step, predicted", f"{found.step_s:.3f} s, of which compute {found.compute_s:.3f} s, in {found.ops} ops{moving}"),
+        ("step, predicted", f"{found.step_s:.3f} s, of which compute {found.compute_s:.3f} s, in {ops}{moving}"),
         ("busy", ", ".join(f"{lane} {share:.0%}" for lane, share in found.busy.items())),
         ("limited by", found.limiting),
         ("waits a step", ", ".join(f"{lane} {seconds:.3f} s" for lane, seconds in found.waits_s.items())),
