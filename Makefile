@@ -1,4 +1,5 @@
-# make train: train the byte-level GPT out of RAM and SSD.   make test: all checks.   Both need only Python 3.11.
+# make train: train the byte-level GPT out of RAM and SSD.   make test: all checks of a change.   make test-all: the long
+# ones, too (full products, kills, faults), with a CSV of counts.   All need only Python 3.11.
 PYTHON ?= python3
 VENV ?= .venv
 # The CPU build of torch; another one: make TORCH=torch==2.13.0 TORCH_INDEX=<index of that build>
@@ -7,7 +8,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 RUN = $(VENV)/bin
 
-.PHONY: train test lint clean
+.PHONY: train test test-all lint clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: setup.cfg pyproject.toml
@@ -25,7 +26,11 @@ lint: $(VENV)/.installed
 
 # Two workers with a compute thread each: tests are many and small, and threads of one would wait for each other.
 test: lint
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not long" --numprocesses $(WORKERS) --dist worksteal
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+		--tally benchmarks/results/test-all-$(shell date +%F).csv
 
 clean:
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .hypothesis .import_linter_cache

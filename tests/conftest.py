@@ -6,9 +6,11 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import tally as tallies
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60, print_blob=True)
@@ -16,6 +18,26 @@ settings.load_profile("suite")
 
 #: Descriptors that libraries open once and keep: code and data of installed packages, and the system's own devices.
 _KEPT_BY_LIBRARIES = ("/site-packages/", "/dev/null", "/dev/urandom", "/dev/random", "/proc/", "/sys/", "/usr/", "/lib/")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tally", type=Path, metavar="FILE", help="append what long tests count to this CSV")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--tally")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(tallies.TallyFile(path))
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Note what a long test counted: ``tally("SIGINT, exact mode, own loop", trials=400, failures=0, detail="3 lost")``."""
+
+    def note(what: str, *, trials: int, failures: int, detail: str = "") -> None:
+        request.node.user_properties.append((tallies.PROPERTY, (what, trials, failures, detail)))
+
+    return note
 
 
 def pytest_collection_finish() -> None:
