@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from rich.console import Console
 
 import offload
 from offload.bench_ssd import full_plan
 from offload.bench_ssd_report import run_bench_ssd
-from offload.config import Config, ConfigError, load_config, read_config_file
+from offload.config import Config, ConfigError, load_config
+from offload.config_file import apply_changes, read_config_file
 from offload.doctor import run_doctor
 from offload.export import DTYPES, export_run
 from offload.fit import Room, room_here
@@ -60,9 +59,17 @@ _PLAN: Final = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is one line and exit code 2, as every other error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where the options are explained."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; {self.prog} --help lists what there is\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(prog="offload", description="Train models larger than memory out of RAM and SSD.")
+    parser = _Parser(prog="offload", description="Train models larger than memory out of RAM and SSD.")
     parser.add_argument("--version", action="version", version=f"offload {offload.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -73,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands.add_parser("verify", help="read everything that a run's commits name, and say what is wrong", description=_VERIFY))
     _add_bench_ssd(commands.add_parser("bench-ssd", help="measure folders for page files", description=_BENCH_SSD))
     _add_doctor(commands.add_parser("doctor", help="say what this machine offers and what could go wrong", description=_DOCTOR))
+    for command in commands.choices.values():  # Without a default: what stands before the command holds.
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     return parser
 
 
@@ -98,8 +107,11 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
     command.set_defaults(call=_profile)
 
 
-def _add_file(command: argparse.ArgumentParser, within: argparse._ActionsContainer | None = None, nargs: str | None = None) -> None:
-    (within or command).add_argument("file", nargs=nargs, metavar="FILE", help="configuration: .toml, .json, .yaml or .yml")
+def _add_file(
+    command: argparse.ArgumentParser, within: argparse._ActionsContainer | None = None, nargs: str | None = None,
+    what: str = "configuration: .toml, .json, .yaml or .yml",
+) -> None:  # fmt: skip
+    (within or command).add_argument("file", nargs=nargs, metavar="FILE", help=what)
     command.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
         help="change one value of the file, e.g. --set memory.ram=64MiB; may be given several times",
@@ -154,7 +166,7 @@ def _add_bench_ssd(command: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(command: argparse.ArgumentParser) -> None:
-    command.add_argument("file", nargs="?", type=Path, metavar="FILE", help="configuration to look at as well")
+    _add_file(command, nargs="?", what="configuration to look at as well")
     command.add_argument("--no-bench", action="store_false", dest="bench", help="measure nothing, and write nothing anywhere")
     command.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     command.set_defaults(call=_doctor)
@@ -196,7 +208,7 @@ def _start_anew_if_worth_it(arguments: argparse.Namespace, config: Config) -> No
 
 def _read_config(arguments: argparse.Namespace, *more: str) -> Config:
     raw = read_config_file(Path(arguments.file))
-    return load_config(apply_changes(raw, [*arguments.changes, *more]))
+    return load_config(apply_changes(raw, [*arguments.changes, *more]), arguments.file)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -252,7 +264,10 @@ def _bench_ssd(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    return run_doctor(arguments.file, Console(), bench=arguments.bench, as_json=arguments.json)
+    if arguments.file is None and arguments.changes:
+        raise ConfigError("--set changes a FILE; name one")
+    file = None if arguments.file is None else Path(arguments.file)
+    return run_doctor(file, Console(), changes=arguments.changes, bench=arguments.bench, as_json=arguments.json)
 
 
 def _size(option: str, text: str) -> int:
@@ -265,31 +280,6 @@ def _size(option: str, text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise ConfigError(f"{option}: {error}") from error
-
-
-def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """``raw`` with each ``section.key=value`` put in; a value is JSON where it is valid JSON, text otherwise.
-
-    Raises:
-        ConfigError: a change has no ``=``, or goes through a value that is not a section.
-    """
-    changed: dict[str, Any] = copy.deepcopy(raw)
-    for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {change}: write section.key=value")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        *sections, key = name.split(".")
-        target: Any = changed
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set {change}: {section!r} is not a section")
-        target[key] = value
-    return changed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,21 +10,16 @@ import difflib
 import json
 import re
 import reprlib
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from offload.config_file import ConfigError as ConfigError
+from offload.config_file import read_config_file
 from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES
 from pagemem.units import BLOCK_BYTES, KiB, MiB, format_bytes, parse_bytes
-
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. One line for each thing that is wrong."""
 
 
 def _size(value: object) -> int:
@@ -316,8 +311,11 @@ def resolve_page_bytes(ram_bytes: int) -> int:
     return page_bytes
 
 
-def load_config(source: Config | Mapping[str, Any] | str | Path) -> Config:
+def load_config(source: Config | Mapping[str, Any] | str | Path, where: str = "configuration") -> Config:
     """The configuration in a mapping or a file, checked.
+
+    Args:
+        where: what errors call a mapping.
 
     Raises:
         ConfigError: it cannot be read, has unknown keys, or values that do not fit; one line for each.
@@ -328,35 +326,9 @@ def load_config(source: Config | Mapping[str, Any] | str | Path) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        where = "configuration" if isinstance(source, Mapping) else str(source)
+        where = where if isinstance(source, Mapping) else str(source)
         lines = [_describe(entry) for entry in error.errors()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """What a configuration file holds, unchecked.
-
-    Raises:
-        ConfigError: it cannot be read, or is no mapping.
-    """
-    try:
-        text = path.read_text()
-        loaded: Any
-        if path.suffix == ".toml":
-            loaded = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            loaded = yaml.safe_load(text)
-        elif path.suffix == ".json":
-            loaded = json.loads(text)
-        else:
-            raise ConfigError(f"{path}: unknown kind of file {path.suffix!r}; use .toml, .json, .yaml or .yml")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: holds a {type(loaded).__name__}, not a mapping of sections")
-    return loaded
 
 
 def _describe(entry: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -42,9 +42,9 @@ class Finding:
         return f"{self.level:<7}  {self.what}: {self.said}" + (f" -> {self.remedy}" if self.remedy else "")
 
 
-def run_doctor(file: Path | None, console: Console, *, bench: bool = True, as_json: bool = False) -> int:
+def run_doctor(file: Path | None, console: Console, *, changes: Sequence[str] = (), bench: bool = True, as_json: bool = False) -> int:
     """Look, print a line for each check, and with ``as_json`` a last one with all of it; returns 1 where there is a problem, else 0."""
-    facts = gather(file, bench=bench)
+    facts = gather(file, changes, bench=bench)
     findings = judge(facts)
     for finding in findings:
         style = _COLOURS[finding.level] if console.is_terminal else None

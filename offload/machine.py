@@ -24,6 +24,7 @@ import torch
 import offload
 from offload.bench_ssd import DEFAULT_THREADS, USUAL_REQUEST_BYTES, Plan, Point, Setting, check_target, file_system, measure
 from offload.config import Config, ConfigError, load_config
+from offload.config_file import apply_changes, read_config_file
 from pagemem.errors import DiskFullError, OffloadError
 from pagemem.run_directory import FolderUse, folder_use
 from pagemem.units import MiB, format_bytes
@@ -137,9 +138,13 @@ class Facts:
     config: ConfigFact | None
 
 
-def gather(file: Path | None, *, bench: bool = True) -> Facts:
-    """Everything, for a configuration's folders or, without one, for the current directory; some seconds with ``bench``."""
-    config = None if file is None else config_fact(file)
+def gather(file: Path | None, changes: Sequence[str] = (), *, bench: bool = True) -> Facts:
+    """Everything, for a configuration's folders or, without one, for the current directory; some seconds with ``bench``.
+
+    Args:
+        changes: of the configuration, as ``section.key=value``.
+    """
+    config = None if file is None else config_fact(file, changes)
     if config is None:
         paths = [Path.cwd()]
     else:
@@ -160,10 +165,10 @@ def gather(file: Path | None, *, bench: bool = True) -> Facts:
     )  # fmt: skip
 
 
-def config_fact(file: Path) -> ConfigFact:
-    """A configuration file, read and checked."""
+def config_fact(file: Path, changes: Sequence[str] = ()) -> ConfigFact:
+    """A configuration file, with changes, read and checked."""
     try:
-        return ConfigFact(str(file), load_config(file))
+        return ConfigFact(str(file), load_config(apply_changes(read_config_file(file), changes), str(file)))
     except ConfigError as error:
         return ConfigFact(str(file), None, tuple(str(error).splitlines()))
 

@@ -250,3 +250,14 @@ def test_pinning_is_found_out_by_pinning(pinned: bool | None, pinning: str | Non
     monkeypatch.setattr(machine.torch, "cuda", FakeCuda())
     monkeypatch.setattr(machine.torch, "empty", lambda n_bytes, dtype: FakeTensor(pinned))
     assert cuda_facts() == (machine.CudaFact("Card", 4 * MiB, 3 * MiB, pinning),)
+
+
+def test_values_are_changed_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_config(tmp_path, tmp_path / "new")
+    code, record, _ = run(capsys, file, "--no-bench", "--set", "memory.ram=1000TiB", "--set", f"ssd.paths=[\"{tmp_path / 'other'}\"]")
+    assert code == 1 and said(record, "budget")[0][0] == "problem"
+    assert [folder["path"] for folder in record["facts"]["folders"]] == [str(tmp_path / "other")]
+    code, record, _ = run(capsys, file, "--no-bench", "--set", "memory.rm=1")
+    assert code == 1 and said(record, "config") == [("problem", f"{file}: unknown key 'memory.rm'; did you mean 'memory.ram'?")]
+    assert cli.main(["doctor", "--set", "memory.ram=1GiB"]) == 1
+    assert capsys.readouterr().err == "offload: error: --set changes a FILE; name one\n"

@@ -13,6 +13,7 @@ import pytest
 import offload
 from offload import cli
 from offload.config import Config, ConfigError
+from offload.config_file import apply_changes
 from offload.verify import Report
 from pagemem.errors import OffloadError
 
@@ -65,13 +66,13 @@ def test_the_surface() -> None:
         "-h/--help": None,
         "--version": None,
         "--debug": None,
-        "launch": {"-h/--help": None, "FILE": None, "--set": None},
-        "profile": dict.fromkeys(("-h/--help", "FILE", "--plain", "--set", "--steps", "--to")),
-        "plan": dict.fromkeys(("-h/--help", "FILE", "--set", "--ram", "--ssd-read", "--ssd-write", "--flops", "--ram-speed", "--device-ram-speed", "--h2d", "--machine-ram", "--machine-disk", "--machine-device", "--largest", "--depth", "--json")),
-        "export": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")),
-        "verify": dict.fromkeys(("-h/--help", "RUN", "--path", "--commit")),
-        "bench-ssd": dict.fromkeys(("-h/--help", "PATH", "--size", "--seconds", "--json")),
-        "doctor": dict.fromkeys(("-h/--help", "FILE", "--no-bench", "--json")),
+        "launch": dict.fromkeys(("-h/--help", "FILE", "--set", "--debug")),
+        "profile": dict.fromkeys(("-h/--help", "--debug", "FILE", "--plain", "--set", "--steps", "--to")),
+        "plan": dict.fromkeys(("-h/--help", "--debug", "FILE", "--set", "--ram", "--ssd-read", "--ssd-write", "--flops", "--ram-speed", "--device-ram-speed", "--h2d", "--machine-ram", "--machine-disk", "--machine-device", "--largest", "--depth", "--json")),
+        "export": dict.fromkeys(("-h/--help", "--debug", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")),
+        "verify": dict.fromkeys(("-h/--help", "--debug", "RUN", "--path", "--commit")),
+        "bench-ssd": dict.fromkeys(("-h/--help", "--debug", "PATH", "--size", "--seconds", "--json")),
+        "doctor": dict.fromkeys(("-h/--help", "--debug", "FILE", "--set", "--no-bench", "--json")),
     }
 
 
@@ -85,7 +86,7 @@ def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[s
 
 
 def test_the_version_in_a_process_of_its_own() -> None:
-    done = subprocess.run([sys.executable, "-m", "offload.cli", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "offload", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"offload {offload.__version__}\n"
 
 
@@ -107,7 +108,8 @@ def test_factories_beside_the_configuration_are_found_and_hide_nothing(tmp_path:
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
-    assert caught.value.code == 2 and "usage: offload" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith("offload") and ": error: " in said and said.count("\n") == 1
 
 
 def test_what_export_and_verify_are_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +146,7 @@ def test_changes_go_into_the_configuration(file: Path, launched: list[Config]) -
 
 def test_changes_leave_what_they_start_from_alone() -> None:
     raw = {"a": {"b": 1}}
-    assert cli.apply_changes(raw, ["a.b=2", "a.c.d=x=y"]) == {"a": {"b": 2, "c": {"d": "x=y"}}}
+    assert apply_changes(raw, ["a.b=2", "a.c.d=x=y"]) == {"a": {"b": 2, "c": {"d": "x=y"}}}
     assert raw == {"a": {"b": 1}}
 
 
@@ -181,10 +183,17 @@ def test_an_error_is_a_line_and_exit_code_1(
     assert capsys.readouterr().err == said
 
 
-def test_debug_keeps_the_traceback(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_debug_keeps_the_traceback_before_and_after_the_command(where: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(OffloadError("no room"), monkeypatch)
+    arguments = ["launch", str(file)]
     with pytest.raises(OffloadError):
-        cli.main(["--debug", "launch", str(file)])
+        cli.main([*arguments[:where], "--debug", *arguments[where:]])
+
+
+def test_the_packages_are_typed() -> None:
+    for package in ("pagemem", "scheduler", "optim", "offload"):
+        assert (Path(offload.__file__).parents[1] / package / "py.typed").is_file()
 
 
 def test_a_defect_keeps_its_traceback(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

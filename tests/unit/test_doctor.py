@@ -251,7 +251,7 @@ def test_what_the_lines_of_a_folder_say() -> None:
 )
 def test_lines_json_and_exit_code_agree(change: dict[str, Any], code: int, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = dataclasses.replace(FACTS, **change)
-    monkeypatch.setattr(doctor, "gather", lambda file, *, bench: facts)
+    monkeypatch.setattr(doctor, "gather", lambda file, changes, *, bench: facts)
     out = io.StringIO()
     assert run_doctor(None, Console(file=out, force_terminal=terminal, color_system=None, width=60), as_json=True) == code
     *lines, summary, last = out.getvalue().splitlines()

@@ -1,0 +1,107 @@
+"""Configuration files as they are read: TOML, JSON or YAML text to plain values, and the changes of ``--set``; nothing is checked here.
+
+A file that cannot be read ends in one line, whatever it is: a folder, a pipe, a device, text of another encoding, or values
+nested or repeated without end.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import stat
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from pagemem.units import MiB, format_bytes
+
+#: A configuration is written by hand: what is larger is something else.
+MOST_BYTES: Final = 4 * MiB
+MOST_VALUES: Final = 100_000
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. One line for each thing that is wrong."""
+
+
+_READERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    ".toml": tomllib.loads, ".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load,
+}  # fmt: skip
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """What a configuration file holds, unchecked.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
+    """
+    read = _READERS.get(path.suffix)
+    if read is None:
+        raise ConfigError(f"{path}: unknown kind of file {path.suffix!r}; use .toml, .json, .yaml or .yml")
+    try:
+        loaded = read(_text_of(path))
+        _check_size(loaded)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: values are nested too deep") from error
+    except (ValueError, yaml.YAMLError) as error:  # also text that is not UTF-8, dates that are none, numbers without end
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: holds a {type(loaded).__name__}, not a mapping of sections")
+    return loaded
+
+
+def _text_of(path: Path) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # Opening a pipe must not wait for its other end.
+    with open(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("is not a file")
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"is larger than {format_bytes(MOST_BYTES)}, which no configuration is")
+    return content.decode("utf-8")
+
+
+def _check_size(loaded: object) -> None:
+    """Raise ValueError for more values than anybody writes, counted as they would be written out: YAML repeats them by name."""
+    found, left = 0, [loaded]
+    while left:
+        value = left.pop()
+        found += 1
+        if found > MOST_VALUES:
+            raise ValueError(f"holds more than {MOST_VALUES:,} values, which no configuration does")
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """``raw`` with each ``section.key=value`` put in; a value is JSON where it is valid JSON, text otherwise.
+
+    Raises:
+        ConfigError: a change has no ``=``, or goes through a value that is not a section.
+    """
+    changed: dict[str, Any] = copy.deepcopy(raw)
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {change}: write section.key=value")
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = text
+        *sections, key = name.split(".")
+        target: Any = changed
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {change}: {section!r} is not a section")
+        target[key] = value
+    return changed
