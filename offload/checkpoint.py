@@ -109,13 +109,15 @@ class Checkpoints:
 
     def save_if_due(self, step: int) -> int | None:
         """Commit if the configuration says that it is time, unless one is being written; returns its number."""
-        due = self._config.commit
+        return self.save(step, whole=False) if self.due(step) else None
+
+    def due(self, step: int) -> bool:
+        """Whether the configuration says that it is time to commit, and none is being written. Raises what the last one failed of."""
         self.committer.check()
+        due = self._config.commit
         by_step = due.every_steps is not None and step - self._last_step >= due.every_steps
         by_time = due.every_s is not None and time.monotonic() - self._last_s >= due.every_s and step > self._last_step
-        if not (by_step or by_time) or self.committer.busy:
-            return None
-        return self.save(step, whole=False)
+        return (by_step or by_time) and not self.committer.busy
 
     def _state(self) -> dict[str, Any]:
         tracked = {name: thing.state_dict() for name, thing in self._tracked.items()}

@@ -269,6 +269,16 @@ class Engine:
             self._checkpoints.committer.wait()
         return number
 
+    @property
+    def commit_due(self) -> bool:
+        """Whether `save_if_due` would commit now: what the commit speaks of must be on the disk before.
+
+        Raises:
+            As `save_if_due`, for a background commit that failed.
+        """
+        self._check_running()
+        return self._checkpoints.due(self._steps)
+
     def save_if_due(self) -> int | None:
         """Commit in the background if ``commit.every_steps`` or ``commit.every_s`` says so; call it at the end of an iteration.
 

@@ -27,6 +27,7 @@ from torch import nn
 from offload.config import Config, ConfigError, TrainConfig
 from offload.deferred_init import deferred_init
 from offload.engine import Engine, initialize
+from offload.metrics_file import kept_metrics
 from offload.progress import ProgressLog, StepMetrics
 from offload.report import BITS_PER_NAT, RunSummary, print_summary, save_loss_curve
 from offload.smallest_budget import FactoryError, smallest_budget
@@ -107,14 +108,6 @@ def _goes_on(config: Config) -> bool:
             f'{folder.path} holds commits and commit.resume is "never"; name another folder in ssd.paths, or set it to "auto"'
         )
     return bool(folder.numbers())
-
-
-def kept_metrics(path: Path, steps: int) -> list[StepMetrics]:
-    """The metrics of the first ``steps`` steps that an earlier part of the run has left."""
-    if not steps or not path.exists():
-        return []
-    lines = (json.loads(line) for line in path.read_text().splitlines() if line.endswith("}"))
-    return [StepMetrics(**line) for line in lines if line["step"] <= steps]
 
 
 def learning_rate(train: TrainConfig) -> Callable[[int], float]:
@@ -263,8 +256,10 @@ def _train(
     if not engine.steps:
         past.before_bits = validation_bits(engine, data, train, interrupt)
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
-    metrics = kept_metrics(folder / _METRICS, engine.steps)
-    n_earlier = len(metrics)
+    kept = kept_metrics(folder / _METRICS, engine.steps)
+    if kept.note is not None:
+        console.print(kept.note, soft_wrap=True, highlight=False, markup=False)
+    metrics, first_step = kept.metrics, engine.steps
     committed = -1
     tokens_a_step = train.batch * train.seq * config.update.accumulation
     begun = last = engine.stats()
@@ -290,7 +285,9 @@ def _train(
             )
             last = now
             log.take(metrics[-1])
-            if engine.save_if_due() is not None:
+            if engine.commit_due:
+                log.sync()  # a commit that is durable has the metrics of its steps
+                engine.save_if_due()
                 committed = engine.steps
     commits = config.commit.every_steps is not None or config.commit.every_s is not None
     if commits and (committed < engine.steps or config.update.mode == "lock-free"):
@@ -299,7 +296,7 @@ def _train(
     stats = engine.stats().since(begun)
     after_bits = validation_bits(engine, data, train, interrupt)
     run = RunSummary(
-        n_parameters, len(metrics), train_s, tokens_a_step * (len(metrics) - n_earlier), past.before_bits, after_bits,
+        n_parameters, engine.steps, train_s, tokens_a_step * (engine.steps - first_step), past.before_bits, after_bits,
         data.unigram_entropy_bits() if hasattr(data, "unigram_entropy_bits") else None,
         stats, engine.memory_report(), engine.planned_step_s, _process_peak_bytes(),
     )  # fmt: skip
@@ -307,6 +304,6 @@ def _train(
     save_loss_curve(folder / _CURVE, metrics, run)
     console.print(f"metrics, configuration and loss curve are in {folder}", highlight=False)
     if interrupt.asked:
-        console.print(f"interrupted after step {len(metrics)}", highlight=False)
+        console.print(f"interrupted after step {engine.steps}", highlight=False)
         return INTERRUPTED
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from offload.live_bar import LiveBar
+from pagemem.raw_file import sync_folder
 from pagemem.units import format_bytes
 
 
@@ -73,8 +75,12 @@ class ProgressLog:
     def __enter__(self) -> ProgressLog:
         # Replaced in one step: a run that is killed here must not have lost the metrics of its beginning.
         draft = self._path.with_name(self._path.name + ".new")
-        draft.write_text("".join(json.dumps(asdict(metrics)) + "\n" for metrics in self._earlier))
+        with draft.open("w") as file:
+            file.writelines(json.dumps(asdict(metrics)) + "\n" for metrics in self._earlier)
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(self._path)
+        sync_folder(self._path.parent)
         self._file = self._path.open("a")
         if self._console.is_terminal:
             self._bar.start()
@@ -84,7 +90,19 @@ class ProgressLog:
         if self._console.is_terminal:
             self._bar.stop()
         if self._file is not None:
-            self._file.close()
+            try:
+                self.sync()
+            finally:
+                self._file.close()
+
+    def sync(self) -> None:
+        """Make the metrics so far durable.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        assert self._file is not None
+        os.fsync(self._file.fileno())
 
     def take(self, metrics: StepMetrics) -> None:
         """One step is done."""

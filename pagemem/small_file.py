@@ -1,0 +1,104 @@
+"""Reads the small files of a run whole: regular files of a limited size, and JSON without surprises in them.
+
+Whoever can write to a folder can put anything in the place of a file. A FIFO, a device, a link or a file of any size costs
+neither a hang nor memory; text costs at most some dozens of times its bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, Final
+
+#: How deeply lists and objects may lie in each other.
+MAX_DEPTH: Final = 100
+_KINDS: Final = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def open_regular(path: Path, max_bytes: int, *, follow: bool = False) -> tuple[int, int]:
+    """Open a regular file for reading; returns the descriptor, which is the caller's to close, and the file's size in bytes.
+
+    Args:
+        follow: a link may be in its place; only for paths that the user names.
+
+    Raises:
+        OSError: it cannot be opened, is not a regular file, or has more than ``max_bytes``; ``strerror`` says which.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed", str(path)) from error
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "it is a socket or a device, not a regular file", str(path)) from error
+        raise
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'of another kind')}, not a regular file", str(path))
+        if found.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"it has {found.st_size} bytes; at most {max_bytes} are read", str(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, found.st_size
+
+
+def read_small(path: Path, max_bytes: int, *, follow: bool = False) -> bytes:
+    """The content of a regular file; see `open_regular`."""
+    fd, n_bytes = open_regular(path, max_bytes, follow=follow)
+    try:
+        parts, left = [], n_bytes
+        while left and (part := os.read(fd, left)):  # not beyond the size it had: somebody may be appending
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value that JSON text stands for.
+
+    Raises:
+        ValueError: (one line) it is no JSON, or has a key twice in an object, NaN or Infinity, or more than `MAX_DEPTH` levels.
+    """
+    try:
+        text = content.decode() if isinstance(content, bytes) else content  # UTF-8, and no other guess
+        found = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        if _deeper(found, MAX_DEPTH):
+            raise RecursionError
+    except RecursionError:
+        raise ValueError(f"its lists and objects lie more than {MAX_DEPTH} deep in each other") from None
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in made if keys.count(key) > 1)[:80]!r} is there twice")
+    return made
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether containers lie more than ``levels`` deep in each other."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    # Most lists are of numbers; a call for each would take as long as the parsing.
+    inner = [item for item in value if isinstance(item, (dict, list))]
+    return bool(inner) and (levels == 1 or any(_deeper(item, levels - 1) for item in inner))

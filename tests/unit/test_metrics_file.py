@@ -1,0 +1,86 @@
+"""What is left of metrics.jsonl counts, whatever else is in the file; nothing in it stops a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload.metrics_file import kept_metrics
+from offload.progress import StepMetrics
+
+
+def line(step: int, /, **changed: Any) -> bytes:
+    """As `ProgressLog` writes it."""
+    return (json.dumps({**asdict(StepMetrics(step, 2.5, 1e-3, 0.1, 100.0, 10, 20, 30, 40, 0.5)), **changed}) + "\n").encode()
+
+
+WHOLE = line(1) + line(2) + line(3)
+CASES: dict[str, tuple[bytes, list[int], str | None]] = {
+    "whole": (WHOLE, [1, 2, 3], None),
+    "steps after the commit": (WHOLE + line(4) + line(5), [1, 2, 3], None),
+    "torn": (WHOLE[:-9], [1, 2], "1 of the 3 steps before have no metrics; 1 lines cannot be read, the first: it was cut"),
+    "block of zeros": (b"\0" * 4096 + line(3), [3], "2 of the 3 .*: it was cut"),
+    "zeros and an end of line": (b"\0" * 900 + b"\n" + line(2) + line(3), [2, 3], "1 of the 3 .*: it is no JSON"),
+    "twice, the later counts": (line(1, loss=7.0) + WHOLE, [1, 2, 3], None),
+    "out of order": (line(3) + line(1) + line(2), [1, 2, 3], None),
+    "empty object": (b"{}\n" + WHOLE, [1, 2, 3], None),
+    "unknown figure": (WHOLE[: -len(line(3))] + line(3, new=2), [1, 2], "'new' is no figure of a step"),
+    "figure missing": (b'{"step": 1}\n', [], "'host_bytes' is missing"),
+    "no JSON": (b'{"step": 1, "loss"}\n', [], "it is no JSON"),
+    "list": (b"[1]\n", [], "it is not an object"),
+    "number": (b"3\n", [], "it is not an object"),
+    "bool for a number": (line(1, step=True), [], "step is True"),
+    "text": (line(1, loss="2"), [], "loss is 2"),
+    "NaN": (line(1, loss=float("nan")), [], "NaN is not a number of JSON"),
+    "infinite": (line(1, loss=0).replace(b'"loss": 0', b'"loss": 1e999'), [], "loss is inf"),
+    "huge": (line(1, host_bytes=10**30), [], "host_bytes is 1000000000000000000000000000000"),
+    "step below 1": (line(0), [], "step is 0"),
+    "key twice": (line(1)[:-2] + b', "step": 2}\n', [], "key 'step' is there twice"),
+    "deep": (b"[" * 4000 + b"\n", [], "more than 100 deep"),
+    "not UTF-8": (b"\xff\xfe\x00\n", [], "it is no JSON"),
+    "empty file": (b"", [], "3 of the 3 steps before have no metrics$"),
+    "one line without end": (b"x" * 100_000, [], "it was cut"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_can_be_read_is_kept_and_the_rest_is_said(case: str, tmp_path: Path) -> None:
+    content, steps, note = CASES[case]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    kept = kept_metrics(path, 3)
+    assert [metrics.step for metrics in kept.metrics] == steps
+    assert all(metrics == StepMetrics(**json.loads(line(metrics.step))) for metrics in kept.metrics)
+    if note is None:
+        assert kept.note is None
+    else:
+        assert kept.note is not None and "\n" not in kept.note and kept.note.startswith(str(path))
+        assert re.search(note, kept.note), kept.note
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("put", "what"),
+    [
+        (lambda path: None, "No such file"),
+        (os.mkfifo, "it is a FIFO, not a regular file"),
+        (os.mkdir, "Is a directory"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is a symbolic link, which is not followed"),
+    ],
+)
+def test_what_is_no_file_keeps_nothing(put: Callable[[Path], None], what: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    put(path)
+    kept = kept_metrics(path, 2)
+    assert kept.metrics == [] and kept.note is not None and what in kept.note
+
+
+def test_nothing_is_asked_for(tmp_path: Path) -> None:
+    assert kept_metrics(tmp_path / "absent", 0).note is None
