@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Final
@@ -32,6 +33,12 @@ def _check_siblings() -> None:
 
 
 _check_siblings()
+
+from pagemem import interrupts  # noqa: E402
+
+for _name in _SIBLINGS:
+    interrupts.cover(str(importlib.import_module(_name).__file__))
+interrupts.cover(__file__, open_files=("__main__.py", "cli.py", "launch.py", "profile_run.py", "doctor.py"))
 
 from offload.checkpoint import Resumed  # noqa: E402
 from offload.config import Config, ConfigError, load_config  # noqa: E402

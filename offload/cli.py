@@ -21,7 +21,8 @@ from offload.export import DTYPES, export_run
 from offload.fit import Room, room_here
 from offload.forecast import Question, check_forecastable, forecast
 from offload.forecast_report import print_forecast
-from offload.launch import INTERRUPTED, launch
+from offload.interrupt import INTERRUPTED, only_exit_is_left, own_process
+from offload.launch import launch
 from offload.plain_profile import profile_plain
 from offload.profile_run import profile_run
 from offload.rates import rates_of
@@ -283,7 +284,7 @@ def _size(option: str, text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 1 after an error, 130 after Ctrl-C (2, by argparse, for a wrong command line).
+    """Run the command; returns the exit code: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM where that stops a run in good order (2, by argparse, for a wrong command line).
 
     What a caller can put right is one line on stderr; any other exception is a defect and keeps its traceback.
     """
@@ -292,8 +293,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.owns_process and not {"", os.getcwd()} & set(sys.path):
         # Last, so that a file there takes the place of no installed package: factories that lie beside the configuration.
         sys.path.append(os.getcwd())
+    if arguments.owns_process:
+        own_process()
     try:
         code: int = arguments.call(arguments)
+        if arguments.owns_process:
+            only_exit_is_left()
         return code
     except (OffloadError, ValueError, OSError, MemoryError) as error:
         if arguments.debug:
@@ -303,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"offload: error: {line}{where}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        if arguments.owns_process:
+            only_exit_is_left()
         print("offload: interrupted", file=sys.stderr)
         return INTERRUPTED
 

@@ -41,8 +41,10 @@ from optim.exact import is_eager
 from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
 from optim.unit import Slot, Unit
+from pagemem import interrupts
 from pagemem.errors import OffloadError, TransitionError
 from pagemem.heap import blocks_join, give_back_large_blocks, keep_freed_memory
+from pagemem.interrupts import left_open
 from pagemem.page_file import PageFiles
 from pagemem.units import parse_bytes
 
@@ -92,6 +94,7 @@ class Engine:
         try:
             with without_compiler():
                 self._build(optimizer)
+            interrupts.check()  # raised after the return, it would leave an engine that nobody has to close
         except BaseException as error:
             if deferred is None:
                 self._give_back(error)
@@ -122,6 +125,7 @@ class Engine:
         self._install_hooks()
 
     def _count_step(self) -> None:
+        interrupts.renew()
         self._steps += 1
         if self._choice is not None:
             self._choice.step_ended()
@@ -182,10 +186,12 @@ class Engine:
 
     # ---- training ----------------------------------------------------------------------------------------------
 
+    @left_open
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
         return self.model(*args, **kwargs)
 
+    @left_open
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; its loss is divided by ``update.accumulation``.
 

@@ -1,7 +1,7 @@
 """`offload launch FILE`: train the model of a configuration from beginning to end.
 
-Ctrl-C ends the run cleanly after the step under way: metrics, table and picture are of the steps made, and the exit
-code is 130. A run folder that holds anything not of an earlier run is refused and left as it is.
+Ctrl-C or SIGTERM ends the run cleanly after the step under way: metrics, table and picture are of the steps made, and the
+exit code is 130 or 143. A run folder that holds anything not of an earlier run is refused and left as it is.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ import importlib
 import inspect
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -27,6 +24,7 @@ from torch import nn
 from offload.config import Config, ConfigError, TrainConfig
 from offload.deferred_init import deferred_init
 from offload.engine import Engine, initialize
+from offload.interrupt import Interrupt, noted
 from offload.metrics_file import kept_metrics
 from offload.progress import ProgressLog, StepMetrics
 from offload.report import BITS_PER_NAT, RunSummary, print_summary, save_loss_curve
@@ -34,18 +32,10 @@ from offload.smallest_budget import FactoryError, smallest_budget
 from pagemem.commit_folder import CommitFolder
 from pagemem.errors import RunDirectoryError
 
-INTERRUPTED: Final = 130
 _IDENTITY: Final = "offload-run.json"
 _METRICS: Final = "metrics.jsonl"
 _CURVE: Final = "loss_curve.png"
 _FINAL_LR: Final = 0.1
-
-
-@dataclass(slots=True)
-class _Interrupt:
-    """Set by Ctrl-C; looked at between steps and between validation batches."""
-
-    asked: bool = False
 
 
 def resolve(reference: str) -> Callable[..., Any]:
@@ -161,8 +151,8 @@ def open_run_folder(path: Path, *, keep_metrics: bool = False) -> Path:
     return path
 
 
-def validation_bits(engine: Engine, data: Any, train: TrainConfig, interrupt: _Interrupt) -> float | None:
-    """Mean validation loss in bits per byte, or None when none is asked for or Ctrl-C came first."""
+def validation_bits(engine: Engine, data: Any, train: TrainConfig, interrupt: Interrupt) -> float | None:
+    """Mean validation loss in bits per byte, or None when none is asked for or a signal came first."""
     if not train.evaluate_batches:
         return None
     was_training = engine.model.training
@@ -175,22 +165,6 @@ def validation_bits(engine: Engine, data: Any, train: TrainConfig, interrupt: _I
             losses.append(float(engine(x.to(engine.torch_device), y.to(engine.torch_device))))
     engine.model.train(was_training)
     return None if interrupt.asked else sum(losses) / len(losses) * BITS_PER_NAT
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[_Interrupt]:
-    interrupt = _Interrupt()
-
-    def note(_number: int, _frame: FrameType | None) -> None:
-        if interrupt.asked:  # Asked twice: do not wait for the step.
-            raise KeyboardInterrupt
-        interrupt.asked = True
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _process_peak_bytes() -> int:
@@ -211,14 +185,14 @@ def one_step(engine: Engine, data: Any, config: Config, train: TrainConfig, step
 
 
 def launch(config: Config, console: Console | None = None) -> int:
-    """Train as ``config`` says, on the main thread, which alone hears Ctrl-C; returns the exit code, 0 or 130 after Ctrl-C.
+    """Train as ``config`` says, on the main thread, which alone hears signals; returns the exit code, 0, 130 after Ctrl-C or 143 after SIGTERM.
 
     Raises:
         ConfigError: a section is missing, a factory cannot be found or does not take its arguments.
         BudgetError: ``memory.ram`` is too small; see `check_budget`.
         NonFiniteError: a loss is NaN or infinite; the metrics of the steps before are in the run folder.
         OffloadError: see `offload.Engine`.
-        KeyboardInterrupt: a second Ctrl-C, or one before the first step; everything is closed.
+        KeyboardInterrupt: a second Ctrl-C, or one before the first step. SystemExit: SIGTERM after another signal. Everything is closed.
     """
     if config.model is None or config.data is None or config.train is None or config.output is None:
         missing = [name for name in ("model", "data", "train", "output") if getattr(config, name) is None]
@@ -239,18 +213,19 @@ def launch(config: Config, console: Console | None = None) -> int:
     data = make_data()
     with deferred_init(config):
         model = make_model()
-    with initialize(model, config) as engine, _stop_on_interrupt() as interrupt:
+    with initialize(model, config) as engine, noted() as interrupt:
         past = _Past()
         engine.track("launch", past)
         resumed = engine.resume() if goes_on else None
         if resumed is not None:
             console.print(f"going on after step {resumed.step}, from commit {resumed.number} of {resumed.created}", highlight=False)
-        return _train(engine, data, config, train, folder, console, interrupt, past)
+        _train(engine, data, config, train, folder, console, interrupt, past)
+    return interrupt.exit_code
 
 
 def _train(
-    engine: Engine, data: Any, config: Config, train: TrainConfig, folder: Path, console: Console, interrupt: _Interrupt, past: _Past
-) -> int:
+    engine: Engine, data: Any, config: Config, train: TrainConfig, folder: Path, console: Console, interrupt: Interrupt, past: _Past
+) -> None:
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     console.print(f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False)
     if not engine.steps:
@@ -305,5 +280,3 @@ def _train(
     console.print(f"metrics, configuration and loss curve are in {folder}", highlight=False)
     if interrupt.asked:
         console.print(f"interrupted after step {engine.steps}", highlight=False)
-        return INTERRUPTED
-    return 0

@@ -28,6 +28,7 @@ from offload.need import Sizes
 from offload.neighbours import Group, Neighbours, common_name, own_groups
 from offload.parameters import Binder, PagedParameter
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
+from pagemem import interrupts
 from pagemem.accelerator import Accelerator, RamDevice
 from pagemem.arena import Arena, HostArena
 from pagemem.budget import Budget, BudgetShortage, Reservation
@@ -72,7 +73,9 @@ class PageStore:
         self._copied: WeakSet[nn.Module] = WeakSet()
         self._unhook: list[Callable[[], None]] = []
         self.closed = False
+        interrupts.guard()
         with ExitStack() as undo:
+            undo.callback(interrupts.unguard)
             self.directories: list[RunDirectory] = []
             for path in config.ssd.paths:
                 directory = RunDirectory(Path(path))
@@ -366,6 +369,7 @@ class PageStore:
         for unhook in self._unhook:
             unhook()
         with ExitStack() as closing:
+            closing.callback(interrupts.unguard)
             closing.callback(self.mover.arena.close)
             closing.callback(self._arena_bytes.release)
             for directory in self.directories:

@@ -108,10 +108,12 @@ def _take() -> BaseException | None:
 def raise_outside(frame: FrameType | None, error: Callable[[], BaseException] = KeyboardInterrupt) -> None:
     """Raise ``error()`` now if ``frame``, which a signal has interrupted, and its callers are none of ours; else once they have returned.
 
+    Where nobody guards anything it is raised now in any case.
+
     Signals that come while one waits are one with it, as they are where the system has them wait; but see `IMPATIENT_AFTER_S`.
     """
     global _waiting
-    target = _caller(frame)
+    target = _caller(frame) if _n_guards else None
     if target is None or (_waiting is not None and time.monotonic() - _waiting.since_s > IMPATIENT_AFTER_S):
         waiting, _waiting = _waiting, None
         if waiting is not None:

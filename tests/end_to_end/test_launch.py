@@ -48,21 +48,21 @@ def small_text(folder: Path, seed: int) -> ByteCorpus:
 class InterruptingText(ByteCorpus):
     """Presses Ctrl-C while the batch of step number ``at`` is made, ``times`` times."""
 
-    at, times = 3, 1
+    at, times, number = 3, 1, signal.SIGINT
 
     def batch(self, step: int, rows: int, seq: int) -> tuple[Tensor, Tensor]:
         """As any corpus, and a signal."""
         if step == self.at:
             for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), self.number)
         return super().batch(step, rows, seq)
 
 
-def interrupting_text(folder: Path, seed: int, times: int) -> ByteCorpus:
-    """The small text with Ctrl-C in it."""
+def interrupting_text(folder: Path, seed: int, times: int, name: str = "SIGINT") -> ByteCorpus:
+    """The small text with Ctrl-C, or another signal, in it."""
     small_text(folder, seed)
     corpus = InterruptingText(folder, seed=seed)
-    corpus.times = times
+    corpus.times, corpus.number = times, signal.Signals[name]
     return corpus
 
 
@@ -310,8 +310,24 @@ def test_ctrl_c_stops_after_the_step_under_way(raw: dict[str, Any]) -> None:
     assert run({**raw, "data": {"factory": f"{HERE}:small_text"}})[0] == 0  # All was given back.
 
 
-def test_a_second_ctrl_c_does_not_wait(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw["data"] = {"factory": f"{HERE}:interrupting_text", "arguments": {"times": 2}}
+def test_sigterm_stops_as_ctrl_c_does(raw: dict[str, Any]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    raw["data"] = {"factory": f"{HERE}:interrupting_text", "arguments": {"times": 1, "name": "SIGTERM"}}
+    code, text = run(raw)
+    assert code == 143 and "interrupted after step 4" in text and len(metrics(raw)) == 4
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_sigterm_does_not_wait(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["data"] = {"factory": f"{HERE}:interrupting_text", "arguments": {"times": 2, "name": "SIGTERM"}}
+    with pytest.raises(SystemExit) as ended:
+        run_command(raw, tmp_path)
+    assert ended.value.code == 143 and len(metrics(raw)) == 3
+
+
+@pytest.mark.parametrize("times", [2, 6])
+def test_a_second_ctrl_c_does_not_wait(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], times: int) -> None:
+    raw["data"] = {"factory": f"{HERE}:interrupting_text", "arguments": {"times": times}}
     assert run_command(raw, tmp_path) == 130
     assert capsys.readouterr().err == "offload: interrupted\n"
     assert len(metrics(raw)) == 3

@@ -1,0 +1,85 @@
+"""Ctrl-C and SIGTERM in the `offload` command: asked for once, a run ends after its step; asked for again, where it is.
+
+In a process of its own the command raises one exception for a burst of signals: a key held down must not interrupt the
+ending that it has asked for, nor take its exit code from it. All on the main thread.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import Final
+
+from pagemem import interrupts
+
+#: The exit code of a program that Ctrl-C has ended.
+INTERRUPTED: Final = 128 + signal.SIGINT
+#: What ends a run early.
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+#: Signals that come so soon after one that has raised something are one with it.
+BURST_S: Final = 1.0
+
+_raised_s = float("-inf")
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt for SIGINT, SystemExit for others, once for a burst, and not in the middle of the engine's code."""
+    global _raised_s
+    now_s = time.monotonic()
+    if now_s - _raised_s < BURST_S:
+        return
+    _raised_s = now_s
+    error: Callable[[], BaseException] = KeyboardInterrupt if number == signal.SIGINT else partial(SystemExit, 128 + number)
+    interrupts.raise_outside(frame, error)
+
+
+class Interrupt:
+    """Whether a run has been asked to end; looked at between steps and between validation batches."""
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, 143 after SIGTERM, 0 where nobody has asked."""
+        return 0 if self._number is None else 128 + self._number
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._number is None:
+            self._number = number
+        else:
+            _raise(number, frame)
+
+
+@contextmanager
+def noted() -> Iterator[Interrupt]:
+    """Inside the block the first signal is noted, and a second one raises KeyboardInterrupt or SystemExit(143)."""
+    global _raised_s
+    _raised_s = float("-inf")
+    interrupt = Interrupt()
+    before = {number: signal.signal(number, interrupt._note) for number in SIGNALS}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def own_process() -> None:
+    """From now on this process raises one KeyboardInterrupt for a burst of Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _raise)
+
+
+def only_exit_is_left() -> None:
+    """Nothing interrupts the end of this process: its exit code is decided."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
