@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from rich.console import Console
-
 import offload
 from offload.bench_ssd import full_plan
 from offload.bench_ssd_report import run_bench_ssd
 from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file
+from offload.console import BROKEN_PIPE, Output, OutputClosed
 from offload.doctor import run_doctor
 from offload.export import DTYPES, export_run
 from offload.fit import Room, room_here
@@ -192,11 +191,11 @@ def _profile(arguments: argparse.Namespace) -> int:
     if arguments.plain is not None:
         if arguments.changes:
             raise ConfigError("--set changes a FILE; --plain has none")
-        profile_plain(arguments.plain, arguments.steps, arguments.to, Console())
+        profile_plain(arguments.plain, arguments.steps, arguments.to, Output())
         return 0
     config = _read_config(arguments)
     _start_anew_if_worth_it(arguments, config)
-    profile_run(config, arguments.steps, arguments.to, Console())
+    profile_run(config, arguments.steps, arguments.to, Output())
     return 0
 
 
@@ -235,7 +234,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         None if arguments.machine_device is None else _size("--machine-device", arguments.machine_device),
     )
     found = forecast(config, rates, Question(room, arguments.largest, arguments.depth))
-    print_forecast(found, Console(), as_json=arguments.json)
+    print_forecast(found, Output(), as_json=arguments.json)
     return 0
 
 
@@ -245,13 +244,13 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--max-shard is {arguments.max_shard}; it must be at least 1 byte")
     export_run(
         arguments.run, arguments.to, paths=arguments.paths, commit=arguments.commit, dtype=arguments.dtype,
-        max_shard_bytes=max_shard_bytes, console=Console(),
+        max_shard_bytes=max_shard_bytes, console=Output(),
     )  # fmt: skip
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    report = verify_run(arguments.run, paths=arguments.paths, commit=arguments.commit, console=Console())
+    report = verify_run(arguments.run, paths=arguments.paths, commit=arguments.commit, console=Output())
     return 0 if report.whole else 1
 
 
@@ -260,7 +259,7 @@ def _bench_ssd(arguments: argparse.Namespace) -> int:
         plan = full_plan(_size("--size", arguments.size), arguments.seconds)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    run_bench_ssd(arguments.paths, plan, Console(), as_json=arguments.json)
+    run_bench_ssd(arguments.paths, plan, Output(), as_json=arguments.json)
     return 0
 
 
@@ -268,7 +267,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.file is None and arguments.changes:
         raise ConfigError("--set changes a FILE; name one")
     file = None if arguments.file is None else Path(arguments.file)
-    return run_doctor(file, Console(), changes=arguments.changes, bench=arguments.bench, as_json=arguments.json)
+    return run_doctor(file, Output(), changes=arguments.changes, bench=arguments.bench, as_json=arguments.json)
 
 
 def _size(option: str, text: str) -> int:
@@ -284,7 +283,8 @@ def _size(option: str, text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM where that stops a run in good order (2, by argparse, for a wrong command line).
+    """Run the command; returns the exit code: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM where that stops a run in good order,
+    141 when nobody reads the output any more (2, by argparse, for a wrong command line).
 
     What a caller can put right is one line on stderr; any other exception is a defect and keeps its traceback.
     """
@@ -312,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             only_exit_is_left()
         print("offload: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except OutputClosed:
+        return BROKEN_PIPE
 
 
 if __name__ == "__main__":

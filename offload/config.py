@@ -161,6 +161,8 @@ class CommitConfig(_Section):
     """Commit every so many steps, in the background. None: not by steps."""
     every_s: float | None = Field(default=None, gt=0)
     """Commit when the last one is this old, in seconds. None: not by time."""
+    at_end: bool = True
+    """`offload launch`: commit when training ends, also by Ctrl-C, SIGTERM or because nobody reads the output any more."""
     keep: int = Field(default=2, ge=1)
     """Unnamed commits that are kept; named ones are kept for good."""
     resume: Literal["auto", "never"] = "auto"
@@ -294,9 +296,9 @@ class Config(_Section):
                     raise ValueError(f"output.run ({self.output.run}) lies in the page-file folder {path}; name another folder")
         return self
 
-    def dump(self, path: str | Path) -> None:
-        """Write the resolved configuration as JSON."""
-        Path(path).write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+    def dumped(self) -> str:
+        """The resolved configuration as the text of a JSON file."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
 
 def resolve_page_bytes(ram_bytes: int) -> int:

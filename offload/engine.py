@@ -353,6 +353,11 @@ class Engine:
         """Optimizer steps made, those before `resume` included."""
         return self._steps
 
+    @property
+    def run_id(self) -> str:
+        """Identity of the folder that holds the run's commits, the first of ``ssd.paths``."""
+        return self._store.directories[0].run_id
+
     # ---- looking inside ----------------------------------------------------------------------------------------
 
     @property

@@ -16,7 +16,7 @@ from torch import nn
 
 from offload.config import Config, ConfigError
 from offload.kernels import CostMode, RatedKernels
-from offload.launch import factory_of
+from offload.factories import factory_of
 from offload.machine import memory_fact
 from offload.memory import commit_frames
 from offload.rehearsal import Bandwidths, Rehearsal, rehearsed

@@ -18,7 +18,7 @@ import torch
 from offload.config import Config, ConfigError
 from offload.fit import Fit, Room, Taken, advice, commits, depth_argument, largest_batch, largest_depth, room_here
 from offload.kernels import CostMode, Kernels, TimedKernels
-from offload.launch import factory_of
+from offload.factories import factory_of
 from offload.memory import commit_frames
 from offload.need import BudgetNeed
 from offload.rates import Rates, kernels_of, threads_of

@@ -1,19 +1,18 @@
 """`offload launch FILE`: train the model of a configuration from beginning to end.
 
 Ctrl-C or SIGTERM ends the run cleanly after the step under way: metrics, table and picture are of the steps made, and the
-exit code is 130 or 143. A run folder that holds anything not of an earlier run is refused and left as it is.
+exit code is 130 or 143. The end of a run is committed, whatever ends it but an error. The same command again goes on from there,
+or says that the run is finished. A run folder that holds anything not of an earlier run is refused and left as it is.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,53 +21,20 @@ from rich.console import Console
 from torch import nn
 
 from offload.config import Config, ConfigError, TrainConfig
+from offload.console import BROKEN_PIPE, Output, is_closed
 from offload.deferred_init import deferred_init
 from offload.engine import Engine, initialize
+from offload.factories import factory_of
 from offload.interrupt import Interrupt, noted
 from offload.metrics_file import kept_metrics
 from offload.progress import ProgressLog, StepMetrics
 from offload.report import BITS_PER_NAT, RunSummary, print_summary, save_loss_curve
+from offload.run_folder import CURVE, DATA, METRICS, RunFolder, check_free, removed_unless_begun
 from offload.smallest_budget import FactoryError, smallest_budget
 from pagemem.commit_folder import CommitFolder
-from pagemem.errors import RunDirectoryError
+from pagemem.errors import CommitError, RunDirectoryError
 
-_IDENTITY: Final = "offload-run.json"
-_METRICS: Final = "metrics.jsonl"
-_CURVE: Final = "loss_curve.png"
 _FINAL_LR: Final = 0.1
-
-
-def resolve(reference: str) -> Callable[..., Any]:
-    """The object that ``module:callable`` names.
-
-    Raises:
-        ConfigError: the module cannot be imported or has no such callable.
-    """
-    module_name, _, path = reference.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-        for name in path.split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"factory {reference!r}: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"factory {reference!r} is a {type(found).__name__}, not callable")
-    callable_: Callable[..., Any] = found
-    return callable_
-
-
-def factory_of(key: str, reference: str, arguments: dict[str, Any]) -> Callable[[], Any]:
-    """The factory ``reference``, named by the section ``key``, with its arguments.
-
-    Raises:
-        ConfigError: there is no such factory, or it does not take these arguments.
-    """
-    factory = resolve(reference)
-    try:
-        inspect.signature(factory).bind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"{key}.arguments: {reference}: {error}") from error
-    return partial(factory, **arguments)
 
 
 @dataclass(slots=True)
@@ -100,6 +66,15 @@ def _goes_on(config: Config) -> bool:
     return bool(folder.numbers())
 
 
+def _newest_step(config: Config) -> int:
+    """The step of the newest commit; 0 where it cannot be read, which going on from it will say."""
+    folder = CommitFolder(Path(config.ssd.paths[0]))
+    try:
+        return folder.read(folder.numbers()[-1]).step
+    except CommitError:
+        return 0
+
+
 def learning_rate(train: TrainConfig) -> Callable[[int], float]:
     """What the learning rate is multiplied by at each step, counted from 0."""
 
@@ -128,27 +103,6 @@ def check_budget(make_model: Callable[[], nn.Module], config: Config, console: C
         console.print(f"memory.ram is checked only while the model is built, unit by unit: {error}", highlight=False, markup=False)
         return
     need.check(config.memory.ram)
-
-
-def open_run_folder(path: Path, *, keep_metrics: bool = False) -> Path:
-    """A folder for the run's output: new, empty, or of an earlier run (whose files are then replaced one by one).
-
-    Args:
-        keep_metrics: the earlier run goes on: its metrics stay.
-
-    Raises:
-        RunDirectoryError: it holds something else, or cannot be made; nothing in it was changed.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()) and not (path / _IDENTITY).exists():
-            raise RunDirectoryError(f"output.run: {path} holds files that are not of a run; name a new or empty folder")
-        (path / _IDENTITY).write_text(json.dumps({"format": "offload run 1"}) + "\n")
-        for name in (_CURVE,) if keep_metrics else (_METRICS, _CURVE):  # A run that fails must not show the results of the one before.
-            (path / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(f"output.run: {path} cannot be used: {error.strerror}") from error
-    return path
 
 
 def validation_bits(engine: Engine, data: Any, train: TrainConfig, interrupt: Interrupt) -> float | None:
@@ -185,11 +139,19 @@ def one_step(engine: Engine, data: Any, config: Config, train: TrainConfig, step
 
 
 def launch(config: Config, console: Console | None = None) -> int:
-    """Train as ``config`` says, on the main thread, which alone hears signals; returns the exit code, 0, 130 after Ctrl-C or 143 after SIGTERM.
+    """Train as ``config`` says, on the main thread, which alone hears signals.
+
+    All that can be found wrong beforehand is found before anything in ``output.run`` or ``ssd.paths`` is changed; folders that
+    were made for a run that then could not begin are removed again.
+
+    Returns:
+        The exit code: 0, 130 after Ctrl-C, 143 after SIGTERM, 141 when nobody reads the output any more. The steps made are
+        committed in all four cases, unless ``commit.at_end`` is false.
 
     Raises:
         ConfigError: a section is missing, a factory cannot be found or does not take its arguments.
         BudgetError: ``memory.ram`` is too small; see `check_budget`.
+        RunDirectoryError: ``output.run`` or one of ``ssd.paths`` is in use or something else's; nothing was changed.
         NonFiniteError: a loss is NaN or infinite; the metrics of the steps before are in the run folder.
         OffloadError: see `offload.Engine`.
         KeyboardInterrupt: a second Ctrl-C, or one before the first step. SystemExit: SIGTERM after another signal. Everything is closed.
@@ -197,30 +159,50 @@ def launch(config: Config, console: Console | None = None) -> int:
     if config.model is None or config.data is None or config.train is None or config.output is None:
         missing = [name for name in ("model", "data", "train", "output") if getattr(config, name) is None]
         raise ConfigError(f"launch needs the sections {', '.join(missing)} as well")
-    console = console or Console()
-    train = config.train
-    folder = Path(config.output.run)
-    data_arguments = {"folder": folder / "data", "seed": config.seed, **config.data.arguments}
+    console = console or Output(goes_on=True)
+    train, run = config.train, Path(config.output.run)
     make_model = factory_of("model", config.model.factory, config.model.arguments)
-    make_data = factory_of("data", config.data.factory, data_arguments)
+    make_data = factory_of("data", config.data.factory, {"folder": run / DATA, "seed": config.seed, **config.data.arguments})
     goes_on = _goes_on(config)
-    open_run_folder(folder, keep_metrics=goes_on)  # Nothing is written before.
-    config.dump(folder / "config.json")
-    check_budget(make_model, config, console)
-    if train.threads is not None:
-        torch.set_num_threads(train.threads)
-    torch.manual_seed(config.seed)
-    data = make_data()
-    with deferred_init(config):
-        model = make_model()
-    with initialize(model, config) as engine, noted() as interrupt:
-        past = _Past()
-        engine.track("launch", past)
-        resumed = engine.resume() if goes_on else None
-        if resumed is not None:
-            console.print(f"going on after step {resumed.step}, from commit {resumed.number} of {resumed.created}", highlight=False)
-        _train(engine, data, config, train, folder, console, interrupt, past)
-    return interrupt.exit_code
+    with ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(run))
+        stack.enter_context(removed_unless_begun(folder, config.ssd.paths))
+        check_free(config.ssd.paths)
+        if goes_on and (step := _newest_step(config)) >= train.steps:
+            said = f"finished: the newest commit is of step {step}, train.steps is {train.steps}; raise it to train on"
+            console.print(said, highlight=False, soft_wrap=True)
+            return 0
+        check_budget(make_model, config, console)
+        if train.threads is not None:
+            torch.set_num_threads(train.threads)
+        torch.manual_seed(config.seed)
+        folder.claim()
+        data = make_data()
+        with deferred_init(config):
+            model = make_model()
+        with initialize(model, config) as engine, noted() as interrupt:
+            past = _Past()
+            engine.track("launch", past)
+            resumed = engine.resume() if goes_on else None
+            if resumed is not None:
+                console.print(f"going on after step {resumed.step}, from commit {resumed.number} of {resumed.created}", highlight=False)
+            set_aside = folder.begin(config, engine.run_id, goes_on=resumed is not None)
+            if set_aside is not None:
+                console.print(set_aside, highlight=False, soft_wrap=True)
+            _train(engine, data, config, train, run, console, interrupt, past)
+        return interrupt.exit_code or (BROKEN_PIPE if is_closed(console) else 0)
+
+
+def _written(log: ProgressLog, metrics: StepMetrics | None = None, durable: bool = True) -> OSError | None:
+    """Log a step; a commit that is durable has the metrics of its steps. An error is returned: the steps made must not be lost by it."""
+    try:
+        if metrics is not None:
+            log.take(metrics)
+        if durable:
+            log.sync()
+    except OSError as error:
+        return error
+    return None
 
 
 def _train(
@@ -231,17 +213,18 @@ def _train(
     if not engine.steps:
         past.before_bits = validation_bits(engine, data, train, interrupt)
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
-    kept = kept_metrics(folder / _METRICS, engine.steps)
+    kept = kept_metrics(folder / METRICS, engine.steps)
     if kept.note is not None:
         console.print(kept.note, soft_wrap=True, highlight=False, markup=False)
-    metrics, first_step = kept.metrics, engine.steps
-    committed = -1
+    metrics = kept.metrics
+    first = committed = engine.steps
     tokens_a_step = train.batch * train.seq * config.update.accumulation
     begun = last = engine.stats()
     started_s = time.perf_counter()
-    with ProgressLog(folder / _METRICS, console, train.steps, train.log_every, metrics) as log:
+    unwritten: OSError | None = None
+    with ProgressLog(folder / METRICS, console, train.steps, train.log_every, metrics) as log:
         for step in range(engine.steps, train.steps):
-            if interrupt.asked:
+            if interrupt.asked or is_closed(console):
                 break
             step_started_s = time.perf_counter()
             lr = float(schedule.get_last_lr()[0])
@@ -259,24 +242,28 @@ def _train(
                 )  # fmt: skip
             )
             last = now
-            log.take(metrics[-1])
-            if engine.commit_due:
-                log.sync()  # a commit that is durable has the metrics of its steps
-                engine.save_if_due()
+            due = engine.commit_due
+            unwritten = _written(log, metrics[-1], due)
+            if unwritten is not None:
+                break
+            if due and engine.save_if_due() is not None:
                 committed = engine.steps
-    commits = config.commit.every_steps is not None or config.commit.every_s is not None
-    if commits and (committed < engine.steps or config.update.mode == "lock-free"):
-        engine.save()  # In lock-free mode a background commit leaves out what was on its way.
+        # In lock-free mode a background commit leaves out what was on its way.
+        if config.commit.at_end and engine.steps > (first if config.update.mode == "lock-free" else committed):
+            unwritten = unwritten or _written(log)
+            engine.save()
+    if unwritten is not None:
+        raise RunDirectoryError(f"{folder / METRICS} cannot be written after step {engine.steps}: {unwritten.strerror}") from unwritten
     train_s = time.perf_counter() - started_s
     stats = engine.stats().since(begun)
-    after_bits = validation_bits(engine, data, train, interrupt)
+    after_bits = None if is_closed(console) else validation_bits(engine, data, train, interrupt)
     run = RunSummary(
-        n_parameters, engine.steps, train_s, tokens_a_step * (engine.steps - first_step), past.before_bits, after_bits,
+        n_parameters, engine.steps, train_s, tokens_a_step * (engine.steps - first), past.before_bits, after_bits,
         data.unigram_entropy_bits() if hasattr(data, "unigram_entropy_bits") else None,
         stats, engine.memory_report(), engine.planned_step_s, _process_peak_bytes(),
     )  # fmt: skip
     print_summary(run, console)
-    save_loss_curve(folder / _CURVE, metrics, run)
+    save_loss_curve(folder / CURVE, metrics, run)
     console.print(f"metrics, configuration and loss curve are in {folder}", highlight=False)
     if interrupt.asked:
         console.print(f"interrupted after step {engine.steps}", highlight=False)

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from offload.config import ConfigError
-from offload.launch import factory_of
+from offload.factories import factory_of
 from offload.plain_savings import choices
 from offload.plain_watch import KEPT, PlainWatch
 from offload.profile import REPORT, SUMMARY, TRACE, open_profile_folder, write_profile

@@ -19,7 +19,8 @@ from rich.console import Console
 from offload.config import Config, ConfigError
 from offload.deferred_init import deferred_init
 from offload.engine import Engine, initialize
-from offload.launch import check_budget, factory_of, learning_rate, one_step
+from offload.factories import factory_of
+from offload.launch import check_budget, learning_rate, one_step
 from offload.profile import REPORT, SUMMARY, TRACE, Profile, open_profile_folder
 from offload.profile_report import print_profile
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class ProgressLog:
         self._console = console
         self._steps = steps
         self._log_every = log_every
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         self._bar = LiveBar(
             console, TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeRemainingColumn(),
         )  # fmt: skip
@@ -75,13 +76,14 @@ class ProgressLog:
     def __enter__(self) -> ProgressLog:
         # Replaced in one step: a run that is killed here must not have lost the metrics of its beginning.
         draft = self._path.with_name(self._path.name + ".new")
-        with draft.open("w") as file:
-            file.writelines(json.dumps(asdict(metrics)) + "\n" for metrics in self._earlier)
+        draft.unlink(missing_ok=True)
+        with open(draft, "xb") as file:
+            file.writelines(map(_line, self._earlier))
             file.flush()
             os.fsync(file.fileno())
+        self._file = open(draft, "ab", buffering=0)  # By its new name from here on: nobody can put another file in its place.
         draft.replace(self._path)
         sync_folder(self._path.parent)
-        self._file = self._path.open("a")
         if self._console.is_terminal:
             self._bar.start()
         return self
@@ -105,12 +107,25 @@ class ProgressLog:
         os.fsync(self._file.fileno())
 
     def take(self, metrics: StepMetrics) -> None:
-        """One step is done."""
+        """One step is done.
+
+        Raises:
+            OSError: its line cannot be written whole; none of it is in the file.
+        """
         assert self._file is not None
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
-        self._file.flush()
+        line, at = _line(metrics), os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError:
+            os.ftruncate(self._file.fileno(), at)
+            raise
         if self._console.is_terminal:
             text = metrics.line(self._steps).split("  ", 1)[1]
             self._bar.move(self._task, completed=metrics.step, description=text)
         elif metrics.step % self._log_every == 0 or metrics.step == self._steps:
             self._console.print(metrics.line(self._steps), soft_wrap=True, highlight=False)
+
+
+def _line(metrics: StepMetrics) -> bytes:
+    return (json.dumps(asdict(metrics)) + "\n").encode()

@@ -243,3 +243,23 @@ def _unusable(path: Path, error: OSError) -> RunDirectoryError:
         f"{path} cannot be used as a run directory: {error.strerror or error}. "
         f"Name a folder on a local disk that this user can create and write."
     )
+
+
+class FolderLock:
+    """The lock of a folder that is no run directory; from construction to `close` nobody else can have it.
+
+    Raises:
+        RunDirectoryError: somebody has it; the message names the process. OSError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd: int | None = _lock(path)
+
+    def close(self) -> None:
+        """Remove and release the lock. Idempotent."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            (self._path / LOCK_NAME).unlink(missing_ok=True)
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)

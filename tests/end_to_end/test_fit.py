@@ -17,7 +17,7 @@ from offload.cpu_attention import AttentionOfCpu
 from offload.fit import Room, Taken, advice, taken_by
 from offload.forecast import Question, forecast
 from offload.forecast_report import fit_rows, forecast_rows
-from offload.launch import factory_of
+from offload.factories import factory_of
 from offload.live_storages import Holder, LiveStorages
 from offload.rates import rates_of
 

@@ -19,7 +19,7 @@ from offload.config import ConfigError, load_config
 from offload.forecast import Forecast, forecast
 from offload.forecast_report import forecast_rows
 from offload.kernels import CostMode, RatedKernels
-from offload.launch import factory_of
+from offload.factories import factory_of
 from offload.rates import Rates, kernels_of, rates_of
 from offload.rehearsal import Bandwidths, RehearsalError, rehearsed
 from pagemem.errors import BudgetError

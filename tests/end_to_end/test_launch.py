@@ -24,9 +24,10 @@ from offload.cli import main
 from offload.config import ConfigError, load_config
 from offload.data import ByteCorpus
 from offload.template import template_from
-from offload.launch import factory_of, launch, learning_rate, open_run_folder, resolve
+from offload.factories import factory_of, resolve
+from offload.launch import launch, learning_rate
 from offload.recipe import ByteGPT, byte_gpt
-from pagemem.errors import NonFiniteError, RunDirectoryError
+from pagemem.errors import BudgetError, NonFiniteError, RunDirectoryError
 
 HERE = __name__
 STEPS, ROWS, SEQ = 12, 2, 32
@@ -156,6 +157,11 @@ def metrics(raw: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def content(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file below a folder."""
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
 def table(text: str) -> dict[str, str]:
     """The closing table of a run in a pipe."""
     return dict(re.split(r" {2,}", line, maxsplit=1) for line in text.splitlines() if re.search(r"\S {2,}\S", line))  # type: ignore[misc]
@@ -242,15 +248,18 @@ def test_no_validation_is_said(raw: dict[str, Any]) -> None:
     assert table(run(raw)[1])["validation after, bits per byte"] == "not measured"
 
 
-def test_a_run_folder_is_used_again_and_only_known_files_change(raw: dict[str, Any]) -> None:
+def test_results_of_another_run_are_set_aside_and_nothing_else_changes(raw: dict[str, Any], tmp_path: Path) -> None:
     run(raw)
-    first = metrics(raw)
-    note = Path(raw["output"]["run"]) / "note.txt"
-    note.write_text("mine")
-    raw["train"]["steps"] = 5
-    run(raw)
-    assert len(metrics(raw)) == 5 and note.read_text() == "mine"
-    assert metrics(raw)[0]["loss"] == first[0]["loss"]
+    first, folder = metrics(raw), Path(raw["output"]["run"])
+    kept = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "loss_curve.png", "config.json")}
+    (folder / "note.txt").write_text("mine")
+    for number, steps in ((1, 5), (2, 4)):
+        other = {**raw, "train": {**raw["train"], "steps": steps}, "ssd": {"paths": [str(tmp_path / f"pages {number}")], "threads": 1}}
+        text = run(other)[1]
+        assert f"are kept as metrics-{number}.jsonl, loss_curve-{number}.png, config-{number}.json" in text
+        assert len(metrics(other)) == steps and metrics(other)[0]["loss"] == first[0]["loss"]
+    assert {name: (folder / f"{Path(name).stem}-1{Path(name).suffix}").read_bytes() for name in kept} == kept
+    assert (folder / "note.txt").read_text() == "mine"
 
 
 # ---- a budget that is too small --------------------------------------------------------------------------------------
@@ -307,7 +316,8 @@ def test_ctrl_c_stops_after_the_step_under_way(raw: dict[str, Any]) -> None:
     assert rows["steps"].startswith("4 ") and rows["validation after, bits per byte"] == "not measured"
     assert (Path(raw["output"]["run"]) / "loss_curve.png").exists()
     assert signal.getsignal(signal.SIGINT) is before
-    assert run({**raw, "data": {"factory": f"{HERE}:small_text"}})[0] == 0  # All was given back.
+    code, text = run({**raw, "data": {"factory": f"{HERE}:small_text"}})  # All was given back.
+    assert code == 0 and "going on after step 4" in text and [m["step"] for m in metrics(raw)] == list(range(1, STEPS + 1))
 
 
 def test_sigterm_stops_as_ctrl_c_does(raw: dict[str, Any]) -> None:
@@ -391,20 +401,26 @@ def test_a_foreign_run_folder_is_refused_and_left_alone(raw: dict[str, Any], tmp
     assert not (tmp_path / "pages").exists()
 
 
-def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("precious")
+def test_a_run_folder_that_is_a_file_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("precious")
     with pytest.raises(RunDirectoryError, match="cannot be used: File exists"):
-        open_run_folder(tmp_path / "file")
+        run(raw)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and (tmp_path / "run").read_text() == "precious"
 
 
-def test_results_of_an_earlier_run_do_not_outlive_a_failed_one(raw: dict[str, Any]) -> None:
-    run(raw)
+@pytest.mark.parametrize("arguments", [{**MODEL, "d_model": 60, "n_head": 7}, {**MODEL, "d_model": 512}], ids=["refused by the factory", "too large"])
+def test_a_run_that_cannot_begin_leaves_everything_as_it_was(arguments: dict[str, int], raw: dict[str, Any], tmp_path: Path) -> None:
     failing = copy.deepcopy(raw)
-    failing["model"]["arguments"] = {**MODEL, "d_model": 60, "n_head": 7}
-    with pytest.raises(ValueError, match="multiple"):
+    failing["model"]["arguments"] = arguments
+    failing["ssd"]["paths"] = [str(tmp_path / "new" / "pages")]
+    with pytest.raises((ValueError, BudgetError)):
         run(failing)
-    assert not (Path(raw["output"]["run"]) / "loss_curve.png").exists()
-    assert threading.active_count() == 1
+    assert [path.name for path in tmp_path.rglob("*") if path.name != "data"] == []
+    run(raw)
+    before = content(tmp_path)
+    with pytest.raises((ValueError, BudgetError)):
+        run(failing)
+    assert content(tmp_path) == before and threading.active_count() == 1
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------

@@ -68,6 +68,11 @@ def metrics(raw: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def content(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file below a folder."""
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
 def trained(raw: dict[str, Any]) -> list[tuple[int, float, float]]:
     """Step, loss and learning rate of each line of the metrics."""
     return [(line["step"], line["loss"], line["lr"]) for line in metrics(raw)]
@@ -81,7 +86,7 @@ def validation(text: str) -> list[str]:
 @pytest.fixture
 def uninterrupted(raw: dict[str, Any], tmp_path: Path) -> tuple[list[tuple[int, float, float]], list[str]]:
     """Metrics and validation of the same run, had it not stopped, and not committed."""
-    never = elsewhere(raw, tmp_path / "never") | {"commit": {}}
+    never = elsewhere(raw, tmp_path / "never") | {"commit": {"at_end": False}}
     (tmp_path / "never").mkdir()
     code, text = run(never)
     assert code == 0 and not CommitFolder(tmp_path / "never" / "pages").numbers()
@@ -116,16 +121,17 @@ def test_stopped_again_and_again(raw: dict[str, Any], uninterrupted: tuple[Any, 
     assert code == 0 and (trained(raw), validation(text)) == uninterrupted
 
 
-def test_a_run_that_is_over_does_nothing_more_and_one_with_more_steps_goes_on(raw: dict[str, Any]) -> None:
+def test_a_finished_run_says_so_and_changes_nothing_and_more_steps_go_on(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["train"]["schedule"] = "constant"
-    _, first = run(raw)
-    before = metrics(raw)
-    code, again = run(raw)
-    assert code == 0 and f"going on after step {STEPS}" in again and metrics(raw) == before
-    assert validation(again) == validation(first)
+    run(raw)
+    before, metrics_before = content(tmp_path), metrics(raw)
+    for steps in (STEPS, STEPS - 2):
+        raw["train"]["steps"] = steps
+        said = f"finished: the newest commit is of step {STEPS}, train.steps is {steps}; raise it to train on\n"
+        assert run(raw) == (0, said) and content(tmp_path) == before
     raw["train"]["steps"] = STEPS + 3
     assert run(raw)[0] == 0
-    assert metrics(raw)[:STEPS] == before and [line["step"] for line in metrics(raw)] == list(range(1, STEPS + 4))
+    assert metrics(raw)[:STEPS] == metrics_before and [line["step"] for line in metrics(raw)] == list(range(1, STEPS + 4))
 
 
 def test_never_means_never(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

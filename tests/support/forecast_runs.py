@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import offload
 from offload.config import Config, load_config
-from offload.launch import factory_of
+from offload.factories import factory_of
 from offload.rates import Rates
 from scheduler.plan import Plan
 

@@ -1,0 +1,185 @@
+"""`output.run`: the folder that a launched run leaves its configuration, metrics and picture in. Locked while a run uses it.
+
+Nothing in it is changed before `RunFolder.begin`, by when everything that can be wrong has been found. Results of another
+run that lie there are set aside under a number, never written over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from offload.config import Config
+from pagemem.errors import RunDirectoryError
+from pagemem.page_file import PAGE_FILE_NAME
+from pagemem.run_directory import IDENTITY_NAME, LOCK_NAME, FolderLock, folder_use
+
+METRICS: Final = "metrics.jsonl"
+CURVE: Final = "loss_curve.png"
+CONFIG: Final = "config.json"
+DATA: Final = "data"
+_IDENTITY: Final = "offload-run.json"
+_FORMAT: Final = "offload run 1"
+
+
+class RunFolder:
+    """The folder of ``output.run``, from construction to `close` nobody else's.
+
+    Attributes:
+        begun: whether a run has begun in it, see `begin`.
+
+    Args:
+        path: new, empty or of an earlier run; it and its parents are created when absent.
+
+    Raises:
+        RunDirectoryError: it holds something else, is in use, or cannot be made; nothing in it was changed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.begun = False
+        self._claimed = False
+        absent = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            names = set(os.listdir(path)) - {LOCK_NAME}
+            if names and _IDENTITY not in names:
+                raise RunDirectoryError(f"output.run: {path} holds files that are not of a run; name a new or empty folder")
+            self._lock = FolderLock(path)
+        except OSError as error:
+            _remove_empty(absent)
+            raise RunDirectoryError(f"output.run: {path} cannot be used: {error.strerror}") from error
+        self._made = absent
+
+    def claim(self) -> Path:
+        """Before data are made: have the folder known as a run's; returns the folder for the data's cache.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+        """
+        if not (self.path / _IDENTITY).exists():
+            self._write(_IDENTITY, json.dumps({"format": _FORMAT}) + "\n")
+            self._claimed = True
+        return self.path / DATA
+
+    def begin(self, config: Config, pages_id: str, *, goes_on: bool) -> str | None:
+        """From here on the run's own: the configuration is written, and results of another run are set aside.
+
+        Args:
+            pages_id: identity of the run's page files.
+            goes_on: the run goes on from a commit in them, so results that were made with them are its own.
+
+        Returns:
+            What was set aside, in one line, or None.
+
+        Raises:
+            RunDirectoryError: something cannot be written.
+        """
+        owner = self._pages_id()
+        said = None if goes_on and owner in (None, pages_id) else self._set_aside()
+        self._write(_IDENTITY, json.dumps({"format": _FORMAT, "pages": pages_id}) + "\n")
+        self._write(CONFIG, config.dumped())
+        self.begun, self._claimed, self._made = True, False, []
+        return said
+
+    def _pages_id(self) -> str | None:
+        """Of whose page files the results are; None where the folder does not say, as versions before did not."""
+        try:
+            found = json.loads((self.path / _IDENTITY).read_text())
+        except (OSError, ValueError):
+            return None
+        owner = found.get("pages") if isinstance(found, dict) else None
+        return owner if isinstance(owner, str) else None
+
+    def _set_aside(self) -> str | None:
+        there = [name for name in (METRICS, CURVE, CONFIG) if os.path.lexists(self.path / name)]
+        if METRICS not in there and CURVE not in there:
+            return None
+        number = 1
+        while any(os.path.lexists(self.path / _numbered(name, number)) for name in (METRICS, CURVE, CONFIG)):
+            number += 1
+        try:
+            for name in there:
+                (self.path / name).rename(self.path / _numbered(name, number))
+        except OSError as error:
+            raise RunDirectoryError(f"output.run: {self.path} cannot be used: {error.strerror}") from error
+        return f"results of another run in {self.path} are kept as {', '.join(_numbered(name, number) for name in there)}"
+
+    def _write(self, name: str, text: str) -> None:
+        """A file, whole or not at all; a link in its place is replaced, not followed."""
+        draft = self.path / f"{name}.new"
+        try:
+            draft.unlink(missing_ok=True)
+            with open(draft, "x") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self.path / name)
+        except OSError as error:
+            raise RunDirectoryError(f"output.run: {self.path / name} cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Give the folder back. A folder that no run began in is as it was. Idempotent."""
+        if self._claimed and set(os.listdir(self.path)) <= {_IDENTITY, LOCK_NAME}:
+            (self.path / _IDENTITY).unlink()
+        self._claimed = False
+        self._lock.close()
+        _remove_empty(self._made)
+        self._made = []
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_free(paths: Sequence[str]) -> None:
+    """Before anything is made: whether folders for page files can be had. The engine's lock on them says the last word.
+
+    Raises:
+        RunDirectoryError: one is in use, something else's, or cannot be read.
+    """
+    for path in paths:
+        try:
+            use = folder_use(path)
+        except OSError as error:
+            raise RunDirectoryError(f"{path} cannot be used as a run directory: {error.strerror}") from error
+        if use.kind == "foreign":
+            raise RunDirectoryError(use.detail)
+        if use.holder is not None:
+            raise RunDirectoryError(f"{path} is in use by process {use.holder}. Nothing was changed; wait for that run to end, or name another folder.")
+
+
+@contextmanager
+def removed_unless_begun(folder: RunFolder, paths: Sequence[str]) -> Iterator[None]:
+    """Remove the folders for page files that the block has made, if it fails before its run has begun in ``folder``."""
+    new = [path for path in map(Path, paths) if not path.exists()]
+    above = [parent for path in new for parent in path.absolute().parents if not parent.exists()]
+    try:
+        yield
+    finally:
+        if not folder.begun:
+            for path in new:
+                if path.is_dir() and set(os.listdir(path)) <= {IDENTITY_NAME, PAGE_FILE_NAME}:
+                    shutil.rmtree(path)
+            _remove_empty(above)
+
+
+def _numbered(name: str, number: int) -> str:
+    path = Path(name)
+    return f"{path.stem}-{number}{path.suffix}"
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, innermost first, up to the first that holds something or is not there."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # Somebody else has put something there, or it was never made.
+            return

@@ -1,0 +1,217 @@
+"""How `offload launch` ends, and who may begin: commits at the end, one run a folder, a reader that goes away."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from offload.config import load_config
+from offload.console import Output, OutputClosed
+from offload.launch import launch
+from offload.progress import ProgressLog, StepMetrics
+from offload.run_folder import RunFolder
+from pagemem.commit_folder import CommitFolder
+from pagemem.errors import RunDirectoryError
+from pagemem.run_directory import RunDirectory
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """A short run that says nothing about commits."""
+    threads = torch.get_num_threads()
+    yield {
+        "seed": 5,
+        "memory": {"ram": "768KiB", "page": "64KiB"},
+        "ssd": {"paths": [str(tmp_path / "pages")], "threads": 1},
+        "model": {"factory": "offload.recipe:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
+        "data": {"factory": "launch_data:sentence_text"},
+        "train": {"steps": STEPS, "batch": 2, "seq": 32, "evaluate_batches": 0, "threads": 1},
+        "output": {"run": str(tmp_path / "run")},
+    }
+    torch.set_num_threads(threads)
+
+
+def run(raw: dict[str, Any], console: Console | None = None) -> tuple[int, str]:
+    """Launch; returns the exit code and what was printed."""
+    out = io.StringIO()
+    return launch(load_config(raw), console or Console(file=out, width=200)), out.getvalue()
+
+
+def committed(raw: dict[str, Any]) -> list[int]:
+    """Steps of the commits there are."""
+    folder = CommitFolder(Path(raw["ssd"]["paths"][0]))
+    return [folder.read(number).step for number in folder.numbers()]
+
+
+def steps(raw: dict[str, Any]) -> list[int]:
+    """Steps that have metrics."""
+    return [json.loads(line)["step"] for line in (Path(raw["output"]["run"]) / "metrics.jsonl").read_text().splitlines()]
+
+
+def content(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file below a folder."""
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("update", [{}, {"mode": "lock-free", "exact_steps": 0}], ids=["exact", "lock-free"])
+@pytest.mark.parametrize(
+    ("commit", "found"),
+    [({}, [6]), ({"at_end": False}, []), ({"every_steps": 3}, [3, 6]), ({"every_steps": 4, "at_end": False}, [4]), ({"every_steps": 4}, [4, 6])],
+)
+def test_the_end_is_committed_unless_switched_off_and_no_step_twice(
+    commit: dict[str, Any], found: list[int], update: dict[str, Any], raw: dict[str, Any]
+) -> None:
+    raw["commit"] = {**commit, "keep": 9}
+    raw["update"] = update
+    raw["memory"]["ram"] = "8MiB" if update else raw["memory"]["ram"]
+    assert run(raw)[0] == 0
+    if update and commit.get("every_steps"):  # Its background commits miss what was on its way; the last one has all.
+        assert committed(raw)[-1] == found[-1]
+    else:
+        assert committed(raw) == found
+
+
+def test_ctrl_c_is_committed_by_default_and_the_same_command_goes_on(raw: dict[str, Any]) -> None:
+    signalled = {**raw, "data": {"factory": "launch_data:signalling_text", "arguments": {"at": 2, "name": "SIGINT"}}}
+    assert run(signalled)[0] == 130 and committed(raw) == [3]
+    code, text = run(raw)
+    assert code == 0 and "going on after step 3" in text and committed(raw) == [3, 6] and steps(raw) == [1, 2, 3, 4, 5, 6]
+
+
+# ---- one run a folder ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
+@pytest.mark.parametrize("held", ["run", "pages"])
+def test_a_second_launch_changes_nothing(held: str, begun: bool, raw: dict[str, Any], tmp_path: Path) -> None:
+    if begun:
+        run(raw)
+    raw["train"]["steps"] = STEPS + 1
+    with RunFolder(tmp_path / "run") if held == "run" else RunDirectory(tmp_path / "pages"):
+        before = content(tmp_path)
+        with pytest.raises(RunDirectoryError, match=f"{tmp_path / held} is in use by process {os.getpid()}"):
+            run(raw)
+        assert content(tmp_path) == before
+    assert run(raw)[0] == 0 and steps(raw) == list(range(1, STEPS + 2))
+
+
+def test_metrics_of_a_run_with_other_page_files_are_not_gone_on_with(raw: dict[str, Any], tmp_path: Path) -> None:
+    first, second = raw, {**raw, "ssd": {"paths": [str(tmp_path / "others")], "threads": 1}, "optimizer": {"lr": 1e-2}}
+    run({**first, "train": {**raw["train"], "steps": 3}})
+    run({**second, "train": {**raw["train"], "steps": 2}})
+    ours = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    code, text = run(first)  # goes on with its pages, and finds the second one's metrics
+    assert code == 0 and "going on after step 3" in text and "are kept as metrics-2.jsonl" in text
+    assert (tmp_path / "run" / "metrics-2.jsonl").read_bytes() == ours and steps(raw) == [4, 5, 6]
+
+
+def test_a_run_folder_is_given_back_as_it_was(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "a" / "b") as folder:
+        assert [path.name for path in folder.path.iterdir()] == ["pagemem.lock"]
+        folder.claim()
+    assert list(tmp_path.iterdir()) == []
+    with RunFolder(tmp_path / "a") as folder:
+        folder.claim().mkdir()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["data", "offload-run.json"]
+    (tmp_path / "a" / "pagemem.lock").write_text("1\n")  # of a launch that was killed
+    with RunFolder(tmp_path / "a") as folder:
+        pass
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["data", "offload-run.json"]
+
+
+def test_no_link_is_followed(tmp_path: Path, raw: dict[str, Any]) -> None:
+    (tmp_path / "precious").write_text("years of work")
+    run({**raw, "train": {**raw["train"], "steps": 1}})
+    for name in ("metrics.jsonl.new", "config.json.new", "offload-run.json.new", "config.json"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+        (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    assert run(raw)[0] == 0
+    assert (tmp_path / "precious").read_text() == "years of work" and not (tmp_path / "run" / "config.json").is_symlink()
+
+
+# ---- nobody reads ----------------------------------------------------------------------------------------------------
+
+
+class Gone(io.StringIO):
+    """A pipe whose reader goes after some lines."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def write(self, text: str) -> int:
+        """As any stream, for a while."""
+        self.left -= text.count("\n")
+        if self.left < 0:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_without_a_reader_the_run_commits_and_ends(after: int, raw: dict[str, Any]) -> None:
+    console = Output(goes_on=True, file=Gone(after), width=200)
+    assert launch(load_config(raw), console) == 141
+    assert committed(raw) == ([after] if after else []) and steps(raw) == list(range(1, after + 1))
+    assert run(raw)[0] == 0 and steps(raw) == list(range(1, STEPS + 1))
+
+
+def test_head_in_a_process_of_its_own(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "train": {**raw["train"], "steps": 100_000}}))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    command = f"{sys.executable} -m offload launch {tmp_path / 'config.json'} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert done.stderr == "" and done.stdout.splitlines()[-1] == "141"
+    assert committed(raw) == steps(raw)[-1:] != []
+
+
+def test_other_commands_end_at_once() -> None:
+    with pytest.raises(OutputClosed):
+        Output(file=Gone(0)).print("nobody")
+
+
+# ---- metrics that cannot be written ----------------------------------------------------------------------------------
+
+
+def test_a_run_whose_metrics_cannot_be_written_commits_first(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(self: ProgressLog, metrics: StepMetrics) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressLog, "take", take)
+        with pytest.raises(RunDirectoryError, match="metrics.jsonl cannot be written after step 1: No space left on device"):
+            run(raw)
+    assert committed(raw) == [1]
+    assert run(raw)[0] == 0 and steps(raw) == [2, 3, 4, 5, 6]
+
+
+def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    class Full(io.FileIO):
+        def write(self, content: Any) -> int:
+            return super().write(bytes(content)[:7])
+
+    metrics = StepMetrics(1, 2.0, 1e-3, 2.0, 512.0, 1, 1, 1, 1, 0.25)
+    with ProgressLog(tmp_path / "m", Console(file=io.StringIO()), steps=3, log_every=1) as log:
+        log.take(metrics)
+        before, whole = (tmp_path / "m").read_bytes(), log._file
+        log._file = Full(tmp_path / "m", "ab")
+        with pytest.raises(OSError, match="No space left"):
+            log.take(metrics)
+        assert (tmp_path / "m").read_bytes() == before
+        log._file.close()
+        log._file = whole
+        log.take(metrics)
+    assert (tmp_path / "m").read_bytes() == 2 * before
