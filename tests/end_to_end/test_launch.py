@@ -158,8 +158,9 @@ def metrics(raw: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file below a folder."""
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    """Bytes and time of change of every file below a folder, but for the data's own cache."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "data"]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def table(text: str) -> dict[str, str]:
