@@ -12,6 +12,7 @@ from offload.neighbours import Group, common_name, groups_of, units_of
 from offload.parameters import PagedParameter
 from optim.unit import Unit
 from pagemem.errors import BudgetError
+from pagemem.host_memory import usable_bytes
 from pagemem.units import format_bytes
 
 
@@ -66,3 +67,17 @@ def check_built(named: Group, config: Config, page_bytes: int) -> None:
         "the whole model needs",
         built.smallest_bytes,
     )
+
+
+def check_lockable(ram_bytes: int) -> None:
+    """Before all of ``memory.ram`` is locked in RAM: the system would end this process, or another, for want of it.
+
+    Raises:
+        MemoryError: there is less left than that.
+    """
+    left_bytes = usable_bytes()
+    if ram_bytes > left_bytes:
+        raise MemoryError(
+            f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), all of it to be locked in RAM for copies by the device, but this "
+            f"machine, or the cgroup's memory.max, has {left_bytes} bytes ({format_bytes(left_bytes)}) left; lower memory.ram below that"
+        )

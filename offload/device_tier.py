@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from optim.unit import Unit
 from pagemem.accelerator import Accelerator
 from pagemem.budget import Budget, BudgetShortage
+from pagemem.closing import close_all
 from pagemem.device_mover import DeviceMover
 from pagemem.errors import BudgetError
 from pagemem.events import EventSink
@@ -104,6 +105,4 @@ class DeviceTier:
 
     def close(self) -> None:
         """Stop all copies, end the threads, give the arena back. Idempotent."""
-        self.mover.close()
-        self.mover.arena.close()
-        self._reserved.release()
+        close_all(self.mover.close, self.mover.arena.close, self._reserved.release)

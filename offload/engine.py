@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -42,6 +41,7 @@ from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
 from optim.unit import Slot, Unit
 from pagemem import interrupts
+from pagemem.closing import close_all
 from pagemem.errors import OffloadError, TransitionError
 from pagemem.heap import blocks_join, give_back_large_blocks, keep_freed_memory
 from pagemem.interrupts import left_open
@@ -409,11 +409,7 @@ class Engine:
         if EngineState.CLOSED not in _LEGAL[self.state]:
             raise TransitionError(f"engine: {self.state.value} -> closed is not a legal move")
         self.state = EngineState.CLOSED
-        with ExitStack() as closing:
-            closing.callback(self._release)
-            closing.callback(self._updater.close)
-            closing.callback(self.optimizer.close)
-            closing.callback(self._checkpoints.committer.close)
+        close_all(self._checkpoints.committer.close, self.optimizer.close, self._updater.close, self._release)
 
     def _release(self) -> None:
         for undo in self._undo:
@@ -429,7 +425,13 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            # The first error is why, as a rule: a device that failed cannot be let go of either.
+            error.add_note(f"the engine could not be closed in order, either: {failure}")
 
 
 def initialize(model: nn.Module, config: ConfigLike, optimizer: OptimizerLike = None) -> Engine:

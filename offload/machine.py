@@ -26,6 +26,7 @@ from offload.bench_ssd import DEFAULT_THREADS, USUAL_REQUEST_BYTES, Plan, Point,
 from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file
 from pagemem.errors import DiskFullError, OffloadError
+from pagemem.host_memory import cgroup_limit
 from pagemem.run_directory import FolderUse, folder_use
 from pagemem.units import MiB, format_bytes
 
@@ -203,30 +204,6 @@ def memory_fact() -> MemoryFact:
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS, resource.RLIMIT_MEMLOCK, resource.RLIMIT_NOFILE)
     limits = [None if soft == resource.RLIM_INFINITY else soft for soft, _ in map(resource.getrlimit, kinds)]
     return MemoryFact(memory.total, memory.available, limits[0], limits[1], limits[2], limits[3], limit, free)
-
-
-def cgroup_limit(own: Path, root: Path) -> tuple[int | None, int | None]:
-    """The least ``memory.max`` (cgroup v2) over this process, and the least that is left under one; None where there is none."""
-    names = [line[3:] for line in own.read_text().splitlines() if line.startswith("0::")] if own.exists() else []
-    if not names:
-        return None, None
-    group = root / names[0].lstrip("/")
-    limits, left = [], []  # of the process's own group and of every one above it
-    for folder in (group, *group.parents):
-        if not folder.is_relative_to(root):
-            break
-        maximum, current = folder / "memory.max", folder / "memory.current"
-        text = maximum.read_text().strip() if maximum.exists() else "max"
-        if text != "max":
-            limits.append(int(text))
-            left.append(max(0, int(text) - int(current.read_text()) + _reclaimable_bytes(folder / "memory.stat")))
-    return min(limits, default=None), min(left, default=None)
-
-
-def _reclaimable_bytes(stat: Path) -> int:
-    """Page cache that a group gives up when it needs memory; it counts as used."""
-    fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-    return int(fields.get("inactive_file", 0))
 
 
 def copy_gb_per_s() -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from offload.config import Config
-from offload.budget_checks import check_built
+from offload.budget_checks import check_built, check_lockable
 from offload.device_homes import Candidate, choose_homes
 from offload.device_tier import DeviceTier
 from offload.earlier import EarlierCommits
@@ -32,6 +32,7 @@ from pagemem import interrupts
 from pagemem.accelerator import Accelerator, RamDevice
 from pagemem.arena import Arena, HostArena
 from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.closing import close_all
 from pagemem.cuda import CudaDevice
 from pagemem.errors import BudgetError
 from pagemem.events import Counters, EventSink
@@ -102,7 +103,7 @@ class PageStore:
         self.binder.owner = self
 
     def _make_arena(self, n_frames: int) -> Arena:
-        return HostArena(n_frames, self.page_bytes, None if self.accelerator is None else self.accelerator.pin)
+        return HostArena(n_frames, self.page_bytes)
 
     def _make_accelerator(self) -> Accelerator:
         if self.config.device == "cpu-emulated":
@@ -330,11 +331,22 @@ class PageStore:
         return given_bytes[0], given_bytes[1]
 
     def resize_arena(self, n_frames: int) -> None:
-        """Go on with ``n_frames`` host frames, all empty; the rest of the budget is for what lies outside the arena."""
+        """Go on with ``n_frames`` host frames, all empty; the rest of the budget is for what lies outside the arena.
+
+        Once, when all sizes are known: from here on they are pinned, where there is a device that copies from them.
+
+        Raises:
+            MemoryError: there is not as much RAM left, or it cannot be mapped.
+        """
         self.driver.evict_all()
-        if n_frames != self.mover.arena.n_frames:
+        pin = None if self.accelerator is None else self.accelerator.pin
+        if n_frames != self.mover.arena.n_frames or pin is not None:  # what was touched until now is given back before all of it is locked
             self.mover.resize_arena(n_frames)
             self._arena_bytes.resize(self.mover.arena.n_bytes)
+        if pin is not None:
+            check_lockable(self.config.memory.ram)
+            assert isinstance(self.mover.arena, HostArena)
+            self.mover.arena.pin(pin)
         self.driver.overhead_bytes = self.config.memory.ram - n_frames * self.page_bytes
 
     def _update_frames(self, unit: Unit) -> int:
@@ -368,17 +380,16 @@ class PageStore:
         self.binder.close()
         for unhook in self._unhook:
             unhook()
-        with ExitStack() as closing:
-            closing.callback(interrupts.unguard)
-            closing.callback(self.mover.arena.close)
-            closing.callback(self._arena_bytes.release)
-            for directory in self.directories:
-                closing.callback(directory.close)
-            closing.callback(self.page_files.close)
-            closing.callback(self.mover.close)
-            if self.device_tier is not None:
-                closing.callback(self.device_tier.close)
-            self.driver.quiesce()
+        close_all(
+            self.driver.quiesce,
+            *([] if self.device_tier is None else [self.device_tier.close]),
+            self.mover.close,
+            self.page_files.close,
+            *(directory.close for directory in reversed(self.directories)),
+            self._arena_bytes.release,
+            self.mover.arena.close,
+            interrupts.unguard,
+        )
 
     def is_resident(self, unit: Unit) -> bool:
         """Whether a unit's parameters are in host memory now."""

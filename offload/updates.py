@@ -30,7 +30,9 @@ from optim.states import StateAccess
 from optim.unit import Hyper, Slice, Unit
 from optim.update_thread import UpdateThread, scratch_bytes
 from optim.updater import Updater
+from pagemem.budget import Budget
 from pagemem.errors import BudgetError
+from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, ceil_div, format_bytes, round_up
 from scheduler.trace import Access, AccessMode, OpKind
 
@@ -52,11 +54,13 @@ def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Sc
         device = store.accelerator
         # The largest gradient once as autograd made it, and once on its way down from a device.
         direct_bytes, on_their_way_bytes = store.settle_sizes(direct=eager, on_their_way=device is not None)
+        # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into, reserved as a whole.
+        budget = Budget(Tier.HOST, direct_bytes) if device is not None and device.stages else store.budget
         exact = ExactUpdater(
-            store.driver, store.index, rule, hypers, GradientStore(store.driver, store.budget, direct_bytes), store.counters,
+            store.driver, store.index, rule, hypers, GradientStore(store.driver, budget, direct_bytes), store.counters,
             scaling=scaling, start=update.start, updated=store.updated,
         )  # fmt: skip
-        return exact if device is None else DeviceGradients(exact, device, store.budget, on_their_way_bytes)
+        return exact if device is None else DeviceGradients(exact, device, store.budget, on_their_way_bytes, direct_bytes)
     return _make_lock_free(store, rule, hypers, scaling, eager=eager)
 
 

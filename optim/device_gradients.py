@@ -6,6 +6,9 @@ wait in host memory, in order, each with the mark of its copy, and go on when yo
 unit is used. By then the copy is mostly made, and the device has the backward of later layers to do meanwhile. Sizes alone
 decide when a gradient goes on, so every step has the same order of ops.
 
+The memory they wait in is a buffer of the stated size, pinned once (`pagemem.staging`). A gradient that the updater goes on to keep as it is
+stays in it until the update is made.
+
 The gradient of a unit that is at home on the device stays there, but waits in line all the same, until its loss is known.
 
 The loss is copied down before its gradients, and looked at before the first of them goes on: nobody waits for it either.
@@ -22,9 +25,11 @@ import torch
 from optim.clip import check_loss
 from optim.exact import ExactUpdater
 from optim.unit import Slot, Unit
-from pagemem.accelerator import Accelerator, Mark
+from pagemem.accelerator import REACHED, Accelerator, Mark, has_reached
 from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.closing import close_all
 from pagemem.errors import NonFiniteError
+from pagemem.staging import StagingBuffer
 from pagemem.tier import Tag
 
 
@@ -35,16 +40,18 @@ class _Loss:
     value: torch.Tensor
     step: int
     there: Mark
+    source: torch.Tensor  # on the device, for as long as it may be copied
     checked: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _OnItsWay:
     unit: Unit
     slot: Slot
     gradient: torch.Tensor
     there: Mark | None  # None: it stays where it is
     loss: _Loss | None
+    source: torch.Tensor | None = None  # on the device, for as long as it may be copied
 
     @property
     def n_bytes(self) -> int:
@@ -61,18 +68,31 @@ class DeviceGradients:
     Args:
         updater: takes the gradients in host memory.
         accelerator: copies them there.
-        budget: the host budget; gradients on their way are reserved in it, tag GRAD.
+        budget: the host budget; gradients on their way are reserved in it, tag GRAD: as many bytes as they have, or all that the
+            buffer has where the device needs one.
         limit_bytes: of gradients on their way; one that is larger goes on at once.
+        kept_bytes: of gradients that the updater keeps as they are; a device's buffer has room for them, too.
+
+    Raises:
+        MemoryError: the buffer cannot be mapped.
     """
 
-    def __init__(self, updater: ExactUpdater, accelerator: Accelerator, budget: Budget, limit_bytes: int) -> None:
+    def __init__(self, updater: ExactUpdater, accelerator: Accelerator, budget: Budget, limit_bytes: int, kept_bytes: int) -> None:
         self._updater = updater
         self._accelerator = accelerator
         self._limit_bytes = limit_bytes
-        reserved = budget.reserve(Tag.GRAD, 0, "gradients on their way down")
+        buffer_bytes = limit_bytes + kept_bytes if accelerator.stages else 0
+        reserved = budget.reserve(Tag.GRAD, buffer_bytes, "gradients on their way down")
         if isinstance(reserved, BudgetShortage):
             raise AssertionError(reserved.describe())
         self._reservation: Reservation | None = reserved
+        self._buffer: StagingBuffer | None = None
+        if buffer_bytes:
+            try:
+                self._buffer = StagingBuffer(buffer_bytes, accelerator.pin)
+            except BaseException:
+                reserved.release()
+                raise
         self._waiting: deque[_OnItsWay] = deque()
         self._loss: _Loss | None = None
         self._waiting_bytes = self._host_bytes = 0
@@ -84,8 +104,9 @@ class DeviceGradients:
         Whatever hands the first of them on raises NonFiniteError if it is no number: taking a younger one, the next use of
         its unit, or `step`.
         """
-        value, there = self._accelerator.copy_down(loss.detach())
-        self._loss = _Loss(value, step, there)
+        source = loss.detach()
+        value, there = self._accelerator.copy_down(source)
+        self._loss = _Loss(value, step, there, source)
 
     def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
         """Take one gradient from autograd; older ones go on to the updater until there is room for it.
@@ -102,12 +123,43 @@ class DeviceGradients:
         if unit.home is not None and (unit.sums_at_home or self._updater.uses_as_it_is(slot)):
             self._waiting.append(_OnItsWay(unit, slot, gradient.detach(), None, self._loss))
         else:
-            self._waiting.append(_OnItsWay(unit, slot, *self._accelerator.copy_down(gradient.detach()), self._loss))
+            self._waiting.append(self._brought_down(unit, slot, gradient.detach()))
         if n_bytes > self._limit_bytes:
             self._hand_on()
             return
         self._hold()
         self._peak_bytes = max(self._peak_bytes, self.direct_bytes)
+
+    def _brought_down(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> _OnItsWay:
+        """A gradient on its way into host memory."""
+        if not self._accelerator.stages:
+            return _OnItsWay(unit, slot, gradient, REACHED, self._loss)
+        # Row by row, as an update reads it: a device is quicker at that than the CPU.
+        flat = gradient.contiguous().view(-1)
+        into = self._span(flat.numel() * flat.dtype.itemsize)
+        if into is None:  # no room in the budget: this waits for the device, with every gradient
+            return _OnItsWay(unit, slot, gradient.cpu(), REACHED, self._loss)
+        self._let_go_of_copied()
+        there = self._accelerator.copy_out(flat.view(torch.uint8), into)
+        return _OnItsWay(unit, slot, into.view(flat.dtype).view(gradient.shape), there, self._loss, flat)
+
+    def _span(self, n_bytes: int) -> torch.Tensor | None:
+        """Memory for a gradient, for which older ones go on if need be; None: there is not as much at all, or too much of it is kept."""
+        if self._buffer is None or not 0 < n_bytes <= self._buffer.n_bytes:
+            return None
+        span = self._buffer.take(n_bytes)
+        while span is None and self._waiting:
+            self._hand_on()
+            span = self._buffer.take(n_bytes)
+        return span
+
+    def _let_go_of_copied(self) -> None:
+        """Give the device's memory of gradients back that are there already; they are copied in order."""
+        for waiting in self._waiting:
+            if waiting.source is not None:
+                if waiting.there is None or not has_reached(waiting.there):
+                    return
+                waiting.source = None
 
     def _hand_on(self) -> None:
         """Give the oldest gradient to the updater.
@@ -139,9 +191,10 @@ class DeviceGradients:
         assert self._reservation is not None
         self._waiting_bytes = sum(waiting.n_bytes for waiting in self._waiting)
         self._host_bytes = sum(waiting.host_bytes for waiting in self._waiting)
-        held = self._reservation.resize(self._host_bytes)
-        if isinstance(held, BudgetShortage):
-            raise AssertionError(held.describe())
+        if self._buffer is None:
+            held = self._reservation.resize(self._host_bytes)
+            if isinstance(held, BudgetShortage):
+                raise AssertionError(held.describe())
 
     def _hand_all_on(self) -> None:
         while self._waiting:
@@ -181,13 +234,27 @@ class DeviceGradients:
         return self._updater.consistent(whole=whole)
 
     def close(self) -> None:
-        """Forget gradients on their way, and close the updater. Idempotent."""
-        if self._reservation is not None:
-            self._waiting.clear()
-            self._waiting_bytes = self._host_bytes = 0
-            self._reservation.release()
-            self._reservation = None
-        self._updater.close()
+        """Forget gradients on their way, once they are copied, and close the updater. Idempotent.
+
+        Raises:
+            RuntimeError: the device failed; everything is given back all the same.
+        """
+        reservation, self._reservation = self._reservation, None
+        if reservation is None:
+            self._updater.close()
+            return
+        close_all(self._wait_for_copies, self._forget, self._updater.close, reservation.release)
+
+    def _wait_for_copies(self) -> None:
+        for waiting in self._waiting:
+            if waiting.there is not None:
+                waiting.there.wait()
+
+    def _forget(self) -> None:
+        self._waiting.clear()
+        self._waiting_bytes = self._host_bytes = 0
+        if self._buffer is not None:
+            self._buffer.close()
 
     @property
     def staleness(self) -> int:

@@ -9,6 +9,7 @@ after the mark of the copies that it needs, all on the device. The training thre
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, Final, Protocol
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 
 from pagemem.arena import Arena, HostArena, Pin
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class Mark(Protocol):
@@ -49,6 +52,17 @@ class Accelerator(Protocol):
     @property
     def pin(self) -> Pin | None:
         """What makes host memory fit for its copies; None: any memory is."""
+
+    @property
+    def stages(self) -> bool:
+        """Whether its gradients are copied into host memory, by `copy_out`. False: where they are is host memory."""
+
+    def join(self) -> None:
+        """Have the calling thread's calls go to this device: a new thread that works for it calls this first.
+
+        Raises:
+            RuntimeError: the device failed; what torch says of it.
+        """
 
     def make_arena(self, n_frames: int, page_bytes: int) -> Arena:
         """An arena in the device's memory.
@@ -87,7 +101,8 @@ class Accelerator(Protocol):
         """
 
     def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
-        """A tensor's values in host memory, there once the mark is reached. Does not wait for it."""
+        """The values of a tensor of a few bytes in host memory, there once the mark is reached. Does not wait for it: ``source`` is not to
+        be let go of before."""
 
     def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
         """Copy bytes (uint8, flat, of one size) of the device into given host memory, as they are when compute has done everything
@@ -107,6 +122,15 @@ class _Reached:
 REACHED: Final[Mark] = _Reached()
 
 
+def has_reached(mark: Mark) -> bool:
+    """Whether a mark is known to be reached. One of a device that failed is not; who waits for it hears why."""
+    try:
+        return mark.reached()
+    except RuntimeError as error:
+        _LOG.debug("a mark cannot be asked for: %s", error)
+        return False
+
+
 class TimedCopy(_Reached):
     """A copy that was made when it was asked for."""
 
@@ -123,6 +147,10 @@ class RamDevice:
 
     torch_device = torch.device("cpu")
     pin: Pin | None = None
+    stages = False
+
+    def join(self) -> None:
+        """Threads have nothing to set."""
 
     def make_arena(self, n_frames: int, page_bytes: int) -> Arena:
         """Frames in RAM."""

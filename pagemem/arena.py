@@ -56,7 +56,7 @@ class Arena(ABC):
 
     @abstractmethod
     def resized(self, n_frames: int) -> Arena:
-        """Another arena of this kind.
+        """Another arena of this kind, not pinned.
 
         Raises:
             MemoryError: there is no room for it.
@@ -100,7 +100,7 @@ class HostArena(Arena):
     all there at once where it is pinned.
 
     Args:
-        pin: makes the mapping fit for copies by a device; None: there is no such device.
+        pin: see `pin`; None: not now.
 
     Raises:
         MemoryError: the mapping was refused (RLIMIT_DATA, overcommit); the message names the size.
@@ -116,8 +116,17 @@ class HostArena(Arena):
         self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = memoryview(self._map)
         self.address = torch.frombuffer(self._bytes, dtype=torch.uint8, count=1).data_ptr()
-        self._pin = pin
-        self._unpin = pin(self.address, self.n_bytes) if pin is not None and n_frames else None
+        self._unpin: Callable[[], None] | None = None
+        if pin is not None:
+            self.pin(pin)
+
+    def pin(self, pin: Pin) -> None:
+        """Have all of it fit for copies by a device until `close`; once. A child process does not get it from then on."""
+        if self._unpin is None and self.n_bytes:
+            # After a fork whoever writes first gets a copy of the page, the other keeps the one that the device knows: that must not
+            # be the child. Kernels that avoid it copy every locked page at the fork, as much memory again.
+            self._map.madvise(mmap.MADV_DONTFORK)
+            self._unpin = pin(self.address, self.n_bytes)
 
     def buffer(self, frame: FrameId, n_bytes: int) -> memoryview:
         """As `Arena.buffer`; never raises."""
@@ -138,13 +147,22 @@ class HostArena(Arena):
 
     def resized(self, n_frames: int) -> HostArena:
         """As `Arena.resized`."""
-        return HostArena(n_frames, self.page_bytes, self._pin)
+        return HostArena(n_frames, self.page_bytes)
 
     def close(self) -> None:
-        """As `Arena.close`; no copy by a device may be under way."""
-        if self._unpin is not None:
-            unpin, self._unpin = self._unpin, None
-            unpin()
+        """As `Arena.close`; no copy by a device may be under way.
+
+        Raises:
+            RuntimeError: the device failed, so that it cannot be unpinned; the memory is given back all the same.
+        """
+        unpin, self._unpin = self._unpin, None
+        try:
+            if unpin is not None:
+                unpin()
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
         self._bytes.release()
         try:
             self._map.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -13,11 +14,15 @@ from pagemem.accelerator import Copy, Mark
 from pagemem.arena import Arena
 from pagemem.errors import DeviceError
 from pagemem.page import FrameId, TensorId
-from pagemem.units import format_bytes
+from pagemem.units import GiB, format_bytes
 
 #: Large parts of it have no types.
 _CUDA: Final[Any] = torch.cuda
 _LOG: Final = logging.getLogger(__name__)
+#: Host memory is registered in pieces of so many bytes: drivers from r580 on refuse 512 GiB in one. A multiple of every page size.
+PIN_BYTES: Final = 64 * GiB
+#: Of what is free on a device, what pages may take without a warning.
+_TIGHT_SHARE: Final = 0.85
 
 
 class _Window:
@@ -40,6 +45,7 @@ class CudaArena(Arena):
     def __init__(self, n_frames: int, page_bytes: int, device: torch.device) -> None:
         super().__init__(n_frames, page_bytes)
         self._device = device
+        self._warn_if_tight()
         try:
             self._whole = torch.empty(self.n_bytes, dtype=torch.uint8, device=device)
         except _CUDA.OutOfMemoryError as error:
@@ -69,8 +75,21 @@ class CudaArena(Arena):
         return CudaArena(n_frames, self.page_bytes, self._device)
 
     def close(self) -> None:
-        """As `Arena.close`. Views made from here on are of nothing."""
-        self._whole = torch.empty(0, dtype=torch.uint8, device=self._device)
+        """As `Arena.close`; asks nothing of the device, which may have failed. Views made from here on are of nothing."""
+        self._whole = torch.empty(0, dtype=torch.uint8)
+
+    def _warn_if_tight(self) -> None:
+        free_bytes, _ = _CUDA.mem_get_info(self._device)
+        # What torch has got and does not use is free, too.
+        free_bytes += _CUDA.memory_reserved(self._device) - _CUDA.memory_allocated(self._device)
+        if _TIGHT_SHARE * free_bytes < self.n_bytes <= free_bytes:
+            warnings.warn(
+                f"memory.device is {format_bytes(self.n_bytes)} of {format_bytes(free_bytes)} free on {self._device}: little is left for "
+                f"activations and the workspaces of kernels, which are not in it. Lower memory.device to at most "
+                f"{format_bytes(int(_TIGHT_SHARE * free_bytes))} if the device runs out of memory",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 class CudaMark:
@@ -110,6 +129,8 @@ class CudaDevice:
         DeviceError: torch cannot use CUDA here, or has no such device; says why.
     """
 
+    stages = True
+
     def __init__(self, index: int | None = None) -> None:
         if not _CUDA.is_available():
             build = "this torch is a build without CUDA" if torch.version.cuda is None else "torch finds no device that it can use"
@@ -122,28 +143,64 @@ class CudaDevice:
         self._up = _CUDA.Stream(self.torch_device)
         self._down = _CUDA.Stream(self.torch_device)
         self._warned = False
+        self._cuts: tuple[int, ...] = ()  # where one pinned piece of host memory ends and the next begins, sorted; replaced, never changed
+
+    def join(self) -> None:
+        """As `Accelerator.join`: otherwise a new thread's calls go to the first device, and make a context there."""
+        _CUDA.set_device(self.torch_device)
 
     def make_arena(self, n_frames: int, page_bytes: int) -> Arena:
         """As `Accelerator.make_arena`."""
         return CudaArena(n_frames, page_bytes, self.torch_device)
 
     def pin(self, address: int, n_bytes: int) -> Callable[[], None]:
-        """Lock host memory in place for copies at full speed. Where the system refuses, it stays as it is, with one warning."""
-        runtime = _CUDA.cudart()
-        with _CUDA.device(self.torch_device):
-            refused = int(runtime.cudaHostRegister(address, n_bytes, 0))
-        if refused:
-            self._forget_refusal()
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"{format_bytes(n_bytes)} of host memory cannot be pinned (CUDA error {refused}): copies to {self.torch_device} are "
-                    "slower and hold the thread that asks for them up. Raise the limit on locked memory (ulimit -l) or lower memory.ram",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            return lambda: None
-        return lambda: _unpin(address)
+        """Lock host memory in place for copies at full speed, all of it or nothing.
+
+        Where the system refuses, it stays as it is, with one warning.
+
+        Returns:
+            What unlocks it. Raises RuntimeError, after every piece was tried, if one cannot be: then the device has failed.
+        """
+        starts = range(address, address + n_bytes, PIN_BYTES)
+        for number, start in enumerate(starts):
+            with _CUDA.device(self.torch_device):
+                refused = int(_CUDA.cudart().cudaHostRegister(start, min(PIN_BYTES, address + n_bytes - start), 0))
+            if refused:
+                self._forget_refusal()
+                self._unpin(starts[:number])
+                self._warn_of_refusal(n_bytes, refused)
+                return lambda: None
+        self._cuts = tuple(sorted({*self._cuts, *starts[1:]}))
+        return lambda: self._unpin(starts)
+
+    def _unpin(self, starts: Sequence[int]) -> None:
+        """Unlock pieces, the last one first; every one is tried.
+
+        Raises:
+            RuntimeError: some could not be; what is wrong with the first of them.
+        """
+        failed: list[RuntimeError] = []
+        for start in reversed(starts):
+            try:
+                with _CUDA.device(self.torch_device):
+                    refused = int(_CUDA.cudart().cudaHostUnregister(start))
+                if refused:
+                    raise RuntimeError(f"host memory at {start:#x} cannot be unpinned: CUDA error {refused}")
+            except RuntimeError as error:
+                failed.append(error)
+        self._cuts = tuple(cut for cut in self._cuts if cut not in starts)
+        if failed:
+            raise failed[0]
+
+    def _warn_of_refusal(self, n_bytes: int, refused: int) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{format_bytes(n_bytes)} of host memory cannot be pinned (CUDA error {refused}): copies to {self.torch_device} are slower "
+                "and hold the thread that asks for them up. Lower memory.ram; in a container or a virtual machine it may be refused at any size",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _forget_refusal(self) -> None:
         """CUDA keeps the error of a refused call for whoever asks next, which would be the next kernel: let it be this one."""
@@ -184,26 +241,37 @@ class CudaDevice:
         self._up.wait_event(_event(after))
         begun = self._recorded(self._up, timed=True)
         with _CUDA.stream(self._up):
-            into.copy_(source, non_blocking=True)
+            self._copy(source, into, source)
         return CudaCopy(begun, self._recorded(self._up, timed=True))
 
     def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
         """As `Accelerator.copy_down`; copies follow one another."""
-        # Laid out as the source is, so that no kernel has to make it contiguous first.
         values = torch.empty_like(source, device="cpu", pin_memory=True)
-        mark = self.copy_out(source, values)
-        source.record_stream(self._down)
-        return values, mark
+        self._down.wait_event(self._recorded(self._compute))
+        with _CUDA.stream(self._down):
+            values.copy_(source, non_blocking=True)
+        return values, CudaMark(self._recorded(self._down))
 
     def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
         """As `Accelerator.copy_out`; copies follow one another."""
         self._down.wait_event(self._recorded(self._compute))
         with _CUDA.stream(self._down):
-            into.copy_(source, non_blocking=True)
+            self._copy(source, into, into)
         return CudaMark(self._recorded(self._down))
 
+    def _copy(self, source: torch.Tensor, into: torch.Tensor, host: torch.Tensor) -> None:
+        """Copy flat bytes, of which ``host`` are those in host memory, in pieces: CUDA refuses a copy that is of two pinned pieces."""
+        address, n_bytes = host.data_ptr(), host.numel()
+        bounds = [cut - address for cut in self._cuts if address < cut < address + n_bytes]
+        if not bounds:
+            into.copy_(source, non_blocking=True)
+            return
+        for start, end in pairwise((0, *bounds, n_bytes)):
+            into[start:end].copy_(source[start:end], non_blocking=True)
+
     def _recorded(self, stream: Any, *, timed: bool = False) -> Any:
-        event = _CUDA.Event(enable_timing=timed)
+        # A thread that waits for one sleeps; otherwise it would spin, on a core that has updates to make.
+        event = _CUDA.Event(enable_timing=timed, blocking=True)
         event.record(stream)
         return event
 
@@ -213,8 +281,3 @@ def _event(mark: Mark) -> Any:
         raise TypeError(f"{mark!r} is no mark of a CUDA device")
     return mark.event
 
-
-def _unpin(address: int) -> None:
-    refused = int(_CUDA.cudart().cudaHostUnregister(address))
-    if refused:
-        raise RuntimeError(f"host memory at {address:#x} cannot be unpinned: CUDA error {refused}")

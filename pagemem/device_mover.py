@@ -16,6 +16,7 @@ import torch
 
 from pagemem.accelerator import Accelerator, Mark
 from pagemem.arena import Arena
+from pagemem.closing import close_all
 from pagemem.events import EventKind, EventSink
 from pagemem.host_copier import HostCopier
 from pagemem.mover import Mover
@@ -103,8 +104,13 @@ class DeviceMover(Mover):
                 self._marks[tensor.id] = result
                 done(None)
 
-        # What compute has been given until now may use the frames: nobody holds them any more, so nothing later does.
-        self._copier.submit(self._lower[tensor.id], self.bytes_of(tensor), self.accelerator.mark(), given)
+        try:
+            # What compute has been given until now may use the frames: nobody holds them any more, so nothing later does.
+            after = self.accelerator.mark()
+        except RuntimeError as error:
+            done(error)  # the device failed: whoever waits for the copy hears of it as of one that failed
+            return
+        self._copier.submit(self._lower[tensor.id], self.bytes_of(tensor), after, given)
 
     def follow(self, tensor: PagedTensor) -> None:
         """Have compute that is given from now on see what was copied. Training thread."""
@@ -211,6 +217,4 @@ class DeviceMover(Mover):
 
     def close(self) -> None:
         """Wait until no copy is under way and end the threads. Idempotent."""
-        self.take_back_loads()
-        super().close()
-        self._copier.close()
+        close_all(self.take_back_loads, super().close, self._copier.close)

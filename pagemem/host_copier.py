@@ -15,10 +15,13 @@ told only after a lock is free whose holder waits for those pages.
 
 from __future__ import annotations
 
+import atexit
 import enum
+import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +29,7 @@ from typing import Final
 
 import torch
 
-from pagemem.accelerator import Accelerator, Copy, Mark
+from pagemem.accelerator import Accelerator, Copy, Mark, has_reached
 from pagemem.errors import TransitionError
 from pagemem.events import Event, EventKind, EventSink
 from pagemem.intervals import union, without
@@ -36,6 +39,8 @@ from pagemem.residency import PagedTensor, Residency
 
 #: Called with the mark behind a copy once it was given to the device, or with what went wrong.
 Given = Callable[[Mark | BaseException], None]
+#: How long the end of the program waits for each thread of an engine that nobody closed.
+_EXIT_PATIENCE_S: Final = 10.0
 #: [start, end) of a tensor's bytes.
 Span = tuple[int, int]
 
@@ -143,6 +148,8 @@ class HostCopier:
             except BaseException:
                 self._under_way.put(None)
                 raise
+        self._at_exit = partial(_close_at_exit, weakref.ref(self), os.getpid())
+        atexit.register(self._at_exit)
 
     def submit(self, tensor: PagedTensor, into: torch.Tensor, after: Mark, given: Given) -> None:
         """Copy ``tensor`` into device memory once it is in host memory. Never blocks.
@@ -158,19 +165,25 @@ class HostCopier:
 
     def begun(self, tensor: PagedTensor, copy: Copy) -> None:
         """A copy up from the pages of a tensor, for which `Mover.begin_upload` was called, was given to the device by somebody else."""
-        self._ends_by(partial(self._made, tensor, tensor.n_bytes, copy), copy)
-        self._ends_by(partial(self._let_go, tensor, copy), copy)
+        self._ends_by(partial(self._made_all, tensor, copy), copy)
 
     def arrives(self, tensor: PagedTensor, mark: Mark) -> None:
         """A copy down into the pages of a tensor, for which `Mover.begin_arrival` was called, was given to the device."""
         self._ends_by(partial(self._arrived, tensor, mark), mark)
 
     def _ends_by(self, finish: Callable[[], None], mark: Mark) -> None:
-        """Have a copy's end noted: now, where it is made already, else by the thread that waits for it."""
-        if mark.reached():
+        """Have a copy's end noted: now, where it is made already, else by the thread that waits for it.
+
+        That is where the error of a device that failed is met, and noted. Whatever is raised here, the end is noted.
+        """
+        made = False
+        try:
+            made = has_reached(mark)
+        finally:
+            if not made:
+                self._under_way.put(finish)
+        if made:
             finish()
-        else:
-            self._under_way.put(finish)
 
     def take_back(self, tensor: PagedTensor) -> bool:
         """Forget the copy of a tensor if it has not begun; returns whether it was forgotten. Any thread."""
@@ -179,20 +192,33 @@ class HostCopier:
             found, self._waiting = len(kept) < len(self._waiting), kept
             return found
 
-    def close(self) -> None:
-        """Make the copies that can be made, end and join the threads. Idempotent."""
+    def close(self, patience_s: float | None = None) -> None:
+        """Make the copies that can be made, end and join the threads. Idempotent.
+
+        Args:
+            patience_s: how long to wait for each thread; None: until it ends.
+        """
+        atexit.unregister(self._at_exit)
         with self._below.changed:
             self._closing = True
         self._gate.set()
-        self._begins.join()
+        self._begins.join(patience_s)
         self._under_way.put(None)
-        self._ends.join()
+        self._ends.join(patience_s)
 
     def _look(self) -> None:
         if any(upload.can_go_on for upload in self._waiting):
             self._gate.set()
 
+    def _join(self) -> None:
+        """Have a thread's calls go to the device. One that failed fails again at the first copy."""
+        try:
+            self._accelerator.join()
+        except RuntimeError as failure:
+            self._below.note_failure(failure)
+
     def _run(self) -> None:
+        self._join()
         while True:
             with self._below.changed:
                 upload = next((upload for upload in self._waiting if upload.can_go_on), None)
@@ -216,6 +242,7 @@ class HostCopier:
             del upload, source
 
     def _run_ends(self) -> None:
+        self._join()
         while (finish := self._under_way.get()) is not None:
             try:
                 finish()
@@ -264,13 +291,15 @@ class HostCopier:
                     self._end(upload)
         if upload.state is not UploadState.ENDED:
             return
-        if upload.copy is None:
-            self._below.end_upload(upload.tensor)
-        else:
-            self._ends_by(partial(self._let_go, upload.tensor, upload.copy), upload.copy)
         result = error or upload.copy
         assert result is not None
-        upload.given(result)
+        try:
+            if upload.copy is None:
+                self._below.end_upload(upload.tensor)
+            else:
+                self._ends_by(partial(self._let_go, upload.tensor, upload.copy), upload.copy)
+        finally:
+            upload.given(result)
 
     def _made(self, tensor: PagedTensor, n_bytes: int, copy: Copy) -> None:
         """Wait until a copy is made, and tell of it."""
@@ -280,6 +309,13 @@ class HostCopier:
             self.copied_bytes += n_bytes
             self.busy_s += spent_s
         self._sink.emit(Event(EventKind.UPLOAD, tensor.name, n_bytes, time.perf_counter() - spent_s, spent_s))
+
+    def _made_all(self, tensor: PagedTensor, copy: Copy) -> None:
+        """As `_made` of all of a tensor, whose host pages may be changed then."""
+        try:
+            self._made(tensor, tensor.n_bytes, copy)
+        finally:
+            self._below.end_upload(tensor)
 
     def _let_go(self, tensor: PagedTensor, copy: Copy) -> None:
         """Wait until a copy is made; the host pages may be changed then."""
@@ -294,3 +330,13 @@ class HostCopier:
             mark.wait()
         finally:
             self._below.end_arrival(tensor)
+
+
+def _close_at_exit(copier: weakref.ref[HostCopier], process: int) -> None:
+    """End the threads of a copier that nobody closed: a copy under way when the device's library ends aborts the process.
+
+    Not in a child process, which has none of the threads.
+    """
+    left = copier()
+    if left is not None and os.getpid() == process:
+        left.close(_EXIT_PATIENCE_S)

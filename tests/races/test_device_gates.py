@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
-from gated_device import Tiers, opened_tiers
-from gated_mover import PAGE_BYTES
+from gated_device import GatedDevice, Tiers, opened_tiers
+from gated_mover import PAGE_BYTES, opened
 
+from pagemem.arena import HostArena
+from pagemem.device_mover import DeviceMover
 from pagemem.errors import StorageError, TransitionError
+from pagemem.events import EventLog
+from pagemem.host_copier import _close_at_exit
 from pagemem.page import FrameId
-from pagemem.residency import Residency
+from pagemem.residency import PagedTensor, Residency
 from scheduler.lanes import ReadLane
 from scheduler.plan import LoadTask
 
@@ -238,3 +245,118 @@ def test_a_device_that_fails_to_fill_is_heard_of_and_nobody_waits_for_ever(tiers
         tiers.below.mover.check()
     assert lower.state is R.DIRTY
     tiers.below.mover.discard(lower)
+
+
+# ---- a device that has failed ------------------------------------------------------------------------------------------
+
+
+class Broken:
+    """A mark of a device that failed: whatever is asked of it raises, as of a CUDA device after an assertion in a kernel."""
+
+    def reached(self) -> bool:
+        raise RuntimeError("device-side assert")
+
+    def wait(self) -> None:
+        raise RuntimeError("device-side assert")
+
+    def seconds(self) -> float:
+        raise AssertionError("it has not been waited for")
+
+
+def broken(*_: object) -> Broken:
+    return Broken()
+
+
+def fails(*_: object) -> Broken:
+    raise RuntimeError("device-side assert")
+
+
+def test_a_copy_up_of_a_device_that_failed_ends(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = tiers.device.mirror(tiers.below.dirty(1))
+    monkeypatch.setattr(tiers.device.accelerator, "copy_up", broken)
+    tiers.device.start_load(tensor, FrameId(0))
+    tiers.arrives(tensor)  # it was given: who puts compute behind it hears of the error
+    tiers.below.mover.settle()
+    assert tiers.device.lower(tensor.id).uploads == 0
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        tiers.below.mover.check()
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        tiers.device.follow(tensor)
+    tiers.below.mover.discard(tiers.device.lower(tensor.id))
+
+
+def test_a_copy_down_of_a_device_that_failed_ends(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    lower = tiers.below.dirty(0, 0, "saved")
+    monkeypatch.setattr(tiers.device.accelerator, "copy_out", broken)
+    tiers.device.save(torch.ones(PAGE_BYTES, dtype=torch.uint8), lower)
+    tiers.below.mover.settle()
+    assert lower.state is R.DIRTY
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        tiers.below.mover.check()
+    tiers.below.mover.discard(lower)
+
+
+def test_a_copy_back_of_a_device_that_failed_ends(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    lower = tiers.below.dirty(3)
+    monkeypatch.setattr(tiers.device.accelerator, "copy_up", broken)
+    tiers.device.restore(lower, torch.zeros(PAGE_BYTES, dtype=torch.uint8))
+    tiers.below.mover.settle()
+    assert lower.uploads == 0
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        tiers.below.mover.check()
+    tiers.below.mover.discard(lower)
+
+
+def test_a_copy_up_that_a_failed_device_takes_no_mark_for_is_none(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = tiers.device.mirror(tiers.below.dirty(1))
+    monkeypatch.setattr(tiers.device.accelerator, "mark", fails)
+    tiers.device.start_load(tensor, FrameId(0))
+    assert tensor.state is R.STORED and tensor.frame is None
+    tiers.device.settle()
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        tiers.device.check()
+    tiers.below.mover.discard(tiers.device.lower(tensor.id))
+
+
+def test_a_copy_whose_end_cannot_be_noted_at_once_is_told_of_all_the_same(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise whoever waits for it waits for ever."""
+    tensor = tiers.device.mirror(tiers.below.dirty(1))
+    end_upload = tiers.below.mover.end_upload
+
+    def ends(lower: PagedTensor) -> None:
+        end_upload(lower)
+        raise StorageError("ENOSPC")
+
+    monkeypatch.setattr(tiers.below.mover, "end_upload", ends)
+    tiers.device.start_load(tensor, FrameId(0))
+    with pytest.raises(StorageError, match="ENOSPC"):
+        tiers.device.wait_until(lambda: tiers.device.failed and tensor.state is R.CLEAN, tensor.name)
+        tiers.device.check()
+    assert tensor.state is R.CLEAN and tiers.holds(tensor, 1)
+    tiers.below.mover.discard(tiers.device.lower(tensor.id))
+
+
+def test_threads_join_the_device_before_anything_else() -> None:
+    joined: list[str] = []
+
+    class Joined(GatedDevice):
+        def join(self) -> None:
+            joined.append(threading.current_thread().name)
+
+    with opened() as below:
+        mover = DeviceMover(HostArena(1, PAGE_BYTES), below.mover, Joined(), EventLog())
+        mover.close()
+        mover.arena.close()
+    assert sorted(joined) == ["pagemem-h2d", "pagemem-h2d-ends"]
+
+
+def test_the_end_of_the_program_ends_the_threads_of_a_mover_that_nobody_closed(tiers: Tiers) -> None:
+    copier = tiers.device._copier
+    close = copier._at_exit
+    assert close.func is _close_at_exit
+    _close_at_exit(weakref.ref(copier), os.getpid() + 1)
+    assert copier._begins.is_alive() and copier._ends.is_alive(), "a child process has no such threads"
+    tensor = tiers.stored(7, "its pages never come")
+    tiers.device.start_load(tensor, FrameId(0))
+    close()
+    assert not copier._begins.is_alive() and not copier._ends.is_alive()

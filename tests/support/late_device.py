@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,6 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.store import PageStore
 from pagemem.accelerator import Accelerator, Copy, Mark, RamDevice
+from pagemem.device_mover import DeviceMover
+from pagemem.residency import PagedTensor
 
 
 @dataclass
@@ -61,13 +63,17 @@ class LateDevice(RamDevice):
 
     Attributes:
         late_s: how long each takes.
-        followed: copies that compute was put behind. brought: gradients copied down. saved: pieces of saved tensors. timed: times asked for.
+        followed: copies that compute was put behind. brought: losses and gradients copied down. saved: pieces of saved tensors. timed:
+            times asked for.
     """
+
+    stages = True
 
     def __init__(self, late_s: float = 0.001) -> None:
         self.late_s = late_s
         self.followed = self.brought = self.saved = self.timed = 0
         self.fails: BaseException | None = None
+        self._dead = False
         self._asked: queue.SimpleQueue[tuple[torch.Tensor | Lying, torch.Tensor, Mark, LateMark] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="late-device")
         self._thread.start()
@@ -96,7 +102,7 @@ class LateDevice(RamDevice):
 
     def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
         """Later, from the memory where it lies now, which is nobody's any more if whoever asked has let go of it."""
-        self.saved += 1
+        self.brought += 1
         into.fill_(255)
         return self._later(Lying(source), into, self.mark())
 
@@ -111,15 +117,25 @@ class LateDevice(RamDevice):
             after.wait()
             time.sleep(self.late_s)
             error, self.fails = self.fails, None
+            if self._dead:
+                error = RuntimeError("the device is dead")
             lying = source.now() if isinstance(source, Lying) else source
             if lying is None:
                 error = AssertionError("what was to be copied has been let go of")
             elif error is None:
                 into.copy_(lying)
+            # They are views of arenas: not kept once somebody knows of the copy, nor while waiting for the next.
+            del asked, source, into, after, lying
             mark.error = error
             mark.made.set()
-            # Not kept while waiting for the next: they are views of arenas.
-            del asked, source, into, after, mark, lying
+            del mark
+
+    def die(self) -> None:
+        """Make no copy any more, neither of those asked for nor of later ones; no thread waits here for ever."""
+        self._dead = True
+        nothing = torch.zeros(1, dtype=torch.uint8)
+        with suppress(RuntimeError):
+            self._later(nothing, nothing, self.mark()).wait()
 
     def close(self) -> None:
         """End the thread."""
@@ -135,9 +151,16 @@ def late_device(patch: pytest.MonkeyPatch, late_s: float = 0.001) -> Iterator[La
     def make(_: PageStore) -> Accelerator:
         return device
 
+    def save(self: DeviceMover, source: torch.Tensor, lower: PagedTensor) -> Mark:
+        device.saved, device.brought = device.saved + 1, device.brought - 1
+        return saves(self, source, lower)
+
+    saves = DeviceMover.save
+
     try:
         with patch.context() as patched:
             patched.setattr(PageStore, "_make_accelerator", make)
+            patched.setattr(DeviceMover, "save", save)
             yield device
     finally:
         device.close()

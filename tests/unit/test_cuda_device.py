@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from pagemem.accelerator import REACHED
 from pagemem.arena import HostArena
 from pagemem.cuda import CudaCopy, CudaDevice, CudaMark
 from pagemem.errors import DeviceError
+from pagemem.page import FrameId
+from pagemem.units import format_bytes
 
 PAGE_BYTES = 64 << 10
 
@@ -35,7 +39,8 @@ class Stream:
 class Event:
     """Named by its stream and the number of events before it."""
 
-    def __init__(self, *, enable_timing: bool = False) -> None:
+    def __init__(self, *, enable_timing: bool = False, blocking: bool = False) -> None:
+        assert blocking, "a thread that waits for it would spin"
         self.timed, self.name, self.done = enable_timing, "nothing", False
 
     def record(self, stream: Stream) -> None:
@@ -59,9 +64,11 @@ class FakeCuda:
     Event = Event
     OutOfMemoryError = torch.cuda.OutOfMemoryError
 
-    def __init__(self, refusal: int = 0) -> None:
+    def __init__(self, refusal: int = 0, refused: int = 0) -> None:
+        """``refusal``: the error of every pinning but the first ``refused``."""
         self.log: list[str] = []
-        self.refusal = refusal
+        self.refusal, self.refused = refusal, refused
+        self.stuck: set[int] = set()
         self.compute = self.current = Stream(self.log, "compute")
         self._names = iter(("up", "down"))
 
@@ -95,11 +102,24 @@ class FakeCuda:
 
     def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:  # noqa: N802
         self.log.append(f"pin {address:#x} {n_bytes}")
-        return self.refusal
+        self.refused -= 1
+        return self.refusal if self.refused < 0 else 0
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         self.log.append(f"unpin {address:#x}")
-        return 0
+        return 710 if address in self.stuck else 0
+
+    def set_device(self, device: torch.device) -> None:
+        self.log.append(f"set {device}")
+
+    def mem_get_info(self, _: torch.device) -> tuple[int, int]:
+        return 90 * PAGE_BYTES, 200 * PAGE_BYTES
+
+    def memory_reserved(self, _: torch.device) -> int:
+        return 30 * PAGE_BYTES
+
+    def memory_allocated(self, _: torch.device) -> int:
+        return 20 * PAGE_BYTES
 
 
 def device_on(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
@@ -194,11 +214,117 @@ def test_memory_that_cannot_be_pinned_is_used_with_one_warning(monkeypatch: pyte
     fake = FakeCuda(refusal=2)
     device = device_on(fake, monkeypatch)
     monkeypatch.setattr(CudaDevice, "_forget_refusal", lambda self: None)
-    with pytest.warns(RuntimeWarning, match="cannot be pinned .CUDA error 2.*ulimit -l"):
+    with pytest.warns(RuntimeWarning, match="cannot be pinned .CUDA error 2.*Lower memory.ram"):
         arena = HostArena(1, PAGE_BYTES, device.pin)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = arena.resized(2)
+        again = HostArena(2, PAGE_BYTES, device.pin)
     arena.close()
     again.close()
     assert not any(entry.startswith("unpin") for entry in fake.log)
+
+
+# ---- more than one piece ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host memory is pinned four frames at a time."""
+    monkeypatch.setattr(cuda, "PIN_BYTES", 4 * PAGE_BYTES)
+    monkeypatch.setattr(CudaDevice, "_forget_refusal", lambda self: None)
+
+
+@pytest.mark.usefixtures("pieces")
+def test_a_large_arena_is_pinned_in_pieces_that_begin_at_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    arena = HostArena(10, PAGE_BYTES, device_on(fake, monkeypatch).pin)
+    starts = [arena.address + frame * PAGE_BYTES for frame in (0, 4, 8)]
+    assert fake.log == [f"pin {start:#x} {frames * PAGE_BYTES}" for start, frames in zip(starts, (4, 4, 2), strict=True)]
+    fake.log.clear()
+    arena.close()
+    assert fake.log == [f"unpin {start:#x}" for start in reversed(starts)]
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.usefixtures("pieces")
+def test_a_copy_of_two_pieces_is_two_copies(up: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA refuses one of memory that was pinned in two calls."""
+    fake = FakeCuda()
+    device = device_on(fake, monkeypatch)
+    arena = HostArena(10, PAGE_BYTES, device.pin)
+    copied: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other, non_blocking: copied.append((self.numel(), other.numel())))
+    for frames, expected in [((0, 4), [4]), ((1, 2), [2]), ((3, 6), [1, 4, 1]), ((4, 5), [4, 1]), ((0, 10), [4, 4, 2]), ((8, 2), [2])]:
+        host = arena.view(FrameId(frames[0]), 0, torch.uint8, frames[1] * PAGE_BYTES)
+        there = torch.empty_like(host)
+        if up:
+            device.copy_up(host, there, device.mark())
+        else:
+            device.copy_out(there, host)
+        assert copied == [(n * PAGE_BYTES, n * PAGE_BYTES) for n in expected], frames
+        copied.clear()
+    del host, there
+    arena.close()
+    assert not device._cuts
+
+
+@pytest.mark.usefixtures("pieces")
+def test_one_piece_that_is_refused_unpins_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(refusal=2, refused=2)
+    device = device_on(fake, monkeypatch)
+    with pytest.warns(RuntimeWarning, match="cannot be pinned"):
+        arena = HostArena(10, PAGE_BYTES, device.pin)
+    unpinned = [f"unpin {arena.address + 4 * PAGE_BYTES:#x}", f"unpin {arena.address:#x}"]
+    assert fake.log[3:] == unpinned and not device._cuts
+    arena.close()
+    assert fake.log[3:] == unpinned
+
+
+@pytest.mark.usefixtures("pieces")
+def test_a_piece_that_cannot_be_unpinned_keeps_neither_the_others_nor_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    arena = HostArena(10, PAGE_BYTES, device_on(fake, monkeypatch).pin)
+    fake.stuck = {arena.address, arena.address + 8 * PAGE_BYTES}
+    fake.log.clear()
+    with pytest.raises(RuntimeError, match=f"{arena.address + 8 * PAGE_BYTES:#x} cannot be unpinned: CUDA error 710"):
+        arena.close()
+    assert len(fake.log) == 3 and arena._map.closed
+    arena.close()
+    assert len(fake.log) == 3, "once"
+
+
+def test_pinned_memory_is_not_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mapped(arena: HostArena) -> bool:
+        bounds = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        return any(int(start, 16) <= arena.address < int(end, 16) for start, end in bounds)
+
+    pinned, plain = HostArena(4, PAGE_BYTES, device_on(FakeCuda(), monkeypatch).pin), HostArena(4, PAGE_BYTES)
+    assert mapped(pinned) and mapped(plain)
+    child = os.fork()
+    if not child:
+        os._exit(mapped(pinned) + 2 * mapped(plain))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    pinned.close()
+    plain.close()
+
+
+# ---- threads, and what is left on the device ---------------------------------------------------------------------------
+
+
+def test_a_thread_that_works_for_a_device_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    device_on(fake, monkeypatch).join()
+    assert fake.log == ["set cuda:1"]
+
+
+@pytest.mark.parametrize(("frames", "warned"), [(85, False), (86, True), (100, True), (101, False)])
+def test_pages_that_leave_little_of_the_device_are_warned_of(frames: int, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 frames are free: 90 on the device, 10 that torch has got and does not use. More is refused by the device itself."""
+    monkeypatch.setattr(cuda, "_CUDA", FakeCuda())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cuda.CudaArena(frames, PAGE_BYTES, torch.device("cpu"))
+    assert [str(entry.message).partition(":")[0] for entry in caught] == warned * [
+        f"memory.device is {format_bytes(frames * PAGE_BYTES)} of {format_bytes(100 * PAGE_BYTES)} free on cpu"
+    ]
+    assert all("Lower memory.device to at most" in str(entry.message) for entry in caught)
