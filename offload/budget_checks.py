@@ -8,9 +8,7 @@ from torch import nn
 
 from offload.config import Config
 from offload.need import BudgetNeed, UnitShape, budget_need
-from offload.neighbours import Group, common_name, groups_of, units_of
-from offload.parameters import PagedParameter
-from optim.unit import Unit
+from offload.neighbours import Group, groups_of, units_of
 from pagemem.errors import BudgetError
 from pagemem.host_memory import usable_bytes
 from pagemem.units import format_bytes
@@ -27,21 +25,12 @@ def check_model(model: nn.Module, optimized: Collection[int], n_states: int, con
         BudgetError: it will not; names the unit and the smallest budget that works.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    made: dict[Unit, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if isinstance(parameter, PagedParameter):
-            made.setdefault(parameter._place.unit, []).append(parameter)
-    groups = groups_of(model.named_modules(), {id(parameter) for unit in made for parameter in made[unit]})
+    groups = groups_of(model.named_modules(), set())
 
     def units_at(page_bytes: int) -> Iterator[UnitShape]:
-        for unit, parameters in made.items():
-            name = common_name([names[id(parameter)] for parameter in parameters])
-            trained = any(id(parameter) in optimized for parameter in parameters)
-            yield UnitShape(name, unit.slices[-1].end, unit.dtype, trained)
-        for group in units_of([groups], page_bytes):
-            yield UnitShape.of(group, names, optimized)
+        return (UnitShape.of(group, names, optimized) for group in units_of(groups, page_bytes))
 
-    if made or groups:
+    if groups:
         budget_need(units_at, n_states, config, config.memory.ram).check(config.memory.ram)
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from offload.config import Config, load_config
+from offload.model_checks import check_values
 from offload.parameters import PagedParameter
 from offload.store import PageStore
 from pagemem.heap import large_blocks_mapped
@@ -71,6 +73,7 @@ def deferred_init(config: Config | Mapping[str, Any] | str | Path) -> Iterator[P
             been built so far. `offload.smallest_budget` knows the whole model.
         RunDirectoryError: a page-file path is unusable.
         RuntimeError: another `deferred_init` block is open.
+        ValueError: a parameter is on meta, or of a kind that pages cannot hold.
     """
     with built_into(lambda: PageStore(load_config(config))) as store:
         yield store
@@ -83,6 +86,9 @@ def built_into(make_store: Callable[[], StoreT]) -> Iterator[StoreT]:
     def built(parent: nn.Module, name: str, child: nn.Module) -> None:
         store.copy_in_state_dict(parent)
         for path, module in named_parts(f"{type(parent).__name__}.{name}", child):
+            for key, parameter in module.named_parameters(recurse=False):
+                if not is_lazy(parameter):
+                    check_values(f"{path}.{key}", parameter, store.device)
             store.add_module(path, module)
             store.copy_in_state_dict(module)
 

@@ -35,7 +35,7 @@ class Candidate:
         """A unit that has its states; ``sums``: with room for sums of its gradients."""
         states = [tensor for part in unit.slices for tensor in (part.states, part.master) if tensor is not None]
         home_frames = (2 if sums else 1) * unit.parameters.n_frames + sum(tensor.n_frames for tensor in states)
-        return cls(unit.parameters.n_frames, home_frames if unit.gradient_bytes else None)
+        return cls(unit.parameters.n_frames, home_frames if unit.trained else None)
 
 
 def choose_homes(units: Sequence[Candidate], n_frames: int) -> list[int]:

@@ -26,6 +26,7 @@ from offload.config import Config, load_config
 from offload.deferred_init import store_of
 from offload.export import check_request, export_commit
 from offload.hooks import SavedWeights
+from offload.model_checks import check_parameters
 from offload.memory import MemoryReport, Stats, memory_report, planned_step_s, stats_of
 from offload.parameters import Binder, PagedParameter
 from offload.plan_file import plan_keepers
@@ -87,8 +88,11 @@ class Engine:
         self._micro_batches = 0
         self._choice: RecomputeChoice | None = None
         deferred = store_of(model)
+        check_parameters(model, (deferred or PageStore).device)
         if deferred is not None and (deferred.config.memory, deferred.config.ssd) != (self.config.memory, self.config.ssd):
             raise ValueError("the model was built under deferred_init with other memory or ssd settings; use the same")
+        if deferred is not None:
+            deferred.check_unviewed(model)
         self._store = deferred or PageStore(self.config)
         self._undo: list[Callable[[], None]] = []
         try:
@@ -144,7 +148,7 @@ class Engine:
     def _make_states(self, states: StateAccess) -> None:
         """Give units that are optimized their states, and others no masters."""
         for unit in self._store.index.units:
-            if any(slot.group >= 0 for slot in unit.slots):
+            if unit.trained:
                 states.create(unit)
                 continue
             for part in unit.slices:

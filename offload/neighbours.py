@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 #: Parameters with their names, which are never split over units.
 Group = list[tuple[str, nn.Parameter]]
 
 
 def own_groups(name: str, module: nn.Module, known: Callable[[nn.Parameter], bool]) -> list[Group]:
-    """A module's own parameters that belong into pages, by dtype, in order.
+    """A module's own parameters that belong into pages, by dtype, in order. Of integers and truth values, none does.
 
     Args:
         name: the module's, to begin its parameters' names with.
@@ -23,7 +24,7 @@ def own_groups(name: str, module: nn.Module, known: Callable[[nn.Parameter], boo
     """
     groups: dict[torch.dtype, Group] = {}
     for key, parameter in module.named_parameters(recurse=False):
-        if not known(parameter) and parameter.numel() and parameter.is_floating_point():
+        if not known(parameter) and not is_lazy(parameter) and parameter.is_floating_point():
             groups.setdefault(parameter.dtype, []).append((f"{name}.{key}" if name else key, parameter))
     return list(groups.values())
 
@@ -78,19 +79,13 @@ class Neighbours:
         return [waiting] if waiting else []
 
 
-def units_of(entries: Iterable[Sequence[Group]], page_bytes: int) -> list[Group]:
-    """The units that groups become.
-
-    Args:
-        entries: groups in the order in which they come; none waits from one sequence to the next.
-    """
+def units_of(groups: Iterable[Group], page_bytes: int) -> list[Group]:
+    """The units that groups become, which come in this order."""
     neighbours = Neighbours(page_bytes)
     found: list[Group] = []
-    for groups in entries:
-        for group in groups:
-            found += neighbours.take(group)
-        found += neighbours.flush()
-    return found
+    for group in groups:
+        found += neighbours.take(group)
+    return found + neighbours.flush()
 
 
 def common_name(names: Sequence[str]) -> str:

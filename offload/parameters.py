@@ -76,7 +76,7 @@ class Place:
 
     def _nan(self) -> Tensor:
         # NaN: values read past the binder's back are conspicuous, and zero strides make writes fail.
-        return torch.full((1,), float("nan"), dtype=self.slot.dtype, device=self.binder.torch_device).expand(self.slot.shape)
+        return torch.full((), float("nan"), dtype=self.slot.dtype, device=self.binder.torch_device).expand(self.slot.shape)
 
     def follow(self, parameter: PagedParameter) -> None:
         """The unit went on in another dtype or on another device: so does the parameter."""
@@ -181,9 +181,10 @@ class Binder:
         self.owner: object = None
 
     def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> None:
-        """Make an ordinary parameter a paged one; its values must already be in the unit's pages."""
+        """Make a parameter that is ordinary, or was in another unit, one of ``unit``; its values must already be in the unit's pages."""
         place = Place(self, unit, slot)
-        parameter.data = place.placeholder
+        with _NO_TORCH_FUNCTION():
+            parameter.data = place.placeholder
         parameter.__class__ = PagedParameter
         parameter._place = place  # type: ignore[attr-defined]
 
@@ -222,6 +223,11 @@ class Binder:
         places = [parameter._place for parameter in parameters]
         units = list(dict.fromkeys(place.unit for place in places))
         for unit in units:
+            if unit.forgotten:
+                raise RuntimeError(
+                    f"{unit.name} was built under deferred_init, but is not part of the model that the engine was made for, so its pages "
+                    "were given back; build what the engine does not train outside of that block"
+                )
             if self.updater is not None:
                 (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
         if self.activations is not None:
@@ -253,8 +259,8 @@ class Binder:
             give_back_free_pages()
 
     def _bind(self, parameter: PagedParameter, place: Place) -> None:
-        if not place.bound:
-            slot = place.slot
+        slot = place.slot
+        if not place.bound and slot.numel:
             flat = self.lease(place.unit, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel)
             parameter.data = flat.view(slot.shape)
         place.bound += 1

@@ -62,7 +62,7 @@ def choices(model: nn.Module, optimizer: torch.optim.Optimizer, at_peak: Mapping
     names, optimized = {id(p): name for name, p in model.named_parameters()}, optimized_by(optimizer)
 
     def units(page_bytes: int) -> list[UnitShape]:
-        return [UnitShape.of(group, names, optimized) for group in units_of([groups_of(model.named_modules(), set())], page_bytes)]
+        return [UnitShape.of(group, names, optimized) for group in units_of(groups_of(model.named_modules(), set()), page_bytes)]
 
     config = Config.model_validate({"memory": {"ram": "1GiB"}, "ssd": {"paths": ["pages"]}})
     shapes = units(1)

@@ -44,20 +44,23 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
         ConfigError, ValueError: something else does not fit together.
     """
     config = load_config(config)
-    model, entries = _built_on_meta(factory)
+    model, built = _built_on_meta(factory)
     template = template_of(optimizer, config, model)
     names, optimized = {id(p): name for name, p in model.named_parameters()}, optimized_by(template)
-    if not any(entries):
+    groups = groups_of(model.named_modules(), set())
+    if not groups:
         raise ValueError("the model has no floating-point parameters to page")
+    # What is built and then not kept needs pages until the model is whole.
+    dropped = [group for group in built if not any(id(parameter) in names for _, parameter in group)]
     return budget_need(
-        lambda page_bytes: [UnitShape.of(group, names, optimized) for group in units_of(entries, page_bytes)],
+        lambda page_bytes: [UnitShape.of(group, names, optimized) for group in units_of(groups, page_bytes) + dropped],
         len(rule_for(template).state_names),
         config,
     )
 
 
-def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, tuple[list[Group], list[Group]]]:
-    """The model, and its parameters in the order in which `deferred_init` and then the engine meet them."""
+def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Group]]:
+    """The model, and all parameters that `deferred_init` pages while it is built, also of modules that the model does not keep."""
     seen: set[int] = set()
     early: list[Group] = []
 
@@ -78,7 +81,7 @@ def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, tuple[l
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model's factory returns a {type(model).__name__}, not a torch.nn.Module")
     _check_meta(model)
-    return model, (early, groups_of(model.named_modules(), seen))
+    return model, early
 
 
 def _check_meta(module: nn.Module) -> None:

@@ -27,6 +27,7 @@ from offload.masters import narrow
 from offload.need import Sizes
 from offload.neighbours import Group, Neighbours, common_name, own_groups
 from offload.parameters import Binder, PagedParameter
+from offload.repack import copy_slot, repack
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
 from pagemem import interrupts
 from pagemem.accelerator import Accelerator, RamDevice
@@ -147,12 +148,12 @@ class PageStore:
         """
         for group in own_groups(name, module, lambda p: isinstance(p, PagedParameter) or p in self._neighbours):
             for unit in self._neighbours.take(group):
-                self._make_unit(unit)
+                self.make_unit(unit)
 
     def flush(self) -> None:
         """Make a unit of the parameters that wait for neighbours."""
         for unit in self._neighbours.flush():
-            self._make_unit(unit)
+            self.make_unit(unit)
 
     def copy_in_state_dict(self, module: nn.Module) -> None:
         """Have a module's ``state_dict()`` return copies until the store is closed. Idempotent."""
@@ -160,7 +161,12 @@ class PageStore:
             self._copied.add(module)
             self._unhook += copied_in_state_dict(module, self.binder)
 
-    def _make_unit(self, named: Group) -> None:
+    def make_unit(self, named: Group) -> tuple[Unit, list[Unit]]:
+        """Make a unit of parameters, which are ordinary or in other units; returns it, and whose those were.
+
+        Raises:
+            BudgetError: the arena cannot hold it; the parameters are as they were.
+        """
         dtype = named[0][1].dtype
         check_built(named, self.config, self.page_bytes)
         layout = lay_out([(name, parameter.shape) for name, parameter in named])
@@ -168,17 +174,24 @@ class PageStore:
         tensor = self.mover.create(named[0][0], Tag.PARAM, layout.numel * dtype.itemsize)
         slots = [Slot(name, shape, dtype, offset) for name, shape, offset in layout.slots]
         unit = Unit(number, named[0][0], dtype, tensor, slots, cut(layout.numel, self.slice_numel))
+        pairs = [(parameter, slot) for (_, parameter), slot in zip(named, slots, strict=True)]
+        paged = [(parameter, slot) for parameter, slot in pairs if isinstance(parameter, PagedParameter)]
         with self.driver.interlude():
             with self.driver.op((OpKind.FORWARD, ("place", number)), unit.name, [Access(tensor.id, AccessMode.CREATE)]):
                 assert tensor.frame is not None
                 flat = self.mover.arena.view(tensor.frame, 0, dtype, layout.numel)
                 flat.zero_()
-                for (_, parameter), slot in zip(named, slots, strict=True):
-                    flat[slot.offset : slot.end].copy_(parameter.detach().reshape(-1))
+                for parameter, slot in pairs:
+                    if not isinstance(parameter, PagedParameter):
+                        flat[slot.offset : slot.end].copy_(parameter.detach().reshape(-1))
+            for parameter, slot in paged:
+                copy_slot(self, parameter._place.unit, parameter._place.slot, unit, slot)
         self.index.units.append(unit)
         self.binder.units[unit.compute.id] = unit
-        for (_, parameter), slot in zip(named, slots, strict=True):
+        sources = [parameter._place.unit for parameter, _ in paged]
+        for parameter, slot in pairs:
             self.binder.adopt(parameter, unit, slot)
+        return unit, sources
 
     def updated(self, unit: Unit) -> None:
         """A unit's parameters have changed in host memory."""
@@ -189,26 +202,15 @@ class PageStore:
         """Page what is still ordinary in ``model``, name everything as it does, and drop units it does not use.
 
         Raises:
-            ValueError: the model has no floating-point parameters, or some on another device than the CPU.
+            ValueError: the model has no floating-point parameters.
+            BudgetError: the arena cannot hold a unit.
         """
-        for name, parameter in model.named_parameters():
-            if parameter.device.type != self.device:
-                raise ValueError(f"{name} is on {parameter.device}; build the model on the CPU (or under deferred_init)")
-        for name, module in model.named_modules():
-            self.add_module(name, module)
-        self.flush()
-        used: set[Unit] = set()
+        repack(self, model)
+        if not self.index.units:
+            raise ValueError("the model has no floating-point parameters to page")
         for order, (name, parameter) in enumerate(model.named_parameters()):
             if isinstance(parameter, PagedParameter):
-                place = parameter._place
-                if place.binder is not self.binder:
-                    raise ValueError(f"{name} belongs to another engine")
-                place.slot.name, place.slot.order = name, order
-                used.add(place.unit)
-        if not used:
-            raise ValueError("the model has no floating-point parameters to page")
-        for unit in [unit for unit in self.index.units if unit not in used]:
-            self._forget(unit)
+                parameter._place.slot.name, parameter._place.slot.order = name, order
         for unit in self.index.units:
             unit.name = unit.parameters.name = common_name([slot.name for slot in unit.slots])
             with self.driver.interlude():
@@ -276,12 +278,27 @@ class PageStore:
         if self.device_tier is not None:
             self.device_tier.driver.bring_up()
 
-    def _forget(self, unit: Unit) -> None:
-        self.index.units.remove(unit)
+    def forget(self, unit: Unit) -> None:
+        """Give the pages of a unit back, which nobody has a view of. Using its parameters raises from now on."""
+        unit.forgotten = True
+        if unit in self.index.units:
+            self.index.units.remove(unit)
         self.driver.quiesce()
+        self.mover.collect_leases()
         del self.binder.units[unit.compute.id]
         for tensor in [unit.parameters, *(p.master for p in unit.slices if p.master), *(p.states for p in unit.slices if p.states)]:
             self.mover.forget(tensor)
+
+    def check_unviewed(self, model: nn.Module) -> None:
+        """Raise ValueError where somebody has a view of a parameter: it would not see what becomes of the parameter."""
+        self.mover.collect_leases()
+        names = {p._place.unit: name for name, p in reversed(list(model.named_parameters())) if isinstance(p, PagedParameter)}
+        for unit in self.index.units:
+            if unit.compute.leases:
+                raise ValueError(
+                    f"a view of {names.get(unit, unit.name)}, taken while the model was built, is still in use (a variable, or an attribute such as "
+                    "torch.nn.utils.spectral_norm leaves); delete or clone it before the engine is made"
+                )
 
     def give_back(self, model: nn.Module) -> None:
         """Make a model whole and ordinary again, which needs as much memory beside the budget.
@@ -292,6 +309,8 @@ class PageStore:
         for parameter in model.parameters():
             if isinstance(parameter, PagedParameter):
                 self.binder.give_back(parameter, self.device)
+            else:
+                parameter.data = parameter.data.to(self.device)
         _move_buffers(model, None, torch.device(self.device))
 
     # ---- sizes -------------------------------------------------------------------------------------------------
@@ -351,7 +370,7 @@ class PageStore:
 
     def _update_frames(self, unit: Unit) -> int:
         parts = [sum(t.n_frames for t in (part.states, part.master) if t is not None) for part in unit.slices]
-        gradients = unit.parameters.n_frames if unit.gradient_bytes else 0
+        gradients = unit.parameters.n_frames if unit.trained else 0
         return unit.parameters.n_frames + gradients + max(parts)
 
     def _reserve(self, n_bytes: int) -> Reservation:

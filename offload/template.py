@@ -36,13 +36,15 @@ def optimized_by(template: torch.optim.Optimizer) -> set[int]:
 
 
 def assign_groups(template: torch.optim.Optimizer, slots: Mapping[torch.Tensor, Slot]) -> None:
-    """Note in each parameter's slot which group of the template it is in.
+    """Note in each parameter's slot which group of the template it is in. Ones that no gradient is ever of need none.
 
     Raises:
-        ValueError: the template has a parameter that has no slot.
+        ValueError: the template has another parameter that has no slot.
     """
     for number, group in enumerate(template.param_groups):
         for parameter in group["params"]:
+            if parameter not in slots and not parameter.requires_grad and not parameter.is_floating_point():
+                continue
             if parameter not in slots:
                 raise ValueError(f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's")
             slots[parameter].group = number

@@ -141,7 +141,7 @@ def _slice_frames(store: PageStore, part: Slice, *, masters: bool) -> int:
 
 
 def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Scaling, *, eager: bool) -> Updater:
-    units = [unit for unit in store.index.units if unit.gradient_bytes]
+    units = [unit for unit in store.index.units if unit.trained]
     division = divide(store, units, eager=eager)
     if not division.resident:
         for unit in units:

@@ -79,7 +79,7 @@ class GradientStore:
         flat = flat_gradient(slot, gradient)
         kept = slot.direct
         if unit.gradients is None:
-            n_bytes = round_up(unit.slots[-1].end, SLOT_ALIGN_NUMEL) * flat.dtype.itemsize
+            n_bytes = round_up(max(1, unit.slots[-1].end), SLOT_ALIGN_NUMEL) * flat.dtype.itemsize
             unit.gradients = self._driver.mover.create(f"gradients of {unit.name}", Tag.GRAD, n_bytes)
         begun = any(other.paged for other in unit.slots)
         mode = AccessMode.MODIFY if begun else AccessMode.CREATE

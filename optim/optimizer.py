@@ -43,7 +43,7 @@ class PagedOptimizer(Optimizer):
     Args:
         template: a torch optimizer over the same parameters: its groups, hyper-parameters and class are taken over.
         rule: what the template's class does.
-        places: unit and slot of each parameter.
+        places: unit and slot of each parameter that is ever updated.
         states: reads and writes the paged states.
         interlude: context in which looking at states leaves the traced step as it is.
     """
@@ -131,6 +131,8 @@ class PagedOptimizer(Optimizer):
         names = self._rule.state_names
         with self._settled():
             for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+                if parameter not in self._places:
+                    continue
                 unit, slot = self._places[parameter]
                 if slot.steps:
                     state: dict[str, Any] = {"step": torch.tensor(float(slot.steps))} if self._rule.keeps_step else {}
@@ -148,6 +150,8 @@ class PagedOptimizer(Optimizer):
         with self._settled():
             super().load_state_dict(bare)
             for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+                if parameter not in self._places:
+                    continue
                 unit, slot = self._places[parameter]
                 state = states.get(number, {})
                 # SGD keeps no step count: a buffer means that there was a first update.

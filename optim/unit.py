@@ -112,6 +112,7 @@ class Unit:
         live_views: weights saved by autograd that may still be asked for; while there are any, an update must wait.
         version: updates and edits so far; a saved weight of another version must not be used.
         updated: whether the update of the step under way has been made.
+        forgotten: whether its pages were given back; nobody can use it any more.
     """
 
     index: int
@@ -126,6 +127,7 @@ class Unit:
     live_views: int = 0
     version: int = 0
     updated: bool = False
+    forgotten: bool = False
     pending: Pending | None = None
 
     @property
@@ -137,6 +139,11 @@ class Unit:
     def sums_at_home(self) -> bool:
         """Whether paged gradients have pages on the device that are theirs for good."""
         return self.home is not None and self.gradients is not None and self.gradients.fixed
+
+    @property
+    def trained(self) -> bool:
+        """Whether the optimizer has some of its parameters."""
+        return any(slot.group >= 0 for slot in self.slots)
 
     @property
     def gradient_bytes(self) -> int:
@@ -158,7 +165,7 @@ def lay_out(parameters: Sequence[tuple[str, torch.Size]]) -> UnitLayout:
     numel = 0
     for name, shape in parameters:
         placed.append((name, shape, numel))
-        numel += round_up(shape.numel(), SLOT_ALIGN_NUMEL)
+        numel += round_up(max(1, shape.numel()), SLOT_ALIGN_NUMEL)  # An empty parameter has a place, too.
     return UnitLayout(tuple(placed), numel)
 
 

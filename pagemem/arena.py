@@ -135,6 +135,8 @@ class HostArena(Arena):
 
     def view(self, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
         """As `Arena.view`."""
+        if not numel:
+            return torch.empty(0, dtype=dtype)
         start = frame * self.page_bytes + offset_bytes
         return torch.frombuffer(self._bytes, dtype=dtype, count=numel, offset=start)
 

@@ -102,18 +102,18 @@ def test_small_neighbours_of_one_dtype_share_units_up_to_a_page() -> None:
             "d": nn.Linear(8, 8), "narrow": nn.Linear(8, 8).bfloat16(), "e": nn.Linear(8, 8), "f": nn.LayerNorm(8),
         }  # fmt: skip
     )
-    units = units_of([groups_of(model.named_modules(), set())], PAGE_BYTES)
+    units = units_of(groups_of(model.named_modules(), set()), PAGE_BYTES)
     assert [list(dict.fromkeys(name.partition(".")[0] for name, _ in unit)) for unit in units] == [
         ["a", "b"], ["c"], ["big"], ["d"], ["narrow"], ["e", "f"],
     ]  # fmt: skip
 
 
-def test_a_parameter_enters_once_and_none_waits_from_one_sequence_to_the_next() -> None:
+def test_a_parameter_enters_once() -> None:
     first, second = nn.Linear(8, 8), nn.Linear(8, 8)
     second.weight = first.weight
-    seen: set[int] = set()
-    entries = [groups_of([("first", first)], seen), groups_of([("second", second)], seen), groups_of([("first", first)], seen)]
-    assert [[name for name, _ in unit] for unit in units_of(entries, PAGE_BYTES)] == [["first.weight", "first.bias"], ["second.bias"]]
+    groups = groups_of([("first", first), ("second", second), ("again", first)], set())
+    assert [[name for name, _ in group] for group in groups] == [["first.weight", "first.bias"], ["second.bias"]]
+    assert [len(unit) for unit in units_of(groups, PAGE_BYTES)] == [3]
 
 
 def test_what_waits_is_known() -> None:

@@ -38,7 +38,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "pages.md"
 def units(leaves: list[Leaf], page_bytes: int) -> list[int]:
     """Elements of each unit, of fp32 parameters as they are built."""
     groups = [[("", nn.Parameter(torch.empty(shape, device="meta"))) for shape in leaf] for leaf in leaves]
-    return [lay_out([(name, p.shape) for name, p in unit]).numel for unit in units_of([groups], page_bytes)]
+    return [lay_out([(name, p.shape) for name, p in unit]).numel for unit in units_of(groups, page_bytes)]
 
 
 def tensor_bytes(leaves: list[Leaf], dtype: str, page_bytes: int, ram_bytes: int) -> list[int]:
