@@ -40,7 +40,6 @@ for _name in _SIBLINGS:
     interrupts.cover(str(importlib.import_module(_name).__file__))
 interrupts.cover(__file__, open_files=("__main__.py", "cli.py", "launch.py", "profile_run.py", "doctor.py"))
 
-from offload.checkpoint import Resumed  # noqa: E402
 from offload.config import Config, ConfigError, load_config  # noqa: E402
 from offload.deferred_init import deferred_init  # noqa: E402
 from offload.engine import Engine, initialize, prepare  # noqa: E402
@@ -48,6 +47,7 @@ from offload.export import ExportError  # noqa: E402
 from offload.memory import MemoryReport, Stats, TierUse  # noqa: E402
 from offload.need import BudgetNeed  # noqa: E402
 from offload.parameters import PagedParameter, gathered  # noqa: E402
+from offload.resumed import Change, Resumed  # noqa: E402
 from offload.smallest_budget import FactoryError, smallest_budget  # noqa: E402
 from pagemem.errors import (  # noqa: E402
     BudgetError,

@@ -7,12 +7,11 @@ manifest; buffers and ordinary parameters are a safetensors file beside it. No p
 from __future__ import annotations
 
 import base64
-import json
+import inspect
 import random
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -20,10 +19,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from offload.commit_state import ENCODING, numpy_state, python_state, state_tensor
 from offload.commits import Committer, Moment
 from offload.config import Config
 from offload.earlier import Commit
 from offload.parameters import PagedParameter
+from offload.plain_state import UnknownState, decode, encode
+from offload.resumed import Resumed, config_changes, hyper_changes
 from offload.store import PageStore
 from offload.stored_layout import layout_of
 from optim.optimizer import PagedOptimizer
@@ -34,30 +36,17 @@ from pagemem.residency import PagedTensor
 from pagemem.tier import TRANSIENT, Tag
 
 
+_MAX_NAME: Final = 200
+
+
 class Stateful(Protocol):
     """What can be tracked: an LR scheduler, a data source, ..."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as JSON has it."""
+        """The state; see `Engine.track` for what may be in it."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
         """Take a state over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resumed:
-    """Where a run goes on.
-
-    Attributes:
-        step: optimizer steps made. number, name, created: of the commit.
-        passed_over: what is wrong with newer commits, which were damaged.
-    """
-
-    step: int
-    number: int
-    name: str | None
-    created: str
-    passed_over: tuple[str, ...] = ()
 
 
 class Checkpoints:
@@ -70,6 +59,8 @@ class Checkpoints:
         self._updater = updater
         self._config = config
         self._tracked: dict[str, Stateful] = {}
+        #: Hyper-parameters that the groups were given, by whoever made the optimizer: here, or where the commit was made.
+        self._given = [_without_parameters(group) for group in optimizer.param_groups]
         self.committer = Committer(store, config.commit.keep)
         self._last_step = 0
         self._last_s = time.monotonic()
@@ -78,10 +69,11 @@ class Checkpoints:
         """Have a thing's state in every commit from now on, and restored by `resume`.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is taken, or the thing has a state that cannot be committed; says where in it.
         """
         if name in self._tracked:
             raise ValueError(f"something is tracked as {name!r} already; take another name")
+        encode(thing.state_dict(), f"the state of {name!r}")
         self._tracked[name] = thing
 
     # ---- saving ------------------------------------------------------------------------------------------------
@@ -94,8 +86,11 @@ class Checkpoints:
                 mode are left out, and training does not wait for them; a run that goes on from there misses them.
 
         Raises:
-            CommitError: a tracked state has something that JSON cannot say; names it. Nothing was begun.
+            ValueError: the name is empty, too long, or not one line. Nothing was begun, as after the next.
+            CommitError: a tracked state or a parameter group has something that cannot be committed; says where.
         """
+        if name is not None and (not name or len(name) > _MAX_NAME or not name.isprintable()):
+            raise ValueError(f"a commit's name is one line of 1 to {_MAX_NAME} characters, not {name[: _MAX_NAME + 1]!r}")
         with self._updater.consistent(whole=whole):
             self._store.bring_down()
             number = self.committer.begin(Moment(step, name, self._state(), self._beside()))
@@ -120,12 +115,14 @@ class Checkpoints:
         return (by_step or by_time) and not self.committer.busy
 
     def _state(self) -> dict[str, Any]:
-        tracked = {name: thing.state_dict() for name, thing in self._tracked.items()}
-        for name, state in tracked.items():
-            try:
-                json.dumps(state, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise CommitError(f"the state of {name!r} cannot be committed: {error}; track what has a state of plain numbers") from error
+        try:
+            tracked = {name: encode(thing.state_dict(), f"the state of {name!r}") for name, thing in self._tracked.items()}
+            groups, given = (
+                [encode(_without_parameters(group), f"optimizer.param_groups[{place}]") for place, group in enumerate(groups)]
+                for groups in (self._optimizer.param_groups, self._given)
+            )
+        except UnknownState as error:
+            raise CommitError(f"nothing is committed: {error}") from error
         return {
             "slice_numel": self._store.slice_numel,
             "staleness": self._updater.staleness,
@@ -135,7 +132,9 @@ class Checkpoints:
             "ahead": {slot.name: list(slot.ahead) for slot in self._slots() if slot.ahead},
             "edited": [slot.name for slot in self._slots() if slot.edited],
             **layout_of(self._store.index.units, self._model).describe(),
-            "groups": [{k: v for k, v in group.items() if k != "params" and _is_plain(v)} for group in self._optimizer.param_groups],
+            "encoding": ENCODING,
+            "groups": groups,
+            "given": given,
             "random": random_states(self._store.binder.torch_device),
             "tracked": tracked,
             "config": self._config.model_dump(mode="json"),
@@ -179,33 +178,67 @@ class Checkpoints:
             return None
         commit, ordinary = found
         manifest = commit.manifest
+        state = manifest.state
         self._check_fits(commit, ordinary)
+        read = decode if "encoding" in state else _plain
+        groups = [read(group) for group in state["groups"]]
+        self._check_groups(f"commit {manifest.number}", groups)
         self._updater.drain()
         self._store.driver.quiesce()
         with self._store.binder.driver.interlude():
             self._check_unused()
+            self._load_tracked(f"commit {manifest.number}", {name: read(state["tracked"][name]) for name in self._tracked})
             for tensor in self._tensors().values():
                 self._take_over(tensor, commit)
             for unit in self._store.index.units:
                 self._store.updated(unit)
             self._store.bring_up()
-        state = manifest.state
         for slot in self._slots():
             slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]
             # Exact mode goes on from where lock-free mode had the parameters; commits of format 1 may lack the entry.
             slot.ahead = tuple(state.get("ahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
-        for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
+        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
             group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
         with torch.no_grad():
             for key, kept in self._ordinary_tensors().items():
                 kept.copy_(ordinary[key])
-        for name_, thing in self._tracked.items():
-            thing.load_state_dict(state["tracked"][name_])
         set_random_states(state["random"], self._store.binder.torch_device)
         self.committer.follow(commit)
         self._last_step, self._last_s = manifest.step, time.monotonic()
+        changed = config_changes(state["config"], self._config.model_dump(mode="json"))
+        if "given" in state:
+            given = [read(group) for group in state["given"]]
+            changed += hyper_changes(given, self._given)
+            self._given = given
         newer = [str(error) for number, error in sorted(self.committer.damaged.items()) if number > manifest.number]
-        return Resumed(manifest.step, manifest.number, manifest.name, manifest.created, tuple(newer))
+        return Resumed(manifest.step, manifest.number, manifest.name, manifest.created, tuple(newer), tuple(changed))
+
+    def _load_tracked(self, where: str, states: Mapping[str, Any]) -> None:
+        """Have everything that is tracked take its state over, or nothing of it."""
+        before: dict[str, Any] = {}
+        try:
+            for name, thing in self._tracked.items():
+                before[name] = thing.state_dict()
+                thing.load_state_dict(states[name])
+        except Exception as error:
+            for name, own in before.items():
+                self._tracked[name].load_state_dict(own)
+            raise CommitError(f"{where}: {name!r} does not take its state: {type(error).__name__}: {error}") from error
+
+    def _check_groups(self, where: str, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Whether torch's optimizer would be made with these hyper-parameters, and they are of the kinds that the run's own are."""
+        if len(groups) != len(self._optimizer.param_groups):
+            raise CommitError(f"{where} has {len(groups)} parameter groups, this run {len(self._optimizer.param_groups)}")
+        known = set(inspect.signature(self._optimizer.torch_class).parameters) - {"params"}
+        for place, (saved, own) in enumerate(zip(groups, self._optimizer.param_groups, strict=True)):
+            for key, value in saved.items():
+                kind = _kind(own[key]) if key in own else _kind(0.0) if key == "initial_lr" else None
+                if kind is not None and own.get(key) is not None and _kind(value) != kind:
+                    raise CommitError(f"{where}: {key} of parameter group {place} is {value!r}, this run's {own.get(key)!r}")
+            try:
+                self._optimizer.torch_class([torch.zeros(1)], **{key: v for key, v in saved.items() if key in known})
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise CommitError(f"{where}: parameter group {place}: {error}") from error
 
     def _choose(self, name: str | None, allow_older: bool) -> tuple[Commit, dict[str, Tensor]] | None:
         """A commit and the small tensors beside it."""
@@ -271,14 +304,23 @@ def _first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str
     return None
 
 
+def _plain(value: Any) -> Any:
+    return value
+
+
+def _kind(value: Any) -> Any:
+    """What a hyper-parameter must be alike in: a number is a number, a pair a pair."""
+    if isinstance(value, (tuple, list)):
+        return [_kind(item) for item in value]
+    return float if type(value) in (int, float) else type(value)
+
+
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, type(None))) or (
-        isinstance(value, (list, tuple)) and all(_is_plain(item) for item in value)
-    )
+def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
@@ -295,18 +337,12 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
     """Put the global generators where `random_states` found them; the device's only if it was of that kind then."""
-    torch.set_rng_state(_bytes_of(states["torch"]))
+    torch.set_rng_state(state_tensor(states["torch"]))
     if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(_bytes_of(states["cuda"]), device)
-    name, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = states["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+        torch.cuda.set_rng_state(state_tensor(states["cuda"]), device)
+    np.random.set_state(numpy_state(states["numpy"]))
+    random.setstate(python_state(states["python"]))
 
 
 def _text_of(state: Tensor) -> str:
     return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _bytes_of(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Final
 
+from offload.commit_state import encoded
 from offload.earlier import Commit, EarlierCommits
 from offload.store import PageStore
 from pagemem.copies import StoredCopy
@@ -161,7 +162,7 @@ class Committer:
                 self._earlier.claim_parts()
                 stored = tuple(self._stored(names[tensor], copy) for tensor, copy in snapshot.copies.items())
                 manifest = self._manifest(number, moment, stored)
-                self._earlier.folder.write(manifest)
+                self._earlier.folder.write(manifest, encoded(manifest))
             except BaseException:
                 self._give_up(number, snapshot)
                 raise

@@ -10,21 +10,35 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 
+from offload.commit_state import read_commit
 from offload.config import ConfigError
+from offload.page_map import impossible
 from pagemem.commit_folder import CommitFolder
 from pagemem.copies import Copies, StoredCopy
 from pagemem.errors import CommitError
 from pagemem.manifest import Manifest
+from pagemem.page_file import PAGE_FILE_NAME
 from pagemem.raw_file import sync_folder
 from pagemem.run_directory import RunDirectory
+from pagemem.small_file import Line, Record, checked, parse_json, read_small
 from pagemem.tier import Tag
 
 #: In every directory of a run that commits but the first: which one that is.
 _PART_OF: Final = "commits-elsewhere.json"
+
+
+class _Part(Record):
+    run_id: Line
+    path: Annotated[str, Field(strict=True, max_length=4096)]
+
+
+_PART: Final = TypeAdapter(_Part)
+_MAX_PART_BYTES: Final = 8192
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +70,7 @@ class EarlierCommits:
         run_ids = tuple(directory.run_id for directory in directories)
         for number in self.folder.numbers():
             try:
-                manifest = self.folder.read(number)
+                manifest = read_commit(self.folder, number)
             except CommitError as error:
                 self.damaged[number] = error
                 continue
@@ -66,6 +80,14 @@ class EarlierCommits:
                     "not those given now; give the same folders in the same order, or others"
                 )
             self._manifests[number] = manifest
+        for number, why in impossible(list(self._manifests.values()), self._file_bytes()).items():
+            del self._manifests[number]
+            self.damaged[number] = CommitError(f"{self.folder.manifest(number)} is damaged: {why}")
+
+    def _file_bytes(self) -> list[int]:
+        """Sizes of the page files; 0 where there is none."""
+        paths = [directory.file(PAGE_FILE_NAME) for directory in self._directories]
+        return [path.stat().st_size if path.exists() else 0 for path in paths]
 
     def _check_parts(self) -> None:
         first = self._directories[0]
@@ -74,12 +96,16 @@ class EarlierCommits:
                 raise ConfigError(f"{directory.path} holds commits, so it is the first of its run's ssd.paths; give that run's folders in their order")
         for directory in self._directories:
             path = directory.file(_PART_OF)
-            if not path.exists():
+            try:
+                part_of = checked(_PART, parse_json(read_small(path, _MAX_PART_BYTES)))
+            except FileNotFoundError:
                 continue
-            part_of = json.loads(path.read_text())
-            if directory is first or part_of["run_id"] != first.run_id:
+            except (OSError, ValueError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                raise ConfigError(f"{path} cannot be read: {why}; if no run in another folder needs {directory.path}, remove it") from error
+            if directory is first or part_of.run_id != first.run_id:
                 raise ConfigError(
-                    f"{directory.path} holds pages of the commits in {part_of['path']}; give that run's folders in ssd.paths in their "
+                    f"{directory.path} holds pages of the commits in {part_of.path}; give that run's folders in ssd.paths in their "
                     f"order, or others; if that run is gone, remove {path}"
                 )
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from offload.activations import SavedActivations, chunk_bytes
 from offload.blocks import Blocks
 from offload.budget_checks import check_model
-from offload.checkpoint import Checkpoints, Resumed, Stateful
+from offload.checkpoint import Checkpoints, Stateful
 from offload.config import Config, load_config
 from offload.deferred_init import store_of
 from offload.export import check_request, export_commit
@@ -32,6 +32,7 @@ from offload.parameters import Binder, PagedParameter
 from offload.plan_file import plan_keepers
 from offload.profile import Profile
 from offload.recompute_choice import RecomputeChoice
+from offload.resumed import Resumed
 from offload.store import PageStore
 from offload.template import OptimizerLike, assign_groups, optimized_by, template_of
 from offload.updates import make_updater, scaling_of
@@ -252,10 +253,12 @@ class Engine:
         """Have the state of an LR scheduler, a data source or the like in every commit, and restored by `resume`.
 
         Args:
-            thing: has ``state_dict()``, of plain numbers, text, lists and dicts, and ``load_state_dict()``.
+            thing: has ``state_dict()`` and ``load_state_dict()``. A state may have numbers (also infinite ones), text, bytes, lists, tuples,
+                sets, dicts with any of these for keys, counters, NumPy's numbers and arrays, and tensors on the CPU, 16 MiB in all. It
+                comes back with equal values of equal types.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is taken, or the state has something else; says where in it.
         """
         self._checkpoints.track(name, thing)
 

@@ -186,6 +186,8 @@ def launch(config: Config, console: Console | None = None) -> int:
             resumed = engine.resume() if goes_on else None
             if resumed is not None:
                 console.print(f"going on after step {resumed.step}, from commit {resumed.number} of {resumed.created}", highlight=False)
+                for change in resumed.changed:
+                    console.print(f"changed since: {change}", highlight=False, markup=False, soft_wrap=True)
             set_aside = folder.begin(config, engine.run_id, goes_on=resumed is not None)
             if set_aside is not None:
                 console.print(set_aside, highlight=False, soft_wrap=True)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pagemem.manifest import Manifest, StoredTensor
-from pagemem.page import Extent
-from pagemem.units import BLOCK_BYTES, ceil_div
+from pagemem.striping import Striping
 
 
 @dataclass(slots=True)
@@ -22,25 +21,6 @@ class StoredPlace:
     checksums: bool
     commits: list[int] = field(default_factory=list)
 
-    def faults(self, page_bytes: int) -> list[str]:
-        """What is wrong with the place by itself; where nothing is, its extents are those of its size, inside their pages."""
-        stored = self.stored
-        tail_bytes = 0
-        if stored.tail is not None:
-            frame, offset_bytes, tail_bytes = stored.tail
-            inside = frame >= 0 and offset_bytes >= 0 and 0 < tail_bytes and offset_bytes + tail_bytes <= page_bytes
-            if not inside or offset_bytes % BLOCK_BYTES or tail_bytes % BLOCK_BYTES:
-                return [f"{stored.key}: its tail of {tail_bytes} bytes at offset {offset_bytes} of frame {frame} is not inside a page of {page_bytes}"]
-        if stored.n_bytes <= 0 or stored.n_bytes % BLOCK_BYTES or any(first < 0 or n_frames < 1 for first, n_frames in stored.runs):
-            return [f"{stored.key}: {stored.n_bytes} bytes in runs {list(stored.runs)} are no whole blocks in whole frames"]
-        n_frames, wanted = sum(n for _, n in stored.runs), ceil_div(stored.n_bytes - tail_bytes, page_bytes)
-        if n_frames != wanted:
-            return [f"{stored.key}: it has {n_frames} whole frames, its {stored.n_bytes} bytes take {wanted}"]
-        n_extents = n_frames + (stored.tail is not None)
-        if len(stored.sums) != n_extents:
-            return [f"{stored.key}: it has {len(stored.sums)} checksums for {n_extents} extents"]
-        return []
-
 
 def all_places(manifests: Sequence[Manifest]) -> list[StoredPlace]:
     """Every place that commits name, once, however many name it."""
@@ -54,23 +34,55 @@ def all_places(manifests: Sequence[Manifest]) -> list[StoredPlace]:
 
 def map_faults(places: Sequence[StoredPlace], page_bytes: int) -> Iterator[tuple[list[int], str]]:
     """Bytes that two places claim, a line for each pair that meets, with the commits of both; places have no faults of their own."""
-    claims: list[tuple[Extent, StoredPlace]] = [
-        (extent, place) for place in places for extent in place.stored.placement().extents(page_bytes)
-    ]
-    claims.sort(key=lambda claim: (claim[0].frame, claim[0].offset_bytes))
+    claims: list[tuple[int, int, StoredPlace]] = []  # first byte and end, as if all frames lay one after another
+    for place in places:
+        claims += [(first * page_bytes, (first + n_frames) * page_bytes, place) for first, n_frames in place.stored.runs]
+        if place.stored.tail is not None:
+            frame, offset_bytes, n_bytes = place.stored.tail
+            claims.append((frame * page_bytes + offset_bytes, frame * page_bytes + offset_bytes + n_bytes, place))
+    claims.sort(key=lambda claim: claim[:2])
     told: set[tuple[int, int]] = set()
-    reached: tuple[Extent, StoredPlace] | None = None  # of the frame's claims so far, the one that reaches furthest
-    for extent, place in claims:
-        if reached is not None and reached[0].frame == extent.frame and extent.offset_bytes < _end(reached[0]):
-            other = reached[1]
+    reached: tuple[int, int, StoredPlace] | None = None  # of the claims so far, the one that reaches furthest
+    for claim in claims:
+        begin, end, place = claim
+        if reached is not None and begin < reached[1]:
+            other = reached[2]
             if (id(other), id(place)) not in told:
                 told.add((id(other), id(place)))
                 commits = sorted({*place.commits, *other.commits})
-                where = f"bytes of frame {extent.frame} from {extent.offset_bytes} on"
+                where = f"bytes of frame {begin // page_bytes} from {begin % page_bytes} on"
                 yield commits, f"{other.stored.key} and {place.stored.key} both claim {where}"
-        if reached is None or reached[0].frame != extent.frame or _end(extent) > _end(reached[0]):
-            reached = extent, place
+        if reached is None or end > reached[1]:
+            reached = claim
 
 
-def _end(extent: Extent) -> int:
-    return extent.offset_bytes + extent.length_bytes
+def frames_reached(manifest: Manifest) -> int:
+    """One more than the last frame that a commit names, whose places have no faults; 0: it names none."""
+    ends = [first + n_frames for stored in manifest.tensors for first, n_frames in stored.runs]
+    return max([0, *ends, *(stored.tail[0] + 1 for stored in manifest.tensors if stored.tail is not None)])
+
+
+def impossible(manifests: Sequence[Manifest], file_bytes: Sequence[int]) -> dict[int, str]:
+    """Which commits of a run name places that cannot all be right, and why, in one line; nothing is read.
+
+    Args:
+        file_bytes: sizes of the page files, in order.
+    """
+    found: dict[int, str] = {}
+    page_bytes = max(manifests, key=lambda manifest: manifest.number).page_bytes if manifests else 0
+    for manifest in manifests:
+        faults = (stored.fault(manifest.page_bytes) for stored in manifest.tensors)
+        fault = next((fault for fault in faults if fault is not None), None)
+        if manifest.page_bytes != page_bytes:
+            fault = f"its pages have {manifest.page_bytes} bytes, those of the newest commit {page_bytes}"
+        if fault is None:
+            n_frames = frames_reached(manifest)
+            for path, frames in enumerate(Striping([1.0] * len(file_bytes)).file_frames(n_frames)):
+                if frames * page_bytes > file_bytes[path]:
+                    fault = f"it names frame {n_frames - 1}, for which page file {path + 1} needs {frames * page_bytes} bytes; it has {file_bytes[path]}"
+        if fault is not None:
+            found[manifest.number] = fault
+    for commits, fault in map_faults(all_places([m for m in manifests if m.number not in found]), page_bytes):
+        for number in commits:
+            found.setdefault(number, fault)
+    return found

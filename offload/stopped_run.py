@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from offload.commit_state import read_commit
 from pagemem.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
 from pagemem.manifest import Manifest
 from pagemem.page_file import PAGE_FILE_NAME
-from pagemem.run_directory import FORMAT, IDENTITY_NAME, LOCK_NAME
+from pagemem.run_directory import IDENTITY_NAME, LOCK_NAME, holder_of, read_run_id
 
 
 class StoppedRun:
@@ -105,7 +105,7 @@ class StoppedRun:
             )
         for number in numbers:
             try:
-                self.whole[number] = self.commits.read(number)
+                self.whole[number] = read_commit(self.commits, number)
             except CommitError as error:
                 self.damaged[number] = error
         own = _run_id(self.path)
@@ -143,15 +143,10 @@ def _run_id(path: Path) -> str:
         RunDirectoryError: it has none that this version can read.
     """
     try:
-        identity = json.loads((path / IDENTITY_NAME).read_text())
-        if identity["format"] != FORMAT:
-            raise RunDirectoryError(f"{path} was made by another version: format {identity['format']!r}, this one reads {FORMAT!r}")
-        return str(identity["run_id"])
+        return read_run_id(path)
     except FileNotFoundError:
         what = f"it has no {IDENTITY_NAME}" if path.is_dir() else "there is no such folder"
         raise RunDirectoryError(f"{path} is not a run directory: {what}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(f"{path} is not a run directory: {IDENTITY_NAME} cannot be read ({error})") from error
 
 
 class _Lock:
@@ -188,7 +183,7 @@ def _hold(folder: Path) -> _Lock:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            holder = holder_of(fd)
             os.close(fd)
             raise RunDirectoryError(f"{folder} is in use by process {holder}; wait for that run to end, or close its engine") from None
         if name.exists() and os.path.samestat(os.fstat(fd), os.stat(name)):

@@ -8,26 +8,36 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor, nn
 
 from optim.unit import Unit
 from pagemem.errors import CommitError
+from pagemem.small_file import Count, Line
 from pagemem.tier import Tag
 
 #: Keys of the manifest's state.
 _UNITS, _NAMES = "units", "names"
 
 
+def _dtype(name: str) -> str:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError("it is no dtype of torch")
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class StoredSlot:
     """One parameter's place: ``offset`` is its first element in the unit's layout."""
 
-    name: str
-    shape: tuple[int, ...]
-    offset: int
+    name: Line
+    shape: Annotated[tuple[Count, ...], Field(max_length=64)]
+    offset: Count
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     @property
     def numel(self) -> int:
@@ -44,19 +54,23 @@ class StoredSlot:
 class StoredSlice:
     """Elements [begin, end) of a unit's layout, and the key of the stored tensor with their fp32 master, if they have one."""
 
-    begin: int
-    end: int
-    master: str | None
+    begin: Count
+    end: Count
+    master: Line | None
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredUnit:
     """A unit as a commit has it. ``parameters`` is the key of the stored tensor with its values, in ``dtype``."""
 
-    parameters: str
-    dtype: str
+    parameters: Line
+    dtype: Annotated[Line, AfterValidator(_dtype)]
     slots: tuple[StoredSlot, ...]
     slices: tuple[StoredSlice, ...]
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     @property
     def torch_dtype(self) -> torch.dtype:

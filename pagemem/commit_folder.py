@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from pagemem.errors import CommitError
-from pagemem.manifest import Manifest
+from pagemem.manifest import MAX_BYTES, Manifest
 from pagemem.raw_file import sync_folder
+from pagemem.small_file import open_regular, read_small
 
 FOLDER_NAME: Final = "commits"
 _NAME: Final = re.compile(r"commit-(\d{8,})\.json")
+_PART_BYTES: Final = 1 << 20
 _OURS: Final = re.compile(r"commit-\d{8,}\.(json|safetensors)(\.new)?")
 
 
@@ -47,9 +50,9 @@ class CommitFolder:
         Raises:
             CommitError: it is damaged; names the file and says how.
         """
-        path = self._file(number)
+        path = self.manifest(number)
         try:
-            manifest = Manifest.decode(path.read_bytes())
+            manifest = Manifest.decode(read_small(path, MAX_BYTES))
         except OSError as error:
             raise CommitError(f"{path} cannot be read: {error.strerror}") from error
         except CommitError as error:
@@ -65,31 +68,51 @@ class CommitFolder:
             content: ``manifest.encode()``, where the caller has it already.
 
         Raises:
+            CommitError: it would be too large to be read back.
             OSError: it cannot be written. Whether there is such a commit after a crash is not known before `remove` succeeds.
         """
+        content = manifest.encode() if content is None else content
+        if len(content) > MAX_BYTES:
+            raise CommitError(f"the manifest would have {len(content)} bytes, at most {MAX_BYTES} are read back; track smaller states or take larger pages")
         self._make()
-        self._replace(self._file(manifest.number), manifest.encode() if content is None else content)
+        self._replace(self.manifest(manifest.number), content)
 
     def write_beside(self, number: int, content: bytes) -> dict[str, str | int]:
         """Make a commit's small tensors durable, before its manifest; returns what `read_beside` must be given."""
         self._make()
-        self._replace(self._beside(number), content)
+        self._replace(self.beside(number), content)
         return {"n_bytes": len(content), "xxh3": xxh3_128_hexdigest(content)}
 
-    def read_beside(self, number: int, told: dict[str, str | int]) -> bytes:
-        """A commit's small tensors.
+    def open_beside(self, number: int, told: Mapping[str, str | int]) -> int:
+        """A commit's small tensors, as a descriptor of their file for reading, which is the caller's to close.
 
         Raises:
             CommitError: they are not what was written.
         """
-        path = self._beside(number)
+        path = self.beside(number)
         try:
-            content = path.read_bytes()
+            fd, n_bytes = open_regular(path, 2**62)
         except OSError as error:
             raise CommitError(f"{path} cannot be read: {error.strerror}") from error
-        if {"n_bytes": len(content), "xxh3": xxh3_128_hexdigest(content)} != told:
-            raise CommitError(f"{path} is damaged: it is not what was written")
-        return content
+        try:
+            digest, at = xxh3_128(), 0
+            # A file of another size is not read at all, however large it is.
+            while n_bytes == told["n_bytes"] and (part := os.pread(fd, _PART_BYTES, at)):
+                digest.update(part)
+                at += len(part)
+            if {"n_bytes": at, "xxh3": digest.hexdigest()} != told:
+                raise CommitError(f"{path} is damaged: it is not what was written")
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise CommitError(f"{path} cannot be read: {error.strerror}") from error
+            raise
+        return fd
+
+    def read_beside(self, number: int, told: Mapping[str, str | int]) -> bytes:
+        """A commit's small tensors, whole; as `open_beside`."""
+        with os.fdopen(self.open_beside(number, told), "rb") as file:
+            return file.read()
 
     def remove(self, number: int) -> None:
         """Remove a commit durably. There may be none.
@@ -99,13 +122,13 @@ class CommitFolder:
         """
         if not self.path.is_dir():
             return
-        self._file(number).unlink(missing_ok=True)
+        self.manifest(number).unlink(missing_ok=True)
         sync_folder(self.path)
-        self._beside(number).unlink(missing_ok=True)
+        self.beside(number).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what a crash left of commits that there are not: drafts, and small tensors without a manifest."""
-        wanted = {path.name for number in self.numbers() for path in (self._file(number), self._beside(number))}
+        wanted = {path.name for number in self.numbers() for path in (self.manifest(number), self.beside(number))}
         for name in os.listdir(self.path):
             if _OURS.fullmatch(name) and name not in wanted:
                 (self.path / name).unlink()
@@ -117,11 +140,13 @@ class CommitFolder:
             sync_folder(self.path.parent)
             self._made = True
 
-    def _file(self, number: int) -> Path:
-        return self.path / f"commit-{number:08d}.json"
-
-    def _beside(self, number: int) -> Path:
+    def beside(self, number: int) -> Path:
+        """Where a commit's small tensors lie."""
         return self.path / f"commit-{number:08d}.safetensors"
+
+    def manifest(self, number: int) -> Path:
+        """Where a commit's manifest lies."""
+        return self.path / f"commit-{number:08d}.json"
 
     def _replace(self, path: Path, content: bytes) -> None:
         draft = path.with_name(path.name + ".new")

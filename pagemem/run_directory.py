@@ -10,14 +10,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import reprlib
 import uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, TypeAdapter
 
 from pagemem.errors import RunDirectoryError
 from pagemem.raw_file import sync_folder
+from pagemem.small_file import Line, Record, checked, parse_json, read_small
 
 IDENTITY_NAME: Final = "pagemem.json"
 LOCK_NAME: Final = "pagemem.lock"
@@ -26,6 +30,16 @@ FORMAT: Final = "pagemem-run-directory-1"
 _DRAFT_NAME: Final = "pagemem.json.new"
 #: What a crash between taking the lock and publishing the identity can leave in a folder that was empty before.
 _UNFINISHED_CLAIM: Final = frozenset({LOCK_NAME, _DRAFT_NAME})
+
+
+class _Identity(Record):
+    format: Line
+    run_id: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
+    created: Line
+
+
+_IDENTITY: Final = TypeAdapter(_Identity)
+_MAX_IDENTITY_BYTES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +77,7 @@ def folder_use(path: str | os.PathLike[str]) -> FolderUse:
         return FolderUse("empty", holder=holder)
     try:
         _refuse_foreign(folder)
-        return FolderUse("run", _read_run_id(folder), holder)
+        return FolderUse("run", read_run_id(folder), holder)
     except RunDirectoryError as error:
         return FolderUse("foreign", str(error), holder)
 
@@ -77,12 +91,21 @@ def _holder(folder: Path) -> str | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        return holder_of(fd)
     else:
         fcntl.flock(fd, fcntl.LOCK_UN)
         return None
     finally:
         os.close(fd)
+
+
+def holder_of(fd: int) -> str:
+    """The process that an open lock file names, or ``"unknown"``."""
+    try:
+        said = os.pread(fd, 32, 0).strip()
+    except OSError:
+        return "unknown"  # it is no file
+    return said.decode() if said.isdigit() else "unknown"
 
 
 class RunDirectory:
@@ -108,7 +131,7 @@ class RunDirectory:
             raise _unusable(self.path, error) from error
         try:
             known = (self.path / IDENTITY_NAME).exists()
-            self.run_id = _read_run_id(self.path) if known else _write_identity(self.path)
+            self.run_id = read_run_id(self.path) if known else _write_identity(self.path)
         except BaseException as error:
             self._undo_claim(created)
             if isinstance(error, OSError):
@@ -155,7 +178,7 @@ def _refuse_foreign(path: Path) -> None:
     """Raise unless the folder is empty, ours, or left by a claim of ours that was cut short."""
     names = set(os.listdir(path))
     if IDENTITY_NAME in names:
-        _read_run_id(path)
+        read_run_id(path)
     elif names - _UNFINISHED_CLAIM:
         raise RunDirectoryError(
             f"{path} is not empty and is not a run directory of this engine (it has no {IDENTITY_NAME}; it holds "
@@ -163,26 +186,29 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _read_run_id(path: Path) -> str:
-    """The run id in the folder's identity file.
+def read_run_id(path: Path) -> str:
+    """The run id in a folder's identity file. Nothing is changed.
 
     Raises:
-        RunDirectoryError: the file is not an identity this version can read.
+        RunDirectoryError: the file is not an identity that this version can read.
+        FileNotFoundError: there is none.
     """
+    name = path / IDENTITY_NAME
     try:
-        identity = json.loads((path / IDENTITY_NAME).read_text())
-        found, run_id = identity["format"], str(identity["run_id"])
-    except (ValueError, KeyError, TypeError) as error:
+        found = parse_json(read_small(name, _MAX_IDENTITY_BYTES))
+        if isinstance(found, dict) and isinstance(found.get("format"), str) and found["format"] != FORMAT:
+            raise RunDirectoryError(
+                f"{path} was made by another version: format {reprlib.repr(found['format'])}, this one reads {FORMAT!r}. "
+                f"Nothing was changed; name an empty or new folder."
+            )
+        return checked(_IDENTITY, found).run_id
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise RunDirectoryError(
-            f"{path / IDENTITY_NAME} is not an identity file of this engine ({type(error).__name__}: {error}). "
-            f"Nothing was changed; name an empty or new folder."
+            f"{name} is not an identity file of this engine ({why}). Nothing was changed; name an empty or new folder."
         ) from error
-    if found != FORMAT:
-        raise RunDirectoryError(
-            f"{path} was made by another version: format {found!r}, this one reads {FORMAT!r}. "
-            f"Nothing was changed; name an empty or new folder."
-        )
-    return run_id
 
 
 def _write_identity(path: Path) -> str:
@@ -215,7 +241,7 @@ def _lock(path: Path) -> int:
                 os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
                 return fd
         except BlockingIOError as error:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            holder = holder_of(fd)
             os.close(fd)
             raise RunDirectoryError(
                 f"{path} is in use by process {holder}. Nothing was changed; wait for that run to end, close its "

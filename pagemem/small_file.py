@@ -8,10 +8,27 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import reprlib
 import stat
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+#: A whole number that counts something: never negative, and far from what 64 bits cannot hold.
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+#: One line of text: a name, a date.
+Line = Annotated[str, Field(strict=True, max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class Record(BaseModel):
+    """An object with these fields and no others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
 
 #: How deeply lists and objects may lie in each other.
 MAX_DEPTH: Final = 100
@@ -73,7 +90,7 @@ def parse_json(content: bytes | str) -> Any:
     """
     try:
         text = content.decode() if isinstance(content, bytes) else content  # UTF-8, and no other guess
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        found = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_float)
         if _deeper(found, MAX_DEPTH):
             raise RecursionError
     except RecursionError:
@@ -93,6 +110,13 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number of JSON")
 
 
+def _float(text: str) -> float:
+    found = float(text)
+    if math.isinf(found):
+        raise ValueError(f"{text[:40]} is beyond the largest number")
+    return found
+
+
 def _deeper(value: Any, levels: int) -> bool:
     """Whether containers lie more than ``levels`` deep in each other."""
     if isinstance(value, dict):
@@ -102,3 +126,27 @@ def _deeper(value: Any, levels: int) -> bool:
     # Most lists are of numbers; a call for each would take as long as the parsing.
     inner = [item for item in value if isinstance(item, (dict, list))]
     return bool(inner) and (levels == 1 or any(_deeper(item, levels - 1) for item in inner))
+
+
+_T = TypeVar("_T")
+
+
+def checked(adapter: TypeAdapter[_T], value: Any) -> _T:
+    """``value`` as what ``adapter`` is for, every field looked at.
+
+    Raises:
+        ValueError: (one line) names the first field that is missing, unknown, of another type or out of its range.
+    """
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that pydantic found, in one line: field, what it must be, and the value."""
+    [first, *more] = error.errors(include_url=False)
+    where = ".".join(str(part)[:200] for part in first["loc"]) or "the whole"
+    found = "" if first["type"] in ("missing", "unexpected_keyword_argument") else f", not {reprlib.repr(first['input'])}"
+    others = f" (and {len(more)} more)" if more else ""
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{found}{others}".replace("\n", " ")

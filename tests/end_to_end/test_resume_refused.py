@@ -257,21 +257,63 @@ def test_what_the_run_tracks_must_be_in_the_commit(tmp_path: Path) -> None:
         run.train(1)
 
 
-def test_what_json_cannot_say_is_not_committed(tmp_path: Path) -> None:
-    class Odd:
-        def state_dict(self) -> dict[str, Any]:
-            return {"at": torch.zeros(3)}
+class Odd:
+    """Its state is what it is given."""
 
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            raise AssertionError
+    def __init__(self, state: Any) -> None:
+        self.state = state
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise KeyError("before")
+
+
+def test_a_state_that_cannot_be_committed_is_refused_when_it_is_tracked_and_at_the_latest_when_it_is_saved(tmp_path: Path) -> None:
     with Run(SMALL, tmp_path) as run:
         run.train(1)
-        run.engine.track("odd", Odd())
-        with pytest.raises(offload.CommitError, match="the state of 'odd' cannot be committed"):
+        with pytest.raises(ValueError, match=r"the state of 'odd'\['at'\] is a builtins.object, which is not committed"):
+            run.engine.track("odd", Odd(object()))
+        odd = Odd([1])
+        run.engine.track("odd", odd)
+        odd.state = [1, {"x": object()}]
+        with pytest.raises(offload.CommitError, match=r"the state of 'odd'\['at'\]\[1\]\['x'\] is a builtins.object"):
             run.engine.save()
         run.train(2)
     assert CommitFolder(tmp_path / "pages").numbers() == []
+
+
+def test_a_thing_that_does_not_take_its_state_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    with Run(SMALL, tmp_path) as run:
+        run.engine.track("odd", Odd(1))
+        run.train(2)
+        run.engine.save()
+    with Run(SMALL, tmp_path, seed=8) as run:
+        run.engine.track("odd", Odd(1))
+        before = without_draws(run)
+        with pytest.raises(KeyError):  # its own error, as it does not take its own state either
+            run.engine.resume()
+        run.engine._checkpoints._tracked.pop("odd")
+
+        class Once(Odd):
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                if state_dict == {"at": 1}:
+                    raise KeyError("before")
+
+        run.engine.track("odd", Once(2))
+        with pytest.raises(offload.CommitError, match="commit 1: 'odd' does not take its state: KeyError: 'before'"):
+            run.engine.resume()
+        assert_same(without_draws(run), before)
+
+
+@pytest.mark.parametrize("name", ["", "two\nlines", "x" * 201, "bell\a"])
+def test_a_name_that_is_not_one_line_is_refused(name: str, tmp_path: Path) -> None:
+    with Run(SMALL, tmp_path) as run:
+        run.train(1)
+        with pytest.raises(ValueError, match="a commit's name is one line of 1 to 200 characters"):
+            run.engine.save(name)
+        assert run.engine.save("one line") == 1
 
 
 def test_weights_are_not_taken_over_under_a_view_that_is_in_use(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from pagemem.manifest import FORMAT, Manifest, StoredTensor
 from pagemem.page import Extent, FrameId, Run, TensorId
 from pagemem.tier import Tier
 
-NUMBERS = st.integers(0, 2**40)
+NUMBERS = st.integers(1, 2**40 - 1)
+IN_PAGE = st.integers(0, 1 << 26)
+LINES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=20)
 PLAIN = st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=12)
 STATES = st.dictionaries(
     st.text(max_size=12),
@@ -25,30 +27,30 @@ STATES = st.dictionaries(
 )
 TENSORS = st.builds(
     StoredTensor,
-    name=st.text(max_size=20),
-    tag=st.sampled_from(["param", "moment", "master"]),
+    name=LINES,
+    tag=st.sampled_from(["parameter", "moment", "master"]),
     n_bytes=NUMBERS,
     runs=st.lists(st.tuples(NUMBERS, NUMBERS), max_size=4).map(tuple),
-    tail=st.none() | st.tuples(NUMBERS, NUMBERS, NUMBERS),
+    tail=st.none() | st.tuples(NUMBERS, IN_PAGE, IN_PAGE),
     sums=st.lists(st.integers(0, 2**64 - 1), max_size=5).map(tuple),
 )
 MANIFESTS = st.builds(
     Manifest,
     number=NUMBERS,
-    name=st.none() | st.text(max_size=20),
-    created=st.text(max_size=30),
+    name=st.none() | LINES,
+    created=LINES,
     step=NUMBERS,
-    page_bytes=NUMBERS,
-    run_ids=st.lists(st.text(max_size=8), max_size=3).map(tuple),
+    page_bytes=st.sampled_from([1 << shift for shift in range(16, 27)]),
+    run_ids=st.lists(LINES, min_size=1, max_size=3, unique=True).map(tuple),
     checksums=st.booleans(),
-    tensors=st.lists(TENSORS, max_size=3).map(tuple),
+    tensors=st.lists(TENSORS, max_size=3, unique_by=lambda tensor: tensor.key).map(tuple),
     state=STATES,
 )
 
 
 def small(**changed: Any) -> Manifest:
     """A manifest short enough to damage at every byte."""
-    tensor = StoredTensor("blocks.0", "param", 70_000, ((3, 1),), (9, 4096, 8192), (2**64 - 1, 7))
+    tensor = StoredTensor("blocks.0", "parameter", 70_000, ((3, 1),), (9, 4096, 8192), (2**64 - 1, 7))
     made = Manifest(12, "best", "2026-01-01T00:00:00+00:00", 40, 65536, ("a", "b"), True, (tensor,), {"lr": 0.1, "é": [1, None]})
     return replace(made, **changed)
 
@@ -108,5 +110,5 @@ def test_a_stored_tensor_says_where_its_extents_lie() -> None:
     placed = tensor.placement()
     assert (placed.tier, placed.tensor, placed.n_bytes) == (Tier.SSD, TensorId(-1), 70_000)
     assert placed.runs == (Run(FrameId(3), 1),) and placed.tail == Extent(FrameId(9), 4096, 8192)
-    assert tensor.key == "param: blocks.0"
+    assert tensor.key == "parameter: blocks.0"
     assert replace(tensor, tail=None).placement().tail is None

@@ -56,7 +56,13 @@ def test_a_foreign_folder_is_refused_and_unchanged(tmp_path: Path) -> None:
     [
         ("not json", "not an identity file"),
         ("[1, 2]", "not an identity file"),
-        ('{"format": "x"}', "not an identity file"),
+        ('{"format": "x"}', "another version"),
+        ('{"format": "pagemem-run-directory-1"}', r"not an identity file of this engine \(run_id: Field required"),
+        ('{"format": "pagemem-run-directory-1", "run_id": 3, "created": ""}', r"run_id: Input should be a valid string, not 3"),
+        ('{"format": 3, "run_id": 3, "created": ""}', r"format: Input should be a valid string, not 3"),
+        ('{"format": "x", "format": "y"}', "key 'format' is there twice"),
+        ("[" * 4000, "more than 100 deep"),
+        (" " * 5000, "it has 5000 bytes; at most 4096 are read"),
         ('{"format": "pagemem-run-directory-99", "run_id": "a"}', "another version"),
     ],
 )
