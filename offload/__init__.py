@@ -65,7 +65,7 @@ from pagemem.errors import (  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetError", "BudgetNeed", "ChecksumError", "CommitError", "Config", "ConfigError", "DeviceError", "DiskFullError", "Engine", "ExportError",
+    "BudgetError", "BudgetNeed", "Change", "ChecksumError", "CommitError", "Config", "ConfigError", "DeviceError", "DiskFullError", "Engine", "ExportError",
     "FactoryError", "MemoryReport", "NonFiniteError", "OffloadError", "PagedParameter", "Resumed", "RunDirectoryError", "StaleGradientError", "Stats",
     "StorageError", "TierUse", "deferred_init", "gathered", "initialize", "load_config", "prepare", "smallest_budget",
 ]
