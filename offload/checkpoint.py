@@ -15,7 +15,6 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from offload.earlier import Commit
 from offload.parameters import PagedParameter
 from offload.plain_state import UnknownState, decode, encode
 from offload.resumed import Resumed, config_changes, hyper_changes
+from offload.side_file import TORCH_DTYPES, SideFile
 from offload.store import PageStore
 from offload.stored_layout import layout_of
 from optim.optimizer import PagedOptimizer
@@ -176,10 +176,12 @@ class Checkpoints:
         found = self._choose(name, allow_older)
         if found is None:
             return None
-        commit, ordinary = found
+        commit, beside = found
+        with beside:
+            self._check_fits(commit, beside)
+            ordinary = {name: beside.tensor(name) for name in beside.weights}
         manifest = commit.manifest
         state = manifest.state
-        self._check_fits(commit, ordinary)
         read = decode if "encoding" in state else _plain
         groups = [read(group) for group in state["groups"]]
         self._check_groups(f"commit {manifest.number}", groups)
@@ -240,16 +242,16 @@ class Checkpoints:
             except (TypeError, ValueError, RuntimeError) as error:
                 raise CommitError(f"{where}: parameter group {place}: {error}") from error
 
-    def _choose(self, name: str | None, allow_older: bool) -> tuple[Commit, dict[str, Tensor]] | None:
+    def _choose(self, name: str | None, allow_older: bool) -> tuple[Commit, SideFile] | None:
         """A commit and the small tensors beside it."""
         while (commit := self.committer.choose(name, allow_older=allow_older)) is not None:
-            beside = commit.manifest.state.get("beside")
+            number = commit.manifest.number
             try:
-                return commit, load_tensors(self._store.earlier.folder.read_beside(commit.manifest.number, beside)) if beside else {}
+                return commit, SideFile(self._store.earlier.folder, number, commit.manifest.state.get("beside"))
             except CommitError as error:
                 if name is not None or not allow_older:
                     raise
-                self.committer.damaged[commit.manifest.number] = error
+                self.committer.damaged[number] = error
         return None
 
     def _check_unused(self) -> None:
@@ -262,14 +264,17 @@ class Checkpoints:
     def _tensors(self) -> dict[str, PagedTensor]:
         return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag not in TRANSIENT}
 
-    def _check_fits(self, commit: Commit, ordinary: Mapping[str, Tensor]) -> None:
+    def _check_fits(self, commit: Commit, beside: SideFile) -> None:
         where, state = f"commit {commit.manifest.number}", commit.manifest.state
         if state["optimizer"] != self._rule_name:
             raise CommitError(f"{where} was made with {state['optimizer']}, this run has {self._rule_name}")
         differing = _first_difference(state["parameters"], self._parameters())
         if differing is not None:
             raise CommitError(f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group)")
-        differing = _first_difference(_shapes(ordinary), _shapes(self._ordinary_tensors()))
+        differing = _first_difference(
+            {name: [list(weight.shape), str(TORCH_DTYPES[weight.dtype])] for name, weight in beside.weights.items()},
+            {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in self._ordinary_tensors().items()},
+        )
         if differing is not None:
             raise CommitError(f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype)")
         ours = self._tensors()
@@ -313,10 +318,6 @@ def _kind(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_kind(item) for item in value]
     return float if type(value) in (int, float) else type(value)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}
 
 
 def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter
 
 from offload.commit_state import read_commit
 from offload.config import ConfigError
-from offload.page_map import impossible
+from offload.page_map import file_sizes, impossible
 from pagemem.commit_folder import CommitFolder
 from pagemem.copies import Copies, StoredCopy
 from pagemem.errors import CommitError
@@ -80,14 +80,9 @@ class EarlierCommits:
                     "not those given now; give the same folders in the same order, or others"
                 )
             self._manifests[number] = manifest
-        for number, why in impossible(list(self._manifests.values()), self._file_bytes()).items():
+        for number, why in impossible(list(self._manifests.values()), file_sizes(directory.file(PAGE_FILE_NAME) for directory in directories)).items():
             del self._manifests[number]
             self.damaged[number] = CommitError(f"{self.folder.manifest(number)} is damaged: {why}")
-
-    def _file_bytes(self) -> list[int]:
-        """Sizes of the page files; 0 where there is none."""
-        paths = [directory.file(PAGE_FILE_NAME) for directory in self._directories]
-        return [path.stat().st_size if path.exists() else 0 for path in paths]
 
     def _check_parts(self) -> None:
         first = self._directories[0]

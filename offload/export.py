@@ -5,15 +5,14 @@ The folder appears whole or not at all: everything is written under another name
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,9 @@ from rich.console import Console
 from torch import Tensor
 
 from offload.byte_progress import ByteProgress
+from offload.page_map import file_sizes, impossible
 from offload.shards import INDEX_NAME, ShardWriter, Weight, index_of, plan_shards, write_failure
+from offload.side_file import TORCH_DTYPES, SideFile
 from offload.stopped_run import StoppedRun
 from offload.stored_layout import StoredLayout, StoredSlot, StoredUnit
 from pagemem.commit_folder import CommitFolder
@@ -39,7 +40,7 @@ DTYPES: Final[dict[str, torch.dtype | None]] = {
 }  # fmt: skip
 #: Elements of a parameter that are in memory at a time.
 PIECE_NUMEL: Final = 256 * KiB
-_NAMES: Final = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -97,18 +98,19 @@ def export_commit(
         As `check_request` and `export_run`.
     """
     to = check_request(folders, to, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    weights = CommitWeights(folders, manifest, DTYPES[dtype])
-    shards = plan_shards(weights.listed(), max_shard_bytes, weights.tied)
-    index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
-    total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
-    with PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader:
-        with _new_folder(to, total_bytes) as draft, ByteProgress(console, "exporting", weights.n_bytes) as progress:
-            with ShardWriter(draft, shards) as writer:
-                for name, offset_bytes, data in weights.pieces(reader):
-                    writer.write(name, offset_bytes, data)
-                    progress.advance(data.nbytes)
-                writer.write_file(INDEX_NAME, index)
-                writer.finish()
+    with SideFile(CommitFolder(folders[0]), manifest.number, manifest.state.get("beside")) as beside:
+        weights = CommitWeights(folders, manifest, beside, DTYPES[dtype])
+        shards = plan_shards(weights.listed(), max_shard_bytes, weights.tied)
+        index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
+        total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
+        with PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader:
+            with _new_folder(to, total_bytes) as draft, ByteProgress(console, "exporting", weights.n_bytes) as progress:
+                with ShardWriter(draft, shards) as writer:
+                    for name, offset_bytes, data in weights.pieces(reader):
+                        writer.write(name, offset_bytes, data)
+                        progress.advance(data.nbytes)
+                    writer.write_file(INDEX_NAME, index)
+                    writer.finish()
     return Exported(to, tuple(shard.file_name for shard in shards), total_bytes, manifest)
 
 
@@ -196,23 +198,26 @@ class CommitWeights:
     """The tensors of a commit, under the names of ``model.state_dict()``, and their bytes piece by piece.
 
     Args:
+        beside: the file beside the manifest, open.
         dtype: of the paged parameters; None: as they were computed in. Buffers keep their own.
 
     Attributes:
         tied: further names, each with the one under which the tensor is.
 
     Raises:
-        CommitError: the commit lacks something, or what lies beside it is damaged.
+        CommitError: the commit names places that cannot be.
     """
 
-    def __init__(self, folders: Sequence[Path], manifest: Manifest, dtype: torch.dtype | None) -> None:
+    def __init__(self, folders: Sequence[Path], manifest: Manifest, beside: SideFile, dtype: torch.dtype | None) -> None:
         self._manifest = manifest
+        self._beside = beside
         self._dtype = dtype
         self._layout = StoredLayout.read(manifest.state)
         self._stored = {stored.key: stored for stored in manifest.tensors}
         self.tied = {name: kept for name, kept in self._layout.names.items() if name != kept}
-        beside = manifest.state.get("beside")
-        self._beside = read_safetensors(CommitFolder(folders[0]).read_beside(manifest.number, beside)) if beside else {}
+        why = impossible([manifest], file_sizes(folder / PAGE_FILE_NAME for folder in folders))
+        if why:
+            raise CommitError(f"commit {manifest.number} is damaged: {why[manifest.number]}")
         kept = set(self._layout.names.values())
         self._paged = {slot.name: (unit, slot) for unit in self._layout.units for slot in unit.slots if slot.name in kept}
 
@@ -227,8 +232,8 @@ class CommitWeights:
             if name in self._paged:
                 unit, slot = self._paged[name]
                 found.append(Weight(name, _NAMES[self._dtype or unit.torch_dtype], slot.shape))
-            elif name in self._beside:
-                found.append(self._beside[name][0])
+            elif name in self._beside.weights:
+                found.append(self._beside.weights[name])
             else:
                 raise CommitError(f"commit {self._manifest.number} has no {name}")
         return found
@@ -247,8 +252,8 @@ class CommitWeights:
             ExportError: a value cannot be expressed in the dtype.
         """
         for name in dict.fromkeys(self._layout.names.values()):
-            if name in self._beside:
-                yield name, 0, self._beside[name][1]
+            if name in self._beside.weights:
+                yield from ((name, offset, memoryview(piece)) for offset, piece in self._beside.pieces(name))
         buffers = [np.frombuffer(reader.buffer(), dtype=np.uint8) for _ in range(2)]
         for unit in self._layout.units:
             yield from self._unit_pieces(unit, reader, buffers)
@@ -336,15 +341,3 @@ def _chunks_of(reader: PageReader, parts: Sequence[tuple[int, int, StoredTensor]
         for chunk in reader.chunks(stored):
             start = begin + chunk.begin_bytes
             yield start, min(end, start + chunk.n_bytes), stored, chunk
-
-
-def read_safetensors(content: bytes) -> Mapping[str, tuple[Weight, memoryview]]:
-    """The tensors of a safetensors file in memory, with their bytes."""
-    n_header = int.from_bytes(content[:8], "little")
-    entries: dict[str, Any] = json.loads(content[8 : 8 + n_header])
-    data = memoryview(content)[8 + n_header :]
-    return {
-        name: (Weight(name, entry["dtype"], tuple(entry["shape"])), data[slice(*entry["data_offsets"])])
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }

@@ -1,9 +1,10 @@
-"""The map of the page files that a run's commits draw together, and what can be wrong with it. Pure arithmetic."""
+"""The map of the page files that a run's commits draw together, and what can be wrong with it. Arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pagemem.manifest import Manifest, StoredTensor
 from pagemem.striping import Striping
@@ -86,3 +87,8 @@ def impossible(manifests: Sequence[Manifest], file_bytes: Sequence[int]) -> dict
         for number in commits:
             found.setdefault(number, fault)
     return found
+
+
+def file_sizes(paths: Iterable[Path]) -> list[int]:
+    """Bytes of each page file; 0 where there is none."""
+    return [path.stat().st_size if path.exists() else 0 for path in paths]

@@ -15,11 +15,10 @@ from typing import Final
 
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 
 from offload.byte_progress import ByteProgress
 from offload.page_map import StoredPlace, all_places, map_faults
+from offload.side_file import SideFile
 from offload.stopped_run import StoppedRun
 from pagemem.errors import CommitError, StorageError
 from pagemem.manifest import Manifest
@@ -85,13 +84,9 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
 
 
 def _check_beside(stopped: StoppedRun, manifest: Manifest, report: Report) -> None:
-    beside = manifest.state.get("beside")
-    if not beside:
-        return
     try:
-        content = stopped.commits.read_beside(manifest.number, beside)
-        load_tensors(content)
-    except (CommitError, SafetensorError) as error:
+        SideFile(stopped.commits, manifest.number, manifest.state.get("beside")).close()
+    except CommitError as error:
         report.add([manifest.number], str(error))
 
 

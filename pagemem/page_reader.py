@@ -7,6 +7,7 @@ and checksums computed, by the same code. Where the file system refuses O_DIRECT
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from pagemem.io import Direction, transfer
 from pagemem.manifest import StoredTensor
 from pagemem.page import Extent
 from pagemem.page_requests import ExtentTable, plan_requests, tabulate
+from pagemem.small_file import open_regular
 from pagemem.striping import Striping
 from pagemem.units import MiB
 
@@ -36,15 +38,15 @@ class _ReadOnlyFiles:
         self.name = "direct"
 
     def open(self, path: str) -> int:
-        """Open an existing file; returns its index."""
+        """Open an existing regular file; returns its index."""
+        fd, _ = open_regular(Path(path), 2**62)
+        self._fds.append(fd)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             self.name = "page cache"
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._fds.append(fd)
         return len(self._fds) - 1
 
     def sizes(self) -> list[int]:
