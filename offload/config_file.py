@@ -8,29 +8,43 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import stat
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
-from pagemem.units import MiB, format_bytes
+from pagemem.small_file import parse_json, read_small
+from pagemem.units import KiB
 
 #: A configuration is written by hand: what is larger is something else.
-MOST_BYTES: Final = 4 * MiB
-MOST_VALUES: Final = 100_000
+MOST_BYTES: Final = 64 * KiB
+MOST_VALUES: Final = 10_000
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used. One line for each thing that is wrong."""
 
 
-_READERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    ".toml": tomllib.loads, ".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load,
-}  # fmt: skip
+class _YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """PyYAML's safe loader; a key that is there twice is refused, which YAML does and PyYAML does not."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A mapping's values by their keys."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            twice = Counter(keys).most_common(1)[0][0]
+            raise ValueError(f"key {twice[:80]!r} is there twice (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _YamlLoader)
+
+
+_READERS: Final[Mapping[str, Callable[[str], Any]]] = {".toml": tomllib.loads, ".json": parse_json, ".yaml": _yaml, ".yml": _yaml}
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -43,7 +57,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if read is None:
         raise ConfigError(f"{path}: unknown kind of file {path.suffix!r}; use .toml, .json, .yaml or .yml")
     try:
-        loaded = read(_text_of(path))
+        loaded = read(read_small(path, MOST_BYTES, follow=True).decode("utf-8"))
         _check_size(loaded)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
@@ -54,18 +68,6 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds a {type(loaded).__name__}, not a mapping of sections")
     return loaded
-
-
-def _text_of(path: Path) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # Opening a pipe must not wait for its other end.
-    with open(fd, "rb") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("is not a file")
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"is larger than {format_bytes(MOST_BYTES)}, which no configuration is")
-    return content.decode("utf-8")
 
 
 def _check_size(loaded: object) -> None:

@@ -16,8 +16,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offload.store import PageStore
-from pagemem.page import FrameId, TensorId
-from pagemem.units import ceil_div
+from pagemem.page import MAX_PAGE_BYTES, FrameId, TensorId
+from pagemem.small_file import first_fault, parse_json, read_small
+from pagemem.units import MiB, ceil_div
 from scheduler.driver import Driver
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.trace import OpKey, OpKind, Trace
@@ -26,8 +27,13 @@ PLAN_NAME: Final = "plan.json"
 DEVICE_PLAN_NAME: Final = "plan-device.json"
 FORMAT: Final = "offload plan 1"
 
-_Count = Annotated[int, Field(ge=0)]
-_Seconds = Annotated[float, Field(ge=0)]
+#: A larger file is not read.
+_MAX_BYTES: Final = 64 * MiB
+#: Ops of a cycle, all its steps together.
+_MAX_OPS: Final = 10_000_000
+
+_Count = Annotated[int, Field(ge=0, le=2**53)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class PlanFileError(ValueError):
@@ -74,10 +80,10 @@ class PlanFile(_Strict):
     """
 
     format: Literal["offload plan 1"]
-    page_bytes: Annotated[int, Field(gt=0)]
+    page_bytes: Annotated[int, Field(gt=0, le=MAX_PAGE_BYTES)]
     frames: _Count
     peak_frames: _Count
-    steps: Annotated[int, Field(gt=0)]
+    steps: Annotated[int, Field(gt=0, le=_MAX_OPS)]
     closed: bool
     read_bytes: _Count
     written_bytes: _Count
@@ -117,6 +123,8 @@ class PlanFile(_Strict):
         Raises:
             PlanFileError: something names an op, a frame or a tensor that there is not.
         """
+        if len(self.ops) * self.steps > _MAX_OPS:
+            raise PlanFileError(f"steps is {self.steps}, of {len(self.ops)} ops; a cycle has at most {_MAX_OPS} of them")
         keys: tuple[OpKey, ...] = tuple((op.kind, _key(op.key)) for op in self.ops) * self.steps
         loads, carried = tuple(map(_task, self.loads)), tuple(map(_task, self.carried))
         stores = tuple(StoreTask(TensorId(store.tensor), store.trigger) for store in self.stores)
@@ -158,13 +166,14 @@ def read_plan(path: Path) -> PlanFile:
         PlanFileError: there is no such file, or it is not one of a plan; says where.
     """
     try:
-        return PlanFile.model_validate_json(path.read_bytes())
+        content = read_small(path, _MAX_BYTES)
+        parse_json(content)  # for what pydantic's parser takes: a key twice, numbers that are none
+        return PlanFile.model_validate_json(content)
     except OSError as error:
         raise PlanFileError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise PlanFileError(f"{path} is not a plan's file of this version: {where}: {first['msg']}") from error
+    except ValueError as error:
+        why = first_fault(error) if isinstance(error, ValidationError) else error
+        raise PlanFileError(f"{path} is not a plan's file of this version: {why}") from error
 
 
 class PlanKeeper:

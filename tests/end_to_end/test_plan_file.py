@@ -122,8 +122,8 @@ def test_what_is_no_plans_file_is_refused(content: dict[str, Any], tmp_path: Pat
         read_plan(path)
     load = content["loads"][0]
     for text, where in (
-        ("", "the whole file"),
-        ("[1, 2]", "the whole file"),
+        ("", "Expecting value"),
+        ("[1, 2]", "the whole"),
         (changed(content, "format", "offload plan 0"), "format"),
         (changed(content, "steps", 0), "steps"),
         (changed(content, "closed", "yes"), "closed"),
