@@ -18,16 +18,37 @@ OptimizerLike = OptimizerFactory | OptimizerConfig | Mapping[str, Any] | None
 _TORCH_CLASSES: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
+def from_section(optimizer: OptimizerLike) -> bool:
+    """Whether an optimizer section is what is asked for, and not a factory of the user's."""
+    return optimizer is None or isinstance(optimizer, (OptimizerConfig, Mapping))
+
+
 def template_of(optimizer: OptimizerLike, config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The torch optimizer that is asked for, over a model's parameters."""
-    if callable(optimizer) and not isinstance(optimizer, (OptimizerConfig, Mapping)):
-        return optimizer(list(model.parameters()))
+    """The torch optimizer that is asked for, over a model's parameters.
+
+    Raises:
+        ValueError: it is neither a factory nor a section, or the factory gives something else than a new optimizer.
+    """
+    if not from_section(optimizer):
+        return _made_by(optimizer, model)
     section = config.optimizer
     if isinstance(optimizer, OptimizerConfig):
         section = optimizer
-    elif optimizer is not None:
+    elif isinstance(optimizer, Mapping):
         section = OptimizerConfig.model_validate(dict(optimizer))
     return template_from(section, model)
+
+
+def _made_by(factory: Any, model: nn.Module) -> torch.optim.Optimizer:
+    way_out = "give a factory, such as lambda p: torch.optim.AdamW(p, lr=3e-4, fused=True)"
+    if not callable(factory):
+        raise ValueError(f"the optimizer is a {type(factory).__name__}; {way_out}")
+    made = factory(list(model.parameters()))
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(f"the optimizer's factory returns a {type(made).__name__}, not a torch.optim.Optimizer; {way_out}")
+    if made.state:
+        raise ValueError(f"the {type(made).__name__} that the optimizer's factory returns has states already; load them into the engine's optimizer by load_state_dict")
+    return made
 
 
 def optimized_by(template: torch.optim.Optimizer) -> set[int]:
@@ -61,7 +82,7 @@ def template_from(section: OptimizerConfig, model: nn.Module) -> torch.optim.Opt
     groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
     if undecayed:
         groups.append({"params": undecayed, "weight_decay": 0.0})
-    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
+    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "fused": True}
     if section.name == "sgd":
         common.update(momentum=section.momentum, nesterov=section.nesterov)
     else:

@@ -64,10 +64,11 @@ class PagedOptimizer(Optimizer):
         self._closed = False
         groups = [{key: value for key, value in group.items()} for group in template.param_groups]
         super().__init__(groups, dict(template.defaults))
+        self._known_members = self._members()
 
-    def attach(self, updater: Updater, stepped: Callable[[], None]) -> None:
-        """Give the optimizer the updater that does its work, and whom to tell of each step. Once, while it is made."""
-        self._updater, self._stepped = updater, stepped
+    def attach(self, updater: Updater, stepped: Callable[[], None], check_model: Callable[[], None]) -> None:
+        """Give the optimizer the updater that does its work, whom to tell of each step, and what makes sure before it. Once, while it is made."""
+        self._updater, self._stepped, self._check_model = updater, stepped, check_model
 
     @property
     def torch_class(self) -> type[torch.optim.Optimizer]:
@@ -89,16 +90,30 @@ class PagedOptimizer(Optimizer):
         """Make one step with the gradients since the last one.
 
         Raises:
-            RuntimeError: hyper-parameters changed after updates of this step had used them.
+            RuntimeError: hyper-parameters changed after updates of this step had used them, or the model no longer has the
+                parameters that are in pages; no update was made by this call.
+            ValueError: a group asks for something that the rule does not do, or has other parameters; likewise.
             NonFiniteError: with clipping, the gradients' norm is not finite; no parameter was changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.updater.step()
+        updater = self.updater
+        self._check_model()
+        self._check_groups()
+        updater.step()
         self._stepped()
         return loss
+
+    def _members(self) -> list[list[int]]:
+        return [list(map(id, group["params"])) for group in self.param_groups]
+
+    def _check_groups(self) -> None:
+        if self._members() != self._known_members:
+            raise ValueError("parameters of a paged optimizer cannot be added or taken out; name all of them in the factory")
+        for group in self.param_groups:
+            self._rule.check(group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw gradients that no step has used away; after a step there are none.
@@ -144,8 +159,11 @@ class PagedOptimizer(Optimizer):
         """Take groups and states over from `state_dict` of this class or of the torch optimizer it stands for.
 
         Raises:
-            ValueError: groups or shapes differ; what was read before the difference is kept.
+            ValueError: a group asks for something that the rule does not do; nothing was changed. Groups or shapes differ; what was
+                read before the difference is kept.
         """
+        for group in state_dict["param_groups"]:
+            self._rule.check(group)
         states, bare = state_dict["state"], {**state_dict, "state": {}}
         with self._settled():
             super().load_state_dict(bare)

@@ -80,8 +80,12 @@ def _refuse(group: Hyper, name: str, *unsupported: str) -> None:
     for option in unsupported:
         if group.get(option):
             raise ValueError(f"{name}: {option}={group[option]!r} is not supported on pages; leave it off")
-    if isinstance(group["lr"], Tensor):
-        raise ValueError(f"{name}: a tensor lr is not supported; use a float (LR schedulers then set floats too)")
+    for key in ("lr", "betas"):
+        value = group.get(key)
+        if any(isinstance(number, Tensor) for number in (value if isinstance(value, (list, tuple)) else (value,))):
+            raise ValueError(f"{name}: a tensor {key} is not supported; use a float (LR schedulers then set floats too)")
+    if not group.get("fused"):
+        raise ValueError(f"{name}: fused={group.get('fused')!r} rounds otherwise than the fused kernel that updates pages; make it with fused=True")
 
 
 class _AdamRule:
@@ -94,7 +98,7 @@ class _AdamRule:
     _kernel: ClassVar[Any]
 
     def check(self, group: Hyper) -> None:
-        """Raise ValueError for amsgrad, capturable, differentiable or a tensor lr."""
+        """Raise ValueError for amsgrad, capturable, differentiable, tensors as numbers, or a kernel that is not fused."""
         _refuse(group, self.torch_class.__name__, "amsgrad", "capturable", "differentiable")
 
     def apply(self, hyper: Hyper, batch: Batch) -> None:
@@ -176,7 +180,7 @@ class SGDRule:
         self.state_names: tuple[str, ...] = ("momentum_buffer",) if momentum else ()
 
     def check(self, group: Hyper) -> None:
-        """Raise ValueError for differentiable, a tensor lr, or groups with and without momentum in one optimizer."""
+        """Raise ValueError for differentiable, a tensor lr, a kernel that is not fused, or groups with and without momentum in one optimizer."""
         _refuse(group, "SGD", "differentiable")
         if bool(group["momentum"]) != bool(self.state_names):
             raise ValueError("SGD: either all parameter groups have momentum or none")

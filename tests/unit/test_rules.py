@@ -83,9 +83,9 @@ def test_pieces_with_different_numbers_of_updates_share_a_batch(name: str) -> No
 
 def test_each_optimizer_has_its_rule() -> None:
     weights = [torch.nn.Parameter(torch.zeros(3))]
-    assert type(rule_for(torch.optim.AdamW(weights))) is AdamWRule
-    assert type(rule_for(torch.optim.Adam(weights))) is AdamRule
-    without, having = rule_for(torch.optim.SGD(weights)), rule_for(torch.optim.SGD(weights, momentum=0.5))
+    assert type(rule_for(torch.optim.AdamW(weights, fused=True))) is AdamWRule
+    assert type(rule_for(torch.optim.Adam(weights, fused=True))) is AdamRule
+    without, having = (rule_for(torch.optim.SGD(weights, momentum=momentum, fused=True)) for momentum in (0.0, 0.5))
     assert isinstance(without, SGDRule) and without.state_names == ()
     assert isinstance(having, SGDRule) and having.state_names == ("momentum_buffer",)
 
@@ -96,9 +96,15 @@ def test_each_optimizer_has_its_rule() -> None:
         (lambda p: torch.optim.RMSprop(p), "RMSprop does not run on pages; use one of torch.optim's AdamW, Adam, SGD"),
         (lambda p: torch.optim.AdamW(p, amsgrad=True), "AdamW: amsgrad=True is not supported"),
         (lambda p: torch.optim.Adam(p, differentiable=True), "Adam: differentiable=True"),
-        (lambda p: torch.optim.Adam(p, decoupled_weight_decay=True), "Adam: decoupled_weight_decay=True"),
+        (lambda p: torch.optim.Adam(p, decoupled_weight_decay=True, fused=True), "Adam: decoupled_weight_decay=True"),
         (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1)), "AdamW: a tensor lr is not supported"),
-        (lambda p: torch.optim.SGD([{"params": p}, {"params": [], "momentum": 0.9}]), "either all parameter groups have"),
+        (lambda p: torch.optim.AdamW(p, betas=(torch.tensor(0.9), torch.tensor(0.99))), "AdamW: a tensor betas is not supported"),
+        (lambda p: torch.optim.AdamW(p, capturable=True), "AdamW: capturable=True"),
+        (lambda p: torch.optim.AdamW(p), "AdamW: fused=None rounds otherwise .* make it with fused=True"),
+        (lambda p: torch.optim.Adam(p, foreach=True), "Adam: fused=None rounds otherwise"),
+        (lambda p: torch.optim.SGD(p, fused=False), "SGD: fused=False rounds otherwise"),
+        (lambda p: type("Mine", (torch.optim.AdamW,), {})(p, fused=True), "Mine does not run on pages"),
+        (lambda p: torch.optim.SGD([{"params": p}, {"params": [], "momentum": 0.9}], fused=True), "either all parameter groups have"),
     ],
 )
 def test_what_cannot_run_on_pages_is_refused(make: Callable[[Parameters], Any], message: str) -> None:
