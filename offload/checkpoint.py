@@ -88,9 +88,11 @@ class Checkpoints:
         Raises:
             ValueError: the name is empty, too long, or not one line. Nothing was begun, as after the next.
             CommitError: a tracked state or a parameter group has something that cannot be committed; says where.
+            RuntimeError: the model no longer has the parameters that are in pages.
         """
         if name is not None and (not name or len(name) > _MAX_NAME or not name.isprintable()):
             raise ValueError(f"a commit's name is one line of 1 to {_MAX_NAME} characters, not {name[: _MAX_NAME + 1]!r}")
+        self._store.binder.check_structure()
         with self._updater.consistent(whole=whole):
             self._store.bring_down()
             number = self.committer.begin(Moment(step, name, self._state(), self._beside()))
@@ -173,6 +175,7 @@ class Checkpoints:
         Raises:
             CommitError: it is damaged, or of another model, optimizer or precision; the engine is as it was.
         """
+        self._store.binder.check_structure()
         found = self._choose(name, allow_older)
         if found is None:
             return None
@@ -200,7 +203,9 @@ class Checkpoints:
             # Exact mode goes on from where lock-free mode had the parameters; commits of format 1 may lack the entry.
             slot.ahead = tuple(state.get("ahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
         for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
-            group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
+            # How torch computes an update is this run's own matter; a commit's may say otherwise, or nothing.
+            taken = {key: v for key, v in saved.items() if key not in ("fused", "foreach")}
+            group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in taken.items()})
         with torch.no_grad():
             for key, kept in self._ordinary_tensors().items():
                 kept.copy_(ordinary[key])

@@ -84,13 +84,13 @@ def built_into(make_store: Callable[[], StoreT]) -> Iterator[StoreT]:
     """What `deferred_init` does, for a store that the caller makes."""
 
     def built(parent: nn.Module, name: str, child: nn.Module) -> None:
-        store.copy_in_state_dict(parent)
+        store.watch_over(parent)
         for path, module in named_parts(f"{type(parent).__name__}.{name}", child):
             for key, parameter in module.named_parameters(recurse=False):
                 if not is_lazy(parameter):
                     check_values(f"{path}.{key}", parameter, store.device)
             store.add_module(path, module)
-            store.copy_in_state_dict(module)
+            store.watch_over(module)
 
     with watching_modules("deferred_init", built):
         store = make_store()
@@ -109,7 +109,7 @@ def store_of(model: nn.Module) -> PageStore | None:
     """The store that a model built under `deferred_init` lives in, or None for an ordinary one.
 
     Raises:
-        ValueError: the store is closed: the parameters' values are gone.
+        ValueError: the model has an engine, or the store is closed: the parameters' values are gone.
     """
     for parameter in model.parameters():
         if isinstance(parameter, PagedParameter):
@@ -117,6 +117,14 @@ def store_of(model: nn.Module) -> PageStore | None:
             if not isinstance(store, PageStore):
                 return None
             if store.closed:
-                raise ValueError(f"{parameter._place.slot.name}: the engine that held this model is closed; build the model anew")
+                raise ValueError(
+                    f"{parameter._place.slot.name}: the engine that held this model is closed, and the model's values went with it; build the model "
+                    "anew, and load a state_dict() taken before, or resume() from a commit"
+                )
+            if store.has_engine:
+                raise ValueError(
+                    f"{parameter._place.slot.name}: this model has an engine already; go on with that one (what initialize returned, or the optimizer's "
+                    ".engine), or close() it, build the model anew and prepare that"
+                )
             return store
     return None

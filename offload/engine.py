@@ -34,7 +34,8 @@ from offload.profile import Profile
 from offload.recompute_choice import RecomputeChoice
 from offload.resumed import Resumed
 from offload.store import PageStore
-from offload.template import OptimizerLike, assign_groups, optimized_by, template_of
+from offload.structure import Structure
+from offload.template import OptimizerLike, assign_groups, from_section, optimized_by, template_of
 from offload.updates import make_updater, scaling_of
 from optim import DeviceGradients, LossScale, PagedOptimizer, StateAccess, rule_for
 from optim.clip import check_loss
@@ -95,6 +96,7 @@ class Engine:
         if deferred is not None:
             deferred.check_unviewed(model)
         self._store = deferred or PageStore(self.config)
+        self._store.has_engine = True
         self._undo: list[Callable[[], None]] = []
         try:
             with without_compiler():
@@ -123,7 +125,10 @@ class Engine:
         self._loss_scale = scaling.loss_scale
         self._updater = make_updater(store, rule, self.optimizer.hypers, scaling)
         self._plan_keepers = plan_keepers(store)
-        self.optimizer.attach(self._updater, self._count_step)
+        binder = store.binder
+        binder.check_structure = Structure(self.model).check
+        binder.only_trainable = from_section(optimizer)
+        self.optimizer.attach(self._updater, self._count_step, binder.check_structure)
         self._checkpoints = Checkpoints(self.model, store, self.optimizer, self._updater, config)
         if self._loss_scale is not None:
             self.track("loss scale", self._loss_scale)
@@ -181,7 +186,7 @@ class Engine:
             if isinstance(parameter, PagedParameter):
                 binder.watch_gradient(parameter)
         for module in self.model.modules():
-            self._store.copy_in_state_dict(module)
+            self._store.watch_over(module)
 
     def _choose_recomputation(self, saved: SavedActivations, limit_bytes: int) -> RecomputeChoice:
         driver = self._store.driver

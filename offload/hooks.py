@@ -69,8 +69,8 @@ class ModelHook:
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
 
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError("a model with paged parameters cannot be copied or pickled; use model.state_dict()")
@@ -202,6 +202,7 @@ class SavedWeights:
         stack: list[AbstractContextManager[Any]] = []
 
         def enter(_module: torch.nn.Module, _args: Any) -> None:
+            self._binder.check_structure()
             context = self.scope()
             context.__enter__()
             stack.append(context)

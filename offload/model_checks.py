@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from offload.parameters import PagedParameter
+
+#: What pages hold with the bits of plain PyTorch: updates are made in fp32, of the parameters or of their masters.
+_DTYPES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def check_parameters(model: nn.Module, device: str = "cpu") -> None:
@@ -35,6 +39,22 @@ def check_values(name: str, parameter: Tensor, device: str) -> None:
         raise ValueError(f"{name} is on {parameter.device}; build the model on the CPU (or under deferred_init)")
     if parameter.is_complex():
         raise ValueError(f"{name} is {parameter.dtype}, which pages cannot hold; keep its real view (torch.view_as_real) as the parameter")
+    if parameter.is_floating_point() and parameter.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name} is {parameter.dtype}, but updates in pages are made in float32; build the model in float32 (model.float() before offload.prepare), "
+            "bfloat16 or float16, or keep what is not trained as a buffer"
+        )
+    if isinstance(parameter, PagedParameter):
+        return
+    if type(parameter) is not nn.Parameter:
+        raise ValueError(f"{name} is of the class {type(parameter).__name__}, which it would lose in pages; use nn.Parameter itself")
+    if parameter.layout is not torch.strided:
+        raise ValueError(f"{name} is {str(parameter.layout).removeprefix('torch.')}, which pages cannot hold; use a dense parameter")
+    if not parameter.is_contiguous():
+        raise ValueError(
+            f"{name} of shape {tuple(parameter.shape)} has strides {parameter.stride()}, which it would lose in pages; make it contiguous first: "
+            "parameter.data = parameter.data.contiguous()"
+        )
 
 
 def _check_separate(model: nn.Module) -> None:

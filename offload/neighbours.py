@@ -73,10 +73,12 @@ class Neighbours:
         return complete
 
     def flush(self) -> list[Group]:
-        """The unit of what waits, if anything does; nothing waits any more."""
-        waiting = self._waiting
+        """The units of what waits: one, unless some were given another dtype meanwhile; nothing waits any more."""
+        waiting: dict[torch.dtype, Group] = {}
+        for name, parameter in self._waiting:
+            waiting.setdefault(parameter.dtype, []).append((name, parameter))
         self._waiting, self._ids, self._n_bytes = [], set(), 0
-        return [waiting] if waiting else []
+        return list(waiting.values())
 
 
 def units_of(groups: Iterable[Group], page_bytes: int) -> list[Group]:

@@ -35,8 +35,7 @@ _ATTRIBUTES: Final = (
 )  # fmt: skip
 _METHODS: Final = (
     "size", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_signed", "is_inference",
-    "register_hook", "register_post_accumulate_grad_hook", "get_device", "__len__", "__hash__", "ndimension", "type",
-    "is_shared",
+    "register_hook", "register_post_accumulate_grad_hook", "get_device", "__len__", "__hash__", "ndimension", "is_shared",
 )  # fmt: skip
 
 
@@ -48,7 +47,7 @@ def _metadata_functions() -> frozenset[Any]:
         if hasattr(descriptor, "__get__"):
             found.add(descriptor.__get__)
     found.update(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name))
-    found.update({torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor})
+    found.update({torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch._has_compatible_shallow_copy_type})
     return frozenset(found)
 
 
@@ -58,7 +57,10 @@ _GET_GRAD: Final = _TENSOR.grad.__get__
 _SET_GRAD: Final = _TENSOR.grad.__set__
 _SET_DATA: Final = _TENSOR.data.__set__
 _REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, _TENSOR.requires_grad.__set__})
-_EXPORTS: Final = frozenset({Tensor.numpy, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__array__})
+#: Functions after which values may change without the parameter's version saying so.
+_EXPORTS: Final = frozenset(
+    {Tensor.numpy, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__array__, Tensor.__dlpack__, _TENSOR.apply_, _TENSOR.map_}
+)
 
 
 class Place:
@@ -109,8 +111,25 @@ class PagedParameter(nn.Parameter):
                 _check_gradient_unheld(parameters[0])
                 return func(*args, **named)
             if func == _SET_DATA:
+                if args[0] is args[1]:  # As conversions do that change nothing.
+                    return None
                 func = _copy_into
+            elif func == Tensor.share_memory_:
+                raise RuntimeError(f"{parameters[0]._place.slot.name}: a paged parameter cannot be shared with other processes; share model.state_dict()")
             return parameters[0]._place.binder.call(func, args, named, parameters)
+
+    # The two methods of tensors that torch keeps from ``__torch_function__``.
+
+    def set_(self, source: Any = None, *place: Any) -> PagedParameter:
+        """As ``.data = source``, where the source is a tensor; torch's parametrizations call it."""
+        if not isinstance(source, Tensor) or place:
+            raise RuntimeError(f"{self._place.slot.name}: a paged parameter keeps its memory; write values with parameter.copy_(values)")
+        self.data = source
+        return self
+
+    def as_subclass(self, cls: type[Any]) -> Any:
+        """A view of the values, as that class."""
+        return self.view_as(self).as_subclass(cls)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedParameter:
         raise RuntimeError(f"{self._place.slot.name}: a paged parameter cannot be copied; use model.state_dict()")
@@ -130,10 +149,15 @@ def _paged(values: Iterable[Any]) -> Iterator[PagedParameter]:
 
 def _copy_into(parameter: PagedParameter, values: Tensor) -> None:
     """What ``parameter.data = values`` means in pages: the values are copied."""
+    name = parameter._place.slot.name
     if values.shape != parameter.shape:
         raise RuntimeError(
-            f"{parameter._place.slot.name}: .data of shape {tuple(values.shape)} for a paged parameter of shape "
-            f"{tuple(parameter.shape)}; a paged parameter keeps its shape"
+            f"{name}: .data of shape {tuple(values.shape)} for a paged parameter of shape {tuple(parameter.shape)}; a paged parameter keeps its shape"
+        )
+    if (values.dtype, values.device) != (parameter.dtype, parameter.device):
+        raise RuntimeError(
+            f"{name}: .data of {values.dtype} on {values.device} for a paged parameter of {parameter.dtype} on {parameter.device}; convert the model "
+            "before offload.prepare (or set model.dtype in the configuration), or write values with parameter.data.copy_(values)"
         )
     with torch.no_grad():
         parameter.copy_(values)
@@ -162,6 +186,8 @@ class Binder:
 
     Attributes:
         torch_device: where that arena is.
+        check_structure: raises when the model no longer has the parameters that are in pages.
+        only_trainable: the optimizer was made from the configuration, for what was trainable then.
     """
 
     def __init__(self, driver: Driver, mover: Mover) -> None:
@@ -175,9 +201,12 @@ class Binder:
         self.copying = 0
         self.forwards = 0
         self.closed = False
+        self.converting = False
         self.save_hooks: Callable[[], Any] = nullcontext
         self.forward_end = ForwardEnd(self._at_forward_end)
         self.units: dict[TensorId, Unit] = {}
+        self.check_structure: Callable[[], None] = lambda: None
+        self.only_trainable = False
         self.owner: object = None
 
     def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> None:
@@ -203,6 +232,8 @@ class Binder:
             result = func(*args, **kwargs)
             exposed = func in _EXPORTS or (not copying and self._exposes(result))
             for parameter, version in zip(parameters, versions, strict=True):
+                if parameter._version != version:
+                    self._check_whole(parameter)
                 if exposed or parameter._version != version:
                     self._changed(parameter._place, exposed=exposed)
             return _detached(result) if copying else result
@@ -284,6 +315,15 @@ class Binder:
             for value in values
         )
 
+    def _check_whole(self, parameter: PagedParameter) -> None:
+        """Raise when a call gave a bound parameter other memory or another shape (``t_``, ``set_``, ...); its values are as they were."""
+        slot = parameter._place.slot
+        if parameter.shape != slot.shape or not parameter.is_contiguous() or (slot.numel and self.mover.arena.locate(parameter.data_ptr()) is None):
+            raise RuntimeError(
+                f"{slot.name}: a paged parameter keeps its shape and its memory, so it cannot be transposed, resized or set in place; "
+                "write values with parameter.copy_(values)"
+            )
+
     def _changed(self, place: Place, *, exposed: bool = False) -> None:
         place.unit.version += 1
         place.slot.edited = True
@@ -293,6 +333,12 @@ class Binder:
     def watch_gradient(self, parameter: PagedParameter) -> None:
         """Have the updater take this parameter's gradients from now on."""
         place = parameter._place
+        if self.only_trainable and place.slot.group < 0 and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            raise RuntimeError(
+                f"{place.slot.name}: this parameter was frozen when the optimizer was made from the configuration, which does not have it; "
+                "call requires_grad_(True) before offload.prepare, or give prepare an optimizer factory over all parameters"
+            )
         if place.hooked or self.updater is None or place.slot.group < 0 or not parameter.requires_grad:
             return
         place.hooked = True

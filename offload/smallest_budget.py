@@ -18,6 +18,7 @@ from torch import nn
 from offload.config import load_config
 from offload.deferred_init import named_parts, watching_modules
 from offload.engine import ConfigLike
+from offload.model_checks import check_parameters
 from offload.need import BudgetNeed, UnitShape, budget_need
 from offload.neighbours import Group, groups_of, units_of
 from offload.template import OptimizerLike, optimized_by, template_of
@@ -45,6 +46,7 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
     """
     config = load_config(config)
     model, built = _built_on_meta(factory)
+    check_parameters(model, "meta")
     template = template_of(optimizer, config, model)
     names, optimized = {id(p): name for name, p in model.named_parameters()}, optimized_by(template)
     groups = groups_of(model.named_modules(), set())

@@ -17,8 +17,9 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from offload.config import Config
 from offload.budget_checks import check_built, check_lockable
+from offload.config import Config
+from offload.conversions import guard_conversions
 from offload.device_homes import Candidate, choose_homes
 from offload.device_tier import DeviceTier
 from offload.earlier import EarlierCommits
@@ -72,9 +73,9 @@ class PageStore:
         self.accelerator = None if config.device == "cpu" else self._make_accelerator()
         self.budget = Budget(Tier.HOST, ram_bytes)
         self.index = UnitIndex()
-        self._copied: WeakSet[nn.Module] = WeakSet()
+        self._watched: WeakSet[nn.Module] = WeakSet()
         self._unhook: list[Callable[[], None]] = []
-        self.closed = False
+        self.closed = self.has_engine = False
         interrupts.guard()
         with ExitStack() as undo:
             undo.callback(interrupts.unguard)
@@ -155,11 +156,12 @@ class PageStore:
         for unit in self._neighbours.flush():
             self.make_unit(unit)
 
-    def copy_in_state_dict(self, module: nn.Module) -> None:
-        """Have a module's ``state_dict()`` return copies until the store is closed. Idempotent."""
-        if module not in self._copied:
-            self._copied.add(module)
+    def watch_over(self, module: nn.Module) -> None:
+        """Until the store is closed, a module's ``state_dict()`` returns copies, and `guard_conversions` holds for it. Idempotent."""
+        if module not in self._watched:
+            self._watched.add(module)
             self._unhook += copied_in_state_dict(module, self.binder)
+            self._unhook.append(guard_conversions(module, self.binder, self._neighbours.__contains__))
 
     def make_unit(self, named: Group) -> tuple[Unit, list[Unit]]:
         """Make a unit of parameters, which are ordinary or in other units; returns it, and whose those were.

@@ -243,15 +243,22 @@ def _lock(path: Path) -> int:
         except BlockingIOError as error:
             holder = holder_of(fd)
             os.close(fd)
-            raise RunDirectoryError(
-                f"{path} is in use by process {holder}. Nothing was changed; wait for that run to end, close its "
-                f"engine, or name another folder."
-            ) from error
+            raise RunDirectoryError(f"{path} is in use by process {holder}{_way_out(holder)}") from error
         except BaseException:
             os.close(fd)
             raise
         # The holder closed between our open and our flock and took the name away: what we locked is no longer the lock.
         os.close(fd)
+
+
+def _way_out(holder: str) -> str:
+    """What to do about a folder in use; the rest of a sentence."""
+    if holder == str(os.getpid()):
+        return (
+            ", this one: an engine made earlier, as by a notebook cell run twice, still has it. Nothing was changed; call that engine's close() "
+            "(optimizer.engine.close() after offload.prepare), or name another folder."
+        )
+    return ". Nothing was changed; wait for that run to end, close its engine, or name another folder."
 
 
 def _is_still(fd: int, name: Path) -> bool:
