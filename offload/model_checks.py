@@ -25,6 +25,8 @@ def check_parameters(model: nn.Module, device: str = "cpu") -> None:
         if is_lazy(parameter):
             raise ValueError(f"{name} is not initialised yet (a lazy module's); run the model's forward once before the engine is made")
         check_values(name, parameter, device)
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        raise ValueError("the model has no floating-point parameters to page")
     _check_separate(model)
 
 

@@ -50,8 +50,6 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
     template = template_of(optimizer, config, model)
     names, optimized = {id(p): name for name, p in model.named_parameters()}, optimized_by(template)
     groups = groups_of(model.named_modules(), set())
-    if not groups:
-        raise ValueError("the model has no floating-point parameters to page")
     # What is built and then not kept needs pages until the model is whole.
     dropped = [group for group in built if not any(id(parameter) in names for _, parameter in group)]
     return budget_need(

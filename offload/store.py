@@ -201,15 +201,12 @@ class PageStore:
             self.device_tier.driver.renewed(unit.device)
 
     def adopt(self, model: nn.Module) -> None:
-        """Page what is still ordinary in ``model``, name everything as it does, and drop units it does not use.
+        """Page what is still ordinary in ``model``, which `check_parameters` has seen, name everything as it does, and drop units it does not use.
 
         Raises:
-            ValueError: the model has no floating-point parameters.
             BudgetError: the arena cannot hold a unit.
         """
         repack(self, model)
-        if not self.index.units:
-            raise ValueError("the model has no floating-point parameters to page")
         for order, (name, parameter) in enumerate(model.named_parameters()):
             if isinstance(parameter, PagedParameter):
                 parameter._place.slot.name, parameter._place.slot.order = name, order
