@@ -228,8 +228,8 @@ class TrainConfig(_Section):
     """Optimizer steps."""
     batch: int = Field(ge=1)
     """Rows per micro-batch."""
-    seq: int = Field(ge=1)
-    """Tokens per row."""
+    seq: int | None = Field(default=None, ge=1)
+    """Length of a row, given to the data as the last argument. None: none is given."""
     log_every: int = Field(default=1, ge=1)
     """Steps between two progress lines in a pipe."""
     evaluate_batches: int = Field(default=8, ge=0)

@@ -28,6 +28,9 @@ class ByteCorpus:
         seed: batches depend on it and on the step alone, so a resumed run reads on where it stopped.
     """
 
+    #: What losses are a mean over, see `offload.batches`.
+    unit: Final = "byte"
+
     def __init__(self, folder: Path, *, seed: int) -> None:
         self.seed = seed
         self.train = np.memmap(folder / "train.bin", dtype=np.uint8, mode="r")

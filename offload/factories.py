@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from offload.config import ConfigError
+from torch import Tensor, nn
+
+from offload.config import ConfigError, DataConfig, ModelConfig
+from pagemem.errors import OffloadError
 
 
 def resolve(reference: str) -> Callable[..., Any]:
@@ -18,11 +23,16 @@ def resolve(reference: str) -> Callable[..., Any]:
         ConfigError: the module cannot be imported or has no such callable.
     """
     module_name, _, path = reference.partition(":")
+    if not all(name.isidentifier() for name in [*module_name.split("."), *path.split(".")]):
+        raise ConfigError(f"factory {reference!r} is not written as module:callable")
     try:
         found: Any = importlib.import_module(module_name)
+    except Exception as error:  # Importing runs whatever is in the module.
+        raise ConfigError(f"factory {reference!r}: {_of_import(error)}") from error
+    try:
         for name in path.split("."):
             found = getattr(found, name)
-    except (ImportError, AttributeError) as error:
+    except AttributeError as error:
         raise ConfigError(f"factory {reference!r}: {error}") from error
     if not callable(found):
         raise ConfigError(f"factory {reference!r} is a {type(found).__name__}, not callable")
@@ -41,4 +51,72 @@ def factory_of(key: str, reference: str, arguments: dict[str, Any]) -> Callable[
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"{key}.arguments: {reference}: {error}") from error
+    except ValueError:  # It has no signature, as some of C: whether it takes them shows when it is called.
+        pass
     return partial(factory, **arguments)
+
+
+def _of_import(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return said if isinstance(error, ImportError) else f"importing it fails: {type(error).__name__}: {said} (--debug shows where)"
+
+
+@contextmanager
+def calls_of(key: str, what: str) -> Iterator[None]:
+    """Code of the user's own runs inside: what it raises becomes one line that names it.
+
+    Raises:
+        ConfigError: it has raised; the cause is what it was. Errors of the engine, of the system and of memory pass as they are, as does
+            AssertionError, which may be of ours.
+    """
+    try:
+        yield
+    except (OffloadError, ConfigError, OSError, MemoryError, AssertionError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{key}: {what} fails: {type(error).__name__}{': ' if said else ''}{said} (--debug shows where)") from error
+
+
+def described(value: object) -> str:
+    """A value in a few words, for errors that say what came instead of what was expected."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    if isinstance(value, (tuple, list)):
+        inner = ", ".join(described(part) if isinstance(part, Tensor) else type(part).__name__ for part in value[:4])
+        return f"a {type(value).__name__} of {len(value)} ({inner}{', ...' if len(value) > 4 else ''})"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def model_factory(section: ModelConfig) -> Callable[[], nn.Module]:
+    """The factory of the configuration's model, which looks at what it makes.
+
+    Raises:
+        ConfigError: there is no such factory, or it does not take these arguments. So does what is returned, when it makes something
+            that cannot be trained; what the factory raises itself passes as it is.
+    """
+    make = factory_of("model", section.factory, section.arguments)
+
+    def made() -> nn.Module:
+        model = make()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model.factory: {section.factory} returns {described(model)}; it must return a torch.nn.Module")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            what = "without trainable parameters (none requires grad)" if any(True for _ in model.parameters()) else "without parameters"
+            raise ConfigError(f"model.factory: {section.factory} returns {described(model)} {what}; there is nothing to train")
+        return model
+
+    return made
+
+
+def data_factory(section: DataConfig, folder: Path, seed: int) -> Callable[[], Any]:
+    """The factory of the configuration's data, called with ``folder``, ``seed`` and its arguments; see `model_factory`."""
+    make = factory_of("data", section.factory, {"folder": folder, "seed": seed, **section.arguments})
+
+    def made() -> Any:
+        with calls_of("data.factory", section.factory):
+            return make()
+
+    return made

@@ -16,7 +16,7 @@ from torch import nn
 
 from offload.config import Config, ConfigError
 from offload.kernels import CostMode, RatedKernels
-from offload.factories import factory_of
+from offload.factories import model_factory
 from offload.machine import memory_fact
 from offload.memory import commit_frames
 from offload.rehearsal import Bandwidths, Rehearsal, rehearsed
@@ -110,8 +110,8 @@ def taken_by(config: Config, base_bytes: int, room: Room) -> Taken:
         base_bytes: RAM of Python and its libraries.
         room: whether the device is a part of RAM.
     """
-    assert config.model is not None and config.train is not None
-    make_model: Callable[[], nn.Module] = factory_of("model", config.model.factory, config.model.arguments)
+    assert config.model is not None and config.train is not None and config.train.seq is not None
+    make_model: Callable[[], nn.Module] = model_factory(config.model)
     with rehearsed(make_model, config, CostMode(RatedKernels(1.0, 1.0)), Bandwidths(1.0, 1.0, 1.0)) as engine:
         engine.rehearse(config.train.batch, config.train.seq, steps=1)
         mover = engine.store.mover

@@ -18,7 +18,7 @@ import torch
 from offload.config import Config, ConfigError
 from offload.fit import Fit, Room, Taken, advice, commits, depth_argument, largest_batch, largest_depth, room_here
 from offload.kernels import CostMode, Kernels, TimedKernels
-from offload.factories import factory_of
+from offload.factories import model_factory
 from offload.memory import commit_frames
 from offload.need import BudgetNeed
 from offload.rates import Rates, kernels_of, threads_of
@@ -133,8 +133,8 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
         RehearsalError, FactoryError: the model cannot be built, or its step not be performed, without values.
     """
     check_forecastable(config)
-    assert config.model is not None and config.train is not None
-    make_model = factory_of("model", config.model.factory, config.model.arguments)
+    assert config.model is not None and config.train is not None and config.train.seq is not None
+    make_model = model_factory(config.model)
     argument = depth_argument(config, question.depth)
     need = smallest_budget(make_model, None, config)
     need.check(config.memory.ram)
@@ -199,6 +199,8 @@ def check_forecastable(config: Config) -> None:
     missing = [name for name in ("model", "train") if getattr(config, name) is None]
     if missing:
         raise ConfigError(f"plan needs the sections {', '.join(missing)} as well")
+    if config.train is not None and config.train.seq is None:
+        raise ConfigError("plan needs train.seq: it gives the model two int64 tensors of train.batch rows and train.seq tokens")
     if config.update.mode != "exact":
         raise ConfigError(f'update.mode is "{config.update.mode}": plan knows "exact" only, whose updates are part of the step; --set update.mode=exact')
 

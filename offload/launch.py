@@ -20,15 +20,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from offload.batches import Batches, evaluated, loss_of
 from offload.config import Config, ConfigError, TrainConfig
 from offload.console import BROKEN_PIPE, Output, is_closed
 from offload.deferred_init import deferred_init
 from offload.engine import Engine, initialize
-from offload.factories import factory_of
+from offload.factories import calls_of, data_factory, model_factory
 from offload.interrupt import Interrupt, noted
 from offload.metrics_file import kept_metrics
 from offload.progress import ProgressLog, StepMetrics
-from offload.report import BITS_PER_NAT, RunSummary, print_summary, save_loss_curve
+from offload.report import RunSummary, print_summary, save_loss_curve
 from offload.run_folder import CURVE, DATA, METRICS, RunFolder, check_free, removed_unless_begun
 from offload.smallest_budget import FactoryError, smallest_budget
 from pagemem.commit_folder import CommitFolder
@@ -41,15 +42,15 @@ _FINAL_LR: Final = 0.1
 class _Past:
     """What a run that goes on must know of its beginning; tracked in commits."""
 
-    before_bits: float | None = None
+    before_nats: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """For the commit."""
-        return {"before_bits": self.before_bits}
+        return {"before_nats": self.before_nats}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the commit."""
-        self.before_bits = state_dict["before_bits"]
+        self.before_nats = state_dict.get("before_nats")
 
 
 def _goes_on(config: Config) -> bool:
@@ -105,20 +106,17 @@ def check_budget(make_model: Callable[[], nn.Module], config: Config, console: C
     need.check(config.memory.ram)
 
 
-def validation_bits(engine: Engine, data: Any, train: TrainConfig, interrupt: Interrupt) -> float | None:
-    """Mean validation loss in bits per byte, or None when none is asked for or a signal came first."""
-    if not train.evaluate_batches:
-        return None
+def validation_loss(engine: Engine, batches: Batches, reference: str, interrupt: Interrupt) -> float | None:
+    """Mean validation loss in nats, or None when a signal came first."""
     was_training = engine.model.training
     engine.model.eval()
     losses = []
-    with torch.no_grad():
-        for x, y in data.validation_batches(train.evaluate_batches, train.batch, train.seq):
-            if interrupt.asked:
-                break
-            losses.append(float(engine(x.to(engine.torch_device), y.to(engine.torch_device))))
+    for pair in batches.validation():
+        if interrupt.asked:
+            break
+        losses.append(evaluated(engine, pair, reference, engine.torch_device))
     engine.model.train(was_training)
-    return None if interrupt.asked else sum(losses) / len(losses) * BITS_PER_NAT
+    return None if interrupt.asked else sum(losses) / len(losses)
 
 
 def _process_peak_bytes() -> int:
@@ -126,16 +124,19 @@ def _process_peak_bytes() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def one_step(engine: Engine, data: Any, config: Config, train: TrainConfig, step: int) -> float:
+def one_step(engine: Engine, batches: Batches, reference: str, step: int) -> float:
     """All micro-batches of one optimizer step; returns their mean loss in nats."""
-    total = 0.0
-    for micro in range(config.update.accumulation):
-        x, y = data.batch(step * config.update.accumulation + micro, train.batch, train.seq)
-        loss = engine(x.to(engine.torch_device), y.to(engine.torch_device))
+    total, n = 0.0, engine.config.update.accumulation
+    for micro in range(n):
+        x, y = batches.batch(step * n + micro)
+        with calls_of("model.factory", f"{reference}: forward(x, y) of step {step + 1}"):
+            output = engine(x.to(engine.torch_device), y.to(engine.torch_device))
+        loss = loss_of(output, reference, trains=True)
         total += float(loss.detach())
-        engine.backward(loss)
+        with calls_of("model.factory", f"{reference}: the backward pass of step {step + 1}"):
+            engine.backward(loss)
     engine.step()
-    return total / config.update.accumulation
+    return total / n
 
 
 def launch(config: Config, console: Console | None = None) -> int:
@@ -161,8 +162,7 @@ def launch(config: Config, console: Console | None = None) -> int:
         raise ConfigError(f"launch needs the sections {', '.join(missing)} as well")
     console = console or Output(goes_on=True)
     train, run = config.train, Path(config.output.run)
-    make_model = factory_of("model", config.model.factory, config.model.arguments)
-    make_data = factory_of("data", config.data.factory, {"folder": run / DATA, "seed": config.seed, **config.data.arguments})
+    make_model, make_data = model_factory(config.model), data_factory(config.data, run / DATA, config.seed)
     goes_on = _goes_on(config)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(run))
@@ -177,8 +177,8 @@ def launch(config: Config, console: Console | None = None) -> int:
             torch.set_num_threads(train.threads)
         torch.manual_seed(config.seed)
         folder.claim()
-        data = make_data()
-        with deferred_init(config):
+        batches = Batches(make_data(), config.data.factory, train)
+        with deferred_init(config), calls_of("model.factory", config.model.factory):
             model = make_model()
         with initialize(model, config) as engine, noted() as interrupt:
             past = _Past()
@@ -191,7 +191,7 @@ def launch(config: Config, console: Console | None = None) -> int:
             set_aside = folder.begin(config, engine.run_id, goes_on=resumed is not None)
             if set_aside is not None:
                 console.print(set_aside, highlight=False, soft_wrap=True)
-            _train(engine, data, config, train, run, console, interrupt, past)
+            _train(engine, batches, config.model.factory, train, run, console, interrupt, past)
         return interrupt.exit_code or (BROKEN_PIPE if is_closed(console) else 0)
 
 
@@ -208,19 +208,20 @@ def _written(log: ProgressLog, metrics: StepMetrics | None = None, durable: bool
 
 
 def _train(
-    engine: Engine, data: Any, config: Config, train: TrainConfig, folder: Path, console: Console, interrupt: Interrupt, past: _Past
+    engine: Engine, batches: Batches, reference: str, train: TrainConfig, folder: Path, console: Console, interrupt: Interrupt, past: _Past
 ) -> None:
+    config = engine.config
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     console.print(f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False)
-    if not engine.steps:
-        past.before_bits = validation_bits(engine, data, train, interrupt)
+    if train.evaluate_batches and not engine.steps:
+        past.before_nats = validation_loss(engine, batches, reference, interrupt)
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
     kept = kept_metrics(folder / METRICS, engine.steps)
     if kept.note is not None:
         console.print(kept.note, soft_wrap=True, highlight=False, markup=False)
     metrics = kept.metrics
     first = committed = engine.steps
-    tokens_a_step = train.batch * train.seq * config.update.accumulation
+    samples_a_step, a_sample = train.batch * config.update.accumulation, batches.tokens_per_sample
     begun = last = engine.stats()
     started_s = time.perf_counter()
     unwritten: OSError | None = None
@@ -230,13 +231,14 @@ def _train(
                 break
             step_started_s = time.perf_counter()
             lr = float(schedule.get_last_lr()[0])
-            loss = one_step(engine, data, config, train, step)
+            loss = one_step(engine, batches, reference, step)
             schedule.step()
             step_s = time.perf_counter() - step_started_s
             now, memory = engine.stats(), engine.memory_report()
             metrics.append(
                 StepMetrics(
-                    step=step + 1, loss=loss, lr=lr, step_s=step_s, tokens_per_s=tokens_a_step / step_s,
+                    step=step + 1, loss=loss, lr=lr, step_s=step_s, samples_per_s=samples_a_step / step_s,
+                    tokens_per_s=None if a_sample is None else samples_a_step * a_sample / step_s,
                     host_bytes=memory.tiers["host"].used_bytes, ssd_bytes=memory.tiers["ssd"].used_bytes,
                     ssd_read_bytes=now.bytes_read - last.bytes_read,
                     ssd_written_bytes=now.bytes_written - last.bytes_written,
@@ -258,11 +260,11 @@ def _train(
         raise RunDirectoryError(f"{folder / METRICS} cannot be written after step {engine.steps}: {unwritten.strerror}") from unwritten
     train_s = time.perf_counter() - started_s
     stats = engine.stats().since(begun)
-    after_bits = None if is_closed(console) else validation_bits(engine, data, train, interrupt)
+    evaluates = train.evaluate_batches and not is_closed(console)
+    after_nats = validation_loss(engine, batches, reference, interrupt) if evaluates else None
     run = RunSummary(
-        n_parameters, engine.steps, train_s, tokens_a_step * (engine.steps - first), past.before_bits, after_bits,
-        data.unigram_entropy_bits() if hasattr(data, "unigram_entropy_bits") else None,
-        stats, engine.memory_report(), engine.planned_step_s, _process_peak_bytes(),
+        n_parameters, engine.steps, train_s, samples_a_step * (engine.steps - first), a_sample, past.before_nats, after_nats, batches.unit,
+        batches.unigram_entropy_bits(), stats, engine.memory_report(), engine.planned_step_s, _process_peak_bytes(),
     )  # fmt: skip
     print_summary(run, console)
     save_loss_curve(folder / CURVE, metrics, run)

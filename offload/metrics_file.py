@@ -77,6 +77,8 @@ def _metrics(line: bytes) -> StepMetrics:
         names = sorted(required - set(entry)) or sorted(set(entry) - set(known))
         raise ValueError(f"{names[0][:40]!r} is {'missing' if required - set(entry) else 'no figure of a step'}")
     for name, value in entry.items():
+        if value is None and known[name] == "float | None":
+            continue
         whole = known[name] == "int"
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not _in_range(value):
             raise ValueError(f"{name} is {str(value)[:40]}")

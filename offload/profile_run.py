@@ -16,10 +16,11 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
+from offload.batches import Batches
 from offload.config import Config, ConfigError
 from offload.deferred_init import deferred_init
 from offload.engine import Engine, initialize
-from offload.factories import factory_of
+from offload.factories import calls_of, data_factory, model_factory
 from offload.launch import check_budget, learning_rate, one_step
 from offload.profile import REPORT, SUMMARY, TRACE, Profile, open_profile_folder
 from offload.profile_report import print_profile
@@ -56,31 +57,29 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
         paths = [str(folder / "pages") for folder in folders]
         config = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths}), "output": None})
         assert config.model is not None and config.data is not None and config.train is not None
-        data_arguments = {"folder": folders[0] / "data", "seed": config.seed, **config.data.arguments}
-        make_model = factory_of("model", config.model.factory, config.model.arguments)
-        make_data = factory_of("data", config.data.factory, data_arguments)
+        make_model, make_data = model_factory(config.model), data_factory(config.data, folders[0] / "data", config.seed)
         check_budget(make_model, config, console)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
         torch.manual_seed(config.seed)
-        data = make_data()
-        with deferred_init(config):
+        batches = Batches(make_data(), config.data.factory, config.train)
+        with deferred_init(config), calls_of("model.factory", config.model.factory):
             model = make_model()
         with initialize(model, config) as engine:
-            profile = _profile(engine, data, steps, to, console)
+            profile = _profile(engine, batches, steps, to, console)
     print_profile(profile.summary, console)
     console.print(f"{REPORT}, {SUMMARY} and {TRACE} (for ui.perfetto.dev) are in {to}", highlight=False, markup=False, soft_wrap=True)
     return profile.summary
 
 
-def _profile(engine: Engine, data: Any, steps: int, to: Path, console: Console) -> Profile:
+def _profile(engine: Engine, batches: Batches, steps: int, to: Path, console: Console) -> Profile:
     config = engine.config
-    assert config.train is not None
-    train = config.train
-    schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train))
+    assert config.train is not None and config.model is not None
+    reference = config.model.factory
+    schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(config.train))
 
     def step() -> None:
-        one_step(engine, data, config, train, engine.steps)
+        one_step(engine, batches, reference, engine.steps)
         schedule.step()
         engine.save_if_due()
 

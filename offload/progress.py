@@ -21,19 +21,24 @@ from pagemem.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One step's figures: loss in nats, bytes over all tiers, and the share of the step spent waiting for pages."""
+    """One step's figures: loss in nats, bytes over all tiers, and the share of the step spent waiting for pages.
+
+    Attributes:
+        tokens_per_s: where the data say how many tokens a sample has.
+    """
 
     step: int
     loss: float
     lr: float
     step_s: float
-    tokens_per_s: float
+    samples_per_s: float
     host_bytes: int
     ssd_bytes: int
     ssd_read_bytes: int
     ssd_written_bytes: int
     wait_share: float
     staleness: int = 0
+    tokens_per_s: float | None = None
 
     @property
     def ssd_mb_per_s(self) -> float:
@@ -42,8 +47,9 @@ class StepMetrics:
 
     def line(self, steps: int) -> str:
         """The plain line."""
+        speed = f"{self.samples_per_s:,.1f} samples/s" if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f} tokens/s"
         return (
-            f"step {self.step}/{steps}  loss {self.loss:.4f}  {self.tokens_per_s:,.0f} tokens/s  RAM {format_bytes(self.host_bytes)}  "
+            f"step {self.step}/{steps}  loss {self.loss:.4f}  {speed}  RAM {format_bytes(self.host_bytes)}  "
             f"SSD {format_bytes(self.ssd_bytes)}  {self.ssd_mb_per_s:,.0f} MB/s  waiting {self.wait_share:.1%}"
             + (f"  staleness {self.staleness}" if self.staleness else "")
         )

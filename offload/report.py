@@ -19,23 +19,48 @@ BITS_PER_NAT = 1 / math.log(2)
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """Everything the closing table shows. Losses are validation losses in bits per byte, None when not measured."""
+    """Everything the closing table shows. Losses are validation losses, None when not measured.
+
+    Attributes:
+        tokens_per_sample, unit: as the data say, see `offload.batches`.
+    """
 
     n_parameters: int
     steps: int
     train_s: float
-    tokens: int
-    before_bits: float | None
-    after_bits: float | None
+    samples: int
+    tokens_per_sample: int | None
+    before_nats: float | None
+    after_nats: float | None
+    unit: str | None
     unigram_bits: float | None
     stats: Stats
     memory: MemoryReport
     planned_step_s: float | None
     process_peak_bytes: int
 
+    @property
+    def measure(self) -> str:
+        """What losses are shown in."""
+        return "nats" if self.unit is None else f"bits per {self.unit}"
 
-def _bits(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
+    def shown(self, nats: float) -> float:
+        """A loss in `measure`."""
+        return nats if self.unit is None else nats * BITS_PER_NAT
+
+    @property
+    def speed(self) -> tuple[str, str]:
+        """Throughput: what is counted, and how many a second."""
+        what, n = ("samples/s", self.samples) if self.tokens_per_sample is None else ("tokens/s", self.samples * self.tokens_per_sample)
+        return what, f"{n / self.train_s:,.{1 if self.tokens_per_sample is None else 0}f}" if self.train_s else "-"
+
+
+def _loss(run: RunSummary, nats: float | None) -> str:
+    return "not measured" if nats is None else f"{run.shown(nats):.3f}"
+
+
+def _per(unit: str | None) -> str:
+    return "" if unit is None else f" per {unit}"
 
 
 def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
@@ -44,10 +69,10 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
     rows = [
         ("parameters", f"{run.n_parameters:,}"),
         ("steps", f"{run.steps} ({stats.planned_steps} by plan, {stats.deviations} deviations)"),
-        ("validation before, bits per byte", _bits(run.before_bits)),
-        ("validation after, bits per byte", _bits(run.after_bits)),
-        ("unigram entropy of the validation text, bits per byte", _bits(run.unigram_bits)),
-        ("tokens/s", f"{run.tokens / run.train_s:,.0f}" if run.train_s else "-"),
+        (f"validation before, {run.measure}", _loss(run, run.before_nats)),
+        (f"validation after, {run.measure}", _loss(run, run.after_nats)),
+        *([] if run.unigram_bits is None else [(f"unigram entropy of the validation text, bits{_per(run.unit)}", f"{run.unigram_bits:.3f}")]),
+        run.speed,
         ("waiting for pages", f"{stats.wait_s / run.train_s:.1%} of the time" if run.train_s else "-"),
     ]
     if stats.dropped_steps or stats.dropped_gradients:
@@ -92,20 +117,20 @@ def print_rows(title: str, rows: Sequence[tuple[str, str]], console: Console) ->
 
 
 def save_loss_curve(path: Path, metrics: Sequence[StepMetrics], run: RunSummary) -> None:
-    """A picture of training and validation loss in bits per byte, with the unigram entropy as a line."""
+    """A picture of training and validation loss, in bits where the data say of what, with the unigram entropy as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot([m.step for m in metrics], [m.loss * BITS_PER_NAT for m in metrics], linewidth=1, label="training")
-    measured = [(s, b) for s, b in ((0, run.before_bits), (run.steps, run.after_bits)) if b is not None]
+    axes.plot([m.step for m in metrics], [run.shown(m.loss) for m in metrics], linewidth=1, label="training")
+    measured = [(s, run.shown(nats)) for s, nats in ((0, run.before_nats), (run.steps, run.after_nats)) if nats is not None]
     if measured:
         axes.plot(*zip(*measured, strict=True), "o", color="tab:red", label="validation")
-    if run.unigram_bits is not None:
+    if run.unigram_bits is not None and run.unit is not None:
         axes.axhline(run.unigram_bits, color="gray", linestyle="--", linewidth=1, label="unigram entropy")
-    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None), title=f"{run.n_parameters / 1e6:.1f}M parameters")
+    axes.set(xlabel="step", ylabel=f"loss, {run.measure}", ylim=(0, None) if all(m.loss >= 0 for m in metrics) else None, title=f"{run.n_parameters / 1e6:.1f}M parameters")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

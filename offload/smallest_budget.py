@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from offload.config import load_config
+from offload.config import ConfigError, load_config
 from offload.deferred_init import named_parts, watching_modules
 from offload.engine import ConfigLike
 from offload.model_checks import check_parameters
@@ -73,7 +73,7 @@ def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Gr
         try:
             with torch.device("meta"):
                 model = factory()
-        except FactoryError:
+        except (FactoryError, ConfigError):
             raise
         except Exception as error:
             reason = str(error).partition("\n")[0]

@@ -215,3 +215,19 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         log._file = whole
         log.take(metrics)
     assert (tmp_path / "m").read_bytes() == 2 * before
+
+
+# ---- data that are no text -------------------------------------------------------------------------------------------
+
+
+def test_data_without_tokens_are_spoken_of_in_samples_and_nats(raw: dict[str, Any]) -> None:
+    raw["model"] = {"factory": "launch_data:Regression"}
+    raw["data"] = {"factory": "launch_data:vectors"}
+    raw["train"] = {"steps": STEPS, "batch": 4, "evaluate_batches": 2, "threads": 1}
+    code, text = run(raw)
+    assert code == 0 and "validation after, nats" in text and "samples/s" in text
+    assert not any(word in text.replace(str(raw["output"]["run"]), "") for word in ("token", "bits", "unigram"))
+    lines = [json.loads(line) for line in (Path(raw["output"]["run"]) / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["tokens_per_s"] is None and line["samples_per_s"] > 0 for line in lines)
+    raw["train"]["steps"] = STEPS + 1
+    assert run(raw)[0] == 0 and steps(raw) == list(range(1, STEPS + 2))

@@ -6,7 +6,8 @@ import os
 import signal
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from offload.data import ByteCorpus
 
@@ -39,3 +40,33 @@ def signalling_text(folder: Path, seed: int, at: int, name: str) -> ByteCorpus:
     corpus = SignallingText(folder, seed=seed)
     corpus.at, corpus.number = at, signal.Signals[name].value
     return corpus
+
+
+class Vectors:
+    """Vectors and what is to become of them: no text, no tokens, rows of one kind."""
+
+    def batch(self, step: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Depends on the step alone."""
+        x = torch.randn(rows, 16, generator=torch.Generator().manual_seed(step))
+        return x, x.roll(1, -1).sin()
+
+    def validation_batches(self, count: int, rows: int) -> list[tuple[Tensor, Tensor]]:
+        """Steps that are not trained on."""
+        return [self.batch(10**6 + number, rows) for number in range(count)]
+
+
+def vectors(folder: Path, seed: int) -> Vectors:
+    """The vectors."""
+    return Vectors()
+
+
+class Regression(nn.Module):
+    """An MLP with its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 192), nn.GELU(), nn.Linear(192, 192), nn.GELU(), nn.Linear(192, 16))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean squared error."""
+        return nn.functional.mse_loss(self.layers(x), y)

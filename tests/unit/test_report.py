@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ MEMORY = MemoryReport(
     {"host": TierUse(4 * MIB, 2 * MIB, 3 * MIB, 48, 48), "ssd": TierUse(None, MIB, MIB, 16, None)}, {"PARAM": MIB}, 65536
 )
 RUN = RunSummary(
-    n_parameters=1000, steps=10, train_s=20.0, tokens=4000, before_bits=8.01, after_bits=2.5, unigram_bits=4.5,
+    n_parameters=1000, steps=10, train_s=20.0, samples=50, tokens_per_sample=80, before_nats=8.01 * math.log(2), after_nats=2.5 * math.log(2), unit="byte", unigram_bits=4.5,
     stats=STATS, memory=MEMORY, planned_step_s=1.9, process_peak_bytes=300 * MIB,
 )  # fmt: skip
 
@@ -31,7 +32,7 @@ RUN = RunSummary(
 def metrics(step: int) -> StepMetrics:
     """One step's figures."""
     return StepMetrics(
-        step=step, loss=2.0 / step, lr=1e-3, step_s=2.0, tokens_per_s=512.0, host_bytes=3 * MIB, ssd_bytes=MIB,
+        step=step, loss=2.0 / step, lr=1e-3, step_s=2.0, samples_per_s=4.0, tokens_per_s=512.0, host_bytes=3 * MIB, ssd_bytes=MIB,
         ssd_read_bytes=3_000_000, ssd_written_bytes=1_000_000, wait_share=0.25,
     )  # fmt: skip
 
@@ -62,10 +63,19 @@ def test_the_table_worked_by_hand() -> None:
     }
 
 
+def test_without_a_word_of_the_data_the_table_speaks_of_nats_and_samples() -> None:
+    run = dataclasses.replace(RUN, unit=None, tokens_per_sample=None, before_nats=8.01, unigram_bits=None)
+    rows = dict(summary_rows(run))
+    assert rows["validation before, nats"] == "8.010" and rows["samples/s"] == "2.5"
+    assert not [row for row in summary_rows(run) if "bits" in row[0] or "token" in row[0] or "unigram" in row[0]]
+    line = dataclasses.replace(metrics(4), tokens_per_s=None).line(10)
+    assert line.startswith("step 4/10  loss 0.5000  4.0 samples/s  RAM ")
+
+
 def test_a_run_stopped_before_its_first_step_has_a_table() -> None:
     nothing = Stats(0, 0, 0, 0, 0, 0, 0.0, 0.0)
     run = dataclasses.replace(
-        RUN, steps=0, tokens=0, train_s=0.0, before_bits=None, after_bits=None, unigram_bits=None, stats=nothing, planned_step_s=None
+        RUN, steps=0, samples=0, train_s=0.0, before_nats=None, after_nats=None, unigram_bits=None, stats=nothing, planned_step_s=None
     )
     rows = dict(summary_rows(run))
     assert rows["validation after, bits per byte"] == "not measured" and rows["tokens/s"] == "-"
@@ -90,7 +100,7 @@ def test_the_table_on_a_terminal_is_framed() -> None:
 
 @pytest.mark.parametrize("n_steps", [0, 1, 5])
 def test_the_curve_is_a_picture(n_steps: int, tmp_path: Path) -> None:
-    run = dataclasses.replace(RUN, after_bits=None if n_steps == 0 else 2.5)
+    run = dataclasses.replace(RUN, after_nats=None if n_steps == 0 else 2.5)
     save_loss_curve(tmp_path / "curve.png", [metrics(step + 1) for step in range(n_steps)], run)
     content = (tmp_path / "curve.png").read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) > 5000
