@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from offload.recompute import Layout, Recipe, recipe_of
-from pagemem.accelerator import Mark
+from offload.recompute import Layout, recipe_of
+from offload.saved_storage import KeptTensor, LeftActivation, Leaving, SavedStorage, changed_in_place
+from pagemem.accelerator import Mark, has_reached
 from pagemem.device_mover import DeviceMover
 from pagemem.residency import PagedTensor
 from pagemem.tier import Tag
@@ -48,108 +49,9 @@ def chunk_bytes(ram_bytes: int, page_bytes: int) -> int:
     return max(page_bytes, min(_CHUNK_BYTES, ram_bytes // 64 // page_bytes * page_bytes))
 
 
-class SavedStorage:
-    """The bytes behind one or more saved tensors.
-
-    Attributes:
-        original: one of the tensors, while they are to go to pages and are not there yet.
-        spoiled: they were changed before they got there.
-        chunks: paged tensors that hold them, in order.
-        consumed: they are being, or have been, brought back from paged tensors for good.
-        recipe: how to compute them again, if that is what is to be done.
-        repeatable: whether there is one.
-        n_views: saved tensors, and inputs of recipes, that the backward has not asked for yet.
-    """
-
-    __slots__ = (
-        "__weakref__", "_keeper", "chunks", "consumed", "device", "n_bytes", "n_views", "original", "recipe", "reference", "repeatable", "restored",
-        "spoiled", "version",
-    )  # fmt: skip
-
-    def __init__(
-        self, keeper: SavedActivations, saved: Tensor, reference: StorageWeakRef, *, paged: bool, recipe: Recipe | None, repeatable: bool
-    ) -> None:
-        self._keeper = keeper
-        self.reference = reference
-        self.version = saved._version
-        self.n_bytes = saved.untyped_storage().nbytes()
-        self.device = saved.device
-        self.original = saved.detach() if paged else None
-        self.spoiled = False
-        self.chunks: list[PagedTensor] = []
-        self.consumed = False
-        self.recipe = recipe
-        self.repeatable = repeatable
-        self.restored: Tensor | None = None
-        self.n_views = 0
-        keeper.begun(self)
-
-    def kept_by(self, keeper: SavedActivations) -> bool:
-        """Whether it is this engine's."""
-        return self._keeper is keeper
-
-    @property
-    def paged(self) -> bool:
-        """Whether its bytes are in pages, were there, or are to go there."""
-        return self.original is not None or self.spoiled or bool(self.chunks) or self.consumed
-
-    def __del__(self) -> None:
-        self._keeper.ended(self)
-
-
-def changed_in_place(shape: torch.Size) -> RuntimeError:
-    """The error for a saved tensor that is not what it was."""
-    return RuntimeError(
-        f"a tensor of shape {tuple(shape)} that the backward pass needs was changed by an inplace operation after it was saved, "
-        "so its gradient would be wrong; use the operation that makes a new tensor"
-    )
-
-
 def _graph_is_kept() -> bool:
     """Whether what is saved may be asked for again after the backward pass under way: its graph is kept, or there is no such pass."""
     return torch._C._current_graph_task_id() == -1 or torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-class KeptTensor:
-    """A saved tensor that stays as it is. Under hooks torch does not look whether it was changed; this does.
-
-    Attributes:
-        storage: counts it, where anybody counts.
-    """
-
-    __slots__ = ("saved", "storage", "version")
-
-    def __init__(self, saved: Tensor, storage: SavedStorage | None = None) -> None:
-        # Held as it is, an op's result would keep the op, which keeps us, alive for ever.
-        self.saved = saved.detach()
-        self.storage = storage
-        self.version = saved._version
-
-    @property
-    def layout(self) -> Layout:
-        """How it lies in its storage."""
-        return Layout.of(self.saved)
-
-    def unpack(self) -> Tensor:
-        """The tensor.
-
-        Raises:
-            RuntimeError: it was changed in place since it was saved, so the gradient would be wrong.
-        """
-        if self.saved._version != self.version:
-            raise changed_in_place(self.saved.shape)
-        return self.saved
-
-
-class LeftActivation:
-    """A saved tensor's place in a storage that is let go of: it goes to pages or is computed again."""
-
-    __slots__ = ("layout", "offset", "storage")
-
-    def __init__(self, storage: SavedStorage, saved: Tensor) -> None:
-        self.storage = storage
-        self.layout, self.offset = Layout.of(saved), saved.storage_offset()
-        storage.n_views += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +78,9 @@ class SavedActivations:
         self._leaving_limit_bytes = 0 if device is None else limit_bytes // _LEAVING_SHARE
         self._limit_bytes = limit_bytes - self._leaving_limit_bytes
         self._chunk_bytes = chunk_bytes
-        self._leaving: deque[tuple[Tensor, Mark]] = deque()
+        self._leaving: deque[Leaving] = deque()
         self._storages: weakref.WeakValueDictionary[int, SavedStorage] = weakref.WeakValueDictionary()
-        self._waiting: list[weakref.ref[SavedStorage]] = []
+        self._waiting: deque[weakref.ref[SavedStorage]] = deque()
         self._pool: dict[int, list[PagedTensor]] = defaultdict(list)
         self._used: set[PagedTensor] = set()
         self._expected: _Peak | None = None
@@ -227,42 +129,62 @@ class SavedActivations:
         return self._expected is None or self.paged_bytes < self._excess_bytes() - self._expected.repeatable_bytes
 
     def flush(self) -> None:
-        """Copy what waits into pages; called between two ops."""
-        if not self._waiting:
-            return
-        waiting, self._waiting = self._waiting, []
-        for reference in waiting:
-            storage = reference()
+        """Copy what waits into pages; called between two ops.
+
+        Raises:
+            BudgetError, StorageError: there are no pages for it. It is whole where it is, and waits for the next call.
+        """
+        while self._waiting:
+            storage = self._waiting[0]()
             if storage is not None and storage.original is not None:
                 self._write(storage, storage.original)
+            self._waiting.popleft()
 
     def _write(self, storage: SavedStorage, original: Tensor) -> None:
         if original._version != storage.version:
             storage.original, storage.spoiled = None, True
             return
         flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(original.untyped_storage())
-        for begin in range(0, storage.n_bytes, self._chunk_bytes):
-            part = flat[begin : begin + self._chunk_bytes]
-            chunk = self._take(part.numel())
-            storage.chunks.append(chunk)
-            with self._driver.op((OpKind.FORWARD, ("save", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CREATE)]):
-                if self._device is None:
-                    self._view(chunk)[: part.numel()].copy_(part)
-                else:
-                    mark = self._device.save(part, chunk)
-        if self._device is not None and not mark.reached():
-            self._leaving.append((flat, mark))
+        mark: Mark | None = None
+        try:
+            for begin in range(0, storage.n_bytes, self._chunk_bytes):
+                part = flat[begin : begin + self._chunk_bytes]
+                chunk = self._take(part.numel())
+                storage.chunks.append(chunk)
+                with self._driver.op((OpKind.FORWARD, ("save", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CREATE)]):
+                    if self._device is None:
+                        self._view(chunk)[: part.numel()].copy_(part)
+                    else:
+                        mark = self._device.save(part, chunk)
+        except BaseException:
+            self._give_back(storage)
+            if mark is not None:  # what is under way is behind it; the memory may be let go of now
+                self._follow(mark)
+            raise
+        if mark is not None and not has_reached(mark):
+            self._leaving.append(Leaving(original, weakref.ref(storage), mark))
         storage.original = None
         self._let_go(self._leaving_limit_bytes)
 
+    def _give_back(self, storage: SavedStorage) -> None:
+        """Nobody needs the chunks of a storage any more. Called by a finalizer, too: only notes it down."""
+        for chunk in storage.chunks:
+            self._used.discard(chunk)
+            self._driver.mover.expire(chunk)
+        storage.chunks = []
+
     def _let_go(self, limit_bytes: int) -> None:
         """Of storages on their way down, keep the youngest, so many bytes of them; compute goes on behind the copies of the others."""
-        leaving_bytes = sum(original.numel() for original, _ in self._leaving)
+        leaving_bytes = sum(leaving.n_bytes for leaving in self._leaving)
         while leaving_bytes > limit_bytes:
-            assert self._device is not None
-            original, mark = self._leaving.popleft()
-            self._device.accelerator.follow(mark)
-            leaving_bytes -= original.numel()
+            leaving = self._leaving.popleft()
+            self._follow(leaving.mark)
+            leaving.check()
+            leaving_bytes -= leaving.n_bytes
+
+    def _follow(self, mark: Mark) -> None:
+        assert self._device is not None
+        self._device.accelerator.follow(mark)
 
     def _take(self, n_bytes: int) -> PagedTensor:
         """The first paged tensor of this size that is free, so that like steps use the same ones."""
@@ -309,18 +231,21 @@ class SavedActivations:
             raise RuntimeError("what this backward pass needs was given up by one that failed while it was brought back; run the forward pass again")
         for_good = not _graph_is_kept()
         flat = torch.empty(storage.n_bytes, dtype=torch.uint8, device=storage.device)
-        for number, chunk in enumerate(storage.chunks):
-            part = flat[number * self._chunk_bytes :][: self._chunk_bytes]
-            with self._driver.op((OpKind.BACKWARD, ("saved", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CONSUME)]):
-                if self._device is None:
-                    part.copy_(self._view(chunk)[: part.numel()])
-                else:
-                    mark = self._device.restore(chunk, part)
-            if for_good:
-                storage.consumed = True
-                self._driver.mover.discard_soon(chunk)
-        if self._device is not None:
-            self._device.accelerator.follow(mark)
+        mark: Mark | None = None
+        try:
+            for number, chunk in enumerate(storage.chunks):
+                part = flat[number * self._chunk_bytes :][: self._chunk_bytes]
+                with self._driver.op((OpKind.BACKWARD, ("saved", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CONSUME)]):
+                    if self._device is None:
+                        part.copy_(self._view(chunk)[: part.numel()])
+                    else:
+                        mark = self._device.restore(chunk, part)
+                if for_good:
+                    storage.consumed = True
+                    self._driver.mover.discard_soon(chunk)
+        finally:
+            if mark is not None:  # also where a later chunk failed: the memory is not another's before
+                self._follow(mark)
         if for_good:
             self._used.difference_update(storage.chunks)
             storage.chunks = []
@@ -348,8 +273,6 @@ class SavedActivations:
     def ended(self, storage: SavedStorage) -> None:
         """Nobody needs a storage any more. Called by a finalizer: only notes it down."""
         self._count(storage, -storage.n_bytes)
-        for chunk in storage.chunks:
-            self._used.discard(chunk)
-            self._driver.mover.expire(chunk)
+        self._give_back(storage)
         if not self.saved_bytes:
             self._expected, self._peak = self._peak, _Peak()

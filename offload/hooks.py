@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.activations import KeptTensor, LeftActivation
 from offload.parameters import Binder
+from offload.saved_storage import KeptTensor, LeftActivation
 from optim.unit import Unit
 from scheduler.trace import Access, AccessMode, OpKind
 

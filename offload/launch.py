@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from offload.batches import Batches, evaluated, loss_of
+from offload.batches import Batches, evaluated, loss_of, on_device
 from offload.config import Config, ConfigError, TrainConfig
 from offload.console import BROKEN_PIPE, Output, is_closed
 from offload.deferred_init import deferred_init
@@ -126,17 +126,18 @@ def _process_peak_bytes() -> int:
 
 def one_step(engine: Engine, batches: Batches, reference: str, step: int) -> float:
     """All micro-batches of one optimizer step; returns their mean loss in nats."""
-    total, n = 0.0, engine.config.update.accumulation
+    losses, n = [], engine.config.update.accumulation
     for micro in range(n):
         x, y = batches.batch(step * n + micro)
         with calls_of("model.factory", f"{reference}: forward(x, y) of step {step + 1}"):
-            output = engine(x.to(engine.torch_device), y.to(engine.torch_device))
+            output = engine(on_device(x, engine.torch_device), on_device(y, engine.torch_device))
         loss = loss_of(output, reference, trains=True)
-        total += float(loss.detach())
+        losses.append(loss.detach())
         with calls_of("model.factory", f"{reference}: the backward pass of step {step + 1}"):
             engine.backward(loss)
     engine.step()
-    return total / n
+    # Not before: reading one waits until a device has come that far, and it would have nothing to do meanwhile.
+    return sum(map(float, losses)) / n
 
 
 def launch(config: Config, console: Console | None = None) -> int:

@@ -22,8 +22,16 @@ def gradient_norm(flat: torch.Tensor) -> torch.Tensor:
 
 def total_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
     """The global norm from the norms of all gradients of a step, in parameter order; where these are, or on the CPU if that differs."""
-    there = list(norms) if len({norm.device for norm in norms}) == 1 else [norm.cpu() for norm in norms]
-    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(there))
+    by_device: dict[torch.device, list[int]] = {}
+    for index, norm in enumerate(norms):
+        by_device.setdefault(norm.device, []).append(index)
+    if len(by_device) == 1:
+        together = torch.stack(list(norms))
+    else:
+        together = torch.empty(len(norms), dtype=norms[0].dtype)
+        for indices in by_device.values():
+            together[indices] = torch.stack([norms[index] for index in indices]).cpu()  # a device is waited for once, not for each
+    total: torch.Tensor = torch.linalg.vector_norm(together)
     return total
 
 

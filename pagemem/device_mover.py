@@ -41,7 +41,8 @@ class DeviceMover(Mover):
 
     Attributes:
         unclaimed: tensors whose load has begun since their last use.
-        edited: tensors that were changed here and that have not been written back yet.
+        edited: tensors that were changed here and that have not been written back yet. changed_at_home: likewise, of fixed ones, which stay so
+            for many steps.
 
     Raises:
         StorageError: the system starts no more threads.
@@ -56,6 +57,7 @@ class DeviceMover(Mover):
         self.accelerator = accelerator
         self.unclaimed: set[TensorId] = set()
         self.edited: dict[TensorId, PagedTensor] = {}
+        self.changed_at_home: dict[TensorId, PagedTensor] = {}
         self._lower: dict[TensorId, PagedTensor] = {}
         self._marks: dict[TensorId, Mark] = {}  # of copies that compute has not been put behind yet
         self._copier = HostCopier(below, accelerator, self.note_failure, sink)
@@ -172,7 +174,7 @@ class DeviceMover(Mover):
         with self.changed:
             super().touch(tensor)
             if self.mirrors(tensor):
-                self.edited[tensor.id] = tensor
+                (self.changed_at_home if tensor.fixed else self.edited)[tensor.id] = tensor
 
     def start_store(self, tensor: PagedTensor, *, background: bool = False) -> None:
         """Nothing: who edits a tensor writes it back, see `written_back`. Until then it stays dirty and where it is."""
@@ -181,6 +183,7 @@ class DeviceMover(Mover):
         """The tensor below has the content of an edited one, or of one that may have been."""
         with self.changed:
             self.edited.pop(tensor.id, None)
+            self.changed_at_home.pop(tensor.id, None)
             if tensor.state is Residency.DIRTY:
                 tensor.become(Residency.STORING)
                 tensor.become(Residency.CLEAN)

@@ -39,7 +39,7 @@ _WAITS = frozenset({EventKind.WAIT, EventKind.UPDATE_WAIT})
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A wait, of the training thread or another."""
+    """A wait, of the training thread (or the one that has its place in a backward pass) or another."""
 
     name: str
     n_bytes: int
@@ -97,7 +97,8 @@ class Recorder:
 
     def __init__(self, explain: Callable[[str], WaitCause]) -> None:
         self._explain = explain
-        self._training = threading.get_ident()
+        # The training thread, and a thread of autograd that performs ops in its place: a device's backward pass has one.
+        self._training = {threading.get_ident()}
         self._changes: list[tuple[float, Tier, Tag, int]] = []
         self._ops: list[OpSpan] = []
         self._events: list[Event] = []
@@ -125,7 +126,7 @@ class Recorder:
             if begun != event.name:  # Left by a wait that failed.
                 cause = _UPDATER
             end_s = event.start_s + event.duration_s
-            self._waits.append(Wait(event.name, event.n_bytes, event.start_s, end_s, cause, thread == self._training))
+            self._waits.append(Wait(event.name, event.n_bytes, event.start_s, end_s, cause, thread in self._training))
         else:
             self._events.append(event)
         self._count(now_s)
@@ -139,12 +140,14 @@ class Recorder:
     def begins(self, phase: str, name: str, tensor: str, n_bytes: int) -> None:
         """Note the beginning of an op."""
         now_s = time.perf_counter()
+        self._training.add(threading.get_ident())
         self._op = (phase, name, tensor, n_bytes, now_s)
         self._count(now_s)
 
     def ends(self) -> None:
         """Note the end of the op under way."""
         now_s = time.perf_counter()
+        self._training.add(threading.get_ident())
         self._end_op(now_s)
         self._count(now_s)
 
@@ -181,5 +184,5 @@ class Recorder:
         return Recording(
             self._began_s, end_s, Timeline(self._began_s, end_s, held, changes), tuple(self._ops), tuple(self._events),
             tuple(self._waits), tuple(self._step_ends_s), sum(spent_s for spent_s, _ in spent.values()),
-            spent.get(self._training, (0.0, 0))[0], sum(n_calls for _, n_calls in spent.values()),
+            sum(spent.get(thread, (0.0, 0))[0] for thread in self._training), sum(n_calls for _, n_calls in spent.values()),
         )  # fmt: skip

@@ -106,23 +106,24 @@ class DeviceDriver(Driver):
         """Between two steps: have below what has changed in tensors that are at home here, and what may have through views in use.
 
         Raises:
-            StorageError: a page file failed, or has no room for what has to give way. The device has everything.
+            StorageError: a page file failed, or has no room for what has to give way. DeviceError: the calling thread's compute goes
+                where this would not be ordered with it. The device has everything.
         """
         with self.interlude():
             for tensor in list(self.device.tensors.values()):
-                if tensor.id in self.device.edited or (tensor.exposed and tensor.readable):
+                if tensor.id in self.device.edited or tensor.id in self.device.changed_at_home or (tensor.exposed and tensor.readable):
                     self._written_back(tensor, AccessMode.CREATE)
 
     def bring_up(self) -> None:
         """Between two steps: what is below of tensors that are at home here is what they are to be.
 
         Raises:
-            StorageError: one cannot be read; it and those after it are as they were.
+            StorageError: one cannot be read; DeviceError: as `bring_down`. It and those after it are as they were.
         """
         with self.interlude():
             for tensor in [tensor for tensor in self.device.tensors.values() if tensor.fixed and self.device.mirrors(tensor)]:
                 self._filled_anew(tensor)
-                if tensor.id in self.device.edited:
+                if tensor.id in self.device.changed_at_home:
                     self.device.written_back(tensor)
 
     def quiesce(self) -> None:
@@ -141,14 +142,16 @@ class DeviceDriver(Driver):
 
     def _filled_anew(self, tensor: PagedTensor) -> None:
         """Copy what is below into the frames that a tensor has."""
+        self.device.accelerator.check()
         with self._below_has([tensor.id], tensor.name):
             self.device.bytes_of(tensor).copy_(self.below.mover.bytes_of(self.device.lower(tensor.id)))
 
     def _write_back(self) -> None:
-        for tensor in [tensor for tensor in self.device.edited.values() if not tensor.fixed]:
+        for tensor in list(self.device.edited.values()):
             self._written_back(tensor, AccessMode.MODIFY)
 
     def _written_back(self, tensor: PagedTensor, mode: AccessMode) -> None:
+        self.device.accelerator.check()
         with self._below_has([tensor.id], tensor.name, mode):
             self.below.mover.bytes_of(self.device.lower(tensor.id)).copy_(self.device.bytes_of(tensor))
         self.device.written_back(tensor)

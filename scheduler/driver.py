@@ -130,7 +130,8 @@ class Driver(Holding):
             held = self._hold(name, [access for access in accesses if access.mode is not AccessMode.RENEW])
         if watcher is not None:
             watcher.begins(key[0].value, name, held[0].name if held else "", sum(tensor.n_bytes for tensor in held))
-        if self._recording:
+        # A plan that is to stay needs no times, and a device takes two marks for each.
+        if self._recording and (self.mode is Mode.ON_DEMAND or self._durations.wanted):
             self._recorder.go_on()
         return held
 
@@ -171,6 +172,8 @@ class Driver(Holding):
                 self._leave_plan("the step ended early")
             self.on_demand_steps += 1
             trace = self._recorder.finish(timed=repeatable)
+            if repeatable and self.plan is not None:
+                trace.take_durations(self._trace)  # of ops that followed the plan before this step left it
             # A step may ask nothing of this tier, where all it needs is at home above.
             if repeatable and not asked_otherwise and (trace.ops or (self.above is not None and self.above.plan is not None)):
                 self._adopt(trace)

@@ -56,7 +56,7 @@ def test_compute_goes_on_behind_what_is_on_its_way_down_only_for_its_room(tmp_pa
 
         def look(*_: object) -> None:
             nonlocal most_bytes
-            most_bytes = max(most_bytes, sum(original.numel() for original, _ in saved._leaving))
+            most_bytes = max(most_bytes, sum(leaving.n_bytes for leaving in saved._leaving))
 
         for module in engine.model.modules():
             module.register_forward_hook(look)
@@ -92,12 +92,14 @@ def test_the_device_is_asked_for_times_only_until_the_plan_has_them(tmp_path: Pa
     made = config(tmp_path)
     made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "1MiB"}}
     with late_device(monkeypatch) as device, offload.initialize(built(), made, adamw) as engine:
-        timed = []
+        timed, marked = [], []
         for _ in range(9):
-            before = device.timed
+            before = device.timed, device.stamped
             train(engine, 1)
-            timed.append(device.timed > before)
+            timed.append(device.timed > before[0])
+            marked.append(device.stamped > before[1])
         assert timed == [False, True, False, True, True, True, False, False, False]
+        assert marked == [True, True, False, True, True, True, False, False, False], "nobody is to ask for the times of the others"
         assert engine.stats().deviations == 0
 
 
@@ -320,6 +322,35 @@ def test_a_budget_that_cannot_be_locked_is_refused_in_one_line(tmp_path: Path, m
         assert "\n" not in str(caught.value)
     assert all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
     assert_equal(model, plain)
+
+
+@pytest.mark.parametrize("memory", [{}, {"device": "8MiB"}], ids=["streamed", "at home"])
+def test_values_are_not_brought_down_or_up_where_that_is_not_ordered_with_compute(
+    memory: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit from inside another stream would have what the device had some time."""
+    with late_device(monkeypatch) as device, offload.initialize(built(), on_late(tmp_path, **memory), adamw) as engine:
+        train(engine, 2)
+        engine.save()
+        kept = {name: value.clone() for name, value in engine.model.state_dict().items()}
+        train(engine, 1)
+        elsewhere = offload.DeviceError("used on another stream")
+
+        def check() -> None:
+            raise elsewhere
+
+        with monkeypatch.context() as patched:
+            patched.setattr(device, "check", check)
+            if engine.stats().device_units:
+                with pytest.raises(offload.DeviceError, match="another stream"):
+                    engine.save()
+                with pytest.raises(offload.DeviceError, match="another stream"):
+                    engine.resume()
+            with pytest.raises(offload.DeviceError, match="another stream"):
+                engine(*batches(1)[0])
+        assert engine.resume() is not None
+        assert all(torch.equal(value, kept[name]) for name, value in engine.model.state_dict().items()), "the commit before is the last"
+    assert_closed(engine)
 
 
 def test_a_program_that_does_not_close_its_engine_ends_in_order(tmp_path: Path) -> None:

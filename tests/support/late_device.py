@@ -64,14 +64,14 @@ class LateDevice(RamDevice):
     Attributes:
         late_s: how long each takes.
         followed: copies that compute was put behind. brought: losses and gradients copied down. saved: pieces of saved tensors. timed:
-            times asked for.
+            times asked for. stamped: places taken to ask for them.
     """
 
     stages = True
 
     def __init__(self, late_s: float = 0.001) -> None:
         self.late_s = late_s
-        self.followed = self.brought = self.saved = self.timed = 0
+        self.followed = self.brought = self.saved = self.timed = self.stamped = 0
         self.fails: BaseException | None = None
         self._dead = False
         self._asked: queue.SimpleQueue[tuple[torch.Tensor | Lying, torch.Tensor, Mark, LateMark] | None] = queue.SimpleQueue()
@@ -82,6 +82,11 @@ class LateDevice(RamDevice):
         """Compute begins at once, so that it has to wait here."""
         self.followed += 1
         super().follow(mark)
+
+    def stamp(self) -> float:
+        """For which a real device has an event."""
+        self.stamped += 1
+        return super().stamp()
 
     def seconds(self, begun: float, ended: float) -> float:
         """For which a real device would be waited for."""

@@ -75,3 +75,22 @@ def test_finite_gradients_with_an_infinite_norm_raise() -> None:
 
 def test_no_gradient_at_all_is_fine() -> None:
     assert clip_coefficient(total_norm([gradient_norm(torch.zeros(100))]), 1.0).item() == 1.0
+
+
+def test_norms_on_a_device_are_brought_down_together() -> None:
+    """Those of units that are at home there, among others: each copy would be waited for."""
+    brought: list[int] = []
+
+    class OnDevice(torch.Tensor):
+        @property
+        def device(self) -> torch.device:
+            return torch.device("cuda")
+
+        def cpu(self) -> torch.Tensor:  # type: ignore[override]
+            brought.append(self.numel())
+            return self.as_subclass(torch.Tensor)
+
+    norms = [gradient_norm(gradient(parameter).reshape(-1)) for parameter in parameters(1.0)]
+    mixed = [norm.as_subclass(OnDevice) if number % 2 else norm for number, norm in enumerate(norms)]
+    assert torch.equal(total_norm(mixed), torch.linalg.vector_norm(torch.stack(norms)))
+    assert brought == [len(norms) // 2]

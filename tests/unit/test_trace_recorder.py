@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler.trace import OpKind, TraceRecorder
+from scheduler.trace import Op, OpKind, Trace, TraceRecorder
 
 
 class Ticks:
@@ -50,3 +50,12 @@ def test_durations_that_nobody_wants_are_not_asked_for() -> None:
         recorder.pause()
         (op,) = recorder.finish(timed=timed).ops
         assert op.duration_s == float(timed) and len(clock.asked) == timed
+
+
+def test_ops_that_were_not_timed_last_as_long_as_before_as_far_as_the_steps_begin_alike() -> None:
+    def step(*ops: tuple[int, float]) -> Trace:
+        return Trace(tuple(Op((OpKind.FORWARD, key), str(key), (), duration_s) for key, duration_s in ops))
+
+    later = step((0, 0.0), (1, 0.0), (2, 7.0), (4, 0.0), (5, 0.0))
+    later.take_durations(step((0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0), (5, 5.0)))
+    assert [op.duration_s for op in later.ops] == [1.0, 2.0, 7.0, 0.0, 0.0]

@@ -166,6 +166,31 @@ def test_the_recorder_joins_a_wait_with_its_cause_and_keeps_what_was_held() -> N
     assert 0 < recording.spent_s and recording.training_spent_s < recording.spent_s
 
 
+def test_a_thread_that_performs_ops_has_the_place_of_the_training_thread() -> None:
+    """The backward pass of a device is on a thread of autograd's, while the training thread does nothing."""
+    recorder = Recorder(lambda _: UNKNOWN_CAUSE)
+
+    def waits(name: str) -> None:
+        recorder.waits(name)
+        recorder.emit(Event(EventKind.WAIT, name, 0, 1.0, 2.0))
+
+    def backward() -> None:
+        recorder.ends()
+        waits("in the backward pass")
+        recorder.begins("backward", "layer", "tensor", 1)
+
+    waits("in the forward pass")
+    for target in (lambda: waits("beside it"), backward):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    recording = recorder.finish({})
+    assert [(wait.name, wait.training) for wait in recording.waits] == [
+        ("in the forward pass", True), ("beside it", False), ("in the backward pass", True),
+    ]  # fmt: skip
+    assert 0 < recording.training_spent_s <= recording.spent_s
+
+
 def test_the_cause_of_a_wait_that_failed_is_no_others() -> None:
     with opened() as gates:
         a = gates.stored(1, "a")
