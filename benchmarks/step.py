@@ -148,7 +148,10 @@ class Engine:
     def summary(self) -> dict[str, Any]:
         """Memory by tier, and the plan's forecast."""
         report = self.engine.memory_report()
-        return {"planned_step_s": self.engine.planned_step_s, "device_units": self.engine.stats().device_units, "memory": dataclasses.asdict(report)}
+        return {
+            "planned_step_s": self.engine.planned_step_s, "device_units": self.engine.stats().device_units,
+            "units": len(self.engine._store.index.units), "memory": dataclasses.asdict(report),
+        }  # fmt: skip
 
     def close(self) -> None:
         """Close the engine."""
@@ -180,6 +183,10 @@ def child(a: argparse.Namespace) -> None:
     """Step whenever a line comes in; answer each with one JSON line."""
     torch.set_num_threads(a.threads)
     torch.manual_seed(1)
+    if a.device == "cuda":
+        # Fused kernels of attention add gradients up in any order: neither side would have the same bits twice.
+        for enable in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp, torch.backends.cuda.enable_cudnn_sdp):
+            enable(False)
     subject = _subject(a)
     count = Count()
     tensors = LiveStorages(count)
@@ -278,8 +285,15 @@ class Run:
         """The engine's time over another's, step by step."""
         return [ours["step_s"] / theirs["step_s"] for ours, theirs in zip(self.timed("engine"), self.timed(over), strict=True)]
 
-    def losses_equal(self) -> bool:
-        """Whether both had the same losses, bit for bit, in every step."""
+    def losses_equal(self, a: argparse.Namespace) -> bool | None:
+        """Whether both had the same losses, bit for bit, in every step.
+
+        None: that is not to be expected on a GPU, where plain PyTorch makes updates by other kernels than the CPU does of units that
+        are not at home there, and adds norms up in another order.
+        """
+        engine = self.summaries["engine"]
+        if a.device == "cuda" and (a.clip_norm or engine["device_units"] < engine["units"]):
+            return None
         torch_losses, engine_losses = ([step["loss"] for step in self.steps[kind]] for kind in ("torch", "engine"))
         return torch_losses == engine_losses
 
@@ -317,7 +331,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "planned_step_s": summaries[-1]["engine"]["planned_step_s"],
         "device_units": highest("engine", "device_units"),
         "deviations": sum(step["deviations"] for run in runs for step in run.steps["engine"]),
-        "losses_equal": all(run.losses_equal() for run in runs),
+        "losses_equal": None if runs[0].losses_equal(a) is None else all(run.losses_equal(a) for run in runs),
         "memory": summaries[-1]["engine"]["memory"],
         "torch_offload": None
         if not a.torch_offload
@@ -345,7 +359,7 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("  of it updates", f"{record['update_s']:.3f}"),
         ("  of it compute and everything else", f"{rest_s:.3f}"),
         ("  as the plan forecast it", f"{record['planned_step_s'] or 0:.3f}"),
-        ("losses equal, bit for bit", str(record["losses_equal"])),
+        ("losses equal, bit for bit", "not compared: other kernels" if record["losses_equal"] is None else str(record["losses_equal"])),
         ("VmHWM, plain torch", f"{record['torch_peak_rss_bytes'] / 1e6:,.0f} MB"),
         ("VmHWM, engine", f"{record['engine_peak_rss_bytes'] / 1e6:,.0f} MB"),
         *([("units updated on the device", str(record["device_units"]))] if record["device_units"] else []),
