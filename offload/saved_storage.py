@@ -137,6 +137,7 @@ class Leaving:
 
     @property
     def n_bytes(self) -> int:
+        """Of the storage."""
         return self.original.untyped_storage().nbytes()
 
     def check(self) -> None:
