@@ -23,7 +23,7 @@ from offload.commit_state import encoded
 from offload.earlier import Commit, EarlierCommits
 from offload.store import PageStore
 from pagemem.copies import StoredCopy
-from pagemem.errors import CommitError, TransitionError
+from pagemem.errors import CommitError, DamagedCommitError, StorageError, TransitionError
 from pagemem.manifest import Manifest, StoredTensor
 from pagemem.snapshot import Snapshot, SnapshotState
 from pagemem.tier import TRANSIENT
@@ -205,15 +205,19 @@ class Committer:
         if snapshot.state is SnapshotState.COMPLETE:
             try:
                 self._earlier.folder.remove(number)
-            except OSError:  # The commit's own error is the one to raise; the frames wait for `_settle_doubtful`.
+            except StorageError:  # The commit's own error is the one to raise; the frames wait for `_settle_doubtful`.
                 self._doubtful[number] = snapshot
                 return
         self._abandon(snapshot)
 
     def _settle_doubtful(self) -> None:
-        """Remove what failed commits may have left; nothing is committed while that cannot be done."""
-        for number in list(self._doubtful):
-            self._earlier.folder.remove(number)
+        """Remove what failed commits may have left; nothing is committed while that cannot be done.
+
+        Where it is uncertain for good whether one is there, its frames stay as they are until the run ends.
+        """
+        folder = self._earlier.folder
+        for number in [number for number in self._doubtful if number not in folder.uncertain]:
+            folder.remove(number)
             self._abandon(self._doubtful.pop(number))
 
     def _abandon(self, snapshot: Snapshot) -> None:
@@ -231,22 +235,37 @@ class Committer:
             raise CommitError(f"the commit was given up, earlier ones are whole: {snapshot.error}") from snapshot.error
 
     def _retire(self) -> None:
-        """Remove what is not kept any more; its frames are free once that is durable."""
+        """Remove what is not kept any more; its frames are free once that is durable.
+
+        A damaged commit goes only if its file was read and is not what was written; what could not be used for another reason
+        stays, with its frames.
+        """
         left, self._left = self._left, []
+        damaged = [number for number, error in self.damaged.items() if isinstance(error, DamagedCommitError)]
         usable = {number: commit for number, commit in sorted(self.commits.items()) if number not in self.damaged}
         unnamed = [number for number, commit in usable.items() if commit.manifest.name is None and number not in left]
         newest_of_name = {commit.manifest.name: number for number, commit in usable.items()}
         kept = {*unnamed[-self._keep :], *(n for name, n in newest_of_name.items() if name is not None), self._number}
+        kept |= self.damaged.keys() - set(damaged)
         for number in [number for number in self.commits if number not in kept]:
+            self._retire_one(number)
+        for number in damaged:
             self._earlier.folder.remove(number)
-            commit = self.commits.pop(number)
-            with self._store.mover.changed:
-                for stored in commit.copies.values():
-                    self._store.mover.copies.let_go(stored)
-        for number in list(self._earlier.damaged):
-            self._earlier.folder.remove(number)
-            del self._earlier.damaged[number]
+            del self.damaged[number]
         self._earlier.folder.sweep()
+
+    def _retire_one(self, number: int) -> None:
+        folder = self._earlier.folder
+        try:
+            folder.remove(number)
+        except StorageError:
+            if number in folder.uncertain:  # a crash may bring it back, so its frames stay as they are until the run ends
+                del self.commits[number]
+            raise
+        commit = self.commits.pop(number)
+        with self._store.mover.changed:
+            for stored in commit.copies.values():
+                self._store.mover.copies.let_go(stored)
 
     # ---- the thread ---------------------------------------------------------------------------------------------
 

@@ -17,6 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagemem.own_file import has_folder, kind_of, make_folder, naming, remove_file, replace_file
+from pagemem.small_file import read_small
+from pagemem.units import KiB
+
 _FORMAT: Final = "offload byte corpus 1"
 
 
@@ -49,19 +53,20 @@ class ByteCorpus:
         """The corpus of ``files``, each wholly in training or in validation by a hash of its name below ``root``.
 
         Raises:
-            ValueError: there is no file on one of the two sides.
+            ValueError: there is no file on one of the two sides. StorageError: the folder cannot be used.
         """
         names = [file.relative_to(root).as_posix() for file in files]
         sizes = [file.stat().st_size for file in files]
         digest = hashlib.sha256(json.dumps([_FORMAT, validation_share, names, sizes]).encode()).hexdigest()
         described = folder / "corpus.json"
         if _digest_in(described) != digest:
-            folder.mkdir(parents=True, exist_ok=True)
-            described.unlink(missing_ok=True)  # Until both files are whole, nothing vouches for them.
+            if not has_folder(folder):
+                make_folder(folder)
+            remove_file(described)  # Until both files are whole, nothing vouches for them.
             held_out = [_share_of(name) < validation_share for name in names]
             _write(folder / "train.bin", (f for f, out in zip(files, held_out, strict=True) if not out))
             _write(folder / "validation.bin", (f for f, out in zip(files, held_out, strict=True) if out))
-            _replace(described, json.dumps({"format": _FORMAT, "digest": digest, "files": len(files)}).encode())
+            replace_file(described, json.dumps({"format": _FORMAT, "digest": digest, "files": len(files)}).encode())
         return cls(folder, seed=seed)
 
     def batch(self, step: int, rows: int, seq: int) -> tuple[Tensor, Tensor]:
@@ -101,8 +106,11 @@ def _python_files(root: Path) -> Iterator[Path]:
 def _digest_in(described: Path) -> str | None:
     """The digest that a corpus description states, or None when there is no readable one."""
     try:
-        content = json.loads(described.read_text())
-    except (OSError, ValueError):
+        with naming("reading", described):
+            if kind_of(described) is None:
+                return None
+            content = json.loads(read_small(described, KiB))
+    except ValueError:
         return None
     found = content.get("digest") if isinstance(content, dict) else None
     return found if isinstance(found, str) else None
@@ -122,14 +130,7 @@ def _write(path: Path, files: Iterable[Path]) -> None:
     text = b"\n".join(file.read_bytes() for file in files)
     if len(text) < 2:
         raise ValueError(f"no text for {path.name}: too few source files, or a validation share that leaves one side empty")
-    _replace(path, text)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_suffix(".tmp")
-    beside.write_bytes(content)
-    beside.replace(path)
+    replace_file(path, text)
 
 
 def _rows(text: np.memmap[tuple[int], np.dtype[np.uint8]], starts: Iterable[int], seq: int) -> tuple[Tensor, Tensor]:

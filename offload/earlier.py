@@ -17,15 +17,16 @@ from pydantic import Field, TypeAdapter
 
 from offload.commit_state import read_commit
 from offload.config import ConfigError
-from offload.page_map import file_sizes, impossible
+from offload.page_map import file_sizes, frames_reached, impossible
 from pagemem.commit_folder import CommitFolder
 from pagemem.copies import Copies, StoredCopy
-from pagemem.errors import CommitError
+from pagemem.errors import CommitError, UnknownCommitError
 from pagemem.manifest import Manifest
+from pagemem.own_file import kind_of, naming, replace_file
 from pagemem.page_file import PAGE_FILE_NAME
-from pagemem.raw_file import sync_folder
 from pagemem.run_directory import RunDirectory
 from pagemem.small_file import Line, Record, checked, parse_json, read_small
+from pagemem.striping import Striping
 from pagemem.tier import Tag
 
 #: In every directory of a run that commits but the first: which one that is.
@@ -58,6 +59,7 @@ class EarlierCommits:
 
     Raises:
         ConfigError: the directories are not those, in their order, that the commits in one of them name.
+        CommitError: what a commit names cannot be told, now or by this version, or a page file is gone. No reason to remove it.
     """
 
     def __init__(self, directories: Sequence[RunDirectory]) -> None:
@@ -71,6 +73,8 @@ class EarlierCommits:
         for number in self.folder.numbers():
             try:
                 manifest = read_commit(self.folder, number)
+            except UnknownCommitError as error:
+                raise UnknownCommitError(f"{error}. Nothing was changed; make it readable, or move it out of the folder to go on without it") from error
             except CommitError as error:
                 self.damaged[number] = error
                 continue
@@ -80,9 +84,23 @@ class EarlierCommits:
                     "not those given now; give the same folders in the same order, or others"
                 )
             self._manifests[number] = manifest
-        for number, why in impossible(list(self._manifests.values()), file_sizes(directory.file(PAGE_FILE_NAME) for directory in directories)).items():
+        file_bytes = file_sizes(directory.file(PAGE_FILE_NAME) for directory in directories)
+        for number, why in impossible(list(self._manifests.values()), file_bytes).items():
+            self._refuse_lost_pages(self._manifests[number], file_bytes)
             del self._manifests[number]
             self.damaged[number] = CommitError(f"{self.folder.manifest(number)} is damaged: {why}")
+
+    def _refuse_lost_pages(self, manifest: Manifest, file_bytes: Sequence[int]) -> None:
+        """Raise where a page file is gone, or was cut and nothing could tell: it would be made anew, and its zeros pass for pages."""
+        n_frames = frames_reached(manifest)
+        for path, frames in enumerate(Striping([1.0] * len(file_bytes)).file_frames(n_frames)):
+            n_bytes, wanted_bytes = file_bytes[path], frames * manifest.page_bytes
+            if n_bytes < wanted_bytes and (not n_bytes or not manifest.checksums):
+                raise CommitError(
+                    f"{self._directories[path].file(PAGE_FILE_NAME)} {f'has {n_bytes} bytes' if n_bytes else 'is gone or empty'}, and commit "
+                    f"{manifest.number} names {wanted_bytes} bytes of it. Nothing was changed; put the file back, or move "
+                    f"{self.folder.manifest(manifest.number)} away to go on without that commit"
+                )
 
     def _check_parts(self) -> None:
         first = self._directories[0]
@@ -109,15 +127,10 @@ class EarlierCommits:
         first = self._directories[0]
         for directory in self._directories[1:]:
             path = directory.file(_PART_OF)
-            if path.exists():
-                continue
-            draft = directory.file(_PART_OF + ".new")
-            with open(draft, "w") as file:
-                json.dump({"run_id": first.run_id, "path": str(first.path)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.rename(path)
-            sync_folder(directory.path)
+            with naming("looking for", path):
+                claimed = kind_of(path) is not None
+            if not claimed:
+                replace_file(path, json.dumps({"run_id": first.run_id, "path": str(first.path)}).encode())
 
     @property
     def last_number(self) -> int:

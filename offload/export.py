@@ -31,7 +31,7 @@ from pagemem.errors import ChecksumError, CommitError, DiskFullError, OffloadErr
 from pagemem.manifest import Manifest, StoredTensor
 from pagemem.page_file import PAGE_FILE_NAME
 from pagemem.page_reader import Chunk, PageReader
-from pagemem.raw_file import sync_folder
+from pagemem.own_file import make_folder, remove_folders, sync_folder
 from pagemem.units import KiB, format_bytes
 
 #: dtypes that can be asked for; "keep" is what the parameters were computed in.
@@ -146,7 +146,7 @@ def _new_folder(to: Path, n_bytes: int) -> Iterator[Path]:
     Raises:
         DiskFullError: there is no room for ``n_bytes``.
     """
-    made = _make_parents(to.parent)
+    made = make_folder(to.parent)
     draft: Path | None = None
     try:
         free_bytes = shutil.disk_usage(to.parent).free
@@ -163,26 +163,21 @@ def _new_folder(to: Path, n_bytes: int) -> Iterator[Path]:
         draft = to
         sync_folder(to.parent)
     except BaseException as error:
+        failure = write_failure(error, "making", to) if isinstance(error, OSError) else error
         if draft is not None:
-            shutil.rmtree(draft)
-        for folder in made:
-            folder.rmdir()
-        if isinstance(error, OSError):
-            raise write_failure(error, to, n_bytes) from error
-        raise
+            _remove(draft, failure)
+        remove_folders(made)
+        raise failure from (error if failure is not error else error.__cause__)
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Make a folder and its parents; returns those made, the deepest first."""
-    missing = [path for path in [folder, *folder.parents] if not path.exists()]
+def _remove(folder: Path, failure: BaseException) -> None:
+    """Remove what there is of an export; where that cannot be done either, the failure says so."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder)
     except OSError as error:
-        for path in missing:
-            if path.is_dir():
-                path.rmdir()
-        raise ExportError(f"{folder} cannot be made: {error.strerror}") from error
-    return missing
+        if not isinstance(failure, OffloadError):
+            return
+        failure.args = (f"{failure}; what is left in {folder} could not be removed: {error.strerror}",)
 
 
 def _umask() -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pagemem.manifest import Manifest, StoredTensor
+from pagemem.own_file import kind_of, naming
 from pagemem.striping import Striping
 
 
@@ -91,4 +93,8 @@ def impossible(manifests: Sequence[Manifest], file_bytes: Sequence[int]) -> dict
 
 def file_sizes(paths: Iterable[Path]) -> list[int]:
     """Bytes of each page file; 0 where there is none."""
-    return [path.stat().st_size if path.exists() else 0 for path in paths]
+    found = []
+    for path in paths:
+        with naming("looking at", path):
+            found.append(os.lstat(path).st_size if kind_of(path) is not None else 0)
+    return found

@@ -15,6 +15,7 @@ from typing import Any, Final
 from offload.profile_analysis import span
 from pagemem.events import Event, EventKind
 from pagemem.intervals import tracks
+from pagemem.own_file import replace_file
 from pagemem.recorder import Recording, Wait
 
 _PID: Final = 1
@@ -36,7 +37,7 @@ def trace_events(recording: Recording) -> list[dict[str, Any]]:
 def write_trace(path: Path, recording: Recording) -> None:
     """Write the file, one event a line."""
     lines = ",\n".join(json.dumps(event, separators=(",", ":")) for event in trace_events(recording))
-    path.write_text(f'{{"displayTimeUnit":"ms","traceEvents":[\n{lines}\n]}}\n')
+    replace_file(path, f'{{"displayTimeUnit":"ms","traceEvents":[\n{lines}\n]}}\n'.encode())
 
 
 def _slices(recording: Recording) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,6 @@ anew, for the budget that it then has.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offload.store import PageStore
+from pagemem.errors import StorageError
+from pagemem.own_file import replace_file
 from pagemem.page import MAX_PAGE_BYTES, FrameId, TensorId
 from pagemem.small_file import first_fault, parse_json, read_small
 from pagemem.units import MiB, ceil_div
@@ -150,13 +151,10 @@ class PlanFile(_Strict):
 
 def write_plan(path: Path, content: PlanFile) -> None:
     """Put a plan's file in the place of the one before; where that cannot be done, warn and leave that one. Any thread."""
-    draft = path.with_name(f"{path.name}.new")
     try:
-        draft.write_text(content.model_dump_json(exclude_defaults=True) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        warnings.warn(f"the plan could not be kept in {path}: {error.strerror or error}; training goes on by it", RuntimeWarning, stacklevel=2)
+        replace_file(path, (content.model_dump_json(exclude_defaults=True) + "\n").encode())
+    except StorageError as error:
+        warnings.warn(f"the plan could not be kept, training goes on by it: {error}", RuntimeWarning, stacklevel=2)
 
 
 def read_plan(path: Path) -> PlanFile:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,14 +22,18 @@ from offload.perfetto import write_trace
 from offload.profile_analysis import FORMAT, Context, ModuleBytes, Planned, TierLimits, summarize
 from offload.profile_report import write_report
 from offload.store import PageStore
-from pagemem.errors import RunDirectoryError, TransitionError
+from pagemem.errors import RunDirectoryError, StorageError, TransitionError
 from pagemem.events import EventSink, Watcher
+from pagemem.own_file import draft_of, make_folder, remove_draft, replace_file
 from pagemem.recorder import Recorder, Recording
+from pagemem.small_file import read_small
 from pagemem.tier import Tag, Tier
+from pagemem.units import MiB
 
 TRACE: Final = "trace.json"
 REPORT: Final = "report.html"
 SUMMARY: Final = "summary.json"
+_FILES: Final = (TRACE, REPORT, SUMMARY)
 
 
 class ProfileState(enum.Enum):
@@ -55,20 +60,23 @@ def open_profile_folder(folder: Path) -> Path:
         RunDirectoryError: it holds something else, or cannot be made; nothing in it was changed.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in folder.iterdir()}
-        if found and (found - {TRACE, REPORT, SUMMARY} or SUMMARY not in found or not _is_profile(folder / SUMMARY)):
+        make_folder(folder)
+        found = set(os.listdir(folder))
+        ours = {*_FILES, *(draft_of(Path(name)).name for name in _FILES)}
+        if found and (found - ours or SUMMARY not in found or not _is_profile(folder / SUMMARY)):
             raise RunDirectoryError(f"{folder} holds files that are not of a profile; name a new or empty folder")
         for name in sorted(found):
-            (folder / name).unlink()
+            remove_draft(folder / name)
     except OSError as error:
         raise RunDirectoryError(f"{folder} cannot be used for a profile: {error.strerror}") from error
+    except StorageError as error:
+        raise RunDirectoryError(f"{folder} cannot be used for a profile: {error}") from error
     return folder
 
 
 def _is_profile(path: Path) -> bool:
     try:
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(read_small(path, 64 * MiB))
     except ValueError:
         return False
     return isinstance(loaded, dict) and loaded.get("format") == FORMAT
@@ -77,7 +85,7 @@ def _is_profile(path: Path) -> bool:
 def write_profile(folder: Path, recording: Recording, summary: dict[str, Any]) -> None:
     """Write a profile's files into a folder that `open_profile_folder` has opened."""
     # First what says that the folder is a profile's: it can be used again even if the others do not come about.
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    replace_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     write_trace(folder / TRACE, recording)
     write_report(folder / REPORT, recording, summary)
 

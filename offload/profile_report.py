@@ -17,6 +17,7 @@ from rich.console import Console
 from offload.profile_analysis import H2D, lane_intervals
 from offload.report import print_rows
 from pagemem.intervals import Interval, shares, without
+from pagemem.own_file import replace_file
 from pagemem.recorder import Recording
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
@@ -67,7 +68,7 @@ def write_report(path: Path, recording: Recording, summary: dict[str, Any]) -> N
     page = files("offload").joinpath("profile_report.html").read_text(encoding="utf-8")
     # "<" could end the script element that holds the data.
     data = json.dumps(report_data(recording, summary), separators=(",", ":")).replace("<", "\\u003c")
-    path.write_text(page.replace(_PLACE, data), encoding="utf-8")
+    replace_file(path, page.replace(_PLACE, data).encode())
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

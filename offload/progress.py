@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from offload.live_bar import LiveBar
-from pagemem.raw_file import sync_folder
+from pagemem.errors import StorageError
+from pagemem.own_file import naming, open_file, replace_file, write_all
 from pagemem.units import format_bytes
 
 
@@ -56,7 +56,7 @@ class StepMetrics:
 
 
 class ProgressLog:
-    """Takes every step's metrics: to metrics.jsonl, flushed line by line, and to whoever watches.
+    """Takes every step's metrics: to metrics.jsonl, written line by line, and to whoever watches.
 
     Args:
         path: the metrics file; replaced.
@@ -73,7 +73,8 @@ class ProgressLog:
         self._console = console
         self._steps = steps
         self._log_every = log_every
-        self._file: IO[bytes] | None = None
+        self._fd: int | None = None
+        self._end_bytes = 0
         self._bar = LiveBar(
             console, TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeRemainingColumn(),
         )  # fmt: skip
@@ -81,15 +82,11 @@ class ProgressLog:
 
     def __enter__(self) -> ProgressLog:
         # Replaced in one step: a run that is killed here must not have lost the metrics of its beginning.
-        draft = self._path.with_name(self._path.name + ".new")
-        draft.unlink(missing_ok=True)
-        with open(draft, "xb") as file:
-            file.writelines(map(_line, self._earlier))
-            file.flush()
-            os.fsync(file.fileno())
-        self._file = open(draft, "ab", buffering=0)  # By its new name from here on: nobody can put another file in its place.
-        draft.replace(self._path)
-        sync_folder(self._path.parent)
+        lines = b"".join(map(_line, self._earlier))
+        replace_file(self._path, lines)
+        with naming("opening", self._path):
+            self._fd = open_file(self._path, os.O_WRONLY)
+        self._end_bytes = len(lines)
         if self._console.is_terminal:
             self._bar.start()
         return self
@@ -97,35 +94,38 @@ class ProgressLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._console.is_terminal:
             self._bar.stop()
-        if self._file is not None:
+        if self._fd is not None:
             try:
                 self.sync()
             finally:
-                self._file.close()
+                fd, self._fd = self._fd, None
+                os.close(fd)
 
     def sync(self) -> None:
         """Make the metrics so far durable.
 
         Raises:
-            OSError: the disk failed.
+            StorageError: the disk failed.
         """
-        assert self._file is not None
-        os.fsync(self._file.fileno())
+        assert self._fd is not None
+        with naming("syncing", self._path):
+            os.fsync(self._fd)
 
     def take(self, metrics: StepMetrics) -> None:
         """One step is done.
 
         Raises:
-            OSError: its line cannot be written whole; none of it is in the file.
+            StorageError: its line cannot be written whole; none of it is in the file.
         """
-        assert self._file is not None
-        line, at = _line(metrics), os.fstat(self._file.fileno()).st_size
+        assert self._fd is not None
+        line = _line(metrics)
         try:
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-        except OSError:
-            os.ftruncate(self._file.fileno(), at)
+            write_all(self._fd, line, self._path, self._end_bytes)
+        except StorageError:
+            with suppress(OSError):  # what failed first is what to raise
+                os.ftruncate(self._fd, self._end_bytes)
             raise
+        self._end_bytes += len(line)
         if self._console.is_terminal:
             text = metrics.line(self._steps).split("  ", 1)[1]
             self._bar.move(self._task, completed=metrics.step, description=text)

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Final
 
 from offload.config import Config
-from pagemem.errors import RunDirectoryError
+from pagemem.errors import RunDirectoryError, StorageError
+from pagemem.folder_lock import LOCK_NAME, FolderLock
+from pagemem.own_file import make_folder, remove_folders, replace_file
 from pagemem.page_file import PAGE_FILE_NAME
-from pagemem.run_directory import IDENTITY_NAME, LOCK_NAME, FolderLock, folder_use
+from pagemem.run_directory import IDENTITY_NAME, folder_use
+from pagemem.small_file import read_small
+from pagemem.units import KiB
 
 METRICS: Final = "metrics.jsonl"
 CURVE: Final = "loss_curve.png"
@@ -44,17 +48,17 @@ class RunFolder:
         self.path = path
         self.begun = False
         self._claimed = False
-        absent = [folder for folder in (path, *path.parents) if not folder.exists()]
+        made: list[Path] = []
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            made = make_folder(path)
             names = set(os.listdir(path)) - {LOCK_NAME}
             if names and _IDENTITY not in names:
                 raise RunDirectoryError(f"output.run: {path} holds files that are not of a run; name a new or empty folder")
             self._lock = FolderLock(path)
-        except OSError as error:
-            _remove_empty(absent)
-            raise RunDirectoryError(f"output.run: {path} cannot be used: {error.strerror}") from error
-        self._made = absent
+        except (OSError, StorageError) as error:
+            remove_folders(made)
+            raise RunDirectoryError(f"output.run: {path} cannot be used: {error.strerror if isinstance(error, OSError) else error}") from error
+        self._made = made
 
     def claim(self) -> Path:
         """Before data are made: have the folder known as a run's; returns the folder for the data's cache.
@@ -90,7 +94,7 @@ class RunFolder:
     def _pages_id(self) -> str | None:
         """Of whose page files the results are; None where the folder does not say, as versions before did not."""
         try:
-            found = json.loads((self.path / _IDENTITY).read_text())
+            found = json.loads(read_small(self.path / _IDENTITY, 64 * KiB))
         except (OSError, ValueError):
             return None
         owner = found.get("pages") if isinstance(found, dict) else None
@@ -111,17 +115,11 @@ class RunFolder:
         return f"results of another run in {self.path} are kept as {', '.join(_numbered(name, number) for name in there)}"
 
     def _write(self, name: str, text: str) -> None:
-        """A file, whole or not at all; a link in its place is replaced, not followed."""
-        draft = self.path / f"{name}.new"
+        """A file, whole or not at all."""
         try:
-            draft.unlink(missing_ok=True)
-            with open(draft, "x") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self.path / name)
-        except OSError as error:
-            raise RunDirectoryError(f"output.run: {self.path / name} cannot be written: {error.strerror}") from error
+            replace_file(self.path / name, text.encode())
+        except StorageError as error:
+            raise RunDirectoryError(f"output.run: {error}") from error
 
     def close(self) -> None:
         """Give the folder back. A folder that no run began in is as it was. Idempotent."""
@@ -129,7 +127,7 @@ class RunFolder:
             (self.path / _IDENTITY).unlink()
         self._claimed = False
         self._lock.close()
-        _remove_empty(self._made)
+        remove_folders(self._made)
         self._made = []
 
     def __enter__(self) -> RunFolder:
@@ -168,18 +166,9 @@ def removed_unless_begun(folder: RunFolder, paths: Sequence[str]) -> Iterator[No
             for path in new:
                 if path.is_dir() and set(os.listdir(path)) <= {IDENTITY_NAME, PAGE_FILE_NAME}:
                     shutil.rmtree(path)
-            _remove_empty(above)
+            remove_folders(above)
 
 
 def _numbered(name: str, number: int) -> str:
     path = Path(name)
     return f"{path.stem}-{number}{path.suffix}"
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, innermost first, up to the first that holds something or is not there."""
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except OSError:  # Somebody else has put something there, or it was never made.
-            return

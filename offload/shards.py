@@ -7,11 +7,9 @@ length, the header in JSON padded with spaces, and the tensors' bytes without ga
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,9 @@ from typing import Any, Final
 
 from safetensors import safe_open
 
-from pagemem.errors import DiskFullError, StorageError
-from pagemem.units import format_bytes, round_up
+from pagemem.errors import StorageError
+from pagemem.own_file import open_file, os_failure, write_all
+from pagemem.units import round_up
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 #: Bytes of one element, by the names that safetensors has for dtypes.
@@ -30,6 +29,8 @@ ITEM_BYTES: Final = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 _ALIGN_BYTES: Final = 8
+#: What to do where an export finds no room.
+REMEDY: Final = "Nothing is left of the export; free some, or name another folder."
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,12 @@ class ShardWriter:
         self._shards = shards
         self._places = {name: (shard, start) for shard in shards for name, start in shard.starts.items()}
         self._open: tuple[str, int] | None = None
-        for shard in shards:
-            self._write(shard.file_name, 0, shard.header, create=True)
+        try:
+            for shard in shards:
+                self._write(shard.file_name, 0, shard.header, create=True)
+        except BaseException:
+            self._let_go(sync=False)
+            raise
 
     def write(self, name: str, offset_bytes: int, data: bytes | memoryview) -> None:
         """Write a part of a tensor, ``offset_bytes`` from its start."""
@@ -131,39 +136,35 @@ class ShardWriter:
         self._let_go()
 
     def _write(self, file_name: str, position_bytes: int, data: bytes | memoryview, *, create: bool = False) -> None:
-        left = memoryview(data).cast("B")
-        try:
-            fd = self._descriptor(file_name, create=create)
-            while left:
-                n_bytes = os.pwrite(fd, left, position_bytes)
-                position_bytes, left = position_bytes + n_bytes, left[n_bytes:]
-        except OSError as error:
-            raise write_failure(error, self._folder / file_name, len(left)) from error
+        write_all(self._descriptor(file_name, create=create), data, self._folder / file_name, position_bytes, remedy=REMEDY)
 
     def _descriptor(self, file_name: str, *, create: bool) -> int:
         if self._open is None or self._open[0] != file_name:
             self._let_go()
-            flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
-            self._open = (file_name, os.open(self._folder / file_name, flags, 0o644))
+            path = self._folder / file_name
+            try:
+                self._open = (file_name, open_file(path, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if create else 0)))
+            except OSError as error:
+                raise write_failure(error, "opening", path) from error
         return self._open[1]
 
-    def _let_go(self) -> None:
-        if self._open is not None:
-            (_, fd), self._open = self._open, None
-            os.close(fd)
+    def _let_go(self, *, sync: bool = True) -> None:
+        """Close the file that is open. It is synced by the descriptor that wrote it: another one may not hear of what failed."""
+        if self._open is None:
+            return
+        (file_name, fd), self._open = self._open, None
+        try:
+            try:
+                if sync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise write_failure(error, "syncing", self._folder / file_name) from error
 
     def finish(self) -> None:
-        """Make every file durable, and look whether it reads back with the names, dtypes and shapes that were meant."""
+        """Have every file durable, and look whether it reads back with the names, dtypes and shapes that were meant."""
         self._let_go()
-        for path in sorted(self._folder.iterdir()):
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-            except OSError as error:
-                raise write_failure(error, path, 0) from error
         for shard in self._shards:
             check_readable(self._folder / shard.file_name, shard)
 
@@ -171,7 +172,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._let_go()
+        self._let_go(sync=error is None)
 
 
 def check_readable(path: Path, shard: Shard) -> None:
@@ -189,10 +190,6 @@ def check_readable(path: Path, shard: Shard) -> None:
         raise StorageError(f"{path} reads back with other tensors than were written")
 
 
-def write_failure(error: OSError, path: Path, n_bytes: int) -> StorageError:
+def write_failure(error: OSError, doing: str, path: Path) -> StorageError:
     """What to raise where a file of an export cannot be written."""
-    what = f"writing {path}: {error.strerror or error}"
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(what)
-    free_bytes = shutil.disk_usage(path.parent).free
-    return DiskFullError(f"{what}; wanted {n_bytes} bytes more, free are {free_bytes} ({format_bytes(free_bytes)}). Nothing is left of the export")
+    return os_failure(error, doing, path, remedy=REMEDY)

@@ -6,9 +6,6 @@ reuse frames of a commit that is being read.
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,9 +14,10 @@ from types import TracebackType
 from offload.commit_state import read_commit
 from pagemem.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
+from pagemem.folder_lock import FolderLock
 from pagemem.manifest import Manifest
 from pagemem.page_file import PAGE_FILE_NAME
-from pagemem.run_directory import IDENTITY_NAME, LOCK_NAME, holder_of, read_run_id
+from pagemem.run_directory import IDENTITY_NAME, read_run_id
 
 
 class StoppedRun:
@@ -45,12 +43,12 @@ class StoppedRun:
         self._locks = ExitStack()
         with ExitStack() as undo:
             undo.callback(self._locks.close)
-            self._locks.callback(_hold(self.path))
+            self._locks.callback(FolderLock(self.path, keep=True).close)
             self.commits = CommitFolder(self.path)
             self._read_commits()
             self.folders = self._find_folders(known)
             for folder in self.folders[1:]:
-                self._locks.callback(_hold(folder))
+                self._locks.callback(FolderLock(folder, keep=True).close)
             undo.pop_all()
 
     @property
@@ -147,47 +145,3 @@ def _run_id(path: Path) -> str:
     except FileNotFoundError:
         what = f"it has no {IDENTITY_NAME}" if path.is_dir() else "there is no such folder"
         raise RunDirectoryError(f"{path} is not a run directory: {what}") from None
-
-
-class _Lock:
-    """Holds the lock of a folder; calling it lets go."""
-
-    def __init__(self, name: Path, fd: int, *, made: bool) -> None:
-        self._name, self._fd, self._made = name, fd, made
-
-    def __call__(self) -> None:
-        if self._made:
-            self._name.unlink(missing_ok=True)
-        fcntl.flock(self._fd, fcntl.LOCK_UN)  # explicitly, as forked children may share the description
-        os.close(self._fd)
-
-
-def _hold(folder: Path) -> _Lock:
-    """Take a folder's lock, as an engine would.
-
-    Raises:
-        RunDirectoryError: somebody has it; the message names the process.
-    """
-    name = folder / LOCK_NAME
-    while True:
-        made = not name.exists()
-        try:
-            fd = os.open(name, (os.O_RDWR | os.O_CREAT if made else os.O_RDONLY) | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:
-            continue  # its holder has just removed it
-        except OSError as error:
-            if error.errno != errno.EROFS:
-                raise RunDirectoryError(f"{folder} cannot be held against being used: {name.name}: {error.strerror}") from error
-            # Nobody can train on a read-only file system, so there is nothing to hold.
-            return _Lock(name, os.open(folder, os.O_RDONLY | os.O_CLOEXEC), made=False)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = holder_of(fd)
-            os.close(fd)
-            raise RunDirectoryError(f"{folder} is in use by process {holder}; wait for that run to end, or close its engine") from None
-        if name.exists() and os.path.samestat(os.fstat(fd), os.stat(name)):
-            if made:
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-            return _Lock(name, fd, made=made)
-        os.close(fd)

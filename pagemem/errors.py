@@ -24,11 +24,11 @@ class BudgetError(OffloadError):
 
 
 class StorageError(OffloadError):
-    """A page file could not be read or written. Data that was already in a page file is untouched."""
+    """A file of the run could not be read or written. Data that was already in a page file is untouched."""
 
 
 class DiskFullError(StorageError):
-    """The file system has no room for the page files. Nothing was allocated."""
+    """The file system has no room for a file of the run. Nothing was allocated."""
 
 
 class ChecksumError(StorageError):
@@ -45,6 +45,14 @@ class RunDirectoryError(OffloadError):
 
 class CommitError(OffloadError):
     """A commit is damaged, missing, or not of this model. Nothing was changed by the attempt to use it."""
+
+
+class DamagedCommitError(CommitError):
+    """A file of a commit was read to its end, and is not what was written: only such a commit is ever removed for its state."""
+
+
+class UnknownCommitError(CommitError):
+    """What a commit names cannot be told: now, as the system fails, or by this version. Until it can, its pages are not to be written."""
 
 
 class TransitionError(OffloadError):

@@ -7,21 +7,19 @@ do so. `pagemem.io_direct` and `pagemem.io_aiofiles` implement it; `choose_backe
 from __future__ import annotations
 
 import enum
-import errno
-import shutil
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from pagemem.errors import DiskFullError, StorageError
+from pagemem.errors import StorageError
 from pagemem.io_aiofiles import AiofilesBackend
 from pagemem.io_direct import DirectBackend, accepts_direct
-from pagemem.units import BLOCK_BYTES, format_bytes
+from pagemem.own_file import os_failure
+from pagemem.units import BLOCK_BYTES
 
 #: Calls in a row that may move less than a block before a transfer is given up.
 MAX_STALLS: Final = 8
-
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Direction(enum.Enum):
@@ -61,6 +59,9 @@ class RawBackend(Protocol):
 
     def sync(self, file: int) -> None:
         """Make durable what was written."""
+
+    def stat(self, file: int) -> os.stat_result:
+        """What the system says of the open file."""
 
     def close(self) -> None:
         """Close all files and end all threads of the backend. Idempotent."""
@@ -119,18 +120,6 @@ def transfer(
             )
         _advance(buffers, progress_bytes)
         offset_bytes += progress_bytes
-
-
-def os_failure(error: OSError, doing: str, path: str, offset_bytes: int, n_bytes: int) -> StorageError:
-    """What to raise from a failure of the operating system; `DiskFullError` where room ran out."""
-    what = f"{doing} {path} at offset {offset_bytes}, {n_bytes} bytes: {error.strerror or error}"
-    if error.errno not in _NO_ROOM:
-        return StorageError(what)
-    free_bytes = shutil.disk_usage(path).free
-    return DiskFullError(
-        f"{what}; wanted {n_bytes} bytes ({format_bytes(n_bytes)}), free are {free_bytes} ({format_bytes(free_bytes)})."
-        f" Free some, or name another or one more path in ssd.paths."
-    )
 
 
 def _length(buffers: Sequence[memoryview]) -> int:

@@ -20,13 +20,15 @@ import aiofiles.ospath  # type: ignore[import-untyped]
 
 from pagemem import raw_file
 from pagemem.io_threads import small_stacks
+from pagemem.own_file import open_file
 
 Result = TypeVar("Result")
 _Transfer = Callable[[int, Sequence[memoryview], int], Awaitable[int]]
 
-_preadv: Final[_Transfer] = aiofiles.ospath.wrap(os.preadv)
-_pwritev: Final[_Transfer] = aiofiles.ospath.wrap(os.pwritev)
-_fsync: Final[Callable[[int], Awaitable[None]]] = aiofiles.ospath.wrap(os.fsync)
+# Looked up in os at each call: tests put others there.
+_preadv: Final[_Transfer] = aiofiles.ospath.wrap(lambda *call: os.preadv(*call))
+_pwritev: Final[_Transfer] = aiofiles.ospath.wrap(lambda *call: os.pwritev(*call))
+_fsync: Final[Callable[[int], Awaitable[None]]] = aiofiles.ospath.wrap(lambda fd: os.fsync(fd))
 
 
 class AiofilesBackend:
@@ -63,11 +65,11 @@ class AiofilesBackend:
 
     def allocate(self, file: int, old_bytes: int, new_bytes: int) -> None:
         """See `raw_file.allocate`."""
-        raw_file.allocate(self._paths[file], old_bytes, new_bytes)
+        raw_file.allocate(self._paths[file], self._fds[file], old_bytes, new_bytes)
 
     def shrink(self, file: int, n_bytes: int) -> None:
         """See `raw_file.shrink`."""
-        raw_file.shrink(self._paths[file], n_bytes)
+        raw_file.shrink(self._fds[file], n_bytes)
 
     def read_into(self, file: int, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
         """One preadv through the read loop; returns the number of bytes read."""
@@ -81,16 +83,23 @@ class AiofilesBackend:
         """fsync through the write loop."""
         self._writes.run(_sync(self._fds[file]))
 
+    def stat(self, file: int) -> os.stat_result:
+        """fstat."""
+        return os.fstat(self._fds[file])
+
     def close(self) -> None:
         """Close the files, end the loops and join their threads. Idempotent."""
-        while self._handles:
-            self._writes.run(_close(self._handles.pop()))
-        self._reads.close()
-        self._writes.close()
+        handles, self._handles, self._fds = dict(zip(self._fds, self._handles, strict=True)), [], []
+        try:
+            raw_file.close_all(list(handles), lambda fd: self._writes.run(_close(handles[fd])))
+        finally:
+            self._reads.close()
+            self._writes.close()
 
 
 async def _open(path: str) -> Any:
-    return await aiofiles.open(path, "r+b", buffering=0)
+    # With "r+" the flags that come here are O_RDWR | O_CLOEXEC.
+    return await aiofiles.open(path, "r+b", buffering=0, opener=lambda path, flags: open_file(path, flags))
 
 
 async def _close(handle: Any) -> None:

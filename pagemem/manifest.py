@@ -7,6 +7,7 @@ changed anywhere, is refused whole; so is one that is whole and has a field miss
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final
@@ -14,13 +15,14 @@ from typing import Annotated, Any, Final
 from pydantic import ConfigDict, Field, TypeAdapter
 from xxhash import xxh3_128_hexdigest
 
-from pagemem.errors import CommitError
+from pagemem.errors import CommitError, DamagedCommitError, UnknownCommitError
 from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent, FrameId, Placement, Run, TensorId
 from pagemem.small_file import Count, Flag, Line, checked, parse_json
 from pagemem.tier import TRANSIENT, Tag, Tier
 from pagemem.units import BLOCK_BYTES, ceil_div
 
 FORMAT: Final = "offload-commit-1"
+_ANY_FORMAT: Final = re.compile(r"offload-commit-\d+")
 #: A larger file is neither written nor read. Read, one takes some dozens of times its bytes of RAM at the worst.
 MAX_BYTES: Final = 64 << 20
 
@@ -121,16 +123,19 @@ class Manifest:
         """The manifest in a file's content.
 
         Raises:
-            CommitError: it was cut or changed, or written by another version.
+            DamagedCommitError: it was cut or changed. UnknownCommitError: it was written by another version.
+            CommitError: it says what no run does.
         """
         header, _, body = content.partition(b"\n")
         words = header.decode("ascii", errors="replace").split(" ")
         if words[0] != FORMAT:
-            raise CommitError(f"this is not a commit of this version: it begins with {words[0][:40]!r}, not {FORMAT!r}")
+            # What another version wrote is whole, and not for us to judge.
+            kind = UnknownCommitError if _ANY_FORMAT.fullmatch(words[0]) else DamagedCommitError
+            raise kind(f"this is not a commit of this version: it begins with {words[0][:40]!r}, not {FORMAT!r}")
         if len(words) != 3 or words[1] != str(len(body)):
-            raise CommitError(f"it has {len(body)} bytes after its header, which says {' '.join(words[1:2]) or 'nothing'}: it was cut")
+            raise DamagedCommitError(f"it has {len(body)} bytes after its header, which says {' '.join(words[1:2]) or 'nothing'}: it was cut")
         if words[2] != xxh3_128_hexdigest(body):
-            raise CommitError("its content is not what was written: its checksum differs")
+            raise DamagedCommitError("its content is not what was written: its checksum differs")
         try:
             found = checked(_ADAPTER, parse_json(body))
             found.check()

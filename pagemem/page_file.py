@@ -14,17 +14,20 @@ under way must not touch the same bytes unless both read.
 from __future__ import annotations
 
 import enum
+import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import numpy as np
 
 from pagemem.checksum import DigestArray, ExtentIndex
 from pagemem.errors import StorageError, TransitionError
-from pagemem.io import Direction, RawBackend, choose_backend, os_failure
+from pagemem.io import Direction, RawBackend, choose_backend
 from pagemem.io_stats import IoMeter, IoStats
 from pagemem.io_threads import IoPool
+from pagemem.own_file import kind_of, naming, os_failure
 from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent
 from pagemem.page_requests import Route, plan_requests, tabulate
 from pagemem.page_transfer import COMPUTING, Done, Part, TransferServer, Work
@@ -282,13 +285,13 @@ class PageFiles:
     def _open_files(self) -> None:
         try:
             for file, path in enumerate(self.paths):
-                index = self._backend.open(path)
+                with naming("opening", path):
+                    index = self._backend.open(path)
                 if index != file:
                     raise AssertionError(f"the backend gave {path} the index {index}, not {file}")
-        except BaseException as error:
-            self._backend.close()
-            if isinstance(error, OSError):
-                raise StorageError(f"opening {path}: {error.strerror or error}") from error
+        except BaseException:
+            with suppress(OSError):  # what failed first is what to raise; all are closed
+                self._backend.close()
             raise
 
     def _allocate(self, old_frames: Sequence[int], new_frames: Sequence[int]) -> None:
@@ -301,26 +304,51 @@ class PageFiles:
                 self._backend.allocate(file, old_bytes, new_bytes)
             except OSError as error:
                 for earlier in range(file):
-                    self._backend.shrink(earlier, old_frames[earlier] * self.page_bytes)
+                    with suppress(OSError):  # a longer file harms nobody
+                        self._backend.shrink(earlier, old_frames[earlier] * self.page_bytes)
                 raise os_failure(error, "growing", path, old_bytes, new_bytes - old_bytes) from error
 
     def sync(self) -> None:
-        """Make durable every write whose ``done`` was called before.
+        """Make durable every write whose ``done`` was called before, in files that are still those that were opened.
 
         Raises:
-            StorageError: a file could not be synced; nothing is known of what is durable.
+            StorageError: a file could not be synced, or was removed, replaced or cut: nothing is known of what was written since
+                the last sync, and a later one says nothing about that; see `pagemem.copies`.
         """
         for file, path in enumerate(self.paths):
-            try:
+            with naming("syncing", path):
                 self._backend.sync(file)
-            except OSError as error:
-                raise StorageError(f"syncing {path}: {error.strerror or error}") from error
+        self.check()
+
+    def check(self) -> None:
+        """Look whether each file is still the one that was opened, under its name, and as long as it was made. Any thread.
+
+        Raises:
+            StorageError: it was removed, replaced or cut while it was used.
+        """
+        n_frames = self._striping.file_frames(self._n_frames)
+        for file, path in enumerate(self.paths):
+            with naming("looking at", path):
+                opened = self._backend.stat(file)
+                named = os.lstat(path) if kind_of(path) is not None else None
+            wanted_bytes = n_frames[file] * self.page_bytes
+            if named is None or not os.path.samestat(named, opened):
+                what = f"was {'removed' if named is None else 'replaced by another file'}"
+            elif opened.st_size < wanted_bytes:
+                what = f"was cut from {wanted_bytes} to {opened.st_size} bytes"
+            else:
+                continue
+            raise StorageError(
+                f"{path} {what} while this run used it, so nothing can be committed any more: take the weights by state_dict(), "
+                "and begin in another folder"
+            )
 
     def close(self) -> None:
         """Complete what is queued, end and join all threads, close all files. Idempotent; the files stay on the disk.
 
         Raises:
-            BaseException: the first one a ``done`` callback raised, on the first call only; all is closed then too.
+            BaseException: the first one a ``done`` callback raised, or that a file could not be closed, on the first call
+                only; all is closed then too.
         """
         with self._close_lock:
             if self._state is FilesState.CLOSED:
@@ -328,7 +356,11 @@ class PageFiles:
             self._become(FilesState.CLOSING)
             for pool in self._started:  # in this order: the last one takes what the others leave to it
                 pool.close()
-            self._backend.close()
+            try:
+                with naming("closing", ", ".join(self.paths)):
+                    self._backend.close()
+            except StorageError as error:
+                self._note_failure(error)
             self._become(FilesState.CLOSED)
         if self._failure is not None:
             raise self._failure

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +21,10 @@ from pagemem.checksum import digests
 from pagemem.errors import StorageError
 from pagemem.io import Direction, transfer
 from pagemem.manifest import StoredTensor
+from pagemem.own_file import naming
 from pagemem.page import Extent
 from pagemem.page_requests import ExtentTable, plan_requests, tabulate
+from pagemem.raw_file import close_all
 from pagemem.small_file import open_regular
 from pagemem.striping import Striping
 from pagemem.units import MiB
@@ -51,7 +54,11 @@ class _ReadOnlyFiles:
 
     def sizes(self) -> list[int]:
         """Bytes of each file."""
-        return [os.fstat(fd).st_size for fd in self._fds]
+        return [self.stat(file).st_size for file in range(len(self._fds))]
+
+    def stat(self, file: int) -> os.stat_result:
+        """fstat."""
+        return os.fstat(self._fds[file])
 
     def read_into(self, file: int, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
         """One preadv; returns the number of bytes read."""
@@ -74,8 +81,7 @@ class _ReadOnlyFiles:
 
     def close(self) -> None:
         """Close the files. Idempotent."""
-        while self._fds:
-            os.close(self._fds.pop())
+        close_all(self._fds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +133,14 @@ class PageReader:
         self._files = _ReadOnlyFiles()
         try:
             for path in self.paths:
-                self._files.open(path)
-        except OSError as error:
-            self._files.close()
-            raise StorageError(f"opening {path}: {error.strerror or error}") from error
-        self.file_bytes = self._files.sizes()
+                with naming("opening", path):
+                    self._files.open(path)
+            with naming("looking at", ", ".join(self.paths)):
+                self.file_bytes = self._files.sizes()
+        except BaseException:
+            with suppress(OSError):  # what failed first is what to raise; all are closed
+                self._files.close()
+            raise
 
     @property
     def backend_name(self) -> str:

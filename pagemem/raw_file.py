@@ -1,48 +1,67 @@
-"""What all I/O backends do alike with a file of fixed place: make it, lengthen it, make it durable."""
+"""What all I/O backends do alike with a file of fixed place: make it, lengthen it, cut it, close it."""
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable
+from contextlib import suppress
+
+from pagemem.own_file import open_file, sync_folder
 
 
 def ensure_file(path: str) -> None:
     """Make an empty file, durably, unless there is one.
 
     Raises:
-        OSError: it cannot be made.
+        OSError, StorageError: it cannot be made, or something else lies there.
     """
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    os.close(open_file(path, os.O_RDWR | os.O_CREAT))
     sync_folder(os.path.dirname(path))
 
 
-def sync_folder(path: str | os.PathLike[str]) -> None:
-    """Make durable which names the folder has; syncing a file does not say that its name is there after a crash."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def allocate(path: str, old_bytes: int, new_bytes: int) -> None:
+def allocate(path: str, fd: int, old_bytes: int, new_bytes: int) -> None:
     """Give the file's bytes from ``old_bytes`` to ``new_bytes`` room on the disk; bytes that had it keep their content.
 
+    Args:
+        fd: the file, open with O_DIRECT or not.
+
     Raises:
-        OSError: (ENOSPC, EDQUOT, ...) there is no room; what was gained on the way is given back.
+        OSError: (ENOSPC, EDQUOT, ...) there is no room; what was gained on the way is given back. (ESTALE) the path leads to
+            another file by now.
     """
     # A descriptor of its own, without O_DIRECT: where a file system cannot allocate, libc writes single bytes instead.
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    plain = open_file(path, os.O_RDWR)
     try:
-        size_before_bytes = os.fstat(fd).st_size
+        before = os.fstat(plain)
+        if not os.path.samestat(before, os.fstat(fd)):
+            raise OSError(errno.ESTALE, "another file has taken its place")
         try:
-            os.posix_fallocate(fd, old_bytes, new_bytes - old_bytes)
+            os.posix_fallocate(plain, old_bytes, new_bytes - old_bytes)
         except OSError:
-            os.ftruncate(fd, size_before_bytes)
+            with suppress(OSError):  # the first error is the one to raise; a longer file harms nobody
+                os.ftruncate(plain, before.st_size)
             raise
     finally:
-        os.close(fd)
+        os.close(plain)
 
 
-def shrink(path: str, n_bytes: int) -> None:
+def shrink(fd: int, n_bytes: int) -> None:
     """Cut the file to at most ``n_bytes`` and free the rest."""
-    os.truncate(path, min(n_bytes, os.stat(path).st_size))
+    os.ftruncate(fd, min(n_bytes, os.fstat(fd).st_size))
+
+
+def close_all(fds: list[int], close: Callable[[int], None] = os.close) -> None:
+    """Close descriptors, all of them, and empty the list.
+
+    Raises:
+        OSError: the first one that could not be closed; the system has let go of it, too.
+    """
+    failure: OSError | None = None
+    while fds:
+        try:
+            close(fds.pop())
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure

@@ -306,7 +306,7 @@ def _fails(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> 
     ("name", "error", "said"),
     [
         ("pwrite", OSError(errno.ENOSPC, "No space left on device"), "No space left on device; wanted "),
-        ("pwrite", OSError(errno.EIO, "Input/output error"), "model.safetensors: Input/output error"),
+        ("pwrite", OSError(errno.EIO, "Input/output error"), "model.safetensors at offset 2448, 65536 bytes: Input/output error"),
         ("fsync", OSError(errno.EIO, "Input/output error"), "Input/output error"),
         ("pwrite", KeyboardInterrupt(), "interrupted"),
     ],

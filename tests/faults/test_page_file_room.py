@@ -64,13 +64,14 @@ def test_a_page_file_that_cannot_be_opened_leaves_nothing_behind(tmp_path: Path,
     threads, descriptors = set(threading.enumerate()), os.listdir("/proc/self/fd")
     with RunDirectory(tmp_path / "a") as first, RunDirectory(tmp_path / "b") as second:
         second.file(PAGE_FILE_NAME).mkdir()
-        with pytest.raises(StorageError, match=rf"opening {second.file(PAGE_FILE_NAME)}: Is a directory"):
+        with pytest.raises(StorageError, match=rf"{second.file(PAGE_FILE_NAME)} is a folder, not a file of this run"):
             PageFiles([first, second], page_bytes=PAGE_BYTES, direct=direct)
     assert set(threading.enumerate()) == threads
     assert len(os.listdir("/proc/self/fd")) == len(descriptors)
 
 
-def test_forcing_direct_where_it_is_refused_says_so() -> None:
+def test_forcing_direct_where_it_is_refused_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagemem.io.accepts_direct", lambda folder: False)
     with pytest.raises(StorageError, match=r'/proc refuses it; set ssd\.direct to "auto"'):
         choose_backend([Path("/proc")], direct=True, n_workers=1)
 

@@ -1,10 +1,10 @@
-"""Every call that a run makes of the disk, counted, of which one goes wrong: pages and manifests alike."""
+"""Every call that a run makes of the system in its folders, counted, of which one goes wrong: pages, manifests, locks, all alike."""
 
 from __future__ import annotations
 
-import builtins
 import enum
 import errno
+import fcntl
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from pagemem.io import RawBackend, choose_backend
 from pagemem.page_file import PageFiles
 from pagemem.units import BLOCK_BYTES, MiB
 
@@ -28,141 +27,155 @@ class Fault(enum.Enum):
     FLIPPED = "a bit of what moves is another one"
 
 
+_MOVING = (Fault.EIO, Fault.SHORT, Fault.NOTHING, Fault.FLIPPED)
 #: What can go wrong with which call.
 FAULTS: dict[str, tuple[Fault, ...]] = {
-    "read": (Fault.EIO, Fault.SHORT, Fault.NOTHING, Fault.FLIPPED),
-    "write": (Fault.EIO, Fault.ENOSPC, Fault.SHORT, Fault.NOTHING, Fault.FLIPPED),
-    "allocate": (Fault.ENOSPC,),
-    "sync": (Fault.EIO,),
-    "open": (Fault.EIO, Fault.ENOSPC),
+    "preadv": _MOVING,
+    "pwritev": (*_MOVING, Fault.ENOSPC),
+    "pwrite": (*_MOVING, Fault.ENOSPC),
+    "read": (Fault.EIO, Fault.SHORT),
+    "pread": (Fault.EIO, Fault.SHORT),
+    "posix_fallocate": (Fault.EIO, Fault.ENOSPC),
+    "ftruncate": (Fault.EIO,),
     "fsync": (Fault.EIO, Fault.ENOSPC),
-    "rename": (Fault.EIO,),
+    "open": (Fault.EIO, Fault.ENOSPC),
+    "rename": (Fault.EIO, Fault.ENOSPC),
     "unlink": (Fault.EIO,),
-    "manifest": (Fault.ENOSPC, Fault.FLIPPED),
+    "mkdir": (Fault.EIO, Fault.ENOSPC),
+    "rmdir": (Fault.EIO,),
+    "listdir": (Fault.EIO,),
+    "lstat": (Fault.EIO,),
+    "stat": (Fault.EIO,),
+    "fstat": (Fault.EIO,),
+    "statvfs": (Fault.EIO,),
+    "flock": (Fault.EIO,),
 }
 
 
+class Call:
+    """One call: its kind, a key of `FAULTS`, and what it is of, below the folder."""
+
+    def __init__(self, kind: str, path: str) -> None:
+        self.kind, self.path = kind, path
+
+    def can(self, fault: Fault) -> bool:
+        """Whether that can go wrong with it. Bits change in what a checksum covers."""
+        covered = self.path.endswith("pages.bin") or "/commits/" in self.path
+        return fault in FAULTS[self.kind] and (covered or fault is not Fault.FLIPPED)
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.path}"
+
+
 class CountedCalls:
-    """The system under the next engines; call number ``at`` (from 0) goes wrong by ``fault``.
+    """The system under what runs from now on; of the calls that ``fault`` can befall, number ``at`` (from 0) goes wrong.
+
+    Args:
+        folder: only calls inside it count.
+        kinds: only these calls count; None: all.
 
     Attributes:
-        kinds: of all calls so far, keys of `FAULTS`.
-        folder: of a call outside the page files, only those inside it count.
+        calls: so far.
+        struck: the one that went wrong.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, folder: Path, at: int | None = None, fault: Fault | None = None) -> None:
-        self.kinds: list[str] = []
-        self._folder = folder
+    def __init__(
+        self, patch: pytest.MonkeyPatch, folder: Path, at: int | None = None, fault: Fault | None = None, kinds: Sequence[str] | None = None
+    ) -> None:
+        self.calls: list[Call] = []
+        self.struck: Call | None = None
+        self._folder = str(folder)
         self._at = at
         self._fault = fault
+        self._n_fitting = 0
         self._lock = threading.Lock()
-        self._inner: RawBackend | None = None
-        self._real = {name: getattr(os, name) for name in ("fsync", "rename", "unlink")}
-        patch.setattr("pagemem.page_file.choose_backend", self._choose)
-        patch.setattr("pagemem.commit_folder.open", self._open, raising=False)
-        for name in self._real:
-            patch.setattr(os, name, self._wrapped(name))
+        self._readlink = os.readlink
+        kinds = list(FAULTS) if kinds is None else kinds
+        self._real = {kind: getattr(fcntl if kind == "flock" else os, kind) for kind in FAULTS}
+        for kind in kinds:
+            patch.setattr(fcntl if kind == "flock" else os, kind, self._counted(kind))
         small_slabs(patch)
 
-    @property
-    def struck(self) -> bool:
-        """Whether the call that goes wrong has been made."""
-        return self._at is not None and self._at < len(self.kinds)
+    def _counted(self, kind: str) -> Callable[..., Any]:
+        real = self._real[kind]
+        moves = getattr(self, f"_{kind}", None)
 
-    def _count(self, kind: str) -> Fault | None:
+        def call(what: Any, *args: Any, **more: Any) -> Any:
+            path = self._path(what)
+            if path is None:
+                return real(what, *args, **more)
+            fault = self._count(kind, path)
+            return real(what, *args, **more) if fault is None else moves(fault, what, *args)
+
+        return call
+
+    def _path(self, what: Any) -> str | None:
+        """What a call is of, if it counts."""
+        try:
+            path = self._readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else os.fspath(what)
+        except (OSError, TypeError):
+            return None
+        return path if isinstance(path, str) and path.startswith(self._folder) else None
+
+    def _count(self, kind: str, path: str) -> Fault | None:
         """Count a call; raises when it fails, or returns what else goes wrong with it."""
+        call, fault = Call(kind, path[len(self._folder) :]), None
         with self._lock:
-            self.kinds.append(kind)
-            fault = self._fault if len(self.kinds) - 1 == self._at else None
+            self.calls.append(call)
+            if self._fault is not None and call.can(self._fault):
+                if self._n_fitting == self._at:
+                    fault, self.struck = self._fault, call
+                self._n_fitting += 1
         if fault in (Fault.EIO, Fault.ENOSPC):
             raise OSError(fault.value, os.strerror(fault.value))
         return fault
 
-    # ---- page files ------------------------------------------------------------------------------------------------
+    # ---- calls that move bytes ---------------------------------------------------------------------------------------
 
-    def _choose(self, folders: Sequence[Path], **options: Any) -> CountedCalls:
-        self._inner = choose_backend(folders, **options)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_inner"], name)
-
-    def allocate(self, file: int, old_bytes: int, new_bytes: int) -> None:
-        """Counted."""
-        self._count("allocate")
-        self._inner.allocate(file, old_bytes, new_bytes)  # type: ignore[union-attr]
-
-    def sync(self, file: int) -> None:
-        """Counted."""
-        self._count("sync")
-        self._inner.sync(file)  # type: ignore[union-attr]
-
-    def read_into(self, file: int, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
-        """Counted."""
-        fault = self._count("read")
-        moved = self._move(self._inner.read_into, fault, file, offset_bytes, buffers)  # type: ignore[union-attr]
+    def _preadv(self, fault: Fault, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        moved = self._move("preadv", fault, fd, buffers, offset)
         if fault is Fault.FLIPPED:
             buffers[0][moved // 2 % buffers[0].nbytes] ^= 4
         return moved
 
-    def write_from(self, file: int, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
-        """Counted. Of a flipped bit the caller sees nothing: it is on the disk alone."""
-        fault = self._count("write")
-        moved = self._move(self._inner.write_from, fault, file, offset_bytes, buffers)  # type: ignore[union-attr]
+    def _pwritev(self, fault: Fault, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Of a flipped bit the caller sees nothing: it is on the disk alone."""
+        moved = self._move("pwritev", fault, fd, buffers, offset)
         if fault is Fault.FLIPPED:
-            fd = os.open(self._folder / "pages" / "pages.bin", os.O_RDWR)
-            place = offset_bytes + moved // 2
-            os.pwrite(fd, bytes([os.pread(fd, 1, place)[0] ^ 4]), place)
-            self._real["fsync"](fd)
-            os.close(fd)
+            other = self._real["open"](self._readlink(f"/proc/self/fd/{fd}"), os.O_RDWR)
+            place = offset + moved // 2
+            self._real["pwrite"](other, bytes([self._real["pread"](other, 1, place)[0] ^ 4]), place)
+            self._real["fsync"](other)
+            os.close(other)
         return moved
 
-    def _move(self, call: Callable[..., int], fault: Fault | None, file: int, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
+    def _move(self, kind: str, fault: Fault, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         if fault is Fault.NOTHING:
             return 0
         if fault is Fault.SHORT:
             half = buffers[0].nbytes // 2 // BLOCK_BYTES * BLOCK_BYTES
             with buffers[0][: half or BLOCK_BYTES] as part:
-                return call(file, offset_bytes, [part])
-        return call(file, offset_bytes, buffers)
+                return int(self._real[kind](fd, [part], offset))
+        return int(self._real[kind](fd, buffers, offset))
 
-    # ---- manifests -------------------------------------------------------------------------------------------------
+    def _pwrite(self, fault: Fault, fd: int, content: Any, offset: int) -> int:
+        half = len(content) // 2
+        if fault is Fault.NOTHING:
+            return 0
+        if fault is Fault.SHORT:
+            content = bytes(content)[: half or 1]
+        else:
+            content = bytes(content)
+            content = content[:half] + bytes([content[half] ^ 4]) + content[half + 1 :]
+        return int(self._real["pwrite"](fd, content, offset))
 
-    def _wrapped(self, name: str) -> Callable[..., Any]:
-        def call(what: Any, *args: Any, **more: Any) -> Any:
-            path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else os.fspath(what)
-            if str(path).startswith(str(self._folder / "pages" / "commits")):
-                self._count(name)
-            return self._real[name](what, *args, **more)
+    def _read(self, fault: Fault, fd: int, n_bytes: int) -> bytes:
+        found: bytes = self._real["read"](fd, max(1, n_bytes // 2))
+        return found
 
-        return call
-
-    def _open(self, path: Path, mode: str) -> Any:
-        self._count("open")
-        file = builtins.open(path, mode, buffering=0)
-        write = file.write
-
-        def counted(content: bytes) -> int:
-            if self._count("manifest") is Fault.FLIPPED:
-                content = content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 4]) + content[len(content) // 2 + 1 :]
-            return write(content)
-
-        return _Wrapped(file, counted)
-
-
-class _Wrapped:
-    """A file with another ``write``."""
-
-    def __init__(self, file: Any, write: Callable[[bytes], int]) -> None:
-        self._file = file
-        self.write = write
-        self.flush, self.fileno = file.flush, file.fileno
-
-    def __enter__(self) -> _Wrapped:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def _pread(self, fault: Fault, fd: int, n_bytes: int, offset: int) -> bytes:
+        found: bytes = self._real["pread"](fd, max(1, n_bytes // 2), offset)
+        return found
 
 
 def small_slabs(patch: pytest.MonkeyPatch) -> None:

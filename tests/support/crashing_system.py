@@ -6,12 +6,11 @@ was not synced only a part, of the changes of a folder that was not synced none.
 
 from __future__ import annotations
 
-import builtins
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
@@ -25,11 +24,10 @@ class CrashingSystem:
 
     Args:
         folder: the one that is looked at.
-        module: where ``open`` is called.
         at: counted from 0; None: never.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, module: str, at: int | None = None) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, at: int | None = None) -> None:
         self.calls: list[str] = []
         self._folder = folder
         self._at = at
@@ -37,10 +35,9 @@ class CrashingSystem:
         self._unsynced_files: dict[Path, int] = {}
         self._undo: list[Callable[[], object]] = []
         self._new_folder = False
-        self._real = {name: getattr(os, name) for name in ("fsync", "rename", "unlink", "mkdir")}
+        self._real = {name: getattr(os, name) for name in ("fsync", "rename", "unlink", "mkdir", "open", "pwrite")}
         for name in self._real:
             monkeypatch.setattr(os, name, getattr(self, f"_{name}"))
-        monkeypatch.setattr(f"{module}.open", self._open, raising=False)
 
     def lose_power(self) -> None:
         """Take back what was not synced. To be called once the process is gone."""
@@ -95,36 +92,17 @@ class CrashingSystem:
         self._real["mkdir"](path, *args, **more)
         self._new_folder = True
 
-    def _open(self, path: Path, mode: str) -> IO[bytes]:
-        self._call("open")
-        self._unsynced_files[path] = 0
-        return _TornFile(builtins.open(path, mode, buffering=0), self)  # type: ignore[return-value]
+    def _open(self, path: Any, flags: int, *args: Any, **more: Any) -> int:
+        writes = flags & os.O_CREAT and Path(path).is_relative_to(self._folder)
+        if writes:
+            self._call("open")
+        fd = self._real["open"](path, flags, *args, **more)
+        if writes:
+            self._unsynced_files[Path(path)] = 0
+        return int(fd)
 
-
-class _TornFile:
-    """A file of which the last write may be cut in half."""
-
-    def __init__(self, file: Any, system: CrashingSystem) -> None:
-        self._file = file
-        self._system = system
-
-    def write(self, content: bytes) -> int:
-        """In two calls, so that the system can stop between them."""
-        half = len(content) // 2
-        for part in (content[:half], content[half:]):
-            self._system._call("write")
-            self._file.write(part)
-        return len(content)
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
-
-    def fileno(self) -> int:
-        """The real one."""
-        return int(self._file.fileno())
-
-    def __enter__(self) -> _TornFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def _pwrite(self, fd: int, content: Any, offset: int) -> int:
+        """Half of it at most, so that the system can stop between two calls; whoever writes goes on with the rest."""
+        self._call("write")
+        part = content[: (len(content) + 1) // 2] if len(content) > 100 else content
+        return int(self._real["pwrite"](fd, part, offset))

@@ -93,6 +93,10 @@ class FaultyDisk:
         """As the real one."""
         self.inner.sync(file)
 
+    def stat(self, file: int) -> os.stat_result:
+        """As the real one."""
+        return self.inner.stat(file)
+
     def close(self) -> None:
         """As the real one."""
         self.inner.close()

@@ -82,6 +82,9 @@ class FaultyBackend:
         self._enter("sync")
         self.inner.sync(file)
 
+    def stat(self, file: int) -> os.stat_result:
+        return self.inner.stat(file)
+
     def close(self) -> None:
         self.inner.close()
 

@@ -11,10 +11,9 @@ import pytest
 from crashing_system import Crash, CrashingSystem
 
 from pagemem.commit_folder import FOLDER_NAME, CommitFolder
-from pagemem.errors import CommitError
+from pagemem.errors import CommitError, StorageError
 from pagemem.manifest import Manifest
 
-MODULE = "pagemem.commit_folder"
 SMALL = b"small tensors " * 50
 
 
@@ -88,7 +87,7 @@ def test_other_files_in_the_folder_are_neither_read_nor_removed(folder: CommitFo
 def calls_of(run: Callable[[CommitFolder], None], folder: CommitFolder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The system calls that it makes."""
     with monkeypatch.context() as patch:
-        system = CrashingSystem(patch, folder.path, MODULE)
+        system = CrashingSystem(patch, folder.path)
         run(folder)
     return system.calls
 
@@ -96,7 +95,7 @@ def calls_of(run: Callable[[CommitFolder], None], folder: CommitFolder, monkeypa
 def crash_at(run: Callable[[CommitFolder], None], folder: CommitFolder, at: int, patch: pytest.MonkeyPatch) -> CrashingSystem:
     """Let it run up to that call."""
     with patch.context() as patched:
-        system = CrashingSystem(patched, folder.path, MODULE, at)
+        system = CrashingSystem(patched, folder.path, at)
         with pytest.raises(Crash):
             run(folder)
     return system
@@ -126,7 +125,7 @@ def test_whenever_it_stops_the_earlier_commits_are_whole_and_the_new_one_is_whol
 def test_what_was_done_is_durable_when_the_call_returns(folder: CommitFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     for done, expected in ((lambda f: commit(f, 3), [1, 2, 3]), (lambda f: f.remove(1), [2, 3])):
         with monkeypatch.context() as patch:
-            system = CrashingSystem(patch, folder.path, MODULE)
+            system = CrashingSystem(patch, folder.path)
             done(folder)
         system.lose_power()
         assert whole(folder) == expected
@@ -135,7 +134,7 @@ def test_what_was_done_is_durable_when_the_call_returns(folder: CommitFolder, mo
 def test_the_first_commit_of_a_run_is_durable_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = CommitFolder(tmp_path)
     with monkeypatch.context() as patch:
-        system = CrashingSystem(patch, folder.path, MODULE)
+        system = CrashingSystem(patch, folder.path)
         commit(folder, 1)
     system.lose_power()
     assert whole(folder) == [1]
@@ -161,7 +160,7 @@ def test_a_commit_of_which_a_call_failed_is_gone_once_it_is_removed(
     for at in [number for number, name in enumerate(calls) if name == call]:
         folder = CommitFolder(folder.path.parent)
         with monkeypatch.context() as patch:
-            system = CrashingSystem(patch, folder.path, MODULE)
+            system = CrashingSystem(patch, folder.path)
             really = system._call
 
             def fail(name: str, system: CrashingSystem = system, at: int = at, really: Callable[[str], None] = really) -> None:
@@ -170,7 +169,7 @@ def test_a_commit_of_which_a_call_failed_is_gone_once_it_is_removed(
                     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
             patch.setattr(system, "_call", fail)
-            with pytest.raises(OSError, match="Input/output error"):
+            with pytest.raises(StorageError, match=rf"^\w+ {folder.path.parent}.*: Input/output error$"):
                 commit(folder, 3)
             folder.remove(3)
         system.lose_power()
