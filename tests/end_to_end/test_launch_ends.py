@@ -22,7 +22,7 @@ from offload.launch import launch
 from offload.progress import ProgressLog, StepMetrics
 from offload.run_folder import RunFolder
 from pagemem.commit_folder import CommitFolder
-from pagemem.errors import RunDirectoryError
+from pagemem.errors import DiskFullError, OffloadError, RunDirectoryError
 from pagemem.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -137,10 +137,14 @@ def test_no_link_is_followed(tmp_path: Path, raw: dict[str, Any]) -> None:
     (tmp_path / "precious").write_text("years of work")
     run({**raw, "train": {**raw["train"], "steps": 1}})
     for name in ("metrics.jsonl.new", "config.json.new", "offload-run.json.new", "config.json"):
-        (tmp_path / "run" / name).unlink(missing_ok=True)
-        (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+        link = tmp_path / "run" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / "precious")
+        with pytest.raises(OffloadError, match=f"{link} is a symbolic link, not a .*Nothing was changed"):
+            run(raw)
+        assert link.is_symlink() and (tmp_path / "precious").read_text() == "years of work"
+        link.unlink()
     assert run(raw)[0] == 0
-    assert (tmp_path / "precious").read_text() == "years of work" and not (tmp_path / "run" / "config.json").is_symlink()
 
 
 # ---- nobody reads ----------------------------------------------------------------------------------------------------
@@ -199,20 +203,22 @@ def test_a_run_whose_metrics_cannot_be_written_commits_first(raw: dict[str, Any]
 
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    class Full(io.FileIO):
-        def write(self, content: Any) -> int:
-            return super().write(bytes(content)[:7])
-
     metrics = StepMetrics(1, 2.0, 1e-3, 2.0, 512.0, 1, 1, 1, 1, 0.25)
     with ProgressLog(tmp_path / "m", Console(file=io.StringIO()), steps=3, log_every=1) as log:
         log.take(metrics)
-        before, whole = (tmp_path / "m").read_bytes(), log._file
-        log._file = Full(tmp_path / "m", "ab")
-        with pytest.raises(OSError, match="No space left"):
-            log.take(metrics)
+        before, real, left = (tmp_path / "m").read_bytes(), os.pwrite, [7]
+
+        def full(fd: int, content: Any, offset: int) -> int:
+            if not left[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left[0] -= (n_bytes := real(fd, content[: left[0]], offset))
+            return n_bytes
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            with pytest.raises(DiskFullError, match=rf"writing {tmp_path / 'm'} at offset {len(before) + 7}, .*No space left"):
+                log.take(metrics)
         assert (tmp_path / "m").read_bytes() == before
-        log._file.close()
-        log._file = whole
         log.take(metrics)
     assert (tmp_path / "m").read_bytes() == 2 * before
 
