@@ -7,7 +7,6 @@ directories, or the same in another order, would write over what they name: it i
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
