@@ -8,6 +8,7 @@ again when the backward asks. Torch applies the innermost saved-tensor hooks onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,23 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.parameters import Binder
+from offload.parameters import Binder, PagedParameter
 from offload.saved_storage import KeptTensor, LeftActivation
 from optim.unit import Unit
 from scheduler.trace import Access, AccessMode, OpKind
 
 
 class SavedView:
-    """The place of a saved weight. While one lives, its unit's update waits: the backward has yet to read the values."""
+    """The place of a saved weight. While one lives, its unit's update waits: the backward has yet to read the values.
+
+    Args:
+        offset_bytes: where its first element lies in the unit's pages.
+    """
 
     __slots__ = ("dtype", "offset_bytes", "size", "stride", "unit", "version")
 
-    def __init__(self, unit: Unit, offset_bytes: int, saved: Tensor) -> None:
+    def __init__(self, unit: Unit, offset_bytes: int, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> None:
         self.unit = unit
         self.offset_bytes = offset_bytes
-        self.size = saved.size()
-        self.stride = saved.stride()
-        self.dtype = saved.dtype
+        self.size = size
+        self.stride = stride
+        self.dtype = dtype
         self.version = unit.version
         unit.live_views += 1
 
@@ -115,6 +120,8 @@ class SavedWeights:
 
     def pack(self, saved: Tensor) -> Packed:
         """A place for views of pages and for what is to go there, the tensor itself for everything else."""
+        if isinstance(saved, PagedParameter) and saved._place.binder is self._binder:
+            return self._whole(saved)
         if not self._dense(saved):
             return KeptTensor(saved)
         place = self._place(saved)
@@ -122,6 +129,14 @@ class SavedWeights:
             return place
         activations = self._binder.activations
         return KeptTensor(saved) if activations is None else activations.pack(saved)
+
+    def _whole(self, parameter: PagedParameter) -> SavedView | KeptTensor:
+        """Where a whole parameter is, also while it is not bound (an `autograd.Function` saves what it was given)."""
+        slot = parameter._place.slot
+        if not slot.numel:
+            return KeptTensor(parameter._place.placeholder)
+        stride = tuple(math.prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape)))
+        return SavedView(parameter._place.unit, slot.offset * slot.dtype.itemsize, slot.shape, stride, slot.dtype)
 
     def _dense(self, saved: Tensor) -> bool:
         return saved.layout is torch.strided and saved.device == self._binder.torch_device and saved.numel() > 0
@@ -139,7 +154,7 @@ class SavedWeights:
             if unit is None or unit.compute.frame is None:
                 raise AssertionError(f"a saved tensor lies in page {frame}, which holds no parameters")
             start = (frame - unit.compute.frame) * mover.arena.page_bytes + offset
-        return SavedView(unit, start, saved)
+        return SavedView(unit, start, saved.size(), saved.stride(), saved.dtype)
 
     def unpack(self, packed: Packed) -> Tensor:
         """The saved tensor again, brought back when it has left host memory.
@@ -156,6 +171,7 @@ class SavedWeights:
         unit = packed.unit
         if self._binder.closed:
             raise RuntimeError(f"{unit.name}: the engine that holds this weight is closed")
+        self._binder.notice_edits(unit)
         if unit.version != packed.version:
             raise RuntimeError(
                 f"{unit.name} has been updated or edited since it was saved for this backward pass (version "
@@ -182,6 +198,10 @@ class SavedWeights:
 
     def _inside(self, outer_pack: Callable[[Tensor], Any], outer_unpack: Callable[[Any], Tensor]) -> AbstractContextManager[Any]:
         def pack(saved: Tensor) -> SavedView | _Foreign:
+            if isinstance(saved, PagedParameter) and saved._place.binder is self._binder and saved._place.slot.numel:
+                whole = self._whole(saved)
+                assert isinstance(whole, SavedView)
+                return whole
             return (self._place(saved) if self._dense(saved) else None) or _Foreign(outer_pack(saved))
 
         def unpack(packed: SavedView | _Foreign) -> Tensor:
@@ -207,11 +227,13 @@ class SavedWeights:
             context.__enter__()
             stack.append(context)
             self._binder.forwards += 1
+            self._binder.pointed.clear()
             self._binder.copying = 0  # A state_dict() that raised did not come to its end.
 
         def leave(_module: torch.nn.Module, _args: Any, _result: Any) -> None:
             if stack:
                 self._binder.forwards -= 1
+                self._binder.pointed.clear()
                 stack.pop().__exit__(None, None, None)
 
         handles = [

@@ -11,6 +11,7 @@ down) is a lease of the arena: the pages stay where they are until the last alia
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Final
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.activations import SavedActivations
-from optim.unit import Slot, Unit
+from optim.unit import Slot, Unit, late_use
 from optim.updater import Updater
 from pagemem.heap import ForwardEnd, give_back_free_pages
 from pagemem.mover import Mover
@@ -61,12 +62,18 @@ _REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, _TENSOR.requires_grad.
 _EXPORTS: Final = frozenset(
     {Tensor.numpy, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__array__, Tensor.__dlpack__, _TENSOR.apply_, _TENSOR.map_}
 )
+#: What gives something out through which torch does not count writes.
+_UNCOUNTED: Final = _EXPORTS | {_TENSOR.data.__get__}
 
 
 class Place:
-    """Where a paged parameter's values are, and what it holds while they are not bound."""
+    """Where a paged parameter's values are, and what it holds while they are not bound.
 
-    __slots__ = ("binder", "bound", "hooked", "placeholder", "slot", "unit")
+    Attributes:
+        seen: the parameter's count of writes, as torch keeps it, when a view that it counts was first given out; None: none was.
+    """
+
+    __slots__ = ("binder", "bound", "hooked", "placeholder", "seen", "slot", "unit")
 
     def __init__(self, binder: Binder, unit: Unit, slot: Slot) -> None:
         self.binder = binder
@@ -74,6 +81,7 @@ class Place:
         self.slot = slot
         self.bound = 0
         self.hooked = False
+        self.seen: tuple[weakref.ref[Tensor], int] | None = None
         self.placeholder = self._nan()
 
     def _nan(self) -> Tensor:
@@ -188,6 +196,7 @@ class Binder:
         torch_device: where that arena is.
         check_structure: raises when the model no longer has the parameters that are in pages.
         only_trainable: the optimizer was made from the configuration, for what was trainable then.
+        pointed: views of what addresses were given out of in the forward pass under way.
     """
 
     def __init__(self, driver: Driver, mover: Mover) -> None:
@@ -199,6 +208,8 @@ class Binder:
         self.activations: SavedActivations | None = None
         self.trims = False
         self.copying = 0
+        self.pointed: list[Tensor] = []
+        self._watched: dict[Unit, dict[Slot, Place]] = {}
         self.forwards = 0
         self.closed = False
         self.converting = False
@@ -228,14 +239,19 @@ class Binder:
             raise RuntimeError(f"{parameters[0]._place.slot.name}: the engine that holds this parameter is closed")
         copying = self.copying and getattr(func, "__name__", "") == "detach"
         with self._scope(), self.bound(parameters):
+            self._before_writes(parameters)
             versions = [parameter._version for parameter in parameters]
             result = func(*args, **kwargs)
             exposed = func in _EXPORTS or (not copying and self._exposes(result))
+            if func == Tensor.data_ptr and self.forwards:
+                # Whoever is given an address uses it after this: the pages stay until the forward pass is over.
+                self.pointed += [parameter.detach() for parameter in parameters]
             for parameter, version in zip(parameters, versions, strict=True):
                 if parameter._version != version:
                     self._check_whole(parameter)
-                if exposed or parameter._version != version:
-                    self._changed(parameter._place, exposed=exposed)
+                    self._changed(parameter._place)
+                if exposed:
+                    self._exposed(parameter, counted=func not in _UNCOUNTED)
             return _detached(result) if copying else result
 
     def _scope(self) -> Any:
@@ -259,6 +275,8 @@ class Binder:
                     f"{unit.name} was built under deferred_init, but is not part of the model that the engine was made for, so its pages "
                     "were given back; build what the engine does not train outside of that block"
                 )
+            if unit.ended and torch._C._current_graph_task_id() != -1:
+                self._refuse_late_use(unit, places)
             if self.updater is not None:
                 (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
         if self.activations is not None:
@@ -324,11 +342,49 @@ class Binder:
                 "write values with parameter.copy_(values)"
             )
 
-    def _changed(self, place: Place, *, exposed: bool = False) -> None:
+    def _changed(self, place: Place) -> None:
         place.unit.version += 1
         place.slot.edited = True
-        place.unit.compute.exposed |= exposed
         self.mover.touch(place.unit.compute)
+
+    def _exposed(self, parameter: PagedParameter, *, counted: bool) -> None:
+        """A view was given out that can be written to; with ``counted``, torch counts that as writing to the parameter."""
+        place = parameter._place
+        place.slot.edited = True
+        place.unit.compute.exposed = True
+        self.mover.touch(place.unit.compute)
+        if counted:
+            if place.seen is None or not place.unit.live_views:
+                place.seen = weakref.ref(parameter), parameter._version
+                self._watched.setdefault(place.unit, {})[place.slot] = place
+        elif not self.forwards and torch._C._current_graph_task_id() == -1:
+            # Nobody will know of writes. What is given out inside of a forward or backward pass is for kernels, which read.
+            place.unit.version += 1
+
+    def notice_edits(self, unit: Unit) -> None:
+        """Count what was written to a unit's parameters through views."""
+        for place in self._watched.get(unit, {}).values():
+            assert place.seen is not None
+            reference, version = place.seen
+            parameter = reference()
+            if parameter is None:
+                continue
+            with _NO_TORCH_FUNCTION():
+                now = parameter._version
+            if now != version:
+                place.seen = reference, now
+                unit.version += 1
+
+    def _before_writes(self, parameters: Iterable[PagedParameter]) -> None:
+        """Have a commit that waits for the values of parameters get them, where the call may change them or give them out."""
+        for parameter in parameters:
+            if parameter._place.unit.compute.owed and not (parameter.requires_grad and torch.is_grad_enabled()):
+                self.mover.make_writable(parameter._place.unit.compute)
+
+    def _refuse_late_use(self, unit: Unit, places: Iterable[Place]) -> None:
+        for place in places:
+            if place.unit is unit and place.slot.group >= 0 and place.slot.arrivals:
+                raise late_use(place.slot)
 
     def watch_gradient(self, parameter: PagedParameter) -> None:
         """Have the updater take this parameter's gradients from now on."""

@@ -136,7 +136,7 @@ class _SavedWeights(SavedWeights):
         arena = self._binder.mover.arena
         assert isinstance(arena, MetaArena)
         leased = arena.leased(saved)
-        return None if leased is None else SavedView(self._binder.units[leased[0]], leased[1], saved)
+        return None if leased is None else SavedView(self._binder.units[leased[0]], leased[1], saved.size(), saved.stride(), saved.dtype)
 
 
 class _Store(PageStore):

@@ -162,6 +162,6 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling:
     thread = UpdateThread(store.mover, rule, mailboxes, windows, store.counters, n_threads=update.threads)
     return LockFreeUpdater(
         store.driver, store.index, thread, mailboxes, StateAccess(store.driver, rule.state_names), hypers, store.budget, division.gradient_bytes, scratch_bytes(units, update.threads),
-        store.counters, scaling=scaling, eager=eager, max_staleness=update.max_staleness,
+        store.counters, scaling=scaling, eager=eager, adopts_after=update.start == "auto", max_staleness=update.max_staleness,
         exact_steps=update.exact_steps,
     )  # fmt: skip

@@ -99,11 +99,17 @@ class ExactUpdater:
 
         if not (final and self._eager and slot.arrivals == 1 and self._store.keep(unit, slot, gradient)):
             self._store.add(unit, slot, gradient, note_norm)
-        if self._eager and self._foretold and unit.live_views == 0 and complete(unit):
+        if self._eager and self._foretold and unit.live_views == 0 and complete(unit) and not self._viewed(unit):
             hypers = self._hypers()
             self._used_hypers = self._used_hypers or hypers
             self._run(unit, Pending(hypers, None))
-            unit.updated = True
+            unit.updated = unit.ended = True
+
+    def _viewed(self, unit: Unit) -> bool:
+        """Whether somebody has a view of what an update would change: the backward pass may ask for it again."""
+        if unit.device is not None and unit.home is None:
+            return False  # Compute has a copy, which is not changed.
+        return (unit.home or self._driver).viewed(unit.compute)
 
     def uses_as_it_is(self, slot: Slot) -> bool:
         """Whether a gradient that comes now is to be the parameter's only one of the step, and used as autograd made it."""
@@ -158,7 +164,7 @@ class ExactUpdater:
         for _, slot in self._slots:
             slot.expected = slot.arrivals
         for unit in self._index.units:
-            unit.updated = False
+            unit.updated = unit.ended = False
             if unit.pending is None:
                 forget_arrivals(unit)
         self._foretold = True

@@ -52,6 +52,7 @@ class LockFreeUpdater:
         scratch_bytes: what the updater has outside the host arena beside them.
         scaling: clipping and loss scaling.
         eager: hand a unit's gradient over as soon as it is complete, not at the optimizer step.
+        adopts_after: adopt new parameters after a unit's last use in a step, too, which is when its gradient is complete.
         max_staleness: see above, >= 0.
         exact_steps: the first so many steps of a unit's life are made as with ``max_staleness`` 0.
     """
@@ -71,6 +72,7 @@ class LockFreeUpdater:
         *,
         scaling: Scaling,
         eager: bool,
+        adopts_after: bool = True,
         max_staleness: int,
         exact_steps: int = 0,
     ) -> None:
@@ -82,6 +84,7 @@ class LockFreeUpdater:
         self._sink = sink
         self._scaling = scaling
         self._eager = eager
+        self._adopts_after = adopts_after
         self._max_staleness = max_staleness
         self._exact_steps = exact_steps
         self._limit_bytes = limit_bytes
@@ -136,7 +139,7 @@ class LockFreeUpdater:
                 self._used_hypers = self._used_hypers or hypers
                 unit.updated = True
                 self._hand_over(unit, hypers, None)
-            if not unit.parameters.owed:  # Not worth waiting for a commit that has yet to get the old ones.
+            if self._adopts_after and not unit.parameters.owed and not self._driver.viewed(unit.parameters):  # Not worth waiting for a commit that has yet to get the old ones.
                 self._adopt(unit, "after")
 
     def discard(self) -> None:
@@ -217,7 +220,7 @@ class LockFreeUpdater:
         for _, slot in self._slots:
             slot.expected = slot.arrivals
         for unit in self._mailboxes:
-            unit.updated = False
+            unit.updated = unit.ended = False
             forget_arrivals(unit)
         self._foretold = True
         self._used_hypers = None
@@ -309,6 +312,7 @@ class LockFreeUpdater:
                     self._copy_in(unit, version)
         if version is not None:
             mailbox.clock.adopt(version.last)
+            unit.ended |= when == "after"
             unit.version += 1
             self._free_bytes(sum(total.release() for total in version.values.values()))
 
@@ -327,7 +331,7 @@ class LockFreeUpdater:
         while self.direct_bytes + n_bytes > self._limit_bytes:
             published = sum(mailbox.clock.applied for mailbox in self._mailboxes.values())
             for unit, mailbox in self._mailboxes.items():
-                if mailbox.unadopted() is not None and unit.live_views == 0:
+                if mailbox.unadopted() is not None and unit.live_views == 0 and not self._driver.viewed(unit.parameters):
                     self._adopt(unit, "short")
                     if unit in self._unused:
                         self._unused.discard(unit)

@@ -112,6 +112,7 @@ class Unit:
         live_views: weights saved by autograd that may still be asked for; while there are any, an update must wait.
         version: updates and edits so far; a saved weight of another version must not be used.
         updated: whether the update of the step under way has been made.
+        ended: whether no use of it is expected in the step under way any more: its values may be those of the next one.
         forgotten: whether its pages were given back; nobody can use it any more.
     """
 
@@ -127,6 +128,7 @@ class Unit:
     live_views: int = 0
     version: int = 0
     updated: bool = False
+    ended: bool = False
     forgotten: bool = False
     pending: Pending | None = None
 
@@ -223,6 +225,14 @@ def stale_gradient(slot: Slot) -> StaleGradientError:
     return StaleGradientError(
         f"{slot.name}: a gradient arrived after the update of this step, which was begun when gradient {slot.expected} had "
         f"arrived, as in the step before; for steps with a varying number of backward passes {START_HINT}"
+    )
+
+
+def late_use(slot: Slot) -> RuntimeError:
+    """The error for a parameter that the backward pass asks for when its values may be those of the next step."""
+    return RuntimeError(
+        f"{slot.name} is used in the backward pass after its gradient was complete, as it was in the step before, and may have been "
+        f"updated; save it for backward (ctx.save_for_backward), or {START_HINT}"
     )
 
 

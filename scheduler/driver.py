@@ -143,6 +143,14 @@ class Driver(Holding):
             if self._lane.stuck:
                 self._lane.pump()
 
+    def viewed(self, tensor: PagedTensor) -> bool:
+        """Whether somebody has a view of a tensor."""
+        if not tensor.leases:
+            return False
+        with self.mover.changed:
+            self._collect_views()
+            return tensor.leases > 0
+
     def consume(self, tensor: PagedTensor) -> None:
         """Declare a tensor's content dead, after the op that consumed it has ended."""
         self.mover.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
