@@ -50,7 +50,14 @@ def _scale(value: object) -> float | str:
     raise ValueError(f"must be \"auto\" or a number above 0, not {value!r}")
 
 
+def _folder(value: str) -> str:
+    if not value.strip() or "\0" in value or "\n" in value:
+        raise ValueError(f"must be the name of a folder, not {'an empty one' if not value.strip() else reprlib.repr(value)}")
+    return value
+
+
 Size = Annotated[int, BeforeValidator(_size)]
+Folder = Annotated[str, AfterValidator(_folder)]
 #: A decay rate of a moment.
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -102,7 +109,7 @@ class MemoryConfig(_Section):
 class SsdConfig(_Section):
     """Page files."""
 
-    paths: list[str] = Field(min_length=1)
+    paths: list[Folder] = Field(min_length=1)
     """Folders for the page files, one per disk; pages are striped over them. Each must be new, empty or ours."""
     direct: Annotated[Literal["auto"] | bool, BeforeValidator(_direct)] = "auto"
     """O_DIRECT: "auto" where the file system takes it, true to insist, false for buffered I/O through aiofiles."""
@@ -110,7 +117,7 @@ class SsdConfig(_Section):
     """Keep an xxh3 checksum of every page written and verify it on every read."""
     threads: int = Field(default=4, ge=1, le=64)
     """I/O threads per path, for reading and for writing each."""
-    limit_mb_per_s: float | None = Field(default=None, gt=0)
+    limit_mb_per_s: float | None = Field(default=None, ge=0.01)
     """Bandwidth (10^6 bytes/s) of reads and writes together, to model a slower disk. None: as fast as it goes."""
     max_request: Size = Field(default=16 * MiB, ge=4 * KiB, le=16 * MiB)
     """Largest single read or write, a multiple of 4KiB up to 16MiB; larger tensors are split over the threads.
@@ -238,7 +245,7 @@ class TrainConfig(_Section):
     """Learning rate after the warm-up: constant, or cosine to a tenth at the last step."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """Compute threads of torch. None: torch's own choice."""
 
     @model_validator(mode="after")
@@ -251,14 +258,14 @@ class TrainConfig(_Section):
 class OutputConfig(_Section):
     """What `offload launch` leaves behind."""
 
-    run: str
+    run: Folder
     """Folder for metrics.jsonl, the resolved configuration and the loss curve. Must be new, empty or of an earlier run."""
 
 
 class Config(_Section):
     """The whole configuration. ``memory`` and ``ssd`` are needed always; the last four only by `offload launch`."""
 
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, le=(1 << 64) - 1)
     """Seed of torch's generator and of the data order (launch)."""
     device: Annotated[str, AfterValidator(_device)] = "cpu"
     """Where compute runs: "cpu", straight out of host pages; "cuda" (or "cuda:1", ...), out of pages of a third tier above them with
@@ -339,6 +346,8 @@ def _describe(entry: Any) -> str:
     where, kind = ".".join(parts), entry["type"]
     if kind == "extra_forbidden":
         return _unknown_key(parts)
+    if kind == "missing" and isinstance(entry["loc"][-1], int):
+        return f"{'.'.join(parts[:-1])} is too short: {reprlib.repr(entry['input'])}"
     if kind == "missing":
         return f"{where} is missing"
     if kind in ("model_type", "model_attributes_type"):

@@ -189,6 +189,10 @@ def launch(config: Config, console: Console | None = None) -> int:
                 console.print(f"going on after step {resumed.step}, from commit {resumed.number} of {resumed.created}", highlight=False)
                 for change in resumed.changed:
                     console.print(f"changed since: {change}", highlight=False, markup=False, soft_wrap=True)
+            n_parameters = sum(p.numel() for p in engine.model.parameters())
+            console.print(f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False)
+            if train.evaluate_batches and not engine.steps:
+                past.before_nats = validation_loss(engine, batches, config.model.factory, interrupt)
             set_aside = folder.begin(config, engine.run_id, goes_on=resumed is not None)
             if set_aside is not None:
                 console.print(set_aside, highlight=False, soft_wrap=True)
@@ -213,9 +217,6 @@ def _train(
 ) -> None:
     config = engine.config
     n_parameters = sum(p.numel() for p in engine.model.parameters())
-    console.print(f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False)
-    if train.evaluate_batches and not engine.steps:
-        past.before_nats = validation_loss(engine, batches, reference, interrupt)
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
     kept = kept_metrics(folder / METRICS, engine.steps)
     if kept.note is not None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from typing import Final
 
 KiB: Final = 1 << 10
 MiB: Final = 1 << 20
 GiB: Final = 1 << 30
 TiB: Final = 1 << 40
+
+#: What an address of 64 bits can tell apart, and files may have.
+MOST_BYTES: Final = (1 << 63) - 1
 
 #: Logical block that O_DIRECT buffers, offsets and lengths must be a multiple of.
 BLOCK_BYTES: Final = 4096
@@ -30,11 +34,15 @@ def parse_bytes(text: str | int) -> int:
     if isinstance(text, int):
         if text < 0:
             raise ValueError(f"a size cannot be negative: {text}")
-        return text
-    match = _PATTERN.match(text)
-    if match is None or match[2].lower() not in _SUFFIX:
-        raise ValueError(f"not a size: {text!r}; write a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB")
-    return int(float(match[1]) * _SUFFIX[match[2].lower()])
+        n_bytes: float = text
+    else:
+        match = _PATTERN.match(text)
+        if match is None or match[2].lower() not in _SUFFIX:
+            raise ValueError(f"not a size: {reprlib.repr(text)}; write a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB")
+        n_bytes = float(match[1]) * _SUFFIX[match[2].lower()]
+    if n_bytes > MOST_BYTES:
+        raise ValueError(f"not a size: {reprlib.repr(text)} is more bytes than there are addresses")
+    return int(n_bytes)
 
 
 def format_bytes(n_bytes: float) -> str:

@@ -70,3 +70,23 @@ class Regression(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean squared error."""
         return nn.functional.mse_loss(self.layers(x), y)
+
+
+class EndingText(ByteCorpus):
+    """There is no batch from number ``at`` on."""
+
+    at = 0
+
+    def batch(self, step: int, rows: int, seq: int) -> tuple[Tensor, Tensor]:
+        """As any corpus, for a while."""
+        if step >= self.at:
+            raise LookupError(f"there are {self.at} batches")
+        return super().batch(step, rows, seq)
+
+
+def ending_text(folder: Path, seed: int, at: int) -> EndingText:
+    """The sentence, of which so many batches can be had."""
+    sentence_text(folder, seed)
+    corpus = EndingText(folder, seed=seed)
+    corpus.at = at
+    return corpus

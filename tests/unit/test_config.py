@@ -124,7 +124,7 @@ def test_an_unknown_key_names_the_nearest_one(name: str, value: Any, said: str) 
         ("device", "cuda", 'device is "cuda": set memory.device'),
         ("optimizer.lr", float("nan"), "optimizer.lr: Input should be a finite number, not nan"),
         ("optimizer.betas", [0.9, 1.0], "optimizer.betas.1: Input should be less than 1, not 1.0"),
-        ("optimizer.betas", [0.9], "optimizer.betas.1 is missing"),
+        ("optimizer.betas", [0.9], "optimizer.betas is too short: [0.9]"),
         ("optimizer.nesterov", True, 'optimizer: nesterov needs name "sgd" and a momentum above 0'),
         ("update.clip_norm", 0, "update.clip_norm: "),
         ("model", {"factory": "no_colon"}, "model.factory: "),
