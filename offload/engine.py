@@ -124,6 +124,7 @@ class Engine:
         self.optimizer.engine = self  # type: ignore[attr-defined]
         self._loss_scale = scaling.loss_scale
         self._updater = make_updater(store, rule, self.optimizer.hypers, scaling)
+        self._undo.append(self._updater.close)
         self._plan_keepers = plan_keepers(store)
         binder = store.binder
         binder.check_structure = Structure(self.model).check
@@ -421,13 +422,11 @@ class Engine:
         if EngineState.CLOSED not in _LEGAL[self.state]:
             raise TransitionError(f"engine: {self.state.value} -> closed is not a legal move")
         self.state = EngineState.CLOSED
-        close_all(self._checkpoints.committer.close, self.optimizer.close, self._updater.close, self._release)
+        close_all(self._checkpoints.committer.close, self.optimizer.close, self._release)
 
     def _release(self) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo = []
-        self._store.close()
+        undo, self._undo = self._undo, []
+        close_all(*undo, self._store.close)
 
     def _check_running(self) -> None:
         if self.state is not EngineState.RUNNING:

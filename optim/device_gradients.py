@@ -95,6 +95,7 @@ class DeviceGradients:
                 raise
         self._waiting: deque[_OnItsWay] = deque()
         self._loss: _Loss | None = None
+        self._last_copy: Mark = REACHED
         self._waiting_bytes = self._host_bytes = 0
         self._peak_bytes = 0
 
@@ -140,7 +141,7 @@ class DeviceGradients:
         if into is None:  # no room in the budget: this waits for the device, with every gradient
             return _OnItsWay(unit, slot, gradient.cpu(), REACHED, self._loss)
         self._let_go_of_copied()
-        there = self._accelerator.copy_out(flat.view(torch.uint8), into)
+        self._last_copy = there = self._accelerator.copy_out(flat.view(torch.uint8), into)
         return _OnItsWay(unit, slot, into.view(flat.dtype).view(gradient.shape), there, self._loss, flat)
 
     def _span(self, n_bytes: int) -> torch.Tensor | None:
@@ -240,15 +241,9 @@ class DeviceGradients:
             RuntimeError: the device failed; everything is given back all the same.
         """
         reservation, self._reservation = self._reservation, None
-        if reservation is None:
-            self._updater.close()
-            return
-        close_all(self._wait_for_copies, self._forget, self._updater.close, reservation.release)
-
-    def _wait_for_copies(self) -> None:
-        for waiting in self._waiting:
-            if waiting.there is not None:
-                waiting.there.wait()
+        if reservation is not None:
+            # Copies follow one another: behind the last one nothing is written to the buffer, for gradients that were dropped either.
+            close_all(self._last_copy.wait, self._forget, self._updater.close, reservation.release)
 
     def _forget(self) -> None:
         self._waiting.clear()

@@ -1,0 +1,192 @@
+"""Gradients on their way down: which go on when, what memory they wait in, and for how long the device must keep its own."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from gated_device import GatedMark
+
+from optim.device_gradients import DeviceGradients
+from pagemem.accelerator import RamDevice
+from pagemem.budget import Budget
+from pagemem.errors import NonFiniteError
+from pagemem.tier import Tag, Tier
+
+LIMIT, KEPT = 512, 256
+
+
+class Device(RamDevice):
+    """Copies down at once; that they are there is told when the test says so, in order."""
+
+    stages = True
+
+    def __init__(self) -> None:
+        self.marks: list[GatedMark] = []
+        self.waited: list[int] = []
+
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> GatedMark:
+        into.copy_(source)
+        mark, number = GatedMark(), len(self.marks)
+        wait = mark.wait
+
+        def waits() -> None:
+            self.waited.append(number)
+            mark.open()
+            wait()
+
+        mark.wait = waits  # type: ignore[method-assign]
+        self.marks.append(mark)
+        return mark
+
+
+class Updater:
+    """Notes what it is handed, and keeps it as long as it is told to."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+        self.kept: list[torch.Tensor] = []
+        self.keeps = self.closed = False
+        self.direct_bytes = self.peak_direct_bytes = 0
+
+    def gradient(self, _unit: Any, slot: str, gradient: torch.Tensor) -> None:
+        self.taken.append(slot)
+        if self.keeps:
+            self.kept.append(gradient)
+        assert torch.equal(gradient, values(slot, gradient.shape)) and gradient.is_contiguous()
+
+    def uses_as_it_is(self, _: Any) -> bool:
+        return True
+
+    def step(self) -> None:
+        self.kept.clear()
+
+    def close(self) -> None:
+        assert not self.closed, "once"
+        self.closed = True
+
+
+def values(slot: str, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+    """What a gradient is made of: its own numbers, so that one in another's place is seen."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape) + 1000 * (ord(slot) - ord("a"))
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.device, self.updater, self.budget = Device(), Updater(), Budget(Tier.HOST, LIMIT + KEPT)
+        updater: Any = self.updater
+        self.gradients = DeviceGradients(updater, self.device, self.budget, LIMIT, KEPT)
+        self.unit: Any = SimpleNamespace(home=None)
+
+    def gives(self, slot: str, *shape: int) -> weakref.ref[torch.Tensor]:
+        """Deliver a gradient; returns what says whether the device's memory of it is still held."""
+        gradient = values(slot, shape)
+        named: Any = slot
+        self.gradients.gradient(self.unit, named, gradient)
+        held = self.gradients._waiting[-1].source if self.gradients._waiting else None
+        return weakref.ref(gradient if held is None else held)
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    assert made.budget.by_tag() == {Tag.GRAD: LIMIT + KEPT}, "all of the buffer"
+    yield made
+    made.gradients.close()
+    made.gradients.close()
+    assert made.updater.closed and made.budget.used_bytes == 0
+    made.budget.close()
+
+
+def test_older_ones_go_on_when_a_younger_one_needs_their_room(rig: Rig) -> None:
+    for slot in "abcd":
+        rig.gives(slot, 8, 4)
+    assert not rig.updater.taken and rig.gradients.direct_bytes == LIMIT
+    rig.gives("e", 8, 4)
+    assert rig.updater.taken == ["a"] and rig.device.waited == [0] and rig.gradients.direct_bytes == LIMIT
+    rig.gives("f", 16, 6)
+    assert rig.updater.taken == ["a", "b", "c", "d"] and rig.gradients.direct_bytes == LIMIT
+    assert rig.budget.by_tag() == {Tag.GRAD: LIMIT + KEPT}, "the buffer neither grows nor shrinks"
+    rig.gradients.step()
+    assert rig.updater.taken == list("abcdef") and rig.gradients.direct_bytes == 0
+
+
+def test_one_that_is_laid_out_otherwise_comes_row_by_row(rig: Rig) -> None:
+    gradient = values("a", (4, 8)).t().contiguous().t()
+    assert not gradient.is_contiguous()
+    slot: Any = "a"
+    rig.gradients.gradient(rig.unit, slot, gradient)
+    rig.gradients.gradient(rig.unit, slot, values("a", ()))
+    rig.gradients.gradient(rig.unit, slot, values("a", (0, 3)))
+    rig.gradients.step()
+    assert rig.updater.taken == ["a", "a", "a"]
+
+
+def test_the_devices_memory_is_held_until_the_copy_is_made_and_no_longer(rig: Rig) -> None:
+    first, second, third = rig.gives("a", 8), rig.gives("b", 8), rig.gives("c", 8)
+    assert all(held() is not None for held in (first, second, third))
+    rig.device.marks[0].open()
+    rig.device.marks[2].open()
+    rig.gives("d", 8)
+    assert first() is None and second() is not None and third() is not None, "copies are made in order: later ones are not asked for"
+    rig.device.marks[1].open()
+    rig.gives("e", 8)
+    assert second() is None and third() is None
+
+
+def test_gradients_that_the_updater_keeps_stay_in_the_buffer(rig: Rig) -> None:
+    rig.updater.keeps = True
+    for slot in "abcde":
+        rig.gives(slot, 8, 4)
+    rig.gives("f", 8, 4)
+    assert rig.updater.taken == ["a", "b"] and len(rig.device.marks) == 6, "room for those that are kept, too"
+    assert all(torch.equal(kept, values(slot, kept.shape)) for slot, kept in zip("ab", rig.updater.kept, strict=True))
+    rig.gives("g", 8, 4)
+    # More is kept than was foretold: this one waits for the device, in memory of its own.
+    assert rig.updater.taken == list("abcdef") and len(rig.device.marks) == 6
+    rig.gradients.step()
+    assert rig.updater.taken == list("abcdefg")
+    rig.gives("h", 16, 8)
+    assert len(rig.device.marks) == 7, "the buffer is free again"
+
+
+@pytest.mark.parametrize("limit", [0, 64])
+def test_without_room_each_waits_for_the_device_and_goes_on_at_once(limit: int) -> None:
+    device, updater, budget = Device(), Updater(), Budget(Tier.HOST, 64)
+    as_updater: Any = updater
+    gradients = DeviceGradients(as_updater, device, budget, limit, 0)
+    for slot in "ab":
+        named: Any = slot
+        gradients.gradient(SimpleNamespace(home=None), named, values(slot, (8, 4)))  # type: ignore[arg-type]
+    assert updater.taken == ["a", "b"] and not device.marks and gradients.direct_bytes == 0
+    gradients.close()
+    budget.close()
+
+
+def test_memory_is_not_given_back_before_copies_of_gradients_that_were_dropped(rig: Rig) -> None:
+    rig.gradients.expect(torch.tensor(float("nan")), 1)
+    rig.gives("a", 8)
+    rig.gives("b", 8)
+    with pytest.raises(NonFiniteError, match="loss of step 1 is nan"):
+        rig.gradients.step()
+    assert not rig.updater.taken and not rig.device.waited and rig.gradients.direct_bytes == 0
+    rig.gradients.close()
+    assert rig.device.waited == [1], "the last one is behind the others"
+
+
+def test_order_and_places_are_the_same_in_every_step(rig: Rig) -> None:
+    rig.updater.keeps = True
+    seen = []
+    for _ in range(3):
+        begun = len(rig.updater.taken)
+        places = []
+        for number, slot in enumerate("abcdefghij"):
+            rig.gives(slot, 4 + 7 * number % 11, 3)
+            places.append(rig.gradients._waiting[-1].gradient.data_ptr() if rig.gradients._waiting[-1].source is not None else 0)
+        rig.gradients.step()
+        seen.append((rig.updater.taken[begun:], places))
+    assert seen[0] == seen[1] == seen[2]
