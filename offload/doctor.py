@@ -139,7 +139,7 @@ def check_memory(memory: MemoryFact) -> Iterator[Finding]:
         else:
             yield Finding("ok", name, format_bytes(limit_bytes))
     locked = "no limit" if memory.locked_limit_bytes is None else format_bytes(memory.locked_limit_bytes)
-    yield Finding("ok", "RLIMIT_MEMLOCK", f"{locked} (the host tier is not locked)")
+    yield Finding("ok", "RLIMIT_MEMLOCK", f"{locked} (not used: a device's driver locks the host tier)")
     files = memory.open_files_limit
     if files is not None and files < _LEAST_OPEN_FILES:
         yield Finding("warning", "RLIMIT_NOFILE", f"{files} open files", f"raise it to {_LEAST_OPEN_FILES} or more (ulimit -n)")
@@ -173,7 +173,7 @@ def check_cuda(devices: tuple[CudaFact, ...], *, cuda_build: bool, nvidia_device
         if device.pinning is None:
             yield Finding("ok", f"cuda:{number}", said + "works")
         else:
-            remedy = "transfers would go through pageable memory, slower: look at the driver and at ulimit -l"
+            remedy = "transfers would go through pageable memory, slower: look at the driver, and at what the container or virtual machine allows"
             yield Finding("warning", f"cuda:{number}", f"{said}fails: {device.pinning}", remedy)
 
 

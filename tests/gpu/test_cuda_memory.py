@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import os
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from pagemem import cuda
 from pagemem.arena import HostArena
 from pagemem.cuda import CudaArena, CudaDevice
 from pagemem.errors import DeviceError
 from pagemem.page import FrameId, TensorId
+from pagemem.staging import StagingBuffer
 
 PAGE_BYTES = 64 << 10
 N_FRAMES = 16
@@ -100,13 +104,12 @@ def test_a_copy_up_begins_after_its_mark_and_compute_after_the_copy(device: Cuda
 
 
 def test_a_copy_down_has_what_compute_was_given_before_it(device: CudaDevice) -> None:
-    values = torch.zeros(1 << 16, device="cuda")
+    values = torch.zeros(4, device="cuda")
+    device.copy_down(values)[1].wait()  # the first pinned allocation may wait for the device
     torch.cuda._sleep(LONG)
     values.add_(3)
     brought, there = device.copy_down(values)
     assert brought.is_pinned() and not there.reached()
-    del values  # its memory is not given to others before the copy is made
-    torch.full((1 << 16,), 9.0, device="cuda")
     there.wait()
     assert bool((brought == 3).all())
 
@@ -134,3 +137,68 @@ def test_compute_on_another_stream_is_refused(device: CudaDevice) -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(DeviceError, match="numbered from 0"):
         CudaDevice(torch.cuda.device_count())
+
+
+def test_memory_pinned_in_pieces_is_copied_across_their_bounds(device: CudaDevice, arena: CudaArena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "PIN_BYTES", 4 * PAGE_BYTES)
+    for _ in range(2):  # what is unpinned can be pinned again
+        host = HostArena(N_FRAMES, PAGE_BYTES, device.pin)
+        assert len(device._cuts) == N_FRAMES // 4 - 1
+        there, here = (each.view(FrameId(2), 0, torch.uint8, 11 * PAGE_BYTES) for each in (arena, host))
+        assert here.is_pinned()
+        here.random_()
+        device.copy_up(here, there, device.mark()).wait()
+        assert torch.equal(there.cpu(), here)
+        there.add_(1)
+        before = here.clone()
+        device.copy_out(there, here).wait()
+        assert torch.equal(here, before + 1)
+        del here
+        host.close()
+        assert not device._cuts
+
+
+def test_a_child_takes_nothing_of_pinned_memory(device: CudaDevice, arena: CudaArena, host: HostArena) -> None:
+    """Otherwise the device goes on reading the pages that the parent had before it wrote to them."""
+    there, here = (each.view(FrameId(0), 0, torch.uint8, each.n_bytes) for each in (arena, host))
+    here.fill_(1)
+    ready, release = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(release)
+        os.read(ready, 1)
+        os._exit(0)
+    os.close(ready)
+    here.fill_(2)
+    device.copy_up(here, there, device.mark()).wait()
+    right = bool((there == 2).all())
+    os.close(release)
+    os.waitpid(child, 0)
+    assert right
+
+
+def test_a_staging_buffer_is_pinned_and_takes_what_it_says(device: CudaDevice) -> None:
+    before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    buffer = StagingBuffer(1 << 20, device.pin)
+    span = buffer.take(1000)
+    assert span is not None and span.is_pinned()
+    source = torch.full((1000,), 7, dtype=torch.uint8, device="cuda")
+    device.copy_out(source, span).wait()
+    assert bool((span == 7).all())
+    assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) == before, "nothing of it is torch's"
+    del span
+    buffer.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one device")
+def test_a_thread_that_joins_another_device_uses_that() -> None:
+    found: list[int] = []
+
+    def work() -> None:
+        CudaDevice(1).join()
+        found.append(torch.cuda.current_device())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [1] and torch.cuda.current_device() == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,3 +198,71 @@ def test_random_numbers_of_the_device_go_on_from_a_commit(tmp_path: Path) -> Non
         assert engine.resume() is not None
         assert torch.equal(torch.rand(4, device="cuda"), expected)
     assert_closed(engine)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_all_pinned_memory_is_in_the_budget(clip_norm: float | None, tmp_path: Path) -> None:
+    """torch's own pool has losses only, a few bytes each."""
+    before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    with offload.initialize(built(), on_cuda(tmp_path, clip_norm=clip_norm), adamw) as engine:
+        for x, y in batches(STEPS):
+            engine.backward(engine(x.cuda(), y.cuda()))
+            engine.step()
+        assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) - before <= 64 << 10
+        budget = engine._store.budget
+        assert budget.peak_bytes <= budget.limit_bytes
+    assert_closed(engine)
+
+
+def test_a_saved_tensor_that_is_changed_while_it_is_copied_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in plain PyTorch: the copy is not ordered with the change."""
+    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+
+    class Edits(nn.Module):
+        """Changes what its second layer has saved, long before the device comes to copying it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """(rows, 64) to a scalar."""
+            hidden = torch.sigmoid(self.first(x))
+            torch.cuda._sleep(50_000_000)
+            y = self.second(hidden)
+            with torch.no_grad():
+                hidden.add_(1)
+            return y.square().mean()
+
+    made = on_cuda(tmp_path, device="4MiB")
+    made["memory"] |= {"activations": "64MiB", "recompute": "never"}
+    with offload.initialize(Edits(), made, adamw) as engine:
+        loss = engine(torch.randn(256, 64, device="cuda"))
+        saved = engine._store.binder.activations
+        assert saved is not None and saved._leaving, "it is still being copied"
+        with pytest.raises(RuntimeError, match="changed by an inplace operation"):
+            loss.backward()
+        del loss
+    assert_closed(engine)
+
+
+def test_an_engine_on_another_stream_neither_commits_nor_trains(tmp_path: Path) -> None:
+    made = on_cuda(tmp_path, device="64MiB")
+    made["memory"]["device_states"] = "auto"
+    with offload.initialize(built(), made, adamw) as engine:
+        ((x, y),) = batches(1)
+        engine.backward(engine(x.cuda(), y.cuda()))
+        engine.step()
+        with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(offload.DeviceError, match="on one stream"):
+            engine.save()
+        engine.save()
+    assert_closed(engine)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("check", ["assert", "exit"])
+def test_what_ends_a_process_is_checked_in_one_of_its_own(check: str) -> None:
+    """An assertion in a kernel, then close; and a program that does not close its engine."""
+    root = Path(__file__).resolve().parent.parent.parent
+    ended = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check", "--only", check], capture_output=True, text=True, cwd=root, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
