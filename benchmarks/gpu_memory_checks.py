@@ -133,7 +133,7 @@ def waiting(setting: Setting) -> Outcome:
     mark = device.mark()
 
     def wait() -> None:
-        device.join()
+        device.use_in_thread()
         began_s, began_cpu_s = time.perf_counter(), time.thread_time()
         mark.wait()
         found.append((time.thread_time() - began_cpu_s) / (time.perf_counter() - began_s))

@@ -55,7 +55,7 @@ def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Sc
         # The largest gradient once as autograd made it, and once on its way down from a device.
         direct_bytes, on_their_way_bytes = store.settle_sizes(direct=eager, on_their_way=device is not None)
         # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into, reserved as a whole.
-        budget = Budget(Tier.HOST, direct_bytes) if device is not None and device.stages else store.budget
+        budget = Budget(Tier.HOST, direct_bytes) if device is not None and device.stages_gradients else store.budget
         exact = ExactUpdater(
             store.driver, store.index, rule, hypers, GradientStore(store.driver, budget, direct_bytes), store.counters,
             scaling=scaling, start=update.start, updated=store.updated,

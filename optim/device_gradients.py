@@ -81,7 +81,7 @@ class DeviceGradients:
         self._updater = updater
         self._accelerator = accelerator
         self._limit_bytes = limit_bytes
-        buffer_bytes = limit_bytes + kept_bytes if accelerator.stages else 0
+        buffer_bytes = limit_bytes + kept_bytes if accelerator.stages_gradients else 0
         reserved = budget.reserve(Tag.GRAD, buffer_bytes, "gradients on their way down")
         if isinstance(reserved, BudgetShortage):
             raise AssertionError(reserved.describe())
@@ -133,7 +133,7 @@ class DeviceGradients:
 
     def _brought_down(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> _OnItsWay:
         """A gradient on its way into host memory."""
-        if not self._accelerator.stages:
+        if not self._accelerator.stages_gradients:
             return _OnItsWay(unit, slot, gradient, REACHED, self._loss)
         # Row by row, as an update reads it: a device is quicker at that than the CPU.
         flat = gradient.contiguous().view(-1)

@@ -54,10 +54,10 @@ class Accelerator(Protocol):
         """What makes host memory fit for its copies; None: any memory is."""
 
     @property
-    def stages(self) -> bool:
+    def stages_gradients(self) -> bool:
         """Whether its gradients are copied into host memory, by `copy_out`. False: where they are is host memory."""
 
-    def join(self) -> None:
+    def use_in_thread(self) -> None:
         """Have the calling thread's calls go to this device: a new thread that works for it calls this first.
 
         Raises:
@@ -147,9 +147,9 @@ class RamDevice:
 
     torch_device = torch.device("cpu")
     pin: Pin | None = None
-    stages = False
+    stages_gradients = False
 
-    def join(self) -> None:
+    def use_in_thread(self) -> None:
         """Threads have nothing to set."""
 
     def make_arena(self, n_frames: int, page_bytes: int) -> Arena:

@@ -129,7 +129,7 @@ class CudaDevice:
         DeviceError: torch cannot use CUDA here, or has no such device; says why.
     """
 
-    stages = True
+    stages_gradients = True
 
     def __init__(self, index: int | None = None) -> None:
         if not _CUDA.is_available():
@@ -145,8 +145,8 @@ class CudaDevice:
         self._warned = False
         self._cuts: tuple[int, ...] = ()  # where one pinned piece of host memory ends and the next begins, sorted; replaced, never changed
 
-    def join(self) -> None:
-        """As `Accelerator.join`: otherwise a new thread's calls go to the first device, and make a context there."""
+    def use_in_thread(self) -> None:
+        """As `Accelerator.use_in_thread`: otherwise a new thread's calls go to the first device, and make a context there."""
         _CUDA.set_device(self.torch_device)
 
     def make_arena(self, n_frames: int, page_bytes: int) -> Arena:

@@ -210,15 +210,15 @@ class HostCopier:
         if any(upload.can_go_on for upload in self._waiting):
             self._gate.set()
 
-    def _join(self) -> None:
+    def _enter_thread(self) -> None:
         """Have a thread's calls go to the device. One that failed fails again at the first copy."""
         try:
-            self._accelerator.join()
+            self._accelerator.use_in_thread()
         except RuntimeError as failure:
             self._below.note_failure(failure)
 
     def _run(self) -> None:
-        self._join()
+        self._enter_thread()
         while True:
             with self._below.changed:
                 upload = next((upload for upload in self._waiting if upload.can_go_on), None)
@@ -242,7 +242,7 @@ class HostCopier:
             del upload, source
 
     def _run_ends(self) -> None:
-        self._join()
+        self._enter_thread()
         while (finish := self._under_way.get()) is not None:
             try:
                 finish()

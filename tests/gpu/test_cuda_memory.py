@@ -195,7 +195,7 @@ def test_a_thread_that_joins_another_device_uses_that() -> None:
     found: list[int] = []
 
     def work() -> None:
-        CudaDevice(1).join()
+        CudaDevice(1).use_in_thread()
         found.append(torch.cuda.current_device())
 
     thread = threading.Thread(target=work)

@@ -340,7 +340,7 @@ def test_threads_join_the_device_before_anything_else() -> None:
     joined: list[str] = []
 
     class Joined(GatedDevice):
-        def join(self) -> None:
+        def use_in_thread(self) -> None:
             joined.append(threading.current_thread().name)
 
     with opened() as below:

@@ -67,7 +67,7 @@ class LateDevice(RamDevice):
             times asked for. stamped: places taken to ask for them.
     """
 
-    stages = True
+    stages_gradients = True
 
     def __init__(self, late_s: float = 0.001) -> None:
         self.late_s = late_s

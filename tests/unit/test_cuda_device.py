@@ -313,7 +313,7 @@ def test_pinned_memory_is_not_in_a_child(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_thread_that_works_for_a_device_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda()
-    device_on(fake, monkeypatch).join()
+    device_on(fake, monkeypatch).use_in_thread()
     assert fake.log == ["set cuda:1"]
 
 

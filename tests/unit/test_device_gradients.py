@@ -23,7 +23,7 @@ LIMIT, KEPT = 512, 256
 class Device(RamDevice):
     """Copies down at once; that they are there is told when the test says so, in order."""
 
-    stages = True
+    stages_gradients = True
 
     def __init__(self) -> None:
         self.marks: list[GatedMark] = []
