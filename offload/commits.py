@@ -155,16 +155,18 @@ class Committer:
         number = self._number
 
         def job() -> None:
+            attempted = False
             try:
                 self._await(snapshot)
                 self._settle_doubtful()
-                self._store.page_files.sync()
+                self._store.mover.sync()
                 self._earlier.claim_parts()
                 stored = tuple(self._stored(names[tensor], copy) for tensor, copy in snapshot.copies.items())
                 manifest = self._manifest(number, moment, stored)
+                attempted = True
                 self._earlier.folder.write(manifest, encoded(manifest))
             except BaseException:
-                self._give_up(number, snapshot)
+                self._give_up(number, snapshot, attempted)
                 raise
             by_key = {tensor.key: copy for tensor, copy in zip(manifest.tensors, snapshot.copies.values(), strict=True)}
             self.commits[number] = Commit(manifest, by_key)
@@ -200,9 +202,13 @@ class Committer:
             state=state,
         )
 
-    def _give_up(self, number: int, snapshot: Snapshot) -> None:
-        """A commit has failed: its frames are free once it is certain that no manifest names them."""
-        if snapshot.state is SnapshotState.COMPLETE:
+    def _give_up(self, number: int, snapshot: Snapshot, attempted: bool) -> None:
+        """A commit has failed: its frames are free once it is certain that no manifest names them.
+
+        Args:
+            attempted: there may be a manifest.
+        """
+        if attempted:
             try:
                 self._earlier.folder.remove(number)
             except StorageError:  # The commit's own error is the one to raise; the frames wait for `_settle_doubtful`.

@@ -3,6 +3,9 @@
 A tensor has one *current* copy, where it is read from and written to. A copy that a commit names is never written again:
 the next store of its tensor goes to fresh frames (copy on write), and the old copy stays until no commit names it. So a
 commit costs what has changed since the last one, and at most doubles the room that the changing tensors take.
+
+After a failed sync the system may call what it could not write clean: no later sync says anything about it. So all copies
+written since the last good sync are *lost* until they are written again.
 """
 
 from __future__ import annotations
@@ -28,12 +31,14 @@ class StoredCopy:
         placement: the frames; its ``tensor`` is the copy's own name in the allocator, not the paged tensor's id.
         current: whether a tensor reads and writes it.
         commits: commits that name it.
+        lost: it was written before a sync that failed, so that the disk may not have it, whatever a later sync says.
     """
 
     placement: Placement
     route: Route
     current: bool = True
     commits: int = 0
+    lost: bool = False
 
 
 class Copies:
@@ -52,6 +57,7 @@ class Copies:
         self.watcher: Watcher | None = None
         self._files = files
         self._next = 0
+        self._unsynced: set[StoredCopy] = set()
         self._tags: dict[TensorId, Tag] = {}
 
     def held(self) -> dict[Tag, int]:
@@ -133,9 +139,26 @@ class Copies:
         """Checksums of each copy's extents, as they were written."""
         return [self._files.sums(one.route) for one in stored]
 
+    def wrote(self, stored: StoredCopy) -> None:
+        """The copy has been written, whole; it is durable once a sync has succeeded that begins now or later."""
+        stored.lost = False
+        self._unsynced.add(stored)
+
+    def begin_sync(self) -> set[StoredCopy]:
+        """The copies that a sync which begins now makes durable."""
+        written, self._unsynced = self._unsynced, set()
+        return written
+
+    def sync_failed(self, written: set[StoredCopy]) -> None:
+        """That sync has failed: they are lost, and so is what was written meanwhile."""
+        for stored in written | self._unsynced:
+            stored.lost = True
+        self._unsynced = set()
+
     def _free_if_unused(self, stored: StoredCopy) -> None:
         if not stored.current and not stored.commits:
             placed = self.book.release(stored.placement.tensor)
+            self._unsynced.discard(stored)
             tag = self._tags.pop(placed.tensor)
             if self.watcher is not None:
                 self.watcher.held(Tier.SSD, tag, -placed.n_bytes)

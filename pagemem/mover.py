@@ -18,7 +18,7 @@ import torch
 from pagemem.allocator import PageAllocator
 from pagemem.arena import Arena
 from pagemem.copies import Copies, StoredCopy
-from pagemem.errors import OffloadError
+from pagemem.errors import OffloadError, StorageError
 from pagemem.events import Event, EventKind, EventSink, Watcher
 from pagemem.page import FrameId, TensorId
 from pagemem.page_file import PageFiles
@@ -154,9 +154,17 @@ class Mover(Tenants):
 
     def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
+            lost = tensor.copy is not None and tensor.copy.lost
+            if lost and error is None and not self.files.checksums:
+                error = StorageError(
+                    f"{tensor.name} was written before a sync of the page files failed, and without ssd.checksums nothing tells whether "
+                    "the disk has it: go on from the last commit"
+                )
             self._ended(error)
             if error is None:
                 tensor.become(Residency.CLEAN)
+                if lost:  # its checksum was right, so here it is whole: to be written again
+                    self.touch(tensor)
             else:
                 tensor.become(Residency.STORED)
                 self._move_out(tensor)
@@ -191,6 +199,8 @@ class Mover(Tenants):
             if error is None and not tensor.rewritten:
                 tensor.backed = True
                 tensor.become(Residency.CLEAN)
+                assert tensor.copy is not None
+                self.copies.wrote(tensor.copy)
                 self.snapshots.paid(tensor)
             else:
                 tensor.become(Residency.DIRTY)
@@ -288,6 +298,31 @@ class Mover(Tenants):
                     self.start_store(tensor)
             finally:
                 self._notify()
+
+    # ---- durability --------------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Make durable all that has been stored. Any thread but an I/O thread; while no snapshot is open.
+
+        Raises:
+            StorageError: it failed, so whatever was stored since the last sync may not be on the disk, and no later sync will
+                tell. What of it is in host memory is dirty again; the rest is when it is read next, and until then there can
+                be no snapshot.
+        """
+        with self.changed:
+            written = self.copies.begin_sync()
+        try:
+            self.files.sync()
+        except BaseException:
+            with self.changed:
+                self.copies.sync_failed(written)
+                for tensor in self.tensors.values():
+                    if tensor.state is Residency.STORING:
+                        tensor.rewritten = True  # a part of it may have been written before the sync
+                    elif tensor.state is Residency.CLEAN and tensor.backed and tensor.copy is not None and tensor.copy.lost:
+                        self.touch(tensor)
+                self._notify()
+            raise
 
     # ---- waiting -----------------------------------------------------------------------------------------------
 

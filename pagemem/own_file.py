@@ -146,8 +146,8 @@ def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
     A draft that a crash left is removed first. One engine at a time may do this to a file. Any thread.
 
     Raises:
-        StorageError, DiskFullError: the one before is there, unless it is the folder that could not be synced: then it is
-            not known which of the two there is after a crash.
+        StorageError, DiskFullError: the one before is there, or none where there was none. Where it is the folder that could
+            not be synced, the new one is in the place of one before, and it is not known which of the two there is after a crash.
     """
     draft = draft_of(path)
     with naming("looking for", path):
@@ -175,7 +175,13 @@ def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
         with suppress(OSError):
             os.unlink(draft)
         raise
-    sync_folder(path.parent)
+    try:
+        sync_folder(path.parent)
+    except BaseException:
+        if kind is None:  # whoever tries again must not find a file that a crash can take back
+            with suppress(OSError):
+                os.unlink(path)
+        raise
 
 
 def write_all(fd: int, content: bytes | memoryview, path: StrPath, offset_bytes: int, *, remedy: str = _MORE_ROOM) -> None:

@@ -105,6 +105,7 @@ class PageFiles:
         self.page_bytes = page_bytes
         self.paths = [str(directory.file(PAGE_FILE_NAME)) for directory in directories]
         self._max_request_bytes = max_request_bytes
+        self.checksums = checksums
         self._slab_frames = max(1, slab_bytes // page_bytes)
         self._n_frames = 0
         self._index = ExtentIndex()

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pagemem.copies import Copies, StoredCopy
-from pagemem.errors import TransitionError
+from pagemem.errors import StorageError, TransitionError
 from pagemem.page import TensorId
 from pagemem.residency import PagedTensor, Residency
 
@@ -106,12 +106,20 @@ class Snapshots:
         What is ``exposed`` is stored, as it may have been written to; the caller has that wait, see `Mover.make_writable`.
 
         Raises:
+            StorageError: a sync has failed, and something written before that is not in host memory; nothing was changed.
             DiskFullError: there is no room for it, and for all that will be stored beside it; nothing was changed.
             AssertionError: another one is being made, or a tensor is being used.
         """
         if self._open is not None:
             raise AssertionError("a snapshot is being made already")
         whole = [tensor for tensor in tensors if tensor.state is not Residency.ABSENT]
+        lost = [tensor for tensor in whole if tensor.backed and tensor.copy is not None and tensor.copy.lost]
+        if lost:
+            raise StorageError(
+                f"{lost[0].name}{f' and {len(lost) - 1} other tensors' if len(lost) > 1 else ''} cannot be committed: written before a sync of "
+                "the page files failed, and not in RAM any more, so the disk may not have them. Earlier commits are whole: train on "
+                "until each has been used again, or go on from one of them (engine.resume)"
+            )
         for tensor in whole:
             if tensor.exposed and tensor.state is Residency.CLEAN:
                 tensor.become(Residency.DIRTY)

@@ -81,9 +81,13 @@ class OnDemand:
         if tensor.frame is None:
             return
         self.mover.wait_until(lambda: tensor.state is not Residency.ARRIVING, tensor.name, tensor.n_bytes)
-        if tensor.state is Residency.DIRTY:
-            self.mover.start_store(tensor)
-        self.mover.wait_until(lambda: tensor.state is Residency.CLEAN and not tensor.uploads, tensor.name, tensor.n_bytes)
+        while tensor.state is not Residency.CLEAN or tensor.uploads:  # dirty again, where a sync failed meanwhile
+            if tensor.state is Residency.DIRTY:
+                self.mover.start_store(tensor)
+            self.mover.wait_until(
+                lambda: tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads, tensor.name, tensor.n_bytes
+            )
+            self.mover.check()
         self.mover.drop(tensor)
 
     def _shortage(self, tensor: PagedTensor, name: str) -> BudgetError:
