@@ -227,12 +227,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     given = {rate: getattr(arguments, name) for rate, name in named.items()}
     bytes_per_s = {rate: None if value is None else value * 1e6 for rate, value in given.items()}
     rates = rates_of(config, flops=arguments.flops, **bytes_per_s)
-    here = room_here(config)
-    room = Room(
-        here.ram_bytes if arguments.machine_ram is None else _size("--machine-ram", arguments.machine_ram),
-        here.disk_bytes if arguments.machine_disk is None else _size("--machine-disk", arguments.machine_disk),
-        None if arguments.machine_device is None else _size("--machine-device", arguments.machine_device),
-    )
+    given_room = [None if text is None else _size(option, text) for option, text in (
+        ("--machine-ram", arguments.machine_ram), ("--machine-disk", arguments.machine_disk), ("--machine-device", arguments.machine_device),
+    )]  # fmt: skip
+    room = None
+    if any(n_bytes is not None for n_bytes in given_room):
+        here, (ram_bytes, disk_bytes, device_bytes) = room_here(config), given_room
+        room = Room(here.ram_bytes if ram_bytes is None else ram_bytes, here.disk_bytes if disk_bytes is None else disk_bytes, device_bytes)
     found = forecast(config, rates, Question(room, arguments.largest, arguments.depth))
     print_forecast(found, Output(), as_json=arguments.json)
     return 0

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from rich.console import Console
 
 from offload.bench_ssd import IN_RAM
+from offload.factories import model_factory
+from offload.fit import available_here
 from offload.machine import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact, gather
+from offload.verdict import Available, Verdict, decide, verdict_of
 from pagemem.units import GiB, format_bytes
 
 Level = Literal["ok", "warning", "problem"]
@@ -45,7 +48,8 @@ class Finding:
 def run_doctor(file: Path | None, console: Console, *, changes: Sequence[str] = (), bench: bool = True, as_json: bool = False) -> int:
     """Look, print a line for each check, and with ``as_json`` a last one with all of it; returns 1 where there is a problem, else 0."""
     facts = gather(file, changes, bench=bench)
-    findings = judge(facts)
+    facts, verdict = _asked(facts)
+    findings = judge(facts, verdict)
     for finding in findings:
         style = _COLOURS[finding.level] if console.is_terminal else None
         console.print(finding.line, style=style, soft_wrap=True, highlight=False, markup=False)
@@ -55,6 +59,17 @@ def run_doctor(file: Path | None, console: Console, *, changes: Sequence[str] = 
     if as_json:
         console.print(json.dumps(as_record(facts, findings)), soft_wrap=True, highlight=False, markup=False)
     return 1 if counts["problem"] else 0
+
+
+def _asked(facts: Facts) -> tuple[Facts, Verdict | None]:
+    """Facts, and what is decided about the run of their configuration; a model that there is not makes the configuration a wrong one."""
+    fact = facts.config
+    if fact is None or fact.config is None or fact.config.model is None:
+        return facts, None
+    try:
+        return facts, verdict_of(fact.config, model_factory(fact.config.model), available_here(fact.config))
+    except ValueError as error:
+        return replace(facts, config=ConfigFact(fact.file, None, tuple(str(error).splitlines()))), None
 
 
 def as_record(facts: Facts, findings: list[Finding]) -> dict[str, Any]:
@@ -68,14 +83,14 @@ def as_record(facts: Facts, findings: list[Finding]) -> dict[str, Any]:
     return {"command": "doctor", "ok": not problems, "findings": [asdict(finding) for finding in findings], "facts": known}
 
 
-def judge(facts: Facts) -> list[Finding]:
+def judge(facts: Facts, verdict: Verdict | None = None) -> list[Finding]:
     """Every check, in the order of the lines."""
     findings = [check_version(name, found) for name, found in facts.versions.items()]
     findings += [check_package(package) for package in facts.packages]
     findings += [check_cpu(facts.cpu, facts.config), *check_memory(facts.memory), check_copies(facts.copy_gb_per_s)]
     findings += check_cuda(facts.cuda, cuda_build=facts.cuda_build, nvidia_device=facts.nvidia_device)
     if facts.config is not None:
-        findings += check_config(facts.config, facts.memory)
+        findings += check_config(facts.config, facts.memory, verdict)
     for folder in facts.folders:
         findings += check_folder(folder, facts.config)
     return findings
@@ -177,26 +192,33 @@ def check_cuda(devices: tuple[CudaFact, ...], *, cuda_build: bool, nvidia_device
             yield Finding("warning", f"cuda:{number}", f"{said}fails: {device.pinning}", remedy)
 
 
-def check_config(fact: ConfigFact, memory: MemoryFact) -> Iterator[Finding]:
-    """The file, and its RAM budget against what there is."""
+def check_config(fact: ConfigFact, memory: MemoryFact, verdict: Verdict | None = None) -> Iterator[Finding]:
+    """The file, and whether its run can begin here.
+
+    Args:
+        verdict: what `plan` and `launch` say as well; None: what the file alone tells.
+    """
     if fact.config is None:
         yield from (Finding("problem", "config", error, "correct the file; its folders were not looked at") for error in fact.errors)
         return
     yield Finding("ok", "config", f"{fact.file} can be used")
+    limits = (("RLIMIT_DATA", memory.data_limit_bytes), ("RLIMIT_AS", memory.address_limit_bytes))
+    known = tuple((name, n_bytes) for name, n_bytes in limits if n_bytes is not None)
+    verdict = verdict or decide(fact.config, None, "", Available(memory.usable_bytes, 0, known))
     ram_bytes, kept_bytes = fact.config.memory.ram, fact.config.memory.activations or 0
-    budget_bytes = ram_bytes + kept_bytes
-    said = f"memory.ram {format_bytes(ram_bytes)}" + (f" and memory.activations {format_bytes(kept_bytes)}" if kept_bytes else "")
-    for limit, limit_bytes in (("RLIMIT_DATA", memory.data_limit_bytes), ("RLIMIT_AS", memory.address_limit_bytes)):
-        if limit_bytes is not None and budget_bytes >= limit_bytes:
-            yield Finding("problem", "budget", f"{said}, {limit} is {format_bytes(limit_bytes)}", "lower the budget, or raise the limit")
-            return
-    against = f"{said}, {format_bytes(memory.usable_bytes)} of RAM can be had"
-    if budget_bytes > memory.usable_bytes:
-        yield Finding("problem", "budget", against, "lower the budget, or end what uses the memory")
-    elif budget_bytes > _BUDGET_SHARE * memory.usable_bytes:
+    need = verdict.need
+    pages_bytes = ram_bytes if need is None else min(ram_bytes, need.content_bytes)
+    used = "" if pages_bytes == ram_bytes else f", of which the model's states take {format_bytes(pages_bytes)}"
+    said = f"memory.ram {format_bytes(ram_bytes)}{used}" + (f" and memory.activations {format_bytes(kept_bytes)}" if kept_bytes else "")
+    against = f"{said}; {format_bytes(memory.usable_bytes)} of RAM can be had"
+    if verdict.shortages:
+        yield from (Finding("problem", "budget", shortage.said, shortage.remedy) for shortage in verdict.shortages)
+    elif pages_bytes + kept_bytes > _BUDGET_SHARE * memory.usable_bytes:
         yield Finding("warning", "budget", against, "other activations and the interpreter come on top: leave a fifth")
+    elif fact.config.model is not None and need is None:
+        yield Finding("warning", "budget", f"{against}; the model's need is not known: {verdict.unknown}", "try it: launch checks while it builds")
     else:
-        yield Finding("ok", "budget", against)
+        yield Finding("ok", "budget", against + ("" if need is None else f", and {format_bytes(need.smallest_bytes)} is the smallest that works"))
 
 
 def check_folder(folder: FolderFact, config: ConfigFact | None) -> Iterator[Finding]:

@@ -20,6 +20,9 @@ from offload.factories import model_factory
 from offload.machine import memory_fact
 from offload.memory import commit_frames
 from offload.rehearsal import Bandwidths, Rehearsal, rehearsed
+from offload.verdict import Available, commits_at_all
+from pagemem.mover import Mover
+from pagemem.page_file import PAGE_FILE_NAME
 from pagemem.units import format_bytes
 
 #: Names of a model's argument that counts its layers, where none is given.
@@ -91,16 +94,35 @@ class Fit:
     depth_argument: str = ""
 
 
-def room_here(config: Config) -> Room:
-    """What this machine has now: RAM that is free, and the free bytes of the file systems that ``ssd.paths`` lie on, or would."""
+def available_here(config: Config) -> Available:
+    """What this machine has now: RAM that is free, limits, and the free bytes of the file systems that ``ssd.paths`` lie on, or would,
+    with the page files that are there already, which the run would use."""
     folders = [next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir()) for path in config.ssd.paths]
     by_device = {folder.stat().st_dev: shutil.disk_usage(folder).free for folder in folders}
-    return Room(memory_fact().usable_bytes, sum(by_device.values()))
+    files = [Path(path) / PAGE_FILE_NAME for path in config.ssd.paths]
+    there_bytes = sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+    memory = memory_fact()
+    limits = {"RLIMIT_DATA": memory.data_limit_bytes, "RLIMIT_AS": memory.address_limit_bytes}
+    known = tuple((name, n_bytes) for name, n_bytes in limits.items() if n_bytes is not None)
+    return Available(memory.usable_bytes, sum(by_device.values()) + there_bytes, known)
+
+
+def room_here(config: Config) -> Room:
+    """What this machine has now, see `available_here`."""
+    here = available_here(config)
+    return Room(here.ram_bytes, here.disk_bytes)
 
 
 def commits(config: Config) -> bool:
-    """Whether a run makes commits by itself."""
+    """Whether a run makes commits between its steps."""
     return config.commit.every_steps is not None or config.commit.every_s is not None
+
+
+def commit_pages(config: Config, mover: Mover) -> int:
+    """Page-file pages that a run's commits take beside the newest copies."""
+    if commits(config):
+        return commit_frames(mover, config.commit.keep)
+    return commit_frames(mover, 0) if commits_at_all(config) else 0
 
 
 def taken_by(config: Config, base_bytes: int, room: Room) -> Taken:
@@ -117,8 +139,7 @@ def taken_by(config: Config, base_bytes: int, room: Room) -> Taken:
         mover = engine.store.mover
         frames = sum(tensor.n_frames for tensor in mover.tensors.values())
         pages_bytes = min(mover.arena.n_frames, frames) * engine.store.page_bytes
-        stored = frames + (commit_frames(mover, config.commit.keep) if commits(config) else 0)
-        disk_bytes = stored * engine.store.page_bytes
+        disk_bytes = (frames + commit_pages(config, mover)) * engine.store.page_bytes
         pages = pages_bytes, device_pages(engine) * engine.store.page_bytes
         return Taken.of(base_bytes, pages, engine.outside.peak_bytes, engine.peak_gradient_bytes, disk_bytes, room)
 

@@ -16,7 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from offload.config import Config, ConfigError
-from offload.fit import Fit, Room, Taken, advice, commits, depth_argument, largest_batch, largest_depth, room_here
+from offload.fit import Fit, Room, Taken, advice, available_here, commit_pages, depth_argument, largest_batch, largest_depth
 from offload.kernels import CostMode, Kernels, TimedKernels
 from offload.factories import model_factory
 from offload.memory import commit_frames
@@ -25,6 +25,7 @@ from offload.rates import Rates, kernels_of, threads_of
 from offload.rehearsal import Rehearsal, rehearsed
 from offload.smallest_budget import smallest_budget
 from offload.step_times import StepTimes
+from offload.verdict import Available, decide
 from pagemem.heap import give_back_free_pages
 from pagemem.page_reader import CHUNK_BYTES
 
@@ -143,7 +144,9 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
     with threads_of(config), rehearsed(make_model, config, CostMode(kernels), rates.bandwidths) as engine:
         start = _at_start(engine)
         engine.rehearse(config.train.batch, config.train.seq)
-        found = _found(engine, rates, kernels, start, need, base_bytes, question.room or room_here(config))
+        here = available_here(config)
+        room = question.room or Room(here.ram_bytes, here.disk_bytes)
+        found = _found(engine, rates, kernels, start, need, base_bytes, room, () if question.room else here.limits)
     if not question.largest:
         return found
     room, taken = found.fit.room, found.fit.taken
@@ -155,9 +158,10 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
 
 
 def _found(
-    engine: Rehearsal, rates: Rates, kernels: Kernels, start: Phase, need: BudgetNeed, base_bytes: int, room: Room
-) -> Forecast:
-    """What an engine that has rehearsed its steps tells."""
+    engine: Rehearsal, rates: Rates, kernels: Kernels, start: Phase, need: BudgetNeed, base_bytes: int, room: Room,
+    limits: tuple[tuple[str, int], ...],
+) -> Forecast:  # fmt: skip
+    """What an engine that has rehearsed its steps tells; ``limits`` are those on this process, where the room is this machine's."""
     config, mover = engine.config, engine.store.mover
     step, commit = _at_step(engine), _at_commit(engine)
     times = StepTimes.of(engine)
@@ -167,8 +171,9 @@ def _found(
     if timed:
         base_bytes = max(base_bytes, _resident_now_bytes())
     pages_bytes = step.host_pages * mover.arena.page_bytes
-    disk_bytes = (commit if commits(config) else step).ssd_bytes
+    disk_bytes = step.ssd_bytes + commit_pages(config, mover) * mover.arena.page_bytes
     taken = Taken.of(base_bytes, (pages_bytes, step.device_bytes), engine.outside.peak_bytes, engine.peak_gradient_bytes, disk_bytes, room)
+    lacks = tuple(shortage.line for shortage in decide(config, need, "", Available(room.ram_bytes, room.disk_bytes, limits)).shortages)
     return Forecast(
         parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
         ram_bytes=config.memory.ram, page_bytes=mover.arena.page_bytes,
@@ -184,7 +189,7 @@ def _found(
         tensor_bytes=engine.outside.peak_bytes, base_bytes=base_bytes, process_bytes=taken.ram_bytes,
         kernels_timed=timed.n_timed if timed else 0, kernels_timed_s=timed.spent_s if timed else 0.0,
         kernels_rated=timed.n_others if timed else 0,
-        fit=Fit(room, taken, taken.within(room), advice(config, room, taken, pages_bytes, need.smallest_bytes)), rates=rates,
+        fit=Fit(room, taken, taken.within(room) and not lacks, advice(config, room, taken, pages_bytes, need.smallest_bytes) or lacks), rates=rates,
     )  # fmt: skip
 
 

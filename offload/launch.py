@@ -25,13 +25,14 @@ from offload.config import Config, ConfigError, TrainConfig
 from offload.console import BROKEN_PIPE, Output, is_closed
 from offload.deferred_init import deferred_init
 from offload.engine import Engine, initialize
+from offload.fit import available_here
 from offload.factories import calls_of, data_factory, model_factory
 from offload.interrupt import Interrupt, noted
 from offload.metrics_file import kept_metrics
 from offload.progress import ProgressLog, StepMetrics
 from offload.report import RunSummary, print_summary, save_loss_curve
 from offload.run_folder import CURVE, DATA, METRICS, RunFolder, check_free, removed_unless_begun
-from offload.smallest_budget import FactoryError, smallest_budget
+from offload.verdict import verdict_of
 from pagemem.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
 
@@ -91,19 +92,17 @@ def learning_rate(train: TrainConfig) -> Callable[[int], float]:
 
 
 def check_budget(make_model: Callable[[], nn.Module], config: Config, console: Console) -> None:
-    """Before anything is built: make sure that the largest unit fits into the budget.
+    """Before anything is built: make sure that the model can be trained here, as `offload.verdict` decides.
 
     A model that cannot be built on torch's meta device is checked while it is built; the console says so.
 
     Raises:
-        BudgetError: it does not; names the unit and the smallest budget that works.
+        BudgetError: it cannot; names what is too small and, of ``memory.ram``, the smallest that works.
     """
-    try:
-        need = smallest_budget(make_model, None, config)
-    except FactoryError as error:
-        console.print(f"memory.ram is checked only while the model is built, unit by unit: {error}", highlight=False, markup=False)
-        return
-    need.check(config.memory.ram)
+    verdict = verdict_of(config, make_model, available_here(config))
+    if verdict.need is None:
+        console.print(f"memory.ram is checked only while the model is built, unit by unit: {verdict.unknown}", highlight=False, markup=False)
+    verdict.check()
 
 
 def validation_loss(engine: Engine, batches: Batches, reference: str, interrupt: Interrupt) -> float | None:

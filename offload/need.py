@@ -103,6 +103,12 @@ class UnitShape:
             needs.append(2 * computed + master + states)
         return max(needs)
 
+    def content_bytes(self, compute_dtype: torch.dtype | None, n_states: int) -> int:
+        """Bytes of the parameters, of their masters and states, once the model is built."""
+        dtype = compute_dtype or self.dtype
+        master_bytes = 4 if self.trained and dtype is not torch.float32 else 0
+        return self.numel * (dtype.itemsize + master_bytes + 4 * n_states * self.trained) if self.kept else 0
+
     def built_frames(self, page_bytes: int) -> int:
         """Pages of the parameters as they are built."""
         return ceil_div(self.numel * self.dtype.itemsize, page_bytes)
@@ -116,22 +122,27 @@ class BudgetNeed:
         unit: name of the unit that needs most.
         unit_bytes: bytes of its parameters as they are built.
         smallest_bytes: the smallest budget that holds all that any unit needs at once.
+        content_bytes: of all parameters, masters and optimizer states together, in RAM and on SSD.
     """
 
     unit: str
     unit_bytes: int
     smallest_bytes: int
+    content_bytes: int = 0
+
+    def said(self, ram_bytes: int) -> str:
+        """How such a budget falls short."""
+        return (
+            f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the largest unit, {self.unit} "
+            f"({self.unit_bytes} bytes of parameters), needs {self.smallest_bytes} bytes ({format_bytes(self.smallest_bytes)}) "
+            "at once with its gradients and one slice of states"
+        )
 
     def check(self, ram_bytes: int) -> None:
         """Raise BudgetError for a budget that is smaller."""
         if self.smallest_bytes <= ram_bytes:
             return
-        raise BudgetError(
-            f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the largest unit, {self.unit} "
-            f"({self.unit_bytes} bytes of parameters), needs {self.smallest_bytes} bytes ({format_bytes(self.smallest_bytes)}) "
-            f"at once with its gradients and one slice of states; set memory.ram to at least {self.smallest_bytes}",
-            self.smallest_bytes,
-        )
+        raise BudgetError(f"{self.said(ram_bytes)}; set memory.ram to at least {self.smallest_bytes}", self.smallest_bytes)
 
 
 def budget_need(
@@ -147,8 +158,10 @@ def budget_need(
     ram_bytes = from_bytes
     while True:
         sizes = Sizes.of(config, ram_bytes)
-        frames, unit = max(((unit.frames(sizes, n_states), unit) for unit in units_at(sizes.page_bytes)), key=lambda pair: pair[0])
+        units = list(units_at(sizes.page_bytes))
+        frames, unit = max(((unit.frames(sizes, n_states), unit) for unit in units), key=lambda pair: pair[0])
         need_bytes = frames * sizes.page_bytes
         if need_bytes <= ram_bytes:
-            return BudgetNeed(unit.name, unit.numel * unit.dtype.itemsize, ram_bytes)
+            content_bytes = sum(unit.content_bytes(sizes.compute_dtype, n_states) for unit in units)
+            return BudgetNeed(unit.name, unit.numel * unit.dtype.itemsize, ram_bytes, content_bytes)
         ram_bytes = need_bytes

@@ -178,7 +178,7 @@ def test_devices() -> None:
         ("9GiB", None, {}, "ok"),
         ("10GiB", None, {}, "warning"),
         ("13GiB", None, {}, "problem"),
-        ("9GiB", "4GiB", {}, "problem"),
+        ("9GiB", "4GiB", {}, "warning"),
         ("9GiB", None, {"cgroup_limit_bytes": 8 * GiB, "cgroup_free_bytes": 8 * GiB}, "problem"),
         ("3GiB", None, {"data_limit_bytes": 3 * GiB}, "problem"),
         ("3GiB", None, {"address_limit_bytes": 2 * GiB}, "problem"),
