@@ -17,8 +17,9 @@ The loss is copied down before its gradients, and looked at before the first of 
 from __future__ import annotations
 
 from collections import deque
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -31,6 +32,9 @@ from pagemem.closing import close_all
 from pagemem.errors import NonFiniteError
 from pagemem.staging import StagingBuffer
 from pagemem.tier import Tag
+
+
+_LOSSES_BYTES: Final = 4096
 
 
 @dataclass(slots=True)
@@ -87,12 +91,15 @@ class DeviceGradients:
             raise AssertionError(reserved.describe())
         self._reservation: Reservation | None = reserved
         self._buffer: StagingBuffer | None = None
-        if buffer_bytes:
-            try:
+        self._losses: StagingBuffer | None = None  # a page, like the losses themselves in no budget
+        with ExitStack() as undo:
+            undo.callback(reserved.release)
+            if buffer_bytes:
                 self._buffer = StagingBuffer(buffer_bytes, accelerator.pin)
-            except BaseException:
-                reserved.release()
-                raise
+                undo.callback(self._buffer.close)
+            if accelerator.stages_gradients:
+                self._losses = StagingBuffer(_LOSSES_BYTES, accelerator.pin)
+            undo.pop_all()
         self._waiting: deque[_OnItsWay] = deque()
         self._loss: _Loss | None = None
         self._last_copy: Mark = REACHED
@@ -106,8 +113,16 @@ class DeviceGradients:
         its unit, or `step`.
         """
         source = loss.detach()
-        value, there = self._accelerator.copy_down(source)
-        self._loss = _Loss(value, step, there, source)
+        if self._losses is None:
+            self._loss = _Loss(source, step, REACHED, source)
+            return
+        into = self._losses.take(source.dtype.itemsize)
+        while into is None and self._waiting:
+            self._hand_on()
+            into = self._losses.take(source.dtype.itemsize)
+        assert into is not None, "the losses of no gradient that waits take a page"
+        self._last_copy = there = self._accelerator.copy_out(source.view(-1).view(torch.uint8), into)
+        self._loss = _Loss(into.view(source.dtype), step, there, source)
 
     def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
         """Take one gradient from autograd; older ones go on to the updater until there is room for it.
@@ -182,6 +197,7 @@ class DeviceGradients:
         try:
             check_loss(float(loss.value), loss.step)
         except NonFiniteError:
+            self._accelerator.follow(self._last_copy)  # the device's memory of what is dropped is let go of
             # Not checked for good: a gradient of it that autograd delivers in spite of this must not go on either.
             self._waiting = deque(waiting for waiting in self._waiting if waiting.loss is not loss)
             self._hold()
@@ -246,10 +262,10 @@ class DeviceGradients:
             close_all(self._last_copy.wait, self._forget, self._updater.close, reservation.release)
 
     def _forget(self) -> None:
+        self._loss = None
         self._waiting.clear()
         self._waiting_bytes = self._host_bytes = 0
-        if self._buffer is not None:
-            self._buffer.close()
+        close_all(*(buffer.close for buffer in (self._buffer, self._losses) if buffer is not None))
 
     @property
     def staleness(self) -> int:

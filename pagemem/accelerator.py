@@ -55,7 +55,7 @@ class Accelerator(Protocol):
 
     @property
     def stages_gradients(self) -> bool:
-        """Whether its gradients are copied into host memory, by `copy_out`. False: where they are is host memory."""
+        """Whether its gradients and losses are copied into host memory, by `copy_out`. False: where they are is host memory."""
 
     def use_in_thread(self) -> None:
         """Have the calling thread's calls go to this device: a new thread that works for it calls this first.
@@ -99,10 +99,6 @@ class Accelerator(Protocol):
 
         Does not wait for it.
         """
-
-    def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
-        """The values of a tensor of a few bytes in host memory, there once the mark is reached. Does not wait for it: ``source`` is not to
-        be let go of before."""
 
     def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
         """Copy bytes (uint8, flat, of one size) of the device into given host memory, as they are when compute has done everything
@@ -181,10 +177,6 @@ class RamDevice:
         began_s = time.perf_counter()
         np.copyto(into.numpy(), source.numpy())
         return TimedCopy(time.perf_counter() - began_s)
-
-    def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
-        """The tensor itself."""
-        return source, REACHED
 
     def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
         """At once; with torch's threads, since the training thread has nothing else to do."""

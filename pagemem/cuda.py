@@ -244,14 +244,6 @@ class CudaDevice:
             self._copy(source, into, source)
         return CudaCopy(begun, self._recorded(self._up, timed=True))
 
-    def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
-        """As `Accelerator.copy_down`; copies follow one another."""
-        values = torch.empty_like(source, device="cpu", pin_memory=True)
-        self._down.wait_event(self._recorded(self._compute))
-        with _CUDA.stream(self._down):
-            values.copy_(source, non_blocking=True)
-        return values, CudaMark(self._recorded(self._down))
-
     def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
         """As `Accelerator.copy_out`; copies follow one another."""
         self._down.wait_event(self._recorded(self._compute))

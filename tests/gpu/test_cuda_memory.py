@@ -103,17 +103,6 @@ def test_a_copy_up_begins_after_its_mark_and_compute_after_the_copy(device: Cuda
     assert bool((before == 1).all()) and bool((after == 2).all())
 
 
-def test_a_copy_down_has_what_compute_was_given_before_it(device: CudaDevice) -> None:
-    values = torch.zeros(4, device="cuda")
-    device.copy_down(values)[1].wait()  # the first pinned allocation may wait for the device
-    torch.cuda._sleep(LONG)
-    values.add_(3)
-    brought, there = device.copy_down(values)
-    assert brought.is_pinned() and not there.reached()
-    there.wait()
-    assert bool((brought == 3).all())
-
-
 def test_a_copy_into_host_memory_has_what_compute_was_given_before_it(device: CudaDevice) -> None:
     source = torch.zeros(1 << 16, dtype=torch.uint8, device="cuda")
     into = torch.empty(1 << 16, dtype=torch.uint8, pin_memory=True)

@@ -202,7 +202,7 @@ def test_random_numbers_of_the_device_go_on_from_a_commit(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_all_pinned_memory_is_in_the_budget(clip_norm: float | None, tmp_path: Path) -> None:
-    """torch's own pool has losses only, a few bytes each."""
+    """torch's own pool has nothing of ours."""
     before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
     with offload.initialize(built(), on_cuda(tmp_path, clip_norm=clip_norm), adamw) as engine:
         for x, y in batches(STEPS):

@@ -99,12 +99,6 @@ class LateDevice(RamDevice):
         into.fill_(255)
         return self._later(source, into, after)
 
-    def copy_down(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
-        """Later, into memory of its own."""
-        self.brought += 1
-        values = torch.full_like(source, float("nan"))
-        return values, self._later(source, values, self.mark())
-
     def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
         """Later, from the memory where it lies now, which is nobody's any more if whoever asked has let go of it."""
         self.brought += 1

@@ -76,10 +76,10 @@ def values(slot: str, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
 
 
 class Rig:
-    def __init__(self) -> None:
-        self.device, self.updater, self.budget = Device(), Updater(), Budget(Tier.HOST, LIMIT + KEPT)
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.device, self.updater, self.budget = Device(), Updater(), Budget(Tier.HOST, limit + KEPT)
         updater: Any = self.updater
-        self.gradients = DeviceGradients(updater, self.device, self.budget, LIMIT, KEPT)
+        self.gradients = DeviceGradients(updater, self.device, self.budget, limit, KEPT)
         self.unit: Any = SimpleNamespace(home=None)
 
     def gives(self, slot: str, *shape: int) -> weakref.ref[torch.Tensor]:
@@ -173,9 +173,27 @@ def test_memory_is_not_given_back_before_copies_of_gradients_that_were_dropped(r
     rig.gives("b", 8)
     with pytest.raises(NonFiniteError, match="loss of step 1 is nan"):
         rig.gradients.step()
-    assert not rig.updater.taken and not rig.device.waited and rig.gradients.direct_bytes == 0
+    assert not rig.updater.taken and rig.gradients.direct_bytes == 0
+    assert rig.device.waited == [0, 2], "the loss; and compute goes on behind the copies, whose memory is free then"
     rig.gradients.close()
-    assert rig.device.waited == [1], "the last one is behind the others"
+    assert rig.device.waited == [0, 2, 2], "the last one is behind the others"
+
+
+def test_losses_of_many_micro_batches_are_each_looked_at_before_their_gradients() -> None:
+    """More than the page of losses holds: the oldest ones' gradients go on for it."""
+    rig = Rig(100 * 64)
+    for number in range(100):
+        rig.gradients.expect(torch.tensor(float(number)), 1)
+        rig.gives(chr(ord("a") + number), 1)
+        assert len(rig.updater.taken) == max(0, number - 63)
+    assert rig.gradients._waiting[0].loss is not None and float(rig.gradients._waiting[0].loss.value) == 36.0
+    rig.gradients.expect(torch.tensor(float("inf")), 1)
+    rig.gives("z", 1)
+    with pytest.raises(NonFiniteError, match="loss of step 1 is inf"):
+        rig.gradients.step()
+    assert len(rig.updater.taken) == 100
+    rig.gradients.close()
+    rig.budget.close()
 
 
 def test_order_and_places_are_the_same_in_every_step(rig: Rig) -> None:
