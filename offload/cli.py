@@ -19,7 +19,7 @@ from offload.doctor import run_doctor
 from offload.export import DTYPES, export_run
 from offload.fit import Room, room_here
 from offload.forecast import Question, check_forecastable, forecast
-from offload.forecast_report import print_forecast
+from offload.forecast_report import print_forecast, shown
 from offload.interrupt import INTERRUPTED, only_exit_is_left, own_process
 from offload.launch import launch
 from offload.plain_profile import profile_plain
@@ -234,8 +234,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     if any(n_bytes is not None for n_bytes in given_room):
         here, (ram_bytes, disk_bytes, device_bytes) = room_here(config), given_room
         room = Room(here.ram_bytes if ram_bytes is None else ram_bytes, here.disk_bytes if disk_bytes is None else disk_bytes, device_bytes)
-    found = forecast(config, rates, Question(room, arguments.largest, arguments.depth))
-    print_forecast(found, Output(), as_json=arguments.json)
+    console = Output()
+    with shown(console) as heard:
+        found = forecast(config, rates, Question(room, arguments.largest, arguments.depth), heard)
+    print_forecast(found, console, as_json=arguments.json)
     return 0
 
 

@@ -331,6 +331,8 @@ def load_config(source: Config | Mapping[str, Any] | str | Path, where: str = "c
     """
     if isinstance(source, Config):
         return source
+    if not isinstance(source, (Mapping, str, Path)):
+        raise ConfigError(f"the configuration is a {type(source).__name__}; give a mapping of sections, the name of a file, or a Config")
     raw = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
     try:
         return Config.model_validate(raw)
@@ -338,6 +340,19 @@ def load_config(source: Config | Mapping[str, Any] | str | Path, where: str = "c
         where = where if isinstance(source, Mapping) else str(source)
         lines = [_describe(entry) for entry in error.errors()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def load_optimizer(raw: Mapping[str, Any]) -> OptimizerConfig:
+    """The optimizer section in a mapping, checked.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        return OptimizerConfig.model_validate(dict(raw))
+    except ValidationError as error:
+        lines = [_describe({**entry, "loc": ("optimizer", *entry["loc"])}) for entry in error.errors()]
+        raise ConfigError("\n".join(f"configuration: {line}" for line in dict.fromkeys(lines))) from None
 
 
 def _describe(entry: Any) -> str:

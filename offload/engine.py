@@ -22,8 +22,9 @@ from offload.activations import SavedActivations, chunk_bytes
 from offload.blocks import Blocks
 from offload.budget_checks import check_model
 from offload.checkpoint import Checkpoints, Stateful
-from offload.config import Config, load_config
+from offload.config import Config, load_config, load_optimizer
 from offload.deferred_init import store_of
+from offload.factories import described
 from offload.export import check_request, export_commit
 from offload.hooks import SavedWeights
 from offload.model_checks import check_parameters
@@ -84,6 +85,9 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: ConfigLike, optimizer: OptimizerLike = None) -> None:
         self.config = load_config(config)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"the model is {described(model)}; give a torch.nn.Module first, then the optimizer, then the configuration")
+        optimizer = load_optimizer(optimizer) if isinstance(optimizer, Mapping) else optimizer
         self.model = model
         self.state = EngineState.RUNNING
         self._steps = 0

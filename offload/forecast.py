@@ -8,7 +8,7 @@ good as the rates they are computed from.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -65,6 +65,7 @@ class Forecast:
         base_bytes: RAM that Python and its libraries take: of this process; with the kernels' own buffers where they were run here.
         process_bytes: RAM of the process in a step: pages, those tensors, and the base; where the machine's device has memory of its
             own, without what is there.
+        undisturbed_share: of the time in which kernels were timed, the share in which they had a processor; 1 where none was timed.
         kernels_timed: kernels that were run on this machine, and the seconds that took; kernels_rated: those that could not be.
     """
 
@@ -100,6 +101,7 @@ class Forecast:
     process_bytes: int
     kernels_timed: int
     kernels_timed_s: float
+    undisturbed_share: float
     kernels_rated: int
     fit: Fit
     rates: Rates
@@ -120,13 +122,18 @@ class Question:
     depth: str | None = None
 
 
-def forecast(config: Config, rates: Rates, question: Question = Question()) -> Forecast:
+def _unheard(_stage: str) -> None:
+    """Nobody watches."""
+
+
+def forecast(config: Config, rates: Rates, question: Question = Question(), heard: Callable[[str], None] = _unheard) -> Forecast:
     """Rehearse and simulate the run of a configuration.
 
     Args:
         config: exact mode, with the sections model and train, with or without a device; the model takes two int64 tensors of
             ``train.batch`` rows and ``train.seq`` tokens.
         rates: of the machine.
+        heard: told what is being done, again and again.
 
     Raises:
         ConfigError: the configuration is another one; says what is not forecast.
@@ -137,19 +144,26 @@ def forecast(config: Config, rates: Rates, question: Question = Question()) -> F
     assert config.model is not None and config.train is not None and config.train.seq is not None
     make_model = model_factory(config.model)
     argument = depth_argument(config, question.depth)
+    heard("the model without bytes")
     need = smallest_budget(make_model, None, config)
     need.check(config.memory.ram)
     base_bytes = _resident_now_bytes()
     kernels = kernels_of(rates)
+    if isinstance(kernels, TimedKernels):
+        timed = kernels
+        timed.heard = lambda: heard(f"a step, kernel by kernel: {timed.n_timed + 1} timed")
+    heard("a step without bytes")
     with threads_of(config), rehearsed(make_model, config, CostMode(kernels), rates.bandwidths) as engine:
         start = _at_start(engine)
         engine.rehearse(config.train.batch, config.train.seq)
         here = available_here(config)
         room = question.room or Room(here.ram_bytes, here.disk_bytes)
+        heard("the plan, followed on paper")
         found = _found(engine, rates, kernels, start, need, base_bytes, room, () if question.room else here.limits)
     if not question.largest:
         return found
     room, taken = found.fit.room, found.fit.taken
+    heard("the largest batch and depth")
     fit = replace(
         found.fit, largest_batch=largest_batch(config, room, taken, base_bytes), depth_argument=argument,
         largest_depth=largest_depth(config, room, taken, base_bytes, argument) if argument else None,
@@ -188,6 +202,7 @@ def _found(
         read_bytes=times.read_bytes, written_bytes=times.written_bytes, h2d_bytes=times.h2d_bytes,
         tensor_bytes=engine.outside.peak_bytes, base_bytes=base_bytes, process_bytes=taken.ram_bytes,
         kernels_timed=timed.n_timed if timed else 0, kernels_timed_s=timed.spent_s if timed else 0.0,
+        undisturbed_share=timed.undisturbed_share if timed else 1.0,
         kernels_rated=timed.n_others if timed else 0,
         fit=Fit(room, taken, taken.within(room) and not lacks, advice(config, room, taken, pages_bytes, need.smallest_bytes) or lacks), rates=rates,
     )  # fmt: skip

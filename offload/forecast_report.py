@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
+from rich.progress import TextColumn, TimeElapsedColumn
 
 from offload.fit import Fit
 from offload.forecast import Forecast
+from offload.live_bar import LiveBar
 from offload.report import print_rows
 from offload.step_times import H2D
 from pagemem.units import format_bytes
 
+#: A thread that nothing disturbs has its processor for more of the time.
+UNDISTURBED: Final = 0.9
+
+
+@contextmanager
+def shown(console: Console) -> Iterator[Callable[[str], None]]:
+    """Inside, what is told is shown in one line on a terminal, with the time since the beginning, and is gone afterwards."""
+    bar = LiveBar(console, TextColumn("plan"), TextColumn("{task.description}"), TimeElapsedColumn())
+    task = bar.add_task("", total=None)
+    if not console.is_terminal:
+        yield lambda _stage: None
+        return
+    with bar:
+        yield lambda stage: bar.move(task, description=stage)
 
 
 def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
@@ -61,6 +79,9 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         compute += f", the device's {rates.device_ram / 1e6:,.0f} MB/s"
     up = f", to the device {rates.h2d / 1e6:,.0f} MB/s" if H2D in found.busy else ""
     rows.append(("at these rates", f"{compute}, {disk}{up}"))
+    if found.undisturbed_share < UNDISTURBED:
+        said = f"kernels had a processor for {found.undisturbed_share:.0%} of the time in which they were timed: something else computes on this machine"
+        rows.append(("disturbed", f"{said}; steps will be faster than predicted, or plan again when it is quiet"))
     return rows
 
 

@@ -82,6 +82,7 @@ class TimedKernels:
 
     Attributes:
         n_timed: kernels that were timed. spent_s: what that took. n_others: those asked of ``otherwise``.
+        heard: told after each kernel that was timed, for whoever shows progress.
     """
 
     def __init__(self, otherwise: Kernels) -> None:
@@ -90,6 +91,14 @@ class TimedKernels:
         self.n_timed = 0
         self.n_others = 0
         self.spent_s = 0.0
+        self.heard: Callable[[], None] = lambda: None
+        self._ran_s = self._on_processor_s = 0.0
+
+    @property
+    def undisturbed_share(self) -> float:
+        """Of the time in which kernels ran, the share in which the thread that runs them had a processor. A machine that is busy with
+        something else gives it less."""
+        return min(1.0, self._on_processor_s / self._ran_s) if self._ran_s else 1.0
 
     def seconds(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> float:
         """See `Kernels`."""
@@ -121,7 +130,11 @@ class TimedKernels:
             flush = torch.zeros(_FLUSH_BYTES // 4)
             while len(took_s) < _MOST_RUNS and (sum(took_s) < _LEAST_S or len(took_s) < 2):
                 flush.add_(1.0)
+                on_processor_s = time.thread_time()
                 took_s.append(_once_s(lambda: func(*real_args, **real_kwargs)))
+                self._on_processor_s += time.thread_time() - on_processor_s
+        self._ran_s += sum(took_s)
+        self.heard()
         self.spent_s += time.perf_counter() - began_s
         return statistics.median(took_s)
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from offload.config import Config, OptimizerConfig
+from offload.config import Config, OptimizerConfig, load_optimizer
 from optim.unit import Slot
 
 #: Makes a torch optimizer over the parameters given to it; its class, groups and options are taken over.
@@ -35,7 +35,7 @@ def template_of(optimizer: OptimizerLike, config: Config, model: nn.Module) -> t
     if isinstance(optimizer, OptimizerConfig):
         section = optimizer
     elif isinstance(optimizer, Mapping):
-        section = OptimizerConfig.model_validate(dict(optimizer))
+        section = load_optimizer(optimizer)
     return template_from(section, model)
 
 

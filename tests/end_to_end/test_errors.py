@@ -219,3 +219,23 @@ def test_a_closed_engine_says_so_whoever_is_asked(tmp_path: Path) -> None:
             ask()
     del loss, asked
     assert_closed(engine)
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "more", "said"),
+    [
+        (None, adamw, {}, "the model is None; give a torch.nn.Module first, then the optimizer, then the configuration"),
+        (nn.Linear, adamw, {}, "the model is the class Linear itself; give a torch.nn.Module first"),
+        (adamw, nn.Linear(2, 2), {}, "the model is a function; give a torch.nn.Module first"),
+        (nn.Linear(2, 2), {"name": "adamw", "lrr": 1}, {}, "configuration: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        (nn.Linear(2, 2), {"lr": "1e-3"}, {}, "configuration: optimizer.lr: Input should be a valid number, not '1e-3'"),
+        (nn.Linear(2, 2), adamw, {"config": 5}, "the configuration is a int; give a mapping of sections, the name of a file, or a Config"),
+        (nn.Linear(2, 2), adamw, {"config": None}, "the configuration is a NoneType; "),
+    ],
+)
+def test_arguments_of_prepare_in_the_wrong_place_are_one_line(
+    model: Any, optimizer: Any, more: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        offload.prepare(model, optimizer, more.get("config", config(tmp_path)))
+    assert said in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "pages").exists()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from forecast_runs import CASES, HERE, LITTLE_RAM, PAGE_BYTES, RATES, ROWS, STEPS, TOKENS, gpt_config
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
@@ -16,7 +19,7 @@ from offload.config import ConfigError
 from offload.cpu_attention import AttentionOfCpu
 from offload.fit import Room, Taken, advice, taken_by
 from offload.forecast import Question, forecast
-from offload.forecast_report import fit_rows, forecast_rows
+from offload.forecast_report import fit_rows, forecast_rows, shown
 from offload.factories import factory_of
 from offload.live_storages import Holder, LiveStorages
 from offload.rates import rates_of
@@ -171,3 +174,22 @@ def test_the_largest_depth_is_what_memory_and_disk_allow(tmp_path: Path) -> None
     assert (unnamed.depth_argument, unnamed.largest_depth) == ("", None)
     with pytest.raises(ConfigError, match="--depth width: model.arguments has"):
         forecast(config, RATES, Question(depth="width"))
+
+
+def test_timings_on_a_busy_machine_are_said_to_be_disturbed(tmp_path: Path) -> None:
+    found = forecast(gpt_config(tmp_path, LITTLE_RAM), RATES)
+    assert found.undisturbed_share == 1.0 and "disturbed" not in dict(forecast_rows(found))
+    assert "disturbed" not in dict(forecast_rows(replace(found, undisturbed_share=0.95)))
+    said = dict(forecast_rows(replace(found, undisturbed_share=0.71)))["disturbed"]
+    assert said.startswith("kernels had a processor for 71% of the time in which they were timed: something else computes on this machine")
+
+
+def test_progress_is_shown_on_a_terminal_alone(tmp_path: Path) -> None:
+    config, stages = gpt_config(tmp_path, LITTLE_RAM), []
+    forecast(config, RATES, Question(Room(1 << 40, 1 << 40), largest=True), stages.append)
+    assert stages == ["the model without bytes", "a step without bytes", "the plan, followed on paper", "the largest batch and depth"]
+    for terminal in (False, True):
+        out = io.StringIO()
+        with shown(Console(file=out, force_terminal=terminal, width=80)) as heard:
+            heard("a step without bytes")
+        assert ("a step without bytes" in out.getvalue()) == terminal and bool(out.getvalue()) == terminal
