@@ -133,7 +133,7 @@ class Engine:
         binder = store.binder
         binder.check_structure = Structure(self.model).check
         binder.only_trainable = from_section(optimizer)
-        self.optimizer.attach(self._updater, self._count_step, binder.check_structure)
+        self.optimizer.attach(self._updater, self._count_step, binder.check_structure, binder.collect_in_hooks)
         self._checkpoints = Checkpoints(self.model, store, self.optimizer, self._updater, config)
         if self._loss_scale is not None:
             self.track("loss scale", self._loss_scale)
@@ -142,6 +142,7 @@ class Engine:
     def _count_step(self) -> None:
         interrupts.renew()
         self._steps += 1
+        self._micro_batches = 0
         if self._choice is not None:
             self._choice.step_ended()
         for keeper in self._plan_keepers:
@@ -190,8 +191,18 @@ class Engine:
         for parameter in self.model.parameters():
             if isinstance(parameter, PagedParameter):
                 binder.watch_gradient(parameter)
+        self._updater.other_gradients = self._other_gradients()
         for module in self.model.modules():
             self._store.watch_over(module)
+
+    def _other_gradients(self) -> Callable[[], list[tuple[int, Tensor]]]:
+        """Gradients of parameters that are not the updater's, which count in the norm as in ``clip_grad_norm_(model.parameters())``."""
+
+        def mine(parameter: Tensor) -> bool:
+            return isinstance(parameter, PagedParameter) and (parameter._place.slot.group >= 0 or self._updater.keeps_unoptimized)
+
+        others = [(order, parameter) for order, parameter in enumerate(self.model.parameters()) if not mine(parameter)]
+        return lambda: [(order, parameter.grad) for order, parameter in others if parameter.grad is not None]
 
     def _choose_recomputation(self, saved: SavedActivations, limit_bytes: int) -> RecomputeChoice:
         driver = self._store.driver
@@ -244,7 +255,75 @@ class Engine:
             return False
         self._micro_batches = 0
         self.optimizer.step()
+        self.optimizer.zero_grad()
         return True
+
+    def abandon_step(self) -> None:
+        """Give the step under way up, after an error in its backward pass (Ctrl-C in a notebook, say), and be ready for another one.
+
+        Gradients that no update has used are dropped, and micro-batches are counted anew. With ``update.start = "auto"``, parameters
+        whose update had been made by then keep it, and their optimizer states and step counts with them; all others are as they were.
+        With ``update.start = "step"``, or clipping, nothing has changed, and `optimizer.zero_grad()` does as well.
+
+        Raises:
+            RuntimeError: the error cut the update of a unit off half-way; only a commit leads on.
+        """
+        self._check_running()
+        self._store.binder.collect_in_hooks(False)
+        self._updater.abandon()
+        self._micro_batches = 0
+
+    def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add to ``parameter.grad``, as a backward pass does; for code that computes gradients outside of one.
+
+        Args:
+            gradient: of the parameter's shape and dtype; it is copied.
+
+        Raises:
+            ValueError: the parameter is not in pages, or the gradient does not fit.
+            StaleGradientError: the parameter's update of this step has been made.
+        """
+        self._check_running()
+        unit, slot = self._place_of(parameter)
+        if (gradient.shape, gradient.dtype) != (slot.shape, slot.dtype):
+            raise ValueError(
+                f"{slot.name}: a gradient of shape {tuple(gradient.shape)} and {gradient.dtype} for a parameter of "
+                f"{tuple(slot.shape)} and {slot.dtype}"
+            )
+        self._updater.gradient(unit, slot, gradient.detach().to(self.torch_device, copy=True))
+
+    def gradient_ready(self, parameter: Tensor, gradient: Tensor | None = None) -> None:
+        """Say that no gradient of a parameter comes any more in this step, so that its update can be made.
+
+        For code that computes gradients outside `backward`, as runtimes of pipelines do. Without it, the update waits until as
+        many gradients have arrived as in earlier steps, or for the step's end.
+
+        Args:
+            gradient: the last one, which is added as `add_gradient` does; None: it is there already, or there is none in this step.
+
+        Raises:
+            As `add_gradient`.
+        """
+        self._check_running()
+        place = self._place_of(parameter)
+        if gradient is not None:
+            self.add_gradient(parameter, gradient)
+        self._updater.ready(*place)
+
+    def _place_of(self, parameter: Tensor) -> tuple[Unit, Slot]:
+        if not isinstance(parameter, PagedParameter) or parameter._place.binder is not self._store.binder:
+            raise ValueError("this parameter is not one that the engine has in pages")
+        return parameter._place.unit, parameter._place.slot
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global 2-norm of the gradients of the last step that was made, before clipping and without the loss scale.
+
+        Known once `step` has returned; not finite where the step was dropped for it. None before the first step, and where nothing needs
+        it: without ``update.clip_norm`` and loss scaling. On a device, asking waits for the device.
+        """
+        norm = self._updater.grad_norm
+        return None if norm is None else float(norm)
 
     def drain(self) -> None:
         """Make every update that has been decided on, and wait until no page moves.

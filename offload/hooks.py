@@ -126,7 +126,7 @@ class SavedWeights:
             return KeptTensor(saved)
         place = self._place(saved)
         if place is not None:
-            return place
+            return place if isinstance(place, SavedView) else KeptTensor(place)
         activations = self._binder.activations
         return KeptTensor(saved) if activations is None else activations.pack(saved)
 
@@ -141,8 +141,8 @@ class SavedWeights:
     def _dense(self, saved: Tensor) -> bool:
         return saved.layout is torch.strided and saved.device == self._binder.torch_device and saved.numel() > 0
 
-    def _place(self, saved: Tensor) -> SavedView | None:
-        """Where a weight is; None for everything else."""
+    def _place(self, saved: Tensor) -> SavedView | Tensor | None:
+        """Where a weight is; a copy of what else is in pages, which is a gradient; None for everything else."""
         mover = self._binder.mover
         located = mover.arena.locate(saved.data_ptr())
         if located is None:
@@ -152,7 +152,7 @@ class SavedWeights:
             owner = mover.host.owner(frame)
             unit = self._binder.units.get(owner) if owner is not None else None
             if unit is None or unit.compute.frame is None:
-                raise AssertionError(f"a saved tensor lies in page {frame}, which holds no parameters")
+                return saved.clone()
             start = (frame - unit.compute.frame) * mover.arena.page_bytes + offset
         return SavedView(unit, start, saved.size(), saved.stride(), saved.dtype)
 
@@ -202,7 +202,8 @@ class SavedWeights:
                 whole = self._whole(saved)
                 assert isinstance(whole, SavedView)
                 return whole
-            return (self._place(saved) if self._dense(saved) else None) or _Foreign(outer_pack(saved))
+            place = self._place(saved) if self._dense(saved) else None
+            return place if isinstance(place, SavedView) else _Foreign(outer_pack(saved if place is None else place))
 
         def unpack(packed: SavedView | _Foreign) -> Tensor:
             return self.unpack(packed) if isinstance(packed, SavedView) else outer_unpack(packed.packed)

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from offload.activations import SavedActivations
+from offload.gradients import PagedGradient
+from offload.parameter_gradient import ParameterGradient
+from offload.tensor_functions import EXPORTS, METADATA
 from optim.unit import Slot, Unit, late_use
 from optim.updater import Updater
 from pagemem.heap import ForwardEnd, give_back_free_pages
@@ -29,41 +32,14 @@ from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind
 
 _NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
-_ATTRIBUTES: Final = (
-    "shape", "dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "ndim", "names", "_version", "itemsize",
-    "nbytes", "is_sparse", "is_cuda", "is_cpu", "is_meta", "is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_xpu",
-    "_backward_hooks", "_post_accumulate_grad_hooks", "retains_grad", "output_nr", "_grad", "_base", "_cdata",
-)  # fmt: skip
-_METHODS: Final = (
-    "size", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_signed", "is_inference",
-    "register_hook", "register_post_accumulate_grad_hook", "get_device", "__len__", "__hash__", "ndimension", "is_shared",
-)  # fmt: skip
-
-
-def _metadata_functions() -> frozenset[Any]:
-    """Torch functions that need no values: a released parameter answers them as it is."""
-    found: set[Any] = set()
-    for name in _ATTRIBUTES:
-        descriptor: Any = getattr(Tensor, name, None)
-        if hasattr(descriptor, "__get__"):
-            found.add(descriptor.__get__)
-    found.update(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name))
-    found.update({torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch._has_compatible_shallow_copy_type})
-    return frozenset(found)
-
-
-_METADATA: Final = _metadata_functions()
 _TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
 _GET_GRAD: Final = _TENSOR.grad.__get__
 _SET_GRAD: Final = _TENSOR.grad.__set__
 _SET_DATA: Final = _TENSOR.data.__set__
 _REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, _TENSOR.requires_grad.__set__})
-#: Functions after which values may change without the parameter's version saying so.
-_EXPORTS: Final = frozenset(
-    {Tensor.numpy, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__array__, Tensor.__dlpack__, _TENSOR.apply_, _TENSOR.map_}
-)
 #: What gives something out through which torch does not count writes.
-_UNCOUNTED: Final = _EXPORTS | {_TENSOR.data.__get__}
+_UNCOUNTED: Final = EXPORTS | {_TENSOR.data.__get__}
+_POST_HOOK: Final = Tensor.register_post_accumulate_grad_hook
 
 
 class Place:
@@ -73,14 +49,14 @@ class Place:
         seen: the parameter's count of writes, as torch keeps it, when a view that it counts was first given out; None: none was.
     """
 
-    __slots__ = ("binder", "bound", "hooked", "placeholder", "seen", "slot", "unit")
+    __slots__ = ("binder", "bound", "gradient", "placeholder", "seen", "slot", "unit")
 
     def __init__(self, binder: Binder, unit: Unit, slot: Slot) -> None:
         self.binder = binder
         self.unit = unit
         self.slot = slot
         self.bound = 0
-        self.hooked = False
+        self.gradient = ParameterGradient(binder, unit, slot)
         self.seen: tuple[weakref.ref[Tensor], int] | None = None
         self.placeholder = self._nan()
 
@@ -106,18 +82,25 @@ class PagedParameter(nn.Parameter):
     ) -> Any:
         """Bind every paged parameter among the arguments for the length of the call."""
         named = dict(kwargs or {})
+        if PagedGradient in types and func != _SET_GRAD:
+            return NotImplemented  # It comes next, and then again to us, without gradients.
         with _NO_TORCH_FUNCTION():
-            if func in _METADATA:
+            if func in METADATA:
                 return func(*args, **named)
             parameters = list(_paged(args)) + list(_paged(named.values()))
-            if func == _SET_GRAD or func in _REQUIRES_GRAD:
-                result = func(*args, **named)
-                for parameter in parameters:
-                    parameter._place.binder.watch_gradient(parameter)
-                return result
+            if func == _SET_GRAD:
+                return parameters[0]._place.gradient.set(parameters[0], args[1])
             if func == _GET_GRAD:
-                _check_gradient_unheld(parameters[0])
-                return func(*args, **named)
+                return parameters[0]._place.gradient.get(parameters[0])
+            if func in _REQUIRES_GRAD:
+                before = parameters[0].requires_grad
+                result = func(*args, **named)
+                parameters[0]._place.binder.watch_gradient(parameters[0], changed=parameters[0].requires_grad is not before)
+                return result
+            if func is _POST_HOOK:
+                result = func(*args, **named)
+                parameters[0]._place.gradient.order_hooks(parameters[0])
+                return result
             if func == _SET_DATA:
                 if args[0] is args[1]:  # As conversions do that change nothing.
                     return None
@@ -176,15 +159,6 @@ def _detached(values: Tensor) -> Tensor:
     return values.cpu() if values.device.type == "cuda" else values.clone()
 
 
-def _check_gradient_unheld(parameter: PagedParameter) -> None:
-    slot = parameter._place.slot
-    if slot.arrivals and not parameter._place.binder.closed:
-        raise RuntimeError(
-            f"{slot.name}: its gradient is held by the engine, not in .grad; clip with update.clip_norm in the "
-            "configuration instead of torch.nn.utils.clip_grad_norm_"
-        )
-
-
 class Binder:
     """Binds paged parameters for the calls that use them. Training thread only.
 
@@ -218,6 +192,7 @@ class Binder:
         self.units: dict[TensorId, Unit] = {}
         self.check_structure: Callable[[], None] = lambda: None
         self.only_trainable = False
+        self.in_hooks: list[Any] = []
         self.owner: object = None
 
     def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> None:
@@ -242,7 +217,7 @@ class Binder:
             self._before_writes(parameters)
             versions = [parameter._version for parameter in parameters]
             result = func(*args, **kwargs)
-            exposed = func in _EXPORTS or (not copying and self._exposes(result))
+            exposed = func in EXPORTS or (not copying and self._exposes(result))
             if func == Tensor.data_ptr and self.forwards:
                 # Whoever is given an address uses it after this: the pages stay until the forward pass is over.
                 self.pointed += [parameter.detach() for parameter in parameters]
@@ -386,27 +361,29 @@ class Binder:
             if place.unit is unit and place.slot.group >= 0 and place.slot.arrivals:
                 raise late_use(place.slot)
 
-    def watch_gradient(self, parameter: PagedParameter) -> None:
-        """Have the updater take this parameter's gradients from now on."""
-        place = parameter._place
-        if self.only_trainable and place.slot.group < 0 and parameter.requires_grad:
+    def watch_gradient(self, parameter: PagedParameter, *, changed: bool = False) -> None:
+        """Have the updater take this parameter's gradients from now on, if it requires any.
+
+        Args:
+            changed: whether it does is new, so that earlier steps do not foretell its gradients.
+        """
+        slot = parameter._place.slot
+        if changed:
+            slot.expected = None
+        if self.only_trainable and slot.group < 0 and parameter.requires_grad:
             parameter.requires_grad_(False)
             raise RuntimeError(
-                f"{place.slot.name}: this parameter was frozen when the optimizer was made from the configuration, which does not have it; "
+                f"{slot.name}: this parameter was frozen when the optimizer was made from the configuration, which does not have it; "
                 "call requires_grad_(True) before offload.prepare, or give prepare an optimizer factory over all parameters"
             )
-        if place.hooked or self.updater is None or place.slot.group < 0 or not parameter.requires_grad:
-            return
-        place.hooked = True
+        parameter._place.gradient.watch(parameter)
 
-        def take(arrived: Tensor) -> None:
-            with _NO_TORCH_FUNCTION():
-                gradient = arrived.grad
-                arrived.grad = None
-                if self.updater is not None and gradient is not None:
-                    self.updater.gradient(place.unit, place.slot, gradient)
-
-        parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+    def collect_in_hooks(self, wanted: bool) -> None:
+        """Take gradients over that hooks which failed have left behind, or throw them away if they are not ``wanted``."""
+        with _NO_TORCH_FUNCTION():
+            while self.in_hooks:
+                parameter = self.in_hooks.pop()
+                parameter._place.gradient.collect(parameter, wanted=wanted)
 
     def give_back(self, parameter: PagedParameter, device: str) -> None:
         """Make a paged parameter an ordinary one again, with its values, on ``device``.

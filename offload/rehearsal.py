@@ -253,6 +253,7 @@ class Rehearsal(Engine):
                 with _needs_no_values():
                     self.scaled(self.model(x, x) / self.config.update.accumulation).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
+            self.optimizer.zero_grad()
         self.store.driver.quiesce()
 
     def _check_planned(self) -> None:

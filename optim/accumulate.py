@@ -8,7 +8,8 @@ must know all gradients first) is added up in a paged tensor of the unit's layou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -111,14 +112,29 @@ class GradientStore:
         """Who gives the pages of the unit's sums."""
         return unit.home if unit.home is not None and unit.sums_at_home else self._driver
 
-    def forget(self, unit: Unit) -> None:
-        """The unit's gradients are used up or thrown away."""
-        for slot in unit.slots:
+    @contextmanager
+    def used(self, unit: Unit, slot: Slot) -> Iterator[torch.Tensor]:
+        """Inside the block: the flat paged sum of one parameter, as an op of its own; what is written to it is kept."""
+        assert unit.gradients is not None
+        driver, key = self.driver_of(unit), (OpKind.GRADIENT, (unit.index, slot.order, "used"))
+        with driver.op(key, f"gradient of {slot.name}", [Access(unit.gradients.id, AccessMode.READ)]):
+            flat = self.view(unit, slot)
+            before = flat._version
+            try:
+                yield flat
+            finally:
+                if flat._version != before:
+                    driver.mover.touch(unit.gradients)
+
+    def forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
+        """Gradients of some of a unit's parameters are used up or thrown away."""
+        had_pages = any(slot.paged for slot in slots)
+        for slot in slots:
             if slot.direct is not None:
                 self.direct_bytes -= _host_bytes(unit, slot.direct)
-            if slot.paged and unit.gradients is not None and not unit.sums_at_home:
-                self._driver.consume(unit.gradients)
             slot.forget_gradient()
+        if had_pages and unit.gradients is not None and not unit.sums_at_home and not any(slot.paged for slot in unit.slots):
+            self._driver.consume(unit.gradients)
         self._reservation.resize(self.direct_bytes)
 
     def close(self) -> None:

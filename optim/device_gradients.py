@@ -25,6 +25,7 @@ import torch
 
 from optim.clip import check_loss
 from optim.exact import ExactUpdater
+from optim.gradient_holder import OtherGradients
 from optim.unit import Slot, Unit
 from pagemem.accelerator import REACHED, Accelerator, Mark, has_reached
 from pagemem.budget import Budget, BudgetShortage, Reservation
@@ -136,7 +137,7 @@ class DeviceGradients:
         n_bytes = gradient.numel() * gradient.dtype.itemsize
         while self._waiting and self._waiting_bytes + n_bytes > self._limit_bytes:
             self._hand_on()
-        if unit.home is not None and (unit.sums_at_home or self._updater.uses_as_it_is(slot)):
+        if unit.home is not None and (unit.sums_at_home or self._updater.uses_as_it_is(unit, slot)):
             self._waiting.append(_OnItsWay(unit, slot, gradient.detach(), None, self._loss))
         else:
             self._waiting.append(self._brought_down(unit, slot, gradient.detach()))
@@ -223,21 +224,77 @@ class DeviceGradients:
         self._loss = None
         self._updater.step()
 
-    def discard(self) -> None:
+    def catch_up(self, unit: Unit) -> None:
+        """Hand on every gradient of a unit, and those before."""
+        while any(waiting.unit is unit for waiting in self._waiting):
+            self._hand_on()
+        self._updater.catch_up(unit)
+
+    @property
+    def other_gradients(self) -> OtherGradients:
+        """As the updater's."""
+        return self._updater.other_gradients
+
+    @other_gradients.setter
+    def other_gradients(self, gradients: OtherGradients) -> None:
+        self._updater.other_gradients = gradients
+
+    @property
+    def keeps_unoptimized(self) -> bool:
+        """As the updater's."""
+        return self._updater.keeps_unoptimized
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """As the updater's."""
+        return self._updater.grad_norm
+
+    def ready(self, unit: Unit, slot: Slot) -> None:
+        """As the updater's, with every gradient of the unit."""
+        self.catch_up(unit)
+        self._updater.ready(unit, slot)
+
+    def assign(self, unit: Unit, slot: Slot, gradient: torch.Tensor | None) -> None:
+        """As the updater's; likewise."""
+        self.catch_up(unit)
+        self._updater.assign(unit, slot, gradient)
+
+    def zero(self, unit: Unit, slot: Slot) -> None:
+        """As the updater's; likewise."""
+        self.catch_up(unit)
+        self._updater.zero(unit, slot)
+
+    def values(self, unit: Unit, slot: Slot) -> AbstractContextManager[torch.Tensor]:
+        """As the updater's; likewise."""
+        self.catch_up(unit)
+        return self._updater.values(unit, slot)
+
+    def bring_out(self, unit: Unit, slot: Slot) -> torch.Tensor | None:
+        """As the updater's, on the device, with every gradient of the unit."""
+        self.catch_up(unit)
+        found = self._updater.bring_out(unit, slot)
+        return None if found is None else found.to(self._accelerator.torch_device)
+
+    def clear(self, *, zeros: bool = False) -> None:
         """As the updater's, with every gradient: what it takes may have been an update's last one."""
         self._hand_all_on()
-        self._updater.discard()
+        self._updater.clear(zeros=zeros)
+
+    def abandon(self) -> None:
+        """As the updater's, without gradients on their way."""
+        self._waiting.clear()
+        self._hold()
+        self._loss = None
+        self._updater.abandon()
 
     def before_use(self, unit: Unit) -> None:
         """As the updater's, with every gradient of the unit, and those before."""
-        while any(waiting.unit is unit for waiting in self._waiting):
-            self._hand_on()
+        self.catch_up(unit)
         self._updater.before_use(unit)
 
     def settle(self, unit: Unit) -> None:
         """As the updater's; likewise."""
-        while any(waiting.unit is unit for waiting in self._waiting):
-            self._hand_on()
+        self.catch_up(unit)
         self._updater.settle(unit)
 
     def drain(self) -> None:

@@ -1,8 +1,8 @@
 """Exact updates: the same bits as plain PyTorch, made as early as that allows.
 
-A unit is updated when its last gradient of the step has arrived, which the previous whole step foretells (`eager`), or,
-with clipping or ``start="step"``, after the optimizer step and before the unit is next used (`pending`). Gradients that
-come after their unit's update raise `StaleGradientError`. Everything runs on the training thread: on a machine whose
+A unit is updated when its last gradient of the step has arrived, which the steps before foretell (`eager`), or,
+with clipping or ``start="step"``, after the optimizer step and before the unit is next used (`pending`). What that means for those
+who look at gradients is in `optim.gradient_holder`. Everything runs on the training thread: on a machine whose
 cores are all computing, a second thread for updates takes cores from the matrix products (see docs/exact_updates.md). Units
 that are at home on a device are updated there, by kernels that the device gets in order with those that compute.
 
@@ -15,16 +15,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from optim.accumulate import GradientStore
 from optim.clip import check_finite, gradient_norm, total_norm
+from optim.gradient_holder import GradientHolder
 from optim.loss_scale import Scaling
 from optim.rules import Batch, UpdateRule
 from optim.states import StateAccess, state_view
-from optim.unit import START_HINT, Hyper, Pending, Piece, Slice, Slot, Unit, UnitIndex, complete, forget_arrivals, pieces_of, stale_gradient
+from optim.unit import Grad, Hyper, Pending, Piece, Slice, Slot, Unit, UnitIndex, complete, pieces_of
 from pagemem.events import Event, EventKind, EventSink
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind
@@ -36,7 +37,7 @@ def is_eager(scaling: Scaling, start: Start) -> bool:
     return start == "auto" and not scaling.needs_norm
 
 
-class ExactUpdater:
+class ExactUpdater(GradientHolder):
     """Takes gradients and applies updates to the units of one model. Training thread only.
 
     Args:
@@ -49,6 +50,9 @@ class ExactUpdater:
         start: "auto" updates a unit as soon as its gradients are complete, "step" after the optimizer step.
         updated: told of each unit whose parameters were updated.
     """
+
+    #: Gradients of parameters that are not optimized are kept in pages, too.
+    keeps_unoptimized: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -63,20 +67,16 @@ class ExactUpdater:
         start: Start,
         updated: Callable[[Unit], None] = lambda unit: None,
     ) -> None:
-        self._driver = driver
-        self._index = index
+        super().__init__(driver, index, hypers)
         self._rule = rule
-        self._hypers = hypers
         self._store = store
         self._updated = updated
         self._states = StateAccess(driver, rule.state_names)
         self._sink = sink
         self._scaling = scaling
         self._eager = is_eager(scaling, start)
-        self._lazy = not self._eager
-        self._foretold = False
-        self._used_hypers: Sequence[Hyper] | None = None
-        self._slots = index.slots()
+        self._every_slot = index.slots(optimized=False)
+        self._torn: Unit | None = None
         self.staleness = self.dropped_gradients = self.state_frames = 0
         self.dropped_steps = 0
 
@@ -86,23 +86,27 @@ class ExactUpdater:
         """Take one gradient from autograd; updates the unit when it was the last one it waited for.
 
         Raises:
-            StaleGradientError: the unit's update of this step has been made; the gradient is lost, nothing else is.
+            StaleGradientError: the gradient that it is to be added to has been used up; it is lost, nothing else is.
         """
         self.before_use(unit)
-        if unit.updated:
-            raise stale_gradient(slot)
-        slot.arrivals += 1
-        final = self._foretold and slot.arrivals == slot.expected
+        if not self._arrives(unit, slot, gradient):
+            return
+        final = slot.final or (self._foretold and slot.arrivals == slot.expected)
 
         def note_norm(flat: torch.Tensor) -> None:
             slot.norm = gradient_norm(flat) if final and self._scaling.needs_norm else None
 
-        if not (final and self._eager and slot.arrivals == 1 and self._store.keep(unit, slot, gradient)):
+        if not (final and self.uses_as_it_is(unit, slot) and self._store.keep(unit, slot, gradient)):
             self._store.add(unit, slot, gradient, note_norm)
-        if self._eager and self._foretold and unit.live_views == 0 and complete(unit) and not self._viewed(unit):
+        slot.become(Grad.HELD)
+        self._complete(unit)
+
+    def _complete(self, unit: Unit) -> None:
+        if self._eager and complete(unit, foretold=self._foretold) and not self._viewed(unit):
             hypers = self._hypers()
             self._used_hypers = self._used_hypers or hypers
-            self._run(unit, Pending(hypers, None))
+            used = [slot for slot in unit.slots if slot.group >= 0 and slot.grad is Grad.HELD]
+            self._run(unit, Pending(hypers, None), spent=used)
             unit.updated = unit.ended = True
 
     def _viewed(self, unit: Unit) -> bool:
@@ -111,98 +115,139 @@ class ExactUpdater:
             return False  # Compute has a copy, which is not changed.
         return (unit.home or self._driver).viewed(unit.compute)
 
-    def uses_as_it_is(self, slot: Slot) -> bool:
+    def uses_as_it_is(self, unit: Unit, slot: Slot) -> bool:
         """Whether a gradient that comes now is to be the parameter's only one of the step, and used as autograd made it."""
-        return self._eager and self._foretold and slot.expected == 1
+        alone = slot.final or (self._foretold and slot.expected == 1)
+        return self._eager and alone and slot.group >= 0 and not unit.touched and not slot.has_bytes
 
-    def discard(self) -> None:
-        """Throw the gradients of the step under way away.
+    def _forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
+        self._store.forget(unit, slots)
 
-        Raises:
-            RuntimeError: some updates of the step have been made already; nothing was changed.
-        """
-        if any(unit.updated for unit in self._index.units):
-            raise RuntimeError(f"zero_grad() without step(), but updates of this step have been made; to skip steps {START_HINT}")
-        for unit in self._index.units:
-            if unit.pending is None:
-                self._store.forget(unit)
-                forget_arrivals(unit)
+    def _settled(self, unit: Unit) -> None:
+        self.before_use(unit)
+
+    def _make_zeros(self, unit: Unit, slot: Slot) -> None:
+        self._store.add(unit, slot, torch.zeros(slot.shape, dtype=slot.dtype), lambda flat: None)
+        slot.become(Grad.HELD)
+
+    @contextmanager
+    def _bytes(self, unit: Unit, slot: Slot) -> Iterator[torch.Tensor]:
+        if slot.direct is not None:
+            yield slot.direct
+            return
+        with self._store.used(unit, slot) as flat:
+            yield flat
 
     # ---- the optimizer step ------------------------------------------------------------------------------------
 
     def step(self) -> None:
         """End the step: decide on the updates not yet made. They run now, or before their unit is next used.
 
-        With loss scaling, a step whose gradients are not finite is dropped whole.
+        With loss scaling, a step whose gradients are not finite is dropped whole. Gradients stay what they are, clipped,
+        until they are cleared, but for those that updates have used up already.
 
         Raises:
-            RuntimeError: hyper-parameters changed after updates of this step had used them.
+            RuntimeError: hyper-parameters changed after updates of this step had used them, or gradients that were used up have
+                not been cleared.
             NonFiniteError: without loss scaling, the gradients' norm is not finite; no parameter was changed and the
                 gradients are dropped.
         """
-        hypers = self._hypers()
-        if self._used_hypers is not None and list(self._used_hypers) != list(hypers):
-            raise RuntimeError(
-                "learning rate or another hyper-parameter changed between backward and step, but updates of this step "
-                f"have already used the old values; change them before backward, or {START_HINT}"
-            )
-        waiting = [u for u in self._index.units if not u.updated and u.pending is None and any(s.arrivals for s in u.slots)]
-        coefficient = self._coefficient() if self._scaling.needs_norm and waiting else None
-        pending = Pending(hypers, coefficient)
-        self.dropped_steps += bool(self._scaling.needs_norm and waiting and coefficient is None)
-        for unit in waiting:
-            if self._scaling.needs_norm and coefficient is None:
-                self._store.forget(unit)
-            elif self._lazy:
-                unit.pending = pending
-            else:
-                self._run(unit, pending)
-        self._end_step()
-
-    def _end_step(self) -> None:
-        repeatable = self._foretold
-        for _, slot in self._slots:
-            slot.expected = slot.arrivals
+        self._check_whole()
+        hypers = self._check_hypers()
+        self._check_cleared()
         for unit in self._index.units:
-            unit.updated = unit.ended = False
-            if unit.pending is None:
-                forget_arrivals(unit)
-        self._foretold = True
-        self._used_hypers = None
+            if unit.pending is not None and any(slot.grad is not Grad.NONE for slot in unit.slots):
+                self.before_use(unit)  # What was not cleared is used again.
+        for unit, slot in self._slots:
+            if slot.grad is Grad.ZEROS:
+                self._make_zeros(unit, slot)
+        waiting = [u for u in self._index.units if any(s.group >= 0 and s.grad in (Grad.HELD, Grad.OWN) for s in u.slots)]
+        coefficient = self._coefficient() if self._scaling.needs_norm else None
+        dropped = self._scaling.needs_norm and waiting and coefficient is None
+        self.dropped_steps += bool(dropped)
+        pending = Pending(hypers, coefficient)
+        for unit in waiting if not dropped else ():
+            if any(slot.own is not None for slot in unit.slots):
+                self._run(unit, pending, spent=())  # now, while the user's tensors are what they are
+            elif self._eager and not unit.touched:
+                # Whether gradients are looked at after the step, the first one shows.
+                self._run(unit, pending, spent=[slot for slot in unit.slots if slot.group >= 0 and slot.has_bytes] if self._foretold else ())
+            else:
+                unit.pending = pending
+        repeatable = self._foretold
+        self._end_arrivals()
         self._driver.end_step(repeatable=repeatable)
 
+    def abandon(self) -> None:
+        """As `GradientHolder.abandon`.
+
+        Raises:
+            RuntimeError: an update was cut off half-way.
+        """
+        self._check_whole()
+        super().abandon()
+
     def _coefficient(self) -> torch.Tensor | None:
-        """What this step's gradients are multiplied by; None when they overflowed under loss scaling."""
-        norms = []
-        for unit, slot in self._slots:
-            if slot.arrivals:
-                if slot.norm is None:
-                    slot.norm = self._norm_of_sum(unit, slot)
-                norms.append(slot.norm)
-        total = total_norm(norms)
+        """What this step's gradients are multiplied by; None when there are none, or they overflowed under loss scaling."""
+        others = self.other_gradients()
+        norms = [(order, torch.linalg.vector_norm(other)) for order, other in others]
+        for unit, slot in self._every_slot:
+            norm = self._norm(unit, slot)
+            if norm is not None:
+                norms.append((slot.order, norm))
+        if not norms:
+            return None
+        total = total_norm([norm for _, norm in sorted(norms, key=lambda pair: pair[0])])
+        self.grad_norm = self._scaling.unscaled(total)
         if self._scaling.loss_scale is None:
             try:
                 check_finite(total)
             except BaseException:
-                self.discard()
+                self.clear()
                 raise
-        return self._scaling.coefficient(total)
+        coefficient = self._scaling.coefficient(total)
+        if coefficient is not None:
+            for _, other in others:
+                other.mul_(coefficient.to(other.device))
+            for unit, slot in self._every_slot:
+                if slot.group < 0 and slot.grad in (Grad.HELD, Grad.OWN):
+                    self._scale(unit, [slot], coefficient)
+        return coefficient
 
-    def _norm_of_sum(self, unit: Unit, slot: Slot) -> torch.Tensor:
-        assert unit.gradients is not None
-        access = Access(unit.gradients.id, AccessMode.READ)
-        key = (OpKind.GRADIENT, (unit.index, slot.order, "norm"))
-        with self._store.driver_of(unit).op(key, f"norm of {slot.name}", [access]):
-            return gradient_norm(self._store.view(unit, slot))
+    def _norm(self, unit: Unit, slot: Slot) -> torch.Tensor | None:
+        """Of a gradient as it is now; None: there is none."""
+        if slot.grad is Grad.ZEROS:
+            return torch.zeros(())
+        if slot.own is not None:
+            return gradient_norm(slot.own.reshape(-1))
+        if slot.grad is Grad.HELD and slot.norm is None:
+            with self._bytes(unit, slot) as flat:
+                slot.norm = gradient_norm(flat)
+        return slot.norm if slot.grad is Grad.HELD else None
+
+    def _scale(self, unit: Unit, slots: Sequence[Slot], coefficient: torch.Tensor) -> None:
+        """Multiply gradients in place."""
+        for slot in slots:
+            if slot.own is not None:
+                slot.own.mul_(coefficient.to(slot.own.device))
+                continue
+            with self._bytes(unit, slot) as flat:
+                flat.mul_(coefficient.to(flat.device))
+            slot.norm = None
 
     # ---- updates -----------------------------------------------------------------------------------------------
 
     def before_use(self, unit: Unit) -> None:
         """Make the update that the last optimizer step decided on, if there is one."""
         if unit.pending is not None:
-            pending, unit.pending = unit.pending, None
-            self._run(unit, pending)
-            forget_arrivals(unit)
+            self._check_whole()
+            cleared = [slot for slot in unit.slots if slot.has_bytes and slot.grad in (Grad.NONE, Grad.ZEROS)]
+            self._run(unit, unit.pending, spent=cleared)
+
+    def _check_whole(self) -> None:
+        """Raise where an update was cut off (Ctrl-C, a disk that failed) so that part of its unit has it and part has not."""
+        if self._torn is not None:
+            raise RuntimeError(f"the update of {self._torn.name} was cut off half-way by an error before; go on from the last commit")
 
     def settle(self, unit: Unit) -> None:
         """Before a use outside the step: as before any other."""
@@ -216,6 +261,7 @@ class ExactUpdater:
     @contextmanager
     def consistent(self, *, whole: bool) -> Iterator[None]:
         """Between two steps: inside the block every update of the steps made is in parameters and states."""
+        self._check_whole()
         self.drain()
         yield
 
@@ -233,13 +279,19 @@ class ExactUpdater:
         """Most of them at any time."""
         return self._store.peak_direct_bytes
 
-    def _run(self, unit: Unit, pending: Pending) -> None:
+    def _run(self, unit: Unit, pending: Pending, *, spent: Sequence[Slot]) -> None:
+        """Update a unit with the gradients of which there are bytes; those of ``spent`` are given up with it."""
         self._states.follow_edits(unit)
+        used = [slot for slot in unit.slots if slot.group >= 0 and slot.has_bytes]
+        if pending.coefficient is not None and len(spent) < len(used):
+            # Whoever looks at them later, or has more added to them, is to find them clipped.
+            self._scale(unit, used, pending.coefficient)
+            pending = Pending(pending.hypers, None)
         parts = [(number, part, pieces_of(unit, part)) for number, part in enumerate(unit.slices)]
         parts = [entry for entry in parts if entry[2]]
         for number, part, pieces in parts:
             last = part is parts[-1][1]
-            sums = self._paged_sums(unit, last=last)
+            sums = self._paged_sums(unit, spent if last else ())
             accesses = [Access(unit.parameters.id, AccessMode.MODIFY)]
             accesses += [Access(t.id, AccessMode.MODIFY) for t in (part.states, part.master) if t is not None]
             here = unit.home is None or unit.sums_at_home
@@ -247,20 +299,28 @@ class ExactUpdater:
             with (unit.home or self._driver).op((OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses):
                 with nullcontext() if here or not sums else self._brought_up(unit, number, sums):
                     started_s = time.perf_counter()
+                    self._torn = unit
                     self._apply(unit, part, pieces, pending, last=last)
                     spent_s = time.perf_counter() - started_s
             self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
-        for slot in unit.slots:
-            slot.steps += slot.arrivals > 0
+        for slot in used:
+            slot.steps += 1
+            slot.norm = None
         unit.version += 1
-        self._store.forget(unit)
+        unit.pending = self._torn = None
+        self._store.forget(unit, spent)
+        for slot in spent:
+            if slot.grad is Grad.HELD:
+                slot.become(Grad.SPENT)
         self._updated(unit)
 
-    def _paged_sums(self, unit: Unit, *, last: bool) -> list[Access]:
-        """What an update needs of the unit's paged gradients; the last one uses them up."""
-        if unit.gradients is None or not any(slot.paged for slot in unit.slots):
+    def _paged_sums(self, unit: Unit, spent: Sequence[Slot]) -> list[Access]:
+        """What an update needs of the unit's paged gradients, of which those of ``spent`` are of no use after it."""
+        paged = [slot for slot in unit.slots if slot.paged]
+        if unit.gradients is None or not any(slot.group >= 0 for slot in paged):
             return []
-        return [Access(unit.gradients.id, AccessMode.CONSUME if last and not unit.sums_at_home else AccessMode.READ)]
+        ends = not unit.sums_at_home and all(slot in spent for slot in paged)
+        return [Access(unit.gradients.id, AccessMode.CONSUME if ends else AccessMode.READ)]
 
     def _brought_up(self, unit: Unit, number: int, sums: Sequence[Access]) -> AbstractContextManager[None]:
         """Have paged gradients in host memory for an update on a device."""
@@ -297,6 +357,8 @@ class ExactUpdater:
                 parameter.copy_(master)
 
     def _gradient(self, unit: Unit, piece: Piece) -> torch.Tensor:
-        begin = piece.begin - piece.slot.offset
-        flat = piece.slot.direct if piece.slot.direct is not None else self._store.view(unit, piece.slot)
+        slot, begin = piece.slot, piece.begin - piece.slot.offset
+        flat = slot.own.reshape(-1) if slot.own is not None else slot.direct
+        if flat is None:
+            flat = self._store.view(unit, slot)
         return flat[begin : begin + piece.numel]

@@ -19,15 +19,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import ClassVar
 
 import torch
 
 from optim.accumulate import flat_gradient
 from optim.clip import gradient_norm, total_norm
+from optim.gradient_holder import GradientHolder
 from optim.handoff import Mailbox, SlotSum, Version
 from optim.loss_scale import Scaling
 from optim.states import StateAccess
-from optim.unit import START_HINT, Hyper, Slot, Unit, UnitIndex, complete, forget_arrivals, stale_gradient
+from optim.unit import Grad, Hyper, Slot, Unit, UnitIndex, complete
 from optim.update_thread import UpdateThread
 from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.errors import BudgetError
@@ -37,7 +39,7 @@ from scheduler.driver import Driver, Mode
 from scheduler.trace import Access, AccessMode, OpKind
 
 
-class LockFreeUpdater:
+class LockFreeUpdater(GradientHolder):
     """Takes gradients and lets a thread of its own apply them. Methods belong to the training thread.
 
     Args:
@@ -56,6 +58,9 @@ class LockFreeUpdater:
         max_staleness: see above, >= 0.
         exact_steps: the first so many steps of a unit's life are made as with ``max_staleness`` 0.
     """
+
+    #: Gradients of parameters that are not optimized stay where autograd puts them.
+    keeps_unoptimized: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -76,11 +81,10 @@ class LockFreeUpdater:
         max_staleness: int,
         exact_steps: int = 0,
     ) -> None:
-        self._driver = driver
+        super().__init__(driver, index, hypers)
         self._thread = thread
         self._mailboxes = {mailbox.unit: mailbox for mailbox in mailboxes}
         self._states = states
-        self._hypers = hypers
         self._sink = sink
         self._scaling = scaling
         self._eager = eager
@@ -94,10 +98,7 @@ class LockFreeUpdater:
         scratch = budget.reserve(Tag.STAGING, scratch_bytes, "the updater's scratch")
         assert isinstance(scratch, Reservation)
         self._scratch = scratch
-        self._slots = index.slots()
         self._unused = set(self._mailboxes)
-        self._foretold = False
-        self._used_hypers: Sequence[Hyper] | None = None
         self.direct_bytes = 0
         self.peak_direct_bytes = 0
         self.dropped_steps = 0
@@ -120,20 +121,23 @@ class LockFreeUpdater:
         """Take one gradient from autograd; hands the unit's over when it was the last one it waited for.
 
         Raises:
-            StaleGradientError: the unit's gradient of this step was handed over; this one is lost, nothing else is.
+            StaleGradientError: what it is to be added to was handed over; this one is lost, nothing else is.
             BaseException: what ended the updater.
         """
         self._thread.check()
-        if unit.updated:
-            raise stale_gradient(slot)
         flat = flat_gradient(slot, gradient)
-        slot.arrivals += 1
+        if not self._arrives(unit, slot, gradient):
+            return
         if slot.direct is None:
             self._take_bytes(flat.numel() * flat.dtype.itemsize)
             slot.direct = flat
         else:
             slot.direct.add_(flat)
-        if self._foretold and unit.live_views == 0 and complete(unit):
+        slot.become(Grad.HELD)
+        self._complete(unit)
+
+    def _complete(self, unit: Unit) -> None:
+        if complete(unit, foretold=self._foretold):
             if self._eager:
                 hypers = self._hypers()
                 self._used_hypers = self._used_hypers or hypers
@@ -142,20 +146,26 @@ class LockFreeUpdater:
             if self._adopts_after and not unit.parameters.owed and not self._driver.viewed(unit.parameters):  # Not worth waiting for a commit that has yet to get the old ones.
                 self._adopt(unit, "after")
 
-    def discard(self) -> None:
-        """Throw the gradients of the step under way away.
+    def abandon(self) -> None:
+        """As `GradientHolder.abandon`; gradients that were handed over are applied all the same."""
+        super().abandon()
+        self._unused = set(self._mailboxes)
 
-        Raises:
-            RuntimeError: some of them were handed over already; nothing was changed.
-        """
-        if any(unit.updated for unit in self._mailboxes):
-            raise RuntimeError(f"zero_grad() without step(), but gradients of this step are being applied; to skip steps {START_HINT}")
-        for unit in self._mailboxes:
-            self._drop(unit)
-            forget_arrivals(unit)
+    def _settled(self, unit: Unit) -> None:
+        self._thread.check()
 
-    def _drop(self, unit: Unit) -> None:
-        for slot in unit.slots:
+    @contextmanager
+    def _bytes(self, unit: Unit, slot: Slot) -> Iterator[torch.Tensor]:
+        assert slot.direct is not None
+        yield slot.direct
+
+    def _make_zeros(self, unit: Unit, slot: Slot) -> None:
+        self._take_bytes(slot.numel * slot.dtype.itemsize)
+        slot.direct = torch.zeros(slot.numel, dtype=slot.dtype)
+        slot.become(Grad.HELD)
+
+    def _forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
+        for slot in slots:
             if slot.direct is not None:
                 self._free_bytes(slot.direct.numel() * slot.direct.dtype.itemsize)
             slot.forget_gradient()
@@ -167,7 +177,8 @@ class LockFreeUpdater:
         found = [slot for slot in unit.slots if slot.direct is not None]
         if coefficient is None and not all(_is_finite(slot.direct) for slot in found):
             self.dropped_gradients += 1
-            self._drop(unit)
+            self._forget(unit, found)
+            _spend(found)
             return
         sums: dict[Slot, SlotSum] = {}
         mailbox = self._mailboxes[unit]
@@ -176,6 +187,7 @@ class LockFreeUpdater:
             hyper = hypers[slot.group]
             sums[slot] = SlotSum(slot, slot.direct, [hyper], coefficient, _ahead_steps(mailbox, hyper))
             slot.forget_gradient()
+        _spend(found)
         self._free_bytes(mailbox.put(sums))
         self._thread.wake()
 
@@ -191,41 +203,46 @@ class LockFreeUpdater:
             BaseException: what ended the updater.
         """
         self._thread.check()
-        hypers = self._hypers()
-        if self._used_hypers is not None and list(self._used_hypers) != list(hypers):
-            raise RuntimeError(
-                "learning rate or another hyper-parameter changed between backward and step, but gradients of this step "
-                f"were already handed over with the old values; change them before backward, or {START_HINT}"
-            )
-        waiting = [unit for unit in self._mailboxes if not unit.updated and any(slot.arrivals for slot in unit.slots)]
-        coefficient = self._coefficient(waiting)
+        hypers = self._check_hypers()
+        self._check_cleared()
+        for unit, slot in self._slots:
+            if slot.grad is Grad.ZEROS:
+                self._make_zeros(unit, slot)
+            elif slot.own is not None:
+                self._take_bytes(slot.numel * slot.dtype.itemsize)
+                slot.direct = slot.own.detach().reshape(-1).clone()  # The updater writes over what it is given.
+        waiting = [unit for unit in self._mailboxes if any(slot.direct is not None for slot in unit.slots)]
+        coefficient = self._coefficient()
         if self._scaling.needs_norm and waiting and coefficient is None:
             self.dropped_steps += 1
             for unit in waiting:
-                self._drop(unit)
+                found = [slot for slot in unit.slots if slot.direct is not None]
+                self._forget(unit, found)
+                _spend(found)
         else:
             for unit in waiting:
                 self._hand_over(unit, hypers, coefficient)
-        self._end_step()
-
-    def _coefficient(self, waiting: Sequence[Unit]) -> torch.Tensor | None:
-        """What this step's gradients are multiplied by; None when nothing is to be done, or their norm is not finite."""
-        if not self._scaling.needs_norm or not waiting:
-            return None
-        norm = total_norm([gradient_norm(slot.direct) for _, slot in self._slots if slot.direct is not None])
-        return self._scaling.coefficient(norm)
-
-    def _end_step(self) -> None:
         repeatable = self._foretold
-        for _, slot in self._slots:
-            slot.expected = slot.arrivals
-        for unit in self._mailboxes:
-            unit.updated = unit.ended = False
-            forget_arrivals(unit)
-        self._foretold = True
-        self._used_hypers = None
+        self._end_arrivals()
         self._unused = set(self._mailboxes)
         self._driver.end_step(repeatable=repeatable)
+
+    def _coefficient(self) -> torch.Tensor | None:
+        """What this step's gradients are multiplied by; None when nothing is to be done, or their norm is not finite."""
+        if not self._scaling.needs_norm:
+            return None
+        others = self.other_gradients()
+        norms = [(order, torch.linalg.vector_norm(other)) for order, other in others]
+        norms += [(slot.order, gradient_norm(slot.direct)) for _, slot in self._slots if slot.direct is not None]
+        if not norms:
+            return None
+        total = total_norm([norm for _, norm in sorted(norms, key=lambda pair: pair[0])])
+        self.grad_norm = self._scaling.unscaled(total)
+        coefficient = self._scaling.coefficient(total)
+        if coefficient is not None:
+            for other in [*(other for _, other in others), *(slot.own for _, slot in self._slots if slot.own is not None)]:
+                other.mul_(coefficient.to(other.device))
+        return coefficient
 
     # ---- parameters --------------------------------------------------------------------------------------------
 
@@ -373,6 +390,13 @@ class LockFreeUpdater:
                 slot.forget_gradient()
         self._reservation.release()
         self._scratch.release()
+
+
+def _spend(slots: Sequence[Slot]) -> None:
+    """Gradients were handed over, or dropped in place of that; the user's own tensors stay."""
+    for slot in slots:
+        if slot.own is None:
+            slot.become(Grad.SPENT)
 
 
 def _ahead_steps(mailbox: Mailbox, hyper: Hyper) -> int:

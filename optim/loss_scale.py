@@ -77,6 +77,10 @@ class Scaling:
         """Whether the norm of all gradients must be known before any of them is used."""
         return self.clip_norm is not None or self.loss_scale is not None
 
+    def unscaled(self, total: torch.Tensor) -> torch.Tensor:
+        """The global norm of a step's gradients without the loss scale, from that with it."""
+        return total if self.loss_scale is None else total / self.loss_scale.scale
+
     def coefficient(self, total: torch.Tensor) -> torch.Tensor | None:
         """What to multiply gradients of global norm ``total`` by; None when it is not finite: then the step is to be dropped."""
         finite, inverse = bool(torch.isfinite(total)), 1.0

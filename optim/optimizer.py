@@ -66,9 +66,17 @@ class PagedOptimizer(Optimizer):
         super().__init__(groups, dict(template.defaults))
         self._known_members = self._members()
 
-    def attach(self, updater: Updater, stepped: Callable[[], None], check_model: Callable[[], None]) -> None:
-        """Give the optimizer the updater that does its work, whom to tell of each step, and what makes sure before it. Once, while it is made."""
-        self._updater, self._stepped, self._check_model = updater, stepped, check_model
+    def attach(
+        self, updater: Updater, stepped: Callable[[], None], check_model: Callable[[], None], collect_in_hooks: Callable[[bool], None]
+    ) -> None:
+        """Give the optimizer the updater that does its work. Once, while it is made.
+
+        Args:
+            stepped: is told of each step.
+            check_model: makes sure before it.
+            collect_in_hooks: takes gradients over that hooks which failed have left behind, or throws them away.
+        """
+        self._updater, self._stepped, self._check_model, self._collect_in_hooks = updater, stepped, check_model, collect_in_hooks
 
     @property
     def torch_class(self) -> type[torch.optim.Optimizer]:
@@ -90,8 +98,8 @@ class PagedOptimizer(Optimizer):
         """Make one step with the gradients since the last one.
 
         Raises:
-            RuntimeError: hyper-parameters changed after updates of this step had used them, or the model no longer has the
-                parameters that are in pages; no update was made by this call.
+            RuntimeError: hyper-parameters changed after updates of this step had used them, a gradient that an update used up was
+                not cleared since, or the model no longer has the parameters that are in pages; no update was made by this call.
             ValueError: a group asks for something that the rule does not do, or has other parameters; likewise.
             NonFiniteError: with clipping, the gradients' norm is not finite; no parameter was changed.
         """
@@ -102,6 +110,7 @@ class PagedOptimizer(Optimizer):
         updater = self.updater
         self._check_model()
         self._check_groups()
+        self._collect_in_hooks(True)
         updater.step()
         self._stepped()
         return loss
@@ -116,13 +125,18 @@ class PagedOptimizer(Optimizer):
             self._rule.check(group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Throw gradients that no step has used away; after a step there are none.
+        """Throw gradients away: after a step, as in every loop, or in place of one.
+
+        Args:
+            set_to_none: otherwise they are zeros, with which the next step updates parameters that get no gradient in it.
 
         Raises:
-            RuntimeError: updates of a step that was begun but not made have already been applied.
+            RuntimeError: updates of a step that was begun but not made have already been applied. `Engine.abandon_step` gives
+                such a step up.
         """
         if not self._closed:
-            self.updater.discard()
+            self._collect_in_hooks(False)
+            self.updater.clear(zeros=not set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group while the optimizer is made; parameters cannot be added later."""

@@ -11,13 +11,14 @@ exactly as one call on the whole, because only a tensor's last elements miss its
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 
-from pagemem.errors import StaleGradientError
+from pagemem.errors import StaleGradientError, TransitionError
 from pagemem.residency import PagedTensor
 from pagemem.units import ceil_div, round_up
 from scheduler.driver import Driver
@@ -27,9 +28,38 @@ SLICE_ALIGN_NUMEL: Final = 1024
 
 #: What to do when steps are not alike.
 START_HINT: Final = 'set update.start = "step" in the configuration'
+#: What to do in a run that is to go on after an error in the middle of a step.
+ABANDON_HINT: Final = "engine.abandon_step() gives this step up"
 
 #: Hyper-parameters of one parameter group as they were at one moment.
 Hyper = Mapping[str, Any]
+
+
+class Grad(enum.Enum):
+    """What ``parameter.grad`` is in plain PyTorch, and what there is of it here.
+
+    NONE: it is None. HELD: the sum of what arrived, in bytes of ours. OWN: the tensor that the user assigned to it. ZEROS: zeros, of
+    which there are no bytes. SPENT: not None, but its bytes were used up by the update that was made of it.
+    """
+
+    # Members are single: enum's own hash, of the name, is a Python call.
+    __hash__ = object.__hash__
+
+    NONE = "none"
+    HELD = "held"
+    OWN = "own"
+    ZEROS = "zeros"
+    SPENT = "spent"
+
+
+_G = Grad
+LEGAL_GRADS: Final[dict[Grad, frozenset[Grad]]] = {
+    _G.NONE: frozenset({_G.HELD, _G.OWN}),
+    _G.HELD: frozenset({_G.HELD, _G.NONE, _G.OWN, _G.ZEROS, _G.SPENT}),
+    _G.OWN: frozenset({_G.OWN, _G.NONE}),
+    _G.ZEROS: frozenset({_G.ZEROS, _G.HELD, _G.NONE, _G.OWN}),
+    _G.SPENT: frozenset({_G.NONE, _G.OWN, _G.ZEROS}),
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -42,8 +72,12 @@ class Slot:
         group: index of the optimizer's parameter group, -1 for a parameter that is not optimized.
         steps: updates made so far.
         ahead: how far lock-free mode has the parameter ahead of its last update (`optim.rules.Ahead`).
-        arrivals: gradients that autograd delivered in this step; ``expected`` is how many the last whole step had.
+        arrivals: gradients that autograd delivered in this step; ``expected`` is the most that a whole step had; None: not known.
+        final: it was said that no gradient comes any more in this step.
+        grad: what ``parameter.grad`` is in plain PyTorch. Bytes of an update that is still to be made may be there beside it.
         direct: the step's only gradient, flat, held as autograd made it; ``paged`` says that the sum is in pages.
+        own: the tensor that the user assigned to ``parameter.grad``, shaped like the parameter.
+        generation: how often ``parameter.grad`` has become another tensor.
         norm: 2-norm of the final gradient, once known.
         edited: values may have been put into the parameter, which its fp32 master, if it has one, does not have.
     """
@@ -58,8 +92,12 @@ class Slot:
     ahead: tuple[float, ...] = ()
     arrivals: int = 0
     expected: int | None = None
+    final: bool = False
+    grad: Grad = Grad.NONE
     direct: torch.Tensor | None = None
     paged: bool = False
+    own: torch.Tensor | None = None
+    generation: int = 0
     norm: torch.Tensor | None = None
     edited: bool = False
 
@@ -72,6 +110,27 @@ class Slot:
     def end(self) -> int:
         """One past the last element in the unit's layout."""
         return self.offset + self.numel
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether there are bytes of a gradient, for an update or to look at."""
+        return self.paged or self.direct is not None or self.own is not None
+
+    def become(self, grad: Grad) -> None:
+        """Apply one legal move.
+
+        Raises:
+            TransitionError: the table has no such move; the state is unchanged.
+        """
+        if grad not in LEGAL_GRADS[self.grad]:
+            raise TransitionError(f"gradient of {self.name}: {self.grad.value} -> {grad.value} is not a legal move")
+        self.grad = grad
+
+    def is_complete(self, *, foretold: bool) -> bool:
+        """Whether no gradient is to come any more in this step, as was said or as the steps before foretell."""
+        if self.grad is Grad.HELD:
+            return self.final or (foretold and self.arrivals == self.expected)
+        return self.grad is Grad.NONE and (self.final or (foretold and self.expected == 0))
 
     def forget_gradient(self) -> None:
         """The gradient's bytes are used up or thrown away."""
@@ -111,7 +170,8 @@ class Unit:
             updated there; None: updates are made in host memory.
         live_views: weights saved by autograd that may still be asked for; while there are any, an update must wait.
         version: updates and edits so far; a saved weight of another version must not be used.
-        updated: whether the update of the step under way has been made.
+        updated: whether the update of the step under way has been made, before the step's end.
+        touched: whether whoever trains looks at gradients or changes them, so that updates wait for the optimizer step.
         ended: whether no use of it is expected in the step under way any more: its values may be those of the next one.
         forgotten: whether its pages were given back; nobody can use it any more.
     """
@@ -130,6 +190,7 @@ class Unit:
     updated: bool = False
     ended: bool = False
     forgotten: bool = False
+    touched: bool = False
     pending: Pending | None = None
 
     @property
@@ -203,28 +264,38 @@ class UnitIndex:
 
     units: list[Unit] = field(default_factory=list)
 
-    def slots(self) -> list[tuple[Unit, Slot]]:
-        """Every optimized parameter with its unit, in the model's order."""
-        found = [(unit, slot) for unit in self.units for slot in unit.slots if slot.group >= 0]
+    def slots(self, *, optimized: bool = True) -> list[tuple[Unit, Slot]]:
+        """Every optimized parameter with its unit, or every one, in the model's order."""
+        found = [(unit, slot) for unit in self.units for slot in unit.slots if slot.group >= 0 or not optimized]
         return sorted(found, key=lambda pair: pair[1].order)
 
 
-def complete(unit: Unit) -> bool:
-    """Whether all gradients of the step are there that the last whole step foretells."""
-    return all(slot.arrivals == slot.expected for slot in unit.slots if slot.group >= 0)
+def complete(unit: Unit, *, foretold: bool) -> bool:
+    """Whether a unit has gradients, and all of this step, so that its update need not wait for the step's end."""
+    if unit.touched or unit.live_views:
+        return False
+    optimized = [slot for slot in unit.slots if slot.group >= 0]
+    return any(slot.grad is Grad.HELD for slot in optimized) and all(slot.is_complete(foretold=foretold) for slot in optimized)
 
 
-def forget_arrivals(unit: Unit) -> None:
-    """Count the unit's gradients anew."""
-    for slot in unit.slots:
-        slot.arrivals = 0
-
-
-def stale_gradient(slot: Slot) -> StaleGradientError:
-    """The error for a gradient that nobody waits for any more."""
+def stale_gradient(unit: Unit, slot: Slot) -> StaleGradientError:
+    """The error for a gradient that comes when the one that it is to be added to has been used up."""
+    if not unit.updated:
+        return StaleGradientError(
+            f"{slot.name}: a gradient arrived that plain PyTorch would add to the one of the last step, which was not cleared and has "
+            f"been used up; call optimizer.zero_grad() after each step, or {START_HINT}"
+        )
     return StaleGradientError(
-        f"{slot.name}: a gradient arrived after the update of this step, which was begun when gradient {slot.expected} had "
-        f"arrived, as in the step before; for steps with a varying number of backward passes {START_HINT}"
+        f"{slot.name}: a gradient arrived after the update of this step, which was begun when gradient {slot.arrivals} had "
+        f"arrived, as many as any step before had; for steps with a varying number of backward passes {START_HINT}; {ABANDON_HINT}"
+    )
+
+
+def spent_gradient(slot: Slot) -> RuntimeError:
+    """The error for looking at a gradient, or changing it, that an update has used up."""
+    return RuntimeError(
+        f"{slot.name}: its gradient was used up by its update, which was made during the backward pass; to read, change or clip gradients "
+        f"{START_HINT}, or clip by update.clip_norm alone (transformers: max_grad_norm=0); {ABANDON_HINT}"
     )
 
 
@@ -237,9 +308,9 @@ def late_use(slot: Slot) -> RuntimeError:
 
 
 def pieces_of(unit: Unit, part: Slice) -> list[Piece]:
-    """Parts of parameters in a slice that have a gradient in the step under way."""
+    """Parts of optimized parameters in a slice of which there is a gradient."""
     return [
         Piece(slot, max(slot.offset, part.begin), min(slot.end, part.end))
         for slot in unit.slots
-        if slot.arrivals and slot.offset < part.end and slot.end > part.begin
+        if slot.group >= 0 and slot.has_bytes and slot.offset < part.end and slot.end > part.begin
     ]

@@ -7,20 +7,53 @@ from typing import Protocol
 
 import torch
 
+from optim.gradient_holder import OtherGradients
 from optim.unit import Slot, Unit
 
 
 class Updater(Protocol):
     """Takes gradients and brings parameters up to date."""
 
+    #: Gradients that are not the updater's, but count in the norm.
+    other_gradients: OtherGradients
+
     def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
         """Take one gradient from autograd."""
+
+    @property
+    def keeps_unoptimized(self) -> bool:
+        """Whether gradients of parameters that are not optimized are to be delivered, too."""
+
+    def catch_up(self, unit: Unit) -> None:
+        """Take what is on its way to a unit."""
+
+    def ready(self, unit: Unit, slot: Slot) -> None:
+        """No gradient of a parameter comes any more in this step, whatever earlier steps foretell."""
+
+    def assign(self, unit: Unit, slot: Slot, gradient: torch.Tensor | None) -> None:
+        """``parameter.grad = gradient``, a tensor shaped like the parameter, which stays the user's, or None."""
+
+    def zero(self, unit: Unit, slot: Slot) -> None:
+        """``parameter.grad.zero_()``."""
+
+    def values(self, unit: Unit, slot: Slot) -> AbstractContextManager[torch.Tensor]:
+        """Inside the block: the flat gradient, which is not the user's own, to be read or edited in place."""
+
+    def bring_out(self, unit: Unit, slot: Slot) -> torch.Tensor | None:
+        """Take a gradient away for hooks that are to see it with the one that arrives; None: there is none."""
 
     def step(self) -> None:
         """The optimizer step: no gradient belongs to this step any more."""
 
-    def discard(self) -> None:
-        """Throw the gradients of the step under way away."""
+    def clear(self, *, zeros: bool = False) -> None:
+        """``optimizer.zero_grad()``: after a step, or in place of one. ``zeros``: leave zeros, not None."""
+
+    def abandon(self) -> None:
+        """Give the step under way up: gradients that were not used are dropped, updates that were made stay."""
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """Global norm of the gradients of the last step; None where nobody needed it."""
 
     def before_use(self, unit: Unit) -> None:
         """A unit is about to be used in a step."""

@@ -186,6 +186,21 @@ class Driver(Holding):
             if repeatable and not asked_otherwise and (trace.ops or (self.above is not None and self.above.plan is not None)):
                 self._adopt(trace)
 
+    def abandon_step(self) -> None:
+        """Forget the ops since the last step's end: they are no step. The next op is the first one of a step again."""
+        if self.above is not None:
+            self.above.abandon_step()
+        if self.watcher is not None:
+            self.watcher.ends()
+        with self.mover.changed:
+            self._collect_views()
+            if not self._recorder.ops:
+                return
+            self._recorder.finish(timed=False)
+            self._lane.clear()
+            if self.mode is Mode.PLANNED:
+                self._cursor.enter()
+
     def expect_change(self, steps: int) -> None:
         """Between two steps: the next ones have other ops than those until now, and so many of them are not yet like those after.
 

@@ -98,6 +98,7 @@ def test_no_more_than_the_limit_stays(tmp_path: Path) -> None:
             del result
             assert (saved.saved_bytes, saved.paged_bytes) == (0, 0)
             engine.optimizer.step()
+            engine.optimizer.zero_grad()
         assert engine.stats().deviations == 0
         engine.save()
         tagged = [t for t in engine._store.mover.tensors.values() if t.tag is Tag.ACTIVATION]
@@ -145,6 +146,7 @@ def test_a_backward_pass_that_fails_while_bytes_come_back_never_gives_wrong_grad
             same.backward()
             adamw(plain.parameters()).step()
             engine.optimizer.step()
+            engine.optimizer.zero_grad()
             assert all(torch.equal(value, plain.state_dict()[name]) for name, value in engine.model.state_dict().items())
         else:
             with pytest.raises(RuntimeError, match="run the forward pass again"):

@@ -137,6 +137,7 @@ def test_bf16_keeps_an_fp32_master(clip_norm: float | None, tmp_path: Path) -> N
             torch.nn.utils.clip_grad_norm_(masters, clip_norm)
         plain_optimizer.step()
         optimizer.step()
+        optimizer.zero_grad()
         with torch.no_grad():
             for master, parameter in zip(masters, plain.parameters(), strict=True):
                 parameter.copy_(master)

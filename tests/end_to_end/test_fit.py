@@ -44,6 +44,7 @@ def test_tensors_outside_of_the_pages_are_those_of_a_real_step(case: str, tmp_pa
             for _ in range(STEPS):
                 engine.backward(engine(x, x))
                 engine.optimizer.step()
+                engine.optimizer.zero_grad()
     found = forecast(config, RATES)
     assert found.tensor_bytes == pytest.approx(peak, rel=0.02)
     assert found.process_bytes > found.tensor_bytes + found.step.host_pages * PAGE_BYTES + (50 << 20)

@@ -64,13 +64,21 @@ def test_more_gradients_than_foretold_in_a_unit_that_waits_for_a_frozen_one_are_
     assert_closed(engine)
 
 
-def test_clipping_by_hand_is_refused_with_the_key_to_use(tmp_path: Path) -> None:
+def test_clipping_by_hand_that_begins_late_is_refused_with_the_keys_to_use_and_works_in_the_next_step(tmp_path: Path) -> None:
+    plain = built()
+    optimizer = adamw(plain.parameters())
     with engine_of(built(), tmp_path) as engine:
-        train(engine, 2)
-        engine.backward(engine(*batches(1)[0]))
-        with pytest.raises(RuntimeError, match=r"its gradient is held by the engine.*update\.clip_norm"):
-            nn.utils.clip_grad_norm_(engine.model.parameters(), 1.0)
-        engine.step()
+        for step, batch in enumerate(batches(5)):
+            for model, its in ((plain, optimizer), (engine.model, engine.optimizer)):
+                torch.autograd.backward([model(*batch)])
+                if step == 2 and model is not plain:
+                    with pytest.raises(RuntimeError, match=r'used up by its update.*set update\.start = "step".*or clip by update\.clip_norm alone'):
+                        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                elif step > 2:
+                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                its.step()
+                its.zero_grad()
+        compare(plain, optimizer, engine.model, engine.optimizer, "in the end")
     assert_closed(engine)
 
 

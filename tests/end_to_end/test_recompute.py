@@ -123,6 +123,7 @@ def test_what_can_be_computed_again_goes_before_what_would_be_paged(tmp_path: Pa
                 result.sum().backward()
                 del result
                 engine.optimizer.step()
+                engine.optimizer.zero_grad()
 
 
 def test_nothing_is_computed_again_below_the_limit(tmp_path: Path) -> None:
@@ -132,6 +133,7 @@ def test_nothing_is_computed_again_below_the_limit(tmp_path: Path) -> None:
             assert step == 0 or saved_by(engine).recomputed_bytes == 0
             result.sum().backward()
             engine.optimizer.step()
+            engine.optimizer.zero_grad()
 
 
 def test_a_graph_that_is_kept_can_be_used_twice(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def train(case: Case, settings: dict[str, Any], optimizer: Callable[..., Any], *
                 for _ in range(case.passes):
                     engine(x.bfloat16() if bf16 and x.is_floating_point() else x, y).backward()
             engine.optimizer.step()
+            engine.optimizer.zero_grad()
         assert engine.stats().planned_steps == 2
     assert_closed(engine)
 

@@ -21,7 +21,7 @@ SHAPES = st.lists(st.lists(st.integers(1, 90), max_size=3).map(torch.Size), min_
 def unit_of(shapes: list[torch.Size], slice_numel: int, **slot_fields: Any) -> tuple[Unit, int]:
     """A unit with one slot a shape, and the elements of its layout."""
     layout = lay_out([(f"p{i}", shape) for i, shape in enumerate(shapes)])
-    slots = [Slot(name, shape, torch.float32, offset, arrivals=1, **slot_fields) for name, shape, offset in layout.slots]
+    slots = [Slot(name, shape, torch.float32, offset, **{"paged": True, "group": 0, **slot_fields}) for name, shape, offset in layout.slots]
     parameters = PagedTensor.sized(TensorId(0), "u", Tag.PARAM, layout.numel * 4, 64 * KiB)
     return Unit(0, "u", torch.float32, parameters, slots, cut(layout.numel, slice_numel)), layout.numel
 
@@ -87,7 +87,7 @@ def test_pieces_cover_every_parameter_once(shapes: list[torch.Size], slice_numel
 
 def test_parameters_without_a_gradient_have_no_pieces() -> None:
     unit, _ = unit_of([torch.Size((10,)), torch.Size((20,)), torch.Size((30,))], 1024)
-    unit.slots[1].arrivals = 0
+    unit.slots[1].paged = False
     assert [piece.slot.name for piece in pieces_of(unit, unit.slices[0])] == ["p0", "p2"]
     assert [piece.numel for piece in pieces_of(unit, unit.slices[0])] == [10, 30]
     assert pieces_of(unit, Slice(64, 128)) == []
