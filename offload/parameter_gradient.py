@@ -102,10 +102,11 @@ class ParameterGradient:
         """Take what there is, and from now on what autograd delivers, if the parameter requires it. Idempotent."""
         if self._updater is None or self._hook_ids:
             return
-        self.collect(parameter, wanted=True)
-        if parameter.requires_grad:
-            self._hook_ids = [parameter.register_post_accumulate_grad_hook(self._take).id]  # type: ignore[no-untyped-call]
-            self.order_hooks(parameter)
+        with _NO_TORCH_FUNCTION():
+            self.collect(parameter, wanted=True)
+            if parameter.requires_grad:
+                self._hook_ids = [parameter.register_post_accumulate_grad_hook(self._take).id]  # type: ignore[no-untyped-call]
+                self.order_hooks(parameter)
 
     def order_hooks(self, parameter: nn.Parameter) -> None:
         """Have our hooks first and last, whatever has been registered."""

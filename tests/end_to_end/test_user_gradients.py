@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,97 @@ def test_otherwise_it_works_too_or_says_what_to_set(name: str, place: str, tmp_p
         check(LOOPS[name], tmp_path, place)
     message = str(caught.value)
     assert 'set update.start = "step" in the configuration' in message and REFUSED[name] in message and "\n" not in message
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def halve(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient * 0.5
+
+
+def clamp(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.clamp_(-0.02, 0.02)
+
+
+def replace(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad = parameter.grad * 0.5
+
+
+def drop(parameter: torch.Tensor) -> None:
+    if parameter.ndim == 1:
+        parameter.grad = None
+
+
+HOOKS: dict[str, Callable[[torch.Tensor], object]] = {
+    "tensor hook": lambda parameter: parameter.register_hook(halve),
+    "post-accumulate hook": lambda parameter: parameter.register_post_accumulate_grad_hook(clamp),  # type: ignore[no-untyped-call]
+    "one that replaces": lambda parameter: parameter.register_post_accumulate_grad_hook(replace),  # type: ignore[no-untyped-call]
+    "one that drops": lambda parameter: parameter.register_post_accumulate_grad_hook(drop),  # type: ignore[no-untyped-call]
+}
+
+
+@pytest.mark.parametrize("update", [{}, {"start": "step"}, {"clip_norm": 0.5}, {"mode": "lock-free", "max_staleness": 0}], ids=str)
+@pytest.mark.parametrize("registered", ["before", "after", "in the middle"])
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_see_and_change_what_plain_torchs_do(name: str, registered: str, update: dict[str, Any], tmp_path: Path) -> None:
+    plain = mlp()
+    model, plain_optimizer = copy.deepcopy(plain), fused(plain.parameters())
+    seen: dict[int, list[torch.Tensor]] = {id(plain): [], id(model): []}
+
+    def register(module: nn.Module) -> None:
+        for parameter in module.parameters():
+            HOOKS[name](parameter)
+            log = seen[id(module)]
+            parameter.register_post_accumulate_grad_hook(lambda p, log=log: log.append(p.grad.clone() if p.grad is not None else torch.zeros(())))  # type: ignore[no-untyped-call]
+
+    if registered == "before":
+        register(plain)
+        register(model)
+    model, optimizer = offload.prepare(model, fused, config(tmp_path, "ram" if "mode" in update else "ssd", **update))
+    if registered == "after":
+        register(plain)
+        register(model)
+    for step in range(4):
+        if registered == "in the middle" and step == 2:
+            register(plain)
+            register(model)
+        for module, its in ((plain, plain_optimizer), (model, optimizer)):
+            for loss in losses(module, 2):
+                loss.backward()
+            if "clip_norm" in update and module is plain:
+                nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+            its.step()
+            its.zero_grad()
+    assert len(seen[id(plain)]) == len(seen[id(model)]) > 0
+    assert all(torch.equal(*pair) for pair in zip(seen[id(plain)], seen[id(model)], strict=True))
+    compare(plain, plain_optimizer, model, optimizer, "in the end")
+    assert_closed(optimizer.engine)  # type: ignore[attr-defined]
+
+
+def test_a_hook_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(_: torch.Tensor) -> None:
+        raise ZeroDivisionError("in the hook")
+
+    for start in ("auto", "step"):
+        plain = mlp()
+        plain_optimizer = fused(plain.parameters())
+        model, optimizer = offload.prepare(copy.deepcopy(plain), fused, config(tmp_path / start, "ssd", start=start))
+        for step, (loss, same) in enumerate(zip(losses(model), losses(plain), strict=True)):
+            if step == 0:
+                for module, one in ((model, loss), (plain, same)):
+                    handle = module[4].weight.register_post_accumulate_grad_hook(fail)
+                    with pytest.raises(ZeroDivisionError):
+                        one.backward()
+                    handle.remove()
+                optimizer.zero_grad()
+                plain_optimizer.zero_grad()
+                continue
+            for one, its in ((loss, optimizer), (same, plain_optimizer)):
+                one.backward()
+                its.step()
+                its.zero_grad()
+        compare(plain, plain_optimizer, model, optimizer, "in the end")
+        assert_closed(optimizer.engine)  # type: ignore[attr-defined]
