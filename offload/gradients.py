@@ -159,7 +159,7 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         stack.enter_context(next(iter(bound.values()))[0]._place.save_hooks())
         result = func(*_mapped(args, value_of), **{name: _mapped(value, value_of) for name, value in kwargs.items()})
         name = getattr(func, "__name__", "")
-        if (name.endswith("_") and not name.endswith("__")) or str(func.__module__).startswith("torch.distributed"):
+        if (name.endswith("_") and not name.endswith("__")) or str(getattr(func, "__module__", "")).startswith("torch.distributed"):
             # Some kernels of lists, and collectives, write without saying so.
             increment_version([view for _, _, view in bound.values()])
         if func in (Tensor.numpy, Tensor.__array__):
