@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+from pagemem.closing import close_all
 from pagemem.device_mover import DeviceMover
 from pagemem.events import EventSink
 from pagemem.page import FrameId, TensorId
@@ -128,9 +129,12 @@ class DeviceDriver(Driver):
 
     def quiesce(self) -> None:
         """Stop copying ahead and wait until no copy is under way, also after an error. What was edited until now is written back."""
-        with self.device.changed:
-            self._collect_views()
-        super().quiesce()
+
+        def collect() -> None:
+            with self.device.changed:
+                self._collect_views()
+
+        close_all(collect, super().quiesce)
 
     # ---- inside ------------------------------------------------------------------------------------------------
 

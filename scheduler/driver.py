@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Final
 
+from pagemem.closing import close_all
 from pagemem.errors import BudgetError, TransitionError
 from pagemem.events import Event, EventKind, EventSink, Watcher
 from pagemem.mover import Mover
@@ -257,11 +258,8 @@ class Driver(Holding):
         return self._recording
 
     def quiesce(self) -> None:
-        """Stop reading ahead and wait until no copy is under way, also after an error."""
-        if self.above is not None:
-            self.above.quiesce()
-        self._disturb()
-        self.mover.settle()
+        """Stop reading ahead and wait until no copy is under way, also after an error, and where the tier above fails in that."""
+        close_all(*([] if self.above is None else [self.above.quiesce]), self._disturb, self.mover.settle)
 
     def evict_all(self) -> None:
         """Store what is dirty and give all host frames up.

@@ -257,6 +257,30 @@ def test_close_ends_after_the_device_failed_and_the_first_error_is_told(
         assert_closed(engine)
 
 
+@pytest.mark.parametrize("done", range(0, 8, 2))
+def test_close_ends_where_an_edit_cannot_be_written_back(done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a step, when copies up for later ops are asked for."""
+    with late_device(monkeypatch):
+        engine = offload.initialize(built(), on_late(tmp_path, device="512KiB", device_states="never"), adamw)
+        train(engine, 6)
+        driver = engine._store.device_tier.driver
+        calls = 0
+
+        def fails() -> None:
+            nonlocal calls
+            calls += 1
+            if calls > done:
+                raise RuntimeError("the device is lost")
+
+        monkeypatch.setattr(driver, "_write_back", fails)
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            train(engine, 1)
+        assert driver.planned_steps
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            engine.close()
+        assert_closed(engine)
+
+
 class Pinned:
     """Pins nothing, and remembers of how much it was asked to."""
 
