@@ -1,7 +1,8 @@
-"""How much RAM this process can still have: what the machine has left, and what its control group (cgroup v2) allows. Read anew each time."""
+"""How much RAM this process can still have: what the machine has left, and what its control groups (cgroup v2, or v1) allow. Read anew each time."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -20,25 +21,48 @@ def usable_bytes() -> int:
     return available_bytes if left_bytes is None else min(available_bytes, left_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Controller:
+    """Where a version of cgroup has what it knows of memory."""
+
+    folder: str
+    limit: str
+    used: str
+    reclaimable: str
+
+
+_V2: Final = _Controller("", "memory.max", "memory.current", "inactive_file")
+_V1: Final = _Controller("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+#: v1 writes no limit as the largest number of whole pages.
+_NO_LIMIT_BYTES: Final = 1 << 62
+
+
 def cgroup_limit(own: Path, root: Path) -> tuple[int | None, int | None]:
-    """The least ``memory.max`` (cgroup v2) over this process, and the least that is left under one; None where there is none."""
-    names = [line[3:] for line in own.read_text().splitlines() if line.startswith("0::")] if own.exists() else []
-    if not names:
-        return None, None
-    group = root / names[0].lstrip("/")
-    limits, left = [], []  # of the process's own group and of every one above it
-    for folder in (group, *group.parents):
-        if not folder.is_relative_to(root):
-            break
-        maximum, current = folder / "memory.max", folder / "memory.current"
-        text = maximum.read_text().strip() if maximum.exists() else "max"
-        if text != "max":
-            limits.append(int(text))
-            left.append(max(0, int(text) - int(current.read_text()) + _reclaimable_bytes(folder / "memory.stat")))
+    """The least limit on memory over this process, and the least that is left under one; None where there is none.
+
+    Args:
+        own: the process's groups, as in /proc/self/cgroup. root: where they are mounted.
+    """
+    limits, left = [], []  # of the process's own groups and of every one above them
+    for line in own.read_text().splitlines() if own.exists() else []:
+        number, controllers, name = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        controller = _V2 if number == "0" else _V1
+        top = root / controller.folder
+        group = top / name.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            text = (folder / controller.limit).read_text().strip() if (folder / controller.limit).exists() else "max"
+            if text != "max" and int(text) < _NO_LIMIT_BYTES:
+                limits.append(int(text))
+                used_bytes = int((folder / controller.used).read_text()) - _reclaimable_bytes(folder / "memory.stat", controller.reclaimable)
+                left.append(max(0, int(text) - used_bytes))
     return min(limits, default=None), min(left, default=None)
 
 
-def _reclaimable_bytes(stat: Path) -> int:
+def _reclaimable_bytes(stat: Path, key: str) -> int:
     """Page cache that a group gives up when it needs memory; it counts as used."""
     fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-    return int(fields.get("inactive_file", 0))
+    return int(fields.get(key, 0))
