@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from offload.hooks import MethodHook
+
 _LISTS: Final = (nn.ModuleList, nn.Sequential)
 
 
@@ -109,7 +111,6 @@ class Blocks:
 
     def _wrap(self, block: Block) -> Callable[[], None]:
         module, inner = block.module, block.module.forward
-        own = module.__dict__.get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             # Within a backward pass it is the model's own recomputation that calls.
@@ -126,14 +127,7 @@ class Blocks:
             block.calls.append(Call(range(begun, self._position()), _bytes_in([*args, *kwargs.values()]), self._saved_bytes() - saved_bytes))
             return result
 
-        def undo() -> None:
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = own
-
-        module.forward = forward
-        return undo
+        return MethodHook(forward, module, "forward").undo
 
 
 def _traces(module: nn.Module) -> tuple[Any, ...]:

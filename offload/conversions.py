@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.hooks import ModelHook
+from offload.hooks import MethodHook
 from offload.parameters import Binder, PagedParameter
 
 #: What torch does to every parameter and buffer of a module.
 Conversion = Callable[[Tensor], Tensor]
 
 
-class _Guard(ModelHook):
-    """Stands before the ``_apply`` of one module, as its attribute."""
+class _Guard(MethodHook):
+    """Stands before the ``_apply`` of one module."""
 
     def __init__(self, module: nn.Module, binder: Binder, waits: Callable[[nn.Parameter], bool]) -> None:
-        super().__init__(self.convert)
-        self._module = module
+        super().__init__(self.convert, module, "_apply")
         self._binder = binder
         self._waits = waits
 
@@ -68,10 +67,6 @@ class _Guard(ModelHook):
             elif self._waits(parameter):
                 yield f"{type(self._module).__name__}.{name}", parameter
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._module))
-        return self if copied is None else MethodType(type(self._module)._apply, copied)
-
 
 def _refuse_change(name: str, before: Tensor, stride: tuple[int, ...], after: Tensor) -> None:
     """Raise unless a conversion gives a parameter the same kind of tensor."""
@@ -98,9 +93,4 @@ def guard_conversions(module: nn.Module, binder: Binder, waits: Callable[[nn.Par
     Returns:
         What makes the module convertible again.
     """
-    module._apply = _Guard(module, binder, waits)  # type: ignore[method-assign]
-
-    def undo() -> None:
-        module.__dict__.pop("_apply", None)
-
-    return undo
+    return _Guard(module, binder, waits).undo

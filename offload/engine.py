@@ -26,6 +26,7 @@ from offload.config import Config, load_config, load_optimizer
 from offload.deferred_init import store_of
 from offload.factories import described
 from offload.export import check_request, export_commit
+from offload.fast_paths import keep_fast_paths
 from offload.hooks import SavedWeights
 from offload.model_checks import check_parameters
 from offload.memory import MemoryReport, Stats, memory_report, planned_step_s, stats_of
@@ -188,6 +189,7 @@ class Engine:
         saved = self._saved_weights(binder)
         binder.updater, binder.root, binder.save_hooks = self._updater, self.model, saved.scope
         self._undo.append(saved.around_forward(self.model))
+        self._undo += keep_fast_paths(self.model, binder)
         for parameter in self.model.parameters():
             if isinstance(parameter, PagedParameter):
                 binder.watch_gradient(parameter)

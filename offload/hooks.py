@@ -8,10 +8,13 @@ again when the backward asks. Torch applies the innermost saved-tensor hooks onl
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -79,6 +82,31 @@ class ModelHook:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError("a model with paged parameters cannot be copied or pickled; use model.state_dict()")
+
+
+class MethodHook(ModelHook):
+    """In place of a method of one module, as its attribute until `undo`. A copy of the module has its own method again."""
+
+    def __init__(self, call: Callable[..., Any], module: torch.nn.Module, name: str) -> None:
+        super().__init__(call)
+        self._module = module
+        self._name = name
+        self._own = module.__dict__.get(name)
+        functools.update_wrapper(self, getattr(module, name))
+        setattr(module, name, self)
+
+    def undo(self) -> None:
+        """Give the module its method back."""
+        if self._own is None:
+            self._module.__dict__.pop(self._name, None)
+        else:
+            self._module.__dict__[self._name] = self._own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._module))
+        if copied is None or self._own is not None:
+            return copy.deepcopy(self._own, memo)
+        return MethodType(getattr(type(self._module), self._name), copied)
 
 
 class _Copying(ModelHook):

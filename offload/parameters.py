@@ -240,6 +240,26 @@ class Binder:
         return nullcontext()
 
     @contextmanager
+    def using(self, parameters: list[PagedParameter]) -> Iterator[None]:
+        """Have parameters bound inside the block, as for one call that only reads them.
+
+        Raises:
+            As `call`.
+        """
+        if all(parameter._place.bound for parameter in parameters):
+            yield
+            return
+        with self._scope():
+            with _NO_TORCH_FUNCTION():
+                context = self.bound(parameters)
+                context.__enter__()
+            try:
+                yield
+            finally:
+                with _NO_TORCH_FUNCTION():
+                    context.__exit__(None, None, None)
+
+    @contextmanager
     def bound(self, parameters: Iterable[PagedParameter]) -> Iterator[None]:
         """Have parameters bound inside the block, as one op."""
         places = [parameter._place for parameter in parameters]

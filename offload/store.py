@@ -415,11 +415,15 @@ class PageStore:
 
 
 def _move_buffers(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Have buffers where compute is, floating-point ones (running means, ...) in the parameters' dtype, as ``model.to`` does."""
+    """Have buffers where compute is, and persistent floating-point ones (running means, ...) in the parameters' dtype.
+
+    Others (rotary frequencies, ...) are computed and not trained: they keep the precision that they were made in, as transformers' do.
+    """
     moved: dict[int, torch.Tensor] = {}  # one buffer may be several modules'
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 if id(buffer) not in moved:
-                    moved[id(buffer)] = buffer.to(device=device, dtype=dtype if buffer.is_floating_point() else None)
+                    narrows = buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+                    moved[id(buffer)] = buffer.to(device=device, dtype=dtype if narrows else None)
                 module._buffers[name] = moved[id(buffer)]
