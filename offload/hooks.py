@@ -71,8 +71,12 @@ class _Marked:
         return self.pack(saved)
 
 
+def _do_nothing(*_: Any) -> None:
+    """What a copy of a model has where the model has a hook of an engine."""
+
+
 class ModelHook:
-    """A hook on a module with paged parameters. It says what to do instead when the module is copied or pickled."""
+    """A hook on a module with paged parameters. A copy of the module, whose parameters are ordinary ones, does without."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
@@ -80,8 +84,11 @@ class ModelHook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _do_nothing
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise RuntimeError("a model with paged parameters cannot be copied or pickled; use model.state_dict()")
+        raise RuntimeError("a model with paged parameters cannot be pickled; use model.state_dict(), or copy.deepcopy(model) where it fits in RAM")
 
 
 class MethodHook(ModelHook):
@@ -109,13 +116,6 @@ class MethodHook(ModelHook):
         return MethodType(getattr(type(self._module), self._name), copied)
 
 
-class _Copying(ModelHook):
-    """One end of a module's `state_dict`. A copy of a module without pages may have it, too: it does nothing there."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Copying:
-        return self
-
-
 def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callable[[], None]]:
     """Have a module's ``state_dict()`` return copies, not views that keep their pages in host memory.
 
@@ -130,8 +130,8 @@ def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callab
         binder.copying -= 1
 
     handles = [
-        module.register_state_dict_pre_hook(_Copying(before)),  # type: ignore[no-untyped-call]
-        module.register_state_dict_post_hook(_Copying(after)),  # type: ignore[no-untyped-call]
+        module.register_state_dict_pre_hook(ModelHook(before)),  # type: ignore[no-untyped-call]
+        module.register_state_dict_post_hook(ModelHook(after)),  # type: ignore[no-untyped-call]
     ]
     return [handle.remove for handle in handles]
 

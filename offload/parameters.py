@@ -122,8 +122,11 @@ class PagedParameter(nn.Parameter):
         """A view of the values, as that class."""
         return self.view_as(self).as_subclass(cls)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PagedParameter:
-        raise RuntimeError(f"{self._place.slot.name}: a paged parameter cannot be copied; use model.state_dict()")
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """An ordinary parameter, with the values."""
+        with torch.no_grad():
+            copied = memo[id(self)] = nn.Parameter(self.clone(), self.requires_grad)
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(f"{self._place.slot.name}: a paged parameter cannot be pickled; use model.state_dict()")
