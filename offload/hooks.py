@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.compilers import raise_refusal, refuse_compilers
 from offload.parameters import Binder, PagedParameter
 from offload.saved_storage import KeptTensor, LeftActivation
 from optim.unit import Unit
@@ -83,6 +84,11 @@ class ModelHook:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("__name__", "_torchscript_modifier"):  # What torch.jit.script asks.
+            raise_refusal("torch.jit.script")
+        raise AttributeError(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _do_nothing
@@ -216,7 +222,7 @@ class SavedWeights:
             driver.end(held)
 
     def scope(self) -> AbstractContextManager[Any]:
-        """Hooks for one call, unless they are active already; others' hooks that are get what is not a weight."""
+        """Hooks for one call, unless they are active already; others' hooks get what is not a weight."""
         if not torch.is_grad_enabled():
             return nullcontext()
         around: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -251,6 +257,7 @@ class SavedWeights:
         stack: list[AbstractContextManager[Any]] = []
 
         def enter(_module: torch.nn.Module, _args: Any) -> None:
+            refuse_compilers(type(module).__name__)
             self._binder.check_structure()
             context = self.scope()
             context.__enter__()

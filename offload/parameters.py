@@ -18,8 +18,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from offload.activations import SavedActivations
+from offload.compilers import refuse_compilers
 from offload.gradients import PagedGradient
 from offload.parameter_gradient import ParameterGradient
 from offload.tensor_functions import EXPORTS, METADATA
@@ -31,6 +33,7 @@ from pagemem.page import TensorId
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind
 
+is_functorch_wrapped_tensor, peek_interpreter_stack = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.peek_interpreter_stack
 _NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
 _TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
 _GET_GRAD: Final = _TENSOR.grad.__get__
@@ -213,6 +216,8 @@ class Binder:
             BudgetError: their units do not fit in host memory together with what is held.
             StorageError: a page file failed; nothing was lost.
         """
+        if is_compiling() or torch._C._is_tracing() or peek_interpreter_stack() is not None:
+            refuse_compilers(parameters[0]._place.slot.name)
         if self.closed:
             raise RuntimeError(f"{parameters[0]._place.slot.name}: the engine that holds this parameter is closed")
         copying = self.copying and getattr(func, "__name__", "") == "detach"
@@ -327,6 +332,7 @@ class Binder:
             and not isinstance(value, PagedParameter)
             and not value.requires_grad
             and value.layout is torch.strided
+            and not is_functorch_wrapped_tensor(value)
             and self.mover.arena.locate(value.data_ptr()) is not None
             for value in values
         )
