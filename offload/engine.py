@@ -132,7 +132,8 @@ class Engine:
         self._undo.append(self._updater.close)
         self._plan_keepers = plan_keepers(store)
         binder = store.binder
-        binder.check_structure = Structure(self.model).check
+        structure = Structure(self.model)
+        binder.structure_is_known, binder.check_structure = structure.is_known, structure.check
         binder.only_trainable = from_section(optimizer)
         self.optimizer.attach(self._updater, self._count_step, binder.check_structure, binder.collect_in_hooks)
         self._checkpoints = Checkpoints(self.model, store, self.optimizer, self._updater, config)

@@ -258,7 +258,8 @@ class SavedWeights:
 
         def enter(_module: torch.nn.Module, _args: Any) -> None:
             refuse_compilers(type(module).__name__)
-            self._binder.check_structure()
+            # torch.func.functional_call has other parameters in the model until the forward pass is over.
+            self._binder.doubted = not self._binder.structure_is_known()
             context = self.scope()
             context.__enter__()
             stack.append(context)

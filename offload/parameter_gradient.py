@@ -39,6 +39,9 @@ class Hands(Protocol):
     save_hooks: Callable[[], AbstractContextManager[Any]]
     torch_device: torch.device
 
+    def confirm_structure(self) -> None:
+        """Raise when no gradient may be used."""
+
 
 class ParameterGradient:
     """The gradient of one parameter, which every method is given. Training thread, or autograd's in its place, without torch functions."""
@@ -143,6 +146,7 @@ class ParameterGradient:
             if updater is None or gradient is None:
                 return
             _SET_GRAD(arrived, None)
+            self._hands.confirm_structure()
             if brought is not None and (self._was_own or gradient is not brought):
                 updater.assign(self._unit, self._slot, gradient)
             else:

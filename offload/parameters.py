@@ -174,7 +174,8 @@ class Binder:
 
     Attributes:
         torch_device: where that arena is.
-        check_structure: raises when the model no longer has the parameters that are in pages.
+        structure_is_known, check_structure: says, and raises, when the model no longer has the parameters that are in pages.
+        doubted: it had not in the last forward pass; no gradient may be used before that is checked.
         only_trainable: the optimizer was made from the configuration, for what was trainable then.
         pointed: views of what addresses were given out of in the forward pass under way.
     """
@@ -196,7 +197,9 @@ class Binder:
         self.save_hooks: Callable[[], Any] = nullcontext
         self.forward_end = ForwardEnd(self._at_forward_end)
         self.units: dict[TensorId, Unit] = {}
+        self.structure_is_known: Callable[[], bool] = lambda: True
         self.check_structure: Callable[[], None] = lambda: None
+        self.doubted = False
         self.only_trainable = False
         self.in_hooks: list[Any] = []
         self.owner: object = None
@@ -406,6 +409,12 @@ class Binder:
                 "call requires_grad_(True) before offload.prepare, or give prepare an optimizer factory over all parameters"
             )
         parameter._place.gradient.watch(parameter)
+
+    def confirm_structure(self) -> None:
+        """Before a gradient is used: raise when the last forward pass was not of the model that is in pages."""
+        if self.doubted:
+            self.check_structure()
+            self.doubted = False
 
     def collect_in_hooks(self, wanted: bool) -> None:
         """Take gradients over that hooks which failed have left behind, or throw them away if they are not ``wanted``."""

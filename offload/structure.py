@@ -36,13 +36,17 @@ class Structure:
         found = list(chain.from_iterable(entries.values() for entries in self._entries))
         return [*chain.from_iterable(self._entries), *map(id, found), *map(type, found)]
 
+    def is_known(self) -> bool:
+        """Whether every module has the entries that it had."""
+        return self._now() == self._known
+
     def check(self) -> None:
         """Make sure that the model has the parameters that it had, and follow it where it only has other names for them.
 
         Raises:
             RuntimeError: a parameter was replaced, added or removed; names it.
         """
-        if self._now() == self._known:
+        if self.is_known():
             return
         before, now = self._parameters, dict(self._model.named_parameters())
         known, there = {id(parameter) for parameter in before.values()}, {id(parameter) for parameter in now.values()}
