@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from offload.batches import Batches, evaluated, loss_of, on_device
+from offload.batches import Batches, Pair, evaluated, loss_of, on_device
 from offload.config import Config, ConfigError, TrainConfig
 from offload.console import BROKEN_PIPE, Output, is_closed
 from offload.deferred_init import deferred_init
@@ -34,7 +34,7 @@ from offload.report import RunSummary, print_summary, save_loss_curve
 from offload.run_folder import CURVE, DATA, METRICS, RunFolder, check_free, removed_unless_begun
 from offload.verdict import verdict_of
 from pagemem.commit_folder import CommitFolder
-from pagemem.errors import CommitError, RunDirectoryError
+from pagemem.errors import CommitError, RunDirectoryError, StorageError
 
 _FINAL_LR: Final = 0.1
 
@@ -123,11 +123,11 @@ def _process_peak_bytes() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def one_step(engine: Engine, batches: Batches, reference: str, step: int) -> float:
-    """All micro-batches of one optimizer step; returns their mean loss in nats."""
+def one_step(engine: Engine, batches: Batches, reference: str, step: int, first: Pair | None = None) -> float:
+    """All micro-batches of one optimizer step, of which the first may be at hand; returns their mean loss in nats."""
     losses, n = [], engine.config.update.accumulation
     for micro in range(n):
-        x, y = batches.batch(step * n + micro)
+        x, y = first if first is not None and not micro else batches.batch(step * n + micro)
         with calls_of("model.factory", f"{reference}: forward(x, y) of step {step + 1}"):
             output = engine(on_device(x, engine.torch_device), on_device(y, engine.torch_device))
         loss = loss_of(output, reference, trains=True)
@@ -199,14 +199,14 @@ def launch(config: Config, console: Console | None = None) -> int:
         return interrupt.exit_code or (BROKEN_PIPE if is_closed(console) else 0)
 
 
-def _written(log: ProgressLog, metrics: StepMetrics | None = None, durable: bool = True) -> OSError | None:
+def _written(log: ProgressLog, metrics: StepMetrics | None = None, durable: bool = True) -> Exception | None:
     """Log a step; a commit that is durable has the metrics of its steps. An error is returned: the steps made must not be lost by it."""
     try:
         if metrics is not None:
             log.take(metrics)
         if durable:
             log.sync()
-    except OSError as error:
+    except (OSError, StorageError) as error:
         return error
     return None
 
@@ -225,14 +225,19 @@ def _train(
     samples_a_step, a_sample = train.batch * config.update.accumulation, batches.tokens_per_sample
     begun = last = engine.stats()
     started_s = time.perf_counter()
-    unwritten: OSError | None = None
+    ended: Exception | None = None
     with ProgressLog(folder / METRICS, console, train.steps, train.log_every, metrics) as log:
         for step in range(engine.steps, train.steps):
             if interrupt.asked or is_closed(console):
                 break
             step_started_s = time.perf_counter()
             lr = float(schedule.get_last_lr()[0])
-            loss = one_step(engine, batches, reference, step)
+            try:
+                pair = batches.batch(step * config.update.accumulation)
+            except (ConfigError, OSError) as error:  # Between two steps: what has been trained must not be lost by it.
+                ended = error
+                break
+            loss = one_step(engine, batches, reference, step, pair)
             schedule.step()
             step_s = time.perf_counter() - step_started_s
             now, memory = engine.stats(), engine.memory_report()
@@ -248,17 +253,17 @@ def _train(
             )
             last = now
             due = engine.commit_due
-            unwritten = _written(log, metrics[-1], due)
-            if unwritten is not None:
+            if (unwritten := _written(log, metrics[-1], due)) is not None:
+                ended = unwritten
                 break
             if due and engine.save_if_due() is not None:
                 committed = engine.steps
         # In lock-free mode a background commit leaves out what was on its way.
         if config.commit.at_end and engine.steps > (first if config.update.mode == "lock-free" else committed):
-            unwritten = unwritten or _written(log)
+            ended = ended or _written(log)
             engine.save()
-    if unwritten is not None:
-        raise RunDirectoryError(f"{folder / METRICS} cannot be written after step {engine.steps}: {unwritten.strerror}") from unwritten
+    if ended is not None:
+        raise ended
     train_s = time.perf_counter() - started_s
     stats = engine.stats().since(begun)
     evaluates = train.evaluate_batches and not is_closed(console)

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from offload.config import ConfigError
-from offload.factories import factory_of
+from offload.factories import calls_of, factory_of
 from offload.plain_savings import choices
 from offload.plain_watch import KEPT, PlainWatch
 from offload.profile import REPORT, SUMMARY, TRACE, open_profile_folder, write_profile
@@ -48,11 +48,14 @@ def profile_plain(reference: str, steps: int, to: Path, console: Console) -> dic
         raise ConfigError(f"--steps is {steps}; it must be at least 1")
     make = factory_of("--plain", reference, {})
     open_profile_folder(to)
-    model, optimizer, step = _training(reference, make())
-    unwatched_s = _warm_up(step)
+    with calls_of("--plain", reference):
+        made = make()
+    model, optimizer, step = _training(reference, made)
+    with calls_of("--plain", f"{reference}: step()"):
+        unwatched_s = _warm_up(step)
     console.print(f"{WARM_UP_STEPS} steps made; recording {steps} more", highlight=False)
     watch = PlainWatch(model, optimizer)
-    with watch:
+    with watch, calls_of("--plain", f"{reference}: step()"):
         for _ in range(steps):
             step()
     recording = watch.recording()

@@ -16,13 +16,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from offload.config import load_config
+from offload.config import ConfigError, load_config
 from offload.console import Output, OutputClosed
 from offload.launch import launch
 from offload.progress import ProgressLog, StepMetrics
 from offload.run_folder import RunFolder
 from pagemem.commit_folder import CommitFolder
-from pagemem.errors import DiskFullError, OffloadError, RunDirectoryError
+from pagemem.errors import DiskFullError, OffloadError, RunDirectoryError, StorageError
 from pagemem.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +90,14 @@ def test_ctrl_c_is_committed_by_default_and_the_same_command_goes_on(raw: dict[s
     assert run(signalled)[0] == 130 and committed(raw) == [3]
     code, text = run(raw)
     assert code == 0 and "going on after step 3" in text and committed(raw) == [3, 6] and steps(raw) == [1, 2, 3, 4, 5, 6]
+
+
+def test_data_that_end_or_fail_end_the_run_with_a_commit(raw: dict[str, Any]) -> None:
+    ending = {**raw, "data": {"factory": "launch_data:ending_text", "arguments": {"at": 4}}}
+    with pytest.raises(ConfigError, match="data.factory: launch_data:ending_text: batch 4 fails: LookupError: there are 4 batches"):
+        run(ending)
+    assert committed(raw) == [4] and steps(raw) == [1, 2, 3, 4]
+    assert run(raw)[0] == 0 and steps(raw) == [1, 2, 3, 4, 5, 6]
 
 
 # ---- one run a folder ------------------------------------------------------------------------------------------------
@@ -192,11 +200,11 @@ def test_other_commands_end_at_once() -> None:
 
 def test_a_run_whose_metrics_cannot_be_written_commits_first(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def take(self: ProgressLog, metrics: StepMetrics) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise StorageError("metrics.jsonl: writing failed: No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(ProgressLog, "take", take)
-        with pytest.raises(RunDirectoryError, match="metrics.jsonl cannot be written after step 1: No space left on device"):
+        with pytest.raises(StorageError, match="No space left on device"):
             run(raw)
     assert committed(raw) == [1]
     assert run(raw)[0] == 0 and steps(raw) == [2, 3, 4, 5, 6]
