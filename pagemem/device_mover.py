@@ -21,7 +21,7 @@ from pagemem.events import EventKind, EventSink
 from pagemem.host_copier import HostCopier
 from pagemem.mover import Mover
 from pagemem.page import FrameId, TensorId
-from pagemem.page_transfer import Done
+from pagemem.page_transfer import Completion
 from pagemem.residency import PagedTensor, Residency
 from pagemem.tier import Tier
 from pagemem.units import MiB
@@ -97,7 +97,7 @@ class DeviceMover(Mover):
             super().start_load(tensor, frame, fresh=fresh, background=background)
             self.unclaimed.add(tensor.id)
 
-    def _read(self, tensor: PagedTensor, done: Done, *, background: bool) -> None:
+    def _read(self, tensor: PagedTensor, done: Completion, *, background: bool) -> None:
         def given(result: Mark | BaseException) -> None:
             if isinstance(result, BaseException):
                 done(result)
@@ -112,7 +112,7 @@ class DeviceMover(Mover):
         except RuntimeError as error:
             done(error)  # the device failed: whoever waits for the copy hears of it as of one that failed
             return
-        self._copier.submit(self._lower[tensor.id], self.bytes_of(tensor), after, given)
+        self._copier.submit(self._lower[tensor.id], self.bytes_of(tensor), after, given, done)
 
     def follow(self, tensor: PagedTensor) -> None:
         """Have compute that is given from now on see what was copied. Training thread."""

@@ -35,6 +35,7 @@ from pagemem.events import Event, EventKind, EventSink
 from pagemem.intervals import union, without
 from pagemem.io_threads import small_stacks
 from pagemem.mover import Mover
+from pagemem.page_transfer import Completion
 from pagemem.residency import PagedTensor, Residency
 
 #: Called with the mark behind a copy once it was given to the device, or with what went wrong.
@@ -151,16 +152,19 @@ class HostCopier:
         self._at_exit = partial(_close_at_exit, weakref.ref(self), os.getpid())
         atexit.register(self._at_exit)
 
-    def submit(self, tensor: PagedTensor, into: torch.Tensor, after: Mark, given: Given) -> None:
+    def submit(self, tensor: PagedTensor, into: torch.Tensor, after: Mark, given: Given, end: Completion) -> None:
         """Copy ``tensor`` into device memory once it is in host memory. Never blocks.
 
         Args:
             into: bytes, flat, as many as the tensor has.
             after: behind what used that memory last.
             given: called on the copier's thread.
+            end: what ``given`` completes; begun once the copy is certain to be given, or taken back.
         """
+        upload = _Upload(tensor, into, after, given)
         with self._below.changed:
-            self._waiting.append(_Upload(tensor, into, after, given))
+            end.begun = True
+            self._waiting.append(upload)
             self._look()
 
     def begun(self, tensor: PagedTensor, copy: Copy) -> None:

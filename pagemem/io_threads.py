@@ -77,6 +77,7 @@ class IoPool(Generic[Item]):
         self._background: deque[Item] = deque()
         self._n_background = n_background  # how many more may be begun
         self._idle: list[threading.Lock] = []  # a gate each waiting thread is blocked on, the latest last
+        self._gates: list[threading.Lock] = []  # those of all threads
         self._will_look: dict[int, bool] = {}  # by thread id, whether it has spared somebody a waking
         self._closing = False
         # Daemons: a program that dies without closing its engine must not hang on idle threads at exit.
@@ -101,9 +102,8 @@ class IoPool(Generic[Item]):
             if self._will_look.get(me) is False:
                 self._will_look[me] = True
                 return
-            gate = self._idle.pop() if self._idle else None
-        if gate is not None:
-            gate.release()
+            if self._idle:
+                self._idle.pop().release()
 
     @property
     def has_waiting(self) -> bool:
@@ -114,15 +114,19 @@ class IoPool(Generic[Item]):
         """Serve what is queued, then end and join the threads. Not on a pool thread. Idempotent."""
         with self._lock:
             self._closing = True
-            gates, self._idle = self._idle, []
-        for gate in gates:
-            gate.release()
+            self._idle.clear()
+            # Not only of those: a signal's handler that raises in `submit` may have kept it from opening one that it took.
+            for gate in self._gates:
+                if gate.locked():
+                    gate.release()
         for thread in self._threads:
             thread.join()
 
     def _run(self) -> None:
         gate = threading.Lock()
         gate.acquire()
+        with self._lock:
+            self._gates.append(gate)
         while (chosen := self._next(gate)) is not None:
             item, background = chosen
             try:

@@ -7,12 +7,12 @@ for the end of a copy), and must be cheap. The first error of a background copy 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 
 from pagemem.errors import OffloadError
 from pagemem.events import Event, EventKind, EventSink, Watcher
+from pagemem.wait_lock import WaitLock
 
 
 class CopyMonitor:
@@ -26,7 +26,7 @@ class CopyMonitor:
     """
 
     def __init__(self, sink: EventSink) -> None:
-        self.changed = threading.Condition(threading.RLock())
+        self.changed = WaitLock()
         self.watcher: Watcher | None = None
         self._sink = sink
         self._failure: BaseException | None = None
@@ -97,9 +97,11 @@ class CopyMonitor:
 
     def _notify(self) -> None:
         """Something changed. With the lock held."""
-        for listener in self._listeners:
-            try:
-                listener()
-            except OffloadError as error:
-                self._failure = self._failure or error
-        self.changed.notify_all()
+        try:
+            for listener in self._listeners:
+                try:
+                    listener()
+                except OffloadError as error:
+                    self._failure = self._failure or error
+        finally:
+            self.changed.notify_all()  # whatever a listener raised: who waits for this change hears of nothing else

@@ -22,8 +22,7 @@ from pagemem.errors import OffloadError, StorageError
 from pagemem.events import Event, EventKind, EventSink, Watcher
 from pagemem.page import FrameId, TensorId
 from pagemem.page_file import PageFiles
-from pagemem.page_requests import Route
-from pagemem.page_transfer import Done
+from pagemem.page_transfer import Completion
 from pagemem.residency import PagedTensor, Residency
 from pagemem.snapshot import Snapshots
 from pagemem.tenants import Tenants
@@ -128,19 +127,18 @@ class Mover(Tenants):
                 tensor.become(Residency.CLEAN)
                 self._notify()
                 return
-            tensor.become(Residency.LOADING)
-            self._begun()
             started_s = time.perf_counter()
-            self._read(tensor, lambda error: self._loaded(tensor, started_s, error), background=background)
+            done = Completion(lambda error: self._loaded(tensor, started_s, error))
+            self._begin(tensor, Residency.LOADING, done, partial(self._read, background=background))
 
-    def _read(self, tensor: PagedTensor, done: Done, *, background: bool) -> None:
+    def _read(self, tensor: PagedTensor, done: Completion, *, background: bool) -> None:
         """Begin to fill a tensor's frames from the tier below."""
         assert tensor.copy is not None and tensor.frame is not None
         buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
         read: Callable[..., None] = self.files.read
         if self.on_part is not None:
             read = partial(read, part=partial(self._part_arrived, tensor.arrived))
-        self._begin(read, tensor.copy.route, buffer, done, background)
+        read(tensor.copy.route, buffer, done, background=background)
 
     def _part_arrived(self, arrived: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> None:
         with self.changed:
@@ -185,13 +183,15 @@ class Mover(Tenants):
                 if tensor.copy is not None:
                     self.copies.leave(tensor.copy)
                 tensor.copy = fresh
-            tensor.become(Residency.STORING)
-            tensor.backed = False
-            self._begun()
-            assert tensor.frame is not None
-            buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
             started_s = time.perf_counter()
-            self._begin(self.files.write, tensor.copy.route, buffer, lambda error: self._stored(tensor, started_s, error), background)
+            done = Completion(lambda error: self._stored(tensor, started_s, error))
+            self._begin(tensor, Residency.STORING, done, partial(self._write, background=background))
+
+    def _write(self, tensor: PagedTensor, done: Completion, *, background: bool) -> None:
+        """Begin to copy a tensor's frames to its page-file frames, which do not hold its content before that has ended."""
+        assert tensor.copy is not None and tensor.frame is not None
+        tensor.backed = False
+        self.files.write(tensor.copy.route, self.arena.buffer(tensor.frame, tensor.n_bytes), done, background=background)
 
     def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -264,7 +264,7 @@ class Mover(Tenants):
         with self.changed:
             assert tensor.readable or tensor.state is Residency.LOADING
             tensor.uploads += 1
-            self._begun()
+            self._in_flight += 1  # no call between the two, so that no signal is
             return self.bytes_of(tensor)
 
     def end_upload(self, tensor: PagedTensor) -> None:
@@ -279,7 +279,7 @@ class Mover(Tenants):
         """The bytes of a dirty tensor, uint8, which a device fills with its own until `end_arrival`; nobody reads them before."""
         with self.changed:
             tensor.become(Residency.ARRIVING)
-            self._begun()
+            self._in_flight += 1  # likewise
             return self.bytes_of(tensor)
 
     def end_arrival(self, tensor: PagedTensor) -> None:
@@ -385,13 +385,26 @@ class Mover(Tenants):
             raise
 
     def _begin(
-        self, move: Callable[..., None], route: Route, buffer: memoryview, done: Done, background: bool
+        self, tensor: PagedTensor, state: Residency, done: Completion, move: Callable[[PagedTensor, Completion], None]
     ) -> None:
+        """Change the state of a tensor and begin what ends that state again, by ``done``, once, whatever is raised here."""
+        self._begun()
+        moving = False
         try:
-            move(route, buffer, done, background=background)
+            tensor.become(state)
+            moving = True
+            move(tensor, done)
         except BaseException as error:
+            if done.begun:
+                raise  # It goes on: a signal's handler has raised behind it.
+            if not moving:
+                self._ended(None)
+                raise
             # Refused before it began: whoever waits for it hears of it as of one that failed.
             done(error)
+            if not isinstance(error, Exception):
+                self._failure = None if self._failure is error else self._failure
+                raise
 
     def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
         self._sink.emit(Event(kind, tensor.name, tensor.n_bytes, started_s, time.perf_counter() - started_s))

@@ -30,7 +30,7 @@ from pagemem.io_threads import IoPool
 from pagemem.own_file import kind_of, naming, os_failure
 from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent
 from pagemem.page_requests import Route, plan_requests, tabulate
-from pagemem.page_transfer import COMPUTING, Done, Part, TransferServer, Work
+from pagemem.page_transfer import COMPUTING, Completion, Done, Part, Ticket, TransferServer
 from pagemem.run_directory import RunDirectory
 from pagemem.striping import Striping
 from pagemem.token_bucket import TokenBucket
@@ -119,9 +119,9 @@ class PageFiles:
         folders = [directory.path for directory in directories]
         self._backend = choose_backend(folders, direct=direct, n_workers=n_workers) if backend is None else backend
         self._open_files()
-        self._started: list[IoPool[Work]] = []
-        self._pools: dict[tuple[Direction, int], IoPool[Work]] = {}
-        self._finishing: IoPool[Work] | None = None
+        self._started: list[IoPool[Ticket]] = []
+        self._pools: dict[tuple[Direction, int], IoPool[Ticket]] = {}
+        self._finishing: IoPool[Ticket] | None = None
         if finishing_threads is None:
             finishing_threads = max(1, threads_per_path // 2) * len(directories)
         hand_on = self._hand_on if finishing_threads else None
@@ -240,23 +240,33 @@ class PageFiles:
         flat = _flat(buffer)
         if flat.nbytes != route.n_bytes:
             raise ValueError(f"the extents hold {route.n_bytes} bytes, the buffer {flat.nbytes}; they must be equal")
-        work = self._server.work(direction, route, flat, done, part)
+        tickets = self._server.work(direction, route, flat, done, part)
         with self._state_lock:
             if self._state is not FilesState.OPEN:
                 raise StorageError(f"the page files are {self._state.value}; no transfer can begin")
-            for item in work:
-                _, request, job = item
-                if self._finishing is not None and job in COMPUTING:
-                    self._finishing.submit(item)
-                else:
-                    self._pools[direction, request.path].submit(item, background=background)
+            if isinstance(done, Completion):
+                done.begun = True
+            try:
+                self._queue(tickets, background=background)
+            except BaseException:  # a signal's handler raised: half a transfer would never end
+                self._queue(tickets, background=background)
+                raise
 
-    def _hand_on(self, work: Work) -> bool:
+    def _queue(self, tickets: Sequence[Ticket], *, background: bool) -> None:
+        """Queue jobs, perhaps for the second time."""
+        for ticket in list(tickets):
+            for under_way, request, job in ticket:
+                if self._finishing is not None and job in COMPUTING:
+                    self._finishing.submit(ticket)
+                else:
+                    self._pools[under_way.direction, request.path].submit(ticket, background=background)
+
+    def _hand_on(self, ticket: Ticket) -> bool:
         """Leave what follows a request to another thread where the caller's next one waits already."""
-        under_way, request, _ = work
+        ((under_way, request, _),) = ticket
         if self._finishing is None or not self._pools[under_way.direction, request.path].has_waiting:
             return False
-        self._finishing.submit(work)
+        self._finishing.submit(ticket)
         return True
 
     def _note_failure(self, failure: BaseException) -> None:
@@ -277,7 +287,7 @@ class PageFiles:
             self.close()
             raise
 
-    def _start(self, name: str, n_threads: int, n_background: int) -> IoPool[Work]:
+    def _start(self, name: str, n_threads: int, n_background: int) -> IoPool[Ticket]:
         self._started.append(IoPool(name, n_threads, self._server, self._note_failure, n_background))
         return self._started[-1]
 

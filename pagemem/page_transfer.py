@@ -37,6 +37,28 @@ Done = Callable[[BaseException | None], None]
 Part = Callable[[Sequence[tuple[int, int]]], None]
 
 
+class Completion:
+    """Tells of a transfer's end, once: the first call does, later ones do nothing. Any thread.
+
+    Attributes:
+        begun: whether whoever makes the transfer is certain to call this. Where `read` or `write` raises after that, as it may when a
+            signal's handler raises, the transfer goes on all the same.
+    """
+
+    __slots__ = ("_tell", "begun")
+
+    def __init__(self, tell: Done) -> None:
+        self.begun = False
+        self._tell = [tell]
+
+    def __call__(self, error: BaseException | None) -> None:
+        try:
+            tell = self._tell.pop()  # one instruction: of two threads, or of a thread and what interrupts it, one has it
+        except IndexError:
+            return
+        tell(error)
+
+
 class Job(enum.Enum):
     """What is to be done with one request: READ or WRITE its bytes, FINISH what was moved, DIGEST what is written."""
 
@@ -96,6 +118,8 @@ class Transfer:
 
 
 Work = tuple[Transfer, Request, Job]
+#: One job, until somebody takes it out: queued twice, it is done once.
+Ticket = list[Work]
 
 #: Jobs of a processor rather than of a disk.
 COMPUTING: Final = frozenset({Job.DIGEST, Job.FINISH})
@@ -120,7 +144,7 @@ class TransferServer:
         index: ExtentIndex,
         meter: IoMeter,
         throttle: TokenBucket | None,
-        hand_on: Callable[[Work], bool] | None,
+        hand_on: Callable[[Ticket], bool] | None,
         *,
         checksums: bool,
     ) -> None:
@@ -132,7 +156,7 @@ class TransferServer:
         self._hand_on = hand_on
         self._checksums = checksums
 
-    def work(self, direction: Direction, route: Route, buffer: memoryview, done: Done, part: Part | None = None) -> list[Work]:
+    def work(self, direction: Direction, route: Route, buffer: memoryview, done: Done, part: Part | None = None) -> list[Ticket]:
         """A new transfer's jobs, to be served in this order or beside each other."""
         move = Job.READ if direction is Direction.READ else Job.WRITE
         jobs = [(request, move) for request in route.requests]
@@ -141,17 +165,20 @@ class TransferServer:
         under_way = Transfer(direction, route, buffer, done, len(jobs), part)
         if direction is Direction.READ:
             self._look_up(under_way)
-        return [(under_way, request, job) for request, job in jobs]
+        return [[(under_way, request, job)] for request, job in jobs]
 
-    def __call__(self, work: Work) -> None:
+    def __call__(self, ticket: Ticket) -> None:
         """Serve one job, and complete its transfer if it was the last. Raises only what ``done`` raises."""
-        under_way, request, job = work
+        try:
+            under_way, request, job = ticket.pop()
+        except IndexError:
+            return
         error: BaseException | None = None
         if under_way.error is None:
             try:
                 self._do(under_way, request, job)
                 if job not in COMPUTING:
-                    if self._hand_on is not None and self._hand_on((under_way, request, Job.FINISH)):
+                    if self._hand_on is not None and self._hand_on([(under_way, request, Job.FINISH)]):
                         return  # the job goes on elsewhere
                     self._finish(under_way, request)
             except BaseException as raised:  # whatever it is goes to done: a lost error would block a waiter for ever
