@@ -77,7 +77,6 @@ class IoPool(Generic[Item]):
         self._background: deque[Item] = deque()
         self._n_background = n_background  # how many more may be begun
         self._idle: list[threading.Lock] = []  # a gate each waiting thread is blocked on, the latest last
-        self._gates: list[threading.Lock] = []  # those of all threads
         self._will_look: dict[int, bool] = {}  # by thread id, whether it has spared somebody a waking
         self._closing = False
         # Daemons: a program that dies without closing its engine must not hang on idle threads at exit.
@@ -103,7 +102,9 @@ class IoPool(Generic[Item]):
                 self._will_look[me] = True
                 return
             if self._idle:
-                self._idle.pop().release()
+                # First opened, then forgotten: a signal's handler that raises in between must not leave a thread that nobody wakes.
+                _open(self._idle[-1])
+                self._idle.pop()
 
     @property
     def has_waiting(self) -> bool:
@@ -114,19 +115,14 @@ class IoPool(Generic[Item]):
         """Serve what is queued, then end and join the threads. Not on a pool thread. Idempotent."""
         with self._lock:
             self._closing = True
-            self._idle.clear()
-            # Not only of those: a signal's handler that raises in `submit` may have kept it from opening one that it took.
-            for gate in self._gates:
-                if gate.locked():
-                    gate.release()
+            for gate in self._idle:
+                _open(gate)
         for thread in self._threads:
             thread.join()
 
     def _run(self) -> None:
         gate = threading.Lock()
         gate.acquire()
-        with self._lock:
-            self._gates.append(gate)
         while (chosen := self._next(gate)) is not None:
             item, background = chosen
             try:
@@ -152,5 +148,12 @@ class IoPool(Generic[Item]):
                 # Background items that may not be begun yet are left to those who serve one: they look again after it.
                 if self._closing:
                     return None
-                self._idle.append(gate)
+                if gate not in self._idle:
+                    self._idle.append(gate)
             gate.acquire()
+
+
+def _open(gate: threading.Lock) -> None:
+    """Let the thread that waits at a gate, or is about to, go on. With the pool's lock held."""
+    if gate.locked():
+        gate.release()
