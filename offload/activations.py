@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -29,9 +28,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.recompute import Layout, recipe_of
+from offload.saved_bytes import Counted, SavedBytes
 from offload.saved_storage import KeptTensor, LeftActivation, Leaving, SavedStorage, changed_in_place
 from pagemem.accelerator import Mark, has_reached
 from pagemem.device_mover import DeviceMover
+from pagemem.gone import Gone
 from pagemem.residency import PagedTensor
 from pagemem.tier import Tag
 from scheduler.driver import Driver
@@ -52,14 +53,6 @@ def chunk_bytes(ram_bytes: int, page_bytes: int) -> int:
 def _graph_is_kept() -> bool:
     """Whether what is saved may be asked for again after the backward pass under way: its graph is kept, or there is no such pass."""
     return torch._C._current_graph_task_id() == -1 or torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-@dataclass(frozen=True, slots=True)
-class _Peak:
-    """Bytes of storages when most were saved; those that could be computed again among them."""
-
-    saved_bytes: int = 0
-    repeatable_bytes: int = 0
 
 
 class SavedActivations:
@@ -83,13 +76,8 @@ class SavedActivations:
         self._waiting: deque[weakref.ref[SavedStorage]] = deque()
         self._pool: dict[int, list[PagedTensor]] = defaultdict(list)
         self._used: set[PagedTensor] = set()
-        self._expected: _Peak | None = None
-        self._peak = _Peak()
-        self.ever_saved_bytes = 0
-        self.saved_bytes = 0
-        self.repeatable_bytes = 0
-        self.recomputed_bytes = 0
-        self.paged_bytes = 0
+        self._unused: Gone[list[PagedTensor]] = Gone()
+        self.bytes = SavedBytes()
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
@@ -103,11 +91,13 @@ class SavedActivations:
         known = self._storages.get(reference.cdata)
         if known is None or known.version != saved._version:
             recipe = recipe_of(saved, self._layout_of)
-            repeat = recipe is not None and self.recomputed_bytes < self._excess_bytes()
-            paged = recipe is None and self._is_to_be_paged()
-            known = SavedStorage(
-                self, saved, reference, paged=paged, recipe=recipe if repeat else None, repeatable=recipe is not None
-            )  # fmt: skip
+            excess_bytes, repeatable_bytes = self.bytes.excess(self._limit_bytes)
+            repeat = recipe is not None and self.bytes.recomputed < excess_bytes
+            paged = recipe is None and self.bytes.paged < excess_bytes - repeatable_bytes
+            known = SavedStorage(self, saved, reference, paged=paged, recipe=recipe if repeat else None)
+            self.bytes.count(known, Counted(known.n_bytes, repeatable=recipe is not None, recomputed=repeat, paged=paged))
+            self._unused.watch(known, known.chunks)
+            self._driver.mover.expire_with(known, known.chunks)
             if known.recipe is not None:
                 for read in known.recipe.inputs:
                     if isinstance(read, LeftActivation):
@@ -121,12 +111,6 @@ class SavedActivations:
         if isinstance(packed, KeptTensor) or (isinstance(packed, LeftActivation) and packed.storage.kept_by(self)):
             return packed.layout
         return None
-
-    def _excess_bytes(self) -> float:
-        return float("inf") if self._expected is None else self._expected.saved_bytes - self._limit_bytes
-
-    def _is_to_be_paged(self) -> bool:
-        return self._expected is None or self.paged_bytes < self._excess_bytes() - self._expected.repeatable_bytes
 
     def flush(self) -> None:
         """Copy what waits into pages; called between two ops.
@@ -167,11 +151,11 @@ class SavedActivations:
         self._let_go(self._leaving_limit_bytes)
 
     def _give_back(self, storage: SavedStorage) -> None:
-        """Nobody needs the chunks of a storage any more. Called by a finalizer, too: only notes it down."""
+        """Nobody needs the chunks of a storage any more."""
         for chunk in storage.chunks:
             self._used.discard(chunk)
-            self._driver.mover.expire(chunk)
-        storage.chunks = []
+            self._driver.mover.discard_soon(chunk)
+        storage.chunks.clear()
 
     def _let_go(self, limit_bytes: int) -> None:
         """Of storages on their way down, keep the youngest, so many bytes of them; compute goes on behind the copies of the others."""
@@ -188,6 +172,8 @@ class SavedActivations:
 
     def _take(self, n_bytes: int) -> PagedTensor:
         """The first paged tensor of this size that is free, so that like steps use the same ones."""
+        for chunks in self._unused.take():
+            self._used.difference_update(chunks)
         pool = self._pool[n_bytes]
         for chunk in pool:
             if chunk not in self._used:
@@ -248,31 +234,9 @@ class SavedActivations:
                 self._follow(mark)
         if for_good:
             self._used.difference_update(storage.chunks)
-            storage.chunks = []
+            storage.chunks.clear()
         return flat
 
     def _view(self, chunk: PagedTensor) -> Tensor:
         assert chunk.frame is not None
         return self._driver.mover.arena.view(chunk.frame, 0, torch.uint8, chunk.n_bytes)
-
-    # ---- what storages say of themselves -----------------------------------------------------------------------
-
-    def begun(self, storage: SavedStorage) -> None:
-        """Count a storage."""
-        self.ever_saved_bytes += storage.n_bytes
-        self._count(storage, storage.n_bytes)
-        if self.saved_bytes > self._peak.saved_bytes:
-            self._peak = _Peak(self.saved_bytes, self.repeatable_bytes)
-
-    def _count(self, storage: SavedStorage, n_bytes: int) -> None:
-        self.saved_bytes += n_bytes
-        self.repeatable_bytes += n_bytes * storage.repeatable
-        self.recomputed_bytes += n_bytes * (storage.recipe is not None)
-        self.paged_bytes += n_bytes * storage.paged
-
-    def ended(self, storage: SavedStorage) -> None:
-        """Nobody needs a storage any more. Called by a finalizer: only notes it down."""
-        self._count(storage, -storage.n_bytes)
-        self._give_back(storage)
-        if not self.saved_bytes:
-            self._expected, self._peak = self._peak, _Peak()

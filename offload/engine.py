@@ -209,7 +209,7 @@ class Engine:
 
     def _choose_recomputation(self, saved: SavedActivations, limit_bytes: int) -> RecomputeChoice:
         driver = self._store.driver
-        blocks = Blocks(self.model, lambda: driver.position, lambda: saved.ever_saved_bytes)
+        blocks = Blocks(self.model, lambda: driver.position, lambda: saved.bytes.ever_bytes)
         self._undo.append(blocks.close)
         return RecomputeChoice(blocks, driver, limit_bytes)
 

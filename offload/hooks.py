@@ -34,7 +34,7 @@ class SavedView:
         offset_bytes: where its first element lies in the unit's pages.
     """
 
-    __slots__ = ("dtype", "offset_bytes", "size", "stride", "unit", "version")
+    __slots__ = ("__weakref__", "dtype", "offset_bytes", "size", "stride", "unit", "version")
 
     def __init__(self, unit: Unit, offset_bytes: int, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> None:
         self.unit = unit
@@ -43,10 +43,7 @@ class SavedView:
         self.stride = stride
         self.dtype = dtype
         self.version = unit.version
-        unit.live_views += 1
-
-    def __del__(self) -> None:
-        self.unit.live_views -= 1
+        unit.views.watch(self, None)
 
     @property
     def span(self) -> int:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -16,16 +14,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from offload.recompute import Layout, Recipe
 from pagemem.accelerator import Mark
 from pagemem.residency import PagedTensor
-
-
-class Keeper(Protocol):
-    """Who counts storages; see `offload.activations.SavedActivations`."""
-
-    def begun(self, storage: SavedStorage) -> None:
-        """There is one more."""
-
-    def ended(self, storage: SavedStorage) -> None:
-        """Nobody needs one any more. Called by a finalizer, on any thread."""
 
 
 class SavedStorage:
@@ -37,18 +25,15 @@ class SavedStorage:
         chunks: paged tensors that hold them, in order.
         consumed: they are being, or have been, brought back from paged tensors for good.
         recipe: how to compute them again, if that is what is to be done.
-        repeatable: whether there is one.
         n_views: saved tensors, and inputs of recipes, that the backward has not asked for yet.
     """
 
     __slots__ = (
-        "__weakref__", "_keeper", "chunks", "consumed", "device", "n_bytes", "n_views", "original", "recipe", "reference", "repeatable", "restored",
+        "__weakref__", "_keeper", "chunks", "consumed", "device", "n_bytes", "n_views", "original", "recipe", "reference", "restored",
         "spoiled", "version",
     )  # fmt: skip
 
-    def __init__(
-        self, keeper: Keeper, saved: Tensor, reference: StorageWeakRef, *, paged: bool, recipe: Recipe | None, repeatable: bool
-    ) -> None:
+    def __init__(self, keeper: object, saved: Tensor, reference: StorageWeakRef, *, paged: bool, recipe: Recipe | None) -> None:
         self._keeper = keeper
         self.reference = reference
         self.version = saved._version
@@ -59,12 +44,10 @@ class SavedStorage:
         self.chunks: list[PagedTensor] = []
         self.consumed = False
         self.recipe = recipe
-        self.repeatable = repeatable
         self.restored: Tensor | None = None
         self.n_views = 0
-        keeper.begun(self)
 
-    def kept_by(self, keeper: Keeper) -> bool:
+    def kept_by(self, keeper: object) -> bool:
         """Whether it is this engine's."""
         return self._keeper is keeper
 
@@ -72,9 +55,6 @@ class SavedStorage:
     def paged(self) -> bool:
         """Whether its bytes are in pages, were there, or are to go there."""
         return self.original is not None or self.spoiled or bool(self.chunks) or self.consumed
-
-    def __del__(self) -> None:
-        self._keeper.ended(self)
 
 
 def changed_in_place(shape: torch.Size) -> RuntimeError:

@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 
 from pagemem.errors import StaleGradientError, TransitionError
+from pagemem.gone import Gone
 from pagemem.residency import PagedTensor
 from pagemem.units import ceil_div, round_up
 from scheduler.driver import Driver
@@ -168,7 +169,7 @@ class Unit:
         device: the copy of ``parameters`` that compute uses, where it does not use them in host memory.
         home: the driver of the device, where parameters, masters and states are the device's own tensors, in its pages for good, and are
             updated there; None: updates are made in host memory.
-        live_views: weights saved by autograd that may still be asked for; while there are any, an update must wait.
+        views: weights saved by autograd that may still be asked for.
         version: updates and edits so far; a saved weight of another version must not be used.
         updated: whether the update of the step under way has been made, before the step's end.
         touched: whether whoever trains looks at gradients or changes them, so that updates wait for the optimizer step.
@@ -185,13 +186,19 @@ class Unit:
     gradients: PagedTensor | None = None
     device: PagedTensor | None = None
     home: Driver | None = None
-    live_views: int = 0
+    views: Gone[None] = field(default_factory=Gone)
     version: int = 0
     updated: bool = False
     ended: bool = False
     forgotten: bool = False
     touched: bool = False
     pending: Pending | None = None
+
+    @property
+    def live_views(self) -> int:
+        """Saved weights that may still be asked for; while there are any, an update must wait."""
+        self.views.take()
+        return len(self.views)
 
     @property
     def compute(self) -> PagedTensor:

@@ -9,13 +9,12 @@ allocator's; who may move what is the mover's.
 from __future__ import annotations
 
 import mmap
-import weakref
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
 
 import torch
 
+from pagemem.gone import Gone
 from pagemem.page import FrameId, TensorId
 
 #: Makes so many bytes from an address on fit for copies by a device; returns what undoes that.
@@ -35,8 +34,7 @@ class Arena(ABC):
         self.n_frames = n_frames
         self.page_bytes = page_bytes
         self.n_bytes = n_frames * page_bytes
-        self._dead: deque[TensorId] = deque()
-        self._watch: dict[int, weakref.ref[object]] = {}
+        self._watched: Gone[TensorId] = Gone()
 
     @abstractmethod
     def buffer(self, frame: FrameId, n_bytes: int) -> memoryview:
@@ -68,10 +66,7 @@ class Arena(ABC):
 
     def ended_leases(self) -> list[TensorId]:
         """Tensors of the leases that ended since the last call, once per lease."""
-        ended: list[TensorId] = []
-        while self._dead:
-            ended.append(self._dead.popleft())
-        return ended
+        return self._watched.take()
 
     def locate(self, address: int) -> tuple[FrameId, int] | None:
         """Frame and offset in it of a memory address, or None when it lies outside the arena."""
@@ -79,18 +74,6 @@ class Arena(ABC):
         if 0 <= distance < self.n_bytes:
             return FrameId(distance // self.page_bytes), distance % self.page_bytes
         return None
-
-    def _watch_end(self, window: object, tensor: TensorId) -> None:
-        """Report the end of ``tensor``'s lease when ``window``, which the lease's storage holds, is gone."""
-        key = id(window)
-        watch, dead = self._watch, self._dead
-
-        def ended(_: weakref.ref[object]) -> None:
-            # May run inside any reference drop, with any lock held: it must not take one. deque.append is atomic.
-            watch.pop(key, None)
-            dead.append(tensor)
-
-        watch[key] = weakref.ref(window, ended)
 
 
 class HostArena(Arena):
@@ -144,7 +127,7 @@ class HostArena(Arena):
         """As `Arena.lease`."""
         start = frame * self.page_bytes + offset_bytes
         window = self._bytes[start : start + numel * dtype.itemsize]
-        self._watch_end(window, tensor)
+        self._watched.watch(window, tensor)
         return torch.frombuffer(window, dtype=dtype, count=numel)
 
     def resized(self, n_frames: int) -> HostArena:

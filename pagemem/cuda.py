@@ -67,7 +67,7 @@ class CudaArena(Arena):
     def lease(self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
         """As `Arena.lease`."""
         window = _Window(self._whole, self.address + frame * self.page_bytes + offset_bytes, numel * dtype.itemsize)
-        self._watch_end(window, tensor)
+        self._watched.watch(window, tensor)
         return torch.as_tensor(window, device=self._device).view(dtype)
 
     def resized(self, n_frames: int) -> CudaArena:

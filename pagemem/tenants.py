@@ -8,7 +8,7 @@ what that is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from pagemem.allocator import PageAllocator
 from pagemem.arena import Arena
 from pagemem.errors import TransitionError
 from pagemem.events import EventSink
+from pagemem.gone import Gone
 from pagemem.monitor import CopyMonitor
 from pagemem.page import FrameId, Shortage, TensorId
 from pagemem.residency import IN_FLIGHT, PagedTensor, Residency
@@ -43,6 +44,7 @@ class Tenants(CopyMonitor):
         self.tensors: dict[TensorId, PagedTensor] = {}
         self._next_id = 0
         self._expired: deque[PagedTensor] = deque()
+        self._bound: Gone[Iterable[PagedTensor]] = Gone()
         self._touched = bytearray(arena.n_frames)
         self._n_set_aside = 0
         self._by_use: dict[TensorId, None] = {}  # tenants, the least recently used first
@@ -57,9 +59,13 @@ class Tenants(CopyMonitor):
             self.tensors[tensor.id] = tensor
             return tensor
 
-    def expire(self, tensor: PagedTensor) -> None:
-        """Have a tensor's content discarded before the next op. Any thread, also finalizers: it is only noted down."""
-        self._expired.append(tensor)
+    def expire_with(self, thing: object, tensors: Iterable[PagedTensor]) -> None:
+        """Have the content of tensors discarded before the next op after ``thing`` is gone: of those that ``tensors`` has then."""
+        self._bound.watch(thing, tensors)
+
+    def _note_expired(self) -> None:
+        for tensors in self._bound.take():
+            self._expired.extend(tensors)
 
     def end_expiry(self, tensor: PagedTensor) -> None:
         """Discard a tensor now if it has expired, waiting for a copy under way: it may be created anew then."""
@@ -69,6 +75,7 @@ class Tenants(CopyMonitor):
             self._discard_if_expired(tensor)
 
     def _discard_expired(self) -> list[PagedTensor]:
+        self._note_expired()
         discarded: list[PagedTensor] = []
         for _ in range(len(self._expired)):
             tensor = self._expired.popleft()
@@ -87,11 +94,12 @@ class Tenants(CopyMonitor):
 
     def expires(self, tensor: PagedTensor) -> bool:
         """Whether what there is of a tensor is about to be discarded."""
+        self._note_expired()
         return tensor in self._expired
 
     def _discard_if_expired(self, tensor: PagedTensor) -> None:
         """Discard a tensor at once that was noted down as expired, if nothing speaks against it."""
-        if tensor in self._expired and not tensor.held and not tensor.moving:
+        if self.expires(tensor) and not tensor.held and not tensor.moving:
             self._expired.remove(tensor)
             self.discard(tensor)
 

@@ -143,7 +143,7 @@ def test_a_storage_whose_copy_down_fails_midway_is_whole_and_tried_again(
         assert_equal(engine.model, plain)
         saved = saved_of(engine)
         del loss
-        assert not saved._waiting and not saved._used and saved.saved_bytes == 0
+        assert not saved._waiting and not saved._used and saved.bytes.saved == 0
     assert_closed(engine)
 
 
@@ -168,7 +168,7 @@ def test_pages_of_a_storage_that_was_not_copied_are_free_again(device: LateDevic
         with pytest.raises(offload.BudgetError, match="no pages for a test"):
             step(engine.model, inputs())
         saved, mover = saved_of(engine), engine._store.mover
-        assert not saved._used and saved.saved_bytes == 0
+        assert not saved._used and saved.bytes.saved == 0
         mover.settle()
         mover.collect_leases()
         left: list[PagedTensor] = [tensor for tensor in mover.tensors.values() if tensor.name.startswith("saved tensor") and tensor.frame is not None]

@@ -36,6 +36,10 @@ N = 64
 Hook = Callable[[], None]
 
 
+class SavedWeight:
+    """What autograd keeps of a unit's parameters."""
+
+
 class WatchedClock(UnitClock):
     """A clock after whose reading by one side the other side moves."""
 
@@ -259,17 +263,18 @@ class HandOff(RuleBasedStateMachine):
         else:
             given = {unit: data.draw(st.lists(st.sampled_from(unit.slots), unique_by=id)) for unit in self.units}
         with self.training_side(moves, choice):
+            views = {unit: SavedWeight() for unit in self.units}
             for unit, box in zip(self.units, self.boxes, strict=True):
                 waits, behind = self.updater.waits, box.clock.produced - box.clock.applied
                 self.training.before_use(unit)
-                unit.live_views += 1
+                unit.views.watch(views[unit], None)
                 if behind <= self.max_staleness:
                     assert self.updater.waits == waits, "it waited although the bound was kept"
                 assert box.clock.staleness <= self.max_staleness, "a use misses too many steps"
             seen = {unit: self.values(unit) for unit in self.units}
             for unit in reversed(self.units):
                 assert all(map(torch.equal, seen[unit], self.values(unit))), "parameters changed within a step"
-                unit.live_views -= 1
+                del views[unit]
                 for slot in given[unit]:
                     self.made[slot].append(self.step_number)
                     self.training.gradient(unit, slot, mark(N, self.step_number))
