@@ -22,11 +22,17 @@ from typing import Any, Final
 from offload.commit_state import encoded
 from offload.earlier import Commit, EarlierCommits
 from offload.store import PageStore
+from pagemem import interrupts
 from pagemem.copies import StoredCopy
 from pagemem.errors import CommitError, DamagedCommitError, StorageError, TransitionError
+from pagemem.io_threads import start_thread
 from pagemem.manifest import Manifest, StoredTensor
 from pagemem.snapshot import Snapshot, SnapshotState
 from pagemem.tier import TRANSIENT
+from pagemem.wait_lock import WaitLock
+
+#: How often a wait for a commit looks whether somebody has pressed Ctrl-C.
+_LOOK_S: Final = 0.1
 
 
 class CommitterState(enum.Enum):
@@ -80,8 +86,9 @@ class Committer:
         self._doubtful: dict[int, Snapshot] = {}
         self._own_course = not self.commits and not store.earlier.damaged
         self._failure: BaseException | None = None
-        self._changed = threading.Condition()
+        self._changed = WaitLock()
         self._job: Callable[[], None] | None = None
+        self._snapshot: Snapshot | None = None  # of the commit that is being written
         self._thread: threading.Thread | None = None
 
     # ---- going on from a commit ---------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ class Committer:
         """Begin to commit what the tensors hold now; returns the commit's number. Waits for one that is being written.
 
         Raises:
-            DiskFullError: there is no room for it; nothing was begun.
+            DiskFullError: there is no room for it; nothing was begun. StorageError: the system starts no more threads; likewise.
             CommitError: the folder has commits of another course of the run, which would be removed in time.
             BaseException: what the last commit failed of, once.
         """
@@ -139,6 +146,7 @@ class Committer:
                 f"{self._earlier.folder.path} holds commits, and this run did not go on from one; resume from it, or name "
                 "another folder in ssd.paths"
             )
+        self._start_thread()
         mover = self._store.mover
         content = [tensor for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT]
         with mover.changed:
@@ -150,6 +158,7 @@ class Committer:
             except BaseException:
                 mover.snapshots.abandon(snapshot)
                 raise
+        self._snapshot = snapshot
         names = {tensor.id: (tensor.name, tensor.tag.value, tensor.n_bytes) for tensor in content}
         self._number += 1
         number = self._number
@@ -277,12 +286,16 @@ class Committer:
 
     def _start(self, job: Callable[[], None]) -> None:
         with self._changed:
+            # One without the other would be waited for without end, so nothing that a signal could interrupt is between the two.
             self._become(CommitterState.WRITING)
             self._job = job
             self._changed.notify_all()
+
+    def _start_thread(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="offload-commit", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="offload-commit", daemon=True)
+            start_thread(thread)
+            self._thread = thread
 
     def _run(self) -> None:
         while True:
@@ -307,10 +320,12 @@ class Committer:
 
         Raises:
             BaseException: what it failed of, once; earlier commits are whole, and the next `begin` tries anew.
+            KeyboardInterrupt: Ctrl-C; the commit goes on.
         """
         with self._changed:
             while self.state is CommitterState.WRITING:
-                self._changed.wait()
+                self._changed.wait(_LOOK_S)
+                interrupts.check()
         self.check()
 
     def check(self) -> None:
@@ -323,25 +338,33 @@ class Committer:
                 raise failure
 
     def close(self) -> None:
-        """Complete the commit that is being written and end the thread. Idempotent.
+        """Complete the commit that is being written and end the thread. Idempotent. An interrupt gives the commit up.
 
         Raises:
             BaseException: what the last commit failed of, if nobody has been told; all is closed then, too.
         """
-        if self.state is CommitterState.CLOSED:
-            return
-        failure: BaseException | None = None
-        try:
-            self.wait()
-        except BaseException as error:
-            failure = error
         with self._changed:
-            self._become(CommitterState.CLOSED)
+            self._changed.notify_all()
+            while self.state is CommitterState.WRITING:
+                try:
+                    self._changed.wait()
+                except BaseException:
+                    self._hurry()
+                    raise
+            failed = self.state is CommitterState.FAILED
+            if self.state is not CommitterState.CLOSED:
+                self._become(CommitterState.CLOSED)
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        if failure is not None:
-            raise failure
+        if failed and self._failure is not None:
+            raise self._failure
+
+    def _hurry(self) -> None:
+        """Somebody does not want to wait: give up a commit that has yet to get pages; earlier ones are whole."""
+        with self._store.mover.changed:
+            if self._snapshot is not None and self._snapshot.state is SnapshotState.OPEN:
+                self._abandon(self._snapshot)
 
     def _become(self, state: CommitterState) -> None:
         if state not in _LEGAL[self.state]:

@@ -105,4 +105,4 @@ class DeviceTier:
 
     def close(self) -> None:
         """Stop all copies, end the threads, give the arena back. Idempotent."""
-        close_all(self.mover.close, self.mover.arena.close, self._reserved.release)
+        close_all(self.mover.close, self.mover.arena.close, self._reserved.end)

@@ -44,11 +44,13 @@ from optim.clip import check_loss
 from optim.exact import is_eager
 from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
+from optim.updater import refusing_updater
 from optim.unit import Slot, Unit
-from pagemem import interrupts
+from pagemem import forks, interrupts
 from pagemem.closing import close_all
 from pagemem.errors import OffloadError, TransitionError
 from pagemem.heap import blocks_join, give_back_large_blocks, keep_freed_memory
+from pagemem.forks import disowned
 from pagemem.interrupts import left_open
 from pagemem.page_file import PageFiles
 from pagemem.units import parse_bytes
@@ -57,13 +59,18 @@ ConfigLike = Config | Mapping[str, Any] | str | Path
 
 
 class EngineState(enum.Enum):
-    """RUNNING from the constructor on; CLOSED for good."""
+    """RUNNING from the constructor on; CLOSED for good, or DISOWNED in a forked child."""
 
     RUNNING = "running"
     CLOSED = "closed"
+    DISOWNED = "disowned"
 
 
-_LEGAL: Final = {EngineState.RUNNING: frozenset({EngineState.CLOSED}), EngineState.CLOSED: frozenset()}
+_LEGAL: Final = {
+    EngineState.RUNNING: frozenset({EngineState.CLOSED, EngineState.DISOWNED}),
+    EngineState.CLOSED: frozenset({EngineState.DISOWNED}),
+    EngineState.DISOWNED: frozenset({EngineState.DISOWNED}),
+}
 
 
 class Engine:
@@ -106,6 +113,7 @@ class Engine:
         try:
             with without_compiler():
                 self._build(optimizer)
+            forks.disown_in_children(self)
             interrupts.check()  # raised after the return, it would leave an engine that nobody has to close
         except BaseException as error:
             if deferred is None:
@@ -476,10 +484,12 @@ class Engine:
 
     def stats(self) -> Stats:
         """Counters since the engine was made."""
+        self._check_owned()
         return stats_of(self._store, self._updater, 0 if self._choice is None else self._choice.blocks.n_recomputed)
 
     def memory_report(self) -> MemoryReport:
         """Bytes per tier now, at their peak, and as planned."""
+        self._check_owned()
         return memory_report(self._store, self._updater, self._checkpoints.committer)
 
     def profile(self, folder: str | Path) -> Profile:
@@ -503,20 +513,35 @@ class Engine:
         Raises:
             StorageError: a background copy had failed and nobody has been told; everything is closed all the same.
         """
-        if self.state is EngineState.CLOSED:
+        if self._store.given_back:
             return
-        if EngineState.CLOSED not in _LEGAL[self.state]:
-            raise TransitionError(f"engine: {self.state.value} -> closed is not a legal move")
-        self.state = EngineState.CLOSED
+        if self.state is EngineState.RUNNING:  # else an earlier call was left by what a signal's handler raised
+            self._become(EngineState.CLOSED)
         close_all(self._checkpoints.committer.close, self.optimizer.close, self._release)
 
     def _release(self) -> None:
         undo, self._undo = self._undo, []
         close_all(*undo, self._store.close)
 
+    def disown(self) -> None:
+        """In a forked child: the engine is the parent's. Using it raises; closing it does nothing."""
+        self._become(EngineState.DISOWNED)
+        self._updater = refusing_updater()
+        self.optimizer.disown(self._updater)
+
+    def _become(self, state: EngineState) -> None:
+        if state not in _LEGAL[self.state]:
+            raise TransitionError(f"engine: {self.state.value} -> {state.value} is not a legal move")
+        self.state = state
+
     def _check_running(self) -> None:
+        self._check_owned()
         if self.state is not EngineState.RUNNING:
             raise RuntimeError("this engine is closed")
+
+    def _check_owned(self) -> None:
+        if self.state is EngineState.DISOWNED:
+            raise disowned("this engine")
 
     def __enter__(self) -> Engine:
         return self

@@ -26,6 +26,7 @@ from offload.shards import INDEX_NAME, ShardWriter, Weight, index_of, plan_shard
 from offload.side_file import TORCH_DTYPES, SideFile
 from offload.stopped_run import StoppedRun
 from offload.stored_layout import StoredLayout, StoredSlot, StoredUnit
+from pagemem import interrupts
 from pagemem.commit_folder import CommitFolder
 from pagemem.errors import ChecksumError, CommitError, DiskFullError, OffloadError
 from pagemem.manifest import Manifest, StoredTensor
@@ -107,6 +108,7 @@ def export_commit(
             with _new_folder(to, total_bytes) as draft, ByteProgress(console, "exporting", weights.n_bytes) as progress:
                 with ShardWriter(draft, shards) as writer:
                     for name, offset_bytes, data in weights.pieces(reader):
+                        interrupts.check()  # it may take long, and leaves nothing
                         writer.write(name, offset_bytes, data)
                         progress.advance(data.nbytes)
                     writer.write_file(INDEX_NAME, index)

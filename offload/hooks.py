@@ -197,11 +197,11 @@ class SavedWeights:
             return packed.unpack()
         if isinstance(packed, LeftActivation):
             if self._binder.closed or self._binder.activations is None:
-                raise RuntimeError("the engine that holds what the forward pass saved is closed")
+                raise self._binder.refusal("what the forward pass saved")
             return self._binder.activations.unpack(packed)
         unit = packed.unit
         if self._binder.closed:
-            raise RuntimeError(f"{unit.name}: the engine that holds this weight is closed")
+            raise self._binder.refusal(unit.name)
         self._binder.notice_edits(unit)
         if unit.version != packed.version:
             raise RuntimeError(

@@ -26,7 +26,8 @@ from offload.gradients import PagedGradient
 from offload.parameter_gradient import ParameterGradient
 from offload.tensor_functions import EXPORTS, METADATA
 from optim.unit import Slot, Unit, late_use
-from optim.updater import Updater
+from optim.updater import Updater, refusing_updater
+from pagemem.forks import disowned
 from pagemem.heap import ForwardEnd, give_back_free_pages
 from pagemem.mover import Mover
 from pagemem.page import TensorId
@@ -192,7 +193,7 @@ class Binder:
         self.pointed: list[Tensor] = []
         self._watched: dict[Unit, dict[Slot, Place]] = {}
         self.forwards = 0
-        self.closed = False
+        self.closed = self._forked = False
         self.converting = False
         self.save_hooks: Callable[[], Any] = nullcontext
         self.forward_end = ForwardEnd(self._at_forward_end)
@@ -222,7 +223,7 @@ class Binder:
         if is_compiling() or torch._C._is_tracing() or peek_interpreter_stack() is not None:
             refuse_compilers(parameters[0]._place.slot.name)
         if self.closed:
-            raise RuntimeError(f"{parameters[0]._place.slot.name}: the engine that holds this parameter is closed")
+            raise self.refusal(parameters[0]._place.slot.name)
         copying = self.copying and getattr(func, "__name__", "") == "detach"
         with self._scope(), self.bound(parameters):
             self._before_writes(parameters)
@@ -440,6 +441,15 @@ class Binder:
         """Using any of the parameters raises from now on."""
         self.closed = True
 
+    def disown(self) -> None:
+        """In a forked child: the pages are the parent's."""
+        self.closed = self._forked = True
+        self.updater = refusing_updater()
+
+    def refusal(self, name: str) -> RuntimeError:
+        """The error for a use of what is called ``name`` after that."""
+        return disowned(name) if self._forked else RuntimeError(f"{name}: the engine that holds this is closed")
+
 
 @contextmanager
 def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
@@ -457,6 +467,8 @@ def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
         yield
         return
     binder = parameters[0]._place.binder
+    if binder.closed:
+        raise binder.refusal(parameters[0]._place.slot.name)
     with binder.driver.interlude():
         with _NO_TORCH_FUNCTION():
             context = binder.bound(parameters)

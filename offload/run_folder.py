@@ -123,6 +123,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the folder back. A folder that no run began in is as it was. Idempotent."""
+        if not self._lock.held:
+            return  # closed before, or in a forked child
         if self._claimed and set(os.listdir(self.path)) <= {_IDENTITY, LOCK_NAME}:
             (self.path / _IDENTITY).unlink()
         self._claimed = False

@@ -30,7 +30,7 @@ from offload.neighbours import Group, Neighbours, common_name, own_groups
 from offload.parameters import Binder, PagedParameter
 from offload.repack import copy_slot, repack
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
-from pagemem import interrupts
+from pagemem import forks, interrupts
 from pagemem.accelerator import Accelerator, RamDevice
 from pagemem.arena import Arena, HostArena
 from pagemem.budget import Budget, BudgetShortage, Reservation
@@ -75,7 +75,7 @@ class PageStore:
         self.index = UnitIndex()
         self._watched: WeakSet[nn.Module] = WeakSet()
         self._unhook: list[Callable[[], None]] = []
-        self.closed = self.has_engine = False
+        self.closed = self.has_engine = self._given_back = False
         interrupts.guard()
         with ExitStack() as undo:
             undo.callback(interrupts.unguard)
@@ -103,6 +103,7 @@ class PageStore:
         self._neighbours = Neighbours(self.page_bytes)
         self.binder = Binder(self.driver, self.mover)
         self.binder.owner = self
+        forks.disown_in_children(self)
 
     def _make_arena(self, n_frames: int) -> Arena:
         return HostArena(n_frames, self.page_bytes)
@@ -147,6 +148,8 @@ class PageStore:
         Raises:
             BudgetError: the arena cannot hold the unit; parameters of earlier modules are paged, this one's are whole.
         """
+        if self.closed:
+            raise self.binder.refusal(name)
         for group in own_groups(name, module, lambda p: isinstance(p, PagedParameter) or p in self._neighbours):
             for unit in self._neighbours.take(group):
                 self.make_unit(unit)
@@ -392,7 +395,7 @@ class PageStore:
         Raises:
             StorageError: a background copy had failed and nobody has been told; everything is closed all the same.
         """
-        if self.closed:
+        if self._given_back:
             return
         self.closed = True
         self.binder.close()
@@ -404,10 +407,25 @@ class PageStore:
             self.mover.close,
             self.page_files.close,
             *(directory.close for directory in reversed(self.directories)),
-            self._arena_bytes.release,
+            self._arena_bytes.end,
             self.mover.arena.close,
-            interrupts.unguard,
+            self._end,
         )
+
+    @property
+    def given_back(self) -> bool:
+        """Whether `close` has come to its end."""
+        return self._given_back
+
+    def disown(self) -> None:
+        """In a forked child: everything is the parent's."""
+        self.closed = self._given_back = True
+        self.binder.disown()
+
+    def _end(self) -> None:
+        if not self._given_back:
+            self._given_back = True
+            interrupts.unguard()
 
     def is_resident(self, unit: Unit) -> bool:
         """Whether a unit's parameters are in host memory now."""

@@ -138,5 +138,5 @@ class GradientStore:
         self._reservation.resize(self.direct_bytes)
 
     def close(self) -> None:
-        """Give the reservation back."""
-        self._reservation.release()
+        """Give the reservation back. Idempotent."""
+        self._reservation.end()

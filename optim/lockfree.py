@@ -388,8 +388,8 @@ class LockFreeUpdater(GradientHolder):
         for unit in self._mailboxes:
             for slot in unit.slots:
                 slot.forget_gradient()
-        self._reservation.release()
-        self._scratch.release()
+        self._reservation.end()
+        self._scratch.end()
 
 
 def _spend(slots: Sequence[Slot]) -> None:

@@ -148,6 +148,10 @@ class PagedOptimizer(Optimizer):
         """The engine is closed: using the optimizer raises from now on."""
         self._closed = True
 
+    def disown(self, updater: Updater) -> None:
+        """In a forked child: the engine is the parent's, and ``updater`` refuses everything."""
+        self._updater, self._closed = updater, False
+
     @contextmanager
     def _settled(self) -> Iterator[None]:
         self.updater.drain()

@@ -38,8 +38,10 @@ from optim.states import state_view
 from optim.unit import Hyper, Piece, Slice, Slot, Unit
 from pagemem.errors import TransitionError
 from pagemem.events import Event, EventKind, EventSink
+from pagemem.io_threads import start_thread
 from pagemem.mover import Mover
 from pagemem.units import MiB
+from pagemem.wait_lock import WaitLock
 
 #: Where tests hold the updater: names of the points in `UpdateThread` that call ``gate``.
 Gate = Callable[[str, Unit], None]
@@ -124,7 +126,7 @@ class UpdateThread:
             number += len(mailbox.unit.slices)
         self._wanted: Mailbox | None = None
         self._work = threading.Event()
-        self._progress = threading.Condition()
+        self._progress = WaitLock()
         self._n_published = 0
         self._stopping = False
         self._pausing = False
@@ -134,14 +136,20 @@ class UpdateThread:
     # ---- the training thread's side ----------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to work."""
+        """Begin to work.
+
+        Raises:
+            StorageError: the system starts no more threads.
+        """
+        start_thread(self._thread)
         self._become(UpdaterState.RUNNING)
-        self._thread.start()
 
     def stop(self) -> None:
         """End the thread, after the slice that it is working on; gradients not yet applied are given up. Idempotent."""
         self._stopping = True
         self._work.set()
+        with self._progress:
+            self._progress.notify_all()  # it may rest, if what asked it to was left by what a signal's handler raised
         if self._thread.ident is not None:
             self._thread.join()
         if self.state in (UpdaterState.IDLE, UpdaterState.RUNNING):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from optim.gradient_holder import OtherGradients
 from optim.unit import Slot, Unit
+from pagemem.forks import disowned
 
 
 class Updater(Protocol):
@@ -98,3 +99,15 @@ class Updater(Protocol):
     @property
     def peak_direct_bytes(self) -> int:
         """Most of them at any time."""
+
+
+class _Refusing:
+    """What a forked child has in the place of its parent's updater."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise disowned("this optimizer")
+
+
+def refusing_updater() -> Updater:
+    """Whatever is asked of it raises RuntimeError."""
+    return cast(Updater, _Refusing())

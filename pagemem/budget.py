@@ -124,6 +124,11 @@ class Reservation:
         """
         self._budget._release(self)
 
+    def end(self) -> None:
+        """Hold nothing any more, if it has not ended before: for those who may be closed twice."""
+        if self._state is ReservationState.HELD:
+            self.release()
+
     def _require_held(self, to: str) -> None:
         if self._state is not ReservationState.HELD:
             raise TransitionError(f"reservation {self.holder!r} was {self._state.value} before; it cannot {to}")

@@ -93,6 +93,11 @@ class FolderLock:
         except OSError as error:
             raise os_failure(error, "looking for", self._name) from error
 
+    @property
+    def held(self) -> bool:
+        """Whether it is this process's: not after `close`, and not in a forked child."""
+        return self._fd is not None
+
     def close(self) -> None:
         """Remove the file and let go of the lock. Idempotent.
 
@@ -102,7 +107,6 @@ class FolderLock:
         fd, self._fd = self._fd, None
         if fd is None:
             return
-        _held.discard(self)
         try:
             # Removed while it is still locked: whoever opens the name afterwards makes a new file, see `_take`.
             if self._remove and self._is_ours(fd):
@@ -113,6 +117,7 @@ class FolderLock:
                     fcntl.flock(fd, fcntl.LOCK_UN)  # explicitly, as a child forked past Python may share the description
             finally:
                 os.close(fd)
+                _held.discard(self)
 
     def _forget(self) -> None:
         """In a forked child: the lock is the parent's."""

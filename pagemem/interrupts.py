@@ -194,25 +194,3 @@ def unguard() -> None:
         last = _n_guards == 0
     if last and signal.getsignal(signal.SIGINT) is _on_interrupt and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def finish(step: Callable[[], None]) -> None:
-    """Call ``step``, again and again while what ends it is an interrupt or the like: then that is raised once the step has come to its end.
-
-    Args:
-        step: can be called again wherever it was left.
-    """
-    interrupt: BaseException | None = None
-    while True:
-        try:
-            step()
-        except Exception as error:
-            if interrupt is None:
-                raise
-            raise interrupt from error
-        except BaseException as raised:
-            interrupt = raised
-        else:
-            break
-    if interrupt is not None:
-        raise interrupt

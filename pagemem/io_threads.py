@@ -41,6 +41,21 @@ def small_stacks() -> Iterator[None]:
             threading.stack_size(before_bytes)
 
 
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread that computes, on a stack of the usual size.
+
+    Raises:
+        StorageError: the system starts no more threads.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise StorageError(
+            f"the thread {thread.name} could not be started ({error}): its stack does not fit the limit on memory, or there are too many "
+            f"threads. Raise the limit (ulimit -v, ulimit -d, ulimit -u, or the pids limit of the container)."
+        ) from error
+
+
 class IoPool(Generic[Item]):
     """Threads that serve the items of one queue in order of arrival, background items when no others wait.
 

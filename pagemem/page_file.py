@@ -364,7 +364,8 @@ class PageFiles:
         with self._close_lock:
             if self._state is FilesState.CLOSED:
                 return
-            self._become(FilesState.CLOSING)
+            if self._state is FilesState.OPEN:  # else a signal's handler raised in an earlier call
+                self._become(FilesState.CLOSING)
             for pool in self._started:  # in this order: the last one takes what the others leave to it
                 pool.close()
             try:

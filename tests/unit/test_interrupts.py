@@ -14,6 +14,7 @@ import pytest
 from covered_code import covered
 
 from pagemem import interrupts
+from pagemem.closing import finish
 
 interrupts.cover(covered.__file__)
 
@@ -178,10 +179,10 @@ def test_a_step_comes_to_its_end_whatever_interrupts_it() -> None:
             raise left.pop(0)
 
     with pytest.raises(SystemExit):
-        interrupts.finish(step)
+        finish(step)
     assert not left
     with pytest.raises(ValueError, match="ours"):
-        interrupts.finish(lambda: (_ for _ in ()).throw(ValueError("ours")))
+        finish(lambda: (_ for _ in ()).throw(ValueError("ours")))
 
 
 @pytest.mark.usefixtures("guarded")
