@@ -206,9 +206,9 @@ def test_a_closed_engine_says_so_whoever_is_asked(tmp_path: Path) -> None:
     loss = engine(*batches(1)[0])
     engine.close()
     asked: list[tuple[Callable[[], object], str]] = [
-        (lambda: engine.model(*batches(1)[0]), r"tok\.weight: the engine that holds this parameter is closed"),
-        (engine.model.state_dict, r"tok\.weight: the engine that holds this parameter is closed"),
-        (loss.backward, "the engine that holds this weight is closed"),
+        (lambda: engine.model(*batches(1)[0]), r"tok\.weight: the engine that holds this is closed"),
+        (engine.model.state_dict, r"tok\.weight: the engine that holds this is closed"),
+        (loss.backward, "the engine that holds this is closed"),
         (lambda: engine.backward(loss), "this engine is closed"),
         (engine.step, "this engine is closed"),
         (engine.optimizer.step, "this optimizer's engine is closed"),
