@@ -21,10 +21,10 @@ from pagemem.commit_folder import CommitFolder
 from pagemem.copies import Copies, StoredCopy
 from pagemem.errors import CommitError, UnknownCommitError
 from pagemem.manifest import Manifest
-from pagemem.own_file import kind_of, naming, replace_file
+from pagemem.own_file import kind_of, naming, os_failure, replace_file
 from pagemem.page_file import PAGE_FILE_NAME
 from pagemem.run_directory import RunDirectory
-from pagemem.small_file import Line, Record, checked, parse_json, read_small
+from pagemem.small_file import NO_FILE, Line, Record, checked, parse_json, read_small
 from pagemem.striping import Striping
 from pagemem.tier import Tag
 
@@ -113,6 +113,8 @@ class EarlierCommits:
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno not in NO_FILE:
+                    raise os_failure(error, "reading", path) from error
                 why = error.strerror if isinstance(error, OSError) else error
                 raise ConfigError(f"{path} cannot be read: {why}; if no run in another folder needs {directory.path}, remove it") from error
             if directory is first or part_of.run_id != first.run_id:

@@ -32,7 +32,7 @@ from pagemem.errors import ChecksumError, CommitError, DiskFullError, OffloadErr
 from pagemem.manifest import Manifest, StoredTensor
 from pagemem.page_file import PAGE_FILE_NAME
 from pagemem.page_reader import Chunk, PageReader
-from pagemem.own_file import make_folder, remove_folders, sync_folder
+from pagemem.own_file import make_folder, naming, remove_folders, sync_folder
 from pagemem.units import KiB, format_bytes
 
 #: dtypes that can be asked for; "keep" is what the parameters were computed in.
@@ -130,14 +130,15 @@ def check_request(folders: Sequence[Path], to: Path, *, dtype: str, max_shard_by
         raise ValueError(f"dtype is {dtype!r}; known are {', '.join(DTYPES)}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
-    to = to.resolve()
-    for folder in folders:
-        if to.is_relative_to(folder.resolve()):
-            raise ExportError(f"{to} is inside the run directory {folder}; name a folder elsewhere")
-    if to.exists() and not to.is_dir():
-        raise ExportError(f"{to} is a file; name a new or empty folder")
-    if to.is_dir() and any(to.iterdir()):
-        raise ExportError(f"{to} is not empty; nothing is overwritten: name a new or empty folder")
+    with naming("looking at", to):
+        to = to.resolve()
+        for folder in folders:
+            if to.is_relative_to(folder.resolve()):
+                raise ExportError(f"{to} is inside the run directory {folder}; name a folder elsewhere")
+        if to.exists() and not to.is_dir():
+            raise ExportError(f"{to} is a file; name a new or empty folder")
+        if to.is_dir() and os.listdir(to):
+            raise ExportError(f"{to} is not empty; nothing is overwritten: name a new or empty folder")
     return to
 
 

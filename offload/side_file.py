@@ -63,10 +63,12 @@ class SideFile:
         self._path = folder.beside(number)
         try:
             self._read_header(int(told["n_bytes"]))
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             self.close()
-            why = error.strerror if isinstance(error, OSError) else error
-            raise CommitError(f"{self._path} is damaged: {why}") from error
+            raise CommitError(f"{self._path} is damaged: {error}") from error
+        except BaseException:
+            self.close()
+            raise
 
     def _read_header(self, n_file_bytes: int) -> None:
         n_header = int.from_bytes(self._at(0, 8), "little")
@@ -112,10 +114,12 @@ class SideFile:
 
     def _at(self, position: int, n_bytes: int) -> bytes:
         assert self._fd is not None
+        found = b""
         try:
-            found = os.pread(self._fd, n_bytes, position)
+            while len(found) < n_bytes and (part := os.pread(self._fd, n_bytes - len(found), position + len(found))):
+                found += part
         except OSError as error:
-            raise CommitError(f"{self._path} cannot be read at byte {position}: {error.strerror}") from error
+            raise CommitError(f"{self._path} cannot be read at byte {position + len(found)}: {error.strerror}") from error
         if len(found) < n_bytes:
             raise CommitError(f"{self._path} is damaged: it ends at byte {position + len(found)}")
         return found

@@ -19,13 +19,11 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 from pagemem.errors import CommitError, DamagedCommitError, UnknownCommitError
 from pagemem.manifest import MAX_BYTES, Manifest
 from pagemem.own_file import has_folder, kind_of, make_folder, naming, remove_file, replace_file, sync_folder
-from pagemem.small_file import open_regular, read_small
+from pagemem.small_file import NO_FILE, open_regular, read_small
 
 FOLDER_NAME: Final = "commits"
 _NAME: Final = re.compile(r"commit-(\d{8,})\.json")
 _PART_BYTES: Final = 1 << 20
-#: What `pagemem.small_file` answers of a link, a socket, a folder, a FIFO or device, a file that is too large, and none.
-_NO_FILE: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EINVAL, errno.EFBIG, errno.ENOENT})
 _OURS: Final = re.compile(r"commit-\d{8,}\.(json|safetensors)(\.new)?")
 
 
@@ -178,5 +176,5 @@ class CommitFolder:
 
 def _unreadable(path: Path, error: OSError) -> CommitError:
     """What to raise where a file of a commit cannot be read: of what is no file that can be said for good."""
-    kind = CommitError if error.errno in _NO_FILE else UnknownCommitError
+    kind = CommitError if error.errno in {*NO_FILE, errno.ENOENT} else UnknownCommitError
     return kind(f"{path} cannot be read: {error.strerror}")

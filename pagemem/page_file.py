@@ -307,17 +307,22 @@ class PageFiles:
 
     def _allocate(self, old_frames: Sequence[int], new_frames: Sequence[int]) -> None:
         """Lengthen all files or none."""
+        grown: list[tuple[int, int]] = []  # those of an earlier run are longer than what has been asked for here
         for file, path in enumerate(self.paths):
             old_bytes, new_bytes = old_frames[file] * self.page_bytes, new_frames[file] * self.page_bytes
             if old_bytes == new_bytes:
                 continue
             try:
+                size_bytes = self._backend.stat(file).st_size
                 self._backend.allocate(file, old_bytes, new_bytes)
-            except OSError as error:
-                for earlier in range(file):
+                grown.append((file, size_bytes))
+            except BaseException as error:
+                for earlier, size_bytes in grown:
                     with suppress(OSError):  # a longer file harms nobody
-                        self._backend.shrink(earlier, old_frames[earlier] * self.page_bytes)
-                raise os_failure(error, "growing", path, old_bytes, new_bytes - old_bytes) from error
+                        self._backend.shrink(earlier, size_bytes)
+                if isinstance(error, OSError):
+                    raise os_failure(error, "growing", path, old_bytes, new_bytes - old_bytes) from error
+                raise
 
     def sync(self) -> None:
         """Make durable every write whose ``done`` was called before, in files that are still those that were opened.

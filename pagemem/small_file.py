@@ -30,6 +30,9 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+#: What `open_regular` answers of a link, a socket, a folder, a FIFO or device, and a file that is too large. That can be said for good,
+#: whereas other answers may be others the next time.
+NO_FILE: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EINVAL, errno.EFBIG})
 #: How deeply lists and objects may lie in each other.
 MAX_DEPTH: Final = 100
 _KINDS: Final = {

@@ -1,188 +1,109 @@
-"""Each single call of the disk goes wrong once, in a run that commits: an error or none, and always a commit to go on from.
+"""Each single call of the system goes wrong once, in a life of a run: an error or none, and always a commit to go on from.
 
 Whatever the call and whatever goes wrong with it, the run either does what it would have done, or ends with one clear
-error; it never hangs; and the next process goes on, bit for bit, from the last commit of which the run had heard that it
-is durable, or a later one. Of bytes that reached the disk changed, a checksum must tell before they are trained on.
+error in one line, which names the file; it never hangs, and leaves no thread, descriptor or lock. The next process goes on,
+bit for bit, from the last commit of which the run had heard that it is durable, or a later one; of an export there is all
+or nothing. Of bytes that reached the disk changed, a checksum must tell before they are trained on.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
-from committed_runs import Run, Setup, assert_same
-from counted_calls import Call, CountedCalls, Fault
-from tiny_models import Case
-from torch import Tensor, nn
+from counted_calls import Call, Fault
+from faulty_lives import Life, Told, count, one_thread
 
-import offload
-
-STEPS = 4
-CLEAR = offload.OffloadError
-
-
-class Tiny(nn.Module):
-    """Five layers of a page each, and a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(5))
-        self.norm = nn.BatchNorm1d(64)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Cross entropy."""
-        for layer in self.layers:
-            x = x + F.dropout(F.gelu(layer(x)), 0.1)
-        return F.cross_entropy(self.norm(x), y)
-
-
-SETUP = Setup(Case(Tiny, "vectors"), 256 << 10, more={"ssd": {"paths": [], "threads": 1}})
+#: Of the calls that a fault can befall, every so many go wrong in the short test.
+SPARSE = 31
+LIVES = {
+    "probed": Life(),
+    "page cache": Life(direct=False),
+    "two paths, no checksums": Life(n_paths=2, checksums=False),
+    "lock-free": Life(2 << 20, update={"mode": "lock-free", "max_staleness": 0, "exact_steps": 0}),
+}
+RANDOM_TRIALS = 300
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_compute_thread() -> Iterator[None]:
-    """Threads cost models this small more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def harmless(call: Call, fault: Fault) -> bool:
-    """Whether nobody needs to hear of it: Python's own libraries look paths up, and go on where that fails; and a trial of O_DIRECT
-    that moves nothing says that there is none.
-    """
-    return call.kind in ("lstat", "stat") or (fault is Fault.NOTHING and "probe" in call.path)
-
-
-@dataclass
-class Told:
-    """What a run has heard of its commits, and what is true after each step."""
-
-    durable: int = 0
-    begun: int = 0
-    errors: list[Exception] = field(default_factory=list)
-    states: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-
-@contextmanager
-def process(folder: Path, seed: int) -> Iterator[Run]:
-    """A run that is closed whatever happens; what closing raises counts like any other error."""
-    setup = Setup(SETUP.case, SETUP.ram, more={"ssd": {"paths": [str(folder / "pages")], "threads": 1}})
-    run = Run(setup, folder, seed=seed, keep=1)
-    try:
-        yield run
-    finally:
-        run.engine.close()
-
-
-def state(run: Run) -> dict[str, Any]:
-    """What is compared."""
-    return {key: value for key, value in run.state().items() if key not in ("numpy", "python", "torch")}
-
-
-def train(folder: Path, told: Told, *, keep_states: bool = False) -> None:
-    """Steps with a commit after each but the last; the second one is made while the third step runs.
-
-    What a commit fails of is noted, and training goes on.
-    """
-    with process(folder, 7) as run:
-        committer = run.engine._checkpoints.committer
-        for step in range(1, STEPS + 1):
-            run.step()
-            if keep_states:
-                told.states[step] = state(run)
-            try:
-                if step == 3:
-                    committer.wait()
-                    told.durable = 2
-                if step < STEPS:
-                    told.begun = step
-                    run.engine.save(wait=step != 2)
-                    told.durable = told.durable if step == 2 else step
-            except CLEAR as error:
-                told.errors.append(error)
-
-
-def go_on(folder: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """The step of the commit it goes on from (0: none), the state there, and at the end."""
-    with process(folder, 8) as run:
-        resumed = run.engine.resume(allow_older=True)
-        there = state(run)
-        run.train(STEPS)
-        return (0 if resumed is None else resumed.step), there, state(run)
-
-
-def trial(folder: Path, at: int, fault: Fault, expected: Told) -> str:
-    """One run with one fault, and the next without; returns what came of it."""
-    told = Told()
-    with pytest.MonkeyPatch.context() as patch:
-        calls = CountedCalls(patch, folder, at, fault)
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            try:
-                train(folder, told)
-            except CLEAR as error:
-                told.errors.append(error)
-        told.errors += [warning.message for warning in warned if isinstance(warning.message, RuntimeWarning)]
-        struck = calls.struck
-    kind = "none" if struck is None else struck.kind
-    damaged_on_disk = fault is Fault.FLIPPED and kind in ("pwritev", "pwrite")
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            CountedCalls(patch, folder)
-            step, there, end = go_on(folder)
-    except offload.ChecksumError:
-        assert damaged_on_disk and kind == "pwritev"
-        return "found when read"
-    if not damaged_on_disk:
-        assert told.durable <= step <= told.begun
-    if step:
-        assert_same(there, expected.states[step], f"state after step {step}")
-        assert_same(end, expected.states[STEPS], "state at the end")
-    assert all(str(error) and "\n" not in str(error) for error in told.errors)
-    if fault not in (Fault.SHORT, Fault.FLIPPED) and struck is not None and not harmless(struck, fault):
-        assert told.errors, "a call failed and nobody was told"
-        reason, what = os.strerror(fault.value) if fault is not Fault.NOTHING else "moved", struck.path.removesuffix(" (deleted)")
-        assert any(reason in str(error) and what in str(error) for error in told.errors), [str(error) for error in told.errors]
-    return ", ".join(type(error).__name__ for error in told.errors)
+    """See there."""
+    yield from one_thread()
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Told, list[Call]]:
-    """What happens when nothing goes wrong, and the calls that are made."""
-    folder, told = tmp_path_factory.mktemp("expected"), Told()
-    train(folder / "alone", told, keep_states=True)
-    with pytest.MonkeyPatch.context() as patch:
-        calls = CountedCalls(patch, folder / "counted")
-        train(folder / "counted", Told())
-    return told, calls.calls
+def known(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Told, list[Call]]]:
+    """What happens in a life when nothing goes wrong, and the calls that are made."""
+    found: dict[str, tuple[Told, list[Call]]] = {}
+
+    def of(name: str) -> tuple[Told, list[Call]]:
+        if name not in found:
+            folder = tmp_path_factory.mktemp("known")
+            found[name] = LIVES[name].expected(folder / "alone"), count(LIVES[name], folder / "counted")
+        return found[name]
+
+    return of
 
 
-PARTS = 6
+def one(name: str, folder: Path, at: int, fault: Fault, expected: Told, calls: list[Call]) -> None:
+    """One trial; what is wrong says which one it was."""
+    fitting = [call for call in calls if call.can(fault)]
+    try:
+        LIVES[name].trial(folder, at, fault, expected)
+    except BaseException as error:
+        error.add_note(f"{name}: call {at} of {len(fitting)}, here {fitting[at]}, went wrong: {fault.value}")
+        raise
+    shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("fault", Fault)
-def test_whichever_call_goes_wrong_there_is_a_commit_to_go_on_from(
-    fault: Fault, part: int, tmp_path: Path, expected: tuple[Told, list[Call]]
+def test_some_calls_go_wrong(fault: Fault, tmp_path: Path, known: Callable[[str], tuple[Told, list[Call]]]) -> None:
+    expected, calls = known("probed")
+    for at in range(list(Fault).index(fault), sum(call.can(fault) for call in calls), SPARSE):
+        one("probed", tmp_path / str(at), at, fault, expected, calls)
+
+
+def note(failures: list[str], trial: Callable[[], None]) -> None:
+    """Make a trial and go on, whatever it shows."""
+    try:
+        trial()
+    except (AssertionError, Exception) as error:
+        failures.append(f"{'; '.join(error.__notes__)}: {type(error).__name__}: {error}")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fault", Fault)
+def test_every_call_goes_wrong(
+    fault: Fault, tmp_path: Path, known: Callable[[str], tuple[Told, list[Call]]], tally: Callable[..., None]
 ) -> None:
-    told, calls = expected
-    concerned = [call for call in calls if call.can(fault)]
-    outcomes: dict[int, str] = {}
-    for at in range(part, len(concerned), PARTS):
-        try:
-            outcomes[at] = trial(tmp_path / str(at), at, fault, told)
-        except BaseException as error:
-            error.add_note(f"call {at} of {len(concerned)}, here {concerned[at]}, went wrong: {fault.value}")
-            raise
-    if fault is Fault.SHORT:
-        assert set(outcomes.values()) <= {""}, "what moves in two parts is whole"
+    expected, calls = known("probed")
+    kinds = Counter(call.kind for call in calls if call.can(fault))
+    failures: list[str] = []
+    for at in range(kinds.total()):
+        note(failures, lambda at=at: one("probed", tmp_path / str(at), at, fault, expected, calls))  # type: ignore[misc]
+    detail = ", ".join(f"{kind} {number}" for kind, number in kinds.most_common())
+    tally(f"I/O faults, every call: {fault.name}", trials=kinds.total(), failures=len(failures), detail=detail)
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_random_instants_of_all_kinds_of_lives(
+    tmp_path: Path, known: Callable[[str], tuple[Told, list[Call]]], tally: Callable[..., None]
+) -> None:
+    draw, failures, lives = random.Random(20), [], Counter[str]()
+    for number in range(RANDOM_TRIALS):
+        name = draw.choice(list(LIVES))
+        fault = draw.choice([fault for fault in Fault if LIVES[name].can(fault)])
+        expected, calls = known(name)
+        at = draw.randrange(sum(call.can(fault) for call in calls))
+        lives[name] += 1
+        note(failures, lambda: one(name, tmp_path / str(number), at, fault, expected, calls))
+    detail = ", ".join(f"{name} {n}" for name, n in lives.items())
+    tally("I/O faults, random instants", trials=RANDOM_TRIALS, failures=len(failures), detail=detail)
+    assert not failures, "\n".join(failures)

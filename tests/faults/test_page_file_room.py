@@ -102,3 +102,35 @@ def test_a_thread_that_cannot_be_started_leaves_none_behind(
         assert len(os.listdir("/proc/self/fd")) == len(descriptors)
     assert n_allowed >= 4, "two threads in each direction, each of which was refused once"
     assert n_allowed < 99
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_path_that_cannot_grow_leaves_pages_of_an_earlier_run_in_the_others(bench: Bench, code: int) -> None:
+    files = bench.open(2)
+    source = aligned(N_PAGES * PAGE_BYTES)
+    bench.write(ALL, source)
+    sums, route = files.sums(files.route(ALL)), files.route(ALL)
+    files.close()
+    bench.stack.close()
+    sizes = [os.stat(path).st_size for path in files.paths]
+    directories = [bench.stack.enter_context(RunDirectory(bench.folder / f"ssd{number}")) for number in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        real = os.posix_fallocate
+        calls: list[int] = []
+
+        def second_fails(fd: int, offset: int, length: int) -> None:
+            calls.append(fd)
+            if len(calls) == 2:
+                raise OSError(code, os.strerror(code))
+            real(fd, offset, length)
+
+        patch.setattr(os, "posix_fallocate", second_fails)
+        again = PageFiles(directories, page_bytes=PAGE_BYTES, direct=bench.direct)
+        bench.stack.callback(again.close)
+        with pytest.raises(StorageError, match="growing .*ssd1"):
+            again.grow(N_PAGES)
+    assert [os.stat(path).st_size for path in files.paths] == sizes
+    again.grow(N_PAGES)
+    again.remember(route, sums)
+    bench.files = again
+    assert bench.read(ALL) == source
