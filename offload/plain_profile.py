@@ -21,7 +21,7 @@ from offload.config import ConfigError
 from offload.factories import calls_of, factory_of
 from offload.plain_savings import choices
 from offload.plain_watch import KEPT, PlainWatch
-from offload.profile import REPORT, SUMMARY, TRACE, open_profile_folder, write_profile
+from offload.profile import REPORT, SUMMARY, TRACE, check_profile_folder, open_profile_folder, write_profile
 from offload.profile_analysis import Context, summarize
 from offload.report import print_rows
 from pagemem.units import format_bytes
@@ -47,13 +47,14 @@ def profile_plain(reference: str, steps: int, to: Path, console: Console) -> dic
     if steps < 1:
         raise ConfigError(f"--steps is {steps}; it must be at least 1")
     make = factory_of("--plain", reference, {})
-    open_profile_folder(to)
+    check_profile_folder(to)
     with calls_of("--plain", reference):
         made = make()
     model, optimizer, step = _training(reference, made)
     with calls_of("--plain", f"{reference}: step()"):
         unwatched_s = _warm_up(step)
     console.print(f"{WARM_UP_STEPS} steps made; recording {steps} more", highlight=False)
+    open_profile_folder(to)
     watch = PlainWatch(model, optimizer)
     with watch, calls_of("--plain", f"{reference}: step()"):
         for _ in range(steps):

@@ -9,6 +9,7 @@ Nothing that the engine computes depends on it: it is told what happens, and ask
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -59,19 +60,36 @@ def open_profile_folder(folder: Path) -> Path:
     Raises:
         RunDirectoryError: it holds something else, or cannot be made; nothing in it was changed.
     """
+    check_profile_folder(folder)
     try:
         make_folder(folder)
-        found = set(os.listdir(folder))
-        ours = {*_FILES, *(draft_of(Path(name)).name for name in _FILES)}
-        if found and (found - ours or SUMMARY not in found or not _is_profile(folder / SUMMARY)):
-            raise RunDirectoryError(f"{folder} holds files that are not of a profile; name a new or empty folder")
-        for name in sorted(found):
+        for name in sorted(os.listdir(folder)):
             remove_draft(folder / name)
     except OSError as error:
         raise RunDirectoryError(f"{folder} cannot be used for a profile: {error.strerror}") from error
     except StorageError as error:
         raise RunDirectoryError(f"{folder} cannot be used for a profile: {error}") from error
     return folder
+
+
+def check_profile_folder(folder: Path) -> None:
+    """Before there is anything to write: whether `open_profile_folder` can open a folder. Nothing is changed.
+
+    Raises:
+        RunDirectoryError: it cannot.
+    """
+    try:
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        if not os.path.isdir(existing):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        found = set(os.listdir(folder)) if existing == folder.absolute() else set()
+        ours = {*_FILES, *(draft_of(Path(name)).name for name in _FILES)}
+        if found and (found - ours or SUMMARY not in found or not _is_profile(folder / SUMMARY)):
+            raise RunDirectoryError(f"{folder} holds files that are not of a profile; name a new or empty folder")
+    except OSError as error:
+        raise RunDirectoryError(f"{folder} cannot be used for a profile: {error.strerror}") from error
 
 
 def _is_profile(path: Path) -> bool:

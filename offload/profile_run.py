@@ -22,7 +22,7 @@ from offload.deferred_init import deferred_init
 from offload.engine import Engine, initialize
 from offload.factories import calls_of, data_factory, model_factory
 from offload.launch import check_budget, learning_rate, one_step
-from offload.profile import REPORT, SUMMARY, TRACE, Profile, open_profile_folder
+from offload.profile import REPORT, SUMMARY, TRACE, Profile, check_profile_folder
 from offload.profile_report import print_profile
 
 #: Steps in which a plan must have been made and followed once; steps that differ from each other never have one.
@@ -51,7 +51,7 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
     if config.model is None or config.data is None or config.train is None:
         missing = [name for name in ("model", "data", "train") if getattr(config, name) is None]
         raise ConfigError(f"profile needs the sections {', '.join(missing)} as well")
-    open_profile_folder(to)
+    check_profile_folder(to)
     with ExitStack() as stack:
         folders = [stack.enter_context(temporary_beside(Path(path))) for path in config.ssd.paths]
         paths = [str(folder / "pages") for folder in folders]

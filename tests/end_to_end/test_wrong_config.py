@@ -20,8 +20,10 @@ import pytest
 import torch
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
+from finished_runs import finished, settings
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from small_runs import built
 
 from offload import cli
 from offload.config import Config, ConfigError, load_config
@@ -338,3 +340,64 @@ def test_no_command_and_an_unknown_one(refused: Callable[..., str]) -> None:
     refused("fly", codes=(2,))
     refused("--debug", codes=(2,))
     refused("", codes=(2,))
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has commits."""
+    return finished(built(), settings(tmp_path_factory.mktemp("ended"))).folder
+
+
+def test_values_of_options_are_refused_with_a_run_that_is_right(ended: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("precious")
+    for value in ("", "nope", "-1", "99", "0", "1.0", "../1", "1\n"):
+        refused("export", str(ended), "--to", str(tmp_path / "new"), f"--commit={value}")
+        refused("verify", str(ended), f"--commit={value}")
+    for value in ("", "-1", "0", "nan", "lots", "4 parsecs", "9" * 5000):
+        refused("export", str(ended), "--to", str(tmp_path / "new"), f"--max-shard={value}")
+    for to in (tmp_path / "file", tmp_path / "full", tmp_path / "file" / "below", ended, ended / "commits", Path("a" * 300), Path("nul\0")):
+        refused("export", str(ended), "--to", str(to))
+    for run in (tmp_path / "file", tmp_path / "full", tmp_path / "absent", ended / "commits", ended.parent, Path("a" * 300), Path("nul\0"), Path("")):
+        refused("export", str(run), "--to", str(tmp_path / "new"))
+        refused("verify", str(run))
+    for path in (tmp_path / "file", tmp_path / "full", tmp_path / "absent"):
+        refused("verify", str(ended), "--path", str(path))
+        refused("export", str(ended), "--to", str(tmp_path / "new"), "--path", str(path))
+
+
+def test_values_of_options_are_refused_with_a_folder_that_is_right(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "file").write_text("precious")
+    for value in ("", "-1", "0", "nan", "lots", "4 parsecs", "1B", "9" * 5000):
+        refused("bench-ssd", str(tmp_path), f"--size={value}")
+    for value in ("", "-1", "0", "nan", "inf", "long", "1e999"):
+        refused("bench-ssd", str(tmp_path), f"--seconds={value}")
+    for path in (tmp_path / "file", tmp_path / "absent", Path("a" * 300), Path("nul\0"), Path("")):
+        if path != Path(""):  # which is the current directory
+            refused("bench-ssd", str(path))
+
+
+@pytest.mark.parametrize("name", [*FILES, "folder.toml", "absent.toml", "pipe.toml"])
+def test_the_doctor_finds_what_is_wrong_with_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / name
+    if name == "folder.toml":
+        path.mkdir()
+    elif name == "pipe.toml":
+        os.mkfifo(path)
+    elif name != "absent.toml":
+        path.write_bytes(FILES[name])
+    assert cli.main(["doctor", str(path), "--no-bench"]) == 1
+    said = capsys.readouterr()
+    problems = [line for line in said.out.splitlines() if line.startswith("problem")]
+    assert said.err == "" and len(problems) >= 1 and all(str(path) in line for line in problems if "config" in line)
+
+
+def test_training_without_the_engine_that_is_none(refused: Callable[..., str]) -> None:
+    for reference, said in (
+        ("os:getcwd", "--plain os:getcwd returns (str); it must return (model, optimizer, step)"),
+        ("os:nothing", "has no attribute 'nothing'"), ("nowhere:x", "No module named 'nowhere'"), ("os", "is not written as module:callable"),
+        ("launch_data:sentence_text", "missing a required argument: 'folder'"), ("launch_data:raising", "--plain: launch_data:raising fails: KeyError: 'nowhere'"),
+        ("launch_data:raising_step", "--plain: launch_data:raising_step: step() fails: KeyError: 'nowhere'"),
+    ):  # fmt: skip
+        assert said in refused("profile", "--plain", reference, "--to", "profile")

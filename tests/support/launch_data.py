@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -90,3 +91,14 @@ def ending_text(folder: Path, seed: int, at: int) -> EndingText:
     corpus = EndingText(folder, seed=seed)
     corpus.at = at
     return corpus
+
+
+def raising() -> None:
+    """A factory that fails."""
+    raise KeyError("nowhere")
+
+
+def raising_step() -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]]:
+    """Training whose step fails."""
+    model = nn.Linear(2, 2)
+    return model, torch.optim.SGD(model.parameters()), raising
