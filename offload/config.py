@@ -6,7 +6,6 @@ read is resolved once and saved with the run; nothing changes it afterwards.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import reprlib
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from offload.config_errors import described_error
 from offload.config_file import ConfigError as ConfigError
 from offload.config_file import read_config_file
 from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES
@@ -338,7 +338,7 @@ def load_config(source: Config | Mapping[str, Any] | str | Path, where: str = "c
         return Config.model_validate(raw)
     except ValidationError as error:
         where = where if isinstance(source, Mapping) else str(source)
-        lines = [_describe(entry) for entry in error.errors()]
+        lines = [described_error(entry, Config) for entry in error.errors()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
@@ -351,54 +351,5 @@ def load_optimizer(raw: Mapping[str, Any]) -> OptimizerConfig:
     try:
         return OptimizerConfig.model_validate(dict(raw))
     except ValidationError as error:
-        lines = [_describe({**entry, "loc": ("optimizer", *entry["loc"])}) for entry in error.errors()]
+        lines = [described_error({**entry, "loc": ("optimizer", *entry["loc"])}, Config) for entry in error.errors()]
         raise ConfigError("\n".join(f"configuration: {line}" for line in dict.fromkeys(lines))) from None
-
-
-def _describe(entry: Any) -> str:
-    """One line for one of pydantic's errors."""
-    parts = [str(part) for part in entry["loc"]]
-    where, kind = ".".join(parts), entry["type"]
-    if kind == "extra_forbidden":
-        return _unknown_key(parts)
-    if kind == "missing" and isinstance(entry["loc"][-1], int):
-        return f"{'.'.join(parts[:-1])} is too short: {reprlib.repr(entry['input'])}"
-    if kind == "missing":
-        return f"{where} is missing"
-    if kind in ("model_type", "model_attributes_type"):
-        return f"{where} must be a section with keys of its own, not {reprlib.repr(entry['input'])}"
-    if kind == "value_error":
-        message = entry["msg"].removeprefix("Value error, ")
-        return f"{where}: {message}" if where else message
-    return f"{where}: {entry['msg']}, not {reprlib.repr(entry['input'])}"
-
-
-def _unknown_key(parts: list[str]) -> str:
-    """What is wrong with a key that nothing knows: the nearest key of its section, or else the section it belongs to."""
-    *path, key = parts
-    section: Any = Config
-    for name in path:
-        section = _section_type(section, name)
-    known = sorted(section.model_fields)
-    near = difflib.get_close_matches(key, known, n=1)
-    elsewhere = [f"{name}.{key}" for name, type_ in _sections().items() if key in type_.model_fields]
-    if near:
-        hint = f"did you mean {'.'.join([*path, near[0]])!r}?"
-    elif elsewhere:
-        hint = f"did you mean {' or '.join(map(repr, elsewhere))}?"
-    else:
-        hint = f"known keys: {', '.join(known)}"
-    return f"unknown key {'.'.join(parts)!r}; {hint}"
-
-
-def _sections() -> dict[str, type[BaseModel]]:
-    """Every section of the configuration by its name."""
-    found = {name: _section_type(Config, name) for name in Config.model_fields}
-    return {name: type_ for name, type_ in found.items() if type_ is not None}
-
-
-def _section_type(section: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The model of a key that holds a section, or None for a plain value."""
-    annotation = section.model_fields[name].annotation
-    choices = [annotation, *getattr(annotation, "__args__", ())]
-    return next((choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)), None)

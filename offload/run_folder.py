@@ -20,7 +20,7 @@ from pagemem.folder_lock import LOCK_NAME, FolderLock
 from pagemem.own_file import make_folder, remove_folders, replace_file
 from pagemem.page_file import PAGE_FILE_NAME
 from pagemem.run_directory import IDENTITY_NAME, folder_use
-from pagemem.small_file import read_small
+from pagemem.small_file import parse_json, read_small
 from pagemem.units import KiB
 
 METRICS: Final = "metrics.jsonl"
@@ -54,6 +54,7 @@ class RunFolder:
             names = set(os.listdir(path)) - {LOCK_NAME}
             if names and _IDENTITY not in names:
                 raise RunDirectoryError(f"output.run: {path} holds files that are not of a run; name a new or empty folder")
+            self._owner = _owner(path / _IDENTITY) if names else None
             self._lock = FolderLock(path)
         except (OSError, StorageError) as error:
             remove_folders(made)
@@ -84,21 +85,11 @@ class RunFolder:
         Raises:
             RunDirectoryError: something cannot be written.
         """
-        owner = self._pages_id()
-        said = None if goes_on and owner in (None, pages_id) else self._set_aside()
+        said = None if goes_on and self._owner in (None, pages_id) else self._set_aside()
         self._write(_IDENTITY, json.dumps({"format": _FORMAT, "pages": pages_id}) + "\n")
         self._write(CONFIG, config.dumped())
         self.begun, self._claimed, self._made = True, False, []
         return said
-
-    def _pages_id(self) -> str | None:
-        """Of whose page files the results are; None where the folder does not say, as versions before did not."""
-        try:
-            found = json.loads(read_small(self.path / _IDENTITY, 64 * KiB))
-        except (OSError, ValueError):
-            return None
-        owner = found.get("pages") if isinstance(found, dict) else None
-        return owner if isinstance(owner, str) else None
 
     def _set_aside(self) -> str | None:
         there = [name for name in (METRICS, CURVE, CONFIG) if os.path.lexists(self.path / name)]
@@ -139,6 +130,22 @@ class RunFolder:
         self.close()
 
 
+def _owner(identity: Path) -> str | None:
+    """Of whose page files the results in a folder are; None where it does not say.
+
+    Raises:
+        RunDirectoryError: the file is not an identity of a run. OSError: it cannot be read.
+    """
+    try:
+        found = parse_json(read_small(identity, 64 * KiB))
+    except ValueError as error:
+        raise RunDirectoryError(f"output.run: {identity} is not the identity of a run: {error}. Nothing was changed; name another folder") from error
+    owner = found.get("pages") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(owner, (str, type(None))):
+        raise RunDirectoryError(f"output.run: {identity} is not the identity of a run of this version. Nothing was changed; name another folder")
+    return owner
+
+
 def check_free(paths: Sequence[str]) -> None:
     """Before anything is made: whether folders for page files can be had. The engine's lock on them says the last word.
 
@@ -153,7 +160,9 @@ def check_free(paths: Sequence[str]) -> None:
         if use.kind == "foreign":
             raise RunDirectoryError(use.detail)
         if use.holder is not None:
-            raise RunDirectoryError(f"{path} is in use by process {use.holder}. Nothing was changed; wait for that run to end, or name another folder.")
+            ours = use.holder == str(os.getpid())
+            way_out = ", this one: call the close() of the engine that has it" if ours else "; wait for that run to end"
+            raise RunDirectoryError(f"{path} is in use by process {use.holder}{way_out}, or name another folder. Nothing was changed.")
 
 
 @contextmanager

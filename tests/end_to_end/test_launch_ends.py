@@ -141,6 +141,16 @@ def test_a_run_folder_is_given_back_as_it_was(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["data", "offload-run.json"]
 
 
+@pytest.mark.parametrize("identity", ["", "{", "[]", '{"format": "offload run 99"}', '{"format": "offload run 1", "pages": 3}', "\0" * 100, "[" * 10_000])
+def test_an_identity_that_is_none_is_refused_and_nothing_changed(identity: str, raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "offload-run.json").write_text(identity)
+    before = content(tmp_path)
+    with pytest.raises(RunDirectoryError, match="offload-run.json is not the identity of a run.*Nothing was changed") as caught:
+        run(raw)
+    assert content(tmp_path) == before and len(str(caught.value).splitlines()) == 1
+
+
 def test_no_link_is_followed(tmp_path: Path, raw: dict[str, Any]) -> None:
     (tmp_path / "precious").write_text("years of work")
     run({**raw, "train": {**raw["train"], "steps": 1}})

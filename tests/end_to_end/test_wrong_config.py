@@ -1,11 +1,10 @@
-"""Whatever a configuration file or a command line says wrongly, it is one line on stderr, exit code 1 or 2, and nothing is made.
+"""Whatever a configuration file says wrongly is one line on stderr, exit code 1, and nothing is made.
 
-What is tried is derived from the configuration's models and from the parser, so that a new key or option is tried as well.
+What is tried is derived from the configuration's models, so that a new key is tried as well.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -17,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from finished_runs import finished, settings
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from small_runs import built
+from wrong_input import FILES, refused, run_config, threads_kept
 
 from offload import cli
 from offload.config import Config, ConfigError, load_config
+
+__all__ = ["refused", "threads_kept"]  # fixtures
 
 HUGE = 10**30
 #: A value of each type that a file can hold.
@@ -35,18 +34,6 @@ EXTREMES: dict[type, list[Any]] = {
     int: [0, -1, HUGE, -HUGE], float: [0.0, -1.0, float("nan"), float("inf"), -float("inf"), 1e308, 5e-324, HUGE],
     str: ["", " ", "\0", "4 parsecs", "-1GiB", "1e9999", "0B", "9" * 5000, "a" * 5000, "☃", "auto "], list: [[]], dict: [{}], bool: [], type(None): [],
 }  # fmt: skip
-
-
-def run_config(folder: Path) -> dict[str, Any]:
-    """A small run, whole."""
-    return {
-        "memory": {"ram": "768KiB", "page": "64KiB"},
-        "ssd": {"paths": [str(folder / "pages")], "threads": 1},
-        "model": {"factory": "offload.recipe:byte_gpt", "arguments": {"d_model": 64, "n_layer": 1, "n_head": 4, "seq": 16}},
-        "data": {"factory": "launch_data:ending_text", "arguments": {"at": 1}},
-        "train": {"steps": 3, "batch": 2, "seq": 16, "threads": 1, "evaluate_batches": 1},
-        "output": {"run": str(folder / "run")},
-    }
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -96,41 +83,6 @@ def within(field: FieldInfo, value: Any) -> bool:
     return all(bounds[type(bound)](bound) for bound in field.metadata if type(bound) in bounds)
 
 
-@pytest.fixture(autouse=True)
-def threads_kept() -> Iterator[None]:
-    """Runs set torch's compute threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Call the command in an empty folder; it must say one line, fail, and leave everything as it was, but for a cache that the data's
-    own factory has made. Returns the line."""
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-
-    def call(*arguments: str, codes: tuple[int, ...] = (1, 2)) -> str:
-        capsys.readouterr()
-        before = sorted(tmp_path.rglob("*"))
-        try:
-            code: Any = cli.main(list(arguments))
-        except SystemExit as end:
-            code = end.code
-        said = capsys.readouterr()
-        where = f"{arguments}: {code}, {said.err!r}"
-        assert code in codes and said.err.count("\n") == 1 and ": error: " in said.err and "Traceback" not in said.err, where
-        made = {path.name for path in tmp_path.rglob("*") if path not in before}
-        assert made in (set(), {"run", "offload-run.json", "data", "train.bin", "validation.bin"}), where
-        if made:
-            shutil.rmtree(tmp_path / "run")
-        return said.err
-
-    return call
-
-
 # ---- configuration files -----------------------------------------------------------------------------------------------
 
 
@@ -168,7 +120,7 @@ def test_a_number_out_of_its_bounds_is_refused_for_every_key(tmp_path: Path, ref
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_an_extreme_value_that_a_key_takes_trains_or_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tally: Callable[..., None]
+    tmp_path: Path, threads_kept: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tally: Callable[..., None]
 ) -> None:
     """A run of one step, for every value that the configuration alone does not refuse."""
     monkeypatch.chdir(tmp_path)
@@ -238,18 +190,6 @@ def test_what_contradicts_itself_is_one_line(changes: dict[str, Any], said: str,
     assert said in refused("launch", str(tmp_path / "run.json"))
 
 
-FILES: dict[str, bytes] = {
-    "syntax.toml": b"[memory\n", "syntax.json": b'{"memory": ', "syntax.yaml": b"memory: [1\n  x: {", "encoding.toml": b"seed = '\xff'",
-    "encoding.json": b"\xff\xfe{}", "zeros.toml": b"\0" * 100, "empty.json": b"", "empty.yaml": b"", "list.json": b"[1, 2]", "text.yaml": b"hello",
-    "number.json": b"3", "null.json": b"null", "deep.json": b"[" * 100_000, "deep.toml": b"a = " + b"[" * 50_000, "deep.yaml": b"[" * 20_000,
-    "digits.json": b'{"seed": ' + b"9" * 5000 + b"}", "digits.toml": b"seed = " + b"9" * 5000, "twice.toml": b"seed = 1\nseed = 2\n",
-    "tag.yaml": b"!!python/object/apply:os.getcwd []", "date.yaml": b"seed: 2024-99-99", "key.yaml": b"{1: 2, [3]: 4}", "endless.yaml": b"&a [*a]",
-    "repeated.yaml": b"a: &a [x, x, x, x, x, x, x, x]\n" + b"".join(
-        b"%c: &%c [%s]\n" % (n + 1, n + 1, b", ".join([b"*%c" % n] * 9)) for n in range(ord("a"), ord("k"))),
-    "large.json": b'{"seed": "' + b"x" * (5 << 20) + b'"}', "kind.ini": b"", "kind": b"",
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_no_configuration_is_one_line(name: str, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / name).write_bytes(FILES[name])
@@ -266,138 +206,3 @@ def test_what_is_no_file_is_one_line(tmp_path: Path, refused: Callable[..., str]
     for name in ("folder.toml", "pipe.toml", "loop.toml", "device.toml", "absent.toml", "closed.toml/below.toml", "a" * 300 + ".toml", "nul\0.toml"):
         for command in ("launch", "plan", "profile"):
             assert name[:9] in refused(command, str(tmp_path / name)) or "null" in name
-
-
-# ---- the command line --------------------------------------------------------------------------------------------------
-
-
-def commands() -> dict[str, argparse.ArgumentParser]:
-    """Every command's parser."""
-    return next(action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction)).choices  # type: ignore[return-value]
-
-
-def required(parser: argparse.ArgumentParser, absent: Path) -> list[str]:
-    """The arguments that a command must have, all of them naming what is not there."""
-    found: list[str] = []
-    for action in parser._actions:
-        if not action.option_strings and action.nargs != "?":
-            found.append(str(absent))
-        elif action.required:
-            found += [action.option_strings[-1], str(absent)]
-    if parser.prog.endswith("profile") or parser.prog.endswith("doctor"):  # FILE is one of two things, or may be left out.
-        found.append(str(absent))
-    return found
-
-
-WRONG_VALUES = ("", " ", "-1", "0", "nan", "inf", "1e999", "lots", "-5GiB", "4 parsecs", "9" * 5000, "☃")
-
-
-@pytest.mark.parametrize("command", commands())
-def test_every_argument_missing_unknown_or_wrong(command: str, tmp_path: Path, refused: Callable[..., str]) -> None:
-    parser, absent = commands()[command], tmp_path / "absent.toml"
-    if command == "bench-ssd":
-        absent = tmp_path / "absent" / "below"
-    whole = required(parser, absent)
-    if command != "doctor":  # What is wrong with a file is among the doctor's findings, on its standard output.
-        refused(command, *whole)
-        refused(command)
-    refused(command, *whole, "--unknown")
-    refused(command, *whole, "more", "and more") if command != "bench-ssd" else None
-    for action in parser._actions:
-        if not action.option_strings or isinstance(action, argparse._HelpAction):
-            continue
-        option = action.option_strings[-1]
-        if action.nargs == 0:
-            refused(command, *whole, f"{option}=yes")
-            continue
-        refused(command, *whole, option)
-        for value in WRONG_VALUES:
-            if command != "doctor" or option == "--set":
-                refused(command, *whole, f"{option}={value}") if command != "doctor" else None
-
-
-def test_values_of_options_are_refused_with_a_file_that_is_right(tmp_path: Path, refused: Callable[..., str]) -> None:
-    file = tmp_path / "run.json"
-    file.write_text(json.dumps(run_config(tmp_path)))
-    for action in commands()["plan"]._actions:
-        if action.metavar in ("MB/S", "F"):
-            for value in ("0", "-1", "nan", "inf", "fast", ""):
-                refused("plan", str(file), f"{action.option_strings[0]}={value}")
-        if action.metavar == "SIZE":
-            for value in ("-1", "nan", "lots", "", "4 parsecs", "9" * 5000):
-                refused("plan", str(file), f"{action.option_strings[0]}={value}")
-    for value in ("", "x", "seq.x", "n_head "):
-        refused("plan", str(file), f"--depth={value}")
-    for value in ("0", "-1", "x", "", "1.5"):
-        refused("profile", str(file), f"--steps={value}")
-    for value in ("", "=", "memory.ram", "memory.ram.x=1", "=1", ".=1", "memory.=1", "memory.ram=", "a.b.c=1", "memory=1", "\0=1"):
-        for command in ("launch", "plan", "profile"):
-            refused(command, str(file), f"--set={value}")
-
-
-def test_no_command_and_an_unknown_one(refused: Callable[..., str]) -> None:
-    refused(codes=(2,))
-    refused("fly", codes=(2,))
-    refused("--debug", codes=(2,))
-    refused("", codes=(2,))
-
-
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that has commits."""
-    return finished(built(), settings(tmp_path_factory.mktemp("ended"))).folder
-
-
-def test_values_of_options_are_refused_with_a_run_that_is_right(ended: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "file").write_text("precious")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("precious")
-    for value in ("", "nope", "-1", "99", "0", "1.0", "../1", "1\n"):
-        refused("export", str(ended), "--to", str(tmp_path / "new"), f"--commit={value}")
-        refused("verify", str(ended), f"--commit={value}")
-    for value in ("", "-1", "0", "nan", "lots", "4 parsecs", "9" * 5000):
-        refused("export", str(ended), "--to", str(tmp_path / "new"), f"--max-shard={value}")
-    for to in (tmp_path / "file", tmp_path / "full", tmp_path / "file" / "below", ended, ended / "commits", Path("a" * 300), Path("nul\0")):
-        refused("export", str(ended), "--to", str(to))
-    for run in (tmp_path / "file", tmp_path / "full", tmp_path / "absent", ended / "commits", ended.parent, Path("a" * 300), Path("nul\0"), Path("")):
-        refused("export", str(run), "--to", str(tmp_path / "new"))
-        refused("verify", str(run))
-    for path in (tmp_path / "file", tmp_path / "full", tmp_path / "absent"):
-        refused("verify", str(ended), "--path", str(path))
-        refused("export", str(ended), "--to", str(tmp_path / "new"), "--path", str(path))
-
-
-def test_values_of_options_are_refused_with_a_folder_that_is_right(tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "file").write_text("precious")
-    for value in ("", "-1", "0", "nan", "lots", "4 parsecs", "1B", "9" * 5000):
-        refused("bench-ssd", str(tmp_path), f"--size={value}")
-    for value in ("", "-1", "0", "nan", "inf", "long", "1e999"):
-        refused("bench-ssd", str(tmp_path), f"--seconds={value}")
-    for path in (tmp_path / "file", tmp_path / "absent", Path("a" * 300), Path("nul\0"), Path("")):
-        if path != Path(""):  # which is the current directory
-            refused("bench-ssd", str(path))
-
-
-@pytest.mark.parametrize("name", [*FILES, "folder.toml", "absent.toml", "pipe.toml"])
-def test_the_doctor_finds_what_is_wrong_with_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / name
-    if name == "folder.toml":
-        path.mkdir()
-    elif name == "pipe.toml":
-        os.mkfifo(path)
-    elif name != "absent.toml":
-        path.write_bytes(FILES[name])
-    assert cli.main(["doctor", str(path), "--no-bench"]) == 1
-    said = capsys.readouterr()
-    problems = [line for line in said.out.splitlines() if line.startswith("problem")]
-    assert said.err == "" and len(problems) >= 1 and all(str(path) in line for line in problems if "config" in line)
-
-
-def test_training_without_the_engine_that_is_none(refused: Callable[..., str]) -> None:
-    for reference, said in (
-        ("os:getcwd", "--plain os:getcwd returns (str); it must return (model, optimizer, step)"),
-        ("os:nothing", "has no attribute 'nothing'"), ("nowhere:x", "No module named 'nowhere'"), ("os", "is not written as module:callable"),
-        ("launch_data:sentence_text", "missing a required argument: 'folder'"), ("launch_data:raising", "--plain: launch_data:raising fails: KeyError: 'nowhere'"),
-        ("launch_data:raising_step", "--plain: launch_data:raising_step: step() fails: KeyError: 'nowhere'"),
-    ):  # fmt: skip
-        assert said in refused("profile", "--plain", reference, "--to", "profile")

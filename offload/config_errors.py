@@ -1,0 +1,58 @@
+"""What is wrong with a configuration, in one line each: pydantic's errors in the words of a user."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from typing import Any
+
+from pydantic import BaseModel
+
+
+def described_error(entry: Any, root: type[BaseModel]) -> str:
+    """One line for one of pydantic's errors."""
+    parts = [str(part) for part in entry["loc"]]
+    where, kind = ".".join(parts), entry["type"]
+    if kind == "extra_forbidden":
+        return _unknown_key(parts, root)
+    if kind == "missing" and isinstance(entry["loc"][-1], int):
+        return f"{'.'.join(parts[:-1])} is too short: {reprlib.repr(entry['input'])}"
+    if kind == "missing":
+        return f"{where} is missing"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{where} must be a section with keys of its own, not {reprlib.repr(entry['input'])}"
+    if kind == "value_error":
+        message = entry["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    return f"{where}: {entry['msg']}, not {reprlib.repr(entry['input'])}"
+
+
+def _unknown_key(parts: list[str], root: type[BaseModel]) -> str:
+    """What is wrong with a key that nothing knows: the nearest key of its section, or else the section it belongs to."""
+    *path, key = parts
+    section: Any = root
+    for name in path:
+        section = _section_type(section, name)
+    known = sorted(section.model_fields)
+    near = difflib.get_close_matches(key, known, n=1)
+    elsewhere = [f"{name}.{key}" for name, type_ in _sections(root).items() if key in type_.model_fields]
+    if near:
+        hint = f"did you mean {'.'.join([*path, near[0]])!r}?"
+    elif elsewhere:
+        hint = f"did you mean {' or '.join(map(repr, elsewhere))}?"
+    else:
+        hint = f"known keys: {', '.join(known)}"
+    return f"unknown key {'.'.join(parts)!r}; {hint}"
+
+
+def _sections(root: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Every section of the configuration by its name."""
+    found = {name: _section_type(root, name) for name in root.model_fields}
+    return {name: type_ for name, type_ in found.items() if type_ is not None}
+
+
+def _section_type(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model of a key that holds a section, or None for a plain value."""
+    annotation = section.model_fields[name].annotation
+    choices = [annotation, *getattr(annotation, "__args__", ())]
+    return next((choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)), None)
