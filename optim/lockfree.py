@@ -143,8 +143,9 @@ class LockFreeUpdater(GradientHolder):
                 self._used_hypers = self._used_hypers or hypers
                 unit.updated = True
                 self._hand_over(unit, hypers, None)
-            if self._adopts_after and not unit.parameters.owed and not self._driver.viewed(unit.parameters):  # Not worth waiting for a commit that has yet to get the old ones.
-                self._adopt(unit, "after")
+            if self._adopts_after:
+                # Not worth waiting for a commit that has yet to get the old ones.
+                self._adopt(unit, "after", may=self._unseen(unit))
 
     def abandon(self) -> None:
         """As `GradientHolder.abandon`; gradients that were handed over are applied all the same."""
@@ -257,8 +258,7 @@ class LockFreeUpdater(GradientHolder):
         late = mailbox.clock.staleness > allowed
         if late:
             self._await(mailbox, mailbox.clock.produced - allowed)
-        if late or (unit.live_views == 0 and not unit.parameters.owed):
-            self._adopt(unit, "before")
+        self._adopt(unit, "before", may=late or (unit.live_views == 0 and not unit.parameters.owed))
         mailbox.missed, mailbox.may_miss = mailbox.clock.staleness, allowed > 0
 
     def _allowed(self, unit: Unit) -> int:
@@ -310,11 +310,10 @@ class LockFreeUpdater(GradientHolder):
             self._thread.want(None)
         self._sink.emit(Event(EventKind.WAIT, f"update of {mailbox.unit.name}", 0, started_s, time.perf_counter() - started_s))
 
-    def _adopt(self, unit: Unit, when: str) -> None:
-        """Copy the newest published parameters, if they are newer, into the unit's pages."""
-        mailbox = self._mailboxes[unit]
+    def _adopt(self, unit: Unit, when: str, *, may: bool = True) -> None:
+        """Copy the newest published parameters, if they are newer and ``may`` be used now, into the unit's pages."""
         self._collect_freed()
-        version = mailbox.unadopted()
+        version = self._mailboxes[unit].unadopted() if may else None
         if unit.parameters.fixed:
             if version is None:
                 return
@@ -328,10 +327,43 @@ class LockFreeUpdater(GradientHolder):
                 if version is not None:
                     self._copy_in(unit, version)
         if version is not None:
-            mailbox.clock.adopt(version.last)
+            self._adopted(unit, version)
             unit.ended |= when == "after"
-            unit.version += 1
-            self._free_bytes(sum(total.release() for total in version.values.values()))
+
+    def _adopted(self, unit: Unit, version: Version) -> None:
+        mailbox = self._mailboxes[unit]
+        mailbox.clock.adopt(version.last)
+        unit.version += 1
+        # A version that was published meanwhile has the values that it did not replace: they go when it does.
+        newest = mailbox.version
+        kept = {} if newest is None or newest is version else newest.values
+        self._free_bytes(sum(total.release() for slot, total in version.values.items() if kept.get(slot) is not total))
+
+    def _adopt_in_passing(self) -> bool:
+        """Adopt versions, for the bytes they hold, of units that lie in memory and whose values nobody is to see again; returns whether any.
+
+        Which ones these are differs from step to step, so it is no op of the step: nothing is moved for it.
+        """
+        found = False
+        for unit in self._units_to_adopt():
+            with self._driver.in_passing(unit.parameters) as at_hand:
+                version = self._mailboxes[unit].unadopted()
+                if at_hand and version is not None:
+                    self._copy_in(unit, version)
+                    self._adopted(unit, version)
+                    found = True
+        return found
+
+    def _units_to_adopt(self) -> list[Unit]:
+        """Units with newer parameters than those in use, which nobody is to see again before their next first use."""
+        return [
+            unit for unit, mailbox in self._mailboxes.items()
+            if mailbox.unadopted() is not None and unit.live_views == 0 and not self._driver.viewed(unit.parameters)
+        ]  # fmt: skip
+
+    def _unseen(self, unit: Unit) -> bool:
+        """Whether nobody has a view of a unit's pages, or a commit that has yet to get what they hold."""
+        return not unit.parameters.owed and not self._driver.viewed(unit.parameters)
 
     def _copy_in(self, unit: Unit, version: Version) -> None:
         assert unit.parameters.frame is not None
@@ -347,15 +379,15 @@ class LockFreeUpdater(GradientHolder):
         self._collect_freed()
         while self.direct_bytes + n_bytes > self._limit_bytes:
             published = sum(mailbox.clock.applied for mailbox in self._mailboxes.values())
-            for unit, mailbox in self._mailboxes.items():
-                if mailbox.unadopted() is not None and unit.live_views == 0 and not self._driver.viewed(unit.parameters):
-                    self._adopt(unit, "short")
-                    if unit in self._unused:
-                        self._unused.discard(unit)
-                        mailbox.missed, mailbox.may_miss = mailbox.clock.staleness, self._allowed(unit) > 0
-            if self.direct_bytes + n_bytes <= self._limit_bytes:
-                break
+            if self._adopt_in_passing():
+                continue
             if not any(mailbox.clock.applied < mailbox.clock.produced for mailbox in self._mailboxes.values()):
+                # The updater has nothing left to do: what is published and not in memory is all there is to give room.
+                waiting = self._units_to_adopt()
+                for unit in waiting:
+                    self._adopt(unit, "short")
+                if waiting:
+                    continue
                 raise BudgetError(
                     f"gradients on their way to the updater need {self.direct_bytes + n_bytes} bytes, the budget has "
                     f"{self._limit_bytes} for them; raise memory.ram by the difference",

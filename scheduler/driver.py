@@ -144,6 +144,23 @@ class Driver(Holding):
             if self._lane.stuck:
                 self._lane.pump()
 
+    @contextmanager
+    def in_passing(self, tensor: PagedTensor) -> Iterator[bool]:
+        """Outside of any op, and without moving anything: inside the block a tensor may be changed, if it is in memory and free for that.
+
+        Yields whether it is.
+        """
+        with self.mover.changed:
+            at_hand = tensor.readable and not tensor.owed and not tensor.uploads
+            if at_hand:
+                tensor.pins += 1
+                self.mover.touch(tensor)
+        try:
+            yield at_hand
+        finally:
+            if at_hand:
+                self.end([tensor])
+
     def viewed(self, tensor: PagedTensor) -> bool:
         """Whether somebody has a view of a tensor."""
         if not tensor.leases:
@@ -173,6 +190,8 @@ class Driver(Holding):
         with self.mover.changed:
             self._collect_views()
             if self.mode is Mode.PLANNED and self.plan is not None and self._cursor.end_step(self.plan):
+                for op in self._trace.ops[len(self._recorder.ops) :]:
+                    self._recorder.begin(op.key, op.name, op.accesses)
                 self._planned_step_ended(self._recorder.finish(timed=self._durations.wanted))
                 if asked_otherwise:
                     self._leave_plan(None)
@@ -329,6 +348,8 @@ class Driver(Holding):
             return
         if found.restores:
             self._restore_placement(plan)
+        for op in self._trace.ops[len(self._recorder.ops) :][: len(found.ops) - 1]:
+            self._recorder.begin(op.key, op.name, op.accesses)  # An update that is not made in this step; it may be in later ones.
         for position in found.ops:
             for store in plan.stores_at.get(position, ()):
                 tensor = self.mover.tensors[store.tensor]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -213,7 +213,10 @@ class HandOff(RuleBasedStateMachine):
         limit_bytes = sum(sizes) + room * max(sizes) + (0 if eager or not room else sum(sizes))
         self.budget = Budget(Tier.HOST, limit_bytes)
         mover = SimpleNamespace(arena=self.pages, touch=lambda tensor: None, make_writable=lambda tensor: None)
-        driver = SimpleNamespace(mover=mover, mode=Mode.ON_DEMAND, end_step=lambda repeatable: None)
+        driver = SimpleNamespace(
+            mover=mover, mode=Mode.ON_DEMAND, end_step=lambda repeatable: None, viewed=lambda tensor: False,
+            in_passing=lambda tensor: nullcontext(tensor.fixed),
+        )  # fmt: skip
         states = SimpleNamespace(follow_edits=lambda unit: None)
         self.training = LockFreeUpdater(
             cast(Any, driver), UnitIndex(self.units), cast(Any, self.updater), self.boxes, cast(Any, states),
