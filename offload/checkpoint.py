@@ -27,7 +27,7 @@ from offload.plain_state import UnknownState, decode, encode
 from offload.resumed import Resumed, config_changes, hyper_changes
 from offload.side_file import TORCH_DTYPES, SideFile
 from offload.store import PageStore
-from offload.stored_layout import layout_of
+from offload.stored_layout import layout_of, unlike_state_dict
 from optim.optimizer import PagedOptimizer
 from optim.unit import Slot
 from optim.updater import Updater
@@ -134,6 +134,7 @@ class Checkpoints:
             "ahead": {slot.name: list(slot.ahead) for slot in self._slots() if slot.ahead},
             "edited": [slot.name for slot in self._slots() if slot.edited],
             **layout_of(self._store.index.units, self._model).describe(),
+            "unlike": unlike_state_dict(self._model),
             "encoding": ENCODING,
             "groups": groups,
             "given": given,

@@ -69,6 +69,7 @@ class CommitState(Record):
     edited: list[Line]
     units: tuple[StoredUnit, ...]
     names: dict[Line, Line]
+    unlike: Line | None = None
     encoding: Annotated[int, Field(strict=True, ge=ENCODING, le=ENCODING)] = ENCODING
     groups: list[dict[str, Any]]
     given: list[dict[str, Any]] | None = None

@@ -25,7 +25,9 @@ from offload.checkpoint import Checkpoints, Stateful
 from offload.config import Config, load_config, load_optimizer
 from offload.deferred_init import store_of
 from offload.factories import described
-from offload.export import check_request, export_commit
+from offload.export import check_alike, check_request, export_commit
+from offload.extra_states import NAME as EXTRA_STATES
+from offload.extra_states import ExtraStates
 from offload.fast_paths import keep_fast_paths
 from offload.hooks import SavedWeights
 from offload.model_checks import check_parameters
@@ -36,6 +38,7 @@ from offload.profile import Profile
 from offload.recompute_choice import RecomputeChoice
 from offload.resumed import Resumed
 from offload.store import PageStore
+from offload.stored_layout import unlike_state_dict
 from offload.structure import Structure
 from offload.template import OptimizerLike, assign_groups, from_section, optimized_by, template_of
 from offload.updates import make_updater, scaling_of
@@ -147,6 +150,9 @@ class Engine:
         self._checkpoints = Checkpoints(self.model, store, self.optimizer, self._updater, config)
         if self._loss_scale is not None:
             self.track("loss scale", self._loss_scale)
+        extra = ExtraStates(self.model)
+        if extra:
+            self.track(EXTRA_STATES, extra)
         self._install_hooks()
 
     def _count_step(self) -> None:
@@ -440,13 +446,15 @@ class Engine:
             The folder.
 
         Raises:
-            ValueError: ``dtype`` or ``max_shard`` is none. ExportError: the folder holds something. Nothing was committed.
+            ValueError: ``dtype`` or ``max_shard`` is none. ExportError: the folder holds something, or ``state_dict()`` of the
+                model is not its parameters and buffers alone. Nothing was committed.
             As `save`; also ExportError, where a value cannot be expressed in ``dtype``, and StorageError, where the folder
             cannot be written. Nothing is left of the export then.
         """
         folders = [directory.path for directory in self._store.directories]
         shard_bytes = parse_bytes(max_shard)
         to = check_request(folders, Path(folder), dtype=dtype, max_shard_bytes=shard_bytes)
+        check_alike(unlike_state_dict(self.model))
         manifest = self._checkpoints.committer.commits[self.save()].manifest
         return export_commit(folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True)).folder
 

@@ -99,6 +99,7 @@ def export_commit(
         As `check_request` and `export_run`.
     """
     to = check_request(folders, to, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    check_alike(manifest.state.get("unlike"))
     with SideFile(CommitFolder(folders[0]), manifest.number, manifest.state.get("beside")) as beside:
         weights = CommitWeights(folders, manifest, beside, DTYPES[dtype])
         shards = plan_shards(weights.listed(), max_shard_bytes, weights.tied)
@@ -140,6 +141,15 @@ def check_request(folders: Sequence[Path], to: Path, *, dtype: str, max_shard_by
         if to.is_dir() and os.listdir(to):
             raise ExportError(f"{to} is not empty; nothing is overwritten: name a new or empty folder")
     return to
+
+
+def check_alike(unlike: str | None) -> None:
+    """Raise ExportError where ``model.state_dict()`` has something else than the parameters and buffers of a commit."""
+    if unlike is not None:
+        raise ExportError(
+            f"the model's state_dict() is not made of its parameters and buffers alone, so an export would not equal it: {unlike}; save model.state_dict() "
+            "yourself, in the process that trains"
+        )
 
 
 @contextmanager

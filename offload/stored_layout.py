@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -132,17 +132,28 @@ def layout_of(units: Iterable[Unit], model: nn.Module) -> StoredLayout:
 
 
 def names_of(model: nn.Module) -> dict[str, str]:
-    """Every name in ``model.state_dict()``, in its order, and the first one of the same tensor."""
+    """Every parameter and persistent buffer by name, in the order of ``model.state_dict()``, and the first name of the same tensor."""
     first: dict[int, str] = {}
-    found: dict[str, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in _named_tensors(model)}
+
+
+def unlike_state_dict(model: nn.Module) -> str | None:
+    """What ``model.state_dict()`` has otherwise than its parameters and persistent buffers, in words; None: nothing."""
+    ours, shown = dict(_named_tensors(model)), model.state_dict(keep_vars=True)
+    for name, value in shown.items():
+        if value is not ours.get(name):
+            return f"{name} is made by a hook, by get_extra_state() or by another method of the model"
+    hidden = next((name for name in ours if name not in shown), None)
+    return None if hidden is None else f"{hidden} is left out by a hook or another method of the model"
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         kept: dict[str, Tensor | None] = dict(module._parameters)
         kept.update((key, buffer) for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set)
         for key, tensor in kept.items():
             if tensor is not None:
-                name = f"{prefix}.{key}" if prefix else key
-                found[name] = first.setdefault(id(tensor), name)
-    return found
+                yield f"{prefix}.{key}" if prefix else key, tensor
 
 
 def _unit(entry: dict[str, Any]) -> StoredUnit:
