@@ -90,7 +90,7 @@ class Engine:
         ConfigError, ValueError: something does not fit together.
         BudgetError: ``memory.ram`` is too small; names the unit and the smallest budget that works.
         RunDirectoryError: a page-file path is unusable; it was not changed.
-        After any of these a plain model is as it was. One built under `deferred_init` is, too, when it was built for
+        After any of these a plain model is as it was, unless a note of the error says that ``model.dtype`` has rounded it already. One built under `deferred_init` is, too, when it was built for
         another configuration; otherwise it is to be built anew.
     """
 
@@ -169,6 +169,8 @@ class Engine:
             self._store.give_back(self.model)
         except OffloadError as lost:
             error.add_note(f"the model cannot be made whole again ({lost}); build it anew")
+        if self._store.narrowed:
+            error.add_note(f"the model's parameters have been rounded to {self._store.compute_dtype}, as model.dtype asks for; build it anew")
 
     def _places(self) -> dict[Tensor, tuple[Unit, Slot]]:
         return {p: (p._place.unit, p._place.slot) for p in self.model.parameters() if isinstance(p, PagedParameter)}

@@ -75,7 +75,7 @@ class PageStore:
         self.index = UnitIndex()
         self._watched: WeakSet[nn.Module] = WeakSet()
         self._unhook: list[Callable[[], None]] = []
-        self.closed = self.has_engine = self._given_back = False
+        self.closed = self.has_engine = self.narrowed = self._given_back = False
         interrupts.guard()
         with ExitStack() as undo:
             undo.callback(interrupts.unguard)
@@ -210,6 +210,7 @@ class PageStore:
             BudgetError: the arena cannot hold a unit.
         """
         repack(self, model)
+        self.narrowed = self.compute_dtype is not None
         for order, (name, parameter) in enumerate(model.named_parameters()):
             if isinstance(parameter, PagedParameter):
                 parameter._place.slot.name, parameter._place.slot.order = name, order

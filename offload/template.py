@@ -46,6 +46,9 @@ def _made_by(factory: Any, model: nn.Module) -> torch.optim.Optimizer:
     made = factory(list(model.parameters()))
     if not isinstance(made, torch.optim.Optimizer):
         raise ValueError(f"the optimizer's factory returns a {type(made).__name__}, not a torch.optim.Optimizer; {way_out}")
+    theirs = set(map(id, model.parameters()))
+    for parameter in (parameter for group in made.param_groups for parameter in group["params"] if id(parameter) not in theirs):
+        raise ValueError(f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's")
     if made.state:
         raise ValueError(f"the {type(made).__name__} that the optimizer's factory returns has states already; load them into the engine's optimizer by load_state_dict")
     return made
@@ -57,18 +60,11 @@ def optimized_by(template: torch.optim.Optimizer) -> set[int]:
 
 
 def assign_groups(template: torch.optim.Optimizer, slots: Mapping[torch.Tensor, Slot]) -> None:
-    """Note in each parameter's slot which group of the template it is in. Ones that no gradient is ever of need none.
-
-    Raises:
-        ValueError: the template has another parameter that has no slot.
-    """
+    """Note in each parameter's slot which group of the template it is in. Ones that no gradient is ever of have none."""
     for number, group in enumerate(template.param_groups):
         for parameter in group["params"]:
-            if parameter not in slots and not parameter.requires_grad and not parameter.is_floating_point():
-                continue
-            if parameter not in slots:
-                raise ValueError(f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's")
-            slots[parameter].group = number
+            if parameter in slots:
+                slots[parameter].group = number
 
 
 def template_from(section: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -505,3 +505,16 @@ def test_states_of_an_optimizer_that_is_not_fused_are_refused_whole(engine: offl
     with pytest.raises(ValueError, match="AdamW: fused=False rounds otherwise"):
         engine.optimizer.load_state_dict(saved)
     assert not engine.optimizer.state_dict()["state"] and engine.optimizer.param_groups[0]["fused"]
+
+
+def test_an_engine_that_fails_after_it_has_rounded_the_model_says_so(tmp_path: Path) -> None:
+    raw = config(tmp_path, mode="lock-free") | {"model": {"factory": "unused:unused", "dtype": "bf16"}}
+    model = built()
+    with pytest.raises(offload.BudgetError, match="lock-free") as caught:
+        offload.initialize(model, raw)
+    assert caught.value.__notes__ == ["the model's parameters have been rounded to torch.bfloat16, as model.dtype asks for; build it anew"]
+    model = built()
+    with pytest.raises(offload.BudgetError, match="lock-free") as caught:
+        offload.initialize(model, config(tmp_path, mode="lock-free"))
+    assert not hasattr(caught.value, "__notes__")
+    assert_untouched(model)
