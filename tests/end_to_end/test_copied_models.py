@@ -101,6 +101,16 @@ def test_layers_that_a_constructor_copies_may_be_built_out_of_pages(tmp_path: Pa
     assert_closed(engine)
 
 
+def test_a_copy_of_attention_layers_has_their_own_methods(tmp_path: Path) -> None:
+    with offload.initialize(Encoding(), config(tmp_path), adamw) as engine:
+        copied = copy.deepcopy(engine.model)
+        x = torch.randn(4, 12, 64)
+        with torch.no_grad():
+            assert torch.equal(copied.eval()(x), engine.model.eval()(x))
+    assert_closed(engine)
+    assert torch.isfinite(copied(x)).all() and torch.equal(copied.double().encoder.layers[0].norm1.weight, torch.ones(64).double())  # type: ignore[union-attr, index]
+
+
 def test_a_closed_engines_model_cannot_be_copied_any_more(tmp_path: Path) -> None:
     with engine_of(built(), tmp_path) as engine:
         pass
