@@ -114,5 +114,5 @@ def test_a_copy_of_attention_layers_has_their_own_methods(tmp_path: Path) -> Non
 def test_a_closed_engines_model_cannot_be_copied_any_more(tmp_path: Path) -> None:
     with engine_of(built(), tmp_path) as engine:
         pass
-    with pytest.raises(RuntimeError, match="the engine that holds this parameter is closed"):
+    with pytest.raises(RuntimeError, match="tok.weight: the engine that holds this is closed"):
         copy.deepcopy(engine.model)
