@@ -288,9 +288,16 @@ class Engine:
             RuntimeError: the error cut the update of a unit off half-way; only a commit leads on.
         """
         self._check_running()
+        self._let_failed_backward_go()
         self._store.binder.collect_in_hooks(False)
         self._updater.abandon()
         self._micro_batches = 0
+
+    def _let_failed_backward_go(self) -> None:
+        """Free what a backward pass that failed has left in autograd's queue, which only another one or the end of the thread empties."""
+        if any(unit.live_views for unit in self._store.index.units) and torch._C._current_graph_task_id() == -1:
+            with torch.inference_mode(False), torch.enable_grad():
+                torch.zeros((), requires_grad=True).clone().backward()  # type: ignore[no-untyped-call]
 
     def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add to ``parameter.grad``, as a backward pass does; for code that computes gradients outside of one.
@@ -527,7 +534,7 @@ class Engine:
             return
         if self.state is EngineState.RUNNING:  # else an earlier call was left by what a signal's handler raised
             self._become(EngineState.CLOSED)
-        close_all(self._checkpoints.committer.close, self.optimizer.close, self._release)
+        close_all(self._checkpoints.committer.close, self.optimizer.close, self._let_failed_backward_go, self._release)
 
     def _release(self) -> None:
         undo, self._undo = self._undo, []

@@ -402,7 +402,7 @@ class Binder:
         """
         slot = parameter._place.slot
         if changed:
-            slot.expected = None
+            slot.expected, slot.share = None, 0.0
         if self.only_trainable and slot.group < 0 and parameter.requires_grad:
             parameter.requires_grad_(False)
             raise RuntimeError(

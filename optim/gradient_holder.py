@@ -7,6 +7,7 @@ has touched are updated at the optimizer step from then on, so a loop that does 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -35,6 +36,7 @@ class GradientHolder(ABC):
         self._hypers = hypers
         self._slots = index.slots()
         self._foretold = False
+        self._most_passes = 0
         self._used_hypers: Sequence[Hyper] | None = None
         self.other_gradients: OtherGradients = lambda: ()
         self.grad_norm: torch.Tensor | None = None
@@ -246,9 +248,12 @@ class GradientHolder(ABC):
 
     def _end_arrivals(self) -> None:
         """A step was made: what the next one is to be like."""
+        passes = max((slot.arrivals for _, slot in self._slots), default=0)
+        self._most_passes = max(self._most_passes, passes)
         for _, slot in self._slots:
-            # The most ever, so that a step with fewer only has its updates made later, and the one after is none too early.
-            slot.expected = max(slot.expected or 0, slot.arrivals)
+            # The most ever, so that a step with fewer only has its updates made later, and none is made too early in one after it.
+            slot.share = max(slot.share, slot.arrivals / passes if passes else 0.0)
+            slot.expected = math.ceil(slot.share * self._most_passes - 1e-9)
         for unit in self._index.units:
             unit.updated = unit.ended = False
         self._forget_arrivals()

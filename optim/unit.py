@@ -73,7 +73,8 @@ class Slot:
         group: index of the optimizer's parameter group, -1 for a parameter that is not optimized.
         steps: updates made so far.
         ahead: how far lock-free mode has the parameter ahead of its last update (`optim.rules.Ahead`).
-        arrivals: gradients that autograd delivered in this step; ``expected`` is the most that a whole step had; None: not known.
+        arrivals: gradients that autograd delivered in this step; ``expected`` is how many a step with as many backward passes as any step
+            before had would deliver; None: not known. ``share``: of these passes, the most that have delivered one.
         final: it was said that no gradient comes any more in this step.
         grad: what ``parameter.grad`` is in plain PyTorch. Bytes of an update that is still to be made may be there beside it.
         direct: the step's only gradient, flat, held as autograd made it; ``paged`` says that the sum is in pages.
@@ -93,6 +94,7 @@ class Slot:
     ahead: tuple[float, ...] = ()
     arrivals: int = 0
     expected: int | None = None
+    share: float = 0.0
     final: bool = False
     grad: Grad = Grad.NONE
     direct: torch.Tensor | None = None
@@ -279,10 +281,9 @@ class UnitIndex:
 
 def complete(unit: Unit, *, foretold: bool) -> bool:
     """Whether a unit has gradients, and all of this step, so that its update need not wait for the step's end."""
-    if unit.touched or unit.live_views:
-        return False
     optimized = [slot for slot in unit.slots if slot.group >= 0]
-    return any(slot.grad is Grad.HELD for slot in optimized) and all(slot.is_complete(foretold=foretold) for slot in optimized)
+    there = any(slot.grad is Grad.HELD for slot in optimized) and all(slot.is_complete(foretold=foretold) for slot in optimized)
+    return there and not unit.touched and not unit.live_views
 
 
 def stale_gradient(unit: Unit, slot: Slot) -> StaleGradientError:
