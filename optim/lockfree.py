@@ -29,7 +29,7 @@ from optim.gradient_holder import GradientHolder
 from optim.handoff import Mailbox, SlotSum, Version
 from optim.loss_scale import Scaling
 from optim.states import StateAccess
-from optim.unit import Grad, Hyper, Slot, Unit, UnitIndex, complete
+from optim.unit import START_HINT, Grad, Hyper, Slot, Unit, UnitIndex, complete
 from optim.update_thread import UpdateThread
 from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.errors import BudgetError
@@ -390,7 +390,7 @@ class LockFreeUpdater(GradientHolder):
                     continue
                 raise BudgetError(
                     f"gradients on their way to the updater need {self.direct_bytes + n_bytes} bytes, the budget has "
-                    f"{self._limit_bytes} for them; raise memory.ram by the difference",
+                    f"{self._limit_bytes} for them; {START_HINT if self._eager else 'raise memory.ram by the difference'}",
                     self.direct_bytes + n_bytes,
                 )
             started_s = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -128,4 +129,32 @@ def test_gradients_that_updates_have_used_cannot_be_thrown_away(tmp_path: Path) 
         train_plain(plain, optimizer, 2)
         train_plain(plain, optimizer, 1)
         compare(plain, optimizer, engine.model, engine.optimizer, "after the step was made all the same")
+    assert_closed(engine)
+
+
+@pytest.mark.parametrize("mode", ["exact", "lock-free"])
+@pytest.mark.parametrize("update", [{"clip_norm": 0.5}, {"clip_norm": 0.5, "loss_scale": 1024.0}, {"loss_scale": 1024.0}, {}], ids=str)
+def test_the_norm_of_the_last_step_is_known(update: dict[str, float], mode: str, tmp_path: Path) -> None:
+    """Of all parameters that require gradients, in the optimizer or not, before clipping and without the loss scale."""
+
+    def most(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(list(parameters)[2:], lr=1e-3, fused=True)
+
+    plain = built()
+    optimizer = most(plain.parameters())
+    extra = {"mode": mode, "max_staleness": 0} if mode == "lock-free" else {}
+    with offload.initialize(built(), config(tmp_path, ram=16 << 20, **update, **extra), most) as engine:
+        assert engine.grad_norm is None
+        for batch in batches(4):
+            engine.backward(engine(*batch))
+            assert engine.step()
+            plain(*batch).backward()
+            norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5 if "clip_norm" in update else 1e9)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert engine.grad_norm == (float(norm) if update else None)
+            for parameter in (*list(plain.parameters())[:2], *list(engine.model.parameters())[:2]):
+                assert parameter.grad is not None, "these are nobody's, and add up until somebody clears them"
+                parameter.grad = None
+        compare(plain, optimizer, engine.model, engine.optimizer, "in the end")
     assert_closed(engine)
