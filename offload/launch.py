@@ -178,7 +178,8 @@ def launch(config: Config, console: Console | None = None) -> int:
         torch.manual_seed(config.seed)
         folder.claim()
         batches = Batches(make_data(), config.data.factory, train)
-        with deferred_init(config), calls_of("model.factory", config.model.factory):
+        with deferred_init(config) as store, calls_of("model.factory", config.model.factory):
+            stack.callback(store.close)  # where Ctrl-C comes before there is an engine, which closes it, too
             model = make_model()
         with initialize(model, config) as engine, noted() as interrupt:
             past = _Past()
