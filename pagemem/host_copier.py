@@ -176,10 +176,7 @@ class HostCopier:
         self._ends_by(partial(self._arrived, tensor, mark), mark)
 
     def _ends_by(self, finish: Callable[[], None], mark: Mark) -> None:
-        """Have a copy's end noted: now, where it is made already, else by the thread that waits for it.
-
-        That is where the error of a device that failed is met, and noted. Whatever is raised here, the end is noted.
-        """
+        """Have a copy's end noted, whatever happens: now, where it is made already, else by the thread that waits for it (or for an error)."""
         made = False
         try:
             made = has_reached(mark)
@@ -293,6 +290,8 @@ class HostCopier:
             with self._below.changed:
                 if upload.state is not UploadState.ENDED:
                     self._end(upload)
+            if upload.copy is not None:
+                _wait_out(upload.copy, raised)  # who is told gives the frames away
         if upload.state is not UploadState.ENDED:
             return
         result = error or upload.copy
@@ -316,24 +315,33 @@ class HostCopier:
 
     def _made_all(self, tensor: PagedTensor, copy: Copy) -> None:
         """As `_made` of all of a tensor, whose host pages may be changed then."""
-        try:
-            self._made(tensor, tensor.n_bytes, copy)
-        finally:
-            self._below.end_upload(tensor)
+        self._over(partial(self._made, tensor, tensor.n_bytes, copy))
+        self._below.end_upload(tensor)
 
     def _let_go(self, tensor: PagedTensor, copy: Copy) -> None:
         """Wait until a copy is made; the host pages may be changed then."""
-        try:
-            copy.wait()
-        finally:
-            self._below.end_upload(tensor)
+        self._over(copy.wait)
+        self._below.end_upload(tensor)
 
     def _arrived(self, tensor: PagedTensor, mark: Mark) -> None:
         """Wait until a copy down is made; its host pages may be read and stored then."""
+        self._over(mark.wait)
+        self._below.end_arrival(tensor)
+
+    def _over(self, wait: Callable[[], None]) -> None:
+        """Wait; what goes wrong is noted before anybody is told that it is over, and looks."""
         try:
-            mark.wait()
-        finally:
-            self._below.end_arrival(tensor)
+            wait()
+        except BaseException as failure:  # whatever it is, it is over
+            self._below.note_failure(failure)
+
+
+def _wait_out(copy: Copy, error: BaseException) -> None:
+    """Wait for a copy before one that failed; of a device that failed none is under way any more."""
+    try:
+        copy.wait()
+    except RuntimeError as failure:
+        error.add_note(f"the copy before it failed, too: {failure}")
 
 
 def _close_at_exit(copier: weakref.ref[HostCopier], process: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 from fake_page_files import Held
-from gated_device import Tiers, opened_tiers
+from gated_device import GatedMark, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES
 
 from pagemem.errors import StorageError
@@ -143,3 +144,38 @@ def test_a_copy_that_fails_half_way_is_told(coming: Coming, monkeypatch: pytest.
             coming.tiers.arrives(coming.tensor)
     assert coming.tensor.state is R.STORED
     coming.read.open()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_frames_of_a_copy_that_fails_half_way_are_kept_until_what_was_given_before_is_made(
+    lost: bool, coming: Coming, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compute may have them next, and the device would write what it was given over that."""
+    given = GatedMark()
+    copies = iter([given])
+
+    def copy_up(*_: object) -> GatedMark:
+        for copy in copies:
+            begun.set()
+            return copy
+        refused.set()
+        raise RuntimeError("no second copy")
+
+    begun, refused = threading.Event(), threading.Event()
+    monkeypatch.setattr(coming.tiers.device.accelerator, "copy_up", copy_up)
+    coming.read.arrive(0)
+    assert begun.wait(30)
+    coming.read.arrive(1)
+    coming.read.open()
+    assert refused.wait(30)
+    assert coming.tensor.state is R.LOADING and coming.tensor.frame is not None
+    given.error = RuntimeError("the device is lost") if lost else None
+    given.open()
+    with pytest.raises(RuntimeError, match="no second copy") as caught:
+        coming.tiers.arrives(coming.tensor)
+    assert getattr(caught.value, "__notes__", []) == lost * ["the copy before it failed, too: the device is lost"]
+    assert coming.tensor.state is R.STORED and coming.tensor.frame is None
+    coming.tiers.below.mover.settle()
+    if lost:
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            coming.tiers.below.mover.wait_until(lambda: False, "the error, which another thread notes")

@@ -32,6 +32,9 @@ class GatedMark:
     def reached(self) -> bool:
         return self._gate.is_set()
 
+    def seconds(self) -> float:
+        return 1e-6
+
     def wait(self) -> None:
         assert self._gate.wait(30)
         if self.error is not None:
