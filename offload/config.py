@@ -157,8 +157,9 @@ class UpdateConfig(_Section):
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step of `Engine.step`. A loop of one's own simply calls backward several times."""
     start: Literal["auto", "step"] = "auto"
-    """"auto" updates a unit as soon as its gradients are complete, as the step before foretells; "step" waits for
-    ``optimizer.step()``, which steps with a varying number of backward passes need."""
+    """"auto" updates a unit as soon as its gradients are complete, as the steps before foretell; "step" waits for
+    ``optimizer.step()``, as steps with more backward passes than any before need, and loops that touch gradients later than in their
+    first step."""
 
 
 class CommitConfig(_Section):

@@ -74,7 +74,8 @@ class ParameterGradient:
             return self._slot.own
         if self._shown is None or not self._shown.is_current:
             place = GradientPlace(updater, self._unit, self._slot, self._slot.generation, self._hands.save_hooks)
-            self._shown = PagedGradient.standing_for(place, self._hands.torch_device)
+            on_device = self._unit.sums_at_home or (self._slot.direct is not None and self._unit.home is not None)
+            self._shown = PagedGradient.standing_for(place, self._hands.torch_device if on_device else torch.device("cpu"))
         return self._shown
 
     def set(self, parameter: nn.Parameter, value: Tensor | None) -> None:
