@@ -193,10 +193,11 @@ def launch(config: Config, console: Console | None = None) -> int:
             console.print(f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False)
             if train.evaluate_batches and not engine.steps:
                 past.before_nats = validation_loss(engine, batches, config.model.factory, interrupt)
+            pair = None if interrupt.asked else batches.batch(engine.steps * config.update.accumulation)
             set_aside = folder.begin(config, engine.run_id, goes_on=resumed is not None)
             if set_aside is not None:
                 console.print(set_aside, highlight=False, soft_wrap=True)
-            _train(engine, batches, config.model.factory, train, run, console, interrupt, past)
+            _train(engine, batches, config.model.factory, train, run, console, interrupt, past, pair)
         return interrupt.exit_code or (BROKEN_PIPE if is_closed(console) else 0)
 
 
@@ -213,8 +214,10 @@ def _written(log: ProgressLog, metrics: StepMetrics | None = None, durable: bool
 
 
 def _train(
-    engine: Engine, batches: Batches, reference: str, train: TrainConfig, folder: Path, console: Console, interrupt: Interrupt, past: _Past
-) -> None:
+    engine: Engine, batches: Batches, reference: str, train: TrainConfig, folder: Path, console: Console, interrupt: Interrupt, past: _Past,
+    pair: Pair | None,
+) -> None:  # fmt: skip
+    """All steps from here on, their commit and the summary; ``pair`` is the first batch, where nobody has asked to end before it."""
     config = engine.config
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
@@ -229,16 +232,16 @@ def _train(
     ended: Exception | None = None
     with ProgressLog(folder / METRICS, console, train.steps, train.log_every, metrics) as log:
         for step in range(engine.steps, train.steps):
-            if interrupt.asked or is_closed(console):
+            if is_closed(console) or (interrupt.asked and pair is None):
                 break
             step_started_s = time.perf_counter()
             lr = float(schedule.get_last_lr()[0])
             try:
-                pair = batches.batch(step * config.update.accumulation)
+                pair = pair or batches.batch(step * config.update.accumulation)
             except (ConfigError, OSError) as error:  # Between two steps: what has been trained must not be lost by it.
                 ended = error
                 break
-            loss = one_step(engine, batches, reference, step, pair)
+            loss, pair = one_step(engine, batches, reference, step, pair), None
             schedule.step()
             step_s = time.perf_counter() - step_started_s
             now, memory = engine.stats(), engine.memory_report()

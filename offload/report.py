@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from offload.memory import MemoryReport, Stats
 from offload.progress import StepMetrics
+from pagemem.own_file import replace_file
 from pagemem.units import format_bytes
 
 BITS_PER_NAT = 1 / math.log(2)
@@ -117,7 +119,11 @@ def print_rows(title: str, rows: Sequence[tuple[str, str]], console: Console) ->
 
 
 def save_loss_curve(path: Path, metrics: Sequence[StepMetrics], run: RunSummary) -> None:
-    """A picture of training and validation loss, in bits where the data say of what, with the unigram entropy as a line."""
+    """A picture of training and validation loss, in bits where the data say of what, with the unigram entropy as a line.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -133,4 +139,6 @@ def save_loss_curve(path: Path, metrics: Sequence[StepMetrics], run: RunSummary)
     axes.set(xlabel="step", ylabel=f"loss, {run.measure}", ylim=(0, None) if all(m.loss >= 0 for m in metrics) else None, title=f"{run.n_parameters / 1e6:.1f}M parameters")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    replace_file(path, picture.getvalue())

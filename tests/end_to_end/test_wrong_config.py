@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wrong_factories
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -206,3 +207,24 @@ def test_what_is_no_file_is_one_line(tmp_path: Path, refused: Callable[..., str]
     for name in ("folder.toml", "pipe.toml", "loop.toml", "device.toml", "absent.toml", "closed.toml/below.toml", "a" * 300 + ".toml", "nul\0.toml"):
         for command in ("launch", "plan", "profile"):
             assert name[:9] in refused(command, str(tmp_path / name)) or "null" in name
+
+
+# ---- factories -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["launch", "profile"])
+@pytest.mark.parametrize(("kind", "name"), [*(("model", name) for name in wrong_factories.MODELS), *(("data", name) for name in wrong_factories.DATA)])
+def test_a_factory_that_returns_something_else_is_one_line(kind: str, name: str, command: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    raw = run_config(tmp_path)
+    _, said = {"model": wrong_factories.MODELS, "data": wrong_factories.DATA}[kind][name]
+    if kind == "model":
+        raw["model"] = {"factory": "wrong_factories:model", "arguments": {"name": name}}
+    else:
+        raw |= {"model": {"factory": "wrong_factories:regression"}, "data": {"factory": "wrong_factories:data", "arguments": {"name": name}}}
+    if "validation" in name and command == "profile":
+        return  # which evaluates nothing
+    if name in ("one_tensor", "failing_batch"):
+        raw["train"]["evaluate_batches"] = 0
+    (tmp_path / "run.json").write_text(json.dumps(raw))
+    line = refused(command, str(tmp_path / "run.json"))
+    assert said in line and f"{kind}.factory: wrong_factories:{kind}" in line

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tally
 import torch
 
 from offload import cli
@@ -47,14 +48,27 @@ def threads_kept() -> Iterator[None]:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, threads_kept: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(
+    tmp_path: Path, threads_kept: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> Callable[..., str]:
     """Call the command in an empty folder; it must say one line, fail, and leave everything as it was, but for a cache that the data's
     own factory has made. Returns the line."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
 
+    noted = request.node.user_properties
+    noted.append((tally.PROPERTY, ("wrong input: one line, exit code 1 or 2, nothing made", 0, 0, "")))
+    at = len(noted) - 1
+
     def call(*arguments: str, codes: tuple[int, ...] = (1, 2)) -> str:
+        what, trials, *_ = noted[at][1]
+        noted[at] = (tally.PROPERTY, (what, trials + 1, 1, str(arguments)))  # a failure, until it is known to be none
+        line = tried(*arguments, codes=codes)
+        noted[at] = (tally.PROPERTY, (what, trials + 1, 0, ""))
+        return line
+
+    def tried(*arguments: str, codes: tuple[int, ...]) -> str:
         capsys.readouterr()
         before = sorted(tmp_path.rglob("*"))
         try:
