@@ -187,7 +187,7 @@ class Checkpoints:
         manifest = commit.manifest
         state = manifest.state
         read = decode if "encoding" in state else _plain
-        groups = [read(group) for group in state["groups"]]
+        groups = [_without_kernels(read(group)) for group in state["groups"]]
         self._check_groups(f"commit {manifest.number}", groups)
         self._updater.drain()
         self._store.driver.quiesce()
@@ -204,9 +204,7 @@ class Checkpoints:
             # Exact mode goes on from where lock-free mode had the parameters; commits of format 1 may lack the entry.
             slot.ahead = tuple(state.get("ahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
         for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
-            # How torch computes an update is this run's own matter; a commit's may say otherwise, or nothing.
-            taken = {key: v for key, v in saved.items() if key not in ("fused", "foreach")}
-            group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in taken.items()})
+            group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
         with torch.no_grad():
             for key, kept in self._ordinary_tensors().items():
                 kept.copy_(ordinary[key])
@@ -215,7 +213,7 @@ class Checkpoints:
         self._last_step, self._last_s = manifest.step, time.monotonic()
         changed = config_changes(state["config"], self._config.model_dump(mode="json"))
         if "given" in state:
-            given = [read(group) for group in state["given"]]
+            given = [_without_kernels(read(group)) for group in state["given"]]
             changed += hyper_changes(given, self._given)
             self._given = given
         newer = [str(error) for number, error in sorted(self.committer.damaged.items()) if number > manifest.number]
@@ -305,6 +303,11 @@ class Checkpoints:
             mover.start_load(tensor, frame)
             mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
             tensor.fixed = True
+
+
+def _without_kernels(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A commit's parameter group without what says how torch computes updates: the engine has one way, which commits once did not name."""
+    return {key: value for key, value in group.items() if key not in ("fused", "foreach")}
 
 
 def _first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:

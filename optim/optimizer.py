@@ -66,6 +66,9 @@ class PagedOptimizer(Optimizer):
         super().__init__(groups, dict(template.defaults))
         self._known_members = self._members()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("an optimizer over pages cannot be copied or pickled; use optimizer.state_dict()")
+
     def attach(
         self, updater: Updater, stepped: Callable[[], None], check_model: Callable[[], None], collect_in_hooks: Callable[[bool], None]
     ) -> None:

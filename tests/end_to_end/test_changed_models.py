@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -518,3 +520,45 @@ def test_an_engine_that_fails_after_it_has_rounded_the_model_says_so(tmp_path: P
         offload.initialize(model, config(tmp_path, mode="lock-free"))
     assert not hasattr(caught.value, "__notes__")
     assert_untouched(model)
+
+
+def test_a_commit_that_does_not_say_fused_goes_on(tmp_path: Path) -> None:
+    with offload.initialize(built(), config(tmp_path)) as engine:
+        train(engine, 2)
+        for group in engine.optimizer.param_groups:
+            group["fused"] = None
+        engine.save()
+        expected = engine.model.state_dict()
+    with offload.initialize(built(), config(tmp_path)) as engine:
+        resumed = engine.resume()
+        assert resumed is not None and not resumed.changed
+        assert all(torch.equal(value, expected[name]) for name, value in engine.model.state_dict().items())
+        assert engine.optimizer.param_groups[0]["fused"] is True
+        train(engine, 1)
+    assert_closed(engine)
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickle.dumps])
+def test_an_optimizer_over_pages_is_not_copied(copying: Callable[[Any], object], engine: offload.Engine) -> None:
+    with pytest.raises(RuntimeError, match=r"an optimizer over pages cannot be copied or pickled; use optimizer.state_dict\(\)"):
+        copying(engine.optimizer)
+
+
+def test_hooks_of_the_optimizer_and_batch_norms_of_an_average_are_those_of_plain_torch(tmp_path: Path) -> None:
+    called: list[str] = []
+    plain, model = (nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    data = [torch.randn(8, 16) for _ in range(3)]
+    with offload.initialize(model, config(tmp_path), adamw) as engine:
+        engine.optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+        engine.optimizer.register_step_post_hook(lambda *_: called.append("after"))
+        optimizer = adamw(plain.parameters())
+        engine.backward(model(data[0]).square().mean())
+        engine.step()
+        plain(data[0]).square().mean().backward()
+        optimizer.step()
+        for one in (model, plain):
+            torch.optim.swa_utils.update_bn(data, one)
+        assert called == ["before", "after"]
+        assert_equal(model, plain)
+    assert_closed(engine)
