@@ -282,6 +282,7 @@ class HandOff(RuleBasedStateMachine):
                     self.made[slot].append(self.step_number)
                     self.training.gradient(unit, slot, mark(N, self.step_number))
             self.training.step()
+            self.training.clear(zeros=False)
 
     @rule(moves=turns, choice=st.integers(0, 2), which=st.integers(0, 2))
     def look(self, moves: list[int], choice: int, which: int) -> None:
