@@ -105,6 +105,8 @@ class Engine:
         self._micro_batches = 0
         self._choice: RecomputeChoice | None = None
         deferred = store_of(model)
+        if deferred is not None:
+            deferred.adopt_views(model)
         check_parameters(model, (deferred or PageStore).device)
         if deferred is not None and (deferred.config.memory, deferred.config.ssd) != (self.config.memory, self.config.ssd):
             raise ValueError("the model was built under deferred_init with other memory or ssd settings; use the same")

@@ -11,6 +11,7 @@ down) is a lease of the arena: the pages stay where they are until the last alia
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -122,6 +123,22 @@ class PagedParameter(nn.Parameter):
         self.data = source
         return self
 
+    def detach(self) -> Tensor:
+        """As torch's. ``nn.Parameter(paged)``, which begins with it, is another parameter over the same pages, while the model is built.
+
+        Raises:
+            RuntimeError: the engine is made, and parameters cannot be added any more.
+        """
+        if sys._getframe(1).f_code is not nn.Parameter.__new__.__code__:
+            return super().detach()
+        binder = self._place.binder
+        if binder.updater is not None or binder.closed:
+            raise RuntimeError(
+                f"nn.Parameter over {self._place.slot.name}, which is paged: an engine's parameters stay as they are; make parametrizations "
+                "(weight_norm, ...) and other changes before prepare, or clone the values (nn.Parameter(weight.detach().clone()))"
+            )
+        return binder.alias(nn.Parameter(self._place.placeholder), self._place)
+
     def as_subclass(self, cls: type[Any]) -> Any:
         """A view of the values, as that class."""
         return self.view_as(self).as_subclass(cls)
@@ -212,6 +229,15 @@ class Binder:
             parameter.data = place.placeholder
         parameter.__class__ = PagedParameter
         parameter._place = place  # type: ignore[attr-defined]
+
+    def alias(self, parameter: nn.Parameter, place: Place) -> PagedParameter:
+        """Make an ordinary parameter another one over the memory of a paged one, as ``nn.Parameter(paged)`` is."""
+        with _NO_TORCH_FUNCTION():
+            parameter.data = place.placeholder
+        parameter.__class__ = PagedParameter
+        parameter._place = Place(self, place.unit, place.slot)  # type: ignore[attr-defined]
+        assert isinstance(parameter, PagedParameter)
+        return parameter
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[PagedParameter]) -> Any:
         """Call ``func`` with ``parameters`` bound; what it changed in them is kept.
