@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import inspect
 import random
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -212,7 +213,7 @@ class Checkpoints:
         self.committer.follow(commit)
         self._last_step, self._last_s = manifest.step, time.monotonic()
         changed = config_changes(state["config"], self._config.model_dump(mode="json"))
-        if "given" in state:
+        if state.get("given") is not None:
             given = [_without_kernels(read(group)) for group in state["given"]]
             changed += hyper_changes(given, self._given)
             self._given = given
@@ -236,11 +237,14 @@ class Checkpoints:
         if len(groups) != len(self._optimizer.param_groups):
             raise CommitError(f"{where} has {len(groups)} parameter groups, this run {len(self._optimizer.param_groups)}")
         known = set(inspect.signature(self._optimizer.torch_class).parameters) - {"params"}
+        needed = set(self._optimizer.hypers()[0]) if groups else set()
         for place, (saved, own) in enumerate(zip(groups, self._optimizer.param_groups, strict=True)):
+            if needed - set(saved):
+                raise CommitError(f"{where}: parameter group {place} has no {min(needed - set(saved))}")
             for key, value in saved.items():
-                kind = _kind(own[key]) if key in own else _kind(0.0) if key == "initial_lr" else None
-                if kind is not None and own.get(key) is not None and _kind(value) != kind:
-                    raise CommitError(f"{where}: {key} of parameter group {place} is {value!r}, this run's {own.get(key)!r}")
+                like = own.get(key, 0.0 if key == "initial_lr" else value)
+                if _kind(value) != _kind(like) and not (like is None and type(value) in (bool, int, float)):
+                    raise CommitError(f"{where}: {key} of parameter group {place} is {reprlib.repr(value)}, this run's {reprlib.repr(like)}")
             try:
                 self._optimizer.torch_class([torch.zeros(1)], **{key: v for key, v in saved.items() if key in known})
             except (TypeError, ValueError, RuntimeError) as error:

@@ -10,7 +10,6 @@ What is shared comes back as copies: a list that a state has at two places becom
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 import reprlib
 from collections import Counter, OrderedDict, deque
@@ -142,9 +141,13 @@ def decode(written: Any) -> Any:
         return {key: decode(item) for key, item in written.items()}
     tag = written[TAG]
     try:
+        more = set(written) - {TAG, "v", *_MORE.get(tag, ())}
+        if more:
+            raise ValueError(f"it has a key {reprlib.repr(min(more))}")
         return _DECODERS[tag](written)
-    except (KeyError, TypeError, ValueError, binascii.Error, RuntimeError) as error:
-        raise ValueError(f"{str(tag)[:40]!r} with {str(written.get('v'))[:40]!r} is no value: {type(error).__name__}: {error}") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        why = "no such type" if isinstance(error, KeyError) and tag not in _DECODERS else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{reprlib.repr(tag)} with {reprlib.repr(written.get('v'))} is no value: {why[:300]}") from None
 
 
 def _items(written: dict[str, Any]) -> list[Any]:
@@ -193,6 +196,10 @@ def _complex(written: dict[str, Any]) -> complex:
     return complex(real, imaginary)
 
 
+#: Keys that a type has beside ``v``.
+_MORE: Final[dict[str, tuple[str, ...]]] = {
+    "deque": ("maxlen",), "numpy": ("dtype", "shape"), "ndarray": ("dtype", "shape"), "tensor": ("dtype", "shape"),
+}  # fmt: skip
 _DECODERS: Final[dict[str, Callable[[dict[str, Any]], Any]]] = {
     "float": lambda written: float(written["v"]),
     "complex": _complex,

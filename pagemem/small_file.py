@@ -122,13 +122,11 @@ def _float(text: str) -> float:
 
 def _deeper(value: Any, levels: int) -> bool:
     """Whether containers lie more than ``levels`` deep in each other."""
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list):
-        return False
-    # Most lists are of numbers; a call for each would take as long as the parsing.
-    inner = [item for item in value if isinstance(item, (dict, list))]
-    return bool(inner) and (levels == 1 or any(_deeper(item, levels - 1) for item in inner))
+    level = [value] if isinstance(value, (dict, list)) else []
+    while level and levels:
+        level = [inner for outer in level for inner in (outer.values() if type(outer) is dict else outer) if type(inner) in (dict, list)]
+        levels -= 1
+    return bool(level)
 
 
 _T = TypeVar("_T")

@@ -1,0 +1,376 @@
+"""A small launched run, and its files damaged or crafted in hundreds of ways: by field, by byte, by kind of file.
+
+A crafted manifest has a right header and checksum: whoever can write to the folder can compute one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from launch_data import sentence_text
+from torch import Tensor, nn
+from xxhash import xxh3_128_hexdigest
+
+from offload.config import load_config
+from offload.console import Output
+from offload.data import ByteCorpus
+from offload.launch import launch
+from pagemem.manifest import FORMAT
+
+
+class Small(nn.Module):
+    """Embedding, a normalisation with buffers, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(256, 64), nn.BatchNorm1d(64), nn.Linear(64, 256)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cross entropy."""
+        return nn.functional.cross_entropy(self.head(self.norm(self.embed(x).flatten(0, 1))), y.flatten())
+
+
+def small_model() -> nn.Module:
+    """The factory of the model."""
+    return Small()
+
+
+def small_data(folder: Path, seed: int) -> ByteCorpus:
+    """The factory of the data."""
+    return sentence_text(folder, seed)
+
+
+def settings(folder: Path, steps: int) -> dict[str, Any]:
+    """A configuration of a run in ``folder``, with a commit after every step."""
+    return {
+        "memory": {"ram": "1MiB", "page": "64KiB"},
+        "ssd": {"paths": [str(folder / "pages")], "threads": 1},
+        "commit": {"every_steps": 1, "keep": 2},
+        "model": {"factory": "crafted_files:small_model"},
+        "data": {"factory": "crafted_files:small_data"},
+        "train": {"steps": steps, "batch": 2, "seq": 16, "evaluate_batches": 0, "log_every": 1000},
+        "output": {"run": str(folder / "log")},
+    }
+
+
+def small_run(folder: Path, steps: int = 3) -> None:
+    """Train it; the page file is cut to what commits name, so that it can be copied often."""
+    launch(load_config(settings(folder, steps)), Output(quiet=True))
+    reached = max(
+        [first + n for t in _manifest(folder)[1]["tensors"] for first, n in t["runs"]] + [t["tail"][0] + 1 for t in _manifest(folder)[1]["tensors"] if t["tail"]]
+    )
+    others = [first + n for number in (1, 2, 3) for t in _tensors(folder, number) for first, n in t["runs"]]
+    tails = [t["tail"][0] + 1 for number in (1, 2, 3) for t in _tensors(folder, number) if t["tail"]]
+    os.truncate(folder / "pages" / "pages.bin", max([reached, *others, *tails]) << 16)
+
+
+def _toml(raw: dict[str, Any]) -> str:
+    lines = []
+    for section, keys in raw.items():
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _tensors(folder: Path, number: int) -> list[Any]:
+    path = folder / "pages" / "commits" / f"commit-{number:08d}.json"
+    return _body(path)["tensors"] if path.exists() else []
+
+
+def _body(path: Path) -> Any:
+    return json.loads(path.read_bytes().partition(b"\n")[2])
+
+
+def newest(folder: Path) -> Path:
+    """The newest manifest."""
+    return max((folder / "pages" / "commits").glob("*.json"))
+
+
+def _manifest(folder: Path) -> tuple[Path, Any]:
+    path = newest(folder)
+    return path, _body(path)
+
+
+def write_manifest(path: Path, body: bytes) -> None:
+    """With a header that fits."""
+    path.write_bytes(f"{FORMAT} {len(body)} {xxh3_128_hexdigest(body)}\n".encode() + body)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong.
+
+    Attributes:
+        file: which kind of file: "manifest", "side", "identity", "lock", "pages", "plan", "metrics", "run identity", "config".
+        do: does it to a run's folder.
+    """
+
+    file: str
+    what: str
+    do: Callable[[Path], None]
+
+
+# ---- by field ------------------------------------------------------------------------------------------------------------
+
+MISSING = object()
+TWICE = object()
+INTS = (-1, 10**30, True, 1.5, "7", None, [], MISSING)
+FLOATS = ("x", None, True, [], MISSING)
+TEXTS = (7, None, [], "two\nlines", "x" * 100_000, MISSING)
+LISTS = (None, {}, "x", 3, MISSING)
+DICTS = (None, [], "x", 3, {"surplus": 1}, MISSING)
+
+
+def values_for(value: Any) -> tuple[Any, ...]:
+    """What to put in a value's place."""
+    if isinstance(value, bool):
+        return (1, "true", None, MISSING)
+    for kinds, wrong in ((int, INTS), (float, FLOATS), (str, TEXTS), (list, LISTS), (dict, DICTS)):
+        if isinstance(value, kinds):
+            return wrong
+    return (3.5, [], {}, MISSING)
+
+
+def fields(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every field of a JSON value with its path; of lists and of objects with names for keys, the first entry only."""
+    yield path, value
+    if isinstance(value, dict):
+        named = path[-1:] in (("parameters",), ("update_steps",), ("names",))
+        unread = path[-1:] == ("given",) or path[:2] == ("state", "config")  # but for the paths
+        for key in list(value)[:1] if named else {"ssd", "paths"} & set(value) if unread else value:
+            yield from fields(value[key], (*path, key))
+    elif isinstance(value, list) and value:
+        yield from fields(value[0], (*path, 0))
+
+
+def changed(root: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy with another value at ``path``."""
+    made = json.loads(json.dumps(root))
+    target = made
+    for key in path[:-1]:
+        target = target[key]
+    if value is MISSING:
+        del target[path[-1]]
+    else:
+        target[path[-1]] = value
+    return made
+
+
+def field_damages(root: Any, write: Callable[[Path, bytes], None], file: str, under: tuple[Any, ...] = ()) -> Iterator[Damage]:
+    """Each field with each wrong value; a surplus key in each object, and a key twice."""
+    for path, value in fields(root):
+        if not path or path[: len(under)] != under:
+            continue
+        for wrong in values_for(value):
+            body = json.dumps(changed(root, path, wrong)).encode()
+            what = "missing" if wrong is MISSING else repr(wrong)[:30]
+            yield Damage(file, f"{'.'.join(map(str, path))} is {what}", lambda folder, body=body: write(folder, body))
+        if isinstance(value, dict):
+            body = json.dumps(changed(root, (*path, "surplus"), 1)).encode()
+            yield Damage(file, f"{'.'.join(map(str, path))} has a key more", lambda folder, body=body: write(folder, body))
+    text = json.dumps(root).encode()
+    key, first = next(iter(root.items()))
+    for what, body in {
+        "a key twice": text[:-1] + f", {json.dumps(key)}: {json.dumps(first)}}}".encode(),
+        "NaN": text[:-1] + b', "x": NaN}', "Infinity": text[:-1] + b', "x": -Infinity}', "1e999": text[:-1] + b', "x": 1e999}',
+        "deep lists": b"[" * 100_000, "deep objects": b'{"a":' * 100_000, "closed deep lists": b"[" * 5000 + b"]" * 5000,
+        "empty": b"", "null": b"null", "text": b'"x"', "list": b"[]", "object": b"{}", "not UTF-8": b"\xff\xfe{}", "zeros": bytes(5000),
+        "512 KiB of brackets": b"[" + b"[]," * 170_000 + b"0]",
+    }.items():  # fmt: skip
+        yield Damage(file, what, lambda folder, body=body: write(folder, body))
+
+
+# ---- by byte and by kind ---------------------------------------------------------------------------------------------------
+
+
+def byte_damages(file: str, find: Callable[[Path], Path], n_bytes: int, draw: random.Random) -> Iterator[Damage]:
+    """Flipped bits, cuts at many lengths, zeroed blocks, and more at the end."""
+
+    def edit(change: Callable[[bytearray], bytes]) -> Callable[[Path], None]:
+        return lambda folder: (path := find(folder)).write_bytes(change(bytearray(path.read_bytes()))) and None
+
+    def flip(content: bytearray, place: int, bit: int) -> bytes:
+        content[place % len(content)] ^= 1 << bit
+        return bytes(content)
+
+    def zero(content: bytearray, place: int) -> bytes:
+        content[place : place + 512] = bytes(len(content[place : place + 512]))
+        return bytes(content)
+
+    for _ in range(6):
+        place, bit = draw.randrange(n_bytes), draw.randrange(8)
+        yield Damage(file, f"bit {bit} of byte {place} flipped", edit(lambda c, place=place, bit=bit: flip(c, place, bit)))
+    for length in sorted({0, 1, 7, 8, 9, n_bytes // 2, n_bytes - 1, *(draw.randrange(n_bytes) for _ in range(3))}):
+        yield Damage(file, f"cut to {length} bytes", edit(lambda c, length=length: bytes(c[:length])))
+    for place in (0, n_bytes // 3 // 512 * 512):
+        yield Damage(file, f"zeros from byte {place}", edit(lambda c, place=place: zero(c, place)))
+    yield Damage(file, "a line more", edit(lambda c: bytes(c) + b"more\n"))
+
+
+def kind_damages(file: str, find: Callable[[Path], Path]) -> Iterator[Damage]:
+    """Something else than a file in its place."""
+
+    def instead(make: Callable[[Path, Path], object]) -> Callable[[Path], None]:
+        def do(folder: Path) -> None:
+            path = find(folder)
+            path.unlink(missing_ok=True)
+            make(path, folder)
+
+        return do
+
+    def huge(path: Path, folder: Path) -> None:
+        with open(path, "wb") as made:
+            made.truncate(8 << 30)
+
+    def bind(path: Path, folder: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as made:
+            here = os.open(path.parent, os.O_RDONLY)
+            try:
+                made.bind(f"/proc/self/fd/{here}/{path.name}")
+            finally:
+                os.close(here)
+
+    yield Damage(file, "a FIFO", instead(lambda path, folder: os.mkfifo(path)))
+    yield Damage(file, "a folder", instead(lambda path, folder: path.mkdir()))
+    yield Damage(file, "a socket", instead(bind))
+    yield Damage(file, "a link to nothing", instead(lambda path, folder: path.symlink_to("nothing")))
+    yield Damage(file, "a link to a file outside", instead(lambda path, folder: path.symlink_to(folder.parent / "outside" / "file")))
+    yield Damage(file, "a link to /dev/zero", instead(lambda path, folder: path.symlink_to("/dev/zero")))
+    yield Damage(file, "8 GiB of zeros", instead(huge))
+    yield Damage(file, "missing", instead(lambda path, folder: None))
+
+
+# ---- all of them -------------------------------------------------------------------------------------------------------------
+
+
+def _side(folder: Path) -> Path:
+    return newest(folder).with_suffix(".safetensors")
+
+
+def _with_side(folder: Path, content: bytes) -> None:
+    """Side file of the newest commit, and what its manifest says of it."""
+    path, body = _manifest(folder)
+    body["state"]["beside"] = {"n_bytes": len(content), "xxh3": xxh3_128_hexdigest(content)}
+    write_manifest(path, json.dumps(body).encode())
+    _side(folder).write_bytes(content)
+
+
+def _side_damages(folder: Path) -> Iterator[Damage]:
+    content = _side(folder).read_bytes()
+    n_header = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + n_header]), content[8 + n_header :]
+
+    def write(folder: Path, body: bytes) -> None:
+        _with_side(folder, len(body).to_bytes(8, "little") + body + data)
+
+    yield from field_damages(header, write, "side")
+    name = next(name for name in header if name != "__metadata__")
+    begin, end = header[name]["data_offsets"]
+    for what, entry in {
+        "an offset beyond the end": {"data_offsets": [begin, 2**50]}, "an overlap": {"data_offsets": [begin, end + 4]}, "turned": {"data_offsets": [end, begin]},
+        "a huge shape": {"shape": [2**50, 2**50]}, "another shape": {"shape": [1, 1, 1]}, "an unknown dtype": {"dtype": "F1"},
+        "an attribute for a dtype": {"dtype": "__class__"}, "another dtype": {"dtype": "I32"},
+    }.items():  # fmt: skip
+        body = json.dumps({**header, name: {**header[name], **entry}}).encode()
+        yield Damage("side", what, lambda folder, body=body: write(folder, body))
+    for what, n_bytes in (("a header longer than the file", 2**40), ("a header of no bytes", 0), ("a header of 2^64 bytes", 2**64 - 1)):
+        made = n_bytes.to_bytes(8, "little") + content[8:]
+        yield Damage("side", what, lambda folder, made=made: _with_side(folder, made))
+    yield Damage("side", "more at its end", lambda folder: _with_side(folder, content + bytes(64)))
+    yield Damage("side", "7 bytes", lambda folder: _with_side(folder, content[:7]))
+
+
+def _place_damages(folder: Path) -> Iterator[Damage]:
+    """Frames out of range or used twice, sizes against pages, names that are none."""
+    _, body = _manifest(folder)
+    one = next(place for place, tensor in enumerate(body["tensors"]) if tensor["runs"])
+    other = next(place for place, tensor in enumerate(body["tensors"]) if tensor["runs"] and place != one)
+    tensor, taken = body["tensors"][one], body["tensors"][other]["runs"][0][0]
+    n_frames = tensor["runs"][0][1]
+    for what, entry in {
+        "a frame beyond the file": {"runs": [[10**6, n_frames], *tensor["runs"][1:]]}, "10^9 frames": {"runs": [[0, 10**9]]},
+        "10^12 frames and bytes": {"runs": [[0, 10**9]], "n_bytes": 10**9 << 16, "tail": None}, "a frame twice": {"runs": [[taken, n_frames], *tensor["runs"][1:]]},
+        "a run of no frames": {"runs": [[0, 0]]}, "a tail beyond its page": {"tail": [0, 61440, 8192]}, "a tail not in blocks": {"tail": [0, 100, 4096]},
+        "a tail of two numbers": {"tail": [0, 4096]}, "a sum less": {"sums": tensor["sums"][1:]}, "a sum more": {"sums": [*tensor["sums"], 1]},
+        "a sum beyond 64 bits": {"sums": [2**64, *tensor["sums"][1:]]}, "a tag that is none": {"tag": "gradient"}, "a size not in blocks": {"n_bytes": tensor["n_bytes"] + 1},
+        "a size of another number of pages": {"n_bytes": tensor["n_bytes"] + (1 << 20)}, "a name with a slash": {"name": "../../etc"}, "a name with a bell": {"name": "a\a"},
+        "the name of another": {"name": body["tensors"][other]["name"], "tag": body["tensors"][other]["tag"]},
+    }.items():  # fmt: skip
+        made = json.dumps(changed(body, ("tensors", one), {**tensor, **entry})).encode()
+        yield Damage("manifest", what, lambda folder, made=made: write_manifest(newest(folder), made))
+    for what, path, value in (
+        ("page_bytes that are no power of two", ("page_bytes",), 65537), ("other pages than those before", ("page_bytes",), 131072),
+        ("another number", ("number",), 77), ("another run's id", ("run_ids", 0), "x"), ("two run ids", ("run_ids",), ["x", "y"]), ("no run id", ("run_ids",), []),
+        ("no tensors", ("tensors",), []), ("an optimizer that is none", ("state", "optimizer"), "Lion"), ("a group of another kind", ("state", "groups", 0, "betas"), [0.9]),
+        ("a rate below 0", ("state", "groups", 0, "lr"), -1.0), ("an unknown encoding", ("state", "encoding"), 3), ("random numbers for a generator", ("state", "random", "torch"), "AAAA"),
+        ("a generator of another kind", ("state", "random", "numpy", 0), "PCG64"), ("a position beyond the end", ("state", "random", "numpy", 2), 625),
+        ("no base64", ("state", "random", "torch"), "%%"), ("a slice that ends before it begins", ("state", "units", 0, "slices", 0, "end"), 0),
+        ("a parameter beyond its tensor", ("state", "units", 0, "slots", 0, "offset"), 2**40), ("a dtype that is a module", ("state", "units", 0, "dtype"), "nn"),
+        ("a parameter in a tensor that is not there", ("state", "units", 0, "parameters"), "parameter: none"),
+        ("a shape of 10^30 elements", ("state", "units", 0, "slots", 0, "shape"), [10**15, 10**15]), ("65 dimensions", ("state", "units", 0, "slots", 0, "shape"), [1] * 65),
+        ("a tag that is none", ("state", "tracked", "launch"), {"$type": "object", "v": 1}), ("an array of 10^12 numbers", ("state", "tracked", "launch"), {"$type": "ndarray", "dtype": "<f4", "shape": [10**12], "v": ""}),
+        ("a state of another kind", ("state", "tracked", "launch"), 7), ("paths with a zero byte", ("state", "config", "ssd", "paths"), ["a\0b"]),
+    ):  # fmt: skip
+        made = json.dumps(changed(body, path, value)).encode()
+        yield Damage("manifest", what, lambda folder, made=made: write_manifest(newest(folder), made))
+
+
+CONFIGS: dict[str, str] = {
+    "laughs.yaml": "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    "itself.yaml": "memory: &m {ram: *m}\n", "itself2.yaml": "memory: &m\n  ram: 1MiB\n  page: *m\n", "merge.yaml": "a: &a {b: 1}\nmemory: {<<: [*a, *a]}\n",
+    "deep.yaml": "[" * 30_000, "deepblock.yaml": "- " * 30_000, "deep.json": "[" * 60_000, "deep.toml": "a = " + "[" * 60_000, "deepkeys.toml": "a" + ".a" * 30_000 + " = 1",
+    "object.yaml": "!!python/object/apply:os.system ['true']", "tag.yaml": "memory: !!binary '%%'", "twice.yaml": "memory: {ram: 1MiB}\nmemory: {ram: 2MiB}",
+    "twice.json": '{"memory": {"ram": 1}, "memory": {"ram": 2}}', "twice.toml": "[memory]\nram = 1\n[memory]\nram = 2", "nan.json": '{"memory": {"ram": NaN}}',
+    "inf.toml": "[memory]\nram = inf", "huge.toml": "[memory]\nram = " + "9" * 5000, "huge.json": '{"memory": {"ram": ' + "9" * 5000 + "}}", "huge.yaml": "memory: {ram: " + "9" * 5000 + "}",
+    "exp.yaml": "memory: {ram: 1.0e+999}", "empty.toml": "", "empty.yaml": "", "empty.json": "", "list.json": "[]", "text.yaml": "just text", "number.json": "3", "null.json": "null",
+    "binary.toml": "\x00\x01\x02", "bom.json": "\ufeff{}", "large.toml": "# " + "x" * (1 << 20), "large.yaml": "a: [" + "1, " * 60_000 + "1]", "date.toml": "[memory]\nram = 1979-05-27",
+    "date.yaml": "memory: {ram: 2026-99-99}", "none.ini": "[memory]", "control.json": '{"mem\\u0007ory\\n": 1}', "section.toml": "memory = 3", "tabs.yaml": "memory:\n\tram: 1",
+    "many.toml": "\n".join(f"k{n} = 1" for n in range(5000)), "surplus.toml": "[memory]\nram = '1MiB'\n[ssd]\npaths = ['x']\n[other]\na = 1",
+}  # fmt: skip
+
+
+def all_damages(folder: Path) -> list[Damage]:
+    """Everything that is done to the run in ``folder``."""
+    draw = random.Random(5)
+    path, body = _manifest(folder)
+    made = list(_place_damages(folder))
+    made += field_damages(body, lambda folder, content: write_manifest(newest(folder), content), "manifest")
+    made += byte_damages("manifest", newest, path.stat().st_size, draw)
+    made += kind_damages("manifest", lambda folder: folder / "pages" / "commits" / path.name)
+    made += _side_damages(folder)
+    made += byte_damages("side", _side, _side(folder).stat().st_size, draw)
+    made += kind_damages("side", lambda folder: folder / "pages" / "commits" / f"{path.stem}.safetensors")
+    for file, name in (("identity", "pages/pagemem.json"), ("run identity", "log/offload-run.json"), ("plan", "pages/plan.json")):
+        content = (folder / name).read_bytes()
+        made += field_damages(json.loads(content), lambda folder, body, name=name: (folder / name).write_bytes(body) and None, file)
+        made += byte_damages(file, lambda folder, name=name: folder / name, len(content), draw)
+        made += kind_damages(file, lambda folder, name=name: folder / name)
+    made += byte_damages("metrics", lambda folder: folder / "log" / "metrics.jsonl", (folder / "log" / "metrics.jsonl").stat().st_size, draw)
+    made += kind_damages("metrics", lambda folder: folder / "log" / "metrics.jsonl")
+    made += kind_damages("pages", lambda folder: folder / "pages" / "pages.bin")
+    made += kind_damages("lock", lambda folder: folder / "pages" / "pagemem.lock")
+    for content in (b"", b"\xff" * 100, b"1\n2\n", b"\x1b[2J\n", bytes(1 << 20)):
+        made.append(Damage("lock", f"holds {content[:8]!r}", lambda folder, content=content: (folder / "pages" / "pagemem.lock").write_bytes(content) and None))
+    for name, text in CONFIGS.items():
+        made.append(Damage("config", name, lambda folder, name=name, text=text: (folder / name).write_text(text) and None))
+    made += kind_damages("config", lambda folder: folder / "config.toml")
+    made += byte_damages("config", lambda folder: folder / "config.toml", len(_toml(settings(folder, 4))), draw)
+    return made
+
+
+def copied(base: Path, to: Path) -> Path:
+    """A copy of a run, with a configuration that makes one step more."""
+    shutil.copytree(base, to, symlinks=True)
+    (to / "config.toml").write_text(_toml(settings(to, 4)))
+    return to
+
+
+torch.manual_seed(0)
