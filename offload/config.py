@@ -11,7 +11,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -60,6 +60,10 @@ Size = Annotated[int, BeforeValidator(_size)]
 Folder = Annotated[str, AfterValidator(_folder)]
 #: A decay rate of a moment.
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+#: Lines of an error at the most.
+_MOST_LINES: Final = 20
 
 
 class _Section(BaseModel):
@@ -339,8 +343,10 @@ def load_config(source: Config | Mapping[str, Any] | str | Path, where: str = "c
         return Config.model_validate(raw)
     except ValidationError as error:
         where = where if isinstance(source, Mapping) else str(source)
-        lines = [described_error(entry, Config) for entry in error.errors()]
-        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+        lines = list(dict.fromkeys(described_error(entry, Config) for entry in error.errors()[:_MOST_LINES]))
+        if error.error_count() > _MOST_LINES:
+            lines.append(f"and {error.error_count() - _MOST_LINES} things more")
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
 def load_optimizer(raw: Mapping[str, Any]) -> OptimizerConfig:

@@ -96,7 +96,8 @@ def faults_of(command: str, damage: Damage, outcome: Outcome) -> list[str]:
     said = outcome.lines if command != "verify" or outcome.lines else [line for line in outcome.out.splitlines() if line.startswith("commit ")][:1]
     if outcome.code not in (0, 1):
         found.append(f"exit code {outcome.code}")
-    if outcome.code == 1 and len(said) != 1:
+    # A configuration has one line for each thing that is wrong in it.
+    if outcome.code == 1 and not 1 <= len(said) <= (25 if damage.file == "config" else 1):
         found.append(f"{len(said)} lines: {said[:3]}")
     if any(len(line) > 1500 or not line.isprintable() for line in said):
         found.append(f"a line that is long or not printable: {said[0][:200]!r}")
@@ -120,7 +121,7 @@ def benign(damage: Damage) -> bool:
     """Whether a run may go on from it without a word."""
     missing = damage.what in [f"state.groups.0.{key} is missing" for key in BENIGN_KEYS]
     in_a_date = damage.file == "identity" and "flipped" in damage.what and int(damage.what.split()[4]) > 100
-    return missing or in_a_date or damage.what.startswith(BENIGN) or damage.file == "lock"
+    return missing or in_a_date or damage.what.startswith(BENIGN) or damage.file in ("lock", "pages")
 
 
 class Bench:
@@ -180,7 +181,8 @@ def test_a_sample_of_them(bench: Bench) -> None:
         by_file.setdefault(damage.file, []).append(damage)
     sample = [damage for there in by_file.values() for damage in there[:: max(1, len(there) // 9)]]
     assert len(sample) >= 80
-    assert [fault for damage in sample for fault in bench.try_one(damage, READERS[damage.file][:1])] == []
+    faults = [fault for damage in sample for fault in bench.try_one(damage, READERS[damage.file][:1])]
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.long
@@ -191,4 +193,4 @@ def test_all_of_them(bench: Bench, tally: Any) -> None:
     kinds = Counter(damage.file for damage in bench.damages)
     detail = ", ".join(f"{n} {file}" for file, n in kinds.items()) + "; passed over: " + ", ".join(f"{n} {what}" for what, n in bench.passed.items())
     tally("crafted or damaged files: one line, 1 s, 50 MiB, nothing outside", trials=len(bench.damages), failures=len(failures), detail=detail)
-    assert failures == []
+    assert not failures, "\n".join(failures)

@@ -61,8 +61,16 @@ class Told:
 def own_loop(kind: str, folder: Path, say: Callable[[str], None]) -> None:
     """A loop of one's own: commits in the background after every step, one with a name, and two exports."""
     with Run(SETUPS[kind], folder, every_steps=1, keep=2) as run:
+
+        def export_if_due() -> None:
+            step = run.engine.steps
+            if step in EXPORTS and not (folder / f"export-{step}").exists():
+                run.engine.export(folder / f"export-{step}")
+                say(f"committed {step}")
+
         resumed = run.engine.resume()
         say(f"resumed {0 if resumed is None else resumed.step}")
+        export_if_due()
         while run.engine.steps < STEPS:
             run.step()
             step = run.engine.steps
@@ -70,9 +78,7 @@ def own_loop(kind: str, folder: Path, say: Callable[[str], None]) -> None:
             if step == 6:
                 run.engine.save("named")
                 say(f"committed {step}")
-            if step in EXPORTS and not (folder / f"export-{step}").exists():
-                run.engine.export(folder / f"export-{step}")
-                say(f"committed {step}")
+            export_if_due()
         say(f"end {digest(run.state())}")
 
 
