@@ -179,8 +179,8 @@ def test_a_sample_of_them(bench: Bench) -> None:
     by_file: dict[str, list[Damage]] = {}
     for damage in bench.damages:
         by_file.setdefault(damage.file, []).append(damage)
-    sample = [damage for there in by_file.values() for damage in there[:: max(1, len(there) // 9)]]
-    assert len(sample) >= 80
+    sample = [damage for there in by_file.values() for damage in there[:: max(1, len(there) // 6)]]
+    assert len(sample) >= 50
     faults = [fault for damage in sample for fault in bench.try_one(damage, READERS[damage.file][:1])]
     assert not faults, "\n".join(faults)
 
