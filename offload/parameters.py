@@ -396,7 +396,7 @@ class Binder:
             place.unit.version += 1
 
     def notice_edits(self, unit: Unit) -> None:
-        """Count what was written to a unit's parameters through views."""
+        """Count what was written to a unit's parameters through views: when one is saved, so that it is not held against it, and asked for again."""
         for place in self._watched.get(unit, {}).values():
             assert place.seen is not None
             reference, version = place.seen

@@ -178,7 +178,17 @@ def through_data(model: nn.Module, other: nn.Module) -> None:
     model.get_parameter("blocks.0.up.weight").type(torch.float64).zero_()
 
 
-@pytest.mark.parametrize("edit", [average, by_vector, decay, through_data])
+def through_views(model: nn.Module, other: nn.Module) -> None:
+    """By views taken before, of the parameters that are written to and of others of the same unit."""
+    names = ("tok.weight", "blocks.0.norm1.weight", "blocks.0.up.weight")
+    kept = [model.get_parameter(name).detach().clone() for name in names]
+    for name, value in zip(names, kept, strict=True):
+        model.get_parameter(name).detach().mul_(0.9)
+        model.get_parameter(name).lerp_(value, 0.25)
+        model.get_parameter(name)[:2].zero_()
+
+
+@pytest.mark.parametrize("edit", [average, by_vector, decay, through_data, through_views])
 @pytest.mark.parametrize("steps", [0, 3])
 def test_edits_are_those_of_plain_torch(edit: Callable[[nn.Module, nn.Module], None], steps: int, tmp_path: Path) -> None:
     plain = built()
