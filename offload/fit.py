@@ -22,6 +22,7 @@ from offload.memory import commit_frames
 from offload.rehearsal import Bandwidths, Rehearsal, rehearsed
 from offload.verdict import Available, commits_at_all
 from pagemem.mover import Mover
+from pagemem.own_file import naming
 from pagemem.page_file import PAGE_FILE_NAME
 from pagemem.units import format_bytes
 
@@ -96,15 +97,25 @@ class Fit:
 
 def available_here(config: Config) -> Available:
     """What this machine has now: RAM that is free, limits, and the free bytes of the file systems that ``ssd.paths`` lie on, or would,
-    with the page files that are there already, which the run would use."""
+    with the page files that are there already, which the run would use.
+
+    Raises:
+        StorageError: a folder cannot be looked at.
+    """
+    with naming("looking at", ", ".join(config.ssd.paths)):
+        disk_bytes = _disk_bytes(config)
+    memory = memory_fact()
+    limits = {"RLIMIT_DATA": memory.data_limit_bytes, "RLIMIT_AS": memory.address_limit_bytes}
+    known = tuple((name, n_bytes) for name, n_bytes in limits.items() if n_bytes is not None)
+    return Available(memory.usable_bytes, disk_bytes, known)
+
+
+def _disk_bytes(config: Config) -> int:
     folders = [next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir()) for path in config.ssd.paths]
     by_device = {folder.stat().st_dev: shutil.disk_usage(folder).free for folder in folders}
     files = [Path(path) / PAGE_FILE_NAME for path in config.ssd.paths]
     there_bytes = sum(file.stat().st_blocks * 512 for file in files if file.is_file())
-    memory = memory_fact()
-    limits = {"RLIMIT_DATA": memory.data_limit_bytes, "RLIMIT_AS": memory.address_limit_bytes}
-    known = tuple((name, n_bytes) for name, n_bytes in limits.items() if n_bytes is not None)
-    return Available(memory.usable_bytes, sum(by_device.values()) + there_bytes, known)
+    return sum(by_device.values()) + there_bytes
 
 
 def room_here(config: Config) -> Room:

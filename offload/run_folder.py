@@ -17,7 +17,7 @@ from typing import Final
 from offload.config import Config
 from pagemem.errors import RunDirectoryError, StorageError
 from pagemem.folder_lock import LOCK_NAME, FolderLock
-from pagemem.own_file import make_folder, remove_folders, replace_file
+from pagemem.own_file import kind_of, make_folder, naming, remove_file, remove_folders, replace_file
 from pagemem.page_file import PAGE_FILE_NAME
 from pagemem.run_directory import IDENTITY_NAME, folder_use
 from pagemem.small_file import parse_json, read_small
@@ -67,7 +67,9 @@ class RunFolder:
         Raises:
             RunDirectoryError: it cannot be written.
         """
-        if not (self.path / _IDENTITY).exists():
+        with naming("looking for", self.path / _IDENTITY):
+            there = kind_of(self.path / _IDENTITY) is not None
+        if not there:
             self._write(_IDENTITY, json.dumps({"format": _FORMAT}) + "\n")
             self._claimed = True
         return self.path / DATA
@@ -116,10 +118,14 @@ class RunFolder:
         """Give the folder back. A folder that no run began in is as it was. Idempotent."""
         if not self._lock.held:
             return  # closed before, or in a forked child
-        if self._claimed and set(os.listdir(self.path)) <= {_IDENTITY, LOCK_NAME}:
-            (self.path / _IDENTITY).unlink()
-        self._claimed = False
-        self._lock.close()
+        claimed, self._claimed = self._claimed, False
+        try:
+            with naming("listing", self.path):
+                names = set(os.listdir(self.path)) if claimed else set()
+            if claimed and names <= {_IDENTITY, LOCK_NAME}:
+                remove_file(self.path / _IDENTITY)
+        finally:
+            self._lock.close()
         remove_folders(self._made)
         self._made = []
 
@@ -168,8 +174,8 @@ def check_free(paths: Sequence[str]) -> None:
 @contextmanager
 def removed_unless_begun(folder: RunFolder, paths: Sequence[str]) -> Iterator[None]:
     """Remove the folders for page files that the block has made, if it fails before its run has begun in ``folder``."""
-    new = [path for path in map(Path, paths) if not path.exists()]
-    above = [parent for path in new for parent in path.absolute().parents if not parent.exists()]
+    new = [path for path in map(Path, paths) if _is_missing(path)]
+    above = [parent for path in new for parent in path.absolute().parents if _is_missing(parent)]
     try:
         yield
     finally:
@@ -178,6 +184,11 @@ def removed_unless_begun(folder: RunFolder, paths: Sequence[str]) -> Iterator[No
                 if path.is_dir() and set(os.listdir(path)) <= {IDENTITY_NAME, PAGE_FILE_NAME}:
                     shutil.rmtree(path)
             remove_folders(above)
+
+
+def _is_missing(path: Path) -> bool:
+    with naming("looking for", path):
+        return kind_of(path) is None
 
 
 def _numbered(name: str, number: int) -> str:

@@ -133,19 +133,19 @@ class Life:
         Raises:
             AssertionError: something is not as it should be.
         """
-        told, threads, descriptors = Told(), set(threading.enumerate()), _descriptors()
-        with pytest.MonkeyPatch.context() as patch, _in_time(), warnings.catch_warnings(record=True) as warned:
+        told, threads, descriptors = Told(), set(threading.enumerate()), descriptors()
+        with pytest.MonkeyPatch.context() as patch, in_time(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             calls = CountedCalls(patch, folder, at, fault)
             self.live(folder, told)
         told.errors += [str(warning.message) for warning in warned if isinstance(warning.message, RuntimeWarning)]
         left = [thread.name for thread in threading.enumerate() if thread not in threads]
         assert not left, f"threads are left: {left}"
-        assert not _descriptors() - descriptors, f"descriptors are left: {_descriptors() - descriptors}"
+        assert not descriptors() - descriptors, f"descriptors are left: {descriptors() - descriptors}"
         assert not (folder / "pages").exists() or holder_of(folder / "pages") is None, "the lock is held"
         struck = calls.struck
         _check_errors(told, struck, fault)
-        with pytest.MonkeyPatch.context() as patch, _in_time():
+        with pytest.MonkeyPatch.context() as patch, in_time():
             CountedCalls(patch, folder)
             self._check_left(folder, told, struck, fault, expected)
         return struck
@@ -228,7 +228,7 @@ def _noted(told: Told) -> Iterator[None]:
 
 
 @contextmanager
-def _in_time() -> Iterator[None]:
+def in_time() -> Iterator[None]:
     def late(_number: int, _frame: FrameType | None) -> None:
         raise AssertionError(f"it hangs: {TIMEOUT_S} s are over")
 
@@ -241,7 +241,7 @@ def _in_time() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _descriptors() -> set[tuple[str, str]]:
+def descriptors() -> set[tuple[str, str]]:
     found = set()
     for entry in os.listdir("/proc/self/fd"):
         try:

@@ -102,3 +102,9 @@ def raising_step() -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]
     """Training whose step fails."""
     model = nn.Linear(2, 2)
     return model, torch.optim.SGD(model.parameters()), raising
+
+
+def kept_text(folder: Path, seed: int, source: str) -> ByteCorpus:
+    """The files of a folder, which the corpus keeps in its own."""
+    files = sorted(Path(source).iterdir())
+    return ByteCorpus.of_files(folder, Path(source), files, seed=seed, validation_share=0.5)
