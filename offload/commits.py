@@ -357,8 +357,10 @@ class Committer:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        if failed and self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None  # kept here, it would keep its traceback, and so the caller's data
+        self._snapshot = None
+        if failed and failure is not None:
+            raise failure
 
     def _hurry(self) -> None:
         """Somebody does not want to wait: give up a commit that has yet to get pages; earlier ones are whole."""
