@@ -144,6 +144,8 @@ def _owner(identity: Path) -> str | None:
     """
     try:
         found = parse_json(read_small(identity, 64 * KiB))
+    except OSError as error:
+        raise RunDirectoryError(f"output.run: {identity} cannot be used: {error.strerror}. Nothing was changed") from error
     except ValueError as error:
         raise RunDirectoryError(f"output.run: {identity} is not the identity of a run: {error}. Nothing was changed; name another folder") from error
     owner = found.get("pages") if isinstance(found, dict) else None
