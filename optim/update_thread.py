@@ -19,12 +19,16 @@ only from a commit.
 
 from __future__ import annotations
 
+import atexit
 import enum
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -60,6 +64,10 @@ def piece_numel(units: Iterable[Unit], n_threads: int) -> int:
 def scratch_bytes(units: Iterable[Unit], n_threads: int) -> int:
     """What the updater has outside the arena."""
     return 2 * piece_numel(units, n_threads) * torch.float32.itemsize
+
+
+#: How long the end of a program waits for the thread, where nobody has closed the engine.
+_EXIT_PATIENCE_S: Final = 10.0
 
 
 class UpdaterState(enum.Enum):
@@ -132,6 +140,7 @@ class UpdateThread:
         self._pausing = False
         self._resting = False
         self._thread = threading.Thread(target=self._run, name="optim-updater", daemon=True)
+        self._at_exit = partial(_stop_at_exit, weakref.ref(self), os.getpid())
 
     # ---- the training thread's side ----------------------------------------------------------------------------
 
@@ -143,15 +152,21 @@ class UpdateThread:
         """
         start_thread(self._thread)
         self._become(UpdaterState.RUNNING)
+        atexit.register(self._at_exit)
 
-    def stop(self) -> None:
-        """End the thread, after the slice that it is working on; gradients not yet applied are given up. Idempotent."""
+    def stop(self, patience_s: float | None = None) -> None:
+        """End the thread, after the slice that it is working on; gradients not yet applied are given up. Idempotent.
+
+        Args:
+            patience_s: how long to wait for that; None: as long as it takes.
+        """
+        atexit.unregister(self._at_exit)
         self._stopping = True
         self._work.set()
         with self._progress:
             self._progress.notify_all()  # it may rest, if what asked it to was left by what a signal's handler raised
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(patience_s)
         if self.state in (UpdaterState.IDLE, UpdaterState.RUNNING):
             self._become(UpdaterState.STOPPED)
 
@@ -332,6 +347,16 @@ class UpdateThread:
         if state not in _LEGAL[self.state]:
             raise TransitionError(f"updater: {self.state.value} -> {state.value} is not a legal move")
         self.state = state
+
+
+def _stop_at_exit(thread: weakref.ref[UpdateThread], process: int) -> None:
+    """Where nobody has closed the engine: a thread that is in a kernel of torch when the interpreter ends aborts the process.
+
+    Not in a child process, which does not have the thread.
+    """
+    left = thread()
+    if left is not None and os.getpid() == process:
+        left.stop(_EXIT_PATIENCE_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,129 @@
+"""Handlers of others that raise in the middle of the engine's code, and programs that end without closing it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from raising_signal import Raised, raising
+from small_runs import batches, built, config
+from parity import adamw
+
+import offload
+from pagemem.errors import OffloadError
+
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "lock-free": {"update": {"mode": "lock-free", "max_staleness": 2}, "memory": {"ram": "8MiB"}},
+    "device": {"device": "cpu-emulated", "memory": {"device": "1MiB"}},
+}
+
+
+def settings(folder: Path, mode: str) -> dict[str, Any]:
+    made = config(folder)
+    for section, value in MODES[mode].items():
+        made[section] = {**made.get(section, {}), **value} if isinstance(value, dict) else value
+    return made
+
+
+def interrupted(folder: Path, mode: str, at: int, *, while_closing: bool) -> int:
+    """Train, with an exception at one instant of a step or of `close`; returns how many instants there were."""
+    engine = offload.initialize(built(), settings(folder, mode), adamw)
+    data = batches(4)
+
+    def step(number: int) -> None:
+        engine.backward(engine(*data[number]))
+        engine.step()
+
+    for number in range(3):
+        step(number)
+    engine.save(wait=False)
+    last: Callable[[], None] = engine.close if while_closing else lambda: step(3)
+    with raising(at) as instants:
+        try:
+            last()
+        except Raised:
+            pass
+        except (OffloadError, RuntimeError) as error:  # the step may be what the exception has made it; hanging is what it may not
+            assert not while_closing, error
+    try:
+        engine.close()
+    except (OffloadError, AssertionError, RuntimeError) as error:
+        assert not while_closing, error
+    assert not list(folder.rglob("pagemem.lock")), at
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith(("pagemem", "offload", "optim"))]
+    assert not left, (at, left)
+    return instants.count
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.timeout(120)
+def test_close_comes_to_its_end(tmp_path: Path, mode: str) -> None:
+    n_instants = interrupted(tmp_path / "all", mode, 0, while_closing=True)
+    assert n_instants > 50
+    for number, at in enumerate(random.Random(3).sample(range(1, n_instants), 6)):
+        interrupted(tmp_path / str(number), mode, at, while_closing=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("while_closing", [False, True], ids=["step", "close"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.timeout(1800)
+def test_at_random_instants(tmp_path: Path, tally: Callable[..., None], mode: str, while_closing: bool) -> None:
+    n_instants = interrupted(tmp_path / "all", mode, 0, while_closing=while_closing)
+    chosen = random.Random(4).sample(range(1, n_instants), min(50, n_instants - 1))
+    failures = []
+    for number, at in enumerate(chosen):
+        try:
+            interrupted(tmp_path / str(number), mode, at, while_closing=while_closing)
+        except AssertionError as error:
+            failures.append(f"instant {at}: {error}")
+    what = "close" if while_closing else "a step"
+    tally(f"a handler that raises in {what}: {mode}", trials=len(chosen), failures=len(failures), detail=f"of {n_instants} instants, seed 4")
+    assert not failures, failures[:3]
+
+
+ENDINGS = {
+    "the end": ("", 0),
+    "an exception": ("raise ValueError('nobody catches it')", 1),
+    "sys.exit": ("sys.exit(7)", 7),
+    "os._exit": ("os._exit(8)", 8),
+    "Ctrl-C": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(30)", -signal.SIGINT),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("mode", ["lock-free", "device"])
+@pytest.mark.timeout(120)
+def test_a_program_that_ends_without_closing(tmp_path: Path, mode: str, ending: str) -> None:
+    statement, code = ENDINGS[ending]
+    program = f"""
+import os, signal, sys, time
+from pathlib import Path
+import torch, offload
+torch.set_num_threads(1)
+from parity import adamw
+from small_runs import batches, built
+from test_raising_handlers import settings
+engine = offload.initialize(built(), settings(Path({str(tmp_path)!r}), {mode!r}), adamw)
+for batch in batches(3):
+    engine.backward(engine(*batch))
+    engine.step()
+engine.save(wait=False)
+engine.backward(engine(*batches(1)[0]))
+engine.step()
+{statement}
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    ended = subprocess.run([sys.executable, "-c", program], timeout=100, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    assert not any(word in ended.stderr for word in ("Fatal", "terminate", "Exception ignored")), ended.stderr
+    offload.initialize(built(), settings(tmp_path, mode), adamw).close()
