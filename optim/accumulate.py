@@ -126,14 +126,22 @@ class GradientStore:
                 if flat._version != before:
                     driver.mover.touch(unit.gradients)
 
-    def forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
-        """Gradients of some of a unit's parameters are used up or thrown away."""
+    def forget(self, unit: Unit, slots: Sequence[Slot], *, consumed: bool = False) -> None:
+        """Gradients of some of a unit's parameters are used up or thrown away.
+
+        Args:
+            consumed: whether an op has said so already; otherwise there is one here, where a plan has to reckon with it.
+        """
         had_pages = any(slot.paged for slot in slots)
         for slot in slots:
             if slot.direct is not None:
                 self.direct_bytes -= _host_bytes(unit, slot.direct)
             slot.forget_gradient()
         if had_pages and unit.gradients is not None and not unit.sums_at_home and not any(slot.paged for slot in unit.slots):
+            if not consumed:
+                key = (OpKind.GRADIENT, (unit.index, "cleared"))
+                with self._driver.op(key, f"gradients of {unit.name}", [Access(unit.gradients.id, AccessMode.RENEW)]):
+                    pass
             self._driver.consume(unit.gradients)
         self._reservation.resize(self.direct_bytes)
 

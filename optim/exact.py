@@ -308,7 +308,7 @@ class ExactUpdater(GradientHolder):
             slot.norm = None
         unit.version += 1
         unit.pending = self._torn = None
-        self._store.forget(unit, spent)
+        self._store.forget(unit, spent, consumed=True)
         for slot in spent:
             if slot.grad is Grad.HELD:
                 slot.become(Grad.SPENT)

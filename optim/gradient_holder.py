@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -167,18 +167,21 @@ class GradientHolder(ABC):
                 f"zero_grad() without step(), but updates of this step have been made already; to skip steps {START_HINT}; {ABANDON_HINT}"
             )
         skipped = any(slot.arrivals for _, slot in self._slots)
-        for unit, slot in self._slots:
-            if slot.grad is not Grad.NONE:
-                self._drop(unit, slot, Grad.ZEROS if zeros else Grad.NONE)
+        # What a step that is skipped ends with is not part of any plan.
+        with self._driver.interlude() if skipped else nullcontext():
+            for unit, slot in self._slots:
+                if slot.grad is not Grad.NONE:
+                    self._drop(unit, slot, Grad.ZEROS if zeros else Grad.NONE)
         self._forget_arrivals()
         if skipped:
             self._driver.abandon_step()
 
     def abandon(self) -> None:
         """Give the step under way up: gradients that were not used are dropped, updates that were made stay."""
-        for unit, slot in self._slots:
-            if slot.grad is not Grad.NONE:
-                self._drop(unit, slot, Grad.NONE)
+        with self._driver.interlude():
+            for unit, slot in self._slots:
+                if slot.grad is not Grad.NONE:
+                    self._drop(unit, slot, Grad.NONE)
         for unit in self._index.units:
             unit.updated = unit.ended = False
         self._forget_arrivals()

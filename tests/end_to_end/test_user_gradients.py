@@ -66,6 +66,19 @@ def test_otherwise_it_works_too_or_says_what_to_set(name: str, place: str, tmp_p
     assert 'set update.start = "step" in the configuration' in message and REFUSED[name] in message and "\n" not in message
 
 
+@pytest.mark.parametrize("start", ["auto", "step"])
+@pytest.mark.parametrize("name", ["torch.autograd.grad", "edits", "grad = None", "clip_grad_norm_", "logging", "cleared before backward", "zeros"])
+def test_steps_that_touch_gradients_follow_a_plan(name: str, start: str, tmp_path: Path) -> None:
+    model, optimizer = offload.prepare(mlp(), fused, config(tmp_path, "ssd", start=start))
+    engine: offload.Engine = optimizer.engine  # type: ignore[attr-defined]
+    LOOPS[name](model, optimizer)
+    before = engine.stats()
+    LOOPS[name](model, optimizer)
+    since = engine.stats().since(before)
+    assert (since.steps, since.planned_steps, since.deviations) == (4, 4, 0)
+    assert_closed(engine)
+
+
 #: What needs a gradient after its step, when the updater has it.
 LATE = ("torch.autograd.grad", "logging", "never cleared")
 
