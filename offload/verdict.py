@@ -93,7 +93,8 @@ def decide(config: Config, need: BudgetNeed | None, unknown: str, available: Ava
         if memory.ram >= limit_bytes:  # Mapped whole, whatever of it is used.
             found.append(Shortage(f"{ram}, {name} is {format_bytes(limit_bytes)}", "lower memory.ram, or raise the limit"))
     content_bytes = memory.ram if need is None else need.content_bytes
-    used_bytes = min(memory.ram, content_bytes)
+    # For a device all of it is pinned, whatever of it is used.
+    used_bytes = memory.ram if config.device.startswith("cuda") else min(memory.ram, content_bytes)
     if used_bytes > available.ram_bytes:
         used = ram if used_bytes == memory.ram else f"{ram}, of which the model's states take {format_bytes(used_bytes)}"
         said = f"{used}, {format_bytes(available.ram_bytes)} of RAM can be had"
