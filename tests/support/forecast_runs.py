@@ -102,6 +102,7 @@ def trained(config: Config, steps: int = STEPS) -> tuple[offload.MemoryReport, i
                 x = torch.randint(0, 256, (ROWS, TOKENS))
                 engine.backward(engine(x, x))
             engine.optimizer.step()
+            engine.optimizer.zero_grad()
         engine._store.driver.quiesce()
         plan = engine._store.driver.plan
         assert plan is not None and engine.stats().deviations == 0
