@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload.binder import Binder
 from offload.hooks import MethodHook
-from offload.parameters import Binder, PagedParameter
+from offload.parameters import PagedParameter
 
 #: What torch does to every parameter and buffer of a module.
 Conversion = Callable[[Tensor], Tensor]

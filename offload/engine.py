@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from offload.activations import SavedActivations, chunk_bytes
+from offload.binder import Binder
 from offload.blocks import Blocks
 from offload.budget_checks import check_model
 from offload.checkpoint import Checkpoints, Stateful
@@ -32,7 +33,7 @@ from offload.fast_paths import keep_fast_paths
 from offload.hooks import SavedWeights
 from offload.model_checks import check_parameters
 from offload.memory import MemoryReport, Stats, memory_report, planned_step_s, stats_of
-from offload.parameters import Binder, PagedParameter
+from offload.parameters import PagedParameter
 from offload.plan_file import plan_keepers
 from offload.profile import Profile
 from offload.recompute_choice import RecomputeChoice

@@ -14,8 +14,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from offload.binder import Binder
 from offload.hooks import MethodHook
-from offload.parameters import Binder, PagedParameter
+from offload.parameters import PagedParameter
 
 _LAYERS: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.binder import Binder
 from offload.compilers import raise_refusal, refuse_compilers
-from offload.parameters import Binder, PagedParameter
+from offload.parameters import PagedParameter
 from offload.saved_storage import KeptTensor, LeftActivation
 from optim.unit import Unit
 from scheduler.trace import Access, AccessMode, OpKind

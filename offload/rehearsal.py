@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
+from offload.binder import Binder
 from offload.config import Config
 from offload.cpu_attention import AttentionOfCpu
 from offload.deferred_init import built_into
@@ -27,7 +28,6 @@ from offload.hooks import SavedView, SavedWeights
 from offload.kernels import CostMode
 from offload.live_storages import Holder, LiveStorages
 from offload.no_bytes import MetaArena, MetaDevice, NoFiles
-from offload.parameters import Binder
 from offload.store import PageStore
 from optim import LossScale, Scaling
 from pagemem.accelerator import Accelerator

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from offload.binder import Binder
 from offload.budget_checks import check_built, check_lockable
 from offload.config import Config
 from offload.conversions import guard_conversions
@@ -28,7 +29,7 @@ from offload.hooks import copied_in_state_dict
 from offload.masters import narrow
 from offload.need import Sizes
 from offload.neighbours import Group, Neighbours, common_name, own_groups
-from offload.parameters import Binder, PagedParameter, Place
+from offload.parameters import PagedParameter, Place
 from offload.repack import copy_slot, repack
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
 from pagemem import forks, interrupts
