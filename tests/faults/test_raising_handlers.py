@@ -18,6 +18,8 @@ from small_runs import batches, built, config
 from parity import adamw
 
 import offload
+from offload.commits import Committer
+from offload.engine import EngineState
 from pagemem.errors import OffloadError
 
 MODES: dict[str, dict[str, Any]] = {
@@ -89,6 +91,49 @@ def test_at_random_instants(tmp_path: Path, tally: Callable[..., None], mode: st
     what = "close" if while_closing else "a step"
     tally(f"a handler that raises in {what}: {mode}", trials=len(chosen), failures=len(failures), detail=f"of {n_instants} instants, seed 4")
     assert not failures, failures[:3]
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_in_close_is_raised_when_all_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = offload.initialize(built(), settings(tmp_path, "exact"), adamw)
+    batch = batches(1)[0]
+    engine.backward(engine(*batch))
+    engine.step()
+    engine.save(wait=False)
+    close = Committer.close
+
+    def pressed(committer: Committer) -> None:
+        for _ in range(6):
+            signal.raise_signal(signal.SIGINT)
+        close(committer)
+
+    monkeypatch.setattr(Committer, "close", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert engine.state is EngineState.CLOSED and engine._store.given_back
+    assert not list(tmp_path.rglob("pagemem.lock"))
+    assert [path.name for path in (tmp_path / "pages" / "commits").iterdir()] == ["commit-00000001.json"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_while_a_save_is_waited_for_leaves_the_commit_to_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with offload.initialize(built(), settings(tmp_path, "exact"), adamw) as engine:
+        hold, sync = threading.Event(), engine.page_files.sync
+        monkeypatch.setattr(engine.page_files, "sync", lambda: (hold.wait(60), sync()))
+        wait = Committer.wait
+
+        def pressed(committer: Committer) -> None:
+            if committer.busy:
+                signal.raise_signal(signal.SIGINT)
+            wait(committer)
+
+        monkeypatch.setattr(Committer, "wait", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            engine.save()
+        assert engine._checkpoints.committer.busy
+        hold.set()
+    assert [path.name for path in (tmp_path / "pages" / "commits").iterdir()] == ["commit-00000001.json"]
 
 
 ENDINGS = {
