@@ -86,12 +86,9 @@ class Binder:
         parameter.__class__ = PagedParameter
         parameter._place = place  # type: ignore[attr-defined]
 
-    def alias(self, parameter: nn.Parameter, place: Place) -> PagedParameter:
-        """Make an ordinary parameter another one over the memory of a paged one, as ``nn.Parameter(paged)`` is."""
-        with _NO_TORCH_FUNCTION():
-            parameter.data = place.placeholder
-        parameter.__class__ = PagedParameter
-        parameter._place = Place(self, place.unit, place.slot)  # type: ignore[attr-defined]
+    def alias(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> PagedParameter:
+        """Make an ordinary parameter another one over the memory of the paged one that is there, as ``nn.Parameter(paged)`` is."""
+        self.adopt(parameter, unit, slot)
         assert isinstance(parameter, PagedParameter)
         return parameter
 

@@ -33,6 +33,7 @@ from offload.fast_paths import keep_fast_paths
 from offload.hooks import SavedWeights
 from offload.model_checks import check_parameters
 from offload.memory import MemoryReport, Stats, memory_report, planned_step_s, stats_of
+from offload.page_views import adopt_views, check_unviewed
 from offload.parameters import PagedParameter
 from offload.plan_file import plan_keepers
 from offload.profile import Profile
@@ -107,12 +108,12 @@ class Engine:
         self._choice: RecomputeChoice | None = None
         deferred = store_of(model)
         if deferred is not None:
-            deferred.adopt_views(model)
+            adopt_views(deferred, model)
         check_parameters(model, (deferred or PageStore).device)
         if deferred is not None and (deferred.config.memory, deferred.config.ssd) != (self.config.memory, self.config.ssd):
             raise ValueError("the model was built under deferred_init with other memory or ssd settings; use the same")
         if deferred is not None:
-            deferred.check_unviewed(model)
+            check_unviewed(deferred, model)
         self._store = deferred or PageStore(self.config)
         self._store.has_engine = True
         self._undo: list[Callable[[], None]] = []

@@ -127,7 +127,7 @@ class PagedParameter(nn.Parameter):
                 f"nn.Parameter over {self._place.slot.name}, which is paged: an engine's parameters stay as they are; make parametrizations "
                 "(weight_norm, ...) and other changes before prepare, or clone the values (nn.Parameter(weight.detach().clone()))"
             )
-        return binder.alias(nn.Parameter(self._place.placeholder), self._place)
+        return binder.alias(nn.Parameter(self._place.placeholder), self._place.unit, self._place.slot)
 
     def as_subclass(self, cls: type[Any]) -> Any:
         """A view of the values, as that class."""

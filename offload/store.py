@@ -16,7 +16,6 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from offload.binder import Binder
 from offload.budget_checks import check_built, check_lockable
@@ -29,7 +28,8 @@ from offload.hooks import copied_in_state_dict
 from offload.masters import narrow
 from offload.need import Sizes
 from offload.neighbours import Group, Neighbours, common_name, own_groups
-from offload.parameters import PagedParameter, Place
+from offload.page_views import adopt_view
+from offload.parameters import PagedParameter
 from offload.repack import copy_slot, repack
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
 from pagemem import forks, interrupts
@@ -153,30 +153,10 @@ class PageStore:
         if self.closed:
             raise self.binder.refusal(name)
         for key, parameter in module.named_parameters(recurse=False):
-            self._adopt_view(f"{name}.{key}" if name else key, parameter)
+            adopt_view(self, f"{name}.{key}" if name else key, parameter)
         for group in own_groups(name, module, lambda p: isinstance(p, PagedParameter) or p in self._neighbours):
             for unit in self._neighbours.take(group):
                 self.make_unit(unit)
-
-    def _adopt_view(self, name: str, parameter: nn.Parameter) -> None:
-        """Have a parameter over the memory of a paged one (``nn.Parameter(paged.data)``) be another name of that one's pages.
-
-        Raises:
-            ValueError: it is over a part of it, or over another shape.
-        """
-        if isinstance(parameter, PagedParameter) or is_lazy(parameter) or parameter.device.type == "meta" or not parameter.numel():
-            return
-        located = self.mover.arena.locate(parameter.data_ptr())
-        if located is None:
-            return
-        frame, offset = located
-        unit = next(u for u in self.index.units if u.parameters.frame is not None and 0 <= frame - u.parameters.frame < u.parameters.n_frames)
-        assert unit.parameters.frame is not None
-        begin = ((frame - unit.parameters.frame) * self.page_bytes + offset) // unit.dtype.itemsize
-        slot = next(slot for slot in unit.slots if slot.offset <= begin < slot.end)
-        if (slot.offset, slot.shape, slot.dtype) != (begin, parameter.shape, parameter.dtype) or not parameter.is_contiguous():
-            raise ValueError(f"{name} is a view of a part of {slot.name}, which is in pages; clone the values: nn.Parameter(view.clone())")
-        self.binder.alias(parameter, Place(self.binder, unit, slot))
 
     def flush(self) -> None:
         """Make a unit of the parameters that wait for neighbours."""
@@ -315,26 +295,6 @@ class PageStore:
         del self.binder.units[unit.compute.id]
         for tensor in [unit.parameters, *(p.master for p in unit.slices if p.master), *(p.states for p in unit.slices if p.states)]:
             self.mover.forget(tensor)
-
-    def adopt_views(self, model: nn.Module) -> None:
-        """Have the model's parameters that are over the memory of paged ones be other names of these.
-
-        Raises:
-            ValueError: one is over a part of another, or over another shape.
-        """
-        for name, parameter in model.named_parameters():
-            self._adopt_view(name, parameter)
-
-    def check_unviewed(self, model: nn.Module) -> None:
-        """Raise ValueError where somebody has a view of a parameter: it would not see what becomes of the parameter."""
-        self.mover.collect_leases()
-        names = {p._place.unit: name for name, p in reversed(list(model.named_parameters())) if isinstance(p, PagedParameter)}
-        for unit in self.index.units:
-            if unit.compute.leases:
-                raise ValueError(
-                    f"a view of {names.get(unit, unit.name)}, taken while the model was built, is still in use (a variable, or an attribute such as "
-                    "torch.nn.utils.spectral_norm leaves); delete or clone it before the engine is made"
-                )
 
     def give_back(self, model: nn.Module) -> None:
         """Make a model whole and ordinary again, which needs as much memory beside the budget.
