@@ -121,7 +121,10 @@ class ExactUpdater(GradientHolder):
         return self._eager and alone and slot.group >= 0 and not unit.touched and not slot.has_bytes
 
     def _forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
-        self._store.forget(unit, slots)
+        # What only a first step leaves to be cleared is not part of the plan of later ones.
+        once = self._eager and not unit.touched and not any(slot.arrivals for slot in slots)
+        with self._driver.interlude() if once else nullcontext():
+            self._store.forget(unit, slots)
 
     def _settled(self, unit: Unit) -> None:
         self.before_use(unit)
