@@ -6,9 +6,7 @@ manifest; buffers and ordinary parameters are a safetensors file beside it. No p
 
 from __future__ import annotations
 
-import base64
 import inspect
-import random
 import reprlib
 import time
 from collections.abc import Mapping, Sequence
@@ -19,12 +17,13 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from offload.commit_state import ENCODING, numpy_state, python_state, state_tensor
+from offload.commit_state import ENCODING
 from offload.commits import Committer, Moment
 from offload.config import Config
 from offload.earlier import Commit
 from offload.parameters import PagedParameter
 from offload.plain_state import UnknownState, decode, encode
+from offload.random_states import random_states, set_random_states
 from offload.resumed import Resumed, config_changes, hyper_changes
 from offload.side_file import TORCH_DTYPES, SideFile
 from offload.store import PageStore
@@ -335,28 +334,3 @@ def _kind(value: Any) -> Any:
 
 def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's global generators, as JSON has it."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": _text_of(torch.get_rng_state()),
-        **({"cuda": _text_of(torch.cuda.get_rng_state(device))} if device.type == "cuda" else {}),
-        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
-        "python": [version, list(internal), gauss_next],
-    }
-
-
-def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Put the global generators where `random_states` found them; the device's only if it was of that kind then."""
-    torch.set_rng_state(state_tensor(states["torch"]))
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(state_tensor(states["cuda"]), device)
-    np.random.set_state(numpy_state(states["numpy"]))
-    random.setstate(python_state(states["python"]))
-
-
-def _text_of(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()

@@ -6,8 +6,6 @@ far as one file can tell. Whether it fits the model, and whether pages hold what
 
 from __future__ import annotations
 
-import base64
-import binascii
 import random
 from typing import Annotated, Any, Final
 
@@ -16,6 +14,7 @@ import torch
 from pydantic import BaseModel, Field, TypeAdapter
 
 from offload.plain_state import decode
+from offload.random_states import numpy_state, python_state, state_tensor
 from offload.stored_layout import StoredUnit
 from optim.unit import SLICE_ALIGN_NUMEL
 from pagemem.commit_folder import CommitFolder
@@ -194,30 +193,3 @@ def _check_random(states: _Random) -> None:
             take()
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise ValueError(f"state.random.{kind}: no state of a generator: {str(error).splitlines()[0][:120]}") from None
-
-
-def state_tensor(text: str) -> torch.Tensor:
-    """Bytes in base64 as torch's generators have them.
-
-    Raises:
-        ValueError: it is no base64.
-    """
-    try:
-        content = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise ValueError(str(error)) from None
-    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
-
-
-def numpy_state(saved: Any) -> Any:
-    """What `numpy.random.set_state` takes."""
-    name, keys, position, has_gauss, gauss = saved
-    if name != "MT19937" or len(keys) != 624 or position > 624:
-        raise ValueError(f"{name[:20]!r} with {len(keys)} numbers at {position}; it is 'MT19937' with 624")
-    return name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss
-
-
-def python_state(saved: Any) -> Any:
-    """What `random.setstate` takes."""
-    version, internal, gauss_next = saved
-    return version, tuple(internal), gauss_next
