@@ -5,7 +5,7 @@ the next store of its tensor goes to fresh frames (copy on write), and the old c
 commit costs what has changed since the last one, and at most doubles the room that the changing tensors take.
 
 After a failed sync the system may call what it could not write clean: no later sync says anything about it. So all copies
-written since the last good sync are *lost* until they are written again.
+written since the last good sync are *lost*: their tensors are stored anew, elsewhere.
 """
 
 from __future__ import annotations
@@ -141,7 +141,6 @@ class Copies:
 
     def wrote(self, stored: StoredCopy) -> None:
         """The copy has been written, whole; it is durable once a sync has succeeded that begins now or later."""
-        stored.lost = False
         self._unsynced.add(stored)
 
     def begin_sync(self) -> set[StoredCopy]:
@@ -150,9 +149,15 @@ class Copies:
         return written
 
     def sync_failed(self, written: set[StoredCopy]) -> None:
-        """That sync has failed: they are lost, and so is what was written meanwhile."""
+        """That sync has failed: they are lost, and so is what was written meanwhile.
+
+        Nothing is written to their frames any more while this run lasts: a file system may have lost what it keeps of those blocks, too
+        (ext4 without a journal that they have content at all), and writing them again need not mend that.
+        """
         for stored in written | self._unsynced:
-            stored.lost = True
+            if not stored.lost:
+                stored.lost = True
+                stored.commits += 1  # for good
         self._unsynced = set()
 
     def _free_if_unused(self, stored: StoredCopy) -> None:

@@ -170,7 +170,7 @@ class Mover(Tenants):
         self._emit(EventKind.READ, tensor, started_s)
 
     def start_store(self, tensor: PagedTensor, *, background: bool = False) -> None:
-        """Begin copying a dirty tensor to its page-file frames, to fresh ones if it has none or a commit names them.
+        """Begin copying a dirty tensor to its page-file frames, to fresh ones if it has none, a commit names them, or a sync has lost them.
 
         A ``background`` copy gives way to others.
 
@@ -178,7 +178,7 @@ class Mover(Tenants):
             DiskFullError: there is no room; the tensor is still dirty and whole.
         """
         with self.changed:
-            if tensor.copy is None or tensor.copy.commits:
+            if tensor.copy is None or tensor.copy.commits or tensor.copy.lost:
                 fresh = self._take_frames(tensor)
                 if tensor.copy is not None:
                     self.copies.leave(tensor.copy)
@@ -315,10 +315,12 @@ class Mover(Tenants):
             self.files.sync()
         except BaseException:
             with self.changed:
-                self.copies.sync_failed(written)
+                # Of what is being written, a part may have been before the sync.
+                under_way = {t.copy for t in self.tensors.values() if t.state is Residency.STORING and t.copy is not None}
+                self.copies.sync_failed(written | under_way)
                 for tensor in self.tensors.values():
                     if tensor.state is Residency.STORING:
-                        tensor.rewritten = True  # a part of it may have been written before the sync
+                        tensor.rewritten = True
                     elif tensor.state is Residency.CLEAN and tensor.backed and tensor.copy is not None and tensor.copy.lost:
                         self.touch(tensor)
                 self._notify()

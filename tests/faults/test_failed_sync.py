@@ -115,3 +115,21 @@ def test_nothing_is_retired_by_a_commit_whose_sync_failed(tmp_path: Path, monkey
         trained.step()
         trained.engine.save()
         assert sorted(os.listdir(tmp_path / "pages" / "commits")) == ["commit-00000003.json"]
+
+
+def test_frames_that_a_failed_sync_lost_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with run(tmp_path, RAM) as trained:
+        mover = trained.engine._store.mover
+        trained.step()
+        with monkeypatch.context() as patch:
+            LosingDisk(patch, tmp_path / "pages" / "pages.bin", 0)
+            with pytest.raises(offload.StorageError, match="syncing"):
+                trained.engine.save()
+        lost = {run.first + at for t in mover.tensors.values() if t.copy and t.copy.lost for run in t.copy.placement.runs for at in range(run.n_frames)}
+        assert lost
+        for _ in range(3):
+            trained.step()
+            trained.engine.save()
+            manifest = trained.engine._checkpoints.committer.commits[max(trained.engine._checkpoints.committer.commits)].manifest
+            named = {first + at for stored in manifest.tensors for first, n_frames in stored.runs for at in range(n_frames)}
+            assert named and not named & lost
