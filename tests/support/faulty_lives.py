@@ -133,7 +133,7 @@ class Life:
         Raises:
             AssertionError: something is not as it should be.
         """
-        told, threads, descriptors = Told(), set(threading.enumerate()), descriptors()
+        told, threads, before = Told(), set(threading.enumerate()), descriptors()
         with pytest.MonkeyPatch.context() as patch, in_time(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             calls = CountedCalls(patch, folder, at, fault)
@@ -141,7 +141,7 @@ class Life:
         told.errors += [str(warning.message) for warning in warned if isinstance(warning.message, RuntimeWarning)]
         left = [thread.name for thread in threading.enumerate() if thread not in threads]
         assert not left, f"threads are left: {left}"
-        assert not descriptors() - descriptors, f"descriptors are left: {descriptors() - descriptors}"
+        assert not descriptors() - before, f"descriptors are left: {descriptors() - before}"
         assert not (folder / "pages").exists() or holder_of(folder / "pages") is None, "the lock is held"
         struck = calls.struck
         _check_errors(told, struck, fault)
