@@ -220,6 +220,8 @@ def _train(
     """All steps from here on, their commit and the summary; ``pair`` is the first batch, where nobody has asked to end before it."""
     config = engine.config
     n_parameters = sum(p.numel() for p in engine.model.parameters())
+    if engine.steps and any("initial_lr" not in group for group in engine.optimizer.param_groups):
+        raise CommitError("the commit's parameter groups have no initial_lr, so it is not of a launched run; go on from it in a loop of your own")
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
     kept = kept_metrics(folder / METRICS, engine.steps)
     if kept.note is not None:
