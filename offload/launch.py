@@ -50,8 +50,11 @@ class _Past:
         return {"before_nats": self.before_nats}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the commit."""
-        self.before_nats = state_dict.get("before_nats")
+        """From the commit; raises ValueError for what is no loss."""
+        before_nats = state_dict.get("before_nats")
+        if before_nats is not None and type(before_nats) not in (int, float):
+            raise ValueError(f"before_nats is a {type(before_nats).__name__}, not a number")
+        self.before_nats = before_nats
 
 
 def _goes_on(config: Config) -> bool:
