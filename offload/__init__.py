@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from pathlib import Path
-from typing import Final
+from offload import starting
+
+starting.begin()  # before the imports that take long
+
+import importlib  # noqa: E402
+import importlib.util  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Final  # noqa: E402
 
 #: Top-level packages of this distribution, whose names others use too.
 _SIBLINGS: Final = ("pagemem", "scheduler", "optim")

@@ -37,6 +37,8 @@ from pagemem.tier import TRANSIENT, Tag
 
 
 _MAX_NAME: Final = 200
+#: What to do about a commit of another model.
+_OTHER_RUN: Final = "name other ssd.paths, or build the model and its optimizer with the arguments that the commit was made with"
 
 
 class Stateful(Protocol):
@@ -277,13 +279,13 @@ class Checkpoints:
             raise CommitError(f"{where} was made with {state['optimizer']}, this run has {self._rule_name}")
         differing = _first_difference(state["parameters"], self._parameters())
         if differing is not None:
-            raise CommitError(f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group)")
+            raise CommitError(f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group); {_OTHER_RUN}")
         differing = _first_difference(
             {name: [list(weight.shape), str(TORCH_DTYPES[weight.dtype])] for name, weight in beside.weights.items()},
             {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in self._ordinary_tensors().items()},
         )
         if differing is not None:
-            raise CommitError(f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype)")
+            raise CommitError(f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype); {_OTHER_RUN}")
         ours = self._tensors()
         theirs = {stored.key: stored.n_bytes for stored in commit.manifest.tensors}
         for key, n_bytes in theirs.items():

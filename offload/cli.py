@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import offload
+from offload import starting
 from offload.bench_ssd import full_plan
 from offload.bench_ssd_report import run_bench_ssd
 from offload.config import Config, ConfigError, load_config
@@ -296,9 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.owns_process and not {"", os.getcwd()} & set(sys.path):
         # Last, so that a file there takes the place of no installed package: factories that lie beside the configuration.
         sys.path.append(os.getcwd())
-    if arguments.owns_process:
-        own_process()
     try:
+        starting.end()
+        if arguments.owns_process:
+            own_process()
         code: int = arguments.call(arguments)
         if arguments.owns_process:
             only_exit_is_left()

@@ -17,6 +17,8 @@ def described_error(entry: Any, root: type[BaseModel]) -> str:
         return _unknown_key(parts, root)
     if kind == "missing" and isinstance(entry["loc"][-1], int):
         return f"{'.'.join(parts[:-1])} is too short: {reprlib.repr(entry['input'])}"
+    if kind == "too_short" and not entry["input"]:
+        return f"{where} is empty; name at least one"
     if kind == "missing":
         return f"{where} is missing"
     if kind in ("model_type", "model_attributes_type"):

@@ -278,7 +278,7 @@ def _train(
     evaluates = train.evaluate_batches and not is_closed(console)
     after_nats = validation_loss(engine, batches, reference, interrupt) if evaluates else None
     run = RunSummary(
-        n_parameters, engine.steps, train_s, samples_a_step * (engine.steps - first), a_sample, past.before_nats, after_nats, batches.unit,
+        n_parameters, engine.steps, engine.steps - first, train_s, samples_a_step * (engine.steps - first), a_sample, past.before_nats, after_nats, batches.unit,
         batches.unigram_entropy_bits(), stats, engine.memory_report(), engine.planned_step_s, _process_peak_bytes(),
     )  # fmt: skip
     print_summary(run, console)

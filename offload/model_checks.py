@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Final
 
@@ -21,6 +22,7 @@ def check_parameters(model: nn.Module, device: str = "cpu") -> None:
     Args:
         device: kind of device that the parameters are to be on.
     """
+    _check_uncompiled(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"{name} is not initialised yet (a lazy module's); run the model's forward once before the engine is made")
@@ -28,6 +30,19 @@ def check_parameters(model: nn.Module, device: str = "cpu") -> None:
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         raise ValueError("the model has no floating-point parameters to page")
     _check_separate(model)
+
+
+def _check_uncompiled(model: nn.Module) -> None:
+    """Raise ValueError for modules with parameters that torch.compile or torch.jit has made: they would compute with values that pages move away."""
+    by_torch_compile = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())  # Not imported: nothing is compiled.
+    for name, module in model.named_modules():
+        if next(module.parameters(), None) is None:
+            continue
+        what = name.removesuffix("._orig_mod") or "the model"
+        if isinstance(module, by_torch_compile) or module._compiled_call_impl is not None:
+            raise ValueError(f"{what} is compiled by torch.compile, which a model in pages cannot be; give the uncompiled model, as it was before that")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{what} is made by torch.jit, which cannot look into pages; give the model as it was before that")
 
 
 def check_values(name: str, parameter: Tensor, device: str) -> None:

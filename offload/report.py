@@ -24,11 +24,14 @@ class RunSummary:
     """Everything the closing table shows. Losses are validation losses, None when not measured.
 
     Attributes:
+        steps: made by now, also in earlier launches of the run.
+        made: steps of this launch, of which ``train_s``, ``samples`` and ``stats`` are.
         tokens_per_sample, unit: as the data say, see `offload.batches`.
     """
 
     n_parameters: int
     steps: int
+    made: int
     train_s: float
     samples: int
     tokens_per_sample: int | None
@@ -61,6 +64,11 @@ def _loss(run: RunSummary, nats: float | None) -> str:
     return "not measured" if nats is None else f"{run.shown(nats):.3f}"
 
 
+def _steps(run: RunSummary) -> str:
+    how = f"({run.stats.planned_steps} by plan, {run.stats.deviations} deviations)"
+    return f"{run.steps} {how}" if run.made == run.steps else f"{run.steps}, {run.made} of them in this launch {how}"
+
+
 def _per(unit: str | None) -> str:
     return "" if unit is None else f" per {unit}"
 
@@ -70,7 +78,7 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
     stats = run.stats
     rows = [
         ("parameters", f"{run.n_parameters:,}"),
-        ("steps", f"{run.steps} ({stats.planned_steps} by plan, {stats.deviations} deviations)"),
+        ("steps", _steps(run)),
         (f"validation before, {run.measure}", _loss(run, run.before_nats)),
         (f"validation after, {run.measure}", _loss(run, run.after_nats)),
         *([] if run.unigram_bits is None else [(f"unigram entropy of the validation text, bits{_per(run.unit)}", f"{run.unigram_bits:.3f}")]),
@@ -83,8 +91,8 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
         rows.append(("recomputed in the backward pass", f"{stats.recomputed_blocks} of the blocks of the model"))
     if stats.device_units:
         rows.append(("updated on the device, where their states are", f"{stats.device_units} units"))
-    if run.planned_step_s is not None and run.steps:
-        rows.append(("step, mean against planned", f"{run.train_s / run.steps:.3f} s, {run.planned_step_s:.3f} s"))
+    if run.planned_step_s is not None and run.made:
+        rows.append(("step, mean against planned", f"{run.train_s / run.made:.3f} s, {run.planned_step_s:.3f} s"))
     for name, tier in run.memory.tiers.items():
         budget = "no limit" if tier.budget_bytes is None else format_bytes(tier.budget_bytes)
         rows.append((f"{name} peak of budget", f"{format_bytes(tier.peak_bytes)} of {budget}"))
@@ -92,9 +100,9 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
         if tier.planned_with_commits and tier.planned_peak_pages is not None:
             planned = f"at most {planned}, with the commits that are kept"
         rows.append((f"{name} pages touched", f"{tier.peak_pages} of {format_bytes(run.memory.page_bytes)}, {planned}"))
-    if run.steps:
+    if run.made:
         for what, n_bytes in (("read", stats.bytes_read), ("written", stats.bytes_written)):
-            a_step = n_bytes / run.steps
+            a_step = n_bytes / run.made
             rows.append((f"SSD bytes {what} a step", f"{format_bytes(a_step)} ({a_step / run.n_parameters:.1f} a parameter)"))
     rows.append(("process peak (VmHWM), activations and interpreter included", format_bytes(run.process_peak_bytes)))
     return rows

@@ -18,6 +18,7 @@ from torch import nn
 from offload.config import ConfigError, load_config
 from offload.deferred_init import named_parts, watching_modules
 from offload.engine import ConfigLike
+from offload.factories import described
 from offload.model_checks import check_parameters
 from offload.need import BudgetNeed, UnitShape, budget_need
 from offload.neighbours import Group, groups_of, units_of
@@ -45,6 +46,8 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
         ConfigError, ValueError: something else does not fit together.
     """
     config = load_config(config)
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise ValueError(f"the model's factory is {described(factory)}; give a callable that builds the model, such as lambda: Model(...)")
     model, built = _built_on_meta(factory)
     check_parameters(model, "meta")
     template = template_of(optimizer, config, model)

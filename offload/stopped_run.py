@@ -144,4 +144,6 @@ def _run_id(path: Path) -> str:
         return read_run_id(path)
     except FileNotFoundError:
         what = f"it has no {IDENTITY_NAME}" if path.is_dir() else "there is no such folder"
-        raise RunDirectoryError(f"{path} is not a run directory: {what}") from None
+        below = sorted(folder.parent for folder in path.glob(f"*/{IDENTITY_NAME}")) if path.is_dir() else []
+        hint = f"; {', '.join(map(str, below[:3]))} below it {'is one' if len(below) == 1 else 'are'}" if below else ""
+        raise RunDirectoryError(f"{path} is not a run directory: {what}{hint}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -43,6 +44,12 @@ def _made_by(factory: Any, model: nn.Module) -> torch.optim.Optimizer:
     way_out = "give a factory, such as lambda p: torch.optim.AdamW(p, lr=3e-4, fused=True)"
     if not callable(factory):
         raise ValueError(f"the optimizer is a {type(factory).__name__}; {way_out}")
+    try:
+        inspect.signature(factory).bind([])
+    except TypeError as error:
+        raise ValueError(f"the optimizer's factory cannot be called with the model's parameters: {error}; {way_out}") from error
+    except ValueError:  # It has no signature, as some of C.
+        pass
     made = factory(list(model.parameters()))
     if not isinstance(made, torch.optim.Optimizer):
         raise ValueError(f"the optimizer's factory returns a {type(made).__name__}, not a torch.optim.Optimizer; {way_out}")

@@ -475,6 +475,7 @@ def test_what_pages_cannot_hold_is_refused_and_the_model_left_as_it_was(name: st
     [
         (lambda model: torch.optim.AdamW(model.parameters(), fused=True), "the optimizer is a AdamW; give a factory"),
         (lambda model: lambda parameters: None, "the optimizer's factory returns a NoneType, not a torch.optim.Optimizer"),
+        (lambda model: lambda: adamw(model.parameters()), "factory cannot be called with the model's parameters: too many positional arguments; give a"),
         (lambda model: torch.optim.AdamW, "AdamW: fused=None rounds otherwise"),
         (lambda model: lambda p: torch.optim.AdamW(built().parameters(), fused=True), r"the optimizer has a parameter of shape \(128, 128\) that is not the model's"),
         (lambda model: lambda p: torch.optim.LBFGS(p), "LBFGS does not run on pages"),

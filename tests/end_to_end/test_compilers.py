@@ -160,3 +160,48 @@ def test_gradients_of_a_functional_call_are_those_of_plain_torch(pair: tuple[nn.
         with_weights = {name: parameter.detach() * scale for name, parameter in model.named_parameters()}
         gradients.append(torch.autograd.grad(torch.func.functional_call(model, with_weights, (x,)).square().mean(), scale)[0])
     assert torch.equal(*gradients)
+
+
+def compiled_part() -> nn.Module:
+    """A model with one block compiled."""
+    return nn.Sequential(Part(), torch.compile(Part(), backend="eager"))
+
+
+def compiled_in_place() -> nn.Module:
+    """A model whose block compiles itself when it is called."""
+    model = built()
+    model[2].compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: torch.compile(built(), backend="eager"), "the model is compiled by torch.compile"),
+        (compiled_part, "1 is compiled by torch.compile"),
+        (compiled_in_place, "2 is compiled by torch.compile"),
+        (lambda: torch.jit.trace(built(), (torch.randn(4, 64),)), "the model is made by torch.jit"),
+    ],
+)
+def test_a_model_that_is_compiled_already_is_refused_before_it_is_paged(make: Callable[[], nn.Module], said: str, tmp_path: Path) -> None:
+    model = make()
+    with pytest.raises(ValueError, match=f"^{said}") as caught:
+        offload.prepare(model, adamw, config(tmp_path))
+    assert "\n" not in str(caught.value) and "give the" in str(caught.value) and not list(tmp_path.glob("**/pages.bin"))
+    torch.compiler.reset()
+
+
+def test_a_compiled_part_without_parameters_trains_as_in_plain_pytorch(tmp_path: Path) -> None:
+    def with_gelu() -> nn.Module:
+        torch.manual_seed(7)
+        return nn.Sequential(nn.Linear(64, 64), torch.compile(nn.GELU(), backend="eager"), nn.Linear(64, 64))
+
+    model, plain, x = with_gelu(), with_gelu(), torch.randn(4, 64)
+    ours = adamw(plain.parameters())
+    with offload.initialize(model, config(tmp_path), adamw) as engine:
+        engine.backward(model(x).square().mean())
+        engine.step()
+        plain(x).square().mean().backward()
+        ours.step()
+        assert_equal(model, plain)
+    torch.compiler.reset()

@@ -111,6 +111,7 @@ def test_ctrl_c_and_the_same_command_again(at: int, raw: dict[str, Any], uninter
     assert [step for step, _, _ in trained(raw)] == list(range(1, at + 2))
     code, text = run(raw)
     assert code == 0 and f"going on after step {at + 1}, from commit" in text
+    assert f" {STEPS}, {STEPS - at - 1} of them in this launch (" in text
     assert (trained(raw), validation(text)) == uninterrupted
 
 

@@ -256,3 +256,9 @@ def test_inside_deferred_init_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="smallest_budget inside deferred_init"), offload.deferred_init(config(tmp_path)):
         offload.smallest_budget(GPT, None, config(tmp_path))
     assert_untouched(built())
+
+
+@pytest.mark.parametrize(("given", "said"), [(lambda: nn.Linear(4, 4), "a Linear"), (lambda: 7, "a int")])
+def test_what_is_no_factory_is_refused_in_one_line(given: Callable[[], Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^the model's factory is {said}; give a callable that builds the model, such as lambda"):
+        offload.smallest_budget(given(), adamw, config(tmp_path))

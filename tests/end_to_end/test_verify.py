@@ -232,6 +232,7 @@ def test_what_cannot_be_verified_is_one_line(run: FinishedRun, tmp_path: Path, c
     (tmp_path / "foreign").mkdir()
     for arguments, said in (
         ([str(tmp_path / "foreign")], "is not a run directory: it has no pagemem.json"),
+        ([str(run.folder.parent)], f"is not a run directory: it has no pagemem.json; {run.folder} below it is one"),
         ([str(run.folder), "--commit", "7"], "has no commit '7'; whole ones are: 1 (first), 2"),
     ):
         assert main(["verify", *arguments]) == 1

@@ -112,7 +112,7 @@ def test_an_unknown_key_names_the_nearest_one(name: str, value: Any, said: str) 
         ("memory.page", "128MiB", "it must be a power of two from 64KiB to 64MiB"),
         ("memory.page", None, "memory.page: not a size: None"),
         ("ssd.paths", "pages", "ssd.paths: Input should be a valid list, not 'pages'"),
-        ("ssd.paths", [], "ssd.paths: "),
+        ("ssd.paths", [], "ssd.paths is empty; name at least one"),
         ("ssd.paths", ["a", "./a"], "paths name the same folder twice"),
         ("ssd.direct", "yes", "ssd.direct: must be \"auto\", true or false, not 'yes'"),
         ("ssd.direct", 1, 'ssd.direct: must be "auto", true or false, not 1'),

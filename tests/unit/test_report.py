@@ -24,7 +24,7 @@ MEMORY = MemoryReport(
     {"host": TierUse(4 * MIB, 2 * MIB, 3 * MIB, 48, 48), "ssd": TierUse(None, MIB, MIB, 16, None)}, {"PARAM": MIB}, 65536
 )
 RUN = RunSummary(
-    n_parameters=1000, steps=10, train_s=20.0, samples=50, tokens_per_sample=80, before_nats=8.01 * math.log(2), after_nats=2.5 * math.log(2), unit="byte", unigram_bits=4.5,
+    n_parameters=1000, steps=10, made=10, train_s=20.0, samples=50, tokens_per_sample=80, before_nats=8.01 * math.log(2), after_nats=2.5 * math.log(2), unit="byte", unigram_bits=4.5,
     stats=STATS, memory=MEMORY, planned_step_s=1.9, process_peak_bytes=300 * MIB,
 )  # fmt: skip
 
@@ -72,10 +72,18 @@ def test_without_a_word_of_the_data_the_table_speaks_of_nats_and_samples() -> No
     assert line.startswith("step 4/10  loss 0.5000  4.0 samples/s  RAM ")
 
 
+def test_counters_of_this_launch_are_of_its_own_steps() -> None:
+    rows, fresh = dict(summary_rows(dataclasses.replace(RUN, steps=60))), dict(summary_rows(RUN))
+    assert rows.pop("steps") == "60, 10 of them in this launch (8 by plan, 0 deviations)"
+    assert rows == {what: value for what, value in fresh.items() if what != "steps"}
+    nothing = dict(summary_rows(dataclasses.replace(RUN, steps=60, made=0, samples=0, train_s=0.0)))
+    assert "SSD bytes read a step" not in nothing and "step, mean against planned" not in nothing
+
+
 def test_a_run_stopped_before_its_first_step_has_a_table() -> None:
     nothing = Stats(0, 0, 0, 0, 0, 0, 0.0, 0.0)
     run = dataclasses.replace(
-        RUN, steps=0, samples=0, train_s=0.0, before_nats=None, after_nats=None, unigram_bits=None, stats=nothing, planned_step_s=None
+        RUN, steps=0, made=0, samples=0, train_s=0.0, before_nats=None, after_nats=None, unigram_bits=None, stats=nothing, planned_step_s=None
     )
     rows = dict(summary_rows(run))
     assert rows["validation after, bits per byte"] == "not measured" and rows["tokens/s"] == "-"
