@@ -276,7 +276,7 @@ class Checkpoints:
     def _check_fits(self, commit: Commit, beside: SideFile) -> None:
         where, state = f"commit {commit.manifest.number}", commit.manifest.state
         if state["optimizer"] != self._rule_name:
-            raise CommitError(f"{where} was made with {state['optimizer']}, this run has {self._rule_name}")
+            raise CommitError(f"{where} was made with {state['optimizer']}, this run has {self._rule_name}; {_OTHER_RUN}")
         differing = _first_difference(state["parameters"], self._parameters())
         if differing is not None:
             raise CommitError(f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group); {_OTHER_RUN}")
@@ -292,13 +292,13 @@ class Checkpoints:
             if key not in ours:
                 raise CommitError(f"{where} has {key}, which this model and optimizer do not have; resume with those it was made with")
             if ours[key].n_bytes != n_bytes:
-                raise CommitError(f"{where} has {key} with {n_bytes} bytes, this model's has {ours[key].n_bytes}")
+                raise CommitError(f"{where} has {key} with {n_bytes} bytes, this model's has {ours[key].n_bytes}; {_OTHER_RUN}")
         for key, tensor in ours.items():
             if key not in theirs and tensor.tag in (Tag.PARAM, Tag.MASTER):
                 raise CommitError(f"{where} has no {key}; resume with the model it was made with")
         untracked = set(self._tracked) - set(state["tracked"])
         if untracked:
-            raise CommitError(f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks")
+            raise CommitError(f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks; name other ssd.paths, or track what the commit's run has tracked")
 
     def _take_over(self, tensor: PagedTensor, commit: Commit) -> None:
         mover, frame = self._store.mover, tensor.frame

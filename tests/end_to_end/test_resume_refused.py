@@ -233,7 +233,7 @@ def test_a_commit_of_another_model_optimizer_or_precision_is_refused(other: str,
         before = without_draws(run)
         with pytest.raises(offload.CommitError, match=message) as raised:
             run.engine.resume()
-        assert "commit 2" in str(raised.value)
+        assert "commit 2" in str(raised.value) and "; name other ssd.paths, or build the model" in str(raised.value)
         assert_same(without_draws(run), before)
         if other not in ("turned", "buffer less"):
             run.train(2)
@@ -254,7 +254,7 @@ def test_what_the_run_tracks_must_be_in_the_commit(tmp_path: Path) -> None:
         run.engine.track("more", run.schedule)
         with pytest.raises(ValueError, match="tracked as 'more' already"):
             run.engine.track("more", run.schedule)
-        with pytest.raises(offload.CommitError, match="no state of more, which this run tracks"):
+        with pytest.raises(offload.CommitError, match="no state of more, which this run tracks; name other ssd.paths"):
             run.engine.resume()
         run.train(1)
 
