@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from pagemem.units import KiB
 #: A configuration is written by hand: what is larger is something else.
 MOST_BYTES: Final = 64 * KiB
 MOST_VALUES: Final = 10_000
+_LONG_KEY: Final = re.compile(r"(?:[\w-]+[ \t]*\.[ \t]*){50}")
 
 
 class ConfigError(ValueError):
@@ -40,11 +42,17 @@ class _YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignor
         return super().construct_mapping(node, deep)
 
 
+def _toml(text: str) -> Any:
+    if _LONG_KEY.search(text):  # the time that tomllib takes for one grows with the square of its length
+        raise ValueError("a key has more than 50 parts")
+    return tomllib.loads(text)
+
+
 def _yaml(text: str) -> Any:
     return yaml.load(text, _YamlLoader)
 
 
-_READERS: Final[Mapping[str, Callable[[str], Any]]] = {".toml": tomllib.loads, ".json": parse_json, ".yaml": _yaml, ".yml": _yaml}
+_READERS: Final[Mapping[str, Callable[[str], Any]]] = {".toml": _toml, ".json": parse_json, ".yaml": _yaml, ".yml": _yaml}
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
