@@ -18,7 +18,7 @@ from offload.activations import SavedActivations
 from offload.compilers import refuse_compilers
 from offload.parameters import PagedParameter, Place
 from offload.tensor_functions import EXPORTS
-from optim.unit import Slot, Unit, late_use
+from optim.unit import Slot, Unit, early_use, late_use
 from optim.updater import Updater, refusing_updater
 from pagemem.forks import disowned
 from pagemem.heap import ForwardEnd, give_back_free_pages
@@ -165,6 +165,8 @@ class Binder:
                 self._refuse_late_use(unit, places)
             if self.updater is not None:
                 (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
+                if (unit.updated or not torch.is_grad_enabled()) and torch._C._current_graph_task_id() == -1:
+                    self._note_early_use(unit, places)
         if self.activations is not None:
             self.activations.flush()
         kind = OpKind.FORWARD if torch._C._current_graph_task_id() == -1 else OpKind.BACKWARD
@@ -229,6 +231,25 @@ class Binder:
                 "write values with parameter.copy_(values)"
             )
 
+    def holds(self, parameter: PagedParameter, values: Tensor) -> bool:
+        """Whether ``values`` are the parameter's own memory, as it is."""
+        place = parameter._place
+        if isinstance(values, PagedParameter) or values.shape != place.slot.shape or values.dtype != place.slot.dtype or not values.is_contiguous():
+            return False
+        located, tensor = self.mover.arena.locate(values.data_ptr()), place.unit.compute
+        if located is None or tensor.frame is None:
+            return False
+        return (located[0] - tensor.frame) * self.mover.arena.page_bytes + located[1] == place.slot.offset * place.slot.dtype.itemsize
+
+    def check_unviewed(self, parameter: PagedParameter) -> None:
+        """Raise where somebody has a view of the parameter, or of another one in its unit, which in plain PyTorch would keep the old values."""
+        place = parameter._place
+        if not self.closed and not place.bound and self.driver.viewed(place.unit.compute):
+            raise RuntimeError(
+                f"{place.slot.name}: .data is assigned while a view of the parameter (from .data, .detach(), ...) is in use, which would change with "
+                "it; keep a copy instead (parameter.detach().clone()), or let go of the view"
+            )
+
     def note_change(self, place: Place) -> None:
         """A bound parameter was written to."""
         place.unit.version += 1
@@ -268,6 +289,17 @@ class Binder:
         for parameter in parameters:
             if parameter._place.unit.compute.owed and not (parameter.requires_grad and torch.is_grad_enabled()):
                 self.mover.make_writable(parameter._place.unit.compute)
+
+    def _note_early_use(self, unit: Unit, places: Iterable[Place]) -> None:
+        """A unit is used outside of a backward pass, perhaps between backward and step, where plain PyTorch has its old values.
+
+        Raises:
+            RuntimeError: it has the new ones.
+        """
+        if unit.updated:
+            raise early_use(next(place.slot for place in places if place.unit is unit))
+        if any(slot.arrivals for slot in unit.slots):
+            unit.touched = True  # Whoever does so in one step is going to in the next one.
 
     def _refuse_late_use(self, unit: Unit, places: Iterable[Place]) -> None:
         for place in places:

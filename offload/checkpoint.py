@@ -106,10 +106,6 @@ class Checkpoints:
         """The step of the last commit, or the one that was resumed; 0 when there was none."""
         return self._last_step
 
-    def save_if_due(self, step: int) -> int | None:
-        """Commit if the configuration says that it is time, unless one is being written; returns its number."""
-        return self.save(step, whole=False) if self.due(step) else None
-
     def due(self, step: int) -> bool:
         """Whether the configuration says that it is time to commit, and none is being written. Raises what the last one failed of."""
         self.committer.check()

@@ -394,12 +394,22 @@ class Engine:
         Raises:
             DiskFullError: there is no room for it; nothing was written, training can go on.
             CommitError, StorageError, OSError: it could not be made; earlier ones are whole.
+            RuntimeError: backward has been called since the last step; nothing was begun.
         """
         self._check_running()
+        if self._in_a_step:
+            raise RuntimeError(
+                "a commit between backward and step would miss the gradients of the step under way; call save() and export() after "
+                "optimizer.step() (engine.step() returns True), or give the step up with engine.abandon_step()"
+            )
         number = self._checkpoints.save(self._steps, name)
         if wait:
             self._checkpoints.committer.wait()
         return number
+
+    @property
+    def _in_a_step(self) -> bool:
+        return self._micro_batches > 0 or self._updater.step_under_way
 
     @property
     def commit_due(self) -> bool:
@@ -409,7 +419,7 @@ class Engine:
             As `save_if_due`, for a background commit that failed.
         """
         self._check_running()
-        return self._checkpoints.due(self._steps)
+        return self._checkpoints.due(self._steps) and not self._in_a_step
 
     def save_if_due(self) -> int | None:
         """Commit in the background if ``commit.every_steps`` or ``commit.every_s`` says so; call it at the end of an iteration.
@@ -418,13 +428,14 @@ class Engine:
         from such a commit misses them, at most ``max_staleness`` + 1 of each parameter. `save` has them all.
 
         Returns:
-            The commit's number, or None when it is not time or one is still being written.
+            The commit's number, or None when it is not time, one is still being written, or backward has been called since the last
+            step (between micro-batches).
 
         Raises:
             As `save`, also for a background commit that failed.
         """
         self._check_running()
-        return self._checkpoints.save_if_due(self._steps)
+        return self._checkpoints.save(self._steps, whole=False) if self.commit_due else None
 
     def resume(self, name: str | None = None, *, allow_older: bool = False) -> Resumed | None:
         """Go on from the newest commit in ``ssd.paths``, or the one of this name.
@@ -439,9 +450,12 @@ class Engine:
             Where the run goes on, or None when there is no commit.
 
         Raises:
-            CommitError: it is damaged, missing, or of another model, optimizer or precision; the engine is as it was.
+            CommitError: it is damaged, missing, or of another model, optimizer or precision; the engine is as it was, but that a step
+                under way is given up.
         """
         self._check_running()
+        if self._in_a_step:
+            self.abandon_step()
         resumed = self._checkpoints.resume(name, allow_older=allow_older)
         if resumed is not None:
             self._steps, self._micro_batches = resumed.step, 0

@@ -90,6 +90,10 @@ def _check_separate(model: nn.Module) -> None:
     parameters = {name for _, _, name in spans[:n_parameters]}
     for name, buffer in model.named_buffers():
         spans += _span(name, buffer)
+    for prefix, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and not isinstance(value, PagedParameter):
+                spans += _span(f"{prefix}.{key}" if prefix else key, value)
     reached, last = 0, ""
     for begin, end, name in sorted(spans):
         if begin < reached and not parameters.isdisjoint((name, last)):

@@ -97,8 +97,9 @@ class PagedParameter(nn.Parameter):
                 parameters[0]._place.gradient.order_hooks(parameters[0])
                 return result
             if func == _SET_DATA:
-                if args[0] is args[1]:  # As conversions do that change nothing.
+                if args[0] is args[1] or parameters[0]._place.binder.holds(parameters[0], args[1]):  # As conversions do that change nothing.
                     return None
+                parameters[0]._place.binder.check_unviewed(parameters[0])
                 func = _copy_into
             elif func == Tensor.share_memory_:
                 raise RuntimeError(f"{parameters[0]._place.slot.name}: a paged parameter cannot be shared with other processes; share model.state_dict()")

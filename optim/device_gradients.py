@@ -134,6 +134,10 @@ class DeviceGradients:
         if gradient.layout is not torch.strided:
             self._updater.gradient(unit, slot, gradient)  # which refuses it
             return
+        if slot.own is not None:
+            self.catch_up(unit)
+            self._updater.gradient(unit, slot, gradient.detach())  # The user's tensor has it when backward returns.
+            return
         n_bytes = gradient.numel() * gradient.dtype.itemsize
         while self._waiting and self._waiting_bytes + n_bytes > self._limit_bytes:
             self._hand_on()
@@ -286,6 +290,11 @@ class DeviceGradients:
         self._hold()
         self._loss = None
         self._updater.abandon()
+
+    @property
+    def step_under_way(self) -> bool:
+        """As the updater's, with gradients on their way."""
+        return bool(self._waiting) or self._updater.step_under_way
 
     def before_use(self, unit: Unit) -> None:
         """As the updater's, with every gradient of the unit, and those before."""

@@ -170,8 +170,8 @@ class ExactUpdater(GradientHolder):
         self.dropped_steps += bool(dropped)
         pending = Pending(hypers, coefficient)
         for unit in waiting if not dropped else ():
-            if any(slot.own is not None for slot in unit.slots):
-                self._run(unit, pending, spent=())  # now, while the user's tensors are what they are
+            if any(slot.own is not None for slot in unit.slots) or self._viewed(unit):
+                self._run(unit, pending, spent=())  # now, while the user's tensors are what they are, and for views to show it
             elif self._eager and not unit.touched:
                 # Whether gradients are looked at after the step, the first one shows.
                 self._run(unit, pending, spent=[slot for slot in unit.slots if slot.group >= 0 and slot.has_bytes] if self._foretold else ())
@@ -265,6 +265,7 @@ class ExactUpdater(GradientHolder):
     def consistent(self, *, whole: bool) -> Iterator[None]:
         """Between two steps: inside the block every update of the steps made is in parameters and states."""
         self._check_whole()
+        self._check_between_steps()
         self.drain()
         yield
 

@@ -84,6 +84,11 @@ class GradientHolder(ABC):
         slot.own.add_(gradient)
         return False
 
+    @property
+    def step_under_way(self) -> bool:
+        """Whether gradients have come since the last step."""
+        return any(slot.arrivals for unit in self._index.units for slot in unit.slots)
+
     # ---- what users do -----------------------------------------------------------------------------------------
 
     def assign(self, unit: Unit, slot: Slot, gradient: torch.Tensor | None) -> None:
@@ -193,6 +198,15 @@ class GradientHolder(ABC):
     @abstractmethod
     def _make_zeros(self, unit: Unit, slot: Slot) -> None:
         """Have bytes for a gradient that is ZEROS: it is HELD then."""
+
+    def _check_between_steps(self) -> None:
+        """Raise where parameters and states are not those of one step: after backward, before the step that its updates belong to."""
+        for unit in self._index.units:
+            if unit.updated:
+                raise RuntimeError(
+                    f"{unit.name} has its update of the step under way already, so that parameters and states are not of one step; call this after "
+                    f"optimizer.step(), or {START_HINT}; {ABANDON_HINT}"
+                )
 
     def _check_unspent(self, unit: Unit, slot: Slot) -> None:
         if slot.grad is Grad.SPENT and unit.updated:

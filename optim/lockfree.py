@@ -287,6 +287,7 @@ class LockFreeUpdater(GradientHolder):
         Not ``whole``: the updater rests between two units meanwhile, and gradients on their way are not applied before.
         Where no staleness is allowed it is always whole.
         """
+        self._check_between_steps()
         if whole or not all(self._allowed(unit) for unit in self._mailboxes):
             self.drain()
             yield

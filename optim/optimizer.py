@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -62,9 +63,38 @@ class PagedOptimizer(Optimizer):
         self._interlude = interlude
         self._updater: Updater | None = None
         self._closed = False
+        self._packing = True
         groups = [{key: value for key, value in group.items()} for group in template.param_groups]
         super().__init__(groups, dict(template.defaults))
         self._known_members = self._members()
+        self._packing = False
+
+    @property
+    def state(self) -> Any:
+        """Refused, as what is there cannot be edited in place; torch's own code finds that nothing is kept outside of pages.
+
+        Raises:
+            RuntimeError: always, with what to call instead.
+        """
+        if self._packing:
+            return defaultdict(dict)
+        raise RuntimeError(
+            "optimizer.state: the states are in pages; read them with optimizer.state_dict(), write or reset them with optimizer.load_state_dict()"
+        )
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if not self._packing:
+            raise RuntimeError("optimizer.state: the states are in pages; write or reset them with optimizer.load_state_dict()")
+
+    @contextmanager
+    def _by_torch(self) -> Iterator[None]:
+        """Inside the block torch's own code sees an optimizer without states."""
+        self._packing = True
+        try:
+            yield
+        finally:
+            self._packing = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError("an optimizer over pages cannot be copied or pickled; use optimizer.state_dict()")
@@ -157,13 +187,13 @@ class PagedOptimizer(Optimizer):
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
-        self.updater.drain()
-        with self._interlude():
+        with self.updater.consistent(whole=True), self._interlude():
             yield
 
     def state_dict(self) -> dict[str, Any]:
         """torch's format, with every state gathered into an ordinary fp32 tensor (so it needs RAM for all of them)."""
-        packed = super().state_dict()
+        with self._by_torch():
+            packed = super().state_dict()
         names = self._rule.state_names
         with self._settled():
             for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
@@ -187,7 +217,8 @@ class PagedOptimizer(Optimizer):
             self._rule.check(group)
         states, bare = state_dict["state"], {**state_dict, "state": {}}
         with self._settled():
-            super().load_state_dict(bare)
+            with self._by_torch():
+                super().load_state_dict(bare)
             for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
                 if parameter not in self._places:
                     continue

@@ -307,6 +307,14 @@ def spent_gradient(slot: Slot) -> RuntimeError:
     )
 
 
+def early_use(slot: Slot) -> RuntimeError:
+    """The error for a parameter that is used between backward and step, when its update of the step has been made already."""
+    return RuntimeError(
+        f"{slot.name} is used between backward and step, where plain PyTorch has its old values, but its update of this step has been made "
+        f"already; use it after optimizer.step(), or {START_HINT}; {ABANDON_HINT}"
+    )
+
+
 def late_use(slot: Slot) -> RuntimeError:
     """The error for a parameter that the backward pass asks for when its values may be those of the next step."""
     return RuntimeError(

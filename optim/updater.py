@@ -77,6 +77,10 @@ class Updater(Protocol):
         """End what works in the background and give memory back. Idempotent."""
 
     @property
+    def step_under_way(self) -> bool:
+        """Whether gradients have come since the last step."""
+
+    @property
     def staleness(self) -> int:
         """Steps that the parameters in use miss, in the unit that is furthest behind."""
 
