@@ -240,7 +240,8 @@ def test_a_model_with_other_parameters_is_refused_before_a_byte_is_written(name:
         assert isinstance(model, GPT)
         train(engine, 2)
         engine.save()
-        engine.backward(engine(*batches(1)[0]))
+        if at == "step":
+            engine.backward(engine(*batches(1)[0]))
         engine.drain()
         change(model)
         engine.drain()
