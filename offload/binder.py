@@ -165,7 +165,7 @@ class Binder:
                 self._refuse_late_use(unit, places)
             if self.updater is not None:
                 (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
-                if (unit.updated or not torch.is_grad_enabled()) and torch._C._current_graph_task_id() == -1:
+                if (unit.updated or self.copying or not torch.is_grad_enabled()) and torch._C._current_graph_task_id() == -1:
                     self._note_early_use(unit, places)
         if self.activations is not None:
             self.activations.flush()
@@ -294,10 +294,12 @@ class Binder:
         """A unit is used outside of a backward pass, perhaps between backward and step, where plain PyTorch has its old values.
 
         Raises:
-            RuntimeError: it has the new ones.
+            RuntimeError, StaleGradientError: it has the new ones.
         """
         if unit.updated:
-            raise early_use(next(place.slot for place in places if place.unit is unit))
+            slot = next(place.slot for place in places if place.unit is unit)
+            copying, self.copying = self.copying, 0  # A state_dict() that raises does not come to its end.
+            raise early_use(slot, in_forward=torch.is_grad_enabled() and self.forwards > 0 and not copying)
         if any(slot.arrivals for slot in unit.slots):
             unit.touched = True  # Whoever does so in one step is going to in the next one.
 

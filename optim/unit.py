@@ -307,8 +307,18 @@ def spent_gradient(slot: Slot) -> RuntimeError:
     )
 
 
-def early_use(slot: Slot) -> RuntimeError:
-    """The error for a parameter that is used between backward and step, when its update of the step has been made already."""
+def early_use(slot: Slot, *, in_forward: bool) -> Exception:
+    """The error for a parameter that is used between backward and step, when its update of the step has been made already.
+
+    Args:
+        in_forward: it is in one more forward pass of the same step, for all that is known.
+    """
+    if in_forward:
+        return StaleGradientError(
+            f"{slot.name} is used in a forward pass after its update of this step, which was begun when gradient {slot.arrivals} had arrived, as many "
+            "as any step before had; for steps with a varying number of backward passes, or optimizer.step() after the next forward pass, "
+            f"{START_HINT}; {ABANDON_HINT}"
+        )
     return RuntimeError(
         f"{slot.name} is used between backward and step, where plain PyTorch has its old values, but its update of this step has been made "
         f"already; use it after optimizer.step(), or {START_HINT}; {ABANDON_HINT}"

@@ -230,13 +230,17 @@ def test_a_unit_is_updated_as_soon_as_all_of_its_gradients_are_said_to_be_final(
     engine: offload.Engine = optimizer.engine
     weight, bias = model[0].weight, model[0].bias
     before = model.state_dict()["0.weight"]
+    unit = weight._place.unit
     engine.gradient_ready(weight, torch.ones(weight.shape))
-    assert torch.equal(model.state_dict()["0.weight"], before), "the bias is to come"
+    assert not unit.updated, "the bias is to come"
     engine.gradient_ready(bias)
-    assert not torch.equal(model.state_dict()["0.weight"], before), "in the first step, too, which nothing foretells"
+    assert unit.updated, "in the first step, too, which nothing foretells"
+    with pytest.raises(RuntimeError, match="0.weight is used between backward and step"):
+        model.state_dict()
     with pytest.raises(offload.StaleGradientError, match="0.weight: a gradient arrived after the update"):
         engine.add_gradient(weight, torch.ones(weight.shape))
     optimizer.step()
+    assert not torch.equal(model.state_dict()["0.weight"], before)
     assert_closed(engine)
 
 
