@@ -29,7 +29,8 @@ def interrupted(arguments: list[str], at: str, folder: Path, *, nohup: bool = Fa
     (folder / "sitecustomize.py").write_text(SIGNALLING)
     (folder / "offload-script").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "SIGNAL_AT": at}
-    command = [*(["env", "--ignore-signal=INT"] if nohup else []), sys.executable, *arguments]
+    # The tests themselves may have been started in the background, where shells have SIGINT ignored.
+    command = ["env", f"--{'ignore' if nohup else 'default'}-signal=INT", sys.executable, *arguments]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
 

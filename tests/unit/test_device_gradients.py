@@ -70,6 +70,12 @@ class Updater:
         self.closed = True
 
 
+class Named(str):
+    """A slot, for all that is asked of one here: its letter, and no tensor of the user's own for its gradient."""
+
+    own = None
+
+
 def values(slot: str, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
     """What a gradient is made of: its own numbers, so that one in another's place is seen."""
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape) + 1000 * (ord(slot) - ord("a"))
@@ -85,7 +91,7 @@ class Rig:
     def gives(self, slot: str, *shape: int) -> weakref.ref[torch.Tensor]:
         """Deliver a gradient; returns what says whether the device's memory of it is still held."""
         gradient = values(slot, shape)
-        named: Any = slot
+        named: Any = Named(slot)
         self.gradients.gradient(self.unit, named, gradient)
         held = self.gradients._waiting[-1].source if self.gradients._waiting else None
         return weakref.ref(gradient if held is None else held)
@@ -118,7 +124,7 @@ def test_older_ones_go_on_when_a_younger_one_needs_their_room(rig: Rig) -> None:
 def test_one_that_is_laid_out_otherwise_comes_row_by_row(rig: Rig) -> None:
     gradient = values("a", (4, 8)).t().contiguous().t()
     assert not gradient.is_contiguous()
-    slot: Any = "a"
+    slot: Any = Named("a")
     rig.gradients.gradient(rig.unit, slot, gradient)
     rig.gradients.gradient(rig.unit, slot, values("a", ()))
     rig.gradients.gradient(rig.unit, slot, values("a", (0, 3)))
@@ -160,7 +166,7 @@ def test_without_room_each_waits_for_the_device_and_goes_on_at_once(limit: int) 
     as_updater: Any = updater
     gradients = DeviceGradients(as_updater, device, budget, limit, 0)
     for slot in "ab":
-        named: Any = slot
+        named: Any = Named(slot)
         gradients.gradient(SimpleNamespace(home=None), named, values(slot, (8, 4)))  # type: ignore[arg-type]
     assert updater.taken == ["a", "b"] and not device.marks and gradients.direct_bytes == 0
     gradients.close()
