@@ -28,9 +28,10 @@ lint: $(VENV)/.installed
 test: lint
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not long" --numprocesses $(WORKERS) --dist worksteal
 
+# "=": a path on its own would be taken for a folder of tests.
 test-all: lint
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
-		--tally benchmarks/results/test-all-$(shell date +%F).csv
+		--tally=benchmarks/results/test-all-$(shell date +%F).csv
 
 clean:
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .hypothesis .import_linter_cache
