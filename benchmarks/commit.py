@@ -24,8 +24,8 @@ import torch
 import offload
 from benchmarks import common
 from benchmarks.common import GPT, SIZES, Spread, batch, fused_adamw
-from pagemem.commit_folder import FOLDER_NAME
-from pagemem.residency import Residency
+from pagemem.durable.commit_folder import FOLDER_NAME
+from pagemem.residency.paged_tensor import Residency
 from pagemem.tier import Tag
 
 WARM_UP = 8

@@ -38,8 +38,8 @@ from benchmarks.common import Block
 from benchmarks.gpu_memory_checks import fork, host_memory, pinning, synchronisations, uploads, waiting
 from benchmarks.gpu_setting import PLANNED, Outcome, Run, Setting, Status, judged
 from offload.store import PageStore
-from pagemem.accelerator import Copy, Mark, RamDevice
-from pagemem.intervals import union
+from pagemem.devices.accelerator import Copy, Mark, RamDevice
+from pagemem.telemetry.intervals import union
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 

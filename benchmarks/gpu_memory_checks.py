@@ -12,10 +12,10 @@ from typing import Final
 import torch
 
 from benchmarks.gpu_setting import PLANNED, Outcome, Run, Setting, Status, judged, synchronize
-from pagemem.accelerator import Accelerator
-from pagemem.arena import Arena, HostArena
-from pagemem.host_memory import usable_bytes
-from pagemem.page import FrameId
+from pagemem.devices.accelerator import Accelerator
+from pagemem.devices.arena import Arena, HostArena
+from pagemem.devices.host_memory import usable_bytes
+from pagemem.frames.page import FrameId
 from pagemem.units import GiB, MiB, format_bytes
 
 UPLOAD_BAR_GB_PER_S: Final = 40

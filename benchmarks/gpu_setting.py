@@ -12,8 +12,8 @@ from torch import Tensor
 
 import offload
 from benchmarks.common import GPT, batch, fused_adamw
-from pagemem.accelerator import Accelerator, RamDevice
-from pagemem.cuda import CudaDevice
+from pagemem.devices.accelerator import Accelerator, RamDevice
+from pagemem.devices.cuda import CudaDevice
 from pagemem.units import MiB
 
 #: Steps after which everything follows its plan and nothing is timed any more.

@@ -26,7 +26,7 @@ from benchmarks import common
 from benchmarks.common import Spread
 from benchmarks.fio import Fio
 from benchmarks.io import FILE_BYTES, REQUEST_BYTES, PageFileRun
-from pagemem.run_directory import RunDirectory
+from pagemem.folders.run_directory import RunDirectory
 from pagemem.units import MiB
 
 DEPTH: Final = 2

@@ -37,9 +37,9 @@ from typing import Any, Final
 
 from benchmarks.fio import Fio, Sample
 from benchmarks.plain_io import PlainLoop
-from pagemem.page import Extent, FrameId
-from pagemem.page_file import PageFiles
-from pagemem.run_directory import RunDirectory
+from pagemem.frames.page import Extent, FrameId
+from pagemem.files.page_file import PageFiles
+from pagemem.folders.run_directory import RunDirectory
 from pagemem.units import GiB, MiB
 
 REQUEST_BYTES: Final = 4 * MiB

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import offload
 from benchmarks import common
 from offload.verify import verify_run
-from pagemem.commit_folder import FOLDER_NAME, CommitFolder
+from pagemem.durable.commit_folder import FOLDER_NAME, CommitFolder
 
 STEPS = 40
 TIMEOUT_S = 60.0

@@ -30,7 +30,7 @@ import torch
 from benchmarks import common
 from benchmarks.common import GPT, SIZES, Spread, batch, fused_adamw
 from offload.live_storages import Holder, LiveStorages
-from pagemem.heap import joining, keep_freed_memory
+from offload.heap import joining, keep_freed_memory
 
 if TYPE_CHECKING:
     from benchmarks.torch_offload import TorchOffload

@@ -21,7 +21,7 @@ from offload.config import load_config
 from offload.kernels import CostMode, RatedKernels
 from offload.rehearsal import Bandwidths, rehearsed
 from pagemem.errors import BudgetError
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from scheduler.bounds import check_bounds
 from scheduler.planner import cost_s, make_plan
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace

@@ -24,16 +24,16 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.common import Spread
-from pagemem.accelerator import Accelerator, RamDevice
-from pagemem.arena import HostArena
-from pagemem.cuda import CudaDevice
-from pagemem.device_mover import DeviceMover
-from pagemem.events import NullSink
-from pagemem.mover import Mover
-from pagemem.page import FrameId
-from pagemem.page_file import PageFiles
-from pagemem.residency import PagedTensor, Residency
-from pagemem.run_directory import RunDirectory
+from pagemem.devices.accelerator import Accelerator, RamDevice
+from pagemem.devices.arena import HostArena
+from pagemem.devices.cuda import CudaDevice
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.telemetry.events import NullSink
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import FrameId
+from pagemem.files.page_file import PageFiles
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.folders.run_directory import RunDirectory
 from pagemem.tier import Tag
 from pagemem.units import MiB
 

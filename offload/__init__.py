@@ -38,7 +38,7 @@ def _check_siblings() -> None:
 
 _check_siblings()
 
-from pagemem import interrupts  # noqa: E402
+from pagemem.process import interrupts  # noqa: E402
 
 for _name in _SIBLINGS:
     interrupts.cover(str(importlib.import_module(_name).__file__))

@@ -30,10 +30,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from offload.recompute import Layout, recipe_of
 from offload.saved_bytes import Counted, SavedBytes
 from offload.saved_storage import KeptTensor, LeftActivation, Leaving, SavedStorage, changed_in_place
-from pagemem.accelerator import Mark, has_reached
-from pagemem.device_mover import DeviceMover
-from pagemem.gone import Gone
-from pagemem.residency import PagedTensor
+from pagemem.devices.accelerator import Mark, has_reached
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.process.gone import Gone
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind

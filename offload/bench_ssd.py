@@ -24,13 +24,13 @@ from typing import Final
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from pagemem.checksum import digests
+from pagemem.files.checksums import digests
 from pagemem.errors import DiskFullError, StorageError
-from pagemem.io import Direction
-from pagemem.page import Extent, FrameId
-from pagemem.page_file import PageFiles
-from pagemem.page_requests import Route
-from pagemem.run_directory import RunDirectory, folder_use
+from pagemem.files.backend import Direction
+from pagemem.frames.page import Extent, FrameId
+from pagemem.files.page_file import PageFiles
+from pagemem.files.requests import Route
+from pagemem.folders.run_directory import RunDirectory, folder_use
 from pagemem.units import KiB, MiB, format_bytes, round_up
 
 REQUEST_BYTES: Final = (256 * KiB, MiB, 4 * MiB, 16 * MiB)

@@ -20,10 +20,10 @@ from offload.parameters import PagedParameter, Place
 from offload.tensor_functions import EXPORTS
 from optim.unit import Slot, Unit, early_use, late_use
 from optim.updater import Updater, refusing_updater
-from pagemem.forks import disowned
-from pagemem.heap import ForwardEnd, give_back_free_pages
-from pagemem.mover import Mover
-from pagemem.page import TensorId
+from pagemem.process.forks import disowned
+from offload.heap import ForwardEnd, give_back_free_pages
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import TensorId
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind
 

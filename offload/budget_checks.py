@@ -10,7 +10,7 @@ from offload.config import Config
 from offload.need import BudgetNeed, UnitShape, budget_need
 from offload.neighbours import Group, groups_of, units_of
 from pagemem.errors import BudgetError
-from pagemem.host_memory import usable_bytes
+from pagemem.devices.host_memory import usable_bytes
 from pagemem.units import format_bytes
 
 

@@ -32,7 +32,7 @@ from optim.optimizer import PagedOptimizer
 from optim.unit import Slot
 from optim.updater import Updater
 from pagemem.errors import CommitError
-from pagemem.residency import PagedTensor
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import TRANSIENT, Tag
 
 

@@ -28,7 +28,7 @@ from offload.profile_run import profile_run
 from offload.rates import rates_of
 from offload.verify import verify_run
 from pagemem.errors import OffloadError
-from pagemem.heap import joining
+from offload.heap import joining
 from pagemem.units import parse_bytes
 
 _EXPORT: Final = (
@@ -201,7 +201,7 @@ def _profile(arguments: argparse.Namespace) -> int:
 
 
 def _start_anew_if_worth_it(arguments: argparse.Namespace, config: Config) -> None:
-    """Replace this process by one like it whose heap needs no trimming, see `pagemem.heap`, where memory is to be saved."""
+    """Replace this process by one like it whose heap needs no trimming, see `offload.heap`, where memory is to be saved."""
     environment = joining(os.environ)
     if arguments.owns_process and config.memory.activations is not None and config.memory.heap == "auto" and environment is not None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

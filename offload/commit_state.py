@@ -17,10 +17,10 @@ from offload.plain_state import decode
 from offload.random_states import numpy_state, python_state, state_tensor
 from offload.stored_layout import StoredUnit
 from optim.unit import SLICE_ALIGN_NUMEL
-from pagemem.commit_folder import CommitFolder
+from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError
-from pagemem.manifest import Manifest
-from pagemem.small_file import Count, Line, Record, checked
+from pagemem.durable.manifest import Manifest
+from pagemem.folders.small_file import Count, Line, Record, checked
 from pagemem.tier import Tag
 
 #: ``state.encoding``: groups, what they were given and tracked states are as `offload.plain_state` writes them. Where the key is missing, plain JSON.

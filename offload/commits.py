@@ -22,14 +22,14 @@ from typing import Any, Final
 from offload.commit_state import encoded
 from offload.earlier import Commit, EarlierCommits
 from offload.store import PageStore
-from pagemem import interrupts
-from pagemem.copies import StoredCopy
+from pagemem.process import interrupts
+from pagemem.residency.disk_versions import StoredCopy
 from pagemem.errors import CommitError, DamagedCommitError, StorageError, TransitionError
-from pagemem.io_threads import start_thread
-from pagemem.manifest import Manifest, StoredTensor
-from pagemem.snapshot import Snapshot, SnapshotState
+from pagemem.files.threads import start_thread
+from pagemem.durable.manifest import Manifest, StoredTensor
+from pagemem.residency.snapshot import Snapshot, SnapshotState
 from pagemem.tier import TRANSIENT
-from pagemem.wait_lock import WaitLock
+from pagemem.residency.wait_lock import WaitLock
 
 #: How often a wait for a commit looks whether somebody has pressed Ctrl-C.
 _LOOK_S: Final = 0.1

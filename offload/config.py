@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from offload.config_errors import described_error
 from offload.config_file import ConfigError as ConfigError
 from offload.config_file import read_config_file
-from pagemem.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES
+from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES
 from pagemem.units import BLOCK_BYTES, KiB, MiB, format_bytes, parse_bytes
 
 
@@ -94,7 +94,7 @@ class MemoryConfig(_Section):
     faster; "trim" gives blocks of 32 MiB back at once and, where not all pages fit in ``ram``, other free pages once a
     step. "auto" trims where ``activations`` is set, unless the process was started with
     ``GLIBC_TUNABLES=glibc.malloc.tcache_count=0``, as ``offload launch`` starts itself then: keeping takes little more memory in such a
-    process. The setting is the whole process's; see pagemem/heap.py."""
+    process. The setting is the whole process's; see offload/heap.py."""
     page: Annotated[Literal["auto"] | int, BeforeValidator(_page)] = "auto"
     """Page size, a power of two from 64KiB to 64MiB. "auto" takes about a 128th of ``ram``, at most 4MiB."""
 

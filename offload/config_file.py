@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import yaml
 
-from pagemem.small_file import parse_json, read_small
+from pagemem.folders.small_file import parse_json, read_small
 from pagemem.units import KiB
 
 #: A configuration is written by hand: what is larger is something else.

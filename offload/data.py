@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagemem.own_file import has_folder, kind_of, make_folder, naming, remove_file, replace_file
-from pagemem.small_file import read_small
+from pagemem.folders.own_file import has_folder, kind_of, make_folder, naming, remove_file, replace_file
+from pagemem.folders.small_file import read_small
 from pagemem.units import KiB
 
 _FORMAT: Final = "offload byte corpus 1"

@@ -21,7 +21,7 @@ from offload.config import Config, load_config
 from offload.model_checks import check_values
 from offload.parameters import PagedParameter
 from offload.store import PageStore
-from pagemem.heap import large_blocks_mapped
+from offload.heap import large_blocks_mapped
 
 StoreT = TypeVar("StoreT", bound=PageStore)
 _watched_by: str | None = None

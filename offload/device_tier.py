@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from optim.unit import Unit
-from pagemem.accelerator import Accelerator
+from pagemem.devices.accelerator import Accelerator
 from pagemem.budget import Budget, BudgetShortage
-from pagemem.closing import close_all
-from pagemem.device_mover import DeviceMover
+from pagemem.process.closing import close_all
+from pagemem.residency.device_mover import DeviceMover
 from pagemem.errors import BudgetError
-from pagemem.events import EventSink
-from pagemem.page import FrameId
-from pagemem.residency import PagedTensor
+from pagemem.telemetry.events import EventSink
+from pagemem.frames.page import FrameId
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
 from scheduler.device_driver import DeviceDriver

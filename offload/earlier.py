@@ -17,15 +17,15 @@ from pydantic import Field, TypeAdapter
 from offload.commit_state import read_commit
 from offload.config import ConfigError
 from offload.page_map import file_sizes, frames_reached, impossible
-from pagemem.commit_folder import CommitFolder
-from pagemem.copies import Copies, StoredCopy
+from pagemem.durable.commit_folder import CommitFolder
+from pagemem.residency.disk_versions import Copies, StoredCopy
 from pagemem.errors import CommitError, UnknownCommitError
-from pagemem.manifest import Manifest
-from pagemem.own_file import kind_of, naming, os_failure, replace_file
-from pagemem.page_file import PAGE_FILE_NAME
-from pagemem.run_directory import RunDirectory
-from pagemem.small_file import NO_FILE, Line, Record, checked, parse_json, read_small
-from pagemem.striping import Striping
+from pagemem.durable.manifest import Manifest
+from pagemem.folders.own_file import kind_of, naming, os_failure, replace_file
+from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.folders.run_directory import RunDirectory
+from pagemem.folders.small_file import NO_FILE, Line, Record, checked, parse_json, read_small
+from pagemem.files.striping import Striping
 from pagemem.tier import Tag
 
 #: In every directory of a run that commits but the first: which one that is.

@@ -51,13 +51,14 @@ from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
 from optim.updater import refusing_updater
 from optim.unit import Slot, Unit
-from pagemem import forks, interrupts
-from pagemem.closing import close_all
+from pagemem.process import forks
+from pagemem.process import interrupts
+from pagemem.process.closing import close_all
 from pagemem.errors import OffloadError, TransitionError
-from pagemem.heap import blocks_join, give_back_large_blocks, keep_freed_memory
-from pagemem.forks import disowned
-from pagemem.interrupts import left_open
-from pagemem.page_file import PageFiles
+from offload.heap import blocks_join, give_back_large_blocks, keep_freed_memory
+from pagemem.process.forks import disowned
+from pagemem.process.interrupts import left_open
+from pagemem.files.page_file import PageFiles
 from pagemem.units import parse_bytes
 
 ConfigLike = Config | Mapping[str, Any] | str | Path

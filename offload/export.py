@@ -26,13 +26,13 @@ from offload.shards import INDEX_NAME, ShardWriter, Weight, index_of, plan_shard
 from offload.side_file import TORCH_DTYPES, SideFile
 from offload.stopped_run import StoppedRun
 from offload.stored_layout import StoredLayout, StoredSlot, StoredUnit
-from pagemem import interrupts
-from pagemem.commit_folder import CommitFolder
+from pagemem.process import interrupts
+from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import ChecksumError, CommitError, DiskFullError, OffloadError
-from pagemem.manifest import Manifest, StoredTensor
-from pagemem.page_file import PAGE_FILE_NAME
-from pagemem.page_reader import Chunk, PageReader
-from pagemem.own_file import make_folder, naming, remove_folders, sync_folder
+from pagemem.durable.manifest import Manifest, StoredTensor
+from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.durable.page_reader import Chunk, PageReader
+from pagemem.folders.own_file import make_folder, naming, remove_folders, sync_folder
 from pagemem.units import KiB, format_bytes
 
 #: dtypes that can be asked for; "keep" is what the parameters were computed in.

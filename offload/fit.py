@@ -21,9 +21,9 @@ from offload.machine import memory_fact
 from offload.memory import commit_frames
 from offload.rehearsal import Bandwidths, Rehearsal, rehearsed
 from offload.verdict import Available, commits_at_all
-from pagemem.mover import Mover
-from pagemem.own_file import naming
-from pagemem.page_file import PAGE_FILE_NAME
+from pagemem.residency.mover import Mover
+from pagemem.folders.own_file import naming
+from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.units import format_bytes
 
 #: Names of a model's argument that counts its layers, where none is given.

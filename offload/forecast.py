@@ -26,8 +26,8 @@ from offload.rehearsal import Rehearsal, rehearsed
 from offload.smallest_budget import smallest_budget
 from offload.step_times import StepTimes
 from offload.verdict import Available, decide
-from pagemem.heap import give_back_free_pages
-from pagemem.page_reader import CHUNK_BYTES
+from offload.heap import give_back_free_pages
+from pagemem.durable.page_reader import CHUNK_BYTES
 
 #: Processor time of the I/O threads (`benchmarks/README.md`). Where all cores compute, compute is so much longer.
 MOVING_S_PER_BYTE: Final = 1.4e-10

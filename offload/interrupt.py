@@ -14,7 +14,7 @@ from functools import partial
 from types import FrameType
 from typing import Final
 
-from pagemem import interrupts
+from pagemem.process import interrupts
 
 #: The exit code of a program that Ctrl-C has ended.
 INTERRUPTED: Final = 128 + signal.SIGINT

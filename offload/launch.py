@@ -33,7 +33,7 @@ from offload.progress import ProgressLog, StepMetrics
 from offload.report import RunSummary, print_summary, save_loss_curve
 from offload.run_folder import CURVE, DATA, METRICS, RunFolder, check_free, removed_unless_begun
 from offload.verdict import verdict_of
-from pagemem.commit_folder import CommitFolder
+from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError, StorageError
 
 _FINAL_LR: Final = 0.1

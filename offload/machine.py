@@ -26,8 +26,8 @@ from offload.bench_ssd import DEFAULT_THREADS, USUAL_REQUEST_BYTES, Plan, Point,
 from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file
 from pagemem.errors import DiskFullError, OffloadError
-from pagemem.host_memory import cgroup_limit
-from pagemem.run_directory import FolderUse, folder_use
+from pagemem.devices.host_memory import cgroup_limit
+from pagemem.folders.run_directory import FolderUse, folder_use
 from pagemem.units import MiB, format_bytes
 
 PACKAGES: Final = ("pagemem", "scheduler", "optim", "offload")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from offload.commits import Committer
 from offload.store import PageStore
 from optim.updater import Updater
-from pagemem.events import EventKind
-from pagemem.mover import Mover
+from pagemem.telemetry.events import EventKind
+from pagemem.residency.mover import Mover
 from pagemem.tier import TRANSIENT
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from offload.progress import StepMetrics
-from pagemem.small_file import open_regular, parse_json
+from pagemem.folders.small_file import open_regular, parse_json
 
 #: A longer line is none of ours.
 MAX_LINE_BYTES: Final = 4096

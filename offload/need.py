@@ -16,7 +16,7 @@ from offload.config import Config, resolve_page_bytes
 from offload.neighbours import Group, common_name
 from optim.unit import largest_slice, lay_out
 from pagemem.errors import BudgetError
-from pagemem.page import MIN_PAGE_BYTES
+from pagemem.frames.page import MIN_PAGE_BYTES
 from pagemem.units import GiB, ceil_div, format_bytes
 
 #: What parameters become; None: they stay as they are built.

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pagemem.accelerator import Copy, Mark, RamDevice, TimedCopy
-from pagemem.arena import Arena
-from pagemem.io_stats import IoMeter
-from pagemem.page import Extent, FrameId, TensorId
-from pagemem.page_file import SLAB_BYTES, PageFiles
-from pagemem.page_requests import Route, tabulate
-from pagemem.page_transfer import Done, Part
-from pagemem.striping import Striping
+from pagemem.devices.accelerator import Copy, Mark, RamDevice, TimedCopy
+from pagemem.devices.arena import Arena
+from pagemem.files.stats import IoMeter
+from pagemem.frames.page import Extent, FrameId, TensorId
+from pagemem.files.page_file import SLAB_BYTES, PageFiles
+from pagemem.files.requests import Route, tabulate
+from pagemem.files.transfer import Done, Part
+from pagemem.files.striping import Striping
 from pagemem.units import ceil_div
 
 

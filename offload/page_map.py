@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pagemem.manifest import Manifest, StoredTensor
-from pagemem.own_file import kind_of, naming
-from pagemem.striping import Striping
+from pagemem.durable.manifest import Manifest, StoredTensor
+from pagemem.folders.own_file import kind_of, naming
+from pagemem.files.striping import Striping
 
 
 @dataclass(slots=True)

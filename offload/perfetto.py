@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from offload.profile_analysis import span
-from pagemem.events import Event, EventKind
-from pagemem.intervals import tracks
-from pagemem.own_file import replace_file
-from pagemem.recorder import Recording, Wait
+from pagemem.telemetry.events import Event, EventKind
+from pagemem.telemetry.intervals import tracks
+from pagemem.folders.own_file import replace_file
+from pagemem.telemetry.recorder import Recording, Wait
 
 _PID: Final = 1
 _STEPS, _COMPUTE, _WAITS, _UPDATES, _OTHER_WAITS, _UPLOADS, _READS, _WRITES, _COUNTERS = 1, 2, 3, 100, 200, 250, 300, 400, 500

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagemem.small_file import MAX_DEPTH
+from pagemem.folders.small_file import MAX_DEPTH
 
 TAG: Final = "$type"
 #: What the bytes of arrays, tensors and text of one state may add up to; the manifest that holds them is read whole.

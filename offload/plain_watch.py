@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from offload.live_storages import Holder, LiveStorages
 from offload.saved_storage import KeptTensor
-from pagemem.recorder import UNKNOWN_CAUSE, Recorder, Recording
+from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder, Recording
 from pagemem.tier import Tag, Tier
 from scheduler.trace import OpKind
 

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offload.store import PageStore
 from pagemem.errors import StorageError
-from pagemem.own_file import replace_file
-from pagemem.page import MAX_PAGE_BYTES, FrameId, TensorId
-from pagemem.small_file import first_fault, parse_json, read_small
+from pagemem.folders.own_file import replace_file
+from pagemem.frames.page import MAX_PAGE_BYTES, FrameId, TensorId
+from pagemem.folders.small_file import first_fault, parse_json, read_small
 from pagemem.units import MiB, ceil_div
 from scheduler.driver import Driver
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger

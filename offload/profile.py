@@ -24,10 +24,10 @@ from offload.profile_analysis import FORMAT, Context, ModuleBytes, Planned, Tier
 from offload.profile_report import write_report
 from offload.store import PageStore
 from pagemem.errors import RunDirectoryError, StorageError, TransitionError
-from pagemem.events import EventSink, Watcher
-from pagemem.own_file import draft_of, make_folder, remove_draft, replace_file
-from pagemem.recorder import Recorder, Recording
-from pagemem.small_file import read_small
+from pagemem.telemetry.events import EventSink, Watcher
+from pagemem.folders.own_file import draft_of, make_folder, remove_draft, replace_file
+from pagemem.telemetry.recorder import Recorder, Recording
+from pagemem.folders.small_file import read_small
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
 

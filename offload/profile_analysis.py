@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pagemem.events import Event, EventKind
-from pagemem.intervals import Interval, clipped, total_s, without
-from pagemem.recorder import Recording, Wait
+from pagemem.telemetry.events import Event, EventKind
+from pagemem.telemetry.intervals import Interval, clipped, total_s, without
+from pagemem.telemetry.recorder import Recording, Wait
 from pagemem.tier import Tier
 
 FORMAT: Final = "offload profile 1"

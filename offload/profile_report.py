@@ -16,9 +16,9 @@ from rich.console import Console
 
 from offload.profile_analysis import H2D, lane_intervals
 from offload.report import print_rows
-from pagemem.intervals import Interval, shares, without
-from pagemem.own_file import replace_file
-from pagemem.recorder import Recording
+from pagemem.telemetry.intervals import Interval, shares, without
+from pagemem.folders.own_file import replace_file
+from pagemem.telemetry.recorder import Recording
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
 from scheduler.trace import OpKind

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 
 from offload.live_bar import LiveBar
 from pagemem.errors import StorageError
-from pagemem.own_file import naming, open_file, replace_file, write_all
+from pagemem.folders.own_file import naming, open_file, replace_file, write_all
 from pagemem.units import format_bytes
 
 

@@ -13,8 +13,8 @@ import torch
 from offload.config import Config, ConfigError
 from offload.kernels import Kernels, RatedKernels, TimedKernels
 from offload.rehearsal import Bandwidths
-from pagemem.device_mover import ASSUMED_UPLOAD_BYTES_PER_S
-from pagemem.mover import ASSUMED_BYTES_PER_S
+from pagemem.residency.device_mover import ASSUMED_UPLOAD_BYTES_PER_S
+from pagemem.residency.mover import ASSUMED_BYTES_PER_S
 from pagemem.units import MiB
 
 _MATRIX: Final = 768

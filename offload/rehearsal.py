@@ -30,11 +30,11 @@ from offload.live_storages import Holder, LiveStorages
 from offload.no_bytes import MetaArena, MetaDevice, NoFiles
 from offload.store import PageStore
 from optim import LossScale, Scaling
-from pagemem.accelerator import Accelerator
-from pagemem.arena import Arena
+from pagemem.devices.accelerator import Accelerator
+from pagemem.devices.arena import Arena
 from pagemem.errors import OffloadError
-from pagemem.page_file import PageFiles
-from pagemem.residency import PagedTensor
+from pagemem.files.page_file import PageFiles
+from pagemem.residency.paged_tensor import PagedTensor
 from scheduler.device_driver import DeviceDriver
 from scheduler.driver import Driver
 from scheduler.trace import Access, OpKey, Trace

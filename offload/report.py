@@ -13,7 +13,7 @@ from rich.table import Table
 
 from offload.memory import MemoryReport, Stats
 from offload.progress import StepMetrics
-from pagemem.own_file import replace_file
+from pagemem.folders.own_file import replace_file
 from pagemem.units import format_bytes
 
 BITS_PER_NAT = 1 / math.log(2)

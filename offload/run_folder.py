@@ -16,11 +16,11 @@ from typing import Final
 
 from offload.config import Config
 from pagemem.errors import RunDirectoryError, StorageError
-from pagemem.folder_lock import LOCK_NAME, FolderLock
-from pagemem.own_file import kind_of, make_folder, naming, remove_file, remove_folders, replace_file
-from pagemem.page_file import PAGE_FILE_NAME
-from pagemem.run_directory import IDENTITY_NAME, folder_use
-from pagemem.small_file import parse_json, read_small
+from pagemem.folders.folder_lock import LOCK_NAME, FolderLock
+from pagemem.folders.own_file import kind_of, make_folder, naming, remove_file, remove_folders, replace_file
+from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.folders.run_directory import IDENTITY_NAME, folder_use
+from pagemem.folders.small_file import parse_json, read_small
 from pagemem.units import KiB
 
 METRICS: Final = "metrics.jsonl"

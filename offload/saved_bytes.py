@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pagemem.gone import Gone
+from pagemem.process.gone import Gone
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.recompute import Layout, Recipe
-from pagemem.accelerator import Mark
-from pagemem.residency import PagedTensor
+from pagemem.devices.accelerator import Mark
+from pagemem.residency.paged_tensor import PagedTensor
 
 
 class SavedStorage:

@@ -19,7 +19,7 @@ from typing import Any, Final
 from safetensors import safe_open
 
 from pagemem.errors import StorageError
-from pagemem.own_file import open_file, os_failure, write_all
+from pagemem.folders.own_file import open_file, os_failure, write_all
 from pagemem.units import round_up
 
 INDEX_NAME: Final = "model.safetensors.index.json"

@@ -15,9 +15,9 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from offload.shards import ITEM_BYTES, Weight
-from pagemem.commit_folder import CommitFolder
+from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError
-from pagemem.small_file import Count, Line, Record, checked, parse_json
+from pagemem.folders.small_file import Count, Line, Record, checked, parse_json
 from pagemem.units import MiB
 
 _MAX_HEADER_BYTES: Final = 64 * MiB

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import TracebackType
 
 from offload.commit_state import read_commit
-from pagemem.commit_folder import CommitFolder
+from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
-from pagemem.folder_lock import FolderLock
-from pagemem.manifest import Manifest
-from pagemem.page_file import PAGE_FILE_NAME
-from pagemem.run_directory import IDENTITY_NAME, read_run_id
+from pagemem.folders.folder_lock import FolderLock
+from pagemem.durable.manifest import Manifest
+from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.folders.run_directory import IDENTITY_NAME, read_run_id
 
 
 class StoppedRun:

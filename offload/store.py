@@ -32,19 +32,20 @@ from offload.page_views import adopt_view
 from offload.parameters import PagedParameter
 from offload.repack import copy_slot, repack
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
-from pagemem import forks, interrupts
-from pagemem.accelerator import Accelerator, RamDevice
-from pagemem.arena import Arena, HostArena
+from pagemem.process import forks
+from pagemem.process import interrupts
+from pagemem.devices.accelerator import Accelerator, RamDevice
+from pagemem.devices.arena import Arena, HostArena
 from pagemem.budget import Budget, BudgetShortage, Reservation
-from pagemem.closing import close_all
-from pagemem.cuda import CudaDevice
+from pagemem.process.closing import close_all
+from pagemem.devices.cuda import CudaDevice
 from pagemem.errors import BudgetError
-from pagemem.events import Counters, EventSink
-from pagemem.device_mover import DeviceMover
-from pagemem.mover import Mover
-from pagemem.page_file import PageFiles
-from pagemem.residency import Residency
-from pagemem.run_directory import RunDirectory
+from pagemem.telemetry.events import Counters, EventSink
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.mover import Mover
+from pagemem.files.page_file import PageFiles
+from pagemem.residency.paged_tensor import Residency
+from pagemem.folders.run_directory import RunDirectory
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
 from scheduler.driver import Driver

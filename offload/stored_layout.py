@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from optim.unit import Unit
 from pagemem.errors import CommitError
-from pagemem.small_file import Count, Line
+from pagemem.folders.small_file import Count, Line
 from pagemem.tier import Tag
 
 #: Keys of the manifest's state.

@@ -21,8 +21,8 @@ from offload.page_map import StoredPlace, all_places, map_faults
 from offload.side_file import SideFile
 from offload.stopped_run import StoppedRun
 from pagemem.errors import CommitError, StorageError
-from pagemem.manifest import Manifest
-from pagemem.page_reader import Chunk, PageReader
+from pagemem.durable.manifest import Manifest
+from pagemem.durable.page_reader import Chunk, PageReader
 from pagemem.units import format_bytes
 
 _READERS: Final = 4

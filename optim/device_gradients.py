@@ -6,7 +6,7 @@ wait in host memory, in order, each with the mark of its copy, and go on when yo
 unit is used. By then the copy is mostly made, and the device has the backward of later layers to do meanwhile. Sizes alone
 decide when a gradient goes on, so every step has the same order of ops.
 
-The memory they wait in is a buffer of the stated size, pinned once (`pagemem.staging`). A gradient that the updater goes on to keep as it is
+The memory they wait in is a buffer of the stated size, pinned once (`pagemem.devices.staging`). A gradient that the updater goes on to keep as it is
 stays in it until the update is made.
 
 The gradient of a unit that is at home on the device stays there, but waits in line all the same, until its loss is known.
@@ -27,11 +27,11 @@ from optim.clip import check_loss
 from optim.exact import ExactUpdater
 from optim.gradient_holder import OtherGradients
 from optim.unit import Slot, Unit
-from pagemem.accelerator import REACHED, Accelerator, Mark, has_reached
+from pagemem.devices.accelerator import REACHED, Accelerator, Mark, has_reached
 from pagemem.budget import Budget, BudgetShortage, Reservation
-from pagemem.closing import close_all
+from pagemem.process.closing import close_all
 from pagemem.errors import NonFiniteError
-from pagemem.staging import StagingBuffer
+from pagemem.devices.staging import StagingBuffer
 from pagemem.tier import Tag
 
 

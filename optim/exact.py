@@ -26,7 +26,7 @@ from optim.loss_scale import Scaling
 from optim.rules import Batch, UpdateRule
 from optim.states import StateAccess, state_view
 from optim.unit import Grad, Hyper, Pending, Piece, Slice, Slot, Unit, UnitIndex, complete, pieces_of
-from pagemem.events import Event, EventKind, EventSink
+from pagemem.telemetry.events import Event, EventKind, EventSink
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind
 

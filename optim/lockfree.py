@@ -33,7 +33,7 @@ from optim.unit import START_HINT, Grad, Hyper, Slot, Unit, UnitIndex, complete
 from optim.update_thread import UpdateThread
 from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.errors import BudgetError
-from pagemem.events import Event, EventKind, EventSink
+from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.tier import Tag
 from scheduler.driver import Driver, Mode
 from scheduler.trace import Access, AccessMode, OpKind

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from pagemem.errors import StorageError
-from pagemem.events import EventKind
-from pagemem.mover import Mover
-from pagemem.page import FrameId
-from pagemem.residency import IN_FLIGHT, PagedTensor, Residency
+from pagemem.telemetry.events import EventKind
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import FrameId
+from pagemem.residency.paged_tensor import IN_FLIGHT, PagedTensor, Residency
 
 RING_WINDOWS: Final = 3
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 
 from optim.unit import Slice, Slot, Unit
-from pagemem.mover import Mover
-from pagemem.residency import PagedTensor
+from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKind

@@ -19,8 +19,8 @@ from typing import Any, Final
 import torch
 
 from pagemem.errors import StaleGradientError, TransitionError
-from pagemem.gone import Gone
-from pagemem.residency import PagedTensor
+from pagemem.process.gone import Gone
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.units import ceil_div, round_up
 from scheduler.driver import Driver
 

@@ -41,11 +41,11 @@ from optim.state_windows import StateWindows
 from optim.states import state_view
 from optim.unit import Hyper, Piece, Slice, Slot, Unit
 from pagemem.errors import TransitionError
-from pagemem.events import Event, EventKind, EventSink
-from pagemem.io_threads import start_thread
-from pagemem.mover import Mover
+from pagemem.telemetry.events import Event, EventKind, EventSink
+from pagemem.files.threads import start_thread
+from pagemem.residency.mover import Mover
 from pagemem.units import MiB
-from pagemem.wait_lock import WaitLock
+from pagemem.residency.wait_lock import WaitLock
 
 #: Where tests hold the updater: names of the points in `UpdateThread` that call ``gate``.
 Gate = Callable[[str, Unit], None]

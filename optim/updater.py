@@ -9,7 +9,7 @@ import torch
 
 from optim.gradient_holder import OtherGradients
 from optim.unit import Slot, Unit
-from pagemem.forks import disowned
+from pagemem.process.forks import disowned
 
 
 class Updater(Protocol):

@@ -1,7 +1,7 @@
 """What memory there is and where bytes live: pages, budgets, the host arena, page files, and moves between them."""
 
-from pagemem.allocator import PageAllocator
-from pagemem.arena import HostArena
+from pagemem.frames.allocator import PageAllocator
+from pagemem.devices.arena import HostArena
 from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.errors import (
     BudgetError,
@@ -15,13 +15,13 @@ from pagemem.errors import (
     StorageError,
     TransitionError,
 )
-from pagemem.events import Event, EventKind, EventLog, EventSink, NullSink
-from pagemem.mover import Mover
-from pagemem.page import Extent, FrameId, Placement, Run, Shortage, TensorId
-from pagemem.page_file import PageFiles
-from pagemem.page_requests import Route
-from pagemem.residency import PagedTensor, Residency
-from pagemem.run_directory import RunDirectory
+from pagemem.telemetry.events import Event, EventKind, EventLog, EventSink, NullSink
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import Extent, FrameId, Placement, Run, Shortage, TensorId
+from pagemem.files.page_file import PageFiles
+from pagemem.files.requests import Route
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.folders.run_directory import RunDirectory
 from pagemem.tier import Tag, Tier
 
 __all__ = [

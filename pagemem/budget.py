@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Final, Literal
 
 from pagemem.errors import TransitionError
-from pagemem.events import Watcher
+from pagemem.telemetry.events import Watcher
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
 

@@ -1,7 +1,7 @@
 """Every error this engine raises at run time, one class per thing a caller can react to.
 
 Bad arguments raise ``ValueError``; a broken internal invariant raises ``AssertionError`` explicitly. An expected
-shortage inside the allocator is a return value (`pagemem.page.Shortage`), not an exception.
+shortage inside the allocator is a return value (`pagemem.frames.page.Shortage`), not an exception.
 """
 
 from __future__ import annotations

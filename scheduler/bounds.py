@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from pagemem.page import FrameId, TensorId
+from pagemem.frames.page import FrameId, TensorId
 from scheduler.plan import LoadTask, Plan, by_trigger
 from scheduler.trace import AccessMode, Op, Trace
 from scheduler.walk import Machine

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from pagemem.device_mover import DeviceMover
-from pagemem.mover import Mover
-from pagemem.recorder import UNKNOWN_CAUSE, WaitCause
-from pagemem.residency import PagedTensor, Residency
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.mover import Mover
+from pagemem.telemetry.recorder import UNKNOWN_CAUSE, WaitCause
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 from scheduler.lanes import ReadLane
 
 _COMMIT: Final = "commit of "

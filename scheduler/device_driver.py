@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from pagemem.closing import close_all
-from pagemem.device_mover import DeviceMover
-from pagemem.events import EventSink
-from pagemem.page import FrameId, TensorId
-from pagemem.recorder import WaitCause
-from pagemem.residency import PagedTensor
+from pagemem.process.closing import close_all
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.telemetry.events import EventSink
+from pagemem.frames.page import FrameId, TensorId
+from pagemem.telemetry.recorder import WaitCause
+from pagemem.residency.paged_tensor import PagedTensor
 from scheduler.causes import DeviceCauses
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKey, OpKind

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Final
 
-from pagemem.closing import close_all
+from pagemem.process.closing import close_all
 from pagemem.errors import BudgetError, TransitionError
-from pagemem.events import Event, EventKind, EventSink, Watcher
-from pagemem.mover import Mover
-from pagemem.page import TensorId
-from pagemem.recorder import WaitCause
-from pagemem.residency import PagedTensor, Residency
+from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import TensorId
+from pagemem.telemetry.recorder import WaitCause
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 from scheduler.causes import Causes
 from scheduler.cursor import Astray, Cursor
 from scheduler.durations import Durations

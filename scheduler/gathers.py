@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from pagemem.errors import BudgetError
-from pagemem.page import FrameId, TensorId
+from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import ceil_div
 from scheduler.bounds import check_bounds
 from scheduler.plan import Plan

@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from pagemem.errors import BudgetError
-from pagemem.mover import Mover
-from pagemem.residency import PagedTensor, Residency
+from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 from scheduler.on_demand import OnDemand
 from scheduler.trace import CHANGES, Access, AccessMode
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable
 
-from pagemem.mover import Mover
-from pagemem.page import TensorId
-from pagemem.residency import PagedTensor, Residency
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import TensorId
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 from scheduler.plan import LoadTask
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pagemem.errors import BudgetError
-from pagemem.mover import Mover
-from pagemem.page import TensorId
-from pagemem.residency import PagedTensor, Residency
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import TensorId
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.tier import Tag
 from pagemem.units import format_bytes
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from pagemem.page import FrameId, TensorId
+from pagemem.frames.page import FrameId, TensorId
 from scheduler.trace import OpKey
 
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from pagemem.allocator import PageAllocator
+from pagemem.frames.allocator import PageAllocator
 from pagemem.errors import BudgetError
-from pagemem.page import FrameId, Shortage, TensorId
+from pagemem.frames.page import FrameId, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Final
 
 from pagemem.errors import BudgetError
-from pagemem.mover import Mover
-from pagemem.page import FrameId, TensorId
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import FrameId, TensorId
 from scheduler.bounds import check_bounds
 from scheduler.plan import Plan
 from scheduler.planner import cost_s, make_plan

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
 
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from pagemem.page import FrameId, TensorId
+from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import ceil_div
 from scheduler.bounds import check_bounds
 from scheduler.plan import LoadTask, Plan

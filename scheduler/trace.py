@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 
 
 class OpKind(enum.Enum):

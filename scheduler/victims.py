@@ -15,7 +15,7 @@ from typing import Final
 
 from sortedcontainers import SortedList
 
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 
 #: Settled tenants that are named before all others.
 SETTLED_FIRST: Final = 6

@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pagemem.allocator import PageAllocator
+from pagemem.frames.allocator import PageAllocator
 from pagemem.errors import BudgetError
-from pagemem.page import FrameId, Shortage, TensorId
+from pagemem.frames.page import FrameId, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
-from pagemem.window import MANY_TENANTS, Window, best_window, window_near
+from pagemem.frames.window import MANY_TENANTS, Window, best_window, window_near
 from scheduler.plan import LoadTask, StoreTask
 from scheduler.trace import CHANGES, Access, AccessMode, Op, Trace
 from scheduler.victims import Victims

@@ -18,11 +18,11 @@ from offload import bench_ssd, cli
 from offload.bench_ssd import FOLDER_PREFIX, Measured, Plan, Point, Setting, check_target, file_system, measure, temporary_run
 from offload.bench_ssd_report import point_cells, run_bench_ssd
 from offload.config import ConfigError
-from pagemem import io as pagemem_io
+from pagemem.files import backend as pagemem_io
 from pagemem.errors import ChecksumError, DiskFullError, StorageError
-from pagemem.io import Direction
-from pagemem.page_file import PageFiles
-from pagemem.run_directory import RunDirectory, folder_use
+from pagemem.files.backend import Direction
+from pagemem.files.page_file import PageFiles
+from pagemem.folders.run_directory import RunDirectory, folder_use
 from pagemem.units import KiB, MiB
 
 #: Both directions, several sizes and threads, and no checksums, in a file of 3 MiB.
@@ -173,7 +173,7 @@ def test_no_room_after_all_is_an_error_and_nothing_stays(disk: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     before = content(disk)
-    monkeypatch.setattr("pagemem.raw_file.os.posix_fallocate", full)
+    monkeypatch.setattr("pagemem.files.raw_file.os.posix_fallocate", full)
     with pytest.raises(DiskFullError):
         run([disk])
     assert content(disk) == before

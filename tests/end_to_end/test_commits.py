@@ -10,7 +10,7 @@ import torch
 from committed_runs import SETUPS, SMALL, Run, Setup, assert_same, uninterrupted
 
 import offload
-from pagemem.commit_folder import CommitFolder
+from pagemem.durable.commit_folder import CommitFolder
 
 STEPS = 7
 

@@ -16,7 +16,7 @@ from tiny_models import CASES
 import offload
 from offload import activations
 from pagemem.errors import StorageError
-from pagemem.page_file import PageFiles
+from pagemem.files.page_file import PageFiles
 from pagemem.tier import Tag
 
 ALL, SOME = "64MiB", "3MiB"

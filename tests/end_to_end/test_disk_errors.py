@@ -12,7 +12,7 @@ from parity import adamw
 from small_runs import PAGE_BYTES, assert_closed, assert_equal, built, config, engine_of, train
 
 import offload
-from pagemem.page_file import PAGE_FILE_NAME
+from pagemem.files.page_file import PAGE_FILE_NAME
 
 
 @pytest.mark.parametrize("kind", ["allocate", "write"])

@@ -17,7 +17,7 @@ from small_runs import built
 from offload import bench_ssd, cli, machine
 from offload.machine import cgroup_limit, copy_gb_per_s, cuda_facts, folder_fact, memory_fact, package_facts
 from offload.verify import verify_run
-from pagemem.run_directory import RunDirectory, folder_use
+from pagemem.folders.run_directory import RunDirectory, folder_use
 from pagemem.units import MiB
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def test_a_disk_that_fails_is_a_problem_and_nothing_stays(
     def fail(fd: int, offset: int, length: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("pagemem.raw_file.os.posix_fallocate", fail)
+    monkeypatch.setattr("pagemem.files.raw_file.os.posix_fallocate", fail)
     code, record, _ = run(capsys, write_config(tmp_path, tmp_path / "pages"))
     assert code == 1 and any("Input/output error" in line for level, line in said(record, f"ssd {tmp_path / 'pages'}") if level == "problem")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -17,7 +17,7 @@ from torch import nn
 
 import offload
 from offload.cli import main
-from pagemem.page_file import PAGE_FILE_NAME
+from pagemem.files.page_file import PAGE_FILE_NAME
 
 Start = Callable[[nn.Module, dict[str, Any]], Any]
 

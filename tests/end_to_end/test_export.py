@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import offload
 from offload import export, shards
 from offload.cli import main
-from pagemem import page_reader
-from pagemem.page_reader import Chunk, PageReader
+from pagemem.durable import page_reader
+from pagemem.durable.page_reader import Chunk, PageReader
 
 
 def loaded(folder: Path) -> dict[str, Tensor]:

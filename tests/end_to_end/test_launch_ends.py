@@ -21,9 +21,9 @@ from offload.console import Output, OutputClosed
 from offload.launch import launch
 from offload.progress import ProgressLog, StepMetrics
 from offload.run_folder import RunFolder
-from pagemem.commit_folder import CommitFolder
+from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import DiskFullError, OffloadError, RunDirectoryError, StorageError
-from pagemem.run_directory import RunDirectory
+from pagemem.folders.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6

@@ -20,7 +20,7 @@ from offload.cli import main
 from offload.config import load_config
 from offload.launch import launch
 from offload.progress import ProgressLog
-from pagemem.commit_folder import CommitFolder
+from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
 
 STEPS = 9

@@ -9,7 +9,7 @@ import pytest
 from parity import Parity, smallest_ram, state_bytes
 from tiny_models import CASES
 
-from pagemem import tenants
+from pagemem.residency import tenants
 from scheduler import walk
 
 

@@ -14,8 +14,8 @@ from committed_runs import SMALL, Run, Setup, assert_same
 from finished_runs import FinishedRun
 
 import offload
-from pagemem.commit_folder import CommitFolder
-from pagemem.page_file import PAGE_FILE_NAME
+from pagemem.durable.commit_folder import CommitFolder
+from pagemem.files.page_file import PAGE_FILE_NAME
 
 
 def setup_with(**ssd: Any) -> Setup:

@@ -18,7 +18,7 @@ from small_runs import train as step
 
 import offload
 from offload.plan_file import DEVICE_PLAN_NAME, PLAN_NAME, PlanFile, PlanFileError, read_plan
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from scheduler.driver import Driver
 from scheduler.trace import Op, OpKind, Trace
 

@@ -16,7 +16,7 @@ from small_runs import RAM_BYTES, batches, built, config, engine_of, train
 import offload.cli
 import offload.binder
 from offload.cli import main
-from pagemem.heap import ForwardEnd, joining
+from offload.heap import ForwardEnd, joining
 
 
 @pytest.mark.parametrize("arguments", [{}, {"tied": True}, {"recompute": "non-reentrant"}], ids=["plain", "tied", "recompute"])

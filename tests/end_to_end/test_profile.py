@@ -16,7 +16,7 @@ import offload
 from offload.profile import Profile, ProfileState
 from offload.profile_report import report_data, summary_rows
 from pagemem.errors import RunDirectoryError
-from pagemem.events import EventKind, NullSink
+from pagemem.telemetry.events import EventKind, NullSink
 from pagemem.tier import Tier
 
 MIB = 1 << 20

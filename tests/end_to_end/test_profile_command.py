@@ -23,7 +23,7 @@ from offload.profile_report import write_report
 from offload.profile_run import WARM_UP_STEPS, profile_run, temporary_beside
 from offload.recipe import ByteGPT
 from pagemem.errors import BudgetError, RunDirectoryError
-from pagemem.recorder import UNKNOWN_CAUSE, Recorder
+from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder
 
 MODEL = {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}
 FILES = {"trace.json", "report.html", "summary.json"}

@@ -10,8 +10,8 @@ import torch
 from parity import Parity, state_bytes
 from tiny_models import CASES
 
-from pagemem.page import TensorId
-from pagemem.residency import PagedTensor
+from pagemem.frames.page import TensorId
+from pagemem.residency.paged_tensor import PagedTensor
 from scheduler.driver import Driver
 from scheduler.trace import Access, AccessMode, OpKey
 

@@ -17,8 +17,8 @@ from tiny_models import Case
 from torch import nn
 
 import offload
-from pagemem.commit_folder import CommitFolder
-from pagemem.page_file import PAGE_FILE_NAME
+from pagemem.durable.commit_folder import CommitFolder
+from pagemem.files.page_file import PAGE_FILE_NAME
 
 
 def committed(folder: Path, setup: Setup = SMALL, steps: tuple[int, ...] = (1, 2)) -> dict[int, dict[str, Any]]:

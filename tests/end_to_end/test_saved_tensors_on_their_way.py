@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import offload
 from offload import activations
 from offload.activations import SavedActivations
-from pagemem.device_mover import DeviceMover
-from pagemem.residency import PagedTensor
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.paged_tensor import PagedTensor
 
 PAGE_BYTES = 64 << 10
 #: Bytes of a storage that is saved: four chunks.

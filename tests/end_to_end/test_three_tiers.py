@@ -18,8 +18,8 @@ from tiny_models import CASES
 from torch import nn
 
 import offload
-from pagemem.host_copier import _Upload
-from pagemem.residency import Residency
+from pagemem.residency.upload_queue import _Upload
+from pagemem.residency.paged_tensor import Residency
 from pagemem.tier import Tier
 
 PAGE_BYTES = 64 << 10

@@ -16,7 +16,7 @@ from torch.optim import Optimizer, lr_scheduler
 from xxhash import xxh3_128_hexdigest
 
 import offload
-from pagemem.manifest import FORMAT
+from pagemem.durable.manifest import FORMAT
 
 Maker = Callable[[Optimizer], Any]
 

@@ -20,10 +20,10 @@ from small_runs import built, engine_of, train
 from tiny_models import CASES
 
 from offload.cli import main
-from pagemem import page_reader
-from pagemem.commit_folder import CommitFolder
-from pagemem.manifest import Manifest, StoredTensor
-from pagemem.page_reader import Chunk, PageReader, WrongExtent
+from pagemem.durable import page_reader
+from pagemem.durable.commit_folder import CommitFolder
+from pagemem.durable.manifest import Manifest, StoredTensor
+from pagemem.durable.page_reader import Chunk, PageReader, WrongExtent
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from raising_signal import Raised, raising
 
-from pagemem.arena import HostArena
-from pagemem.events import EventLog
-from pagemem.mover import Mover
-from pagemem.page import FrameId
-from pagemem.page_file import PageFiles
-from pagemem.residency import IN_FLIGHT
-from pagemem.run_directory import RunDirectory
+from pagemem.devices.arena import HostArena
+from pagemem.telemetry.events import EventLog
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import FrameId
+from pagemem.files.page_file import PageFiles
+from pagemem.residency.paged_tensor import IN_FLIGHT
+from pagemem.folders.run_directory import RunDirectory
 from pagemem.tier import Tag
 from pagemem.units import KiB
 

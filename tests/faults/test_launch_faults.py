@@ -29,7 +29,7 @@ import offload
 from offload.config import ConfigError, load_config
 from offload.export import export_run
 from offload.launch import launch
-from pagemem.folder_lock import holder_of
+from pagemem.folders.folder_lock import holder_of
 
 STEPS = 4
 FAULTS = (Fault.EIO, Fault.ENOSPC, Fault.SHORT, Fault.NOTHING)

@@ -11,9 +11,9 @@ import pytest
 from page_file_bench import ALL, N_PAGES, PAGE_BYTES, REQUEST_PAGES, TIMEOUT_S, Bench, aligned, pages
 
 from pagemem.errors import ChecksumError, StorageError
-from pagemem.io import MAX_STALLS
-from pagemem.page import Extent, FrameId
-from pagemem.page_file import PAGE_FILE_NAME
+from pagemem.files.backend import MAX_STALLS
+from pagemem.frames.page import Extent, FrameId
+from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.units import BLOCK_BYTES
 
 

@@ -10,8 +10,8 @@ import pytest
 from page_file_bench import ALL, N_PAGES, N_REQUESTS, PAGE_BYTES, REQUEST_PAGES, TIMEOUT_S, Bench, Outcome, aligned, failing_at, pages
 
 from pagemem.errors import ChecksumError, StorageError
-from pagemem.page import Extent, FrameId
-from pagemem.page_file import PAGE_FILE_NAME
+from pagemem.frames.page import Extent, FrameId
+from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.units import BLOCK_BYTES
 
 

@@ -11,9 +11,9 @@ import pytest
 from page_file_bench import ALL, N_PAGES, PAGE_BYTES, Bench, aligned, failing_at, pages
 
 from pagemem.errors import DiskFullError, StorageError
-from pagemem.io import choose_backend
-from pagemem.page_file import PAGE_FILE_NAME, PageFiles
-from pagemem.run_directory import RunDirectory
+from pagemem.files.backend import choose_backend
+from pagemem.files.page_file import PAGE_FILE_NAME, PageFiles
+from pagemem.folders.run_directory import RunDirectory
 
 
 # ---- no room -------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_a_page_file_that_cannot_be_opened_leaves_nothing_behind(tmp_path: Path,
 
 
 def test_forcing_direct_where_it_is_refused_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagemem.io.accepts_direct", lambda folder: False)
+    monkeypatch.setattr("pagemem.files.backend.accepts_direct", lambda folder: False)
     with pytest.raises(StorageError, match=r'/proc refuses it; set ssd\.direct to "auto"'):
         choose_backend([Path("/proc")], direct=True, n_workers=1)
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pagemem import cuda
-from pagemem.arena import HostArena
-from pagemem.cuda import CudaArena, CudaDevice
+from pagemem.devices import cuda
+from pagemem.devices.arena import HostArena
+from pagemem.devices.cuda import CudaArena, CudaDevice
 from pagemem.errors import DeviceError
-from pagemem.page import FrameId, TensorId
-from pagemem.staging import StagingBuffer
+from pagemem.frames.page import FrameId, TensorId
+from pagemem.devices.staging import StagingBuffer
 
 PAGE_BYTES = 64 << 10
 N_FRAMES = 16

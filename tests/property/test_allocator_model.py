@@ -13,8 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
 
-from pagemem.allocator import PageAllocator
-from pagemem.page import Extent, FrameId, PageMove, Placement, Shortage, TensorId
+from pagemem.frames.allocator import PageAllocator
+from pagemem.frames.page import Extent, FrameId, PageMove, Placement, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, KiB, ceil_div
 

@@ -14,9 +14,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pagemem.checksum import DigestArray
-from pagemem.copies import Copies, StoredCopy
-from pagemem.page import Extent, Placement
+from pagemem.files.checksums import DigestArray
+from pagemem.residency.disk_versions import Copies, StoredCopy
+from pagemem.frames.page import Extent, Placement
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, KiB
 

@@ -27,7 +27,7 @@ from optim.loss_scale import Scaling
 from optim.lockfree import LockFreeUpdater
 from optim.unit import Slot, Unit, UnitIndex
 from pagemem.budget import Budget
-from pagemem.events import NullSink
+from pagemem.telemetry.events import NullSink
 from pagemem.tier import Tag, Tier
 from scheduler.driver import Mode
 

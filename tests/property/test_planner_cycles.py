@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from scheduler.bounds import check_bounds
 from scheduler.planner import make_plan
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagemem.errors import BudgetError
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from pagemem.units import ceil_div
 from scheduler.bounds import Replay, check_bounds
 from scheduler.gathers import Link, ShardedPlan, gather_trace, plan_sharded, shard_trace

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from pagemem.window import MANY_TENANTS
+from pagemem.frames.window import MANY_TENANTS
 from scheduler.planner import make_plan
 from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
 from scheduler.walk import Machine

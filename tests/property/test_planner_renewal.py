@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from scheduler.bounds import PlanError, check_bounds
 from scheduler.plan import by_trigger
 from scheduler.planner import make_plan

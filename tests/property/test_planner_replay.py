@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagemem.errors import BudgetError
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from pagemem.units import BLOCK_BYTES, KiB
 from scheduler.bounds import Replay, check_bounds
 from scheduler.plan import Plan

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagemem.errors import BudgetError
-from pagemem.page import FrameId, TensorId
+from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.bounds import PlanError, check_bounds
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger

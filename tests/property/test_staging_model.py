@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagemem.staging import ALIGN_BYTES, StagingBuffer
+from pagemem.devices.staging import ALIGN_BYTES, StagingBuffer
 
 N_BYTES = 4096
 

@@ -12,13 +12,13 @@ import torch
 from gated_device import GatedDevice, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES, opened
 
-from pagemem.arena import HostArena
-from pagemem.device_mover import DeviceMover
+from pagemem.devices.arena import HostArena
+from pagemem.residency.device_mover import DeviceMover
 from pagemem.errors import StorageError, TransitionError
-from pagemem.events import EventLog
-from pagemem.host_copier import _close_at_exit
-from pagemem.page import FrameId
-from pagemem.residency import PagedTensor, Residency
+from pagemem.telemetry.events import EventLog
+from pagemem.residency.upload_queue import _close_at_exit
+from pagemem.frames.page import FrameId
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 from scheduler.lanes import ReadLane
 from scheduler.plan import LoadTask
 
@@ -133,7 +133,7 @@ def test_a_copy_that_fails_is_told_and_leaves_the_tensor_below(tiers: Tiers, mon
 
     tensor = tiers.device.mirror(tiers.below.dirty(1))
     with monkeypatch.context() as broken:
-        broken.setattr("pagemem.accelerator.np.copyto", fails)
+        broken.setattr("pagemem.devices.accelerator.np.copyto", fails)
         tiers.device.start_load(tensor, FrameId(0))
         with pytest.raises(MemoryError, match="no copy"):
             tiers.arrives(tensor)

@@ -11,9 +11,9 @@ from fake_page_files import TIMEOUT_S
 from gated_mover import PAGE_BYTES, Gates, opened
 
 from pagemem.errors import StorageError, TransitionError
-from pagemem.events import EventKind
-from pagemem.page import FrameId
-from pagemem.residency import Residency
+from pagemem.telemetry.events import EventKind
+from pagemem.frames.page import FrameId
+from pagemem.residency.paged_tensor import Residency
 from pagemem.tier import Tag
 
 R = Residency

@@ -12,9 +12,9 @@ from gated_device import GatedMark, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES
 
 from pagemem.errors import StorageError
-from pagemem.events import EventKind
-from pagemem.page import FrameId
-from pagemem.residency import PagedTensor, Residency
+from pagemem.telemetry.events import EventKind
+from pagemem.frames.page import FrameId
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 
 R = Residency
 
@@ -138,7 +138,7 @@ def test_a_copy_that_fails_half_way_is_told(coming: Coming, monkeypatch: pytest.
     coming.read.arrive(0)
     coming.copied(0)
     with monkeypatch.context() as broken:
-        broken.setattr("pagemem.accelerator.np.copyto", fails)
+        broken.setattr("pagemem.devices.accelerator.np.copyto", fails)
         coming.read.arrive(1)
         with pytest.raises(MemoryError, match="no copy"):
             coming.tiers.arrives(coming.tensor)

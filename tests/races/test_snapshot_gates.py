@@ -14,9 +14,9 @@ from fake_page_files import TIMEOUT_S
 from gated_mover import Gates, opened
 
 from pagemem.errors import DiskFullError, StorageError, TransitionError
-from pagemem.page import FrameId
-from pagemem.residency import PagedTensor, Residency
-from pagemem.snapshot import STORES_AT_A_TIME, Snapshot, SnapshotState
+from pagemem.frames.page import FrameId
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.residency.snapshot import STORES_AT_A_TIME, Snapshot, SnapshotState
 
 R = Residency
 

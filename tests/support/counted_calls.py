@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pagemem.page_file import PageFiles
+from pagemem.files.page_file import PageFiles
 from pagemem.units import BLOCK_BYTES, MiB
 
 

@@ -24,7 +24,7 @@ from offload.config import load_config
 from offload.console import Output
 from offload.data import ByteCorpus
 from offload.launch import launch
-from pagemem.manifest import FORMAT
+from pagemem.durable.manifest import FORMAT
 
 
 class Small(nn.Module):

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pagemem.page import Extent, FrameId
+from pagemem.frames.page import Extent, FrameId
 
 Done = Callable[[BaseException | None], None]
 Part = Callable[[Sequence[tuple[int, int]]], None]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pagemem.io import RawBackend, choose_backend
+from pagemem.files.backend import RawBackend, choose_backend
 
 
 class FaultyDisk:
@@ -38,7 +38,7 @@ class FaultyDisk:
             disk._inner = choose_backend(folders, **options)
             return disk
 
-        monkeypatch.setattr("pagemem.page_file.choose_backend", chosen)
+        monkeypatch.setattr("pagemem.files.page_file.choose_backend", chosen)
         return disk
 
     @property

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import offload
 from offload.verify import verify_run
-from pagemem.commit_folder import CommitFolder
-from pagemem.folder_lock import holder_of
+from pagemem.durable.commit_folder import CommitFolder
+from pagemem.folders.folder_lock import holder_of
 
 #: Steps that are compared: three before the run stops, one after, and one more without faults.
 FIRST, SECOND, LAST = 3, 4, 5

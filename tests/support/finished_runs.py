@@ -13,8 +13,8 @@ from small_runs import batches, config
 from torch import Tensor, nn
 
 import offload
-from pagemem.commit_folder import CommitFolder
-from pagemem.manifest import Manifest, StoredTensor
+from pagemem.durable.commit_folder import CommitFolder
+from pagemem.durable.manifest import Manifest, StoredTensor
 
 
 @dataclass(frozen=True)

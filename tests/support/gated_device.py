@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from gated_mover import PAGE_BYTES, Gates, opened
 
-from pagemem.accelerator import RamDevice
-from pagemem.arena import HostArena
-from pagemem.device_mover import DeviceMover
-from pagemem.events import EventLog
-from pagemem.page import FrameId
-from pagemem.residency import PagedTensor, Residency
+from pagemem.devices.accelerator import RamDevice
+from pagemem.devices.arena import HostArena
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.telemetry.events import EventLog
+from pagemem.frames.page import FrameId
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 
 R = Residency
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 import torch
 from fake_page_files import GatedPageFiles
 
-from pagemem.arena import HostArena
+from pagemem.devices.arena import HostArena
 from pagemem.errors import StorageError
-from pagemem.events import EventLog
-from pagemem.mover import Mover
-from pagemem.page import FrameId
-from pagemem.residency import PagedTensor
+from pagemem.telemetry.events import EventLog
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import FrameId
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from pagemem.units import KiB
 

@@ -32,7 +32,7 @@ from offload.commit_state import read_commit
 from offload.config import load_config
 from offload.console import Output
 from offload.launch import launch
-from pagemem.commit_folder import CommitFolder
+from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError
 
 STEPS = 10

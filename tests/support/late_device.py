@@ -17,9 +17,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.store import PageStore
-from pagemem.accelerator import Accelerator, Copy, Mark, RamDevice
-from pagemem.device_mover import DeviceMover
-from pagemem.residency import PagedTensor
+from pagemem.devices.accelerator import Accelerator, Copy, Mark, RamDevice
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.paged_tensor import PagedTensor
 
 
 @dataclass

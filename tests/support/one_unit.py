@@ -9,8 +9,8 @@ from torch import Tensor
 
 from optim.handoff import SlotSum
 from optim.unit import Slot, Unit, cut, lay_out
-from pagemem.page import FrameId, TensorId
-from pagemem.residency import PagedTensor
+from pagemem.frames.page import FrameId, TensorId
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from pagemem.units import KiB
 

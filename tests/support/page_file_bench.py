@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
-from pagemem.io import RawBackend, choose_backend
-from pagemem.page import Extent, FrameId
-from pagemem.page_file import PageFiles
-from pagemem.run_directory import RunDirectory
+from pagemem.files.backend import RawBackend, choose_backend
+from pagemem.frames.page import Extent, FrameId
+from pagemem.files.page_file import PageFiles
+from pagemem.folders.run_directory import RunDirectory
 from pagemem.units import BLOCK_BYTES, KiB, MiB
 
 PAGE_BYTES = 64 * KiB

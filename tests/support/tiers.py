@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pagemem.allocator import PageAllocator
-from pagemem.page import FrameId, PageMove, Placement, Shortage, TensorId
+from pagemem.frames.allocator import PageAllocator
+from pagemem.frames.page import FrameId, PageMove, Placement, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import KiB
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 
 from fake_page_files import ThreadedPageFiles
-from pagemem.arena import HostArena
-from pagemem.events import EventLog
-from pagemem.mover import Mover
-from pagemem.page import TensorId
-from pagemem.residency import PagedTensor
+from pagemem.devices.arena import HostArena
+from pagemem.telemetry.events import EventLog
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import TensorId
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from pagemem.units import KiB
 from scheduler.driver import Driver

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 from tiers import PAGE, anyone, every_tier_is_valid_at_the_end, filled, layout, placed, t, tier  # noqa: F401
 
-from pagemem.allocator import PageAllocator
-from pagemem.page import Extent, FrameId, Run, Shortage
+from pagemem.frames.allocator import PageAllocator
+from pagemem.frames.page import Extent, FrameId, Run, Shortage
 from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, KiB
 

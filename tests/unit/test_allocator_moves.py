@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from tiers import PAGE, anyone, copies, every_tier_is_valid_at_the_end, filled, layout, placed_of, t, tier  # noqa: F401
 
-from pagemem.free_runs import FreeRuns
-from pagemem.packing import safe_order
-from pagemem.page import Extent, FrameId, PageMove, Shortage
+from pagemem.frames.free_runs import FreeRuns
+from pagemem.frames.packing import safe_order
+from pagemem.frames.page import Extent, FrameId, PageMove, Shortage
 from pagemem.tier import Tier
 from pagemem.units import KiB
 

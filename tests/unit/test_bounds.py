@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pagemem.page import FrameId, TensorId
+from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.bounds import BoundsReport, PlanError, check_bounds
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger

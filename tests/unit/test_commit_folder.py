@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from crashing_system import Crash, CrashingSystem
 
-from pagemem.commit_folder import FOLDER_NAME, CommitFolder
+from pagemem.durable.commit_folder import FOLDER_NAME, CommitFolder
 from pagemem.errors import CommitError, StorageError
-from pagemem.manifest import Manifest
+from pagemem.durable.manifest import Manifest
 
 SMALL = b"small tensors " * 50
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from fake_page_files import ThreadedPageFiles
 
-from pagemem.copies import Copies
+from pagemem.residency.disk_versions import Copies
 from pagemem.errors import DiskFullError
-from pagemem.page import Extent, FrameId, Placement, Run, TensorId
+from pagemem.frames.page import Extent, FrameId, Placement, Run, TensorId
 from pagemem.tier import Tag, Tier
 from pagemem.units import KiB
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from pagemem import cuda
-from pagemem.accelerator import REACHED
-from pagemem.arena import HostArena
-from pagemem.cuda import CudaCopy, CudaDevice, CudaMark
+from pagemem.devices import cuda
+from pagemem.devices.accelerator import REACHED
+from pagemem.devices.arena import HostArena
+from pagemem.devices.cuda import CudaCopy, CudaDevice, CudaMark
 from pagemem.errors import DeviceError
-from pagemem.page import FrameId
+from pagemem.frames.page import FrameId
 from pagemem.units import format_bytes
 
 PAGE_BYTES = 64 << 10
@@ -59,7 +59,7 @@ class Event:
 
 
 class FakeCuda:
-    """As much of `torch.cuda` as `pagemem.cuda` uses to order and to pin."""
+    """As much of `torch.cuda` as `pagemem.devices.cuda` uses to order and to pin."""
 
     Event = Event
     OutOfMemoryError = torch.cuda.OutOfMemoryError

@@ -12,7 +12,7 @@ import torch
 from gated_device import GatedMark
 
 from optim.device_gradients import DeviceGradients
-from pagemem.accelerator import RamDevice
+from pagemem.devices.accelerator import RamDevice
 from pagemem.budget import Budget
 from pagemem.errors import NonFiniteError
 from pagemem.tier import Tag, Tier

@@ -15,8 +15,8 @@ from optim.update_thread import scratch_bytes
 from optim.state_windows import least_frames
 from optim.unit import Slot, Unit, cut, lay_out
 from pagemem.errors import BudgetError
-from pagemem.page import TensorId
-from pagemem.residency import PagedTensor
+from pagemem.frames.page import TensorId
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from pagemem.units import KiB, ceil_div
 

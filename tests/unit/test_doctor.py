@@ -31,7 +31,7 @@ from offload.doctor import (
     run_doctor,
 )
 from offload.machine import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact
-from pagemem.run_directory import FolderUse
+from pagemem.folders.run_directory import FolderUse
 from pagemem.units import GiB, MiB
 
 MEMORY = MemoryFact(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pagemem.errors import BudgetError
-from pagemem.events import EventKind
-from pagemem.residency import Residency
+from pagemem.telemetry.events import EventKind
+from pagemem.residency.paged_tensor import Residency
 from scheduler import planning as planning_module
 from scheduler.bounds import PlanError
 from scheduler.driver import Mode

@@ -10,8 +10,8 @@ import pytest
 from counted_calls import CountedCalls, Fault
 
 from pagemem.errors import RunDirectoryError, StorageError
-from pagemem.folder_lock import LOCK_NAME, FolderLock, holder_of
-from pagemem.run_directory import IDENTITY_NAME, RunDirectory, folder_use
+from pagemem.folders.folder_lock import LOCK_NAME, FolderLock, holder_of
+from pagemem.folders.run_directory import IDENTITY_NAME, RunDirectory, folder_use
 
 
 def test_a_stale_file_is_no_lock(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pagemem.run_directory import IDENTITY_NAME, LOCK_NAME, FolderUse, RunDirectory, folder_use
+from pagemem.folders.run_directory import IDENTITY_NAME, LOCK_NAME, FolderUse, RunDirectory, folder_use
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from pagemem.arena import HostArena
-from pagemem.gone import Gone
-from pagemem.page import FrameId, TensorId
+from pagemem.devices.arena import HostArena
+from pagemem.process.gone import Gone
+from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 
 

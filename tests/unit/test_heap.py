@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pagemem.heap import (
+from offload.heap import (
     TUNABLE, TUNABLES_VARIABLE, WORTH_BYTES, ForwardEnd, give_back_free_pages, joining,
     large_blocks_mapped,
 )  # fmt: skip
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from pagemem.units import MiB
 
 EVERYTHING = [TensorId(number) for number in range(4)]
@@ -88,7 +88,7 @@ def test_what_one_engine_keeps_another_one_gives_back() -> None:
     # In a process of its own: what other tests have freed here would serve the block.
     code = (
         "import sys, torch; sys.path[:0] = sys.argv[1].split(':')\n"
-        "from pagemem.heap import give_back_large_blocks, keep_freed_memory\n"
+        "from offload.heap import give_back_large_blocks, keep_freed_memory\n"
         "from test_heap import MiB, resident_bytes\n"
         "keep_freed_memory()\n"
         "give_back_large_blocks()\n"
@@ -123,7 +123,7 @@ def test_a_process_knows_whether_it_was_started_joining() -> None:
     # What is put into the environment once the process runs has no effect, and is not taken for one.
     code = (
         "import os, sys; sys.path[:0] = sys.argv[1].split(':')\n"
-        "from pagemem.heap import TUNABLE, TUNABLES_VARIABLE, blocks_join\n"
+        "from offload.heap import TUNABLE, TUNABLES_VARIABLE, blocks_join\n"
         "os.environ[TUNABLES_VARIABLE] = TUNABLE\n"
         "print(blocks_join())\n"
     )

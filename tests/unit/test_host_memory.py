@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pagemem import host_memory
+from pagemem.devices import host_memory
 from pagemem.units import GiB, MiB
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 from covered_code import covered
 
-from pagemem import interrupts
-from pagemem.closing import finish
+from pagemem.process import interrupts
+from pagemem.process.closing import finish
 
 interrupts.cover(covered.__file__)
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pagemem.io_threads import IoPool
+from pagemem.files.threads import IoPool
 
 TIMEOUT_S = 30.0
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128_hexdigest
 
 from pagemem.errors import CommitError
-from pagemem.manifest import FORMAT, Manifest, StoredTensor
-from pagemem.page import Extent, FrameId, Run, TensorId
+from pagemem.durable.manifest import FORMAT, Manifest, StoredTensor
+from pagemem.frames.page import Extent, FrameId, Run, TensorId
 from pagemem.tier import Tier
 
 NUMBERS = st.integers(1, 2**40 - 1)

@@ -13,7 +13,7 @@ import pytest
 from counted_calls import CountedCalls, Fault
 
 from pagemem.errors import DiskFullError, StorageError
-from pagemem.own_file import has_folder, kind_of, make_folder, open_file, os_failure, remove_draft, replace_file
+from pagemem.folders.own_file import has_folder, kind_of, make_folder, open_file, os_failure, remove_draft, replace_file
 
 OTHERS: dict[str, Callable[[Path, Path], object]] = {
     "a symbolic link": lambda path, other: path.symlink_to(other),

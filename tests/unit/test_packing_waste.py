@@ -20,9 +20,9 @@ from offload.config import load_config
 from offload.need import Sizes
 from offload.neighbours import units_of
 from optim.unit import cut, lay_out
-from pagemem.allocator import PageAllocator
-from pagemem.page import TensorId
-from pagemem.residency import PagedTensor
+from pagemem.frames.allocator import PageAllocator
+from pagemem.frames.page import TensorId
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag, Tier
 from pagemem.units import KiB, MiB, ceil_div, format_bytes
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from pagemem.errors import StorageError, TransitionError
-from pagemem.intervals import union
-from pagemem.io_direct import accepts_direct
-from pagemem.page import Extent, FrameId
-from pagemem.page_file import LEGAL_MOVES, PAGE_FILE_NAME, SLAB_BYTES, FilesState, PageFiles
-from pagemem.run_directory import RunDirectory
+from pagemem.telemetry.intervals import union
+from pagemem.files.direct import accepts_direct
+from pagemem.frames.page import Extent, FrameId
+from pagemem.files.page_file import LEGAL_MOVES, PAGE_FILE_NAME, SLAB_BYTES, FilesState, PageFiles
+from pagemem.folders.run_directory import RunDirectory
 from pagemem.units import BLOCK_BYTES, KiB, MiB
 
 PAGE_BYTES = 64 * KiB

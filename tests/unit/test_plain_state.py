@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload.plain_state import MAX_BYTES, TAG, UnknownState, decode, encode
-from pagemem.small_file import parse_json
+from pagemem.folders.small_file import parse_json
 
 
 def assert_alike(found: Any, expected: Any) -> None:

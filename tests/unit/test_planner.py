@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pagemem.errors import BudgetError
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from pagemem.units import KiB
 from scheduler.bounds import Replay
 from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger

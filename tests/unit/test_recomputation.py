@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from scheduler.bounds import check_bounds
 from scheduler.planner import make_plan
 from scheduler.recomputation import Part, pages, recomputed

@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from pagemem.errors import TransitionError
-from pagemem.page import TensorId
-from pagemem.residency import LEGAL_MOVES, READABLE, PagedTensor, Residency
+from pagemem.frames.page import TensorId
+from pagemem.residency.paged_tensor import LEGAL_MOVES, READABLE, PagedTensor, Residency
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, KiB, MiB
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from training_rig import PAGE_BYTES, pattern
 
 from optim.state_windows import RING_WINDOWS, StateWindows, least_frames
-from pagemem.arena import HostArena
+from pagemem.devices.arena import HostArena
 from pagemem.errors import StorageError
-from pagemem.events import EventKind, EventLog
-from pagemem.mover import Mover
-from pagemem.page import FrameId
-from pagemem.residency import PagedTensor, Residency
+from pagemem.telemetry.events import EventKind, EventLog
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import FrameId
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.tier import Tag
 
 #: Frames below the updater's, which the training thread uses.

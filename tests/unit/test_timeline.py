@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagemem.intervals import Interval, clipped, shares, total_s, tracks, union, without
+from pagemem.telemetry.intervals import Interval, clipped, shares, total_s, tracks, union, without
 from pagemem.tier import Tag, Tier
-from pagemem.timeline import Change, Timeline
+from pagemem.telemetry.timeline import Change, Timeline
 
 END_S = 32
 TAGS = [Tag.PARAM, Tag.GRAD, Tag.MOMENT]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagemem.token_bucket import TokenBucket
+from pagemem.files.rate_limit import TokenBucket
 
 RATE = 1000.0
 

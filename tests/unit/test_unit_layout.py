@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optim.unit import SLICE_ALIGN_NUMEL, SLOT_ALIGN_NUMEL, Slice, Slot, Unit, UnitIndex, cut, lay_out, pieces_of
-from pagemem.page import TensorId
-from pagemem.residency import PagedTensor
+from pagemem.frames.page import TensorId
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from pagemem.units import KiB
 

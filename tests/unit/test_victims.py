@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagemem.page import TensorId
+from pagemem.frames.page import TensorId
 from scheduler.victims import SETTLED_FIRST, Victims
 
 A, B, C = (TensorId(i) for i in range(3))

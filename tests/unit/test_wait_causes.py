@@ -9,14 +9,14 @@ import pytest
 from fake_page_files import TIMEOUT_S
 from gated_mover import PAGE_BYTES, Gates, opened
 
-from pagemem.accelerator import RamDevice
-from pagemem.arena import HostArena
-from pagemem.device_mover import DeviceMover
+from pagemem.devices.accelerator import RamDevice
+from pagemem.devices.arena import HostArena
+from pagemem.residency.device_mover import DeviceMover
 from pagemem.errors import StorageError
-from pagemem.events import Event, EventKind, NullSink
-from pagemem.page import FrameId
-from pagemem.recorder import UNKNOWN_CAUSE, Recorder, WaitCause
-from pagemem.residency import PagedTensor
+from pagemem.telemetry.events import Event, EventKind, NullSink
+from pagemem.frames.page import FrameId
+from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder, WaitCause
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag, Tier
 from scheduler.causes import (
     ARRIVING, BEHIND, COMMITTING, COPYING, IN_USE, MAKING_ROOM, MAKING_ROOM_FIRST, NO_PLACE, READING, WRITING, Causes, DeviceCauses,

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiers import anyone
 
-from pagemem.allocator import PageAllocator
-from pagemem.page import FrameId, TensorId
+from pagemem.frames.allocator import PageAllocator
+from pagemem.frames.page import FrameId, TensorId
 from pagemem.tier import Tier
 from pagemem.units import KiB
-from pagemem.window import LOOKED_AT, Segment, Window, best_window, window_near
+from pagemem.frames.window import LOOKED_AT, Segment, Window, best_window, window_near
 
 PAGE_BYTES = 64 * KiB
 

@@ -1,4 +1,4 @@
-"""Code that interrupts must not divide: what tests have `pagemem.interrupts` cover."""
+"""Code that interrupts must not divide: what tests have `pagemem.process.interrupts` cover."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Memory where pages lie: host arena, pinned staging, and accelerators."""

@@ -1,0 +1,184 @@
+"""What computes out of a device's memory, and how bytes get there and back: the seam between the tiers and a kind of device.
+
+A device works through what it is given in order, and long after it was given. A `Mark` is a place in that order. Whoever
+copies asks for marks instead of waiting: a copy up begins after the mark of what last used its frames, and compute goes on
+after the mark of the copies that it needs, all on the device. The training thread waits for none of them.
+
+`RamDevice` is a device of ordinary memory, which has done everything by the time it was given it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+
+from pagemem.devices.arena import Arena, HostArena, Pin
+
+_LOG: Final = logging.getLogger(__name__)
+
+
+class Mark(Protocol):
+    """A place in what a device was given. Any thread."""
+
+    def reached(self) -> bool:
+        """Whether everything before it is done."""
+
+    def wait(self) -> None:
+        """Block the calling thread until everything before it is done.
+
+        Raises:
+            RuntimeError: the device failed; what torch says of it.
+        """
+
+
+class Copy(Mark, Protocol):
+    """A mark behind a copy."""
+
+    def seconds(self) -> float:
+        """How long the copy itself took; once it is reached."""
+
+
+class Accelerator(Protocol):
+    """One device. Any thread, unless a method says otherwise."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors of it are."""
+
+    @property
+    def pin(self) -> Pin | None:
+        """What makes host memory fit for its copies; None: any memory is."""
+
+    @property
+    def stages_gradients(self) -> bool:
+        """Whether its gradients and losses are copied into host memory, by `copy_out`. False: where they are is host memory."""
+
+    def use_in_thread(self) -> None:
+        """Have the calling thread's calls go to this device: a new thread that works for it calls this first.
+
+        Raises:
+            RuntimeError: the device failed; what torch says of it.
+        """
+
+    def make_arena(self, n_frames: int, page_bytes: int) -> Arena:
+        """An arena in the device's memory.
+
+        Raises:
+            MemoryError: it has no room; the message says how much there is.
+        """
+
+    def mark(self) -> Mark:
+        """Behind everything that compute was given so far."""
+
+    def follow(self, mark: Mark) -> None:
+        """Have compute that is given from now on begin after ``mark``."""
+
+    def stamp(self) -> Any:
+        """The moment when compute has done everything that it was given so far. Does not wait for it."""
+
+    def seconds(self, begun: Any, ended: Any) -> float:
+        """From one stamp to a later one; waits until compute has come to that.
+
+        Raises:
+            RuntimeError: the device failed; what torch says of it.
+        """
+
+    def check(self) -> None:
+        """Make sure that the calling thread gives its compute where `mark` and `follow` look.
+
+        Raises:
+            DeviceError: it gives it elsewhere; says what to change.
+        """
+
+    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
+        """Copy bytes (uint8, flat, of one size) from host memory into the device's, after ``after`` and after those asked for before.
+
+        Does not wait for it.
+        """
+
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
+        """Copy bytes (uint8, flat, of one size) of the device into given host memory, as they are when compute has done everything
+        that it was given so far. Does not wait for it: neither is to be changed or let go of before compute is put behind the mark."""
+
+
+class _Reached:
+    """A mark that needs no waiting for."""
+
+    def reached(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+REACHED: Final[Mark] = _Reached()
+
+
+def has_reached(mark: Mark) -> bool:
+    """Whether a mark is known to be reached. One of a device that failed is not; who waits for it hears why."""
+    try:
+        return mark.reached()
+    except RuntimeError as error:
+        _LOG.debug("a mark cannot be asked for: %s", error)
+        return False
+
+
+class TimedCopy(_Reached):
+    """A copy that was made when it was asked for."""
+
+    def __init__(self, spent_s: float) -> None:
+        self._spent_s = spent_s
+
+    def seconds(self) -> float:
+        """What it took."""
+        return self._spent_s
+
+
+class RamDevice:
+    """A device whose memory is RAM and whose compute is the training thread's own; see `Accelerator`."""
+
+    torch_device = torch.device("cpu")
+    pin: Pin | None = None
+    stages_gradients = False
+
+    def use_in_thread(self) -> None:
+        """Threads have nothing to set."""
+
+    def make_arena(self, n_frames: int, page_bytes: int) -> Arena:
+        """Frames in RAM."""
+        return HostArena(n_frames, page_bytes)
+
+    def mark(self) -> Mark:
+        """Compute is done when its call returns."""
+        return REACHED
+
+    def follow(self, mark: Mark) -> None:
+        """Wait: what compute is given begins at once."""
+        mark.wait()
+
+    def stamp(self) -> float:
+        """Now."""
+        return time.perf_counter()
+
+    def seconds(self, begun: float, ended: float) -> float:
+        """The difference."""
+        return ended - begun
+
+    def check(self) -> None:
+        """Compute is given in one place only."""
+
+    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
+        """Copy on the calling thread alone; torch would start a team of its own beside the one that computes."""
+        after.wait()
+        began_s = time.perf_counter()
+        np.copyto(into.numpy(), source.numpy())
+        return TimedCopy(time.perf_counter() - began_s)
+
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
+        """At once; with torch's threads, since the training thread has nothing else to do."""
+        into.copy_(source)
+        return REACHED

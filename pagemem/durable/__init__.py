@@ -1,0 +1,1 @@
+"""Commits on disk, read and written without an engine."""

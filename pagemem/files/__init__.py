@@ -1,0 +1,1 @@
+"""Page files: requests, transfers, I/O backends, checksums, striping and rate limits."""

@@ -1,0 +1,1 @@
+"""Folders and small files of a run: exclusive opening, locks, atomic replacement, identity."""

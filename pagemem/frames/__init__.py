@@ -1,0 +1,1 @@
+"""Pure bookkeeping of page frames: pages, free runs, the allocator."""

@@ -1,0 +1,278 @@
+"""The books of one tier: who holds which frame, and what is free. Pure integer arithmetic: no device, thread or file.
+
+Nothing is decided here, only recorded, looked up and checked: who gets what is `pagemem.frames.allocator`'s decision, how
+tensors make room for each other `pagemem.frames.relocation`'s.
+
+Invariants
+    1. Every frame is in exactly one of: a free run, a run of one tensor, the set of shared pages.
+    2. A shared page holds one or two tails that do not overlap.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from sortedcontainers import SortedDict
+
+from pagemem.frames.free_runs import FreeRuns, SharedPages
+from pagemem.frames.page import MIN_PAGE_BYTES, Extent, FrameId, Placement, Run, TensorId
+from pagemem.tier import Tier
+from pagemem.units import ceil_div
+
+
+@dataclass(frozen=True, slots=True)
+class Fragmentation:
+    """Memory that is taken but unused (internal), and free but scattered (external).
+
+    Attributes:
+        asked_bytes: what the tensors asked for.
+        internal_bytes: bytes of used frames beyond that.
+        external_ratio: share of the free frames outside the longest free run, 0 to 1; 0 when nothing is free.
+    """
+
+    asked_bytes: int
+    internal_bytes: int
+    external_ratio: float
+
+    @property
+    def internal_ratio(self) -> float:
+        """Unused bytes for each byte asked for; 0 when nothing is."""
+        return self.internal_bytes / self.asked_bytes if self.asked_bytes else 0.0
+
+
+class FrameBook:
+    """Who holds which frame of one tier. Not thread safe. O(log n) for each run touched, unless a call says otherwise.
+
+    Args:
+        tier: named in errors.
+        page_bytes: a power of two, at least 64 KiB.
+        n_frames: frames to begin with; `grow` adds more.
+
+    Attributes:
+        free: the free runs; to be changed through the book only.
+        shared: the pages that hold tails; likewise.
+        peak_frames: most frames in use at any time.
+
+    Raises:
+        ValueError: the page size or the number of frames is out of range.
+    """
+
+    def __init__(self, tier: Tier, page_bytes: int, n_frames: int) -> None:
+        if page_bytes < MIN_PAGE_BYTES or page_bytes & (page_bytes - 1):
+            raise ValueError(f"page_bytes is {page_bytes}; it must be a power of two and at least {MIN_PAGE_BYTES}")
+        self.tier = tier
+        self.page_bytes = page_bytes
+        self.n_frames = 0
+        self.peak_frames = 0
+        self._asked_bytes = 0
+        self.free = FreeRuns()
+        self.shared = SharedPages(page_bytes)
+        self._placements: dict[TensorId, Placement] = {}
+        # Start of every run -> its length and owner. Runs of frames only; shared pages are apart.
+        self._runs: SortedDict[int, tuple[int, TensorId]] = SortedDict()
+        self.grow(n_frames)
+
+    # ---- writing -----------------------------------------------------------------------------------------------
+
+    def put(self, placed: Placement) -> Placement:
+        """Give a tensor that has nothing here what a placement says: frames that are free, a tail that has room.
+
+        Raises:
+            AssertionError: they are not, or it has not; the book is spoilt.
+        """
+        for run in placed.runs:
+            self.free.take(run.first, run.n_frames)
+            self._runs[run.first] = (run.n_frames, placed.tensor)
+        self._placements[placed.tensor] = replace(placed, tail=None)
+        self._asked_bytes += placed.n_bytes
+        self.peak_frames = max(self.peak_frames, self.used_frames)
+        return placed if placed.tail is None else self.put_tail(placed.tensor, placed.tail)
+
+    def put_tail(self, tensor: TensorId, tail: Extent) -> Placement:
+        """Add the tail to the runs that a tensor was given."""
+        if tail.frame not in self.shared:
+            self.free.take(tail.frame, 1)
+        self.shared.add(tail, tensor)
+        placed = self._placements[tensor] = replace(self._placements[tensor], tail=tail)
+        self.peak_frames = max(self.peak_frames, self.used_frames)
+        return placed
+
+    def release(self, tensor: TensorId) -> Placement:
+        """Take all frames of a tensor back; a page shared with another stays that one's.
+
+        Raises:
+            KeyError: the tensor has no frames here.
+        """
+        placed = self.held(tensor)
+        del self._placements[tensor]
+        self._asked_bytes -= placed.n_bytes
+        for run in placed.runs:
+            del self._runs[run.first]
+            self.free.add(run.first, run.n_frames)
+        if placed.tail is not None and self.shared.remove(placed.tail, tensor):
+            self.free.add(placed.tail.frame, 1)
+        return placed
+
+    def grow(self, n_frames: int) -> None:
+        """Add ``n_frames`` free frames at the end.
+
+        Raises:
+            ValueError: the number is negative; a tier never shrinks.
+        """
+        if n_frames < 0:
+            raise ValueError(f"n_frames is {n_frames}; it cannot be negative")
+        if n_frames:
+            self.free.add(self.n_frames, n_frames)
+            self.n_frames += n_frames
+
+    # ---- finding room ------------------------------------------------------------------------------------------
+
+    def flat(self, tensor: TensorId, n_bytes: int, start: int) -> Placement:
+        """The contiguous placement from frame ``start`` on. Takes nothing."""
+        return Placement(tensor, self.tier, n_bytes, (Run(FrameId(start), ceil_div(n_bytes, self.page_bytes)),))
+
+    def room_for_tail(self, length_bytes: int) -> Extent | None:
+        """Room for a tail: beside another where it fits best, else a free frame; None when there is neither."""
+        shared = self.shared.find_room(length_bytes)
+        if shared is not None:
+            return shared
+        frame = self.free.best_fit(1)
+        return None if frame is None else Extent(FrameId(frame), 0, length_bytes)
+
+    # ---- looking -----------------------------------------------------------------------------------------------
+
+    def placement(self, tensor: TensorId) -> Placement | None:
+        """What the tensor owns here, or None."""
+        return self._placements.get(tensor)
+
+    def held(self, tensor: TensorId) -> Placement:
+        """What the tensor owns here.
+
+        Raises:
+            KeyError: nothing.
+        """
+        placed = self._placements.get(tensor)
+        if placed is None:
+            raise KeyError(f"tensor {tensor} has no frames in the {self.tier.value} tier")
+        return placed
+
+    def __contains__(self, tensor: TensorId) -> bool:
+        return tensor in self._placements
+
+    def __len__(self) -> int:
+        return len(self._placements)
+
+    def tensors(self) -> list[TensorId]:
+        """Every tensor with frames here. O(tensors)."""
+        return list(self._placements)
+
+    def owner(self, frame: int) -> TensorId | None:
+        """The tensor in a frame (of two in a shared page the one that came first), or None when it is free."""
+        tails = self.shared.tails(frame)
+        if tails:
+            return tails[0][1]
+        place = self._runs.bisect_right(frame) - 1
+        if place < 0:
+            return None
+        start, (length, tensor) = self._runs.peekitem(place)
+        return tensor if frame < start + length else None
+
+    def segments(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[FrameId, int, TensorId | None]]:
+        """Maximal stretches of frames with one `owner` (None: free), in order, covering the tier or, cut off there, [begin, end).
+
+        O(log n + stretches), and goes through all shared pages.
+        """
+        last = self.n_frames if end is None else min(end, self.n_frames)
+        first, reached, owner = begin, begin, None
+        for run_start, length, tensor in self.taken(begin, last):
+            start = max(run_start, begin)
+            if start > reached or tensor != owner:
+                if reached > first:
+                    yield FrameId(first), reached - first, owner
+                if start > reached:
+                    yield FrameId(reached), start - reached, None
+                first, owner = start, tensor
+            reached = min(run_start + length, last)
+        if reached > first:
+            yield FrameId(first), reached - first, owner
+        if reached < last:
+            yield FrameId(reached), last - reached, None
+
+    def taken(self, begin: int = 0, end: int | None = None) -> Iterable[tuple[int, int, TensorId]]:
+        """Runs and shared pages that touch the frames of [begin, end), in order of place: start, length, owner; cost as `segments`."""
+        last = self.n_frames if end is None else end
+        runs = self._taken_runs(begin, last)
+        if not self.shared:
+            return runs
+        shared = [(frame, 1, self.shared.tails(frame)[0][1]) for frame in self.shared if begin <= frame < last]
+        return heapq.merge(runs, sorted(shared))
+
+    def _taken_runs(self, begin: int, end: int) -> Iterator[tuple[int, int, TensorId]]:
+        place = max(0, self._runs.bisect_right(begin) - 1)
+        for start in self._runs.islice(place, self._runs.bisect_left(end)):
+            length, tensor = self._runs[start]
+            if start + length > begin:
+                yield start, length, tensor
+
+    @property
+    def free_frames(self) -> int:
+        """Frames that nobody owns."""
+        return self.free.n_frames
+
+    @property
+    def used_frames(self) -> int:
+        """Frames that hold a tensor, or part of one."""
+        return self.n_frames - self.free.n_frames
+
+    @property
+    def largest_free_run(self) -> int:
+        """Frames of the longest free run."""
+        return self.free.longest
+
+    def fragmentation(self) -> Fragmentation:
+        """Waste inside pages, and how scattered the free frames are, now."""
+        unused_bytes = self.used_frames * self.page_bytes - self._asked_bytes
+        scattered = 1 - self.largest_free_run / self.free_frames if self.free_frames else 0.0
+        return Fragmentation(self._asked_bytes, unused_bytes, scattered)
+
+    def validate(self) -> None:
+        """Check every invariant. O(n log n); for tests and for closing.
+
+        Raises:
+            AssertionError: one does not hold; the message names the frame or tensor.
+        """
+        self.free.validate()
+        self.shared.validate()
+        end = 0
+        for start, length in sorted([*self.free, *((start, length) for start, length, _ in self.taken())]):
+            if start != end or length <= 0:
+                raise AssertionError(f"frames {min(start, end)}..{max(start, end)} have two owners or none")
+            end = start + length
+        if end != self.n_frames:
+            raise AssertionError(f"{end} frames are accounted for, there are {self.n_frames}")
+        for tensor, placed in self._placements.items():
+            self._validate_placement(tensor, placed)
+        n_tails = sum(len(self.shared.tails(frame)) for frame in self.shared)
+        if sum(len(placed.runs) for placed in self._placements.values()) != len(self._runs):
+            raise AssertionError("a run belongs to a tensor that does not know it")
+        if sum(placed.tail is not None for placed in self._placements.values()) != n_tails:
+            raise AssertionError("a tail belongs to a tensor that does not know it")
+        if sum(placed.n_bytes for placed in self._placements.values()) != self._asked_bytes:
+            raise AssertionError(f"{self._asked_bytes} bytes are counted as asked for, not what the placements add up to")
+        if self.peak_frames < self.used_frames:
+            raise AssertionError(f"{self.used_frames} frames are used, more than the peak of {self.peak_frames}")
+
+    def _validate_placement(self, tensor: TensorId, placed: Placement) -> None:
+        if placed.tensor != tensor or placed.tier is not self.tier:
+            raise AssertionError(f"tensor {tensor} of the {self.tier.value} tier is recorded with {placed}")
+        for run in placed.runs:
+            if self._runs.get(run.first) != (run.n_frames, tensor):
+                raise AssertionError(f"tensor {tensor}: {run} is not in the index of runs")
+        if placed.tail is not None and (placed.tail, tensor) not in self.shared.tails(placed.tail.frame):
+            raise AssertionError(f"tensor {tensor}: {placed.tail} is not in the index of shared pages")
+        tail_bytes = placed.tail.length_bytes if placed.tail is not None else 0
+        n_whole = sum(run.n_frames for run in placed.runs)
+        if n_whole != ceil_div(placed.n_bytes - tail_bytes, self.page_bytes):
+            raise AssertionError(f"tensor {tensor}: {placed} does not hold {placed.n_bytes} bytes")

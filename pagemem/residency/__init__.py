@@ -1,0 +1,1 @@
+"""Where each tensor lives: its states, moves between tiers, and versions on disk."""

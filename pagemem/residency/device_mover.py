@@ -1,0 +1,223 @@
+"""Residency in the device arena: whole tensors of host pages, copied up, and dropped when their frames are wanted.
+
+What is on the device is a copy: the tier below is authoritative, and may for its part have the bytes on SSD. A tensor that
+compute edits is written back at once by the training thread (`scheduler.device_driver`); updates of it are made below,
+after which the copy is out of date and is dropped. So nothing is ever stored from here, and dropping costs nothing.
+
+A tensor that is fixed is at home here: it is changed in its frames, is authoritative, and never leaves. Below is what it was
+when it was last brought down, for a commit.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from pagemem.devices.accelerator import Accelerator, Mark
+from pagemem.devices.arena import Arena
+from pagemem.process.closing import close_all
+from pagemem.telemetry.events import EventKind, EventSink
+from pagemem.residency.upload_queue import HostCopier
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import FrameId, TensorId
+from pagemem.files.transfer import Completion
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.tier import Tier
+from pagemem.units import MiB
+
+#: Bandwidth assumed until copies have moved enough to tell, and how much is enough.
+ASSUMED_UPLOAD_BYTES_PER_S: Final = 5e9
+_TELLING_BYTES: Final = 16 * MiB
+
+
+class DeviceMover(Mover):
+    """Owns the residency of every tensor of one device arena. Threads as `Mover`; its lock is taken before that of ``below``.
+
+    Args:
+        arena: the device's frames.
+        below: owner of the host pages.
+        accelerator: makes the copies, and says what compute has been given.
+
+    Attributes:
+        unclaimed: tensors whose load has begun since their last use.
+        edited: tensors that were changed here and that have not been written back yet. changed_at_home: likewise, of fixed ones, which stay so
+            for many steps.
+
+    Raises:
+        StorageError: the system starts no more threads.
+    """
+
+    tier = Tier.DEVICE
+    setting = "memory.device"
+
+    def __init__(self, arena: Arena, below: Mover, accelerator: Accelerator, sink: EventSink) -> None:
+        super().__init__(arena, below.files, sink)
+        self.below = below
+        self.accelerator = accelerator
+        self.unclaimed: set[TensorId] = set()
+        self.edited: dict[TensorId, PagedTensor] = {}
+        self.changed_at_home: dict[TensorId, PagedTensor] = {}
+        self._lower: dict[TensorId, PagedTensor] = {}
+        self._marks: dict[TensorId, Mark] = {}  # of copies that compute has not been put behind yet
+        self._copier = HostCopier(below, accelerator, self.note_failure, sink)
+
+    def mirror(self, lower: PagedTensor) -> PagedTensor:
+        """A tensor of the device whose content is that of one below."""
+        with self.changed:
+            tensor = self.create(lower.name, lower.tag, lower.n_bytes)
+            tensor.become(Residency.STORED)
+            tensor.backed = True
+            self._lower[tensor.id] = lower
+            return tensor
+
+    def lower(self, tensor: TensorId) -> PagedTensor:
+        """The tensor below that one of the device is a copy of."""
+        return self._lower[tensor]
+
+    def mirrors(self, tensor: PagedTensor) -> bool:
+        """Whether there is one below of which a tensor is a copy."""
+        return tensor.id in self._lower
+
+    def forget(self, tensor: PagedTensor) -> None:
+        """As `Mover.forget`."""
+        super().forget(tensor)
+        self._marks.pop(tensor.id, None)
+        self._lower.pop(tensor.id, None)
+        self.unclaimed.discard(tensor.id)
+
+    # ---- moves -------------------------------------------------------------------------------------------------
+
+    def start_load(self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False, background: bool = False) -> None:
+        """As `Mover.start_load`; the copy waits until the tensor is in host memory, which nothing here sees to.
+
+        It is there, for compute that is put behind it (`follow`), as soon as the copy was given to the device.
+        """
+        with self.changed:
+            super().start_load(tensor, frame, fresh=fresh, background=background)
+            self.unclaimed.add(tensor.id)
+
+    def _read(self, tensor: PagedTensor, done: Completion, *, background: bool) -> None:
+        def given(result: Mark | BaseException) -> None:
+            if isinstance(result, BaseException):
+                done(result)
+                return
+            with self.changed:
+                self._marks[tensor.id] = result
+                done(None)
+
+        try:
+            # What compute has been given until now may use the frames: nobody holds them any more, so nothing later does.
+            after = self.accelerator.mark()
+        except RuntimeError as error:
+            done(error)  # the device failed: whoever waits for the copy hears of it as of one that failed
+            return
+        self._copier.submit(self._lower[tensor.id], self.bytes_of(tensor), after, given, done)
+
+    def follow(self, tensor: PagedTensor) -> None:
+        """Have compute that is given from now on see what was copied. Training thread."""
+        with self.changed:
+            mark = self._marks.pop(tensor.id, None)
+        if mark is not None:
+            self.accelerator.follow(mark)
+
+    def save(self, source: torch.Tensor, lower: PagedTensor) -> Mark:
+        """Copy bytes that compute has made (uint8, flat) into a dirty tensor of the tier below, which is not moved before they are there.
+
+        Returns:
+            A mark, behind which ``source`` may be let go of. Training thread.
+        """
+        into = self.below.begin_arrival(lower)[: source.numel()]
+        try:
+            mark = self.accelerator.copy_out(source, into)
+        except BaseException:
+            self.below.end_arrival(lower)
+            raise
+        self._copier.arrives(lower, mark)
+        return mark
+
+    def restore(self, lower: PagedTensor, into: torch.Tensor) -> Mark:
+        """Copy bytes of a readable tensor of the tier below into memory of the device that compute has just got (uint8, flat).
+
+        Returns:
+            The mark that compute has to be put behind before it reads them. Training thread.
+        """
+        source = self.below.begin_upload(lower)[: into.numel()]
+        try:
+            copy = self.accelerator.copy_up(source, into, self.accelerator.mark())
+        except BaseException:
+            self.below.end_upload(lower)
+            raise
+        self._copier.begun(lower, copy)
+        return copy
+
+    def take_back_load(self, tensor: PagedTensor) -> bool:
+        """Undo a load whose copy has not begun; returns whether it was one. One that has begun ends by itself."""
+        with self.changed:
+            if tensor.state is not Residency.LOADING or not self._copier.take_back(self._lower[tensor.id]):
+                return False
+            self._ended(None)
+            tensor.become(Residency.STORED)
+            self._move_out(tensor)
+            self.unclaimed.discard(tensor.id)
+            self._notify()
+            return True
+
+    def take_back_loads(self) -> None:
+        """Undo all loads whose copies have not begun."""
+        with self.changed:
+            for tensor in self.tensors.values():
+                self.take_back_load(tensor)
+
+    def touch(self, tensor: PagedTensor) -> None:
+        """As `Mover.touch`; the tensor is to be written back."""
+        with self.changed:
+            super().touch(tensor)
+            if self.mirrors(tensor):
+                (self.changed_at_home if tensor.fixed else self.edited)[tensor.id] = tensor
+
+    def start_store(self, tensor: PagedTensor, *, background: bool = False) -> None:
+        """Nothing: who edits a tensor writes it back, see `written_back`. Until then it stays dirty and where it is."""
+
+    def written_back(self, tensor: PagedTensor) -> None:
+        """The tensor below has the content of an edited one, or of one that may have been."""
+        with self.changed:
+            self.edited.pop(tensor.id, None)
+            self.changed_at_home.pop(tensor.id, None)
+            if tensor.state is Residency.DIRTY:
+                tensor.become(Residency.STORING)
+                tensor.become(Residency.CLEAN)
+            tensor.backed = True
+            self._notify()
+
+    def renew(self, tensor: PagedTensor) -> bool:
+        """The tensor below has changed: drop what is here of it.
+
+        Returns:
+            Whether that was possible; if not, views of it are in use and its frames have to be filled anew.
+        """
+        with self.changed:
+            self.take_back_load(tensor)
+            self.wait_until(lambda: tensor.state is not Residency.LOADING, tensor.name, tensor.n_bytes)
+            if tensor.state is Residency.CLEAN and not tensor.held:
+                self.drop(tensor)
+            else:
+                self.follow(tensor)
+            self.unclaimed.discard(tensor.id)
+            return tensor.frame is None
+
+    def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
+        """Nothing: the copier tells of copies, from when it made them; nothing is written from here."""
+
+    # ---- the rest ----------------------------------------------------------------------------------------------
+
+    def bandwidth(self) -> tuple[float, float]:
+        """Bytes/s of copies up so far, while there were any; nothing goes down by plan."""
+        copier = self._copier
+        told = copier.copied_bytes >= _TELLING_BYTES and copier.busy_s > 0
+        up = copier.copied_bytes / copier.busy_s if told else ASSUMED_UPLOAD_BYTES_PER_S
+        return up, up
+
+    def close(self) -> None:
+        """Wait until no copy is under way and end the threads. Idempotent."""
+        close_all(self.take_back_loads, super().close, self._copier.close)

@@ -1,0 +1,139 @@
+"""What is known of one paged tensor: where its bytes are whole, and who forbids moving them.
+
+    ABSENT  --load-->  CLEAN                       nothing was ever written: reads as zeros
+    STORED  --load-->  LOADING --> CLEAN           page file -> host; on failure back to STORED
+    CLEAN   --touch--> DIRTY                       compute changed the host copy
+    DIRTY   --store--> STORING --> CLEAN           host -> page file; back to DIRTY on failure or when changed meanwhile
+    DIRTY   --fill--> ARRIVING --> DIRTY           a device copies its own bytes into the host frames
+    CLEAN   --drop-->  STORED | ABSENT             host frames given up
+    ABSENT  --resume--> STORED                     an earlier run's commit has the content
+    any resident --discard--> ABSENT               the content is dead (a consumed gradient)
+
+Invariants
+    1. In STORED and LOADING the page file is authoritative; in CLEAN both copies are equal; in DIRTY and STORING the
+       host copy is authoritative. In ARRIVING the device has the bytes, which whoever had them copied keeps until they are
+       here. There is no state in which no copy is whole.
+    2. A tensor that is fixed or has pins or leases keeps its frames: only other CLEAN tensors can be dropped.
+    3. Only `PagedTensor.become` changes the state, only along `LEGAL_MOVES`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+from pagemem.residency.disk_versions import StoredCopy
+from pagemem.errors import TransitionError
+from pagemem.frames.page import FrameId, TensorId
+from pagemem.tier import Tag
+from pagemem.units import BLOCK_BYTES, ceil_div, round_up
+
+
+class Residency(enum.Enum):
+    """Where a paged tensor's bytes are whole; see the diagram at the top of this module."""
+
+    # Members are single: enum's own hash, of the name, is a Python call.
+    __hash__ = object.__hash__
+
+    ABSENT = "absent"
+    STORED = "stored"
+    LOADING = "loading"
+    CLEAN = "clean"
+    DIRTY = "dirty"
+    STORING = "storing"
+    ARRIVING = "arriving"
+
+
+_R = Residency
+LEGAL_MOVES: Final[dict[Residency, frozenset[Residency]]] = {
+    _R.ABSENT: frozenset({_R.CLEAN, _R.STORED}),
+    _R.STORED: frozenset({_R.LOADING, _R.CLEAN, _R.ABSENT}),
+    _R.LOADING: frozenset({_R.CLEAN, _R.STORED}),
+    _R.CLEAN: frozenset({_R.DIRTY, _R.STORED, _R.ABSENT}),
+    _R.DIRTY: frozenset({_R.STORING, _R.ARRIVING, _R.ABSENT}),
+    _R.STORING: frozenset({_R.CLEAN, _R.DIRTY}),
+    _R.ARRIVING: frozenset({_R.DIRTY}),
+}
+
+#: States in which compute may read the host frames.
+READABLE: Final = frozenset({_R.CLEAN, _R.DIRTY, _R.STORING})
+#: States that end by themselves: a copy is under way.
+IN_FLIGHT: Final = frozenset({_R.LOADING, _R.STORING, _R.ARRIVING})
+
+
+@dataclass(slots=True, eq=False)
+class PagedTensor:
+    """One tensor under the allocator's care. All fields are guarded by the mover's lock.
+
+    Attributes:
+        n_bytes: size, a multiple of the I/O block.
+        frame: first host frame while one is held, else None.
+        copy: its page-file frames, kept for re-use once taken; ``backed`` says whether they hold its content.
+        owed: a snapshot that is being made has yet to get the content: it must be stored before it is changed.
+        rewritten: compute changed the host copy while it was being stored, so that the stored copy is stale already.
+        exposed: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
+        arrived: of the load under way or the last one: [start, end) of the bytes that are there already, in the order in which they
+            came; only where somebody asked for it, see `Mover.on_part`.
+        to_store: it is to be stored as soon as what is arriving is there.
+        fixed: its host frames stay its own for good: it is never moved or dropped.
+        pins: uses under way that need the host frames to stay.
+        uploads: copies of the host frames to the device that are under way, perhaps of what a load has brought so far; until they end
+            it neither moves nor changes.
+        leases: live views of the host frames that were handed out, see `pagemem.devices.arena.HostArena.lease`.
+        last_use: sequence number of the last use, for least-recently-used ranking.
+    """
+
+    id: TensorId
+    name: str
+    tag: Tag
+    n_bytes: int
+    n_frames: int
+    state: Residency = Residency.ABSENT
+    frame: FrameId | None = None
+    copy: StoredCopy | None = None
+    backed: bool = False
+    owed: bool = False
+    rewritten: bool = False
+    exposed: bool = False
+    arrived: list[tuple[int, int]] = field(default_factory=list)
+    to_store: bool = False
+    fixed: bool = False
+    pins: int = 0
+    uploads: int = 0
+    leases: int = 0
+    last_use: int = 0
+    history: list[Residency] = field(default_factory=list)
+
+    @classmethod
+    def sized(cls, tensor: TensorId, name: str, tag: Tag, n_bytes: int, page_bytes: int) -> PagedTensor:
+        """A record for ``n_bytes`` bytes, rounded up to whole I/O blocks."""
+        padded_bytes = round_up(n_bytes, BLOCK_BYTES)
+        return cls(tensor, name, tag, padded_bytes, ceil_div(padded_bytes, page_bytes))
+
+    @property
+    def readable(self) -> bool:
+        """Whether compute may read the host frames now."""
+        return self.state in READABLE
+
+    @property
+    def moving(self) -> bool:
+        """Whether a copy from or to the host frames is under way that moving or discarding it has to wait for."""
+        return self.state in IN_FLIGHT or self.uploads > 0
+
+    @property
+    def held(self) -> bool:
+        """Whether the host frames must stay where they are."""
+        return self.pins > 0 or self.leases > 0 or self.fixed
+
+    def become(self, state: Residency) -> None:
+        """Apply one legal move.
+
+        Raises:
+            TransitionError: the table has no such move; the state is unchanged and the message ends with the history.
+        """
+        if state not in LEGAL_MOVES[self.state]:
+            past = " -> ".join(s.value for s in [*self.history, self.state])
+            raise TransitionError(f"{self.name}: {self.state.value} -> {state.value} is not a legal move (history: {past})")
+        self.history = [*self.history[-5:], self.state]
+        self.state = state

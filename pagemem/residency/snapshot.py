@@ -1,0 +1,183 @@
+"""What the tensors hold at one moment, made whole in the page files while training goes on.
+
+Tensors whose current copy is whole are in the snapshot at once. The others *owe* it their bytes: they are stored in the
+background, a few at a time, and whoever wants to change one before has it stored first and waits. A snapshot is complete
+when nothing is owed. It is given up when a store fails; then nothing is named by it.
+
+    OPEN --nothing owed--> COMPLETE --release--> RELEASED
+    OPEN --a store failed, release--> RELEASED
+
+Guarded by the mover's lock.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from pagemem.residency.disk_versions import Copies, StoredCopy
+from pagemem.errors import StorageError, TransitionError
+from pagemem.frames.page import TensorId
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+
+
+#: Stores under way at a time for a snapshot, beside those that training needs.
+STORES_AT_A_TIME: Final = 2
+
+
+class SnapshotState(enum.Enum):
+    """See the diagram at the top of this module."""
+
+    OPEN = "open"
+    COMPLETE = "complete"
+    RELEASED = "released"
+
+
+_LEGAL: Final = {
+    SnapshotState.OPEN: frozenset({SnapshotState.COMPLETE, SnapshotState.RELEASED}),
+    SnapshotState.COMPLETE: frozenset({SnapshotState.RELEASED}),
+    SnapshotState.RELEASED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """One moment's copies. Made by `Snapshots.begin`.
+
+    Attributes:
+        copies: of every tensor that had content, once it is stored.
+        owing: tensors that are yet to be stored, those to be stored soonest first.
+        error: why it was given up.
+    """
+
+    store: Copies
+    owing: dict[TensorId, None] = field(default_factory=dict)
+    copies: dict[TensorId, StoredCopy] = field(default_factory=dict)
+    state: SnapshotState = SnapshotState.OPEN
+    error: BaseException | None = None
+
+    def add(self, tensor: TensorId, stored: StoredCopy) -> None:
+        """The tensor's copy is whole."""
+        self.store.hold(stored)
+        self.copies[tensor] = stored
+        self.owing.pop(tensor, None)
+
+    def settle(self) -> None:
+        """Become COMPLETE if nothing is owed any more."""
+        if self.state is SnapshotState.OPEN and not self.owing:
+            self._become(SnapshotState.COMPLETE)
+
+    def release(self, error: BaseException | None = None) -> None:
+        """Name nothing any more; frames that nobody else names are free."""
+        self._become(SnapshotState.RELEASED)
+        self.error = error
+        self.owing.clear()
+        for stored in self.copies.values():
+            self.store.let_go(stored)
+
+    def _become(self, state: SnapshotState) -> None:
+        if state not in _LEGAL[self.state]:
+            raise TransitionError(f"snapshot: {self.state.value} -> {state.value} is not a legal move")
+        self.state = state
+
+
+class Snapshots:
+    """Makes one snapshot at a time. With the mover's lock held.
+
+    Args:
+        tensors: all paged tensors, by id.
+        store: their copies.
+        start_store: begins to store a dirty tensor.
+    """
+
+    def __init__(
+        self, tensors: Mapping[TensorId, PagedTensor], store: Copies, start_store: Callable[[PagedTensor], None]
+    ) -> None:
+        self._tensors = tensors
+        self._store = store
+        self._start_store = start_store
+        self._open: Snapshot | None = None
+
+    def begin(self, tensors: Iterable[PagedTensor]) -> Snapshot:
+        """Begin to make what ``tensors`` hold now whole in the page files. Training thread, between two ops.
+
+        What is ``exposed`` is stored, as it may have been written to; the caller has that wait, see `Mover.make_writable`.
+
+        Raises:
+            StorageError: a sync has failed, and something written before that is not in host memory; nothing was changed.
+            DiskFullError: there is no room for it, and for all that will be stored beside it; nothing was changed.
+            AssertionError: another one is being made, or a tensor is being used.
+        """
+        if self._open is not None:
+            raise AssertionError("a snapshot is being made already")
+        whole = [tensor for tensor in tensors if tensor.state is not Residency.ABSENT]
+        lost = [tensor for tensor in whole if tensor.backed and tensor.copy is not None and tensor.copy.lost]
+        if lost:
+            raise StorageError(
+                f"{lost[0].name}{f' and {len(lost) - 1} other tensors' if len(lost) > 1 else ''} cannot be committed: written before a sync of "
+                "the page files failed, and not in RAM any more, so the disk may not have them. Earlier commits are whole: train on "
+                "until each has been used again, or go on from one of them (engine.resume)"
+            )
+        for tensor in whole:
+            if tensor.exposed and tensor.state is Residency.CLEAN:
+                tensor.become(Residency.DIRTY)
+                tensor.backed = False
+            tensor.rewritten |= tensor.exposed and tensor.state is Residency.STORING
+        owing = [tensor for tensor in whole if tensor.state in (Residency.DIRTY, Residency.STORING)]
+        if any(tensor.pins for tensor in owing):
+            raise AssertionError("a snapshot inside an op")
+        # Every copy that it names will have to be written elsewhere once its tensor has changed.
+        self._store.reserve(sum(tensor.n_frames for tensor in whole))
+        snapshot = Snapshot(self._store)
+        for tensor in whole:
+            if tensor.backed:
+                assert tensor.copy is not None
+                snapshot.add(tensor.id, tensor.copy)
+        for tensor in sorted(owing, key=lambda t: t.last_use):
+            tensor.owed = True
+            snapshot.owing[tensor.id] = None
+        snapshot.settle()
+        if snapshot.owing:
+            self._open = snapshot
+            self.store_owed()
+        return snapshot
+
+    def store_owed(self) -> None:
+        """Have a few stores under way for the open snapshot."""
+        if self._open is None:
+            return
+        owing = [self._tensors[tensor] for tensor in self._open.owing]
+        n_more = STORES_AT_A_TIME - sum(tensor.state is Residency.STORING for tensor in owing)
+        for tensor in owing:
+            if n_more > 0 and tensor.state is Residency.DIRTY:
+                n_more -= 1
+                self._start_store(tensor)
+
+    def paid(self, tensor: PagedTensor) -> None:
+        """A tensor's current copy is whole: if it was owed, it is in the snapshot now."""
+        snapshot = self._open
+        if not tensor.owed or snapshot is None:
+            return
+        assert tensor.copy is not None
+        tensor.owed = False
+        snapshot.add(tensor.id, tensor.copy)
+        snapshot.settle()
+        if not snapshot.owing:
+            self._open = None
+
+    def give_up(self, error: BaseException | None) -> None:
+        """Give the open snapshot up, if there is one; nothing is owed any more."""
+        snapshot, self._open = self._open, None
+        if snapshot is not None:
+            for tensor in snapshot.owing:
+                self._tensors[tensor].owed = False
+            snapshot.release(error)
+
+    def abandon(self, snapshot: Snapshot) -> None:
+        """Give a snapshot up, open or complete; nothing if it is released already."""
+        if snapshot is self._open:
+            self.give_up(None)
+        elif snapshot.state is not SnapshotState.RELEASED:
+            snapshot.release()

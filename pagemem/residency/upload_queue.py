@@ -1,0 +1,354 @@
+"""The h2d lane: a thread that gives a device copies of host pages to make, each once they are there.
+
+A copy waits until the mover below has its tensor in host memory, which may be long after it was asked for, or never: then
+whoever asked takes it back. Copies that wait for host pages are overtaken, so that one is in nobody's way. Of a tensor that
+is being read from the page files, what has come is copied up while the rest is read: SSD, host and device are one pipeline.
+
+    WAITING --(bytes are there)--> BEGUN --(all were given to the device, or it failed)--> ENDED
+       ^                             |
+       +------(the load failed)------+
+
+A device makes its copies later than it is given them, up and down. Who asked hears when one is given, with a mark to put compute behind. The
+host pages stay as they are until the copy is made, which a second thread waits for. It must not be the first: who asked may be
+told only after a lock is free whose holder waits for those pages.
+"""
+
+from __future__ import annotations
+
+import atexit
+import enum
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import torch
+
+from pagemem.devices.accelerator import Accelerator, Copy, Mark, has_reached
+from pagemem.errors import TransitionError
+from pagemem.telemetry.events import Event, EventKind, EventSink
+from pagemem.telemetry.intervals import union, without
+from pagemem.files.threads import small_stacks
+from pagemem.residency.mover import Mover
+from pagemem.files.transfer import Completion
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+
+#: Called with the mark behind a copy once it was given to the device, or with what went wrong.
+Given = Callable[[Mark | BaseException], None]
+#: How long the end of the program waits for each thread of an engine that nobody closed.
+_EXIT_PATIENCE_S: Final = 10.0
+#: [start, end) of a tensor's bytes.
+Span = tuple[int, int]
+
+
+class UploadState(enum.Enum):
+    """How far a copy up is; see the diagram at the top of this module."""
+
+    WAITING = "waiting"
+    BEGUN = "begun"
+    ENDED = "ended"
+
+
+LEGAL_MOVES: Final[dict[UploadState, frozenset[UploadState]]] = {
+    UploadState.WAITING: frozenset({UploadState.BEGUN}),
+    UploadState.BEGUN: frozenset({UploadState.ENDED, UploadState.WAITING}),
+    UploadState.ENDED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class _Upload:
+    """One copy up. Guarded by the lock of the mover below, but for ``copy``, which is the copier's thread's own.
+
+    Attributes:
+        arrived: spans of the load whose bytes are copied as they come; n_taken: how many of them were.
+        copy: behind what was given to the device so far.
+    """
+
+    tensor: PagedTensor
+    into: torch.Tensor
+    after: Mark
+    given: Given
+    state: UploadState = UploadState.WAITING
+    arrived: list[Span] = field(default_factory=list)
+    n_taken: int = 0
+    copy: Copy | None = None
+
+    def become(self, state: UploadState) -> None:
+        """Apply one legal move.
+
+        Raises:
+            TransitionError: there is no such move; nothing was changed.
+        """
+        if state not in LEGAL_MOVES[self.state]:
+            raise TransitionError(f"copy of {self.tensor.name}: {self.state.value} -> {state.value} is not a legal move")
+        self.state = state
+
+    @property
+    def stale(self) -> bool:
+        """Whether what it has copied so far came by a load that failed."""
+        there = self.tensor.readable or self.tensor.state is Residency.LOADING
+        return self.state is UploadState.BEGUN and not (there and self.arrived is self.tensor.arrived)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there is something to do for it."""
+        if self.tensor.readable or self.stale:
+            return True
+        return self.tensor.state is Residency.LOADING and len(self.tensor.arrived) > self.n_taken
+
+    def take(self) -> list[Span]:
+        """What has come since the last time, joined where it is adjacent; all that is left, once all is there."""
+        if self.state is UploadState.WAITING:
+            if self.tensor.readable:
+                return [(0, self.tensor.n_bytes)]
+            self.arrived = self.tensor.arrived
+        before, come = self.arrived[: self.n_taken], self.arrived[self.n_taken :]
+        self.n_taken = len(self.arrived)
+        return without([(0, self.tensor.n_bytes)], before) if self.tensor.readable else union(come)
+
+
+class HostCopier:
+    """Copies tensors of one mover into given device memory.
+
+    Args:
+        below: whose host pages are read.
+        accelerator: makes the copies.
+        on_failure: called on the first thread with what a ``given`` raised; the thread goes on.
+        sink: takes an UPLOAD for each copy.
+
+    Raises:
+        StorageError: the system starts no more threads.
+    """
+
+    def __init__(self, below: Mover, accelerator: Accelerator, on_failure: Callable[[BaseException], None], sink: EventSink) -> None:
+        self._below = below
+        self._accelerator = accelerator
+        self._sink = sink
+        self._on_failure = on_failure
+        self._waiting: list[_Upload] = []  # guarded by below.changed, as are the next four
+        self._closing = False
+        self._gate = threading.Event()
+        self.copied_bytes = 0
+        self.busy_s = 0.0
+        self._under_way: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        below.on_change(self._look)
+        below.on_part = self._look
+        # Daemons, as I/O threads are: a program that dies without closing its engine must not hang on them.
+        self._begins = threading.Thread(target=self._run, name="pagemem-h2d", daemon=True)
+        self._ends = threading.Thread(target=self._run_ends, name="pagemem-h2d-ends", daemon=True)
+        with small_stacks():
+            self._ends.start()
+            try:
+                self._begins.start()
+            except BaseException:
+                self._under_way.put(None)
+                raise
+        self._at_exit = partial(_close_at_exit, weakref.ref(self), os.getpid())
+        atexit.register(self._at_exit)
+
+    def submit(self, tensor: PagedTensor, into: torch.Tensor, after: Mark, given: Given, end: Completion) -> None:
+        """Copy ``tensor`` into device memory once it is in host memory. Never blocks.
+
+        Args:
+            into: bytes, flat, as many as the tensor has.
+            after: behind what used that memory last.
+            given: called on the copier's thread.
+            end: what ``given`` completes; begun once the copy is certain to be given, or taken back.
+        """
+        upload = _Upload(tensor, into, after, given)
+        with self._below.changed:
+            end.begun = True
+            self._waiting.append(upload)
+            self._look()
+
+    def begun(self, tensor: PagedTensor, copy: Copy) -> None:
+        """A copy up from the pages of a tensor, for which `Mover.begin_upload` was called, was given to the device by somebody else."""
+        self._ends_by(partial(self._made_all, tensor, copy), copy)
+
+    def arrives(self, tensor: PagedTensor, mark: Mark) -> None:
+        """A copy down into the pages of a tensor, for which `Mover.begin_arrival` was called, was given to the device."""
+        self._ends_by(partial(self._arrived, tensor, mark), mark)
+
+    def _ends_by(self, finish: Callable[[], None], mark: Mark) -> None:
+        """Have a copy's end noted, whatever happens: now, where it is made already, else by the thread that waits for it (or for an error)."""
+        made = False
+        try:
+            made = has_reached(mark)
+        finally:
+            if not made:
+                self._under_way.put(finish)
+        if made:
+            finish()
+
+    def take_back(self, tensor: PagedTensor) -> bool:
+        """Forget the copy of a tensor if it has not begun; returns whether it was forgotten. Any thread."""
+        with self._below.changed:
+            kept = [upload for upload in self._waiting if upload.tensor is not tensor or upload.state is not UploadState.WAITING]
+            found, self._waiting = len(kept) < len(self._waiting), kept
+            return found
+
+    def close(self, patience_s: float | None = None) -> None:
+        """Make the copies that can be made, end and join the threads. Idempotent.
+
+        Args:
+            patience_s: how long to wait for each thread; None: until it ends.
+        """
+        atexit.unregister(self._at_exit)
+        with self._below.changed:
+            self._closing = True
+        self._gate.set()
+        self._begins.join(patience_s)
+        self._under_way.put(None)
+        self._ends.join(patience_s)
+
+    def _look(self) -> None:
+        if any(upload.can_go_on for upload in self._waiting):
+            self._gate.set()
+
+    def _enter_thread(self) -> None:
+        """Have a thread's calls go to the device. One that failed fails again at the first copy."""
+        try:
+            self._accelerator.use_in_thread()
+        except RuntimeError as failure:
+            self._below.note_failure(failure)
+
+    def _run(self) -> None:
+        self._enter_thread()
+        while True:
+            with self._below.changed:
+                upload = next((upload for upload in self._waiting if upload.can_go_on), None)
+                if upload is None:
+                    if self._closing:
+                        return
+                    self._gate.clear()
+                elif upload.stale:
+                    self._begin_anew(upload)
+                    continue
+                else:
+                    source, spans = self._begin(upload)
+            if upload is None:
+                self._gate.wait()
+                continue
+            try:
+                self._give(upload, source, spans)
+            except BaseException as failure:  # whatever it is: a thread that ends silently leaves its waiters for ever
+                self._on_failure(failure)
+            # Not kept while waiting for the next one: they hold views of both arenas.
+            del upload, source
+
+    def _run_ends(self) -> None:
+        self._enter_thread()
+        while (finish := self._under_way.get()) is not None:
+            try:
+                finish()
+            except BaseException as failure:  # likewise
+                self._below.note_failure(failure)
+            del finish
+
+    def _begin(self, upload: _Upload) -> tuple[torch.Tensor, list[Span]]:
+        """The bytes of a tensor, and which of them can be copied now; the last ones if its state is ENDED then. With the lock held.
+
+        From the first to the last the host pages are kept as they are, so that all are of one version.
+        """
+        spans = upload.take()
+        if upload.state is UploadState.WAITING:
+            upload.become(UploadState.BEGUN)
+            source = self._below.begin_upload(upload.tensor)
+        else:
+            source = self._below.bytes_of(upload.tensor)
+        if upload.tensor.readable:
+            self._end(upload)
+        return source, spans
+
+    def _end(self, upload: _Upload) -> None:
+        upload.become(UploadState.ENDED)
+        self._waiting.remove(upload)
+
+    def _begin_anew(self, upload: _Upload) -> None:
+        """Forget what was copied of a load that failed. With the lock held."""
+        upload.become(UploadState.WAITING)
+        upload.arrived, upload.n_taken = [], 0
+        assert upload.copy is not None
+        # Not here, which would be waiting with the lock held.
+        self._under_way.put(partial(self._let_go, upload.tensor, upload.copy))
+
+    def _give(self, upload: _Upload, source: torch.Tensor, spans: Sequence[Span]) -> None:
+        """Have bytes copied, and tell who asked when these are the last."""
+        error: BaseException | None = None
+        try:
+            for start, end in spans:
+                upload.copy = copy = self._accelerator.copy_up(source[start:end], upload.into[start:end], upload.after)
+                self._ends_by(partial(self._made, upload.tensor, end - start, copy), copy)
+        except BaseException as raised:  # it goes to who asked, and from there to the training thread
+            error = raised
+            with self._below.changed:
+                if upload.state is not UploadState.ENDED:
+                    self._end(upload)
+            if upload.copy is not None:
+                _wait_out(upload.copy, raised)  # who is told gives the frames away
+        if upload.state is not UploadState.ENDED:
+            return
+        result = error or upload.copy
+        assert result is not None
+        try:
+            if upload.copy is None:
+                self._below.end_upload(upload.tensor)
+            else:
+                self._ends_by(partial(self._let_go, upload.tensor, upload.copy), upload.copy)
+        finally:
+            upload.given(result)
+
+    def _made(self, tensor: PagedTensor, n_bytes: int, copy: Copy) -> None:
+        """Wait until a copy is made, and tell of it."""
+        copy.wait()
+        spent_s = copy.seconds()
+        with self._below.changed:
+            self.copied_bytes += n_bytes
+            self.busy_s += spent_s
+        self._sink.emit(Event(EventKind.UPLOAD, tensor.name, n_bytes, time.perf_counter() - spent_s, spent_s))
+
+    def _made_all(self, tensor: PagedTensor, copy: Copy) -> None:
+        """As `_made` of all of a tensor, whose host pages may be changed then."""
+        self._over(partial(self._made, tensor, tensor.n_bytes, copy))
+        self._below.end_upload(tensor)
+
+    def _let_go(self, tensor: PagedTensor, copy: Copy) -> None:
+        """Wait until a copy is made; the host pages may be changed then."""
+        self._over(copy.wait)
+        self._below.end_upload(tensor)
+
+    def _arrived(self, tensor: PagedTensor, mark: Mark) -> None:
+        """Wait until a copy down is made; its host pages may be read and stored then."""
+        self._over(mark.wait)
+        self._below.end_arrival(tensor)
+
+    def _over(self, wait: Callable[[], None]) -> None:
+        """Wait; what goes wrong is noted before anybody is told that it is over, and looks."""
+        try:
+            wait()
+        except BaseException as failure:  # whatever it is, it is over
+            self._below.note_failure(failure)
+
+
+def _wait_out(copy: Copy, error: BaseException) -> None:
+    """Wait for a copy before one that failed; of a device that failed none is under way any more."""
+    try:
+        copy.wait()
+    except RuntimeError as failure:
+        error.add_note(f"the copy before it failed, too: {failure}")
+
+
+def _close_at_exit(copier: weakref.ref[HostCopier], process: int) -> None:
+    """End the threads of a copier that nobody closed: a copy under way when the device's library ends aborts the process.
+
+    Not in a child process, which has none of the threads.
+    """
+    left = copier()
+    if left is not None and os.getpid() == process:
+        left.close(_EXIT_PATIENCE_S)

@@ -1,0 +1,1 @@
+"""Events of the engine and how they are recorded."""
