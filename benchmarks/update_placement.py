@@ -22,10 +22,10 @@ from offload.kernels import CostMode, RatedKernels
 from offload.rehearsal import Bandwidths, rehearsed
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
-from scheduler.bounds import check_bounds
-from scheduler.planner import cost_s, make_plan
-from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import check_bounds
+from scheduler.planning.planner import cost_s, make_plan
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.lookahead import Machine
 
 SHARES: Final = (0.0, 0.25, 0.5, 0.75)
 MB_PER_S: Final = (2000, 700, 400, 250, 150)

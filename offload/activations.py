@@ -35,8 +35,8 @@ from pagemem.residency.device_mover import DeviceMover
 from pagemem.process.gone import Gone
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
-from scheduler.driver import Driver
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 #: Smaller storages stay: they cost more than they free.
 LEAST_BYTES: Final = 1 << 16

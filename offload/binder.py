@@ -24,8 +24,8 @@ from pagemem.process.forks import disowned
 from offload.heap import ForwardEnd, give_back_free_pages
 from pagemem.residency.mover import Mover
 from pagemem.frames.page import TensorId
-from scheduler.driver import Driver
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 is_functorch_wrapped_tensor, peek_interpreter_stack = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.peek_interpreter_stack
 _NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass

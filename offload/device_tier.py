@@ -20,8 +20,8 @@ from pagemem.frames.page import FrameId
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
-from scheduler.device_driver import DeviceDriver
-from scheduler.driver import Driver
+from scheduler.execution.device_driver import DeviceDriver
+from scheduler.execution.driver import Driver
 
 
 class DeviceTier:

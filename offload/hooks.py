@@ -25,7 +25,7 @@ from offload.compilers import raise_refusal, refuse_compilers
 from offload.parameters import PagedParameter
 from offload.saved_storage import KeptTensor, LeftActivation
 from optim.unit import Unit
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 
 class SavedView:

@@ -8,7 +8,7 @@ import torch
 
 from optim.unit import Unit
 from pagemem.tier import Tag
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 if TYPE_CHECKING:
     from offload.store import PageStore

@@ -20,7 +20,7 @@ from offload.live_storages import Holder, LiveStorages
 from offload.saved_storage import KeptTensor
 from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder, Recording
 from pagemem.tier import Tag, Tier
-from scheduler.trace import OpKind
+from scheduler.planning.trace import OpKind
 
 #: Name of the spans and tensors of an optimizer.
 OPTIMIZER: Final = "optimizer"

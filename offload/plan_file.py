@@ -20,9 +20,9 @@ from pagemem.folders.own_file import replace_file
 from pagemem.frames.page import MAX_PAGE_BYTES, FrameId, TensorId
 from pagemem.folders.small_file import first_fault, parse_json, read_small
 from pagemem.units import MiB, ceil_div
-from scheduler.driver import Driver
-from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.trace import OpKey, OpKind, Trace
+from scheduler.execution.driver import Driver
+from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.planning.trace import OpKey, OpKind, Trace
 
 PLAN_NAME: Final = "plan.json"
 DEVICE_PLAN_NAME: Final = "plan-device.json"
@@ -55,7 +55,7 @@ class _Op(_Strict):
 
 
 class _Load(_Strict):
-    """See `scheduler.plan.LoadTask`; ops are numbers of the cycle."""
+    """See `scheduler.planning.plan.LoadTask`; ops are numbers of the cycle."""
 
     tensor: _Count
     frame: _Count
@@ -65,7 +65,7 @@ class _Load(_Strict):
 
 
 class _Store(_Strict):
-    """See `scheduler.plan.StoreTask`."""
+    """See `scheduler.planning.plan.StoreTask`."""
 
     tensor: _Count
     trigger: _Count

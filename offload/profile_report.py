@@ -21,7 +21,7 @@ from pagemem.folders.own_file import replace_file
 from pagemem.telemetry.recorder import Recording
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
-from scheduler.trace import OpKind
+from scheduler.planning.trace import OpKind
 
 N_BUCKETS: Final = 1000
 _PLACE: Final = "{{DATA}}"

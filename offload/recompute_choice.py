@@ -18,10 +18,10 @@ from typing import Final
 from offload.blocks import Block, Blocks
 from pagemem.errors import TransitionError
 from pagemem.units import ceil_div
-from scheduler.driver import Driver
-from scheduler.planner import cost_s
-from scheduler.recomputation import Part, pages, recomputed
-from scheduler.trace import Trace
+from scheduler.execution.driver import Driver
+from scheduler.planning.planner import cost_s
+from scheduler.planning.recomputation import Part, pages, recomputed
+from scheduler.planning.trace import Trace
 
 #: As much cheaper a step has to be by plan, for the steps without a plan that a change costs.
 LEAST_GAIN: Final = 0.01

@@ -35,10 +35,10 @@ from pagemem.devices.arena import Arena
 from pagemem.errors import OffloadError
 from pagemem.files.page_file import PageFiles
 from pagemem.residency.paged_tensor import PagedTensor
-from scheduler.device_driver import DeviceDriver
-from scheduler.driver import Driver
-from scheduler.trace import Access, OpKey, Trace
-from scheduler.walk import Machine
+from scheduler.execution.device_driver import DeviceDriver
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, OpKey, Trace
+from scheduler.planning.lookahead import Machine
 
 #: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything anew. With a
 #: device one more is recorded: what it asks of host memory by plan.

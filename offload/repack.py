@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offload.neighbours import Group, groups_of, units_of
 from offload.parameters import PagedParameter
 from optim.unit import Slot, Unit
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 if TYPE_CHECKING:
     from offload.store import PageStore

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from offload.rehearsal import Clocked, Rehearsal
-from scheduler.simulator import Lane, Simulation, simulate
+from scheduler.planning.simulator import Lane, Simulation, simulate
 
 #: The lane of copies from host memory to the device.
 H2D: Final = "h2d"

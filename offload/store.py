@@ -48,8 +48,8 @@ from pagemem.residency.paged_tensor import Residency
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
-from scheduler.driver import Driver
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 
 class PageStore:

@@ -34,7 +34,7 @@ from pagemem.budget import Budget
 from pagemem.errors import BudgetError
 from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, ceil_div, format_bytes, round_up
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 Hypers = Callable[[], Sequence[Hyper]]
 

@@ -17,8 +17,8 @@ from optim.unit import SLOT_ALIGN_NUMEL, Slot, Unit
 from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.tier import Tag
 from pagemem.units import round_up
-from scheduler.driver import Driver
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 
 def flat_gradient(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:

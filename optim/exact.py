@@ -27,8 +27,8 @@ from optim.rules import Batch, UpdateRule
 from optim.states import StateAccess, state_view
 from optim.unit import Grad, Hyper, Pending, Piece, Slice, Slot, Unit, UnitIndex, complete, pieces_of
 from pagemem.telemetry.events import Event, EventKind, EventSink
-from scheduler.driver import Driver
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 Start = Literal["auto", "step"]
 

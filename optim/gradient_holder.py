@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from optim.unit import ABANDON_HINT, START_HINT, Grad, Hyper, Slot, Unit, UnitIndex, spent_gradient, stale_gradient
-from scheduler.driver import Driver
+from scheduler.execution.driver import Driver
 
 #: Place among the model's parameters, and gradient, of each parameter that has one which is not in the updater's hands.
 OtherGradients = Callable[[], Sequence[tuple[int, torch.Tensor]]]

@@ -35,8 +35,8 @@ from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.errors import BudgetError
 from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.tier import Tag
-from scheduler.driver import Driver, Mode
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.execution.driver import Driver, Mode
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 
 class LockFreeUpdater(GradientHolder):

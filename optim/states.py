@@ -14,8 +14,8 @@ from optim.unit import Slice, Slot, Unit
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
-from scheduler.driver import Driver
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 
 def state_view(mover: Mover, part: Slice, tensor: PagedTensor, number: int, begin: int, numel: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from pagemem.errors import StaleGradientError, TransitionError
 from pagemem.process.gone import Gone
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.units import ceil_div, round_up
-from scheduler.driver import Driver
+from scheduler.execution.driver import Driver
 
 SLOT_ALIGN_NUMEL: Final = 64
 SLICE_ALIGN_NUMEL: Final = 1024

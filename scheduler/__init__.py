@@ -1,13 +1,13 @@
 """When things happen: the trace of a step, the plan made from it, its check and simulation, and the driver that follows it."""
 
-from scheduler.bounds import BoundsReport, PlanError, check_bounds
-from scheduler.driver import Driver, Mode
-from scheduler.gathers import Link, ShardedPlan, plan_sharded
-from scheduler.plan import LoadTask, Plan, StoreTask
-from scheduler.planner import make_plan
-from scheduler.simulator import Lane, Simulation, Wait, simulate
-from scheduler.trace import Access, AccessMode, Op, OpKey, OpKind, Trace, TraceRecorder
-from scheduler.walk import Machine
+from scheduler.planning.bounds import BoundsReport, PlanError, check_bounds
+from scheduler.execution.driver import Driver, Mode
+from scheduler.planning.gathers import Link, ShardedPlan, plan_sharded
+from scheduler.planning.plan import LoadTask, Plan, StoreTask
+from scheduler.planning.planner import make_plan
+from scheduler.planning.simulator import Lane, Simulation, Wait, simulate
+from scheduler.planning.trace import Access, AccessMode, Op, OpKey, OpKind, Trace, TraceRecorder
+from scheduler.planning.lookahead import Machine
 
 __all__ = [
     "Access", "AccessMode", "BoundsReport", "Driver", "Lane", "Link", "LoadTask", "Machine", "Mode", "Op", "OpKey", "OpKind", "Plan",

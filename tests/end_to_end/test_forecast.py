@@ -23,9 +23,9 @@ from offload.factories import factory_of
 from offload.rates import Rates, kernels_of, rates_of
 from offload.rehearsal import Bandwidths, RehearsalError, rehearsed
 from pagemem.errors import BudgetError
-from scheduler.durations import MEASURED_STEPS
-from scheduler.simulator import simulate
-from scheduler.walk import Machine
+from scheduler.planning.durations import MEASURED_STEPS
+from scheduler.planning.simulator import simulate
+from scheduler.planning.lookahead import Machine
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "byte_gpt.toml"
 

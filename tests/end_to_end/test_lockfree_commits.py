@@ -14,7 +14,7 @@ import offload
 from offload.parameters import PagedParameter
 from optim.lockfree import LockFreeUpdater
 from optim.unit import Unit
-from scheduler.trace import AccessMode
+from scheduler.planning.trace import AccessMode
 from tiny_models import CASES
 
 TIMEOUT_S = 60.0

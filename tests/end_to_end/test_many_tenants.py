@@ -10,7 +10,7 @@ from parity import Parity, smallest_ram, state_bytes
 from tiny_models import CASES
 
 from pagemem.residency import tenants
-from scheduler import walk
+from scheduler.planning import lookahead as walk
 
 
 @pytest.mark.parametrize("memory", [{}, {"device": "1MiB"}], ids=["two tiers", "three tiers"])

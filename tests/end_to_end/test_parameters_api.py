@@ -19,7 +19,7 @@ from tiny_models import GPT
 from torch import Tensor, nn
 
 import offload
-from scheduler.trace import OpKind
+from scheduler.planning.trace import OpKind
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from small_runs import train as step
 import offload
 from offload.plan_file import DEVICE_PLAN_NAME, PLAN_NAME, PlanFile, PlanFileError, read_plan
 from pagemem.frames.page import TensorId
-from scheduler.driver import Driver
-from scheduler.trace import Op, OpKind, Trace
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Op, OpKind, Trace
 
 
 def config_of(folder: Path, memory: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from tiny_models import CASES
 
 from pagemem.frames.page import TensorId
 from pagemem.residency.paged_tensor import PagedTensor
-from scheduler.driver import Driver
-from scheduler.trace import Access, AccessMode, OpKey
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKey
 
 
 def watch(driver: type[Driver], patch: pytest.MonkeyPatch) -> Callable[[], int]:

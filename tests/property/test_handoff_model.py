@@ -29,7 +29,7 @@ from optim.unit import Slot, Unit, UnitIndex
 from pagemem.budget import Budget
 from pagemem.telemetry.events import NullSink
 from pagemem.tier import Tag, Tier
-from scheduler.driver import Mode
+from scheduler.execution.driver import Mode
 
 #: Elements of a parameter, which is also how many steps can be told apart.
 N = 64

@@ -7,10 +7,10 @@ import random
 import pytest
 
 from pagemem.frames.page import TensorId
-from scheduler.bounds import check_bounds
-from scheduler.planner import make_plan
-from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import check_bounds
+from scheduler.planning.planner import make_plan
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 1 << 16
 N_STEPS = 80
@@ -43,7 +43,7 @@ def training_step(rng: random.Random) -> tuple[Trace, dict[TensorId, int], Machi
 @pytest.mark.parametrize("part", range(4))
 def test_the_cycle_holds_also_where_it_does_not_close_by_itself(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among these are steps (30 and 65) that leave a tensor dirty where the cycle begins with it clean, and then move it."""
-    monkeypatch.setattr("scheduler.planner.KEPT_SHARES", ())  # with tensors kept for good, most cycles close
+    monkeypatch.setattr("scheduler.planning.planner.KEPT_SHARES", ())  # with tensors kept for good, most cycles close
     n_open = 0
     for seed in range(part, N_STEPS, 4):
         trace, n_bytes, machine = training_step(random.Random(seed))

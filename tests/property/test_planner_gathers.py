@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.units import ceil_div
-from scheduler.bounds import Replay, check_bounds
-from scheduler.gathers import Link, ShardedPlan, gather_trace, plan_sharded, shard_trace
-from scheduler.planner import make_plan
-from scheduler.simulator import simulate
-from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import Replay, check_bounds
+from scheduler.planning.gathers import Link, ShardedPlan, gather_trace, plan_sharded, shard_trace
+from scheduler.planning.planner import make_plan
+from scheduler.planning.simulator import simulate
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 1 << 16
 Work = tuple[Trace, dict[TensorId, TensorId], dict[TensorId, int]]

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagemem.frames.page import TensorId
-from scheduler.bounds import PlanError, check_bounds
-from scheduler.plan import by_trigger
-from scheduler.planner import make_plan
-from scheduler.simulator import simulate
-from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import PlanError, check_bounds
+from scheduler.planning.plan import by_trigger
+from scheduler.planning.planner import make_plan
+from scheduler.planning.simulator import simulate
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 1 << 16
 

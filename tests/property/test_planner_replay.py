@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.units import BLOCK_BYTES, KiB
-from scheduler.bounds import Replay, check_bounds
-from scheduler.plan import Plan
-from scheduler.planner import make_plan
-from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import Replay, check_bounds
+from scheduler.planning.plan import Plan
+from scheduler.planning.planner import make_plan
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 64 * KiB
 #: One page takes a millisecond to read.
@@ -120,7 +120,7 @@ def test_views_that_outlive_their_op_are_respected(work: Work, spare_frames: int
 def test_plans_that_look_for_windows_near_the_best_tenants_hold_too(work: Work, spare_frames: int) -> None:
     """As they do where there are many tenants."""
     try:
-        with patch("scheduler.walk.MANY_TENANTS", 0):
+        with patch("scheduler.planning.lookahead.MANY_TENANTS", 0):
             plan = work.plan(work.frames_needed() + spare_frames)
     except BudgetError:
         return

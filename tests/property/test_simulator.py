@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
-from scheduler.bounds import PlanError, check_bounds
-from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.planner import make_plan
-from scheduler.simulator import Lane, Simulation, Wait, simulate
-from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import PlanError, check_bounds
+from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.planning.planner import make_plan
+from scheduler.planning.simulator import Lane, Simulation, Wait, simulate
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 64 * KiB
 #: One page takes a millisecond.

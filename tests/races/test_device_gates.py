@@ -19,8 +19,8 @@ from pagemem.telemetry.events import EventLog
 from pagemem.residency.upload_queue import _close_at_exit
 from pagemem.frames.page import FrameId
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from scheduler.lanes import ReadLane
-from scheduler.plan import LoadTask
+from scheduler.execution.read_lane import ReadLane
+from scheduler.planning.plan import LoadTask
 
 R = Residency
 

@@ -12,7 +12,7 @@ import offload
 from offload.config import Config, load_config
 from offload.factories import factory_of
 from offload.rates import Rates
-from scheduler.plan import Plan
+from scheduler.planning.plan import Plan
 
 HERE = __name__
 PAGE_BYTES = 64 << 10

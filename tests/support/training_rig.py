@@ -15,8 +15,8 @@ from pagemem.frames.page import TensorId
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from pagemem.units import KiB
-from scheduler.driver import Driver
-from scheduler.trace import Access, AccessMode, OpKind
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 PAGE_BYTES = 64 * KiB
 MODES = {"r": AccessMode.READ, "w": AccessMode.MODIFY, "c": AccessMode.CREATE, "x": AccessMode.CONSUME}

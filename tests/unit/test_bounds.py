@@ -8,11 +8,11 @@ import pytest
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
-from scheduler.bounds import BoundsReport, PlanError, check_bounds
-from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.planner import make_plan
-from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import BoundsReport, PlanError, check_bounds
+from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.planning.planner import make_plan
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 64 * KiB
 MODES = {"r": AccessMode.READ, "w": AccessMode.MODIFY, "c": AccessMode.CREATE, "x": AccessMode.CONSUME}

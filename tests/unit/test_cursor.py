@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.cursor import Astray, Cursor, Stretch
-from scheduler.plan import Plan
-from scheduler.trace import OpKey, OpKind
+from scheduler.execution.cursor import Astray, Cursor, Stretch
+from scheduler.planning.plan import Plan
+from scheduler.planning.trace import OpKey, OpKind
 
 
 def key(letter: str) -> OpKey:

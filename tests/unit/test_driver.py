@@ -12,13 +12,13 @@ import torch
 from pagemem.errors import BudgetError
 from pagemem.telemetry.events import EventKind
 from pagemem.residency.paged_tensor import Residency
-from scheduler import planning as planning_module
-from scheduler.bounds import PlanError
-from scheduler.driver import Mode
-from scheduler.durations import MEASURED_STEPS, Durations
-from scheduler.plan import Plan
-from scheduler.planner import MAX_STEPS, make_plan
-from scheduler.trace import Op, OpKind, Trace, TraceRecorder
+from scheduler.execution import tier_planner as planning_module
+from scheduler.planning.bounds import PlanError
+from scheduler.execution.driver import Mode
+from scheduler.planning.durations import MEASURED_STEPS, Durations
+from scheduler.planning.plan import Plan
+from scheduler.planning.planner import MAX_STEPS, make_plan
+from scheduler.planning.trace import Op, OpKind, Trace, TraceRecorder
 from training_rig import PAGE_BYTES, Rig, rig
 
 #: Forward, backward, and updates with a gradient that is made and consumed, over five tensors.

@@ -11,11 +11,11 @@ import pytest
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.units import KiB
-from scheduler.bounds import Replay
-from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.planner import KEPT_SHARES, make_plan
-from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.walk import Machine, Walk
+from scheduler.planning.bounds import Replay
+from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.planning.planner import KEPT_SHARES, make_plan
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.lookahead import Machine, Walk
 
 PAGE_BYTES = 64 * KiB
 PAGE_S = 1e-3
@@ -85,7 +85,7 @@ def test_long_steps_are_walked_twice(n_ops: int, n_walks: int, monkeypatch: pyte
         walks.append(Walk(*arguments))
         return walks[-1]
 
-    monkeypatch.setattr("scheduler.planner.Walk", counted)
+    monkeypatch.setattr("scheduler.planning.planner.Walk", counted)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     plan_for(step(*(f"{letters[index % 26]}r" for index in range(n_ops))), 24)
     assert len(walks) == n_walks

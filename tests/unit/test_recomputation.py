@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagemem.frames.page import TensorId
-from scheduler.bounds import check_bounds
-from scheduler.planner import make_plan
-from scheduler.recomputation import Part, pages, recomputed
-from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import check_bounds
+from scheduler.planning.planner import make_plan
+from scheduler.planning.recomputation import Part, pages, recomputed
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 1 << 16
 KINDS = {"f": OpKind.FORWARD, "b": OpKind.BACKWARD, "u": OpKind.UPDATE}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler.trace import Op, OpKind, Trace, TraceRecorder
+from scheduler.planning.trace import Op, OpKind, Trace, TraceRecorder
 
 
 class Ticks:

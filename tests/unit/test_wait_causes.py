@@ -18,11 +18,11 @@ from pagemem.frames.page import FrameId
 from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder, WaitCause
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag, Tier
-from scheduler.causes import (
+from scheduler.execution.wait_explainer import (
     ARRIVING, BEHIND, COMMITTING, COPYING, IN_USE, MAKING_ROOM, MAKING_ROOM_FIRST, NO_PLACE, READING, WRITING, Causes, DeviceCauses,
 )  # fmt: skip
-from scheduler.lanes import ReadLane
-from scheduler.plan import LoadTask
+from scheduler.execution.read_lane import ReadLane
+from scheduler.planning.plan import LoadTask
 
 
 def load(gates: Gates, name: str, frame: int) -> LoadTask:

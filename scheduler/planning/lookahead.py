@@ -24,9 +24,9 @@ from pagemem.frames.page import FrameId, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
 from pagemem.frames.window import MANY_TENANTS, Window, best_window, window_near
-from scheduler.plan import LoadTask, StoreTask
-from scheduler.trace import CHANGES, Access, AccessMode, Op, Trace
-from scheduler.victims import Victims
+from scheduler.planning.plan import LoadTask, StoreTask
+from scheduler.planning.trace import CHANGES, Access, AccessMode, Op, Trace
+from scheduler.planning.victims import Victims
 
 #: The op until which a tensor that is never moved is in use.
 FOR_GOOD: Final = sys.maxsize

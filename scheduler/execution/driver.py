@@ -26,14 +26,14 @@ from pagemem.residency.mover import Mover
 from pagemem.frames.page import TensorId
 from pagemem.telemetry.recorder import WaitCause
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from scheduler.causes import Causes
-from scheduler.cursor import Astray, Cursor
-from scheduler.durations import Durations
-from scheduler.holding import Holding
-from scheduler.lanes import ReadLane
-from scheduler.plan import LoadTask, Plan
-from scheduler.planning import Planning
-from scheduler.trace import CHANGES, Access, AccessMode, Clock, HostClock, OpKey, Trace, TraceRecorder
+from scheduler.execution.wait_explainer import Causes
+from scheduler.execution.cursor import Astray, Cursor
+from scheduler.planning.durations import Durations
+from scheduler.execution.pinning import Holding
+from scheduler.execution.read_lane import ReadLane
+from scheduler.planning.plan import LoadTask, Plan
+from scheduler.execution.tier_planner import Planning
+from scheduler.planning.trace import CHANGES, Access, AccessMode, Clock, HostClock, OpKey, Trace, TraceRecorder
 
 
 class Mode(enum.Enum):

@@ -10,7 +10,7 @@ waits for:
     store    the op that triggers it has been reached; ssd_write is free
 
 A load of frames alone (`fresh`) needs its window and no lane. Times are whole nanoseconds, rounded up. The plan must hold:
-see `scheduler.bounds`, which is asked first.
+see `scheduler.planning.bounds`, which is asked first.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import ceil_div
-from scheduler.bounds import check_bounds
-from scheduler.plan import LoadTask, Plan
-from scheduler.trace import CHANGES, ENDS, AccessMode, Op, Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import check_bounds
+from scheduler.planning.plan import LoadTask, Plan
+from scheduler.planning.trace import CHANGES, ENDS, AccessMode, Op, Trace
+from scheduler.planning.lookahead import Machine
 
 #: Cycles performed at most before the step time is taken of all of them together.
 MAX_CYCLES: Final = 24

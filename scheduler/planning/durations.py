@@ -10,7 +10,7 @@ import statistics
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from scheduler.trace import Trace
+from scheduler.planning.trace import Trace
 
 #: Steps whose median is taken; the first planned one is left out, as it moves everything to where the plan has it.
 MEASURED_STEPS: Final = 3

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pagemem.residency.mover import Mover
 from pagemem.frames.page import TensorId
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from scheduler.plan import LoadTask
+from scheduler.planning.plan import LoadTask
 
 
 class ReadLane:

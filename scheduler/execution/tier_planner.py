@@ -9,11 +9,11 @@ from typing import Final
 from pagemem.errors import BudgetError
 from pagemem.residency.mover import Mover
 from pagemem.frames.page import FrameId, TensorId
-from scheduler.bounds import check_bounds
-from scheduler.plan import Plan
-from scheduler.planner import cost_s, make_plan
-from scheduler.trace import Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import check_bounds
+from scheduler.planning.plan import Plan
+from scheduler.planning.planner import cost_s, make_plan
+from scheduler.planning.trace import Trace
+from scheduler.planning.lookahead import Machine
 
 #: Of the bandwidths seen so far, what a plan relies on: what a disk gives beside computing varies. In simulation such plans wait
 #: as little at the full bandwidth and less at half of it; in runs no difference was measured.

@@ -13,7 +13,7 @@ from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
 from pagemem.telemetry.recorder import UNKNOWN_CAUSE, WaitCause
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from scheduler.lanes import ReadLane
+from scheduler.execution.read_lane import ReadLane
 
 _COMMIT: Final = "commit of "
 READING: Final = "it was being read"

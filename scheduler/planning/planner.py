@@ -1,6 +1,6 @@
 """Phase 1 of the schedule: which page moves to make, when, and into which frames. A pure function of the trace.
 
-A reader walks the cyclic trace and chooses frames for every load (`scheduler.walk`). The walk repeats the step. When the
+A reader walks the cyclic trace and chooses frames for every load (`scheduler.planning.lookahead`). The walk repeats the step. When the
 placement at a step's end equals that of an earlier one, the steps in between are the plan's cycle, and it closes by itself.
 In a tight budget placements wander instead; then the cycle is the stretch of steps whose two ends differ least, and the
 driver restores the first placement once per cycle. Frames are part of the plan: at run time nothing is allocated,
@@ -23,9 +23,9 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
-from scheduler.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.trace import CHANGES, AccessMode, Trace
-from scheduler.walk import Machine, Placed, Walk
+from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.planning.trace import CHANGES, AccessMode, Trace
+from scheduler.planning.lookahead import Machine, Placed, Walk
 
 #: Steps walked at most, steps at the beginning that are left out (the walk begins with empty host memory), and the
 #: shortest stretch that is worth restoring a placement for.

@@ -20,9 +20,9 @@ from pagemem.telemetry.events import EventSink
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.telemetry.recorder import WaitCause
 from pagemem.residency.paged_tensor import PagedTensor
-from scheduler.causes import DeviceCauses
-from scheduler.driver import Driver
-from scheduler.trace import Access, AccessMode, OpKey, OpKind
+from scheduler.execution.wait_explainer import DeviceCauses
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKey, OpKind
 
 
 class DeviceDriver(Driver):

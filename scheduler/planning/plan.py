@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pagemem.frames.page import FrameId, TensorId
-from scheduler.trace import OpKey
+from scheduler.planning.trace import OpKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
-from scheduler.plan import LoadTask, Plan, by_trigger
-from scheduler.trace import AccessMode, Op, Trace
-from scheduler.walk import Machine
+from scheduler.planning.plan import LoadTask, Plan, by_trigger
+from scheduler.planning.trace import AccessMode, Op, Trace
+from scheduler.planning.lookahead import Machine
 
 #: Cycles that `check_bounds` performs: in the second one, tensors are dirty when it begins, as in every later one.
 CYCLES: Final = 2

@@ -21,11 +21,11 @@ from typing import Final
 from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import ceil_div
-from scheduler.bounds import check_bounds
-from scheduler.plan import Plan
-from scheduler.planner import cost_s, make_plan
-from scheduler.trace import ENDS, Access, AccessMode, Op, Trace
-from scheduler.walk import Machine
+from scheduler.planning.bounds import check_bounds
+from scheduler.planning.plan import Plan
+from scheduler.planning.planner import cost_s, make_plan
+from scheduler.planning.trace import ENDS, Access, AccessMode, Op, Trace
+from scheduler.planning.lookahead import Machine
 
 #: Rooms for wholes that are tried, in multiples of what the neediest op takes; beside them, room for all wholes.
 ROOMS: Final = (1, 2, 3, 4, 6)

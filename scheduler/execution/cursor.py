@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.plan import Plan
-from scheduler.trace import OpKey, OpKind
+from scheduler.planning.plan import Plan
+from scheduler.planning.trace import OpKey, OpKind
 
 
 @dataclass(frozen=True, slots=True)

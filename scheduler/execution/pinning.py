@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pagemem.errors import BudgetError
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from scheduler.on_demand import OnDemand
-from scheduler.trace import CHANGES, Access, AccessMode
+from scheduler.execution.on_demand import OnDemand
+from scheduler.planning.trace import CHANGES, Access, AccessMode
 
 
 class Holding(ABC):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pagemem.frames.page import TensorId
-from scheduler.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Carries out a plan while a step runs: lanes, pins, waits."""

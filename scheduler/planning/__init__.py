@@ -1,0 +1,1 @@
+"""Pure planning: traces, plans, bounds, simulation. No thread, file, device or process group."""
