@@ -31,7 +31,7 @@ from offload.config import OptimizerConfig, TrainConfig
 from offload.launch import learning_rate
 from offload.recipe import byte_gpt, python_source_text
 from offload.report import BITS_PER_NAT
-from optim.handoff import Mailbox, SlotSum
+from optim.lockfree.unit_channel import Mailbox, SlotSum
 from optim.unit import Slot
 
 OPTIMIZER: Final = {"name": "adamw", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

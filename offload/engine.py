@@ -46,7 +46,7 @@ from offload.template import OptimizerLike, assign_groups, from_section, optimiz
 from offload.updates import make_updater, scaling_of
 from optim import DeviceGradients, LossScale, PagedOptimizer, StateAccess, rule_for
 from optim.clip import check_loss
-from optim.exact import is_eager
+from optim.exact.updater import is_eager
 from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
 from optim.updater import refusing_updater

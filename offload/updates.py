@@ -18,17 +18,17 @@ import torch
 from offload.config import Config
 from offload.masters import add_masters
 from offload.store import PageStore
-from optim.accumulate import GradientStore
-from optim.device_gradients import DeviceGradients
-from optim.exact import ExactUpdater, is_eager
-from optim.handoff import Mailbox
-from optim.lockfree import LockFreeUpdater
+from optim.exact.gradient_store import GradientStore
+from optim.exact.gradient_downloads import DeviceGradients
+from optim.exact.updater import ExactUpdater, is_eager
+from optim.lockfree.unit_channel import Mailbox
+from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import LossScale, Scaling
 from optim.rules import UpdateRule
-from optim.state_windows import StateWindows, least_frames
+from optim.lockfree.state_windows import StateWindows, least_frames
 from optim.states import StateAccess
 from optim.unit import Hyper, Slice, Unit
-from optim.update_thread import UpdateThread, scratch_bytes
+from optim.lockfree.update_thread import UpdateThread, scratch_bytes
 from optim.updater import Updater
 from pagemem.budget import Budget
 from pagemem.errors import BudgetError

@@ -1,10 +1,10 @@
 """How parameters change: update rules over pages, gradients, clipping, exact updates and the optimizer users hold."""
 
-from optim.accumulate import GradientStore
-from optim.device_gradients import DeviceGradients
-from optim.exact import ExactUpdater, is_eager
-from optim.handoff import Mailbox
-from optim.lockfree import LockFreeUpdater
+from optim.exact.gradient_store import GradientStore
+from optim.exact.gradient_downloads import DeviceGradients
+from optim.exact.updater import ExactUpdater, is_eager
+from optim.lockfree.unit_channel import Mailbox
+from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import LossScale, Scaling
 from optim.optimizer import PagedOptimizer
 from optim.rules import AdamRule, AdamWRule, SGDRule, UpdateRule, rule_for

@@ -12,7 +12,7 @@ from torch import nn
 
 import offload
 from offload.parameters import PagedParameter
-from optim.lockfree import LockFreeUpdater
+from optim.lockfree.updater import LockFreeUpdater
 from optim.unit import Unit
 from scheduler.planning.trace import AccessMode
 from tiny_models import CASES

@@ -21,10 +21,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from one_unit import mark, unit_of
 from torch import Tensor
 
-from optim.clock import UnitClock
-from optim.handoff import Mailbox, Parcel, SlotSum, Version
+from optim.lockfree.unit_clock import UnitClock
+from optim.lockfree.unit_channel import Mailbox, Parcel, SlotSum, Version
 from optim.loss_scale import Scaling
-from optim.lockfree import LockFreeUpdater
+from optim.lockfree.updater import LockFreeUpdater
 from optim.unit import Slot, Unit, UnitIndex
 from pagemem.budget import Budget
 from pagemem.telemetry.events import NullSink

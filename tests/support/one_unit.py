@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optim.handoff import SlotSum
+from optim.lockfree.unit_channel import SlotSum
 from optim.unit import Slot, Unit, cut, lay_out
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.paged_tensor import PagedTensor

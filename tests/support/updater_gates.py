@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 import offload
-from optim.lockfree import LockFreeUpdater
+from optim.lockfree.updater import LockFreeUpdater
 from optim.unit import Unit
 
 #: Every point at which the updater passes a gate, in the order in which it does for one unit ("slice" several times).

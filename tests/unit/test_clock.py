@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from optim.clock import UnitClock
+from optim.lockfree.unit_clock import UnitClock
 from pagemem.errors import TransitionError
 
 

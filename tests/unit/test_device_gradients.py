@@ -11,7 +11,7 @@ import pytest
 import torch
 from gated_device import GatedMark
 
-from optim.device_gradients import DeviceGradients
+from optim.exact.gradient_downloads import DeviceGradients
 from pagemem.devices.accelerator import RamDevice
 from pagemem.budget import Budget
 from pagemem.errors import NonFiniteError

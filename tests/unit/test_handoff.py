@@ -6,7 +6,7 @@ import pytest
 import torch
 from one_unit import mark, sums, unit_of
 
-from optim.handoff import Mailbox, Parcel, SlotSum
+from optim.lockfree.unit_channel import Mailbox, Parcel, SlotSum
 from optim.unit import Slot
 from pagemem.errors import TransitionError
 

@@ -13,7 +13,7 @@ from fake_page_files import TIMEOUT_S, FakePageFiles, GatedPageFiles, ThreadedPa
 from torch import Tensor
 from training_rig import PAGE_BYTES, pattern
 
-from optim.state_windows import RING_WINDOWS, StateWindows, least_frames
+from optim.lockfree.state_windows import RING_WINDOWS, StateWindows, least_frames
 from pagemem.devices.arena import HostArena
 from pagemem.errors import StorageError
 from pagemem.telemetry.events import EventKind, EventLog

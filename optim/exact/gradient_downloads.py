@@ -24,7 +24,7 @@ from typing import Final
 import torch
 
 from optim.clip import check_loss
-from optim.exact import ExactUpdater
+from optim.exact.updater import ExactUpdater
 from optim.gradient_holder import OtherGradients
 from optim.unit import Slot, Unit
 from pagemem.devices.accelerator import REACHED, Accelerator, Mark, has_reached

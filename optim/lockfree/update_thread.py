@@ -35,9 +35,9 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from optim.handoff import Mailbox, Parcel, SlotSum
+from optim.lockfree.unit_channel import Mailbox, Parcel, SlotSum
 from optim.rules import Ahead, Batch, UpdateRule
-from optim.state_windows import StateWindows
+from optim.lockfree.state_windows import StateWindows
 from optim.states import state_view
 from optim.unit import Hyper, Piece, Slice, Slot, Unit
 from pagemem.errors import TransitionError

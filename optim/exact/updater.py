@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from optim.accumulate import GradientStore
+from optim.exact.gradient_store import GradientStore
 from optim.clip import check_finite, gradient_norm, total_norm
 from optim.gradient_holder import GradientHolder
 from optim.loss_scale import Scaling

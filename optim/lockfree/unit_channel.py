@@ -6,7 +6,7 @@ back, they are added to it, and it is put in again, so that a unit never has mor
 are single operations on a deque, which Python makes atomic: no lock is held while either side works on what it owns.
 
 The updater writes new parameters over the gradients they came from and publishes them as a `Version`, whole, by
-assigning one attribute. Step numbers (`optim.clock`) tell each side what the other has seen.
+assigning one attribute. Step numbers (`optim.lockfree.unit_clock`) tell each side what the other has seen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from optim.clock import UnitClock
+from optim.lockfree.unit_clock import UnitClock
 from optim.unit import Hyper, Slot, Unit
 
 

@@ -23,14 +23,14 @@ from typing import ClassVar
 
 import torch
 
-from optim.accumulate import flat_gradient
+from optim.exact.gradient_store import flat_gradient
 from optim.clip import gradient_norm, total_norm
 from optim.gradient_holder import GradientHolder
-from optim.handoff import Mailbox, SlotSum, Version
+from optim.lockfree.unit_channel import Mailbox, SlotSum, Version
 from optim.loss_scale import Scaling
 from optim.states import StateAccess
 from optim.unit import START_HINT, Grad, Hyper, Slot, Unit, UnitIndex, complete
-from optim.update_thread import UpdateThread
+from optim.lockfree.update_thread import UpdateThread
 from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.errors import BudgetError
 from pagemem.telemetry.events import Event, EventKind, EventSink

@@ -1,0 +1,1 @@
+"""Updates equal to plain PyTorch's, bit for bit."""

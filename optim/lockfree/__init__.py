@@ -1,0 +1,1 @@
+"""Asynchronous updates of bounded staleness."""
