@@ -22,8 +22,8 @@ from typing import Any, Final
 from benchmarks import common
 from benchmarks.common import HYPER, SIZES
 from benchmarks.step import WARM_UP, Child
-from offload.bench_ssd import check_target, measure
-from offload.machine import PROBE
+from offload.machine.bench_ssd import check_target, measure
+from offload.machine.facts import PROBE
 
 #: What a forecast may be off by: pages, memory of the process, step time.
 BARS: Final = {"host": 0.02, "ssd": 0.02, "process": 0.10, "step": 0.10}

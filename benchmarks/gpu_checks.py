@@ -37,7 +37,7 @@ import offload
 from benchmarks.common import Block
 from benchmarks.gpu_memory_checks import fork, host_memory, pinning, synchronisations, uploads, waiting
 from benchmarks.gpu_setting import PLANNED, Outcome, Run, Setting, Status, judged
-from offload.store import PageStore
+from offload.store.page_store import PageStore
 from pagemem.devices.accelerator import Copy, Mark, RamDevice
 from pagemem.telemetry.intervals import union
 

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import common, lockfree_quality, lockfree_speed
 from offload.config import UpdateConfig
-from offload.recipe import python_source_text
+from examples.byte_gpt import python_source_text
 
 SMOOTHED_STEPS = 20
 

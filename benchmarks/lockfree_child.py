@@ -25,12 +25,12 @@ from typing import Any, Final
 import torch
 
 import offload
-import offload.updates
+import offload.store.make_updater
 from benchmarks import common
 from offload.config import OptimizerConfig, TrainConfig
-from offload.launch import learning_rate
-from offload.recipe import byte_gpt, python_source_text
-from offload.report import BITS_PER_NAT
+from offload.launch.train import learning_rate
+from examples.byte_gpt import byte_gpt, python_source_text
+from offload.launch.summary import BITS_PER_NAT
 from optim.lockfree.unit_channel import Mailbox, SlotSum
 from optim.unit import Slot
 
@@ -104,12 +104,12 @@ class DroppingMailbox(Mailbox):
 @contextmanager
 def updates_off() -> Iterator[None]:
     """Engines made inside drop their gradients."""
-    kept = vars(offload.updates)["Mailbox"]
-    vars(offload.updates)["Mailbox"] = DroppingMailbox
+    kept = vars(offload.store.make_updater)["Mailbox"]
+    vars(offload.store.make_updater)["Mailbox"] = DroppingMailbox
     try:
         yield
     finally:
-        vars(offload.updates)["Mailbox"] = kept
+        vars(offload.store.make_updater)["Mailbox"] = kept
 
 
 class Trainer:

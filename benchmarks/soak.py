@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import offload
 from benchmarks import common
-from offload.verify import verify_run
+from offload.checkpoint.verify import verify_run
 from pagemem.durable.commit_folder import FOLDER_NAME, CommitFolder
 
 STEPS = 40

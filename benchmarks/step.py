@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import GPT, SIZES, Spread, batch, fused_adamw
-from offload.live_storages import Holder, LiveStorages
+from offload.profiling.live_storages import Holder, LiveStorages
 from offload.heap import joining, keep_freed_memory
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from typing import Any, Final
 from benchmarks import common
 from benchmarks.common import GPT, SIZES
 from offload.config import load_config
-from offload.kernels import CostMode, RatedKernels
-from offload.rehearsal import Bandwidths, rehearsed
+from offload.forecast.kernels import CostMode, RatedKernels
+from offload.forecast.rehearsal import Bandwidths, rehearsed
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import check_bounds

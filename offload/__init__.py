@@ -45,14 +45,14 @@ for _name in _SIBLINGS:
 interrupts.cover(__file__, open_files=("__main__.py", "cli.py", "launch.py", "profile_run.py", "doctor.py"))
 
 from offload.config import Config, ConfigError, load_config  # noqa: E402
-from offload.deferred_init import deferred_init  # noqa: E402
+from offload.store.deferred_init import deferred_init  # noqa: E402
 from offload.engine import Engine, initialize, prepare  # noqa: E402
-from offload.export import ExportError  # noqa: E402
-from offload.memory import MemoryReport, Stats, TierUse  # noqa: E402
-from offload.need import BudgetNeed  # noqa: E402
-from offload.parameters import PagedParameter, gathered  # noqa: E402
-from offload.resumed import Change, Resumed  # noqa: E402
-from offload.smallest_budget import FactoryError, smallest_budget  # noqa: E402
+from offload.checkpoint.export import ExportError  # noqa: E402
+from offload.profiling.stats import MemoryReport, Stats, TierUse  # noqa: E402
+from offload.budget.need import BudgetNeed  # noqa: E402
+from offload.parameters.paged_parameter import PagedParameter, gathered  # noqa: E402
+from offload.checkpoint.resumed import Change, Resumed  # noqa: E402
+from offload.budget.smallest import FactoryError, smallest_budget  # noqa: E402
 from pagemem.errors import (  # noqa: E402
     BudgetError,
     ChecksumError,

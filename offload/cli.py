@@ -11,22 +11,22 @@ from typing import Any, Final, NoReturn
 
 import offload
 from offload import starting
-from offload.bench_ssd import full_plan
-from offload.bench_ssd_report import run_bench_ssd
+from offload.machine.bench_ssd import full_plan
+from offload.machine.bench_ssd_report import run_bench_ssd
 from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file
-from offload.console import BROKEN_PIPE, Output, OutputClosed
+from offload.console.output import BROKEN_PIPE, Output, OutputClosed
 from offload.doctor import run_doctor
-from offload.export import DTYPES, export_run
-from offload.fit import Room, room_here
-from offload.forecast import Question, check_forecastable, forecast
-from offload.forecast_report import print_forecast, shown
-from offload.interrupt import INTERRUPTED, only_exit_is_left, own_process
-from offload.launch import launch
-from offload.plain_profile import profile_plain
-from offload.profile_run import profile_run
-from offload.rates import rates_of
-from offload.verify import verify_run
+from offload.checkpoint.export import DTYPES, export_run
+from offload.forecast.fit import Room, room_here
+from offload.forecast.forecast import Question, check_forecastable, forecast
+from offload.forecast.report import print_forecast, shown
+from offload.launch.interrupt import INTERRUPTED, only_exit_is_left, own_process
+from offload.launch.train import launch
+from offload.profiling.plain import profile_plain
+from offload.launch.profile_run import profile_run
+from offload.forecast.rates import rates_of
+from offload.checkpoint.verify import verify_run
 from pagemem.errors import OffloadError
 from offload.heap import joining
 from pagemem.units import parse_bytes

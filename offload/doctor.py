@@ -1,4 +1,4 @@
-"""`offload doctor`: judges what `offload.machine` found. Every check is a pure function of facts."""
+"""`offload doctor`: judges what `offload.machine.facts` found. Every check is a pure function of facts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Final, Literal
 
 from rich.console import Console
 
-from offload.bench_ssd import IN_RAM
+from offload.machine.bench_ssd import IN_RAM
 from offload.factories import model_factory
-from offload.fit import available_here
-from offload.machine import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact, gather
-from offload.verdict import Available, Verdict, decide, verdict_of
+from offload.forecast.fit import available_here
+from offload.machine.facts import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact, gather
+from offload.budget.verdict import Available, Verdict, decide, verdict_of
 from pagemem.units import GiB, format_bytes
 
 Level = Literal["ok", "warning", "problem"]

@@ -18,32 +18,32 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from offload.activations import SavedActivations, chunk_bytes
-from offload.binder import Binder
-from offload.blocks import Blocks
-from offload.budget_checks import check_model
-from offload.checkpoint import Checkpoints, Stateful
+from offload.activations.saved import SavedActivations, chunk_bytes
+from offload.parameters.binder import Binder
+from offload.activations.blocks import Blocks
+from offload.budget.checks import check_model
+from offload.checkpoint.checkpoints import Checkpoints, Stateful
 from offload.config import Config, load_config, load_optimizer
-from offload.deferred_init import store_of
+from offload.store.deferred_init import store_of
 from offload.factories import described
-from offload.export import check_alike, check_request, export_commit
-from offload.extra_states import NAME as EXTRA_STATES
-from offload.extra_states import ExtraStates
-from offload.fast_paths import keep_fast_paths
-from offload.hooks import SavedWeights
-from offload.model_checks import check_parameters
-from offload.memory import MemoryReport, Stats, memory_report, planned_step_s, stats_of
-from offload.page_views import adopt_views, check_unviewed
-from offload.parameters import PagedParameter
-from offload.plan_file import plan_keepers
-from offload.profile import Profile
-from offload.recompute_choice import RecomputeChoice
-from offload.resumed import Resumed
-from offload.store import PageStore
-from offload.stored_layout import unlike_state_dict
-from offload.structure import Structure
-from offload.template import OptimizerLike, assign_groups, from_section, optimized_by, template_of
-from offload.updates import make_updater, scaling_of
+from offload.checkpoint.export import check_alike, check_request, export_commit
+from offload.modules.extra_states import NAME as EXTRA_STATES
+from offload.modules.extra_states import ExtraStates
+from offload.modules.fast_paths import keep_fast_paths
+from offload.parameters.saved_weights import SavedWeights
+from offload.modules.checks import check_parameters
+from offload.profiling.stats import MemoryReport, Stats, memory_report, planned_step_s, stats_of
+from offload.store.page_views import adopt_views, check_unviewed
+from offload.parameters.paged_parameter import PagedParameter
+from offload.store.plan_file import plan_keepers
+from offload.profiling.profile import Profile
+from offload.activations.policy import RecomputeChoice
+from offload.checkpoint.resumed import Resumed
+from offload.store.page_store import PageStore
+from offload.commits.stored_layout import unlike_state_dict
+from offload.modules.structure import Structure
+from offload.parameters.optimizer_template import OptimizerLike, assign_groups, from_section, optimized_by, template_of
+from offload.store.make_updater import make_updater, scaling_of
 from optim import DeviceGradients, LossScale, PagedOptimizer, StateAccess, rule_for
 from optim.clip import check_loss
 from optim.exact.updater import is_eager

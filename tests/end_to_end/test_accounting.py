@@ -12,7 +12,7 @@ from small_runs import PAGE_BYTES, assert_closed, batches, built, config, engine
 from tiny_models import CASES
 
 import offload
-from offload.memory import MemoryReport
+from offload.profiling.stats import MemoryReport
 
 STEPS = 16  # More than two on demand and the longest cycle of a plan.
 #: Share of the states that is little RAM, for some models.

@@ -17,8 +17,8 @@ from tiny_models import CASES
 from torch import Tensor, nn
 
 import offload
-from offload import activations
-from offload.activations import SavedActivations
+from offload.activations import saved as activations
+from offload.activations.saved import SavedActivations
 from pagemem.tier import Tag
 
 BATCH, WIDTH, DEPTH = 64, 64, 4

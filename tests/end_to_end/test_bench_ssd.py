@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from offload import bench_ssd, cli
-from offload.bench_ssd import FOLDER_PREFIX, Measured, Plan, Point, Setting, check_target, file_system, measure, temporary_run
-from offload.bench_ssd_report import point_cells, run_bench_ssd
+from offload import cli
+from offload.machine import bench_ssd
+from offload.machine.bench_ssd import FOLDER_PREFIX, Measured, Plan, Point, Setting, check_target, file_system, measure, temporary_run
+from offload.machine.bench_ssd_report import point_cells, run_bench_ssd
 from offload.config import ConfigError
 from pagemem.files import backend as pagemem_io
 from pagemem.errors import ChecksumError, DiskFullError, StorageError

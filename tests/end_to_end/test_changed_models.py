@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, parametrize, prune, vector_to_parameters
 
 import offload
-from offload.structure import Structure
+from offload.modules.structure import Structure
 
 
 @pytest.fixture

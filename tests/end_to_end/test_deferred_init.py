@@ -17,7 +17,7 @@ from tiny_models import CASES, GPT, ConvNet
 from torch import Tensor, nn
 
 import offload
-from offload.store import PageStore
+from offload.store.page_store import PageStore
 
 RAM_BYTES = 1 << 20
 

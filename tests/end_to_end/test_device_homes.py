@@ -14,7 +14,7 @@ from small_runs import assert_closed, assert_equal, built, config, train, train_
 from tiny_models import CASES
 
 import offload
-from offload import activations
+from offload.activations import saved as activations
 from pagemem.errors import StorageError
 from pagemem.files.page_file import PageFiles
 from pagemem.tier import Tag

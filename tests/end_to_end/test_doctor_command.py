@@ -14,9 +14,11 @@ from finished_runs import finished, settings
 from rich.console import Console
 from small_runs import built
 
-from offload import bench_ssd, cli, machine
-from offload.machine import cgroup_limit, copy_gb_per_s, cuda_facts, folder_fact, memory_fact, package_facts
-from offload.verify import verify_run
+from offload import cli
+from offload.machine import bench_ssd
+from offload.machine import facts as machine
+from offload.machine.facts import cgroup_limit, copy_gb_per_s, cuda_facts, folder_fact, memory_fact, package_facts
+from offload.checkpoint.verify import verify_run
 from pagemem.folders.run_directory import RunDirectory, folder_use
 from pagemem.units import MiB
 

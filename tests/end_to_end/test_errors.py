@@ -43,8 +43,8 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 def launch(folder: Path, **changes: Any) -> int:
     """Train by the command; returns its exit code."""
     raw = config(folder) | {
-        "model": {"factory": "offload.recipe:byte_gpt", "arguments": {"d_model": 64, "n_layer": 1, "n_head": 2, "seq": 16}},
-        "data": {"factory": "offload.data:missing"},
+        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 1, "n_head": 2, "seq": 16}},
+        "data": {"factory": "examples.byte_corpus:missing"},
         "train": {"steps": 2, "batch": 2, "seq": 16},
         "output": {"run": str(folder / "run")},
     }
@@ -105,7 +105,7 @@ def test_the_command_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     (foreign / "thesis.tex").write_text("years of work")
     before = contents(foreign)
     assert launch(tmp_path, update={"clip_nrom": 1.0}) == 1
-    assert launch(tmp_path, data={"factory": "offload.recipe:python_source_text"}) == 1
+    assert launch(tmp_path, data={"factory": "examples.byte_gpt:python_source_text"}) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("offload: error: ") for line in lines)
     assert "did you mean 'update.clip_norm'?" in lines[0] and f"{foreign} holds files that are not of a run" in lines[1]

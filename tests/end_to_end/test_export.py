@@ -25,7 +25,8 @@ from tiny_models import CASES
 from torch import Tensor, nn
 
 import offload
-from offload import export, shards
+from offload.checkpoint import export
+from offload.checkpoint import safetensors_writer as shards
 from offload.cli import main
 from pagemem.durable import page_reader
 from pagemem.durable.page_reader import Chunk, PageReader

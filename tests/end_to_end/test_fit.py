@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import offload
 from offload.cli import main
 from offload.config import ConfigError
-from offload.cpu_attention import AttentionOfCpu
-from offload.fit import Room, Taken, advice, taken_by
-from offload.forecast import Question, forecast
-from offload.forecast_report import fit_rows, forecast_rows, shown
+from offload.forecast.cpu_attention import AttentionOfCpu
+from offload.forecast.fit import Room, Taken, advice, taken_by
+from offload.forecast.forecast import Question, forecast
+from offload.forecast.report import fit_rows, forecast_rows, shown
 from offload.factories import factory_of
-from offload.live_storages import Holder, LiveStorages
-from offload.rates import rates_of
+from offload.profiling.live_storages import Holder, LiveStorages
+from offload.forecast.rates import rates_of
 
 
 @pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "tied", "views", "recomputed"])

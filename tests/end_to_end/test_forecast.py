@@ -16,12 +16,12 @@ from torch import nn
 import offload
 from offload.cli import main
 from offload.config import ConfigError, load_config
-from offload.forecast import Forecast, forecast
-from offload.forecast_report import forecast_rows
-from offload.kernels import CostMode, RatedKernels
+from offload.forecast.forecast import Forecast, forecast
+from offload.forecast.report import forecast_rows
+from offload.forecast.kernels import CostMode, RatedKernels
 from offload.factories import factory_of
-from offload.rates import Rates, kernels_of, rates_of
-from offload.rehearsal import Bandwidths, RehearsalError, rehearsed
+from offload.forecast.rates import Rates, kernels_of, rates_of
+from offload.forecast.rehearsal import Bandwidths, RehearsalError, rehearsed
 from pagemem.errors import BudgetError
 from scheduler.planning.durations import MEASURED_STEPS
 from scheduler.planning.simulator import simulate

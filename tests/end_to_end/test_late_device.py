@@ -16,7 +16,8 @@ from small_runs import assert_closed, assert_equal, batches, built, config, trai
 from tiny_models import CASES
 
 import offload
-from offload import activations, budget_checks
+from offload.activations import saved as activations
+from offload.budget import checks as budget_checks
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from offload.cli import main
 from offload.config import ConfigError, load_config
-from offload.data import ByteCorpus
-from offload.template import template_from
+from examples.byte_corpus import ByteCorpus
+from offload.parameters.optimizer_template import template_from
 from offload.factories import factory_of, resolve
-from offload.launch import launch, learning_rate
-from offload.recipe import ByteGPT, byte_gpt
+from offload.launch.train import launch, learning_rate
+from examples.byte_gpt import ByteGPT, byte_gpt
 from pagemem.errors import BudgetError, NonFiniteError, RunDirectoryError
 
 HERE = __name__
@@ -127,7 +127,7 @@ def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
         "memory": {"ram": "768KiB", "page": "64KiB"},
         "ssd": {"paths": [str(tmp_path / "pages")], "threads": 1},
         "optimizer": {"lr": 3e-3, "no_decay": ["1d"]},
-        "model": {"factory": "offload.recipe:byte_gpt", "arguments": MODEL},
+        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": MODEL},
         "data": {"factory": f"{HERE}:small_text"},
         "train": {
             "steps": STEPS, "batch": ROWS, "seq": SEQ, "evaluate_batches": 2, "schedule": "cosine", "warmup_steps": 2,
@@ -360,9 +360,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(raw: dict[str, Any], tmp_path: P
     [
         ({"memory": {"ram": "64KiB"}}, "memory.ram"),
         ({"model": {"factory": "offload.nowhere:x"}}, "factory 'offload.nowhere:x': No module named 'offload.nowhere'"),
-        ({"model": {"factory": "offload.recipe:nothing"}}, "has no attribute 'nothing'"),
+        ({"model": {"factory": "examples.byte_gpt:nothing"}}, "has no attribute 'nothing'"),
         ({"model": {"factory": f"{HERE}:not_callable"}}, "is a int, not callable"),
-        ({"model": {"arguments": {"depth": 3}}}, "model.arguments: offload.recipe:byte_gpt: got an unexpected keyword argument 'depth'"),
+        ({"model": {"arguments": {"depth": 3}}}, "model.arguments: examples.byte_gpt:byte_gpt: got an unexpected keyword argument 'depth'"),
         ({"model": {"arguments": {"d_model": 60, "n_head": 7}}}, "d_model (60) is not a multiple of n_head (7)"),
         ({"data": {"arguments": {"depth": 3}}}, "data.arguments: "),
         ({"train": {"seq": 64}}, "64 tokens a row, the model was built for 32"),
@@ -443,9 +443,9 @@ def test_the_learning_rate_worked_by_hand() -> None:
 
 
 def test_a_factory_may_be_an_attribute_of_a_class() -> None:
-    assert resolve("offload.data:ByteCorpus.of_files") == ByteCorpus.of_files
+    assert resolve("examples.byte_corpus:ByteCorpus.of_files") == ByteCorpus.of_files
 
 
 def test_what_a_factory_raises_itself_passes_through() -> None:
     with pytest.raises(ValueError, match="multiple"):
-        factory_of("model", "offload.recipe:byte_gpt", {"d_model": 60, "n_head": 7})()
+        factory_of("model", "examples.byte_gpt:byte_gpt", {"d_model": 60, "n_head": 7})()

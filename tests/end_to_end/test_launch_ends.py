@@ -17,10 +17,10 @@ import torch
 from rich.console import Console
 
 from offload.config import ConfigError, load_config
-from offload.console import Output, OutputClosed
-from offload.launch import launch
-from offload.progress import ProgressLog, StepMetrics
-from offload.run_folder import RunFolder
+from offload.console.output import Output, OutputClosed
+from offload.launch.train import launch
+from offload.launch.progress import ProgressLog, StepMetrics
+from offload.launch.run_folder import RunFolder
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import DiskFullError, OffloadError, RunDirectoryError, StorageError
 from pagemem.folders.run_directory import RunDirectory
@@ -37,7 +37,7 @@ def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
         "seed": 5,
         "memory": {"ram": "768KiB", "page": "64KiB"},
         "ssd": {"paths": [str(tmp_path / "pages")], "threads": 1},
-        "model": {"factory": "offload.recipe:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
+        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
         "data": {"factory": "launch_data:sentence_text"},
         "train": {"steps": STEPS, "batch": 2, "seq": 32, "evaluate_batches": 0, "threads": 1},
         "output": {"run": str(tmp_path / "run")},

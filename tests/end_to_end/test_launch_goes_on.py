@@ -18,8 +18,8 @@ from rich.console import Console
 
 from offload.cli import main
 from offload.config import load_config
-from offload.launch import launch
-from offload.progress import ProgressLog
+from offload.launch.train import launch
+from offload.launch.progress import ProgressLog
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
 
@@ -37,7 +37,7 @@ def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
         "ssd": {"paths": [str(tmp_path / "pages")], "threads": 1},
         "optimizer": {"lr": 3e-3, "no_decay": ["1d"]},
         "commit": {"every_steps": 2},
-        "model": {"factory": "offload.recipe:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
+        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
         "data": {"factory": "launch_data:sentence_text"},
         "train": {
             "steps": STEPS, "batch": 2, "seq": 32, "evaluate_batches": 2, "schedule": "cosine", "warmup_steps": 2, "threads": 1,
@@ -178,7 +178,7 @@ def test_metrics_of_the_beginning_are_whole_at_every_moment(raw: dict[str, Any],
             return entered
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("offload.launch.ProgressLog", Watching)
+        patch.setattr("offload.launch.train.ProgressLog", Watching)
         assert run(raw)[0] == 0
     assert seen == [before]
     assert [line["step"] for line in metrics(raw)] == list(range(1, STEPS + 1))

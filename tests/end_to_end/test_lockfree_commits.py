@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import offload
-from offload.parameters import PagedParameter
+from offload.parameters.paged_parameter import PagedParameter
 from optim.lockfree.updater import LockFreeUpdater
 from optim.unit import Unit
 from scheduler.planning.trace import AccessMode

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 import offload
 from offload.cli import main
 from offload.config import ConfigError
-from offload.plain_profile import Training, plain_rows, profile_plain
-from offload.plain_savings import choices
-from offload.plain_watch import OPTIMIZER, PlainWatch
+from offload.profiling.plain import Training, plain_rows, profile_plain
+from offload.profiling.plain_savings import choices
+from offload.profiling.plain_watch import OPTIMIZER, PlainWatch
 from pagemem.errors import BudgetError, RunDirectoryError
 from pagemem.tier import Tag, Tier
 

@@ -17,7 +17,7 @@ from small_runs import config as small_config
 from small_runs import train as step
 
 import offload
-from offload.plan_file import DEVICE_PLAN_NAME, PLAN_NAME, PlanFile, PlanFileError, read_plan
+from offload.store.plan_file import DEVICE_PLAN_NAME, PLAN_NAME, PlanFile, PlanFileError, read_plan
 from pagemem.frames.page import TensorId
 from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Op, OpKind, Trace

@@ -18,8 +18,8 @@ from killed_runs import digest, newest_step, shards
 from power_loss import Recording
 
 from offload.config import load_config
-from offload.console import Output
-from offload.launch import launch
+from offload.console.output import Output
+from offload.launch.train import launch
 
 STEPS, HALF = 8, 4
 LOSSES = 200

@@ -14,7 +14,7 @@ from parity import adamw
 from small_runs import RAM_BYTES, batches, built, config, engine_of, train
 
 import offload.cli
-import offload.binder
+import offload.parameters.binder
 from offload.cli import main
 from offload.heap import ForwardEnd, joining
 
@@ -50,7 +50,7 @@ def test_free_pages_are_given_back_only_where_they_are_wanted_and_memory_is_shor
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budgets: int, memory: dict[str, object], given_back: bool
 ) -> None:
     calls: list[bool] = []
-    monkeypatch.setattr(offload.binder, "give_back_free_pages", lambda: calls.append(True))
+    monkeypatch.setattr(offload.parameters.binder, "give_back_free_pages", lambda: calls.append(True))
     settings = config(tmp_path, ram=budgets * RAM_BYTES)
     settings["memory"] |= memory
     with offload.initialize(built(), settings, adamw) as engine:
@@ -60,7 +60,7 @@ def test_free_pages_are_given_back_only_where_they_are_wanted_and_memory_is_shor
 
 def test_with_freed_blocks_that_join_activations_need_no_trimming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
-    monkeypatch.setattr(offload.binder, "give_back_free_pages", lambda: calls.append(True))
+    monkeypatch.setattr(offload.parameters.binder, "give_back_free_pages", lambda: calls.append(True))
     monkeypatch.setattr(offload.engine, "blocks_join", lambda: True)
     settings = config(tmp_path, ram=RAM_BYTES)
     settings["memory"] |= {"activations": 0}

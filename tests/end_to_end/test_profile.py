@@ -13,8 +13,8 @@ from parity import adamw
 from small_runs import RAM_BYTES, assert_closed, assert_equal, batches, built, config, engine_of, train, train_plain
 
 import offload
-from offload.profile import Profile, ProfileState
-from offload.profile_report import report_data, summary_rows
+from offload.profiling.profile import Profile, ProfileState
+from offload.profiling.html_report import report_data, summary_rows
 from pagemem.errors import RunDirectoryError
 from pagemem.telemetry.events import EventKind, NullSink
 from pagemem.tier import Tier
@@ -258,7 +258,7 @@ def test_files_that_cannot_be_written_are_an_error_and_the_folder_can_be_used_ag
 
     with engine_of(built(), tmp_path) as engine:
         with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-            patched.setattr("offload.profile.write_trace", full)
+            patched.setattr("offload.profiling.profile.write_trace", full)
             with engine.profile(tmp_path / "profile") as profile:
                 steps(engine, 0, 1)
         assert profile.state is ProfileState.ABANDONED and engine._store.driver.watcher is None

@@ -17,11 +17,11 @@ from rich.console import Console
 
 from offload.cli import main
 from offload.config import ConfigError, load_config
-from offload.launch import launch
-from offload.plain_profile import profile_plain
-from offload.profile_report import write_report
-from offload.profile_run import WARM_UP_STEPS, profile_run, temporary_beside
-from offload.recipe import ByteGPT
+from offload.launch.train import launch
+from offload.profiling.plain import profile_plain
+from offload.profiling.html_report import write_report
+from offload.launch.profile_run import WARM_UP_STEPS, profile_run, temporary_beside
+from examples.byte_gpt import ByteGPT
 from pagemem.errors import BudgetError, RunDirectoryError
 from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder
 
@@ -43,7 +43,7 @@ def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
         "memory": {"ram": "768KiB", "page": "64KiB"},
         "ssd": {"paths": [str(tmp_path / "runs" / "pages")], "threads": 1},
         "commit": {"every_steps": 2},
-        "model": {"factory": "offload.recipe:byte_gpt", "arguments": MODEL},
+        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": MODEL},
         "data": {"factory": "launch_data:sentence_text"},
         "train": {"steps": 4, "batch": 2, "seq": 32, "evaluate_batches": 0, "threads": 1},
         "output": {"run": str(tmp_path / "runs" / "log")},

@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import offload
-from offload import activations
-from offload.activations import SavedActivations
+from offload.activations import saved as activations
+from offload.activations.saved import SavedActivations
 
 ROWS, WIDTH, DEPTH = 32, 64, 4
 RESULT_BYTES = ROWS * WIDTH * 4

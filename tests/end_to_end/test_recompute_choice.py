@@ -17,10 +17,11 @@ from tiny_models import GPT, VOCAB
 from torch import Tensor, nn
 
 import offload
-from offload import activations, forecast_report
-from offload.forecast import forecast
-from offload.rates import Rates
-from offload.recompute_choice import Choice
+from offload.activations import saved as activations
+from offload.forecast import report as forecast_report
+from offload.forecast.forecast import forecast
+from offload.forecast.rates import Rates
+from offload.activations.policy import Choice
 
 TOKENS, ROWS, BLOCKS = 16, 8, 4
 #: One step on demand, one traced, four by its plan; then one that is not yet like the later ones, one traced, four by its plan.

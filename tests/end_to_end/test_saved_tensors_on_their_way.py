@@ -13,8 +13,8 @@ from small_runs import assert_closed, assert_equal, config
 from torch import Tensor, nn
 
 import offload
-from offload import activations
-from offload.activations import SavedActivations
+from offload.activations import saved as activations
+from offload.activations.saved import SavedActivations
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor
 

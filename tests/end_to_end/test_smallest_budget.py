@@ -18,9 +18,9 @@ from tiny_models import CASES, GPT, Case
 from torch import Tensor, nn
 
 import offload
-from offload.budget_checks import check_model
+from offload.budget.checks import check_model
 from offload.config import load_config
-from offload.template import optimized_by
+from offload.parameters.optimizer_template import optimized_by
 
 
 class Many(nn.Module):

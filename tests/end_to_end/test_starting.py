@@ -35,7 +35,7 @@ def interrupted(arguments: list[str], at: str, folder: Path, *, nohup: bool = Fa
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("at", ["pagemem", "torch", "numpy.linalg", "offload.engine", "offload.verify"])
+@pytest.mark.parametrize("at", ["pagemem", "torch", "numpy.linalg", "offload.engine", "offload.checkpoint.verify"])
 def test_the_installed_command_ends_in_one_line(at: str, tmp_path: Path) -> None:
     assert interrupted(["offload-script", "--version"], at, tmp_path) == (130, "", "offload: interrupted before anything began\n")
 

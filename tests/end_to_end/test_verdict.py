@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import offload
-from offload import cli, doctor, forecast, launch
+from offload import cli, doctor
+from offload.forecast import forecast
+from offload.launch import train as launch
 from offload.config import load_config
 from offload.factories import model_factory
-from offload.verdict import Available, decide
+from offload.budget.verdict import Available, decide
 from pagemem.errors import BudgetError
 
 KIB = 1 << 10
@@ -37,7 +39,7 @@ def raw_config(folder: Path, ram: int | str = "1MiB", dtype: str = "fp32", **upd
         "memory": {"ram": ram, "page": PAGE},
         "ssd": {"paths": [str(folder / "pages")], "threads": 1},
         "update": update,
-        "model": {"factory": "offload.recipe:byte_gpt", "arguments": {"d_model": 64, "n_layer": 1, "n_head": 4, "seq": 16}, "dtype": dtype},
+        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 1, "n_head": 4, "seq": 16}, "dtype": dtype},
         "data": {"factory": "launch_data:sentence_text"},
         "train": {"steps": 1, "batch": 2, "seq": 16, "threads": 1, "evaluate_batches": 0},
         "output": {"run": str(folder / "run")},

@@ -18,7 +18,7 @@ from crafted_files import CONFIGS, Damage, all_damages, copied, settings, small_
 
 import offload
 from offload.cli import main
-from offload.plan_file import read_plan
+from offload.store.plan_file import read_plan
 from pagemem.errors import OffloadError
 
 MIB = 1 << 20

@@ -27,8 +27,8 @@ from torch import Tensor
 
 import offload
 from offload.config import ConfigError, load_config
-from offload.export import export_run
-from offload.launch import launch
+from offload.checkpoint.export import export_run
+from offload.launch.train import launch
 from pagemem.folders.folder_lock import holder_of
 
 STEPS = 4
@@ -48,7 +48,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "memory": {"ram": "768KiB", "page": "64KiB"},
         "ssd": {"paths": [str(folder / "pages")], "threads": 1},
         "commit": {"every_steps": 2},
-        "model": {"factory": "offload.recipe:byte_gpt", "arguments": {"d_model": 32, "n_layer": 1, "n_head": 2, "seq": 16}},
+        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 32, "n_layer": 1, "n_head": 2, "seq": 16}},
         "data": {"factory": "launch_data:kept_text", "arguments": {"source": str(source)}},
         "train": {"steps": STEPS, "batch": 2, "seq": 16, "evaluate_batches": 1, "threads": 1},
         "output": {"run": str(folder / "run")},

@@ -18,7 +18,7 @@ from small_runs import batches, built, config
 from parity import adamw
 
 import offload
-from offload.commits import Committer
+from offload.checkpoint.committer import Committer
 from offload.engine import EngineState
 from pagemem.errors import OffloadError
 

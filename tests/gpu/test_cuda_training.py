@@ -15,7 +15,7 @@ from small_runs import assert_closed, batches, built, config
 from torch import Tensor, nn
 
 import offload
-from offload import activations
+from offload.activations import saved as activations
 
 STEPS = 8
 

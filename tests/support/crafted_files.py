@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from xxhash import xxh3_128_hexdigest
 
 from offload.config import load_config
-from offload.console import Output
-from offload.data import ByteCorpus
-from offload.launch import launch
+from offload.console.output import Output
+from examples.byte_corpus import ByteCorpus
+from offload.launch.train import launch
 from pagemem.durable.manifest import FORMAT
 
 

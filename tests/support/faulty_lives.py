@@ -25,7 +25,7 @@ from tiny_models import Case
 from torch import Tensor, nn
 
 import offload
-from offload.verify import verify_run
+from offload.checkpoint.verify import verify_run
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.folders.folder_lock import holder_of
 

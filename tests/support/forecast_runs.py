@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import offload
 from offload.config import Config, load_config
 from offload.factories import factory_of
-from offload.rates import Rates
+from offload.forecast.rates import Rates
 from scheduler.planning.plan import Plan
 
 HERE = __name__
@@ -74,9 +74,9 @@ class Looking(nn.Module):
         return hidden.sum() if float(hidden.detach().sum()) > 0 else -hidden.sum()
 
 
-def gpt_config(folder: Path, ram: int, *, model: str = "offload.recipe:byte_gpt", dtype: str = "fp32", **sections: Any) -> Config:
+def gpt_config(folder: Path, ram: int, *, model: str = "examples.byte_gpt:byte_gpt", dtype: str = "fp32", **sections: Any) -> Config:
     """A small GPT, or another model."""
-    arguments = {"d_model": 96, "n_layer": 3, "n_head": 4, "seq": TOKENS} if model == "offload.recipe:byte_gpt" else {}
+    arguments = {"d_model": 96, "n_layer": 3, "n_head": 4, "seq": TOKENS} if model == "examples.byte_gpt:byte_gpt" else {}
     arguments |= sections.pop("arguments", {})
     return load_config(
         {

@@ -28,10 +28,10 @@ from crafted_files import settings
 from torch import Tensor
 
 from offload.cli import main
-from offload.commit_state import read_commit
+from offload.commits.commit_state import read_commit
 from offload.config import load_config
-from offload.console import Output
-from offload.launch import launch
+from offload.console.output import Output
+from offload.launch.train import launch
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from offload.store import PageStore
+from offload.store.page_store import PageStore
 from pagemem.devices.accelerator import Accelerator, Copy, Mark, RamDevice
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor

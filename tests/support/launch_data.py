@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from offload.data import ByteCorpus
+from examples.byte_corpus import ByteCorpus
 
 SENTENCE = b"the quick brown fox jumps over the lazy dog. "
 

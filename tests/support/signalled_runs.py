@@ -26,7 +26,7 @@ from launch_data import sentence_text
 from torch import Tensor, nn
 
 import offload
-from offload.data import ByteCorpus
+from examples.byte_corpus import ByteCorpus
 
 MODES: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -198,7 +198,7 @@ def launched(mode: str, *, steps: int, data: str = "early_text") -> Callable[[Pa
     def run(folder: Path) -> int:
         settings: dict[str, Any] = {
             "memory": {"ram": "3MiB", "page": "64KiB"}, "ssd": {"paths": [str(folder / "pages")], "threads": 2}, "commit": {"every_steps": 3},
-            "model": {"factory": "offload.recipe:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
+            "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
             "data": {"factory": f"{MODULE}:{data}"}, "output": {"run": str(folder / "run")},
             "train": {"steps": steps, "batch": 2, "seq": 32, "evaluate_batches": 1, "log_every": 100000},
         }  # fmt: skip

@@ -19,7 +19,7 @@ def run_config(folder: Path) -> dict[str, Any]:
     return {
         "memory": {"ram": "768KiB", "page": "64KiB"},
         "ssd": {"paths": [str(folder / "pages")], "threads": 1},
-        "model": {"factory": "offload.recipe:byte_gpt", "arguments": {"d_model": 64, "n_layer": 1, "n_head": 4, "seq": 16}},
+        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 1, "n_head": 4, "seq": 16}},
         "data": {"factory": "launch_data:ending_text", "arguments": {"at": 1}},
         "train": {"steps": 3, "batch": 2, "seq": 16, "threads": 1, "evaluate_batches": 1},
         "output": {"run": str(folder / "run")},

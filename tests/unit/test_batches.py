@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload.batches import Batches, loss_of
+from offload.launch.batches import Batches, loss_of
 from offload.config import ConfigError, ModelConfig, TrainConfig
 from offload.factories import described, model_factory, resolve
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.bench_ssd import (
+from offload.machine.bench_ssd import (
     USUAL_REQUEST_BYTES,
     DEFAULT_THREADS,
     REQUEST_BYTES,
@@ -19,7 +19,7 @@ from offload.bench_ssd import (
     Target,
     full_plan,
 )
-from offload.bench_ssd_report import Recommendation, advice_lines, backend_line, config_size, point_cells, recommend, target_line
+from offload.machine.bench_ssd_report import Recommendation, advice_lines, backend_line, config_size, point_cells, recommend, target_line
 from offload.config import SsdConfig, load_config
 from pagemem.units import GiB, KiB, MiB
 

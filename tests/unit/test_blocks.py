@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from offload.blocks import Blocks, blocks_of
+from offload.activations.blocks import Blocks, blocks_of
 from tiny_models import GPT, VOCAB
 
 

@@ -14,7 +14,7 @@ import offload
 from offload import cli
 from offload.config import Config, ConfigError
 from offload.config_file import apply_changes
-from offload.verify import Report
+from offload.checkpoint.verify import Report
 from pagemem.errors import OffloadError
 
 SMALL = '[memory]\nram = "64MiB"\n[ssd]\npaths = ["pages"]\n'

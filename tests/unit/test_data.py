@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.data import ByteCorpus
+from examples.byte_corpus import ByteCorpus
 
 
 def source_files(root: Path, count: int = 40) -> list[Path]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from offload.updates import Division, divide
+from offload.store.make_updater import Division, divide
 from optim.lockfree.update_thread import scratch_bytes
 from optim.lockfree.state_windows import least_frames
 from optim.unit import Slot, Unit, cut, lay_out

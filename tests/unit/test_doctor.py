@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from offload import doctor
-from offload.bench_ssd import Point, Setting
+from offload.machine.bench_ssd import Point, Setting
 from offload.config import load_config
 from offload.doctor import (
     LEAST_VERSIONS,
@@ -30,7 +30,7 @@ from offload.doctor import (
     judge,
     run_doctor,
 )
-from offload.machine import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact
+from offload.machine.facts import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact
 from pagemem.folders.run_directory import FolderUse
 from pagemem.units import GiB, MiB
 

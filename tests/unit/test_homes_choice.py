@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.device_homes import WORKING_UNITS, Candidate, choose_homes
+from offload.store.device_placement import WORKING_UNITS, Candidate, choose_homes
 
 UNITS = st.lists(st.builds(lambda frames, trained: Candidate(frames, 3 * frames if trained else None), st.integers(1, 9), st.booleans()), max_size=12)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload import kernels
-from offload.kernels import CostMode, Kernels, RatedKernels, TimedKernels, flops_of
+from offload.forecast import kernels
+from offload.forecast.kernels import CostMode, Kernels, RatedKernels, TimedKernels, flops_of
 
 ATEN = torch.ops.aten
 

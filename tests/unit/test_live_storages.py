@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload.live_storages import Holder, LiveStorages
+from offload.profiling.live_storages import Holder, LiveStorages
 from pagemem.tier import Tag
 
 KIB = 1 << 10

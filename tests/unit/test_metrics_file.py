@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from offload.metrics_file import kept_metrics
-from offload.progress import StepMetrics
+from offload.launch.metrics_file import kept_metrics
+from offload.launch.progress import StepMetrics
 
 
 def line(step: int, /, **changed: Any) -> bytes:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from offload.config import Config, load_config
-from offload.need import BudgetNeed, Sizes, UnitShape, budget_need
-from offload.neighbours import Neighbours, groups_of, units_of
+from offload.budget.need import BudgetNeed, Sizes, UnitShape, budget_need
+from offload.parameters.grouping import Neighbours, groups_of, units_of
 from pagemem.errors import BudgetError
 
 KiB, MiB = 1 << 10, 1 << 20

@@ -17,8 +17,8 @@ from small_runs import PAGE_BYTES as SMALL_PAGE_BYTES
 from torch import nn
 
 from offload.config import load_config
-from offload.need import Sizes
-from offload.neighbours import units_of
+from offload.budget.need import Sizes
+from offload.parameters.grouping import units_of
 from optim.unit import cut, lay_out
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import TensorId

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload.plain_state import MAX_BYTES, TAG, UnknownState, decode, encode
+from offload.commits.plain_state import MAX_BYTES, TAG, UnknownState, decode, encode
 from pagemem.folders.small_file import parse_json
 
 

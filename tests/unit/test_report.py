@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from offload.memory import MemoryReport, Stats, TierUse
-from offload.progress import ProgressLog, StepMetrics
-from offload.report import RunSummary, print_summary, save_loss_curve, summary_rows
+from offload.profiling.stats import MemoryReport, Stats, TierUse
+from offload.launch.progress import ProgressLog, StepMetrics
+from offload.launch.summary import RunSummary, print_summary, save_loss_curve, summary_rows
 
 MIB = 1 << 20
 STATS = Stats(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from offload.config import load_config
-from offload.resumed import config_changes, hyper_changes
+from offload.checkpoint.resumed import config_changes, hyper_changes
 
 
 def dumped(**sections: Any) -> dict[str, Any]:

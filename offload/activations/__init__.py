@@ -1,0 +1,1 @@
+"""Saved activations: in pages, computed again, or left alone."""

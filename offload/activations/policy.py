@@ -1,0 +1,136 @@
+"""Which blocks are computed again because that costs less than having what they save in pages. Decided once, early in a run.
+
+    UNDECIDED --(cheaper by plan)--> TRIED --(the plan of such steps is cheaper, or is not: taken back)--> DECIDED
+        \\-----(nothing is cheaper)----------------------------------------------------------------------> DECIDED
+
+With a limit on saved tensors, those of the earliest blocks go to pages, and what that costs depends on the rest of the step: nothing but
+copies where RAM has room, a wait where the disk is what limits it. So steps in which the first quarter, half, three quarters or all of
+these blocks are computed again are planned as well, from the times of the step as it is, and the cheapest is tried.
+
+Source: Angel-PTM (VLDB 2023), unified scheduling; the trade after T. Chen et al., arXiv:1604.06174, 2016.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+from offload.activations.blocks import Block, Blocks
+from pagemem.errors import TransitionError
+from pagemem.units import ceil_div
+from scheduler.execution.driver import Driver
+from scheduler.planning.planner import cost_s
+from scheduler.planning.recomputation import Part, pages, recomputed
+from scheduler.planning.trace import Trace
+
+#: As much cheaper a step has to be by plan, for the steps without a plan that a change costs.
+LEAST_GAIN: Final = 0.01
+_SHARES: Final = 4
+#: The first pass after a change still goes by what the one before it has saved.
+_UNSETTLED_STEPS: Final = 1
+
+
+class Choice(enum.Enum):
+    """How far the decision is; see the diagram at the top of this module."""
+
+    UNDECIDED = "undecided"
+    TRIED = "tried"
+    DECIDED = "decided"
+
+
+_LEGAL: Final = {
+    Choice.UNDECIDED: frozenset({Choice.TRIED, Choice.DECIDED}),
+    Choice.TRIED: frozenset({Choice.DECIDED}),
+    Choice.DECIDED: frozenset[Choice](),
+}
+
+
+class RecomputeChoice:
+    """Decides for one engine. Training thread only.
+
+    Args:
+        driver: of host memory, where saved tensors have pages.
+        limit_bytes: of saved tensors that stay.
+    """
+
+    def __init__(self, blocks: Blocks, driver: Driver, limit_bytes: int) -> None:
+        self.blocks = blocks
+        self.state = Choice.UNDECIDED
+        self._driver = driver
+        self._limit_bytes = limit_bytes
+        self._cost_before_s = 0.0
+
+    @property
+    def open(self) -> bool:
+        """Whether there is anything left to decide."""
+        return self.state is not Choice.DECIDED
+
+    def step_ended(self) -> None:
+        """Between two steps: decide, once there is a plan made with the times of steps that followed one."""
+        self.blocks.step_ended()
+        if self.open and self._driver.timed:
+            self.decide()
+
+    def decide(self) -> bool:
+        """Decide by the plan that there is, between two steps.
+
+        Returns:
+            Whether the next steps have other ops than those until now.
+        """
+        plan, trace = self._driver.plan, self._driver.trace
+        assert plan is not None
+        if self.state is Choice.TRIED:
+            self._become(Choice.DECIDED)
+            return cost_s(plan) > self._cost_before_s and self._recompute([])
+        self._cost_before_s = cost_s(plan)
+        chosen = self._cheapest(trace)
+        self._become(Choice.TRIED if chosen else Choice.DECIDED)
+        return bool(chosen) and self._recompute(chosen)
+
+    def _cheapest(self, trace: Trace) -> list[Block]:
+        """The blocks to compute again so that a step costs least; none where that is not enough less."""
+        eligible = [block for block in self.blocks if self._may_be_recomputed(block, trace)]
+        chosen: list[Block] = []
+        if not eligible or not self._holds(eligible[:1]):
+            return chosen
+        least_s = (1 - LEAST_GAIN) * self._cost_s(trace, [])
+        for n_blocks in dict.fromkeys(ceil_div(len(eligible) * share, _SHARES) for share in range(1, _SHARES + 1)):
+            first = eligible[:n_blocks]
+            if not self._holds(first):
+                break
+            found_s = self._cost_s(trace, first)
+            if found_s < least_s:
+                least_s, chosen = found_s, first
+        return chosen
+
+    def _may_be_recomputed(self, block: Block, trace: Trace) -> bool:
+        parts = _parts(block)
+        n_ops = len(trace.ops)
+        return bool(parts) and not block.leaves_traces and all(part.ops.stop <= n_ops and pages(trace, part) for part in parts)
+
+    def _holds(self, blocks: list[Block]) -> bool:
+        """Whether the limit has room for what the blocks read and for all that one of them saves, while that is computed again."""
+        read_bytes = sum(max(call.input_bytes for call in block.past) for block in blocks)
+        return read_bytes + max(call.saved_bytes for block in blocks for call in block.past) <= self._limit_bytes
+
+    def _cost_s(self, trace: Trace, blocks: list[Block]) -> float:
+        planning = self._driver.planning
+        with self._driver.mover.changed:
+            parts = [part for block in blocks for part in _parts(block)]
+            return planning.cost_s(recomputed(trace, parts, planning.n_bytes(trace)))
+
+    def _recompute(self, chosen: list[Block]) -> bool:
+        for block in self.blocks:
+            block.recomputes = block in chosen
+        self._driver.expect_change(_UNSETTLED_STEPS)
+        return True
+
+    def _become(self, state: Choice) -> None:
+        if state not in _LEGAL[self.state]:
+            raise TransitionError(f"choice of recomputation: {self.state.value} -> {state.value} is not a legal move")
+        self.state = state
+        self.blocks.watching = self.open
+
+
+def _parts(block: Block) -> list[Part]:
+    return [Part(call.ops, call.input_bytes) for call in block.past]

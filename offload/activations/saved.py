@@ -1,0 +1,242 @@
+"""What autograd saves for the backward pass, kept within a number of bytes: the earliest saved tensors go.
+
+    saved ---- has a recipe ---------------------------> forgotten --unpack--> computed again -----------> gone
+       |------ else, of the first ones of a forward pass -> waiting --flush--> in pages --unpack--> restored --> gone
+       \\------ others: kept as it is until the backward pass has used it ----------------------------------> gone
+
+What can be computed again from what is saved anyway (`offload.activations.recipes`) costs least and goes first, as many of the earliest as
+are needed. If that is not enough, others go to pages. A storage that does is copied into paged tensors of a few pages each, before
+the next layer's weights are used. From there on the plan treats them like everything else: they leave for the SSD after their only
+use in the forward pass and come back before their only use in the backward pass. The earliest saved are needed last, so they are
+those that go.
+
+On a device storages are copied down into host pages and up again, and nobody waits for that but the device: a storage is let go of once
+compute is behind its copy down, which is when younger ones need the room that storages on their way may take.
+
+How many bytes have to go is known from the pass before: the most that was saved at once, less the limit, and how much of
+it had recipes. In the first pass everything goes that can.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict, deque
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from offload.activations.recipes import Layout, recipe_of
+from offload.activations.saved_bytes import Counted, SavedBytes
+from offload.activations.saved_storage import KeptTensor, LeftActivation, Leaving, SavedStorage, changed_in_place
+from pagemem.devices.accelerator import Mark, has_reached
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.process.gone import Gone
+from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.tier import Tag
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
+
+#: Smaller storages stay: they cost more than they free.
+LEAST_BYTES: Final = 1 << 16
+_CHUNK_BYTES: Final = 1 << 22
+#: Of the limit, what storages on their way down from a device may take: enough to copy one while compute makes the next ones.
+_LEAVING_SHARE: Final = 4
+
+
+def chunk_bytes(ram_bytes: int, page_bytes: int) -> int:
+    """Bytes of storage in one paged tensor: whole pages, and a small part of the budget."""
+    return max(page_bytes, min(_CHUNK_BYTES, ram_bytes // 64 // page_bytes * page_bytes))
+
+
+def _graph_is_kept() -> bool:
+    """Whether what is saved may be asked for again after the backward pass under way: its graph is kept, or there is no such pass."""
+    return torch._C._current_graph_task_id() == -1 or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class SavedActivations:
+    """Keeps one engine's saved tensors. Training thread only; storages may end on any, at any moment.
+
+    Args:
+        driver: of host memory, where the pages are.
+        limit_bytes: of saved tensors to keep as they are, on a device those on their way down included.
+        chunk_bytes: of one paged tensor.
+        device: what copies between the device and host pages; None: compute is in host memory.
+    """
+
+    def __init__(self, driver: Driver, limit_bytes: int, chunk_bytes: int, device: DeviceMover | None = None) -> None:
+        self._driver = driver
+        self._device = device
+        self._leaving_limit_bytes = 0 if device is None else limit_bytes // _LEAVING_SHARE
+        self._limit_bytes = limit_bytes - self._leaving_limit_bytes
+        self._chunk_bytes = chunk_bytes
+        self._leaving: deque[Leaving] = deque()
+        self._storages: weakref.WeakValueDictionary[int, SavedStorage] = weakref.WeakValueDictionary()
+        self._waiting: deque[weakref.ref[SavedStorage]] = deque()
+        self._pool: dict[int, list[PagedTensor]] = defaultdict(list)
+        self._used: set[PagedTensor] = set()
+        self._unused: Gone[list[PagedTensor]] = Gone()
+        self.bytes = SavedBytes()
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def pack(self, saved: Tensor) -> KeptTensor | LeftActivation:
+        """What to hold of a dense saved tensor that is not a weight."""
+        storage = saved.untyped_storage()
+        if type(saved) is not Tensor or storage.nbytes() < LEAST_BYTES:
+            return KeptTensor(saved)
+        # The weak reference keeps the address from being another storage's.
+        reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        known = self._storages.get(reference.cdata)
+        if known is None or known.version != saved._version:
+            recipe = recipe_of(saved, self._layout_of)
+            excess_bytes, repeatable_bytes = self.bytes.excess(self._limit_bytes)
+            repeat = recipe is not None and self.bytes.recomputed < excess_bytes
+            paged = recipe is None and self.bytes.paged < excess_bytes - repeatable_bytes
+            known = SavedStorage(self, saved, reference, paged=paged, recipe=recipe if repeat else None)
+            self.bytes.count(known, Counted(known.n_bytes, repeatable=recipe is not None, recomputed=repeat, paged=paged))
+            self._unused.watch(known, known.chunks)
+            self._driver.mover.expire_with(known, known.chunks)
+            if known.recipe is not None:
+                for read in known.recipe.inputs:
+                    if isinstance(read, LeftActivation):
+                        read.storage.n_views += 1
+            self._storages[reference.cdata] = known
+            if known.paged:
+                self._waiting.append(weakref.ref(known))
+        return LeftActivation(known, saved) if known.paged or known.recipe is not None else KeptTensor(saved, known)
+
+    def _layout_of(self, packed: object) -> Layout | None:
+        if isinstance(packed, KeptTensor) or (isinstance(packed, LeftActivation) and packed.storage.kept_by(self)):
+            return packed.layout
+        return None
+
+    def flush(self) -> None:
+        """Copy what waits into pages; called between two ops.
+
+        Raises:
+            BudgetError, StorageError: there are no pages for it. It is whole where it is, and waits for the next call.
+        """
+        while self._waiting:
+            storage = self._waiting[0]()
+            if storage is not None and storage.original is not None:
+                self._write(storage, storage.original)
+            self._waiting.popleft()
+
+    def _write(self, storage: SavedStorage, original: Tensor) -> None:
+        if original._version != storage.version:
+            storage.original, storage.spoiled = None, True
+            return
+        flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(original.untyped_storage())
+        mark: Mark | None = None
+        try:
+            for begin in range(0, storage.n_bytes, self._chunk_bytes):
+                part = flat[begin : begin + self._chunk_bytes]
+                chunk = self._take(part.numel())
+                storage.chunks.append(chunk)
+                with self._driver.op((OpKind.FORWARD, ("save", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CREATE)]):
+                    if self._device is None:
+                        self._view(chunk)[: part.numel()].copy_(part)
+                    else:
+                        mark = self._device.save(part, chunk)
+        except BaseException:
+            self._give_back(storage)
+            if mark is not None:  # what is under way is behind it; the memory may be let go of now
+                self._follow(mark)
+            raise
+        if mark is not None and not has_reached(mark):
+            self._leaving.append(Leaving(original, weakref.ref(storage), mark))
+        storage.original = None
+        self._let_go(self._leaving_limit_bytes)
+
+    def _give_back(self, storage: SavedStorage) -> None:
+        """Nobody needs the chunks of a storage any more."""
+        for chunk in storage.chunks:
+            self._used.discard(chunk)
+            self._driver.mover.discard_soon(chunk)
+        storage.chunks.clear()
+
+    def _let_go(self, limit_bytes: int) -> None:
+        """Of storages on their way down, keep the youngest, so many bytes of them; compute goes on behind the copies of the others."""
+        leaving_bytes = sum(leaving.n_bytes for leaving in self._leaving)
+        while leaving_bytes > limit_bytes:
+            leaving = self._leaving.popleft()
+            self._follow(leaving.mark)
+            leaving.check()
+            leaving_bytes -= leaving.n_bytes
+
+    def _follow(self, mark: Mark) -> None:
+        assert self._device is not None
+        self._device.accelerator.follow(mark)
+
+    def _take(self, n_bytes: int) -> PagedTensor:
+        """The first paged tensor of this size that is free, so that like steps use the same ones."""
+        for chunks in self._unused.take():
+            self._used.difference_update(chunks)
+        pool = self._pool[n_bytes]
+        for chunk in pool:
+            if chunk not in self._used:
+                break
+        else:
+            chunk = self._driver.mover.create(f"saved tensor {sum(map(len, self._pool.values()))}", Tag.ACTIVATION, n_bytes)
+            pool.append(chunk)
+        self._driver.mover.end_expiry(chunk)
+        self._used.add(chunk)
+        return chunk
+
+    # ---- backward ----------------------------------------------------------------------------------------------
+
+    def unpack(self, packed: LeftActivation) -> Tensor:
+        """The saved tensor again, with the values that it had when it was saved.
+
+        Raises:
+            RuntimeError: it was changed before it was there.
+            BudgetError, StorageError: its pages cannot be brought back; they are whole where they are.
+        """
+        self.flush()
+        self._let_go(0)
+        storage = packed.storage
+        layout = packed.layout
+        if storage.spoiled:
+            raise changed_in_place(layout.size)
+        if storage.restored is None:
+            storage.restored = self._read(storage) if storage.recipe is None else storage.recipe.result(self._input)
+        flat = storage.restored
+        storage.n_views -= 1
+        if storage.n_views <= 0 and not storage.consumed:
+            storage.restored = None  # A second backward reads it again.
+        view = torch.empty(0, dtype=layout.dtype, device=storage.device)
+        return view.set_(flat.untyped_storage(), packed.offset, layout.size, layout.stride)
+
+    def _input(self, packed: KeptTensor | LeftActivation) -> Tensor:
+        return packed.unpack() if isinstance(packed, KeptTensor) else self.unpack(packed)
+
+    def _read(self, storage: SavedStorage) -> Tensor:
+        if storage.consumed:
+            raise RuntimeError("what this backward pass needs was given up by one that failed while it was brought back; run the forward pass again")
+        for_good = not _graph_is_kept()
+        flat = torch.empty(storage.n_bytes, dtype=torch.uint8, device=storage.device)
+        mark: Mark | None = None
+        try:
+            for number, chunk in enumerate(storage.chunks):
+                part = flat[number * self._chunk_bytes :][: self._chunk_bytes]
+                with self._driver.op((OpKind.BACKWARD, ("saved", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CONSUME)]):
+                    if self._device is None:
+                        part.copy_(self._view(chunk)[: part.numel()])
+                    else:
+                        mark = self._device.restore(chunk, part)
+                if for_good:
+                    storage.consumed = True
+                    self._driver.mover.discard_soon(chunk)
+        finally:
+            if mark is not None:  # also where a later chunk failed: the memory is not another's before
+                self._follow(mark)
+        if for_good:
+            self._used.difference_update(storage.chunks)
+            storage.chunks.clear()
+        return flat
+
+    def _view(self, chunk: PagedTensor) -> Tensor:
+        assert chunk.frame is not None
+        return self._driver.mover.arena.view(chunk.frame, 0, torch.uint8, chunk.n_bytes)

@@ -1,0 +1,127 @@
+"""Tensors that autograd has saved for the backward pass, and the storages behind them: what is known of each, and how far it is gone.
+
+Who keeps which of them, and why, is `offload.activations.saved`'.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from offload.activations.recipes import Layout, Recipe
+from pagemem.devices.accelerator import Mark
+from pagemem.residency.paged_tensor import PagedTensor
+
+
+class SavedStorage:
+    """The bytes behind one or more saved tensors.
+
+    Attributes:
+        original: one of the tensors, while they are to go to pages and are not there yet.
+        spoiled: they were changed before they got there.
+        chunks: paged tensors that hold them, in order.
+        consumed: they are being, or have been, brought back from paged tensors for good.
+        recipe: how to compute them again, if that is what is to be done.
+        n_views: saved tensors, and inputs of recipes, that the backward has not asked for yet.
+    """
+
+    __slots__ = (
+        "__weakref__", "_keeper", "chunks", "consumed", "device", "n_bytes", "n_views", "original", "recipe", "reference", "restored",
+        "spoiled", "version",
+    )  # fmt: skip
+
+    def __init__(self, keeper: object, saved: Tensor, reference: StorageWeakRef, *, paged: bool, recipe: Recipe | None) -> None:
+        self._keeper = keeper
+        self.reference = reference
+        self.version = saved._version
+        self.n_bytes = saved.untyped_storage().nbytes()
+        self.device = saved.device
+        self.original = saved.detach() if paged else None
+        self.spoiled = False
+        self.chunks: list[PagedTensor] = []
+        self.consumed = False
+        self.recipe = recipe
+        self.restored: Tensor | None = None
+        self.n_views = 0
+
+    def kept_by(self, keeper: object) -> bool:
+        """Whether it is this engine's."""
+        return self._keeper is keeper
+
+    @property
+    def paged(self) -> bool:
+        """Whether its bytes are in pages, were there, or are to go there."""
+        return self.original is not None or self.spoiled or bool(self.chunks) or self.consumed
+
+
+def changed_in_place(shape: torch.Size) -> RuntimeError:
+    """The error for a saved tensor that is not what it was."""
+    return RuntimeError(
+        f"a tensor of shape {tuple(shape)} that the backward pass needs was changed by an inplace operation after it was saved, "
+        "so its gradient would be wrong; use the operation that makes a new tensor"
+    )
+
+
+class KeptTensor:
+    """A saved tensor that stays as it is. Under hooks torch does not look whether it was changed; this does.
+
+    Attributes:
+        storage: counts it, where anybody counts.
+    """
+
+    __slots__ = ("saved", "storage", "version")
+
+    def __init__(self, saved: Tensor, storage: SavedStorage | None = None) -> None:
+        # Held as it is, an op's result would keep the op, which keeps us, alive for ever.
+        self.saved = saved.detach()
+        self.storage = storage
+        self.version = saved._version
+
+    @property
+    def layout(self) -> Layout:
+        """How it lies in its storage."""
+        return Layout.of(self.saved)
+
+    def unpack(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: it was changed in place since it was saved, so the gradient would be wrong.
+        """
+        if self.saved._version != self.version:
+            raise changed_in_place(self.saved.shape)
+        return self.saved
+
+
+class LeftActivation:
+    """A saved tensor's place in a storage that is let go of: it goes to pages or is computed again."""
+
+    __slots__ = ("layout", "offset", "storage")
+
+    def __init__(self, storage: SavedStorage, saved: Tensor) -> None:
+        self.storage = storage
+        self.layout, self.offset = Layout.of(saved), saved.storage_offset()
+        storage.n_views += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A storage on its way down from a device, and one of the tensors in it."""
+
+    original: Tensor
+    storage: weakref.ref[SavedStorage]
+    mark: Mark
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the storage."""
+        return self.original.untyped_storage().nbytes()
+
+    def check(self) -> None:
+        """Once compute is behind the copy: had it been changed before, then nobody knows what was copied."""
+        storage = self.storage()
+        if storage is not None and self.original._version != storage.version:
+            storage.spoiled = True

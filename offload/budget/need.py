@@ -1,0 +1,167 @@
+"""What the largest unit needs of the budget at once, and the smallest budget that has it.
+
+A budget decides on the size of pages and of slices of optimizer states, and so on what it must hold itself: the smallest
+one that works is the first that holds what a unit needs at that budget's own sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from offload.config import Config, resolve_page_bytes
+from offload.parameters.grouping import Group, common_name
+from optim.unit import largest_slice, lay_out
+from pagemem.errors import BudgetError
+from pagemem.frames.page import MIN_PAGE_BYTES
+from pagemem.units import GiB, ceil_div, format_bytes
+
+#: What parameters become; None: they stay as they are built.
+COMPUTE_DTYPES: Final[dict[str, torch.dtype | None]] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Bounds of the parameters (in elements) that one slice of optimizer states covers, by update mode: in lock-free mode
+#: several slices are in memory at a time, beside all gradients.
+SLICE_NUMEL: Final = {"exact": (1 << 14, 1 << 20), "lock-free": (1 << 14, 1 << 18)}
+#: Budgets that hold more than a thousand of the largest slices have larger ones, in proportion from here on and at most so many times as
+#: large: each slice is an op, and a step of a hundred thousand ops is planned for hours to gain nothing.
+LARGE_BUDGET_BYTES: Final = 4 * GiB
+MOST_GROWTH: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a configuration says of sizes, for a budget of ``ram_bytes``."""
+
+    ram_bytes: int
+    page_bytes: int
+    slice_numel: int
+    compute_dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, config: Config, ram_bytes: int | None = None) -> Sizes:
+        """Sizes for the configuration's budget, or for another one."""
+        ram_bytes = config.memory.ram if ram_bytes is None else ram_bytes
+        page = config.memory.page
+        least, most = SLICE_NUMEL[config.update.mode]
+        most *= min(1 << max(0, (ram_bytes // LARGE_BUDGET_BYTES).bit_length() - 1), MOST_GROWTH)
+        return cls(
+            ram_bytes,
+            resolve_page_bytes(ram_bytes) if page == "auto" else int(page),
+            min(max(1 << (ram_bytes // 128).bit_length(), least), most),
+            None if config.model is None else COMPUTE_DTYPES[config.model.dtype],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UnitShape:
+    """A unit before it has any pages.
+
+    Attributes:
+        dtype: of its parameters as they are built.
+        trained: whether the optimizer has some of them.
+        kept: whether the model has some of them; the pages of other units are given back once it is built.
+    """
+
+    name: str
+    numel: int
+    dtype: torch.dtype
+    trained: bool
+    kept: bool = True
+
+    @classmethod
+    def of(cls, group: Group, names: Mapping[int, str], optimized: Collection[int]) -> UnitShape:
+        """The shape of a group.
+
+        Args:
+            names: the model's names of its parameters, by ``id``.
+            optimized: ``id`` of every parameter that the optimizer has.
+        """
+        numel = lay_out([(name, parameter.shape) for name, parameter in group]).numel
+        name = common_name([names.get(id(parameter), name) for name, parameter in group])
+        return cls(
+            name, numel, group[0][1].dtype,
+            trained=any(id(parameter) in optimized for _, parameter in group),
+            kept=any(id(parameter) in names for _, parameter in group),
+        )  # fmt: skip
+
+    def frames(self, sizes: Sizes, n_states: int) -> int:
+        """The most pages that the unit needs at once: while it is built, narrowed or updated."""
+        built = self.built_frames(sizes.page_bytes)
+        if not self.kept:
+            return built
+        dtype = sizes.compute_dtype or self.dtype
+        part_numel = largest_slice(self.numel, sizes.slice_numel)
+        master = ceil_div(part_numel * 4, sizes.page_bytes) * (dtype is not torch.float32)
+        states = ceil_div(part_numel * 4 * n_states, sizes.page_bytes)
+        computed = ceil_div(self.numel * dtype.itemsize, sizes.page_bytes)
+        needs = [built + master]
+        if dtype is not self.dtype:
+            needs.append(built + computed)
+        if self.trained:
+            needs.append(2 * computed + master + states)
+        return max(needs)
+
+    def content_bytes(self, compute_dtype: torch.dtype | None, n_states: int) -> int:
+        """Bytes of the parameters, of their masters and states, once the model is built."""
+        dtype = compute_dtype or self.dtype
+        master_bytes = 4 if self.trained and dtype is not torch.float32 else 0
+        return self.numel * (dtype.itemsize + master_bytes + 4 * n_states * self.trained) if self.kept else 0
+
+    def built_frames(self, page_bytes: int) -> int:
+        """Pages of the parameters as they are built."""
+        return ceil_div(self.numel * self.dtype.itemsize, page_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetNeed:
+    """The least that `memory.ram` may be.
+
+    Attributes:
+        unit: name of the unit that needs most.
+        unit_bytes: bytes of its parameters as they are built.
+        smallest_bytes: the smallest budget that holds all that any unit needs at once.
+        content_bytes: of all parameters, masters and optimizer states together, in RAM and on SSD.
+    """
+
+    unit: str
+    unit_bytes: int
+    smallest_bytes: int
+    content_bytes: int = 0
+
+    def said(self, ram_bytes: int) -> str:
+        """How such a budget falls short."""
+        return (
+            f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the largest unit, {self.unit} "
+            f"({self.unit_bytes} bytes of parameters), needs {self.smallest_bytes} bytes ({format_bytes(self.smallest_bytes)}) "
+            "at once with its gradients and one slice of states"
+        )
+
+    def check(self, ram_bytes: int) -> None:
+        """Raise BudgetError for a budget that is smaller."""
+        if self.smallest_bytes <= ram_bytes:
+            return
+        raise BudgetError(f"{self.said(ram_bytes)}; set memory.ram to at least {self.smallest_bytes}", self.smallest_bytes)
+
+
+def budget_need(
+    units_at: Callable[[int], Iterable[UnitShape]], n_states: int, config: Config, from_bytes: int = MIN_PAGE_BYTES
+) -> BudgetNeed:
+    """What all units of a model need.
+
+    Args:
+        units_at: the units, at least one, for a page size.
+        n_states: states that the optimizer keeps for each element.
+        from_bytes: smaller budgets are not looked at.
+    """
+    ram_bytes = from_bytes
+    while True:
+        sizes = Sizes.of(config, ram_bytes)
+        units = list(units_at(sizes.page_bytes))
+        frames, unit = max(((unit.frames(sizes, n_states), unit) for unit in units), key=lambda pair: pair[0])
+        need_bytes = frames * sizes.page_bytes
+        if need_bytes <= ram_bytes:
+            content_bytes = sum(unit.content_bytes(sizes.compute_dtype, n_states) for unit in units)
+            return BudgetNeed(unit.name, unit.numel * unit.dtype.itemsize, ram_bytes, content_bytes)
+        ram_bytes = need_bytes

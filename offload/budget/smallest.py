@@ -1,0 +1,105 @@
+"""The smallest budget that a model can be trained in, before any of it is built: from a build on torch's meta device.
+
+On meta, parameters have shapes and no bytes. The modules are watched as `deferred_init` watches them, so the units are
+those of the real model. Not seen are views of parameters that the model's own code keeps; what they need beside the
+largest unit shows in the first step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from offload.config import ConfigError, load_config
+from offload.store.deferred_init import named_parts, watching_modules
+from offload.engine import ConfigLike
+from offload.factories import described
+from offload.modules.checks import check_parameters
+from offload.budget.need import BudgetNeed, UnitShape, budget_need
+from offload.parameters.grouping import Group, groups_of, units_of
+from offload.parameters.optimizer_template import OptimizerLike, optimized_by, template_of
+from optim import rule_for
+
+
+class FactoryError(ValueError):
+    """A model's factory that cannot be called on torch's meta device; says why."""
+
+
+def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, config: ConfigLike) -> BudgetNeed:
+    """The smallest ``memory.ram`` that the model of ``factory`` can be built in by `deferred_init`, and trained.
+
+    The factory is called once, on torch's meta device, with torch's, NumPy's and Python's global random numbers put back
+    afterwards; other things it does outside the model happen.
+
+    Args:
+        factory: makes the model.
+        optimizer: as for `offload.prepare`: a factory, an optimizer section, or None for the configuration's.
+        config: its ``memory.page``, ``model.dtype`` and ``optimizer`` count; its ``memory.ram`` does not.
+
+    Raises:
+        FactoryError: the factory fails on meta, or makes parameters elsewhere.
+        ConfigError, ValueError: something else does not fit together.
+    """
+    config = load_config(config)
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise ValueError(f"the model's factory is {described(factory)}; give a callable that builds the model, such as lambda: Model(...)")
+    model, built = _built_on_meta(factory)
+    check_parameters(model, "meta")
+    template = template_of(optimizer, config, model)
+    names, optimized = {id(p): name for name, p in model.named_parameters()}, optimized_by(template)
+    groups = groups_of(model.named_modules(), set())
+    # What is built and then not kept needs pages until the model is whole.
+    dropped = [group for group in built if not any(id(parameter) in names for _, parameter in group)]
+    return budget_need(
+        lambda page_bytes: [UnitShape.of(group, names, optimized) for group in units_of(groups, page_bytes) + dropped],
+        len(rule_for(template).state_names),
+        config,
+    )
+
+
+def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Group]]:
+    """The model, and all parameters that `deferred_init` pages while it is built, also of modules that the model does not keep."""
+    seen: set[int] = set()
+    early: list[Group] = []
+
+    def built(parent: nn.Module, name: str, child: nn.Module) -> None:
+        # At once: the rest of a model that is built elsewhere may be larger than memory.
+        _check_meta(child)
+        early.extend(groups_of(named_parts(f"{type(parent).__name__}.{name}", child), seen))
+
+    with _random_numbers_kept(), watching_modules("smallest_budget", built):
+        try:
+            with torch.device("meta"):
+                model = factory()
+        except (FactoryError, ConfigError):
+            raise
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise FactoryError(f"the model cannot be built on torch's meta device: {type(error).__name__}: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model's factory returns a {type(model).__name__}, not a torch.nn.Module")
+    _check_meta(model)
+    return model, early
+
+
+def _check_meta(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.device.type != "meta":
+            raise FactoryError(f"the model cannot be built on torch's meta device: {name} is made on {parameter.device} all the same")
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """The global random numbers that follow the block are those that would have come without it."""
+    of_torch, of_numpy, of_python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_torch)
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)

@@ -1,0 +1,1 @@
+"""Saving, resuming, exporting and verifying a run."""

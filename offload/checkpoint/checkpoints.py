@@ -1,0 +1,334 @@
+"""What makes up a moment of training beside the paged tensors, and bringing it back: `Checkpoints` of one engine.
+
+Counters, hyper-parameters, random generators and the states of tracked objects (LR schedulers, data) are JSON in the
+manifest; buffers and ordinary parameters are a safetensors file beside it. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from offload.commits.commit_state import ENCODING
+from offload.checkpoint.committer import Committer, Moment
+from offload.config import Config
+from offload.commits.run_commits import Commit
+from offload.parameters.paged_parameter import PagedParameter
+from offload.commits.plain_state import UnknownState, decode, encode
+from offload.commits.random_states import random_states, set_random_states
+from offload.checkpoint.resumed import Resumed, config_changes, hyper_changes
+from offload.checkpoint.side_file import TORCH_DTYPES, SideFile
+from offload.store.page_store import PageStore
+from offload.commits.stored_layout import layout_of, unlike_state_dict
+from optim.optimizer import PagedOptimizer
+from optim.unit import Slot
+from optim.updater import Updater
+from pagemem.errors import CommitError
+from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.tier import TRANSIENT, Tag
+
+
+_MAX_NAME: Final = 200
+#: What to do about a commit of another model.
+_OTHER_RUN: Final = "name other ssd.paths, or build the model and its optimizer with the arguments that the commit was made with"
+
+
+class Stateful(Protocol):
+    """What can be tracked: an LR scheduler, a data source, ..."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state; see `Engine.track` for what may be in it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take a state over."""
+
+
+class Checkpoints:
+    """Saves and resumes. Methods belong to the training thread, between two steps."""
+
+    def __init__(self, model: nn.Module, store: PageStore, optimizer: PagedOptimizer, updater: Updater, config: Config) -> None:
+        self._model = model
+        self._store = store
+        self._optimizer = optimizer
+        self._updater = updater
+        self._config = config
+        self._tracked: dict[str, Stateful] = {}
+        #: Hyper-parameters that the groups were given, by whoever made the optimizer: here, or where the commit was made.
+        self._given = [_without_parameters(group) for group in optimizer.param_groups]
+        self.committer = Committer(store, config.commit.keep)
+        self._last_step = 0
+        self._last_s = time.monotonic()
+
+    def track(self, name: str, thing: Stateful) -> None:
+        """Have a thing's state in every commit from now on, and restored by `resume`.
+
+        Raises:
+            ValueError: the name is taken, or the thing has a state that cannot be committed; says where in it.
+        """
+        if name in self._tracked:
+            raise ValueError(f"something is tracked as {name!r} already; take another name")
+        encode(thing.state_dict(), f"the state of {name!r}")
+        self._tracked[name] = thing
+
+    # ---- saving ------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, name: str | None = None, *, whole: bool = True) -> int:
+        """Begin to commit the moment after ``step`` steps; returns the commit's number. See `Committer.begin`.
+
+        Args:
+            whole: with every update of these steps. Otherwise gradients that are on their way to the updater of lock-free
+                mode are left out, and training does not wait for them; a run that goes on from there misses them.
+
+        Raises:
+            ValueError: the name is empty, too long, or not one line. Nothing was begun, as after the next.
+            CommitError: a tracked state or a parameter group has something that cannot be committed; says where.
+            RuntimeError: the model no longer has the parameters that are in pages.
+        """
+        if name is not None and (not name or len(name) > _MAX_NAME or not name.isprintable()):
+            raise ValueError(f"a commit's name is one line of 1 to {_MAX_NAME} characters, not {name[: _MAX_NAME + 1]!r}")
+        self._store.binder.check_structure()
+        with self._updater.consistent(whole=whole):
+            self._store.bring_down()
+            number = self.committer.begin(Moment(step, name, self._state(), self._beside()))
+        self._last_step, self._last_s = step, time.monotonic()
+        return number
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last commit, or the one that was resumed; 0 when there was none."""
+        return self._last_step
+
+    def due(self, step: int) -> bool:
+        """Whether the configuration says that it is time to commit, and none is being written. Raises what the last one failed of."""
+        self.committer.check()
+        due = self._config.commit
+        by_step = due.every_steps is not None and step - self._last_step >= due.every_steps
+        by_time = due.every_s is not None and time.monotonic() - self._last_s >= due.every_s and step > self._last_step
+        return (by_step or by_time) and not self.committer.busy
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            tracked = {name: encode(thing.state_dict(), f"the state of {name!r}") for name, thing in self._tracked.items()}
+            groups, given = (
+                [encode(_without_parameters(group), f"optimizer.param_groups[{place}]") for place, group in enumerate(groups)]
+                for groups in (self._optimizer.param_groups, self._given)
+            )
+        except UnknownState as error:
+            raise CommitError(f"nothing is committed: {error}") from error
+        return {
+            "slice_numel": self._store.slice_numel,
+            "staleness": self._updater.staleness,
+            "optimizer": self._rule_name,
+            "parameters": self._parameters(),
+            "update_steps": {slot.name: slot.steps for slot in self._slots()},
+            "ahead": {slot.name: list(slot.ahead) for slot in self._slots() if slot.ahead},
+            "edited": [slot.name for slot in self._slots() if slot.edited],
+            **layout_of(self._store.index.units, self._model).describe(),
+            "unlike": unlike_state_dict(self._model),
+            "encoding": ENCODING,
+            "groups": groups,
+            "given": given,
+            "random": random_states(self._store.binder.torch_device),
+            "tracked": tracked,
+            "config": self._config.model_dump(mode="json"),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        }
+
+    def _beside(self) -> bytes:
+        tensors = self._ordinary_tensors()
+        return save_tensors({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}) if tensors else b""
+
+    def _ordinary_tensors(self) -> dict[str, Tensor]:
+        """Persistent buffers, and parameters that are not paged."""
+        found: dict[str, Tensor] = {n: p for n, p in self._model.named_parameters() if not isinstance(p, PagedParameter)}
+        for prefix, module in self._model.named_modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                if key not in module._non_persistent_buffers_set:
+                    found[f"{prefix}.{key}" if prefix else key] = buffer
+        return found
+
+    @property
+    def _rule_name(self) -> str:
+        return self._optimizer.torch_class.__name__
+
+    def _parameters(self) -> dict[str, Any]:
+        """What must be alike where a run goes on: shape, dtype and parameter group of each paged parameter, as JSON has it."""
+        return {slot.name: [list(slot.shape), str(slot.dtype), slot.group] for slot in self._slots()}
+
+    def _slots(self) -> list[Slot]:
+        return [slot for unit in self._store.index.units for slot in unit.slots]
+
+    # ---- resuming ----------------------------------------------------------------------------------------------
+
+    def resume(self, name: str | None = None, *, allow_older: bool = False) -> Resumed | None:
+        """Go on from the newest commit, or the one of this name; None when the run has no commit.
+
+        Raises:
+            CommitError: it is damaged, or of another model, optimizer or precision; the engine is as it was.
+        """
+        self._store.binder.check_structure()
+        found = self._choose(name, allow_older)
+        if found is None:
+            return None
+        commit, beside = found
+        with beside:
+            self._check_fits(commit, beside)
+            ordinary = {name: beside.tensor(name) for name in beside.weights}
+        manifest = commit.manifest
+        state = manifest.state
+        read = decode if "encoding" in state else _plain
+        groups = [_without_kernels(read(group)) for group in state["groups"]]
+        self._check_groups(f"commit {manifest.number}", groups)
+        self._updater.drain()
+        self._store.driver.quiesce()
+        with self._store.binder.driver.interlude():
+            self._check_unused()
+            self._load_tracked(f"commit {manifest.number}", {name: read(state["tracked"][name]) for name in self._tracked})
+            for tensor in self._tensors().values():
+                self._take_over(tensor, commit)
+            for unit in self._store.index.units:
+                self._store.updated(unit)
+            self._store.bring_up()
+        for slot in self._slots():
+            slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]
+            # Exact mode goes on from where lock-free mode had the parameters; commits of format 1 may lack the entry.
+            slot.ahead = tuple(state.get("ahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
+        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
+            group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
+        with torch.no_grad():
+            for key, kept in self._ordinary_tensors().items():
+                kept.copy_(ordinary[key])
+        set_random_states(state["random"], self._store.binder.torch_device)
+        self.committer.follow(commit)
+        self._last_step, self._last_s = manifest.step, time.monotonic()
+        changed = config_changes(state["config"], self._config.model_dump(mode="json"))
+        if state.get("given") is not None:
+            given = [_without_kernels(read(group)) for group in state["given"]]
+            changed += hyper_changes(given, self._given)
+            self._given = given
+        newer = [str(error) for number, error in sorted(self.committer.damaged.items()) if number > manifest.number]
+        return Resumed(manifest.step, manifest.number, manifest.name, manifest.created, tuple(newer), tuple(changed))
+
+    def _load_tracked(self, where: str, states: Mapping[str, Any]) -> None:
+        """Have everything that is tracked take its state over, or nothing of it."""
+        before: dict[str, Any] = {}
+        try:
+            for name, thing in self._tracked.items():
+                before[name] = thing.state_dict()
+                thing.load_state_dict(states[name])
+        except Exception as error:
+            for name, own in before.items():
+                self._tracked[name].load_state_dict(own)
+            raise CommitError(f"{where}: {name!r} does not take its state: {type(error).__name__}: {error}") from error
+
+    def _check_groups(self, where: str, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Whether torch's optimizer would be made with these hyper-parameters, and they are of the kinds that the run's own are."""
+        if len(groups) != len(self._optimizer.param_groups):
+            raise CommitError(f"{where} has {len(groups)} parameter groups, this run {len(self._optimizer.param_groups)}")
+        known = set(inspect.signature(self._optimizer.torch_class).parameters) - {"params"}
+        needed = set(self._optimizer.hypers()[0]) if groups else set()
+        for place, (saved, own) in enumerate(zip(groups, self._optimizer.param_groups, strict=True)):
+            if needed - set(saved):
+                raise CommitError(f"{where}: parameter group {place} has no {min(needed - set(saved))}")
+            for key, value in saved.items():
+                like = own.get(key, 0.0 if key == "initial_lr" else value)
+                if _kind(value) != _kind(like) and not (like is None and type(value) in (bool, int, float)):
+                    raise CommitError(f"{where}: {key} of parameter group {place} is {reprlib.repr(value)}, this run's {reprlib.repr(like)}")
+            try:
+                self._optimizer.torch_class([torch.zeros(1)], **{key: v for key, v in saved.items() if key in known})
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise CommitError(f"{where}: parameter group {place}: {error}") from error
+
+    def _choose(self, name: str | None, allow_older: bool) -> tuple[Commit, SideFile] | None:
+        """A commit and the small tensors beside it."""
+        while (commit := self.committer.choose(name, allow_older=allow_older)) is not None:
+            number = commit.manifest.number
+            try:
+                return commit, SideFile(self._store.earlier.folder, number, commit.manifest.state.get("beside"))
+            except CommitError as error:
+                if name is not None or not allow_older:
+                    raise
+                self.committer.damaged[number] = error
+        return None
+
+    def _check_unused(self) -> None:
+        """Raise unless nobody has a view of a paged tensor."""
+        self._store.mover.collect_leases()
+        for key, tensor in self._tensors().items():
+            if tensor.pins or tensor.leases:
+                raise CommitError(f"{key} cannot be taken from the commit while a view of it is in use; let go of it before you resume")
+
+    def _tensors(self) -> dict[str, PagedTensor]:
+        return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag not in TRANSIENT}
+
+    def _check_fits(self, commit: Commit, beside: SideFile) -> None:
+        where, state = f"commit {commit.manifest.number}", commit.manifest.state
+        if state["optimizer"] != self._rule_name:
+            raise CommitError(f"{where} was made with {state['optimizer']}, this run has {self._rule_name}; {_OTHER_RUN}")
+        differing = _first_difference(state["parameters"], self._parameters())
+        if differing is not None:
+            raise CommitError(f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group); {_OTHER_RUN}")
+        differing = _first_difference(
+            {name: [list(weight.shape), str(TORCH_DTYPES[weight.dtype])] for name, weight in beside.weights.items()},
+            {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in self._ordinary_tensors().items()},
+        )
+        if differing is not None:
+            raise CommitError(f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype); {_OTHER_RUN}")
+        ours = self._tensors()
+        theirs = {stored.key: stored.n_bytes for stored in commit.manifest.tensors}
+        for key, n_bytes in theirs.items():
+            if key not in ours:
+                raise CommitError(f"{where} has {key}, which this model and optimizer do not have; resume with those it was made with")
+            if ours[key].n_bytes != n_bytes:
+                raise CommitError(f"{where} has {key} with {n_bytes} bytes, this model's has {ours[key].n_bytes}; {_OTHER_RUN}")
+        for key, tensor in ours.items():
+            if key not in theirs and tensor.tag in (Tag.PARAM, Tag.MASTER):
+                raise CommitError(f"{where} has no {key}; resume with the model it was made with")
+        untracked = set(self._tracked) - set(state["tracked"])
+        if untracked:
+            raise CommitError(f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks; name other ssd.paths, or track what the commit's run has tracked")
+
+    def _take_over(self, tensor: PagedTensor, commit: Commit) -> None:
+        mover, frame = self._store.mover, tensor.frame
+        fixed, tensor.fixed = tensor.fixed, False
+        mover.resume(tensor, commit.copies.get(f"{tensor.tag.value}: {tensor.name}"))
+        if fixed and frame is not None:
+            mover.start_load(tensor, frame)
+            mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
+            tensor.fixed = True
+
+
+def _without_kernels(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A commit's parameter group without what says how torch computes updates: the engine has one way, which commits once did not name."""
+    return {key: value for key, value in group.items() if key not in ("fused", "foreach")}
+
+
+def _first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """The first key under which two mappings have something else, in words."""
+    for key in sorted({*theirs, *ours}):
+        if theirs.get(key) != ours.get(key):
+            return f"{key}: {theirs.get(key, 'none')} and {ours.get(key, 'none')}"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return value
+
+
+def _kind(value: Any) -> Any:
+    """What a hyper-parameter must be alike in: a number is a number, a pair a pair."""
+    if isinstance(value, (tuple, list)):
+        return [_kind(item) for item in value]
+    return float if type(value) in (int, float) else type(value)
+
+
+def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}

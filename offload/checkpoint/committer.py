@@ -1,0 +1,374 @@
+"""Commits: a step made durable in the background, the few that are kept, and going on from one.
+
+    IDLE --begin--> WRITING --written--> IDLE
+                    WRITING --error--> FAILED
+    IDLE | FAILED --close--> CLOSED
+
+`begin` runs on the training thread between two steps: it takes a snapshot of all paged tensors, which costs no copy, and
+the scalars of the moment. A thread of its own waits until the snapshot is whole in the page files, syncs them, writes the
+manifest, and removes the commits that are not kept any more. A failed commit leaves the earlier ones as they are; its
+error is raised on the training thread by the next call.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Final
+
+from offload.commits.commit_state import encoded
+from offload.commits.run_commits import Commit, EarlierCommits
+from offload.store.page_store import PageStore
+from pagemem.process import interrupts
+from pagemem.residency.disk_versions import StoredCopy
+from pagemem.errors import CommitError, DamagedCommitError, StorageError, TransitionError
+from pagemem.files.threads import start_thread
+from pagemem.durable.manifest import Manifest, StoredTensor
+from pagemem.residency.snapshot import Snapshot, SnapshotState
+from pagemem.tier import TRANSIENT
+from pagemem.residency.wait_lock import WaitLock
+
+#: How often a wait for a commit looks whether somebody has pressed Ctrl-C.
+_LOOK_S: Final = 0.1
+
+
+class CommitterState(enum.Enum):
+    """See the diagram at the top of this module."""
+
+    IDLE = "idle"
+    WRITING = "writing"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+_LEGAL: Final = {
+    CommitterState.IDLE: frozenset({CommitterState.WRITING, CommitterState.CLOSED}),
+    CommitterState.WRITING: frozenset({CommitterState.IDLE, CommitterState.FAILED}),
+    CommitterState.FAILED: frozenset({CommitterState.IDLE, CommitterState.CLOSED}),
+    CommitterState.CLOSED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What a commit has beside the paged tensors.
+
+    Attributes:
+        state: JSON. beside: small tensors (buffers) as a safetensors file, or empty.
+    """
+
+    step: int
+    name: str | None
+    state: dict[str, Any]
+    beside: bytes
+
+
+class Committer:
+    """Makes, keeps and removes a run's commits. Methods belong to the training thread.
+
+    Args:
+        store: whose tensors are committed.
+        keep: unnamed commits to keep; named ones are kept until their name is given again.
+    """
+
+    def __init__(self, store: PageStore, keep: int) -> None:
+        self.state = CommitterState.IDLE
+        self._store = store
+        self._keep = keep
+        self._earlier: EarlierCommits = store.earlier
+        self.commits: dict[int, Commit] = dict(store.earlier.whole)
+        self._number = store.earlier.last_number
+        self._left: list[int] = []
+        #: Snapshots of commits that failed when their manifest may have been there already.
+        self._doubtful: dict[int, Snapshot] = {}
+        self._own_course = not self.commits and not store.earlier.damaged
+        self._failure: BaseException | None = None
+        self._changed = WaitLock()
+        self._job: Callable[[], None] | None = None
+        self._snapshot: Snapshot | None = None  # of the commit that is being written
+        self._thread: threading.Thread | None = None
+
+    # ---- going on from a commit ---------------------------------------------------------------------------------
+
+    def choose(self, name: str | None, *, allow_older: bool) -> Commit | None:
+        """The newest commit, or the one with this name; None when the run has none at all. Waits for one being written.
+
+        Raises:
+            CommitError: it is damaged, or there is none of that name. With ``allow_older`` a damaged newest one is passed
+                over; what is wrong with it is in ``damaged``.
+            BaseException: what the last commit failed of, once.
+        """
+        self.wait()
+        if name is not None:
+            named = [commit for _, commit in sorted(self.commits.items()) if commit.manifest.name == name]
+            if not named:
+                known = ", ".join(repr(c.manifest.name) for c in self.commits.values() if c.manifest.name) or "none"
+                raise CommitError(f"{self._earlier.folder.path} has no commit named {name!r}; there are: {known}")
+            return named[-1]
+        newest = max((number for number in self.commits if number not in self.damaged), default=0)
+        later = [number for number in self.damaged if number > newest]
+        if later and not allow_older:
+            older = f"commit {newest} (step {self.commits[newest].manifest.step}) is whole" if newest else "no other one is whole"
+            raise CommitError(f"{self.damaged[max(later)]}. {older}; allow_older=True goes on from the newest whole one")
+        return self.commits[newest] if newest else None
+
+    @property
+    def damaged(self) -> dict[int, CommitError]:
+        """What is wrong with commits that cannot be used, by number."""
+        return self._earlier.damaged
+
+    def follow(self, commit: Commit) -> None:
+        """The run goes on from ``commit``: later unnamed ones are of a course that was left, and go with the next commit."""
+        self._own_course = True
+        self._left = [n for n, c in self.commits.items() if n > commit.manifest.number and c.manifest.name is None]
+
+    # ---- making one ---------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a commit is being written."""
+        return self.state is CommitterState.WRITING
+
+    def begin(self, moment: Moment) -> int:
+        """Begin to commit what the tensors hold now; returns the commit's number. Waits for one that is being written.
+
+        Raises:
+            DiskFullError: there is no room for it; nothing was begun. StorageError: the system starts no more threads; likewise.
+            CommitError: the folder has commits of another course of the run, which would be removed in time.
+            BaseException: what the last commit failed of, once.
+        """
+        self.wait()
+        if not self._own_course:
+            raise CommitError(
+                f"{self._earlier.folder.path} holds commits, and this run did not go on from one; resume from it, or name "
+                "another folder in ssd.paths"
+            )
+        self._start_thread()
+        mover = self._store.mover
+        content = [tensor for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT]
+        with mover.changed:
+            snapshot = mover.snapshots.begin(content)
+            try:
+                for tensor in content:
+                    if tensor.exposed:  # A view of it could be written to before it is stored.
+                        mover.make_writable(tensor)
+            except BaseException:
+                mover.snapshots.abandon(snapshot)
+                raise
+        self._snapshot = snapshot
+        names = {tensor.id: (tensor.name, tensor.tag.value, tensor.n_bytes) for tensor in content}
+        self._number += 1
+        number = self._number
+
+        def job() -> None:
+            attempted = False
+            try:
+                self._await(snapshot)
+                self._settle_doubtful()
+                self._store.mover.sync()
+                self._earlier.claim_parts()
+                stored = tuple(self._stored(names[tensor], copy) for tensor, copy in snapshot.copies.items())
+                manifest = self._manifest(number, moment, stored)
+                attempted = True
+                self._earlier.folder.write(manifest, encoded(manifest))
+            except BaseException:
+                self._give_up(number, snapshot, attempted)
+                raise
+            by_key = {tensor.key: copy for tensor, copy in zip(manifest.tensors, snapshot.copies.values(), strict=True)}
+            self.commits[number] = Commit(manifest, by_key)
+            self._retire()
+
+        self._start(job)
+        return number
+
+    def _stored(self, named: tuple[str, str, int], copy: StoredCopy) -> StoredTensor:
+        """What a manifest says of a tensor of this name, tag and size."""
+        placed = copy.placement
+        tail = placed.tail
+        return StoredTensor(
+            *named, tuple((run.first, run.n_frames) for run in placed.runs),
+            None if tail is None else (tail.frame, tail.offset_bytes, tail.length_bytes),
+            tuple(self._store.page_files.sums(copy.route).tolist()),
+        )  # fmt: skip
+
+    def _manifest(self, number: int, moment: Moment, stored: tuple[StoredTensor, ...]) -> Manifest:
+        """The manifest of a commit; what belongs beside it is written."""
+        state = dict(moment.state)
+        if moment.beside:
+            state["beside"] = self._earlier.folder.write_beside(number, moment.beside)
+        return Manifest(
+            number=number,
+            name=moment.name,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            step=moment.step,
+            page_bytes=self._store.page_bytes,
+            run_ids=tuple(directory.run_id for directory in self._store.directories),
+            checksums=self._store.config.ssd.checksums,
+            tensors=stored,
+            state=state,
+        )
+
+    def _give_up(self, number: int, snapshot: Snapshot, attempted: bool) -> None:
+        """A commit has failed: its frames are free once it is certain that no manifest names them.
+
+        Args:
+            attempted: there may be a manifest.
+        """
+        if attempted:
+            try:
+                self._earlier.folder.remove(number)
+            except StorageError:  # The commit's own error is the one to raise; the frames wait for `_settle_doubtful`.
+                self._doubtful[number] = snapshot
+                return
+        self._abandon(snapshot)
+
+    def _settle_doubtful(self) -> None:
+        """Remove what failed commits may have left; nothing is committed while that cannot be done.
+
+        Where it is uncertain for good whether one is there, its frames stay as they are until the run ends.
+        """
+        folder = self._earlier.folder
+        for number in [number for number in self._doubtful if number not in folder.uncertain]:
+            folder.remove(number)
+            self._abandon(self._doubtful.pop(number))
+
+    def _abandon(self, snapshot: Snapshot) -> None:
+        mover = self._store.mover
+        with mover.changed:
+            mover.snapshots.abandon(snapshot)
+            mover.changed.notify_all()
+
+    def _await(self, snapshot: Snapshot) -> None:
+        mover = self._store.mover
+        with mover.changed:
+            while snapshot.state is SnapshotState.OPEN:
+                mover.changed.wait()
+        if snapshot.state is SnapshotState.RELEASED:
+            raise CommitError(f"the commit was given up, earlier ones are whole: {snapshot.error}") from snapshot.error
+
+    def _retire(self) -> None:
+        """Remove what is not kept any more; its frames are free once that is durable.
+
+        A damaged commit goes only if its file was read and is not what was written; what could not be used for another reason
+        stays, with its frames.
+        """
+        left, self._left = self._left, []
+        damaged = [number for number, error in self.damaged.items() if isinstance(error, DamagedCommitError)]
+        usable = {number: commit for number, commit in sorted(self.commits.items()) if number not in self.damaged}
+        unnamed = [number for number, commit in usable.items() if commit.manifest.name is None and number not in left]
+        newest_of_name = {commit.manifest.name: number for number, commit in usable.items()}
+        kept = {*unnamed[-self._keep :], *(n for name, n in newest_of_name.items() if name is not None), self._number}
+        kept |= self.damaged.keys() - set(damaged)
+        for number in [number for number in self.commits if number not in kept]:
+            self._retire_one(number)
+        for number in damaged:
+            self._earlier.folder.remove(number)
+            del self.damaged[number]
+        self._earlier.folder.sweep()
+
+    def _retire_one(self, number: int) -> None:
+        folder = self._earlier.folder
+        try:
+            folder.remove(number)
+        except StorageError:
+            if number in folder.uncertain:  # a crash may bring it back, so its frames stay as they are until the run ends
+                del self.commits[number]
+            raise
+        commit = self.commits.pop(number)
+        with self._store.mover.changed:
+            for stored in commit.copies.values():
+                self._store.mover.copies.let_go(stored)
+
+    # ---- the thread ---------------------------------------------------------------------------------------------
+
+    def _start(self, job: Callable[[], None]) -> None:
+        with self._changed:
+            # One without the other would be waited for without end, so nothing that a signal could interrupt is between the two.
+            self._become(CommitterState.WRITING)
+            self._job = job
+            self._changed.notify_all()
+
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="offload-commit", daemon=True)
+            start_thread(thread)
+            self._thread = thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._job is None and self.state is not CommitterState.CLOSED:
+                    self._changed.wait()
+                job, self._job = self._job, None
+            if job is None:
+                return
+            error: BaseException | None = None
+            try:
+                job()
+            except BaseException as raised:  # whatever it is goes to the training thread
+                error = raised
+            with self._changed:
+                self._failure = error
+                self._become(CommitterState.IDLE if error is None else CommitterState.FAILED)
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait for the commit that is being written.
+
+        Raises:
+            BaseException: what it failed of, once; earlier commits are whole, and the next `begin` tries anew.
+            KeyboardInterrupt: Ctrl-C; the commit goes on.
+        """
+        with self._changed:
+            while self.state is CommitterState.WRITING:
+                self._changed.wait(_LOOK_S)
+                interrupts.check()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a commit failed of, once. Does not wait."""
+        with self._changed:
+            if self.state is CommitterState.FAILED:
+                failure, self._failure = self._failure, None
+                self._become(CommitterState.IDLE)
+                assert failure is not None
+                raise failure
+
+    def close(self) -> None:
+        """Complete the commit that is being written and end the thread. Idempotent. An interrupt gives the commit up.
+
+        Raises:
+            BaseException: what the last commit failed of, if nobody has been told; all is closed then, too.
+        """
+        with self._changed:
+            self._changed.notify_all()
+            while self.state is CommitterState.WRITING:
+                try:
+                    self._changed.wait()
+                except BaseException:
+                    self._hurry()
+                    raise
+            failed = self.state is CommitterState.FAILED
+            if self.state is not CommitterState.CLOSED:
+                self._become(CommitterState.CLOSED)
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        failure, self._failure = self._failure, None  # kept here, it would keep its traceback, and so the caller's data
+        self._snapshot = None
+        if failed and failure is not None:
+            raise failure
+
+    def _hurry(self) -> None:
+        """Somebody does not want to wait: give up a commit that has yet to get pages; earlier ones are whole."""
+        with self._store.mover.changed:
+            if self._snapshot is not None and self._snapshot.state is SnapshotState.OPEN:
+                self._abandon(self._snapshot)
+
+    def _become(self, state: CommitterState) -> None:
+        if state not in _LEGAL[self.state]:
+            raise TransitionError(f"committer: {self.state.value} -> {state.value} is not a legal move")
+        self.state = state

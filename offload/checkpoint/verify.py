@@ -1,0 +1,210 @@
+"""`offload verify`: whether a run's commits are whole: manifests, map of the pages, and every byte they name.
+
+Every extent is read once, however many commits name it, a few at a time. Nothing is changed, and nothing stops at the
+first thing that is wrong: all of it is listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from offload.console.byte_progress import ByteProgress
+from pagemem.durable.page_map import StoredPlace, all_places, map_faults
+from offload.checkpoint.side_file import SideFile
+from offload.commits.stopped_run import StoppedRun
+from pagemem.errors import CommitError, StorageError
+from pagemem.durable.manifest import Manifest
+from pagemem.durable.page_reader import Chunk, PageReader
+from pagemem.units import format_bytes
+
+_READERS: Final = 4
+
+
+@dataclass(slots=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        commits: those looked at.
+        faults: what is wrong with each, by number; a page that several name is wrong in each of them.
+        notes: what is worth knowing and not wrong.
+        n_extents, n_bytes: read.
+    """
+
+    commits: list[Manifest]
+    faults: dict[int, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    n_extents: int = 0
+    n_bytes: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+    def add(self, numbers: Sequence[int], what: str) -> None:
+        """Something is wrong with these commits."""
+        for number in numbers:
+            self.faults.setdefault(number, []).append(what)
+
+
+def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console: Console) -> Report:
+    """Verify all commits of a run that nobody trains in, or one; prints what is found. See `offload verify --help`.
+
+    Raises:
+        RunDirectoryError: the run cannot be used. CommitError: there is no such commit.
+        StorageError: a page file cannot be opened.
+    """
+    with StoppedRun(run, paths) as stopped:
+        chosen = list(stopped.whole.values()) if commit is None else [stopped.choose(commit)]
+        report = Report(sorted(chosen, key=lambda manifest: manifest.number))
+        if commit is None:
+            for number, error in sorted(stopped.damaged.items()):
+                report.add([number], str(error))
+        for manifest in report.commits:
+            _check_beside(stopped, manifest, report)
+        _note_leftovers(stopped, report)
+        if report.commits:
+            page_bytes = report.commits[-1].page_bytes
+            for manifest in report.commits:
+                if manifest.page_bytes != page_bytes:
+                    report.add([manifest.number], f"its pages have {manifest.page_bytes} bytes, those of the newest commit {page_bytes}")
+            with PageReader(stopped.page_files, page_bytes) as reader:
+                _check_pages(reader, [m for m in report.commits if m.page_bytes == page_bytes], report, console)
+    print_report(report, console)
+    return report
+
+
+def _check_beside(stopped: StoppedRun, manifest: Manifest, report: Report) -> None:
+    try:
+        SideFile(stopped.commits, manifest.number, manifest.state.get("beside")).close()
+    except CommitError as error:
+        report.add([manifest.number], str(error))
+
+
+def _note_leftovers(stopped: StoppedRun, report: Report) -> None:
+    """Say which files a crash has left, which no commit needs."""
+    needed = {f"commit-{number:08d}{end}" for number in stopped.commits.numbers() for end in (".json", ".safetensors")}
+    left = sorted(path.name for path in stopped.commits.path.iterdir() if path.name not in needed)
+    if left:
+        report.notes.append(f"left in {stopped.commits.path}, needed by no commit: {', '.join(left)}")
+
+
+def _check_pages(reader: PageReader, manifests: Sequence[Manifest], report: Report, console: Console) -> None:
+    places = all_places(manifests)
+    sound: list[StoredPlace] = []
+    for place in places:
+        fault = place.stored.fault(reader.page_bytes)
+        if fault is None:
+            sound.append(place)
+        else:
+            report.add(place.commits, fault)
+    for commits, fault in map_faults(sound, reader.page_bytes):
+        report.add(commits, fault)
+    _note_room(reader, sound, report)
+    unverified = [str(manifest.number) for manifest in manifests if not manifest.checksums]
+    if unverified:
+        report.notes.append(
+            f"commit {', '.join(unverified)}: the run kept no checksums (ssd.checksums = false): pages were read, their content not verified"
+        )
+    total_bytes = sum(place.stored.n_bytes for place in sound)
+    with ByteProgress(console, "verifying", total_bytes) as progress:
+        for place, chunk, wrong in _read_all(reader, sound):
+            for what in wrong:
+                report.add(place.commits, f"{place.stored.key}: {what}")
+            report.n_extents += len(chunk.extents)
+            report.n_bytes += chunk.n_bytes
+            progress.advance(chunk.n_bytes)
+
+
+def _note_room(reader: PageReader, places: Sequence[StoredPlace], report: Report) -> None:
+    """Say how full the page files are."""
+    named = {extent.frame for place in places for extent in place.stored.placement().extents(reader.page_bytes)}
+    page_bytes = reader.page_bytes
+    inside = sum(frame < reader.n_frames for frame in named)
+    free = max(0, reader.n_frames - inside)
+    report.notes.append(
+        f"{len(reader.paths)} page {'file' if len(reader.paths) == 1 else 'files'} of {format_bytes(sum(reader.file_bytes))}: "
+        f"{reader.n_frames} frames of {format_bytes(page_bytes)}, {inside} named by commits, {free} free ({format_bytes(free * page_bytes)})"
+    )
+    how = "past the page cache (O_DIRECT)" if reader.backend_name == "direct" else "through the page cache, as the file system refuses O_DIRECT"
+    report.notes.append(f"read {how}")
+
+
+def _read_all(reader: PageReader, places: Sequence[StoredPlace]) -> Iterator[tuple[StoredPlace, Chunk, list[str]]]:
+    """Read every chunk on a few threads; gives each with what is wrong with it, in no certain order."""
+    buffers: SimpleQueue[memoryview] = SimpleQueue()
+    for _ in range(_READERS):
+        buffers.put(memoryview(reader.buffer()))
+
+    def read(place: StoredPlace, chunk: Chunk) -> tuple[StoredPlace, Chunk, list[str]]:
+        buffer = buffers.get()
+        try:
+            wrong = reader.read(chunk, buffer, checksums=place.checksums)
+            return place, chunk, [str(one) for one in wrong]
+        except StorageError as error:
+            return place, chunk, [str(error)]
+        finally:
+            buffers.put(buffer)
+
+    under_way: set[Future[tuple[StoredPlace, Chunk, list[str]]]] = set()
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="offload-verify") as pool:
+        for place in places:
+            for chunk in reader.chunks(place.stored):
+                if len(under_way) >= 2 * _READERS:
+                    done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                    yield from (one.result() for one in done)
+                under_way.add(pool.submit(read, place, chunk))
+        yield from (one.result() for one in under_way)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Faults, notes and a table of the commits: framed on a terminal, aligned plain text in a pipe."""
+    for number, faults in sorted(report.faults.items()):
+        for fault in faults:
+            console.print(f"commit {number}: {fault}", soft_wrap=True, highlight=False, markup=False)
+    for note in report.notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
+    rows = commit_rows(report)
+    if console.is_terminal:
+        table = Table(title="Commits")
+        for heading in rows[0]:
+            table.add_column(heading)
+        for row in rows[1:]:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+            console.print(line.rstrip(), soft_wrap=True, highlight=False, markup=False)
+    n_faults = sum(map(len, report.faults.values()))
+    verdict = "whole" if report.whole else "1 thing is wrong" if n_faults == 1 else f"{n_faults} things are wrong"
+    console.print(
+        f"{verdict}; {report.n_extents} extents, {format_bytes(report.n_bytes)} read", soft_wrap=True, highlight=False, markup=False
+    )
+
+
+def commit_rows(report: Report) -> list[tuple[str, ...]]:
+    """The table's rows, headings first."""
+    rows: list[tuple[str, ...]] = [("commit", "name", "step", "created", "tensors", "bytes", "state")]
+    known = {manifest.number: manifest for manifest in report.commits}
+    for number in sorted({*known, *report.faults}):
+        manifest, n_faults = known.get(number), len(report.faults.get(number, ()))
+        state = "whole" if not n_faults else "1 fault" if n_faults == 1 else f"{n_faults} faults"
+        if manifest is None:
+            rows.append((str(number), "-", "-", "-", "-", "-", "unreadable"))
+            continue
+        n_bytes = sum(stored.n_bytes for stored in manifest.tensors)
+        rows.append(
+            (str(number), manifest.name or "-", str(manifest.step), manifest.created, str(len(manifest.tensors)), format_bytes(n_bytes), state)
+        )
+    return rows

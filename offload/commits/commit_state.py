@@ -1,0 +1,195 @@
+"""What a commit's manifest says beside its tensors: every field looked at before any is used.
+
+A manifest is read by engines, `offload verify` and `offload export` through `read_commit`: what it returns can be believed as
+far as one file can tell. Whether it fits the model, and whether pages hold what they should, is looked at later.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Annotated, Any, Final
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, TypeAdapter
+
+from offload.commits.plain_state import decode
+from offload.commits.random_states import numpy_state, python_state, state_tensor
+from offload.commits.stored_layout import StoredUnit
+from optim.unit import SLICE_ALIGN_NUMEL
+from pagemem.durable.commit_folder import CommitFolder
+from pagemem.errors import CommitError
+from pagemem.durable.manifest import Manifest
+from pagemem.folders.small_file import Count, Line, Record, checked
+from pagemem.tier import Tag
+
+#: ``state.encoding``: groups, what they were given and tracked states are as `offload.commits.plain_state` writes them. Where the key is missing, plain JSON.
+ENCODING: Final = 2
+
+_Index = Annotated[int, Field(strict=True, ge=-1, le=2**31)]
+_Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Word = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+_Base64 = Annotated[str, Field(strict=True, max_length=1 << 20)]
+
+
+class Beside(Record):
+    """The file beside the manifest."""
+
+    n_bytes: Annotated[int, Field(strict=True, gt=0, le=2**48)]
+    xxh3: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{32}$")]
+
+
+class _Random(Record):
+    torch: _Base64
+    cuda: _Base64 | None = None
+    numpy: tuple[Line, Annotated[list[_Word], Field(max_length=624)], Count, Count, _Float]
+    python: tuple[Count, Annotated[list[_Word], Field(max_length=625)], _Float | None]
+
+
+class _Ssd(BaseModel):
+    paths: Annotated[list[Annotated[str, Field(strict=True, max_length=4096, pattern=r"^[^\x00]*$")]], Field(max_length=64)]
+
+
+class _Config(BaseModel):
+    """Of the configuration then, only what is used; keys come and go with versions."""
+
+    ssd: _Ssd
+
+
+class CommitState(Record):
+    """``Manifest.state``. Keys with a default came later than format 1."""
+
+    slice_numel: Annotated[int, Field(strict=True, gt=0, le=2**40)]
+    staleness: Count
+    optimizer: Line
+    parameters: dict[Line, tuple[list[Count], Line, _Index]]
+    update_steps: dict[Line, Count]
+    ahead: dict[Line, Annotated[list[_Float], Field(max_length=8)]] = {}
+    edited: list[Line]
+    units: tuple[StoredUnit, ...]
+    names: dict[Line, Line]
+    unlike: Line | None = None
+    encoding: Annotated[int, Field(strict=True, ge=ENCODING, le=ENCODING)] = ENCODING
+    groups: list[dict[str, Any]]
+    given: list[dict[str, Any]] | None = None
+    random: _Random
+    tracked: dict[str, Any]
+    config: _Config
+    versions: dict[str, str]
+    beside: Beside | None = None
+
+
+_ADAPTER: Final = TypeAdapter(CommitState)
+
+
+def read_commit(folder: CommitFolder, number: int) -> Manifest:
+    """One commit's manifest, checked.
+
+    Raises:
+        CommitError: it is damaged, or says something that cannot be; names the file, the field and the value.
+    """
+    manifest = folder.read(number)
+    try:
+        check_commit(manifest)
+    except ValueError as error:
+        raise CommitError(f"{folder.manifest(number)} is damaged: its content cannot be read: {error}") from error
+    return manifest
+
+
+def check_commit(manifest: Manifest) -> None:
+    """Whether every field of a manifest's state is one that can be, and agrees with the others and with the tensors.
+
+    Raises:
+        ValueError: (one line) the first that is not.
+    """
+    try:
+        state = checked(_ADAPTER, manifest.state)
+    except ValueError as error:
+        raise ValueError(f"state.{error}") from None
+    if state.slice_numel % SLICE_ALIGN_NUMEL:
+        raise ValueError(f"state.slice_numel: {state.slice_numel} is no multiple of {SLICE_ALIGN_NUMEL}")
+    _check_random(state.random)
+    stored = {tensor.key: tensor.n_bytes for tensor in manifest.tensors}
+    slots: dict[str, list[Any]] = {}
+    for place, unit in enumerate(state.units):
+        _check_unit(f"state.units.{place}", unit, stored)
+        for slot in unit.slots:
+            if slot.name in slots:
+                raise ValueError(f"state.units.{place}: parameter {slot.name} is there twice")
+            slots[slot.name] = [list(slot.shape), f"torch.{unit.dtype}"]
+    for key, names in (("parameters", set(state.parameters)), ("update_steps", set(state.update_steps))):
+        if names != set(slots):
+            raise ValueError(f"state.{key}: {sorted(names ^ set(slots))[0]} is there or in state.units, not in both")
+    for key, named in (("ahead", set(state.ahead)), ("edited", set(state.edited))):
+        if named - set(slots):
+            raise ValueError(f"state.{key}: there is no parameter {sorted(named - set(slots))[0]}")
+    for name, (shape, dtype, group) in state.parameters.items():
+        if [shape, dtype] != slots[name]:
+            raise ValueError(f"state.parameters.{name}: {shape}, {dtype} here and {slots[name]} in state.units")
+        if group >= len(state.groups):
+            raise ValueError(f"state.parameters.{name}: it is of group {group}; there are {len(state.groups)}")
+    for place, group_ in enumerate(state.groups):
+        if "params" in group_:
+            raise ValueError(f"state.groups.{place}: it has parameters")
+    if state.given is not None and len(state.given) != len(state.groups):
+        raise ValueError(f"state.given: of {len(state.given)} groups; there are {len(state.groups)}")
+    if "encoding" in manifest.state:
+        for key in ("groups", "given", "tracked"):
+            try:
+                decode(manifest.state.get(key))
+            except ValueError as error:
+                raise ValueError(f"state.{key}: {error}") from None
+
+
+def encoded(manifest: Manifest) -> bytes:
+    """The content of a manifest's file, which `read_commit` will take.
+
+    Raises:
+        CommitError: it would not.
+    """
+    content = manifest.encode()
+    try:
+        check_commit(Manifest.decode(content))
+    except (CommitError, ValueError) as error:
+        raise CommitError(f"commit {manifest.number} could not be read back, so it is not made: {error}") from error
+    return content
+
+
+def _check_unit(where: str, unit: StoredUnit, stored: dict[str, int]) -> None:
+    """Whether a unit's parameters and masters have room in the tensors that they are said to be in."""
+
+    def room(key: str, tag: Tag, n_bytes: int) -> None:
+        if not key.startswith(f"{tag.value}: ") or key not in stored:
+            raise ValueError(f"{where}: the commit has no {tag.value} tensor {key!r}")
+        if stored[key] < n_bytes:
+            raise ValueError(f"{where}: {key} has {stored[key]} bytes, what lies in it takes {n_bytes}")
+
+    end = 0
+    for slot in unit.slots:
+        if slot.offset < end:
+            raise ValueError(f"{where}: {slot.name} begins at element {slot.offset}, the one before it ends at {end}")
+        end = slot.end
+    room(unit.parameters, Tag.PARAM, end * unit.torch_dtype.itemsize)
+    reached = 0
+    for part in unit.slices:
+        if part.begin != reached or part.end < part.begin:
+            raise ValueError(f"{where}: a slice has elements {part.begin} to {part.end}, the one before it ends at {reached}")
+        reached = part.end
+        if part.master is not None:
+            room(part.master, Tag.MASTER, 4 * (part.end - part.begin))
+    if reached < end:
+        raise ValueError(f"{where}: its slices end at element {reached}, its parameters at {end}")
+
+
+def _check_random(states: _Random) -> None:
+    """Whether generators would take these states; tried on some of their own."""
+    for kind, take in (
+        ("torch", lambda: torch.Generator().set_state(state_tensor(states.torch))),
+        ("cuda", lambda: state_tensor(states.cuda or "")),
+        ("numpy", lambda: np.random.RandomState().set_state(numpy_state(states.numpy))),
+        ("python", lambda: random.Random().setstate(python_state(states.python))),
+    ):
+        try:
+            take()
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"state.random.{kind}: no state of a generator: {str(error).splitlines()[0][:120]}") from None

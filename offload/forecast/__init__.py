@@ -1,0 +1,1 @@
+"""Estimates memory and step time without training: `offload plan`."""

@@ -1,0 +1,251 @@
+"""Whether a run fits into a machine, how much larger it could be, and what to change if it does not fit.
+
+RAM is the whole process's: pages, other tensors, Python. Tensors outside of the pages grow evenly with the batch and with the number of
+equal layers, so two rehearsals of one step each tell how much one row, or one layer more, takes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+
+from offload.config import Config, ConfigError
+from offload.forecast.kernels import CostMode, RatedKernels
+from offload.factories import model_factory
+from offload.machine.facts import memory_fact
+from offload.profiling.stats import commit_frames
+from offload.forecast.rehearsal import Bandwidths, Rehearsal, rehearsed
+from offload.budget.verdict import Available, commits_at_all
+from pagemem.residency.mover import Mover
+from pagemem.folders.own_file import naming
+from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.units import format_bytes
+
+#: Names of a model's argument that counts its layers, where none is given.
+DEPTHS: Final = ("n_layer", "n_layers", "num_layers", "num_hidden_layers", "layers", "depth")
+#: Steps by which a batch found by arithmetic is corrected by rehearsing it.
+_CORRECTIONS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a machine has for a run: RAM for its process, disk for its page files, and memory of a device, in bytes.
+
+    Attributes:
+        device_bytes: for the pages there and for what kernels make; None: a device is a part of RAM, as ``cpu-emulated`` is.
+    """
+
+    ram_bytes: int
+    disk_bytes: int
+    device_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a run takes of it."""
+
+    ram_bytes: int
+    disk_bytes: int
+    device_bytes: int = 0
+
+    @classmethod
+    def of(cls, base_bytes: int, pages: tuple[int, int], tensor_bytes: int, gradient_bytes: int, disk_bytes: int, room: Room) -> Taken:
+        """By the parts of a process.
+
+        Args:
+            base_bytes: Python and its libraries. pages: bytes of those in RAM, and of those on a device. tensor_bytes: other tensors of a step.
+            gradient_bytes: the most of gradients outside of pages in RAM: some of those tensors, or copies of a device's.
+        """
+        host_bytes, device_bytes = pages
+        if room.device_bytes is None:
+            return cls(base_bytes + host_bytes + device_bytes + tensor_bytes, disk_bytes)
+        return cls(base_bytes + host_bytes + gradient_bytes, disk_bytes, device_bytes + tensor_bytes)
+
+    def within(self, room: Room) -> bool:
+        """Whether there is room for it."""
+        return self.missing_bytes(room) <= 0 and self.disk_bytes <= room.disk_bytes
+
+    def missing_bytes(self, room: Room) -> int:
+        """Memory by which the room is exceeded, of RAM or of the device, whichever lacks more; below 0: what is left."""
+        on_device = self.device_bytes - room.device_bytes if room.device_bytes is not None else self.ram_bytes - room.ram_bytes
+        return max(self.ram_bytes - room.ram_bytes, on_device)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A run in a machine.
+
+    Attributes:
+        advice: what to change, most telling first; empty where it fits.
+        largest_batch: rows, with everything else as it is; 0: none fits; None: not looked for.
+        largest_depth: of the model's argument ``depth_argument``; likewise.
+    """
+
+    room: Room
+    taken: Taken
+    fits: bool
+    advice: tuple[str, ...]
+    largest_batch: int | None = None
+    largest_depth: int | None = None
+    depth_argument: str = ""
+
+
+def available_here(config: Config) -> Available:
+    """What this machine has now: RAM that is free, limits, and the free bytes of the file systems that ``ssd.paths`` lie on, or would,
+    with the page files that are there already, which the run would use.
+
+    Raises:
+        StorageError: a folder cannot be looked at.
+    """
+    with naming("looking at", ", ".join(config.ssd.paths)):
+        disk_bytes = _disk_bytes(config)
+    memory = memory_fact()
+    limits = {"RLIMIT_DATA": memory.data_limit_bytes, "RLIMIT_AS": memory.address_limit_bytes}
+    known = tuple((name, n_bytes) for name, n_bytes in limits.items() if n_bytes is not None)
+    return Available(memory.usable_bytes, disk_bytes, known)
+
+
+def _disk_bytes(config: Config) -> int:
+    folders = [next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir()) for path in config.ssd.paths]
+    by_device = {folder.stat().st_dev: shutil.disk_usage(folder).free for folder in folders}
+    files = [Path(path) / PAGE_FILE_NAME for path in config.ssd.paths]
+    there_bytes = sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+    return sum(by_device.values()) + there_bytes
+
+
+def room_here(config: Config) -> Room:
+    """What this machine has now, see `available_here`."""
+    here = available_here(config)
+    return Room(here.ram_bytes, here.disk_bytes)
+
+
+def commits(config: Config) -> bool:
+    """Whether a run makes commits between its steps."""
+    return config.commit.every_steps is not None or config.commit.every_s is not None
+
+
+def commit_pages(config: Config, mover: Mover) -> int:
+    """Page-file pages that a run's commits take beside the newest copies."""
+    if commits(config):
+        return commit_frames(mover, config.commit.keep)
+    return commit_frames(mover, 0) if commits_at_all(config) else 0
+
+
+def taken_by(config: Config, base_bytes: int, room: Room) -> Taken:
+    """What one step of a configuration takes, by rehearsing it.
+
+    Args:
+        base_bytes: RAM of Python and its libraries.
+        room: whether the device is a part of RAM.
+    """
+    assert config.model is not None and config.train is not None and config.train.seq is not None
+    make_model: Callable[[], nn.Module] = model_factory(config.model)
+    with rehearsed(make_model, config, CostMode(RatedKernels(1.0, 1.0)), Bandwidths(1.0, 1.0, 1.0)) as engine:
+        engine.rehearse(config.train.batch, config.train.seq, steps=1)
+        mover = engine.store.mover
+        frames = sum(tensor.n_frames for tensor in mover.tensors.values())
+        pages_bytes = min(mover.arena.n_frames, frames) * engine.store.page_bytes
+        disk_bytes = (frames + commit_pages(config, mover)) * engine.store.page_bytes
+        pages = pages_bytes, device_pages(engine) * engine.store.page_bytes
+        return Taken.of(base_bytes, pages, engine.outside.peak_bytes, engine.peak_gradient_bytes, disk_bytes, room)
+
+
+def device_pages(engine: Rehearsal) -> int:
+    """Pages of the device that a run fills."""
+    tier = engine.store.device_tier
+    return 0 if tier is None else min(tier.mover.arena.n_frames, sum(tensor.n_frames for tensor in tier.mover.tensors.values()))
+
+
+def advice(config: Config, room: Room, taken: Taken, pages_bytes: int, smallest_ram_bytes: int) -> tuple[str, ...]:
+    """What would make a run fit.
+
+    Args:
+        pages_bytes: RAM of the pages in use.
+    """
+    found = []
+    short_bytes = taken.ram_bytes - room.ram_bytes
+    if short_bytes > 0:
+        lower_bytes = pages_bytes - short_bytes
+        if lower_bytes >= smallest_ram_bytes:
+            found.append(f"set memory.ram to {lower_bytes} ({format_bytes(lower_bytes)}) or less")
+        else:
+            found.append(f"lower memory.ram (the smallest that works is {smallest_ram_bytes}) is not enough by itself: {format_bytes(short_bytes)} are missing")
+            found.append("lower train.batch or train.seq, recompute layers (torch.utils.checkpoint), or set memory.activations")
+    if room.device_bytes is not None and taken.device_bytes > room.device_bytes:
+        over = format_bytes(taken.device_bytes - room.device_bytes)
+        found.append(f"the device lacks {over}: lower memory.device, train.batch or train.seq, or recompute layers (torch.utils.checkpoint)")
+    if taken.disk_bytes > room.disk_bytes:
+        missing = format_bytes(taken.disk_bytes - room.disk_bytes)
+        fewer = " or keep fewer commits (commit.keep)" if commits(config) and config.commit.keep > 1 else ""
+        found.append(f"free {missing} in the file systems of ssd.paths, name another disk there{fewer}")
+    return tuple(found)
+
+
+def largest_batch(config: Config, room: Room, taken: Taken, base_bytes: int) -> int:
+    """The most rows of ``train.batch`` that fit; 0 where none does.
+
+    Args:
+        taken: by the configuration as it is; rows take no disk.
+    """
+    assert config.train is not None
+    rows = config.train.batch
+
+    def missing_bytes(n: int) -> int:
+        assert config.train is not None
+        more = config.model_copy(update={"train": config.train.model_copy(update={"batch": n})})
+        return taken_by(more, base_bytes, room).missing_bytes(room)
+
+    if taken.disk_bytes > room.disk_bytes:
+        return 0
+    one_bytes = missing_bytes(rows)
+    a_row_bytes = max(1.0, (missing_bytes(2 * rows) - one_bytes) / rows)
+    found = max(0, rows + int(-one_bytes // a_row_bytes))
+    for _ in range(_CORRECTIONS):
+        if found and missing_bytes(found) > 0:
+            found -= 1
+        elif missing_bytes(found + 1) <= 0:
+            found += 1
+        else:
+            break
+    return found
+
+
+def depth_argument(config: Config, named: str | None) -> str:
+    """The model's argument that counts its layers; "" where there is none that is known.
+
+    Raises:
+        ConfigError: ``named`` is not an argument of the model, or no whole number.
+    """
+    assert config.model is not None
+    arguments: dict[str, Any] = config.model.arguments
+    if named is None:
+        return next((name for name in DEPTHS if isinstance(arguments.get(name), int)), "")
+    if not isinstance(arguments.get(named), int):
+        raise ConfigError(f"--depth {named}: model.arguments has {arguments}; name one that is a whole number")
+    return named
+
+
+def largest_depth(config: Config, room: Room, taken: Taken, base_bytes: int, argument: str) -> int:
+    """The most layers that fit, by what one more takes; 0 where none does.
+
+    Args:
+        taken: by the configuration as it is.
+    """
+    assert config.model is not None
+    layers = int(config.model.arguments[argument])
+
+    def at(n: int) -> Taken:
+        assert config.model is not None
+        arguments = {**config.model.arguments, argument: n}
+        return taken_by(config.model_copy(update={"model": config.model.model_copy(update={"arguments": arguments})}), base_bytes, room)
+
+    one, more = at(layers), at(layers + 1)
+    by_memory = -taken.missing_bytes(room) // max(1, more.missing_bytes(room) - one.missing_bytes(room))
+    # A plan stores a part of what there is, see `Forecast.step`.
+    a_layer_bytes = max(1, (more.disk_bytes - one.disk_bytes) * taken.disk_bytes / one.disk_bytes)
+    return max(0, layers + min(by_memory, int((room.disk_bytes - taken.disk_bytes) // a_layer_bytes)))

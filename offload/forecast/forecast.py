@@ -1,0 +1,261 @@
+"""`offload plan FILE`: what a run will take, before it is begun. Nothing is trained and no weight is made.
+
+The step is rehearsed without bytes (`offload.forecast.rehearsal`), which gives units, pages, ops and plan as the engine would make
+them; the plan is then simulated (`scheduler.planning.simulator`) with the bandwidths given. Pages are the engine's; times are as
+good as the rates they are computed from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from offload.config import Config, ConfigError
+from offload.forecast.fit import Fit, Room, Taken, advice, available_here, commit_pages, depth_argument, largest_batch, largest_depth
+from offload.forecast.kernels import CostMode, Kernels, TimedKernels
+from offload.factories import model_factory
+from offload.profiling.stats import commit_frames
+from offload.budget.need import BudgetNeed
+from offload.forecast.rates import Rates, kernels_of, threads_of
+from offload.forecast.rehearsal import Rehearsal, rehearsed
+from offload.budget.smallest import smallest_budget
+from offload.forecast.step_times import StepTimes
+from offload.budget.verdict import Available, decide
+from offload.heap import give_back_free_pages
+from pagemem.durable.page_reader import CHUNK_BYTES
+
+#: Processor time of the I/O threads (`benchmarks/README.md`). Where all cores compute, compute is so much longer.
+MOVING_S_PER_BYTE: Final = 1.4e-10
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Bytes of each tier at one point of a run: pages, and in RAM also gradients in flight; the device's are pages alone."""
+
+    host_pages: int
+    host_bytes: int
+    ssd_pages: int
+    ssd_bytes: int
+    device_pages: int = 0
+    device_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What `forecast` finds.
+
+    Attributes:
+        smallest_ram_bytes: the least ``memory.ram`` that the model can be trained in.
+        resident_ram_bytes: ``memory.ram`` from which on nothing moves, with pages of this size.
+        start: when the model is built. step: the most during the steps. commit: that, with the commits that are kept. resume: when a
+            run has gone on from one, before its first step.
+        export_ram_bytes: buffers of `offload export`, beside what Python and its libraries take. export_bytes: of the files it writes.
+        ops: of one step. step_s: predicted; compute_s of it without any wait, moving_s: by which moves slow compute down.
+        busy: share of the step that each lane is busy. waits_s: of a step, by the lane that was waited for.
+        limiting: the lane that is busy most.
+        recomputed_blocks: of the model, computed again in the backward pass instead of having what they save in pages.
+        device_units: of all units, those whose parameters and states are on the device for good and are updated there.
+        read_bytes, written_bytes: of the page files per step; h2d_bytes: copied to the device.
+        tensor_bytes: the most that tensors outside of the pages take in a step: activations, gradients in flight, results.
+        base_bytes: RAM that Python and its libraries take: of this process; with the kernels' own buffers where they were run here.
+        process_bytes: RAM of the process in a step: pages, those tensors, and the base; where the machine's device has memory of its
+            own, without what is there.
+        undisturbed_share: of the time in which kernels were timed, the share in which they had a processor; 1 where none was timed.
+        kernels_timed: kernels that were run on this machine, and the seconds that took; kernels_rated: those that could not be.
+    """
+
+    parameters: int
+    ram_bytes: int
+    page_bytes: int
+    smallest_ram_bytes: int
+    largest_unit: str
+    resident_ram_bytes: int
+    start: Phase
+    step: Phase
+    commit: Phase
+    commits_kept: int
+    resume: Phase
+    export_ram_bytes: int
+    export_bytes: int
+    ops: int
+    step_s: float
+    compute_s: float
+    moving_s: float
+    steady: bool
+    busy: Mapping[str, float]
+    waits_s: Mapping[str, float]
+    limiting: str
+    recomputed_blocks: int
+    device_units: int
+    units: int
+    read_bytes: float
+    written_bytes: float
+    h2d_bytes: float
+    tensor_bytes: int
+    base_bytes: int
+    process_bytes: int
+    kernels_timed: int
+    kernels_timed_s: float
+    undisturbed_share: float
+    kernels_rated: int
+    fit: Fit
+    rates: Rates
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked beyond the run as it is configured.
+
+    Attributes:
+        room: the machine's; None: this one's.
+        largest: whether to look for the largest batch and depth that fit.
+        depth: name of the model's argument that counts its layers; None: a usual one.
+    """
+
+    room: Room | None = None
+    largest: bool = False
+    depth: str | None = None
+
+
+def _unheard(_stage: str) -> None:
+    """Nobody watches."""
+
+
+def forecast(config: Config, rates: Rates, question: Question = Question(), heard: Callable[[str], None] = _unheard) -> Forecast:
+    """Rehearse and simulate the run of a configuration.
+
+    Args:
+        config: exact mode, with the sections model and train, with or without a device; the model takes two int64 tensors of
+            ``train.batch`` rows and ``train.seq`` tokens.
+        rates: of the machine.
+        heard: told what is being done, again and again.
+
+    Raises:
+        ConfigError: the configuration is another one; says what is not forecast.
+        BudgetError: ``memory.ram`` is too small; names the smallest that works.
+        RehearsalError, FactoryError: the model cannot be built, or its step not be performed, without values.
+    """
+    check_forecastable(config)
+    assert config.model is not None and config.train is not None and config.train.seq is not None
+    make_model = model_factory(config.model)
+    argument = depth_argument(config, question.depth)
+    heard("the model without bytes")
+    need = smallest_budget(make_model, None, config)
+    need.check(config.memory.ram)
+    base_bytes = _resident_now_bytes()
+    kernels = kernels_of(rates)
+    if isinstance(kernels, TimedKernels):
+        timed = kernels
+        timed.heard = lambda: heard(f"a step, kernel by kernel: {timed.n_timed + 1} timed")
+    heard("a step without bytes")
+    with threads_of(config), rehearsed(make_model, config, CostMode(kernels), rates.bandwidths) as engine:
+        start = _at_start(engine)
+        engine.rehearse(config.train.batch, config.train.seq)
+        here = available_here(config)
+        room = question.room or Room(here.ram_bytes, here.disk_bytes)
+        heard("the plan, followed on paper")
+        found = _found(engine, rates, kernels, start, need, base_bytes, room, () if question.room else here.limits)
+    if not question.largest:
+        return found
+    room, taken = found.fit.room, found.fit.taken
+    heard("the largest batch and depth")
+    fit = replace(
+        found.fit, largest_batch=largest_batch(config, room, taken, base_bytes), depth_argument=argument,
+        largest_depth=largest_depth(config, room, taken, base_bytes, argument) if argument else None,
+    )  # fmt: skip
+    return replace(found, fit=fit)
+
+
+def _found(
+    engine: Rehearsal, rates: Rates, kernels: Kernels, start: Phase, need: BudgetNeed, base_bytes: int, room: Room,
+    limits: tuple[tuple[str, int], ...],
+) -> Forecast:  # fmt: skip
+    """What an engine that has rehearsed its steps tells; ``limits`` are those on this process, where the room is this machine's."""
+    config, mover = engine.config, engine.store.mover
+    step, commit = _at_step(engine), _at_commit(engine)
+    times = StepTimes.of(engine)
+    timed = kernels if isinstance(kernels, TimedKernels) else None
+    busy_cores = torch.get_num_threads() >= len(os.sched_getaffinity(0))
+    moving_s = MOVING_S_PER_BYTE * (times.read_bytes + times.written_bytes) if timed and busy_cores else 0.0
+    if timed:
+        base_bytes = max(base_bytes, _resident_now_bytes())
+    pages_bytes = step.host_pages * mover.arena.page_bytes
+    disk_bytes = step.ssd_bytes + commit_pages(config, mover) * mover.arena.page_bytes
+    taken = Taken.of(base_bytes, (pages_bytes, step.device_bytes), engine.outside.peak_bytes, engine.peak_gradient_bytes, disk_bytes, room)
+    lacks = tuple(shortage.line for shortage in decide(config, need, "", Available(room.ram_bytes, room.disk_bytes, limits)).shortages)
+    return Forecast(
+        parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
+        ram_bytes=config.memory.ram, page_bytes=mover.arena.page_bytes,
+        smallest_ram_bytes=need.smallest_bytes, largest_unit=need.unit, resident_ram_bytes=_resident_bytes(engine),
+        start=start, step=step, commit=commit, commits_kept=config.commit.keep,
+        resume=Phase(0, 0, commit.ssd_pages, commit.ssd_bytes),
+        export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
+        export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()),
+        ops=len(engine.trace.ops), step_s=times.step_s + moving_s, compute_s=times.compute_s, moving_s=moving_s,
+        steady=times.steady, busy=times.busy, waits_s=times.waits_s, limiting=times.limiting,
+        recomputed_blocks=engine.stats().recomputed_blocks, device_units=engine.stats().device_units, units=len(engine.store.index.units),
+        read_bytes=times.read_bytes, written_bytes=times.written_bytes, h2d_bytes=times.h2d_bytes,
+        tensor_bytes=engine.outside.peak_bytes, base_bytes=base_bytes, process_bytes=taken.ram_bytes,
+        kernels_timed=timed.n_timed if timed else 0, kernels_timed_s=timed.spent_s if timed else 0.0,
+        undisturbed_share=timed.undisturbed_share if timed else 1.0,
+        kernels_rated=timed.n_others if timed else 0,
+        fit=Fit(room, taken, taken.within(room) and not lacks, advice(config, room, taken, pages_bytes, need.smallest_bytes) or lacks), rates=rates,
+    )  # fmt: skip
+
+
+def _resident_now_bytes() -> int:
+    """RAM of this process, without what is free in its heap."""
+    give_back_free_pages(0)
+    return int(psutil.Process().memory_info().rss)
+
+
+def check_forecastable(config: Config) -> None:
+    """Raise ConfigError for what is not forecast."""
+    missing = [name for name in ("model", "train") if getattr(config, name) is None]
+    if missing:
+        raise ConfigError(f"plan needs the sections {', '.join(missing)} as well")
+    if config.train is not None and config.train.seq is None:
+        raise ConfigError("plan needs train.seq: it gives the model two int64 tensors of train.batch rows and train.seq tokens")
+    if config.update.mode != "exact":
+        raise ConfigError(f'update.mode is "{config.update.mode}": plan knows "exact" only, whose updates are part of the step; --set update.mode=exact')
+
+
+# ---- tiers -------------------------------------------------------------------------------------------------------------
+
+
+def _phase(engine: Rehearsal, host_pages: int, gradient_bytes: int, ssd_pages: int) -> Phase:
+    page_bytes = engine.store.page_bytes
+    return Phase(host_pages, host_pages * page_bytes + gradient_bytes, ssd_pages, ssd_pages * page_bytes)
+
+
+def _resident_bytes(engine: Rehearsal) -> int:
+    mover = engine.store.mover
+    used = set(engine.trace.tensors())
+    return sum(t.n_frames for t in mover.tensors.values() if t.id in used) * mover.arena.page_bytes + engine.store.driver.overhead_bytes
+
+
+def _at_start(engine: Rehearsal) -> Phase:
+    mover = engine.store.mover
+    return _phase(engine, mover.host.used_frames, 0, mover.ssd.used_frames)
+
+
+def _at_step(engine: Rehearsal) -> Phase:
+    plan, mover = engine.store.driver.plan, engine.store.mover
+    assert plan is not None
+    phase = _phase(engine, plan.peak_frames, engine.peak_gradient_bytes, mover.planned_page_file_frames(plan.stored()))
+    upper = engine.store.device_driver
+    if upper is None:
+        return phase
+    assert upper.plan is not None
+    return replace(phase, device_pages=upper.plan.peak_frames, device_bytes=upper.plan.peak_frames * engine.store.page_bytes)
+
+
+def _at_commit(engine: Rehearsal) -> Phase:
+    step = _at_step(engine)
+    ssd_pages = step.ssd_pages + commit_frames(engine.store.mover, engine.config.commit.keep)
+    return replace(step, ssd_pages=ssd_pages, ssd_bytes=ssd_pages * engine.store.page_bytes)

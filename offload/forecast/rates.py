@@ -1,0 +1,111 @@
+"""What a machine does in a second, as given or as measured here: what forecasts of time are made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from offload.config import Config, ConfigError
+from offload.forecast.kernels import Kernels, RatedKernels, TimedKernels
+from offload.forecast.rehearsal import Bandwidths
+from pagemem.residency.device_mover import ASSUMED_UPLOAD_BYTES_PER_S
+from pagemem.residency.mover import ASSUMED_BYTES_PER_S
+from pagemem.units import MiB
+
+_MATRIX: Final = 768
+_COPY_BYTES: Final = 64 * MiB
+_REPEATS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a machine does in a second.
+
+    Attributes:
+        flops: floating-point operations of matrix products. ram: bytes that other kernels read and write. Both None: each kernel
+            is timed on this machine.
+        ssd_read, ssd_write: bytes of the page files. h2d: bytes copied from RAM to the device.
+        device_ram: as ``ram``, of kernels on the device; optimizer's updates are made in RAM. None: as ``ram``.
+    """
+
+    flops: float | None
+    ram: float | None
+    ssd_read: float
+    ssd_write: float
+    h2d: float = ASSUMED_UPLOAD_BYTES_PER_S
+    device_ram: float | None = None
+
+    @property
+    def bandwidths(self) -> Bandwidths:
+        """Of what moves pages."""
+        return Bandwidths(self.ssd_read, self.ssd_write, self.h2d)
+
+
+def rates_of(
+    config: Config, *, flops: float | None = None, ram: float | None = None, ssd_read: float | None = None,
+    ssd_write: float | None = None, h2d: float | None = None, device_ram: float | None = None,
+) -> Rates:  # fmt: skip
+    """The rates given, and for others: compute as measured now (if only one of both is given; else its kernels are timed later), the
+    disk as ``ssd.limit_mb_per_s`` says or as the engine assumes, copies to the device as it assumes.
+
+    Raises:
+        ConfigError: a rate is not above 0, or is of a device without the others that a forecast for another machine needs.
+    """
+    given = {
+        "--flops": flops, "--ram-speed": ram, "--ssd-read": ssd_read, "--ssd-write": ssd_write, "--h2d": h2d, "--device-ram-speed": device_ram,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name} is {value:g}; it must be a number above 0")
+    if device_ram is not None and (flops is None or ram is None):
+        raise ConfigError("--device-ram-speed tells of another machine's device: give its --flops, and --ram-speed of its RAM, too")
+    limit = config.ssd.limit_mb_per_s
+    assumed = ASSUMED_BYTES_PER_S if limit is None else limit * 1e6
+    disk = ssd_read or assumed, ssd_write or assumed
+    if flops is None and ram is None:
+        return Rates(None, None, *disk, h2d or ASSUMED_UPLOAD_BYTES_PER_S)
+    with threads_of(config):
+        return Rates(flops or _measured_flops(), ram or _measured_copy(), *disk, h2d or ASSUMED_UPLOAD_BYTES_PER_S, device_ram)
+
+
+def _best_s(run: Callable[[], object]) -> float:
+    """The shortest of some runs: what disturbs them only makes them longer."""
+    took_s = []
+    for _ in range(_REPEATS):
+        started_s = time.perf_counter()
+        run()
+        took_s.append(time.perf_counter() - started_s)
+    return min(took_s)
+
+
+def _measured_flops() -> float:
+    a = torch.ones(_MATRIX, _MATRIX)
+    return 2.0 * _MATRIX**3 / _best_s(lambda: a @ a)
+
+
+def _measured_copy() -> float:
+    source, target = torch.ones(_COPY_BYTES // 4), torch.empty(_COPY_BYTES // 4)
+    return 2.0 * _COPY_BYTES / _best_s(lambda: target.copy_(source))
+
+
+def kernels_of(rates: Rates) -> Kernels:
+    """What tells the time of kernels: the rates, or this machine."""
+    if rates.flops is not None and rates.ram is not None:
+        return RatedKernels(rates.flops, rates.device_ram or rates.ram, rates.ram)
+    return TimedKernels(RatedKernels(_measured_flops(), _measured_copy()))
+
+
+@contextmanager
+def threads_of(config: Config) -> Iterator[None]:
+    """Inside, torch computes with the threads that the run would have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads((config.train and config.train.threads) or threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

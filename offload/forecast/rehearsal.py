@@ -1,0 +1,311 @@
+"""A rehearsal: the first steps of an engine on torch's meta device, where tensors have shapes and no bytes.
+
+Store, mover, driver, updater and interception are the engine's own; only what would hold bytes is not there: the host
+arena hands out meta tensors, and the page files move nothing, at once. So units, slices, pages, ops and their order are
+those of a real run, and the plan is made of them by the same planner. What differs is time: an op takes as long as its kernels do
+(`offload.forecast.kernels`). Tensors outside of the pages are followed from the op that makes them to their end, and so counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+
+from offload.parameters.binder import Binder
+from offload.config import Config
+from offload.forecast.cpu_attention import AttentionOfCpu
+from offload.store.deferred_init import built_into
+from offload.engine import Engine
+from offload.parameters.saved_weights import SavedView, SavedWeights
+from offload.forecast.kernels import CostMode
+from offload.profiling.live_storages import Holder, LiveStorages
+from offload.forecast.meta_tier import MetaArena, MetaDevice, NoFiles
+from offload.store.page_store import PageStore
+from optim import LossScale, Scaling
+from pagemem.devices.accelerator import Accelerator
+from pagemem.devices.arena import Arena
+from pagemem.errors import OffloadError
+from pagemem.files.page_file import PageFiles
+from pagemem.residency.paged_tensor import PagedTensor
+from scheduler.execution.device_driver import DeviceDriver
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, OpKey, Trace
+from scheduler.planning.lookahead import Machine
+
+#: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything anew. With a
+#: device one more is recorded: what it asks of host memory by plan.
+STEPS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidths:
+    """Bytes/s of the page files and of copies from host memory to the device."""
+
+    ssd_read: float
+    ssd_write: float
+    h2d: float
+
+
+class RehearsalError(OffloadError):
+    """A model whose step cannot be performed on torch's meta device; says why."""
+
+
+class Clocked(Driver):
+    """A driver whose ops last as long as ``clock`` says, and which stops at the plan.
+
+    Attributes:
+        clock: seconds that the ops so far take; to be set before the first.
+    """
+
+    clock: Callable[[], float]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._began_at_s: list[float] = []
+
+    def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        """Begin an op and note when."""
+        if self.in_step:
+            self._began_at_s.append(self.clock())
+        return super().begin(key, name, accesses)
+
+    def end_step(self, *, repeatable: bool) -> None:
+        """End a step and note when."""
+        self._began_at_s.append(self.clock())
+        super().end_step(repeatable=repeatable)
+        self._began_at_s = []
+
+    def _adopt(self, trace: Trace) -> None:
+        times_s = self._began_at_s
+        if len(times_s) != len(trace.ops) + 1:
+            raise AssertionError(f"{len(trace.ops)} ops began at {len(times_s) - 1} times")
+        for op, begin_s, end_s in zip(trace.ops, times_s, times_s[1:], strict=False):
+            op.duration_s = end_s - begin_s
+        super()._adopt(trace)
+
+    def machine(self) -> Machine:
+        """What the plan was made for, at the whole bandwidth."""
+        return self.planning.machine(share=1)
+
+
+class ClockedDevice(Clocked, DeviceDriver):
+    """The engine's driver of the device, clocked.
+
+    Attributes:
+        cost: of kernels; is told of updates that are made on the device.
+    """
+
+    cost: CostMode
+
+    def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        """Begin an op there."""
+        self.cost.updates_are_made(on_device=True)
+        return super().begin(key, name, accesses)
+
+    def end(self, held: Sequence[PagedTensor]) -> None:
+        """End an op there."""
+        super().end(held)
+        self.cost.updates_are_made(on_device=False)
+
+
+class _Binder(Binder):
+    """The engine's binder over a meta arena."""
+
+    def _exposes(self, result: Any) -> bool:
+        arena = self.mover.arena
+        assert isinstance(arena, MetaArena)
+        values = result if isinstance(result, (list, tuple)) else (result,)
+        return any(isinstance(v, Tensor) and not v.requires_grad and arena.leased(v) is not None for v in values)
+
+
+class _SavedWeights(SavedWeights):
+    """The engine's saved weights over a meta arena."""
+
+    def _dense(self, saved: Tensor) -> bool:
+        return saved.layout is torch.strided and saved.numel() > 0
+
+    def _place(self, saved: Tensor) -> SavedView | None:
+        arena = self._binder.mover.arena
+        assert isinstance(arena, MetaArena)
+        leased = arena.leased(saved)
+        return None if leased is None else SavedView(self._binder.units[leased[0]], leased[1], saved.size(), saved.stride(), saved.dtype)
+
+
+class _Store(PageStore):
+    """The engine's page store without bytes."""
+
+    device: ClassVar[str] = "meta"
+
+    def __init__(self, config: Config, bandwidths: Bandwidths, cost: CostMode) -> None:
+        super().__init__(config)
+
+        def clock() -> float:
+            return cost.seconds
+
+        self.driver = self.host = Clocked(self.mover, self.counters, lambda: (bandwidths.ssd_read, bandwidths.ssd_write))
+        self.host.clock = clock
+        self.device_driver: ClockedDevice | None = None
+        if self.device_tier is not None:
+            self.device_tier.driver = self.device_driver = ClockedDevice(self.device_tier.mover, self.host, self.counters)
+            self.device_driver.clock, self.device_driver.cost = clock, cost
+            self.device_driver.planning.bandwidth = lambda: (bandwidths.h2d, bandwidths.h2d)
+        self.binder = _Binder(self.host, self.mover)
+        self.binder.torch_device = torch.device("meta")
+        self.binder.owner = self
+
+    def _make_arena(self, n_frames: int) -> Arena:
+        return MetaArena(n_frames, self.page_bytes)
+
+    def _make_accelerator(self) -> Accelerator:
+        return MetaDevice()
+
+    def _make_files(self) -> PageFiles:
+        return NoFiles(len(self.directories), self.page_bytes, self.config.ssd.max_request)
+
+
+class _OutsideBytes:
+    """Bytes of tensors that are not in pages: activations, gradients in flight, what ops leave.
+
+    Attributes:
+        peak_bytes: the most at once since `restart`.
+    """
+
+    def __init__(self) -> None:
+        self._now_bytes = 0
+        self.peak_bytes = 0
+
+    def __call__(self, _holder: Holder, more_bytes: int) -> None:
+        self._now_bytes += more_bytes
+        self.peak_bytes = max(self.peak_bytes, self._now_bytes)
+
+    def restart(self) -> None:
+        """Look for the most from here on."""
+        self.peak_bytes = self._now_bytes
+
+
+class _AllFinite(Scaling):
+    """Meta tensors have no values: every norm is taken for finite, and nothing is clipped."""
+
+    def coefficient(self, total: Tensor) -> Tensor | None:
+        """One."""
+        return torch.ones(())
+
+
+class Rehearsal(Engine):
+    """An engine that has performed `STEPS` steps without bytes, and has a plan. Made by `rehearsed`."""
+
+    def _scaling(self) -> Scaling:
+        asked = super()._scaling()
+        # With a loss scale nobody looks at a norm's value but `_AllFinite`.
+        scale = LossScale(1.0, dynamic=False) if asked.needs_norm else None
+        return _AllFinite(asked.clip_norm, scale)
+
+    def _saved_weights(self, binder: Binder) -> SavedWeights:
+        return _SavedWeights(binder)
+
+    @property
+    def store(self) -> _Store:
+        """Pages, mover and driver."""
+        assert isinstance(self._store, _Store)
+        return self._store
+
+    @property
+    def trace(self) -> Trace:
+        """The step that the plan of host memory is made of."""
+        return self.store.driver.trace
+
+    outside: _OutsideBytes
+    """Tensors that are not in pages; set by `rehearsed`."""
+
+    @property
+    def peak_gradient_bytes(self) -> int:
+        """The most bytes of gradients outside the pages at any time."""
+        return self._updater.peak_direct_bytes
+
+    def rehearse(self, rows: int, tokens: int, steps: int | None = None) -> None:
+        """Perform the steps, by default as many as it takes to have plans; fewer leave none, but all tensors.
+
+        Raises:
+            RehearsalError: the model needs values, or leaves no plan.
+            BudgetError: as in a real step.
+        """
+        enough = STEPS + (self.store.device_tier is not None)
+        self._perform(rows, tokens, enough if steps is None else steps)
+        if steps is None:
+            self._check_planned()
+            while self._choice is not None and self._choice.open and self._choice.decide():
+                self._perform(rows, tokens, enough)
+                self._check_planned()
+
+    def _perform(self, rows: int, tokens: int, steps: int) -> None:
+        x = torch.empty((rows, tokens), dtype=torch.int64)
+        self.outside.restart()
+        for _ in range(steps):
+            for _ in range(self.config.update.accumulation):
+                with _needs_no_values():
+                    self.scaled(self.model(x, x) / self.config.update.accumulation).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.store.driver.quiesce()
+
+    def _check_planned(self) -> None:
+        if any(driver.plan is None for driver in (self.store.host, self.store.device_driver) if driver is not None):
+            raise RehearsalError("views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise memory.ram")
+
+
+@contextmanager
+def _needs_no_values() -> Iterator[None]:
+    try:
+        yield
+    except OffloadError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        raise RehearsalError(f"the model's step cannot be performed without values, on torch's meta device: {reason}") from error
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collection inside, which would go through all units and pages again and again."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@contextmanager
+def rehearsed(
+    make_model: Callable[[], nn.Module], config: Config, cost: CostMode, bandwidths: Bandwidths
+) -> Iterator[Rehearsal]:
+    """An engine without bytes for the model of a factory, built as `deferred_init` builds it; closed at the end.
+
+    Args:
+        cost: what kernels take.
+        bandwidths: of the page files, and of copies to the device.
+
+    Raises:
+        BudgetError, ConfigError, ValueError: as `offload.Engine`.
+    """
+    with tempfile.TemporaryDirectory(prefix="offload-plan-") as folder:
+        paths = [str(Path(folder) / str(number)) for number in range(len(config.ssd.paths))]
+        elsewhere = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths})})
+        on_meta: AbstractContextManager[Any] = torch.device("meta")
+        outside = _OutsideBytes()
+        with _no_collection(), on_meta, AttentionOfCpu(), LiveStorages(outside), cost:
+            with built_into(lambda: _Store(elsewhere, bandwidths, cost)):
+                model = make_model()
+            engine = Rehearsal(model, elsewhere)
+            engine.outside = outside
+            with engine:
+                yield engine

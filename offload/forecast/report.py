@@ -1,0 +1,131 @@
+"""The forecast of a run as a table, or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import TextColumn, TimeElapsedColumn
+
+from offload.forecast.fit import Fit
+from offload.forecast.forecast import Forecast
+from offload.console.live_bar import LiveBar
+from offload.launch.summary import print_rows
+from offload.forecast.step_times import H2D
+from pagemem.units import format_bytes
+
+#: A thread that nothing disturbs has its processor for more of the time.
+UNDISTURBED: Final = 0.9
+
+
+@contextmanager
+def shown(console: Console) -> Iterator[Callable[[str], None]]:
+    """Inside, what is told is shown in one line on a terminal, with the time since the beginning, and is gone afterwards."""
+    bar = LiveBar(console, TextColumn("plan"), TextColumn("{task.description}"), TimeElapsedColumn())
+    task = bar.add_task("", total=None)
+    if not console.is_terminal:
+        yield lambda _stage: None
+        return
+    with bar:
+        yield lambda stage: bar.move(task, description=stage)
+
+
+def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
+    """The table as (what, value) pairs."""
+    rates = found.rates
+    rows = [
+        ("parameters", f"{found.parameters:,}"),
+        ("memory.ram", f"{format_bytes(found.ram_bytes)}, pages of {format_bytes(found.page_bytes)}"),
+        ("smallest memory.ram that works", f"{format_bytes(found.smallest_ram_bytes)} ({found.smallest_ram_bytes}), for {found.largest_unit}"),
+        ("memory.ram from which nothing moves", f"{format_bytes(found.resident_ram_bytes)}, with pages of this size"),
+    ]
+    phases = (
+        ("start", found.start), ("step", found.step), (f"commit, {found.commits_kept} kept: at most", found.commit), ("resume: at most", found.resume),
+    )  # fmt: skip
+    for name, phase in phases:
+        host = f"RAM {phase.host_pages} pages, {format_bytes(phase.host_bytes)}"
+        if phase.device_pages:
+            host = f"device {phase.device_pages} pages, {format_bytes(phase.device_bytes)}; {host}"
+        rows.append((name, f"{host}; SSD {phase.ssd_pages} pages, {format_bytes(phase.ssd_bytes)}"))
+    rows.append(("export", f"RAM {format_bytes(found.export_ram_bytes)} of buffers; files of {format_bytes(found.export_bytes)}"))
+    rows += [*memory_rows(found), *fit_rows(found.fit)]
+    moving = f"; {found.moving_s:.3f} s by which moves slow it down" if found.moving_s else ""
+    ops = f"{found.ops} ops" + (" of host memory" if found.step.device_pages else "")
+    rows += [
+        ("step, predicted", f"{found.step_s:.3f} s, of which compute {found.compute_s:.3f} s, in {ops}{moving}"),
+        ("busy", ", ".join(f"{lane} {share:.0%}" for lane, share in found.busy.items())),
+        ("limited by", found.limiting),
+        ("waits a step", ", ".join(f"{lane} {seconds:.3f} s" for lane, seconds in found.waits_s.items())),
+    ]
+    if found.recomputed_blocks:
+        rows.append(("recomputed in the backward pass", f"{found.recomputed_blocks} of the blocks of the model, which costs less than pages for what they save"))
+    if found.device_units:
+        rows.append(("updated on the device, where their states are", f"{found.device_units} of {found.units} units"))
+    for what, n_bytes in (("read", found.read_bytes), ("written", found.written_bytes)):
+        rows.append((f"SSD bytes {what} a step", f"{format_bytes(n_bytes)} ({n_bytes / found.parameters:.1f} a parameter)"))
+    if H2D in found.busy:
+        rows.append(("bytes copied to the device a step", format_bytes(found.h2d_bytes)))
+    disk = f"SSD read {rates.ssd_read / 1e6:,.0f} MB/s, write {rates.ssd_write / 1e6:,.0f} MB/s"
+    if rates.flops is None or rates.ram is None:
+        compute = f"{found.kernels_timed} kernels timed here in {found.kernels_timed_s:.1f} s"
+        compute += f", {found.kernels_rated} by their flops and bytes" if found.kernels_rated else ""
+    else:
+        compute = f"{rates.flops / 1e9:,.1f} GFLOP/s, RAM {rates.ram / 1e6:,.0f} MB/s"
+    if rates.device_ram is not None:
+        compute += f", the device's {rates.device_ram / 1e6:,.0f} MB/s"
+    up = f", to the device {rates.h2d / 1e6:,.0f} MB/s" if H2D in found.busy else ""
+    rows.append(("at these rates", f"{compute}, {disk}{up}"))
+    if found.undisturbed_share < UNDISTURBED:
+        said = f"kernels had a processor for {found.undisturbed_share:.0%} of the time in which they were timed: something else computes on this machine"
+        rows.append(("disturbed", f"{said}; steps will be faster than predicted, or plan again when it is quiet"))
+    return rows
+
+
+def memory_rows(found: Forecast) -> list[tuple[str, str]]:
+    """What the process and, where it has memory of its own, the device hold in a step, as (what, value) pairs."""
+    pages = f"pages {format_bytes(found.step.host_pages * found.page_bytes)}"
+    on_device, others = f"pages {format_bytes(found.step.device_bytes)}", f"other tensors {format_bytes(found.tensor_bytes)}"
+    base = f"Python and libraries {format_bytes(found.base_bytes)}"
+    own = found.fit.taken.device_bytes
+    on_their_way = f"gradients {format_bytes(found.step.host_bytes - found.step.host_pages * found.page_bytes)}"
+    parts = [pages, on_their_way, base] if own else [pages, *([f"device's {on_device}"] if found.step.device_pages else []), others, base]
+    rows = [("process, in a step", f"{format_bytes(found.process_bytes)}: {', '.join(parts)}")]
+    if own:
+        rows.append(("device, in a step", f"{format_bytes(own)}: {on_device}, {others}"))
+    return rows
+
+
+def fit_rows(fit: Fit) -> list[tuple[str, str]]:
+    """What fits, and what to change, as (what, value) pairs."""
+    taken = f"RAM {format_bytes(fit.taken.ram_bytes)} of {format_bytes(fit.room.ram_bytes)}, disk {format_bytes(fit.taken.disk_bytes)} of {format_bytes(fit.room.disk_bytes)}"
+    if fit.room.device_bytes is not None:
+        taken = f"device {format_bytes(fit.taken.device_bytes)} of {format_bytes(fit.room.device_bytes)}, {taken}"
+    rows = [("fits", f"{'yes' if fit.fits else 'no'}: {taken}"), *(("to make it fit", line) for line in fit.advice)]
+    if fit.largest_batch is not None:
+        rows.append(("largest train.batch that fits", str(fit.largest_batch)))
+        depth = f"{fit.depth_argument} = {fit.largest_depth}" if fit.depth_argument else "the model has no argument that counts its layers; name one with --depth"
+        rows.append(("largest depth that fits", depth))
+    return rows
+
+
+def print_forecast(found: Forecast, console: Console, *, as_json: bool) -> None:
+    """The table, or one JSON object on one line."""
+    if as_json:
+        console.print(json.dumps(as_dict(found)), soft_wrap=True, highlight=False, markup=False)
+        return
+    print_rows("Plan", forecast_rows(found), console)
+    if not found.steady:
+        console.print("the plan's cycles did not come to repeat in time: the step is the mean of those simulated", highlight=False)
+
+
+def as_dict(found: Forecast) -> dict[str, Any]:
+    """Plain values, with the bytes moved per parameter beside those per step."""
+    return {
+        **asdict(found),
+        "read_bytes_per_parameter": found.read_bytes / found.parameters,
+        "written_bytes_per_parameter": found.written_bytes / found.parameters,
+    }

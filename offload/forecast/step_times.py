@@ -1,0 +1,81 @@
+"""How long a rehearsed step takes, and what it waits for: the plans of its tiers, simulated.
+
+With a device there are two plans, one above the other, and each is simulated by itself: the upper one as if everything were in host
+memory, the lower one as if the device had its copies at once. A step takes what it computes and the waits of both. What it computes
+is between the ops of the upper one: there may be none of the lower one until far into the step, or at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from offload.forecast.rehearsal import Clocked, Rehearsal
+from scheduler.planning.simulator import Lane, Simulation, simulate
+
+#: The lane of copies from host memory to the device.
+H2D: Final = "h2d"
+#: Of the simulator's lanes, what copies up are to the upper plan.
+_UP: Final = Lane.SSD_READ
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """A step's seconds and moves.
+
+    Attributes:
+        compute_s: of step_s, without any wait.
+        busy: share of the step that each lane is busy. waits_s: of a step, by the lane that was waited for.
+        steady: whether the moves repeat from step to step.
+        read_bytes, written_bytes: of the page files, per step; h2d_bytes: copied to the device.
+    """
+
+    step_s: float
+    compute_s: float
+    busy: Mapping[str, float]
+    waits_s: Mapping[str, float]
+    steady: bool
+    read_bytes: float
+    written_bytes: float
+    h2d_bytes: float
+
+    @classmethod
+    def of(cls, engine: Rehearsal) -> StepTimes:
+        """Of an engine that has rehearsed its steps."""
+        host = engine.store.host
+        below = _simulated(host)
+        waits_s = _waits_s(host, below)
+        compute_s, step_s, h2d_busy_s, h2d_bytes, steady = host.trace.compute_s, below.step_s, None, 0.0, below.steady
+        upper = engine.store.device_driver
+        if upper is not None:
+            above = _simulated(upper)
+            waits_s[H2D] = sum(_waits_s(upper, above).values())
+            compute_s = upper.trace.compute_s
+            step_s = compute_s + sum(waits_s.values())
+            h2d_busy_s, h2d_bytes = above.busy[_UP] * above.step_s, above.read_bytes
+            steady = steady and above.steady
+        busy = {lane.value: share * below.step_s / step_s for lane, share in below.busy.items()}
+        if h2d_busy_s is not None:
+            busy[H2D] = h2d_busy_s / step_s
+        return cls(step_s, compute_s, busy, waits_s, steady, below.read_bytes, below.written_bytes, h2d_bytes)
+
+    @property
+    def limiting(self) -> str:
+        """The lane that is busy most."""
+        return max(self.busy, key=lambda lane: self.busy[lane])
+
+
+def _simulated(driver: Clocked) -> Simulation:
+    assert driver.plan is not None
+    n_bytes = {tensor.id: tensor.n_bytes for tensor in driver.mover.tensors.values()}
+    return simulate(driver.plan, driver.trace, n_bytes, driver.machine(), driver.planning.fixed())
+
+
+def _waits_s(driver: Clocked, simulated: Simulation) -> dict[str, float]:
+    """Seconds of a step waited, by lane."""
+    assert driver.plan is not None
+    found = {Lane.SSD_READ.value: 0.0, Lane.SSD_WRITE.value: 0.0}
+    for wait in simulated.waits:
+        found[wait.lane.value] += wait.seconds / driver.plan.n_steps
+    return found

@@ -1,0 +1,93 @@
+"""`offload profile FILE`: train a few steps of a configuration and show what they do to memory.
+
+The steps are of a run of its own, from the beginning: its page files and the data's cache lie in temporary folders beside
+those of ``ssd.paths``, on the same disks, and are removed at the end. A run that the configuration has made is neither
+read nor changed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+
+from offload.launch.batches import Batches
+from offload.config import Config, ConfigError
+from offload.store.deferred_init import deferred_init
+from offload.engine import Engine, initialize
+from offload.factories import calls_of, data_factory, model_factory
+from offload.launch.train import check_budget, learning_rate, one_step
+from offload.profiling.profile import REPORT, SUMMARY, TRACE, Profile, check_profile_folder
+from offload.profiling.html_report import print_profile
+
+#: Steps in which a plan must have been made and followed once; steps that differ from each other never have one.
+WARM_UP_STEPS: Final = 8
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A folder on the disk that ``path`` is on, or would be; removed at the end with all that is in it."""
+    ancestor = next(folder for folder in path.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.profile-", dir=ancestor) as folder:
+        yield Path(folder)
+
+
+def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[str, Any]:
+    """Train until the plan is followed, then ``steps`` more, and write their profile into ``to``; returns its summary.
+
+    Raises:
+        ConfigError: ``steps`` is not positive, a section is missing, or a factory cannot be called.
+        RunDirectoryError: ``to`` holds something other than a profile; nothing was changed.
+        BudgetError: ``memory.ram`` is too small; see `offload.launch.train.check_budget`.
+        OffloadError: see `offload.Engine`. Nothing is left of the run after any error.
+    """
+    if steps < 1:
+        raise ConfigError(f"--steps is {steps}; it must be at least 1")
+    if config.model is None or config.data is None or config.train is None:
+        missing = [name for name in ("model", "data", "train") if getattr(config, name) is None]
+        raise ConfigError(f"profile needs the sections {', '.join(missing)} as well")
+    check_profile_folder(to)
+    with ExitStack() as stack:
+        folders = [stack.enter_context(temporary_beside(Path(path))) for path in config.ssd.paths]
+        paths = [str(folder / "pages") for folder in folders]
+        config = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths}), "output": None})
+        assert config.model is not None and config.data is not None and config.train is not None
+        make_model, make_data = model_factory(config.model), data_factory(config.data, folders[0] / "data", config.seed)
+        check_budget(make_model, config, console)
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
+        torch.manual_seed(config.seed)
+        batches = Batches(make_data(), config.data.factory, config.train)
+        with deferred_init(config), calls_of("model.factory", config.model.factory):
+            model = make_model()
+        with initialize(model, config) as engine:
+            profile = _profile(engine, batches, steps, to, console)
+    print_profile(profile.summary, console)
+    console.print(f"{REPORT}, {SUMMARY} and {TRACE} (for ui.perfetto.dev) are in {to}", highlight=False, markup=False, soft_wrap=True)
+    return profile.summary
+
+
+def _profile(engine: Engine, batches: Batches, steps: int, to: Path, console: Console) -> Profile:
+    config = engine.config
+    assert config.train is not None and config.model is not None
+    reference = config.model.factory
+    schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(config.train))
+
+    def step() -> None:
+        one_step(engine, batches, reference, engine.steps)
+        schedule.step()
+        engine.save_if_due()
+
+    while engine.steps < WARM_UP_STEPS and not engine.stats().planned_steps:
+        step()
+    followed = "until the plan was followed" if engine.stats().planned_steps else "and the plan was not followed yet"
+    console.print(f"{engine.steps} steps {followed}; recording {steps} more", highlight=False, soft_wrap=True)
+    with engine.profile(to) as profile:
+        for _ in range(steps):
+            step()
+    return profile

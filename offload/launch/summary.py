@@ -1,0 +1,152 @@
+"""What a run leaves to read and to look at: the closing table and the loss curve."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from offload.profiling.stats import MemoryReport, Stats
+from offload.launch.progress import StepMetrics
+from pagemem.folders.own_file import replace_file
+from pagemem.units import format_bytes
+
+BITS_PER_NAT = 1 / math.log(2)
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """Everything the closing table shows. Losses are validation losses, None when not measured.
+
+    Attributes:
+        steps: made by now, also in earlier launches of the run.
+        made: steps of this launch, of which ``train_s``, ``samples`` and ``stats`` are.
+        tokens_per_sample, unit: as the data say, see `offload.launch.batches`.
+    """
+
+    n_parameters: int
+    steps: int
+    made: int
+    train_s: float
+    samples: int
+    tokens_per_sample: int | None
+    before_nats: float | None
+    after_nats: float | None
+    unit: str | None
+    unigram_bits: float | None
+    stats: Stats
+    memory: MemoryReport
+    planned_step_s: float | None
+    process_peak_bytes: int
+
+    @property
+    def measure(self) -> str:
+        """What losses are shown in."""
+        return "nats" if self.unit is None else f"bits per {self.unit}"
+
+    def shown(self, nats: float) -> float:
+        """A loss in `measure`."""
+        return nats if self.unit is None else nats * BITS_PER_NAT
+
+    @property
+    def speed(self) -> tuple[str, str]:
+        """Throughput: what is counted, and how many a second."""
+        what, n = ("samples/s", self.samples) if self.tokens_per_sample is None else ("tokens/s", self.samples * self.tokens_per_sample)
+        return what, f"{n / self.train_s:,.{1 if self.tokens_per_sample is None else 0}f}" if self.train_s else "-"
+
+
+def _loss(run: RunSummary, nats: float | None) -> str:
+    return "not measured" if nats is None else f"{run.shown(nats):.3f}"
+
+
+def _steps(run: RunSummary) -> str:
+    how = f"({run.stats.planned_steps} by plan, {run.stats.deviations} deviations)"
+    return f"{run.steps} {how}" if run.made == run.steps else f"{run.steps}, {run.made} of them in this launch {how}"
+
+
+def _per(unit: str | None) -> str:
+    return "" if unit is None else f" per {unit}"
+
+
+def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
+    """The table as (what, value) pairs."""
+    stats = run.stats
+    rows = [
+        ("parameters", f"{run.n_parameters:,}"),
+        ("steps", _steps(run)),
+        (f"validation before, {run.measure}", _loss(run, run.before_nats)),
+        (f"validation after, {run.measure}", _loss(run, run.after_nats)),
+        *([] if run.unigram_bits is None else [(f"unigram entropy of the validation text, bits{_per(run.unit)}", f"{run.unigram_bits:.3f}")]),
+        run.speed,
+        ("waiting for pages", f"{stats.wait_s / run.train_s:.1%} of the time" if run.train_s else "-"),
+    ]
+    if stats.dropped_steps or stats.dropped_gradients:
+        rows.append(("dropped, not finite", f"{stats.dropped_steps} steps, {stats.dropped_gradients} gradients of units"))
+    if stats.recomputed_blocks:
+        rows.append(("recomputed in the backward pass", f"{stats.recomputed_blocks} of the blocks of the model"))
+    if stats.device_units:
+        rows.append(("updated on the device, where their states are", f"{stats.device_units} units"))
+    if run.planned_step_s is not None and run.made:
+        rows.append(("step, mean against planned", f"{run.train_s / run.made:.3f} s, {run.planned_step_s:.3f} s"))
+    for name, tier in run.memory.tiers.items():
+        budget = "no limit" if tier.budget_bytes is None else format_bytes(tier.budget_bytes)
+        rows.append((f"{name} peak of budget", f"{format_bytes(tier.peak_bytes)} of {budget}"))
+        planned = "no plan" if tier.planned_peak_pages is None else f"{tier.planned_peak_pages} planned"
+        if tier.planned_with_commits and tier.planned_peak_pages is not None:
+            planned = f"at most {planned}, with the commits that are kept"
+        rows.append((f"{name} pages touched", f"{tier.peak_pages} of {format_bytes(run.memory.page_bytes)}, {planned}"))
+    if run.made:
+        for what, n_bytes in (("read", stats.bytes_read), ("written", stats.bytes_written)):
+            a_step = n_bytes / run.made
+            rows.append((f"SSD bytes {what} a step", f"{format_bytes(a_step)} ({a_step / run.n_parameters:.1f} a parameter)"))
+    rows.append(("process peak (VmHWM), activations and interpreter included", format_bytes(run.process_peak_bytes)))
+    return rows
+
+
+def print_summary(run: RunSummary, console: Console) -> None:
+    """The closing table."""
+    print_rows("Run", summary_rows(run), console)
+
+
+def print_rows(title: str, rows: Sequence[tuple[str, str]], console: Console) -> None:
+    """Rows of (what, value): framed on a terminal, aligned plain text in a pipe."""
+    if not console.is_terminal:
+        width = max(len(what) for what, _ in rows)
+        for what, value in rows:
+            console.print(f"{what:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False)
+        return
+    table = Table(title=title, show_header=False)
+    for what, value in rows:
+        table.add_row(what, value)
+    console.print(table)
+
+
+def save_loss_curve(path: Path, metrics: Sequence[StepMetrics], run: RunSummary) -> None:
+    """A picture of training and validation loss, in bits where the data say of what, with the unigram entropy as a line.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([m.step for m in metrics], [run.shown(m.loss) for m in metrics], linewidth=1, label="training")
+    measured = [(s, run.shown(nats)) for s, nats in ((0, run.before_nats), (run.steps, run.after_nats)) if nats is not None]
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "o", color="tab:red", label="validation")
+    if run.unigram_bits is not None and run.unit is not None:
+        axes.axhline(run.unigram_bits, color="gray", linestyle="--", linewidth=1, label="unigram entropy")
+    axes.set(xlabel="step", ylabel=f"loss, {run.measure}", ylim=(0, None) if all(m.loss >= 0 for m in metrics) else None, title=f"{run.n_parameters / 1e6:.1f}M parameters")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    replace_file(path, picture.getvalue())

@@ -1,0 +1,97 @@
+"""Conversions of modules with paged parameters: ``to``, ``half``, ``cuda``, ``to_empty`` and all else that torch does by ``Module._apply``.
+
+What would give a paged parameter another dtype, device or layout is refused before anything of the module is converted,
+its buffers included. Everything else does what it does in plain PyTorch; a conversion that leaves parameters as they are
+reads no page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload.parameters.binder import Binder
+from offload.parameters.saved_weights import MethodHook
+from offload.parameters.paged_parameter import PagedParameter
+
+#: What torch does to every parameter and buffer of a module.
+Conversion = Callable[[Tensor], Tensor]
+
+
+class _Guard(MethodHook):
+    """Stands before the ``_apply`` of one module."""
+
+    def __init__(self, module: nn.Module, binder: Binder, waits: Callable[[nn.Parameter], bool]) -> None:
+        super().__init__(self.convert, module, "_apply")
+        self._binder = binder
+        self._waits = waits
+
+    def convert(self, fn: Conversion, recurse: bool = True) -> nn.Module:
+        """`torch.nn.Module._apply`.
+
+        Raises:
+            RuntimeError: it would change what a paged parameter is; nothing was converted.
+        """
+        plain = MethodType(type(self._module)._apply, self._module)
+        if self._binder.converting:  # The module around this one has asked already.
+            return plain(fn, recurse)  # type: ignore[no-any-return]
+        keeps = self._check(fn, recurse)
+        self._binder.converting = True
+        try:
+            return plain((lambda tensor: tensor if isinstance(tensor, PagedParameter) else fn(tensor)) if keeps else fn, recurse)  # type: ignore[no-any-return]
+        finally:
+            self._binder.converting = False
+
+    def _check(self, fn: Conversion, recurse: bool) -> bool:
+        """Whether ``fn`` leaves every paged parameter as it is. It is tried on small tensors of the same kind."""
+        kinds: dict[tuple[Any, ...], bool] = {}
+        for name, parameter in self._named(recurse):
+            size = [min(length, 2) for length in parameter.shape]
+            kind = (*size, parameter.dtype, parameter.device)
+            if kind not in kinds:
+                with torch.no_grad():
+                    before = torch.zeros(size, dtype=parameter.dtype, device=parameter.device)
+                    stride = before.stride()
+                    after = fn(before)
+                _refuse_change(name, before, stride, after)
+                kinds[kind] = after is before
+        return all(kinds.values())
+
+    def _named(self, recurse: bool) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self._module.named_parameters(recurse=recurse):
+            if isinstance(parameter, PagedParameter):
+                yield parameter._place.slot.name, parameter
+            elif self._waits(parameter):
+                yield f"{type(self._module).__name__}.{name}", parameter
+
+
+def _refuse_change(name: str, before: Tensor, stride: tuple[int, ...], after: Tensor) -> None:
+    """Raise unless a conversion gives a parameter the same kind of tensor."""
+    ways_out = {
+        "dtype": "convert the model before offload.prepare, or set model.dtype in the configuration",
+        "device": "set device in the configuration, which says where a model in pages computes",
+    }
+    for what, remedy in ways_out.items():
+        was, becomes = getattr(before, what), getattr(after, what)
+        if was != becomes:
+            raise RuntimeError(f"{name}: the conversion would make this parameter {becomes}, but it lives in pages as {was}; {remedy}. Nothing was converted")
+    if after.shape != before.shape or after.layout != before.layout or after.stride() != stride:
+        raise RuntimeError(f"{name}: the conversion would change how this parameter lies in memory (a memory_format?), which pages do not do; leave it off. Nothing was converted")
+    if after.is_shared():  # type: ignore[no-untyped-call]
+        raise RuntimeError(f"{name}: a parameter that lives in pages cannot be shared with other processes; share model.state_dict(). Nothing was converted")
+
+
+def guard_conversions(module: nn.Module, binder: Binder, waits: Callable[[nn.Parameter], bool]) -> Callable[[], None]:
+    """Refuse conversions of a module that its paged parameters cannot follow.
+
+    Args:
+        waits: whether an ordinary parameter is to be paged soon.
+
+    Returns:
+        What makes the module convertible again.
+    """
+    return _Guard(module, binder, waits).undo

@@ -1,0 +1,1 @@
+"""Paged parameters, their gradients, and how they are bound to memory."""

@@ -1,0 +1,365 @@
+"""The binder: brings the values of paged parameters for each call that uses them, and keeps what the call changed.
+
+Parameters are bound, which is to have views of pages for data, for the length of a call (`offload.parameters.paged_parameter` says why).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from offload.activations.saved import SavedActivations
+from offload.parameters.compilers import refuse_compilers
+from offload.parameters.paged_parameter import PagedParameter, Place
+from offload.parameters.tensor_functions import EXPORTS
+from optim.unit import Slot, Unit, early_use, late_use
+from optim.updater import Updater, refusing_updater
+from pagemem.process.forks import disowned
+from offload.heap import ForwardEnd, give_back_free_pages
+from pagemem.residency.mover import Mover
+from pagemem.frames.page import TensorId
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
+
+is_functorch_wrapped_tensor, peek_interpreter_stack = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.peek_interpreter_stack
+_NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
+_TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
+#: What gives something out through which torch does not count writes.
+_UNCOUNTED: Final = EXPORTS | {_TENSOR.data.__get__}
+
+
+def _detached(values: Tensor) -> Tensor:
+    """A copy for a ``state_dict()``, in host memory where the device's need not hold all parameters."""
+    return values.cpu() if values.device.type == "cuda" else values.clone()
+
+
+class Binder:
+    """Binds paged parameters for the calls that use them. Training thread only.
+
+    Args:
+        driver: brings the pages that compute uses.
+        mover: owner of the arena that they are in.
+
+    Attributes:
+        torch_device: where that arena is.
+        structure_is_known, check_structure: says, and raises, when the model no longer has the parameters that are in pages.
+        doubted: it had not in the last forward pass; no gradient may be used before that is checked.
+        only_trainable: the optimizer was made from the configuration, for what was trainable then.
+        pointed: views of what addresses were given out of in the forward pass under way.
+    """
+
+    def __init__(self, driver: Driver, mover: Mover) -> None:
+        self.driver = driver
+        self.mover = mover
+        self.torch_device = torch.device("cpu")
+        self.updater: Updater | None = None
+        self.root: nn.Module | None = None
+        self.activations: SavedActivations | None = None
+        self.trims = False
+        self.copying = 0
+        self.pointed: list[Tensor] = []
+        self._watched: dict[Unit, dict[Slot, Place]] = {}
+        self.forwards = 0
+        self.closed = self._forked = False
+        self.converting = False
+        self.save_hooks: Callable[[], Any] = nullcontext
+        self.forward_end = ForwardEnd(self._at_forward_end)
+        self.units: dict[TensorId, Unit] = {}
+        self.structure_is_known: Callable[[], bool] = lambda: True
+        self.check_structure: Callable[[], None] = lambda: None
+        self.doubted = False
+        self.only_trainable = False
+        self.in_hooks: list[Any] = []
+        self.owner: object = None
+
+    def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> None:
+        """Make a parameter that is ordinary, or was in another unit, one of ``unit``; its values must already be in the unit's pages."""
+        place = Place(self, unit, slot)
+        with _NO_TORCH_FUNCTION():
+            parameter.data = place.placeholder
+        parameter.__class__ = PagedParameter
+        parameter._place = place  # type: ignore[attr-defined]
+
+    def alias(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> PagedParameter:
+        """Make an ordinary parameter another one over the memory of the paged one that is there, as ``nn.Parameter(paged)`` is."""
+        self.adopt(parameter, unit, slot)
+        assert isinstance(parameter, PagedParameter)
+        return parameter
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[PagedParameter]) -> Any:
+        """Call ``func`` with ``parameters`` bound; what it changed in them is kept.
+
+        Raises:
+            BudgetError: their units do not fit in host memory together with what is held.
+            StorageError: a page file failed; nothing was lost.
+        """
+        if is_compiling() or torch._C._is_tracing() or peek_interpreter_stack() is not None:
+            refuse_compilers(parameters[0]._place.slot.name)
+        if self.closed:
+            raise self.refusal(parameters[0]._place.slot.name)
+        copying = self.copying and getattr(func, "__name__", "") == "detach"
+        with self._scope(), self.bound(parameters):
+            self._before_writes(parameters)
+            versions = [parameter._version for parameter in parameters]
+            result = func(*args, **kwargs)
+            exposed = func in EXPORTS or (not copying and self._exposes(result))
+            if func == Tensor.data_ptr and self.forwards:
+                # Whoever is given an address uses it after this: the pages stay until the forward pass is over.
+                self.pointed += [parameter.detach() for parameter in parameters]
+            for parameter, version in zip(parameters, versions, strict=True):
+                if parameter._version != version:
+                    self._check_whole(parameter)
+                    self.note_change(parameter._place)
+                if exposed:
+                    self._exposed(parameter, counted=func not in _UNCOUNTED)
+            return _detached(result) if copying else result
+
+    def _scope(self) -> Any:
+        """Uses that evaluate, copy, edit or initialise the model do not belong to the traced step."""
+        if self.updater is None or self.copying:
+            return self.driver.interlude()
+        if not self.forwards and not torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            return self.driver.interlude()
+        if self.root is not None and not self.root.training and not torch.is_grad_enabled():
+            return self.driver.interlude()
+        return nullcontext()
+
+    @contextmanager
+    def using(self, parameters: list[PagedParameter]) -> Iterator[None]:
+        """Have parameters bound inside the block, as for one call that only reads them.
+
+        Raises:
+            As `call`.
+        """
+        if all(parameter._place.bound for parameter in parameters):
+            yield
+            return
+        with self._scope():
+            with _NO_TORCH_FUNCTION():
+                context = self.bound(parameters)
+                context.__enter__()
+            try:
+                yield
+            finally:
+                with _NO_TORCH_FUNCTION():
+                    context.__exit__(None, None, None)
+
+    @contextmanager
+    def bound(self, parameters: Iterable[PagedParameter]) -> Iterator[None]:
+        """Have parameters bound inside the block, as one op."""
+        places = [parameter._place for parameter in parameters]
+        units = list(dict.fromkeys(place.unit for place in places))
+        for unit in units:
+            if unit.forgotten:
+                raise RuntimeError(
+                    f"{unit.name} was built under deferred_init, but is not part of the model that the engine was made for, so its pages "
+                    "were given back; build what the engine does not train outside of that block"
+                )
+            if unit.ended and torch._C._current_graph_task_id() != -1:
+                self._refuse_late_use(unit, places)
+            if self.updater is not None:
+                (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
+                if (unit.updated or self.copying or not torch.is_grad_enabled()) and torch._C._current_graph_task_id() == -1:
+                    self._note_early_use(unit, places)
+        if self.activations is not None:
+            self.activations.flush()
+        kind = OpKind.FORWARD if torch._C._current_graph_task_id() == -1 else OpKind.BACKWARD
+        if kind is OpKind.BACKWARD:
+            self.forward_end.backward_use()
+        elif self.forwards and torch.is_grad_enabled():
+            self.forward_end.forward_use([unit.compute.id for unit in units], self.units)
+        key = (kind, tuple(unit.index for unit in units))
+        held = self.driver.begin(key, units[0].name, [Access(unit.compute.id, AccessMode.READ) for unit in units])
+        taken: list[tuple[PagedParameter, Place]] = []
+        try:
+            for parameter, place in zip(parameters, places, strict=True):
+                self._bind(parameter, place)
+                taken.append((parameter, place))
+            with self.save_hooks():
+                yield
+        finally:
+            for parameter, place in taken:
+                place.bound -= 1
+                if not place.bound:
+                    parameter.data = place.placeholder
+            self.driver.end(held)
+
+    def _at_forward_end(self) -> None:
+        # Where all pages fit, memory is not short, and the time is better kept.
+        if self.trims and sum(tensor.n_frames for tensor in self.mover.tensors.values()) > self.mover.arena.n_frames:
+            give_back_free_pages()
+
+    def _bind(self, parameter: PagedParameter, place: Place) -> None:
+        slot = place.slot
+        if not place.bound and slot.numel:
+            flat = self.lease(place.unit, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel)
+            parameter.data = flat.view(slot.shape)
+        place.bound += 1
+
+    def lease(self, unit: Unit, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor:
+        """A flat view of a unit's pages, which stay where they are until its last alias is gone. The unit is pinned."""
+        tensor = unit.compute
+        assert tensor.frame is not None
+        tensor.leases += 1
+        return self.mover.arena.lease(tensor.id, tensor.frame, offset_bytes, dtype, numel)
+
+    def _exposes(self, result: Any) -> bool:
+        """Whether a result lets its holder write to the pages without our notice."""
+        values = result if isinstance(result, (list, tuple)) else (result,)
+        return any(
+            isinstance(value, Tensor)
+            and not isinstance(value, PagedParameter)
+            and not value.requires_grad
+            and value.layout is torch.strided
+            and not is_functorch_wrapped_tensor(value)
+            and self.mover.arena.locate(value.data_ptr()) is not None
+            for value in values
+        )
+
+    def _check_whole(self, parameter: PagedParameter) -> None:
+        """Raise when a call gave a bound parameter other memory or another shape (``t_``, ``set_``, ...); its values are as they were."""
+        slot = parameter._place.slot
+        if parameter.shape != slot.shape or not parameter.is_contiguous() or (slot.numel and self.mover.arena.locate(parameter.data_ptr()) is None):
+            raise RuntimeError(
+                f"{slot.name}: a paged parameter keeps its shape and its memory, so it cannot be transposed, resized or set in place; "
+                "write values with parameter.copy_(values)"
+            )
+
+    def holds(self, parameter: PagedParameter, values: Tensor) -> bool:
+        """Whether ``values`` are the parameter's own memory, as it is."""
+        place = parameter._place
+        if isinstance(values, PagedParameter) or values.shape != place.slot.shape or values.dtype != place.slot.dtype or not values.is_contiguous():
+            return False
+        located, tensor = self.mover.arena.locate(values.data_ptr()), place.unit.compute
+        if located is None or tensor.frame is None:
+            return False
+        return (located[0] - tensor.frame) * self.mover.arena.page_bytes + located[1] == place.slot.offset * place.slot.dtype.itemsize
+
+    def check_unviewed(self, parameter: PagedParameter) -> None:
+        """Raise where somebody has a view of the parameter, or of another one in its unit, which in plain PyTorch would keep the old values."""
+        place = parameter._place
+        if not self.closed and not place.bound and self.driver.viewed(place.unit.compute):
+            raise RuntimeError(
+                f"{place.slot.name}: .data is assigned while a view of the parameter (from .data, .detach(), ...) is in use, which would change with "
+                "it; keep a copy instead (parameter.detach().clone()), or let go of the view"
+            )
+
+    def note_change(self, place: Place) -> None:
+        """A bound parameter was written to."""
+        place.unit.version += 1
+        place.slot.edited = True
+        self.mover.touch(place.unit.compute)
+
+    def _exposed(self, parameter: PagedParameter, *, counted: bool) -> None:
+        """A view was given out that can be written to; with ``counted``, torch counts that as writing to the parameter."""
+        place = parameter._place
+        place.slot.edited = True
+        place.unit.compute.exposed = True
+        self.mover.touch(place.unit.compute)
+        if counted:
+            if place.seen is None or not place.unit.live_views:
+                place.seen = weakref.ref(parameter), parameter._version
+                self._watched.setdefault(place.unit, {})[place.slot] = place
+        elif not self.forwards and torch._C._current_graph_task_id() == -1:
+            # Nobody will know of writes. What is given out inside of a forward or backward pass is for kernels, which read.
+            place.unit.version += 1
+
+    def notice_edits(self, unit: Unit) -> None:
+        """Count what was written to a unit's parameters through views: when one is saved, so that it is not held against it, and asked for again."""
+        for place in self._watched.get(unit, {}).values():
+            assert place.seen is not None
+            reference, version = place.seen
+            parameter = reference()
+            if parameter is None:
+                continue
+            with _NO_TORCH_FUNCTION():
+                now = parameter._version
+            if now != version:
+                place.seen = reference, now
+                unit.version += 1
+
+    def _before_writes(self, parameters: Iterable[PagedParameter]) -> None:
+        """Have a commit that waits for the values of parameters get them, where the call may change them or give them out."""
+        for parameter in parameters:
+            if parameter._place.unit.compute.owed and not (parameter.requires_grad and torch.is_grad_enabled()):
+                self.mover.make_writable(parameter._place.unit.compute)
+
+    def _note_early_use(self, unit: Unit, places: Iterable[Place]) -> None:
+        """A unit is used outside of a backward pass, perhaps between backward and step, where plain PyTorch has its old values.
+
+        Raises:
+            RuntimeError, StaleGradientError: it has the new ones.
+        """
+        if unit.updated:
+            slot = next(place.slot for place in places if place.unit is unit)
+            copying, self.copying = self.copying, 0  # A state_dict() that raises does not come to its end.
+            raise early_use(slot, in_forward=torch.is_grad_enabled() and self.forwards > 0 and not copying)
+        if any(slot.arrivals for slot in unit.slots):
+            unit.touched = True  # Whoever does so in one step is going to in the next one.
+
+    def _refuse_late_use(self, unit: Unit, places: Iterable[Place]) -> None:
+        for place in places:
+            if place.unit is unit and place.slot.group >= 0 and place.slot.arrivals:
+                raise late_use(place.slot)
+
+    def watch_gradient(self, parameter: PagedParameter, *, changed: bool = False) -> None:
+        """Have the updater take this parameter's gradients from now on, if it requires any.
+
+        Args:
+            changed: whether it does is new, so that earlier steps do not foretell its gradients.
+        """
+        slot = parameter._place.slot
+        if changed:
+            slot.expected, slot.share = None, 0.0
+        if self.only_trainable and slot.group < 0 and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            raise RuntimeError(
+                f"{slot.name}: this parameter was frozen when the optimizer was made from the configuration, which does not have it; "
+                "call requires_grad_(True) before offload.prepare, or give prepare an optimizer factory over all parameters"
+            )
+        parameter._place.gradient.watch(parameter)
+
+    def confirm_structure(self) -> None:
+        """Before a gradient is used: raise when the last forward pass was not of the model that is in pages."""
+        if self.doubted:
+            self.check_structure()
+            self.doubted = False
+
+    def collect_in_hooks(self, wanted: bool) -> None:
+        """Take gradients over that hooks which failed have left behind, or throw them away if they are not ``wanted``."""
+        with _NO_TORCH_FUNCTION():
+            while self.in_hooks:
+                parameter = self.in_hooks.pop()
+                parameter._place.gradient.collect(parameter, wanted=wanted)
+
+    def give_back(self, parameter: PagedParameter, device: str) -> None:
+        """Make a paged parameter an ordinary one again, with its values, on ``device``.
+
+        Raises:
+            StorageError: they cannot be read; the parameter is still paged.
+        """
+        with _NO_TORCH_FUNCTION():
+            with self.driver.interlude(), self.bound([parameter]):
+                values = parameter.detach().to(device, copy=True)
+            parameter.data = values
+            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+            del parameter._place
+
+    def close(self) -> None:
+        """Using any of the parameters raises from now on."""
+        self.closed = True
+
+    def disown(self) -> None:
+        """In a forked child: the pages are the parent's."""
+        self.closed = self._forked = True
+        self.updater = refusing_updater()
+
+    def refusal(self, name: str) -> RuntimeError:
+        """The error for a use of what is called ``name`` after that."""
+        return disowned(name) if self._forked else RuntimeError(f"{name}: the engine that holds this is closed")

@@ -1,0 +1,202 @@
+"""Paged parameters: `nn.Parameter`s whose values come and go; a `Binder` brings them for each use.
+
+A released parameter keeps its shape, dtype, identity and hooks, but its data is one NaN seen through zero strides. Every
+torch function called with it goes through `PagedParameter.__torch_function__`, which asks the binder to bind it: for the
+length of that call its data is a view of host pages. So it does not matter where a parameter is used: in its own module,
+in another one, tied, in a functional call, in recomputation or under no_grad.
+
+A view that outlives the call (a slice of the parameter, a weight saved by autograd where no hook of ours could take it
+down) is a lease of the arena: the pages stay where they are until the last alias is gone.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from offload.parameters.paged_gradient import PagedGradient
+from offload.parameters.parameter_gradient import ParameterGradient
+from offload.parameters.tensor_functions import METADATA
+from optim.unit import Slot, Unit
+
+if TYPE_CHECKING:
+    from offload.parameters.binder import Binder
+
+_NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
+_TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
+_GET_GRAD: Final = _TENSOR.grad.__get__
+_SET_GRAD: Final = _TENSOR.grad.__set__
+_SET_DATA: Final = _TENSOR.data.__set__
+_REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, _TENSOR.requires_grad.__set__})
+_POST_HOOK: Final = Tensor.register_post_accumulate_grad_hook
+
+
+class Place:
+    """Where a paged parameter's values are, and what it holds while they are not bound.
+
+    Attributes:
+        seen: the parameter's count of writes, as torch keeps it, when a view that it counts was first given out; None: none was.
+    """
+
+    __slots__ = ("binder", "bound", "gradient", "placeholder", "seen", "slot", "unit")
+
+    def __init__(self, binder: Binder, unit: Unit, slot: Slot) -> None:
+        self.binder = binder
+        self.unit = unit
+        self.slot = slot
+        self.bound = 0
+        self.gradient = ParameterGradient(binder, unit, slot)
+        self.seen: tuple[weakref.ref[Tensor], int] | None = None
+        self.placeholder = self._nan()
+
+    def _nan(self) -> Tensor:
+        # NaN: values read past the binder's back are conspicuous, and zero strides make writes fail.
+        return torch.full((), float("nan"), dtype=self.slot.dtype, device=self.binder.torch_device).expand(self.slot.shape)
+
+    def follow(self, parameter: PagedParameter) -> None:
+        """The unit went on in another dtype or on another device: so does the parameter."""
+        self.placeholder = self._nan()
+        with _NO_TORCH_FUNCTION():
+            parameter.data = self.placeholder
+
+
+class PagedParameter(nn.Parameter):
+    """A parameter whose values live in pages. Made from an ordinary one in place, so that its identity stays."""
+
+    _place: Place
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Bind every paged parameter among the arguments for the length of the call."""
+        named = dict(kwargs or {})
+        if PagedGradient in types and func != _SET_GRAD:
+            return NotImplemented  # It comes next, and then again to us, without gradients.
+        with _NO_TORCH_FUNCTION():
+            if func in METADATA:
+                return func(*args, **named)
+            parameters = list(_paged(args)) + list(_paged(named.values()))
+            if func == _SET_GRAD:
+                return parameters[0]._place.gradient.set(parameters[0], args[1])
+            if func == _GET_GRAD:
+                return parameters[0]._place.gradient.get(parameters[0])
+            if func in _REQUIRES_GRAD:
+                before = parameters[0].requires_grad
+                result = func(*args, **named)
+                parameters[0]._place.binder.watch_gradient(parameters[0], changed=parameters[0].requires_grad is not before)
+                return result
+            if func is _POST_HOOK:
+                result = func(*args, **named)
+                parameters[0]._place.gradient.order_hooks(parameters[0])
+                return result
+            if func == _SET_DATA:
+                if args[0] is args[1] or parameters[0]._place.binder.holds(parameters[0], args[1]):  # As conversions do that change nothing.
+                    return None
+                parameters[0]._place.binder.check_unviewed(parameters[0])
+                func = _copy_into
+            elif func == Tensor.share_memory_:
+                raise RuntimeError(f"{parameters[0]._place.slot.name}: a paged parameter cannot be shared with other processes; share model.state_dict()")
+            return parameters[0]._place.binder.call(func, args, named, parameters)
+
+    # The two methods of tensors that torch keeps from ``__torch_function__``.
+
+    def set_(self, source: Any = None, *place: Any) -> PagedParameter:
+        """As ``.data = source``, where the source is a tensor; torch's parametrizations call it."""
+        if not isinstance(source, Tensor) or place:
+            raise RuntimeError(f"{self._place.slot.name}: a paged parameter keeps its memory; write values with parameter.copy_(values)")
+        self.data = source
+        return self
+
+    def detach(self) -> Tensor:
+        """As torch's. ``nn.Parameter(paged)``, which begins with it, is another parameter over the same pages, while the model is built.
+
+        Raises:
+            RuntimeError: the engine is made, and parameters cannot be added any more.
+        """
+        if sys._getframe(1).f_code is not nn.Parameter.__new__.__code__:
+            return super().detach()
+        binder = self._place.binder
+        if binder.updater is not None or binder.closed:
+            raise RuntimeError(
+                f"nn.Parameter over {self._place.slot.name}, which is paged: an engine's parameters stay as they are; make parametrizations "
+                "(weight_norm, ...) and other changes before prepare, or clone the values (nn.Parameter(weight.detach().clone()))"
+            )
+        return binder.alias(nn.Parameter(self._place.placeholder), self._place.unit, self._place.slot)
+
+    def as_subclass(self, cls: type[Any]) -> Any:
+        """A view of the values, as that class."""
+        return self.view_as(self).as_subclass(cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """An ordinary parameter, with the values."""
+        with torch.no_grad():
+            copied = memo[id(self)] = nn.Parameter(self.clone(), self.requires_grad)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(f"{self._place.slot.name}: a paged parameter cannot be pickled; use model.state_dict()")
+
+
+def _paged(values: Iterable[Any]) -> Iterator[PagedParameter]:
+    """Paged parameters among arguments, lists and tuples of arguments."""
+    for value in values:
+        if isinstance(value, PagedParameter):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _paged(value)
+
+
+def _copy_into(parameter: PagedParameter, values: Tensor) -> None:
+    """What ``parameter.data = values`` means in pages: the values are copied."""
+    name = parameter._place.slot.name
+    if values.shape != parameter.shape:
+        raise RuntimeError(
+            f"{name}: .data of shape {tuple(values.shape)} for a paged parameter of shape {tuple(parameter.shape)}; a paged parameter keeps its shape"
+        )
+    if (values.dtype, values.device) != (parameter.dtype, parameter.device):
+        raise RuntimeError(
+            f"{name}: .data of {values.dtype} on {values.device} for a paged parameter of {parameter.dtype} on {parameter.device}; convert the model "
+            "before offload.prepare (or set model.dtype in the configuration), or write values with parameter.data.copy_(values)"
+        )
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+@contextmanager
+def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
+    """Have whole parameter values at hand, readable and writable in place, inside the block.
+
+    Args:
+        what: a module (all its parameters) or parameters. Ordinary parameters are left as they are.
+
+    Raises:
+        BudgetError: their units do not all fit in host memory at once; gather fewer.
+    """
+    tensors = list(what.parameters()) if isinstance(what, nn.Module) else list(what)
+    parameters = [tensor for tensor in tensors if isinstance(tensor, PagedParameter)]
+    if not parameters:
+        yield
+        return
+    binder = parameters[0]._place.binder
+    if binder.closed:
+        raise binder.refusal(parameters[0]._place.slot.name)
+    with binder.driver.interlude():
+        with _NO_TORCH_FUNCTION():
+            context = binder.bound(parameters)
+            context.__enter__()
+        versions = [parameter._version for parameter in parameters]
+        try:
+            yield
+        finally:
+            with _NO_TORCH_FUNCTION():
+                for parameter, version in zip(parameters, versions, strict=True):
+                    if parameter._version != version:
+                        binder.note_change(parameter._place)
+                context.__exit__(None, None, None)

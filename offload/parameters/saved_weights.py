@@ -1,0 +1,285 @@
+"""Saved weights: what autograd keeps of a paged parameter between forward and backward is its place, not its bytes.
+
+`nn.Linear` and most other layers save the weight, or a view of it, for their backward. Kept as it is, such a view would
+hold the unit's pages until then. `SavedWeights` records unit, offset, shape and strides instead and fetches the unit
+again when the backward asks. Torch applies the innermost saved-tensor hooks only; where others are active around an op
+(non-reentrant checkpointing, `save_on_cpu`), they get everything but the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.parameters.binder import Binder
+from offload.parameters.compilers import raise_refusal, refuse_compilers
+from offload.parameters.paged_parameter import PagedParameter
+from offload.activations.saved_storage import KeptTensor, LeftActivation
+from optim.unit import Unit
+from scheduler.planning.trace import Access, AccessMode, OpKind
+
+
+class SavedView:
+    """The place of a saved weight. While one lives, its unit's update waits: the backward has yet to read the values.
+
+    Args:
+        offset_bytes: where its first element lies in the unit's pages.
+    """
+
+    __slots__ = ("__weakref__", "dtype", "offset_bytes", "size", "stride", "unit", "version")
+
+    def __init__(self, unit: Unit, offset_bytes: int, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.unit = unit
+        self.offset_bytes = offset_bytes
+        self.size = size
+        self.stride = stride
+        self.dtype = dtype
+        self.version = unit.version
+        unit.views.watch(self, None)
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last one the view reaches."""
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Foreign:
+    """What the hooks around ours made of a saved tensor."""
+
+    packed: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """A pack hook that is told from others' by whose it is."""
+
+    of: SavedWeights
+    pack: Callable[[Tensor], Any]
+
+    def __call__(self, saved: Tensor) -> Any:
+        return self.pack(saved)
+
+
+def _do_nothing(*_: Any) -> None:
+    """What a copy of a model has where the model has a hook of an engine."""
+
+
+class ModelHook:
+    """A hook on a module with paged parameters. A copy of the module, whose parameters are ordinary ones, does without."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("__name__", "_torchscript_modifier"):  # What torch.jit.script asks.
+            raise_refusal("torch.jit.script")
+        raise AttributeError(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _do_nothing
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("a model with paged parameters cannot be pickled; use model.state_dict(), or copy.deepcopy(model) where it fits in RAM")
+
+
+class MethodHook(ModelHook):
+    """In place of a method of one module, as its attribute until `undo`. A copy of the module has its own method again."""
+
+    def __init__(self, call: Callable[..., Any], module: torch.nn.Module, name: str) -> None:
+        super().__init__(call)
+        self._module = module
+        self._name = name
+        self._own = module.__dict__.get(name)
+        functools.update_wrapper(self, getattr(module, name))
+        setattr(module, name, self)
+
+    def undo(self) -> None:
+        """Give the module its method back."""
+        if self._own is None:
+            self._module.__dict__.pop(self._name, None)
+        else:
+            self._module.__dict__[self._name] = self._own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._module))
+        if copied is None or self._own is not None:
+            return copy.deepcopy(self._own, memo)
+        return MethodType(getattr(type(self._module), self._name), copied)
+
+
+def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callable[[], None]]:
+    """Have a module's ``state_dict()`` return copies, not views that keep their pages in host memory.
+
+    Returns:
+        What removes the hooks again.
+    """
+
+    def before(*_: Any) -> None:
+        binder.copying += 1
+
+    def after(*_: Any) -> None:
+        binder.copying -= 1
+
+    handles = [
+        module.register_state_dict_pre_hook(ModelHook(before)),  # type: ignore[no-untyped-call]
+        module.register_state_dict_post_hook(ModelHook(after)),  # type: ignore[no-untyped-call]
+    ]
+    return [handle.remove for handle in handles]
+
+
+#: What autograd holds of a saved tensor.
+Packed = KeptTensor | LeftActivation | SavedView
+
+
+class SavedWeights:
+    """Saved-tensor hooks over one binder's arena. Forward on the training thread; unpacking on autograd's."""
+
+    def __init__(self, binder: Binder) -> None:
+        self._binder = binder
+
+    def pack(self, saved: Tensor) -> Packed:
+        """A place for views of pages and for what is to go there, the tensor itself for everything else."""
+        if isinstance(saved, PagedParameter) and saved._place.binder is self._binder:
+            return self._whole(saved)
+        if not self._dense(saved):
+            return KeptTensor(saved)
+        place = self._place(saved)
+        if place is not None:
+            return place if isinstance(place, SavedView) else KeptTensor(place)
+        activations = self._binder.activations
+        return KeptTensor(saved) if activations is None else activations.pack(saved)
+
+    def _whole(self, parameter: PagedParameter) -> SavedView | KeptTensor:
+        """Where a whole parameter is, also while it is not bound (an `autograd.Function` saves what it was given)."""
+        slot = parameter._place.slot
+        if not slot.numel:
+            return KeptTensor(parameter._place.placeholder)
+        self._binder.notice_edits(parameter._place.unit)
+        stride = tuple(math.prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape)))
+        return SavedView(parameter._place.unit, slot.offset * slot.dtype.itemsize, slot.shape, stride, slot.dtype)
+
+    def _dense(self, saved: Tensor) -> bool:
+        return saved.layout is torch.strided and saved.device == self._binder.torch_device and saved.numel() > 0
+
+    def _place(self, saved: Tensor) -> SavedView | Tensor | None:
+        """Where a weight is; a copy of what else is in pages, which is a gradient; None for everything else."""
+        mover = self._binder.mover
+        located = mover.arena.locate(saved.data_ptr())
+        if located is None:
+            return None
+        frame, offset = located
+        with mover.changed:
+            owner = mover.host.owner(frame)
+            unit = self._binder.units.get(owner) if owner is not None else None
+            if unit is None or unit.compute.frame is None:
+                return saved.clone()
+            start = (frame - unit.compute.frame) * mover.arena.page_bytes + offset
+        self._binder.notice_edits(unit)
+        return SavedView(unit, start, saved.size(), saved.stride(), saved.dtype)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """The saved tensor again, brought back when it has left host memory.
+
+        Raises:
+            RuntimeError: it has changed since it was saved, so the gradient would be wrong.
+        """
+        if isinstance(packed, KeptTensor):
+            return packed.unpack()
+        if isinstance(packed, LeftActivation):
+            if self._binder.closed or self._binder.activations is None:
+                raise self._binder.refusal("what the forward pass saved")
+            return self._binder.activations.unpack(packed)
+        unit = packed.unit
+        if self._binder.closed:
+            raise self._binder.refusal(unit.name)
+        self._binder.notice_edits(unit)
+        if unit.version != packed.version:
+            raise RuntimeError(
+                f"{unit.name} has been updated or edited since it was saved for this backward pass (version "
+                f"{packed.version}, now {unit.version}); call backward before optimizer.step() and before edits"
+            )
+        self._binder.forward_end.backward_use()
+        driver = self._binder.driver
+        key = (OpKind.BACKWARD, (unit.index,))
+        held = driver.begin(key, unit.name, [Access(unit.compute.id, AccessMode.READ)])
+        try:
+            flat = self._binder.lease(unit, packed.offset_bytes, packed.dtype, packed.span)
+            return flat.as_strided(packed.size, packed.stride)
+        finally:
+            driver.end(held)
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """Hooks for one call, unless they are active already; others' hooks get what is not a weight."""
+        if not torch.is_grad_enabled():
+            return nullcontext()
+        around: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if around is None:
+            return self.hooks()
+        return nullcontext() if getattr(around[0], "of", None) is self else self._inside(*around)
+
+    def _inside(self, outer_pack: Callable[[Tensor], Any], outer_unpack: Callable[[Any], Tensor]) -> AbstractContextManager[Any]:
+        def pack(saved: Tensor) -> SavedView | _Foreign:
+            if isinstance(saved, PagedParameter) and saved._place.binder is self._binder and saved._place.slot.numel:
+                whole = self._whole(saved)
+                assert isinstance(whole, SavedView)
+                return whole
+            place = self._place(saved) if self._dense(saved) else None
+            return place if isinstance(place, SavedView) else _Foreign(outer_pack(saved if place is None else place))
+
+        def unpack(packed: SavedView | _Foreign) -> Tensor:
+            return self.unpack(packed) if isinstance(packed, SavedView) else outer_unpack(packed.packed)
+
+        return torch.autograd.graph.saved_tensors_hooks(_Marked(self, pack), unpack)
+
+    def hooks(self) -> AbstractContextManager[Any]:
+        """The hooks as a context."""
+        return torch.autograd.graph.saved_tensors_hooks(_Marked(self, self.pack), self.unpack)
+
+    def around_forward(self, module: torch.nn.Module) -> Callable[[], None]:
+        """Have the hooks active during the forward of the whole model, for views of parameters that outlive their call.
+
+        Returns:
+            What removes them again.
+        """
+        stack: list[AbstractContextManager[Any]] = []
+
+        def enter(_module: torch.nn.Module, _args: Any) -> None:
+            refuse_compilers(type(module).__name__)
+            # torch.func.functional_call has other parameters in the model until the forward pass is over.
+            self._binder.doubted = not self._binder.structure_is_known()
+            context = self.scope()
+            context.__enter__()
+            stack.append(context)
+            self._binder.forwards += 1
+            self._binder.pointed.clear()
+            self._binder.copying = 0  # A state_dict() that raised did not come to its end.
+
+        def leave(_module: torch.nn.Module, _args: Any, _result: Any) -> None:
+            if stack:
+                self._binder.forwards -= 1
+                self._binder.pointed.clear()
+                stack.pop().__exit__(None, None, None)
+
+        handles = [
+            module.register_forward_pre_hook(ModelHook(enter)),
+            module.register_forward_hook(ModelHook(leave), always_call=True),
+        ]
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return remove

@@ -1,0 +1,232 @@
+"""Profiling some steps of a running engine: what `Engine.profile` returns.
+
+    NEW --enter--> RECORDING --exit--> WRITTEN
+                   RECORDING --error--> ABANDONED     in the block: nothing is written
+
+Nothing that the engine computes depends on it: it is told what happens, and asks nothing of the engine but sizes.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from offload.profiling.stats import MemoryReport, Stats
+from offload.profiling.perfetto import write_trace
+from offload.profiling.summary import FORMAT, Context, ModuleBytes, Planned, TierLimits, summarize
+from offload.profiling.html_report import write_report
+from offload.store.page_store import PageStore
+from pagemem.errors import RunDirectoryError, StorageError, TransitionError
+from pagemem.telemetry.events import EventSink, Watcher
+from pagemem.folders.own_file import draft_of, make_folder, remove_draft, replace_file
+from pagemem.telemetry.recorder import Recorder, Recording
+from pagemem.folders.small_file import read_small
+from pagemem.tier import Tag, Tier
+from pagemem.units import MiB
+
+TRACE: Final = "trace.json"
+REPORT: Final = "report.html"
+SUMMARY: Final = "summary.json"
+_FILES: Final = (TRACE, REPORT, SUMMARY)
+
+
+class ProfileState(enum.Enum):
+    """See the diagram at the top of this module."""
+
+    NEW = "new"
+    RECORDING = "recording"
+    WRITTEN = "written"
+    ABANDONED = "abandoned"
+
+
+_LEGAL: Final = {
+    ProfileState.NEW: frozenset({ProfileState.RECORDING}),
+    ProfileState.RECORDING: frozenset({ProfileState.WRITTEN, ProfileState.ABANDONED}),
+    ProfileState.WRITTEN: frozenset[ProfileState](),
+    ProfileState.ABANDONED: frozenset[ProfileState](),
+}
+
+
+def open_profile_folder(folder: Path) -> Path:
+    """A folder for a profile: new, empty, or of an earlier profile, which is removed.
+
+    Raises:
+        RunDirectoryError: it holds something else, or cannot be made; nothing in it was changed.
+    """
+    check_profile_folder(folder)
+    try:
+        make_folder(folder)
+        for name in sorted(os.listdir(folder)):
+            remove_draft(folder / name)
+    except OSError as error:
+        raise RunDirectoryError(f"{folder} cannot be used for a profile: {error.strerror}") from error
+    except StorageError as error:
+        raise RunDirectoryError(f"{folder} cannot be used for a profile: {error}") from error
+    return folder
+
+
+def check_profile_folder(folder: Path) -> None:
+    """Before there is anything to write: whether `open_profile_folder` can open a folder. Nothing is changed.
+
+    Raises:
+        RunDirectoryError: it cannot.
+    """
+    try:
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        if not os.path.isdir(existing):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        found = set(os.listdir(folder)) if existing == folder.absolute() else set()
+        ours = {*_FILES, *(draft_of(Path(name)).name for name in _FILES)}
+        if found and (found - ours or SUMMARY not in found or not _is_profile(folder / SUMMARY)):
+            raise RunDirectoryError(f"{folder} holds files that are not of a profile; name a new or empty folder")
+    except OSError as error:
+        raise RunDirectoryError(f"{folder} cannot be used for a profile: {error.strerror}") from error
+
+
+def _is_profile(path: Path) -> bool:
+    try:
+        loaded = json.loads(read_small(path, 64 * MiB))
+    except ValueError:
+        return False
+    return isinstance(loaded, dict) and loaded.get("format") == FORMAT
+
+
+def write_profile(folder: Path, recording: Recording, summary: dict[str, Any]) -> None:
+    """Write a profile's files into a folder that `open_profile_folder` has opened."""
+    # First what says that the folder is a profile's: it can be used again even if the others do not come about.
+    replace_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    write_trace(folder / TRACE, recording)
+    write_report(folder / REPORT, recording, summary)
+
+
+class Profile:
+    """Records from its beginning as a context manager to its end, then writes trace, report and summary. Training thread only.
+
+    Args:
+        folder: for the files.
+        stats, memory_report: the engine's own.
+
+    Attributes:
+        recording, summary: what was recorded and what it says, once the block has ended well.
+    """
+
+    def __init__(
+        self, folder: str | Path, store: PageStore, stats: Callable[[], Stats], memory_report: Callable[[], MemoryReport]
+    ) -> None:
+        self.folder = Path(folder)
+        self.state = ProfileState.NEW
+        self.recording: Recording | None = None
+        self.summary: dict[str, Any] = {}
+        self._store = store
+        self._stats = stats
+        self._memory_report = memory_report
+
+    def __enter__(self) -> Profile:
+        """Begin to record.
+
+        Raises:
+            RunDirectoryError: the folder holds something else than a profile. RuntimeError: somebody profiles already, or
+                this object has been used. Nothing was changed.
+        """
+        if self._store.driver.watcher is not None:
+            raise RuntimeError("this engine is being profiled already; end that profile first")
+        if self.state is not ProfileState.NEW:
+            raise RuntimeError("a profile is used once; call engine.profile() again")
+        open_profile_folder(self.folder)
+        self._become(ProfileState.RECORDING)
+        self._begun = self._stats()
+        self._recorder = Recorder((self._store.device_tier or self._store).driver.causes())
+        self._onward = self._store.counters.onward
+        self._held = attach(self._store, self._recorder, self._recorder)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        attach(self._store, None, self._onward)
+        if error is not None:
+            self._become(ProfileState.ABANDONED)
+            return
+        try:
+            self._write(self._recorder.finish(self._held))
+        except BaseException:
+            self._become(ProfileState.ABANDONED)
+            raise
+        self._become(ProfileState.WRITTEN)
+
+    def _write(self, recording: Recording) -> None:
+        self.recording = recording
+        self.summary = summarize(recording, self._context())
+        write_profile(self.folder, recording, self.summary)
+
+    def _become(self, state: ProfileState) -> None:
+        if state not in _LEGAL[self.state]:
+            raise TransitionError(f"profile: {self.state.value} -> {state.value} is not a legal move")
+        self.state = state
+
+    def _context(self) -> Context:
+        store, memory = self._store, self._memory_report()
+        since = self._stats().since(self._begun)
+        tiers = {
+            name: TierLimits(tier.budget_bytes, tier.planned_peak_pages, tier.peak_pages, tier.planned_with_commits)
+            for name, tier in memory.tiers.items()
+        }
+        activations = frozenset(tensor.name for tensor in store.mover.tensors.values() if tensor.tag is Tag.ACTIVATION)
+        return Context(
+            store.config.update.mode, store.page_bytes, tiers, planned_of(store), modules_of(store), activations,
+            since.planned_steps, since.deviations,
+        )  # fmt: skip
+
+
+def attach(store: PageStore, watcher: Watcher | None, onward: EventSink) -> Mapping[tuple[Tier, Tag], int]:
+    """Tell ``watcher`` (None: nobody) and ``onward`` what happens in a store from now on; returns bytes held at that moment.
+
+    In host memory that is whole pages of the arena, and what is reserved outside of it.
+    """
+    with ExitStack() as locks:
+        device = store.device_tier
+        if device is not None:
+            locks.enter_context(device.mover.changed)  # taken before the one below, everywhere
+        locks.enter_context(store.mover.changed)
+        held = store.mover.watch(watcher)
+        if device is not None:
+            held |= device.mover.watch(watcher)
+            device.driver.watcher = watcher
+        for tag, n_bytes in store.budget.watch(watcher).items():
+            # The arena itself is reserved whole; what it holds is counted page by page.
+            outside = n_bytes - store.mover.arena.n_bytes if tag is Tag.STAGING else n_bytes
+            held[Tier.HOST, tag] = held.get((Tier.HOST, tag), 0) + outside
+        store.driver.watcher = watcher
+        store.counters.onward = onward
+    return held
+
+
+def planned_of(store: PageStore) -> Planned | None:
+    """What the present plan predicts of a step."""
+    plan = store.driver.plan
+    if plan is None:
+        return None
+    return Planned(plan.step_s, plan.compute_s, plan.read_bytes / plan.n_steps, plan.written_bytes / plan.n_steps)
+
+
+def modules_of(store: PageStore) -> list[ModuleBytes]:
+    """Every unit of the model."""
+    found = []
+    for unit in store.index.units:
+        masters = [part.master for part in unit.slices if part.master is not None]
+        states = [part.states for part in unit.slices if part.states is not None]
+        gradients = [] if unit.gradients is None else [unit.gradients]
+        names = [tensor.name for tensor in (unit.parameters, *masters, *states, *gradients)]
+        found.append(
+            ModuleBytes(
+                unit.name, unit.parameters.n_bytes, sum(t.n_bytes for t in masters), sum(t.n_bytes for t in states), names
+            )
+        )
+    return found

@@ -1,0 +1,152 @@
+"""What the engine says of itself: counters since the start, and bytes per tier against budget and plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offload.checkpoint.committer import Committer
+from offload.store.page_store import PageStore
+from optim.updater import Updater
+from pagemem.telemetry.events import EventKind
+from pagemem.residency.mover import Mover
+from pagemem.tier import TRANSIENT
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters since the engine was made; they only grow.
+
+    Attributes:
+        steps: optimizer steps; each was a planned or an on-demand one.
+        bytes_read, bytes_written: moved by the page files.
+        wait_s: the training thread's waits for page moves.
+        update_s: spent in update kernels, on whichever thread.
+        deviations: steps that left the plan because an op was not the traced one.
+        dropped_steps: steps whose gradients were not finite and were not applied (loss scaling, or clipping in lock-free mode).
+        dropped_gradients: gradients of single units that were not finite and were not applied (lock-free mode).
+        recomputed_blocks: blocks of the model that are computed again in the backward pass now; it is no counter.
+        device_units: units whose parameters and states are on the device for good and are updated there; no counter either.
+    """
+
+    steps: int
+    planned_steps: int
+    on_demand_steps: int
+    deviations: int
+    bytes_read: int
+    bytes_written: int
+    wait_s: float
+    update_s: float
+    dropped_steps: int = 0
+    dropped_gradients: int = 0
+    recomputed_blocks: int = 0
+    device_units: int = 0
+
+    def since(self, earlier: Stats) -> Stats:
+        """What has been added since ``earlier``."""
+        added = {name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__}
+        return Stats(**{**added, "recomputed_blocks": self.recomputed_blocks, "device_units": self.device_units})
+
+
+def stats_of(store: PageStore, updater: Updater, recomputed_blocks: int) -> Stats:
+    """The counters of a running engine."""
+    driver, counters, files = store.driver, store.counters, store.page_files.stats()
+    return Stats(
+        steps=driver.planned_steps + driver.on_demand_steps,
+        planned_steps=driver.planned_steps,
+        on_demand_steps=driver.on_demand_steps,
+        deviations=driver.deviations,
+        bytes_read=files.bytes_read,
+        bytes_written=files.bytes_written,
+        wait_s=counters.seconds(EventKind.WAIT),
+        update_s=counters.seconds(EventKind.UPDATE),
+        dropped_steps=updater.dropped_steps,
+        dropped_gradients=updater.dropped_gradients,
+        recomputed_blocks=recomputed_blocks,
+        device_units=store.device_units,
+    )
+
+
+def planned_step_s(store: PageStore) -> float | None:
+    """Seconds of a step as the plans predict them; None while one is missing. A step waits for both tiers."""
+    plans = [driver.plan for driver in (store.driver, store.driver.above) if driver is not None]
+    made = [plan for plan in plans if plan is not None]
+    if len(made) < len(plans):
+        return None
+    return max(plan.compute_s for plan in made) + sum(plan.step_s - plan.compute_s for plan in made)
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """Bytes of one tier.
+
+    Attributes:
+        budget_bytes: limit, or None for a tier that grows with the model (SSD).
+        used_bytes: held now.
+        peak_bytes: the most that was held at once, whole pages and gradients in flight.
+        peak_pages: distinct pages touched, since the plan took over if there is one.
+        planned_peak_pages: what the plan says ``peak_pages`` is, or None without a plan.
+        planned_with_commits: it is the most that may be needed, because commits keep the pages that they name.
+    """
+
+    budget_bytes: int | None
+    used_bytes: int
+    peak_bytes: int
+    peak_pages: int
+    planned_peak_pages: int | None
+    planned_with_commits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Use of every tier ("device" where there is one, "host", "ssd"), host bytes by tag, and the page size."""
+
+    tiers: dict[str, TierUse]
+    by_tag: dict[str, int]
+    page_bytes: int
+
+
+def commit_frames(mover: Mover, n_kept: int) -> int:
+    """The most page-file frames that commits may need, of which so many are kept, beside the newest copy of each tensor.
+
+    One copy of another age for each of them, and for the one in the making.
+    """
+    return (n_kept + 1) * sum(tensor.n_frames for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT)
+
+
+def memory_report(store: PageStore, updater: Updater, committer: Committer) -> MemoryReport:
+    """Bytes per tier of a running engine."""
+    mover, page_bytes, plan = store.mover, store.page_bytes, store.driver.plan
+    commits = store.config.commit
+    committing = bool(commits.every_steps or commits.every_s or committer.commits)
+    host_planned = ssd_planned = None
+    if plan is not None:
+        host_planned = plan.peak_frames + updater.state_frames
+        ssd_planned = mover.planned_page_file_frames(plan.stored())
+        if committing:
+            named = sum(1 for commit in committer.commits.values() if commit.manifest.name is not None)
+            ssd_planned += commit_frames(mover, commits.keep + named)
+    in_flight, peak_in_flight = updater.direct_bytes, updater.peak_direct_bytes
+    host = TierUse(
+        store.budget.limit_bytes,
+        mover.host.used_frames * page_bytes + in_flight,
+        mover.host.peak_frames * page_bytes + peak_in_flight,
+        mover.touched_frames,
+        host_planned,
+    )
+    ssd = TierUse(
+        None, mover.ssd.used_frames * page_bytes, mover.ssd.peak_frames * page_bytes, mover.ssd.peak_frames, ssd_planned, committing
+    )
+    return MemoryReport({**_device_use(store), "host": host, "ssd": ssd}, store.bytes_by_tag(in_flight), page_bytes)
+
+
+def _device_use(store: PageStore) -> dict[str, TierUse]:
+    device = store.device_tier
+    if device is None:
+        return {}
+    book, plan, page_bytes = device.mover.host, device.driver.plan, store.page_bytes
+    planned = None if plan is None else plan.peak_frames
+    return {
+        "device": TierUse(
+            device.budget.limit_bytes, book.used_frames * page_bytes, book.peak_frames * page_bytes, device.mover.touched_frames, planned
+        )
+    }

@@ -1,0 +1,1 @@
+"""Puts a model's parameters and states into pages."""

@@ -1,0 +1,130 @@
+"""Building a model of any size within the RAM budget.
+
+Under `deferred_init` the parameters of each module move to pages as soon as its constructor is over, which is when it
+is registered in its parent. Values are drawn by the module's own code with the global generator, so they are the bits
+that plain construction gives; later initialisation of paged parameters (``model.apply(init)``, ``p.data.normal_()``)
+works as on ordinary ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from offload.config import Config, load_config
+from offload.modules.checks import check_values
+from offload.parameters.paged_parameter import PagedParameter
+from offload.store.page_store import PageStore
+from offload.heap import large_blocks_mapped
+
+StoreT = TypeVar("StoreT", bound=PageStore)
+_watched_by: str | None = None
+
+
+@contextmanager
+def watching_modules(by: str, built: Callable[[nn.Module, str, nn.Module], None]) -> Iterator[None]:
+    """Have ``built`` called with parent, name and module for every module registered in a parent inside the block.
+
+    Args:
+        by: who watches, for the error.
+
+    Raises:
+        RuntimeError: somebody watches already; two would not see what the other one does to the modules.
+    """
+    global _watched_by
+    if _watched_by is not None:
+        raise RuntimeError(f"{by} inside {_watched_by}: a model has one store; leave the outer block first")
+
+    def registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if child is not None:
+            built(parent, name, child)
+
+    handle = register_module_module_registration_hook(registered)
+    _watched_by = by
+    try:
+        yield
+    finally:
+        _watched_by = None
+        handle.remove()
+
+
+def named_parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A module and all below it, with paths that begin with ``name``."""
+    for path, part in module.named_modules():
+        yield f"{name}.{path}" if path else name, part
+
+
+@contextmanager
+def deferred_init(config: Config | Mapping[str, Any] | str | Path) -> Iterator[PageStore]:
+    """Page the parameters of every module built inside the block, right after its constructor.
+
+    Give the finished model to `offload.prepare` or `offload.initialize` with the same configuration. Modules that are
+    built but never used by that model give their pages back then. If the block raises, or leaves nothing in pages, the
+    store is closed; a model that is never to get an engine is given up by ``close()`` of the store the block yields.
+
+    Raises:
+        BudgetError: a module's parameters do not fit in the budget; what the error proposes is the least for what has
+            been built so far. `offload.smallest_budget` knows the whole model.
+        RunDirectoryError: a page-file path is unusable.
+        RuntimeError: another `deferred_init` block is open.
+        ValueError: a parameter is on meta, or of a kind that pages cannot hold.
+    """
+    with built_into(lambda: PageStore(load_config(config))) as store:
+        yield store
+
+
+@contextmanager
+def built_into(make_store: Callable[[], StoreT]) -> Iterator[StoreT]:
+    """What `deferred_init` does, for a store that the caller makes."""
+
+    def built(parent: nn.Module, name: str, child: nn.Module) -> None:
+        store.watch_over(parent)
+        for path, module in named_parts(f"{type(parent).__name__}.{name}", child):
+            for key, parameter in module.named_parameters(recurse=False):
+                if not is_lazy(parameter):
+                    check_values(f"{path}.{key}", parameter, store.device)
+            store.add_module(path, module)
+            store.watch_over(module)
+
+    with watching_modules("deferred_init", built):
+        store = make_store()
+        try:
+            with large_blocks_mapped():
+                yield store
+                store.flush()
+            if not store.index.units:
+                store.close()
+        except BaseException:
+            store.close()
+            raise
+
+
+def store_of(model: nn.Module) -> PageStore | None:
+    """The store that a model built under `deferred_init` lives in, or None for an ordinary one.
+
+    Raises:
+        ValueError: the model has an engine, or the store is closed: the parameters' values are gone.
+    """
+    for parameter in model.parameters():
+        if isinstance(parameter, PagedParameter):
+            store = parameter._place.binder.owner
+            if not isinstance(store, PageStore):
+                return None
+            if store.closed:
+                raise ValueError(
+                    f"{parameter._place.slot.name}: the engine that held this model is closed, and the model's values went with it; build the model "
+                    "anew, and load a state_dict() taken before, or resume() from a commit"
+                )
+            if store.has_engine:
+                raise ValueError(
+                    f"{parameter._place.slot.name}: this model has an engine already; go on with that one (what initialize returned, or the optimizer's "
+                    ".engine), or close() it, build the model anew and prepare that"
+                )
+            return store
+    return None

@@ -1,0 +1,167 @@
+"""Makes the updater that a configuration asks for, and divides the RAM budget between it and the schedule.
+
+Exact mode: gradients in flight, and those on their way down from a device | arena.
+Lock-free mode: gradients on their way | the updater's scratch | arena, of which the schedule has the lower frames, for
+parameters, and the updater the upper ones, for optimizer states. Where the schedule's frames hold all parameters, they
+stay in them for good, and fp32 parameters are their own masters. Otherwise parameters come and go by plan, and the
+updater keeps fp32 masters among the states, so that it never waits for what the schedule has in memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offload.config import Config
+from offload.store.masters import add_masters
+from offload.store.page_store import PageStore
+from optim.exact.gradient_store import GradientStore
+from optim.exact.gradient_downloads import DeviceGradients
+from optim.exact.updater import ExactUpdater, is_eager
+from optim.lockfree.unit_channel import Mailbox
+from optim.lockfree.updater import LockFreeUpdater
+from optim.loss_scale import LossScale, Scaling
+from optim.rules import UpdateRule
+from optim.lockfree.state_windows import StateWindows, least_frames
+from optim.states import StateAccess
+from optim.unit import Hyper, Slice, Unit
+from optim.lockfree.update_thread import UpdateThread, scratch_bytes
+from optim.updater import Updater
+from pagemem.budget import Budget
+from pagemem.errors import BudgetError
+from pagemem.tier import Tier
+from pagemem.units import BLOCK_BYTES, ceil_div, format_bytes, round_up
+from scheduler.planning.trace import Access, AccessMode, OpKind
+
+Hypers = Callable[[], Sequence[Hyper]]
+
+
+def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Scaling) -> Updater:
+    """The updater of ``store.config.update``; the arena gets its final size.
+
+    Args:
+        scaling: of the gradients, from `scaling_of`.
+
+    Raises:
+        BudgetError: the budget cannot hold what the mode needs; names the smallest that can.
+    """
+    update = store.config.update
+    eager = is_eager(scaling, update.start)
+    if update.mode == "exact":
+        device = store.accelerator
+        # The largest gradient once as autograd made it, and once on its way down from a device.
+        direct_bytes, on_their_way_bytes = store.settle_sizes(direct=eager, on_their_way=device is not None)
+        # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into, reserved as a whole.
+        budget = Budget(Tier.HOST, direct_bytes) if device is not None and device.stages_gradients else store.budget
+        exact = ExactUpdater(
+            store.driver, store.index, rule, hypers, GradientStore(store.driver, budget, direct_bytes), store.counters,
+            scaling=scaling, start=update.start, updated=store.updated,
+        )  # fmt: skip
+        return exact if device is None else DeviceGradients(exact, device, store.budget, on_their_way_bytes, direct_bytes)
+    return _make_lock_free(store, rule, hypers, scaling, eager=eager)
+
+
+def scaling_of(config: Config) -> Scaling:
+    """Clipping and loss scaling as a configuration asks for them: dynamic for fp16 unless it says otherwise."""
+    wanted = config.update.loss_scale
+    fp16 = config.model is not None and config.model.dtype == "fp16"
+    loss_scale = None
+    if wanted != "auto":
+        loss_scale = LossScale(float(wanted), dynamic=False)
+    elif fp16:
+        loss_scale = LossScale()
+    return Scaling(config.update.clip_norm, loss_scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How lock-free mode divides the budget.
+
+    Attributes:
+        gradient_bytes: for gradients on their way and new parameters on theirs.
+        parameter_frames: of the schedule. state_frames: of the updater.
+        resident: whether all parameters stay in memory for good.
+    """
+
+    gradient_bytes: int
+    parameter_frames: int
+    state_frames: int
+    resident: bool
+
+
+def divide(store: PageStore, units: Sequence[Unit], *, eager: bool) -> Division:
+    """Divide a store's budget among ``units``, which are all that are optimized.
+
+    Raises:
+        BudgetError: it is too small; names the smallest that works.
+    """
+    page_bytes, ram_bytes = store.page_bytes, store.config.memory.ram
+    total_bytes = sum(unit.gradient_bytes for unit in units)
+    largest_bytes = max(unit.gradient_bytes for unit in units)
+    # With less than one unit more than all gradients, one that arrives while its unit is being updated has to wait. What is
+    # handed over at the optimizer step only can be there twice: in the step under way, and on its way from the one before.
+    wanted_bytes = (1 if eager else 2) * total_bytes
+    limits = dict.fromkeys((wanted_bytes + 2 * largest_bytes, wanted_bytes + largest_bytes, total_bytes + largest_bytes, total_bytes))
+    all_frames = sum(unit.parameters.n_frames for unit in store.index.units)
+    largest_frames = max(unit.parameters.n_frames for unit in store.index.units)
+    full_precision = all(part.master is None for unit in units for part in unit.slices)
+    smallest_bytes = sys.maxsize
+    for masters in (False, True) if full_precision else (True,):
+        sizes = [_slice_frames(store, part, masters=masters) for unit in units for part in unit.slices]
+        ring_frames = least_frames(sizes)
+        # What is looked at on demand has room, too.
+        least = 2 * largest_frames if masters else all_frames
+        least = max(least, largest_frames + max(sizes)) if masters else least + max(sizes)
+        for gradient_bytes in limits:
+            fixed_bytes = gradient_bytes + scratch_bytes(units, store.config.update.threads)
+            n_frames = max(0, ram_bytes - fixed_bytes) // page_bytes
+            smallest_bytes = min(smallest_bytes, fixed_bytes + (least + ring_frames) * page_bytes)
+            if n_frames >= least + ring_frames:
+                state_frames = min(sum(sizes), n_frames - least)
+                if masters:
+                    state_frames = min(sum(sizes), max(ring_frames, n_frames - all_frames - max(sizes)))
+                return Division(gradient_bytes, n_frames - state_frames, state_frames, resident=not masters)
+    raise BudgetError(
+        f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but lock-free updates keep the gradients of the whole "
+        f"model in RAM ({format_bytes(total_bytes)}) and need {smallest_bytes} bytes ({format_bytes(smallest_bytes)}) in all; "
+        'set memory.ram to at least that, or update.mode to "exact"',
+        smallest_bytes,
+    )
+
+
+def _slice_frames(store: PageStore, part: Slice, *, masters: bool) -> int:
+    frames = 0 if part.states is None else part.states.n_frames
+    if part.master is not None:
+        return frames + part.master.n_frames
+    master_bytes = round_up(part.numel * torch.float32.itemsize, BLOCK_BYTES)
+    return frames + (ceil_div(master_bytes, store.page_bytes) if masters else 0)
+
+
+def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Scaling, *, eager: bool) -> Updater:
+    units = [unit for unit in store.index.units if unit.trained]
+    division = divide(store, units, eager=eager)
+    if not division.resident:
+        for unit in units:
+            if unit.slices[0].master is None:
+                add_masters(store, unit)
+    store.resize_arena(division.parameter_frames + division.state_frames)
+    first_frame = store.mover.set_aside(division.state_frames)
+    if division.resident:
+        for unit in store.index.units:
+            with store.driver.interlude():
+                key = (OpKind.FORWARD, ("fix", unit.index))
+                with store.driver.op(key, unit.name, [Access(unit.parameters.id, AccessMode.READ)]):
+                    unit.parameters.fixed = True
+    slices = [tuple(t for t in (part.states, part.master) if t is not None) for unit in units for part in unit.slices]
+    windows = StateWindows(store.mover, slices, first_frame, division.state_frames)
+    mailboxes = [Mailbox(unit) for unit in units]
+    update = store.config.update
+    thread = UpdateThread(store.mover, rule, mailboxes, windows, store.counters, n_threads=update.threads)
+    return LockFreeUpdater(
+        store.driver, store.index, thread, mailboxes, StateAccess(store.driver, rule.state_names), hypers, store.budget, division.gradient_bytes, scratch_bytes(units, update.threads),
+        store.counters, scaling=scaling, eager=eager, adopts_after=update.start == "auto", max_staleness=update.max_staleness,
+        exact_steps=update.exact_steps,
+    )  # fmt: skip

@@ -1,0 +1,442 @@
+"""The page store of one model: arena, page files, mover and driver of one configuration, and the units put into them.
+
+Parameters enter in the order in which they are met; neighbours whose modules are small share a unit up to one page. A
+module's own parameters are never split over units. Made by `offload.deferred_init` before the model, or by
+`offload.prepare` after it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import ClassVar
+from weakref import WeakSet
+
+import torch
+from torch import nn
+
+from offload.parameters.binder import Binder
+from offload.budget.checks import check_built, check_lockable
+from offload.config import Config
+from offload.modules.conversions import guard_conversions
+from offload.store.device_placement import Candidate, choose_homes
+from offload.store.device_tier import DeviceTier
+from offload.commits.run_commits import EarlierCommits
+from offload.parameters.saved_weights import copied_in_state_dict
+from offload.store.masters import narrow
+from offload.budget.need import Sizes
+from offload.parameters.grouping import Group, Neighbours, common_name, own_groups
+from offload.store.page_views import adopt_view
+from offload.parameters.paged_parameter import PagedParameter
+from offload.store.repack import copy_slot, repack
+from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
+from pagemem.process import forks
+from pagemem.process import interrupts
+from pagemem.devices.accelerator import Accelerator, RamDevice
+from pagemem.devices.arena import Arena, HostArena
+from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.process.closing import close_all
+from pagemem.devices.cuda import CudaDevice
+from pagemem.errors import BudgetError
+from pagemem.telemetry.events import Counters, EventSink
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.mover import Mover
+from pagemem.files.page_file import PageFiles
+from pagemem.residency.paged_tensor import Residency
+from pagemem.folders.run_directory import RunDirectory
+from pagemem.tier import Tag, Tier
+from pagemem.units import format_bytes
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
+
+
+class PageStore:
+    """Everything that outlives single steps, owned by one engine. Training thread only.
+
+    Args:
+        config: the resolved configuration.
+        sink: takes all events beside the store's own counters.
+
+    Raises:
+        RunDirectoryError: a page-file path is foreign, locked or not writable; it was not changed.
+        MemoryError: the arena cannot be mapped, or the device has no room for its own. DeviceError: there is no such device.
+    """
+
+    #: Where parameters are built.
+    device: ClassVar[str] = "cpu"
+
+    def __init__(self, config: Config, sink: EventSink | None = None) -> None:
+        self.config = config
+        ram_bytes = config.memory.ram
+        sizes = Sizes.of(config)
+        self.compute_dtype = sizes.compute_dtype
+        self.counters = Counters(sink)
+        self.accelerator = None if config.device == "cpu" else self._make_accelerator()
+        self.budget = Budget(Tier.HOST, ram_bytes)
+        self.index = UnitIndex()
+        self._watched: WeakSet[nn.Module] = WeakSet()
+        self._unhook: list[Callable[[], None]] = []
+        self.closed = self.has_engine = self.narrowed = self._given_back = False
+        interrupts.guard()
+        with ExitStack() as undo:
+            undo.callback(interrupts.unguard)
+            self.directories: list[RunDirectory] = []
+            for path in config.ssd.paths:
+                directory = RunDirectory(Path(path))
+                undo.callback(directory.close)
+                self.directories.append(directory)
+            # A run that goes on keeps the sizes it was begun with.
+            self.earlier = EarlierCommits(self.directories)
+            self.page_bytes, self.slice_numel = self.earlier.sizes(
+                sizes.page_bytes, sizes.slice_numel, config.memory.page, checksums=config.ssd.checksums
+            )
+            n_frames = ram_bytes // self.page_bytes
+            self._arena_bytes = self._reserve(n_frames * self.page_bytes)
+            arena = self._make_arena(n_frames)
+            undo.callback(arena.close)
+            self.page_files = self._make_files()
+            undo.callback(self.page_files.close)
+            self.mover = Mover(arena, self.page_files, self.counters)
+            self.earlier.restore(self.mover.copies)
+            self.driver = Driver(self.mover, self.counters, self.mover.bandwidth)
+            self.device_tier = self._make_device_tier()
+            undo.pop_all()
+        self._neighbours = Neighbours(self.page_bytes)
+        self.binder = Binder(self.driver, self.mover)
+        self.binder.owner = self
+        forks.disown_in_children(self)
+
+    def _make_arena(self, n_frames: int) -> Arena:
+        return HostArena(n_frames, self.page_bytes)
+
+    def _make_accelerator(self) -> Accelerator:
+        if self.config.device == "cpu-emulated":
+            return RamDevice()
+        _, _, index = self.config.device.partition(":")
+        return CudaDevice(int(index) if index else None)
+
+    @property
+    def device_mover(self) -> DeviceMover | None:
+        """What copies between host pages and the device; None without one."""
+        return None if self.device_tier is None else self.device_tier.mover
+
+    def _make_device_tier(self) -> DeviceTier | None:
+        device_bytes = self.config.memory.device
+        if device_bytes is None or self.accelerator is None:
+            return None
+        return DeviceTier(device_bytes, self.page_bytes, self.driver, self.counters, self.accelerator)
+
+    def _make_files(self) -> PageFiles:
+        ssd = self.config.ssd
+        # Where computing takes every core, more threads to wake cost more than they hide: 0.02 of a step at 27M.
+        has_idle_cores = torch.get_num_threads() < len(os.sched_getaffinity(0))
+        return PageFiles(
+            self.directories,
+            page_bytes=self.page_bytes,
+            checksums=ssd.checksums,
+            direct=None if ssd.direct == "auto" else ssd.direct,
+            threads_per_path=ssd.threads,
+            finishing_threads=None if has_idle_cores else 0,
+            max_request_bytes=ssd.max_request,
+            limit_mb_per_s=ssd.limit_mb_per_s,
+        )
+
+    # ---- parameters --------------------------------------------------------------------------------------------
+
+    def add_module(self, name: str, module: nn.Module) -> None:
+        """Move a module's own ordinary parameters into pages, with small neighbours of the same dtype.
+
+        Raises:
+            BudgetError: the arena cannot hold the unit; parameters of earlier modules are paged, this one's are whole.
+        """
+        if self.closed:
+            raise self.binder.refusal(name)
+        for key, parameter in module.named_parameters(recurse=False):
+            adopt_view(self, f"{name}.{key}" if name else key, parameter)
+        for group in own_groups(name, module, lambda p: isinstance(p, PagedParameter) or p in self._neighbours):
+            for unit in self._neighbours.take(group):
+                self.make_unit(unit)
+
+    def flush(self) -> None:
+        """Make a unit of the parameters that wait for neighbours."""
+        for unit in self._neighbours.flush():
+            self.make_unit(unit)
+
+    def watch_over(self, module: nn.Module) -> None:
+        """Until the store is closed, a module's ``state_dict()`` returns copies, and `guard_conversions` holds for it. Idempotent."""
+        if module not in self._watched:
+            self._watched.add(module)
+            self._unhook += copied_in_state_dict(module, self.binder)
+            self._unhook.append(guard_conversions(module, self.binder, self._neighbours.__contains__))
+
+    def make_unit(self, named: Group) -> tuple[Unit, list[Unit]]:
+        """Make a unit of parameters, which are ordinary or in other units; returns it, and whose those were.
+
+        Raises:
+            BudgetError: the arena cannot hold it; the parameters are as they were.
+        """
+        dtype = named[0][1].dtype
+        check_built(named, self.config, self.page_bytes)
+        layout = lay_out([(name, parameter.shape) for name, parameter in named])
+        number = len(self.index.units)
+        tensor = self.mover.create(named[0][0], Tag.PARAM, layout.numel * dtype.itemsize)
+        slots = [Slot(name, shape, dtype, offset) for name, shape, offset in layout.slots]
+        unit = Unit(number, named[0][0], dtype, tensor, slots, cut(layout.numel, self.slice_numel))
+        pairs = [(parameter, slot) for (_, parameter), slot in zip(named, slots, strict=True)]
+        paged = [(parameter, slot) for parameter, slot in pairs if isinstance(parameter, PagedParameter)]
+        with self.driver.interlude():
+            with self.driver.op((OpKind.FORWARD, ("place", number)), unit.name, [Access(tensor.id, AccessMode.CREATE)]):
+                assert tensor.frame is not None
+                flat = self.mover.arena.view(tensor.frame, 0, dtype, layout.numel)
+                flat.zero_()
+                for parameter, slot in pairs:
+                    if not isinstance(parameter, PagedParameter):
+                        flat[slot.offset : slot.end].copy_(parameter.detach().reshape(-1))
+            for parameter, slot in paged:
+                copy_slot(self, parameter._place.unit, parameter._place.slot, unit, slot)
+        self.index.units.append(unit)
+        self.binder.units[unit.compute.id] = unit
+        sources = [parameter._place.unit for parameter, _ in paged]
+        for parameter, slot in pairs:
+            self.binder.adopt(parameter, unit, slot)
+        return unit, sources
+
+    def updated(self, unit: Unit) -> None:
+        """A unit's parameters have changed in host memory."""
+        if self.device_tier is not None and unit.device is not None:
+            self.device_tier.driver.renewed(unit.device)
+
+    def adopt(self, model: nn.Module) -> None:
+        """Page what is still ordinary in ``model``, which `check_parameters` has seen, name everything as it does, and drop units it does not use.
+
+        Raises:
+            BudgetError: the arena cannot hold a unit.
+        """
+        repack(self, model)
+        self.narrowed = self.compute_dtype is not None
+        for order, (name, parameter) in enumerate(model.named_parameters()):
+            if isinstance(parameter, PagedParameter):
+                parameter._place.slot.name, parameter._place.slot.order = name, order
+        for unit in self.index.units:
+            unit.name = unit.parameters.name = common_name([slot.name for slot in unit.slots])
+            with self.driver.interlude():
+                narrow(self, unit)
+        if self.device_tier is not None:
+            self._compute_on(self.device_tier)
+        for parameter in model.parameters():
+            if isinstance(parameter, PagedParameter):
+                place = parameter._place
+                if (place.placeholder.dtype, place.placeholder.device) != (place.slot.dtype, self.binder.torch_device):
+                    place.follow(parameter)
+            elif self.accelerator is not None:
+                parameter.data = parameter.data.to(self.accelerator.torch_device)
+        _move_buffers(model, self.compute_dtype, None if self.accelerator is None else self.accelerator.torch_device)
+
+    def _compute_on(self, tier: DeviceTier) -> None:
+        """Have compute use the device's copies of all units from now on.
+
+        Raises:
+            BudgetError: the device cannot hold a unit; names the smallest budget that can.
+        """
+        self.driver.quiesce()
+        mirrors = {unit: tier.mirror(unit) for unit in self.index.units}
+        for unit, mirror in mirrors.items():
+            unit.device = mirror
+        self.binder.units = {unit.compute.id: unit for unit in self.index.units}
+        self.binder.driver, self.binder.mover, self.binder.torch_device = tier.driver, tier.mover, tier.mover.accelerator.torch_device
+
+    def settle_on_device(self, *, sums: bool) -> None:
+        """Have as many units at home on the device as have room there beside those that come and go; once all have their states.
+
+        Args:
+            sums: whether gradients are added up before they are used: clipped, scaled, or of several backward passes.
+
+        Raises:
+            As `DeviceTier.settle`.
+        """
+        tier = self.device_tier
+        if tier is None or self.config.memory.device_states == "never":
+            return
+        units = self.index.units
+        chosen = choose_homes([Candidate.of(unit, sums=sums) for unit in units], tier.mover.arena.n_frames)
+        tier.settle([units[index] for index in chosen], sums=sums)
+
+    @property
+    def device_units(self) -> int:
+        """Units that are at home on the device."""
+        return sum(unit.home is not None for unit in self.index.units)
+
+    def bring_down(self) -> None:
+        """Between two steps: have in host memory, or on SSD, what has changed on the device.
+
+        Raises:
+            StorageError: a page file failed; the device has everything.
+        """
+        if self.device_tier is not None:
+            self.device_tier.driver.bring_down()
+
+    def bring_up(self) -> None:
+        """Between two steps: parameters and states below have changed, so what is at home on the device is made alike.
+
+        Raises:
+            StorageError: one cannot be read.
+        """
+        if self.device_tier is not None:
+            self.device_tier.driver.bring_up()
+
+    def forget(self, unit: Unit) -> None:
+        """Give the pages of a unit back, which nobody has a view of. Using its parameters raises from now on."""
+        unit.forgotten = True
+        if unit in self.index.units:
+            self.index.units.remove(unit)
+        self.driver.quiesce()
+        self.mover.collect_leases()
+        del self.binder.units[unit.compute.id]
+        for tensor in [unit.parameters, *(p.master for p in unit.slices if p.master), *(p.states for p in unit.slices if p.states)]:
+            self.mover.forget(tensor)
+
+    def give_back(self, model: nn.Module) -> None:
+        """Make a model whole and ordinary again, which needs as much memory beside the budget.
+
+        Raises:
+            StorageError: some values cannot be read; those parameters are still paged.
+        """
+        for parameter in model.parameters():
+            if isinstance(parameter, PagedParameter):
+                self.binder.give_back(parameter, self.device)
+            else:
+                parameter.data = parameter.data.to(self.device)
+        _move_buffers(model, None, torch.device(self.device))
+
+    # ---- sizes -------------------------------------------------------------------------------------------------
+
+    def settle_sizes(self, *, direct: bool, on_their_way: bool = False) -> tuple[int, int]:
+        """Once all units are known: cut the gradients outside the arena out of its share of the budget.
+
+        Args:
+            direct: whether gradients are ever used as autograd made them.
+            on_their_way: whether some are on their way down from a device.
+
+        Returns:
+            Bytes for gradients in use, and for gradients on their way: as many as the largest unit has, or 0 where there is no
+            room for that.
+
+        Raises:
+            BudgetError: the run's commits were made with a larger budget, and this one cannot go on from them.
+        """
+        need_frames, ram_bytes = max(map(self._update_frames, self.index.units)), self.config.memory.ram
+        if need_frames > ram_bytes // self.page_bytes:
+            if not self.earlier.whole:
+                raise AssertionError(f"an update needs {need_frames} pages, which the check of the budget has not seen")
+            smallest_bytes = need_frames * self.page_bytes
+            raise BudgetError(
+                f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the commits in {self.earlier.folder.path} were made with "
+                f"more, and their optimizer states are cut accordingly: going on from them needs at least {smallest_bytes} bytes "
+                f"({format_bytes(smallest_bytes)})",
+                smallest_bytes,
+            )
+        largest_bytes, left_bytes = max(unit.gradient_bytes for unit in self.index.units), ram_bytes
+        given_bytes: list[int] = []
+        for wanted in (direct, on_their_way):
+            fits = wanted and (left_bytes - largest_bytes) // self.page_bytes >= need_frames
+            given_bytes.append(largest_bytes if fits else 0)
+            left_bytes -= given_bytes[-1]
+        self.resize_arena(left_bytes // self.page_bytes)
+        return given_bytes[0], given_bytes[1]
+
+    def resize_arena(self, n_frames: int) -> None:
+        """Go on with ``n_frames`` host frames, all empty; the rest of the budget is for what lies outside the arena.
+
+        Once, when all sizes are known: from here on they are pinned, where there is a device that copies from them.
+
+        Raises:
+            MemoryError: there is not as much RAM left, or it cannot be mapped.
+        """
+        self.driver.evict_all()
+        pin = None if self.accelerator is None else self.accelerator.pin
+        if n_frames != self.mover.arena.n_frames or pin is not None:  # what was touched until now is given back before all of it is locked
+            self.mover.resize_arena(n_frames)
+            self._arena_bytes.resize(self.mover.arena.n_bytes)
+        if pin is not None:
+            check_lockable(self.config.memory.ram)
+            assert isinstance(self.mover.arena, HostArena)
+            self.mover.arena.pin(pin)
+        self.driver.overhead_bytes = self.config.memory.ram - n_frames * self.page_bytes
+
+    def _update_frames(self, unit: Unit) -> int:
+        parts = [sum(t.n_frames for t in (part.states, part.master) if t is not None) for part in unit.slices]
+        gradients = unit.parameters.n_frames if unit.trained else 0
+        return unit.parameters.n_frames + gradients + max(parts)
+
+    def _reserve(self, n_bytes: int) -> Reservation:
+        reserved = self.budget.reserve(Tag.STAGING, n_bytes, "host arena")
+        if isinstance(reserved, BudgetShortage):
+            raise BudgetError(reserved.describe(), n_bytes)
+        return reserved
+
+    def bytes_by_tag(self, direct_gradient_bytes: int) -> dict[str, int]:
+        """Bytes of host memory by what they are held for; gradients outside the arena are given."""
+        found: dict[str, int] = {Tag.GRAD.value: direct_gradient_bytes} if direct_gradient_bytes else {}
+        for tensor in self.mover.tensors.values():
+            if tensor.frame is not None:
+                found[tensor.tag.value] = found.get(tensor.tag.value, 0) + tensor.n_frames * self.page_bytes
+        return found
+
+    def close(self) -> None:
+        """Stop all moves, end all threads, close and unlock the page files, give the arena back. Idempotent.
+
+        Raises:
+            StorageError: a background copy had failed and nobody has been told; everything is closed all the same.
+        """
+        if self._given_back:
+            return
+        self.closed = True
+        self.binder.close()
+        for unhook in self._unhook:
+            unhook()
+        close_all(
+            self.driver.quiesce,
+            *([] if self.device_tier is None else [self.device_tier.close]),
+            self.mover.close,
+            self.page_files.close,
+            *(directory.close for directory in reversed(self.directories)),
+            self._arena_bytes.end,
+            self.mover.arena.close,
+            self._end,
+        )
+
+    @property
+    def given_back(self) -> bool:
+        """Whether `close` has come to its end."""
+        return self._given_back
+
+    def disown(self) -> None:
+        """In a forked child: everything is the parent's."""
+        self.closed = self._given_back = True
+        self.binder.disown()
+
+    def _end(self) -> None:
+        if not self._given_back:
+            self._given_back = True
+            interrupts.unguard()
+
+    def is_resident(self, unit: Unit) -> bool:
+        """Whether a unit's parameters are in host memory now."""
+        return unit.parameters.state not in (Residency.ABSENT, Residency.STORED)
+
+
+def _move_buffers(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Have buffers where compute is, and persistent floating-point ones (running means, ...) in the parameters' dtype.
+
+    Others (rotary frequencies, ...) are computed and not trained: they keep the precision that they were made in, as transformers' do.
+    """
+    moved: dict[int, torch.Tensor] = {}  # one buffer may be several modules'
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in moved:
+                    narrows = buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+                    moved[id(buffer)] = buffer.to(device=device, dtype=dtype if narrows else None)
+                module._buffers[name] = moved[id(buffer)]
