@@ -42,7 +42,7 @@ from pagemem.process import interrupts  # noqa: E402
 
 for _name in _SIBLINGS:
     interrupts.cover(str(importlib.import_module(_name).__file__))
-interrupts.cover(__file__, open_files=("__main__.py", "cli.py", "launch.py", "profile_run.py", "doctor.py"))
+interrupts.cover(__file__, open_files=("__main__.py", "cli.py", "launch/train.py", "launch/profile_run.py", "doctor.py"))
 
 from offload.config import Config, ConfigError, load_config  # noqa: E402
 from offload.store.deferred_init import deferred_init  # noqa: E402

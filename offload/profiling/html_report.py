@@ -1,6 +1,6 @@
 """The report of a profile: one HTML file that needs no network, and the short summary for a terminal.
 
-The page is `profile_report.html` with the profile's data put in; its script draws everything from them. The picture's data
+The page is `html_report.html` with the profile's data put in; its script draws everything from them. The picture's data
 are cut into a fixed number of parts of equal time, so the file stays small however long the profile is.
 """
 
@@ -65,7 +65,7 @@ def _lanes(recording: Recording, n_buckets: int) -> list[dict[str, Any]]:
 
 def write_report(path: Path, recording: Recording, summary: dict[str, Any]) -> None:
     """Write the page."""
-    page = files("offload").joinpath("profile_report.html").read_text(encoding="utf-8")
+    page = files("offload.profiling").joinpath("html_report.html").read_text(encoding="utf-8")
     # "<" could end the script element that holds the data.
     data = json.dumps(report_data(recording, summary), separators=(",", ":")).replace("<", "\\u003c")
     replace_file(path, page.replace(_PLACE, data).encode())
