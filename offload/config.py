@@ -325,7 +325,11 @@ def resolve_page_bytes(ram_bytes: int) -> int:
     return page_bytes
 
 
-def load_config(source: Config | Mapping[str, Any] | str | Path, where: str = "configuration") -> Config:
+#: What the calls of the engine take: a configuration, its content, or the path of its file.
+ConfigLike = Config | Mapping[str, Any] | str | Path
+
+
+def load_config(source: ConfigLike, where: str = "configuration") -> Config:
     """The configuration in a mapping or a file, checked.
 
     Args:

@@ -23,7 +23,7 @@ from offload.parameters.binder import Binder
 from offload.activations.blocks import Blocks
 from offload.budget.checks import check_model
 from offload.checkpoint.checkpoints import Checkpoints, Stateful
-from offload.config import Config, load_config, load_optimizer
+from offload.config import Config, ConfigLike, load_config, load_optimizer
 from offload.store.deferred_init import store_of
 from offload.factories import described
 from offload.checkpoint.export import check_alike, check_request, export_commit
@@ -61,7 +61,6 @@ from pagemem.process.interrupts import left_open
 from pagemem.files.page_file import PageFiles
 from pagemem.units import parse_bytes
 
-ConfigLike = Config | Mapping[str, Any] | str | Path
 
 
 class EngineState(enum.Enum):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from offload.parameters.saved_weights import MethodHook
+from offload.model_hooks import MethodHook
 
 _LISTS: Final = (nn.ModuleList, nn.Sequential)
 

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from offload.config import ConfigError, load_config
-from offload.store.deferred_init import named_parts, watching_modules
-from offload.engine import ConfigLike
+from offload.config import ConfigError, ConfigLike, load_config
+from offload.parameters.module_watch import named_parts, watching_modules
 from offload.factories import described
 from offload.modules.checks import check_parameters
 from offload.budget.need import BudgetNeed, UnitShape, budget_need

@@ -14,7 +14,7 @@ from rich.progress import TextColumn, TimeElapsedColumn
 from offload.forecast.fit import Fit
 from offload.forecast.forecast import Forecast
 from offload.console.live_bar import LiveBar
-from offload.launch.summary import print_rows
+from offload.console.tables import print_rows
 from offload.forecast.step_times import H2D
 from pagemem.units import format_bytes
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from offload.console.tables import print_rows
 from offload.profiling.stats import MemoryReport, Stats
 from offload.launch.progress import StepMetrics
 from pagemem.folders.own_file import replace_file
@@ -111,19 +111,6 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
 def print_summary(run: RunSummary, console: Console) -> None:
     """The closing table."""
     print_rows("Run", summary_rows(run), console)
-
-
-def print_rows(title: str, rows: Sequence[tuple[str, str]], console: Console) -> None:
-    """Rows of (what, value): framed on a terminal, aligned plain text in a pipe."""
-    if not console.is_terminal:
-        width = max(len(what) for what, _ in rows)
-        for what, value in rows:
-            console.print(f"{what:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False)
-        return
-    table = Table(title=title, show_header=False)
-    for what, value in rows:
-        table.add_row(what, value)
-    console.print(table)
 
 
 def save_loss_curve(path: Path, metrics: Sequence[StepMetrics], run: RunSummary) -> None:

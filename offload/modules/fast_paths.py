@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.parameters.binder import Binder
-from offload.parameters.saved_weights import MethodHook
+from offload.model_hooks import MethodHook
 from offload.parameters.paged_parameter import PagedParameter
 
 _LAYERS: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from offload.activations.saved import SavedActivations
-from offload.parameters.compilers import refuse_compilers
+from offload.compilers import refuse_compilers
 from offload.parameters.paged_parameter import PagedParameter, Place
 from offload.parameters.tensor_functions import EXPORTS
 from optim.unit import Slot, Unit, early_use, late_use

@@ -15,7 +15,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from offload.profiling.summary import H2D, lane_intervals
-from offload.launch.summary import print_rows
+from offload.console.tables import print_rows
 from pagemem.telemetry.intervals import Interval, shares, without
 from pagemem.folders.own_file import replace_file
 from pagemem.telemetry.recorder import Recording

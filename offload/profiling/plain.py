@@ -23,7 +23,7 @@ from offload.profiling.plain_savings import choices
 from offload.profiling.plain_watch import KEPT, PlainWatch
 from offload.profiling.profile import REPORT, SUMMARY, TRACE, check_profile_folder, open_profile_folder, write_profile
 from offload.profiling.summary import Context, summarize
-from offload.launch.summary import print_rows
+from offload.console.tables import print_rows
 from pagemem.units import format_bytes
 
 #: Told by the summary's "mode".

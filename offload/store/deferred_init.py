@@ -8,60 +8,25 @@ works as on ordinary ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.modules.module import register_module_module_registration_hook
 
-from offload.config import Config, load_config
+from offload.config import ConfigLike, load_config
 from offload.modules.checks import check_values
+from offload.parameters.module_watch import named_parts, watching_modules
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.page_store import PageStore
 from offload.heap import large_blocks_mapped
 
 StoreT = TypeVar("StoreT", bound=PageStore)
-_watched_by: str | None = None
 
 
 @contextmanager
-def watching_modules(by: str, built: Callable[[nn.Module, str, nn.Module], None]) -> Iterator[None]:
-    """Have ``built`` called with parent, name and module for every module registered in a parent inside the block.
-
-    Args:
-        by: who watches, for the error.
-
-    Raises:
-        RuntimeError: somebody watches already; two would not see what the other one does to the modules.
-    """
-    global _watched_by
-    if _watched_by is not None:
-        raise RuntimeError(f"{by} inside {_watched_by}: a model has one store; leave the outer block first")
-
-    def registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if child is not None:
-            built(parent, name, child)
-
-    handle = register_module_module_registration_hook(registered)
-    _watched_by = by
-    try:
-        yield
-    finally:
-        _watched_by = None
-        handle.remove()
-
-
-def named_parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A module and all below it, with paths that begin with ``name``."""
-    for path, part in module.named_modules():
-        yield f"{name}.{path}" if path else name, part
-
-
-@contextmanager
-def deferred_init(config: Config | Mapping[str, Any] | str | Path) -> Iterator[PageStore]:
+def deferred_init(config: ConfigLike) -> Iterator[PageStore]:
     """Page the parameters of every module built inside the block, right after its constructor.
 
     Give the finished model to `offload.prepare` or `offload.initialize` with the same configuration. Modules that are

@@ -16,6 +16,8 @@ import offload
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pagemem", "scheduler", "optim", "offload")
+#: Files in one folder.
+MAX_FILES = 14
 
 
 def sources() -> list[Path]:
@@ -46,11 +48,27 @@ def test_the_contract_is_the_chain() -> None:
     assert settings()["importlinter:contract:chain"]["layers"].split() == list(reversed(PACKAGES))
 
 
-def test_exactly_the_four_packages_are_packaged() -> None:
-    assert settings()["options"]["packages"].split() == list(PACKAGES)
+def rooms() -> list[Path]:
+    """The four packages and the rooms in them."""
+    return sorted(path.parent for package in PACKAGES for path in (ROOT / package).rglob("__init__.py"))
+
+
+def test_the_four_packages_and_their_rooms_are_packaged() -> None:
+    assert sorted(settings()["options"]["packages"].split()) == [".".join(room.relative_to(ROOT).parts) for room in rooms()]
     assert settings()["mypy"]["files"].split(", ") == list(PACKAGES)
-    nested = [p for package in PACKAGES for p in (ROOT / package).iterdir() if p.is_dir() and p.name != "__pycache__"]
-    assert nested == []  # A folder below a package would have to be listed as well.
+    assert {path.parent for path in sources()} == set(rooms())
+
+
+def test_a_room_is_one_level_below_its_package_and_has_few_files() -> None:
+    assert [relative(room) for room in rooms() if len(room.relative_to(ROOT).parts) > 2] == []
+    assert {relative(room): n for room in rooms() if (n := len(list(room.glob("*.py")))) > MAX_FILES} == {}
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    contracts = settings()
+    for package in PACKAGES:
+        contract = contracts[f"importlinter:contract:{package}"]
+        assert (contract["containers"], contract["exhaustive"]) == (package, "True")
 
 
 def test_pyproject_names_the_build_backend_and_nothing_else() -> None:
