@@ -37,7 +37,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--cap", type=parse_bytes, default=parse_bytes("4GiB"))
     parser.add_argument("--layers", type=int, help="try this depth only")
-    parser.add_argument("--search", type=int, nargs=2, metavar=("LOW", "HIGH"), help="bisect; LOW should pass, HIGH fail")
+    parser.add_argument(
+        "--search", type=int, nargs=2, metavar=("LOW", "HIGH"), help="bisect; LOW should pass, HIGH fail"
+    )
     parser.add_argument("--plain", action="store_true", help="plain torch instead of the engine")
     parser.add_argument("--ram", type=parse_bytes, help="RAM for model states (default: what the cap leaves)")
     parser.add_argument("--threads", type=int, default=2)
@@ -95,7 +97,9 @@ def attempt(a: argparse.Namespace, layers: int) -> dict[str, Any] | None:
     command = [sys.executable, "-m", "benchmarks.capacity", *passed_on, "--child", "--layers", str(layers)]
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=a.timeout, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=a.timeout, check=False
+        )
         lines = done.stdout.splitlines()
         if done.returncode == 0 and lines:
             result: dict[str, Any] = json.loads(lines[-1])
@@ -136,7 +140,11 @@ def main() -> None:
         "surroundings": common.surroundings(), "layers": layers, "parameters": n, "passed": result is not None,
         "settled": settled, **(result or {}),
     }  # fmt: skip
-    rows = [("layers, parameters", f"{layers}, {n:,}"), ("got through", str(result is not None)), ("RLIMIT_DATA", format_bytes(a.cap))]
+    rows = [
+        ("layers, parameters", f"{layers}, {n:,}"),
+        ("got through", str(result is not None)),
+        ("RLIMIT_DATA", format_bytes(a.cap)),
+    ]
     if result:
         rows += [
             ("VmHWM", format_bytes(result["vm_hwm_bytes"])),

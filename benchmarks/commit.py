@@ -2,10 +2,11 @@
 
     python -m benchmarks.commit --size 112m --ram-share 0.25
 
-One engine trains; every few steps it commits, so that steps under which a commit is made and steps without one follow each
-other. The cost of a commit is the time that the steps from its beginning to its end took beyond as many steps without one,
-by the median of those before and after. It is held against a minute, the time between two commits, and its bytes against what was dirty in RAM when
-it began plus the manifest: pages that are on the disk already are named, not written.
+One engine trains; every few steps it commits, so that steps under which a commit is made and steps without one follow
+each other. The cost of a commit is the time that the steps from its beginning to its end took beyond as many steps
+without one, by the median of those before and after. It is held against a minute, the time between two commits, and its
+bytes against what was dirty in RAM when it began plus the manifest: pages that are on the disk already are named, not
+written.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class Subject:
     def in_ram(self) -> int:
         """Bytes that no page file has now, gradients apart."""
         changed = (Residency.DIRTY, Residency.STORING)
-        return sum(t.n_bytes for t in self.engine._store.mover.tensors.values() if t.state in changed and t.tag is not Tag.GRAD)
+        return sum(
+            t.n_bytes for t in self.engine._store.mover.tensors.values() if t.state in changed and t.tag is not Tag.GRAD
+        )
 
     def manifest_bytes(self) -> int:
         """The newest commit's files."""
@@ -150,7 +153,9 @@ def _summary(without: list[list[dict[str, float]]], commits: list[dict[str, Any]
 
 def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
     """The result for people."""
-    mb = {key: Spread(*(value / 1e6 for value in record[key].values())) for key in ("extra_written_bytes", "dirty_bytes")}
+    mb = {
+        key: Spread(*(value / 1e6 for value in record[key].values())) for key in ("extra_written_bytes", "dirty_bytes")
+    }
     return [
         ("step without a commit, s", str(Spread(**record["step_s"]))),
         ("beginning a commit, s", str(Spread(**record["begin_s"]))),

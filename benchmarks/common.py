@@ -153,7 +153,10 @@ class Spread:
 
 def surroundings() -> dict[str, Any]:
     """Versions, hardware and date of a result; no host names or paths."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "",
+    )
     memory_kib = int(Path("/proc/meminfo").read_text().split()[1])
     return {
         "date": datetime.date.today().isoformat(),
@@ -199,7 +202,9 @@ def save(record: Mapping[str, Any], path: str | None) -> None:
         Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def step_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int = 4, seq: int = 256) -> argparse.Namespace:
+def step_arguments(
+    parser: argparse.ArgumentParser, *, steps: int, batch: int = 4, seq: int = 256
+) -> argparse.Namespace:
     """Options of benchmarks that time training steps, and all that is asked on the command line."""
     parser.add_argument("--steps", type=int, default=steps, help="timed steps each, at least 5 (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=batch)

@@ -75,10 +75,20 @@ class Fio:
 
     def _command(self, way: str, depth: int, seconds: float) -> list[str]:
         return [
-            "fio", "--name=page", f"--filename={self.file}", f"--size={self.size_bytes}", f"--bs={self.request_bytes}",
-            f"--rw={way}", f"--iodepth={depth}", f"--direct={int(self.direct)}", "--ioengine=libaio",
-            "--iomem_align=2M", "--randrepeat=0", "--time_based",
-            f"--runtime={int(seconds * 1000)}ms", "--output-format=json",
+            "fio",
+            "--name=page",
+            f"--filename={self.file}",
+            f"--size={self.size_bytes}",
+            f"--bs={self.request_bytes}",
+            f"--rw={way}",
+            f"--iodepth={depth}",
+            f"--direct={int(self.direct)}",
+            "--ioengine=libaio",
+            "--iomem_align=2M",
+            "--randrepeat=0",
+            "--time_based",
+            f"--runtime={int(seconds * 1000)}ms",
+            "--output-format=json",
         ]
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.forecast --sizes 27m 112m 357m
 
-For each size and share of RAM: the disk is measured as `offload doctor` measures it, the plan is made by the command in a process of
-its own, then the same configuration is trained, and the plan is made once more: where both plans differ, the machine has
-changed meanwhile.
+For each size and share of RAM: the disk is measured as `offload doctor` measures it, the plan is made by the command in
+a process of its own, then the same configuration is trained, and the plan is made once more: where both plans differ,
+the machine has changed meanwhile.
 """
 
 from __future__ import annotations
@@ -33,8 +33,18 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--ram-shares", nargs="+", type=float, default=[0.25], help="memory.ram over 12 bytes a parameter (default: 0.25)")
-    parser.add_argument("--activations", metavar="SIZE", help="memory.activations, on both sides; the run's heap is then one that joins free blocks")
+    parser.add_argument(
+        "--ram-shares",
+        nargs="+",
+        type=float,
+        default=[0.25],
+        help="memory.ram over 12 bytes a parameter (default: 0.25)",
+    )
+    parser.add_argument(
+        "--activations",
+        metavar="SIZE",
+        help="memory.activations, on both sides; the run's heap is then one that joins free blocks",
+    )
     return common.step_arguments(parser, steps=9)
 
 
@@ -44,8 +54,16 @@ def plan_of(a: argparse.Namespace, size: str, share: float, disk: tuple[float, f
     config = {
         "memory": {"ram": int(share * 12 * common.n_parameters(d_model, n_layer, a.seq)), "activations": a.activations},
         "ssd": {"paths": [f"{a.dir}/pages"]},
-        "model": {"factory": "benchmarks.common:GPT", "arguments": {"d_model": d_model, "n_layer": n_layer, "seq": a.seq}},
-        "optimizer": {"name": "adamw", "lr": HYPER["lr"], "betas": HYPER["betas"], "weight_decay": HYPER["weight_decay"]},
+        "model": {
+            "factory": "benchmarks.common:GPT",
+            "arguments": {"d_model": d_model, "n_layer": n_layer, "seq": a.seq},
+        },
+        "optimizer": {
+            "name": "adamw",
+            "lr": HYPER["lr"],
+            "betas": HYPER["betas"],
+            "weight_decay": HYPER["weight_decay"],
+        },
         "train": {"steps": 1, "batch": a.batch, "seq": a.seq, "threads": a.threads},
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +79,20 @@ def plan_of(a: argparse.Namespace, size: str, share: float, disk: tuple[float, f
 def run_of(a: argparse.Namespace, size: str, share: float) -> dict[str, Any]:
     """What a run does."""
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
-    options = ["--size", size, "--ram-share", share, "--batch", a.batch, "--seq", a.seq, "--threads", a.threads, "--dir", a.dir]
+    options = [
+        "--size",
+        size,
+        "--ram-share",
+        share,
+        "--batch",
+        a.batch,
+        "--seq",
+        a.seq,
+        "--threads",
+        a.threads,
+        "--dir",
+        a.dir,
+    ]
     if a.activations is not None:
         options += ["--activations", a.activations]
     process = Child("engine", [str(option) for option in options], joining_heap=a.activations is not None)
@@ -112,15 +143,32 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
 
     def row(what: str, name: str, forecast: str, measured: str) -> tuple[str, str]:
         bar = f", bar {BARS[name]:.0%}" if name in BARS else ""
-        return what, f"{forecast} forecast, {measured} measured: {ratio[name]:.3f}{bar}" if ratio[name] is not None else f"{forecast}, {measured}"
+        return what, f"{forecast} forecast, {measured} measured: {ratio[name]:.3f}{bar}" if ratio[
+            name
+        ] is not None else f"{forecast}, {measured}"
 
     return [
         row("host pages", "host", f"{plan['step']['host_pages']}", f"{tiers['host']['peak_pages']}"),
         row("ssd pages", "ssd", f"{plan['step']['ssd_pages']}", f"{tiers['ssd']['peak_pages']}"),
-        row("process (VmHWM)", "process", f"{plan['process_bytes'] / 1e6:,.0f} MB", f"{run['peak_rss_bytes'] / 1e6:,.0f} MB"),
-        row("step", "step", f"{plan['step_s']:.3f} s (afterwards {found['step_s_planned_after']:.3f} s)", f"{run['step_s']:.3f} s"),
+        row(
+            "process (VmHWM)",
+            "process",
+            f"{plan['process_bytes'] / 1e6:,.0f} MB",
+            f"{run['peak_rss_bytes'] / 1e6:,.0f} MB",
+        ),
+        row(
+            "step",
+            "step",
+            f"{plan['step_s']:.3f} s (afterwards {found['step_s_planned_after']:.3f} s)",
+            f"{run['step_s']:.3f} s",
+        ),
         row("bytes read a step", "read", f"{plan['read_bytes'] / 1e6:,.0f} MB", f"{run['read_bytes'] / 1e6:,.0f} MB"),
-        row("bytes written a step", "written", f"{plan['written_bytes'] / 1e6:,.0f} MB", f"{run['written_bytes'] / 1e6:,.0f} MB"),
+        row(
+            "bytes written a step",
+            "written",
+            f"{plan['written_bytes'] / 1e6:,.0f} MB",
+            f"{run['written_bytes'] / 1e6:,.0f} MB",
+        ),
     ]
 
 
@@ -137,7 +185,12 @@ def main() -> None:
     common.save(record, a.save)
     for entry in found:
         last = entry is found[-1]
-        common.show(f"{entry['size']}, RAM for states {entry['ram_share']:g} of them", rows_of(entry), record, as_json=a.json and last)
+        common.show(
+            f"{entry['size']}, RAM for states {entry['ram_share']:g} of them",
+            rows_of(entry),
+            record,
+            as_json=a.json and last,
+        )
 
 
 if __name__ == "__main__":

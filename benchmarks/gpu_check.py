@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_check
     python -m benchmarks.gpu_check --device cpu-emulated --only fork exit
 
-Each check is a process of its own with a time limit, so one that hangs or kills its process costs nothing but its own line. The exit code is 0
-when none failed (what cannot be checked here is skipped), 1 when one did, 2 for a wrong command line, and 3 where torch finds no CUDA device.
-What is checked, and what each number is: `benchmarks.gpu_checks`.
+Each check is a process of its own with a time limit, so one that hangs or kills its process costs nothing but its own
+line. The exit code is 0 when none failed (what cannot be checked here is skipped), 1 when one did, 2 for a wrong
+command line, and 3 where torch finds no CUDA device. What is checked, and what each number is: `benchmarks.gpu_checks`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from benchmarks import common
 from benchmarks.common import SIZES
 from benchmarks.gpu_checks import CHECKS, ROOT, Check
 from benchmarks.gpu_setting import Outcome, Setting, Status
-
 
 FAILED: Final = 1
 NO_CUDA: Final = 3
@@ -64,12 +63,22 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0] if __doc__ else "",
         epilog="checks: " + "; ".join(f"{check.name}: {check.what}" for check in CHECKS),
     )  # fmt: skip
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu-emulated for what can be checked without one (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="these checks only, in the usual order")
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        help="cuda, cuda:N, or cpu-emulated for what can be checked without one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="NAME", help="these checks only, in the usual order"
+    )
     parser.add_argument("--size", choices=SIZES, help="model of the timed steps (default: 357m, without a GPU 27m)")
     parser.add_argument("--dir", help="folder for page files; default: a temporary one")
-    parser.add_argument("--patience", type=float, default=1.0, metavar="FACTOR", help="multiply every time limit (default: %(default)s)")
-    parser.add_argument("--save", nargs="?", const="", metavar="FILE", help="keep the results as JSON, by default in benchmarks/results")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, metavar="FACTOR", help="multiply every time limit (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--save", nargs="?", const="", metavar="FILE", help="keep the results as JSON, by default in benchmarks/results"
+    )
     parser.add_argument("--child", choices=names, help=argparse.SUPPRESS)
     chosen = parser.parse_args(given)
     kind, _, index = chosen.device.partition(":")
@@ -95,8 +104,11 @@ def child(name: str, setting: Setting) -> None:
 
 
 def run(command: Sequence[str], limit_s: float) -> Outcome:
-    """What a check's process answers. One that does not in time is killed with all it started; one that dies after its answer has failed."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT)
+    """What a check's process answers. One that does not in time is killed with all it started; one that dies after its
+    answer has failed."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT
+    )
     try:
         output, errors = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
@@ -114,7 +126,11 @@ def run(command: Sequence[str], limit_s: float) -> Outcome:
     if answered is None:
         return Outcome(Status.FAILED, detail=f"its process ended with {process.returncode} and no answer: {last}")
     if process.returncode:
-        return Outcome(Status.FAILED, answered.number, f"answered {answered.status.value}, then its process ended with {process.returncode}: {last}")
+        return Outcome(
+            Status.FAILED,
+            answered.number,
+            f"answered {answered.status.value}, then its process ended with {process.returncode}: {last}",
+        )
     return answered
 
 
@@ -154,7 +170,12 @@ def make_all(a: argparse.Namespace) -> list[Line]:
 def save(lines: Sequence[Line], a: argparse.Namespace) -> Path:
     """Keep the results; returns where."""
     path = Path(a.save) if a.save else RESULTS / f"gpu-check-{datetime.date.today().isoformat()}.json"
-    record = {"benchmark": "gpu_check", "device": a.device, "surroundings": common.surroundings(), "checks": [line.record() for line in lines]}
+    record = {
+        "benchmark": "gpu_check",
+        "device": a.device,
+        "surroundings": common.surroundings(),
+        "checks": [line.record() for line in lines],
+    }
     common.save(record, str(path))
     return path
 
@@ -166,10 +187,18 @@ def main(given: Sequence[str] | None = None) -> int:
         child(a.child, Setting(a.device, Path(a.dir), a.size))
         return 0
     if a.device != "cpu-emulated" and not torch.cuda.is_available():
-        build = "this torch is a build without CUDA" if torch.version.cuda is None else "torch finds no device that it can use"
-        print(f"no GPU to check: {build} (--device cpu-emulated checks what can be checked without one)", file=sys.stderr)
+        build = (
+            "this torch is a build without CUDA"
+            if torch.version.cuda is None
+            else "torch finds no device that it can use"
+        )
+        print(
+            f"no GPU to check: {build} (--device cpu-emulated checks what can be checked without one)", file=sys.stderr
+        )
         return NO_CUDA
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the check under way would go on alone
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # or the check under way would go on alone
     try:
         lines = make_all(a)
     finally:

@@ -3,14 +3,16 @@
 | check | number |
 |---|---|
 | memory, training | the tests of tests/gpu |
-| assert | seconds that `Engine.close` takes after an assertion in a kernel of the fourth step; it must end, with no thread left |
+| assert | seconds that `Engine.close` takes after an assertion in a kernel of the fourth step; it must end, with no
+thread left |
 | fork | bytes copied up that are the parent's, written while a child lives; the child must take no memory |
 | synchronisations | of one planned step, as `torch.cuda.set_sync_debug_mode` counts them; none |
 | host-memory | bytes that torch's own pinned pool has after ten steps, beside ``memory.ram``; at most 1 MiB |
 | pinning | seconds for 64 GiB |
 | uploads | GB/s of copies up; at least 40 |
 | home, home-clipped, streamed, streamed-clipped | step time over plain PyTorch's (`benchmarks.step`) |
-| bf16 | steps of a 16-bit block whose outputs and gradients are plain PyTorch's, bit for bit, under the math kernel of attention |
+| bf16 | steps of a 16-bit block whose outputs and gradients are plain PyTorch's, bit for bit, under the math kernel of
+attention |
 | activations | share of the copies of saved tensors that is beside kernels, from torch's profiler |
 | waiting | processor time of a thread that waits for the device, over the time it waits; at most 0.1 |
 | exit | seconds of a program that ends without closing its engine while copies are under way; it must end with 0 |
@@ -54,7 +56,8 @@ def tests(file: str, _: Setting) -> Outcome:
 
 
 class FailingDevice(RamDevice):
-    """A device of ordinary memory of which every call raises from some time on, as of a GPU after an assertion in a kernel."""
+    """A device of ordinary memory of which every call raises from some time on, as of a GPU after an assertion in a
+    kernel."""
 
     failed = False
 
@@ -133,10 +136,14 @@ def timed_step(options: Sequence[str], setting: Setting) -> Outcome:
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     if ended.returncode:
-        return Outcome(Status.FAILED, detail=(ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1])
+        return Outcome(
+            Status.FAILED, detail=(ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+        )
     record = json.loads(ended.stdout.splitlines()[-1])
     ratio, engine = record["ratio"], record["engine_step_s"]
-    equal = {True: "losses equal bit for bit", False: "losses differ", None: "bits not compared"}[record["losses_equal"]]
+    equal = {True: "losses equal bit for bit", False: "losses differ", None: "bits not compared"}[
+        record["losses_equal"]
+    ]
     number = f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f}) of plain torch"
     good = record["losses_equal"] is not False and not record["deviations"]
     return judged(good, number, f"{engine['median']:.3f} s a step, {record['deviations']} deviations, {equal}")
@@ -168,7 +175,10 @@ def bf16(setting: Setting) -> Outcome:
         return torch.optim.AdamW(parameters, lr=0.0, fused=True)
 
     n_equal = 0
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), offload.initialize(built, config, still) as engine:
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        offload.initialize(built, config, still) as engine,
+    ):
         for number in range(PLANNED):
             generator = torch.Generator().manual_seed(number)
             values = torch.randn(4, 64, 256, generator=generator).bfloat16().to(setting.torch_device)
@@ -178,7 +188,9 @@ def bf16(setting: Setting) -> Outcome:
             engine.step()
             expected = plain(theirs)
             expected.backward()
-            n_equal += bool(torch.equal(loss.detach(), expected.detach()) and torch.equal(_gradient(ours), _gradient(theirs)))
+            n_equal += bool(
+                torch.equal(loss.detach(), expected.detach()) and torch.equal(_gradient(ours), _gradient(theirs))
+            )
     return judged(n_equal == PLANNED, f"{n_equal} of {PLANNED} steps equal")
 
 
@@ -200,10 +212,16 @@ def activations(setting: Setting) -> Outcome:
     spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     for event in profiled.events() or []:
         if event.device_type == DeviceType.CUDA and not event.name.startswith("Memset"):
-            spans[event.name.startswith("Memcpy")].append((round(event.time_range.start * 1e3), round(event.time_range.end * 1e3)))
+            spans[event.name.startswith("Memcpy")].append(
+                (round(event.time_range.start * 1e3), round(event.time_range.end * 1e3))
+            )
     share = beside(spans[True], spans[False])
     n_kernels = len(spans[False])
-    return judged(bool(spans[True] and n_kernels), f"{share:.0%} beside kernels", f"{len(spans[True])} copies, {n_kernels} kernels")
+    return judged(
+        bool(spans[True] and n_kernels),
+        f"{share:.0%} beside kernels",
+        f"{len(spans[True])} copies, {n_kernels} kernels",
+    )
 
 
 def beside(copies: Sequence[tuple[int, int]], kernels: Sequence[tuple[int, int]]) -> float:
@@ -215,7 +233,8 @@ def beside(copies: Sequence[tuple[int, int]], kernels: Sequence[tuple[int, int]]
 
 
 def exiting(setting: Setting) -> Outcome:
-    """A program that ends without closing its engine, copies under way. What it ends with is seen by whoever started it."""
+    """A program that ends without closing its engine, copies under way. What it ends with is seen by whoever started
+    it."""
     began_s = time.perf_counter()
     run = Run(setting, setting.config(activations=0))
     for _ in range(PLANNED):
@@ -230,7 +249,8 @@ class Check:
 
     Attributes:
         needs_gpu: whether there is nothing to see on the emulated device.
-        ends_at_once: whether its process is left without tearing down what it has: how that ends is not what is checked.
+        ends_at_once: whether its process is left without tearing down what it has: how that ends is not what is
+            checked.
     """
 
     name: str
@@ -248,16 +268,30 @@ _CLIPPED: Final = ["--clip-norm", "1.0"]
 CHECKS: Final = (
     Check("memory", "tests/gpu/test_cuda_memory.py", partial(tests, "test_cuda_memory.py"), 300),
     Check("training", "tests/gpu/test_cuda_training.py", partial(tests, "test_cuda_training.py"), 600),
-    Check("assert", "an assertion in a kernel of step 4, then close", assertion, 60, needs_gpu=False, ends_at_once=True),
+    Check(
+        "assert", "an assertion in a kernel of step 4, then close", assertion, 60, needs_gpu=False, ends_at_once=True
+    ),
     Check("fork", "a child while memory is pinned", fork, 60, needs_gpu=False),
     Check("synchronisations", "of one planned step", synchronisations, 120),
     Check("host-memory", "torch's pinned pool after ten steps", host_memory, 120),
     Check("pinning", "64 GiB, once", pinning, 180),
     Check("uploads", "GB/s of copies up", uploads, 60, needs_gpu=False),
     Check("home", "steps with all at home on the device", partial(timed_step, _HOME), 600, needs_gpu=False),
-    Check("home-clipped", "likewise, with clipping", partial(timed_step, ["--device-share", "4.4", *_CLIPPED]), 600, needs_gpu=False),
+    Check(
+        "home-clipped",
+        "likewise, with clipping",
+        partial(timed_step, ["--device-share", "4.4", *_CLIPPED]),
+        600,
+        needs_gpu=False,
+    ),
     Check("streamed", "steps with parameters that come and go", partial(timed_step, _STREAMED), 600, needs_gpu=False),
-    Check("streamed-clipped", "likewise, with clipping", partial(timed_step, [*_STREAMED, *_CLIPPED]), 600, needs_gpu=False),
+    Check(
+        "streamed-clipped",
+        "likewise, with clipping",
+        partial(timed_step, [*_STREAMED, *_CLIPPED]),
+        600,
+        needs_gpu=False,
+    ),
     Check("bf16", "a 16-bit block against plain torch", bf16, 120, needs_gpu=False),
     Check("activations", "copies of saved tensors beside kernels", activations, 180),
     Check("waiting", "processor time of a waiting thread", waiting, 60),

@@ -39,7 +39,8 @@ def all_of(arena: Arena) -> torch.Tensor:
 
 
 def fork(setting: Setting) -> Outcome:
-    """A child while host memory is pinned: the parent writes, what is copied up is what it wrote, and no memory is copied."""
+    """A child while host memory is pinned: the parent writes, what is copied up is what it wrote, and no memory is
+    copied."""
     device, arena, above = arenas(setting)
     source, into = all_of(arena), all_of(above)
     source.fill_(1)
@@ -60,7 +61,11 @@ def fork(setting: Setting) -> Outcome:
     os.waitpid(child, 0)
     # Where nothing is pinned, others on the machine are all that could be measured.
     good = right == arena.n_bytes and (setting.emulated or taken_bytes < arena.n_bytes // 2)
-    return judged(good, f"{right} of {arena.n_bytes} bytes right", "" if setting.emulated else f"{max(0, taken_bytes) / MiB:.0f} MiB more in use")
+    return judged(
+        good,
+        f"{right} of {arena.n_bytes} bytes right",
+        "" if setting.emulated else f"{max(0, taken_bytes) / MiB:.0f} MiB more in use",
+    )
 
 
 def synchronisations(setting: Setting) -> Outcome:
@@ -77,7 +82,9 @@ def synchronisations(setting: Setting) -> Outcome:
             run.engine.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = [f"{Path(entry.filename).name}:{entry.lineno}" for entry in caught if "synchronizing CUDA" in str(entry.message)]
+    places = [
+        f"{Path(entry.filename).name}:{entry.lineno}" for entry in caught if "synchronizing CUDA" in str(entry.message)
+    ]
     run.engine.close()
     return judged(not places, f"{len(places)} in a planned step", ", ".join(dict.fromkeys(places)))
 
@@ -122,7 +129,11 @@ def uploads(setting: Setting) -> Outcome:
         rates.append(arena.n_bytes / copy.seconds() / 1e9)
     same = torch.equal(into.cpu(), source)
     best = max(rates[1:])
-    return judged(same and (setting.emulated or best >= UPLOAD_BAR_GB_PER_S), f"{best:.1f} GB/s", "" if same else "not the same bytes")
+    return judged(
+        same and (setting.emulated or best >= UPLOAD_BAR_GB_PER_S),
+        f"{best:.1f} GB/s",
+        "" if same else "not the same bytes",
+    )
 
 
 def waiting(setting: Setting) -> Outcome:

@@ -40,7 +40,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is checked: ``device`` as in a configuration, an empty folder for page files, and the size of timed models."""
+    """What is checked: ``device`` as in a configuration, an empty folder for page files, and the size of timed
+    models."""
 
     device: str
     folder: Path

@@ -176,7 +176,10 @@ class Row:
     def line(self) -> tuple[str, str]:
         """As text, for `common.show`."""
         what = f"{self.way}, {self.contestant}"
-        return what, f"{self.lost_s_per_gb} at {self.gb_per_s.median:.2f} GB/s; a product takes {self.slowdown} of its time"
+        return (
+            what,
+            f"{self.lost_s_per_gb} at {self.gb_per_s.median:.2f} GB/s; a product takes {self.slowdown} of its time",
+        )
 
 
 def measure(contestants: Mapping[str, Traffic], way: str, seconds: float, rounds: int) -> list[Row]:
@@ -232,14 +235,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run.fill()  # the checked one last: its checksums are those of the file's bytes
             rows += measure(contestants, way, options.seconds, options.rounds)
     settings = {
-        "request_bytes": REQUEST_BYTES, "depth": DEPTH, "rate_mb_per_s": options.rate, "seconds": options.seconds,
-        "rounds": options.rounds, "backend": backend, "fio": fio_version,
+        "request_bytes": REQUEST_BYTES,
+        "depth": DEPTH,
+        "rate_mb_per_s": options.rate,
+        "seconds": options.seconds,
+        "rounds": options.rounds,
+        "backend": backend,
+        "fio": fio_version,
     }
     found = [dataclasses.asdict(row) for row in rows]
     record = {"benchmark": "interference", **common.surroundings(), "settings": settings, "rows": found}
     common.show(
         f"Seconds of compute lost for each GB moved beside it: median (least-greatest) of {options.rounds} rounds",
-        [row.line() for row in rows], record, as_json=options.json,
+        [row.line() for row in rows],
+        record,
+        as_json=options.json,
     )
     common.save(record, options.save)
 

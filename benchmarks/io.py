@@ -4,14 +4,14 @@ Reads and writes of 4 MiB with 1, 2 and 4 requests under way, checksums on and o
 (libaio) of the same size and depth: how many requests are with the system at a time, for the page file its threads. The
 ratio is the median over rounds of ours divided by fio's of the same round, so that a drift of the disk cancels;
 measurements are short and many for the same reason. Like with like: all work on one and the same file of random bytes,
-written before anything is measured, with buffers in huge pages. What is asked of the page file are routes made beforehand,
-as the engine makes one a tensor and keeps it.
+written before anything is measured, with buffers in huge pages. What is asked of the page file are routes made
+beforehand, as the engine makes one a tensor and keeps it.
 
-Without checksums the page file does what fio does, with as many buffers. With checksums it is kept busy as the engine keeps
-it, with one transfer more begun than may be under way, so that one is verified while others are read. That takes one buffer
-more, and where a processor copies what comes from the disk (a virtual one, a page cache) few buffers stay in its cache and
-are faster. So a plain loop over preadv and pwritev is measured, too, with those buffers and as many threads: what it loses
-to fio is not the page file's doing.
+Without checksums the page file does what fio does, with as many buffers. With checksums it is kept busy as the engine
+keeps it, with one transfer more begun than may be under way, so that one is verified while others are read. That takes
+one buffer more, and where a processor copies what comes from the disk (a virtual one, a page cache) few buffers stay in
+its cache and are faster. So a plain loop over preadv and pwritev is measured, too, with those buffers and as many
+threads: what it loses to fio is not the page file's doing.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from typing import Any, Final
 
 from benchmarks.fio import Fio, Sample
 from benchmarks.plain_io import PlainLoop
-from pagemem.frames.page import Extent, FrameId
 from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
+from pagemem.frames.page import Extent, FrameId
 from pagemem.units import GiB, MiB
 
 REQUEST_BYTES: Final = 4 * MiB
@@ -65,7 +65,10 @@ class PageFileRun:
         self, directory: RunDirectory, checksums: bool, depth: int, spare: int = 1, limit_mb_per_s: float | None = None
     ) -> None:
         self.files = PageFiles(
-            [directory], page_bytes=REQUEST_BYTES, checksums=checksums, threads_per_path=depth,
+            [directory],
+            page_bytes=REQUEST_BYTES,
+            checksums=checksums,
+            threads_per_path=depth,
             limit_mb_per_s=limit_mb_per_s,
         )
         self.n_frames = FILE_BYTES // REQUEST_BYTES
@@ -316,7 +319,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = environment(folder, backend, fio_version)
     print(f"page file backend: {backend}; bar: {BAR} of fio")
     show(rows, list(contestants))
-    settings = {"request_bytes": REQUEST_BYTES, "file_bytes": FILE_BYTES, "seconds": options.seconds, "rounds": options.rounds}
+    settings = {
+        "request_bytes": REQUEST_BYTES,
+        "file_bytes": FILE_BYTES,
+        "seconds": options.seconds,
+        "rounds": options.rounds,
+    }
     record = {"benchmark": "io", **result, "settings": settings, "rows": [asdict(row) for row in rows]}
     if options.save is not None:
         options.save.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """A language model of Llama's shape, for plans of models that no machine here could train: `module:callable` factories.
 
-Shapes: B rows, T tokens a row, C channels (d_model). Grouped-query attention, rotary positions, SwiGLU, RMS norms, untied output.
+Shapes: B rows, T tokens a row, C channels (d_model). Grouped-query attention, rotary positions, SwiGLU, RMS norms,
+    untied output.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ class LlamaBlock(nn.Module):
         rows, tokens, _ = x.shape
         normed = self.attention_norm(x)
         query, key, value = (
-            layer(normed).view(rows, tokens, -1, self.d_head).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(normed).view(rows, tokens, -1, self.d_head).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
         )
         n_alike = query.shape[1] // key.shape[1]
         mixed = F.scaled_dot_product_attention(
-            _turned(query, cosine, sine), _turned(key, cosine, sine).repeat_interleave(n_alike, 1), value.repeat_interleave(n_alike, 1), is_causal=True
+            _turned(query, cosine, sine),
+            _turned(key, cosine, sine).repeat_interleave(n_alike, 1),
+            value.repeat_interleave(n_alike, 1),
+            is_causal=True,
         )
         x = x + self.out(mixed.transpose(1, 2).reshape(rows, tokens, -1))
         normed = self.mlp_norm(x)
@@ -55,7 +60,15 @@ class Llama(nn.Module):
     """Blocks between an embedding and an output layer; each block is recomputed in backward if ``recompute``."""
 
     def __init__(
-        self, vocabulary: int, d_model: int, n_layer: int, n_head: int, n_kv_head: int, d_ff: int, *, recompute: bool = True
+        self,
+        vocabulary: int,
+        d_model: int,
+        n_layer: int,
+        n_head: int,
+        n_kv_head: int,
+        d_ff: int,
+        *,
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         self.recompute = recompute
@@ -70,12 +83,18 @@ class Llama(nn.Module):
         hidden = self.tokens(x)
         cosine, sine = self._angles(x.shape[1], hidden)
         for block in self.blocks:
-            hidden = checkpoint(block, hidden, cosine, sine, use_reentrant=False) if self.recompute else block(hidden, cosine, sine)
+            hidden = (
+                checkpoint(block, hidden, cosine, sine, use_reentrant=False)
+                if self.recompute
+                else block(hidden, cosine, sine)
+            )
         logits = self.output(self.norm(hidden))
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
     def _angles(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        frequencies = _THETA ** (-torch.arange(0, self.d_head, 2, device=like.device, dtype=torch.float32) / self.d_head)
+        frequencies = _THETA ** (
+            -torch.arange(0, self.d_head, 2, device=like.device, dtype=torch.float32) / self.d_head
+        )
         angles = torch.outer(torch.arange(tokens, device=like.device, dtype=torch.float32), frequencies)
         both = torch.cat([angles, angles], -1)
         return both.cos().to(like.dtype), both.sin().to(like.dtype)

@@ -1,4 +1,5 @@
-"""What lock-free updates gain on a slow disk, and what they cost in quality: ``python -m benchmarks.lockfree [--quick]``.
+"""What lock-free updates gain on a slow disk, and what they cost in quality: ``python -m benchmarks.lockfree
+[--quick]``.
 
 Speed: a step against the same step with updates off, and against exact mode with the states on the same disk. Quality:
 validation loss after as many steps as exact mode, by disk and ``update.max_staleness``. Both train a byte-level GPT on
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks import common, lockfree_quality, lockfree_speed
-from offload.config import UpdateConfig
 from examples.byte_gpt import python_source_text
+from offload.config import UpdateConfig
 
 SMOOTHED_STEPS = 20
 
@@ -33,7 +34,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small models, one ratio, one seed: does it run?")
     parser.add_argument("--ratios", nargs="+", type=float, help="speed: seconds of the disk for each second of compute")
     parser.add_argument("--seeds", nargs="+", type=int, help="quality: seeds")
-    parser.add_argument("--points", nargs="+", metavar="RATIO:BOUND:LR", help="quality: disk, max_staleness, highest learning rate")
+    parser.add_argument(
+        "--points", nargs="+", metavar="RATIO:BOUND:LR", help="quality: disk, max_staleness, highest learning rate"
+    )
     parser.add_argument("--threads", type=int, default=2, help="speed: compute threads (default: %(default)s)")
     parser.add_argument("--add", action="store_true", help="keep what --save FILE has and this run does not measure")
     parser.add_argument("--picture", metavar="FILE", help="draw the quality part")
@@ -88,7 +91,10 @@ def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         made = {entry["ratio"]: entry for entry in [*old["speed"], *new["speed"]]}
         record["speed"] = [made[ratio] for ratio in sorted(made)]
     if "quality" in old and "quality" in new:
-        runs = {(r["mode"], r["ratio"], r["max_staleness"], r["lr"], r["seed"]): r for r in [*old["quality"]["runs"], *new["quality"]["runs"]]}
+        runs = {
+            (r["mode"], r["ratio"], r["max_staleness"], r["lr"], r["seed"]): r
+            for r in [*old["quality"]["runs"], *new["quality"]["runs"]]
+        }
         exact_step_s = {**old["quality"]["exact_step_s"], **new["quality"]["exact_step_s"]}
         record["quality"] = {**new["quality"], "exact_step_s": exact_step_s, "runs": list(runs.values())}
     return record
@@ -117,10 +123,22 @@ def draw(quality: Mapping[str, Any], config: Mapping[str, Any], default_bound: i
     curve = _mean_curve(exact)
     by_step.plot(range(SMOOTHED_STEPS, len(curve) + SMOOTHED_STEPS), curve, color="black", linewidth=2.5, label="exact")
     timed_as = f"exact, {config['exact_ram_per_parameter']:g} bytes of RAM a parameter"
-    by_time.plot([(k + SMOOTHED_STEPS) * exact_step_s for k in range(len(curve))], curve, color="black", linewidth=2.5, label=timed_as)
-    bounds = sorted({run["max_staleness"] for run in runs if run["mode"] != "exact" and (run["ratio"], run["lr"]) == (shown, lr)})
+    by_time.plot(
+        [(k + SMOOTHED_STEPS) * exact_step_s for k in range(len(curve))],
+        curve,
+        color="black",
+        linewidth=2.5,
+        label=timed_as,
+    )
+    bounds = sorted(
+        {run["max_staleness"] for run in runs if run["mode"] != "exact" and (run["ratio"], run["lr"]) == (shown, lr)}
+    )
     for number, bound in enumerate(bounds):
-        ours = [run for run in runs if run["mode"] != "exact" and (run["ratio"], run["max_staleness"], run["lr"]) == (shown, bound, lr)]
+        ours = [
+            run
+            for run in runs
+            if run["mode"] != "exact" and (run["ratio"], run["max_staleness"], run["lr"]) == (shown, bound, lr)
+        ]
         curve, color = _mean_curve(ours), f"C{number}"
         seconds = torch.tensor([run["step_times_s"] for run in ours]).mean(0).cumsum(0)[SMOOTHED_STEPS - 1 :]
         name = f"lock-free, max_staleness {bound}" + (" (default)" if bound == default_bound else "")
@@ -149,7 +167,10 @@ def _draw_final(axes: Any, quality: Mapping[str, Any], default_bound: int) -> No
     axes.axhline(1, color="grey", linestyle="--", linewidth=1, label="1 %")
     axes.set_xticks(range(len(points)), names)
     axes.set_title("Final validation loss: seeds, and their mean")
-    axes.set(xlabel="disk over compute; max_staleness (default in red); learning rate", ylabel="% above exact, same seed and steps")
+    axes.set(
+        xlabel="disk over compute; max_staleness (default in red); learning rate",
+        ylabel="% above exact, same seed and steps",
+    )
     axes.grid(alpha=0.3, axis="y")
     axes.legend(loc="lower right")
 

@@ -27,10 +27,10 @@ import torch
 import offload
 import offload.store.make_updater
 from benchmarks import common
-from offload.config import OptimizerConfig, TrainConfig
-from offload.launch.train import learning_rate
 from examples.byte_gpt import byte_gpt, python_source_text
+from offload.config import OptimizerConfig, TrainConfig
 from offload.launch.summary import BITS_PER_NAT
+from offload.launch.train import learning_rate
 from optim.lockfree.unit_channel import Mailbox, SlotSum
 from optim.unit import Slot
 
@@ -129,7 +129,9 @@ class Trainer:
                 self.engine = offload.initialize(model, config, section)
         else:
             self.engine = offload.initialize(model, config, section)
-        train = TrainConfig(steps=job.steps, batch=job.batch, seq=job.seq, schedule="cosine", warmup_steps=job.warmup_steps)
+        train = TrainConfig(
+            steps=job.steps, batch=job.batch, seq=job.seq, schedule="cosine", warmup_steps=job.warmup_steps
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.engine.optimizer, learning_rate(train))
         # What the results say of staleness is read off the mailboxes' clocks; there is no public way to it.
         mailboxes: dict[Any, Mailbox] = getattr(self.engine._updater, "_mailboxes", {})
@@ -171,7 +173,10 @@ class Trainer:
         self.engine.drain()
         model = self.engine.model.eval()
         with torch.no_grad():
-            bits = [float(model(x, y)) * BITS_PER_NAT for x, y in self.data.validation_batches(n_batches, rows, self.job.seq)]
+            bits = [
+                float(model(x, y)) * BITS_PER_NAT
+                for x, y in self.data.validation_batches(n_batches, rows, self.job.seq)
+            ]
         model.train()
         return bits
 

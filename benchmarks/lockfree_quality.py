@@ -1,4 +1,5 @@
-"""Lock-free against exact updates on a slow disk: what a small GPT has learnt after as many steps. Part of `benchmarks.lockfree`.
+"""Lock-free against exact updates on a slow disk: what a small GPT has learnt after as many steps. Part of
+`benchmarks.lockfree`.
 
 Runs with the same seed start from the same values and see the same batches. Two runs go on at a time, each with one
 compute thread; the disk's speed is a multiple of a step's compute as measured in the same way. What exact mode learns
@@ -51,7 +52,11 @@ FULL: Final = QualityPlan(
     model={"d_model": 128, "n_layer": 4, "n_head": 4, "seq": 128, "batch": 4},
     steps=1200,
     seeds=(1, 2, 3),
-    points=(*((ratio, bound, BEST_LR) for ratio in (1, 2, 4) for bound in (1, 2, 4, 8)), (3, 4, BEST_LR), (3, 4, LOW_LR)),
+    points=(
+        *((ratio, bound, BEST_LR) for ratio in (1, 2, 4) for bound in (1, 2, 4, 8)),
+        (3, 4, BEST_LR),
+        (3, 4, LOW_LR),
+    ),
     validation=(128, 8),
 )
 QUICK: Final = replace(FULL, steps=150, seeds=(1,), points=((3, 4, BEST_LR),), validation=(16, 8))
@@ -67,15 +72,25 @@ def measure(plan: QualityPlan, folder: str) -> dict[str, Any]:
     base = replace(base, ram_bytes=int(RAM_PER_PARAMETER * n))
     calibration = _calibrate(base)
     lrs = sorted({lr for _, _, lr in plan.points})
-    jobs = [replace(base, name=f"exact-{lr:g}-{seed}", lr=lr, seed=seed, ram_bytes=ALL_RAM_PER_PARAMETER * n) for lr in lrs for seed in plan.seeds]
+    jobs = [
+        replace(base, name=f"exact-{lr:g}-{seed}", lr=lr, seed=seed, ram_bytes=ALL_RAM_PER_PARAMETER * n)
+        for lr in lrs
+        for seed in plan.seeds
+    ]
     ratios: list[float] = [0.0] * len(jobs)
     for ratio, bound, lr in plan.points:
         limit_mb_per_s = calibration["round_bytes"] / (ratio * calibration["compute_s"]) / 1e6
         for seed in plan.seeds:
             jobs.append(
                 replace(
-                    base, name=f"lockfree-{ratio:g}-{bound}-{lr:g}-{seed}", mode="lock-free", seed=seed, lr=lr,
-                    max_staleness=bound, exact_steps=UpdateConfig().exact_steps, limit_mb_per_s=limit_mb_per_s,
+                    base,
+                    name=f"lockfree-{ratio:g}-{bound}-{lr:g}-{seed}",
+                    mode="lock-free",
+                    seed=seed,
+                    lr=lr,
+                    max_staleness=bound,
+                    exact_steps=UpdateConfig().exact_steps,
+                    limit_mb_per_s=limit_mb_per_s,
                 )  # fmt: skip
             )
             ratios.append(ratio)
@@ -84,7 +99,9 @@ def measure(plan: QualityPlan, folder: str) -> dict[str, Any]:
     exact_s = {}
     for ratio in sorted({ratio for ratio, _, _ in plan.points}):
         limit_mb_per_s = calibration["round_bytes"] / (ratio * calibration["compute_s"]) / 1e6
-        exact_s[f"{ratio:g}"] = _exact_step_s(replace(base, name="exact-limited", ram_bytes=EXACT_RAM_PER_PARAMETER * n, limit_mb_per_s=limit_mb_per_s))
+        exact_s[f"{ratio:g}"] = _exact_step_s(
+            replace(base, name="exact-limited", ram_bytes=EXACT_RAM_PER_PARAMETER * n, limit_mb_per_s=limit_mb_per_s)
+        )
     return {"parameters": n, "calibration": calibration, "exact_step_s": exact_s, "runs": runs}
 
 
@@ -146,7 +163,11 @@ def against_exact(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for minus_lr, ratio, bound in points:
         lr = -minus_lr
-        ours = [run for run in runs if (run["mode"], run["ratio"], run["max_staleness"], run["lr"]) == ("lock-free", ratio, bound, lr)]
+        ours = [
+            run
+            for run in runs
+            if (run["mode"], run["ratio"], run["max_staleness"], run["lr"]) == ("lock-free", ratio, bound, lr)
+        ]
         excess = [run["validation_bits"] / exact[lr, run["seed"]]["validation_bits"] - 1 for run in ours]
         found.append(
             {
@@ -174,14 +195,23 @@ def rows_of(record: Mapping[str, Any], tokens_a_step: int) -> list[tuple[str, st
     rows = []
     for lr in sorted({run["lr"] for run in record["runs"]}, reverse=True):
         exact = [run["validation_bits"] for run in record["runs"] if run["mode"] == "exact" and run["lr"] == lr]
-        rows.append((f"exact, lr {lr:g}, bits a byte", f"{statistics.mean(exact):.4f} ({min(exact):.4f}-{max(exact):.4f}), mean of {len(exact)}"))
+        rows.append(
+            (
+                f"exact, lr {lr:g}, bits a byte",
+                f"{statistics.mean(exact):.4f} ({min(exact):.4f}-{max(exact):.4f}), mean of {len(exact)}",
+            )
+        )
     for ratio, step_s in record["exact_step_s"].items():
         ram = f"{EXACT_RAM_PER_PARAMETER} bytes of RAM a parameter"
-        rows.append((f"disk {ratio} x compute, exact, {ram}", f"{step_s:.3f} s a step, {tokens_a_step / step_s:,.0f} tokens/s"))
+        rows.append(
+            (f"disk {ratio} x compute, exact, {ram}", f"{step_s:.3f} s a step, {tokens_a_step / step_s:,.0f} tokens/s")
+        )
     for point in against_exact(record["runs"]):
         seeds = ", ".join(f"{share * 100:+.2f}" for share in point["excess"])
         stale = f"missed {point['stale_mean']:.2f}, at most {point['stale_max']}"
         speed = f"{point['mean_step_s']:.3f} s a step, {tokens_a_step / point['mean_step_s']:,.0f} tokens/s"
         value = f"{point['validation_bits']:.4f}, {point['mean_excess'] * 100:+.2f} % ({seeds}); {stale}; {speed}"
-        rows.append((f"disk {point['ratio']:g} x compute, max_staleness {point['max_staleness']}, lr {point['lr']:g}", value))
+        rows.append(
+            (f"disk {point['ratio']:g} x compute, max_staleness {point['max_staleness']}, lr {point['lr']:g}", value)
+        )
     return rows

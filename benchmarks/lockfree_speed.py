@@ -29,7 +29,8 @@ class SpeedPlan:
 
     Attributes:
         ratios: seconds of the disk for each second of compute.
-        blocks: engines in the order of their blocks. same_ram_at: ratios at which exact mode is timed with lock-free's RAM, too.
+        blocks: engines in the order of their blocks. same_ram_at: ratios at which exact mode is timed with lock-free's
+            RAM, too.
         leads, timed: steps of a block by engine, before and in the measurement.
     """
 
@@ -42,8 +43,8 @@ class SpeedPlan:
     ram_per_parameter: Mapping[str, float]
 
 
-#: 25.6 million parameters. 10 bytes a parameter hold parameters, gradients on their way and the updater's windows; 5 hold
-#: the parameters in exact mode, whose gradients do not wait.
+#: 25.6 million parameters. 10 bytes a parameter hold parameters, gradients on their way and the updater's windows; 5
+#: hold the parameters in exact mode, whose gradients do not wait.
 FULL: Final = SpeedPlan(
     model={"d_model": 512, "n_layer": 8, "n_head": 8, "seq": 256, "batch": 4},
     ratios=(1, 2, 3, 4),
@@ -92,7 +93,9 @@ def measure(plan: SpeedPlan, folder: str, threads: int) -> list[dict[str, Any]]:
     return records
 
 
-def _ratio(plan: SpeedPlan, ratio: float, compute_s: float, limit_mb_per_s: float, children: Mapping[str, Child], n: int) -> dict[str, Any]:
+def _ratio(
+    plan: SpeedPlan, ratio: float, compute_s: float, limit_mb_per_s: float, children: Mapping[str, Child], n: int
+) -> dict[str, Any]:
     """Blocks of all engines in turns at one speed of the disk."""
     steps: dict[str, list[dict[str, float]]] = {kind: [] for kind in children}
     loads = [os.getloadavg()[0]]
@@ -104,7 +107,10 @@ def _ratio(plan: SpeedPlan, ratio: float, compute_s: float, limit_mb_per_s: floa
         children[kind].ask("drain")
         steps[kind] += made
         loads.append(os.getloadavg()[0])
-        print(f"disk {ratio:g} x compute, {kind}: {[round(step['step_s'], 2) for step in made]} s, load {loads[-1]:.1f}", file=sys.stderr)
+        print(
+            f"disk {ratio:g} x compute, {kind}: {[round(step['step_s'], 2) for step in made]} s, load {loads[-1]:.1f}",
+            file=sys.stderr,
+        )
     record: dict[str, Any] = {
         "ratio": ratio, "compute_s": compute_s, "limit_mb_per_s": limit_mb_per_s, "parameters": n, "load_1min": loads,
     }  # fmt: skip
@@ -148,7 +154,12 @@ def rows_of(records: Sequence[Mapping[str, Any]], tokens_a_step: int) -> list[tu
     for record in records:
         ours = record["lock-free"]
         what = f"disk {record['ratio']:g} x compute: lock-free step over updates off"
-        rows.append((what, f"{record['lock-free over off, median']:.3f} of medians, {record['lock-free over off, mean']:.3f} of means"))
+        rows.append(
+            (
+                what,
+                f"{record['lock-free over off, median']:.3f} of medians, {record['lock-free over off, mean']:.3f} of means",
+            )
+        )
         for kind in ("exact", "exact, same RAM"):
             if kind in record:
                 both = f"{record[f'{kind} over lock-free, median']:.2f} of medians, {record[f'{kind} over lock-free, mean']:.2f} of means"

@@ -1,4 +1,5 @@
-"""Direct I/O without a page file: threads that do nothing but call preadv or pwritev, the floor of what a page file can do."""
+"""Direct I/O without a page file: threads that do nothing but call preadv or pwritev, the floor of what a page file can
+do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Planning a model no machine here could train: ``python -m benchmarks.plan_large [--layers 80] [--json] [--save FILE]``.
+"""Planning a model no machine here could train: ``python -m benchmarks.plan_large [--layers 80] [--json] [--save
+FILE]``.
 
-`offload plan` of a 70-billion-parameter model of Llama's shape on given hardware (a GPU of 80 GB, 256 GB of RAM, four SSDs), in a
-process of its own: its wall time and its VmHWM, which are to stay below 60 s and 2 GiB, and what it predicts.
+`offload plan` of a 70-billion-parameter model of Llama's shape on given hardware (a GPU of 80 GB, 256 GB of RAM, four
+SSDs), in a process of its own: its wall time and its VmHWM, which are to stay below 60 s and 2 GiB, and what it
+predicts.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from pagemem.units import GiB, format_bytes
 
 BAR_S: Final = 60.0
 BAR_BYTES: Final = 2 * GiB
-#: Of the hardware that is planned for: bf16 matrix products of a large GPU at the share of its peak that training reaches, its memory,
-#: PCIe 4.0 x16, eight channels of DDR4 for the updates, four SSDs of 6.5 and 4 GB/s.
+#: Of the hardware that is planned for: bf16 matrix products of a large GPU at the share of its peak that training
+#: reaches, its memory, PCIe 4.0 x16, eight channels of DDR4 for the updates, four SSDs of 6.5 and 4 GB/s.
 RATES: Final = (
     "--flops", "1.4e14", "--device-ram-speed", "1500000", "--h2d", "24000", "--ram-speed", "150000",
     "--ssd-read", "26000", "--ssd-write", "16000",
@@ -77,7 +79,10 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("planning took", f"{record['plan_s']:.1f} s (bar {BAR_S:.0f})"),
         ("its VmHWM", f"{format_bytes(record['peak_bytes'])} (bar {format_bytes(BAR_BYTES)})"),
         ("ops a step", f"{forecast['ops']:,}"),
-        ("pages on the device, in RAM, on SSD", ", ".join(format_bytes(step[f"{tier}_bytes"]) for tier in ("device", "host", "ssd"))),
+        (
+            "pages on the device, in RAM, on SSD",
+            ", ".join(format_bytes(step[f"{tier}_bytes"]) for tier in ("device", "host", "ssd")),
+        ),
         ("fits", str(forecast["fit"]["fits"])),
         ("step, predicted", f"{forecast['step_s']:.1f} s, of which compute {forecast['compute_s']:.1f} s"),
         ("limited by", forecast["limiting"]),

@@ -1,6 +1,6 @@
 """What a profile costs the steps it records: steps with and without, in turns, of one engine.
 
-    python -m benchmarks.profiling --size 27m --ram-share 0.25
+python -m benchmarks.profiling --size 27m --ram-share 0.25
 """
 
 from __future__ import annotations
@@ -53,14 +53,19 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             calls.append(profile.summary["overhead"]["calls"])
         if number >= WARM_UP:
             steps_s[profiled].append(took_s)
-        print(f"step {number + 1}/{WARM_UP + 2 * a.steps}: {took_s:.3f} s{', profiled' if profiled else ''}", file=sys.stderr)
+        print(
+            f"step {number + 1}/{WARM_UP + 2 * a.steps}: {took_s:.3f} s{', profiled' if profiled else ''}",
+            file=sys.stderr,
+        )
     subject.close()
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
     return {
         "benchmark": "profiling",
         "config": {k: v for k, v in vars(a).items() if k not in ("json", "save", "dir")},
         "surroundings": common.surroundings(),
-        "ratio": dataclasses.asdict(Spread.of([one / two for one, two in zip(steps_s[True], steps_s[False], strict=True)])),
+        "ratio": dataclasses.asdict(
+            Spread.of([one / two for one, two in zip(steps_s[True], steps_s[False], strict=True)])
+        ),
         "profiled_s": dataclasses.asdict(Spread.of(steps_s[True])),
         "unprofiled_s": dataclasses.asdict(Spread.of(steps_s[False])),
         "own_share": dataclasses.asdict(Spread.of(shares)),
@@ -78,7 +83,10 @@ def main() -> None:
         ("profiled step over another", f"{Spread(**record['ratio'])}, bar {1 + BAR:.2f}"),
         ("profiled, s a step", str(Spread(**record["profiled_s"]))),
         ("not profiled, s a step", str(Spread(**record["unprofiled_s"]))),
-        ("time inside the recorder, as it says itself", f"{record['own_share']['median']:.2%} of a step, in {record['calls']['median']:.0f} calls"),
+        (
+            "time inside the recorder, as it says itself",
+            f"{record['own_share']['median']:.2%} of a step, in {record['calls']['median']:.0f} calls",
+        ),
     ]
     common.show(f"{a.size}, RAM for states {a.ram_share:g} of them", rows, record, as_json=a.json)
 

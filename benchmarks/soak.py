@@ -281,7 +281,9 @@ def _names(folder: Path) -> list[str]:
 def main() -> None:
     """Kill and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--kills", type=int, default=60, help="in all, half of them in each update mode (default: %(default)s)")
+    parser.add_argument(
+        "--kills", type=int, default=60, help="in all, half of them in each update mode (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=1)
     common.common_arguments(parser)
     a = parser.parse_args()
@@ -293,10 +295,21 @@ def main() -> None:
         tallies[mode] = asdict(soak.tally)
     shutil.rmtree(Path(a.dir) / "soak")
     seconds = time.perf_counter() - started_s
-    record = {"benchmark": "soak", "kills": a.kills, "seed": a.seed, "seconds": round(seconds, 1), "modes": tallies, "equal": True}
+    record = {
+        "benchmark": "soak",
+        "kills": a.kills,
+        "seed": a.seed,
+        "seconds": round(seconds, 1),
+        "modes": tallies,
+        "equal": True,
+    }
     common.save({**record, "machine": common.surroundings()}, a.save)
     rows = [
-        (f"{mode}: kills", f"{tally['kills']} in {tally['runs']} runs of {STEPS} steps; " + ", ".join(f"{n} after '{said}'" for said, n in tally["last_said"].items()))
+        (
+            f"{mode}: kills",
+            f"{tally['kills']} in {tally['runs']} runs of {STEPS} steps; "
+            + ", ".join(f"{n} after '{said}'" for said, n in tally["last_said"].items()),
+        )
         for mode, tally in tallies.items()
     ]
     common.show(f"{a.kills} kills in {seconds:.0f} s, every loss and every end bit-equal", rows, record, as_json=a.json)

@@ -5,8 +5,8 @@
 Each process is blocked on its pipe while the other one steps, so they do not disturb each other and each has its own
 peak memory. In turns of one step, what the engine reads and writes beyond a step's end goes on during the other's step;
 with ``--turn 5`` only that of every fifth step does. ``--ram-share`` is the RAM budget for model states over 12 bytes a
-parameter (fp32 parameters and two moments); 1.5 holds everything. The engine traces in its first two steps and plans once
-more after its sixth; all that is warm-up.
+parameter (fp32 parameters and two moments); 1.5 holds everything. The engine traces in its first two steps and plans
+once more after its sixth; all that is warm-up.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import GPT, SIZES, Spread, batch, fused_adamw
-from offload.profiling.live_storages import Holder, LiveStorages
 from offload.heap import joining, keep_freed_memory
+from offload.profiling.live_storages import Holder, LiveStorages
 
 if TYPE_CHECKING:
     from benchmarks.torch_offload import TorchOffload
@@ -42,16 +42,29 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     model_arguments(parser)
-    parser.add_argument("--torch-offload", action="store_true", help="torch's own CPU offload (FSDP2) steps beside them")
-    parser.add_argument("--torch-keeps-heap", action="store_true", help="plain PyTorch keeps freed memory too, as memory.heap = keep does")
+    parser.add_argument(
+        "--torch-offload", action="store_true", help="torch's own CPU offload (FSDP2) steps beside them"
+    )
+    parser.add_argument(
+        "--torch-keeps-heap",
+        action="store_true",
+        help="plain PyTorch keeps freed memory too, as memory.heap = keep does",
+    )
     parser.add_argument(
         "--joining-heap", action="store_true",
         help="start the engine's process with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, as offload launch does where --activations is set",
     )  # fmt: skip
     parser.add_argument("--count-tensors", type=int, metavar="STEP", help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=["torch", "engine", "torch_offload"], help=argparse.SUPPRESS)
-    parser.add_argument("--runs", type=int, default=1, help="pairs of new processes, one after another: where their memory lies differs (default: %(default)s)")
-    parser.add_argument("--turn", type=int, default=1, help="steps that each makes before the other's turn (default: %(default)s)")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=1,
+        help="pairs of new processes, one after another: where their memory lies differs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--turn", type=int, default=1, help="steps that each makes before the other's turn (default: %(default)s)"
+    )
     options = common.step_arguments(parser, steps=9)
     if min(options.runs, options.turn) < 1:
         parser.error("--runs and --turn must be at least 1")
@@ -68,14 +81,29 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         "--device-share", type=float, metavar="SHARE",
         help="compute out of a third tier of ordinary RAM (device = cpu-emulated) with room for so much of the parameters; with AdamW in fp32, from 3 on for states as well"
     )  # fmt: skip
-    parser.add_argument("--device-states", choices=["auto", "never"], default="auto", help="memory.device_states of the engine")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both compute; cuda needs --device-share")
+    parser.add_argument(
+        "--device-states", choices=["auto", "never"], default="auto", help="memory.device_states of the engine"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where both compute; cuda needs --device-share"
+    )
     parser.add_argument("--clip-norm", type=float, help="clip gradients, on both sides")
-    parser.add_argument("--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages")
-    parser.add_argument("--blocks", choices=["auto", "never"], default="auto", help="memory.recompute of the engine, which matters with --activations")
-    parser.add_argument("--ssd-limit", type=float, metavar="MB_PER_S", help="ssd.limit_mb_per_s of the engine, to model a slower disk")
+    parser.add_argument(
+        "--activations", metavar="SIZE", help="memory.activations of the engine, such as 600MiB; the rest goes to pages"
+    )
+    parser.add_argument(
+        "--blocks",
+        choices=["auto", "never"],
+        default="auto",
+        help="memory.recompute of the engine, which matters with --activations",
+    )
+    parser.add_argument(
+        "--ssd-limit", type=float, metavar="MB_PER_S", help="ssd.limit_mb_per_s of the engine, to model a slower disk"
+    )
     parser.add_argument("--heap", choices=["auto", "keep", "trim"], default="auto", help="memory.heap of the engine")
-    parser.add_argument("--recompute", action="store_true", help="each block is computed again in the backward pass, on both sides")
+    parser.add_argument(
+        "--recompute", action="store_true", help="each block is computed again in the backward pass, on both sides"
+    )
     parser.add_argument("--no-checksums", action="store_true")
 
 
@@ -121,10 +149,19 @@ class Engine:
         import offload
 
         ram = int(a.ram_share * 12 * common.n_parameters(*SIZES[a.size], a.seq))
-        device = None if a.device_share is None else int(a.device_share * 4 * common.n_parameters(*SIZES[a.size], a.seq))
+        device = (
+            None if a.device_share is None else int(a.device_share * 4 * common.n_parameters(*SIZES[a.size], a.seq))
+        )
         config = {
             "device": a.device if device is None or a.device != "cpu" else "cpu-emulated",
-            "memory": {"ram": ram, "device": device, "device_states": a.device_states, "activations": a.activations, "recompute": a.blocks, "heap": a.heap},
+            "memory": {
+                "ram": ram,
+                "device": device,
+                "device_states": a.device_states,
+                "activations": a.activations,
+                "recompute": a.blocks,
+                "heap": a.heap,
+            },
             "ssd": {"paths": [f"{a.dir}/pages"], "checksums": not a.no_checksums, "limit_mb_per_s": a.ssd_limit},
             "update": {"clip_norm": a.clip_norm},
         }
@@ -185,7 +222,11 @@ def child(a: argparse.Namespace) -> None:
     torch.manual_seed(1)
     if a.device == "cuda":
         # Fused kernels of attention add gradients up in any order: neither side would have the same bits twice.
-        for enable in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp, torch.backends.cuda.enable_cudnn_sdp):
+        for enable in (
+            torch.backends.cuda.enable_flash_sdp,
+            torch.backends.cuda.enable_mem_efficient_sdp,
+            torch.backends.cuda.enable_cudnn_sdp,
+        ):
             enable(False)
     subject = _subject(a)
     count = Count()
@@ -226,7 +267,9 @@ class Child:
     def __init__(self, kind: str, options: Sequence[str], *, joining_heap: bool) -> None:
         command = [sys.executable, "-m", "benchmarks.step", *options, "--child", kind]
         environment = joining(os.environ) if joining_heap else None
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def ask(self, line: str) -> dict[str, Any]:
         """Send a line, wait for the answer."""
@@ -283,12 +326,16 @@ class Run:
 
     def ratios(self, over: str = "torch") -> list[float]:
         """The engine's time over another's, step by step."""
-        return [ours["step_s"] / theirs["step_s"] for ours, theirs in zip(self.timed("engine"), self.timed(over), strict=True)]
+        return [
+            ours["step_s"] / theirs["step_s"]
+            for ours, theirs in zip(self.timed("engine"), self.timed(over), strict=True)
+        ]
 
     def losses_equal(self, a: argparse.Namespace) -> bool | None:
         """Whether both had the same losses, bit for bit, in every step.
 
-        None: that is not to be expected on a GPU, where plain PyTorch makes updates by other kernels than the CPU does of units that
+        None: that is not to be expected on a GPU, where plain PyTorch makes updates by other kernels than the CPU does
+            of units that
         are not at home there, and adds norms up in another order.
         """
         engine = self.summaries["engine"]
@@ -352,14 +399,21 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("parameters", f"{record['parameters']:,}"),
         ("step time over plain torch", str(ratio)),
-        *([("  of each run", ", ".join(f"{median:.3f}" for median in record["ratio_of_each_run"]))] if len(record["ratio_of_each_run"]) > 1 else []),
+        *(
+            [("  of each run", ", ".join(f"{median:.3f}" for median in record["ratio_of_each_run"]))]
+            if len(record["ratio_of_each_run"]) > 1
+            else []
+        ),
         ("plain torch, s a step", str(plain)),
         ("engine, s a step", str(ours)),
         ("  of it waiting for reads", f"{record['waiting_s']:.3f}"),
         ("  of it updates", f"{record['update_s']:.3f}"),
         ("  of it compute and everything else", f"{rest_s:.3f}"),
         ("  as the plan forecast it", f"{record['planned_step_s'] or 0:.3f}"),
-        ("losses equal, bit for bit", "not compared: other kernels" if record["losses_equal"] is None else str(record["losses_equal"])),
+        (
+            "losses equal, bit for bit",
+            "not compared: other kernels" if record["losses_equal"] is None else str(record["losses_equal"]),
+        ),
         ("VmHWM, plain torch", f"{record['torch_peak_rss_bytes'] / 1e6:,.0f} MB"),
         ("VmHWM, engine", f"{record['engine_peak_rss_bytes'] / 1e6:,.0f} MB"),
         *([("units updated on the device", str(record["device_units"]))] if record["device_units"] else []),
@@ -368,7 +422,10 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
             for name, key in (("plain torch", "torch_device_peak_bytes"), ("engine", "engine_device_peak_bytes"))
             if record[key] is not None
         ),
-        ("SSD bytes a parameter and step", f"{record['read_bytes_per_parameter']:.2f} read, {record['written_bytes_per_parameter']:.2f} written"),
+        (
+            "SSD bytes a parameter and step",
+            f"{record['read_bytes_per_parameter']:.2f} read, {record['written_bytes_per_parameter']:.2f} written",
+        ),
         (
             "  as the block device counts",
             f"{record['device_read_bytes_per_parameter']:.2f} read, {record['device_written_bytes_per_parameter']:.2f} written",
@@ -382,7 +439,9 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
             ("VmHWM, torch's own CPU offload", f"{peer['peak_rss_bytes'] / 1e6:,.0f} MB"),
         ]
         if peer["device_peak_bytes"] is not None:
-            rows.append(("device memory at its peak, torch's own CPU offload", f"{peer['device_peak_bytes'] / 1e6:,.0f} MB"))
+            rows.append(
+                ("device memory at its peak, torch's own CPU offload", f"{peer['device_peak_bytes'] / 1e6:,.0f} MB")
+            )
     for name, tier in record["memory"]["tiers"].items():
         rows.append((f"{name} pages: planned, measured", f"{tier['planned_peak_pages']}, {tier['peak_pages']}"))
     return rows
@@ -397,7 +456,9 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     record = measure(a)
     common.save(record, a.save)
-    title = f"{a.size}, batch {a.batch} x {a.seq}, RAM for states {a.ram_share:g} of them" + (f", {a.activations} of activations" if a.activations else "")
+    title = f"{a.size}, batch {a.batch} x {a.seq}, RAM for states {a.ram_share:g} of them" + (
+        f", {a.activations} of activations" if a.activations else ""
+    )
     title += "" if a.device_share is None else f", device for parameters {a.device_share:g} of them"
     common.show(title, rows_of(record), {k: v for k, v in record.items() if k != "all_steps"}, as_json=a.json)
 

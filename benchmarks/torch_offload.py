@@ -1,4 +1,5 @@
-"""torch's own CPU offload as a subject of `benchmarks.step`: FSDP2 on one rank, each block and the whole a group of its own.
+"""torch's own CPU offload as a subject of `benchmarks.step`: FSDP2 on one rank, each block and the whole a group of its
+own.
 
 Parameters, gradients and optimizer states are in host memory; a group's parameters are copied to the device before its
 forward and backward, its gradients back after, and the optimizer steps on the CPU.

@@ -1,10 +1,12 @@
-"""When to make updates: each as soon as its gradients are complete, or some of them later, right before their parameters are next used.
+"""When to make updates: each as soon as its gradients are complete, or some of them later, right before their
+parameters are next used.
 
     python -m benchmarks.update_placement --size 27m --ram-share 0.25
 
-Updates of the units whose gradients are complete first, a share of the model, are put off into the next forward pass, where the disk may be idle.
-Their gradients are kept in pages until then. Each step is planned and its bounds are checked; nothing is trained and no disk is used. Ops are those
-of the engine's rehearsal, kernels take what the rates say.
+Updates of the units whose gradients are complete first, a share of the model, are put off into the next forward pass,
+where the disk may be idle. Their gradients are kept in pages until then. Each step is planned and its bounds are
+checked; nothing is trained and no disk is used. Ops are those of the engine's rehearsal, kernels take what the rates
+say.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from offload.forecast.rehearsal import Bandwidths, rehearsed
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import check_bounds
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.planner import cost_s, make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.planning.lookahead import Machine
 
 SHARES: Final = (0.0, 0.25, 0.5, 0.75)
 MB_PER_S: Final = (2000, 700, 400, 250, 150)
@@ -33,11 +35,17 @@ MB_PER_S: Final = (2000, 700, 400, 250, 150)
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.update_placement", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.update_placement", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("--size", choices=SIZES, default="27m")
-    parser.add_argument("--ram-share", type=float, default=0.25, help="memory.ram over 12 bytes a parameter (default: 0.25)")
+    parser.add_argument(
+        "--ram-share", type=float, default=0.25, help="memory.ram over 12 bytes a parameter (default: 0.25)"
+    )
     parser.add_argument("--flops", type=float, default=1e11, help="of the kernels (default: 1e11)")
-    parser.add_argument("--ram-speed", type=float, default=20_000, metavar="MB_PER_S", help="of kernels without flops (default: 20000)")
+    parser.add_argument(
+        "--ram-speed", type=float, default=20_000, metavar="MB_PER_S", help="of kernels without flops (default: 20000)"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
@@ -45,8 +53,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def put_off(trace: Trace, n_bytes: Mapping[TensorId, int], share: float, ram_bytes_per_s: float) -> tuple[Trace, dict[TensorId, int]]:
-    """The step with the first updates put off, as many as are not more than a share of all parameters, and sizes of its tensors."""
+def put_off(
+    trace: Trace, n_bytes: Mapping[TensorId, int], share: float, ram_bytes_per_s: float
+) -> tuple[Trace, dict[TensorId, int]]:
+    """The step with the first updates put off, as many as are not more than a share of all parameters, and sizes of its
+    tensors."""
     updates: dict[Any, list[int]] = {}
     for index, op in enumerate(trace.ops):
         if op.kind is OpKind.UPDATE:
@@ -66,13 +77,24 @@ def put_off(trace: Trace, n_bytes: Mapping[TensorId, int], share: float, ram_byt
             used.add(parameters)
             for number in updates[parameters]:
                 mode = AccessMode.CONSUME if number == updates[parameters][-1] else AccessMode.READ
-                made.append(replace(trace.ops[number], accesses=(*trace.ops[number].accesses, Access(gradients[parameters], mode))))
+                made.append(
+                    replace(
+                        trace.ops[number], accesses=(*trace.ops[number].accesses, Access(gradients[parameters], mode))
+                    )
+                )
         parameters = op.accesses[0].tensor
         if op.kind is not OpKind.UPDATE or parameters not in gradients:
             made.append(op)
         elif index == updates[parameters][0]:
             kept = gradients[parameters]
-            made.append(Op((OpKind.GRADIENT, kept), f"gradients of {op.name}", (Access(kept, AccessMode.CREATE),), 2 * sizes[kept] / ram_bytes_per_s))
+            made.append(
+                Op(
+                    (OpKind.GRADIENT, kept),
+                    f"gradients of {op.name}",
+                    (Access(kept, AccessMode.CREATE),),
+                    2 * sizes[kept] / ram_bytes_per_s,
+                )
+            )
     return Trace(tuple(replace(op, until=index) for index, op in enumerate(made))), sizes
 
 
@@ -97,8 +119,19 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
                 continue
             check_bounds(plan, step, sizes, disk)
             moved = plan.moved_bytes / n_parameters
-            found.append({"mb_per_s": mb_per_s, "share": share, "step_s": plan.step_s, "cost_s": cost_s(plan), "moved_bytes_per_parameter": moved})
-            print(f"{mb_per_s} MB/s, {share:g} put off: {plan.step_s:.3f} s, {moved:.1f} bytes a parameter", file=sys.stderr)
+            found.append(
+                {
+                    "mb_per_s": mb_per_s,
+                    "share": share,
+                    "step_s": plan.step_s,
+                    "cost_s": cost_s(plan),
+                    "moved_bytes_per_parameter": moved,
+                }
+            )
+            print(
+                f"{mb_per_s} MB/s, {share:g} put off: {plan.step_s:.3f} s, {moved:.1f} bytes a parameter",
+                file=sys.stderr,
+            )
     return {
         "benchmark": "update_placement",
         "config": {k: v for k, v in vars(a).items() if k not in ("json", "save")},
@@ -115,7 +148,11 @@ def main() -> None:
     common.save(record, a.save)
     rows = [("compute", f"{record['compute_s']:.3f} s")]
     for mb_per_s in MB_PER_S:
-        steps = [f"{p['step_s']:.3f} s ({p['moved_bytes_per_parameter']:.1f})" for p in record["plans"] if p["mb_per_s"] == mb_per_s]
+        steps = [
+            f"{p['step_s']:.3f} s ({p['moved_bytes_per_parameter']:.1f})"
+            for p in record["plans"]
+            if p["mb_per_s"] == mb_per_s
+        ]
         rows.append((f"disk {mb_per_s} MB/s each way", ", ".join(steps)))
     title = f"{a.size}, RAM for states {a.ram_share:g} of them: seconds a step (bytes moved a parameter), {', '.join(f'{s:g}' for s in SHARES)} of the updates put off"
     common.show(title, rows, record, as_json=a.json)

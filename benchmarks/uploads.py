@@ -1,10 +1,12 @@
-"""How long it takes to have a tensor of the page files on the device: whole tensors one tier after the other, and page by page.
+"""How long it takes to have a tensor of the page files on the device: whole tensors one tier after the other, and page
+by page.
 
     python -m benchmarks.uploads --dir DIR
     python -m benchmarks.uploads --dir DIR --device cuda
 
-Each round reads the tensor alone, copies it up alone, and brings it up both ways, in turns, with fresh random bytes. What neither way can be
-faster than is the slower one of the two legs. The machine is otherwise idle; beside training the cores have other things to do.
+Each round reads the tensor alone, copies it up alone, and brings it up both ways, in turns, with fresh random bytes.
+What neither way can be faster than is the slower one of the two legs. The machine is otherwise idle; beside training
+the cores have other things to do.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ from benchmarks.common import Spread
 from pagemem.devices.accelerator import Accelerator, RamDevice
 from pagemem.devices.arena import HostArena
 from pagemem.devices.cuda import CudaDevice
-from pagemem.residency.device_mover import DeviceMover
-from pagemem.telemetry.events import NullSink
-from pagemem.residency.mover import Mover
-from pagemem.frames.page import FrameId
 from pagemem.files.page_file import PageFiles
-from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.folders.run_directory import RunDirectory
+from pagemem.frames.page import FrameId
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.telemetry.events import NullSink
 from pagemem.tier import Tag
 from pagemem.units import MiB
 
@@ -121,11 +123,17 @@ class Tiers:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.uploads", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.uploads", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("--dir", required=True, help="where the page file is made and deleted")
-    parser.add_argument("--mib", type=int, nargs="+", default=[16, 64, 256], help="sizes of the tensor (default: 16 64 256)")
+    parser.add_argument(
+        "--mib", type=int, nargs="+", default=[16, 64, 256], help="sizes of the tensor (default: 16 64 256)"
+    )
     parser.add_argument("--page-mib", type=int, default=4)
-    parser.add_argument("--request-mib", type=int, default=16, help="longest request to the system; 16 is the engine's without a device")
+    parser.add_argument(
+        "--request-mib", type=int, default=16, help="longest request to the system; 16 is the engine's without a device"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=["cpu-emulated", "cuda"], default="cpu-emulated")
     parser.add_argument("--limit-mb-per-s", type=float, help="model a slower disk")
@@ -143,14 +151,24 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     found = []
     for mib in a.mib:
         with tempfile.TemporaryDirectory(dir=a.dir) as folder:
-            tiers = Tiers(Path(folder) / "pages", mib * MiB, a.page_mib * MiB, device, max_request_bytes=a.request_mib * MiB, limit_mb_per_s=a.limit_mb_per_s)
+            tiers = Tiers(
+                Path(folder) / "pages",
+                mib * MiB,
+                a.page_mib * MiB,
+                device,
+                max_request_bytes=a.request_mib * MiB,
+                limit_mb_per_s=a.limit_mb_per_s,
+            )
             try:
                 tiers.round()  # first touches
                 rounds = [tiers.round() for _ in range(a.rounds)]
             finally:
                 tiers.close()
         found.append({"mib": mib, "rounds": rounds})
-        print(f"{mib} MiB: {', '.join(f'{way} {statistics.median(r[way] for r in rounds):.4f} s' for way in rounds[0])}", file=sys.stderr)
+        print(
+            f"{mib} MiB: {', '.join(f'{way} {statistics.median(r[way] for r in rounds):.4f} s' for way in rounds[0])}",
+            file=sys.stderr,
+        )
     return {
         "benchmark": "uploads",
         "config": {k: v for k, v in vars(a).items() if k not in ("dir", "json", "save")},
@@ -170,8 +188,18 @@ def main() -> None:
             rows.append((f"{size['mib']} MiB, {way}", f"{Spread.of([1e3 * r[way] for r in size['rounds']])} ms"))
         floor = [r[PAGES] / max(r[READ], r[COPY]) for r in size["rounds"]]
         rows.append((f"{size['mib']} MiB, page by page / the slower leg", str(Spread.of(floor))))
-        rows.append((f"{size['mib']} MiB, page by page / one after the other", str(Spread.of([r[PAGES] / r[WHOLE] for r in size["rounds"]]))))
-    common.show(f"a tensor from the page files to {a.device}, {a.rounds} rounds, pages of {a.page_mib} MiB", rows, record, as_json=a.json)
+        rows.append(
+            (
+                f"{size['mib']} MiB, page by page / one after the other",
+                str(Spread.of([r[PAGES] / r[WHOLE] for r in size["rounds"]])),
+            )
+        )
+    common.show(
+        f"a tensor from the page files to {a.device}, {a.rounds} rounds, pages of {a.page_mib} MiB",
+        rows,
+        record,
+        as_json=a.json,
+    )
 
 
 if __name__ == "__main__":

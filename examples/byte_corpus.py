@@ -1,4 +1,5 @@
-"""Byte-level text from files, memory-mapped: bytes are tokens, so there is nothing to download and nothing to train first.
+"""Byte-level text from files, memory-mapped: bytes are tokens, so there is nothing to download and nothing to train
+first.
 
 The corpus is written once as two flat files beside a description; it is used again when the source files are the same.
 """
@@ -118,7 +119,9 @@ def _digest_in(described: Path) -> str | None:
 
 def _check_length(what: str, text: np.memmap[tuple[int], np.dtype[np.uint8]], seq: int) -> None:
     if len(text) <= seq:
-        raise ValueError(f"the {what} text has {len(text)} bytes, a row needs {seq + 1}; take a smaller train.seq or more text")
+        raise ValueError(
+            f"the {what} text has {len(text)} bytes, a row needs {seq + 1}; take a smaller train.seq or more text"
+        )
 
 
 def _share_of(name: str) -> float:
@@ -129,7 +132,9 @@ def _share_of(name: str) -> float:
 def _write(path: Path, files: Iterable[Path]) -> None:
     text = b"\n".join(file.read_bytes() for file in files)
     if len(text) < 2:
-        raise ValueError(f"no text for {path.name}: too few source files, or a validation share that leaves one side empty")
+        raise ValueError(
+            f"no text for {path.name}: too few source files, or a validation share that leaves one side empty"
+        )
     replace_file(path, text)
 
 

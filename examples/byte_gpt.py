@@ -48,8 +48,8 @@ class _Embedding(nn.Embedding):
 class Block(nn.Module):
     """Pre-norm attention and MLP with residuals. (B, T, C) -> (B, T, C).
 
-    What adds to the residual stream starts smaller, so that the sum over all ``n_layer`` blocks does not grow with their
-    number (GPT-2, section 2.3).
+    What adds to the residual stream starts smaller, so that the sum over all ``n_layer`` blocks does not grow with
+    their number (GPT-2, section 2.3).
     """
 
     def __init__(self, d_model: int, n_head: int, n_layer: int) -> None:
@@ -94,7 +94,8 @@ class ByteGPT(nn.Module):
         self.head = None if tied else _Linear(d_model, N_BYTES, bias=False)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Mean cross entropy in nats of the next bytes ``y`` (B, T) after ``x`` (B, T); logits (B, T, V) without ``y``."""
+        """Mean cross entropy in nats of the next bytes ``y`` (B, T) after ``x`` (B, T); logits (B, T, V) without
+        ``y``."""
         if x.shape[1] > self.seq:
             raise ValueError(f"{x.shape[1]} tokens a row, the model was built for {self.seq}")
         hidden = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))

@@ -10,10 +10,10 @@ from offload import starting
 
 starting.begin()  # before the imports that take long
 
-import importlib  # noqa: E402
-import importlib.util  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Final  # noqa: E402
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Final
 
 #: Top-level packages of this distribution, whose names others use too.
 _SIBLINGS: Final = ("pagemem", "scheduler", "optim")
@@ -38,22 +38,24 @@ def _check_siblings() -> None:
 
 _check_siblings()
 
-from pagemem.process import interrupts  # noqa: E402
+from pagemem.process import interrupts
 
 for _name in _SIBLINGS:
     interrupts.cover(str(importlib.import_module(_name).__file__))
-interrupts.cover(__file__, open_files=("__main__.py", "cli.py", "launch/train.py", "launch/profile_run.py", "doctor.py"))
+interrupts.cover(
+    __file__, open_files=("__main__.py", "cli.py", "launch/train.py", "launch/profile_run.py", "doctor.py")
+)
 
-from offload.config import Config, ConfigError, load_config  # noqa: E402
-from offload.store.deferred_init import deferred_init  # noqa: E402
-from offload.engine import Engine, initialize, prepare  # noqa: E402
-from offload.checkpoint.export import ExportError  # noqa: E402
-from offload.profiling.stats import MemoryReport, Stats, TierUse  # noqa: E402
-from offload.budget.need import BudgetNeed  # noqa: E402
-from offload.parameters.paged_parameter import PagedParameter, gathered  # noqa: E402
-from offload.checkpoint.resumed import Change, Resumed  # noqa: E402
-from offload.budget.smallest import FactoryError, smallest_budget  # noqa: E402
-from pagemem.errors import (  # noqa: E402
+from offload.budget.need import BudgetNeed
+from offload.budget.smallest import FactoryError, smallest_budget
+from offload.checkpoint.export import ExportError
+from offload.checkpoint.resumed import Change, Resumed
+from offload.config import Config, ConfigError, load_config
+from offload.engine import Engine, initialize, prepare
+from offload.parameters.paged_parameter import PagedParameter, gathered
+from offload.profiling.stats import MemoryReport, Stats, TierUse
+from offload.store.deferred_init import deferred_init
+from pagemem.errors import (
     BudgetError,
     ChecksumError,
     CommitError,
@@ -69,7 +71,32 @@ from pagemem.errors import (  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetError", "BudgetNeed", "Change", "ChecksumError", "CommitError", "Config", "ConfigError", "DeviceError", "DiskFullError", "Engine", "ExportError",
-    "FactoryError", "MemoryReport", "NonFiniteError", "OffloadError", "PagedParameter", "Resumed", "RunDirectoryError", "StaleGradientError", "Stats",
-    "StorageError", "TierUse", "deferred_init", "gathered", "initialize", "load_config", "prepare", "smallest_budget",
+    "BudgetError",
+    "BudgetNeed",
+    "Change",
+    "ChecksumError",
+    "CommitError",
+    "Config",
+    "ConfigError",
+    "DeviceError",
+    "DiskFullError",
+    "Engine",
+    "ExportError",
+    "FactoryError",
+    "MemoryReport",
+    "NonFiniteError",
+    "OffloadError",
+    "PagedParameter",
+    "Resumed",
+    "RunDirectoryError",
+    "StaleGradientError",
+    "Stats",
+    "StorageError",
+    "TierUse",
+    "deferred_init",
+    "gathered",
+    "initialize",
+    "load_config",
+    "prepare",
+    "smallest_budget",
 ]

@@ -7,28 +7,28 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import offload
 from offload import starting
-from offload.machine.bench_ssd import full_plan
-from offload.machine.bench_ssd_report import run_bench_ssd
+from offload.checkpoint.export import DTYPES, export_run
+from offload.checkpoint.verify import verify_run
 from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file
 from offload.console.output import BROKEN_PIPE, Output, OutputClosed
 from offload.doctor import run_doctor
-from offload.checkpoint.export import DTYPES, export_run
 from offload.forecast.fit import Room, room_here
 from offload.forecast.forecast import Question, check_forecastable, forecast
-from offload.forecast.report import print_forecast, shown
-from offload.launch.interrupt import INTERRUPTED, only_exit_is_left, own_process
-from offload.launch.train import launch
-from offload.profiling.plain import profile_plain
-from offload.launch.profile_run import profile_run
 from offload.forecast.rates import rates_of
-from offload.checkpoint.verify import verify_run
-from pagemem.errors import OffloadError
+from offload.forecast.report import print_forecast, shown
 from offload.heap import joining
+from offload.launch.interrupt import INTERRUPTED, only_exit_is_left, own_process
+from offload.launch.profile_run import profile_run
+from offload.launch.train import launch
+from offload.machine.bench_ssd import full_plan
+from offload.machine.bench_ssd_report import run_bench_ssd
+from offload.profiling.plain import profile_plain
+from pagemem.errors import OffloadError
 from pagemem.units import parse_bytes
 
 _EXPORT: Final = (
@@ -75,14 +75,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_launch(commands.add_parser("launch", help="train the model of a configuration file"))
-    _add_profile(commands.add_parser("profile", help="record what a few steps do to memory, and report it", description=_PROFILE))
-    _add_plan(commands.add_parser("plan", help="predict memory, bytes moved and step time of a configuration file", description=_PLAN))
-    _add_export(commands.add_parser("export", help="write the weights of a commit as safetensors files", description=_EXPORT))
-    _add_verify(commands.add_parser("verify", help="read everything that a run's commits name, and say what is wrong", description=_VERIFY))
+    _add_profile(
+        commands.add_parser("profile", help="record what a few steps do to memory, and report it", description=_PROFILE)
+    )
+    _add_plan(
+        commands.add_parser(
+            "plan", help="predict memory, bytes moved and step time of a configuration file", description=_PLAN
+        )
+    )
+    _add_export(
+        commands.add_parser("export", help="write the weights of a commit as safetensors files", description=_EXPORT)
+    )
+    _add_verify(
+        commands.add_parser(
+            "verify", help="read everything that a run's commits name, and say what is wrong", description=_VERIFY
+        )
+    )
     _add_bench_ssd(commands.add_parser("bench-ssd", help="measure folders for page files", description=_BENCH_SSD))
-    _add_doctor(commands.add_parser("doctor", help="say what this machine offers and what could go wrong", description=_DOCTOR))
+    _add_doctor(
+        commands.add_parser("doctor", help="say what this machine offers and what could go wrong", description=_DOCTOR)
+    )
     for command in commands.choices.values():  # Without a default: what stands before the command holds.
-        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
     return parser
 
 
@@ -99,7 +115,11 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
         help="instead of FILE: training that does not use the engine. The callable returns (model, optimizer, step), step() making one step",
     )  # fmt: skip
     command.add_argument(
-        "--steps", type=int, default=4, metavar="N", help="steps to record, after those until the plan is followed (default: 4)"
+        "--steps",
+        type=int,
+        default=4,
+        metavar="N",
+        help="steps to record, after those until the plan is followed (default: 4)",
     )
     command.add_argument(
         "--to", type=Path, default=Path("profile"), metavar="DIR",
@@ -124,29 +144,79 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ram", metavar="SIZE", help="instead of memory.ram, e.g. 64GiB")
     assumed = "default: ssd.limit_mb_per_s, or else what the engine assumes of a disk it does not know"
     command.add_argument("--ssd-read", type=float, metavar="MB/S", help=f"read bandwidth of the page files; {assumed}")
-    command.add_argument("--ssd-write", type=float, metavar="MB/S", help=f"write bandwidth of the page files; {assumed}")
-    command.add_argument("--flops", type=float, metavar="F", help="floating-point operations a second of matrix products, e.g. 2e11; default: each kernel is timed here")
-    command.add_argument("--ram-speed", type=float, metavar="MB/S", help="bytes a second that other kernels read and write; if only one of the two is given, the other is measured")
-    command.add_argument("--device-ram-speed", type=float, metavar="MB/S", help="as --ram-speed, of kernels on the device; the optimizer's updates are made in RAM")
-    command.add_argument("--h2d", type=float, metavar="MB/S", help="bandwidth from RAM to the device; default: what the engine assumes of one it does not know")
-    command.add_argument("--machine-ram", metavar="SIZE", help="RAM that the process can have, e.g. 64GiB; default: what is free here")
-    command.add_argument("--machine-disk", metavar="SIZE", help="room for page files, e.g. 2TB; default: what is free on the disks of ssd.paths")
-    command.add_argument("--machine-device", metavar="SIZE", help="memory of the device, e.g. 80GB: its pages and what kernels make are there, not in RAM")
-    command.add_argument("--largest", action="store_true", help="look for the largest batch and depth that fit as well, which takes some rehearsals more")
-    command.add_argument("--depth", metavar="NAME", help="the model's argument that counts its layers, for --largest; default: n_layer or the like")
+    command.add_argument(
+        "--ssd-write", type=float, metavar="MB/S", help=f"write bandwidth of the page files; {assumed}"
+    )
+    command.add_argument(
+        "--flops",
+        type=float,
+        metavar="F",
+        help="floating-point operations a second of matrix products, e.g. 2e11; default: each kernel is timed here",
+    )
+    command.add_argument(
+        "--ram-speed",
+        type=float,
+        metavar="MB/S",
+        help="bytes a second that other kernels read and write; if only one of the two is given, the other is measured",
+    )
+    command.add_argument(
+        "--device-ram-speed",
+        type=float,
+        metavar="MB/S",
+        help="as --ram-speed, of kernels on the device; the optimizer's updates are made in RAM",
+    )
+    command.add_argument(
+        "--h2d",
+        type=float,
+        metavar="MB/S",
+        help="bandwidth from RAM to the device; default: what the engine assumes of one it does not know",
+    )
+    command.add_argument(
+        "--machine-ram", metavar="SIZE", help="RAM that the process can have, e.g. 64GiB; default: what is free here"
+    )
+    command.add_argument(
+        "--machine-disk",
+        metavar="SIZE",
+        help="room for page files, e.g. 2TB; default: what is free on the disks of ssd.paths",
+    )
+    command.add_argument(
+        "--machine-device",
+        metavar="SIZE",
+        help="memory of the device, e.g. 80GB: its pages and what kernels make are there, not in RAM",
+    )
+    command.add_argument(
+        "--largest",
+        action="store_true",
+        help="look for the largest batch and depth that fit as well, which takes some rehearsals more",
+    )
+    command.add_argument(
+        "--depth",
+        metavar="NAME",
+        help="the model's argument that counts its layers, for --largest; default: n_layer or the like",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     command.set_defaults(call=_plan)
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
     _add_run(command, "commit to export; default: the newest whole one")
-    command.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder for the files, new or empty; it appears whole or not at all")
+    command.add_argument(
+        "--to",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for the files, new or empty; it appears whole or not at all",
+    )
     command.add_argument(
         "--dtype", default="keep", choices=list(DTYPES),
         help="dtype of the parameters; keep: the one they were computed in (default). fp32 takes the fp32 masters where there are any",
     )  # fmt: skip
     command.add_argument(
-        "--max-shard", default="5GB", metavar="SIZE", dest="max_shard", help="most bytes of tensors in a file, e.g. 500MB (default: 5GB)"
+        "--max-shard",
+        default="5GB",
+        metavar="SIZE",
+        dest="max_shard",
+        help="most bytes of tensors in a file, e.g. 500MB (default: 5GB)",
     )
     command.set_defaults(call=_export)
 
@@ -158,9 +228,15 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
 
 def _add_bench_ssd(command: argparse.ArgumentParser) -> None:
     command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder to measure, one per disk")
-    command.add_argument("--size", default="512MiB", metavar="SIZE", help="bytes of the test file in each folder (default: 512MiB)")
     command.add_argument(
-        "--seconds", default=0.5, type=float, metavar="S", help="seconds of each measurement, for writing and for reading (default: 0.5)"
+        "--size", default="512MiB", metavar="SIZE", help="bytes of the test file in each folder (default: 512MiB)"
+    )
+    command.add_argument(
+        "--seconds",
+        default=0.5,
+        type=float,
+        metavar="S",
+        help="seconds of each measurement, for writing and for reading (default: 0.5)",
     )
     command.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     command.set_defaults(call=_bench_ssd)
@@ -168,7 +244,9 @@ def _add_bench_ssd(command: argparse.ArgumentParser) -> None:
 
 def _add_doctor(command: argparse.ArgumentParser) -> None:
     _add_file(command, nargs="?", what="configuration to look at as well")
-    command.add_argument("--no-bench", action="store_false", dest="bench", help="measure nothing, and write nothing anywhere")
+    command.add_argument(
+        "--no-bench", action="store_false", dest="bench", help="measure nothing, and write nothing anywhere"
+    )
     command.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     command.set_defaults(call=_doctor)
 
@@ -201,9 +279,15 @@ def _profile(arguments: argparse.Namespace) -> int:
 
 
 def _start_anew_if_worth_it(arguments: argparse.Namespace, config: Config) -> None:
-    """Replace this process by one like it whose heap needs no trimming, see `offload.heap`, where memory is to be saved."""
+    """Replace this process by one like it whose heap needs no trimming, see `offload.heap`, where memory is to be
+    saved."""
     environment = joining(os.environ)
-    if arguments.owns_process and config.memory.activations is not None and config.memory.heap == "auto" and environment is not None:
+    if (
+        arguments.owns_process
+        and config.memory.activations is not None
+        and config.memory.heap == "auto"
+        and environment is not None
+    ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
@@ -219,12 +303,22 @@ def _plan(arguments: argparse.Namespace) -> int:
     for option in ("machine_device", "h2d", "device_ram_speed"):
         if config.device == "cpu" and getattr(arguments, option) is not None:
             name = "--" + option.replace("_", "-")
-            raise ConfigError(f'{name}: device is "cpu", which has no memory of its own; --set device=cuda --set memory.device=SIZE')
+            raise ConfigError(
+                f'{name}: device is "cpu", which has no memory of its own; --set device=cuda --set memory.device=SIZE'
+            )
     of_device = ("machine_device", "flops", "ram_speed", "device_ram_speed")
     missing = ", ".join("--" + option.replace("_", "-") for option in of_device if getattr(arguments, option) is None)
     if config.device.startswith("cuda") and missing:
-        raise ConfigError(f'device is "{config.device}", of which the kernels of a CPU tell nothing: give {missing} as well')
-    named = {"ram": "ram_speed", "ssd_read": "ssd_read", "ssd_write": "ssd_write", "h2d": "h2d", "device_ram": "device_ram_speed"}
+        raise ConfigError(
+            f'device is "{config.device}", of which the kernels of a CPU tell nothing: give {missing} as well'
+        )
+    named = {
+        "ram": "ram_speed",
+        "ssd_read": "ssd_read",
+        "ssd_write": "ssd_write",
+        "h2d": "h2d",
+        "device_ram": "device_ram_speed",
+    }
     given = {rate: getattr(arguments, name) for rate, name in named.items()}
     bytes_per_s = {rate: None if value is None else value * 1e6 for rate, value in given.items()}
     rates = rates_of(config, flops=arguments.flops, **bytes_per_s)
@@ -234,7 +328,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     room = None
     if any(n_bytes is not None for n_bytes in given_room):
         here, (ram_bytes, disk_bytes, device_bytes) = room_here(config), given_room
-        room = Room(here.ram_bytes if ram_bytes is None else ram_bytes, here.disk_bytes if disk_bytes is None else disk_bytes, device_bytes)
+        room = Room(
+            here.ram_bytes if ram_bytes is None else ram_bytes,
+            here.disk_bytes if disk_bytes is None else disk_bytes,
+            device_bytes,
+        )
     console = Output()
     with shown(console) as heard:
         found = forecast(config, rates, Question(room, arguments.largest, arguments.depth), heard)
@@ -287,15 +385,16 @@ def _size(option: str, text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM where that stops a run in good order,
-    141 when nobody reads the output any more (2, by argparse, for a wrong command line).
+    """Run the command; returns the exit code: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM where that stops
+    a run in good order, 141 when nobody reads the output any more (2, by argparse, for a wrong command line).
 
     What a caller can put right is one line on stderr; any other exception is a defect and keeps its traceback.
     """
     arguments = build_parser().parse_args(argv)
     arguments.owns_process = argv is None
     if arguments.owns_process and not {"", os.getcwd()} & set(sys.path):
-        # Last, so that a file there takes the place of no installed package: factories that lie beside the configuration.
+        # Last, so that a file there takes the place of no installed package: factories that lie beside the
+        # configuration.
         sys.path.append(os.getcwd())
     try:
         starting.end()

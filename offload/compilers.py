@@ -1,4 +1,5 @@
-"""The refusal of torch's compilers and transforms, which would keep what a paged parameter holds while nobody uses it: no values."""
+"""The refusal of torch's compilers and transforms, which would keep what a paged parameter holds while nobody uses it:
+no values."""
 
 from __future__ import annotations
 
@@ -44,5 +45,6 @@ def raise_refusal(name: str) -> None:
     raise CompilerError(refusal, first_useful_frame=None)
 
 
-#: Called for good by torch.compile, not looked through: see `torch.compiler.assume_constant_result`, which imports the compiler.
+#: Called for good by torch.compile, not looked through: see `torch.compiler.assume_constant_result`, which imports the
+#: compiler.
 raise_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]

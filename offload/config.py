@@ -24,7 +24,7 @@ from pagemem.units import BLOCK_BYTES, KiB, MiB, format_bytes, parse_bytes
 
 def _size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"not a size: {value!r}; write whole bytes or text such as \"4GiB\"")
+        raise ValueError(f'not a size: {value!r}; write whole bytes or text such as "4GiB"')
     return parse_bytes(value)
 
 
@@ -35,7 +35,7 @@ def _page(value: object) -> int | str:
 def _direct(value: object) -> bool | str:
     if value == "auto" or isinstance(value, bool):
         return value
-    raise ValueError(f"must be \"auto\", true or false, not {value!r}")
+    raise ValueError(f'must be "auto", true or false, not {value!r}')
 
 
 def _device(value: str) -> str:
@@ -45,14 +45,18 @@ def _device(value: str) -> str:
 
 
 def _scale(value: object) -> float | str:
-    if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")):
+    if value == "auto" or (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+    ):
         return value if isinstance(value, str) else float(value)
-    raise ValueError(f"must be \"auto\" or a number above 0, not {value!r}")
+    raise ValueError(f'must be "auto" or a number above 0, not {value!r}')
 
 
 def _folder(value: str) -> str:
     if not value.strip() or "\0" in value or "\n" in value:
-        raise ValueError(f"must be the name of a folder, not {'an empty one' if not value.strip() else reprlib.repr(value)}")
+        raise ValueError(
+            f"must be the name of a folder, not {'an empty one' if not value.strip() else reprlib.repr(value)}"
+        )
     return value
 
 
@@ -68,7 +72,9 @@ _MOST_LINES: Final = 20
 
 class _Section(BaseModel):
     # Strict: a number in quotes or a yes for a true is a slip of the pen, not a value.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class MemoryConfig(_Section):
@@ -78,23 +84,25 @@ class MemoryConfig(_Section):
     """Budget of the model's states in RAM: parameters, gradients in flight and optimizer states. Activations and the
     interpreter are not part of it."""
     activations: Size | None = Field(default=None, ge=0)
-    """Memory where compute is, beside ``ram`` or ``device``, for tensors that autograd saves for the backward pass. Of what is beyond it, results of elementwise
-    ops are computed again where possible; the earliest saved of the others go to pages of ``ram`` and from there to SSD.
+    """Memory where compute is, beside ``ram`` or ``device``, for tensors that autograd saves for the backward pass. Of
+    what is beyond it, results of elementwise ops are computed again where possible; the earliest saved of the others go
+    to pages of ``ram`` and from there to SSD.
     None: all stay as they are."""
     recompute: Literal["auto", "never"] = "auto"
-    """Whole blocks of the model (entries of an ``nn.ModuleList`` or ``nn.Sequential``) computed again in the backward pass, where
-    ``activations`` is set and what they save would go to pages: "auto" as many as make a step cheaper by plan."""
+    """Whole blocks of the model (entries of an ``nn.ModuleList`` or ``nn.Sequential``) computed again in the backward
+    pass, where ``activations`` is set and what they save would go to pages: "auto" as many as make a step cheaper by
+    plan."""
     device: Size | None = Field(default=None, gt=0)
     """Budget of pages on the device, where compute is not run out of ``ram``."""
     device_states: Literal["auto", "never"] = "auto"
-    """Units with all of their parameters and optimizer states in ``device`` for good, and updated there: "auto" as many as have room
-    beside those that come and go; "never" none, all updates are made in RAM."""
+    """Units with all of their parameters and optimizer states in ``device`` for good, and updated there: "auto" as many
+    as have room beside those that come and go; "never" none, all updates are made in RAM."""
     heap: Literal["auto", "keep", "trim"] = "auto"
     """What becomes of ordinary memory that a step frees: "keep" leaves it with the process for the next step, which is
     faster; "trim" gives blocks of 32 MiB back at once and, where not all pages fit in ``ram``, other free pages once a
     step. "auto" trims where ``activations`` is set, unless the process was started with
-    ``GLIBC_TUNABLES=glibc.malloc.tcache_count=0``, as ``offload launch`` starts itself then: keeping takes little more memory in such a
-    process. The setting is the whole process's; see offload/heap.py."""
+    ``GLIBC_TUNABLES=glibc.malloc.tcache_count=0``, as ``offload launch`` starts itself then: keeping takes little more
+    memory in such a process. The setting is the whole process's; see offload/heap.py."""
     page: Annotated[Literal["auto"] | int, BeforeValidator(_page)] = "auto"
     """Page size, a power of two from 64KiB to 64MiB. "auto" takes about a 128th of ``ram``, at most 4MiB."""
 
@@ -106,7 +114,9 @@ class MemoryConfig(_Section):
         if self.ram < page:
             raise ValueError(f"ram is {format_bytes(self.ram)}, less than one page of {format_bytes(page)}; raise ram")
         if self.device is not None and self.device < page:
-            raise ValueError(f"device is {format_bytes(self.device)}, less than one page of {format_bytes(page)}; raise device")
+            raise ValueError(
+                f"device is {format_bytes(self.device)}, less than one page of {format_bytes(page)}; raise device"
+            )
         return self
 
 
@@ -148,22 +158,23 @@ class UpdateConfig(_Section):
     max_staleness: int = Field(default=4, ge=0)
     """Lock-free mode: how many of the steps before a step its parameters may miss. 0: the bits of exact mode."""
     exact_steps: int = Field(default=100, ge=0)
-    """Lock-free mode: the first so many updates of each parameter are made as in exact mode, while gradients still change much
-    from step to step."""
+    """Lock-free mode: the first so many updates of each parameter are made as in exact mode, while gradients still
+    change much from step to step."""
     threads: int = Field(default=1, ge=1, le=64)
     """Lock-free mode: compute threads of the updates, which run beside those of the step."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest global 2-norm of the gradients; larger ones are scaled down. None: no clipping. With clipping, updates
     wait for the whole backward pass and gradients are kept in pages until then."""
     loss_scale: Annotated[Literal["auto"] | float, BeforeValidator(_scale)] = "auto"
-    """What losses are multiplied by before backward: "auto" is dynamic for fp16 parameters and none for others; a number is
-    fixed. A step whose gradients overflow is dropped. In a loop of one's own call backward on `Engine.scaled`."""
+    """What losses are multiplied by before backward: "auto" is dynamic for fp16 parameters and none for others; a
+    number is fixed. A step whose gradients overflow is dropped. In a loop of one's own call backward on
+    `Engine.scaled`."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step of `Engine.step`. A loop of one's own simply calls backward several times."""
     start: Literal["auto", "step"] = "auto"
     """"auto" updates a unit as soon as its gradients are complete, as the steps before foretell; "step" waits for
-    ``optimizer.step()``, as steps with more backward passes than any before need, and loops that touch gradients later than in their
-    first step."""
+    ``optimizer.step()``, as steps with more backward passes than any before need, and loops that touch gradients later
+    than in their first step."""
 
 
 class CommitConfig(_Section):
@@ -174,7 +185,8 @@ class CommitConfig(_Section):
     every_s: float | None = Field(default=None, gt=0)
     """Commit when the last one is this old, in seconds. None: not by time."""
     at_end: bool = True
-    """`offload launch`: commit when training ends, also by Ctrl-C, SIGTERM or because nobody reads the output any more."""
+    """`offload launch`: commit when training ends, also by Ctrl-C, SIGTERM or because nobody reads the output any
+    more."""
     keep: int = Field(default=2, ge=1)
     """Unnamed commits that are kept; named ones are kept for good."""
     resume: Literal["auto", "never"] = "auto"
@@ -204,7 +216,7 @@ class OptimizerConfig(_Section):
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
-            raise ValueError("nesterov needs name \"sgd\" and a momentum above 0")
+            raise ValueError('nesterov needs name "sgd" and a momentum above 0')
         return self
 
     @property
@@ -264,7 +276,8 @@ class OutputConfig(_Section):
     """What `offload launch` leaves behind."""
 
     run: Folder
-    """Folder for metrics.jsonl, the resolved configuration and the loss curve. Must be new, empty or of an earlier run."""
+    """Folder for metrics.jsonl, the resolved configuration and the loss curve. Must be new, empty or of an earlier
+    run."""
 
 
 class Config(_Section):
@@ -273,8 +286,9 @@ class Config(_Section):
     seed: int = Field(default=1, ge=0, le=(1 << 64) - 1)
     """Seed of torch's generator and of the data order (launch)."""
     device: Annotated[str, AfterValidator(_device)] = "cpu"
-    """Where compute runs: "cpu", straight out of host pages; "cuda" (or "cuda:1", ...), out of pages of a third tier above them with
-    a budget of its own, ``memory.device``; or "cpu-emulated", the same with a third tier in ordinary RAM, for trying and testing."""
+    """Where compute runs: "cpu", straight out of host pages; "cuda" (or "cuda:1", ...), out of pages of a third tier
+    above them with a budget of its own, ``memory.device``; or "cpu-emulated", the same with a third tier in ordinary
+    RAM, for trying and testing."""
     memory: MemoryConfig
     """Host memory."""
     ssd: SsdConfig
@@ -297,7 +311,11 @@ class Config(_Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         if (self.device == "cpu") != (self.memory.device is None):
-            wanted = "leave memory.device out" if self.device == "cpu" else "set memory.device, the budget of parameters there"
+            wanted = (
+                "leave memory.device out"
+                if self.device == "cpu"
+                else "set memory.device, the budget of parameters there"
+            )
             raise ValueError(f'device is "{self.device}": {wanted}')
         if self.device != "cpu" and self.update.mode != "exact":
             raise ValueError(f'device is "{self.device}", for which updates are exact; set update.mode to "exact"')
@@ -305,7 +323,9 @@ class Config(_Section):
             run = Path(self.output.run).resolve()
             for path in self.ssd.paths:
                 if run.is_relative_to(Path(path).resolve()):
-                    raise ValueError(f"output.run ({self.output.run}) lies in the page-file folder {path}; name another folder")
+                    raise ValueError(
+                        f"output.run ({self.output.run}) lies in the page-file folder {path}; name another folder"
+                    )
         return self
 
     def dumped(self) -> str:
@@ -314,8 +334,8 @@ class Config(_Section):
 
 
 def resolve_page_bytes(ram_bytes: int) -> int:
-    """The page size that "auto" stands for: a power of two not above ``ram_bytes / 128``, 64KiB to 256KiB, and beyond that
-    not above ``ram_bytes / 4096``, up to 4MiB.
+    """The page size that "auto" stands for: a power of two not above ``ram_bytes / 128``, 64KiB to 256KiB, and beyond
+    that not above ``ram_bytes / 4096``, up to 4MiB.
 
     Large pages make few checksums; small ones lose less to rounding tensors up to whole pages (see docs/pages.md).
     """
@@ -341,7 +361,9 @@ def load_config(source: ConfigLike, where: str = "configuration") -> Config:
     if isinstance(source, Config):
         return source
     if not isinstance(source, (Mapping, str, Path)):
-        raise ConfigError(f"the configuration is a {type(source).__name__}; give a mapping of sections, the name of a file, or a Config")
+        raise ConfigError(
+            f"the configuration is a {type(source).__name__}; give a mapping of sections, the name of a file, or a Config"
+        )
     raw = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
     try:
         return Config.model_validate(raw)

@@ -30,7 +30,8 @@ def described_error(entry: Any, root: type[BaseModel]) -> str:
 
 
 def _unknown_key(parts: list[str], root: type[BaseModel]) -> str:
-    """What is wrong with a key that nothing knows: the nearest key of its section, or else the section it belongs to."""
+    """What is wrong with a key that nothing knows: the nearest key of its section, or else the section it belongs
+    to."""
     *path, key = parts
     section: Any = root
     for name in path:

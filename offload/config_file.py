@@ -1,7 +1,8 @@
-"""Configuration files as they are read: TOML, JSON or YAML text to plain values, and the changes of ``--set``; nothing is checked here.
+"""Configuration files as they are read: TOML, JSON or YAML text to plain values, and the changes of ``--set``; nothing
+is checked here.
 
-A file that cannot be read ends in one line, whatever it is: a folder, a pipe, a device, text of another encoding, or values
-nested or repeated without end.
+A file that cannot be read ends in one line, whatever it is: a folder, a pipe, a device, text of another encoding, or
+values nested or repeated without end.
 """
 
 from __future__ import annotations
@@ -52,7 +53,12 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, _YamlLoader)
 
 
-_READERS: Final[Mapping[str, Callable[[str], Any]]] = {".toml": _toml, ".json": parse_json, ".yaml": _yaml, ".yml": _yaml}
+_READERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    ".toml": _toml,
+    ".json": parse_json,
+    ".yaml": _yaml,
+    ".yml": _yaml,
+}
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -71,7 +77,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: values are nested too deep") from error
-    except (ValueError, yaml.YAMLError) as error:  # also text that is not UTF-8, dates that are none, numbers without end
+    except (
+        ValueError,
+        yaml.YAMLError,
+    ) as error:  # also text that is not UTF-8, dates that are none, numbers without end
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds a {type(loaded).__name__}, not a mapping of sections")
@@ -79,7 +88,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def _check_size(loaded: object) -> None:
-    """Raise ValueError for more values than anybody writes, counted as they would be written out: YAML repeats them by name."""
+    """Raise ValueError for more values than anybody writes, counted as they would be written out: YAML repeats them by
+    name."""
     found, left = 0, [loaded]
     while left:
         value = left.pop()

@@ -11,11 +11,11 @@ from typing import Any, Final, Literal
 
 from rich.console import Console
 
-from offload.machine.bench_ssd import IN_RAM
+from offload.budget.verdict import Available, Verdict, decide, verdict_of
 from offload.factories import model_factory
 from offload.forecast.fit import available_here
+from offload.machine.bench_ssd import IN_RAM
 from offload.machine.facts import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact, gather
-from offload.budget.verdict import Available, Verdict, decide, verdict_of
 from pagemem.units import GiB, format_bytes
 
 Level = Literal["ok", "warning", "problem"]
@@ -45,8 +45,11 @@ class Finding:
         return f"{self.level:<7}  {self.what}: {self.said}" + (f" -> {self.remedy}" if self.remedy else "")
 
 
-def run_doctor(file: Path | None, console: Console, *, changes: Sequence[str] = (), bench: bool = True, as_json: bool = False) -> int:
-    """Look, print a line for each check, and with ``as_json`` a last one with all of it; returns 1 where there is a problem, else 0."""
+def run_doctor(
+    file: Path | None, console: Console, *, changes: Sequence[str] = (), bench: bool = True, as_json: bool = False
+) -> int:
+    """Look, print a line for each check, and with ``as_json`` a last one with all of it; returns 1 where there is a
+    problem, else 0."""
     facts = gather(file, changes, bench=bench)
     facts, verdict = _asked(facts)
     findings = judge(facts, verdict)
@@ -62,7 +65,8 @@ def run_doctor(file: Path | None, console: Console, *, changes: Sequence[str] = 
 
 
 def _asked(facts: Facts) -> tuple[Facts, Verdict | None]:
-    """Facts, and what is decided about the run of their configuration; a model that there is not makes the configuration a wrong one."""
+    """Facts, and what is decided about the run of their configuration; a model that there is not makes the
+    configuration a wrong one."""
     fact = facts.config
     if fact is None or fact.config is None or fact.config.model is None:
         return facts, None
@@ -80,7 +84,12 @@ def as_record(facts: Facts, findings: list[Finding]) -> dict[str, Any]:
         content = None if config.config is None else config.config.model_dump(mode="json")
         known["config"] = {"file": config.file, "config": content, "errors": config.errors}
     problems = any(finding.level == "problem" for finding in findings)
-    return {"command": "doctor", "ok": not problems, "findings": [asdict(finding) for finding in findings], "facts": known}
+    return {
+        "command": "doctor",
+        "ok": not problems,
+        "findings": [asdict(finding) for finding in findings],
+        "facts": known,
+    }
 
 
 def judge(facts: Facts, verdict: Verdict | None = None) -> list[Finding]:
@@ -134,7 +143,12 @@ def check_cpu(cpu: CpuFact, config: ConfigFact | None = None) -> Finding:
     physical = "" if cpu.physical is None else f", {cpu.physical} physical"
     said = f"{cpu.usable} of {cpu.logical} cores usable{physical}; torch computes on {threads} thread{'' if threads == 1 else 's'}"
     if threads > cpu.usable:
-        return Finding("warning", "cpu", said, f"they wait for each other: set train.threads or OMP_NUM_THREADS to {cpu.usable} or less")
+        return Finding(
+            "warning",
+            "cpu",
+            said,
+            f"they wait for each other: set train.threads or OMP_NUM_THREADS to {cpu.usable} or less",
+        )
     return Finding("ok", "cpu", said)
 
 
@@ -145,11 +159,16 @@ def check_memory(memory: MemoryFact) -> Iterator[Finding]:
         yield Finding("warning", "ram", said, "end other programs: torch alone takes some hundred MiB")
     else:
         yield Finding("ok", "ram", said)
-    for name, limit_bytes, option in (("RLIMIT_DATA", memory.data_limit_bytes, "-d"), ("RLIMIT_AS", memory.address_limit_bytes, "-v")):
+    for name, limit_bytes, option in (
+        ("RLIMIT_DATA", memory.data_limit_bytes, "-d"),
+        ("RLIMIT_AS", memory.address_limit_bytes, "-v"),
+    ):
         if limit_bytes is None:
             yield Finding("ok", name, "no limit")
         elif limit_bytes < memory.total_bytes:
-            remedy = f"memory.ram counts against it as a whole, touched or not: keep below it, or raise it (ulimit {option})"
+            remedy = (
+                f"memory.ram counts against it as a whole, touched or not: keep below it, or raise it (ulimit {option})"
+            )
             yield Finding("warning", name, f"{format_bytes(limit_bytes)}, less than the RAM", remedy)
         else:
             yield Finding("ok", name, format_bytes(limit_bytes))
@@ -157,7 +176,9 @@ def check_memory(memory: MemoryFact) -> Iterator[Finding]:
     yield Finding("ok", "RLIMIT_MEMLOCK", f"{locked} (not used: a device's driver locks the host tier)")
     files = memory.open_files_limit
     if files is not None and files < _LEAST_OPEN_FILES:
-        yield Finding("warning", "RLIMIT_NOFILE", f"{files} open files", f"raise it to {_LEAST_OPEN_FILES} or more (ulimit -n)")
+        yield Finding(
+            "warning", "RLIMIT_NOFILE", f"{files} open files", f"raise it to {_LEAST_OPEN_FILES} or more (ulimit -n)"
+        )
     else:
         yield Finding("ok", "RLIMIT_NOFILE", "no limit" if files is None else f"{files} open files")
     if memory.cgroup_limit_bytes is None or memory.cgroup_free_bytes is None:
@@ -165,21 +186,29 @@ def check_memory(memory: MemoryFact) -> Iterator[Finding]:
         return
     said = f"{format_bytes(memory.cgroup_limit_bytes)}, {format_bytes(memory.cgroup_free_bytes)} left"
     if memory.cgroup_free_bytes < min(memory.available_bytes, _LEAST_AVAILABLE_BYTES):
-        yield Finding("warning", "cgroup memory.max", said, "give the container more memory: a process beyond it is killed")
+        yield Finding(
+            "warning", "cgroup memory.max", said, "give the container more memory: a process beyond it is killed"
+        )
     else:
         yield Finding("ok", "cgroup memory.max", said)
 
 
 def check_copies(gb_per_s: float | None) -> Finding:
     """The host tier, and how fast it copies."""
-    return Finding("ok", "host tier", "copies not measured" if gb_per_s is None else f"copies {gb_per_s:.1f} GB/s, best of 5")
+    return Finding(
+        "ok", "host tier", "copies not measured" if gb_per_s is None else f"copies {gb_per_s:.1f} GB/s, best of 5"
+    )
 
 
 def check_cuda(devices: tuple[CudaFact, ...], *, cuda_build: bool, nvidia_device: bool) -> Iterator[Finding]:
     """The devices, and whether host memory can be pinned for them."""
     if not devices and nvidia_device:
         why = "its driver cannot be used" if cuda_build else "this torch is a build without CUDA"
-        remedy = "see what nvidia-smi says, and whether the driver is too old" if cuda_build else "install a CUDA build of torch to use it"
+        remedy = (
+            "see what nvidia-smi says, and whether the driver is too old"
+            if cuda_build
+            else "install a CUDA build of torch to use it"
+        )
         yield Finding("warning", "cuda", f"there is a device, but {why}", remedy)
     elif not devices:
         yield Finding("ok", "cuda", "no device; compute runs out of host memory")
@@ -199,7 +228,10 @@ def check_config(fact: ConfigFact, memory: MemoryFact, verdict: Verdict | None =
         verdict: what `plan` and `launch` say as well; None: what the file alone tells.
     """
     if fact.config is None:
-        yield from (Finding("problem", "config", error, "correct the file; its folders were not looked at") for error in fact.errors)
+        yield from (
+            Finding("problem", "config", error, "correct the file; its folders were not looked at")
+            for error in fact.errors
+        )
         return
     yield Finding("ok", "config", f"{fact.file} can be used")
     limits = (("RLIMIT_DATA", memory.data_limit_bytes), ("RLIMIT_AS", memory.address_limit_bytes))
@@ -209,16 +241,27 @@ def check_config(fact: ConfigFact, memory: MemoryFact, verdict: Verdict | None =
     need = verdict.need
     pages_bytes = ram_bytes if need is None else min(ram_bytes, need.content_bytes)
     used = "" if pages_bytes == ram_bytes else f", of which the model's states take {format_bytes(pages_bytes)}"
-    said = f"memory.ram {format_bytes(ram_bytes)}{used}" + (f" and memory.activations {format_bytes(kept_bytes)}" if kept_bytes else "")
+    said = f"memory.ram {format_bytes(ram_bytes)}{used}" + (
+        f" and memory.activations {format_bytes(kept_bytes)}" if kept_bytes else ""
+    )
     against = f"{said}; {format_bytes(memory.usable_bytes)} of RAM can be had"
     if verdict.shortages:
         yield from (Finding("problem", "budget", shortage.said, shortage.remedy) for shortage in verdict.shortages)
     elif pages_bytes + kept_bytes > _BUDGET_SHARE * memory.usable_bytes:
         yield Finding("warning", "budget", against, "other activations and the interpreter come on top: leave a fifth")
     elif fact.config.model is not None and need is None:
-        yield Finding("warning", "budget", f"{against}; the model's need is not known: {verdict.unknown}", "try it: launch checks while it builds")
+        yield Finding(
+            "warning",
+            "budget",
+            f"{against}; the model's need is not known: {verdict.unknown}",
+            "try it: launch checks while it builds",
+        )
     else:
-        yield Finding("ok", "budget", against + ("" if need is None else f", and {format_bytes(need.smallest_bytes)} is the smallest that works"))
+        yield Finding(
+            "ok",
+            "budget",
+            against + ("" if need is None else f", and {format_bytes(need.smallest_bytes)} is the smallest that works"),
+        )
 
 
 def check_folder(folder: FolderFact, config: ConfigFact | None) -> Iterator[Finding]:
@@ -229,7 +272,7 @@ def check_folder(folder: FolderFact, config: ConfigFact | None) -> Iterator[Find
     if folder.backend == "aiofiles":
         forced = config is not None and config.config is not None and config.config.ssd.direct is True
         remedy = "buffered I/O is used, slower and by way of the page cache: take a local disk"
-        remedy = "set ssd.direct to \"auto\", or take another disk" if forced else remedy
+        remedy = 'set ssd.direct to "auto", or take another disk' if forced else remedy
         yield Finding("problem" if forced else "warning", what, f"O_DIRECT is refused on {folder.file_system}", remedy)
     elif folder.backend is not None:
         yield Finding("ok", what, "O_DIRECT is accepted")
@@ -251,9 +294,13 @@ def _check_use(folder: FolderFact, what: str) -> Finding:
         return Finding("problem", what, use.detail)  # says what to do as well
     if use is None or not folder.writable:
         said = "it cannot be read" if use is None else f"this user cannot write in {folder.existing}"
-        return Finding("problem" if folder.wanted else "warning", what, said, "change its owner or mode, or name another folder")
+        return Finding(
+            "problem" if folder.wanted else "warning", what, said, "change its owner or mode, or name another folder"
+        )
     if use.holder is not None:
-        return Finding("warning", what, f"in use by process {use.holder}", "a second run there is refused until that one ends")
+        return Finding(
+            "warning", what, f"in use by process {use.holder}", "a second run there is refused until that one ends"
+        )
     if use.kind == "run":
         return Finding("ok", what, f"holds a run, {use.detail}, that nobody trains in")
     if use.kind == "foreign":
@@ -273,5 +320,7 @@ def _check_room(folder: FolderFact, what: str, config: ConfigFact | None) -> Fin
         share_bytes = known.memory.ram // len(known.ssd.paths)
         if folder.free_bytes < share_bytes:
             remedy = "page files hold what RAM does not, with commits up to twice: free some, or name one more path"
-            return Finding("warning", what, f"{said}, less than its share of memory.ram ({format_bytes(share_bytes)})", remedy)
+            return Finding(
+                "warning", what, f"{said}, less than its share of memory.ram ({format_bytes(share_bytes)})", remedy
+            )
     return Finding("ok", what, said)

@@ -2,8 +2,8 @@
 
     BUILT --(prepare / initialize)--> RUNNING --close--> CLOSED
 
-An engine belongs to the thread that trains. Closing it stops all moves and gives every byte, thread, descriptor and lock
-back; its parameters cannot be used afterwards, so take `model.state_dict()` before.
+An engine belongs to the thread that trains. Closing it stops all moves and gives every byte, thread, descriptor and
+lock back; its parameters cannot be used afterwards, so take `model.state_dict()` before.
 """
 
 from __future__ import annotations
@@ -18,49 +18,47 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from offload.activations.saved import SavedActivations, chunk_bytes
-from offload.parameters.binder import Binder
 from offload.activations.blocks import Blocks
+from offload.activations.policy import RecomputeChoice
+from offload.activations.saved import SavedActivations, chunk_bytes
 from offload.budget.checks import check_model
 from offload.checkpoint.checkpoints import Checkpoints, Stateful
-from offload.config import Config, ConfigLike, load_config, load_optimizer
-from offload.store.deferred_init import store_of
-from offload.factories import described
 from offload.checkpoint.export import check_alike, check_request, export_commit
+from offload.checkpoint.resumed import Resumed
+from offload.commits.stored_layout import unlike_state_dict
+from offload.config import ConfigLike, load_config, load_optimizer
+from offload.factories import described
+from offload.heap import blocks_join, give_back_large_blocks, keep_freed_memory
+from offload.modules.checks import check_parameters
 from offload.modules.extra_states import NAME as EXTRA_STATES
 from offload.modules.extra_states import ExtraStates
 from offload.modules.fast_paths import keep_fast_paths
-from offload.parameters.saved_weights import SavedWeights
-from offload.modules.checks import check_parameters
-from offload.profiling.stats import MemoryReport, Stats, memory_report, planned_step_s, stats_of
-from offload.store.page_views import adopt_views, check_unviewed
-from offload.parameters.paged_parameter import PagedParameter
-from offload.store.plan_file import plan_keepers
-from offload.profiling.profile import Profile
-from offload.activations.policy import RecomputeChoice
-from offload.checkpoint.resumed import Resumed
-from offload.store.page_store import PageStore
-from offload.commits.stored_layout import unlike_state_dict
 from offload.modules.structure import Structure
+from offload.parameters.binder import Binder
 from offload.parameters.optimizer_template import OptimizerLike, assign_groups, from_section, optimized_by, template_of
+from offload.parameters.paged_parameter import PagedParameter
+from offload.parameters.saved_weights import SavedWeights
+from offload.profiling.profile import Profile
+from offload.profiling.stats import MemoryReport, Stats, memory_report, planned_step_s, stats_of
+from offload.store.deferred_init import store_of
 from offload.store.make_updater import make_updater, scaling_of
+from offload.store.page_store import PageStore
+from offload.store.page_views import adopt_views, check_unviewed
+from offload.store.plan_file import plan_keepers
 from optim import DeviceGradients, LossScale, PagedOptimizer, StateAccess, rule_for
 from optim.clip import check_loss
 from optim.exact.updater import is_eager
 from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
-from optim.updater import refusing_updater
 from optim.unit import Slot, Unit
-from pagemem.process import forks
-from pagemem.process import interrupts
-from pagemem.process.closing import close_all
+from optim.updater import refusing_updater
 from pagemem.errors import OffloadError, TransitionError
-from offload.heap import blocks_join, give_back_large_blocks, keep_freed_memory
+from pagemem.files.page_file import PageFiles
+from pagemem.process import forks, interrupts
+from pagemem.process.closing import close_all
 from pagemem.process.forks import disowned
 from pagemem.process.interrupts import left_open
-from pagemem.files.page_file import PageFiles
 from pagemem.units import parse_bytes
-
 
 
 class EngineState(enum.Enum):
@@ -92,14 +90,17 @@ class Engine:
         ConfigError, ValueError: something does not fit together.
         BudgetError: ``memory.ram`` is too small; names the unit and the smallest budget that works.
         RunDirectoryError: a page-file path is unusable; it was not changed.
-        After any of these a plain model is as it was, unless a note of the error says that ``model.dtype`` has rounded it already. One built under `deferred_init` is, too, when it was built for
-        another configuration; otherwise it is to be built anew.
+        After any of these a plain model is as it was, unless a note of the error says that ``model.dtype`` has rounded
+        it already. One built under `deferred_init` is, too, when it was built for another configuration; otherwise it
+        is to be built anew.
     """
 
     def __init__(self, model: nn.Module, config: ConfigLike, optimizer: OptimizerLike = None) -> None:
         self.config = load_config(config)
         if not isinstance(model, nn.Module):
-            raise ValueError(f"the model is {described(model)}; give a torch.nn.Module first, then the optimizer, then the configuration")
+            raise ValueError(
+                f"the model is {described(model)}; give a torch.nn.Module first, then the optimizer, then the configuration"
+            )
         optimizer = load_optimizer(optimizer) if isinstance(optimizer, Mapping) else optimizer
         self.model = model
         self.state = EngineState.RUNNING
@@ -110,7 +111,10 @@ class Engine:
         if deferred is not None:
             adopt_views(deferred, model)
         check_parameters(model, (deferred or PageStore).device)
-        if deferred is not None and (deferred.config.memory, deferred.config.ssd) != (self.config.memory, self.config.ssd):
+        if deferred is not None and (deferred.config.memory, deferred.config.ssd) != (
+            self.config.memory,
+            self.config.ssd,
+        ):
             raise ValueError("the model was built under deferred_init with other memory or ssd settings; use the same")
         if deferred is not None:
             check_unviewed(deferred, model)
@@ -174,7 +178,9 @@ class Engine:
         except OffloadError as lost:
             error.add_note(f"the model cannot be made whole again ({lost}); build it anew")
         if self._store.narrowed:
-            error.add_note(f"the model's parameters have been rounded to {self._store.compute_dtype}, as model.dtype asks for; build it anew")
+            error.add_note(
+                f"the model's parameters have been rounded to {self._store.compute_dtype}, as model.dtype asks for; build it anew"
+            )
 
     def _places(self) -> dict[Tensor, tuple[Unit, Slot]]:
         return {p: (p._place.unit, p._place.slot) for p in self.model.parameters() if isinstance(p, PagedParameter)}
@@ -201,10 +207,14 @@ class Engine:
         memory = self.config.memory
         if memory.activations is not None:
             of_chunk = chunk_bytes(memory.ram, self._store.page_bytes)
-            binder.activations = SavedActivations(self._store.driver, memory.activations, of_chunk, self._store.device_mover)
+            binder.activations = SavedActivations(
+                self._store.driver, memory.activations, of_chunk, self._store.device_mover
+            )
             if memory.recompute == "auto":
                 self._choice = self._choose_recomputation(binder.activations, memory.activations)
-        binder.trims = memory.heap == "trim" or (memory.heap == "auto" and memory.activations is not None and not blocks_join())
+        binder.trims = memory.heap == "trim" or (
+            memory.heap == "auto" and memory.activations is not None and not blocks_join()
+        )
         # The process may have been set otherwise by an engine before.
         (give_back_large_blocks if binder.trims else keep_freed_memory)()
         saved = self._saved_weights(binder)
@@ -219,10 +229,13 @@ class Engine:
             self._store.watch_over(module)
 
     def _other_gradients(self) -> Callable[[], list[tuple[int, Tensor]]]:
-        """Gradients of parameters that are not the updater's, which count in the norm as in ``clip_grad_norm_(model.parameters())``."""
+        """Gradients of parameters that are not the updater's, which count in the norm as in
+        ``clip_grad_norm_(model.parameters())``."""
 
         def mine(parameter: Tensor) -> bool:
-            return isinstance(parameter, PagedParameter) and (parameter._place.slot.group >= 0 or self._updater.keeps_unoptimized)
+            return isinstance(parameter, PagedParameter) and (
+                parameter._place.slot.group >= 0 or self._updater.keeps_unoptimized
+            )
 
         others = [(order, parameter) for order, parameter in enumerate(self.model.parameters()) if not mine(parameter)]
         return lambda: [(order, parameter.grad) for order, parameter in others if parameter.grad is not None]
@@ -245,8 +258,8 @@ class Engine:
         """Backward of one micro-batch; its loss is divided by ``update.accumulation``.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite; no parameter was changed by it, and its gradients are dropped. On a device
-                nobody waits for the loss: the next forward pass or `step` may be what raises.
+            NonFiniteError: the loss is NaN or infinite; no parameter was changed by it, and its gradients are dropped.
+                On a device nobody waits for the loss: the next forward pass or `step` may be what raises.
         """
         self._check_running()
         if isinstance(self._updater, DeviceGradients) and loss.device == self.torch_device:
@@ -282,11 +295,13 @@ class Engine:
         return True
 
     def abandon_step(self) -> None:
-        """Give the step under way up, after an error in its backward pass (Ctrl-C in a notebook, say), and be ready for another one.
+        """Give the step under way up, after an error in its backward pass (Ctrl-C in a notebook, say), and be ready for
+        another one.
 
-        Gradients that no update has used are dropped, and micro-batches are counted anew. With ``update.start = "auto"``, parameters
-        whose update had been made by then keep it, and their optimizer states and step counts with them; all others are as they were.
-        With ``update.start = "step"``, or clipping, nothing has changed, and `optimizer.zero_grad()` does as well.
+        Gradients that no update has used are dropped, and micro-batches are counted anew. With ``update.start =
+        "auto"``, parameters whose update had been made by then keep it, and their optimizer states and step counts with
+        them; all others are as they were. With ``update.start = "step"``, or clipping, nothing has changed, and
+        `optimizer.zero_grad()` does as well.
 
         Raises:
             RuntimeError: the error cut the update of a unit off half-way; only a commit leads on.
@@ -298,7 +313,8 @@ class Engine:
         self._micro_batches = 0
 
     def _let_failed_backward_go(self) -> None:
-        """Free what a backward pass that failed has left in autograd's queue, which only another one or the end of the thread empties."""
+        """Free what a backward pass that failed has left in autograd's queue, which only another one or the end of the
+        thread empties."""
         if any(unit.live_views for unit in self._store.index.units) and torch._C._current_graph_task_id() == -1:
             with torch.inference_mode(False), torch.enable_grad():
                 torch.zeros((), requires_grad=True).clone().backward()  # type: ignore[no-untyped-call]
@@ -325,11 +341,12 @@ class Engine:
     def gradient_ready(self, parameter: Tensor, gradient: Tensor | None = None) -> None:
         """Say that no gradient of a parameter comes any more in this step, so that its update can be made.
 
-        For code that computes gradients outside `backward`, as runtimes of pipelines do. Without it, the update waits until as
-        many gradients have arrived as in earlier steps, or for the step's end.
+        For code that computes gradients outside `backward`, as runtimes of pipelines do. Without it, the update waits
+        until as many gradients have arrived as in earlier steps, or for the step's end.
 
         Args:
-            gradient: the last one, which is added as `add_gradient` does; None: it is there already, or there is none in this step.
+            gradient: the last one, which is added as `add_gradient` does; None: it is there already, or there is none
+                in this step.
 
         Raises:
             As `add_gradient`.
@@ -349,7 +366,8 @@ class Engine:
     def grad_norm(self) -> float | None:
         """Global 2-norm of the gradients of the last step that was made, before clipping and without the loss scale.
 
-        Known once `step` has returned; not finite where the step was dropped for it. None before the first step, and where nothing needs
+        Known once `step` has returned; not finite where the step was dropped for it. None before the first step, and
+        where nothing needs
         it: without ``update.clip_norm`` and loss scaling. On a device, asking waits for the device.
         """
         norm = self._updater.grad_norm
@@ -372,9 +390,9 @@ class Engine:
         """Have the state of an LR scheduler, a data source or the like in every commit, and restored by `resume`.
 
         Args:
-            thing: has ``state_dict()`` and ``load_state_dict()``. A state may have numbers (also infinite ones), text, bytes, lists, tuples,
-                sets, dicts with any of these for keys, counters, NumPy's numbers and arrays, and tensors on the CPU, 16 MiB in all. It
-                comes back with equal values of equal types.
+            thing: has ``state_dict()`` and ``load_state_dict()``. A state may have numbers (also infinite ones), text,
+                bytes, lists, tuples, sets, dicts with any of these for keys, counters, NumPy's numbers and arrays, and
+                tensors on the CPU, 16 MiB in all. It comes back with equal values of equal types.
 
         Raises:
             ValueError: the name is taken, or the state has something else; says where in it.
@@ -385,8 +403,10 @@ class Engine:
         """Commit the steps made so far; call it at the end of an iteration, when everything tracked is up to date.
 
         Args:
-            name: keeps the commit for good, until a later one takes the name over; None: it is kept as ``commit.keep`` says.
-            wait: until it is durable; otherwise that happens in the background, and the next call raises what went wrong.
+            name: keeps the commit for good, until a later one takes the name over; None: it is kept as ``commit.keep``
+                says.
+            wait: until it is durable; otherwise that happens in the background, and the next call raises what went
+                wrong.
 
         Returns:
             The commit's number.
@@ -422,14 +442,15 @@ class Engine:
         return self._checkpoints.due(self._steps) and not self._in_a_step
 
     def save_if_due(self) -> int | None:
-        """Commit in the background if ``commit.every_steps`` or ``commit.every_s`` says so; call it at the end of an iteration.
+        """Commit in the background if ``commit.every_steps`` or ``commit.every_s`` says so; call it at the end of an
+        iteration.
 
         In lock-free mode with ``max_staleness`` above 0, gradients on their way are not waited for: a run that goes on
         from such a commit misses them, at most ``max_staleness`` + 1 of each parameter. `save` has them all.
 
         Returns:
-            The commit's number, or None when it is not time, one is still being written, or backward has been called since the last
-            step (between micro-batches).
+            The commit's number, or None when it is not time, one is still being written, or backward has been called
+            since the last step (between micro-batches).
 
         Raises:
             As `save`, also for a background commit that failed.
@@ -450,8 +471,8 @@ class Engine:
             Where the run goes on, or None when there is no commit.
 
         Raises:
-            CommitError: it is damaged, missing, or of another model, optimizer or precision; the engine is as it was, but that a step
-                under way is given up.
+            CommitError: it is damaged, missing, or of another model, optimizer or precision; the engine is as it was,
+                but that a step under way is given up.
         """
         self._check_running()
         if self._in_a_step:
@@ -473,17 +494,19 @@ class Engine:
             The folder.
 
         Raises:
-            ValueError: ``dtype`` or ``max_shard`` is none. ExportError: the folder holds something, or ``state_dict()`` of the
-                model is not its parameters and buffers alone. Nothing was committed.
-            As `save`; also ExportError, where a value cannot be expressed in ``dtype``, and StorageError, where the folder
-            cannot be written. Nothing is left of the export then.
+            ValueError: ``dtype`` or ``max_shard`` is none. ExportError: the folder holds something, or ``state_dict()``
+                of the model is not its parameters and buffers alone. Nothing was committed.
+            As `save`; also ExportError, where a value cannot be expressed in ``dtype``, and StorageError, where the
+            folder cannot be written. Nothing is left of the export then.
         """
         folders = [directory.path for directory in self._store.directories]
         shard_bytes = parse_bytes(max_shard)
         to = check_request(folders, Path(folder), dtype=dtype, max_shard_bytes=shard_bytes)
         check_alike(unlike_state_dict(self.model))
         manifest = self._checkpoints.committer.commits[self.save()].manifest
-        return export_commit(folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True)).folder
+        return export_commit(
+            folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True)
+        ).folder
 
     @property
     def torch_device(self) -> torch.device:
@@ -509,7 +532,8 @@ class Engine:
 
     @property
     def planned_step_s(self) -> float | None:
-        """Seconds of one step as the plan predicts them, or None while there is no plan. With a device there are two: it waits for both."""
+        """Seconds of one step as the plan predicts them, or None while there is no plan. With a device there are two:
+        it waits for both."""
         return planned_step_s(self._store)
 
     @property
@@ -528,13 +552,15 @@ class Engine:
         return memory_report(self._store, self._updater, self._checkpoints.committer)
 
     def profile(self, folder: str | Path) -> Profile:
-        """Record the steps made inside ``with engine.profile(folder):``, and write what they did to memory when it ends.
+        """Record the steps made inside ``with engine.profile(folder):``, and write what they did to memory when it
+        ends.
 
         The folder then holds report.html, summary.json and trace.json (for ui.perfetto.dev); the value of ``as`` has
         ``summary``. Training computes the same bits. After an error in the block nothing is written.
 
         Raises:
-            RunDirectoryError: on entering, the folder holds something other than an earlier profile; nothing was changed.
+            RunDirectoryError: on entering, the folder holds something other than an earlier profile; nothing was
+                changed.
             RuntimeError: on entering, this engine is being profiled already, or is closed.
         """
         self._check_running()
@@ -581,7 +607,9 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.close()
         except Exception as failure:

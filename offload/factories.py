@@ -58,7 +58,11 @@ def factory_of(key: str, reference: str, arguments: dict[str, Any]) -> Callable[
 
 def _of_import(error: Exception) -> str:
     said = " ".join(str(error).split())
-    return said if isinstance(error, ImportError) else f"importing it fails: {type(error).__name__}: {said} (--debug shows where)"
+    return (
+        said
+        if isinstance(error, ImportError)
+        else f"importing it fails: {type(error).__name__}: {said} (--debug shows where)"
+    )
 
 
 @contextmanager
@@ -66,8 +70,8 @@ def calls_of(key: str, what: str) -> Iterator[None]:
     """Code of the user's own runs inside: what it raises becomes one line that names it.
 
     Raises:
-        ConfigError: it has raised; the cause is what it was. Errors of the engine, of the system and of memory pass as they are, as does
-            AssertionError, which may be of ours.
+        ConfigError: it has raised; the cause is what it was. Errors of the engine, of the system and of memory pass as
+            they are, as does AssertionError, which may be of ours.
     """
     try:
         yield
@@ -75,7 +79,9 @@ def calls_of(key: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = " ".join(str(error).split())
-        raise ConfigError(f"{key}: {what} fails: {type(error).__name__}{': ' if said else ''}{said} (--debug shows where)") from error
+        raise ConfigError(
+            f"{key}: {what} fails: {type(error).__name__}{': ' if said else ''}{said} (--debug shows where)"
+        ) from error
 
 
 def described(value: object) -> str:
@@ -94,25 +100,34 @@ def model_factory(section: ModelConfig) -> Callable[[], nn.Module]:
     """The factory of the configuration's model, which looks at what it makes.
 
     Raises:
-        ConfigError: there is no such factory, or it does not take these arguments. So does what is returned, when it makes something
-            that cannot be trained; what the factory raises itself passes as it is.
+        ConfigError: there is no such factory, or it does not take these arguments. So does what is returned, when it
+            makes something that cannot be trained; what the factory raises itself passes as it is.
     """
     make = factory_of("model", section.factory, section.arguments)
 
     def made() -> nn.Module:
         model = make()
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model.factory: {section.factory} returns {described(model)}; it must return a torch.nn.Module")
+            raise ConfigError(
+                f"model.factory: {section.factory} returns {described(model)}; it must return a torch.nn.Module"
+            )
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            what = "without trainable parameters (none requires grad)" if any(True for _ in model.parameters()) else "without parameters"
-            raise ConfigError(f"model.factory: {section.factory} returns {described(model)} {what}; there is nothing to train")
+            what = (
+                "without trainable parameters (none requires grad)"
+                if any(True for _ in model.parameters())
+                else "without parameters"
+            )
+            raise ConfigError(
+                f"model.factory: {section.factory} returns {described(model)} {what}; there is nothing to train"
+            )
         return model
 
     return made
 
 
 def data_factory(section: DataConfig, folder: Path, seed: int) -> Callable[[], Any]:
-    """The factory of the configuration's data, called with ``folder``, ``seed`` and its arguments; see `model_factory`."""
+    """The factory of the configuration's data, called with ``folder``, ``seed`` and its arguments; see
+    `model_factory`."""
     make = factory_of("data", section.factory, {"folder": folder, "seed": seed, **section.arguments})
 
     def made() -> Any:

@@ -1,21 +1,24 @@
 """The C library's heap: when what is free in it leaves the process, and when it stays for the next step.
 
-Building: glibc serves a block from its heap once a block of that size was freed before. A model's parameters, freed one by one as
+Building: glibc serves a block from its heap once a block of that size was freed before. A model's parameters, freed one
+    by one as
 they move to pages, then leave holes that small objects nibble at and the next parameter just misses, and the heap grows
 by the size of the model. Blocks mapped by themselves do not. In training the same setting would map and fault in every
 activation anew, so it ends with the building.
 
-Training, for time: a page that was given back is mapped and cleared anew when it is touched again, 0.25 ms a megabyte and more
-in a virtual machine. By glibc's own rule that happens in every step to all blocks of `TRAINING_BYTES` or more, such as a
-loss's tensors of the logits' size. `keep_freed_memory` has the heap keep everything, which takes about as much more RAM as they do.
+Training, for time: a page that was given back is mapped and cleared anew when it is touched again, 0.25 ms a megabyte
+and more in a virtual machine. By glibc's own rule that happens in every step to all blocks of `TRAINING_BYTES` or more,
+such as a loss's tensors of the logits' size. `keep_freed_memory` has the heap keep everything, which takes about as
+much more RAM as they do.
 
-Training, for memory: an activation that is freed between two that live on leaves a hole that the next one of its size just misses.
-torch aligns blocks to 64 bytes, for which glibc looks for 96 more than the block takes, and what it cuts off goes to its cache of
-small blocks (tcache), which does not join it to the block again when that is freed. `ForwardEnd` gives such holes back just before
-most is alive. After each step, when nearly all of the heap is free, it would have to be mapped anew for the next one.
+Training, for memory: an activation that is freed between two that live on leaves a hole that the next one of its size
+just misses. torch aligns blocks to 64 bytes, for which glibc looks for 96 more than the block takes, and what it cuts
+off goes to its cache of small blocks (tcache), which does not join it to the block again when that is freed.
+`ForwardEnd` gives such holes back just before most is alive. After each step, when nearly all of the heap is free, it
+would have to be mapped anew for the next one.
 
-Training, for both: a process that was started with `TUNABLE` in its environment has no such cache and few such holes, so that
-keeping everything takes little more than trimming does. It is too late for it once the process runs.
+Training, for both: a process that was started with `TUNABLE` in its environment has no such cache and few such holes,
+so that keeping everything takes little more than trimming does. It is too late for it once the process runs.
 
 All settings are the process's; each function here has no effect where libc is not glibc.
 """
@@ -124,7 +127,8 @@ def give_back_large_blocks() -> None:
 
 @contextmanager
 def large_blocks_mapped() -> Iterator[None]:
-    """Inside, freed blocks of `BUILDING_BYTES` or more go back to the system at once, afterwards those of `TRAINING_BYTES`.
+    """Inside, freed blocks of `BUILDING_BYTES` or more go back to the system at once, afterwards those of
+    `TRAINING_BYTES`.
 
     It replaces glibc's rule of learning thresholds from what is freed, before and after.
     """
@@ -142,7 +146,8 @@ def large_blocks_mapped() -> Iterator[None]:
 
 
 def joining(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """The environment for a process whose freed blocks join their neighbours at once; None where starting it would change nothing.
+    """The environment for a process whose freed blocks join their neighbours at once; None where starting it would
+    change nothing.
 
     Tunables for other things stay as they are; one for the same thing is somebody's decision and stands.
     """
@@ -161,7 +166,11 @@ def blocks_join() -> bool:
         at_start = Path("/proc/self/environ").read_bytes()
     except OSError:
         return False
-    found = [value for name, _, value in (entry.partition(b"=") for entry in at_start.split(b"\0")) if name == TUNABLES_VARIABLE.encode()]
+    found = [
+        value
+        for name, _, value in (entry.partition(b"=") for entry in at_start.split(b"\0"))
+        if name == TUNABLES_VARIABLE.encode()
+    ]
     return bool(found) and TUNABLE.encode() in found[-1].split(b":")
 
 

@@ -18,7 +18,8 @@ def _do_nothing(*_: Any) -> None:
 
 
 class ModelHook:
-    """A hook on a module with paged parameters. A copy of the module, whose parameters are ordinary ones, does without."""
+    """A hook on a module with paged parameters. A copy of the module, whose parameters are ordinary ones, does
+    without."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
@@ -35,11 +36,14 @@ class ModelHook:
         return _do_nothing
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise RuntimeError("a model with paged parameters cannot be pickled; use model.state_dict(), or copy.deepcopy(model) where it fits in RAM")
+        raise RuntimeError(
+            "a model with paged parameters cannot be pickled; use model.state_dict(), or copy.deepcopy(model) where it fits in RAM"
+        )
 
 
 class MethodHook(ModelHook):
-    """In place of a method of one module, as its attribute until `undo`. A copy of the module has its own method again."""
+    """In place of a method of one module, as its attribute until `undo`. A copy of the module has its own method
+    again."""
 
     def __init__(self, call: Callable[..., Any], module: torch.nn.Module, name: str) -> None:
         super().__init__(call)

@@ -1,7 +1,8 @@
 """Ctrl-C while the ``offload`` command is still being imported: one line and exit code 130, at once.
 
-Importing torch takes seconds, in which nothing is open and nothing is to be put in order. A KeyboardInterrupt there would be a long
-traceback, or be swallowed by an import in C, which leaves a module half made. Only what Python has loaded anyway is imported here.
+Importing torch takes seconds, in which nothing is open and nothing is to be put in order. A KeyboardInterrupt there
+would be a long traceback, or be swallowed by an import in C, which leaves a module half made. Only what Python has
+loaded anyway is imported here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ _INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def begin() -> None:
-    """First of all: where this process is the command, end it on Ctrl-C until `end`. In other programs nothing is changed."""
+    """First of all: where this process is the command, end it on Ctrl-C until `end`. In other programs nothing is
+    changed."""
     if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
@@ -33,7 +35,8 @@ def _leave(_number: int, _frame: FrameType | None) -> None:
 
 
 def _is_command() -> bool:
-    """Whether the program is ``python -m offload``, or its own file is one that imports ``offload.cli``, as the installed script's does."""
+    """Whether the program is ``python -m offload``, or its own file is one that imports ``offload.cli``, as the
+    installed script's does."""
     if sys.argv[0] == "-m":  # Of a module that is still looked for, whose name is before its arguments.
         return sys.orig_argv[-len(sys.argv)].removeprefix("-m") in ("offload", "offload.__main__", "offload.cli")
     frame = sys._getframe()

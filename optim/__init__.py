@@ -1,7 +1,7 @@
 """How parameters change: update rules over pages, gradients, clipping, exact updates and the optimizer users hold."""
 
-from optim.exact.gradient_store import GradientStore
 from optim.exact.gradient_downloads import DeviceGradients
+from optim.exact.gradient_store import GradientStore
 from optim.exact.updater import ExactUpdater, is_eager
 from optim.lockfree.unit_channel import Mailbox
 from optim.lockfree.updater import LockFreeUpdater
@@ -12,7 +12,23 @@ from optim.states import StateAccess
 from optim.unit import Slice, Slot, Unit, UnitIndex
 
 __all__ = [
-    "AdamRule", "AdamWRule", "DeviceGradients", "ExactUpdater", "GradientStore", "LockFreeUpdater", "LossScale",
-    "Mailbox", "PagedOptimizer", "SGDRule", "Scaling", "Slice", "Slot", "StateAccess",
-    "Unit", "UnitIndex", "UpdateRule", "is_eager", "rule_for",
+    "AdamRule",
+    "AdamWRule",
+    "DeviceGradients",
+    "ExactUpdater",
+    "GradientStore",
+    "LockFreeUpdater",
+    "LossScale",
+    "Mailbox",
+    "PagedOptimizer",
+    "SGDRule",
+    "Scaling",
+    "Slice",
+    "Slot",
+    "StateAccess",
+    "Unit",
+    "UnitIndex",
+    "UpdateRule",
+    "is_eager",
+    "rule_for",
 ]

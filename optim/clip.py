@@ -21,7 +21,8 @@ def gradient_norm(flat: torch.Tensor) -> torch.Tensor:
 
 
 def total_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The global norm from the norms of all gradients of a step, in parameter order; where these are, or on the CPU if that differs."""
+    """The global norm from the norms of all gradients of a step, in parameter order; where these are, or on the CPU if
+    that differs."""
     by_device: dict[torch.device, list[int]] = {}
     for index, norm in enumerate(norms):
         by_device.setdefault(norm.device, []).append(index)
@@ -30,7 +31,9 @@ def total_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
     else:
         together = torch.empty(len(norms), dtype=norms[0].dtype)
         for indices in by_device.values():
-            together[indices] = torch.stack([norms[index] for index in indices]).cpu()  # a device is waited for once, not for each
+            together[indices] = torch.stack(
+                [norms[index] for index in indices]
+            ).cpu()  # a device is waited for once, not for each
     total: torch.Tensor = torch.linalg.vector_norm(together)
     return total
 
@@ -50,7 +53,9 @@ def check_loss(value: float, step: int) -> None:
         NonFiniteError: it is NaN or infinite.
     """
     if not math.isfinite(value):
-        raise NonFiniteError(f"the loss of step {step} is {value}: no parameter changed by it; lower the learning rate or look at the batch")
+        raise NonFiniteError(
+            f"the loss of step {step} is {value}: no parameter changed by it; lower the learning rate or look at the batch"
+        )
 
 
 def check_finite(total: torch.Tensor) -> None:

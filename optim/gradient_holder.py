@@ -1,8 +1,10 @@
-"""What ``parameter.grad`` is, for those who look at gradients or change them: the part that both update modes have in common.
+"""What ``parameter.grad`` is, for those who look at gradients or change them: the part that both update modes have in
+common.
 
-Gradients that have not been used yet can be read, edited, replaced and dropped, as in plain PyTorch. One whose update was made during
-the backward pass is gone: using it raises, and so does a gradient that plain PyTorch would add to it. Units whose gradients somebody
-has touched are updated at the optimizer step from then on, so a loop that does so from its first step on works as it is.
+Gradients that have not been used yet can be read, edited, replaced and dropped, as in plain PyTorch. One whose update
+was made during the backward pass is gone: using it raises, and so does a gradient that plain PyTorch would add to it.
+Units whose gradients somebody has touched are updated at the optimizer step from then on, so a loop that does so from
+its first step on works as it is.
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ class GradientHolder(ABC):
             ValueError: it has a graph of its own.
         """
         if gradient.requires_grad:
-            raise ValueError(f"{slot.name}: backward(create_graph=True) gives its gradient a graph, which pages cannot hold; use torch.autograd.grad")
+            raise ValueError(
+                f"{slot.name}: backward(create_graph=True) gives its gradient a graph, which pages cannot hold; use torch.autograd.grad"
+            )
         if slot.grad is Grad.SPENT:
             raise stale_gradient(unit, slot)
         slot.arrivals += 1
@@ -200,7 +204,8 @@ class GradientHolder(ABC):
         """Have bytes for a gradient that is ZEROS: it is HELD then."""
 
     def _check_between_steps(self) -> None:
-        """Raise where parameters and states are not those of one step: after backward, before the step that its updates belong to."""
+        """Raise where parameters and states are not those of one step: after backward, before the step that its updates
+        belong to."""
         for unit in self._index.units:
             if unit.updated:
                 raise RuntimeError(
@@ -268,7 +273,8 @@ class GradientHolder(ABC):
         passes = max((slot.arrivals for _, slot in self._slots), default=0)
         self._most_passes = max(self._most_passes, passes)
         for _, slot in self._slots:
-            # The most ever, so that a step with fewer only has its updates made later, and none is made too early in one after it.
+            # The most ever, so that a step with fewer only has its updates made later, and none is made too early in
+            # one after it.
             slot.share = max(slot.share, slot.arrivals / passes if passes else 0.0)
             slot.expected = math.ceil(slot.share * self._most_passes - 1e-9)
         for unit in self._index.units:

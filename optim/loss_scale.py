@@ -1,8 +1,8 @@
 """Loss scaling for 16-bit floats, and the factor that every gradient of a step gets: scaling back and clipping in one.
 
 The loss of each micro-batch is multiplied by a power of two so that small gradients do not vanish in fp16. A step whose
-gradients overflowed is dropped whole and the scale halved; after a run of good steps it is doubled. The scale changes at
-the optimizer step only, so all micro-batches of a step have the same.
+gradients overflowed is dropped whole and the scale halved; after a run of good steps it is doubled. The scale changes
+at the optimizer step only, so all micro-batches of a step have the same.
 
 Source: Micikevicius et al., Mixed Precision Training (ICLR 2018), section 3.2; defaults of `torch.amp.GradScaler`.
 """
@@ -82,7 +82,8 @@ class Scaling:
         return total if self.loss_scale is None else total / self.loss_scale.scale
 
     def coefficient(self, total: torch.Tensor) -> torch.Tensor | None:
-        """What to multiply gradients of global norm ``total`` by; None when it is not finite: then the step is to be dropped."""
+        """What to multiply gradients of global norm ``total`` by; None when it is not finite: then the step is to be
+        dropped."""
         finite, inverse = bool(torch.isfinite(total)), 1.0
         if self.loss_scale is not None:
             inverse = 1 / self.loss_scale.scale

@@ -71,7 +71,8 @@ class PagedOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:
-        """Refused, as what is there cannot be edited in place; torch's own code finds that nothing is kept outside of pages.
+        """Refused, as what is there cannot be edited in place; torch's own code finds that nothing is kept outside of
+        pages.
 
         Raises:
             RuntimeError: always, with what to call instead.
@@ -85,7 +86,9 @@ class PagedOptimizer(Optimizer):
     @state.setter
     def state(self, value: Any) -> None:
         if not self._packing:
-            raise RuntimeError("optimizer.state: the states are in pages; write or reset them with optimizer.load_state_dict()")
+            raise RuntimeError(
+                "optimizer.state: the states are in pages; write or reset them with optimizer.load_state_dict()"
+            )
 
     @contextmanager
     def _by_torch(self) -> Iterator[None]:
@@ -100,7 +103,11 @@ class PagedOptimizer(Optimizer):
         raise RuntimeError("an optimizer over pages cannot be copied or pickled; use optimizer.state_dict()")
 
     def attach(
-        self, updater: Updater, stepped: Callable[[], None], check_model: Callable[[], None], collect_in_hooks: Callable[[bool], None]
+        self,
+        updater: Updater,
+        stepped: Callable[[], None],
+        check_model: Callable[[], None],
+        collect_in_hooks: Callable[[bool], None],
     ) -> None:
         """Give the optimizer the updater that does its work. Once, while it is made.
 
@@ -109,7 +116,12 @@ class PagedOptimizer(Optimizer):
             check_model: makes sure before it.
             collect_in_hooks: takes gradients over that hooks which failed have left behind, or throws them away.
         """
-        self._updater, self._stepped, self._check_model, self._collect_in_hooks = updater, stepped, check_model, collect_in_hooks
+        self._updater, self._stepped, self._check_model, self._collect_in_hooks = (
+            updater,
+            stepped,
+            check_model,
+            collect_in_hooks,
+        )
 
     @property
     def torch_class(self) -> type[torch.optim.Optimizer]:
@@ -131,8 +143,9 @@ class PagedOptimizer(Optimizer):
         """Make one step with the gradients since the last one.
 
         Raises:
-            RuntimeError: hyper-parameters changed after updates of this step had used them, a gradient that an update used up was
-                not cleared since, or the model no longer has the parameters that are in pages; no update was made by this call.
+            RuntimeError: hyper-parameters changed after updates of this step had used them, a gradient that an update
+                used up was not cleared since, or the model no longer has the parameters that are in pages; no update
+                was made by this call.
             ValueError: a group asks for something that the rule does not do, or has other parameters; likewise.
             NonFiniteError: with clipping, the gradients' norm is not finite; no parameter was changed.
         """
@@ -153,7 +166,9 @@ class PagedOptimizer(Optimizer):
 
     def _check_groups(self) -> None:
         if self._members() != self._known_members:
-            raise ValueError("parameters of a paged optimizer cannot be added or taken out; name all of them in the factory")
+            raise ValueError(
+                "parameters of a paged optimizer cannot be added or taken out; name all of them in the factory"
+            )
         for group in self.param_groups:
             self._rule.check(group)
 
@@ -161,11 +176,12 @@ class PagedOptimizer(Optimizer):
         """Throw gradients away: after a step, as in every loop, or in place of one.
 
         Args:
-            set_to_none: otherwise they are zeros, with which the next step updates parameters that get no gradient in it.
+            set_to_none: otherwise they are zeros, with which the next step updates parameters that get no gradient in
+                it.
 
         Raises:
-            RuntimeError: updates of a step that was begun but not made have already been applied. `Engine.abandon_step` gives
-                such a step up.
+            RuntimeError: updates of a step that was begun but not made have already been applied. `Engine.abandon_step`
+                gives such a step up.
         """
         if not self._closed:
             self._collect_in_hooks(False)
@@ -210,8 +226,8 @@ class PagedOptimizer(Optimizer):
         """Take groups and states over from `state_dict` of this class or of the torch optimizer it stands for.
 
         Raises:
-            ValueError: a group asks for something that the rule does not do; nothing was changed. Groups or shapes differ; what was
-                read before the difference is kept.
+            ValueError: a group asks for something that the rule does not do; nothing was changed. Groups or shapes
+                differ; what was read before the difference is kept.
         """
         for group in state_dict["param_groups"]:
             self._rule.check(group)

@@ -60,9 +60,12 @@ class UpdateRule(Protocol):
         """How far momentum alone takes a parameter in ``n_steps`` steps after its ``n_updates``-th update."""
 
     def reaching(self, hyper: Hyper, n_steps: float) -> Hyper | None:
-        """Hyper-parameters with which `apply` ends that far ahead of the update by ``hyper``; None: use `shift` after it."""
+        """Hyper-parameters with which `apply` ends that far ahead of the update by ``hyper``; None: use `shift` after
+        it."""
 
-    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor) -> None:
+    def shift(
+        self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
+    ) -> None:
         """Write a piece that is moved ahead (``sign`` 1), or back (-1), to ``out``, which may be the parameter itself.
 
         Args:
@@ -83,9 +86,13 @@ def _refuse(group: Hyper, name: str, *unsupported: str) -> None:
     for key in ("lr", "betas"):
         value = group.get(key)
         if any(isinstance(number, Tensor) for number in (value if isinstance(value, (list, tuple)) else (value,))):
-            raise ValueError(f"{name}: a tensor {key} is not supported; use a float (LR schedulers then set floats too)")
+            raise ValueError(
+                f"{name}: a tensor {key} is not supported; use a float (LR schedulers then set floats too)"
+            )
     if not group.get("fused"):
-        raise ValueError(f"{name}: fused={group.get('fused')!r} rounds otherwise than the fused kernel that updates pages; make it with fused=True")
+        raise ValueError(
+            f"{name}: fused={group.get('fused')!r} rounds otherwise than the fused kernel that updates pages; make it with fused=True"
+        )
 
 
 class _AdamRule:
@@ -98,13 +105,17 @@ class _AdamRule:
     _kernel: ClassVar[Any]
 
     def check(self, group: Hyper) -> None:
-        """Raise ValueError for amsgrad, capturable, differentiable, tensors as numbers, or a kernel that is not fused."""
+        """Raise ValueError for amsgrad, capturable, differentiable, tensors as numbers, or a kernel that is not
+        fused."""
         _refuse(group, self.torch_class.__name__, "amsgrad", "capturable", "differentiable")
 
     def apply(self, hyper: Hyper, batch: Batch) -> None:
         """One fused call over all pieces."""
         # Filled where the parameters are: a copy there would be waited for.
-        steps = [torch.full((), float(step + 1), dtype=torch.float32, device=parameter.device) for step, parameter in zip(batch.steps, batch.params, strict=True)]
+        steps = [
+            torch.full((), float(step + 1), dtype=torch.float32, device=parameter.device)
+            for step, parameter in zip(batch.steps, batch.params, strict=True)
+        ]
         beta1, beta2 = hyper["betas"]
         type(self)._kernel(
             batch.params, batch.grads, batch.states[0], batch.states[1], [], steps,
@@ -113,10 +124,11 @@ class _AdamRule:
         )  # fmt: skip
 
     def merge(self, hypers: Sequence[Hyper]) -> list[Hyper]:
-        """One update, as with a batch of all these steps, at their mean learning rate times the fourth root of their number.
+        """One update, as with a batch of all these steps, at their mean learning rate times the fourth root of their
+        number.
 
-        Malladi et al., On the SDEs and scaling rules for adaptive gradient algorithms, NeurIPS 2022, have the square root
-        for a larger batch. These gradients are late as well, which bears less: see docs/lockfree.md.
+        Malladi et al., On the SDEs and scaling rules for adaptive gradient algorithms, NeurIPS 2022, have the square
+        root for a larger batch. These gradients are late as well, which bears less: see docs/lockfree.md.
         """
         if len(hypers) == 1:
             return list(hypers)
@@ -124,7 +136,8 @@ class _AdamRule:
         return [{**hypers[-1], "lr": mean * len(hypers) ** MERGED_LR_POWER}]
 
     def ahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Ahead:
-        """Factor of exp_avg, and what is added to the root of exp_avg_sq; both have the corrections for bias in them."""
+        """Factor of exp_avg, and what is added to the root of exp_avg_sq; both have the corrections for bias in
+        them."""
         beta1, beta2 = hyper["betas"]
         reach = hyper["lr"] * _decays(beta1, n_steps)
         if not reach:
@@ -136,7 +149,9 @@ class _AdamRule:
         """A higher learning rate: the update and the way ahead have one direction, the new exp_avg over its root."""
         return {**hyper, "lr": hyper["lr"] * (1 + _decays(hyper["betas"][0], n_steps))}
 
-    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor) -> None:
+    def shift(
+        self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
+    ) -> None:
         """Along exp_avg over the root of exp_avg_sq."""
         reach, eps = ahead
         torch.sqrt(states[1], out=scratch)
@@ -180,7 +195,8 @@ class SGDRule:
         self.state_names: tuple[str, ...] = ("momentum_buffer",) if momentum else ()
 
     def check(self, group: Hyper) -> None:
-        """Raise ValueError for differentiable, a tensor lr, a kernel that is not fused, or groups with and without momentum in one optimizer."""
+        """Raise ValueError for differentiable, a tensor lr, a kernel that is not fused, or groups with and without
+        momentum in one optimizer."""
         _refuse(group, "SGD", "differentiable")
         if bool(group["momentum"]) != bool(self.state_names):
             raise ValueError("SGD: either all parameter groups have momentum or none")
@@ -216,7 +232,9 @@ class SGDRule:
             return None
         return {**hyper, "lr": hyper["lr"] * (1 + _decays(hyper["momentum"], n_steps))}
 
-    def shift(self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor) -> None:
+    def shift(
+        self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
+    ) -> None:
         """Along the momentum buffer."""
         torch.add(parameter, states[0], alpha=-sign * ahead[0], out=out)
 

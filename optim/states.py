@@ -60,12 +60,17 @@ class StateAccess:
             ValueError: the value has another shape; nothing was changed.
         """
         if value.shape != slot.shape:
-            raise ValueError(f"{slot.name}: a state of shape {tuple(value.shape)} for a parameter of {tuple(slot.shape)}")
+            raise ValueError(
+                f"{slot.name}: a state of shape {tuple(value.shape)} for a parameter of {tuple(slot.shape)}"
+            )
         flat = value.reshape(-1)
-        self._visit(unit, slot, AccessMode.MODIFY, number, lambda view, begin: view.copy_(flat[begin : begin + view.numel()]))
+        self._visit(
+            unit, slot, AccessMode.MODIFY, number, lambda view, begin: view.copy_(flat[begin : begin + view.numel()])
+        )
 
     def follow_edits(self, unit: Unit) -> None:
-        """Take values that were put into parameters over into their masters; 16-bit ones keep what rounding hides elsewhere."""
+        """Take values that were put into parameters over into their masters; 16-bit ones keep what rounding hides
+        elsewhere."""
         for slot in unit.slots:
             edited, slot.edited = slot.edited, False
             if edited:

@@ -39,7 +39,8 @@ Hyper = Mapping[str, Any]
 class Grad(enum.Enum):
     """What ``parameter.grad`` is in plain PyTorch, and what there is of it here.
 
-    NONE: it is None. HELD: the sum of what arrived, in bytes of ours. OWN: the tensor that the user assigned to it. ZEROS: zeros, of
+    NONE: it is None. HELD: the sum of what arrived, in bytes of ours. OWN: the tensor that the user assigned to it.
+        ZEROS: zeros, of
     which there are no bytes. SPENT: not None, but its bytes were used up by the update that was made of it.
     """
 
@@ -73,10 +74,12 @@ class Slot:
         group: index of the optimizer's parameter group, -1 for a parameter that is not optimized.
         steps: updates made so far.
         ahead: how far lock-free mode has the parameter ahead of its last update (`optim.rules.Ahead`).
-        arrivals: gradients that autograd delivered in this step; ``expected`` is how many a step with as many backward passes as any step
-            before had would deliver; None: not known. ``share``: of these passes, the most that have delivered one.
+        arrivals: gradients that autograd delivered in this step; ``expected`` is how many a step with as many backward
+            passes as any step before had would deliver; None: not known. ``share``: of these passes, the most that have
+            delivered one.
         final: it was said that no gradient comes any more in this step.
-        grad: what ``parameter.grad`` is in plain PyTorch. Bytes of an update that is still to be made may be there beside it.
+        grad: what ``parameter.grad`` is in plain PyTorch. Bytes of an update that is still to be made may be there
+            beside it.
         direct: the step's only gradient, flat, held as autograd made it; ``paged`` says that the sum is in pages.
         own: the tensor that the user assigned to ``parameter.grad``, shaped like the parameter.
         generation: how often ``parameter.grad`` has become another tensor.
@@ -169,8 +172,8 @@ class Unit:
 
     Attributes:
         device: the copy of ``parameters`` that compute uses, where it does not use them in host memory.
-        home: the driver of the device, where parameters, masters and states are the device's own tensors, in its pages for good, and are
-            updated there; None: updates are made in host memory.
+        home: the driver of the device, where parameters, masters and states are the device's own tensors, in its pages
+            for good, and are updated there; None: updates are made in host memory.
         views: weights saved by autograd that may still be asked for.
         version: updates and edits so far; a saved weight of another version must not be used.
         updated: whether the update of the step under way has been made, before the step's end.
@@ -282,7 +285,9 @@ class UnitIndex:
 def complete(unit: Unit, *, foretold: bool) -> bool:
     """Whether a unit has gradients, and all of this step, so that its update need not wait for the step's end."""
     optimized = [slot for slot in unit.slots if slot.group >= 0]
-    there = any(slot.grad is Grad.HELD for slot in optimized) and all(slot.is_complete(foretold=foretold) for slot in optimized)
+    there = any(slot.grad is Grad.HELD for slot in optimized) and all(
+        slot.is_complete(foretold=foretold) for slot in optimized
+    )
     return there and not unit.touched and not unit.live_views
 
 
@@ -308,7 +313,8 @@ def spent_gradient(slot: Slot) -> RuntimeError:
 
 
 def early_use(slot: Slot, *, in_forward: bool) -> Exception:
-    """The error for a parameter that is used between backward and step, when its update of the step has been made already.
+    """The error for a parameter that is used between backward and step, when its update of the step has been made
+    already.
 
     Args:
         in_forward: it is in one more forward pass of the same step, for all that is known.

@@ -112,7 +112,8 @@ class Reservation:
         """Take over the bytes of ``other``, which ends. The total does not change, not even for a moment.
 
         Raises:
-            ValueError: they are the same, or of different budgets or tags. TransitionError: one has ended. Neither was changed.
+            ValueError: they are the same, or of different budgets or tags. TransitionError: one has ended. Neither was
+                changed.
         """
         self._budget._merge(self, other)
 
@@ -145,7 +146,9 @@ class Reservation:
     def __enter__(self) -> Reservation:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._state is not ReservationState.MERGED:
             self.release()
 

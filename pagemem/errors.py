@@ -48,11 +48,13 @@ class CommitError(OffloadError):
 
 
 class DamagedCommitError(CommitError):
-    """A file of a commit was read to its end, and is not what was written: only such a commit is ever removed for its state."""
+    """A file of a commit was read to its end, and is not what was written: only such a commit is ever removed for its
+    state."""
 
 
 class UnknownCommitError(CommitError):
-    """What a commit names cannot be told: now, as the system fails, or by this version. Until it can, its pages are not to be written."""
+    """What a commit names cannot be told: now, as the system fails, or by this version. Until it can, its pages are not
+    to be written."""
 
 
 class TransitionError(OffloadError):

@@ -18,9 +18,16 @@ MOST_BYTES: Final = (1 << 63) - 1
 BLOCK_BYTES: Final = 4096
 
 _SUFFIX: Final = {
-    "": 1, "b": 1,
-    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-    "kib": KiB, "mib": MiB, "gib": GiB, "tib": TiB,
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": KiB,
+    "mib": MiB,
+    "gib": GiB,
+    "tib": TiB,
 }
 _PATTERN: Final = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*$")
 
@@ -38,7 +45,9 @@ def parse_bytes(text: str | int) -> int:
     else:
         match = _PATTERN.match(text)
         if match is None or match[2].lower() not in _SUFFIX:
-            raise ValueError(f"not a size: {reprlib.repr(text)}; write a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB")
+            raise ValueError(
+                f"not a size: {reprlib.repr(text)}; write a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+            )
         n_bytes = float(match[1]) * _SUFFIX[match[2].lower()]
     if n_bytes > MOST_BYTES:
         raise ValueError(f"not a size: {reprlib.repr(text)} is more bytes than there are addresses")

@@ -1,15 +1,38 @@
-"""When things happen: the trace of a step, the plan made from it, its check and simulation, and the driver that follows it."""
+"""When things happen: the trace of a step, the plan made from it, its check and simulation, and the driver that follows
+it."""
 
-from scheduler.planning.bounds import BoundsReport, PlanError, check_bounds
 from scheduler.execution.driver import Driver, Mode
+from scheduler.planning.bounds import BoundsReport, PlanError, check_bounds
 from scheduler.planning.gathers import Link, ShardedPlan, plan_sharded
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.plan import LoadTask, Plan, StoreTask
 from scheduler.planning.planner import make_plan
 from scheduler.planning.simulator import Lane, Simulation, Wait, simulate
 from scheduler.planning.trace import Access, AccessMode, Op, OpKey, OpKind, Trace, TraceRecorder
-from scheduler.planning.lookahead import Machine
 
 __all__ = [
-    "Access", "AccessMode", "BoundsReport", "Driver", "Lane", "Link", "LoadTask", "Machine", "Mode", "Op", "OpKey", "OpKind", "Plan",
-    "PlanError", "ShardedPlan", "Simulation", "StoreTask", "Trace", "TraceRecorder", "Wait", "check_bounds", "make_plan", "plan_sharded", "simulate",
+    "Access",
+    "AccessMode",
+    "BoundsReport",
+    "Driver",
+    "Lane",
+    "Link",
+    "LoadTask",
+    "Machine",
+    "Mode",
+    "Op",
+    "OpKey",
+    "OpKind",
+    "Plan",
+    "PlanError",
+    "ShardedPlan",
+    "Simulation",
+    "StoreTask",
+    "Trace",
+    "TraceRecorder",
+    "Wait",
+    "check_bounds",
+    "make_plan",
+    "plan_sharded",
+    "simulate",
 ]

@@ -17,7 +17,16 @@ settings.register_profile("suite", deadline=None, derandomize=True, max_examples
 settings.load_profile("suite")
 
 #: Descriptors that libraries open once and keep: code and data of installed packages, and the system's own devices.
-_KEPT_BY_LIBRARIES = ("/site-packages/", "/dev/null", "/dev/urandom", "/dev/random", "/proc/", "/sys/", "/usr/", "/lib/")
+_KEPT_BY_LIBRARIES = (
+    "/site-packages/",
+    "/dev/null",
+    "/dev/urandom",
+    "/dev/random",
+    "/proc/",
+    "/sys/",
+    "/usr/",
+    "/lib/",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Note what a long test counted: ``tally("SIGINT, exact mode, own loop", trials=400, failures=0, detail="3 lost")``."""
+    """Note what a long test counted: ``tally("SIGINT, exact mode, own loop", trials=400, failures=0, detail="3
+    lost")``."""
 
     def note(what: str, *, trials: int, failures: int, detail: str = "") -> None:
         request.node.user_properties.append((tallies.PROPERTY, (what, trials, failures, detail)))
@@ -47,7 +57,8 @@ def pytest_collection_finish() -> None:
 
 
 def _collect() -> None:
-    """Collect garbage; what is left after a slow collection are late imports, which need not be looked through again."""
+    """Collect garbage; what is left after a slow collection are late imports, which need not be looked through
+    again."""
     started_s = time.perf_counter()
     gc.collect()
     if time.perf_counter() - started_s > 0.02:

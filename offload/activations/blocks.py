@@ -1,9 +1,11 @@
-"""The blocks of a model, and which of them are computed again in the backward pass instead of having what they save kept.
+"""The blocks of a model, and which of them are computed again in the backward pass instead of having what they save
+kept.
 
-A block is an entry of a `nn.ModuleList` or `nn.Sequential` with others of its class: a layer of a transformer, a stage of a tower. Its
-``forward`` is wrapped, which costs nothing worth telling while it is not computed again; if it is, by `torch.utils.checkpoint`.
-Blocks whose forward pass leaves something behind (it changes a buffer, as batch norm does, or draws Python's or NumPy's random numbers) are never
-computed again: that would happen twice, and with other numbers. Torch's own random numbers are the same again.
+A block is an entry of a `nn.ModuleList` or `nn.Sequential` with others of its class: a layer of a transformer, a stage
+of a tower. Its ``forward`` is wrapped, which costs nothing worth telling while it is not computed again; if it is, by
+`torch.utils.checkpoint`. Blocks whose forward pass leaves something behind (it changes a buffer, as batch norm does, or
+draws Python's or NumPy's random numbers) are never computed again: that would happen twice, and with other numbers.
+Torch's own random numbers are the same again.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _LISTS: Final = (nn.ModuleList, nn.Sequential)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model, as it names them: entries of the outermost lists that have others of their class beside them."""
+    """The blocks of a model, as it names them: entries of the outermost lists that have others of their class beside
+    them."""
     found: list[nn.Module] = []
     if isinstance(model, _LISTS):
         entries = list(model)
@@ -124,7 +127,13 @@ class Blocks:
                 result = inner(*args, **kwargs)
             if traces is not None and _traces(module) != traces:
                 block.leaves_traces = True
-            block.calls.append(Call(range(begun, self._position()), _bytes_in([*args, *kwargs.values()]), self._saved_bytes() - saved_bytes))
+            block.calls.append(
+                Call(
+                    range(begun, self._position()),
+                    _bytes_in([*args, *kwargs.values()]),
+                    self._saved_bytes() - saved_bytes,
+                )
+            )
             return result
 
         return MethodHook(forward, module, "forward").undo

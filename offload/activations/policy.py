@@ -1,10 +1,12 @@
-"""Which blocks are computed again because that costs less than having what they save in pages. Decided once, early in a run.
+"""Which blocks are computed again because that costs less than having what they save in pages. Decided once, early in a
+run.
 
     UNDECIDED --(cheaper by plan)--> TRIED --(the plan of such steps is cheaper, or is not: taken back)--> DECIDED
         \\-----(nothing is cheaper)----------------------------------------------------------------------> DECIDED
 
-With a limit on saved tensors, those of the earliest blocks go to pages, and what that costs depends on the rest of the step: nothing but
-copies where RAM has room, a wait where the disk is what limits it. So steps in which the first quarter, half, three quarters or all of
+With a limit on saved tensors, those of the earliest blocks go to pages, and what that costs depends on the rest of the
+step: nothing but copies where RAM has room, a wait where the disk is what limits it. So steps in which the first
+    quarter, half, three quarters or all of
 these blocks are computed again are planned as well, from the times of the step as it is, and the cheapest is tried.
 
 Source: Angel-PTM (VLDB 2023), unified scheduling; the trade after T. Chen et al., arXiv:1604.06174, 2016.
@@ -106,10 +108,15 @@ class RecomputeChoice:
     def _may_be_recomputed(self, block: Block, trace: Trace) -> bool:
         parts = _parts(block)
         n_ops = len(trace.ops)
-        return bool(parts) and not block.leaves_traces and all(part.ops.stop <= n_ops and pages(trace, part) for part in parts)
+        return (
+            bool(parts)
+            and not block.leaves_traces
+            and all(part.ops.stop <= n_ops and pages(trace, part) for part in parts)
+        )
 
     def _holds(self, blocks: list[Block]) -> bool:
-        """Whether the limit has room for what the blocks read and for all that one of them saves, while that is computed again."""
+        """Whether the limit has room for what the blocks read and for all that one of them saves, while that is
+        computed again."""
         read_bytes = sum(max(call.input_bytes for call in block.past) for block in blocks)
         return read_bytes + max(call.saved_bytes for block in blocks for call in block.past) <= self._limit_bytes
 

@@ -1,7 +1,7 @@
 """Saved tensors that cost less to compute again than to keep: results of elementwise ops whose inputs are saved anyway.
 
-A linear layer saves its input. Where that is ``gelu(x)``, the activation's own backward saves ``x``; the result can then go
-and be computed again from ``x`` when the backward asks for it, by the same kernel and so with the same bits.
+A linear layer saves its input. Where that is ``gelu(x)``, the activation's own backward saves ``x``; the result can
+then go and be computed again from ``x`` when the backward asks for it, by the same kernel and so with the same bits.
 
 What an op was and what it saved is read off autograd's graph (``grad_fn``), while the graph is whole: in the pack hook.
 """
@@ -36,14 +36,28 @@ _OPS: Final = {
     "SiluBackward0": _Op(("self",), lambda _: functional.silu),
     "MishBackward0": _Op(("self",), lambda _: functional.mish),
     "HardswishBackward0": _Op(("self",), lambda _: functional.hardswish),
-    "LeakyReluBackward0": _Op(("self",), lambda node: partial(functional.leaky_relu, negative_slope=node._saved_negative_slope)),
+    "LeakyReluBackward0": _Op(
+        ("self",), lambda node: partial(functional.leaky_relu, negative_slope=node._saved_negative_slope)
+    ),
     "PowBackward0": _Op(("self",), lambda node: partial(torch.pow, exponent=node._saved_exponent)),
     "MulBackward0": _Op(("self", "other"), lambda _: torch.mul),
 }
 #: Nodes of ops whose result has its input's storage.
 _VIEWS: Final = frozenset(
     f"{name}Backward0"
-    for name in ("Alias", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "T", "Transpose", "UnsafeView", "Unsqueeze", "View")
+    for name in (
+        "Alias",
+        "Expand",
+        "Permute",
+        "ReshapeAlias",
+        "Select",
+        "Slice",
+        "T",
+        "Transpose",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    )
 )
 
 

@@ -4,17 +4,18 @@
        |------ else, of the first ones of a forward pass -> waiting --flush--> in pages --unpack--> restored --> gone
        \\------ others: kept as it is until the backward pass has used it ----------------------------------> gone
 
-What can be computed again from what is saved anyway (`offload.activations.recipes`) costs least and goes first, as many of the earliest as
-are needed. If that is not enough, others go to pages. A storage that does is copied into paged tensors of a few pages each, before
-the next layer's weights are used. From there on the plan treats them like everything else: they leave for the SSD after their only
-use in the forward pass and come back before their only use in the backward pass. The earliest saved are needed last, so they are
-those that go.
+What can be computed again from what is saved anyway (`offload.activations.recipes`) costs least and goes first, as many
+of the earliest as are needed. If that is not enough, others go to pages. A storage that does is copied into paged
+tensors of a few pages each, before the next layer's weights are used. From there on the plan treats them like
+everything else: they leave for the SSD after their only use in the forward pass and come back before their only use in
+the backward pass. The earliest saved are needed last, so they are those that go.
 
-On a device storages are copied down into host pages and up again, and nobody waits for that but the device: a storage is let go of once
-compute is behind its copy down, which is when younger ones need the room that storages on their way may take.
+On a device storages are copied down into host pages and up again, and nobody waits for that but the device: a storage
+is let go of once compute is behind its copy down, which is when younger ones need the room that storages on their way
+may take.
 
-How many bytes have to go is known from the pass before: the most that was saved at once, less the limit, and how much of
-it had recipes. In the first pass everything goes that can.
+How many bytes have to go is known from the pass before: the most that was saved at once, less the limit, and how much
+of it had recipes. In the first pass everything goes that can.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.activations.recipes import Layout, recipe_of
 from offload.activations.saved_bytes import Counted, SavedBytes
-from offload.activations.saved_storage import KeptTensor, LeftActivation, Leaving, SavedStorage, changed_in_place
+from offload.activations.saved_storage import KeptTensor, Leaving, LeftActivation, SavedStorage, changed_in_place
 from pagemem.devices.accelerator import Mark, has_reached
-from pagemem.residency.device_mover import DeviceMover
 from pagemem.process.gone import Gone
+from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from scheduler.execution.driver import Driver
@@ -41,7 +42,8 @@ from scheduler.planning.trace import Access, AccessMode, OpKind
 #: Smaller storages stay: they cost more than they free.
 LEAST_BYTES: Final = 1 << 16
 _CHUNK_BYTES: Final = 1 << 22
-#: Of the limit, what storages on their way down from a device may take: enough to copy one while compute makes the next ones.
+#: Of the limit, what storages on their way down from a device may take: enough to copy one while compute makes the next
+#: ones.
 _LEAVING_SHARE: Final = 4
 
 
@@ -51,7 +53,8 @@ def chunk_bytes(ram_bytes: int, page_bytes: int) -> int:
 
 
 def _graph_is_kept() -> bool:
-    """Whether what is saved may be asked for again after the backward pass under way: its graph is kept, or there is no such pass."""
+    """Whether what is saved may be asked for again after the backward pass under way: its graph is kept, or there is no
+    such pass."""
     return torch._C._current_graph_task_id() == -1 or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -95,7 +98,9 @@ class SavedActivations:
             repeat = recipe is not None and self.bytes.recomputed < excess_bytes
             paged = recipe is None and self.bytes.paged < excess_bytes - repeatable_bytes
             known = SavedStorage(self, saved, reference, paged=paged, recipe=recipe if repeat else None)
-            self.bytes.count(known, Counted(known.n_bytes, repeatable=recipe is not None, recomputed=repeat, paged=paged))
+            self.bytes.count(
+                known, Counted(known.n_bytes, repeatable=recipe is not None, recomputed=repeat, paged=paged)
+            )
             self._unused.watch(known, known.chunks)
             self._driver.mover.expire_with(known, known.chunks)
             if known.recipe is not None:
@@ -135,7 +140,9 @@ class SavedActivations:
                 part = flat[begin : begin + self._chunk_bytes]
                 chunk = self._take(part.numel())
                 storage.chunks.append(chunk)
-                with self._driver.op((OpKind.FORWARD, ("save", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CREATE)]):
+                with self._driver.op(
+                    (OpKind.FORWARD, ("save", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CREATE)]
+                ):
                     if self._device is None:
                         self._view(chunk)[: part.numel()].copy_(part)
                     else:
@@ -158,7 +165,8 @@ class SavedActivations:
         storage.chunks.clear()
 
     def _let_go(self, limit_bytes: int) -> None:
-        """Of storages on their way down, keep the youngest, so many bytes of them; compute goes on behind the copies of the others."""
+        """Of storages on their way down, keep the youngest, so many bytes of them; compute goes on behind the copies of
+        the others."""
         leaving_bytes = sum(leaving.n_bytes for leaving in self._leaving)
         while leaving_bytes > limit_bytes:
             leaving = self._leaving.popleft()
@@ -179,7 +187,9 @@ class SavedActivations:
             if chunk not in self._used:
                 break
         else:
-            chunk = self._driver.mover.create(f"saved tensor {sum(map(len, self._pool.values()))}", Tag.ACTIVATION, n_bytes)
+            chunk = self._driver.mover.create(
+                f"saved tensor {sum(map(len, self._pool.values()))}", Tag.ACTIVATION, n_bytes
+            )
             pool.append(chunk)
         self._driver.mover.end_expiry(chunk)
         self._used.add(chunk)
@@ -214,14 +224,18 @@ class SavedActivations:
 
     def _read(self, storage: SavedStorage) -> Tensor:
         if storage.consumed:
-            raise RuntimeError("what this backward pass needs was given up by one that failed while it was brought back; run the forward pass again")
+            raise RuntimeError(
+                "what this backward pass needs was given up by one that failed while it was brought back; run the forward pass again"
+            )
         for_good = not _graph_is_kept()
         flat = torch.empty(storage.n_bytes, dtype=torch.uint8, device=storage.device)
         mark: Mark | None = None
         try:
             for number, chunk in enumerate(storage.chunks):
                 part = flat[number * self._chunk_bytes :][: self._chunk_bytes]
-                with self._driver.op((OpKind.BACKWARD, ("saved", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CONSUME)]):
+                with self._driver.op(
+                    (OpKind.BACKWARD, ("saved", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CONSUME)]
+                ):
                     if self._device is None:
                         part.copy_(self._view(chunk)[: part.numel()])
                     else:

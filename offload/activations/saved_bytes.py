@@ -84,6 +84,11 @@ class SavedBytes:
         return self._paged
 
     def excess(self, limit_bytes: int) -> tuple[float, int]:
-        """By how much this pass is going to exceed a limit, and how much of what there will be has recipes; all of it, in a first pass."""
+        """By how much this pass is going to exceed a limit, and how much of what there will be has recipes; all of it,
+        in a first pass."""
         self._collect()
-        return (float("inf"), 0) if self.expected is None else (self.expected.saved_bytes - limit_bytes, self.expected.repeatable_bytes)
+        return (
+            (float("inf"), 0)
+            if self.expected is None
+            else (self.expected.saved_bytes - limit_bytes, self.expected.repeatable_bytes)
+        )

@@ -1,4 +1,5 @@
-"""Tensors that autograd has saved for the backward pass, and the storages behind them: what is known of each, and how far it is gone.
+"""Tensors that autograd has saved for the backward pass, and the storages behind them: what is known of each, and how
+far it is gone.
 
 Who keeps which of them, and why, is `offload.activations.saved`'.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -33,7 +35,9 @@ class SavedStorage:
         "spoiled", "version",
     )  # fmt: skip
 
-    def __init__(self, keeper: object, saved: Tensor, reference: StorageWeakRef, *, paged: bool, recipe: Recipe | None) -> None:
+    def __init__(
+        self, keeper: object, saved: Tensor, reference: StorageWeakRef, *, paged: bool, recipe: Recipe | None
+    ) -> None:
         self._keeper = keeper
         self.reference = reference
         self.version = saved._version

@@ -1,4 +1,5 @@
-"""Whether ``memory.ram`` holds what a model's largest unit needs: asked before anything of it is paged, and while it is built."""
+"""Whether ``memory.ram`` holds what a model's largest unit needs: asked before anything of it is paged, and while it is
+built."""
 
 from __future__ import annotations
 
@@ -6,11 +7,11 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from offload.config import Config
 from offload.budget.need import BudgetNeed, UnitShape, budget_need
+from offload.config import Config
 from offload.parameters.grouping import Group, groups_of, units_of
-from pagemem.errors import BudgetError
 from pagemem.devices.host_memory import usable_bytes
+from pagemem.errors import BudgetError
 from pagemem.units import format_bytes
 
 
@@ -35,7 +36,8 @@ def check_model(model: nn.Module, optimized: Collection[int], n_states: int, con
 
 
 def check_built(named: Group, config: Config, page_bytes: int) -> None:
-    """While a model is built, of which only what has been built so far is known: make sure that a group of parameters fits.
+    """While a model is built, of which only what has been built so far is known: make sure that a group of parameters
+    fits.
 
     Raises:
         BudgetError: it does not; names it, and what it needs.

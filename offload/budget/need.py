@@ -1,7 +1,7 @@
 """What the largest unit needs of the budget at once, and the smallest budget that has it.
 
-A budget decides on the size of pages and of slices of optimizer states, and so on what it must hold itself: the smallest
-one that works is the first that holds what a unit needs at that budget's own sizes.
+A budget decides on the size of pages and of slices of optimizer states, and so on what it must hold itself: the
+smallest one that works is the first that holds what a unit needs at that budget's own sizes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ COMPUTE_DTYPES: Final[dict[str, torch.dtype | None]] = {"fp32": None, "bf16": to
 #: Bounds of the parameters (in elements) that one slice of optimizer states covers, by update mode: in lock-free mode
 #: several slices are in memory at a time, beside all gradients.
 SLICE_NUMEL: Final = {"exact": (1 << 14, 1 << 20), "lock-free": (1 << 14, 1 << 18)}
-#: Budgets that hold more than a thousand of the largest slices have larger ones, in proportion from here on and at most so many times as
-#: large: each slice is an op, and a step of a hundred thousand ops is planned for hours to gain nothing.
+#: Budgets that hold more than a thousand of the largest slices have larger ones, in proportion from here on and at most
+#: so many times as large: each slice is an op, and a step of a hundred thousand ops is planned for hours to gain
+#: nothing.
 LARGE_BUDGET_BYTES: Final = 4 * GiB
 MOST_GROWTH: Final = 32
 
@@ -142,7 +143,9 @@ class BudgetNeed:
         """Raise BudgetError for a budget that is smaller."""
         if self.smallest_bytes <= ram_bytes:
             return
-        raise BudgetError(f"{self.said(ram_bytes)}; set memory.ram to at least {self.smallest_bytes}", self.smallest_bytes)
+        raise BudgetError(
+            f"{self.said(ram_bytes)}; set memory.ram to at least {self.smallest_bytes}", self.smallest_bytes
+        )
 
 
 def budget_need(

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from offload.budget.need import BudgetNeed, UnitShape, budget_need
 from offload.config import ConfigError, ConfigLike, load_config
-from offload.parameters.module_watch import named_parts, watching_modules
 from offload.factories import described
 from offload.modules.checks import check_parameters
-from offload.budget.need import BudgetNeed, UnitShape, budget_need
 from offload.parameters.grouping import Group, groups_of, units_of
+from offload.parameters.module_watch import named_parts, watching_modules
 from offload.parameters.optimizer_template import OptimizerLike, optimized_by, template_of
 from optim import rule_for
 
@@ -32,8 +32,8 @@ class FactoryError(ValueError):
 def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, config: ConfigLike) -> BudgetNeed:
     """The smallest ``memory.ram`` that the model of ``factory`` can be built in by `deferred_init`, and trained.
 
-    The factory is called once, on torch's meta device, with torch's, NumPy's and Python's global random numbers put back
-    afterwards; other things it does outside the model happen.
+    The factory is called once, on torch's meta device, with torch's, NumPy's and Python's global random numbers put
+    back afterwards; other things it does outside the model happen.
 
     Args:
         factory: makes the model.
@@ -46,7 +46,9 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
     """
     config = load_config(config)
     if isinstance(factory, nn.Module) or not callable(factory):
-        raise ValueError(f"the model's factory is {described(factory)}; give a callable that builds the model, such as lambda: Model(...)")
+        raise ValueError(
+            f"the model's factory is {described(factory)}; give a callable that builds the model, such as lambda: Model(...)"
+        )
     model, built = _built_on_meta(factory)
     check_parameters(model, "meta")
     template = template_of(optimizer, config, model)
@@ -62,7 +64,8 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
 
 
 def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Group]]:
-    """The model, and all parameters that `deferred_init` pages while it is built, also of modules that the model does not keep."""
+    """The model, and all parameters that `deferred_init` pages while it is built, also of modules that the model does
+    not keep."""
     seen: set[int] = set()
     early: list[Group] = []
 
@@ -79,7 +82,9 @@ def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Gr
             raise
         except Exception as error:
             reason = str(error).partition("\n")[0]
-            raise FactoryError(f"the model cannot be built on torch's meta device: {type(error).__name__}: {reason}") from error
+            raise FactoryError(
+                f"the model cannot be built on torch's meta device: {type(error).__name__}: {reason}"
+            ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model's factory returns a {type(model).__name__}, not a torch.nn.Module")
     _check_meta(model)
@@ -89,7 +94,9 @@ def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Gr
 def _check_meta(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.device.type != "meta":
-            raise FactoryError(f"the model cannot be built on torch's meta device: {name} is made on {parameter.device} all the same")
+            raise FactoryError(
+                f"the model cannot be built on torch's meta device: {name} is made on {parameter.device} all the same"
+            )
 
 
 @contextmanager

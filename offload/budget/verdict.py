@@ -1,7 +1,8 @@
 """Whether a configuration can be trained on this machine: one decision, which `plan`, `doctor` and `launch` share.
 
-It is made of what is certain beforehand: the budget against the model's largest unit, and the least that its states take of RAM, of
-the limits on this process and of the disks. `plan` knows activations as well, by rehearsing a step (`offload.forecast.fit`).
+It is made of what is certain beforehand: the budget against the model's largest unit, and the least that its states
+take of RAM, of the limits on this process and of the disks. `plan` knows activations as well, by rehearsing a step
+(`offload.forecast.fit`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from offload.config import Config
 from offload.budget.need import BudgetNeed
 from offload.budget.smallest import FactoryError, smallest_budget
+from offload.config import Config
 from pagemem.errors import BudgetError
 from pagemem.units import format_bytes
 
@@ -91,12 +92,16 @@ def decide(config: Config, need: BudgetNeed | None, unknown: str, available: Ava
         found.append(Shortage(need.said(memory.ram), f"set memory.ram to at least {need.smallest_bytes}"))
     for name, limit_bytes in available.limits:
         if memory.ram >= limit_bytes:  # Mapped whole, whatever of it is used.
-            found.append(Shortage(f"{ram}, {name} is {format_bytes(limit_bytes)}", "lower memory.ram, or raise the limit"))
+            found.append(
+                Shortage(f"{ram}, {name} is {format_bytes(limit_bytes)}", "lower memory.ram, or raise the limit")
+            )
     content_bytes = memory.ram if need is None else need.content_bytes
     # For a device all of it is pinned, whatever of it is used.
     used_bytes = memory.ram if config.device.startswith("cuda") else min(memory.ram, content_bytes)
     if used_bytes > available.ram_bytes:
-        used = ram if used_bytes == memory.ram else f"{ram}, of which the model's states take {format_bytes(used_bytes)}"
+        used = (
+            ram if used_bytes == memory.ram else f"{ram}, of which the model's states take {format_bytes(used_bytes)}"
+        )
         said = f"{used}, {format_bytes(available.ram_bytes)} of RAM can be had"
         found.append(Shortage(said, f"set memory.ram to less than {available.ram_bytes}, or end what uses the memory"))
     if need is not None:
@@ -108,6 +113,7 @@ def decide(config: Config, need: BudgetNeed | None, unknown: str, available: Ava
 
 
 def commits_at_all(config: Config) -> bool:
-    """Whether a run stores all of its states at some time: for commits between steps, or for that at the end of a launch."""
+    """Whether a run stores all of its states at some time: for commits between steps, or for that at the end of a
+    launch."""
     commit = config.commit
     return commit.every_steps is not None or commit.every_s is not None or (commit.at_end and config.output is not None)

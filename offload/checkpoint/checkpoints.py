@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from offload.commits.commit_state import ENCODING
 from offload.checkpoint.committer import Committer, Moment
-from offload.config import Config
-from offload.commits.run_commits import Commit
-from offload.parameters.paged_parameter import PagedParameter
-from offload.commits.plain_state import UnknownState, decode, encode
-from offload.commits.random_states import random_states, set_random_states
 from offload.checkpoint.resumed import Resumed, config_changes, hyper_changes
 from offload.checkpoint.side_file import TORCH_DTYPES, SideFile
-from offload.store.page_store import PageStore
+from offload.commits.commit_state import ENCODING
+from offload.commits.plain_state import UnknownState, decode, encode
+from offload.commits.random_states import random_states, set_random_states
+from offload.commits.run_commits import Commit
 from offload.commits.stored_layout import layout_of, unlike_state_dict
+from offload.config import Config
+from offload.parameters.paged_parameter import PagedParameter
+from offload.store.page_store import PageStore
 from optim.optimizer import PagedOptimizer
 from optim.unit import Slot
 from optim.updater import Updater
@@ -35,10 +35,11 @@ from pagemem.errors import CommitError
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import TRANSIENT, Tag
 
-
 _MAX_NAME: Final = 200
 #: What to do about a commit of another model.
-_OTHER_RUN: Final = "name other ssd.paths, or build the model and its optimizer with the arguments that the commit was made with"
+_OTHER_RUN: Final = (
+    "name other ssd.paths, or build the model and its optimizer with the arguments that the commit was made with"
+)
 
 
 class Stateful(Protocol):
@@ -54,14 +55,17 @@ class Stateful(Protocol):
 class Checkpoints:
     """Saves and resumes. Methods belong to the training thread, between two steps."""
 
-    def __init__(self, model: nn.Module, store: PageStore, optimizer: PagedOptimizer, updater: Updater, config: Config) -> None:
+    def __init__(
+        self, model: nn.Module, store: PageStore, optimizer: PagedOptimizer, updater: Updater, config: Config
+    ) -> None:
         self._model = model
         self._store = store
         self._optimizer = optimizer
         self._updater = updater
         self._config = config
         self._tracked: dict[str, Stateful] = {}
-        #: Hyper-parameters that the groups were given, by whoever made the optimizer: here, or where the commit was made.
+        #: Hyper-parameters that the groups were given, by whoever made the optimizer: here, or where the commit was
+        #: made.
         self._given = [_without_parameters(group) for group in optimizer.param_groups]
         self.committer = Committer(store, config.commit.keep)
         self._last_step = 0
@@ -84,8 +88,9 @@ class Checkpoints:
         """Begin to commit the moment after ``step`` steps; returns the commit's number. See `Committer.begin`.
 
         Args:
-            whole: with every update of these steps. Otherwise gradients that are on their way to the updater of lock-free
-                mode are left out, and training does not wait for them; a run that goes on from there misses them.
+            whole: with every update of these steps. Otherwise gradients that are on their way to the updater of
+                lock-free mode are left out, and training does not wait for them; a run that goes on from there misses
+                them.
 
         Raises:
             ValueError: the name is empty, too long, or not one line. Nothing was begun, as after the next.
@@ -93,7 +98,9 @@ class Checkpoints:
             RuntimeError: the model no longer has the parameters that are in pages.
         """
         if name is not None and (not name or len(name) > _MAX_NAME or not name.isprintable()):
-            raise ValueError(f"a commit's name is one line of 1 to {_MAX_NAME} characters, not {name[: _MAX_NAME + 1]!r}")
+            raise ValueError(
+                f"a commit's name is one line of 1 to {_MAX_NAME} characters, not {name[: _MAX_NAME + 1]!r}"
+            )
         self._store.binder.check_structure()
         with self._updater.consistent(whole=whole):
             self._store.bring_down()
@@ -107,7 +114,8 @@ class Checkpoints:
         return self._last_step
 
     def due(self, step: int) -> bool:
-        """Whether the configuration says that it is time to commit, and none is being written. Raises what the last one failed of."""
+        """Whether the configuration says that it is time to commit, and none is being written. Raises what the last one
+        failed of."""
         self.committer.check()
         due = self._config.commit
         by_step = due.every_steps is not None and step - self._last_step >= due.every_steps
@@ -116,9 +124,14 @@ class Checkpoints:
 
     def _state(self) -> dict[str, Any]:
         try:
-            tracked = {name: encode(thing.state_dict(), f"the state of {name!r}") for name, thing in self._tracked.items()}
+            tracked = {
+                name: encode(thing.state_dict(), f"the state of {name!r}") for name, thing in self._tracked.items()
+            }
             groups, given = (
-                [encode(_without_parameters(group), f"optimizer.param_groups[{place}]") for place, group in enumerate(groups)]
+                [
+                    encode(_without_parameters(group), f"optimizer.param_groups[{place}]")
+                    for place, group in enumerate(groups)
+                ]
                 for groups in (self._optimizer.param_groups, self._given)
             )
         except UnknownState as error:
@@ -144,11 +157,17 @@ class Checkpoints:
 
     def _beside(self) -> bytes:
         tensors = self._ordinary_tensors()
-        return save_tensors({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}) if tensors else b""
+        return (
+            save_tensors({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()})
+            if tensors
+            else b""
+        )
 
     def _ordinary_tensors(self) -> dict[str, Tensor]:
         """Persistent buffers, and parameters that are not paged."""
-        found: dict[str, Tensor] = {n: p for n, p in self._model.named_parameters() if not isinstance(p, PagedParameter)}
+        found: dict[str, Tensor] = {
+            n: p for n, p in self._model.named_parameters() if not isinstance(p, PagedParameter)
+        }
         for prefix, module in self._model.named_modules():
             for key, buffer in module.named_buffers(recurse=False):
                 if key not in module._non_persistent_buffers_set:
@@ -160,7 +179,8 @@ class Checkpoints:
         return self._optimizer.torch_class.__name__
 
     def _parameters(self) -> dict[str, Any]:
-        """What must be alike where a run goes on: shape, dtype and parameter group of each paged parameter, as JSON has it."""
+        """What must be alike where a run goes on: shape, dtype and parameter group of each paged parameter, as JSON has
+        it."""
         return {slot.name: [list(slot.shape), str(slot.dtype), slot.group] for slot in self._slots()}
 
     def _slots(self) -> list[Slot]:
@@ -191,7 +211,9 @@ class Checkpoints:
         self._store.driver.quiesce()
         with self._store.binder.driver.interlude():
             self._check_unused()
-            self._load_tracked(f"commit {manifest.number}", {name: read(state["tracked"][name]) for name in self._tracked})
+            self._load_tracked(
+                f"commit {manifest.number}", {name: read(state["tracked"][name]) for name in self._tracked}
+            )
             for tensor in self._tensors().values():
                 self._take_over(tensor, commit)
             for unit in self._store.index.units:
@@ -200,7 +222,9 @@ class Checkpoints:
         for slot in self._slots():
             slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]
             # Exact mode goes on from where lock-free mode had the parameters; commits of format 1 may lack the entry.
-            slot.ahead = tuple(state.get("ahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
+            slot.ahead = (
+                tuple(state.get("ahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
+            )
         for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
             group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
         with torch.no_grad():
@@ -230,9 +254,12 @@ class Checkpoints:
             raise CommitError(f"{where}: {name!r} does not take its state: {type(error).__name__}: {error}") from error
 
     def _check_groups(self, where: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Whether torch's optimizer would be made with these hyper-parameters, and they are of the kinds that the run's own are."""
+        """Whether torch's optimizer would be made with these hyper-parameters, and they are of the kinds that the run's
+        own are."""
         if len(groups) != len(self._optimizer.param_groups):
-            raise CommitError(f"{where} has {len(groups)} parameter groups, this run {len(self._optimizer.param_groups)}")
+            raise CommitError(
+                f"{where} has {len(groups)} parameter groups, this run {len(self._optimizer.param_groups)}"
+            )
         known = set(inspect.signature(self._optimizer.torch_class).parameters) - {"params"}
         needed = set(self._optimizer.hypers()[0]) if groups else set()
         for place, (saved, own) in enumerate(zip(groups, self._optimizer.param_groups, strict=True)):
@@ -241,7 +268,9 @@ class Checkpoints:
             for key, value in saved.items():
                 like = own.get(key, 0.0 if key == "initial_lr" else value)
                 if _kind(value) != _kind(like) and not (like is None and type(value) in (bool, int, float)):
-                    raise CommitError(f"{where}: {key} of parameter group {place} is {reprlib.repr(value)}, this run's {reprlib.repr(like)}")
+                    raise CommitError(
+                        f"{where}: {key} of parameter group {place} is {reprlib.repr(value)}, this run's {reprlib.repr(like)}"
+                    )
             try:
                 self._optimizer.torch_class([torch.zeros(1)], **{key: v for key, v in saved.items() if key in known})
             except (TypeError, ValueError, RuntimeError) as error:
@@ -264,7 +293,9 @@ class Checkpoints:
         self._store.mover.collect_leases()
         for key, tensor in self._tensors().items():
             if tensor.pins or tensor.leases:
-                raise CommitError(f"{key} cannot be taken from the commit while a view of it is in use; let go of it before you resume")
+                raise CommitError(
+                    f"{key} cannot be taken from the commit while a view of it is in use; let go of it before you resume"
+                )
 
     def _tensors(self) -> dict[str, PagedTensor]:
         return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag not in TRANSIENT}
@@ -272,29 +303,41 @@ class Checkpoints:
     def _check_fits(self, commit: Commit, beside: SideFile) -> None:
         where, state = f"commit {commit.manifest.number}", commit.manifest.state
         if state["optimizer"] != self._rule_name:
-            raise CommitError(f"{where} was made with {state['optimizer']}, this run has {self._rule_name}; {_OTHER_RUN}")
+            raise CommitError(
+                f"{where} was made with {state['optimizer']}, this run has {self._rule_name}; {_OTHER_RUN}"
+            )
         differing = _first_difference(state["parameters"], self._parameters())
         if differing is not None:
-            raise CommitError(f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group); {_OTHER_RUN}")
+            raise CommitError(
+                f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group); {_OTHER_RUN}"
+            )
         differing = _first_difference(
             {name: [list(weight.shape), str(TORCH_DTYPES[weight.dtype])] for name, weight in beside.weights.items()},
             {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in self._ordinary_tensors().items()},
         )
         if differing is not None:
-            raise CommitError(f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype); {_OTHER_RUN}")
+            raise CommitError(
+                f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype); {_OTHER_RUN}"
+            )
         ours = self._tensors()
         theirs = {stored.key: stored.n_bytes for stored in commit.manifest.tensors}
         for key, n_bytes in theirs.items():
             if key not in ours:
-                raise CommitError(f"{where} has {key}, which this model and optimizer do not have; resume with those it was made with")
+                raise CommitError(
+                    f"{where} has {key}, which this model and optimizer do not have; resume with those it was made with"
+                )
             if ours[key].n_bytes != n_bytes:
-                raise CommitError(f"{where} has {key} with {n_bytes} bytes, this model's has {ours[key].n_bytes}; {_OTHER_RUN}")
+                raise CommitError(
+                    f"{where} has {key} with {n_bytes} bytes, this model's has {ours[key].n_bytes}; {_OTHER_RUN}"
+                )
         for key, tensor in ours.items():
             if key not in theirs and tensor.tag in (Tag.PARAM, Tag.MASTER):
                 raise CommitError(f"{where} has no {key}; resume with the model it was made with")
         untracked = set(self._tracked) - set(state["tracked"])
         if untracked:
-            raise CommitError(f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks; name other ssd.paths, or track what the commit's run has tracked")
+            raise CommitError(
+                f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks; name other ssd.paths, or track what the commit's run has tracked"
+            )
 
     def _take_over(self, tensor: PagedTensor, commit: Commit) -> None:
         mover, frame = self._store.mover, tensor.frame
@@ -307,7 +350,8 @@ class Checkpoints:
 
 
 def _without_kernels(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A commit's parameter group without what says how torch computes updates: the engine has one way, which commits once did not name."""
+    """A commit's parameter group without what says how torch computes updates: the engine has one way, which commits
+    once did not name."""
     return {key: value for key, value in group.items() if key not in ("fused", "foreach")}
 
 

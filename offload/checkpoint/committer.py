@@ -4,10 +4,10 @@
                     WRITING --error--> FAILED
     IDLE | FAILED --close--> CLOSED
 
-`begin` runs on the training thread between two steps: it takes a snapshot of all paged tensors, which costs no copy, and
-the scalars of the moment. A thread of its own waits until the snapshot is whole in the page files, syncs them, writes the
-manifest, and removes the commits that are not kept any more. A failed commit leaves the earlier ones as they are; its
-error is raised on the training thread by the next call.
+`begin` runs on the training thread between two steps: it takes a snapshot of all paged tensors, which costs no copy,
+and the scalars of the moment. A thread of its own waits until the snapshot is whole in the page files, syncs them,
+writes the manifest, and removes the commits that are not kept any more. A failed commit leaves the earlier ones as they
+are; its error is raised on the training thread by the next call.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any, Final
 from offload.commits.commit_state import encoded
 from offload.commits.run_commits import Commit, EarlierCommits
 from offload.store.page_store import PageStore
-from pagemem.process import interrupts
-from pagemem.residency.disk_versions import StoredCopy
+from pagemem.durable.manifest import Manifest, StoredTensor
 from pagemem.errors import CommitError, DamagedCommitError, StorageError, TransitionError
 from pagemem.files.threads import start_thread
-from pagemem.durable.manifest import Manifest, StoredTensor
+from pagemem.process import interrupts
+from pagemem.residency.disk_versions import StoredCopy
 from pagemem.residency.snapshot import Snapshot, SnapshotState
-from pagemem.tier import TRANSIENT
 from pagemem.residency.wait_lock import WaitLock
+from pagemem.tier import TRANSIENT
 
 #: How often a wait for a commit looks whether somebody has pressed Ctrl-C.
 _LOOK_S: Final = 0.1
@@ -97,8 +97,8 @@ class Committer:
         """The newest commit, or the one with this name; None when the run has none at all. Waits for one being written.
 
         Raises:
-            CommitError: it is damaged, or there is none of that name. With ``allow_older`` a damaged newest one is passed
-                over; what is wrong with it is in ``damaged``.
+            CommitError: it is damaged, or there is none of that name. With ``allow_older`` a damaged newest one is
+                passed over; what is wrong with it is in ``damaged``.
             BaseException: what the last commit failed of, once.
         """
         self.wait()
@@ -111,8 +111,14 @@ class Committer:
         newest = max((number for number in self.commits if number not in self.damaged), default=0)
         later = [number for number in self.damaged if number > newest]
         if later and not allow_older:
-            older = f"commit {newest} (step {self.commits[newest].manifest.step}) is whole" if newest else "no other one is whole"
-            raise CommitError(f"{self.damaged[max(later)]}. {older}; allow_older=True goes on from the newest whole one")
+            older = (
+                f"commit {newest} (step {self.commits[newest].manifest.step}) is whole"
+                if newest
+                else "no other one is whole"
+            )
+            raise CommitError(
+                f"{self.damaged[max(later)]}. {older}; allow_older=True goes on from the newest whole one"
+            )
         return self.commits[newest] if newest else None
 
     @property
@@ -121,7 +127,8 @@ class Committer:
         return self._earlier.damaged
 
     def follow(self, commit: Commit) -> None:
-        """The run goes on from ``commit``: later unnamed ones are of a course that was left, and go with the next commit."""
+        """The run goes on from ``commit``: later unnamed ones are of a course that was left, and go with the next
+        commit."""
         self._own_course = True
         self._left = [n for n, c in self.commits.items() if n > commit.manifest.number and c.manifest.name is None]
 
@@ -136,7 +143,8 @@ class Committer:
         """Begin to commit what the tensors hold now; returns the commit's number. Waits for one that is being written.
 
         Raises:
-            DiskFullError: there is no room for it; nothing was begun. StorageError: the system starts no more threads; likewise.
+            DiskFullError: there is no room for it; nothing was begun. StorageError: the system starts no more threads;
+                likewise.
             CommitError: the folder has commits of another course of the run, which would be removed in time.
             BaseException: what the last commit failed of, once.
         """
@@ -252,8 +260,8 @@ class Committer:
     def _retire(self) -> None:
         """Remove what is not kept any more; its frames are free once that is durable.
 
-        A damaged commit goes only if its file was read and is not what was written; what could not be used for another reason
-        stays, with its frames.
+        A damaged commit goes only if its file was read and is not what was written; what could not be used for another
+        reason stays, with its frames.
         """
         left, self._left = self._left, []
         damaged = [number for number, error in self.damaged.items() if isinstance(error, DamagedCommitError)]
@@ -274,7 +282,9 @@ class Committer:
         try:
             folder.remove(number)
         except StorageError:
-            if number in folder.uncertain:  # a crash may bring it back, so its frames stay as they are until the run ends
+            if (
+                number in folder.uncertain
+            ):  # a crash may bring it back, so its frames stay as they are until the run ends
                 del self.commits[number]
             raise
         commit = self.commits.pop(number)
@@ -286,7 +296,8 @@ class Committer:
 
     def _start(self, job: Callable[[], None]) -> None:
         with self._changed:
-            # One without the other would be waited for without end, so nothing that a signal could interrupt is between the two.
+            # One without the other would be waited for without end, so nothing that a signal could interrupt is between
+            # the two.
             self._become(CommitterState.WRITING)
             self._job = job
             self._changed.notify_all()

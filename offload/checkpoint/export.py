@@ -1,4 +1,5 @@
-"""`offload export`: the weights of a commit as safetensors files, streamed, so that a model of any size needs little RAM.
+"""`offload export`: the weights of a commit as safetensors files, streamed, so that a model of any size needs little
+RAM.
 
 The folder appears whole or not at all: everything is written under another name beside it, synced, and renamed.
 """
@@ -20,19 +21,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from offload.console.byte_progress import ByteProgress
-from pagemem.durable.page_map import file_sizes, impossible
 from offload.checkpoint.safetensors_writer import INDEX_NAME, ShardWriter, Weight, index_of, plan_shards, write_failure
 from offload.checkpoint.side_file import TORCH_DTYPES, SideFile
 from offload.commits.stopped_run import StoppedRun
 from offload.commits.stored_layout import StoredLayout, StoredSlot, StoredUnit
-from pagemem.process import interrupts
+from offload.console.byte_progress import ByteProgress
 from pagemem.durable.commit_folder import CommitFolder
-from pagemem.errors import ChecksumError, CommitError, DiskFullError, OffloadError
 from pagemem.durable.manifest import Manifest, StoredTensor
-from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.durable.page_map import file_sizes, impossible
 from pagemem.durable.page_reader import Chunk, PageReader
+from pagemem.errors import ChecksumError, CommitError, DiskFullError, OffloadError
+from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.folders.own_file import make_folder, naming, remove_folders, sync_folder
+from pagemem.process import interrupts
 from pagemem.units import KiB, format_bytes
 
 #: dtypes that can be asked for; "keep" is what the parameters were computed in.
@@ -61,7 +62,14 @@ class Exported:
 
 
 def export_run(
-    run: Path, to: Path, *, paths: Sequence[Path], commit: str | None, dtype: str, max_shard_bytes: int, console: Console
+    run: Path,
+    to: Path,
+    *,
+    paths: Sequence[Path],
+    commit: str | None,
+    dtype: str,
+    max_shard_bytes: int,
+    console: Console,
 ) -> Exported:
     """Export a commit of a run that nobody trains in. See `offload export --help`.
 
@@ -79,9 +87,14 @@ def export_run(
             + ("" if manifest.checksums else "; the run kept no checksums, so what is read cannot be verified"),
             soft_wrap=True, highlight=False, markup=False,
         )  # fmt: skip
-        exported = export_commit(stopped.folders, manifest, to, dtype=dtype, max_shard_bytes=max_shard_bytes, console=console)
+        exported = export_commit(
+            stopped.folders, manifest, to, dtype=dtype, max_shard_bytes=max_shard_bytes, console=console
+        )
     console.print(
-        f"{exported.folder}: {len(exported.files)} files, {format_bytes(exported.n_bytes)}", soft_wrap=True, highlight=False, markup=False
+        f"{exported.folder}: {len(exported.files)} files, {format_bytes(exported.n_bytes)}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
     )
     return exported
 
@@ -216,7 +229,9 @@ class CommitWeights:
         CommitError: the commit names places that cannot be.
     """
 
-    def __init__(self, folders: Sequence[Path], manifest: Manifest, beside: SideFile, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, folders: Sequence[Path], manifest: Manifest, beside: SideFile, dtype: torch.dtype | None
+    ) -> None:
         self._manifest = manifest
         self._beside = beside
         self._dtype = dtype
@@ -227,7 +242,9 @@ class CommitWeights:
         if why:
             raise CommitError(f"commit {manifest.number} is damaged: {why[manifest.number]}")
         kept = set(self._layout.names.values())
-        self._paged = {slot.name: (unit, slot) for unit in self._layout.units for slot in unit.slots if slot.name in kept}
+        self._paged = {
+            slot.name: (unit, slot) for unit in self._layout.units for slot in unit.slots if slot.name in kept
+        }
 
     def listed(self) -> list[Weight]:
         """All of them, in the order of the names.
@@ -266,11 +283,15 @@ class CommitWeights:
         for unit in self._layout.units:
             yield from self._unit_pieces(unit, reader, buffers)
 
-    def _unit_pieces(self, unit: StoredUnit, reader: PageReader, buffers: Sequence[Bytes]) -> Iterator[tuple[str, int, memoryview]]:
+    def _unit_pieces(
+        self, unit: StoredUnit, reader: PageReader, buffers: Sequence[Bytes]
+    ) -> Iterator[tuple[str, int, memoryview]]:
         source, target = unit.torch_dtype, self._dtype or unit.torch_dtype
         size = source.itemsize
         checksums = self._manifest.checksums
-        values = _Stream(reader, buffers[0], [(0, unit.slots[-1].end * size, self._tensor(unit.parameters))], checksums=checksums)
+        values = _Stream(
+            reader, buffers[0], [(0, unit.slots[-1].end * size, self._tensor(unit.parameters))], checksums=checksums
+        )
         masters = None
         if target is not source and unit.has_masters:
             parts = [(part.begin * 4, part.end * 4, self._tensor(part.master or "")) for part in unit.slices]
@@ -282,7 +303,11 @@ class CommitWeights:
                 end = min(begin + PIECE_NUMEL, slot.end)
                 piece = torch.from_numpy(values.take(begin * size, end * size)).view(source)
                 if target is not source:
-                    wide = None if masters is None else torch.from_numpy(masters.take(begin * 4, end * 4)).view(torch.float32)
+                    wide = (
+                        None
+                        if masters is None
+                        else torch.from_numpy(masters.take(begin * 4, end * 4)).view(torch.float32)
+                    )
                     piece = _converted(slot, piece, wide, target)
                 yield slot.name, (begin - slot.offset) * target.itemsize, piece.view(torch.uint8).numpy().data
 
@@ -301,7 +326,9 @@ def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: 
         return exact
     converted = exact.to(dtype)
     if bool((torch.isinf(converted) & torch.isfinite(exact)).any()):
-        raise ExportError(f"{slot.name} has values beyond the largest of {dtype}, {torch.finfo(dtype).max:g}; export as bf16 or fp32")
+        raise ExportError(
+            f"{slot.name} has values beyond the largest of {dtype}, {torch.finfo(dtype).max:g}; export as bf16 or fp32"
+        )
     return converted
 
 
@@ -313,7 +340,9 @@ class _Stream:
         parts: first byte, end, and the tensor that has them from its first byte on.
     """
 
-    def __init__(self, reader: PageReader, buffer: Bytes, parts: Sequence[tuple[int, int, StoredTensor]], *, checksums: bool) -> None:
+    def __init__(
+        self, reader: PageReader, buffer: Bytes, parts: Sequence[tuple[int, int, StoredTensor]], *, checksums: bool
+    ) -> None:
         self._reader = reader
         self._checksums = checksums
         self._buffer = buffer
@@ -340,10 +369,14 @@ class _Stream:
         with self._buffer.data as into:
             wrong = self._reader.read(chunk, into, checksums=self._checksums)
         if wrong:
-            raise ChecksumError(f"{stored.key}: {wrong[0]}: the disk or another program changed it; export an earlier commit")
+            raise ChecksumError(
+                f"{stored.key}: {wrong[0]}: the disk or another program changed it; export an earlier commit"
+            )
 
 
-def _chunks_of(reader: PageReader, parts: Sequence[tuple[int, int, StoredTensor]]) -> Iterator[tuple[int, int, StoredTensor, Chunk]]:
+def _chunks_of(
+    reader: PageReader, parts: Sequence[tuple[int, int, StoredTensor]]
+) -> Iterator[tuple[int, int, StoredTensor, Chunk]]:
     """First byte and end of each chunk, its tensor, and the chunk."""
     for begin, end, stored in parts:
         for chunk in reader.chunks(stored):

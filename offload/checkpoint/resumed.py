@@ -1,4 +1,5 @@
-"""Where a run goes on, and what is set otherwise now than when the commit was made: pure comparison of what both were given."""
+"""Where a run goes on, and what is set otherwise now than when the commit was made: pure comparison of what both were
+given."""
 
 from __future__ import annotations
 
@@ -81,7 +82,11 @@ def hyper_changes(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, 
         if all(pair == pairs[0] for pair in pairs) and pairs[0] is not None:
             changes.append(Change(f"optimizer.{key}", *pairs[0], holds))
         else:
-            changes += [Change(f"optimizer.{key} of group {place}", *pair, holds) for place, pair in enumerate(pairs) if pair is not None]
+            changes += [
+                Change(f"optimizer.{key} of group {place}", *pair, holds)
+                for place, pair in enumerate(pairs)
+                if pair is not None
+            ]
     return changes
 
 

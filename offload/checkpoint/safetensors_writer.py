@@ -1,4 +1,5 @@
-"""Weights as Hugging Face lays them out in a folder: safetensors files of limited size and an index. Written piece by piece.
+"""Weights as Hugging Face lays them out in a folder: safetensors files of limited size and an index. Written piece by
+piece.
 
 Names, dtypes and shapes are known beforehand, so each file's header is written first and every byte of a tensor has its
 place: tensors may come in any order and in pieces, and no file is ever whole in memory. (A file is 8 bytes of header
@@ -66,8 +67,8 @@ def plan_shards(weights: Sequence[Weight], max_bytes: int, tied: Mapping[str, st
     """Divide tensors, in order, among files of at most ``max_bytes`` of them; a larger tensor has a file of its own.
 
     Args:
-        tied: further names of tensors, which are written once: each with the name that is written. They are noted in the
-            header's metadata, as `safetensors.torch.save_model` does.
+        tied: further names of tensors, which are written once: each with the name that is written. They are noted in
+            the header's metadata, as `safetensors.torch.save_model` does.
     """
     groups: list[list[Weight]] = [[]]
     n_bytes = 0
@@ -79,19 +80,28 @@ def plan_shards(weights: Sequence[Weight], max_bytes: int, tied: Mapping[str, st
         n_bytes += weight.n_bytes
     if len(groups) == 1:
         return [_shard("model.safetensors", groups[0], tied)]
-    return [_shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, tied) for number, group in enumerate(groups, 1)]
+    return [
+        _shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, tied)
+        for number, group in enumerate(groups, 1)
+    ]
 
 
 def _shard(file_name: str, weights: Sequence[Weight], tied: Mapping[str, str]) -> Shard:
     # The widest first, so that each tensor begins at a multiple of its element's size.
     ordered = tuple(sorted(weights, key=lambda weight: -ITEM_BYTES[weight.dtype]))
     here = {weight.name for weight in ordered}
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **{name: kept for name, kept in tied.items() if kept in here}}}
+    entries: dict[str, Any] = {
+        "__metadata__": {"format": "pt", **{name: kept for name, kept in tied.items() if kept in here}}
+    }
     offsets: dict[str, int] = {}
     end = 0
     for weight in ordered:
         offsets[weight.name], end = end, end + weight.n_bytes
-        entries[weight.name] = {"dtype": weight.dtype, "shape": list(weight.shape), "data_offsets": [offsets[weight.name], end]}
+        entries[weight.name] = {
+            "dtype": weight.dtype,
+            "shape": list(weight.shape),
+            "data_offsets": [offsets[weight.name], end],
+        }
     body = json.dumps(entries, separators=(",", ":")).encode()
     body = body.ljust(round_up(len(body), _ALIGN_BYTES))
     header = len(body).to_bytes(8, "little") + body
@@ -136,7 +146,9 @@ class ShardWriter:
         self._let_go()
 
     def _write(self, file_name: str, position_bytes: int, data: bytes | memoryview, *, create: bool = False) -> None:
-        write_all(self._descriptor(file_name, create=create), data, self._folder / file_name, position_bytes, remedy=REMEDY)
+        write_all(
+            self._descriptor(file_name, create=create), data, self._folder / file_name, position_bytes, remedy=REMEDY
+        )
 
     def _descriptor(self, file_name: str, *, create: bool) -> int:
         if self._open is None or self._open[0] != file_name:
@@ -149,7 +161,8 @@ class ShardWriter:
         return self._open[1]
 
     def _let_go(self, *, sync: bool = True) -> None:
-        """Close the file that is open. It is synced by the descriptor that wrote it: another one may not hear of what failed."""
+        """Close the file that is open. It is synced by the descriptor that wrote it: another one may not hear of what
+        failed."""
         if self._open is None:
             return
         (file_name, fd), self._open = self._open, None
@@ -171,7 +184,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._let_go(sync=error is None)
 
 
@@ -183,7 +198,10 @@ def check_readable(path: Path, shard: Shard) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in file.keys()}
+            found = {
+                name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
+                for name in file.keys()
+            }
     except Exception as error:  # the library raises its own class, which is no OSError
         raise StorageError(f"{path} cannot be read back: {error}") from error
     if found != {weight.name: (weight.dtype, weight.shape) for weight in shard.weights}:

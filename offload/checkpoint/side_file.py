@@ -1,6 +1,7 @@
 """The safetensors file beside a commit: its header held against its bytes, and its tensors read one by one.
 
-The file is 8 bytes of header length, the header in JSON, and the tensors' bytes without gaps; see `offload.checkpoint.safetensors_writer`.
+The file is 8 bytes of header length, the header in JSON, and the tensors' bytes without gaps; see
+`offload.checkpoint.safetensors_writer`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
-from offload.checkpoint.safetensors_writer import ITEM_BYTES, Weight
+from offload.checkpoint.safetensors_writer import Weight
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError
 from pagemem.folders.small_file import Count, Line, Record, checked, parse_json
@@ -73,7 +74,9 @@ class SideFile:
     def _read_header(self, n_file_bytes: int) -> None:
         n_header = int.from_bytes(self._at(0, 8), "little")
         if not 2 <= n_header <= min(_MAX_HEADER_BYTES, n_file_bytes - 8):
-            raise ValueError(f"its header would have {n_header} bytes, of {n_file_bytes} in the file; at most {_MAX_HEADER_BYTES} are read")
+            raise ValueError(
+                f"its header would have {n_header} bytes, of {n_file_bytes} in the file; at most {_MAX_HEADER_BYTES} are read"
+            )
         found = parse_json(self._at(8, n_header))
         if isinstance(found, dict):
             found.pop(_METADATA, None)
@@ -109,7 +112,11 @@ class SideFile:
         """
         weight = self.weights[name]
         content = bytearray().join(piece for _, piece in self.pieces(name))
-        flat = torch.frombuffer(content, dtype=torch.uint8).view(TORCH_DTYPES[weight.dtype]) if content else torch.empty(0, dtype=TORCH_DTYPES[weight.dtype])
+        flat = (
+            torch.frombuffer(content, dtype=torch.uint8).view(TORCH_DTYPES[weight.dtype])
+            if content
+            else torch.empty(0, dtype=TORCH_DTYPES[weight.dtype])
+        )
         return flat.reshape(weight.shape)
 
     def _at(self, position: int, n_bytes: int) -> bytes:
@@ -119,7 +126,9 @@ class SideFile:
             while len(found) < n_bytes and (part := os.pread(self._fd, n_bytes - len(found), position + len(found))):
                 found += part
         except OSError as error:
-            raise CommitError(f"{self._path} cannot be read at byte {position + len(found)}: {error.strerror}") from error
+            raise CommitError(
+                f"{self._path} cannot be read at byte {position + len(found)}: {error.strerror}"
+            ) from error
         if len(found) < n_bytes:
             raise CommitError(f"{self._path} is damaged: it ends at byte {position + len(found)}")
         return found
@@ -133,5 +142,7 @@ class SideFile:
     def __enter__(self) -> SideFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -16,13 +16,13 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from offload.console.byte_progress import ByteProgress
-from pagemem.durable.page_map import StoredPlace, all_places, map_faults
 from offload.checkpoint.side_file import SideFile
 from offload.commits.stopped_run import StoppedRun
-from pagemem.errors import CommitError, StorageError
+from offload.console.byte_progress import ByteProgress
 from pagemem.durable.manifest import Manifest
+from pagemem.durable.page_map import StoredPlace, all_places, map_faults
 from pagemem.durable.page_reader import Chunk, PageReader
+from pagemem.errors import CommitError, StorageError
 from pagemem.units import format_bytes
 
 _READERS: Final = 4
@@ -76,7 +76,10 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
             page_bytes = report.commits[-1].page_bytes
             for manifest in report.commits:
                 if manifest.page_bytes != page_bytes:
-                    report.add([manifest.number], f"its pages have {manifest.page_bytes} bytes, those of the newest commit {page_bytes}")
+                    report.add(
+                        [manifest.number],
+                        f"its pages have {manifest.page_bytes} bytes, those of the newest commit {page_bytes}",
+                    )
             with PageReader(stopped.page_files, page_bytes) as reader:
                 _check_pages(reader, [m for m in report.commits if m.page_bytes == page_bytes], report, console)
     print_report(report, console)
@@ -135,7 +138,11 @@ def _note_room(reader: PageReader, places: Sequence[StoredPlace], report: Report
         f"{len(reader.paths)} page {'file' if len(reader.paths) == 1 else 'files'} of {format_bytes(sum(reader.file_bytes))}: "
         f"{reader.n_frames} frames of {format_bytes(page_bytes)}, {inside} named by commits, {free} free ({format_bytes(free * page_bytes)})"
     )
-    how = "past the page cache (O_DIRECT)" if reader.backend_name == "direct" else "through the page cache, as the file system refuses O_DIRECT"
+    how = (
+        "past the page cache (O_DIRECT)"
+        if reader.backend_name == "direct"
+        else "through the page cache, as the file system refuses O_DIRECT"
+    )
     report.notes.append(f"read {how}")
 
 
@@ -189,7 +196,10 @@ def print_report(report: Report, console: Console) -> None:
     n_faults = sum(map(len, report.faults.values()))
     verdict = "whole" if report.whole else "1 thing is wrong" if n_faults == 1 else f"{n_faults} things are wrong"
     console.print(
-        f"{verdict}; {report.n_extents} extents, {format_bytes(report.n_bytes)} read", soft_wrap=True, highlight=False, markup=False
+        f"{verdict}; {report.n_extents} extents, {format_bytes(report.n_bytes)} read",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
     )
 
 
@@ -205,6 +215,14 @@ def commit_rows(report: Report) -> list[tuple[str, ...]]:
             continue
         n_bytes = sum(stored.n_bytes for stored in manifest.tensors)
         rows.append(
-            (str(number), manifest.name or "-", str(manifest.step), manifest.created, str(len(manifest.tensors)), format_bytes(n_bytes), state)
+            (
+                str(number),
+                manifest.name or "-",
+                str(manifest.step),
+                manifest.created,
+                str(len(manifest.tensors)),
+                format_bytes(n_bytes),
+                state,
+            )
         )
     return rows

@@ -1,7 +1,8 @@
 """What a commit's manifest says beside its tensors: every field looked at before any is used.
 
-A manifest is read by engines, `offload verify` and `offload export` through `read_commit`: what it returns can be believed as
-far as one file can tell. Whether it fits the model, and whether pages hold what they should, is looked at later.
+A manifest is read by engines, `offload verify` and `offload export` through `read_commit`: what it returns can be
+believed as far as one file can tell. Whether it fits the model, and whether pages hold what they should, is looked at
+later.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from offload.commits.random_states import numpy_state, python_state, state_tenso
 from offload.commits.stored_layout import StoredUnit
 from optim.unit import SLICE_ALIGN_NUMEL
 from pagemem.durable.commit_folder import CommitFolder
-from pagemem.errors import CommitError
 from pagemem.durable.manifest import Manifest
+from pagemem.errors import CommitError
 from pagemem.folders.small_file import Count, Line, Record, checked
 from pagemem.tier import Tag
 
-#: ``state.encoding``: groups, what they were given and tracked states are as `offload.commits.plain_state` writes them. Where the key is missing, plain JSON.
+#: ``state.encoding``: groups, what they were given and tracked states are as `offload.commits.plain_state` writes them.
+#: Where the key is missing, plain JSON.
 ENCODING: Final = 2
 
 _Index = Annotated[int, Field(strict=True, ge=-1, le=2**31)]
@@ -47,7 +49,9 @@ class _Random(Record):
 
 
 class _Ssd(BaseModel):
-    paths: Annotated[list[Annotated[str, Field(strict=True, max_length=4096, pattern=r"^[^\x00]*$")]], Field(max_length=64)]
+    paths: Annotated[
+        list[Annotated[str, Field(strict=True, max_length=4096, pattern=r"^[^\x00]*$")]], Field(max_length=64)
+    ]
 
 
 class _Config(BaseModel):
@@ -173,7 +177,9 @@ def _check_unit(where: str, unit: StoredUnit, stored: dict[str, int]) -> None:
     reached = 0
     for part in unit.slices:
         if part.begin != reached or part.end < part.begin:
-            raise ValueError(f"{where}: a slice has elements {part.begin} to {part.end}, the one before it ends at {reached}")
+            raise ValueError(
+                f"{where}: a slice has elements {part.begin} to {part.end}, the one before it ends at {reached}"
+            )
         reached = part.end
         if part.master is not None:
             room(part.master, Tag.MASTER, 4 * (part.end - part.begin))
@@ -192,4 +198,6 @@ def _check_random(states: _Random) -> None:
         try:
             take()
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"state.random.{kind}: no state of a generator: {str(error).splitlines()[0][:120]}") from None
+            raise ValueError(
+                f"state.random.{kind}: no state of a generator: {str(error).splitlines()[0][:120]}"
+            ) from None

@@ -1,8 +1,8 @@
 """States of tracked things (LR schedulers, data sources, ...) as JSON and back, exactly: values and their types.
 
-JSON knows numbers, text, lists and objects with text for keys. Everything else is an object with one key, `TAG`, that names
-its type, and ``v``: tuples, dicts with other keys, infinities, bytes, NumPy's scalars and arrays, tensors, ... No pickle: what
-has no entry here is refused, with its place inside the state.
+JSON knows numbers, text, lists and objects with text for keys. Everything else is an object with one key, `TAG`, that
+names its type, and ``v``: tuples, dicts with other keys, infinities, bytes, NumPy's scalars and arrays, tensors, ... No
+pickle: what has no entry here is refused, with its place inside the state.
 
 What is shared comes back as copies: a list that a state has at two places becomes two lists.
 """
@@ -31,7 +31,13 @@ _INT64: Final = 1 << 63
 _MAX_LEVELS: Final = (MAX_DEPTH - 10) // 3
 
 #: Types of sequences that are built from an iterable of their items.
-_SEQUENCES: Final[dict[type, str]] = {tuple: "tuple", set: "set", frozenset: "frozenset", deque: "deque", torch.Size: "torch.Size"}
+_SEQUENCES: Final[dict[type, str]] = {
+    tuple: "tuple",
+    set: "set",
+    frozenset: "frozenset",
+    deque: "deque",
+    torch.Size: "torch.Size",
+}
 _MAPPINGS: Final[dict[type, str]] = {dict: "dict", Counter: "Counter", OrderedDict: "OrderedDict"}
 
 
@@ -62,7 +68,9 @@ class _Encoder:
             return value
         if kind is int:
             if value.bit_length() > _MAX_INT_BITS:
-                raise UnknownState(f"{where} is a number of {value.bit_length()} bits; at most {_MAX_INT_BITS} are committed")
+                raise UnknownState(
+                    f"{where} is a number of {value.bit_length()} bits; at most {_MAX_INT_BITS} are committed"
+                )
             return value
         if kind is float:
             return value if math.isfinite(value) else {TAG: "float", "v": str(value)}
@@ -70,7 +78,9 @@ class _Encoder:
             self._take(where, len(value))
             return value
         if levels == 0:
-            raise UnknownState(f"{where} lies {_MAX_LEVELS} levels deep, or its state holds itself; that is not committed")
+            raise UnknownState(
+                f"{where} lies {_MAX_LEVELS} levels deep, or its state holds itself; that is not committed"
+            )
         if kind is list:
             return self._items(value, where, levels)
         if kind in _SEQUENCES:
@@ -84,7 +94,12 @@ class _Encoder:
         self._take(where, 8 * len(items))
         # Long lists are of numbers: a permutation of the data, say.
         kinds = set(map(type, items))
-        if kinds <= {float} and all(map(math.isfinite, items)) or kinds <= {int} and all(-_INT64 < item < _INT64 for item in items):
+        if (
+            kinds <= {float}
+            and all(map(math.isfinite, items))
+            or kinds <= {int}
+            and all(-_INT64 < item < _INT64 for item in items)
+        ):
             return list(items)
         return [self.encode(item, f"{where}[{place}]", levels - 1) for place, item in enumerate(items)]
 
@@ -106,25 +121,38 @@ class _Encoder:
         if isinstance(value, np.generic) or type(value) is np.ndarray:
             array = np.asarray(value)
             if array.dtype.kind not in "biufc" or array.dtype.byteorder not in "=|":
-                raise UnknownState(f"{where} is a NumPy {type(value).__name__} of {array.dtype}, which is not committed; numbers are")
+                raise UnknownState(
+                    f"{where} is a NumPy {type(value).__name__} of {array.dtype}, which is not committed; numbers are"
+                )
             self._take(where, array.nbytes)
             tag = "ndarray" if isinstance(value, np.ndarray) else "numpy"
             return {TAG: tag, "dtype": array.dtype.str, "shape": list(array.shape), "v": _text(array.tobytes())}
         if type(value) is Tensor:
             return self._tensor(value, where)
-        raise UnknownState(f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which is not committed; numbers, text, lists, dicts, tensors are")
+        raise UnknownState(
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which is not committed; numbers, text, lists, dicts, tensors are"
+        )
 
     def _tensor(self, value: Tensor, where: str) -> Any:
         if value.device.type != "cpu" or value.layout is not torch.strided or value.is_quantized or value.requires_grad:
-            raise UnknownState(f"{where} is a tensor on {value.device}, {value.layout}, requires_grad {value.requires_grad}; plain ones on the CPU are committed")
+            raise UnknownState(
+                f"{where} is a tensor on {value.device}, {value.layout}, requires_grad {value.requires_grad}; plain ones on the CPU are committed"
+            )
         self._take(where, value.numel() * value.element_size())
         content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return {TAG: "tensor", "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "v": _text(content)}
+        return {
+            TAG: "tensor",
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": list(value.shape),
+            "v": _text(content),
+        }
 
     def _take(self, where: str, n_bytes: int) -> None:
         self._left_bytes -= n_bytes
         if self._left_bytes < 0:
-            raise UnknownState(f"{where} takes the state above {MAX_BYTES} bytes, more than is committed; keep large tensors in buffers of the model")
+            raise UnknownState(
+                f"{where} takes the state above {MAX_BYTES} bytes, more than is committed; keep large tensors in buffers of the model"
+            )
 
 
 def decode(written: Any) -> Any:
@@ -146,8 +174,14 @@ def decode(written: Any) -> Any:
             raise ValueError(f"it has a key {reprlib.repr(min(more))}")
         return _DECODERS[tag](written)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        why = "no such type" if isinstance(error, KeyError) and tag not in _DECODERS else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{reprlib.repr(tag)} with {reprlib.repr(written.get('v'))} is no value: {why[:300]}") from None
+        why = (
+            "no such type"
+            if isinstance(error, KeyError) and tag not in _DECODERS
+            else f"{type(error).__name__}: {error}"
+        )
+        raise ValueError(
+            f"{reprlib.repr(tag)} with {reprlib.repr(written.get('v'))} is no value: {why[:300]}"
+        ) from None
 
 
 def _items(written: dict[str, Any]) -> list[Any]:

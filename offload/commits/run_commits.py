@@ -16,16 +16,16 @@ from pydantic import Field, TypeAdapter
 
 from offload.commits.commit_state import read_commit
 from offload.config import ConfigError
-from pagemem.durable.page_map import file_sizes, frames_reached, impossible
 from pagemem.durable.commit_folder import CommitFolder
-from pagemem.residency.disk_versions import Copies, StoredCopy
-from pagemem.errors import CommitError, UnknownCommitError
 from pagemem.durable.manifest import Manifest
-from pagemem.folders.own_file import kind_of, naming, os_failure, replace_file
+from pagemem.durable.page_map import file_sizes, frames_reached, impossible
+from pagemem.errors import CommitError, UnknownCommitError
 from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.files.striping import Striping
+from pagemem.folders.own_file import kind_of, naming, os_failure, replace_file
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.folders.small_file import NO_FILE, Line, Record, checked, parse_json, read_small
-from pagemem.files.striping import Striping
+from pagemem.residency.disk_versions import Copies, StoredCopy
 from pagemem.tier import Tag
 
 #: In every directory of a run that commits but the first: which one that is.
@@ -58,7 +58,8 @@ class EarlierCommits:
 
     Raises:
         ConfigError: the directories are not those, in their order, that the commits in one of them name.
-        CommitError: what a commit names cannot be told, now or by this version, or a page file is gone. No reason to remove it.
+        CommitError: what a commit names cannot be told, now or by this version, or a page file is gone. No reason to
+            remove it.
     """
 
     def __init__(self, directories: Sequence[RunDirectory]) -> None:
@@ -73,7 +74,9 @@ class EarlierCommits:
             try:
                 manifest = read_commit(self.folder, number)
             except UnknownCommitError as error:
-                raise UnknownCommitError(f"{error}. Nothing was changed; make it readable, or move it out of the folder to go on without it") from error
+                raise UnknownCommitError(
+                    f"{error}. Nothing was changed; make it readable, or move it out of the folder to go on without it"
+                ) from error
             except CommitError as error:
                 self.damaged[number] = error
                 continue
@@ -90,7 +93,8 @@ class EarlierCommits:
             self.damaged[number] = CommitError(f"{self.folder.manifest(number)} is damaged: {why}")
 
     def _refuse_lost_pages(self, manifest: Manifest, file_bytes: Sequence[int]) -> None:
-        """Raise where a page file is gone, or was cut and nothing could tell: it would be made anew, and its zeros pass for pages."""
+        """Raise where a page file is gone, or was cut and nothing could tell: it would be made anew, and its zeros pass
+        for pages."""
         n_frames = frames_reached(manifest)
         for path, frames in enumerate(Striping([1.0] * len(file_bytes)).file_frames(n_frames)):
             n_bytes, wanted_bytes = file_bytes[path], frames * manifest.page_bytes
@@ -105,7 +109,9 @@ class EarlierCommits:
         first = self._directories[0]
         for directory in self._directories[1:]:
             if CommitFolder(directory.path).numbers():
-                raise ConfigError(f"{directory.path} holds commits, so it is the first of its run's ssd.paths; give that run's folders in their order")
+                raise ConfigError(
+                    f"{directory.path} holds commits, so it is the first of its run's ssd.paths; give that run's folders in their order"
+                )
         for directory in self._directories:
             path = directory.file(_PART_OF)
             try:
@@ -116,7 +122,9 @@ class EarlierCommits:
                 if isinstance(error, OSError) and error.errno not in NO_FILE:
                     raise os_failure(error, "reading", path) from error
                 why = error.strerror if isinstance(error, OSError) else error
-                raise ConfigError(f"{path} cannot be read: {why}; if no run in another folder needs {directory.path}, remove it") from error
+                raise ConfigError(
+                    f"{path} cannot be read: {why}; if no run in another folder needs {directory.path}, remove it"
+                ) from error
             if directory is first or part_of.run_id != first.run_id:
                 raise ConfigError(
                     f"{directory.path} holds pages of the commits in {part_of.path}; give that run's folders in ssd.paths in their "
@@ -153,7 +161,9 @@ class EarlierCommits:
                 'use that, or "auto", or another folder'
             )
         if checksums and not all(manifest.checksums for manifest in self._manifests.values()):
-            raise ConfigError(f"ssd.checksums is true, but commits in {self.folder.path} have none; set it to false, or name another folder")
+            raise ConfigError(
+                f"ssd.checksums is true, but commits in {self.folder.path} have none; set it to false, or name another folder"
+            )
         return newest.page_bytes, int(newest.state["slice_numel"])
 
     def restore(self, copies: Copies) -> None:
@@ -164,7 +174,9 @@ class EarlierCommits:
             for tensor in manifest.tensors:
                 place = (tensor.runs, tensor.tail)
                 if place not in known:
-                    known[place] = copies.restore(tensor.placement(), np.array(tensor.sums, dtype=np.uint64), Tag(tensor.tag))
+                    known[place] = copies.restore(
+                        tensor.placement(), np.array(tensor.sums, dtype=np.uint64), Tag(tensor.tag)
+                    )
                 named[tensor.key] = known[place]
                 copies.hold(known[place])
             self.whole[number] = Commit(manifest, named)

@@ -1,7 +1,7 @@
 """A run that nobody trains in, opened for reading: its folders, held against engines that would start, and its commits.
 
-Nothing in the folders is changed, but for a lock file where there was none, which is removed at the end. So no engine can
-reuse frames of a commit that is being read.
+Nothing in the folders is changed, but for a lock file where there was none, which is removed at the end. So no engine
+can reuse frames of a commit that is being read.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from types import TracebackType
 
 from offload.commits.commit_state import read_commit
 from pagemem.durable.commit_folder import CommitFolder
-from pagemem.errors import CommitError, RunDirectoryError
-from pagemem.folders.folder_lock import FolderLock
 from pagemem.durable.manifest import Manifest
+from pagemem.errors import CommitError, RunDirectoryError
 from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.folders.folder_lock import FolderLock
 from pagemem.folders.run_directory import IDENTITY_NAME, read_run_id
 
 
@@ -72,7 +72,9 @@ class StoppedRun:
             raise self.damaged[number]
         named = [manifest.number for manifest in self.whole.values() if manifest.name == wanted]
         if number not in self.whole and not named:
-            there = ", ".join(str(n) + (f" ({m.name})" if m.name else "") for n, m in sorted(self.whole.items())) or "none"
+            there = (
+                ", ".join(str(n) + (f" ({m.name})" if m.name else "") for n, m in sorted(self.whole.items())) or "none"
+            )
             raise CommitError(f"{self.path} has no commit {wanted!r}; whole ones are: {there}")
         return self.whole[number if number in self.whole else max(named)]
 
@@ -87,7 +89,9 @@ class StoppedRun:
     def __enter__(self) -> StoppedRun:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # ---- finding things ----------------------------------------------------------------------------------------
@@ -111,7 +115,9 @@ class StoppedRun:
         for number, manifest in list(self.whole.items()):
             if manifest.run_ids != expected or manifest.run_ids[:1] != (own,):
                 del self.whole[number]
-                self.damaged[number] = CommitError(f"commit {number} in {self.commits.path} names other page files than those of this run")
+                self.damaged[number] = CommitError(
+                    f"commit {number} in {self.commits.path} names other page files than those of this run"
+                )
 
     def _find_folders(self, known: dict[str, Path]) -> list[Path]:
         if not self.whole:

@@ -1,6 +1,8 @@
-"""What a commit says of its parameters: which bytes of its paged tensors they are, and the names the model has for them.
+"""What a commit says of its parameters: which bytes of its paged tensors they are, and the names the model has for
+them.
 
-`Checkpoints` writes it into the manifest, `offload export` reads it, so that weights are found without the model's code.
+`Checkpoints` writes it into the manifest, `offload export` reads it, so that weights are found without the model's
+code.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class StoredSlot:
 
 @dataclass(frozen=True, slots=True)
 class StoredSlice:
-    """Elements [begin, end) of a unit's layout, and the key of the stored tensor with their fp32 master, if they have one."""
+    """Elements [begin, end) of a unit's layout, and the key of the stored tensor with their fp32 master, if they have
+    one."""
 
     begin: Count
     end: Count
@@ -87,9 +90,11 @@ class StoredUnit:
 
 @dataclass(frozen=True, slots=True)
 class StoredLayout:
-    """All units, and for each name in ``model.state_dict()``, in its order, the name under which the commit has the tensor.
+    """All units, and for each name in ``model.state_dict()``, in its order, the name under which the commit has the
+    tensor.
 
-    The two names differ where several names are of one tensor (tied weights, shared modules): the first of them is kept.
+    The two names differ where several names are of one tensor (tied weights, shared modules): the first of them is
+    kept.
     """
 
     units: tuple[StoredUnit, ...]
@@ -109,7 +114,9 @@ class StoredLayout:
         try:
             return cls(tuple(_unit(entry) for entry in state[_UNITS]), dict(state[_NAMES]))
         except (KeyError, TypeError, AttributeError) as error:
-            raise CommitError(f"the commit does not say where its parameters lie ({type(error).__name__}: {error})") from error
+            raise CommitError(
+                f"the commit does not say where its parameters lie ({type(error).__name__}: {error})"
+            ) from error
 
 
 def layout_of(units: Iterable[Unit], model: nn.Module) -> StoredLayout:
@@ -121,7 +128,9 @@ def layout_of(units: Iterable[Unit], model: nn.Module) -> StoredLayout:
                 str(unit.dtype).removeprefix("torch."),
                 tuple(StoredSlot(slot.name, tuple(slot.shape), slot.offset) for slot in unit.slots),
                 tuple(
-                    StoredSlice(part.begin, part.end, None if part.master is None else f"{Tag.MASTER.value}: {part.master.name}")
+                    StoredSlice(
+                        part.begin, part.end, None if part.master is None else f"{Tag.MASTER.value}: {part.master.name}"
+                    )
                     for part in unit.slices
                 ),
             )
@@ -132,7 +141,8 @@ def layout_of(units: Iterable[Unit], model: nn.Module) -> StoredLayout:
 
 
 def names_of(model: nn.Module) -> dict[str, str]:
-    """Every parameter and persistent buffer by name, in the order of ``model.state_dict()``, and the first name of the same tensor."""
+    """Every parameter and persistent buffer by name, in the order of ``model.state_dict()``, and the first name of the
+    same tensor."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in _named_tensors(model)}
 
@@ -150,7 +160,9 @@ def unlike_state_dict(model: nn.Module) -> str | None:
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         kept: dict[str, Tensor | None] = dict(module._parameters)
-        kept.update((key, buffer) for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set)
+        kept.update(
+            (key, buffer) for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set
+        )
         for key, tensor in kept.items():
             if tensor is not None:
                 yield f"{prefix}.{key}" if prefix else key, tensor
@@ -158,4 +170,6 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _unit(entry: dict[str, Any]) -> StoredUnit:
     slots = tuple(StoredSlot(slot["name"], tuple(slot["shape"]), slot["offset"]) for slot in entry["slots"])
-    return StoredUnit(entry["parameters"], entry["dtype"], slots, tuple(StoredSlice(**part) for part in entry["slices"]))
+    return StoredUnit(
+        entry["parameters"], entry["dtype"], slots, tuple(StoredSlice(**part) for part in entry["slices"])
+    )

@@ -20,7 +20,8 @@ class Output(Console):
     """Standard output.
 
     Args:
-        goes_on: whether work continues without a reader, who is then noted in ``closed``; otherwise `OutputClosed` is raised.
+        goes_on: whether work continues without a reader, who is then noted in ``closed``; otherwise `OutputClosed` is
+            raised.
     """
 
     def __init__(self, *, goes_on: bool = False, **options: Any) -> None:

@@ -1,7 +1,7 @@
 """Whether a run fits into a machine, how much larger it could be, and what to change if it does not fit.
 
-RAM is the whole process's: pages, other tensors, Python. Tensors outside of the pages grow evenly with the batch and with the number of
-equal layers, so two rehearsals of one step each tell how much one row, or one layer more, takes.
+RAM is the whole process's: pages, other tensors, Python. Tensors outside of the pages grow evenly with the batch and
+with the number of equal layers, so two rehearsals of one step each tell how much one row, or one layer more, takes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, Final
 
 from torch import nn
 
+from offload.budget.verdict import Available, commits_at_all
 from offload.config import Config, ConfigError
-from offload.forecast.kernels import CostMode, RatedKernels
 from offload.factories import model_factory
+from offload.forecast.kernels import CostMode, RatedKernels
+from offload.forecast.rehearsal import Bandwidths, Rehearsal, rehearsed
 from offload.machine.facts import memory_fact
 from offload.profiling.stats import commit_frames
-from offload.forecast.rehearsal import Bandwidths, Rehearsal, rehearsed
-from offload.budget.verdict import Available, commits_at_all
-from pagemem.residency.mover import Mover
-from pagemem.folders.own_file import naming
 from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.folders.own_file import naming
+from pagemem.residency.mover import Mover
 from pagemem.units import format_bytes
 
 #: Names of a model's argument that counts its layers, where none is given.
@@ -37,7 +37,8 @@ class Room:
     """What a machine has for a run: RAM for its process, disk for its page files, and memory of a device, in bytes.
 
     Attributes:
-        device_bytes: for the pages there and for what kernels make; None: a device is a part of RAM, as ``cpu-emulated`` is.
+        device_bytes: for the pages there and for what kernels make; None: a device is a part of RAM, as
+            ``cpu-emulated`` is.
     """
 
     ram_bytes: int
@@ -54,12 +55,22 @@ class Taken:
     device_bytes: int = 0
 
     @classmethod
-    def of(cls, base_bytes: int, pages: tuple[int, int], tensor_bytes: int, gradient_bytes: int, disk_bytes: int, room: Room) -> Taken:
+    def of(
+        cls,
+        base_bytes: int,
+        pages: tuple[int, int],
+        tensor_bytes: int,
+        gradient_bytes: int,
+        disk_bytes: int,
+        room: Room,
+    ) -> Taken:
         """By the parts of a process.
 
         Args:
-            base_bytes: Python and its libraries. pages: bytes of those in RAM, and of those on a device. tensor_bytes: other tensors of a step.
-            gradient_bytes: the most of gradients outside of pages in RAM: some of those tensors, or copies of a device's.
+            base_bytes: Python and its libraries. pages: bytes of those in RAM, and of those on a device. tensor_bytes:
+                other tensors of a step.
+            gradient_bytes: the most of gradients outside of pages in RAM: some of those tensors, or copies of a
+                device's.
         """
         host_bytes, device_bytes = pages
         if room.device_bytes is None:
@@ -71,8 +82,11 @@ class Taken:
         return self.missing_bytes(room) <= 0 and self.disk_bytes <= room.disk_bytes
 
     def missing_bytes(self, room: Room) -> int:
-        """Memory by which the room is exceeded, of RAM or of the device, whichever lacks more; below 0: what is left."""
-        on_device = self.device_bytes - room.device_bytes if room.device_bytes is not None else self.ram_bytes - room.ram_bytes
+        """Memory by which the room is exceeded, of RAM or of the device, whichever lacks more; below 0: what is
+        left."""
+        on_device = (
+            self.device_bytes - room.device_bytes if room.device_bytes is not None else self.ram_bytes - room.ram_bytes
+        )
         return max(self.ram_bytes - room.ram_bytes, on_device)
 
 
@@ -96,8 +110,8 @@ class Fit:
 
 
 def available_here(config: Config) -> Available:
-    """What this machine has now: RAM that is free, limits, and the free bytes of the file systems that ``ssd.paths`` lie on, or would,
-    with the page files that are there already, which the run would use.
+    """What this machine has now: RAM that is free, limits, and the free bytes of the file systems that ``ssd.paths``
+    lie on, or would, with the page files that are there already, which the run would use.
 
     Raises:
         StorageError: a folder cannot be looked at.
@@ -111,7 +125,10 @@ def available_here(config: Config) -> Available:
 
 
 def _disk_bytes(config: Config) -> int:
-    folders = [next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir()) for path in config.ssd.paths]
+    folders = [
+        next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir())
+        for path in config.ssd.paths
+    ]
     by_device = {folder.stat().st_dev: shutil.disk_usage(folder).free for folder in folders}
     files = [Path(path) / PAGE_FILE_NAME for path in config.ssd.paths]
     there_bytes = sum(file.stat().st_blocks * 512 for file in files if file.is_file())
@@ -158,7 +175,11 @@ def taken_by(config: Config, base_bytes: int, room: Room) -> Taken:
 def device_pages(engine: Rehearsal) -> int:
     """Pages of the device that a run fills."""
     tier = engine.store.device_tier
-    return 0 if tier is None else min(tier.mover.arena.n_frames, sum(tensor.n_frames for tensor in tier.mover.tensors.values()))
+    return (
+        0
+        if tier is None
+        else min(tier.mover.arena.n_frames, sum(tensor.n_frames for tensor in tier.mover.tensors.values()))
+    )
 
 
 def advice(config: Config, room: Room, taken: Taken, pages_bytes: int, smallest_ram_bytes: int) -> tuple[str, ...]:
@@ -174,11 +195,17 @@ def advice(config: Config, room: Room, taken: Taken, pages_bytes: int, smallest_
         if lower_bytes >= smallest_ram_bytes:
             found.append(f"set memory.ram to {lower_bytes} ({format_bytes(lower_bytes)}) or less")
         else:
-            found.append(f"lower memory.ram (the smallest that works is {smallest_ram_bytes}) is not enough by itself: {format_bytes(short_bytes)} are missing")
-            found.append("lower train.batch or train.seq, recompute layers (torch.utils.checkpoint), or set memory.activations")
+            found.append(
+                f"lower memory.ram (the smallest that works is {smallest_ram_bytes}) is not enough by itself: {format_bytes(short_bytes)} are missing"
+            )
+            found.append(
+                "lower train.batch or train.seq, recompute layers (torch.utils.checkpoint), or set memory.activations"
+            )
     if room.device_bytes is not None and taken.device_bytes > room.device_bytes:
         over = format_bytes(taken.device_bytes - room.device_bytes)
-        found.append(f"the device lacks {over}: lower memory.device, train.batch or train.seq, or recompute layers (torch.utils.checkpoint)")
+        found.append(
+            f"the device lacks {over}: lower memory.device, train.batch or train.seq, or recompute layers (torch.utils.checkpoint)"
+        )
     if taken.disk_bytes > room.disk_bytes:
         missing = format_bytes(taken.disk_bytes - room.disk_bytes)
         fewer = " or keep fewer commits (commit.keep)" if commits(config) and config.commit.keep > 1 else ""
@@ -242,7 +269,11 @@ def largest_depth(config: Config, room: Room, taken: Taken, base_bytes: int, arg
     def at(n: int) -> Taken:
         assert config.model is not None
         arguments = {**config.model.arguments, argument: n}
-        return taken_by(config.model_copy(update={"model": config.model.model_copy(update={"arguments": arguments})}), base_bytes, room)
+        return taken_by(
+            config.model_copy(update={"model": config.model.model_copy(update={"arguments": arguments})}),
+            base_bytes,
+            room,
+        )
 
     one, more = at(layers), at(layers + 1)
     by_memory = -taken.missing_bytes(room) // max(1, more.missing_bytes(room) - one.missing_bytes(room))

@@ -1,8 +1,8 @@
 """`offload plan FILE`: what a run will take, before it is begun. Nothing is trained and no weight is made.
 
-The step is rehearsed without bytes (`offload.forecast.rehearsal`), which gives units, pages, ops and plan as the engine would make
-them; the plan is then simulated (`scheduler.planning.simulator`) with the bandwidths given. Pages are the engine's; times are as
-good as the rates they are computed from.
+The step is rehearsed without bytes (`offload.forecast.rehearsal`), which gives units, pages, ops and plan as the engine
+would make them; the plan is then simulated (`scheduler.planning.simulator`) with the bandwidths given. Pages are the
+engine's; times are as good as the rates they are computed from.
 """
 
 from __future__ import annotations
@@ -15,18 +15,28 @@ from typing import Final
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from offload.config import Config, ConfigError
-from offload.forecast.fit import Fit, Room, Taken, advice, available_here, commit_pages, depth_argument, largest_batch, largest_depth
-from offload.forecast.kernels import CostMode, Kernels, TimedKernels
-from offload.factories import model_factory
-from offload.profiling.stats import commit_frames
 from offload.budget.need import BudgetNeed
+from offload.budget.smallest import smallest_budget
+from offload.budget.verdict import Available, decide
+from offload.config import Config, ConfigError
+from offload.factories import model_factory
+from offload.forecast.fit import (
+    Fit,
+    Room,
+    Taken,
+    advice,
+    available_here,
+    commit_pages,
+    depth_argument,
+    largest_batch,
+    largest_depth,
+)
+from offload.forecast.kernels import CostMode, Kernels, TimedKernels
 from offload.forecast.rates import Rates, kernels_of, threads_of
 from offload.forecast.rehearsal import Rehearsal, rehearsed
-from offload.budget.smallest import smallest_budget
 from offload.forecast.step_times import StepTimes
-from offload.budget.verdict import Available, decide
 from offload.heap import give_back_free_pages
+from offload.profiling.stats import commit_frames
 from pagemem.durable.page_reader import CHUNK_BYTES
 
 #: Processor time of the I/O threads (`benchmarks/README.md`). Where all cores compute, compute is so much longer.
@@ -35,7 +45,8 @@ MOVING_S_PER_BYTE: Final = 1.4e-10
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Bytes of each tier at one point of a run: pages, and in RAM also gradients in flight; the device's are pages alone."""
+    """Bytes of each tier at one point of a run: pages, and in RAM also gradients in flight; the device's are pages
+    alone."""
 
     host_pages: int
     host_bytes: int
@@ -52,21 +63,27 @@ class Forecast:
     Attributes:
         smallest_ram_bytes: the least ``memory.ram`` that the model can be trained in.
         resident_ram_bytes: ``memory.ram`` from which on nothing moves, with pages of this size.
-        start: when the model is built. step: the most during the steps. commit: that, with the commits that are kept. resume: when a
-            run has gone on from one, before its first step.
-        export_ram_bytes: buffers of `offload export`, beside what Python and its libraries take. export_bytes: of the files it writes.
-        ops: of one step. step_s: predicted; compute_s of it without any wait, moving_s: by which moves slow compute down.
+        start: when the model is built. step: the most during the steps. commit: that, with the commits that are kept.
+            resume: when a run has gone on from one, before its first step.
+        export_ram_bytes: buffers of `offload export`, beside what Python and its libraries take. export_bytes: of the
+            files it writes.
+        ops: of one step. step_s: predicted; compute_s of it without any wait, moving_s: by which moves slow compute
+            down.
         busy: share of the step that each lane is busy. waits_s: of a step, by the lane that was waited for.
         limiting: the lane that is busy most.
         recomputed_blocks: of the model, computed again in the backward pass instead of having what they save in pages.
         device_units: of all units, those whose parameters and states are on the device for good and are updated there.
         read_bytes, written_bytes: of the page files per step; h2d_bytes: copied to the device.
-        tensor_bytes: the most that tensors outside of the pages take in a step: activations, gradients in flight, results.
-        base_bytes: RAM that Python and its libraries take: of this process; with the kernels' own buffers where they were run here.
-        process_bytes: RAM of the process in a step: pages, those tensors, and the base; where the machine's device has memory of its
-            own, without what is there.
-        undisturbed_share: of the time in which kernels were timed, the share in which they had a processor; 1 where none was timed.
-        kernels_timed: kernels that were run on this machine, and the seconds that took; kernels_rated: those that could not be.
+        tensor_bytes: the most that tensors outside of the pages take in a step: activations, gradients in flight,
+            results.
+        base_bytes: RAM that Python and its libraries take: of this process; with the kernels' own buffers where they
+            were run here.
+        process_bytes: RAM of the process in a step: pages, those tensors, and the base; where the machine's device has
+            memory of its own, without what is there.
+        undisturbed_share: of the time in which kernels were timed, the share in which they had a processor; 1 where
+            none was timed.
+        kernels_timed: kernels that were run on this machine, and the seconds that took; kernels_rated: those that could
+            not be.
     """
 
     parameters: int
@@ -126,12 +143,14 @@ def _unheard(_stage: str) -> None:
     """Nobody watches."""
 
 
-def forecast(config: Config, rates: Rates, question: Question = Question(), heard: Callable[[str], None] = _unheard) -> Forecast:
+def forecast(
+    config: Config, rates: Rates, question: Question = Question(), heard: Callable[[str], None] = _unheard
+) -> Forecast:
     """Rehearse and simulate the run of a configuration.
 
     Args:
-        config: exact mode, with the sections model and train, with or without a device; the model takes two int64 tensors of
-            ``train.batch`` rows and ``train.seq`` tokens.
+        config: exact mode, with the sections model and train, with or without a device; the model takes two int64
+            tensors of ``train.batch`` rows and ``train.seq`` tokens.
         rates: of the machine.
         heard: told what is being done, again and again.
 
@@ -175,7 +194,8 @@ def _found(
     engine: Rehearsal, rates: Rates, kernels: Kernels, start: Phase, need: BudgetNeed, base_bytes: int, room: Room,
     limits: tuple[tuple[str, int], ...],
 ) -> Forecast:  # fmt: skip
-    """What an engine that has rehearsed its steps tells; ``limits`` are those on this process, where the room is this machine's."""
+    """What an engine that has rehearsed its steps tells; ``limits`` are those on this process, where the room is this
+    machine's."""
     config, mover = engine.config, engine.store.mover
     step, commit = _at_step(engine), _at_commit(engine)
     times = StepTimes.of(engine)
@@ -186,8 +206,18 @@ def _found(
         base_bytes = max(base_bytes, _resident_now_bytes())
     pages_bytes = step.host_pages * mover.arena.page_bytes
     disk_bytes = step.ssd_bytes + commit_pages(config, mover) * mover.arena.page_bytes
-    taken = Taken.of(base_bytes, (pages_bytes, step.device_bytes), engine.outside.peak_bytes, engine.peak_gradient_bytes, disk_bytes, room)
-    lacks = tuple(shortage.line for shortage in decide(config, need, "", Available(room.ram_bytes, room.disk_bytes, limits)).shortages)
+    taken = Taken.of(
+        base_bytes,
+        (pages_bytes, step.device_bytes),
+        engine.outside.peak_bytes,
+        engine.peak_gradient_bytes,
+        disk_bytes,
+        room,
+    )
+    lacks = tuple(
+        shortage.line
+        for shortage in decide(config, need, "", Available(room.ram_bytes, room.disk_bytes, limits)).shortages
+    )
     return Forecast(
         parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
         ram_bytes=config.memory.ram, page_bytes=mover.arena.page_bytes,
@@ -220,12 +250,17 @@ def check_forecastable(config: Config) -> None:
     if missing:
         raise ConfigError(f"plan needs the sections {', '.join(missing)} as well")
     if config.train is not None and config.train.seq is None:
-        raise ConfigError("plan needs train.seq: it gives the model two int64 tensors of train.batch rows and train.seq tokens")
+        raise ConfigError(
+            "plan needs train.seq: it gives the model two int64 tensors of train.batch rows and train.seq tokens"
+        )
     if config.update.mode != "exact":
-        raise ConfigError(f'update.mode is "{config.update.mode}": plan knows "exact" only, whose updates are part of the step; --set update.mode=exact')
+        raise ConfigError(
+            f'update.mode is "{config.update.mode}": plan knows "exact" only, whose updates are part of the step; --set update.mode=exact'
+        )
 
 
-# ---- tiers -------------------------------------------------------------------------------------------------------------
+# ---- tiers
+# -------------------------------------------------------------------------------------------------------------
 
 
 def _phase(engine: Rehearsal, host_pages: int, gradient_bytes: int, ssd_pages: int) -> Phase:
@@ -236,7 +271,10 @@ def _phase(engine: Rehearsal, host_pages: int, gradient_bytes: int, ssd_pages: i
 def _resident_bytes(engine: Rehearsal) -> int:
     mover = engine.store.mover
     used = set(engine.trace.tensors())
-    return sum(t.n_frames for t in mover.tensors.values() if t.id in used) * mover.arena.page_bytes + engine.store.driver.overhead_bytes
+    return (
+        sum(t.n_frames for t in mover.tensors.values() if t.id in used) * mover.arena.page_bytes
+        + engine.store.driver.overhead_bytes
+    )
 
 
 def _at_start(engine: Rehearsal) -> Phase:
@@ -252,7 +290,9 @@ def _at_step(engine: Rehearsal) -> Phase:
     if upper is None:
         return phase
     assert upper.plan is not None
-    return replace(phase, device_pages=upper.plan.peak_frames, device_bytes=upper.plan.peak_frames * engine.store.page_bytes)
+    return replace(
+        phase, device_pages=upper.plan.peak_frames, device_bytes=upper.plan.peak_frames * engine.store.page_bytes
+    )
 
 
 def _at_commit(engine: Rehearsal) -> Phase:

@@ -1,6 +1,7 @@
 """How long torch's kernels take: from rates, or by timing each of them once on this machine.
 
-    RatedKernels   floating-point operations (torch's own formulas), or the bytes that a kernel without any touches, at given rates
+    RatedKernels   floating-point operations (torch's own formulas), or the bytes that a kernel without any touches, at
+    given rates
     TimedKernels   each kernel of each shape is run here, on tensors of its own, and what it took is remembered
 
 Kernels come as torch dispatches them, with tensors of torch's meta device.
@@ -25,13 +26,16 @@ from offload.profiling.live_storages import tensors_in
 
 _ATEN: Final = torch.ops.aten
 FUSED: Final = frozenset({_ATEN._fused_adam_, _ATEN._fused_adamw_, _ATEN._fused_sgd_})
-_UNTOUCHED: Final = frozenset({_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided})
+_UNTOUCHED: Final = frozenset(
+    {_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided}
+)
 _ATTENTION: Final = _ATEN._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD: Final = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 #: A kernel is run until it took so long in all, but not more often than `_MOST_RUNS`.
 _LEAST_S: Final = 0.02
 _MOST_RUNS: Final = 5
-#: Written before each run: in a step a kernel finds little of what it reads in the processor's caches, which hold no more than this.
+#: Written before each run: in a step a kernel finds little of what it reads in the processor's caches, which hold no
+#: more than this.
 _FLUSH_BYTES: Final = 48 << 20
 #: Part of the free memory that the tensors of one kernel may take.
 _MEMORY_SHARE: Final = 0.5
@@ -50,7 +54,8 @@ class RatedKernels:
     Args:
         flops_per_s: of those that have floating-point operations to speak of.
         bytes_per_s: read and written by the others.
-        update_bytes_per_s: read and written by an optimizer's updates, where they are made in other memory; None: likewise.
+        update_bytes_per_s: read and written by an optimizer's updates, where they are made in other memory; None:
+            likewise.
 
     Attributes:
         updates_on_device: whether updates that come now are made where everything else is.
@@ -77,8 +82,8 @@ class TimedKernels:
     """Kernels as they are on this machine's CPU, with torch's present number of threads.
 
     Args:
-        otherwise: asked about kernels that cannot be run here: their tensors would not fit in this machine's free memory, or they
-            do not take the values they would be run with.
+        otherwise: asked about kernels that cannot be run here: their tensors would not fit in this machine's free
+            memory, or they do not take the values they would be run with.
 
     Attributes:
         n_timed: kernels that were timed. spent_s: what that took. n_others: those asked of ``otherwise``.
@@ -96,8 +101,8 @@ class TimedKernels:
 
     @property
     def undisturbed_share(self) -> float:
-        """Of the time in which kernels ran, the share in which the thread that runs them had a processor. A machine that is busy with
-        something else gives it less."""
+        """Of the time in which kernels ran, the share in which the thread that runs them had a processor. A machine
+        that is busy with something else gives it less."""
         return min(1.0, self._on_processor_s / self._ran_s) if self._ran_s else 1.0
 
     def seconds(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> float:
@@ -146,9 +151,14 @@ def _once_s(run: Callable[[], object]) -> float:
 
 
 def _real(value: Any) -> Any:
-    """Bytes for a meta tensor, at the same strides: ones, which are numbers that every kernel takes, and indices that exist."""
+    """Bytes for a meta tensor, at the same strides: ones, which are numbers that every kernel takes, and indices that
+    exist."""
     if isinstance(value, Tensor):
-        numel = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+        numel = (
+            1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            if value.numel()
+            else 0
+        )
         return torch.ones(numel, dtype=value.dtype, device="cpu").as_strided(value.shape, value.stride())
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
@@ -170,7 +180,9 @@ class CostMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(self._kernels, RatedKernels):
             self._kernels.updates_on_device = on_device
 
-    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Count one kernel."""
         named = kwargs or {}
         # They change their arguments in place, and not all of them exist on meta.
@@ -198,4 +210,6 @@ def bytes_of(values: Any) -> int:
 @cache
 def is_view(func: Any) -> bool:
     """Whether a kernel returns its argument's bytes."""
-    return any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)
+    return any(
+        returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns
+    )

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pagemem.devices.accelerator import Copy, Mark, RamDevice, TimedCopy
 from pagemem.devices.arena import Arena
-from pagemem.files.stats import IoMeter
-from pagemem.frames.page import Extent, FrameId, TensorId
 from pagemem.files.page_file import SLAB_BYTES, PageFiles
 from pagemem.files.requests import Route, tabulate
-from pagemem.files.transfer import Done, Part
+from pagemem.files.stats import IoMeter
 from pagemem.files.striping import Striping
+from pagemem.files.transfer import Done, Part
+from pagemem.frames.page import Extent, FrameId, TensorId
 from pagemem.units import ceil_div
 
 
@@ -106,12 +106,20 @@ class NoFiles(PageFiles):
         return Route(self._nowhere, (), sum(extent.length_bytes for extent in extents))
 
     def read(
-        self, where: Route | Sequence[Extent], into: memoryview, done: Done, *, background: bool = False, part: Part | None = None
+        self,
+        where: Route | Sequence[Extent],
+        into: memoryview,
+        done: Done,
+        *,
+        background: bool = False,
+        part: Part | None = None,
     ) -> None:
         """Done, without parts."""
         done(None)
 
-    def write(self, where: Route | Sequence[Extent], source: memoryview, done: Done, *, background: bool = False) -> None:
+    def write(
+        self, where: Route | Sequence[Extent], source: memoryview, done: Done, *, background: bool = False
+    ) -> None:
         """Done."""
         done(None)
 

@@ -27,8 +27,8 @@ class Rates:
     """What a machine does in a second.
 
     Attributes:
-        flops: floating-point operations of matrix products. ram: bytes that other kernels read and write. Both None: each kernel
-            is timed on this machine.
+        flops: floating-point operations of matrix products. ram: bytes that other kernels read and write. Both None:
+            each kernel is timed on this machine.
         ssd_read, ssd_write: bytes of the page files. h2d: bytes copied from RAM to the device.
         device_ram: as ``ram``, of kernels on the device; optimizer's updates are made in RAM. None: as ``ram``.
     """
@@ -50,11 +50,12 @@ def rates_of(
     config: Config, *, flops: float | None = None, ram: float | None = None, ssd_read: float | None = None,
     ssd_write: float | None = None, h2d: float | None = None, device_ram: float | None = None,
 ) -> Rates:  # fmt: skip
-    """The rates given, and for others: compute as measured now (if only one of both is given; else its kernels are timed later), the
-    disk as ``ssd.limit_mb_per_s`` says or as the engine assumes, copies to the device as it assumes.
+    """The rates given, and for others: compute as measured now (if only one of both is given; else its kernels are
+    timed later), the disk as ``ssd.limit_mb_per_s`` says or as the engine assumes, copies to the device as it assumes.
 
     Raises:
-        ConfigError: a rate is not above 0, or is of a device without the others that a forecast for another machine needs.
+        ConfigError: a rate is not above 0, or is of a device without the others that a forecast for another machine
+            needs.
     """
     given = {
         "--flops": flops, "--ram-speed": ram, "--ssd-read": ssd_read, "--ssd-write": ssd_write, "--h2d": h2d, "--device-ram-speed": device_ram,
@@ -63,14 +64,18 @@ def rates_of(
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} is {value:g}; it must be a number above 0")
     if device_ram is not None and (flops is None or ram is None):
-        raise ConfigError("--device-ram-speed tells of another machine's device: give its --flops, and --ram-speed of its RAM, too")
+        raise ConfigError(
+            "--device-ram-speed tells of another machine's device: give its --flops, and --ram-speed of its RAM, too"
+        )
     limit = config.ssd.limit_mb_per_s
     assumed = ASSUMED_BYTES_PER_S if limit is None else limit * 1e6
     disk = ssd_read or assumed, ssd_write or assumed
     if flops is None and ram is None:
         return Rates(None, None, *disk, h2d or ASSUMED_UPLOAD_BYTES_PER_S)
     with threads_of(config):
-        return Rates(flops or _measured_flops(), ram or _measured_copy(), *disk, h2d or ASSUMED_UPLOAD_BYTES_PER_S, device_ram)
+        return Rates(
+            flops or _measured_flops(), ram or _measured_copy(), *disk, h2d or ASSUMED_UPLOAD_BYTES_PER_S, device_ram
+        )
 
 
 def _best_s(run: Callable[[], object]) -> float:

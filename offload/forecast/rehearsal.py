@@ -2,8 +2,9 @@
 
 Store, mover, driver, updater and interception are the engine's own; only what would hold bytes is not there: the host
 arena hands out meta tensors, and the page files move nothing, at once. So units, slices, pages, ops and their order are
-those of a real run, and the plan is made of them by the same planner. What differs is time: an op takes as long as its kernels do
-(`offload.forecast.kernels`). Tensors outside of the pages are followed from the op that makes them to their end, and so counted.
+those of a real run, and the plan is made of them by the same planner. What differs is time: an op takes as long as its
+kernels do (`offload.forecast.kernels`). Tensors outside of the pages are followed from the op that makes them to their
+end, and so counted.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
-from offload.parameters.binder import Binder
 from offload.config import Config
-from offload.forecast.cpu_attention import AttentionOfCpu
-from offload.store.deferred_init import built_into
 from offload.engine import Engine
-from offload.parameters.saved_weights import SavedView, SavedWeights
+from offload.forecast.cpu_attention import AttentionOfCpu
 from offload.forecast.kernels import CostMode
-from offload.profiling.live_storages import Holder, LiveStorages
 from offload.forecast.meta_tier import MetaArena, MetaDevice, NoFiles
+from offload.parameters.binder import Binder
+from offload.parameters.saved_weights import SavedView, SavedWeights
+from offload.profiling.live_storages import Holder, LiveStorages
+from offload.store.deferred_init import built_into
 from offload.store.page_store import PageStore
 from optim import LossScale, Scaling
 from pagemem.devices.accelerator import Accelerator
@@ -37,11 +38,11 @@ from pagemem.files.page_file import PageFiles
 from pagemem.residency.paged_tensor import PagedTensor
 from scheduler.execution.device_driver import DeviceDriver
 from scheduler.execution.driver import Driver
-from scheduler.planning.trace import Access, OpKey, Trace
 from scheduler.planning.lookahead import Machine
+from scheduler.planning.trace import Access, OpKey, Trace
 
-#: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything anew. With a
-#: device one more is recorded: what it asks of host memory by plan.
+#: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything
+#: anew. With a device one more is recorded: what it asks of host memory by plan.
 STEPS: Final = 3
 
 
@@ -136,7 +137,11 @@ class _SavedWeights(SavedWeights):
         arena = self._binder.mover.arena
         assert isinstance(arena, MetaArena)
         leased = arena.leased(saved)
-        return None if leased is None else SavedView(self._binder.units[leased[0]], leased[1], saved.size(), saved.stride(), saved.dtype)
+        return (
+            None
+            if leased is None
+            else SavedView(self._binder.units[leased[0]], leased[1], saved.size(), saved.stride(), saved.dtype)
+        )
 
 
 class _Store(PageStore):
@@ -150,11 +155,15 @@ class _Store(PageStore):
         def clock() -> float:
             return cost.seconds
 
-        self.driver = self.host = Clocked(self.mover, self.counters, lambda: (bandwidths.ssd_read, bandwidths.ssd_write))
+        self.driver = self.host = Clocked(
+            self.mover, self.counters, lambda: (bandwidths.ssd_read, bandwidths.ssd_write)
+        )
         self.host.clock = clock
         self.device_driver: ClockedDevice | None = None
         if self.device_tier is not None:
-            self.device_tier.driver = self.device_driver = ClockedDevice(self.device_tier.mover, self.host, self.counters)
+            self.device_tier.driver = self.device_driver = ClockedDevice(
+                self.device_tier.mover, self.host, self.counters
+            )
             self.device_driver.clock, self.device_driver.cost = clock, cost
             self.device_driver.planning.bandwidth = lambda: (bandwidths.h2d, bandwidths.h2d)
         self.binder = _Binder(self.host, self.mover)
@@ -258,7 +267,9 @@ class Rehearsal(Engine):
 
     def _check_planned(self) -> None:
         if any(driver.plan is None for driver in (self.store.host, self.store.device_driver) if driver is not None):
-            raise RehearsalError("views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise memory.ram")
+            raise RehearsalError(
+                "views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise memory.ram"
+            )
 
 
 @contextmanager
@@ -269,7 +280,9 @@ def _needs_no_values() -> Iterator[None]:
         raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).partition("\n")[0]
-        raise RehearsalError(f"the model's step cannot be performed without values, on torch's meta device: {reason}") from error
+        raise RehearsalError(
+            f"the model's step cannot be performed without values, on torch's meta device: {reason}"
+        ) from error
 
 
 @contextmanager

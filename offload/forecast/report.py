@@ -11,10 +11,10 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import TextColumn, TimeElapsedColumn
 
-from offload.forecast.fit import Fit
-from offload.forecast.forecast import Forecast
 from offload.console.live_bar import LiveBar
 from offload.console.tables import print_rows
+from offload.forecast.fit import Fit
+from offload.forecast.forecast import Forecast
 from offload.forecast.step_times import H2D
 from pagemem.units import format_bytes
 
@@ -24,7 +24,8 @@ UNDISTURBED: Final = 0.9
 
 @contextmanager
 def shown(console: Console) -> Iterator[Callable[[str], None]]:
-    """Inside, what is told is shown in one line on a terminal, with the time since the beginning, and is gone afterwards."""
+    """Inside, what is told is shown in one line on a terminal, with the time since the beginning, and is gone
+    afterwards."""
     bar = LiveBar(console, TextColumn("plan"), TextColumn("{task.description}"), TimeElapsedColumn())
     task = bar.add_task("", total=None)
     if not console.is_terminal:
@@ -40,7 +41,10 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
     rows = [
         ("parameters", f"{found.parameters:,}"),
         ("memory.ram", f"{format_bytes(found.ram_bytes)}, pages of {format_bytes(found.page_bytes)}"),
-        ("smallest memory.ram that works", f"{format_bytes(found.smallest_ram_bytes)} ({found.smallest_ram_bytes}), for {found.largest_unit}"),
+        (
+            "smallest memory.ram that works",
+            f"{format_bytes(found.smallest_ram_bytes)} ({found.smallest_ram_bytes}), for {found.largest_unit}",
+        ),
         ("memory.ram from which nothing moves", f"{format_bytes(found.resident_ram_bytes)}, with pages of this size"),
     ]
     phases = (
@@ -51,7 +55,12 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         if phase.device_pages:
             host = f"device {phase.device_pages} pages, {format_bytes(phase.device_bytes)}; {host}"
         rows.append((name, f"{host}; SSD {phase.ssd_pages} pages, {format_bytes(phase.ssd_bytes)}"))
-    rows.append(("export", f"RAM {format_bytes(found.export_ram_bytes)} of buffers; files of {format_bytes(found.export_bytes)}"))
+    rows.append(
+        (
+            "export",
+            f"RAM {format_bytes(found.export_ram_bytes)} of buffers; files of {format_bytes(found.export_bytes)}",
+        )
+    )
     rows += [*memory_rows(found), *fit_rows(found.fit)]
     moving = f"; {found.moving_s:.3f} s by which moves slow it down" if found.moving_s else ""
     ops = f"{found.ops} ops" + (" of host memory" if found.step.device_pages else "")
@@ -62,11 +71,18 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         ("waits a step", ", ".join(f"{lane} {seconds:.3f} s" for lane, seconds in found.waits_s.items())),
     ]
     if found.recomputed_blocks:
-        rows.append(("recomputed in the backward pass", f"{found.recomputed_blocks} of the blocks of the model, which costs less than pages for what they save"))
+        rows.append(
+            (
+                "recomputed in the backward pass",
+                f"{found.recomputed_blocks} of the blocks of the model, which costs less than pages for what they save",
+            )
+        )
     if found.device_units:
         rows.append(("updated on the device, where their states are", f"{found.device_units} of {found.units} units"))
     for what, n_bytes in (("read", found.read_bytes), ("written", found.written_bytes)):
-        rows.append((f"SSD bytes {what} a step", f"{format_bytes(n_bytes)} ({n_bytes / found.parameters:.1f} a parameter)"))
+        rows.append(
+            (f"SSD bytes {what} a step", f"{format_bytes(n_bytes)} ({n_bytes / found.parameters:.1f} a parameter)")
+        )
     if H2D in found.busy:
         rows.append(("bytes copied to the device a step", format_bytes(found.h2d_bytes)))
     disk = f"SSD read {rates.ssd_read / 1e6:,.0f} MB/s, write {rates.ssd_write / 1e6:,.0f} MB/s"
@@ -88,11 +104,18 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
 def memory_rows(found: Forecast) -> list[tuple[str, str]]:
     """What the process and, where it has memory of its own, the device hold in a step, as (what, value) pairs."""
     pages = f"pages {format_bytes(found.step.host_pages * found.page_bytes)}"
-    on_device, others = f"pages {format_bytes(found.step.device_bytes)}", f"other tensors {format_bytes(found.tensor_bytes)}"
+    on_device, others = (
+        f"pages {format_bytes(found.step.device_bytes)}",
+        f"other tensors {format_bytes(found.tensor_bytes)}",
+    )
     base = f"Python and libraries {format_bytes(found.base_bytes)}"
     own = found.fit.taken.device_bytes
     on_their_way = f"gradients {format_bytes(found.step.host_bytes - found.step.host_pages * found.page_bytes)}"
-    parts = [pages, on_their_way, base] if own else [pages, *([f"device's {on_device}"] if found.step.device_pages else []), others, base]
+    parts = (
+        [pages, on_their_way, base]
+        if own
+        else [pages, *([f"device's {on_device}"] if found.step.device_pages else []), others, base]
+    )
     rows = [("process, in a step", f"{format_bytes(found.process_bytes)}: {', '.join(parts)}")]
     if own:
         rows.append(("device, in a step", f"{format_bytes(own)}: {on_device}, {others}"))
@@ -107,7 +130,11 @@ def fit_rows(fit: Fit) -> list[tuple[str, str]]:
     rows = [("fits", f"{'yes' if fit.fits else 'no'}: {taken}"), *(("to make it fit", line) for line in fit.advice)]
     if fit.largest_batch is not None:
         rows.append(("largest train.batch that fits", str(fit.largest_batch)))
-        depth = f"{fit.depth_argument} = {fit.largest_depth}" if fit.depth_argument else "the model has no argument that counts its layers; name one with --depth"
+        depth = (
+            f"{fit.depth_argument} = {fit.largest_depth}"
+            if fit.depth_argument
+            else "the model has no argument that counts its layers; name one with --depth"
+        )
         rows.append(("largest depth that fits", depth))
     return rows
 
@@ -119,7 +146,9 @@ def print_forecast(found: Forecast, console: Console, *, as_json: bool) -> None:
         return
     print_rows("Plan", forecast_rows(found), console)
     if not found.steady:
-        console.print("the plan's cycles did not come to repeat in time: the step is the mean of those simulated", highlight=False)
+        console.print(
+            "the plan's cycles did not come to repeat in time: the step is the mean of those simulated", highlight=False
+        )
 
 
 def as_dict(found: Forecast) -> dict[str, Any]:

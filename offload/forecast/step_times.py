@@ -1,8 +1,9 @@
 """How long a rehearsed step takes, and what it waits for: the plans of its tiers, simulated.
 
-With a device there are two plans, one above the other, and each is simulated by itself: the upper one as if everything were in host
-memory, the lower one as if the device had its copies at once. A step takes what it computes and the waits of both. What it computes
-is between the ops of the upper one: there may be none of the lower one until far into the step, or at all.
+With a device there are two plans, one above the other, and each is simulated by itself: the upper one as if everything
+were in host memory, the lower one as if the device had its copies at once. A step takes what it computes and the waits
+of both. What it computes is between the ops of the upper one: there may be none of the lower one until far into the
+step, or at all.
 """
 
 from __future__ import annotations

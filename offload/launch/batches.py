@@ -1,10 +1,13 @@
-"""What `offload launch` trains on: the object that ``data.factory`` returns, looked at before it is needed, and its batches.
+"""What `offload launch` trains on: the object that ``data.factory`` returns, looked at before it is needed, and its
+batches.
 
-The object has ``batch(step, rows)`` and ``validation_batches(count, rows)``, with ``seq`` as a last argument where ``train.seq``
-is set; both give pairs of tensors, inputs and targets. It may have
+The object has ``batch(step, rows)`` and ``validation_batches(count, rows)``, with ``seq`` as a last argument where
+``train.seq`` is set; both give pairs of tensors, inputs and targets. It may have
 
-- ``unit``, text such as "byte": of what the loss is a mean over, in nats for each; losses are then shown in bits for each;
-- ``tokens_per_sample``: throughput is then shown in tokens; it is ``train.seq`` where there is a ``unit`` and nothing else is said;
+- ``unit``, text such as "byte": of what the loss is a mean over, in nats for each; losses are then shown in bits for
+  each;
+- ``tokens_per_sample``: throughput is then shown in tokens; it is ``train.seq`` where there is a ``unit`` and nothing
+  else is said;
 - ``unigram_entropy_bits()``: bits for each unit of the best model without context.
 """
 
@@ -42,27 +45,37 @@ class Batches:
         self._check_method("batch", "step", 0)
         if train.evaluate_batches:
             self._check_method("validation_batches", "count", train.evaluate_batches)
-        self.unit: str | None = self._optional("unit", lambda value: isinstance(value, str) and value, 'text such as "byte"')
-        tokens = self._optional("tokens_per_sample", lambda value: type(value) is int and value > 0, "a whole number above 0")
+        self.unit: str | None = self._optional(
+            "unit", lambda value: isinstance(value, str) and value, 'text such as "byte"'
+        )
+        tokens = self._optional(
+            "tokens_per_sample", lambda value: type(value) is int and value > 0, "a whole number above 0"
+        )
         self.tokens_per_sample: int | None = train.seq if tokens is None and self.unit is not None else tokens
 
     def _check_method(self, name: str, first: str, value: int) -> None:
         arguments = f"({', '.join([first, 'rows', 'seq'][: 1 + len(self._shape)])})"
         method = getattr(self._data, name, None)
         if not callable(method):
-            raise ConfigError(f"data.factory: {self._reference} returns {described(self._data)}, which has no method {name}{arguments}")
+            raise ConfigError(
+                f"data.factory: {self._reference} returns {described(self._data)}, which has no method {name}{arguments}"
+            )
         try:
             inspect.signature(method).bind(value, *self._shape)
         except TypeError as error:
             hint = "" if self._train.seq is not None else "; train.seq is not set, so none is given"
-            raise ConfigError(f"data.factory: {self._reference}: {name} is called as {name}{arguments}: {error}{hint}") from error
+            raise ConfigError(
+                f"data.factory: {self._reference}: {name} is called as {name}{arguments}: {error}{hint}"
+            ) from error
         except ValueError:  # A method without a signature is found out when it is called.
             return
 
     def _optional(self, name: str, fits: Callable[[Any], object], expected: str) -> Any:
         value = getattr(self._data, name, None)
         if value is not None and not fits(value):
-            raise ConfigError(f"data.factory: {self._reference}: {name} of what it returns is {value!r}; it must be {expected}")
+            raise ConfigError(
+                f"data.factory: {self._reference}: {name} of what it returns is {value!r}; it must be {expected}"
+            )
         return value
 
     def batch(self, number: int) -> Pair:
@@ -85,7 +98,9 @@ class Batches:
         with calls_of("data.factory", f"{self._reference}: {name}"):
             made = self._data.validation_batches(self._train.evaluate_batches, *self._shape)
         if not hasattr(made, "__iter__"):
-            raise ConfigError(f"data.factory: {self._reference}: {name} gives {described(made)}; it must give pairs of tensors one by one")
+            raise ConfigError(
+                f"data.factory: {self._reference}: {name} gives {described(made)}; it must give pairs of tensors one by one"
+            )
         batches = iter(made)
         while True:
             with calls_of("data.factory", f"{self._reference}: {name}"):
@@ -95,12 +110,16 @@ class Batches:
             found += 1
             yield self._pair(name, pair)
         if not found:
-            raise ConfigError(f"data.factory: {self._reference}: {name} gives no batch; {self._train.evaluate_batches} were asked for (train.evaluate_batches)")
+            raise ConfigError(
+                f"data.factory: {self._reference}: {name} gives no batch; {self._train.evaluate_batches} were asked for (train.evaluate_batches)"
+            )
 
     def _pair(self, name: str, made: Any) -> Pair:
         if isinstance(made, (tuple, list)) and len(made) == 2 and all(isinstance(part, Tensor) for part in made):
             return made[0], made[1]
-        raise ConfigError(f"data.factory: {self._reference}: {name} gives {described(made)}; it must give a pair of tensors, inputs and targets")
+        raise ConfigError(
+            f"data.factory: {self._reference}: {name} gives {described(made)}; it must give a pair of tensors, inputs and targets"
+        )
 
     def unigram_entropy_bits(self) -> float | None:
         """Bits for each unit of the best model without context, where the data tell."""
@@ -126,9 +145,13 @@ def loss_of(output: Any, reference: str, *, trains: bool) -> Tensor:
         hint = "; return its loss" if hasattr(output, "loss") else ""
         raise ConfigError(f"model.factory: {reference}: forward(x, y) returns {described(output)}; {expected}{hint}")
     if output.numel() != 1 or not output.is_floating_point():
-        raise ConfigError(f"model.factory: {reference}: forward(x, y) returns {described(output)}; {expected}, e.g. its mean")
+        raise ConfigError(
+            f"model.factory: {reference}: forward(x, y) returns {described(output)}; {expected}, e.g. its mean"
+        )
     if trains and not output.requires_grad:
-        raise ConfigError(f"model.factory: {reference}: the loss that forward(x, y) returns does not depend on a trained parameter; is it detached, or made under no_grad?")
+        raise ConfigError(
+            f"model.factory: {reference}: the loss that forward(x, y) returns does not depend on a trained parameter; is it detached, or made under no_grad?"
+        )
     return output if output.dim() == 0 else output.reshape(())
 
 

@@ -27,13 +27,16 @@ _raised_s = float("-inf")
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    """KeyboardInterrupt for SIGINT, SystemExit for others, once for a burst, and not in the middle of the engine's code."""
+    """KeyboardInterrupt for SIGINT, SystemExit for others, once for a burst, and not in the middle of the engine's
+    code."""
     global _raised_s
     now_s = time.monotonic()
     if now_s - _raised_s < BURST_S:
         return
     _raised_s = now_s
-    error: Callable[[], BaseException] = KeyboardInterrupt if number == signal.SIGINT else partial(SystemExit, 128 + number)
+    error: Callable[[], BaseException] = (
+        KeyboardInterrupt if number == signal.SIGINT else partial(SystemExit, 128 + number)
+    )
     interrupts.raise_outside(frame, error)
 
 

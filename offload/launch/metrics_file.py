@@ -1,4 +1,5 @@
-"""metrics.jsonl of a run that goes on: what can be read of it. It is a report, and no judge of whether a run may go on."""
+"""metrics.jsonl of a run that goes on: what can be read of it. It is a report, and no judge of whether a run may go
+on."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class KeptMetrics:
 
 
 def kept_metrics(path: Path, steps: int) -> KeptMetrics:
-    """The metrics of the first ``steps`` steps. Nothing in the file, in whatever state it is, stops a run; nothing is changed."""
+    """The metrics of the first ``steps`` steps. Nothing in the file, in whatever state it is, stops a run; nothing is
+    changed."""
     if not steps:
         return KeptMetrics([], None)
     found: dict[int, StepMetrics] = {}
@@ -49,7 +51,9 @@ def kept_metrics(path: Path, steps: int) -> KeptMetrics:
                 if metrics.step <= steps:
                     found[metrics.step] = metrics
     except OSError as error:
-        return KeptMetrics([], f"{path}: the metrics of the {steps} steps before are not kept: {error.strerror or error}")
+        return KeptMetrics(
+            [], f"{path}: the metrics of the {steps} steps before are not kept: {error.strerror or error}"
+        )
     kept = [found[step] for step in sorted(found)]
     if len(kept) == steps:
         return KeptMetrics(kept, None)

@@ -1,8 +1,8 @@
 """`offload profile FILE`: train a few steps of a configuration and show what they do to memory.
 
-The steps are of a run of its own, from the beginning: its page files and the data's cache lie in temporary folders beside
-those of ``ssd.paths``, on the same disks, and are removed at the end. A run that the configuration has made is neither
-read nor changed.
+The steps are of a run of its own, from the beginning: its page files and the data's cache lie in temporary folders
+beside those of ``ssd.paths``, on the same disks, and are removed at the end. A run that the configuration has made is
+neither read nor changed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from offload.launch.batches import Batches
 from offload.config import Config, ConfigError
-from offload.store.deferred_init import deferred_init
 from offload.engine import Engine, initialize
 from offload.factories import calls_of, data_factory, model_factory
+from offload.launch.batches import Batches
 from offload.launch.train import check_budget, learning_rate, one_step
-from offload.profiling.profile import REPORT, SUMMARY, TRACE, Profile, check_profile_folder
 from offload.profiling.html_report import print_profile
+from offload.profiling.profile import REPORT, SUMMARY, TRACE, Profile, check_profile_folder
+from offload.store.deferred_init import deferred_init
 
 #: Steps in which a plan must have been made and followed once; steps that differ from each other never have one.
 WARM_UP_STEPS: Final = 8
@@ -68,7 +68,12 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
         with initialize(model, config) as engine:
             profile = _profile(engine, batches, steps, to, console)
     print_profile(profile.summary, console)
-    console.print(f"{REPORT}, {SUMMARY} and {TRACE} (for ui.perfetto.dev) are in {to}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{REPORT}, {SUMMARY} and {TRACE} (for ui.perfetto.dev) are in {to}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return profile.summary
 
 

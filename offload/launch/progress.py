@@ -1,4 +1,5 @@
-"""What a run shows while it trains: a live line on a terminal, one plain line every few steps in a pipe, and metrics.jsonl."""
+"""What a run shows while it trains: a live line on a terminal, one plain line every few steps in a pipe, and
+metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -47,7 +48,11 @@ class StepMetrics:
 
     def line(self, steps: int) -> str:
         """The plain line."""
-        speed = f"{self.samples_per_s:,.1f} samples/s" if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f} tokens/s"
+        speed = (
+            f"{self.samples_per_s:,.1f} samples/s"
+            if self.tokens_per_s is None
+            else f"{self.tokens_per_s:,.0f} tokens/s"
+        )
         return (
             f"step {self.step}/{steps}  loss {self.loss:.4f}  {speed}  RAM {format_bytes(self.host_bytes)}  "
             f"SSD {format_bytes(self.ssd_bytes)}  {self.ssd_mb_per_s:,.0f} MB/s  waiting {self.wait_share:.1%}"
@@ -91,7 +96,9 @@ class ProgressLog:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._console.is_terminal:
             self._bar.stop()
         if self._fd is not None:

@@ -1,7 +1,8 @@
-"""`output.run`: the folder that a launched run leaves its configuration, metrics and picture in. Locked while a run uses it.
+"""`output.run`: the folder that a launched run leaves its configuration, metrics and picture in. Locked while a run
+uses it.
 
-Nothing in it is changed before `RunFolder.begin`, by when everything that can be wrong has been found. Results of another
-run that lie there are set aside under a number, never written over.
+Nothing in it is changed before `RunFolder.begin`, by when everything that can be wrong has been found. Results of
+another run that lie there are set aside under a number, never written over.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Final
 
 from offload.config import Config
 from pagemem.errors import RunDirectoryError, StorageError
+from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.folders.folder_lock import LOCK_NAME, FolderLock
 from pagemem.folders.own_file import kind_of, make_folder, naming, remove_file, remove_folders, replace_file
-from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.folders.run_directory import IDENTITY_NAME, folder_use
 from pagemem.folders.small_file import parse_json, read_small
 from pagemem.units import KiB
@@ -53,12 +54,16 @@ class RunFolder:
             made = make_folder(path)
             names = set(os.listdir(path)) - {LOCK_NAME}
             if names and _IDENTITY not in names:
-                raise RunDirectoryError(f"output.run: {path} holds files that are not of a run; name a new or empty folder")
+                raise RunDirectoryError(
+                    f"output.run: {path} holds files that are not of a run; name a new or empty folder"
+                )
             self._owner = _owner(path / _IDENTITY) if names else None
             self._lock = FolderLock(path)
         except (OSError, StorageError) as error:
             remove_folders(made)
-            raise RunDirectoryError(f"output.run: {path} cannot be used: {error.strerror if isinstance(error, OSError) else error}") from error
+            raise RunDirectoryError(
+                f"output.run: {path} cannot be used: {error.strerror if isinstance(error, OSError) else error}"
+            ) from error
         self._made = made
 
     def claim(self) -> Path:
@@ -105,7 +110,9 @@ class RunFolder:
                 (self.path / name).rename(self.path / _numbered(name, number))
         except OSError as error:
             raise RunDirectoryError(f"output.run: {self.path} cannot be used: {error.strerror}") from error
-        return f"results of another run in {self.path} are kept as {', '.join(_numbered(name, number) for name in there)}"
+        return (
+            f"results of another run in {self.path} are kept as {', '.join(_numbered(name, number) for name in there)}"
+        )
 
     def _write(self, name: str, text: str) -> None:
         """A file, whole or not at all."""
@@ -145,12 +152,18 @@ def _owner(identity: Path) -> str | None:
     try:
         found = parse_json(read_small(identity, 64 * KiB))
     except OSError as error:
-        raise RunDirectoryError(f"output.run: {identity} cannot be used: {error.strerror}. Nothing was changed") from error
+        raise RunDirectoryError(
+            f"output.run: {identity} cannot be used: {error.strerror}. Nothing was changed"
+        ) from error
     except ValueError as error:
-        raise RunDirectoryError(f"output.run: {identity} is not the identity of a run: {error}. Nothing was changed; name another folder") from error
+        raise RunDirectoryError(
+            f"output.run: {identity} is not the identity of a run: {error}. Nothing was changed; name another folder"
+        ) from error
     owner = found.get("pages") if isinstance(found, dict) else None
     if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(owner, (str, type(None))):
-        raise RunDirectoryError(f"output.run: {identity} is not the identity of a run of this version. Nothing was changed; name another folder")
+        raise RunDirectoryError(
+            f"output.run: {identity} is not the identity of a run of this version. Nothing was changed; name another folder"
+        )
     return owner
 
 
@@ -170,7 +183,9 @@ def check_free(paths: Sequence[str]) -> None:
         if use.holder is not None:
             ours = use.holder == str(os.getpid())
             way_out = ", this one: call the close() of the engine that has it" if ours else "; wait for that run to end"
-            raise RunDirectoryError(f"{path} is in use by process {use.holder}{way_out}, or name another folder. Nothing was changed.")
+            raise RunDirectoryError(
+                f"{path} is in use by process {use.holder}{way_out}, or name another folder. Nothing was changed."
+            )
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from offload.console.tables import print_rows
-from offload.profiling.stats import MemoryReport, Stats
 from offload.launch.progress import StepMetrics
+from offload.profiling.stats import MemoryReport, Stats
 from pagemem.folders.own_file import replace_file
 from pagemem.units import format_bytes
 
@@ -56,7 +56,11 @@ class RunSummary:
     @property
     def speed(self) -> tuple[str, str]:
         """Throughput: what is counted, and how many a second."""
-        what, n = ("samples/s", self.samples) if self.tokens_per_sample is None else ("tokens/s", self.samples * self.tokens_per_sample)
+        what, n = (
+            ("samples/s", self.samples)
+            if self.tokens_per_sample is None
+            else ("tokens/s", self.samples * self.tokens_per_sample)
+        )
         return what, f"{n / self.train_s:,.{1 if self.tokens_per_sample is None else 0}f}" if self.train_s else "-"
 
 
@@ -81,12 +85,18 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
         ("steps", _steps(run)),
         (f"validation before, {run.measure}", _loss(run, run.before_nats)),
         (f"validation after, {run.measure}", _loss(run, run.after_nats)),
-        *([] if run.unigram_bits is None else [(f"unigram entropy of the validation text, bits{_per(run.unit)}", f"{run.unigram_bits:.3f}")]),
+        *(
+            []
+            if run.unigram_bits is None
+            else [(f"unigram entropy of the validation text, bits{_per(run.unit)}", f"{run.unigram_bits:.3f}")]
+        ),
         run.speed,
         ("waiting for pages", f"{stats.wait_s / run.train_s:.1%} of the time" if run.train_s else "-"),
     ]
     if stats.dropped_steps or stats.dropped_gradients:
-        rows.append(("dropped, not finite", f"{stats.dropped_steps} steps, {stats.dropped_gradients} gradients of units"))
+        rows.append(
+            ("dropped, not finite", f"{stats.dropped_steps} steps, {stats.dropped_gradients} gradients of units")
+        )
     if stats.recomputed_blocks:
         rows.append(("recomputed in the backward pass", f"{stats.recomputed_blocks} of the blocks of the model"))
     if stats.device_units:
@@ -103,7 +113,9 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
     if run.made:
         for what, n_bytes in (("read", stats.bytes_read), ("written", stats.bytes_written)):
             a_step = n_bytes / run.made
-            rows.append((f"SSD bytes {what} a step", f"{format_bytes(a_step)} ({a_step / run.n_parameters:.1f} a parameter)"))
+            rows.append(
+                (f"SSD bytes {what} a step", f"{format_bytes(a_step)} ({a_step / run.n_parameters:.1f} a parameter)")
+            )
     rows.append(("process peak (VmHWM), activations and interpreter included", format_bytes(run.process_peak_bytes)))
     return rows
 
@@ -114,7 +126,8 @@ def print_summary(run: RunSummary, console: Console) -> None:
 
 
 def save_loss_curve(path: Path, metrics: Sequence[StepMetrics], run: RunSummary) -> None:
-    """A picture of training and validation loss, in bits where the data say of what, with the unigram entropy as a line.
+    """A picture of training and validation loss, in bits where the data say of what, with the unigram entropy as a
+    line.
 
     Raises:
         StorageError: it cannot be written.
@@ -126,12 +139,19 @@ def save_loss_curve(path: Path, metrics: Sequence[StepMetrics], run: RunSummary)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot([m.step for m in metrics], [run.shown(m.loss) for m in metrics], linewidth=1, label="training")
-    measured = [(s, run.shown(nats)) for s, nats in ((0, run.before_nats), (run.steps, run.after_nats)) if nats is not None]
+    measured = [
+        (s, run.shown(nats)) for s, nats in ((0, run.before_nats), (run.steps, run.after_nats)) if nats is not None
+    ]
     if measured:
         axes.plot(*zip(*measured, strict=True), "o", color="tab:red", label="validation")
     if run.unigram_bits is not None and run.unit is not None:
         axes.axhline(run.unigram_bits, color="gray", linestyle="--", linewidth=1, label="unigram entropy")
-    axes.set(xlabel="step", ylabel=f"loss, {run.measure}", ylim=(0, None) if all(m.loss >= 0 for m in metrics) else None, title=f"{run.n_parameters / 1e6:.1f}M parameters")
+    axes.set(
+        xlabel="step",
+        ylabel=f"loss, {run.measure}",
+        ylim=(0, None) if all(m.loss >= 0 for m in metrics) else None,
+        title=f"{run.n_parameters / 1e6:.1f}M parameters",
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     picture = io.BytesIO()

@@ -1,13 +1,13 @@
 """`offload launch FILE`: train the model of a configuration from beginning to end.
 
-Ctrl-C or SIGTERM ends the run cleanly after the step under way: metrics, table and picture are of the steps made, and the
-exit code is 130 or 143. The end of a run is committed, whatever ends it but an error. The same command again goes on from there,
-or says that the run is finished. A run folder that holds anything not of an earlier run is refused and left as it is.
+Ctrl-C or SIGTERM ends the run cleanly after the step under way: metrics, table and picture are of the steps made, and
+the exit code is 130 or 143. The end of a run is committed, whatever ends it but an error. The same command again goes
+on from there, or says that the run is finished. A run folder that holds anything not of an earlier run is refused and
+left as it is.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -20,19 +20,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from offload.launch.batches import Batches, Pair, evaluated, loss_of, on_device
+from offload.budget.verdict import verdict_of
 from offload.config import Config, ConfigError, TrainConfig
 from offload.console.output import BROKEN_PIPE, Output, is_closed
-from offload.store.deferred_init import deferred_init
 from offload.engine import Engine, initialize
-from offload.forecast.fit import available_here
 from offload.factories import calls_of, data_factory, model_factory
+from offload.forecast.fit import available_here
+from offload.launch.batches import Batches, Pair, evaluated, loss_of, on_device
 from offload.launch.interrupt import Interrupt, noted
 from offload.launch.metrics_file import kept_metrics
 from offload.launch.progress import ProgressLog, StepMetrics
-from offload.launch.summary import RunSummary, print_summary, save_loss_curve
 from offload.launch.run_folder import CURVE, DATA, METRICS, RunFolder, check_free, removed_unless_begun
-from offload.budget.verdict import verdict_of
+from offload.launch.summary import RunSummary, print_summary, save_loss_curve
+from offload.store.deferred_init import deferred_init
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError, StorageError
 
@@ -104,7 +104,11 @@ def check_budget(make_model: Callable[[], nn.Module], config: Config, console: C
     """
     verdict = verdict_of(config, make_model, available_here(config))
     if verdict.need is None:
-        console.print(f"memory.ram is checked only while the model is built, unit by unit: {verdict.unknown}", highlight=False, markup=False)
+        console.print(
+            f"memory.ram is checked only while the model is built, unit by unit: {verdict.unknown}",
+            highlight=False,
+            markup=False,
+        )
     verdict.check()
 
 
@@ -145,12 +149,12 @@ def one_step(engine: Engine, batches: Batches, reference: str, step: int, first:
 def launch(config: Config, console: Console | None = None) -> int:
     """Train as ``config`` says, on the main thread, which alone hears signals.
 
-    All that can be found wrong beforehand is found before anything in ``output.run`` or ``ssd.paths`` is changed; folders that
-    were made for a run that then could not begin are removed again.
+    All that can be found wrong beforehand is found before anything in ``output.run`` or ``ssd.paths`` is changed;
+    folders that were made for a run that then could not begin are removed again.
 
     Returns:
-        The exit code: 0, 130 after Ctrl-C, 143 after SIGTERM, 141 when nobody reads the output any more. The steps made are
-        committed in all four cases, unless ``commit.at_end`` is false.
+        The exit code: 0, 130 after Ctrl-C, 143 after SIGTERM, 141 when nobody reads the output any more. The steps made
+        are committed in all four cases, unless ``commit.at_end`` is false.
 
     Raises:
         ConfigError: a section is missing, a factory cannot be found or does not take its arguments.
@@ -158,7 +162,8 @@ def launch(config: Config, console: Console | None = None) -> int:
         RunDirectoryError: ``output.run`` or one of ``ssd.paths`` is in use or something else's; nothing was changed.
         NonFiniteError: a loss is NaN or infinite; the metrics of the steps before are in the run folder.
         OffloadError: see `offload.Engine`.
-        KeyboardInterrupt: a second Ctrl-C, or one before the first step. SystemExit: SIGTERM after another signal. Everything is closed.
+        KeyboardInterrupt: a second Ctrl-C, or one before the first step. SystemExit: SIGTERM after another signal.
+            Everything is closed.
     """
     if config.model is None or config.data is None or config.train is None or config.output is None:
         missing = [name for name in ("model", "data", "train", "output") if getattr(config, name) is None]
@@ -189,11 +194,16 @@ def launch(config: Config, console: Console | None = None) -> int:
             engine.track("launch", past)
             resumed = engine.resume() if goes_on else None
             if resumed is not None:
-                console.print(f"going on after step {resumed.step}, from commit {resumed.number} of {resumed.created}", highlight=False)
+                console.print(
+                    f"going on after step {resumed.step}, from commit {resumed.number} of {resumed.created}",
+                    highlight=False,
+                )
                 for change in resumed.changed:
                     console.print(f"changed since: {change}", highlight=False, markup=False, soft_wrap=True)
             n_parameters = sum(p.numel() for p in engine.model.parameters())
-            console.print(f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False)
+            console.print(
+                f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes", highlight=False
+            )
             if train.evaluate_batches and not engine.steps:
                 past.before_nats = validation_loss(engine, batches, config.model.factory, interrupt)
             pair = None if interrupt.asked else batches.batch(engine.steps * config.update.accumulation)
@@ -205,7 +215,8 @@ def launch(config: Config, console: Console | None = None) -> int:
 
 
 def _written(log: ProgressLog, metrics: StepMetrics | None = None, durable: bool = True) -> Exception | None:
-    """Log a step; a commit that is durable has the metrics of its steps. An error is returned: the steps made must not be lost by it."""
+    """Log a step; a commit that is durable has the metrics of its steps. An error is returned: the steps made must not
+    be lost by it."""
     try:
         if metrics is not None:
             log.take(metrics)
@@ -220,11 +231,14 @@ def _train(
     engine: Engine, batches: Batches, reference: str, train: TrainConfig, folder: Path, console: Console, interrupt: Interrupt, past: _Past,
     pair: Pair | None,
 ) -> None:  # fmt: skip
-    """All steps from here on, their commit and the summary; ``pair`` is the first batch, where nobody has asked to end before it."""
+    """All steps from here on, their commit and the summary; ``pair`` is the first batch, where nobody has asked to end
+    before it."""
     config = engine.config
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     if engine.steps and any("initial_lr" not in group for group in engine.optimizer.param_groups):
-        raise CommitError("the commit's parameter groups have no initial_lr, so it is not of a launched run; go on from it in a loop of your own")
+        raise CommitError(
+            "the commit's parameter groups have no initial_lr, so it is not of a launched run; go on from it in a loop of your own"
+        )
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
     kept = kept_metrics(folder / METRICS, engine.steps)
     if kept.note is not None:
@@ -252,12 +266,18 @@ def _train(
             now, memory = engine.stats(), engine.memory_report()
             metrics.append(
                 StepMetrics(
-                    step=step + 1, loss=loss, lr=lr, step_s=step_s, samples_per_s=samples_a_step / step_s,
+                    step=step + 1,
+                    loss=loss,
+                    lr=lr,
+                    step_s=step_s,
+                    samples_per_s=samples_a_step / step_s,
                     tokens_per_s=None if a_sample is None else samples_a_step * a_sample / step_s,
-                    host_bytes=memory.tiers["host"].used_bytes, ssd_bytes=memory.tiers["ssd"].used_bytes,
+                    host_bytes=memory.tiers["host"].used_bytes,
+                    ssd_bytes=memory.tiers["ssd"].used_bytes,
                     ssd_read_bytes=now.bytes_read - last.bytes_read,
                     ssd_written_bytes=now.bytes_written - last.bytes_written,
-                    wait_share=(now.wait_s - last.wait_s) / step_s, staleness=engine.staleness,
+                    wait_share=(now.wait_s - last.wait_s) / step_s,
+                    staleness=engine.staleness,
                 )  # fmt: skip
             )
             last = now

@@ -1,8 +1,8 @@
 """What page files reach on a folder: bandwidth by size of a request and number of I/O threads.
 
 All of it lies in one new folder inside the one that is measured, and goes with it. The test file is written whole once:
-its bytes repeat a block of random ones, each at a place that does not depend on the page size, so every point reads pages
-whose checksums are known, and what it writes changes nothing.
+its bytes repeat a block of random ones, each at a place that does not depend on the page size, so every point reads
+pages whose checksums are known, and what it writes changes nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Final
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from pagemem.files.checksums import digests
 from pagemem.errors import DiskFullError, StorageError
 from pagemem.files.backend import Direction
-from pagemem.frames.page import Extent, FrameId
+from pagemem.files.checksums import digests
 from pagemem.files.page_file import PageFiles
 from pagemem.files.requests import Route
 from pagemem.folders.run_directory import RunDirectory, folder_use
+from pagemem.frames.page import Extent, FrameId
 from pagemem.units import KiB, MiB, format_bytes, round_up
 
 REQUEST_BYTES: Final = (256 * KiB, MiB, 4 * MiB, 16 * MiB)
@@ -76,7 +76,8 @@ class Plan:
     """What to measure: a file of ``size_bytes``, ``seconds`` for each direction of each setting.
 
     Raises:
-        ValueError: the file is too small to keep as many requests under way as are asked for, or the time is not above 0.
+        ValueError: the file is too small to keep as many requests under way as are asked for, or the time is not above
+            0.
     """
 
     size_bytes: int
@@ -101,7 +102,8 @@ class Plan:
 
 
 def full_plan(size_bytes: int, seconds: float) -> Plan:
-    """Every size with every number of threads, as the engine has it by default, and the usual ones without checksums."""
+    """Every size with every number of threads, as the engine has it by default, and the usual ones without
+    checksums."""
     grid = [Setting(request_bytes, threads) for request_bytes in REQUEST_BYTES for threads in THREADS]
     return Plan(size_bytes, seconds, (*grid, Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS, checksums=False)))
 
@@ -157,7 +159,9 @@ def file_system(path: Path) -> str:
     real = path.resolve()
     around = [mount for mount in psutil.disk_partitions(all=True) if real.is_relative_to(mount.mountpoint)]
     # Of two at the same place the later one hides the other.
-    return max(enumerate(around), key=lambda each: (len(each[1].mountpoint), each[0]))[1].fstype if around else "unknown"
+    return (
+        max(enumerate(around), key=lambda each: (len(each[1].mountpoint), each[0]))[1].fstype if around else "unknown"
+    )
 
 
 @contextmanager
@@ -267,7 +271,8 @@ class _Traffic:
         self._error: BaseException | None = None
 
     def run(self, direction: Direction, seconds: float | None) -> float:
-        """GB/s over so many seconds, or over every frame once. After an interrupt, transfers go on until the page files are closed."""
+        """GB/s over so many seconds, or over every frame once. After an interrupt, transfers go on until the page files
+        are closed."""
         started_s = time.perf_counter()
         end_s = None if seconds is None else started_s + seconds
         self._moved_bytes = 0
@@ -296,7 +301,9 @@ class _Traffic:
             else:
                 start = self._starts[frame]
                 self._files.write(self._routes[frame], self._memory.source[start : start + self._page_bytes], done)
-        except Exception as error:  # also that they are closed; from an I/O thread it has no other way to the one that waits
+        except (
+            Exception
+        ) as error:  # also that they are closed; from an I/O thread it has no other way to the one that waits
             self._note(0, error)
 
     def _ended(

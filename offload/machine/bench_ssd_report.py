@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
 from rich.table import Table
 
-from offload.machine.bench_ssd import IN_RAM, Measured, Plan, Point, Target, check_target, measure
 from offload.config import ConfigError
 from offload.console.live_bar import LiveBar
+from offload.machine.bench_ssd import IN_RAM, Measured, Plan, Point, Target, check_target, measure
 from pagemem.units import KiB, MiB, format_bytes
 
 #: A setting this near the best one is as good.
@@ -42,7 +42,8 @@ def config_size(n_bytes: int) -> str:
 
 
 def recommend(results: Sequence[Measured]) -> Recommendation:
-    """The best setting with checksums: of all within 5 % of the fastest those with the fewest threads, of these the smallest page.
+    """The best setting with checksums: of all within 5 % of the fastest those with the fewest threads, of these the
+    smallest page.
 
     Pages are striped over the paths in equal shares, so a setting is as good as on the path where it is slowest.
     """
@@ -56,9 +57,11 @@ def recommend(results: Sequence[Measured]) -> Recommendation:
 
 
 def run_bench_ssd(paths: Sequence[Path], plan: Plan, console: Console, *, as_json: bool = False) -> list[Measured]:
-    """Measure the folders one after another and print what came of it; with ``as_json`` the last line is one JSON object.
+    """Measure the folders one after another and print what came of it; with ``as_json`` the last line is one JSON
+    object.
 
-    Every folder is checked before the first one is measured. What is made in them is removed, also after an error or Ctrl-C.
+    Every folder is checked before the first one is measured. What is made in them is removed, also after an error or
+    Ctrl-C.
 
     Raises:
         ConfigError: a folder is named twice.
@@ -106,16 +109,23 @@ def target_line(target: Target, plan: Plan) -> str:
     if target.file_system in IN_RAM:
         line += "; this is RAM, not a disk"
     if target.holder is not None:
-        line += f"; a run of process {target.holder} uses this folder: the two slow each other, and the figures are too low"
+        line += (
+            f"; a run of process {target.holder} uses this folder: the two slow each other, and the figures are too low"
+        )
     return line
 
 
 def advice_lines(advice: Recommendation, n_paths: int) -> list[str]:
     """The recommendation in words and as configuration."""
     where = "" if n_paths == 1 else " on the slowest path"
-    lines = [f"recommended, {advice.gb_per_s:.2f} GB/s with reads and writes equally mixed{where}:", *advice.config_lines]
+    lines = [
+        f"recommended, {advice.gb_per_s:.2f} GB/s with reads and writes equally mixed{where}:",
+        *advice.config_lines,
+    ]
     if advice.page_bytes > 256 * KiB:
-        lines.append(f"# with small layers a page of {config_size(advice.page_bytes)} wastes room; page = \"auto\" weighs that")
+        lines.append(
+            f'# with small layers a page of {config_size(advice.page_bytes)} wastes room; page = "auto" weighs that'
+        )
     return lines
 
 
@@ -143,7 +153,9 @@ def _measure(target: Target, plan: Plan, console: Console) -> Measured:
 
         def show(point: Point) -> None:
             cells = point_cells(point)
-            bar.move(task, advance=1, description=f"{cells[0]}, threads {cells[1]}: write {cells[3]}, read {cells[4]} GB/s")
+            bar.move(
+                task, advance=1, description=f"{cells[0]}, threads {cells[1]}: write {cells[3]}, read {cells[4]} GB/s"
+            )
 
         bar.refresh()
         return measure(target, plan, show)

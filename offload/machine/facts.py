@@ -22,11 +22,20 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 import offload
-from offload.machine.bench_ssd import DEFAULT_THREADS, USUAL_REQUEST_BYTES, Plan, Point, Setting, check_target, file_system, measure
 from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file
-from pagemem.errors import DiskFullError, OffloadError
+from offload.machine.bench_ssd import (
+    DEFAULT_THREADS,
+    USUAL_REQUEST_BYTES,
+    Plan,
+    Point,
+    Setting,
+    check_target,
+    file_system,
+    measure,
+)
 from pagemem.devices.host_memory import cgroup_limit
+from pagemem.errors import DiskFullError, OffloadError
 from pagemem.folders.run_directory import FolderUse, folder_use
 from pagemem.units import MiB, format_bytes
 
@@ -61,7 +70,8 @@ class CpuFact:
 
 @dataclass(frozen=True, slots=True)
 class MemoryFact:
-    """RAM and what limits its use; None is no limit. ``cgroup_free_bytes``: what is left under the tightest ``memory.max``."""
+    """RAM and what limits its use; None is no limit. ``cgroup_free_bytes``: what is left under the tightest
+    ``memory.max``."""
 
     total_bytes: int
     available_bytes: int
@@ -75,7 +85,11 @@ class MemoryFact:
     @property
     def usable_bytes(self) -> int:
         """What a new process can have of RAM."""
-        return self.available_bytes if self.cgroup_free_bytes is None else min(self.available_bytes, self.cgroup_free_bytes)
+        return (
+            self.available_bytes
+            if self.cgroup_free_bytes is None
+            else min(self.available_bytes, self.cgroup_free_bytes)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +154,8 @@ class Facts:
 
 
 def gather(file: Path | None, changes: Sequence[str] = (), *, bench: bool = True) -> Facts:
-    """Everything, for a configuration's folders or, without one, for the current directory; some seconds with ``bench``.
+    """Everything, for a configuration's folders or, without one, for the current directory; some seconds with
+    ``bench``.
 
     Args:
         changes: of the configuration, as ``section.key=value``.
@@ -189,7 +204,8 @@ def package_facts(search_path: Sequence[str]) -> tuple[PackageFact, ...]:
 
 
 def _find(name: str, entry: str) -> str | None:
-    """The package's folder, or the module's file, that one entry of the search path has; a folder without code counts for nothing."""
+    """The package's folder, or the module's file, that one entry of the search path has; a folder without code counts
+    for nothing."""
     spec = PathFinder.find_spec(name, [entry])
     if spec is None or spec.origin is None:
         return None

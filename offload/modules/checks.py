@@ -25,7 +25,9 @@ def check_parameters(model: nn.Module, device: str = "cpu") -> None:
     _check_uncompiled(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
-            raise ValueError(f"{name} is not initialised yet (a lazy module's); run the model's forward once before the engine is made")
+            raise ValueError(
+                f"{name} is not initialised yet (a lazy module's); run the model's forward once before the engine is made"
+            )
         check_values(name, parameter, device)
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         raise ValueError("the model has no floating-point parameters to page")
@@ -33,16 +35,23 @@ def check_parameters(model: nn.Module, device: str = "cpu") -> None:
 
 
 def _check_uncompiled(model: nn.Module) -> None:
-    """Raise ValueError for modules with parameters that torch.compile or torch.jit has made: they would compute with values that pages move away."""
-    by_torch_compile = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())  # Not imported: nothing is compiled.
+    """Raise ValueError for modules with parameters that torch.compile or torch.jit has made: they would compute with
+    values that pages move away."""
+    by_torch_compile = getattr(
+        sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ()
+    )  # Not imported: nothing is compiled.
     for name, module in model.named_modules():
         if next(module.parameters(), None) is None:
             continue
         what = name.removesuffix("._orig_mod") or "the model"
         if isinstance(module, by_torch_compile) or module._compiled_call_impl is not None:
-            raise ValueError(f"{what} is compiled by torch.compile, which a model in pages cannot be; give the uncompiled model, as it was before that")
+            raise ValueError(
+                f"{what} is compiled by torch.compile, which a model in pages cannot be; give the uncompiled model, as it was before that"
+            )
         if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"{what} is made by torch.jit, which cannot look into pages; give the model as it was before that")
+            raise ValueError(
+                f"{what} is made by torch.jit, which cannot look into pages; give the model as it was before that"
+            )
 
 
 def check_values(name: str, parameter: Tensor, device: str) -> None:
@@ -55,7 +64,9 @@ def check_values(name: str, parameter: Tensor, device: str) -> None:
     if parameter.device.type != device and not isinstance(parameter, PagedParameter):
         raise ValueError(f"{name} is on {parameter.device}; build the model on the CPU (or under deferred_init)")
     if parameter.is_complex():
-        raise ValueError(f"{name} is {parameter.dtype}, which pages cannot hold; keep its real view (torch.view_as_real) as the parameter")
+        raise ValueError(
+            f"{name} is {parameter.dtype}, which pages cannot hold; keep its real view (torch.view_as_real) as the parameter"
+        )
     if parameter.is_floating_point() and parameter.dtype not in _DTYPES:
         raise ValueError(
             f"{name} is {parameter.dtype}, but updates in pages are made in float32; build the model in float32 (model.float() before offload.prepare), "
@@ -64,9 +75,13 @@ def check_values(name: str, parameter: Tensor, device: str) -> None:
     if isinstance(parameter, PagedParameter):
         return
     if type(parameter) is not nn.Parameter:
-        raise ValueError(f"{name} is of the class {type(parameter).__name__}, which it would lose in pages; use nn.Parameter itself")
+        raise ValueError(
+            f"{name} is of the class {type(parameter).__name__}, which it would lose in pages; use nn.Parameter itself"
+        )
     if parameter.layout is not torch.strided:
-        raise ValueError(f"{name} is {str(parameter.layout).removeprefix('torch.')}, which pages cannot hold; use a dense parameter")
+        raise ValueError(
+            f"{name} is {str(parameter.layout).removeprefix('torch.')}, which pages cannot hold; use a dense parameter"
+        )
     if not parameter.is_contiguous():
         raise ValueError(
             f"{name} of shape {tuple(parameter.shape)} has strides {parameter.stride()}, which it would lose in pages; make it contiguous first: "
@@ -75,7 +90,8 @@ def check_values(name: str, parameter: Tensor, device: str) -> None:
 
 
 def _check_separate(model: nn.Module) -> None:
-    """Raise ValueError where two parameters, or a parameter and a buffer, are different tensors over the same memory."""
+    """Raise ValueError where two parameters, or a parameter and a buffer, are different tensors over the same
+    memory."""
     places: dict[tuple[int, int], str] = {}
     spans: list[tuple[int, int, str]] = []
     for name, parameter in model.named_parameters():

@@ -1,8 +1,9 @@
-"""Conversions of modules with paged parameters: ``to``, ``half``, ``cuda``, ``to_empty`` and all else that torch does by ``Module._apply``.
+"""Conversions of modules with paged parameters: ``to``, ``half``, ``cuda``, ``to_empty`` and all else that torch does
+by ``Module._apply``.
 
 What would give a paged parameter another dtype, device or layout is refused before anything of the module is converted,
-its buffers included. Everything else does what it does in plain PyTorch; a conversion that leaves parameters as they are
-reads no page.
+its buffers included. Everything else does what it does in plain PyTorch; a conversion that leaves parameters as they
+are reads no page.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.parameters.binder import Binder
 from offload.model_hooks import MethodHook
+from offload.parameters.binder import Binder
 from offload.parameters.paged_parameter import PagedParameter
 
 #: What torch does to every parameter and buffer of a module.
@@ -42,7 +43,9 @@ class _Guard(MethodHook):
         keeps = self._check(fn, recurse)
         self._binder.converting = True
         try:
-            return plain((lambda tensor: tensor if isinstance(tensor, PagedParameter) else fn(tensor)) if keeps else fn, recurse)  # type: ignore[no-any-return]
+            return plain(
+                (lambda tensor: tensor if isinstance(tensor, PagedParameter) else fn(tensor)) if keeps else fn, recurse
+            )  # type: ignore[no-any-return]
         finally:
             self._binder.converting = False
 
@@ -78,11 +81,17 @@ def _refuse_change(name: str, before: Tensor, stride: tuple[int, ...], after: Te
     for what, remedy in ways_out.items():
         was, becomes = getattr(before, what), getattr(after, what)
         if was != becomes:
-            raise RuntimeError(f"{name}: the conversion would make this parameter {becomes}, but it lives in pages as {was}; {remedy}. Nothing was converted")
+            raise RuntimeError(
+                f"{name}: the conversion would make this parameter {becomes}, but it lives in pages as {was}; {remedy}. Nothing was converted"
+            )
     if after.shape != before.shape or after.layout != before.layout or after.stride() != stride:
-        raise RuntimeError(f"{name}: the conversion would change how this parameter lies in memory (a memory_format?), which pages do not do; leave it off. Nothing was converted")
+        raise RuntimeError(
+            f"{name}: the conversion would change how this parameter lies in memory (a memory_format?), which pages do not do; leave it off. Nothing was converted"
+        )
     if after.is_shared():  # type: ignore[no-untyped-call]
-        raise RuntimeError(f"{name}: a parameter that lives in pages cannot be shared with other processes; share model.state_dict(). Nothing was converted")
+        raise RuntimeError(
+            f"{name}: a parameter that lives in pages cannot be shared with other processes; share model.state_dict(). Nothing was converted"
+        )
 
 
 def guard_conversions(module: nn.Module, binder: Binder, waits: Callable[[nn.Parameter], bool]) -> Callable[[], None]:

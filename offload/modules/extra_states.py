@@ -1,4 +1,5 @@
-"""What modules keep beside parameters and buffers (`torch.nn.Module.get_extra_state`), as one thing that commits track."""
+"""What modules keep beside parameters and buffers (`torch.nn.Module.get_extra_state`), as one thing that commits
+track."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ class ExtraStates:
 
     def __init__(self, model: nn.Module) -> None:
         plain = nn.Module.get_extra_state
-        self._modules = {name: module for name, module in model.named_modules() if type(module).get_extra_state is not plain}
+        self._modules = {
+            name: module for name, module in model.named_modules() if type(module).get_extra_state is not plain
+        }
 
     def __bool__(self) -> bool:
         return bool(self._modules)

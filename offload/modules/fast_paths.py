@@ -1,4 +1,5 @@
-"""Torch's attention layers in evaluation: they take a kernel of their own only when none of their tensors has a ``__torch_function__``.
+"""Torch's attention layers in evaluation: they take a kernel of their own only when none of their tensors has a
+``__torch_function__``.
 
 That kernel rounds otherwise than the operations that it stands for. So that a model in pages gives the bits of plain
 PyTorch, such a layer's parameters are bound for the whole of its forward pass and look like ordinary ones, wherever the
@@ -14,8 +15,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from offload.parameters.binder import Binder
 from offload.model_hooks import MethodHook
+from offload.parameters.binder import Binder
 from offload.parameters.paged_parameter import PagedParameter
 
 _LAYERS: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

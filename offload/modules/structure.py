@@ -9,9 +9,7 @@ from torch import nn
 
 from offload.parameters.paged_parameter import PagedParameter
 
-_REMEDY: Final = (
-    "change a model before offload.prepare, or take model.state_dict(), close this engine, and give the changed model to a new one. Nothing was written"
-)
+_REMEDY: Final = "change a model before offload.prepare, or take model.state_dict(), close this engine, and give the changed model to a new one. Nothing was written"
 
 
 class Structure:
@@ -23,11 +21,15 @@ class Structure:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parameters = dict(model.named_parameters())
-        self._paged = {id(parameter) for parameter in self._parameters.values() if isinstance(parameter, PagedParameter)}
+        self._paged = {
+            id(parameter) for parameter in self._parameters.values() if isinstance(parameter, PagedParameter)
+        }
         self._take()
 
     def _take(self) -> None:
-        self._entries: list[dict[str, Any]] = [entries for module in self._model.modules() for entries in (module._parameters, module._modules)]
+        self._entries: list[dict[str, Any]] = [
+            entries for module in self._model.modules() for entries in (module._parameters, module._modules)
+        ]
         self._known = self._now()
         # Their ids are not given to other objects while these are alive.
         self._alive = list(chain.from_iterable(entries.values() for entries in self._entries))
@@ -41,7 +43,8 @@ class Structure:
         return self._now() == self._known
 
     def check(self) -> None:
-        """Make sure that the model has the parameters that it had, and follow it where it only has other names for them.
+        """Make sure that the model has the parameters that it had, and follow it where it only has other names for
+        them.
 
         Raises:
             RuntimeError: a parameter was replaced, added or removed; names it.
@@ -53,13 +56,21 @@ class Structure:
         for name, parameter in before.items():
             if id(parameter) not in there:
                 other = now.get(name)
-                what = "removed from the model" if other is None else f"replaced by another one, of shape {tuple(other.shape)}"
+                what = (
+                    "removed from the model"
+                    if other is None
+                    else f"replaced by another one, of shape {tuple(other.shape)}"
+                )
                 raise RuntimeError(f"{name}: this parameter was {what} after the engine had taken it; {_REMEDY}")
         for name, parameter in now.items():
             if id(parameter) not in known:
-                raise RuntimeError(f"{name}: this parameter was added to the model after the engine had taken it, and no optimizer has it; {_REMEDY}")
+                raise RuntimeError(
+                    f"{name}: this parameter was added to the model after the engine had taken it, and no optimizer has it; {_REMEDY}"
+                )
             if id(parameter) in self._paged and not isinstance(parameter, PagedParameter):
-                raise RuntimeError(f"{name}: this parameter was swapped for another tensor after the engine had taken it; {_REMEDY}")
+                raise RuntimeError(
+                    f"{name}: this parameter was swapped for another tensor after the engine had taken it; {_REMEDY}"
+                )
         for order, (name, parameter) in enumerate(now.items()):
             if isinstance(parameter, PagedParameter):
                 parameter._place.slot.name, parameter._place.slot.order = name, order

@@ -1,6 +1,7 @@
 """The binder: brings the values of paged parameters for each call that uses them, and keeps what the call changed.
 
-Parameters are bound, which is to have views of pages for data, for the length of a call (`offload.parameters.paged_parameter` says why).
+Parameters are bound, which is to have views of pages for data, for the length of a call
+(`offload.parameters.paged_parameter` says why).
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ from torch.compiler import is_compiling
 
 from offload.activations.saved import SavedActivations
 from offload.compilers import refuse_compilers
+from offload.heap import ForwardEnd, give_back_free_pages
 from offload.parameters.paged_parameter import PagedParameter, Place
 from offload.parameters.tensor_functions import EXPORTS
 from optim.unit import Slot, Unit, early_use, late_use
 from optim.updater import Updater, refusing_updater
-from pagemem.process.forks import disowned
-from offload.heap import ForwardEnd, give_back_free_pages
-from pagemem.residency.mover import Mover
 from pagemem.frames.page import TensorId
+from pagemem.process.forks import disowned
+from pagemem.residency.mover import Mover
 from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
-is_functorch_wrapped_tensor, peek_interpreter_stack = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.peek_interpreter_stack
+is_functorch_wrapped_tensor, peek_interpreter_stack = (
+    torch._C._functorch.is_functorch_wrapped_tensor,
+    torch._C._functorch.peek_interpreter_stack,
+)
 _NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
 _TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
 #: What gives something out through which torch does not count writes.
@@ -48,7 +52,8 @@ class Binder:
 
     Attributes:
         torch_device: where that arena is.
-        structure_is_known, check_structure: says, and raises, when the model no longer has the parameters that are in pages.
+        structure_is_known, check_structure: says, and raises, when the model no longer has the parameters that are in
+            pages.
         doubted: it had not in the last forward pass; no gradient may be used before that is checked.
         only_trainable: the optimizer was made from the configuration, for what was trainable then.
         pointed: views of what addresses were given out of in the forward pass under way.
@@ -79,7 +84,8 @@ class Binder:
         self.owner: object = None
 
     def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> None:
-        """Make a parameter that is ordinary, or was in another unit, one of ``unit``; its values must already be in the unit's pages."""
+        """Make a parameter that is ordinary, or was in another unit, one of ``unit``; its values must already be in the
+        unit's pages."""
         place = Place(self, unit, slot)
         with _NO_TORCH_FUNCTION():
             parameter.data = place.placeholder
@@ -87,12 +93,15 @@ class Binder:
         parameter._place = place  # type: ignore[attr-defined]
 
     def alias(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> PagedParameter:
-        """Make an ordinary parameter another one over the memory of the paged one that is there, as ``nn.Parameter(paged)`` is."""
+        """Make an ordinary parameter another one over the memory of the paged one that is there, as
+        ``nn.Parameter(paged)`` is."""
         self.adopt(parameter, unit, slot)
         assert isinstance(parameter, PagedParameter)
         return parameter
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[PagedParameter]) -> Any:
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[PagedParameter]
+    ) -> Any:
         """Call ``func`` with ``parameters`` bound; what it changed in them is kept.
 
         Raises:
@@ -165,7 +174,9 @@ class Binder:
                 self._refuse_late_use(unit, places)
             if self.updater is not None:
                 (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
-                if (unit.updated or self.copying or not torch.is_grad_enabled()) and torch._C._current_graph_task_id() == -1:
+                if (
+                    unit.updated or self.copying or not torch.is_grad_enabled()
+                ) and torch._C._current_graph_task_id() == -1:
                     self._note_early_use(unit, places)
         if self.activations is not None:
             self.activations.flush()
@@ -223,9 +234,14 @@ class Binder:
         )
 
     def _check_whole(self, parameter: PagedParameter) -> None:
-        """Raise when a call gave a bound parameter other memory or another shape (``t_``, ``set_``, ...); its values are as they were."""
+        """Raise when a call gave a bound parameter other memory or another shape (``t_``, ``set_``, ...); its values
+        are as they were."""
         slot = parameter._place.slot
-        if parameter.shape != slot.shape or not parameter.is_contiguous() or (slot.numel and self.mover.arena.locate(parameter.data_ptr()) is None):
+        if (
+            parameter.shape != slot.shape
+            or not parameter.is_contiguous()
+            or (slot.numel and self.mover.arena.locate(parameter.data_ptr()) is None)
+        ):
             raise RuntimeError(
                 f"{slot.name}: a paged parameter keeps its shape and its memory, so it cannot be transposed, resized or set in place; "
                 "write values with parameter.copy_(values)"
@@ -234,15 +250,23 @@ class Binder:
     def holds(self, parameter: PagedParameter, values: Tensor) -> bool:
         """Whether ``values`` are the parameter's own memory, as it is."""
         place = parameter._place
-        if isinstance(values, PagedParameter) or values.shape != place.slot.shape or values.dtype != place.slot.dtype or not values.is_contiguous():
+        if (
+            isinstance(values, PagedParameter)
+            or values.shape != place.slot.shape
+            or values.dtype != place.slot.dtype
+            or not values.is_contiguous()
+        ):
             return False
         located, tensor = self.mover.arena.locate(values.data_ptr()), place.unit.compute
         if located is None or tensor.frame is None:
             return False
-        return (located[0] - tensor.frame) * self.mover.arena.page_bytes + located[1] == place.slot.offset * place.slot.dtype.itemsize
+        return (located[0] - tensor.frame) * self.mover.arena.page_bytes + located[
+            1
+        ] == place.slot.offset * place.slot.dtype.itemsize
 
     def check_unviewed(self, parameter: PagedParameter) -> None:
-        """Raise where somebody has a view of the parameter, or of another one in its unit, which in plain PyTorch would keep the old values."""
+        """Raise where somebody has a view of the parameter, or of another one in its unit, which in plain PyTorch would
+        keep the old values."""
         place = parameter._place
         if not self.closed and not place.bound and self.driver.viewed(place.unit.compute):
             raise RuntimeError(
@@ -257,7 +281,8 @@ class Binder:
         self.mover.touch(place.unit.compute)
 
     def _exposed(self, parameter: PagedParameter, *, counted: bool) -> None:
-        """A view was given out that can be written to; with ``counted``, torch counts that as writing to the parameter."""
+        """A view was given out that can be written to; with ``counted``, torch counts that as writing to the
+        parameter."""
         place = parameter._place
         place.slot.edited = True
         place.unit.compute.exposed = True
@@ -267,11 +292,13 @@ class Binder:
                 place.seen = weakref.ref(parameter), parameter._version
                 self._watched.setdefault(place.unit, {})[place.slot] = place
         elif not self.forwards and torch._C._current_graph_task_id() == -1:
-            # Nobody will know of writes. What is given out inside of a forward or backward pass is for kernels, which read.
+            # Nobody will know of writes. What is given out inside of a forward or backward pass is for kernels, which
+            # read.
             place.unit.version += 1
 
     def notice_edits(self, unit: Unit) -> None:
-        """Count what was written to a unit's parameters through views: when one is saved, so that it is not held against it, and asked for again."""
+        """Count what was written to a unit's parameters through views: when one is saved, so that it is not held
+        against it, and asked for again."""
         for place in self._watched.get(unit, {}).values():
             assert place.seen is not None
             reference, version = place.seen
@@ -285,13 +312,15 @@ class Binder:
                 unit.version += 1
 
     def _before_writes(self, parameters: Iterable[PagedParameter]) -> None:
-        """Have a commit that waits for the values of parameters get them, where the call may change them or give them out."""
+        """Have a commit that waits for the values of parameters get them, where the call may change them or give them
+        out."""
         for parameter in parameters:
             if parameter._place.unit.compute.owed and not (parameter.requires_grad and torch.is_grad_enabled()):
                 self.mover.make_writable(parameter._place.unit.compute)
 
     def _note_early_use(self, unit: Unit, places: Iterable[Place]) -> None:
-        """A unit is used outside of a backward pass, perhaps between backward and step, where plain PyTorch has its old values.
+        """A unit is used outside of a backward pass, perhaps between backward and step, where plain PyTorch has its old
+        values.
 
         Raises:
             RuntimeError, StaleGradientError: it has the new ones.
@@ -332,7 +361,8 @@ class Binder:
             self.doubted = False
 
     def collect_in_hooks(self, wanted: bool) -> None:
-        """Take gradients over that hooks which failed have left behind, or throw them away if they are not ``wanted``."""
+        """Take gradients over that hooks which failed have left behind, or throw them away if they are not
+        ``wanted``."""
         with _NO_TORCH_FUNCTION():
             while self.in_hooks:
                 parameter = self.in_hooks.pop()

@@ -63,7 +63,9 @@ class Neighbours:
         """Let a group wait; returns the units that are complete with it, in order."""
         n_bytes = sum(parameter.numel() * parameter.element_size() for _, parameter in group)
         complete = []
-        if self._waiting and (self._n_bytes + n_bytes > self._page_bytes or self._waiting[0][1].dtype != group[0][1].dtype):
+        if self._waiting and (
+            self._n_bytes + n_bytes > self._page_bytes or self._waiting[0][1].dtype != group[0][1].dtype
+        ):
             complete += self.flush()
         self._waiting += group
         self._ids.update(id(parameter) for _, parameter in group)

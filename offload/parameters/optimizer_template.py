@@ -1,4 +1,5 @@
-"""The torch optimizer that a user asks for, as a template: its class, groups and options; it never makes a step itself."""
+"""The torch optimizer that a user asks for, as a template: its class, groups and options; it never makes a step
+itself."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ from optim.unit import Slot
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 OptimizerLike = OptimizerFactory | OptimizerConfig | Mapping[str, Any] | None
 
-_TORCH_CLASSES: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+_TORCH_CLASSES: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+}
 
 
 def from_section(optimizer: OptimizerLike) -> bool:
@@ -47,17 +52,25 @@ def _made_by(factory: Any, model: nn.Module) -> torch.optim.Optimizer:
     try:
         inspect.signature(factory).bind([])
     except TypeError as error:
-        raise ValueError(f"the optimizer's factory cannot be called with the model's parameters: {error}; {way_out}") from error
+        raise ValueError(
+            f"the optimizer's factory cannot be called with the model's parameters: {error}; {way_out}"
+        ) from error
     except ValueError:  # It has no signature, as some of C.
         pass
     made = factory(list(model.parameters()))
     if not isinstance(made, torch.optim.Optimizer):
-        raise ValueError(f"the optimizer's factory returns a {type(made).__name__}, not a torch.optim.Optimizer; {way_out}")
+        raise ValueError(
+            f"the optimizer's factory returns a {type(made).__name__}, not a torch.optim.Optimizer; {way_out}"
+        )
     theirs = set(map(id, model.parameters()))
-    for parameter in (parameter for group in made.param_groups for parameter in group["params"] if id(parameter) not in theirs):
+    for parameter in (
+        parameter for group in made.param_groups for parameter in group["params"] if id(parameter) not in theirs
+    ):
         raise ValueError(f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's")
     if made.state:
-        raise ValueError(f"the {type(made).__name__} that the optimizer's factory returns has states already; load them into the engine's optimizer by load_state_dict")
+        raise ValueError(
+            f"the {type(made).__name__} that the optimizer's factory returns has states already; load them into the engine's optimizer by load_state_dict"
+        )
     return made
 
 
@@ -67,7 +80,8 @@ def optimized_by(template: torch.optim.Optimizer) -> set[int]:
 
 
 def assign_groups(template: torch.optim.Optimizer, slots: Mapping[torch.Tensor, Slot]) -> None:
-    """Note in each parameter's slot which group of the template it is in. Ones that no gradient is ever of have none."""
+    """Note in each parameter's slot which group of the template it is in. Ones that no gradient is ever of have
+    none."""
     for number, group in enumerate(template.param_groups):
         for parameter in group["params"]:
             if parameter in slots:

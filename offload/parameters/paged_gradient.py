@@ -1,8 +1,9 @@
 """``parameter.grad`` of a paged parameter: a tensor whose values are where the updater has them, brought for each use.
 
-Reading it, editing it in place, views of it (``.data``, slices) and lists of them in one call (``torch._foreach_...``, which are taken
-one after another, so that not all gradients need be in memory at once) work as with a plain tensor, as long as there is a
-gradient. After it was cleared, or assigned anew, a tensor that stood for it raises, and so does one whose gradient an update has used up.
+Reading it, editing it in place, views of it (``.data``, slices) and lists of them in one call (``torch._foreach_...``,
+which are taken one after another, so that not all gradients need be in memory at once) work as with a plain tensor, as
+long as there is a gradient. After it was cleared, or assigned anew, a tensor that stood for it raises, and so does one
+whose gradient an update has used up.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class GradientPlace:
             RuntimeError: the gradient is gone, or was used up.
         """
         if self.generation != self.slot.generation:
-            raise RuntimeError(f"{self.slot.name}: this gradient was cleared or replaced; copy it before, with .grad.clone()")
+            raise RuntimeError(
+                f"{self.slot.name}: this gradient was cleared or replaced; copy it before, with .grad.clone()"
+            )
         with self.updater.values(self.unit, self.slot) as flat:
             if self.view is None:
                 yield flat, flat.view(self.slot.shape)
@@ -86,7 +89,11 @@ class PagedGradient(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Bind every gradient among the arguments for the length of the call."""
         named = dict(kwargs or {})
@@ -98,11 +105,15 @@ class PagedGradient(Tensor):
             if func is Tensor.zero_ and first.is_current:
                 first._place.updater.zero(first._place.unit, first._place.slot)
                 return first
-            if func is Tensor.detach_ or (func is Tensor.requires_grad_ and not (args[1] if len(args) > 1 else named.get("requires_grad", True))):
+            if func is Tensor.detach_ or (
+                func is Tensor.requires_grad_ and not (args[1] if len(args) > 1 else named.get("requires_grad", True))
+            ):
                 return first
             if func in _REFUSED or func in (Tensor.requires_grad_, _TENSOR.requires_grad.__set__):
                 name = getattr(func, "__name__", "this")
-                raise RuntimeError(f"{first._place.slot.name}: {name} of a gradient in pages; copy it first, with .grad.clone()")
+                raise RuntimeError(
+                    f"{first._place.slot.name}: {name} of a gradient in pages; copy it first, with .grad.clone()"
+                )
             if func == _SET_DATA:
                 func = Tensor.copy_
         if getattr(func, "__name__", "").startswith(_LISTS):
@@ -130,7 +141,12 @@ def _one_by_one(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     """Call a function of lists once for each place in them."""
     n_places = len(args[0])
     results = [
-        _call(func, tuple([arg[i]] if isinstance(arg, (list, tuple)) and len(arg) == n_places else arg for arg in args), kwargs) for i in range(n_places)
+        _call(
+            func,
+            tuple([arg[i]] if isinstance(arg, (list, tuple)) and len(arg) == n_places else arg for arg in args),
+            kwargs,
+        )
+        for i in range(n_places)
     ]
     return None if not results or results[0] is None else [one for result in results for one in result]
 
@@ -159,7 +175,9 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         stack.enter_context(next(iter(bound.values()))[0]._place.save_hooks())
         result = func(*_mapped(args, value_of), **{name: _mapped(value, value_of) for name, value in kwargs.items()})
         name = getattr(func, "__name__", "")
-        if (name.endswith("_") and not name.endswith("__")) or str(getattr(func, "__module__", "")).startswith("torch.distributed"):
+        if (name.endswith("_") and not name.endswith("__")) or str(getattr(func, "__module__", "")).startswith(
+            "torch.distributed"
+        ):
             # Some kernels of lists, and collectives, write without saying so.
             increment_version([view for _, _, view in bound.values()])
         if func in (Tensor.numpy, Tensor.__array__):
@@ -170,9 +188,13 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 def _view_of(place: GradientPlace, flat: Tensor, result: Tensor) -> PagedGradient:
     """A tensor for a view of a gradient."""
     if result.dtype.itemsize != flat.dtype.itemsize:
-        raise RuntimeError(f"{place.slot.name}: a view of its gradient as {result.dtype}; copy it first, with .grad.clone()")
+        raise RuntimeError(
+            f"{place.slot.name}: a view of its gradient as {result.dtype}; copy it first, with .grad.clone()"
+        )
     first = int(result.storage_offset() - flat.storage_offset())
-    return PagedGradient.standing_for(replace(place, view=(result.dtype, result.size(), result.stride(), first)), result.device)
+    return PagedGradient.standing_for(
+        replace(place, view=(result.dtype, result.size(), result.stride(), first)), result.device
+    )
 
 
 def refuse_foreign(slot: Slot, value: Any) -> None:
@@ -182,6 +204,6 @@ def refuse_foreign(slot: Slot, value: Any) -> None:
         RuntimeError: ``value`` is one.
     """
     if isinstance(value, PagedGradient):
-        raise RuntimeError(f"{slot.name}: .grad is assigned another gradient that is in pages; assign a copy of it, with .grad.clone()")
-
-
+        raise RuntimeError(
+            f"{slot.name}: .grad is assigned another gradient that is in pages; assign a copy of it, with .grad.clone()"
+        )

@@ -1,9 +1,9 @@
 """Paged parameters: `nn.Parameter`s whose values come and go; a `Binder` brings them for each use.
 
-A released parameter keeps its shape, dtype, identity and hooks, but its data is one NaN seen through zero strides. Every
-torch function called with it goes through `PagedParameter.__torch_function__`, which asks the binder to bind it: for the
-length of that call its data is a view of host pages. So it does not matter where a parameter is used: in its own module,
-in another one, tied, in a functional call, in recomputation or under no_grad.
+A released parameter keeps its shape, dtype, identity and hooks, but its data is one NaN seen through zero strides.
+Every torch function called with it goes through `PagedParameter.__torch_function__`, which asks the binder to bind it:
+for the length of that call its data is a view of host pages. So it does not matter where a parameter is used: in its
+own module, in another one, tied, in a functional call, in recomputation or under no_grad.
 
 A view that outlives the call (a slice of the parameter, a weight saved by autograd where no hook of ours could take it
 down) is a lease of the arena: the pages stay where they are until the last alias is gone.
@@ -41,7 +41,8 @@ class Place:
     """Where a paged parameter's values are, and what it holds while they are not bound.
 
     Attributes:
-        seen: the parameter's count of writes, as torch keeps it, when a view that it counts was first given out; None: none was.
+        seen: the parameter's count of writes, as torch keeps it, when a view that it counts was first given out; None:
+            none was.
     """
 
     __slots__ = ("binder", "bound", "gradient", "placeholder", "seen", "slot", "unit")
@@ -57,7 +58,9 @@ class Place:
 
     def _nan(self) -> Tensor:
         # NaN: values read past the binder's back are conspicuous, and zero strides make writes fail.
-        return torch.full((), float("nan"), dtype=self.slot.dtype, device=self.binder.torch_device).expand(self.slot.shape)
+        return torch.full((), float("nan"), dtype=self.slot.dtype, device=self.binder.torch_device).expand(
+            self.slot.shape
+        )
 
     def follow(self, parameter: PagedParameter) -> None:
         """The unit went on in another dtype or on another device: so does the parameter."""
@@ -73,7 +76,11 @@ class PagedParameter(nn.Parameter):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Bind every paged parameter among the arguments for the length of the call."""
         named = dict(kwargs or {})
@@ -90,19 +97,25 @@ class PagedParameter(nn.Parameter):
             if func in _REQUIRES_GRAD:
                 before = parameters[0].requires_grad
                 result = func(*args, **named)
-                parameters[0]._place.binder.watch_gradient(parameters[0], changed=parameters[0].requires_grad is not before)
+                parameters[0]._place.binder.watch_gradient(
+                    parameters[0], changed=parameters[0].requires_grad is not before
+                )
                 return result
             if func is _POST_HOOK:
                 result = func(*args, **named)
                 parameters[0]._place.gradient.order_hooks(parameters[0])
                 return result
             if func == _SET_DATA:
-                if args[0] is args[1] or parameters[0]._place.binder.holds(parameters[0], args[1]):  # As conversions do that change nothing.
+                if args[0] is args[1] or parameters[0]._place.binder.holds(
+                    parameters[0], args[1]
+                ):  # As conversions do that change nothing.
                     return None
                 parameters[0]._place.binder.check_unviewed(parameters[0])
                 func = _copy_into
             elif func == Tensor.share_memory_:
-                raise RuntimeError(f"{parameters[0]._place.slot.name}: a paged parameter cannot be shared with other processes; share model.state_dict()")
+                raise RuntimeError(
+                    f"{parameters[0]._place.slot.name}: a paged parameter cannot be shared with other processes; share model.state_dict()"
+                )
             return parameters[0]._place.binder.call(func, args, named, parameters)
 
     # The two methods of tensors that torch keeps from ``__torch_function__``.
@@ -110,12 +123,15 @@ class PagedParameter(nn.Parameter):
     def set_(self, source: Any = None, *place: Any) -> PagedParameter:
         """As ``.data = source``, where the source is a tensor; torch's parametrizations call it."""
         if not isinstance(source, Tensor) or place:
-            raise RuntimeError(f"{self._place.slot.name}: a paged parameter keeps its memory; write values with parameter.copy_(values)")
+            raise RuntimeError(
+                f"{self._place.slot.name}: a paged parameter keeps its memory; write values with parameter.copy_(values)"
+            )
         self.data = source
         return self
 
     def detach(self) -> Tensor:
-        """As torch's. ``nn.Parameter(paged)``, which begins with it, is another parameter over the same pages, while the model is built.
+        """As torch's. ``nn.Parameter(paged)``, which begins with it, is another parameter over the same pages, while
+        the model is built.
 
         Raises:
             RuntimeError: the engine is made, and parameters cannot be added any more.

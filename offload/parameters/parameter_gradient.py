@@ -1,8 +1,8 @@
 """``parameter.grad`` of one paged parameter: what autograd delivers, what users assign, and the hooks in between.
 
-Autograd's own place for it is empty but inside hooks: the last hook of each parameter, which is ours, whenever others were registered,
-hands the gradient to the updater. Where there are others, another one of ours comes first and adds what arrived to what there is, so
-that they see what plain PyTorch's hooks see.
+Autograd's own place for it is empty but inside hooks: the last hook of each parameter, which is ours, whenever others
+were registered, hands the gradient to the updater. Where there are others, another one of ours comes first and adds
+what arrived to what there is, so that they see what plain PyTorch's hooks see.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Hands(Protocol):
 
 
 class ParameterGradient:
-    """The gradient of one parameter, which every method is given. Training thread, or autograd's in its place, without torch functions."""
+    """The gradient of one parameter, which every method is given. Training thread, or autograd's in its place, without
+    torch functions."""
 
     def __init__(self, hands: Hands, unit: Unit, slot: Slot) -> None:
         self._hands = hands
@@ -75,14 +76,17 @@ class ParameterGradient:
         if self._shown is None or not self._shown.is_current:
             place = GradientPlace(updater, self._unit, self._slot, self._slot.generation, self._hands.save_hooks)
             on_device = self._unit.sums_at_home or (self._slot.direct is not None and self._unit.home is not None)
-            self._shown = PagedGradient.standing_for(place, self._hands.torch_device if on_device else torch.device("cpu"))
+            self._shown = PagedGradient.standing_for(
+                place, self._hands.torch_device if on_device else torch.device("cpu")
+            )
         return self._shown
 
     def set(self, parameter: nn.Parameter, value: Tensor | None) -> None:
         """``parameter.grad = value``.
 
         Raises:
-            RuntimeError: its shape, dtype or device is not the parameter's; or the parameter's update of this step has been made.
+            RuntimeError: its shape, dtype or device is not the parameter's; or the parameter's update of this step has
+                been made.
         """
         if value is not None and value is self._shown and self._shown.is_current:
             return  # parameter.grad *= 2 assigns what is there

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.parameters.binder import Binder
+from offload.activations.saved_storage import KeptTensor, LeftActivation
 from offload.compilers import refuse_compilers
 from offload.model_hooks import ModelHook
+from offload.parameters.binder import Binder
 from offload.parameters.paged_parameter import PagedParameter
-from offload.activations.saved_storage import KeptTensor, LeftActivation
 from optim.unit import Unit
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
@@ -35,7 +35,9 @@ class SavedView:
 
     __slots__ = ("__weakref__", "dtype", "offset_bytes", "size", "stride", "unit", "version")
 
-    def __init__(self, unit: Unit, offset_bytes: int, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, unit: Unit, offset_bytes: int, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
         self.unit = unit
         self.offset_bytes = offset_bytes
         self.size = size
@@ -178,7 +180,9 @@ class SavedWeights:
             return self.hooks()
         return nullcontext() if getattr(around[0], "of", None) is self else self._inside(*around)
 
-    def _inside(self, outer_pack: Callable[[Tensor], Any], outer_unpack: Callable[[Any], Tensor]) -> AbstractContextManager[Any]:
+    def _inside(
+        self, outer_pack: Callable[[Tensor], Any], outer_unpack: Callable[[Any], Tensor]
+    ) -> AbstractContextManager[Any]:
         def pack(saved: Tensor) -> SavedView | _Foreign:
             if isinstance(saved, PagedParameter) and saved._place.binder is self._binder and saved._place.slot.numel:
                 whole = self._whole(saved)

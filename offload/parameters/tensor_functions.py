@@ -1,4 +1,5 @@
-"""Which torch functions need no values of a tensor, and which hand its memory to somebody who does not tell us what he does with it."""
+"""Which torch functions need no values of a tensor, and which hand its memory to somebody who does not tell us what he
+does with it."""
 
 from __future__ import annotations
 
@@ -25,7 +26,15 @@ def _metadata_functions() -> frozenset[Any]:
         if hasattr(descriptor, "__get__"):
             found.add(descriptor.__get__)
     found.update(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name))
-    found.update({torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch._has_compatible_shallow_copy_type})
+    found.update(
+        {
+            torch.is_floating_point,
+            torch.is_complex,
+            torch.numel,
+            torch.is_tensor,
+            torch._has_compatible_shallow_copy_type,
+        }
+    )
     return frozenset(found)
 
 
@@ -34,5 +43,14 @@ METADATA: Final = _metadata_functions()
 _TENSOR: Any = Tensor  # Some of its methods are not in its type stub.
 #: Functions after which values may change without the tensor's version saying so.
 EXPORTS: Final[frozenset[Any]] = frozenset(
-    {Tensor.numpy, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__array__, Tensor.__dlpack__, _TENSOR.apply_, _TENSOR.map_}
+    {
+        Tensor.numpy,
+        Tensor.data_ptr,
+        Tensor.untyped_storage,
+        Tensor.storage,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+        _TENSOR.apply_,
+        _TENSOR.map_,
+    }
 )

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from offload.profiling.summary import H2D, lane_intervals
 from offload.console.tables import print_rows
-from pagemem.telemetry.intervals import Interval, shares, without
+from offload.profiling.summary import H2D, lane_intervals
 from pagemem.folders.own_file import replace_file
+from pagemem.telemetry.intervals import Interval, shares, without
 from pagemem.telemetry.recorder import Recording
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
@@ -56,10 +56,15 @@ def _lanes(recording: Recording, n_buckets: int) -> list[dict[str, Any]]:
     seen = {op.phase for op in recording.ops}
     phases = [kind.value for kind in OpKind if kind.value in seen]
     compute = {
-        phase: course(without([(op.start_s, op.end_s) for op in recording.ops if op.phase == phase], waits)) for phase in phases
+        phase: course(without([(op.start_s, op.end_s) for op in recording.ops if op.phase == phase], waits))
+        for phase in phases
     }
     lanes = lane_intervals(recording)
-    others = [{"name": lane, "parts": {lane: course(lanes[lane])}} for lane in ("waits", "read", "write", H2D, "update") if lane in lanes]
+    others = [
+        {"name": lane, "parts": {lane: course(lanes[lane])}}
+        for lane in ("waits", "read", "write", H2D, "update")
+        if lane in lanes
+    ]
     return [{"name": "compute", "parts": compute}, *others]
 
 
@@ -74,17 +79,29 @@ def write_report(path: Path, recording: Recording, summary: dict[str, Any]) -> N
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary as (what, value) pairs, for the terminal."""
     steps, plan, overhead = summary["steps"], summary["plan"], summary["overhead"]
-    rows = [("steps", f"{steps} ({summary['planned_steps']} by plan, {summary['deviations']} deviations), {summary['elapsed_s']:.3f} s")]
+    rows = [
+        (
+            "steps",
+            f"{steps} ({summary['planned_steps']} by plan, {summary['deviations']} deviations), {summary['elapsed_s']:.3f} s",
+        )
+    ]
     for what, key, form in (
         ("step, mean against planned", "step_s", lambda value: f"{value:.3f} s"),
         ("read a step, against planned", "read_bytes", format_bytes),
         ("written a step, against planned", "written_bytes", format_bytes),
     ):
         measured, planned = (plan[key][side] for side in ("measured", "planned"))
-        rows.append((what, f"{'no whole step' if measured is None else form(measured)}, {'no plan' if planned is None else form(planned)}"))
+        rows.append(
+            (
+                what,
+                f"{'no whole step' if measured is None else form(measured)}, {'no plan' if planned is None else form(planned)}",
+            )
+        )
     for name, tier in summary["tiers"].items():
         budget = "no limit" if tier["budget_bytes"] is None else format_bytes(tier["budget_bytes"])
-        by_tag = ", ".join(f"{tag} {format_bytes(n)}" for tag, n in sorted(tier["peak_by_tag"].items(), key=lambda row: -row[1]))
+        by_tag = ", ".join(
+            f"{tag} {format_bytes(n)}" for tag, n in sorted(tier["peak_by_tag"].items(), key=lambda row: -row[1])
+        )
         rows.append((f"{name} peak of budget", f"{format_bytes(tier['peak_bytes'])} of {budget}: {by_tag}"))
     if summary["mode"] == "lock-free":
         rows.append(("of what is moved", "the plan has the training thread's part, not the updater's"))
@@ -93,9 +110,15 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("waiting for pages", f"{lanes['waits']['share']:.1%} of the time"))
     causes = ", ".join(f"{cause['reason']} {cause['total_s']:.3f} s" for cause in summary["wait_causes"])
     rows.append(("waits by cause", causes or "none"))
-    for number, wait in enumerate([wait for wait in summary["waits"] if wait["thread"] == "training"][:_TOP_WAITS], start=1):
-        rows.append((f"wait {number}", f"{wait['total_s']:.3f} s in {wait['count']} for {wait['name']}: {describe_cause(wait)}"))
-    rows.append(("the recorder itself", f"{overhead['training_share']:.2%} of the time, in {overhead['calls']:,} calls"))
+    for number, wait in enumerate(
+        [wait for wait in summary["waits"] if wait["thread"] == "training"][:_TOP_WAITS], start=1
+    ):
+        rows.append(
+            (f"wait {number}", f"{wait['total_s']:.3f} s in {wait['count']} for {wait['name']}: {describe_cause(wait)}")
+        )
+    rows.append(
+        ("the recorder itself", f"{overhead['training_share']:.2%} of the time, in {overhead['calls']:,} calls")
+    )
     return rows
 
 

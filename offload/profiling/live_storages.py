@@ -1,7 +1,7 @@
 """Which storages of tensors are alive, and what for: followed from the op that makes them to their end.
 
-Works on any device, torch's meta device included, where a storage has a size and no bytes. What a kernel takes for itself while it
-runs is not seen, nor are tensors that were made before, unless somebody names them.
+Works on any device, torch's meta device included, where a storage has a size and no bytes. What a kernel takes for
+itself while it runs is not seen, nor are tensors that were made before, unless somebody names them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._lock = threading.RLock()
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], Holder, int]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run one op and follow what it makes."""
         named = kwargs or {}
         result = func(*args, **named)
@@ -96,7 +98,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors among an op's arguments or results, in lists, tuples and dicts, too; `torch.utils._pytree` is far slower."""
+    """The tensors among an op's arguments or results, in lists, tuples and dicts, too; `torch.utils._pytree` is far
+    slower."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

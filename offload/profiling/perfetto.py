@@ -1,8 +1,8 @@
 """A recording as a trace-event file, which ui.perfetto.dev and chrome://tracing open.
 
-One process. Its tracks: steps, ops of the training thread, its waits, updates, waits of other threads, and as many tracks
-for reads and writes as were under way at a time. Counters: bytes of each tier by tag. Times are microseconds from the
-beginning of the recording.
+One process. Its tracks: steps, ops of the training thread, its waits, updates, waits of other threads, and as many
+tracks for reads and writes as were under way at a time. Counters: bytes of each tier by tag. Times are microseconds
+from the beginning of the recording.
 """
 
 from __future__ import annotations
@@ -13,13 +13,23 @@ from pathlib import Path
 from typing import Any, Final
 
 from offload.profiling.summary import span
+from pagemem.folders.own_file import replace_file
 from pagemem.telemetry.events import Event, EventKind
 from pagemem.telemetry.intervals import tracks
-from pagemem.folders.own_file import replace_file
 from pagemem.telemetry.recorder import Recording, Wait
 
 _PID: Final = 1
-_STEPS, _COMPUTE, _WAITS, _UPDATES, _OTHER_WAITS, _UPLOADS, _READS, _WRITES, _COUNTERS = 1, 2, 3, 100, 200, 250, 300, 400, 500
+_STEPS, _COMPUTE, _WAITS, _UPDATES, _OTHER_WAITS, _UPLOADS, _READS, _WRITES, _COUNTERS = (
+    1,
+    2,
+    3,
+    100,
+    200,
+    250,
+    300,
+    400,
+    500,
+)
 #: Name and, where several may be under way at a time, room for that many tracks.
 _TITLES: Final = {
     _STEPS: "steps", _COMPUTE: "compute", _WAITS: "waits", _UPDATES: "updates", _OTHER_WAITS: "waits of other threads",
@@ -31,7 +41,12 @@ def trace_events(recording: Recording) -> list[dict[str, Any]]:
     """Every event of the file; each has ph, ts, pid, tid and name."""
     events = list(_slices(recording))
     used = sorted({event["tid"] for event in events} | {_COUNTERS})
-    return [_metadata("process_name", 0, "offload"), *(_thread_name(tid) for tid in used), *events, *_counters(recording)]
+    return [
+        _metadata("process_name", 0, "offload"),
+        *(_thread_name(tid) for tid in used),
+        *events,
+        *_counters(recording),
+    ]
 
 
 def write_trace(path: Path, recording: Recording) -> None:
@@ -45,10 +60,17 @@ def _slices(recording: Recording) -> Iterator[dict[str, Any]]:
     for number, (begin, end) in enumerate(zip(begins, recording.step_ends_s, strict=False), start=1):
         yield _slice(recording, _STEPS, f"step {number}", "step", begin, end, {})
     for op in recording.ops:
-        yield _slice(recording, _COMPUTE, op.name, op.phase, op.start_s, op.end_s, {"phase": op.phase, "bytes": op.n_bytes})
+        yield _slice(
+            recording, _COMPUTE, op.name, op.phase, op.start_s, op.end_s, {"phase": op.phase, "bytes": op.n_bytes}
+        )
     yield from _wait_slices(recording, _WAITS, [wait for wait in recording.waits if wait.training])
     yield from _wait_slices(recording, _OTHER_WAITS, [wait for wait in recording.waits if not wait.training])
-    kinds = ((_UPDATES, EventKind.UPDATE), (_UPLOADS, EventKind.UPLOAD), (_READS, EventKind.READ), (_WRITES, EventKind.WRITE))
+    kinds = (
+        (_UPDATES, EventKind.UPDATE),
+        (_UPLOADS, EventKind.UPLOAD),
+        (_READS, EventKind.READ),
+        (_WRITES, EventKind.WRITE),
+    )
     for first, kind in kinds:
         yield from _event_slices(recording, first, recording.of(kind))
     for event in recording.of(EventKind.DEVIATION):
@@ -64,14 +86,30 @@ def _event_slices(recording: Recording, first: int, events: Sequence[Event]) -> 
 
 def _wait_slices(recording: Recording, first: int, waits: Sequence[Wait]) -> Iterator[dict[str, Any]]:
     for wait, track in zip(waits, tracks([(wait.start_s, wait.end_s) for wait in waits]), strict=True):
-        why = {"bytes": wait.n_bytes, "lane": wait.cause.lane, "reason": wait.cause.reason, "blocker": wait.cause.blocker}
+        why = {
+            "bytes": wait.n_bytes,
+            "lane": wait.cause.lane,
+            "reason": wait.cause.reason,
+            "blocker": wait.cause.blocker,
+        }
         yield _slice(recording, first + track, wait.name, "wait", wait.start_s, wait.end_s, why)
 
 
-def _slice(recording: Recording, tid: int, name: str, category: str, begin_s: float, end_s: float, args: dict[str, Any]) -> dict[str, Any]:
+def _slice(
+    recording: Recording, tid: int, name: str, category: str, begin_s: float, end_s: float, args: dict[str, Any]
+) -> dict[str, Any]:
     begin_s = max(begin_s, recording.begin_s)  # What was under way before is cut.
     ts, end = _us(recording, begin_s), _us(recording, end_s)
-    return {"name": name, "cat": category, "ph": "X", "ts": ts, "dur": round(end - ts, 3), "pid": _PID, "tid": tid, "args": args}
+    return {
+        "name": name,
+        "cat": category,
+        "ph": "X",
+        "ts": ts,
+        "dur": round(end - ts, 3),
+        "pid": _PID,
+        "tid": tid,
+        "args": args,
+    }
 
 
 def _counters(recording: Recording) -> Iterable[dict[str, Any]]:

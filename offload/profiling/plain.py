@@ -1,7 +1,8 @@
-"""`offload profile --plain module:callable`: what takes the memory of training that does not use the engine, and what it would save.
+"""`offload profile --plain module:callable`: what takes the memory of training that does not use the engine, and what
+it would save.
 
-The callable is called without arguments and returns ``(model, optimizer, step)``, of which ``step()`` makes one whole training step:
-forward, backward, ``optimizer.step()`` and ``zero_grad()``. Nothing is asked of it beyond that.
+The callable is called without arguments and returns ``(model, optimizer, step)``, of which ``step()`` makes one whole
+training step: forward, backward, ``optimizer.step()`` and ``zero_grad()``. Nothing is asked of it beyond that.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from rich.console import Console
 from torch import nn
 
 from offload.config import ConfigError
+from offload.console.tables import print_rows
 from offload.factories import calls_of, factory_of
 from offload.profiling.plain_savings import choices
 from offload.profiling.plain_watch import KEPT, PlainWatch
 from offload.profiling.profile import REPORT, SUMMARY, TRACE, check_profile_folder, open_profile_folder, write_profile
 from offload.profiling.summary import Context, summarize
-from offload.console.tables import print_rows
 from pagemem.units import format_bytes
 
 #: Told by the summary's "mode".
@@ -37,7 +38,8 @@ Training = tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]
 
 
 def profile_plain(reference: str, steps: int, to: Path, console: Console) -> dict[str, Any]:
-    """Make some steps of the training that ``reference`` names, record ``steps`` more, and write their profile; returns its summary.
+    """Make some steps of the training that ``reference`` names, record ``steps`` more, and write their profile; returns
+    its summary.
 
     Raises:
         ConfigError: ``steps`` is not positive, there is no such callable, or it returns something else.
@@ -61,12 +63,19 @@ def profile_plain(reference: str, steps: int, to: Path, console: Console) -> dic
             step()
     recording = watch.recording()
     if len(recording.step_ends_s) != steps:
-        raise ConfigError(f"--plain {reference}: {steps} steps made {len(recording.step_ends_s)} updates of the optimizer returned; a step makes one")
+        raise ConfigError(
+            f"--plain {reference}: {steps} steps made {len(recording.step_ends_s)} updates of the optimizer returned; a step makes one"
+        )
     summary = summarize(recording, Context(PLAIN, 0, {}, None, ()))
     summary["plain"] = _findings(reference, model, optimizer, watch, unwatched_s)
     write_profile(to, recording, summary)
     print_rows("Profile", plain_rows(summary), console)
-    console.print(f"{REPORT}, {SUMMARY} and {TRACE} (for ui.perfetto.dev) are in {to}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{REPORT}, {SUMMARY} and {TRACE} (for ui.perfetto.dev) are in {to}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return summary
 
 
@@ -76,7 +85,9 @@ def _training(reference: str, made: object) -> Training:
         if isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer) and callable(step):
             return model, optimizer, step
     given = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
-    raise ConfigError(f"--plain {reference} returns ({given}); it must return (model, optimizer, step): nn.Module, torch.optim.Optimizer, callable")
+    raise ConfigError(
+        f"--plain {reference} returns ({given}); it must return (model, optimizer, step): nn.Module, torch.optim.Optimizer, callable"
+    )
 
 
 def _warm_up(step: Callable[[], object]) -> float:
@@ -126,7 +137,9 @@ def plain_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"module {number}", f"{row['name']}: {format_bytes(_held(row))}: {_by_size(tags)}"))
     for choice in plain["engine"]:
         spared = choice["activations_bytes"]
-        budget = f"memory.ram {format_bytes(choice['ram_bytes'])}" + ("" if spared is None else f", memory.activations {format_bytes(spared)}")
+        budget = f"memory.ram {format_bytes(choice['ram_bytes'])}" + (
+            "" if spared is None else f", memory.activations {format_bytes(spared)}"
+        )
         moved = f"at most {format_bytes(choice['read_bytes'])} read and {format_bytes(choice['written_bytes'])} written a step"
         share = 1 - choice["peak_bytes"] / choice["plain_bytes"]
         change = f"{abs(share):.0%} {'less' if share >= 0 else 'more'}"

@@ -1,7 +1,7 @@
 """What the engine would save of the memory that training takes without it: arithmetic over a model that is there.
 
-Not a forecast of a run (that is `offload plan`): peaks are those of the tensors watched, with parameters, states and gradients
-replaced by what a budget lets stay in RAM.
+Not a forecast of a run (that is `offload plan`): peaks are those of the tensors watched, with parameters, states and
+gradients replaced by what a budget lets stay in RAM.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Final
 import torch
 from torch import nn
 
-from offload.config import Config
 from offload.budget.need import UnitShape, budget_need
+from offload.config import Config
 from offload.parameters.grouping import groups_of, units_of
 from offload.parameters.optimizer_template import optimized_by
 from optim import rule_for
@@ -24,8 +24,8 @@ from pagemem.tier import Tag
 SHARES: Final = (0.25, 0.5, 1.0)
 #: Of the saved activations, in the last row.
 ACTIVATIONS_SHARE: Final = 1 / 3
-#: Most bytes that a step moves for each byte of parameters, where none stay: read for the forward and the backward pass, and
-#: written once; states are read and written once.
+#: Most bytes that a step moves for each byte of parameters, where none stay: read for the forward and the backward
+#: pass, and written once; states are read and written once.
 _PARAMETER_READS: Final = 2
 
 
@@ -62,7 +62,10 @@ def choices(model: nn.Module, optimizer: torch.optim.Optimizer, at_peak: Mapping
     names, optimized = {id(p): name for name, p in model.named_parameters()}, optimized_by(optimizer)
 
     def units(page_bytes: int) -> list[UnitShape]:
-        return [UnitShape.of(group, names, optimized) for group in units_of(groups_of(model.named_modules(), set()), page_bytes)]
+        return [
+            UnitShape.of(group, names, optimized)
+            for group in units_of(groups_of(model.named_modules(), set()), page_bytes)
+        ]
 
     config = Config.model_validate({"memory": {"ram": "1GiB"}, "ssd": {"paths": ["pages"]}})
     shapes = units(1)

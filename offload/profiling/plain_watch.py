@@ -1,7 +1,7 @@
 """Watches training that does not use the engine: what each module's tensors hold, and when each computes.
 
-Nothing of the model is changed but for hooks, which are taken off again, and no value: gradients and updates are bit for bit those
-of unwatched steps. Which module a backward pass works for is told by whose saved tensors it asks for.
+Nothing of the model is changed but for hooks, which are taken off again, and no value: gradients and updates are bit
+for bit those of unwatched steps. Which module a backward pass works for is told by whose saved tensors it asks for.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from offload.profiling.live_storages import Holder, LiveStorages
 from offload.activations.saved_storage import KeptTensor
+from offload.profiling.live_storages import Holder, LiveStorages
 from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder, Recording
 from pagemem.tier import Tag, Tier
 from scheduler.planning.trace import OpKind
@@ -52,7 +52,9 @@ class PlainWatch:
         self._optimizer = optimizer
         self._modules = [(name or type(model).__name__, module) for name, module in model.named_modules()]
         self._owners = {
-            id(parameter): (owner, parameter) for owner, module in self._modules for parameter in module.parameters(recurse=False)
+            id(parameter): (owner, parameter)
+            for owner, module in self._modules
+            for parameter in module.parameters(recurse=False)
         }
         self._buffers = [(owner, b) for owner, module in self._modules for b in module.buffers(recurse=False)]
         self._storages = LiveStorages(self._changed)

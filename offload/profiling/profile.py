@@ -18,16 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from offload.profiling.stats import MemoryReport, Stats
-from offload.profiling.perfetto import write_trace
-from offload.profiling.summary import FORMAT, Context, ModuleBytes, Planned, TierLimits, summarize
 from offload.profiling.html_report import write_report
+from offload.profiling.perfetto import write_trace
+from offload.profiling.stats import MemoryReport, Stats
+from offload.profiling.summary import FORMAT, Context, ModuleBytes, Planned, TierLimits, summarize
 from offload.store.page_store import PageStore
 from pagemem.errors import RunDirectoryError, StorageError, TransitionError
-from pagemem.telemetry.events import EventSink, Watcher
 from pagemem.folders.own_file import draft_of, make_folder, remove_draft, replace_file
-from pagemem.telemetry.recorder import Recorder, Recording
 from pagemem.folders.small_file import read_small
+from pagemem.telemetry.events import EventSink, Watcher
+from pagemem.telemetry.recorder import Recorder, Recording
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
 
@@ -109,7 +109,8 @@ def write_profile(folder: Path, recording: Recording, summary: dict[str, Any]) -
 
 
 class Profile:
-    """Records from its beginning as a context manager to its end, then writes trace, report and summary. Training thread only.
+    """Records from its beginning as a context manager to its end, then writes trace, report and summary. Training
+    thread only.
 
     Args:
         folder: for the files.
@@ -120,7 +121,11 @@ class Profile:
     """
 
     def __init__(
-        self, folder: str | Path, store: PageStore, stats: Callable[[], Stats], memory_report: Callable[[], MemoryReport]
+        self,
+        folder: str | Path,
+        store: PageStore,
+        stats: Callable[[], Stats],
+        memory_report: Callable[[], MemoryReport],
     ) -> None:
         self.folder = Path(folder)
         self.state = ProfileState.NEW
@@ -134,8 +139,8 @@ class Profile:
         """Begin to record.
 
         Raises:
-            RunDirectoryError: the folder holds something else than a profile. RuntimeError: somebody profiles already, or
-                this object has been used. Nothing was changed.
+            RunDirectoryError: the folder holds something else than a profile. RuntimeError: somebody profiles already,
+                or this object has been used. Nothing was changed.
         """
         if self._store.driver.watcher is not None:
             raise RuntimeError("this engine is being profiled already; end that profile first")
@@ -149,7 +154,9 @@ class Profile:
         self._held = attach(self._store, self._recorder, self._recorder)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         attach(self._store, None, self._onward)
         if error is not None:
             self._become(ProfileState.ABANDONED)
@@ -186,7 +193,8 @@ class Profile:
 
 
 def attach(store: PageStore, watcher: Watcher | None, onward: EventSink) -> Mapping[tuple[Tier, Tag], int]:
-    """Tell ``watcher`` (None: nobody) and ``onward`` what happens in a store from now on; returns bytes held at that moment.
+    """Tell ``watcher`` (None: nobody) and ``onward`` what happens in a store from now on; returns bytes held at that
+    moment.
 
     In host memory that is whole pages of the arena, and what is reserved outside of it.
     """
@@ -226,7 +234,11 @@ def modules_of(store: PageStore) -> list[ModuleBytes]:
         names = [tensor.name for tensor in (unit.parameters, *masters, *states, *gradients)]
         found.append(
             ModuleBytes(
-                unit.name, unit.parameters.n_bytes, sum(t.n_bytes for t in masters), sum(t.n_bytes for t in states), names
+                unit.name,
+                unit.parameters.n_bytes,
+                sum(t.n_bytes for t in masters),
+                sum(t.n_bytes for t in states),
+                names,
             )
         )
     return found

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from offload.checkpoint.committer import Committer
 from offload.store.page_store import PageStore
 from optim.updater import Updater
-from pagemem.telemetry.events import EventKind
 from pagemem.residency.mover import Mover
+from pagemem.telemetry.events import EventKind
 from pagemem.tier import TRANSIENT
 
 
@@ -22,10 +22,12 @@ class Stats:
         wait_s: the training thread's waits for page moves.
         update_s: spent in update kernels, on whichever thread.
         deviations: steps that left the plan because an op was not the traced one.
-        dropped_steps: steps whose gradients were not finite and were not applied (loss scaling, or clipping in lock-free mode).
+        dropped_steps: steps whose gradients were not finite and were not applied (loss scaling, or clipping in
+            lock-free mode).
         dropped_gradients: gradients of single units that were not finite and were not applied (lock-free mode).
         recomputed_blocks: blocks of the model that are computed again in the backward pass now; it is no counter.
-        device_units: units whose parameters and states are on the device for good and are updated there; no counter either.
+        device_units: units whose parameters and states are on the device for good and are updated there; no counter
+            either.
     """
 
     steps: int
@@ -106,7 +108,8 @@ class MemoryReport:
 
 
 def commit_frames(mover: Mover, n_kept: int) -> int:
-    """The most page-file frames that commits may need, of which so many are kept, beside the newest copy of each tensor.
+    """The most page-file frames that commits may need, of which so many are kept, beside the newest copy of each
+    tensor.
 
     One copy of another age for each of them, and for the one in the making.
     """
@@ -134,7 +137,12 @@ def memory_report(store: PageStore, updater: Updater, committer: Committer) -> M
         host_planned,
     )
     ssd = TierUse(
-        None, mover.ssd.used_frames * page_bytes, mover.ssd.peak_frames * page_bytes, mover.ssd.peak_frames, ssd_planned, committing
+        None,
+        mover.ssd.used_frames * page_bytes,
+        mover.ssd.peak_frames * page_bytes,
+        mover.ssd.peak_frames,
+        ssd_planned,
+        committing,
     )
     return MemoryReport({**_device_use(store), "host": host, "ssd": ssd}, store.bytes_by_tag(in_flight), page_bytes)
 
@@ -147,6 +155,10 @@ def _device_use(store: PageStore) -> dict[str, TierUse]:
     planned = None if plan is None else plan.peak_frames
     return {
         "device": TierUse(
-            device.budget.limit_bytes, book.used_frames * page_bytes, book.peak_frames * page_bytes, device.mover.touched_frames, planned
+            device.budget.limit_bytes,
+            book.used_frames * page_bytes,
+            book.peak_frames * page_bytes,
+            device.mover.touched_frames,
+            planned,
         )
     }

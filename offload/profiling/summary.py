@@ -143,7 +143,10 @@ def _plan(recording: Recording, planned: Planned | None, steps: Sequence[float])
         "written_bytes": _moved(recording, EventKind.WRITE),
     }
     return {
-        what: {"planned": getattr(planned, what) if planned is not None else None, "measured": total / len(steps) if steps else None}
+        what: {
+            "planned": getattr(planned, what) if planned is not None else None,
+            "measured": total / len(steps) if steps else None,
+        }
         for what, total in sums.items()
     }
 
@@ -212,7 +215,9 @@ def wait_causes(waits: Sequence[Wait]) -> list[dict[str, Any]]:
     for wait in waits:
         if wait.training:
             cause = wait.cause
-            row = found.setdefault((cause.lane, cause.reason), {"lane": cause.lane, "reason": cause.reason, "count": 0, "total_s": 0.0})
+            row = found.setdefault(
+                (cause.lane, cause.reason), {"lane": cause.lane, "reason": cause.reason, "count": 0, "total_s": 0.0}
+            )
             row["count"] += 1
             row["total_s"] += wait.end_s - wait.start_s
     return sorted(found.values(), key=lambda row: (-row["total_s"], row["reason"]))

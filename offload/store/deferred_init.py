@@ -16,11 +16,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from offload.config import ConfigLike, load_config
+from offload.heap import large_blocks_mapped
 from offload.modules.checks import check_values
 from offload.parameters.module_watch import named_parts, watching_modules
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.page_store import PageStore
-from offload.heap import large_blocks_mapped
 
 StoreT = TypeVar("StoreT", bound=PageStore)
 

@@ -1,9 +1,10 @@
-"""Which units are to be at home on the device: all of their parameters, masters and states in its pages for good, and updated there.
+"""Which units are to be at home on the device: all of their parameters, masters and states in its pages for good, and
+updated there.
 
-Nothing of such a unit is copied in a step: not its parameters up, twice where they do not stay from forward to backward, nor its gradients
-down, nor its states between RAM and SSD, and the CPU makes no update of it. With AdamW in fp32 that saves 28 to 36 bytes a parameter and step
-for 12 bytes of pages. Pages that only keep a parameter from its forward to its backward save no more than they are. So what is
-spare on the device goes to homes first. Pure arithmetic.
+Nothing of such a unit is copied in a step: not its parameters up, twice where they do not stay from forward to
+backward, nor its gradients down, nor its states between RAM and SSD, and the CPU makes no update of it. With AdamW in
+fp32 that saves 28 to 36 bytes a parameter and step for 12 bytes of pages. Pages that only keep a parameter from its
+forward to its backward save no more than they are. So what is spare on the device goes to homes first. Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Final
 
 from optim.unit import Unit
 
-#: How many times the largest of the units that come and go is left for them: one in use, and the next ones on their way.
+#: How many times the largest of the units that come and go is left for them: one in use, and the next ones on their
+#: way.
 WORKING_UNITS: Final = 4
 
 
@@ -23,8 +25,8 @@ class Candidate:
     """A unit's pages.
 
     Attributes:
-        parameter_frames: of its parameters. home_frames: of everything that would be at home, them included; None: it is not updated,
-            and only comes and goes.
+        parameter_frames: of its parameters. home_frames: of everything that would be at home, them included; None: it
+            is not updated, and only comes and goes.
     """
 
     parameter_frames: int
@@ -41,9 +43,9 @@ class Candidate:
 def choose_homes(units: Sequence[Candidate], n_frames: int) -> list[int]:
     """Indices of the units that find a home in ``n_frames`` device frames, in order.
 
-    The first ones come first: in the backward pass they are the last to be updated, and the next forward pass begins with them, so that
-    copies of them are the ones that nothing hides. Those that come and go keep room for `WORKING_UNITS` times the largest of them, or
-    for all of them.
+    The first ones come first: in the backward pass they are the last to be updated, and the next forward pass begins
+    with them, so that copies of them are the ones that nothing hides. Those that come and go keep room for
+    `WORKING_UNITS` times the largest of them, or for all of them.
     """
     chosen: list[int] = []
     taken_frames = 0

@@ -1,7 +1,7 @@
 """The device tier of one engine: a budget, an arena, and who moves what in it, above the host tier.
 
-    SSD --(host plan)--> host pages --(device plan)--> device pages, where compute runs
-                             ^-- updates, on the CPU      ^-- updates of units that are at home there, on the device
+SSD --(host plan)--> host pages --(device plan)--> device pages, where compute runs
+                         ^-- updates, on the CPU      ^-- updates of units that are at home there, on the device
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from optim.unit import Unit
-from pagemem.devices.accelerator import Accelerator
 from pagemem.budget import Budget, BudgetShortage
+from pagemem.devices.accelerator import Accelerator
+from pagemem.errors import BudgetError
+from pagemem.frames.page import FrameId
 from pagemem.process.closing import close_all
 from pagemem.residency.device_mover import DeviceMover
-from pagemem.errors import BudgetError
-from pagemem.telemetry.events import EventSink
-from pagemem.frames.page import FrameId
 from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.telemetry.events import EventSink
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
 from scheduler.execution.device_driver import DeviceDriver
@@ -37,7 +37,9 @@ class DeviceTier:
         MemoryError: the device has no room for the arena. StorageError: the system starts no more threads.
     """
 
-    def __init__(self, device_bytes: int, page_bytes: int, below: Driver, sink: EventSink, accelerator: Accelerator) -> None:
+    def __init__(
+        self, device_bytes: int, page_bytes: int, below: Driver, sink: EventSink, accelerator: Accelerator
+    ) -> None:
         self.budget = Budget(Tier.DEVICE, device_bytes)
         n_frames = device_bytes // page_bytes
         reserved = self.budget.reserve(Tag.PARAM, n_frames * page_bytes, "device arena")
@@ -68,7 +70,8 @@ class DeviceTier:
         return self.mover.mirror(tensor)
 
     def settle(self, units: Sequence[Unit], *, sums: bool) -> None:
-        """Have units with their masters and states on the device for good, from its first frames on; updates of them are made there.
+        """Have units with their masters and states on the device for good, from its first frames on; updates of them
+        are made there.
 
         Between two steps, once all of them have their states. They must fit.
 

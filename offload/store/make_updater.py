@@ -18,17 +18,17 @@ import torch
 from offload.config import Config
 from offload.store.masters import add_masters
 from offload.store.page_store import PageStore
-from optim.exact.gradient_store import GradientStore
 from optim.exact.gradient_downloads import DeviceGradients
+from optim.exact.gradient_store import GradientStore
 from optim.exact.updater import ExactUpdater, is_eager
+from optim.lockfree.state_windows import StateWindows, least_frames
 from optim.lockfree.unit_channel import Mailbox
+from optim.lockfree.update_thread import UpdateThread, scratch_bytes
 from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import LossScale, Scaling
 from optim.rules import UpdateRule
-from optim.lockfree.state_windows import StateWindows, least_frames
 from optim.states import StateAccess
 from optim.unit import Hyper, Slice, Unit
-from optim.lockfree.update_thread import UpdateThread, scratch_bytes
 from optim.updater import Updater
 from pagemem.budget import Budget
 from pagemem.errors import BudgetError
@@ -54,13 +54,16 @@ def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Sc
         device = store.accelerator
         # The largest gradient once as autograd made it, and once on its way down from a device.
         direct_bytes, on_their_way_bytes = store.settle_sizes(direct=eager, on_their_way=device is not None)
-        # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into, reserved as a whole.
+        # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into,
+        # reserved as a whole.
         budget = Budget(Tier.HOST, direct_bytes) if device is not None and device.stages_gradients else store.budget
         exact = ExactUpdater(
             store.driver, store.index, rule, hypers, GradientStore(store.driver, budget, direct_bytes), store.counters,
             scaling=scaling, start=update.start, updated=store.updated,
         )  # fmt: skip
-        return exact if device is None else DeviceGradients(exact, device, store.budget, on_their_way_bytes, direct_bytes)
+        return (
+            exact if device is None else DeviceGradients(exact, device, store.budget, on_their_way_bytes, direct_bytes)
+        )
     return _make_lock_free(store, rule, hypers, scaling, eager=eager)
 
 
@@ -101,10 +104,13 @@ def divide(store: PageStore, units: Sequence[Unit], *, eager: bool) -> Division:
     page_bytes, ram_bytes = store.page_bytes, store.config.memory.ram
     total_bytes = sum(unit.gradient_bytes for unit in units)
     largest_bytes = max(unit.gradient_bytes for unit in units)
-    # With less than one unit more than all gradients, one that arrives while its unit is being updated has to wait. What is
-    # handed over at the optimizer step only can be there twice: in the step under way, and on its way from the one before.
+    # With less than one unit more than all gradients, one that arrives while its unit is being updated has to wait.
+    # What is handed over at the optimizer step only can be there twice: in the step under way, and on its way from the
+    # one before.
     wanted_bytes = (1 if eager else 2) * total_bytes
-    limits = dict.fromkeys((wanted_bytes + 2 * largest_bytes, wanted_bytes + largest_bytes, total_bytes + largest_bytes, total_bytes))
+    limits = dict.fromkeys(
+        (wanted_bytes + 2 * largest_bytes, wanted_bytes + largest_bytes, total_bytes + largest_bytes, total_bytes)
+    )
     all_frames = sum(unit.parameters.n_frames for unit in store.index.units)
     largest_frames = max(unit.parameters.n_frames for unit in store.index.units)
     full_precision = all(part.master is None for unit in units for part in unit.slices)

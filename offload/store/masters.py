@@ -1,4 +1,5 @@
-"""Masters: the fp32 values of units that compute in 16 bits, and of those that lock-free mode updates beside what the schedule has."""
+"""Masters: the fp32 values of units that compute in 16 bits, and of those that lock-free mode updates beside what the
+schedule has."""
 
 from __future__ import annotations
 

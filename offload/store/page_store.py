@@ -17,35 +17,34 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from offload.parameters.binder import Binder
 from offload.budget.checks import check_built, check_lockable
+from offload.budget.need import Sizes
+from offload.commits.run_commits import EarlierCommits
 from offload.config import Config
 from offload.modules.conversions import guard_conversions
+from offload.parameters.binder import Binder
+from offload.parameters.grouping import Group, Neighbours, common_name, own_groups
+from offload.parameters.paged_parameter import PagedParameter
+from offload.parameters.saved_weights import copied_in_state_dict
 from offload.store.device_placement import Candidate, choose_homes
 from offload.store.device_tier import DeviceTier
-from offload.commits.run_commits import EarlierCommits
-from offload.parameters.saved_weights import copied_in_state_dict
 from offload.store.masters import narrow
-from offload.budget.need import Sizes
-from offload.parameters.grouping import Group, Neighbours, common_name, own_groups
 from offload.store.page_views import adopt_view
-from offload.parameters.paged_parameter import PagedParameter
 from offload.store.repack import copy_slot, repack
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
-from pagemem.process import forks
-from pagemem.process import interrupts
+from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.devices.accelerator import Accelerator, RamDevice
 from pagemem.devices.arena import Arena, HostArena
-from pagemem.budget import Budget, BudgetShortage, Reservation
-from pagemem.process.closing import close_all
 from pagemem.devices.cuda import CudaDevice
 from pagemem.errors import BudgetError
-from pagemem.telemetry.events import Counters, EventSink
+from pagemem.files.page_file import PageFiles
+from pagemem.folders.run_directory import RunDirectory
+from pagemem.process import forks, interrupts
+from pagemem.process.closing import close_all
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
-from pagemem.files.page_file import PageFiles
 from pagemem.residency.paged_tensor import Residency
-from pagemem.folders.run_directory import RunDirectory
+from pagemem.telemetry.events import Counters, EventSink
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
 from scheduler.execution.driver import Driver
@@ -61,7 +60,8 @@ class PageStore:
 
     Raises:
         RunDirectoryError: a page-file path is foreign, locked or not writable; it was not changed.
-        MemoryError: the arena cannot be mapped, or the device has no room for its own. DeviceError: there is no such device.
+        MemoryError: the arena cannot be mapped, or the device has no room for its own. DeviceError: there is no such
+            device.
     """
 
     #: Where parameters are built.
@@ -165,7 +165,8 @@ class PageStore:
             self.make_unit(unit)
 
     def watch_over(self, module: nn.Module) -> None:
-        """Until the store is closed, a module's ``state_dict()`` returns copies, and `guard_conversions` holds for it. Idempotent."""
+        """Until the store is closed, a module's ``state_dict()`` returns copies, and `guard_conversions` holds for it.
+        Idempotent."""
         if module not in self._watched:
             self._watched.add(module)
             self._unhook += copied_in_state_dict(module, self.binder)
@@ -209,7 +210,8 @@ class PageStore:
             self.device_tier.driver.renewed(unit.device)
 
     def adopt(self, model: nn.Module) -> None:
-        """Page what is still ordinary in ``model``, which `check_parameters` has seen, name everything as it does, and drop units it does not use.
+        """Page what is still ordinary in ``model``, which `check_parameters` has seen, name everything as it does, and
+        drop units it does not use.
 
         Raises:
             BudgetError: the arena cannot hold a unit.
@@ -245,10 +247,15 @@ class PageStore:
         for unit, mirror in mirrors.items():
             unit.device = mirror
         self.binder.units = {unit.compute.id: unit for unit in self.index.units}
-        self.binder.driver, self.binder.mover, self.binder.torch_device = tier.driver, tier.mover, tier.mover.accelerator.torch_device
+        self.binder.driver, self.binder.mover, self.binder.torch_device = (
+            tier.driver,
+            tier.mover,
+            tier.mover.accelerator.torch_device,
+        )
 
     def settle_on_device(self, *, sums: bool) -> None:
-        """Have as many units at home on the device as have room there beside those that come and go; once all have their states.
+        """Have as many units at home on the device as have room there beside those that come and go; once all have
+        their states.
 
         Args:
             sums: whether gradients are added up before they are used: clipped, scaled, or of several backward passes.
@@ -294,7 +301,11 @@ class PageStore:
         self.driver.quiesce()
         self.mover.collect_leases()
         del self.binder.units[unit.compute.id]
-        for tensor in [unit.parameters, *(p.master for p in unit.slices if p.master), *(p.states for p in unit.slices if p.states)]:
+        for tensor in [
+            unit.parameters,
+            *(p.master for p in unit.slices if p.master),
+            *(p.states for p in unit.slices if p.states),
+        ]:
             self.mover.forget(tensor)
 
     def give_back(self, model: nn.Module) -> None:
@@ -320,8 +331,8 @@ class PageStore:
             on_their_way: whether some are on their way down from a device.
 
         Returns:
-            Bytes for gradients in use, and for gradients on their way: as many as the largest unit has, or 0 where there is no
-            room for that.
+            Bytes for gradients in use, and for gradients on their way: as many as the largest unit has, or 0 where
+            there is no room for that.
 
         Raises:
             BudgetError: the run's commits were made with a larger budget, and this one cannot go on from them.
@@ -356,7 +367,9 @@ class PageStore:
         """
         self.driver.evict_all()
         pin = None if self.accelerator is None else self.accelerator.pin
-        if n_frames != self.mover.arena.n_frames or pin is not None:  # what was touched until now is given back before all of it is locked
+        if (
+            n_frames != self.mover.arena.n_frames or pin is not None
+        ):  # what was touched until now is given back before all of it is locked
             self.mover.resize_arena(n_frames)
             self._arena_bytes.resize(self.mover.arena.n_bytes)
         if pin is not None:
@@ -430,7 +443,8 @@ class PageStore:
 def _move_buffers(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
     """Have buffers where compute is, and persistent floating-point ones (running means, ...) in the parameters' dtype.
 
-    Others (rotary frequencies, ...) are computed and not trained: they keep the precision that they were made in, as transformers' do.
+    Others (rotary frequencies, ...) are computed and not trained: they keep the precision that they were made in, as
+    transformers' do.
     """
     moved: dict[int, torch.Tensor] = {}  # one buffer may be several modules'
     for module in model.modules():

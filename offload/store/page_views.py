@@ -1,4 +1,5 @@
-"""Tensors over the memory of paged parameters that a model's construction leaves behind: other parameters, and views in use."""
+"""Tensors over the memory of paged parameters that a model's construction leaves behind: other parameters, and views in
+use."""
 
 from __future__ import annotations
 
@@ -14,23 +15,39 @@ if TYPE_CHECKING:
 
 
 def adopt_view(store: PageStore, name: str, parameter: nn.Parameter) -> None:
-    """Have a parameter over the memory of a paged one (``nn.Parameter(paged.data)``) be another name of that one's pages.
+    """Have a parameter over the memory of a paged one (``nn.Parameter(paged.data)``) be another name of that one's
+    pages.
 
     Raises:
         ValueError: it is over a part of it, or over another shape.
     """
-    if isinstance(parameter, PagedParameter) or is_lazy(parameter) or parameter.device.type == "meta" or not parameter.numel():
+    if (
+        isinstance(parameter, PagedParameter)
+        or is_lazy(parameter)
+        or parameter.device.type == "meta"
+        or not parameter.numel()
+    ):
         return
     located = store.mover.arena.locate(parameter.data_ptr())
     if located is None:
         return
     frame, offset = located
-    unit = next(u for u in store.index.units if u.parameters.frame is not None and 0 <= frame - u.parameters.frame < u.parameters.n_frames)
+    unit = next(
+        u
+        for u in store.index.units
+        if u.parameters.frame is not None and 0 <= frame - u.parameters.frame < u.parameters.n_frames
+    )
     assert unit.parameters.frame is not None
     begin = ((frame - unit.parameters.frame) * store.page_bytes + offset) // unit.dtype.itemsize
     slot = next(slot for slot in unit.slots if slot.offset <= begin < slot.end)
-    if (slot.offset, slot.shape, slot.dtype) != (begin, parameter.shape, parameter.dtype) or not parameter.is_contiguous():
-        raise ValueError(f"{name} is a view of a part of {slot.name}, which is in pages; clone the values: nn.Parameter(view.clone())")
+    if (slot.offset, slot.shape, slot.dtype) != (
+        begin,
+        parameter.shape,
+        parameter.dtype,
+    ) or not parameter.is_contiguous():
+        raise ValueError(
+            f"{name} is a view of a part of {slot.name}, which is in pages; clone the values: nn.Parameter(view.clone())"
+        )
     store.binder.alias(parameter, unit, slot)
 
 
@@ -47,7 +64,9 @@ def adopt_views(store: PageStore, model: nn.Module) -> None:
 def check_unviewed(store: PageStore, model: nn.Module) -> None:
     """Raise ValueError where somebody has a view of a parameter: it would not see what becomes of the parameter."""
     store.mover.collect_leases()
-    names = {p._place.unit: name for name, p in reversed(list(model.named_parameters())) if isinstance(p, PagedParameter)}
+    names = {
+        p._place.unit: name for name, p in reversed(list(model.named_parameters())) if isinstance(p, PagedParameter)
+    }
     for unit in store.index.units:
         if unit.compute.leases:
             raise ValueError(

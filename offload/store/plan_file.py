@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from offload.store.page_store import PageStore
 from pagemem.errors import StorageError
 from pagemem.folders.own_file import replace_file
-from pagemem.frames.page import MAX_PAGE_BYTES, FrameId, TensorId
 from pagemem.folders.small_file import first_fault, parse_json, read_small
+from pagemem.frames.page import MAX_PAGE_BYTES, FrameId, TensorId
 from pagemem.units import MiB, ceil_div
 from scheduler.execution.driver import Driver
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
@@ -99,7 +99,14 @@ class PlanFile(_Strict):
     stores: list[_Store]
 
     @classmethod
-    def of(cls, plan: Plan, trace: Trace, names: Mapping[TensorId, str], tensor_bytes: Mapping[TensorId, int], page_bytes: int) -> PlanFile:
+    def of(
+        cls,
+        plan: Plan,
+        trace: Trace,
+        names: Mapping[TensorId, str],
+        tensor_bytes: Mapping[TensorId, int],
+        page_bytes: int,
+    ) -> PlanFile:
         """The file of a plan made for a trace.
 
         Raises:
@@ -125,7 +132,9 @@ class PlanFile(_Strict):
             PlanFileError: something names an op, a frame or a tensor that there is not.
         """
         if len(self.ops) * self.steps > _MAX_OPS:
-            raise PlanFileError(f"steps is {self.steps}, of {len(self.ops)} ops; a cycle has at most {_MAX_OPS} of them")
+            raise PlanFileError(
+                f"steps is {self.steps}, of {len(self.ops)} ops; a cycle has at most {_MAX_OPS} of them"
+            )
         keys: tuple[OpKey, ...] = tuple((op.kind, _key(op.key)) for op in self.ops) * self.steps
         loads, carried = tuple(map(_task, self.loads)), tuple(map(_task, self.carried))
         stores = tuple(StoreTask(TensorId(store.tensor), store.trigger) for store in self.stores)
@@ -150,7 +159,8 @@ class PlanFile(_Strict):
 
 
 def write_plan(path: Path, content: PlanFile) -> None:
-    """Put a plan's file in the place of the one before; where that cannot be done, warn and leave that one. Any thread."""
+    """Put a plan's file in the place of the one before; where that cannot be done, warn and leave that one. Any
+    thread."""
     try:
         replace_file(path, (content.model_dump_json(exclude_defaults=True) + "\n").encode())
     except StorageError as error:
@@ -220,7 +230,9 @@ def _written(key: Hashable) -> Any:
         return [_written(part) for part in key]
     if key is None or isinstance(key, str | int):
         return key
-    raise PlanFileError(f"an op has the key {key!r}, of type {type(key).__name__}; a file takes numbers, words and tuples of them")
+    raise PlanFileError(
+        f"an op has the key {key!r}, of type {type(key).__name__}; a file takes numbers, words and tuples of them"
+    )
 
 
 def _key(written: Any) -> Hashable:

@@ -1,9 +1,9 @@
 """Brings the units of a model to those that its finished modules make, however it was built.
 
-While a model is built nobody knows which parameters it will keep, tie or replace, and in which order its modules will stand.
-Units are made then of what is there. Once the model is whole, those of them that differ from the units of the finished
-model are made anew from their pages. So a model has the same units, and needs the same budget, whether it was built plainly
-or under `deferred_init`.
+While a model is built nobody knows which parameters it will keep, tie or replace, and in which order its modules will
+stand. Units are made then of what is there. Once the model is whole, those of them that differ from the units of the
+finished model are made anew from their pages. So a model has the same units, and needs the same budget, whether it was
+built plainly or under `deferred_init`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def repack(store: PageStore, model: nn.Module) -> None:
     """
     store.flush()
     wanted = units_of(groups_of(model.named_modules(), set()), store.page_bytes)
-    left = Counter(parameter._place.unit for group in wanted for _, parameter in group if isinstance(parameter, PagedParameter))
+    left = Counter(
+        parameter._place.unit for group in wanted for _, parameter in group if isinstance(parameter, PagedParameter)
+    )
     for unit in [unit for unit in store.index.units if unit not in left]:
         store.forget(unit)
     units: list[Unit] = []
@@ -68,9 +70,15 @@ def copy_slot(store: PageStore, source: Unit, slot: Slot, into: Unit, at: Slot) 
     size, arena = slot.dtype.itemsize, store.mover.arena
     for begin in range(0, slot.numel, CHUNK_NUMEL):
         numel = min(CHUNK_NUMEL, slot.numel - begin)
-        with store.driver.op((OpKind.FORWARD, ("repack", source.index)), source.name, [Access(source.parameters.id, AccessMode.READ)]):
+        with store.driver.op(
+            (OpKind.FORWARD, ("repack", source.index)), source.name, [Access(source.parameters.id, AccessMode.READ)]
+        ):
             assert source.parameters.frame is not None
-            values: Tensor = arena.view(source.parameters.frame, (slot.offset + begin) * size, slot.dtype, numel).clone()
-        with store.driver.op((OpKind.FORWARD, ("repack", into.index)), into.name, [Access(into.parameters.id, AccessMode.MODIFY)]):
+            values: Tensor = arena.view(
+                source.parameters.frame, (slot.offset + begin) * size, slot.dtype, numel
+            ).clone()
+        with store.driver.op(
+            (OpKind.FORWARD, ("repack", into.index)), into.name, [Access(into.parameters.id, AccessMode.MODIFY)]
+        ):
             assert into.parameters.frame is not None
             arena.view(into.parameters.frame, (at.offset + begin) * size, at.dtype, numel).copy_(values)

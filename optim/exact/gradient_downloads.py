@@ -1,17 +1,20 @@
-"""The way down: gradients of a device on their way to the updater, which is behind compute by as many bytes as may be on it.
+"""The way down: gradients of a device on their way to the updater, which is behind compute by as many bytes as may be
+on it.
 
-A device computes gradients long after it was given what to compute. An updater that takes each one when autograd delivers
-it would wait until the device has caught up, and the device would then stand idle while the update is made. So gradients
-wait in host memory, in order, each with the mark of its copy, and go on when younger ones need their room, or when their
-unit is used. By then the copy is mostly made, and the device has the backward of later layers to do meanwhile. Sizes alone
-decide when a gradient goes on, so every step has the same order of ops.
+A device computes gradients long after it was given what to compute. An updater that takes each one when autograd
+delivers it would wait until the device has caught up, and the device would then stand idle while the update is made. So
+gradients wait in host memory, in order, each with the mark of its copy, and go on when younger ones need their room, or
+when their unit is used. By then the copy is mostly made, and the device has the backward of later layers to do
+meanwhile. Sizes alone decide when a gradient goes on, so every step has the same order of ops.
 
-The memory they wait in is a buffer of the stated size, pinned once (`pagemem.devices.staging`). A gradient that the updater goes on to keep as it is
-stays in it until the update is made.
+The memory they wait in is a buffer of the stated size, pinned once (`pagemem.devices.staging`). A gradient that the
+updater goes on to keep as it is stays in it until the update is made.
 
-The gradient of a unit that is at home on the device stays there, but waits in line all the same, until its loss is known.
+The gradient of a unit that is at home on the device stays there, but waits in line all the same, until its loss is
+known.
 
-The loss is copied down before its gradients, and looked at before the first of them goes on: nobody waits for it either.
+The loss is copied down before its gradients, and looked at before the first of them goes on: nobody waits for it
+either.
 """
 
 from __future__ import annotations
@@ -27,13 +30,12 @@ from optim.clip import check_loss
 from optim.exact.updater import ExactUpdater
 from optim.gradient_holder import OtherGradients
 from optim.unit import Slot, Unit
-from pagemem.devices.accelerator import REACHED, Accelerator, Mark, has_reached
 from pagemem.budget import Budget, BudgetShortage, Reservation
-from pagemem.process.closing import close_all
-from pagemem.errors import NonFiniteError
+from pagemem.devices.accelerator import REACHED, Accelerator, Mark, has_reached
 from pagemem.devices.staging import StagingBuffer
+from pagemem.errors import NonFiniteError
+from pagemem.process.closing import close_all
 from pagemem.tier import Tag
-
 
 _LOSSES_BYTES: Final = 4096
 
@@ -68,13 +70,14 @@ class _OnItsWay:
 
 
 class DeviceGradients:
-    """An `Updater` that hands gradients of a device on to another one. Training thread only, or autograd's in its place.
+    """An `Updater` that hands gradients of a device on to another one. Training thread only, or autograd's in its
+    place.
 
     Args:
         updater: takes the gradients in host memory.
         accelerator: copies them there.
-        budget: the host budget; gradients on their way are reserved in it, tag GRAD: as many bytes as they have, or all that the
-            buffer has where the device needs one.
+        budget: the host budget; gradients on their way are reserved in it, tag GRAD: as many bytes as they have, or all
+            that the buffer has where the device needs one.
         limit_bytes: of gradients on their way; one that is larger goes on at once.
         kept_bytes: of gradients that the updater keeps as they are; a device's buffer has room for them, too.
 
@@ -82,7 +85,9 @@ class DeviceGradients:
         MemoryError: the buffer cannot be mapped.
     """
 
-    def __init__(self, updater: ExactUpdater, accelerator: Accelerator, budget: Budget, limit_bytes: int, kept_bytes: int) -> None:
+    def __init__(
+        self, updater: ExactUpdater, accelerator: Accelerator, budget: Budget, limit_bytes: int, kept_bytes: int
+    ) -> None:
         self._updater = updater
         self._accelerator = accelerator
         self._limit_bytes = limit_bytes
@@ -108,10 +113,11 @@ class DeviceGradients:
         self._peak_bytes = 0
 
     def expect(self, loss: torch.Tensor, step: int) -> None:
-        """Gradients from here on are those of a loss (one element, on the device) for a step of the optimizer, counted from 1.
+        """Gradients from here on are those of a loss (one element, on the device) for a step of the optimizer, counted
+        from 1.
 
-        Whatever hands the first of them on raises NonFiniteError if it is no number: taking a younger one, the next use of
-        its unit, or `step`.
+        Whatever hands the first of them on raises NonFiniteError if it is no number: taking a younger one, the next use
+        of its unit, or `step`.
         """
         source = loss.detach()
         if self._losses is None:
@@ -165,7 +171,8 @@ class DeviceGradients:
         return _OnItsWay(unit, slot, into.view(flat.dtype).view(gradient.shape), there, self._loss, flat)
 
     def _span(self, n_bytes: int) -> torch.Tensor | None:
-        """Memory for a gradient, for which older ones go on if need be; None: there is not as much at all, or too much of it is kept."""
+        """Memory for a gradient, for which older ones go on if need be; None: there is not as much at all, or too much
+        of it is kept."""
         if self._buffer is None or not 0 < n_bytes <= self._buffer.n_bytes:
             return None
         span = self._buffer.take(n_bytes)
@@ -324,7 +331,8 @@ class DeviceGradients:
         """
         reservation, self._reservation = self._reservation, None
         if reservation is not None:
-            # Copies follow one another: behind the last one nothing is written to the buffer, for gradients that were dropped either.
+            # Copies follow one another: behind the last one nothing is written to the buffer, for gradients that were
+            # dropped either.
             close_all(self._last_copy.wait, self._forget, self._updater.close, reservation.release)
 
     def _forget(self) -> None:

@@ -3,7 +3,8 @@
 A gradient that is final on arrival is kept as autograd made it, flat, within a reserved number of bytes (`direct`); its
 unit's update follows at once and frees it. Everything else (accumulation over several backward passes, clipping, which
 must know all gradients first) is added up in a paged tensor of the unit's layout, in the order of arrival, as
-``param.grad += gradient`` would. Sums are in host pages, but for units that have pages for them on a device. Training thread only.
+``param.grad += gradient`` would. Sums are in host pages, but for units that have pages for them on a device. Training
+thread only.
 """
 
 from __future__ import annotations
@@ -130,14 +131,20 @@ class GradientStore:
         """Gradients of some of a unit's parameters are used up or thrown away.
 
         Args:
-            consumed: whether an op has said so already; otherwise there is one here, where a plan has to reckon with it.
+            consumed: whether an op has said so already; otherwise there is one here, where a plan has to reckon with
+                it.
         """
         had_pages = any(slot.paged for slot in slots)
         for slot in slots:
             if slot.direct is not None:
                 self.direct_bytes -= _host_bytes(unit, slot.direct)
             slot.forget_gradient()
-        if had_pages and unit.gradients is not None and not unit.sums_at_home and not any(slot.paged for slot in unit.slots):
+        if (
+            had_pages
+            and unit.gradients is not None
+            and not unit.sums_at_home
+            and not any(slot.paged for slot in unit.slots)
+        ):
             if not consumed:
                 key = (OpKind.GRADIENT, (unit.index, "cleared"))
                 with self._driver.op(key, f"gradients of {unit.name}", [Access(unit.gradients.id, AccessMode.RENEW)]):

@@ -1,10 +1,11 @@
 """Exact updates: the same bits as plain PyTorch, made as early as that allows.
 
 A unit is updated when its last gradient of the step has arrived, which the steps before foretell (`eager`), or,
-with clipping or ``start="step"``, after the optimizer step and before the unit is next used (`pending`). What that means for those
-who look at gradients is in `optim.gradient_holder`. Everything runs on the training thread: on a machine whose
-cores are all computing, a second thread for updates takes cores from the matrix products (see docs/exact_updates.md). Units
-that are at home on a device are updated there, by kernels that the device gets in order with those that compute.
+with clipping or ``start="step"``, after the optimizer step and before the unit is next used (`pending`). What that
+means for those who look at gradients is in `optim.gradient_holder`. Everything runs on the training thread: on a
+machine whose cores are all computing, a second thread for updates takes cores from the matrix products (see
+docs/exact_updates.md). Units that are at home on a device are updated there, by kernels that the device gets in order
+with those that compute.
 
 Per unit and step:   waiting --gradients--> updated --optimizer step--> waiting           (eager)
                      waiting --gradients, optimizer step--> pending --use--> waiting      (otherwise)
@@ -19,8 +20,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from optim.exact.gradient_store import GradientStore
 from optim.clip import check_finite, gradient_norm, total_norm
+from optim.exact.gradient_store import GradientStore
 from optim.gradient_holder import GradientHolder
 from optim.loss_scale import Scaling
 from optim.rules import Batch, UpdateRule
@@ -31,6 +32,7 @@ from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 Start = Literal["auto", "step"]
+
 
 def is_eager(scaling: Scaling, start: Start) -> bool:
     """Whether units are updated during the backward pass, as soon as their gradients are complete."""
@@ -116,7 +118,8 @@ class ExactUpdater(GradientHolder):
         return (unit.home or self._driver).viewed(unit.compute)
 
     def uses_as_it_is(self, unit: Unit, slot: Slot) -> bool:
-        """Whether a gradient that comes now is to be the parameter's only one of the step, and used as autograd made it."""
+        """Whether a gradient that comes now is to be the parameter's only one of the step, and used as autograd made
+        it."""
         alone = slot.final or (self._foretold and slot.expected == 1)
         return self._eager and alone and slot.group >= 0 and not unit.touched and not slot.has_bytes
 
@@ -146,12 +149,12 @@ class ExactUpdater(GradientHolder):
     def step(self) -> None:
         """End the step: decide on the updates not yet made. They run now, or before their unit is next used.
 
-        With loss scaling, a step whose gradients are not finite is dropped whole. Gradients stay what they are, clipped,
-        until they are cleared, but for those that updates have used up already.
+        With loss scaling, a step whose gradients are not finite is dropped whole. Gradients stay what they are,
+        clipped, until they are cleared, but for those that updates have used up already.
 
         Raises:
-            RuntimeError: hyper-parameters changed after updates of this step had used them, or gradients that were used up have
-                not been cleared.
+            RuntimeError: hyper-parameters changed after updates of this step had used them, or gradients that were used
+                up have not been cleared.
             NonFiniteError: without loss scaling, the gradients' norm is not finite; no parameter was changed and the
                 gradients are dropped.
         """
@@ -164,17 +167,25 @@ class ExactUpdater(GradientHolder):
         for unit, slot in self._slots:
             if slot.grad is Grad.ZEROS:
                 self._make_zeros(unit, slot)
-        waiting = [u for u in self._index.units if any(s.group >= 0 and s.grad in (Grad.HELD, Grad.OWN) for s in u.slots)]
+        waiting = [
+            u for u in self._index.units if any(s.group >= 0 and s.grad in (Grad.HELD, Grad.OWN) for s in u.slots)
+        ]
         coefficient = self._coefficient() if self._scaling.needs_norm else None
         dropped = self._scaling.needs_norm and waiting and coefficient is None
         self.dropped_steps += bool(dropped)
         pending = Pending(hypers, coefficient)
         for unit in waiting if not dropped else ():
             if any(slot.own is not None for slot in unit.slots) or self._viewed(unit):
-                self._run(unit, pending, spent=())  # now, while the user's tensors are what they are, and for views to show it
+                self._run(
+                    unit, pending, spent=()
+                )  # now, while the user's tensors are what they are, and for views to show it
             elif self._eager and not unit.touched:
                 # Whether gradients are looked at after the step, the first one shows.
-                self._run(unit, pending, spent=[slot for slot in unit.slots if slot.group >= 0 and slot.has_bytes] if self._foretold else ())
+                self._run(
+                    unit,
+                    pending,
+                    spent=[slot for slot in unit.slots if slot.group >= 0 and slot.has_bytes] if self._foretold else (),
+                )
             else:
                 unit.pending = pending
         repeatable = self._foretold
@@ -191,7 +202,8 @@ class ExactUpdater(GradientHolder):
         super().abandon()
 
     def _coefficient(self) -> torch.Tensor | None:
-        """What this step's gradients are multiplied by; None when there are none, or they overflowed under loss scaling."""
+        """What this step's gradients are multiplied by; None when there are none, or they overflowed under loss
+        scaling."""
         others = self.other_gradients()
         norms = [(order, torch.linalg.vector_norm(other)) for order, other in others]
         for unit, slot in self._every_slot:
@@ -248,9 +260,12 @@ class ExactUpdater(GradientHolder):
             self._run(unit, unit.pending, spent=cleared)
 
     def _check_whole(self) -> None:
-        """Raise where an update was cut off (Ctrl-C, a disk that failed) so that part of its unit has it and part has not."""
+        """Raise where an update was cut off (Ctrl-C, a disk that failed) so that part of its unit has it and part has
+        not."""
         if self._torn is not None:
-            raise RuntimeError(f"the update of {self._torn.name} was cut off half-way by an error before; go on from the last commit")
+            raise RuntimeError(
+                f"the update of {self._torn.name} was cut off half-way by an error before; go on from the last commit"
+            )
 
     def settle(self, unit: Unit) -> None:
         """Before a use outside the step: as before any other."""
@@ -300,7 +315,9 @@ class ExactUpdater(GradientHolder):
             accesses += [Access(t.id, AccessMode.MODIFY) for t in (part.states, part.master) if t is not None]
             here = unit.home is None or unit.sums_at_home
             accesses += sums if here else []
-            with (unit.home or self._driver).op((OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses):
+            with (unit.home or self._driver).op(
+                (OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses
+            ):
                 with nullcontext() if here or not sums else self._brought_up(unit, number, sums):
                     started_s = time.perf_counter()
                     self._torn = unit
@@ -340,14 +357,17 @@ class ExactUpdater(GradientHolder):
             narrow = []
             for piece in chosen:
                 assert unit.parameters.frame is not None
-                parameter = mover.arena.view(unit.parameters.frame, piece.begin * unit.dtype.itemsize, unit.dtype, piece.numel)
+                parameter = mover.arena.view(
+                    unit.parameters.frame, piece.begin * unit.dtype.itemsize, unit.dtype, piece.numel
+                )
                 gradient = self._gradient(unit, piece).to(parameter.device)
                 if part.master is not None:
                     master = state_view(mover, part, part.master, 0, piece.begin, piece.numel)
                     narrow.append((parameter, master))
                     parameter, gradient = master, gradient.float()
                 if pending.coefficient is not None:
-                    # Sums that later slices need, too, may be on their way to the page files: what they hold must not change.
+                    # Sums that later slices need, too, may be on their way to the page files: what they hold must not
+                    # change.
                     kept = piece.slot.direct is None and not (last or unit.sums_at_home)
                     gradient = gradient * pending.coefficient if kept else gradient.mul_(pending.coefficient)
                 batch.params.append(parameter)

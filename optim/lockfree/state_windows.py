@@ -4,8 +4,8 @@ The updater goes round the units, so a slice is needed again only after all othe
 be kept in memory is a fixed set: as many slices as fit stay for good, and the others pass through a ring of
 `RING_WINDOWS` windows, in which one slice is read and one is written while a third is updated.
 
-The windows lie above the frames that the schedule of the training thread uses; nothing else allocates there. All methods
-belong to the updater's thread; the mover's lock is held for bookkeeping only.
+The windows lie above the frames that the schedule of the training thread uses; nothing else allocates there. All
+methods belong to the updater's thread; the mover's lock is held for bookkeeping only.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from pagemem.errors import StorageError
-from pagemem.telemetry.events import EventKind
-from pagemem.residency.mover import Mover
 from pagemem.frames.page import FrameId
+from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import IN_FLIGHT, PagedTensor, Residency
+from pagemem.telemetry.events import EventKind
 
 RING_WINDOWS: Final = 3
 
@@ -108,8 +108,8 @@ class StateWindows:
         begun = False
 
         def there() -> bool:
-            # The training thread may take one away again before all are there: a master whose parameter was edited. What has
-            # failed is not tried for ever.
+            # The training thread may take one away again before all are there: a master whose parameter was edited.
+            # What has failed is not tried for ever.
             nonlocal begun
             if not (begun and self._mover.failed):
                 begun = self._begin(number, needed=True)

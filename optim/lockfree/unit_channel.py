@@ -1,9 +1,10 @@
 """Hand-off between the training thread and the updater: gradients one way, new parameter versions the other.
 
-Each unit has one `Mailbox`. The training thread puts a `Parcel` of gradients in, the updater takes it; whoever has taken
-a parcel out owns it alone. A parcel that the updater has not taken when the next step's gradients are there is taken
-back, they are added to it, and it is put in again, so that a unit never has more than one waiting. Putting and taking
-are single operations on a deque, which Python makes atomic: no lock is held while either side works on what it owns.
+Each unit has one `Mailbox`. The training thread puts a `Parcel` of gradients in, the updater takes it; whoever has
+taken a parcel out owns it alone. A parcel that the updater has not taken when the next step's gradients are there is
+taken back, they are added to it, and it is put in again, so that a unit never has more than one waiting. Putting and
+taking are single operations on a deque, which Python makes atomic: no lock is held while either side works on what it
+owns.
 
 The updater writes new parameters over the gradients they came from and publishes them as a `Version`, whole, by
 assigning one attribute. Step numbers (`optim.lockfree.unit_clock`) tell each side what the other has seen.
@@ -96,7 +97,9 @@ class Parcel:
             AssertionError: they are not of the step after.
         """
         if later.first != self.last + 1:
-            raise AssertionError(f"steps {later.first}..{later.last} cannot be added to steps {self.first}..{self.last}")
+            raise AssertionError(
+                f"steps {later.first}..{later.last} cannot be added to steps {self.first}..{self.last}"
+            )
         freed_bytes = 0
         for slot, addend in later.sums.items():
             kept = self.sums.get(slot)
@@ -140,7 +143,8 @@ class Mailbox:
     # ---- the training thread's side ----------------------------------------------------------------------------
 
     def put(self, sums: dict[Slot, SlotSum]) -> int:
-        """Hand one step's gradients over; returns the bytes that adding them to waiting ones has freed. Training thread."""
+        """Hand one step's gradients over; returns the bytes that adding them to waiting ones has freed. Training
+        thread."""
         step = self.clock.produced + 1
         parcel = Parcel(step, step, sums)
         freed_bytes = 0

@@ -7,10 +7,10 @@ It takes the parcel of the unit that is furthest behind (one that the training t
 unit's slices of optimizer states through its own windows of host memory, and publishes the new parameters when all of
 them are there. While a slice is updated the next one is read and the one before is written.
 
-Where a parcel holds the gradients of several steps, the updater cannot keep pace with training; the rule then says which
-updates their mean makes (`UpdateRule.merge`). Where gradients were computed with parameters that missed some steps, the
-next ones will be, too: parameters are published as far ahead as momentum will take them in as many steps and one more
-(`UpdateRule.ahead`), and moved back before the next update.
+Where a parcel holds the gradients of several steps, the updater cannot keep pace with training; the rule then says
+which updates their mean makes (`UpdateRule.merge`). Where gradients were computed with parameters that missed some
+steps, the next ones will be, too: parameters are published as far ahead as momentum will take them in as many steps and
+one more (`UpdateRule.ahead`), and moved back before the next update.
 
 The first error ends the thread; it is kept in `failure` and raised on the training thread. The unit that was being
 updated then has some of its slices updated and others not, and none of its new parameters published: training goes on
@@ -35,24 +35,24 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from optim.lockfree.state_windows import StateWindows
 from optim.lockfree.unit_channel import Mailbox, Parcel, SlotSum
 from optim.rules import Ahead, Batch, UpdateRule
-from optim.lockfree.state_windows import StateWindows
 from optim.states import state_view
 from optim.unit import Hyper, Piece, Slice, Slot, Unit
 from pagemem.errors import TransitionError
-from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.files.threads import start_thread
 from pagemem.residency.mover import Mover
-from pagemem.units import MiB
 from pagemem.residency.wait_lock import WaitLock
+from pagemem.telemetry.events import Event, EventKind, EventSink
+from pagemem.units import MiB
 
 #: Where tests hold the updater: names of the points in `UpdateThread` that call ``gate``.
 Gate = Callable[[str, Unit], None]
 
 
-#: Elements that a thread updates at a time: a multiple of what rounding must not see (`optim.unit.SLICE_ALIGN_NUMEL`), and so few
-#: that parameters, gradients, states and scratch of all of them fit in a core's cache.
+#: Elements that a thread updates at a time: a multiple of what rounding must not see (`optim.unit.SLICE_ALIGN_NUMEL`),
+#: and so few that parameters, gradients, states and scratch of all of them fit in a core's cache.
 PIECE_NUMEL: Final = 1 << 17
 
 
@@ -268,7 +268,7 @@ class UpdateThread:
         if wanted is not None and wanted.has_work:
             return wanted
         busy = [mailbox for mailbox in self._mailboxes if mailbox.has_work]
-        return min(busy, key=lambda box: (box.clock.applied - box.clock.produced), default=None)
+        return min(busy, key=lambda box: box.clock.applied - box.clock.produced, default=None)
 
     def _check_stop(self) -> None:
         if self._stopping:
@@ -304,13 +304,16 @@ class UpdateThread:
         if following is not None and following is not served:
             self.windows.prefetch(self._first_slice[following.unit])
 
-    def _update(self, unit: Unit, part: Slice, piece: Piece, total: SlotSum, due: _Due, newest: dict[Slot, SlotSum]) -> None:
+    def _update(
+        self, unit: Unit, part: Slice, piece: Piece, total: SlotSum, due: _Due, newest: dict[Slot, SlotSum]
+    ) -> None:
         """All updates of a piece, which is small enough for everything to stay in the processor's cache meanwhile."""
         slot, states = piece.slot, self._states(part, piece)
         begin, end = piece.begin - slot.offset, piece.end - slot.offset
         scratch, spare = self._scratch[0, : piece.numel], self._scratch[1, : piece.numel]
         target = total.flat[begin:end]
-        # One scratch is enough for both gradient and parameter: what is not fp32 has masters, which are updated in place.
+        # One scratch is enough for both gradient and parameter: what is not fp32 has masters, which are updated in
+        # place.
         gradient = target if target.dtype is torch.float32 else scratch.copy_(target)
         if total.coefficient is not None:
             gradient.mul_(total.coefficient)
@@ -341,7 +344,10 @@ class UpdateThread:
     def _states(self, part: Slice, piece: Piece) -> list[Tensor]:
         if part.states is None:
             return []
-        return [state_view(self._mover, part, part.states, k, piece.begin, piece.numel) for k in range(len(self._rule.state_names))]
+        return [
+            state_view(self._mover, part, part.states, k, piece.begin, piece.numel)
+            for k in range(len(self._rule.state_names))
+        ]
 
     def _become(self, state: UpdaterState) -> None:
         if state not in _LEGAL[self.state]:
@@ -350,7 +356,8 @@ class UpdateThread:
 
 
 def _stop_at_exit(thread: weakref.ref[UpdateThread], process: int) -> None:
-    """Where nobody has closed the engine: a thread that is in a kernel of torch when the interpreter ends aborts the process.
+    """Where nobody has closed the engine: a thread that is in a kernel of torch when the interpreter ends aborts the
+    process.
 
     Not in a child process, which does not have the thread.
     """

@@ -7,8 +7,8 @@ forward, recomputation and backward of a step see the same values. (Where memory
 are also adopted between two micro-batches of a step, never between a forward and its backward.)
 
 Before a unit's first use in a step, the parameters in use miss at most ``max_staleness`` of the steps before; the
-training thread waits for the updater where they would miss more. With 0 the results are those of exact mode, bit for bit,
-and so are those of the first ``exact_steps`` steps.
+training thread waits for the updater where they would miss more. With 0 the results are those of exact mode, bit for
+bit, and so are those of the first ``exact_steps`` steps.
 
 Source: Angel-PTM (VLDB 2023), lock-free updating; the bound is that of stale-synchronous training (Ho et al., NeurIPS
 2013), kept for each unit.
@@ -23,14 +23,14 @@ from typing import ClassVar
 
 import torch
 
-from optim.exact.gradient_store import flat_gradient
 from optim.clip import gradient_norm, total_norm
+from optim.exact.gradient_store import flat_gradient
 from optim.gradient_holder import GradientHolder
 from optim.lockfree.unit_channel import Mailbox, SlotSum, Version
+from optim.lockfree.update_thread import UpdateThread
 from optim.loss_scale import Scaling
 from optim.states import StateAccess
 from optim.unit import START_HINT, Grad, Hyper, Slot, Unit, UnitIndex, complete
-from optim.lockfree.update_thread import UpdateThread
 from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.errors import BudgetError
 from pagemem.telemetry.events import Event, EventKind, EventSink
@@ -54,7 +54,8 @@ class LockFreeUpdater(GradientHolder):
         scratch_bytes: what the updater has outside the host arena beside them.
         scaling: clipping and loss scaling.
         eager: hand a unit's gradient over as soon as it is complete, not at the optimizer step.
-        adopts_after: adopt new parameters after a unit's last use in a step, too, which is when its gradient is complete.
+        adopts_after: adopt new parameters after a unit's last use in a step, too, which is when its gradient is
+            complete.
         max_staleness: see above, >= 0.
         exact_steps: the first so many steps of a unit's life are made as with ``max_staleness`` 0.
     """
@@ -197,7 +198,8 @@ class LockFreeUpdater(GradientHolder):
     def step(self) -> None:
         """End the step: hand over what was not yet. Does not wait for any update.
 
-        With clipping or loss scaling, a step whose gradients' norm is not finite is dropped and counted; nothing of it is applied.
+        With clipping or loss scaling, a step whose gradients' norm is not finite is dropped and counted; nothing of it
+        is applied.
 
         Raises:
             RuntimeError: hyper-parameters changed after gradients of this step were handed over with the old ones.
@@ -229,7 +231,8 @@ class LockFreeUpdater(GradientHolder):
         self._driver.end_step(repeatable=repeatable)
 
     def _coefficient(self) -> torch.Tensor | None:
-        """What this step's gradients are multiplied by; None when nothing is to be done, or their norm is not finite."""
+        """What this step's gradients are multiplied by; None when nothing is to be done, or their norm is not
+        finite."""
         if not self._scaling.needs_norm:
             return None
         others = self.other_gradients()
@@ -241,7 +244,10 @@ class LockFreeUpdater(GradientHolder):
         self.grad_norm = self._scaling.unscaled(total)
         coefficient = self._scaling.coefficient(total)
         if coefficient is not None:
-            for other in [*(other for _, other in others), *(slot.own for _, slot in self._slots if slot.own is not None)]:
+            for other in [
+                *(other for _, other in others),
+                *(slot.own for _, slot in self._slots if slot.own is not None),
+            ]:
                 other.mul_(coefficient.to(other.device))
         return coefficient
 
@@ -309,7 +315,9 @@ class LockFreeUpdater(GradientHolder):
             self._thread.await_progress(lambda: mailbox.clock.applied >= step)
         finally:
             self._thread.want(None)
-        self._sink.emit(Event(EventKind.WAIT, f"update of {mailbox.unit.name}", 0, started_s, time.perf_counter() - started_s))
+        self._sink.emit(
+            Event(EventKind.WAIT, f"update of {mailbox.unit.name}", 0, started_s, time.perf_counter() - started_s)
+        )
 
     def _adopt(self, unit: Unit, when: str, *, may: bool = True) -> None:
         """Copy the newest published parameters, if they are newer and ``may`` be used now, into the unit's pages."""
@@ -341,7 +349,8 @@ class LockFreeUpdater(GradientHolder):
         self._free_bytes(sum(total.release() for slot, total in version.values.items() if kept.get(slot) is not total))
 
     def _adopt_in_passing(self) -> bool:
-        """Adopt versions, for the bytes they hold, of units that lie in memory and whose values nobody is to see again; returns whether any.
+        """Adopt versions, for the bytes they hold, of units that lie in memory and whose values nobody is to see again;
+        returns whether any.
 
         Which ones these are differs from step to step, so it is no op of the step: nothing is moved for it.
         """
@@ -396,7 +405,9 @@ class LockFreeUpdater(GradientHolder):
                 )
             started_s = time.perf_counter()
             self._thread.await_progress(lambda: sum(m.clock.applied for m in self._mailboxes.values()) > published)
-            self._sink.emit(Event(EventKind.WAIT, "room for gradients", n_bytes, started_s, time.perf_counter() - started_s))
+            self._sink.emit(
+                Event(EventKind.WAIT, "room for gradients", n_bytes, started_s, time.perf_counter() - started_s)
+            )
             self._collect_freed()
         self._set_bytes(self.direct_bytes + n_bytes)
 
@@ -433,7 +444,8 @@ def _spend(slots: Sequence[Slot]) -> None:
 
 
 def _ahead_steps(mailbox: Mailbox, hyper: Hyper) -> int:
-    """How far ahead the parameters after this gradient are to be: as far as it was behind, and a step, where it may be behind.
+    """How far ahead the parameters after this gradient are to be: as far as it was behind, and a step, where it may be
+    behind.
 
     That step is what Nesterov's momentum looks ahead; it also makes up for a step that is missed now and then.
     """

@@ -1,8 +1,10 @@
-"""What computes out of a device's memory, and how bytes get there and back: the seam between the tiers and a kind of device.
+"""What computes out of a device's memory, and how bytes get there and back: the seam between the tiers and a kind of
+device.
 
-A device works through what it is given in order, and long after it was given. A `Mark` is a place in that order. Whoever
-copies asks for marks instead of waiting: a copy up begins after the mark of what last used its frames, and compute goes on
-after the mark of the copies that it needs, all on the device. The training thread waits for none of them.
+A device works through what it is given in order, and long after it was given. A `Mark` is a place in that order.
+Whoever copies asks for marks instead of waiting: a copy up begins after the mark of what last used its frames, and
+compute goes on after the mark of the copies that it needs, all on the device. The training thread waits for none of
+them.
 
 `RamDevice` is a device of ordinary memory, which has done everything by the time it was given it.
 """
@@ -55,7 +57,8 @@ class Accelerator(Protocol):
 
     @property
     def stages_gradients(self) -> bool:
-        """Whether its gradients and losses are copied into host memory, by `copy_out`. False: where they are is host memory."""
+        """Whether its gradients and losses are copied into host memory, by `copy_out`. False: where they are is host
+        memory."""
 
     def use_in_thread(self) -> None:
         """Have the calling thread's calls go to this device: a new thread that works for it calls this first.
@@ -95,14 +98,16 @@ class Accelerator(Protocol):
         """
 
     def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
-        """Copy bytes (uint8, flat, of one size) from host memory into the device's, after ``after`` and after those asked for before.
+        """Copy bytes (uint8, flat, of one size) from host memory into the device's, after ``after`` and after those
+        asked for before.
 
         Does not wait for it.
         """
 
     def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
-        """Copy bytes (uint8, flat, of one size) of the device into given host memory, as they are when compute has done everything
-        that it was given so far. Does not wait for it: neither is to be changed or let go of before compute is put behind the mark."""
+        """Copy bytes (uint8, flat, of one size) of the device into given host memory, as they are when compute has done
+        everything that it was given so far. Does not wait for it: neither is to be changed or let go of before compute
+        is put behind the mark."""
 
 
 class _Reached:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from pagemem.process.gone import Gone
 from pagemem.frames.page import FrameId, TensorId
+from pagemem.process.gone import Gone
 
 #: Makes so many bytes from an address on fit for copies by a device; returns what undoes that.
 Pin = Callable[[int, int], Callable[[], None]]
@@ -49,7 +49,9 @@ class Arena(ABC):
         """A flat tensor over ``numel`` elements, for use inside one pinned operation; its life is not tracked."""
 
     @abstractmethod
-    def lease(self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
+    def lease(
+        self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int
+    ) -> torch.Tensor:
         """A flat tensor whose last alias's death is reported by `ended_leases`. The caller counts it as begun."""
 
     @abstractmethod
@@ -94,7 +96,9 @@ class HostArena(Arena):
         try:
             self._map = mmap.mmap(-1, self.n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise MemoryError(f"cannot map {self.n_bytes} bytes for the host arena: {error}; lower memory.ram") from error
+            raise MemoryError(
+                f"cannot map {self.n_bytes} bytes for the host arena: {error}; lower memory.ram"
+            ) from error
         # Frames live for the whole run and are streamed through: huge pages save TLB misses in the matrix products.
         self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = memoryview(self._map)
@@ -104,10 +108,12 @@ class HostArena(Arena):
             self.pin(pin)
 
     def pin(self, pin: Pin) -> None:
-        """Have all of it fit for copies by a device until `close`; once. A child process does not get it from then on."""
+        """Have all of it fit for copies by a device until `close`; once. A child process does not get it from then
+        on."""
         if self._unpin is None and self.n_bytes:
-            # After a fork whoever writes first gets a copy of the page, the other keeps the one that the device knows: that must not
-            # be the child. Kernels that avoid it copy every locked page at the fork, as much memory again.
+            # After a fork whoever writes first gets a copy of the page, the other keeps the one that the device knows:
+            # that must not be the child. Kernels that avoid it copy every locked page at the fork, as much memory
+            # again.
             self._map.madvise(mmap.MADV_DONTFORK)
             self._unpin = pin(self.address, self.n_bytes)
 
@@ -123,7 +129,9 @@ class HostArena(Arena):
         start = frame * self.page_bytes + offset_bytes
         return torch.frombuffer(self._bytes, dtype=dtype, count=numel, offset=start)
 
-    def lease(self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
+    def lease(
+        self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int
+    ) -> torch.Tensor:
         """As `Arena.lease`."""
         start = frame * self.page_bytes + offset_bytes
         window = self._bytes[start : start + numel * dtype.itemsize]

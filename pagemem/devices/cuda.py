@@ -19,20 +19,28 @@ from pagemem.units import GiB, format_bytes
 #: Large parts of it have no types.
 _CUDA: Final[Any] = torch.cuda
 _LOG: Final = logging.getLogger(__name__)
-#: Host memory is registered in pieces of so many bytes: drivers from r580 on refuse 512 GiB in one. A multiple of every page size.
+#: Host memory is registered in pieces of so many bytes: drivers from r580 on refuse 512 GiB in one. A multiple of every
+#: page size.
 PIN_BYTES: Final = 64 * GiB
 #: Of what is free on a device, what pages may take without a warning.
 _TIGHT_SHARE: Final = 0.85
 
 
 class _Window:
-    """Bytes of an arena as other libraries hand device memory over; torch keeps it as long as a storage made of it lives."""
+    """Bytes of an arena as other libraries hand device memory over; torch keeps it as long as a storage made of it
+    lives."""
 
     __slots__ = ("__cuda_array_interface__", "__weakref__", "_whole")
 
     def __init__(self, whole: torch.Tensor, address: int, n_bytes: int) -> None:
         self._whole = whole  # the memory outlives the arena for as long as views of it do
-        self.__cuda_array_interface__ = {"shape": (n_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3}
+        self.__cuda_array_interface__ = {
+            "shape": (n_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
 
 
 class CudaArena(Arena):
@@ -64,7 +72,9 @@ class CudaArena(Arena):
         start = frame * self.page_bytes + offset_bytes
         return self._whole[start : start + numel * dtype.itemsize].view(dtype)
 
-    def lease(self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
+    def lease(
+        self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int
+    ) -> torch.Tensor:
         """As `Arena.lease`."""
         window = _Window(self._whole, self.address + frame * self.page_bytes + offset_bytes, numel * dtype.itemsize)
         self._watched.watch(window, tensor)
@@ -75,7 +85,8 @@ class CudaArena(Arena):
         return CudaArena(n_frames, self.page_bytes, self._device)
 
     def close(self) -> None:
-        """As `Arena.close`; asks nothing of the device, which may have failed. Views made from here on are of nothing."""
+        """As `Arena.close`; asks nothing of the device, which may have failed. Views made from here on are of
+        nothing."""
         self._whole = torch.empty(0, dtype=torch.uint8)
 
     def _warn_if_tight(self) -> None:
@@ -133,8 +144,14 @@ class CudaDevice:
 
     def __init__(self, index: int | None = None) -> None:
         if not _CUDA.is_available():
-            build = "this torch is a build without CUDA" if torch.version.cuda is None else "torch finds no device that it can use"
-            raise DeviceError(f'device is "cuda", but {build}; `offload doctor` says more. Set device to "cpu" to train without one')
+            build = (
+                "this torch is a build without CUDA"
+                if torch.version.cuda is None
+                else "torch finds no device that it can use"
+            )
+            raise DeviceError(
+                f'device is "cuda", but {build}; `offload doctor` says more. Set device to "cpu" to train without one'
+            )
         n_devices = _CUDA.device_count()
         if index is not None and index >= n_devices:
             raise DeviceError(f'device is "cuda:{index}", but there are {n_devices}, numbered from 0')
@@ -143,10 +160,13 @@ class CudaDevice:
         self._up = _CUDA.Stream(self.torch_device)
         self._down = _CUDA.Stream(self.torch_device)
         self._warned = False
-        self._cuts: tuple[int, ...] = ()  # where one pinned piece of host memory ends and the next begins, sorted; replaced, never changed
+        self._cuts: tuple[
+            int, ...
+        ] = ()  # where one pinned piece of host memory ends and the next begins, sorted; replaced, never changed
 
     def use_in_thread(self) -> None:
-        """As `Accelerator.use_in_thread`: otherwise a new thread's calls go to the first device, and make a context there."""
+        """As `Accelerator.use_in_thread`: otherwise a new thread's calls go to the first device, and make a context
+        there."""
         _CUDA.set_device(self.torch_device)
 
     def make_arena(self, n_frames: int, page_bytes: int) -> Arena:
@@ -159,7 +179,8 @@ class CudaDevice:
         Where the system refuses, it stays as it is, with one warning.
 
         Returns:
-            What unlocks it. Raises RuntimeError, after every piece was tried, if one cannot be: then the device has failed.
+            What unlocks it. Raises RuntimeError, after every piece was tried, if one cannot be: then the device has
+            failed.
         """
         starts = range(address, address + n_bytes, PIN_BYTES)
         for number, start in enumerate(starts):
@@ -203,7 +224,8 @@ class CudaDevice:
             )
 
     def _forget_refusal(self) -> None:
-        """CUDA keeps the error of a refused call for whoever asks next, which would be the next kernel: let it be this one."""
+        """CUDA keeps the error of a refused call for whoever asks next, which would be the next kernel: let it be this
+        one."""
         try:
             torch.zeros(1, device=self.torch_device)
         except RuntimeError as error:
@@ -252,7 +274,8 @@ class CudaDevice:
         return CudaMark(self._recorded(self._down))
 
     def _copy(self, source: torch.Tensor, into: torch.Tensor, host: torch.Tensor) -> None:
-        """Copy flat bytes, of which ``host`` are those in host memory, in pieces: CUDA refuses a copy that is of two pinned pieces."""
+        """Copy flat bytes, of which ``host`` are those in host memory, in pieces: CUDA refuses a copy that is of two
+        pinned pieces."""
         address, n_bytes = host.data_ptr(), host.numel()
         bounds = [cut - address for cut in self._cuts if address < cut < address + n_bytes]
         if not bounds:
@@ -272,4 +295,3 @@ def _event(mark: Mark) -> Any:
     if not isinstance(mark, CudaMark):
         raise TypeError(f"{mark!r} is no mark of a CUDA device")
     return mark.event
-

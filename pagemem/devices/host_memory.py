@@ -1,4 +1,5 @@
-"""How much RAM this process can still have: what the machine has left, and what its control groups (cgroup v2, or v1) allow. Read anew each time."""
+"""How much RAM this process can still have: what the machine has left, and what its control groups (cgroup v2, or v1)
+allow. Read anew each time."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def cgroup_limit(own: Path, root: Path) -> tuple[int | None, int | None]:
             text = (folder / controller.limit).read_text().strip() if (folder / controller.limit).exists() else "max"
             if text != "max" and int(text) < _NO_LIMIT_BYTES:
                 limits.append(int(text))
-                used_bytes = int((folder / controller.used).read_text()) - _reclaimable_bytes(folder / "memory.stat", controller.reclaimable)
+                used_bytes = int((folder / controller.used).read_text()) - _reclaimable_bytes(
+                    folder / "memory.stat", controller.reclaimable
+                )
                 left.append(max(0, int(text) - used_bytes))
     return min(limits, default=None), min(left, default=None)
 

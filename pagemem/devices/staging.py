@@ -1,7 +1,8 @@
-"""Host memory of a fixed size for what a device copies down, handed out in spans that come back when nobody has views of them any more.
+"""Host memory of a fixed size for what a device copies down, handed out in spans that come back when nobody has views
+of them any more.
 
-Memory pinned request by request would come from torch's own pool, which rounds sizes up to powers of two and keeps all it ever had: more
-than any budget says. This is pinned once, and what it takes is what it was made with.
+Memory pinned request by request would come from torch's own pool, which rounds sizes up to powers of two and keeps all
+it ever had: more than any budget says. This is pinned once, and what it takes is what it was made with.
 """
 
 from __future__ import annotations

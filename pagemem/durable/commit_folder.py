@@ -16,8 +16,8 @@ from typing import Final
 
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
-from pagemem.errors import CommitError, DamagedCommitError, UnknownCommitError
 from pagemem.durable.manifest import MAX_BYTES, Manifest
+from pagemem.errors import CommitError, DamagedCommitError, UnknownCommitError
 from pagemem.folders.own_file import has_folder, kind_of, make_folder, naming, remove_file, replace_file, sync_folder
 from pagemem.folders.small_file import NO_FILE, open_regular, read_small
 
@@ -77,11 +77,14 @@ class CommitFolder:
 
         Raises:
             CommitError: it would be too large to be read back.
-            StorageError: it cannot be written. Whether there is such a commit after a crash is not known before `remove` succeeds.
+            StorageError: it cannot be written. Whether there is such a commit after a crash is not known before
+                `remove` succeeds.
         """
         content = manifest.encode() if content is None else content
         if len(content) > MAX_BYTES:
-            raise CommitError(f"the manifest would have {len(content)} bytes, at most {MAX_BYTES} are read back; track smaller states or take larger pages")
+            raise CommitError(
+                f"the manifest would have {len(content)} bytes, at most {MAX_BYTES} are read back; track smaller states or take larger pages"
+            )
         self._make()
         replace_file(self.manifest(manifest.number), content)
 
@@ -136,8 +139,8 @@ class CommitFolder:
         """Remove a commit durably. There may be none.
 
         Raises:
-            StorageError: it may still be there after a crash. Where it is gone for now, that can never be made certain, as no
-                later sync tells: its number is in ``uncertain`` then, and its frames must not be used any more.
+            StorageError: it may still be there after a crash. Where it is gone for now, that can never be made certain,
+                as no later sync tells: its number is in ``uncertain`` then, and its frames must not be used any more.
         """
         if not has_folder(self.path):
             return

@@ -1,7 +1,8 @@
 """What a commit says: which bytes of the page files make up which tensor, and the scalars of that moment. Pure data.
 
 On disk a manifest is one header line (format, length and xxh3 of the rest) and JSON. A file that was cut anywhere, or
-changed anywhere, is refused whole; so is one that is whole and has a field missing, unknown, of another type or out of range.
+changed anywhere, is refused whole; so is one that is whole and has a field missing, unknown, of another type or out of
+range.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from xxhash import xxh3_128_hexdigest
 
 from pagemem.errors import CommitError, DamagedCommitError, UnknownCommitError
-from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent, FrameId, Placement, Run, TensorId
 from pagemem.folders.small_file import Count, Flag, Line, checked, parse_json
+from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent, FrameId, Placement, Run, TensorId
 from pagemem.tier import TRANSIENT, Tag, Tier
 from pagemem.units import BLOCK_BYTES, ceil_div
 
@@ -31,7 +32,9 @@ _Frame = Annotated[int, Field(strict=True, ge=0, lt=2**40)]
 _Frames = Annotated[int, Field(strict=True, gt=0, lt=2**40)]
 _InPage = Annotated[int, Field(strict=True, ge=0, le=MAX_PAGE_BYTES)]
 _Sum = Annotated[int, Field(strict=True, ge=0, lt=2**64)]
-_CommittedTag = Annotated[str, Field(strict=True, pattern=f"^({'|'.join(tag.value for tag in Tag if tag not in TRANSIENT)})$")]
+_CommittedTag = Annotated[
+    str, Field(strict=True, pattern=f"^({'|'.join(tag.value for tag in Tag if tag not in TRANSIENT)})$")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,8 @@ class StoredTensor:
         return Placement(TensorId(-1), Tier.SSD, self.n_bytes, runs, tail)
 
     def fault(self, page_bytes: int) -> str | None:
-        """What is wrong with the place by itself; where nothing is, its extents are those of its size, inside their pages."""
+        """What is wrong with the place by itself; where nothing is, its extents are those of its size, inside their
+        pages."""
         tail_bytes = 0
         if self.tail is not None:
             frame, offset_bytes, tail_bytes = self.tail
@@ -133,7 +137,9 @@ class Manifest:
             kind = UnknownCommitError if _ANY_FORMAT.fullmatch(words[0]) else DamagedCommitError
             raise kind(f"this is not a commit of this version: it begins with {words[0][:40]!r}, not {FORMAT!r}")
         if len(words) != 3 or words[1] != str(len(body)):
-            raise DamagedCommitError(f"it has {len(body)} bytes after its header, which says {' '.join(words[1:2]) or 'nothing'}: it was cut")
+            raise DamagedCommitError(
+                f"it has {len(body)} bytes after its header, which says {' '.join(words[1:2]) or 'nothing'}: it was cut"
+            )
         if words[2] != xxh3_128_hexdigest(body):
             raise DamagedCommitError("its content is not what was written: its checksum differs")
         try:

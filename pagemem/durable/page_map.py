@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pagemem.durable.manifest import Manifest, StoredTensor
-from pagemem.folders.own_file import kind_of, naming
 from pagemem.files.striping import Striping
+from pagemem.folders.own_file import kind_of, naming
 
 
 @dataclass(slots=True)
@@ -36,10 +36,13 @@ def all_places(manifests: Sequence[Manifest]) -> list[StoredPlace]:
 
 
 def map_faults(places: Sequence[StoredPlace], page_bytes: int) -> Iterator[tuple[list[int], str]]:
-    """Bytes that two places claim, a line for each pair that meets, with the commits of both; places have no faults of their own."""
+    """Bytes that two places claim, a line for each pair that meets, with the commits of both; places have no faults of
+    their own."""
     claims: list[tuple[int, int, StoredPlace]] = []  # first byte and end, as if all frames lay one after another
     for place in places:
-        claims += [(first * page_bytes, (first + n_frames) * page_bytes, place) for first, n_frames in place.stored.runs]
+        claims += [
+            (first * page_bytes, (first + n_frames) * page_bytes, place) for first, n_frames in place.stored.runs
+        ]
         if place.stored.tail is not None:
             frame, offset_bytes, n_bytes = place.stored.tail
             claims.append((frame * page_bytes + offset_bytes, frame * page_bytes + offset_bytes + n_bytes, place))

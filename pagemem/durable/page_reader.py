@@ -1,7 +1,7 @@
 """Reads stored tensors straight out of page files that are only read: no allocation, no threads, nothing changed.
 
-What training reads goes through `pagemem.files.page_file`; this is for looking at a run that stands still. Requests are made,
-and checksums computed, by the same code. Where the file system refuses O_DIRECT, reads go through the page cache.
+What training reads goes through `pagemem.files.page_file`; this is for looking at a run that stands still. Requests are
+made, and checksums computed, by the same code. Where the file system refuses O_DIRECT, reads go through the page cache.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from pagemem.files.checksums import digests
-from pagemem.errors import StorageError
-from pagemem.files.backend import Direction, transfer
 from pagemem.durable.manifest import StoredTensor
-from pagemem.folders.own_file import naming
-from pagemem.frames.page import Extent
-from pagemem.files.requests import ExtentTable, plan_requests, tabulate
+from pagemem.files.backend import Direction, transfer
+from pagemem.files.checksums import digests
 from pagemem.files.raw_file import close_all
-from pagemem.folders.small_file import open_regular
+from pagemem.files.requests import ExtentTable, plan_requests, tabulate
 from pagemem.files.striping import Striping
+from pagemem.folders.own_file import naming
+from pagemem.folders.small_file import open_regular
+from pagemem.frames.page import Extent
 from pagemem.units import MiB
 
 #: Bytes read at a time, where pages are not larger.
@@ -192,11 +191,21 @@ class PageReader:
         ends = table.positions + table.lengths
         cut = [row for row in range(len(table)) if ends[row] > self.file_bytes[int(table.paths[row])]]
         if cut:
-            return [self._wrong(chunk, table, row, f"lies beyond the end of the file, {self.file_bytes[int(table.paths[row])]} bytes") for row in cut]
+            return [
+                self._wrong(
+                    chunk,
+                    table,
+                    row,
+                    f"lies beyond the end of the file, {self.file_bytes[int(table.paths[row])]} bytes",
+                )
+                for row in cut
+            ]
         for request in plan_requests(table, len(self.paths), self.page_bytes, self.chunk_bytes):
             buffers = [into[start:end] for start, end in request.spans]
             try:
-                transfer(self._files, Direction.READ, request.path, self.paths[request.path], request.position_bytes, buffers)
+                transfer(
+                    self._files, Direction.READ, request.path, self.paths[request.path], request.position_bytes, buffers
+                )
             finally:
                 for buffer in buffers:  # of an error: its traceback would keep them
                     buffer.release()
@@ -219,5 +228,7 @@ class PageReader:
     def __enter__(self) -> PageReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -81,7 +81,7 @@ def choose_backend(folders: Sequence[Path], *, direct: bool | None, n_workers: i
     refusing = [] if direct is False else [folder for folder in folders if not accepts_direct(folder)]
     if direct and refusing:
         raise StorageError(
-            f"O_DIRECT is forced, but the file system of {refusing[0]} refuses it; set ssd.direct to \"auto\" or false"
+            f'O_DIRECT is forced, but the file system of {refusing[0]} refuses it; set ssd.direct to "auto" or false'
         )
     return AiofilesBackend(n_workers) if direct is False or refusing else DirectBackend()
 

@@ -26,8 +26,12 @@ _LOW_HALF: Final = np.uint64(0xFFFFFFFF)
 
 def digests(buffer: memoryview, starts: IntArray, lengths: IntArray) -> DigestArray:
     """xxh3 of ``buffer[start : start + length]`` for each pair. Holds no reference to the buffer when it returns."""
-    # Slices die with the call that takes them. Everything but the hash itself runs with cold caches, several thousand times a second.
-    return np.array([xxh3_64_intdigest(buffer[start : start + length]) for start, length in zip(starts.tolist(), lengths.tolist())], dtype=np.uint64)
+    # Slices die with the call that takes them. Everything but the hash itself runs with cold caches, several thousand
+    # times a second.
+    return np.array(
+        [xxh3_64_intdigest(buffer[start : start + length]) for start, length in zip(starts.tolist(), lengths.tolist())],
+        dtype=np.uint64,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,8 @@ class ExtentIndex:
     """Spans and checksums of the extents written so far, two slots a frame.
 
     An extent is *known* when exactly it (same offset, same length) was the last thing written to its bytes. It is asked
-    twice for each transfer, by threads that take a core from compute meanwhile: a few operations on whole arrays each time.
+    twice for each transfer, by threads that take a core from compute meanwhile: a few operations on whole arrays each
+    time.
     """
 
     def __init__(self) -> None:

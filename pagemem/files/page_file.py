@@ -22,18 +22,18 @@ from typing import Final
 
 import numpy as np
 
-from pagemem.files.checksums import DigestArray, ExtentIndex
 from pagemem.errors import StorageError, TransitionError
 from pagemem.files.backend import Direction, RawBackend, choose_backend
-from pagemem.files.stats import IoMeter, IoStats
-from pagemem.files.threads import IoPool
-from pagemem.folders.own_file import kind_of, naming, os_failure
-from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent
-from pagemem.files.requests import Route, plan_requests, tabulate
-from pagemem.files.transfer import COMPUTING, Completion, Done, Part, Ticket, TransferServer
-from pagemem.folders.run_directory import RunDirectory
-from pagemem.files.striping import Striping
+from pagemem.files.checksums import DigestArray, ExtentIndex
 from pagemem.files.rate_limit import TokenBucket
+from pagemem.files.requests import Route, plan_requests, tabulate
+from pagemem.files.stats import IoMeter, IoStats
+from pagemem.files.striping import Striping
+from pagemem.files.threads import IoPool
+from pagemem.files.transfer import COMPUTING, Completion, Done, Part, Ticket, TransferServer
+from pagemem.folders.own_file import kind_of, naming, os_failure
+from pagemem.folders.run_directory import RunDirectory
+from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent
 from pagemem.units import BLOCK_BYTES, MiB, ceil_div
 
 PAGE_FILE_NAME: Final = "pages.bin"
@@ -194,7 +194,13 @@ class PageFiles:
         self._index.record(route.table.keys, sums)
 
     def read(
-        self, where: Route | Sequence[Extent], into: memoryview, done: Done, *, background: bool = False, part: Part | None = None
+        self,
+        where: Route | Sequence[Extent],
+        into: memoryview,
+        done: Done,
+        *,
+        background: bool = False,
+        part: Part | None = None,
     ) -> None:
         """Begin reading extents into a buffer, one after another; returns at once.
 
@@ -206,8 +212,8 @@ class PageFiles:
                 or an extent was never written) or `ChecksumError`. The buffer's content is undefined after an error.
                 It must be cheap and should not raise, see `failure`.
             background: give way to transfers that are not.
-            part: called before ``done``, also on I/O threads and as cheap, with [start, end) in ``into`` of bytes that are there
-                and verified; in any order, each once, all of them if there is no error.
+            part: called before ``done``, also on I/O threads and as cheap, with [start, end) in ``into`` of bytes that
+                are there and verified; in any order, each once, all of them if there is no error.
 
         Raises:
             ValueError: extents or buffer are not as said; nothing was begun and ``done`` will not be called.
@@ -328,8 +334,9 @@ class PageFiles:
         """Make durable every write whose ``done`` was called before, in files that are still those that were opened.
 
         Raises:
-            StorageError: a file could not be synced, or was removed, replaced or cut: nothing is known of what was written since
-                the last sync, and a later one says nothing about that; see `pagemem.residency.disk_versions`.
+            StorageError: a file could not be synced, or was removed, replaced or cut: nothing is known of what was
+                written since the last sync, and a later one says nothing about that; see
+                `pagemem.residency.disk_versions`.
         """
         for file, path in enumerate(self.paths):
             with naming("syncing", path):
@@ -337,7 +344,8 @@ class PageFiles:
         self.check()
 
     def check(self) -> None:
-        """Look whether each file is still the one that was opened, under its name, and as long as it was made. Any thread.
+        """Look whether each file is still the one that was opened, under its name, and as long as it was made. Any
+        thread.
 
         Raises:
             StorageError: it was removed, replaced or cut while it was used.
@@ -363,8 +371,8 @@ class PageFiles:
         """Complete what is queued, end and join all threads, close all files. Idempotent; the files stay on the disk.
 
         Raises:
-            BaseException: the first one a ``done`` callback raised, or that a file could not be closed, on the first call
-                only; all is closed then too.
+            BaseException: the first one a ``done`` callback raised, or that a file could not be closed, on the first
+                call only; all is closed then too.
         """
         with self._close_lock:
             if self._state is FilesState.CLOSED:

@@ -27,8 +27,8 @@ def allocate(path: str, fd: int, old_bytes: int, new_bytes: int) -> None:
         fd: the file, open with O_DIRECT or not.
 
     Raises:
-        OSError: (ENOSPC, EDQUOT, ...) there is no room; what was gained on the way is given back. (ESTALE) the path leads to
-            another file by now.
+        OSError: (ENOSPC, EDQUOT, ...) there is no room; what was gained on the way is given back. (ESTALE) the path
+            leads to another file by now.
     """
     # A descriptor of its own, without O_DIRECT: where a file system cannot allocate, libc writes single bytes instead.
     plain = open_file(path, os.O_RDWR)

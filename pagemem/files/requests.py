@@ -14,8 +14,8 @@ from typing import Final
 import numpy as np
 
 from pagemem.files.checksums import ExtentKeys
-from pagemem.frames.page import Extent
 from pagemem.files.striping import IntArray, Striping
+from pagemem.frames.page import Extent
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 
 #: Linux refuses longer vectors (IOV_MAX).

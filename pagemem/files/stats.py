@@ -74,8 +74,13 @@ class IoMeter:
         with self._lock:
             reads, writes = self._totals[Direction.READ], self._totals[Direction.WRITE]
             return IoStats(
-                reads.n_bytes, writes.n_bytes, reads.n_requests, writes.n_requests,
-                _busy_s(reads), _busy_s(writes), self._verify_s,
+                reads.n_bytes,
+                writes.n_bytes,
+                reads.n_requests,
+                writes.n_requests,
+                _busy_s(reads),
+                _busy_s(writes),
+                self._verify_s,
             )
 
 

@@ -117,7 +117,8 @@ class IoPool(Generic[Item]):
                 self._will_look[me] = True
                 return
             if self._idle:
-                # First opened, then forgotten: a signal's handler that raises in between must not leave a thread that nobody wakes.
+                # First opened, then forgotten: a signal's handler that raises in between must not leave a thread that
+                # nobody wakes.
                 _open(self._idle[-1])
                 self._idle.pop()
 
@@ -151,7 +152,8 @@ class IoPool(Generic[Item]):
                     self._n_background += 1
 
     def _next(self, gate: threading.Lock) -> tuple[Item, bool] | None:
-        """The next item, waited for, and whether it is a background one; None when the pool closes and nothing is left."""
+        """The next item, waited for, and whether it is a background one; None when the pool closes and nothing is
+        left."""
         while True:
             with self._lock:
                 self._will_look[threading.get_ident()] = False

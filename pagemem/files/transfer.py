@@ -1,9 +1,10 @@
 """What I/O threads do with a transfer: move its requests' bytes, keep and verify checksums, report the end.
 
-A transfer is a list of jobs, a move for each request. With threads for what follows a move, a write's checksums are jobs of
-their own, computed beside it, and what comes after a move (verifying a read, telling of the end) is done by the thread that
-moved only if no other request waits for it: the disk is asked for the next request first. Without such threads one job does
-all of a request, checksums of a write first: that wakes the fewest threads, which is what counts while all cores compute.
+A transfer is a list of jobs, a move for each request. With threads for what follows a move, a write's checksums are
+jobs of their own, computed beside it, and what comes after a move (verifying a read, telling of the end) is done by the
+thread that moved only if no other request waits for it: the disk is asked for the next request first. Without such
+threads one job does all of a request, checksums of a write first: that wakes the fewest threads, which is what counts
+while all cores compute.
 
 A read may tell of its bytes as they come, request by request, for whoever goes on with them before all are there.
 
@@ -25,12 +26,12 @@ from typing import Final
 
 import numpy as np
 
-from pagemem.files.checksums import DigestArray, ExtentIndex, digests
 from pagemem.errors import ChecksumError, StorageError
 from pagemem.files.backend import Direction, RawBackend, transfer
-from pagemem.files.stats import IoMeter
-from pagemem.files.requests import Countdown, Request, Route
+from pagemem.files.checksums import DigestArray, ExtentIndex, digests
 from pagemem.files.rate_limit import TokenBucket
+from pagemem.files.requests import Countdown, Request, Route
+from pagemem.files.stats import IoMeter
 
 Done = Callable[[BaseException | None], None]
 #: Told of [start, end) in the buffer, on an I/O thread, as often as bytes come.
@@ -41,8 +42,8 @@ class Completion:
     """Tells of a transfer's end, once: the first call does, later ones do nothing. Any thread.
 
     Attributes:
-        begun: whether whoever makes the transfer is certain to call this. Where `read` or `write` raises after that, as it may when a
-            signal's handler raises, the transfer goes on all the same.
+        begun: whether whoever makes the transfer is certain to call this. Where `read` or `write` raises after that, as
+            it may when a signal's handler raises, the transfer goes on all the same.
     """
 
     __slots__ = ("_tell", "begun")
@@ -53,7 +54,9 @@ class Completion:
 
     def __call__(self, error: BaseException | None) -> None:
         try:
-            tell = self._tell.pop()  # one instruction: of two threads, or of a thread and what interrupts it, one has it
+            tell = (
+                self._tell.pop()
+            )  # one instruction: of two threads, or of a thread and what interrupts it, one has it
         except IndexError:
             return
         tell(error)
@@ -132,8 +135,8 @@ class TransferServer:
         paths: names of the backend's files, by index.
         index: what was written so far; consulted by reads, extended by writes that succeed.
         throttle: waited for before each request; None: no limit.
-        hand_on: takes over a FINISH job, to serve it on another thread, or returns False: the caller serves it at once. None:
-            there is no other thread, one job does all of a request.
+        hand_on: takes over a FINISH job, to serve it on another thread, or returns False: the caller serves it at once.
+            None: there is no other thread, one job does all of a request.
         checksums: whether to compute and verify them; extents are recorded as written either way.
     """
 
@@ -156,7 +159,9 @@ class TransferServer:
         self._hand_on = hand_on
         self._checksums = checksums
 
-    def work(self, direction: Direction, route: Route, buffer: memoryview, done: Done, part: Part | None = None) -> list[Ticket]:
+    def work(
+        self, direction: Direction, route: Route, buffer: memoryview, done: Done, part: Part | None = None
+    ) -> list[Ticket]:
         """A new transfer's jobs, to be served in this order or beside each other."""
         move = Job.READ if direction is Direction.READ else Job.WRITE
         jobs = [(request, move) for request in route.requests]

@@ -1,8 +1,8 @@
 """The lock of a folder: one process at a time, and one engine in it.
 
-It is an flock on a file in the folder: it excludes other processes and other holders in this process alike, and the kernel
-lets go of it when the holder dies, however that happens. So a file that a killed process left is no lock. A forked child
-has none of its parent's locks, and can let go of none.
+It is an flock on a file in the folder: it excludes other processes and other holders in this process alike, and the
+kernel lets go of it when the holder dies, however that happens. So a file that a killed process left is no lock. A
+forked child has none of its parent's locks, and can let go of none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class FolderLock:
     Args:
         folder: there is such a folder.
         name: of the lock's file.
-        keep: leave a file that was there as it is, also on a read-only file system, where nobody else can take the lock.
+        keep: leave a file that was there as it is, also on a read-only file system, where nobody else can take the
+            lock.
         whose: names the folder in messages.
 
     Raises:
@@ -114,7 +115,9 @@ class FolderLock:
         finally:
             try:
                 with naming("unlocking", self._name):
-                    fcntl.flock(fd, fcntl.LOCK_UN)  # explicitly, as a child forked past Python may share the description
+                    fcntl.flock(
+                        fd, fcntl.LOCK_UN
+                    )  # explicitly, as a child forked past Python may share the description
             finally:
                 os.close(fd)
                 _held.discard(self)
@@ -127,7 +130,8 @@ class FolderLock:
 
 
 def holder_of(folder: Path, name: str = LOCK_NAME) -> str | None:
-    """The process that has a folder's lock (``"unknown"`` where it left no number); None where nobody has. Nothing is changed.
+    """The process that has a folder's lock (``"unknown"`` where it left no number); None where nobody has. Nothing is
+    changed.
 
     A file that a killed process left is tried with a shared lock, for some microseconds.
 

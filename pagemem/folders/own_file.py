@@ -1,11 +1,11 @@
 """Files that belong to a run: opened without following a link, replaced whole and durably, and errors that name them.
 
-Whatever lies in the place of one of them and is no regular file (a link, a FIFO, a device, a folder) is refused and left as
-it is; so is a file that has a second name where it would be written in place, as that would change what the other name leads
-to. Everything goes through functions of `os`, so that a test can have any call fail.
+Whatever lies in the place of one of them and is no regular file (a link, a FIFO, a device, a folder) is refused and
+left as it is; so is a file that has a second name where it would be written in place, as that would change what the
+other name leads to. Everything goes through functions of `os`, so that a test can have any call fail.
 
-After a failed fsync the kernel may call the same bytes clean: a second fsync says nothing about them. So nothing here syncs
-the same bytes twice; whoever tries again writes again.
+After a failed fsync the kernel may call the same bytes clean: a second fsync says nothing about them. So nothing here
+syncs the same bytes twice; whoever tries again writes again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ _KINDS: Final = (
 
 
 def os_failure(
-    error: OSError, doing: str, path: StrPath, offset_bytes: int | None = None, n_bytes: int | None = None, remedy: str = _MORE_ROOM
+    error: OSError,
+    doing: str,
+    path: StrPath,
+    offset_bytes: int | None = None,
+    n_bytes: int | None = None,
+    remedy: str = _MORE_ROOM,
 ) -> StorageError:
     """What to raise from a failure of the operating system; `DiskFullError` where room ran out.
 
@@ -98,7 +103,9 @@ def has_folder(path: StrPath) -> bool:
     with naming("looking for", path):
         kind = kind_of(path)
     if kind not in (None, "a folder"):
-        raise StorageError(f"{path} is {kind}, not a folder of this run. Nothing was changed; remove it, or name another folder")
+        raise StorageError(
+            f"{path} is {kind}, not a folder of this run. Nothing was changed; remove it, or name another folder"
+        )
     return kind is not None
 
 
@@ -109,7 +116,8 @@ def open_file(path: StrPath, flags: int, *, mode: int = 0o644) -> int:
         flags: as `os.open` has them; what keeps links from being followed is added.
 
     Raises:
-        StorageError: something else lies there, or the file is to be written and has a second name. Nothing was changed.
+        StorageError: something else lies there, or the file is to be written and has a second name. Nothing was
+            changed.
         OSError: it cannot be opened.
     """
     kind = kind_of(path)
@@ -121,7 +129,10 @@ def open_file(path: StrPath, flags: int, *, mode: int = 0o644) -> int:
         if not stat.S_ISREG(found.st_mode):
             raise _not_ours(path, f"is {_kind(found)}, not a file")
         if found.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
-            raise _not_ours(path, f"has {found.st_nlink} names (hard links), and what is written to it would change under all of them: it is not a file")
+            raise _not_ours(
+                path,
+                f"has {found.st_nlink} names (hard links), and what is written to it would change under all of them: it is not a file",
+            )
     except BaseException:
         os.close(fd)
         raise
@@ -146,8 +157,9 @@ def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
     A draft that a crash left is removed first. One engine at a time may do this to a file. Any thread.
 
     Raises:
-        StorageError, DiskFullError: the one before is there, or none where there was none. Where it is the folder that could
-            not be synced, the new one is in the place of one before, and it is not known which of the two there is after a crash.
+        StorageError, DiskFullError: the one before is there, or none where there was none. Where it is the folder that
+            could not be synced, the new one is in the place of one before, and it is not known which of the two there
+            is after a crash.
     """
     draft = draft_of(path)
     with naming("looking for", path):
@@ -184,7 +196,9 @@ def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
         raise
 
 
-def write_all(fd: int, content: bytes | memoryview, path: StrPath, offset_bytes: int, *, remedy: str = _MORE_ROOM) -> None:
+def write_all(
+    fd: int, content: bytes | memoryview, path: StrPath, offset_bytes: int, *, remedy: str = _MORE_ROOM
+) -> None:
     """Write all of ``content`` at an offset, going on after short writes.
 
     Raises:
@@ -278,7 +292,8 @@ def make_folder(path: Path) -> list[Path]:
 
 
 def remove_folders(folders: Iterable[Path]) -> None:
-    """Remove those that are empty, on the way out of an error: what else there is to say about them does not matter then."""
+    """Remove those that are empty, on the way out of an error: what else there is to say about them does not matter
+    then."""
     for folder in folders:
         with suppress(OSError):
             os.rmdir(folder)

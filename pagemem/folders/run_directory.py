@@ -74,7 +74,11 @@ def folder_use(path: str | os.PathLike[str]) -> FolderUse:
     try:
         holder = holder_of(folder)
         _refuse_foreign(folder, names)
-        return FolderUse("run", read_run_id(folder), holder) if IDENTITY_NAME in names else FolderUse("empty", holder=holder)
+        return (
+            FolderUse("run", read_run_id(folder), holder)
+            if IDENTITY_NAME in names
+            else FolderUse("empty", holder=holder)
+        )
     except (RunDirectoryError, StorageError) as error:
         return FolderUse("foreign", str(error))
 

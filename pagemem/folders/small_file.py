@@ -1,7 +1,7 @@
 """Reads the small files of a run whole: regular files of a limited size, and JSON without surprises in them.
 
-Whoever can write to a folder can put anything in the place of a file. A FIFO, a device, a link or a file of any size costs
-neither a hang nor memory; text costs at most some dozens of times its bytes.
+Whoever can write to a folder can put anything in the place of a file. A FIFO, a device, a link or a file of any size
+costs neither a hang nor memory; text costs at most some dozens of times its bytes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-#: What `open_regular` answers of a link, a socket, a folder, a FIFO or device, and a file that is too large. That can be said for good,
-#: whereas other answers may be others the next time.
+#: What `open_regular` answers of a link, a socket, a folder, a FIFO or device, and a file that is too large. That can
+#: be said for good, whereas other answers may be others the next time.
 NO_FILE: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EINVAL, errno.EFBIG})
 #: How deeply lists and objects may lie in each other.
 MAX_DEPTH: Final = 100
@@ -41,7 +41,8 @@ _KINDS: Final = {
 
 
 def open_regular(path: Path, max_bytes: int, *, follow: bool = False) -> tuple[int, int]:
-    """Open a regular file for reading; returns the descriptor, which is the caller's to close, and the file's size in bytes.
+    """Open a regular file for reading; returns the descriptor, which is the caller's to close, and the file's size in
+    bytes.
 
     Args:
         follow: a link may be in its place; only for paths that the user names.
@@ -63,7 +64,11 @@ def open_regular(path: Path, max_bytes: int, *, follow: bool = False) -> tuple[i
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'of another kind')}, not a regular file", str(path))
+            raise OSError(
+                errno.EINVAL,
+                f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'of another kind')}, not a regular file",
+                str(path),
+            )
         if found.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"it has {found.st_size} bytes; at most {max_bytes} are read", str(path))
     except BaseException:
@@ -89,7 +94,8 @@ def parse_json(content: bytes | str) -> Any:
     """The value that JSON text stands for.
 
     Raises:
-        ValueError: (one line) it is no JSON, or has a key twice in an object, NaN or Infinity, or more than `MAX_DEPTH` levels.
+        ValueError: (one line) it is no JSON, or has a key twice in an object, NaN or Infinity, or more than `MAX_DEPTH`
+            levels.
     """
     try:
         text = content.decode() if isinstance(content, bytes) else content  # UTF-8, and no other guess
@@ -124,7 +130,12 @@ def _deeper(value: Any, levels: int) -> bool:
     """Whether containers lie more than ``levels`` deep in each other."""
     level = [value] if isinstance(value, (dict, list)) else []
     while level and levels:
-        level = [inner for outer in level for inner in (outer.values() if type(outer) is dict else outer) if type(inner) in (dict, list)]
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in (dict, list)
+        ]
         levels -= 1
     return bool(level)
 
@@ -148,6 +159,8 @@ def first_fault(error: ValidationError) -> str:
     """The first thing that pydantic found, in one line: field, what it must be, and the value."""
     [first, *more] = error.errors(include_url=False)
     where = ".".join(str(part)[:200] for part in first["loc"]) or "the whole"
-    found = "" if first["type"] in ("missing", "unexpected_keyword_argument") else f", not {reprlib.repr(first['input'])}"
+    found = (
+        "" if first["type"] in ("missing", "unexpected_keyword_argument") else f", not {reprlib.repr(first['input'])}"
+    )
     others = f" (and {len(more)} more)" if more else ""
     return f"{where}: {first['msg'].removeprefix('Value error, ')}{found}{others}".replace("\n", " ")

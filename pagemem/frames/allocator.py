@@ -10,8 +10,8 @@ Invariants, beside those of `pagemem.frames.book`
     2. In a list of copies, made in order, none writes where bytes lie that have not been copied away.
 
 Two tenants a page: Angel-PTM (VLDB 2023), page abstraction. Best fit with joined neighbours: Knuth, TAOCP 1, 2.5.
-Who holds what is written in `pagemem.frames.book`; how tensors make room for each other is `pagemem.frames.relocation`; how many
-bytes of a tier may be used at all, `pagemem.budget`.
+Who holds what is written in `pagemem.frames.book`; how tensors make room for each other is `pagemem.frames.relocation`;
+how many bytes of a tier may be used at all, `pagemem.budget`.
 """
 
 from __future__ import annotations

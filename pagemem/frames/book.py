@@ -1,7 +1,7 @@
 """The books of one tier: who holds which frame, and what is free. Pure integer arithmetic: no device, thread or file.
 
-Nothing is decided here, only recorded, looked up and checked: who gets what is `pagemem.frames.allocator`'s decision, how
-tensors make room for each other `pagemem.frames.relocation`'s.
+Nothing is decided here, only recorded, looked up and checked: who gets what is `pagemem.frames.allocator`'s decision,
+how tensors make room for each other `pagemem.frames.relocation`'s.
 
 Invariants
     1. Every frame is in exactly one of: a free run, a run of one tensor, the set of shared pages.
@@ -180,7 +180,8 @@ class FrameBook:
         return tensor if frame < start + length else None
 
     def segments(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[FrameId, int, TensorId | None]]:
-        """Maximal stretches of frames with one `owner` (None: free), in order, covering the tier or, cut off there, [begin, end).
+        """Maximal stretches of frames with one `owner` (None: free), in order, covering the tier or, cut off there,
+        [begin, end).
 
         O(log n + stretches), and goes through all shared pages.
         """
@@ -201,7 +202,8 @@ class FrameBook:
             yield FrameId(reached), last - reached, None
 
     def taken(self, begin: int = 0, end: int | None = None) -> Iterable[tuple[int, int, TensorId]]:
-        """Runs and shared pages that touch the frames of [begin, end), in order of place: start, length, owner; cost as `segments`."""
+        """Runs and shared pages that touch the frames of [begin, end), in order of place: start, length, owner; cost as
+        `segments`."""
         last = self.n_frames if end is None else end
         runs = self._taken_runs(begin, last)
         if not self.shared:
@@ -260,7 +262,9 @@ class FrameBook:
         if sum(placed.tail is not None for placed in self._placements.values()) != n_tails:
             raise AssertionError("a tail belongs to a tensor that does not know it")
         if sum(placed.n_bytes for placed in self._placements.values()) != self._asked_bytes:
-            raise AssertionError(f"{self._asked_bytes} bytes are counted as asked for, not what the placements add up to")
+            raise AssertionError(
+                f"{self._asked_bytes} bytes are counted as asked for, not what the placements add up to"
+            )
         if self.peak_frames < self.used_frames:
             raise AssertionError(f"{self.used_frames} frames are used, more than the peak of {self.peak_frames}")
 

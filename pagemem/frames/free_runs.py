@@ -69,7 +69,8 @@ class FreeRuns:
         return self._by_length[place][1] if place < len(self._by_length) else None
 
     def fewest_pieces(self, length: int) -> tuple[Run, ...] | None:
-        """Free frames, ``length`` in all, in as few runs as can be, in order of place; None when there are not that many."""
+        """Free frames, ``length`` in all, in as few runs as can be, in order of place; None when there are not that
+        many."""
         if length > self.n_frames:
             return None
         pieces: list[Run] = []
@@ -185,7 +186,8 @@ class SharedPages:
         return False
 
     def validate(self) -> None:
-        """Raise AssertionError when a frame holds no, more than two or overlapping tails, or the index of room is wrong."""
+        """Raise AssertionError when a frame holds no, more than two or overlapping tails, or the index of room is
+        wrong."""
         for frame, there in self._tails.items():
             if not 1 <= len(there) <= 2 or (len(there) == 2 and overlap(there[0][0], there[1][0])):
                 raise AssertionError(f"frame {frame} cannot hold {there}")
@@ -210,5 +212,8 @@ class SharedPages:
 
 def overlap(a: Extent, b: Extent) -> bool:
     """Whether two extents have a byte in common."""
-    begin, end = max(a.offset_bytes, b.offset_bytes), min(a.offset_bytes + a.length_bytes, b.offset_bytes + b.length_bytes)
+    begin, end = (
+        max(a.offset_bytes, b.offset_bytes),
+        min(a.offset_bytes + a.length_bytes, b.offset_bytes + b.length_bytes),
+    )
     return a.frame == b.frame and begin < end

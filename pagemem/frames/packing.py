@@ -35,7 +35,8 @@ def in_place_bytes(extents: Sequence[Extent]) -> dict[int, int]:
 class Stretch:
     """Frames [begin, end) that are not free, and what leaves when a window has one of them.
 
-    All ``n_bytes`` leave, or, when ``bytes_a_frame`` is set, that much for each frame in the window. ``stays``: nothing may.
+    All ``n_bytes`` leave, or, when ``bytes_a_frame`` is set, that much for each frame in the window. ``stays``: nothing
+    may.
     """
 
     begin: int

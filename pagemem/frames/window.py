@@ -2,8 +2,8 @@
 
 Compute wants one flat view, so a tensor needs a *window* of adjacent frames. Ranking whole windows instead of single
 victims makes fragmentation a cost that is weighed with all others: no frame is freed that the window does not use.
-Both the planner (tenants ranked by next use) and on-demand fetching (ranked by last use) choose through `best_window`, or,
-where there are so many tenants that ranking all windows takes too long, through `window_near`.
+Both the planner (tenants ranked by next use) and on-demand fetching (ranked by last use) choose through `best_window`,
+or, where there are so many tenants that ranking all windows takes too long, through `window_near`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, Final, Protocol
 from pagemem.frames.book import FrameBook
 from pagemem.frames.page import FrameId, TensorId
 
-#: With more tenants, windows are looked for near the best ones; and near so many of them at most once there is a window.
+#: With more tenants, windows are looked for near the best ones; and near so many of them at most once there is a
+#: window.
 MANY_TENANTS: Final = 256
 LOOKED_AT: Final = 8
 

@@ -12,7 +12,8 @@ def close_all(*closers: Callable[[], object]) -> None:
         closers: can be called again wherever they were left by an interrupt.
 
     Raises:
-        BaseException: what the first one that failed raised; what later ones raised is noted on it, since the first may be why.
+        BaseException: what the first one that failed raised; what later ones raised is noted on it, since the first may
+            be why.
     """
     first: BaseException | None = None
     for close in closers:
@@ -28,7 +29,8 @@ def close_all(*closers: Callable[[], object]) -> None:
 
 
 def finish(step: Callable[[], object]) -> None:
-    """Call ``step``, again and again while what ends it is an interrupt or the like: that is raised once the step has come to its end.
+    """Call ``step``, again and again while what ends it is an interrupt or the like: that is raised once the step has
+    come to its end.
 
     Args:
         step: can be called again wherever it was left.

@@ -1,7 +1,8 @@
 """Which of the things that somebody watches are gone. Nothing written in Python runs when they go.
 
-A finalizer runs wherever the last reference is dropped: with any lock held, in garbage collection, on any thread. What a
-signal's handler raises in one is lost. So the end of a thing is noted by a call of the interpreter's own, and looked at later.
+A finalizer runs wherever the last reference is dropped: with any lock held, in garbage collection, on any thread. What
+a signal's handler raises in one is lost. So the end of a thing is noted by a call of the interpreter's own, and looked
+at later.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ Note = TypeVar("Note")
 
 
 class Gone(Generic[Note]):
-    """Things that are watched, each with a note. They may go on any thread, at any moment; methods belong to one thread at a time."""
+    """Things that are watched, each with a note. They may go on any thread, at any moment; methods belong to one thread
+    at a time."""
 
     def __init__(self) -> None:
         self._ended: deque[weakref.ref[object]] = deque()

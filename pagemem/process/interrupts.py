@@ -1,15 +1,15 @@
 """Ctrl-C while an engine is alive: KeyboardInterrupt is raised in the caller's code, not in the middle of ours.
 
-Python runs a signal's handler between any two instructions of the main thread, also where bookkeeping of ours is half done, or
-in a callback whose exceptions nobody sees. So the handler looks at the frames that it has interrupted. Where none is of a package
-that is covered, it raises at once, as Python's own does. Otherwise the exception waits until the outermost frame of ours has
-returned, and is raised in its caller, by way of a trace function that the caller's frame has until then. Nothing is looked at
-where no signal comes.
+Python runs a signal's handler between any two instructions of the main thread, also where bookkeeping of ours is half
+done, or in a callback whose exceptions nobody sees. So the handler looks at the frames that it has interrupted. Where
+none is of a package that is covered, it raises at once, as Python's own does. Otherwise the exception waits until the
+outermost frame of ours has returned, and is raised in its caller, by way of a trace function that the caller's frame
+has until then. Nothing is looked at where no signal comes.
 
 Functions that run code of others for long, and in which an exception does no harm, can be left open.
 
-Handlers of others are left alone; an exception of theirs comes wherever it comes. The same holds for all of this while a debugger
-or another tool traces the main thread. Main thread, but where a function says otherwise.
+Handlers of others are left alone; an exception of theirs comes wherever it comes. The same holds for all of this while
+a debugger or another tool traces the main thread. Main thread, but where a function says otherwise.
 """
 
 from __future__ import annotations
@@ -108,11 +108,13 @@ def _take() -> BaseException | None:
 
 
 def raise_outside(frame: FrameType | None, error: Callable[[], BaseException] = KeyboardInterrupt) -> None:
-    """Raise ``error()`` now if ``frame``, which a signal has interrupted, and its callers are none of ours; else once they have returned.
+    """Raise ``error()`` now if ``frame``, which a signal has interrupted, and its callers are none of ours; else once
+    they have returned.
 
     Where nobody guards anything it is raised now in any case.
 
-    Signals that come while one waits are one with it, as they are where the system has them wait; but see `IMPATIENT_AFTER_S`.
+    Signals that come while one waits are one with it, as they are where the system has them wait; but see
+    `IMPATIENT_AFTER_S`.
     """
     global _waiting
     target = _caller(frame) if _n_guards else None
@@ -128,7 +130,8 @@ def raise_outside(frame: FrameType | None, error: Callable[[], BaseException] = 
 
 
 def check() -> None:
-    """Raise the interrupt that waits, if one does: where code of ours is ready for it. Any thread; it is the main thread's alone."""
+    """Raise the interrupt that waits, if one does: where code of ours is ready for it. Any thread; it is the main
+    thread's alone."""
     if _waiting is not None and threading.current_thread() is threading.main_thread():
         error = _take()
         if error is not None:
@@ -174,7 +177,8 @@ def _on_interrupt(_number: int, frame: FrameType | None) -> None:
 
 
 def guard() -> None:
-    """Until `unguard` is called as often: Ctrl-C is raised outside of our code, where Python's own handler would have raised it. Any thread."""
+    """Until `unguard` is called as often: Ctrl-C is raised outside of our code, where Python's own handler would have
+    raised it. Any thread."""
     global _n_guards
     with _lock:
         _n_guards += 1
@@ -182,8 +186,12 @@ def guard() -> None:
 
 
 def renew() -> None:
-    """Take Python's own handler's place again, where somebody has put it back, as notebooks do after each cell. Any thread."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+    """Take Python's own handler's place again, where somebody has put it back, as notebooks do after each cell. Any
+    thread."""
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        and threading.current_thread() is threading.main_thread()
+    ):
         signal.signal(signal.SIGINT, _on_interrupt)
 
 
@@ -193,5 +201,9 @@ def unguard() -> None:
     with _lock:
         _n_guards -= 1
         last = _n_guards == 0
-    if last and signal.getsignal(signal.SIGINT) is _on_interrupt and threading.current_thread() is threading.main_thread():
+    if (
+        last
+        and signal.getsignal(signal.SIGINT) is _on_interrupt
+        and threading.current_thread() is threading.main_thread()
+    ):
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,11 +1,12 @@
 """Residency in the device arena: whole tensors of host pages, copied up, and dropped when their frames are wanted.
 
-What is on the device is a copy: the tier below is authoritative, and may for its part have the bytes on SSD. A tensor that
-compute edits is written back at once by the training thread (`scheduler.execution.device_driver`); updates of it are made below,
-after which the copy is out of date and is dropped. So nothing is ever stored from here, and dropping costs nothing.
+What is on the device is a copy: the tier below is authoritative, and may for its part have the bytes on SSD. A tensor
+that compute edits is written back at once by the training thread (`scheduler.execution.device_driver`); updates of it
+are made below, after which the copy is out of date and is dropped. So nothing is ever stored from here, and dropping
+costs nothing.
 
-A tensor that is fixed is at home here: it is changed in its frames, is authoritative, and never leaves. Below is what it was
-when it was last brought down, for a commit.
+A tensor that is fixed is at home here: it is changed in its frames, is authoritative, and never leaves. Below is what
+it was when it was last brought down, for a commit.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 
 from pagemem.devices.accelerator import Accelerator, Mark
 from pagemem.devices.arena import Arena
-from pagemem.process.closing import close_all
-from pagemem.telemetry.events import EventKind, EventSink
-from pagemem.residency.upload_queue import HostCopier
-from pagemem.residency.mover import Mover
-from pagemem.frames.page import FrameId, TensorId
 from pagemem.files.transfer import Completion
+from pagemem.frames.page import FrameId, TensorId
+from pagemem.process.closing import close_all
+from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.residency.upload_queue import HostCopier
+from pagemem.telemetry.events import EventKind, EventSink
 from pagemem.tier import Tier
 from pagemem.units import MiB
 
@@ -32,7 +33,8 @@ _TELLING_BYTES: Final = 16 * MiB
 
 
 class DeviceMover(Mover):
-    """Owns the residency of every tensor of one device arena. Threads as `Mover`; its lock is taken before that of ``below``.
+    """Owns the residency of every tensor of one device arena. Threads as `Mover`; its lock is taken before that of
+    ``below``.
 
     Args:
         arena: the device's frames.
@@ -41,8 +43,8 @@ class DeviceMover(Mover):
 
     Attributes:
         unclaimed: tensors whose load has begun since their last use.
-        edited: tensors that were changed here and that have not been written back yet. changed_at_home: likewise, of fixed ones, which stay so
-            for many steps.
+        edited: tensors that were changed here and that have not been written back yet. changed_at_home: likewise, of
+            fixed ones, which stay so for many steps.
 
     Raises:
         StorageError: the system starts no more threads.
@@ -107,7 +109,8 @@ class DeviceMover(Mover):
                 done(None)
 
         try:
-            # What compute has been given until now may use the frames: nobody holds them any more, so nothing later does.
+            # What compute has been given until now may use the frames: nobody holds them any more, so nothing later
+            # does.
             after = self.accelerator.mark()
         except RuntimeError as error:
             done(error)  # the device failed: whoever waits for the copy hears of it as of one that failed
@@ -122,7 +125,8 @@ class DeviceMover(Mover):
             self.accelerator.follow(mark)
 
     def save(self, source: torch.Tensor, lower: PagedTensor) -> Mark:
-        """Copy bytes that compute has made (uint8, flat) into a dirty tensor of the tier below, which is not moved before they are there.
+        """Copy bytes that compute has made (uint8, flat) into a dirty tensor of the tier below, which is not moved
+        before they are there.
 
         Returns:
             A mark, behind which ``source`` may be let go of. Training thread.
@@ -137,7 +141,8 @@ class DeviceMover(Mover):
         return mark
 
     def restore(self, lower: PagedTensor, into: torch.Tensor) -> Mark:
-        """Copy bytes of a readable tensor of the tier below into memory of the device that compute has just got (uint8, flat).
+        """Copy bytes of a readable tensor of the tier below into memory of the device that compute has just got (uint8,
+        flat).
 
         Returns:
             The mark that compute has to be put behind before it reads them. Training thread.

@@ -1,11 +1,12 @@
 """Copies of paged tensors in the page files, some of which commits name. Guarded by the mover's lock.
 
-A tensor has one *current* copy, where it is read from and written to. A copy that a commit names is never written again:
-the next store of its tensor goes to fresh frames (copy on write), and the old copy stays until no commit names it. So a
+A tensor has one *current* copy, where it is read from and written to. A copy that a commit names is never written
+again: the next store of its tensor goes to fresh frames (copy on write), and the old copy stays until no commit names
+    it. So a
 commit costs what has changed since the last one, and at most doubles the room that the changing tensors take.
 
-After a failed sync the system may call what it could not write clean: no later sync says anything about it. So all copies
-written since the last good sync are *lost*: their tensors are stored anew, elsewhere.
+After a failed sync the system may call what it could not write clean: no later sync says anything about it. So all
+copies written since the last good sync are *lost*: their tensors are stored anew, elsewhere.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pagemem.frames.allocator import PageAllocator
 from pagemem.files.checksums import DigestArray
-from pagemem.telemetry.events import Watcher
-from pagemem.frames.page import Placement, Shortage, TensorId
 from pagemem.files.page_file import PageFiles
 from pagemem.files.requests import Route
+from pagemem.frames.allocator import PageAllocator
+from pagemem.frames.page import Placement, Shortage, TensorId
+from pagemem.telemetry.events import Watcher
 from pagemem.tier import Tag, Tier
 
 
@@ -151,8 +152,9 @@ class Copies:
     def sync_failed(self, written: set[StoredCopy]) -> None:
         """That sync has failed: they are lost, and so is what was written meanwhile.
 
-        Nothing is written to their frames any more while this run lasts: a file system may have lost what it keeps of those blocks, too
-        (ext4 without a journal that they have content at all), and writing them again need not mend that.
+        Nothing is written to their frames any more while this run lasts: a file system may have lost what it keeps of
+        those blocks, too (ext4 without a journal that they have content at all), and writing them again need not mend
+        that.
         """
         for stored in written | self._unsynced:
             if not stored.lost:

@@ -1,8 +1,8 @@
 """Waiting for background copies: one lock, who is told of changes, and the first error.
 
 `CopyMonitor.changed` guards all bookkeeping of whoever builds on it; no I/O is done while it is held. Every change of
-state notifies it and calls the listeners, which run with the lock held, on the thread that made the change (an I/O thread
-for the end of a copy), and must be cheap. The first error of a background copy is kept and raised by `check`.
+state notifies it and calls the listeners, which run with the lock held, on the thread that made the change (an I/O
+thread for the end of a copy), and must be cheap. The first error of a background copy is kept and raised by `check`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 from pagemem.errors import OffloadError
-from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
 from pagemem.residency.wait_lock import WaitLock
+from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
 
 
 class CopyMonitor:

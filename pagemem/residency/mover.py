@@ -15,17 +15,17 @@ from typing import Final
 
 import torch
 
-from pagemem.frames.allocator import PageAllocator
 from pagemem.devices.arena import Arena
-from pagemem.residency.disk_versions import Copies, StoredCopy
 from pagemem.errors import OffloadError, StorageError
-from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
-from pagemem.frames.page import FrameId, TensorId
 from pagemem.files.page_file import PageFiles
 from pagemem.files.transfer import Completion
+from pagemem.frames.allocator import PageAllocator
+from pagemem.frames.page import FrameId, TensorId
+from pagemem.residency.disk_versions import Copies, StoredCopy
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.snapshot import Snapshots
 from pagemem.residency.tenants import Tenants
+from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
 
@@ -41,7 +41,8 @@ class Mover(Tenants):
     with it held (it is re-entrant), which is how a caller makes several steps one.
 
     Attributes:
-        on_part: called with the lock held, on an I/O thread, when bytes of a load are there before all are; see `PagedTensor.arrived`.
+        on_part: called with the lock held, on an I/O thread, when bytes of a load are there before all are; see
+            `PagedTensor.arrived`.
             None: nobody wants to know.
     """
 
@@ -50,9 +51,7 @@ class Mover(Tenants):
         self.files = files
         self.on_part: Callable[[], None] | None = None
         self.copies = Copies(files, arena.page_bytes)
-        self.snapshots = Snapshots(
-            self.tensors, self.copies, lambda tensor: self.start_store(tensor, background=True)
-        )
+        self.snapshots = Snapshots(self.tensors, self.copies, lambda tensor: self.start_store(tensor, background=True))
         self.on_change(self.snapshots.store_owed)
 
     @property
@@ -61,7 +60,8 @@ class Mover(Tenants):
         return self.copies.book
 
     def watch(self, watcher: Watcher | None) -> dict[tuple[Tier, Tag], int]:
-        """Tell ``watcher`` (None: nobody) of every change of what tensors hold from now on; returns what they hold then.
+        """Tell ``watcher`` (None: nobody) of every change of what tensors hold from now on; returns what they hold
+        then.
 
         In host memory that is whole frames, in the page files the bytes of copies.
         """
@@ -85,7 +85,8 @@ class Mover(Tenants):
             del self.tensors[tensor.id]
 
     def collect_leases(self) -> list[PagedTensor]:
-        """Count ended leases off and discard what has expired; returns tensors that nobody has views of, or a use for, any more.
+        """Count ended leases off and discard what has expired; returns tensors that nobody has views of, or a use for,
+        any more.
 
         Until then an exposed tensor may have been written to, whatever was stored of it meanwhile.
         """
@@ -106,9 +107,7 @@ class Mover(Tenants):
 
     # ---- moves -------------------------------------------------------------------------------------------------
 
-    def start_load(
-        self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False, background: bool = False
-    ) -> None:
+    def start_load(self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False, background: bool = False) -> None:
         """Begin bringing an absent or stored tensor into the free frames from ``frame`` on.
 
         With ``fresh`` the old content is not wanted: nothing is read and the frames hold whatever was there. A
@@ -170,7 +169,8 @@ class Mover(Tenants):
         self._emit(EventKind.READ, tensor, started_s)
 
     def start_store(self, tensor: PagedTensor, *, background: bool = False) -> None:
-        """Begin copying a dirty tensor to its page-file frames, to fresh ones if it has none, a commit names them, or a sync has lost them.
+        """Begin copying a dirty tensor to its page-file frames, to fresh ones if it has none, a commit names them, or a
+        sync has lost them.
 
         A ``background`` copy gives way to others.
 
@@ -188,10 +188,13 @@ class Mover(Tenants):
             self._begin(tensor, Residency.STORING, done, partial(self._write, background=background))
 
     def _write(self, tensor: PagedTensor, done: Completion, *, background: bool) -> None:
-        """Begin to copy a tensor's frames to its page-file frames, which do not hold its content before that has ended."""
+        """Begin to copy a tensor's frames to its page-file frames, which do not hold its content before that has
+        ended."""
         assert tensor.copy is not None and tensor.frame is not None
         tensor.backed = False
-        self.files.write(tensor.copy.route, self.arena.buffer(tensor.frame, tensor.n_bytes), done, background=background)
+        self.files.write(
+            tensor.copy.route, self.arena.buffer(tensor.frame, tensor.n_bytes), done, background=background
+        )
 
     def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
@@ -257,7 +260,8 @@ class Mover(Tenants):
                 tensor.become(Residency.STORED)
 
     def begin_upload(self, tensor: PagedTensor) -> torch.Tensor:
-        """The bytes of a tensor, uint8, which stay as they are until `end_upload`; of one that is being loaded those that have arrived.
+        """The bytes of a tensor, uint8, which stay as they are until `end_upload`; of one that is being loaded those
+        that have arrived.
 
         Should the load fail, they are not looked at any more: the frames are given up at once.
         """
@@ -276,7 +280,8 @@ class Mover(Tenants):
             self._notify()
 
     def begin_arrival(self, tensor: PagedTensor) -> torch.Tensor:
-        """The bytes of a dirty tensor, uint8, which a device fills with its own until `end_arrival`; nobody reads them before."""
+        """The bytes of a dirty tensor, uint8, which a device fills with its own until `end_arrival`; nobody reads them
+        before."""
         with self.changed:
             tensor.become(Residency.ARRIVING)
             self._in_flight += 1  # likewise
@@ -305,9 +310,9 @@ class Mover(Tenants):
         """Make durable all that has been stored. Any thread but an I/O thread; while no snapshot is open.
 
         Raises:
-            StorageError: it failed, so whatever was stored since the last sync may not be on the disk, and no later sync will
-                tell. What of it is in host memory is dirty again; the rest is when it is read next, and until then there can
-                be no snapshot.
+            StorageError: it failed, so whatever was stored since the last sync may not be on the disk, and no later
+                sync will tell. What of it is in host memory is dirty again; the rest is when it is read next, and until
+                then there can be no snapshot.
         """
         with self.changed:
             written = self.copies.begin_sync()
@@ -316,12 +321,19 @@ class Mover(Tenants):
         except BaseException:
             with self.changed:
                 # Of what is being written, a part may have been before the sync.
-                under_way = {t.copy for t in self.tensors.values() if t.state is Residency.STORING and t.copy is not None}
+                under_way = {
+                    t.copy for t in self.tensors.values() if t.state is Residency.STORING and t.copy is not None
+                }
                 self.copies.sync_failed(written | under_way)
                 for tensor in self.tensors.values():
                     if tensor.state is Residency.STORING:
                         tensor.rewritten = True
-                    elif tensor.state is Residency.CLEAN and tensor.backed and tensor.copy is not None and tensor.copy.lost:
+                    elif (
+                        tensor.state is Residency.CLEAN
+                        and tensor.backed
+                        and tensor.copy is not None
+                        and tensor.copy.lost
+                    ):
                         self.touch(tensor)
                 self._notify()
             raise
@@ -389,7 +401,8 @@ class Mover(Tenants):
     def _begin(
         self, tensor: PagedTensor, state: Residency, done: Completion, move: Callable[[PagedTensor, Completion], None]
     ) -> None:
-        """Change the state of a tensor and begin what ends that state again, by ``done``, once, whatever is raised here."""
+        """Change the state of a tensor and begin what ends that state again, by ``done``, once, whatever is raised
+        here."""
         self._begun()
         moving = False
         try:

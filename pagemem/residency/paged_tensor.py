@@ -11,8 +11,8 @@
 
 Invariants
     1. In STORED and LOADING the page file is authoritative; in CLEAN both copies are equal; in DIRTY and STORING the
-       host copy is authoritative. In ARRIVING the device has the bytes, which whoever had them copied keeps until they are
-       here. There is no state in which no copy is whole.
+       host copy is authoritative. In ARRIVING the device has the bytes, which whoever had them copied keeps until they
+       are here. There is no state in which no copy is whole.
     2. A tensor that is fixed or has pins or leases keeps its frames: only other CLEAN tensors can be dropped.
     3. Only `PagedTensor.become` changes the state, only along `LEGAL_MOVES`.
 """
@@ -23,9 +23,9 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final
 
-from pagemem.residency.disk_versions import StoredCopy
 from pagemem.errors import TransitionError
 from pagemem.frames.page import FrameId, TensorId
+from pagemem.residency.disk_versions import StoredCopy
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 
@@ -73,13 +73,13 @@ class PagedTensor:
         owed: a snapshot that is being made has yet to get the content: it must be stored before it is changed.
         rewritten: compute changed the host copy while it was being stored, so that the stored copy is stale already.
         exposed: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
-        arrived: of the load under way or the last one: [start, end) of the bytes that are there already, in the order in which they
-            came; only where somebody asked for it, see `Mover.on_part`.
+        arrived: of the load under way or the last one: [start, end) of the bytes that are there already, in the order
+            in which they came; only where somebody asked for it, see `Mover.on_part`.
         to_store: it is to be stored as soon as what is arriving is there.
         fixed: its host frames stay its own for good: it is never moved or dropped.
         pins: uses under way that need the host frames to stay.
-        uploads: copies of the host frames to the device that are under way, perhaps of what a load has brought so far; until they end
-            it neither moves nor changes.
+        uploads: copies of the host frames to the device that are under way, perhaps of what a load has brought so far;
+            until they end it neither moves nor changes.
         leases: live views of the host frames that were handed out, see `pagemem.devices.arena.HostArena.lease`.
         last_use: sequence number of the last use, for least-recently-used ranking.
     """
@@ -134,6 +134,8 @@ class PagedTensor:
         """
         if state not in LEGAL_MOVES[self.state]:
             past = " -> ".join(s.value for s in [*self.history, self.state])
-            raise TransitionError(f"{self.name}: {self.state.value} -> {state.value} is not a legal move (history: {past})")
+            raise TransitionError(
+                f"{self.name}: {self.state.value} -> {state.value} is not a legal move (history: {past})"
+            )
         self.history = [*self.history[-5:], self.state]
         self.state = state

@@ -1,8 +1,8 @@
 """What the tensors hold at one moment, made whole in the page files while training goes on.
 
 Tensors whose current copy is whole are in the snapshot at once. The others *owe* it their bytes: they are stored in the
-background, a few at a time, and whoever wants to change one before has it stored first and waits. A snapshot is complete
-when nothing is owed. It is given up when a store fails; then nothing is named by it.
+background, a few at a time, and whoever wants to change one before has it stored first and waits. A snapshot is
+complete when nothing is owed. It is given up when a store fails; then nothing is named by it.
 
     OPEN --nothing owed--> COMPLETE --release--> RELEASED
     OPEN --a store failed, release--> RELEASED
@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from pagemem.residency.disk_versions import Copies, StoredCopy
 from pagemem.errors import StorageError, TransitionError
 from pagemem.frames.page import TensorId
+from pagemem.residency.disk_versions import Copies, StoredCopy
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-
 
 #: Stores under way at a time for a snapshot, beside those that training needs.
 STORES_AT_A_TIME: Final = 2
@@ -103,10 +102,12 @@ class Snapshots:
     def begin(self, tensors: Iterable[PagedTensor]) -> Snapshot:
         """Begin to make what ``tensors`` hold now whole in the page files. Training thread, between two ops.
 
-        What is ``exposed`` is stored, as it may have been written to; the caller has that wait, see `Mover.make_writable`.
+        What is ``exposed`` is stored, as it may have been written to; the caller has that wait, see
+        `Mover.make_writable`.
 
         Raises:
-            StorageError: a sync has failed, and something written before that is not in host memory; nothing was changed.
+            StorageError: a sync has failed, and something written before that is not in host memory; nothing was
+                changed.
             DiskFullError: there is no room for it, and for all that will be stored beside it; nothing was changed.
             AssertionError: another one is being made, or a tensor is being used.
         """

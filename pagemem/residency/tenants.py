@@ -1,8 +1,8 @@
 """The paged tensors of one arena, and which of its frames each one has. Nothing is copied here.
 
-A tensor that has frames is their *tenant*. Tenants leave when they are dropped (the content is whole in the tier below) or
-discarded (the content is dead). Which tenants are to make room for another tensor is a question of cost, and whoever asks says
-what that is.
+A tensor that has frames is their *tenant*. Tenants leave when they are dropped (the content is whole in the tier below)
+or discarded (the content is dead). Which tenants are to make room for another tensor is a question of cost, and whoever
+asks says what that is.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import ClassVar
 
 import torch
 
-from pagemem.frames.allocator import PageAllocator
 from pagemem.devices.arena import Arena
 from pagemem.errors import TransitionError
-from pagemem.telemetry.events import EventSink
+from pagemem.frames.allocator import PageAllocator
+from pagemem.frames.page import FrameId, Shortage, TensorId
+from pagemem.frames.window import MANY_TENANTS, Comparable, Window, best_window, window_near
 from pagemem.process.gone import Gone
 from pagemem.residency.monitor import CopyMonitor
-from pagemem.frames.page import FrameId, Shortage, TensorId
 from pagemem.residency.paged_tensor import IN_FLIGHT, PagedTensor, Residency
+from pagemem.telemetry.events import EventSink
 from pagemem.tier import Tag, Tier
-from pagemem.frames.window import MANY_TENANTS, Comparable, Window, best_window, window_near
 
 
 class Tenants(CopyMonitor):
@@ -60,7 +60,8 @@ class Tenants(CopyMonitor):
             return tensor
 
     def expire_with(self, thing: object, tensors: Iterable[PagedTensor]) -> None:
-        """Have the content of tensors discarded before the next op after ``thing`` is gone: of those that ``tensors`` has then."""
+        """Have the content of tensors discarded before the next op after ``thing`` is gone: of those that ``tensors``
+        has then."""
         self._bound.watch(thing, tensors)
 
     def _note_expired(self) -> None:
@@ -70,7 +71,8 @@ class Tenants(CopyMonitor):
     def end_expiry(self, tensor: PagedTensor) -> None:
         """Discard a tensor now if it has expired, waiting for a copy under way: it may be created anew then."""
         with self.changed:
-            # It counts as expired as long as it is waited for: whoever looks meanwhile must not take it for what is to come.
+            # It counts as expired as long as it is waited for: whoever looks meanwhile must not take it for what is to
+            # come.
             self.wait_until(lambda: not (self.expires(tensor) and tensor.moving), tensor.name, tensor.n_bytes)
             self._discard_if_expired(tensor)
 
@@ -109,7 +111,9 @@ class Tenants(CopyMonitor):
             if tensor.state is Residency.ABSENT:
                 return
             if tensor.held or tensor.uploads:
-                raise AssertionError(f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot discard it")
+                raise AssertionError(
+                    f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot discard it"
+                )
             tensor.become(Residency.ABSENT)
             tensor.backed = False
             if tensor.frame is not None:
@@ -124,9 +128,13 @@ class Tenants(CopyMonitor):
         """
         with self.changed:
             if tensor.held or tensor.uploads:
-                raise AssertionError(f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot drop it")
+                raise AssertionError(
+                    f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot drop it"
+                )
             if tensor.state is not Residency.CLEAN:
-                raise TransitionError(f"{tensor.name}: {tensor.state.value} -> dropped is not a legal move: it is not clean")
+                raise TransitionError(
+                    f"{tensor.name}: {tensor.state.value} -> dropped is not a legal move: it is not clean"
+                )
             tensor.become(Residency.STORED if tensor.backed else Residency.ABSENT)
             self._move_out(tensor)
 
@@ -146,8 +154,8 @@ class Tenants(CopyMonitor):
         """The cheapest window of host frames whose tenants are all droppable, or None.
 
         Args:
-            bound: what a window with this tenant costs at least, more for those used later; given, windows are looked for near
-                the least recently used tenants if there are very many.
+            bound: what a window with this tenant costs at least, more for those used later; given, windows are looked
+                for near the least recently used tenants if there are very many.
         """
         with self.changed:
             if bound is not None and len(self.host) > MANY_TENANTS:
@@ -176,7 +184,11 @@ class Tenants(CopyMonitor):
         """
         with self.changed:
             first = self.arena.n_frames - n_frames
-            if n_frames < 0 or first < 0 or any(self.host.owner(frame) is not None for frame in range(first, self.arena.n_frames)):
+            if (
+                n_frames < 0
+                or first < 0
+                or any(self.host.owner(frame) is not None for frame in range(first, self.arena.n_frames))
+            ):
                 raise AssertionError(f"the last {n_frames} of {self.arena.n_frames} host frames are not free")
             self._n_set_aside = n_frames
             return FrameId(first)

@@ -1,16 +1,17 @@
 """The h2d lane: a thread that gives a device copies of host pages to make, each once they are there.
 
-A copy waits until the mover below has its tensor in host memory, which may be long after it was asked for, or never: then
-whoever asked takes it back. Copies that wait for host pages are overtaken, so that one is in nobody's way. Of a tensor that
-is being read from the page files, what has come is copied up while the rest is read: SSD, host and device are one pipeline.
+A copy waits until the mover below has its tensor in host memory, which may be long after it was asked for, or never:
+then whoever asked takes it back. Copies that wait for host pages are overtaken, so that one is in nobody's way. Of a
+tensor that is being read from the page files, what has come is copied up while the rest is read: SSD, host and device
+are one pipeline.
 
     WAITING --(bytes are there)--> BEGUN --(all were given to the device, or it failed)--> ENDED
        ^                             |
        +------(the load failed)------+
 
-A device makes its copies later than it is given them, up and down. Who asked hears when one is given, with a mark to put compute behind. The
-host pages stay as they are until the copy is made, which a second thread waits for. It must not be the first: who asked may be
-told only after a lock is free whose holder waits for those pages.
+A device makes its copies later than it is given them, up and down. Who asked hears when one is given, with a mark to
+put compute behind. The host pages stay as they are until the copy is made, which a second thread waits for. It must not
+be the first: who asked may be told only after a lock is free whose holder waits for those pages.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ import torch
 
 from pagemem.devices.accelerator import Accelerator, Copy, Mark, has_reached
 from pagemem.errors import TransitionError
+from pagemem.files.threads import small_stacks
+from pagemem.files.transfer import Completion
+from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.telemetry.intervals import union, without
-from pagemem.files.threads import small_stacks
-from pagemem.residency.mover import Mover
-from pagemem.files.transfer import Completion
-from pagemem.residency.paged_tensor import PagedTensor, Residency
 
 #: Called with the mark behind a copy once it was given to the device, or with what went wrong.
 Given = Callable[[Mark | BaseException], None]
@@ -86,7 +87,9 @@ class _Upload:
             TransitionError: there is no such move; nothing was changed.
         """
         if state not in LEGAL_MOVES[self.state]:
-            raise TransitionError(f"copy of {self.tensor.name}: {self.state.value} -> {state.value} is not a legal move")
+            raise TransitionError(
+                f"copy of {self.tensor.name}: {self.state.value} -> {state.value} is not a legal move"
+            )
         self.state = state
 
     @property
@@ -126,7 +129,9 @@ class HostCopier:
         StorageError: the system starts no more threads.
     """
 
-    def __init__(self, below: Mover, accelerator: Accelerator, on_failure: Callable[[BaseException], None], sink: EventSink) -> None:
+    def __init__(
+        self, below: Mover, accelerator: Accelerator, on_failure: Callable[[BaseException], None], sink: EventSink
+    ) -> None:
         self._below = below
         self._accelerator = accelerator
         self._sink = sink
@@ -168,15 +173,18 @@ class HostCopier:
             self._look()
 
     def begun(self, tensor: PagedTensor, copy: Copy) -> None:
-        """A copy up from the pages of a tensor, for which `Mover.begin_upload` was called, was given to the device by somebody else."""
+        """A copy up from the pages of a tensor, for which `Mover.begin_upload` was called, was given to the device by
+        somebody else."""
         self._ends_by(partial(self._made_all, tensor, copy), copy)
 
     def arrives(self, tensor: PagedTensor, mark: Mark) -> None:
-        """A copy down into the pages of a tensor, for which `Mover.begin_arrival` was called, was given to the device."""
+        """A copy down into the pages of a tensor, for which `Mover.begin_arrival` was called, was given to the
+        device."""
         self._ends_by(partial(self._arrived, tensor, mark), mark)
 
     def _ends_by(self, finish: Callable[[], None], mark: Mark) -> None:
-        """Have a copy's end noted, whatever happens: now, where it is made already, else by the thread that waits for it (or for an error)."""
+        """Have a copy's end noted, whatever happens: now, where it is made already, else by the thread that waits for
+        it (or for an error)."""
         made = False
         try:
             made = has_reached(mark)
@@ -189,7 +197,11 @@ class HostCopier:
     def take_back(self, tensor: PagedTensor) -> bool:
         """Forget the copy of a tensor if it has not begun; returns whether it was forgotten. Any thread."""
         with self._below.changed:
-            kept = [upload for upload in self._waiting if upload.tensor is not tensor or upload.state is not UploadState.WAITING]
+            kept = [
+                upload
+                for upload in self._waiting
+                if upload.tensor is not tensor or upload.state is not UploadState.WAITING
+            ]
             found, self._waiting = len(kept) < len(self._waiting), kept
             return found
 
@@ -252,7 +264,8 @@ class HostCopier:
             del finish
 
     def _begin(self, upload: _Upload) -> tuple[torch.Tensor, list[Span]]:
-        """The bytes of a tensor, and which of them can be copied now; the last ones if its state is ENDED then. With the lock held.
+        """The bytes of a tensor, and which of them can be copied now; the last ones if its state is ENDED then. With
+        the lock held.
 
         From the first to the last the host pages are kept as they are, so that all are of one version.
         """
@@ -345,7 +358,8 @@ def _wait_out(copy: Copy, error: BaseException) -> None:
 
 
 def _close_at_exit(copier: weakref.ref[HostCopier], process: int) -> None:
-    """End the threads of a copier that nobody closed: a copy under way when the device's library ends aborts the process.
+    """End the threads of a copier that nobody closed: a copy under way when the device's library ends aborts the
+    process.
 
     Not in a child process, which has none of the threads.
     """

@@ -1,8 +1,8 @@
 """Records of what the engine does, and the sinks that take them.
 
 A sink is called on whichever thread did the thing, must be cheap, and must not call back into the engine. `NullSink`
-costs one call; `Counters` adds up what a run report needs; `EventLog` keeps everything for tests. A `Watcher` is told more,
-but only while there is one: otherwise that costs one look at an attribute.
+costs one call; `Counters` adds up what a run report needs; `EventLog` keeps everything for tests. A `Watcher` is told
+more, but only while there is one: otherwise that costs one look at an attribute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pagemem.tier import Tag, Tier
 
 
 class EventKind(enum.Enum):
-    """What happened. READ and WRITE move pages between host and page file, UPLOAD from host to device; WAIT blocks the training thread."""
+    """What happened. READ and WRITE move pages between host and page file, UPLOAD from host to device; WAIT blocks the
+    training thread."""
 
     # Members are single: enum's own hash, of the name, is a Python call.
     __hash__ = object.__hash__
@@ -55,7 +56,8 @@ class Watcher(EventSink, Protocol):
     """Watches an engine while it is profiled. Any thread; some calls come with the caller's lock held."""
 
     def held(self, tier: Tier, tag: Tag, more_bytes: int) -> None:
-        """So many bytes more (or less) are held; called under the lock that guards them, in the order of the changes."""
+        """So many bytes more (or less) are held; called under the lock that guards them, in the order of the
+        changes."""
 
     def waits(self, why: str) -> None:
         """The calling thread is about to wait; called with the mover's lock held. The wait's own event follows it."""

@@ -1,4 +1,5 @@
-"""Arithmetic on stretches of time, or of bytes. Pure; intervals are (begin, end) in seconds, in any order, and may overlap."""
+"""Arithmetic on stretches of time, or of bytes. Pure; intervals are (begin, end) in seconds, in any order, and may
+overlap."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def union(intervals: Iterable[tuple[Number, Number]]) -> list[tuple[Number, Numb
     return found
 
 
-def without(intervals: Iterable[tuple[Number, Number]], others: Iterable[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
+def without(
+    intervals: Iterable[tuple[Number, Number]], others: Iterable[tuple[Number, Number]]
+) -> list[tuple[Number, Number]]:
     """What of ``intervals`` is not also the others', as disjoint intervals in order."""
     gaps: list[tuple[Number, Number]] = []
     taken, place = union(others), 0

@@ -1,7 +1,7 @@
 """Keeps what an engine does while somebody profiles: bytes held, ops, moves, updates, waits and their causes.
 
-Everything is only noted down while the engine works, in lists that any thread may append to; what it means is worked out
-afterwards. Memory grows with what happens, by about 200 bytes for each note.
+Everything is only noted down while the engine works, in lists that any thread may append to; what it means is worked
+out afterwards. Memory grows with what happens, by about 200 bytes for each note.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pagemem.telemetry.events import Event, EventKind
-from pagemem.tier import Tag, Tier
 from pagemem.telemetry.timeline import Change, Timeline
+from pagemem.tier import Tag, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class OpSpan:
-    """An op of the training thread, from its tensors being at hand to the next op's beginning, waits inside included."""
+    """An op of the training thread, from its tensors being at hand to the next op's beginning, waits inside
+    included."""
 
     phase: str
     name: str
@@ -97,7 +98,8 @@ class Recorder:
 
     def __init__(self, explain: Callable[[str], WaitCause]) -> None:
         self._explain = explain
-        # The training thread, and a thread of autograd that performs ops in its place: a device's backward pass has one.
+        # The training thread, and a thread of autograd that performs ops in its place: a device's backward pass has
+        # one.
         self._training = {threading.get_ident()}
         self._changes: list[tuple[float, Tier, Tag, int]] = []
         self._ops: list[OpSpan] = []

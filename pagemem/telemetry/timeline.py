@@ -46,7 +46,9 @@ class Timeline:
         AssertionError: a tag would hold less than nothing: the changes are not all, or not in order.
     """
 
-    def __init__(self, begin_s: float, end_s: float, held: Mapping[tuple[Tier, Tag], int], changes: Iterable[Change]) -> None:
+    def __init__(
+        self, begin_s: float, end_s: float, held: Mapping[tuple[Tier, Tag], int], changes: Iterable[Change]
+    ) -> None:
         if end_s < begin_s:
             raise ValueError(f"a timeline cannot end at {end_s} s, before it begins at {begin_s} s")
         self.begin_s = begin_s
@@ -66,7 +68,9 @@ class Timeline:
         last = self._samples[change.tier][-1]
         n_bytes = last.by_tag.get(change.tag, 0) + change.more_bytes
         if n_bytes < 0:
-            raise AssertionError(f"{change.tier.value}: {change.tag.value} would hold {n_bytes} bytes at {change.time_s} s")
+            raise AssertionError(
+                f"{change.tier.value}: {change.tag.value} would hold {n_bytes} bytes at {change.time_s} s"
+            )
         by_tag = {**last.by_tag, change.tag: n_bytes}
         if not n_bytes:
             del by_tag[change.tag]
@@ -100,10 +104,14 @@ class Timeline:
         if length_s == 0:
             return float(samples[-1].total_bytes)
         ends_s = [*(sample.time_s for sample in samples[1:]), self.end_s]
-        return sum(sample.total_bytes * (end_s - sample.time_s) for sample, end_s in zip(samples, ends_s, strict=True)) / length_s
+        return (
+            sum(sample.total_bytes * (end_s - sample.time_s) for sample, end_s in zip(samples, ends_s, strict=True))
+            / length_s
+        )
 
     def buckets(self, tier: Tier, n_buckets: int) -> list[Mapping[Tag, int]]:
-        """For each of ``n_buckets`` equal parts of the time, the tags of its greatest total: no peak is lost in a picture.
+        """For each of ``n_buckets`` equal parts of the time, the tags of its greatest total: no peak is lost in a
+        picture.
 
         Raises:
             ValueError: there is no bucket.

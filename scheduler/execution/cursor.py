@@ -1,8 +1,8 @@
 """Where in its plan a step is: which of the planned ops stand behind the op that the training thread begins. Pure.
 
-A plan's cycle is one or more steps. Its first placement has to be put up when a plan is begun, when something other than the
-plan has moved tensors, and at each cycle's beginning where the plan does not close by itself. That can be done at the
-beginning of a cycle only; the steps until then are not the plan's.
+A plan's cycle is one or more steps. Its first placement has to be put up when a plan is begun, when something other
+than the plan has moved tensors, and at each cycle's beginning where the plan does not close by itself. That can be done
+at the beginning of a cycle only; the steps until then are not the plan's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Astray:
-    """The step is not the plan's. ``why`` is None where that is nobody's deviation: the placement is not the plan's yet."""
+    """The step is not the plan's. ``why`` is None where that is nobody's deviation: the placement is not the plan's
+    yet."""
 
     why: str | None
 

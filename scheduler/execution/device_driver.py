@@ -1,12 +1,13 @@
 """Executes training ops over tensors of the device, and has the tier below bring what is to be copied up.
 
-Two drivers, one above the other, each with a trace and a plan of its own. This one plans which tensors are on the device;
-its loads are copies from host memory. The first use of a tensor after a load is an op of the driver below, too, which
-reads the tensor there: so the plan below has it in host memory by then, mostly long before, and the copy, which waits for
-nothing else, is made as early as that. What the device keeps from one use to the next asks for nothing below, and neither does
-what is at home on it.
+Two drivers, one above the other, each with a trace and a plan of its own. This one plans which tensors are on the
+device; its loads are copies from host memory. The first use of a tensor after a load is an op of the driver below, too,
+which reads the tensor there: so the plan below has it in host memory by then, mostly long before, and the copy, which
+waits for nothing else, is made as early as that. What the device keeps from one use to the next asks for nothing below,
+and neither does what is at home on it.
 
-Ops are timed by the device's own clock: the training thread is ahead of it. For both traces to be the same in every step, each planned step here has the same moves (`alike`).
+Ops are timed by the device's own clock: the training thread is ahead of it. For both traces to be the same in every
+step, each planned step here has the same moves (`alike`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+from pagemem.frames.page import FrameId, TensorId
 from pagemem.process.closing import close_all
 from pagemem.residency.device_mover import DeviceMover
-from pagemem.telemetry.events import EventSink
-from pagemem.frames.page import FrameId, TensorId
-from pagemem.telemetry.recorder import WaitCause
 from pagemem.residency.paged_tensor import PagedTensor
-from scheduler.execution.wait_explainer import DeviceCauses
+from pagemem.telemetry.events import EventSink
+from pagemem.telemetry.recorder import WaitCause
 from scheduler.execution.driver import Driver
+from scheduler.execution.wait_explainer import DeviceCauses
 from scheduler.planning.trace import Access, AccessMode, OpKey, OpKind
 
 
@@ -71,7 +72,8 @@ class DeviceDriver(Driver):
             yield
 
     def renewed(self, tensor: PagedTensor) -> None:
-        """An update has changed what lies below: what the device has of it is dropped, or copied anew where views are in use."""
+        """An update has changed what lies below: what the device has of it is dropped, or copied anew where views are
+        in use."""
         key = (OpKind.UPDATE, ("renewed", tensor.id))
         with self.op(key, tensor.name, [Access(tensor.id, AccessMode.RENEW)]):
             if not self.device.renew(tensor):
@@ -84,7 +86,8 @@ class DeviceDriver(Driver):
     # ---- tensors that are at home here -------------------------------------------------------------------------
 
     def settle(self, tensor: PagedTensor, frame: FrameId) -> None:
-        """Have a tensor in the free frames from ``frame`` on for good, as it is below. Updates of it are made here from then on.
+        """Have a tensor in the free frames from ``frame`` on for good, as it is below. Updates of it are made here from
+        then on.
 
         Raises:
             StorageError: it cannot be read, or the device fails; the tensor is whole below.
@@ -98,21 +101,27 @@ class DeviceDriver(Driver):
         tensor.fixed = True
 
     def settle_empty(self, tensor: PagedTensor, frame: FrameId) -> None:
-        """Have a new tensor, of which there is nothing below and never will be, in the free frames from ``frame`` on for good."""
+        """Have a new tensor, of which there is nothing below and never will be, in the free frames from ``frame`` on
+        for good."""
         self.device.start_load(tensor, frame, fresh=True)
         self.device.unclaimed.discard(tensor.id)
         tensor.fixed = True
 
     def bring_down(self) -> None:
-        """Between two steps: have below what has changed in tensors that are at home here, and what may have through views in use.
+        """Between two steps: have below what has changed in tensors that are at home here, and what may have through
+        views in use.
 
         Raises:
-            StorageError: a page file failed, or has no room for what has to give way. DeviceError: the calling thread's compute goes
-                where this would not be ordered with it. The device has everything.
+            StorageError: a page file failed, or has no room for what has to give way. DeviceError: the calling thread's
+                compute goes where this would not be ordered with it. The device has everything.
         """
         with self.interlude():
             for tensor in list(self.device.tensors.values()):
-                if tensor.id in self.device.edited or tensor.id in self.device.changed_at_home or (tensor.exposed and tensor.readable):
+                if (
+                    tensor.id in self.device.edited
+                    or tensor.id in self.device.changed_at_home
+                    or (tensor.exposed and tensor.readable)
+                ):
                     self._written_back(tensor, AccessMode.CREATE)
 
     def bring_up(self) -> None:
@@ -122,13 +131,16 @@ class DeviceDriver(Driver):
             StorageError: one cannot be read; DeviceError: as `bring_down`. It and those after it are as they were.
         """
         with self.interlude():
-            for tensor in [tensor for tensor in self.device.tensors.values() if tensor.fixed and self.device.mirrors(tensor)]:
+            for tensor in [
+                tensor for tensor in self.device.tensors.values() if tensor.fixed and self.device.mirrors(tensor)
+            ]:
                 self._filled_anew(tensor)
                 if tensor.id in self.device.changed_at_home:
                     self.device.written_back(tensor)
 
     def quiesce(self) -> None:
-        """Stop copying ahead and wait until no copy is under way, also after an error. What was edited until now is written back."""
+        """Stop copying ahead and wait until no copy is under way, also after an error. What was edited until now is
+        written back."""
 
         def collect() -> None:
             with self.device.changed:
@@ -138,7 +150,9 @@ class DeviceDriver(Driver):
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _below_has(self, tensors: Sequence[TensorId], name: str, mode: AccessMode = AccessMode.READ) -> AbstractContextManager[None]:
+    def _below_has(
+        self, tensors: Sequence[TensorId], name: str, mode: AccessMode = AccessMode.READ
+    ) -> AbstractContextManager[None]:
         """Have tensors in host memory inside the block, as one op there."""
         lower = [self.device.lower(tensor) for tensor in tensors]
         key = (self._kind, (mode.value, *(tensor.id for tensor in lower)))
@@ -167,7 +181,9 @@ class DeviceDriver(Driver):
     def _follow(self, key: OpKey) -> None:
         if not self._recorder.ops:
             # What the device still has, and from when, differs from step to step; what is asked for below must not.
-            self.device.unclaimed.update(t.id for t in self.device.tensors.values() if t.frame is not None and not t.fixed)
+            self.device.unclaimed.update(
+                t.id for t in self.device.tensors.values() if t.frame is not None and not t.fixed
+            )
         super()._follow(key)
 
     def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:

@@ -1,12 +1,13 @@
-"""Executes training ops over paged tensors: follows the plan while the step is the traced one, fetches on demand otherwise.
+"""Executes training ops over paged tensors: follows the plan while the step is the traced one, fetches on demand
+otherwise.
 
     ON_DEMAND --(a repeatable step ended)--> PLANNED
     PLANNED   --(an op differs, or a load cannot start)--> ON_DEMAND, for the rest of the step
 
 In ON_DEMAND each op fetches what it lacks, synchronously, in place of the least recently used tensors, and is recorded;
 from the record of a whole step a plan is made. In PLANNED each op starts the moves the plan triggers there, and the
-training thread waits only for what its own op needs. A step that differs from its trace is still executed correctly; its
-record replaces the trace. Ops in an `interlude` (evaluation between steps) are fetched on demand and not recorded.
+training thread waits only for what its own op needs. A step that differs from its trace is still executed correctly;
+its record replaces the trace. Ops in an `interlude` (evaluation between steps) are fetched on demand and not recorded.
 
 Everything here runs on the training thread; the copies run on the page files' threads and report to the mover.
 """
@@ -19,20 +20,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Final
 
-from pagemem.process.closing import close_all
 from pagemem.errors import BudgetError, TransitionError
-from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
-from pagemem.residency.mover import Mover
 from pagemem.frames.page import TensorId
-from pagemem.telemetry.recorder import WaitCause
+from pagemem.process.closing import close_all
+from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from scheduler.execution.wait_explainer import Causes
+from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
+from pagemem.telemetry.recorder import WaitCause
 from scheduler.execution.cursor import Astray, Cursor
-from scheduler.planning.durations import Durations
 from scheduler.execution.pinning import Holding
 from scheduler.execution.read_lane import ReadLane
-from scheduler.planning.plan import LoadTask, Plan
 from scheduler.execution.tier_planner import Planning
+from scheduler.execution.wait_explainer import Causes
+from scheduler.planning.durations import Durations
+from scheduler.planning.plan import LoadTask, Plan
 from scheduler.planning.trace import CHANGES, Access, AccessMode, Clock, HostClock, OpKey, Trace, TraceRecorder
 
 
@@ -68,7 +69,12 @@ class Driver(Holding):
     tells_of_steps: ClassVar[bool] = True
 
     def __init__(
-        self, mover: Mover, sink: EventSink, bandwidth: Callable[[], tuple[float, float]], overhead_bytes: int = 0, clock: Clock | None = None
+        self,
+        mover: Mover,
+        sink: EventSink,
+        bandwidth: Callable[[], tuple[float, float]],
+        overhead_bytes: int = 0,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__(mover, overhead_bytes)
         self.mode = Mode.ON_DEMAND
@@ -146,7 +152,8 @@ class Driver(Holding):
 
     @contextmanager
     def in_passing(self, tensor: PagedTensor) -> Iterator[bool]:
-        """Outside of any op, and without moving anything: inside the block a tensor may be changed, if it is in memory and free for that.
+        """Outside of any op, and without moving anything: inside the block a tensor may be changed, if it is in memory
+        and free for that.
 
         Yields whether it is.
         """
@@ -203,7 +210,11 @@ class Driver(Holding):
             if repeatable and self.plan is not None:
                 trace.take_durations(self._trace)  # of ops that followed the plan before this step left it
             # A step may ask nothing of this tier, where all it needs is at home above.
-            if repeatable and not asked_otherwise and (trace.ops or (self.above is not None and self.above.plan is not None)):
+            if (
+                repeatable
+                and not asked_otherwise
+                and (trace.ops or (self.above is not None and self.above.plan is not None))
+            ):
                 self._adopt(trace)
 
     def abandon_step(self) -> None:
@@ -222,7 +233,8 @@ class Driver(Holding):
                 self._cursor.enter()
 
     def expect_change(self, steps: int) -> None:
-        """Between two steps: the next ones have other ops than those until now, and so many of them are not yet like those after.
+        """Between two steps: the next ones have other ops than those until now, and so many of them are not yet like
+        those after.
 
         They are fetched on demand, then there is a plan anew. Nobody's deviation.
         """
@@ -235,7 +247,8 @@ class Driver(Holding):
             self.plan = None
 
     def _ends_above(self, *, repeatable: bool) -> bool:
-        """End the step of the tier above; returns whether it goes on by another plan, so that it will ask for other things."""
+        """End the step of the tier above; returns whether it goes on by another plan, so that it will ask for other
+        things."""
         assert self.above is not None
         plan = self.above.plan
         self.above.end_step(repeatable=repeatable)
@@ -277,7 +290,8 @@ class Driver(Holding):
         return self._recording
 
     def quiesce(self) -> None:
-        """Stop reading ahead and wait until no copy is under way, also after an error, and where the tier above fails in that."""
+        """Stop reading ahead and wait until no copy is under way, also after an error, and where the tier above fails
+        in that."""
         close_all(*([] if self.above is None else [self.above.quiesce]), self._disturb, self.mover.settle)
 
     def evict_all(self) -> None:
@@ -349,7 +363,9 @@ class Driver(Holding):
         if found.restores:
             self._restore_placement(plan)
         for op in self._trace.ops[len(self._recorder.ops) :][: len(found.ops) - 1]:
-            self._recorder.begin(op.key, op.name, op.accesses)  # An update that is not made in this step; it may be in later ones.
+            self._recorder.begin(
+                op.key, op.name, op.accesses
+            )  # An update that is not made in this step; it may be in later ones.
         for position in found.ops:
             for store in plan.stores_at.get(position, ()):
                 tensor = self.mover.tensors[store.tensor]
@@ -386,7 +402,12 @@ class Driver(Holding):
         """
         self._lane.clear()
         for tensor in self.mover.tensors.values():
-            if tensor.state is not Residency.CLEAN or tensor.held or tensor.uploads or plan.initial.get(tensor.id) == tensor.frame:
+            if (
+                tensor.state is not Residency.CLEAN
+                or tensor.held
+                or tensor.uploads
+                or plan.initial.get(tensor.id) == tensor.frame
+            ):
                 continue
             if tensor.frame is not None and tensor.frame < self.mover.n_shared_frames:
                 self.mover.drop(tensor)

@@ -1,7 +1,7 @@
 """Fetching without a plan: a tensor comes in now, in place of the least recently used ones.
 
-Used in the first steps, for steps that differ from their trace, and between steps. Training thread only, with the mover's
-lock held (waiting gives it up).
+Used in the first steps, for steps that differ from their trace, and between steps. Training thread only, with the
+mover's lock held (waiting gives it up).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pagemem.errors import BudgetError
-from pagemem.residency.mover import Mover
 from pagemem.frames.page import TensorId
+from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.tier import Tag
 from pagemem.units import format_bytes
@@ -85,7 +85,9 @@ class OnDemand:
             if tensor.state is Residency.DIRTY:
                 self.mover.start_store(tensor)
             self.mover.wait_until(
-                lambda: tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads, tensor.name, tensor.n_bytes
+                lambda: tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads,
+                tensor.name,
+                tensor.n_bytes,
             )
             self.mover.check()
         self.mover.drop(tensor)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable
 
-from pagemem.residency.mover import Mover
 from pagemem.frames.page import TensorId
+from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from scheduler.planning.plan import LoadTask
 
@@ -81,7 +81,8 @@ class ReadLane:
         leaving = [self._leaves(tenant) for tenant in self.tenants(task.frame, tensor.n_frames)]
         if not all(leaving):
             return False
-        # A tensor that the plan took for dead by now and that is not, because the step goes another way, keeps its content.
+        # A tensor that the plan took for dead by now and that is not, because the step goes another way, keeps its
+        # content.
         self._mover.start_load(tensor, task.frame, fresh=task.fresh and tensor.state is Residency.ABSENT)
         return True
 

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from typing import Final
 
 from pagemem.errors import BudgetError
-from pagemem.residency.mover import Mover
 from pagemem.frames.page import FrameId, TensorId
+from pagemem.residency.mover import Mover
 from scheduler.planning.bounds import check_bounds
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.plan import Plan
 from scheduler.planning.planner import cost_s, make_plan
 from scheduler.planning.trace import Trace
-from scheduler.planning.lookahead import Machine
 
-#: Of the bandwidths seen so far, what a plan relies on: what a disk gives beside computing varies. In simulation such plans wait
-#: as little at the full bandwidth and less at half of it; in runs no difference was measured.
+#: Of the bandwidths seen so far, what a plan relies on: what a disk gives beside computing varies. In simulation such
+#: plans wait as little at the full bandwidth and less at half of it; in runs no difference was measured.
 RELIABLE_SHARE: Final = 0.7
 
 
@@ -60,9 +60,12 @@ class Planning:
         return plan
 
     def cost_s(self, trace: Trace) -> float:
-        """What a step would cost by a plan, roughly; infinite where there is none. Only to be compared with other steps'."""
+        """What a step would cost by a plan, roughly; infinite where there is none. Only to be compared with other
+        steps'."""
         try:
-            return cost_s(make_plan(trace, self.n_bytes(trace), self.machine(), self.fixed(), alike=self._alike, brief=True))
+            return cost_s(
+                make_plan(trace, self.n_bytes(trace), self.machine(), self.fixed(), alike=self._alike, brief=True)
+            )
         except BudgetError:
             return math.inf
 

@@ -11,8 +11,8 @@ from typing import Final
 
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
-from pagemem.telemetry.recorder import UNKNOWN_CAUSE, WaitCause
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.telemetry.recorder import UNKNOWN_CAUSE, WaitCause
 from scheduler.execution.read_lane import ReadLane
 
 _COMMIT: Final = "commit of "

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.plan import LoadTask, Plan, by_trigger
 from scheduler.planning.trace import AccessMode, Op, Trace
-from scheduler.planning.lookahead import Machine
 
 #: Cycles that `check_bounds` performs: in the second one, tensors are dirty when it begins, as in every later one.
 CYCLES: Final = 2
@@ -24,7 +24,8 @@ _FOR_GOOD: Final = sys.maxsize
 
 
 class PlanError(AssertionError):
-    """The plan asks for something impossible, or leaves an op without its tensors. A defect, never a caller's mistake."""
+    """The plan asks for something impossible, or leaves an op without its tensors. A defect, never a caller's
+    mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,17 @@ class BoundsReport:
 
 
 def check_bounds(
-    plan: Plan, trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, fixed: Mapping[TensorId, FrameId] | None = None
+    plan: Plan,
+    trace: Trace,
+    n_bytes: Mapping[TensorId, int],
+    machine: Machine,
+    fixed: Mapping[TensorId, FrameId] | None = None,
 ) -> BoundsReport:
     """Perform a plan for some cycles and prove that it can be followed.
 
-    Proven for every op: its tensors are whole in host frames when it begins, and of the newest version; no frame has two
-    tenants; no load takes the frames of a tensor that is in use or was not stored after its last change; no more frames
-    are used than there are.
+    Proven for every op: its tensors are whole in host frames when it begins, and of the newest version; no frame has
+    two tenants; no load takes the frames of a tensor that is in use or was not stored after its last change; no more
+    frames are used than there are.
 
     Args:
         trace, n_bytes, machine, fixed: what the plan was made of; see `scheduler.make_plan`.
@@ -59,7 +64,9 @@ def check_bounds(
         PlanError: something does not hold; names the first op and tensor.
     """
     replay = Replay(trace, plan, n_bytes, machine.page_bytes, dict(fixed or {}))
-    replay.require(plan.n_frames <= machine.n_frames, f"the plan has {plan.n_frames} frames, the machine {machine.n_frames}")
+    replay.require(
+        plan.n_frames <= machine.n_frames, f"the plan has {plan.n_frames} frames, the machine {machine.n_frames}"
+    )
     frames_at_op = [0] * len(plan.keys)
     moved = (0, 0)
     for number in range(CYCLES):
@@ -67,7 +74,10 @@ def check_bounds(
         if number and not plan.closed:
             replay.restore()
         frames_at_op = list(map(max, frames_at_op, replay.cycle()))
-    replay.require(plan.peak_frames >= len(replay.touched), f"{len(replay.touched)} frames are touched, the plan says {plan.peak_frames}")
+    replay.require(
+        plan.peak_frames >= len(replay.touched),
+        f"{len(replay.touched)} frames are touched, the plan says {plan.peak_frames}",
+    )
     return BoundsReport(
         tuple(frames_at_op),
         len(replay.touched),
@@ -123,12 +133,18 @@ class Replay:
         triggers = [load.trigger for load in plan.loads]
         self.require(triggers == sorted(triggers), "loads start in another order than they stand in")
         triggers += [store.trigger for store in plan.stores]
-        self.require(all(0 <= trigger < len(plan.keys) for trigger in triggers), "a move is triggered by no op of the cycle")
         self.require(
-            (plan.loads_at, plan.stores_at) == (by_trigger(plan.loads), by_trigger(plan.stores)), "the moves by op are not those of the plan"
+            all(0 <= trigger < len(plan.keys) for trigger in triggers), "a move is triggered by no op of the cycle"
+        )
+        self.require(
+            (plan.loads_at, plan.stores_at) == (by_trigger(plan.loads), by_trigger(plan.stores)),
+            "the moves by op are not those of the plan",
         )
         for tensor, fixed_frame in self.fixed.items():
-            self.require(plan.initial.get(tensor) == fixed_frame, f"{tensor} is fixed at frame {fixed_frame} and not planned there")
+            self.require(
+                plan.initial.get(tensor) == fixed_frame,
+                f"{tensor} is fixed at frame {fixed_frame} and not planned there",
+            )
             self.locked_until[tensor] = _FOR_GOOD
         for tensor, frame in plan.initial.items():
             self.require(tensor in self.host, f"{tensor} is placed and never used")
@@ -156,7 +172,9 @@ class Replay:
         """Give free frames to a tensor."""
         size = self.size(tensor)
         if frame < 0 or frame + size > len(self.frames):
-            raise PlanError(f"op {self.now}: {tensor} has no frames {frame}..{frame + size - 1}: there are {len(self.frames)}")
+            raise PlanError(
+                f"op {self.now}: {tensor} has no frames {frame}..{frame + size - 1}: there are {len(self.frames)}"
+            )
         for taken in self.frames[frame : frame + size]:
             if taken is not None:
                 raise PlanError(f"op {self.now}: {tensor} overlaps {taken}")
@@ -185,7 +203,9 @@ class Replay:
         """Bring a tensor in, in place of whatever is in its window."""
         tensor = task.tensor
         self.require(task.trigger <= task.needed_at, f"{tensor} is loaded too late for op {task.needed_at}")
-        self.require(tensor in self._wants[task.needed_at % len(self._wants)], f"{tensor} is not for op {task.needed_at}")
+        self.require(
+            tensor in self._wants[task.needed_at % len(self._wants)], f"{tensor} is not for op {task.needed_at}"
+        )
         if self.where.get(tensor) == task.frame:
             return
         if tensor in self.where:

@@ -1,7 +1,7 @@
 """How long each op of a planned step takes, from some steps that followed the plan.
 
-The traced step fetches on demand: its ops are slowed by first touches of memory and by copies that stand in other places
-than they will. The steps that follow its plan tell better, so the plan is made once more with their times.
+The traced step fetches on demand: its ops are slowed by first touches of memory and by copies that stand in other
+places than they will. The steps that follow its plan tell better, so the plan is made once more with their times.
 """
 
 from __future__ import annotations
@@ -54,4 +54,6 @@ class Durations:
         if len(self._measured_s) < MEASURED_STEPS:
             return None
         medians_s = [statistics.median(of_op) for of_op in zip(*self._measured_s, strict=True)]
-        return Trace(tuple(replace(op, duration_s=median_s) for op, median_s in zip(planned.ops, medians_s, strict=True)))
+        return Trace(
+            tuple(replace(op, duration_s=median_s) for op, median_s in zip(planned.ops, medians_s, strict=True))
+        )

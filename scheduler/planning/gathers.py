@@ -1,13 +1,15 @@
 """Phase 2 of the schedule: where the whole of what is sharded over ranks is put together, and how early. Pure.
 
-Each of some ranks has a *shard* of every sharded tensor, an equal part, in its pages; phase 1 moves shards. An op needs the *whole*: an
-all-gather makes it, in frames of its own. It is a copy: dropped when its frames are wanted, gathered once more for its next use, out
-of date once its shards are updated. That is what copies on a device are to host pages, so the same reader plans them, at the pace of the
-link and in the memory that phase 1 does not have. How much that is to be, it finds by trying: what the neediest op takes, and multiples of
-it, in which gathers run ahead of their ops; phase 1 has less then to keep what it saves moves by. The quickest by prediction is taken.
+Each of some ranks has a *shard* of every sharded tensor, an equal part, in its pages; phase 1 moves shards. An op needs
+the *whole*: an all-gather makes it, in frames of its own. It is a copy: dropped when its frames are wanted, gathered
+once more for its next use, out of date once its shards are updated. That is what copies on a device are to host pages,
+so the same reader plans them, at the pace of the link and in the memory that phase 1 does not have. How much that is to
+be, it finds by trying: what the neediest op takes, and multiples of it, in which gathers run ahead of their ops; phase
+1 has less then to keep what it saves moves by. The quickest by prediction is taken.
 
-Ranks that gather in different orders wait for each other for ever. A plan depends on its arguments alone: ranks that are given the
-same step, sizes and figures have the same plan. The engine is one process so far, which has nothing to gather.
+Ranks that gather in different orders wait for each other for ever. A plan depends on its arguments alone: ranks that
+are given the same step, sizes and figures have the same plan. The engine is one process so far, which has nothing to
+gather.
 
 Source: Angel-PTM (VLDB 2023), unified scheduling.
 """
@@ -22,10 +24,10 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import ceil_div
 from scheduler.planning.bounds import check_bounds
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.plan import Plan
 from scheduler.planning.planner import cost_s, make_plan
 from scheduler.planning.trace import ENDS, Access, AccessMode, Op, Trace
-from scheduler.planning.lookahead import Machine
 
 #: Rooms for wholes that are tried, in multiples of what the neediest op takes; beside them, room for all wholes.
 ROOMS: Final = (1, 2, 3, 4, 6)
@@ -45,7 +47,9 @@ class Link:
 
     def __post_init__(self) -> None:
         if self.n_ranks < 2 or not self.bytes_per_s > 0:
-            raise ValueError(f"{self.n_ranks} ranks at {self.bytes_per_s} bytes/s; there must be two or more ranks, and some bandwidth")
+            raise ValueError(
+                f"{self.n_ranks} ranks at {self.bytes_per_s} bytes/s; there must be two or more ranks, and some bandwidth"
+            )
 
     @property
     def whole_bytes_per_s(self) -> float:
@@ -58,7 +62,8 @@ class ShardedPlan:
     """One rank's plan of a step, in two parts with one numbering of ops.
 
     Attributes:
-        shards: phase 1, in the frames below ``first_frame``: loads and stores of shards and everything else that is not gathered.
+        shards: phase 1, in the frames below ``first_frame``: loads and stores of shards and everything else that is not
+            gathered.
         gathers: phase 2: its loads are all-gathers; frames are counted from ``first_frame`` on.
     """
 
@@ -116,7 +121,9 @@ def gather_trace(trace: Trace, shards: Mapping[TensorId, TensorId]) -> Trace:
         for access in op.accesses:
             if access.tensor in shards:
                 if access.mode is not AccessMode.READ:
-                    raise ValueError(f"{op.name}: a whole is only read, updates change its shards; it is to {access.mode.value} {access.tensor}")
+                    raise ValueError(
+                        f"{op.name}: a whole is only read, updates change its shards; it is to {access.mode.value} {access.tensor}"
+                    )
                 yield access
             elif access.tensor in wholes and access.mode is not AccessMode.READ:
                 yield Access(wholes[access.tensor], AccessMode.RENEW)
@@ -125,7 +132,8 @@ def gather_trace(trace: Trace, shards: Mapping[TensorId, TensorId]) -> Trace:
 
 
 def shard_trace(trace: Trace, shards: Mapping[TensorId, TensorId]) -> Trace:
-    """The step as shards see it: an op that reads a whole reads its shard, which is free again when the whole is there."""
+    """The step as shards see it: an op that reads a whole reads its shard, which is free again when the whole is
+    there."""
     made = []
     for index, op in enumerate(trace.ops):
         accesses = [Access(shards.get(access.tensor, access.tensor), access.mode) for access in op.accesses]
@@ -145,7 +153,9 @@ def _rooms(above: Trace, n_bytes: Mapping[TensorId, int], page_bytes: int) -> li
     return sorted({min(multiple * least, every) for multiple in ROOMS} | {every})
 
 
-def _with_room(below: Trace, above: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, link: Link, room: int) -> ShardedPlan:
+def _with_room(
+    below: Trace, above: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, link: Link, room: int
+) -> ShardedPlan:
     """The plan with at least so many frames for wholes; they get what phase 1 leaves beside."""
     if room > machine.n_frames:
         need_bytes = room * machine.page_bytes

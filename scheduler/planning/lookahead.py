@@ -1,9 +1,10 @@
 """The reader that walks a cyclic trace ahead of compute and chooses a window of host frames for every load. Pure.
 
-For each access whose tensor is not in host memory it chooses a window of adjacent frames: among those that cost no stall
-the one whose tenants are needed last (Belady's rule; all next uses are known), clean before dirty on ties. The load is
-triggered by the first op at which every tenant of its window has had its last use; a dirty tenant is copied out right
-after its last change. Memory that no load needs keeps what it holds, so spare memory serves first what is used soonest
+For each access whose tensor is not in host memory it chooses a window of adjacent frames: among those that cost no
+stall the one whose tenants are needed last (Belady's rule; all next uses are known), clean before dirty on ties. The
+load is triggered by the first op at which every tenant of its window has had its last use; a dirty tenant is copied out
+right after its last change. Memory that no load needs keeps what it holds, so spare memory serves first what is used
+soonest
 again: parameters between forward and backward, then optimizer states.
 
 Source: Angel-PTM (VLDB 2023), unified scheduling; victims after L. A. Belady, IBM Systems Journal 5(2), 1966.
@@ -18,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pagemem.frames.allocator import PageAllocator
 from pagemem.errors import BudgetError
+from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, Shortage, TensorId
+from pagemem.frames.window import MANY_TENANTS, Window, best_window, window_near
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
-from pagemem.frames.window import MANY_TENANTS, Window, best_window, window_near
 from scheduler.planning.plan import LoadTask, StoreTask
 from scheduler.planning.trace import CHANGES, Access, AccessMode, Op, Trace
 from scheduler.planning.victims import Victims
@@ -122,7 +123,8 @@ class Walk:
     def choose(
         self, now: int, n_frames: int, read_s: float, staying: frozenset[TensorId], *, pack: bool = False
     ) -> Window | None:
-        """The best window for a load needed at op ``now``; tenants in ``staying`` are not moved. ``pack``: the lowest."""
+        """The best window for a load needed at op ``now``; tenants in ``staying`` are not moved. ``pack``: the
+        lowest."""
         need_s = self.op_end_s[now - 1] if now else 0.0
         least = _DEAR
 
@@ -159,7 +161,12 @@ class Walk:
         if len(tenants) > MANY_TENANTS and not pack:
             self.victims.settle(max(self.read_free_s, need_s - read_s))
             near = window_near(
-                self.frames, n_frames, self.victims.in_order(), movable, cost, lambda tensor: (least_stall, -tenants[tensor].next_use, 0)
+                self.frames,
+                n_frames,
+                self.victims.in_order(),
+                movable,
+                cost,
+                lambda tensor: (least_stall, -tenants[tensor].next_use, 0),
             )
             if near is not None:
                 return near

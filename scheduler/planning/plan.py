@@ -1,8 +1,8 @@
 """A plan: which page moves to start before which op, and where their tensors go. Pure data.
 
 Ops are numbered over one *cycle*, which is one step or, when the placement only repeats every few steps, a few. A task
-with trigger ``k`` starts when the training thread begins op ``k``. Loads run in list order; a load whose window is still
-being copied out waits for that copy and nothing else.
+with trigger ``k`` starts when the training thread begins op ``k``. Loads run in list order; a load whose window is
+still being copied out waits for that copy and nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class LoadTask:
 
 @dataclass(frozen=True, slots=True)
 class StoreTask:
-    """Copy ``tensor`` to the page files once op ``trigger`` begins: it has changed for the last time before it must leave."""
+    """Copy ``tensor`` to the page files once op ``trigger`` begins: it has changed for the last time before it must
+    leave."""
 
     tensor: TensorId
     trigger: int
@@ -52,8 +53,8 @@ class Plan:
         closed: whether a cycle ends with the placement it began with; if not, each one begins by restoring it.
         peak_frames: distinct host frames that the cycle touches.
         read_bytes: that a cycle moves at most, restoring its first placement included; written_bytes: likewise.
-        step_s: seconds of one step, predicted with the planner's bandwidths, its share of restoring included. compute_s: of
-            them without any wait.
+        step_s: seconds of one step, predicted with the planner's bandwidths, its share of restoring included.
+            compute_s: of them without any wait.
     """
 
     keys: tuple[OpKey, ...]

@@ -1,14 +1,15 @@
 """Phase 1 of the schedule: which page moves to make, when, and into which frames. A pure function of the trace.
 
-A reader walks the cyclic trace and chooses frames for every load (`scheduler.planning.lookahead`). The walk repeats the step. When the
-placement at a step's end equals that of an earlier one, the steps in between are the plan's cycle, and it closes by itself.
-In a tight budget placements wander instead; then the cycle is the stretch of steps whose two ends differ least, and the
-driver restores the first placement once per cycle. Frames are part of the plan: at run time nothing is allocated,
-fragmented or compacted.
+A reader walks the cyclic trace and chooses frames for every load (`scheduler.planning.lookahead`). The walk repeats the
+step. When the placement at a step's end equals that of an earlier one, the steps in between are the plan's cycle, and
+it closes by itself. In a tight budget placements wander instead; then the cycle is the stretch of steps whose two ends
+differ least, and the driver restores the first placement once per cycle. Frames are part of the plan: at run time
+nothing is allocated, fragmented or compacted.
 
-The reader avoids each stall as it comes and pays with moves. Where the disk is what limits a step, those moves are the next
-stalls. So there are several walks: one with all tensors on the move, and some in which a part of the frames is given for
-good to the tensors that are used most often. The quickest is taken; moves count as the processor time that they take, too.
+The reader avoids each stall as it comes and pays with moves. Where the disk is what limits a step, those moves are the
+next stalls. So there are several walks: one with all tensors on the move, and some in which a part of the frames is
+given for good to the tensors that are used most often. The quickest is taken; moves count as the processor time that
+they take, too.
 
 Source: Angel-PTM (VLDB 2023), unified scheduling.
 """
@@ -18,22 +19,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from pagemem.frames.allocator import PageAllocator
 from pagemem.errors import BudgetError
+from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
+from scheduler.planning.lookahead import Machine, Placed, Walk
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.planning.trace import CHANGES, AccessMode, Trace
-from scheduler.planning.lookahead import Machine, Placed, Walk
 
 #: Steps walked at most, steps at the beginning that are left out (the walk begins with empty host memory), and the
 #: shortest stretch that is worth restoring a placement for.
 MAX_STEPS: Final = 12
 WARM_UP_STEPS: Final = 2
 MIN_CYCLE_STEPS: Final = 5
-#: As many steps at most, and as short a stretch, where a step has more than so many ops: it is long enough for restoring a placement
-#: to be a small part of it, and walking it takes seconds.
+#: As many steps at most, and as short a stretch, where a step has more than so many ops: it is long enough for
+#: restoring a placement to be a small part of it, and walking it takes seconds.
 VERY_MANY_OPS: Final = 2500
 FEW_STEPS: Final = 5
 SHORT_CYCLE_STEPS: Final = 2
@@ -42,8 +43,8 @@ KEPT_SHARES: Final = (0.4, 0.55, 0.65, 0.75, 0.82)
 #: The one share that is tried where a step has more than so many ops: a walk takes seconds then.
 ONE_SHARE: Final = 0.75
 MANY_OPS: Final = 1000
-#: What a byte moved beside computing adds to a step: I/O threads take a core for 0.2 s a GB, checksums included, and the
-#: threads that compute wait for the one that is held up (measured on two cores, docs/schedule.md).
+#: What a byte moved beside computing adds to a step: I/O threads take a core for 0.2 s a GB, checksums included, and
+#: the threads that compute wait for the one that is held up (measured on two cores, docs/schedule.md).
 MOVE_S_PER_BYTE: Final = 2e-10
 
 #: What a step must do with a tensor that can be kept: its content is the same tensor's from step to step.
@@ -134,12 +135,19 @@ def _kept_sets(
 
 
 def _plan_with(
-    trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, fixed: Mapping[TensorId, FrameId], alike: bool, brief: bool
+    trace: Trace,
+    n_bytes: Mapping[TensorId, int],
+    machine: Machine,
+    fixed: Mapping[TensorId, FrameId],
+    alike: bool,
+    brief: bool,
 ) -> Plan:
     """The plan of one walk."""
     walk = Walk(trace, n_bytes, machine, fixed)
     n_ops = len(trace.ops)
-    most_steps, shortest = (FEW_STEPS, SHORT_CYCLE_STEPS) if brief or n_ops > VERY_MANY_OPS else (MAX_STEPS, MIN_CYCLE_STEPS)
+    most_steps, shortest = (
+        (FEW_STEPS, SHORT_CYCLE_STEPS) if brief or n_ops > VERY_MANY_OPS else (MAX_STEPS, MIN_CYCLE_STEPS)
+    )
     placements = [walk.placement()]
     seen = slice(-2, -1) if alike else slice(0, -1)
     while len(placements) <= most_steps and (len(placements) < 2 or placements[-1] not in placements[seen]):
@@ -154,7 +162,9 @@ def _plan_with(
     loads = [task for task in walk.loads if start <= task.needed_at < end]
     numbered = _numbered_from(start, end - start, loads, closed=closed)
     stores = dict.fromkeys(
-        StoreTask(task.tensor, (task.trigger - start) % (end - start)) for evicted_at, task in walk.stores if start <= evicted_at < end
+        StoreTask(task.tensor, (task.trigger - start) % (end - start))
+        for evicted_at, task in walk.stores
+        if start <= evicted_at < end
     )
     read_bytes, written_bytes = 0, 0
     if not closed:
@@ -164,7 +174,9 @@ def _plan_with(
     read_bytes += sum(n_bytes[task.tensor] for task in loads if not task.fresh)
     written_bytes += sum(n_bytes[task.tensor] for task in stores)
     carried = tuple(
-        LoadTask(t.tensor, t.frame, 0, t.needed_at - (end - start), t.fresh) for t in numbered if t.needed_at >= end - start
+        LoadTask(t.tensor, t.frame, 0, t.needed_at - (end - start), t.fresh)
+        for t in numbered
+        if t.needed_at >= end - start
     )
     before_s = walk.op_end_s[start - 1] if start else 0.0
     initial = {tensor: frame for tensor, frame, _, dead in placements[first] if not dead}
@@ -192,7 +204,9 @@ def _restored_bytes(first: Placed, last: Placed, n_bytes: Mapping[TensorId, int]
     wanted = {(tensor, frame) for tensor, frame, _, dead in first if not dead}
     there = {(tensor, frame) for tensor, frame, _, dead in last if not dead}
     read_bytes = sum(n_bytes[tensor] for tensor, _ in wanted - there)
-    return read_bytes, sum(n_bytes[tensor] for tensor, frame, dirty, dead in last if dirty and not dead and (tensor, frame) not in wanted)
+    return read_bytes, sum(
+        n_bytes[tensor] for tensor, frame, dirty, dead in last if dirty and not dead and (tensor, frame) not in wanted
+    )
 
 
 def _numbered_from(start: int, n_ops: int, loads: Sequence[LoadTask], *, closed: bool) -> tuple[LoadTask, ...]:
@@ -233,8 +247,8 @@ def _unseen_stores(
 ) -> list[StoreTask]:
     """Stores of a cycle that does not close, which the walk did not see because it went on where the cycle begins anew.
 
-    A tensor may be in the same frames at both ends, clean at the beginning and dirty at the end. If it then leaves before
-    it is changed again, it has to be stored after the last change of the cycle before.
+    A tensor may be in the same frames at both ends, clean at the beginning and dirty at the end. If it then leaves
+    before it is changed again, it has to be stored after the last change of the cycle before.
     """
     clean = {(tensor, frame) for tensor, frame, dirty, _ in first if not dirty}
     returns_at = {load.tensor: load.needed_at - start for load in reversed(loads)}

@@ -1,11 +1,12 @@
 """What a step would be if parts of its forward pass were computed again in the backward pass. Pure.
 
-What autograd saves in a part of the model and goes to pages is CREATEd there and CONSUMEd in the backward pass. If the part is computed
-again, only what it reads is saved: the other creations are gone, its forward ops come once more before the first of what it had saved
-would be needed, and the memory and the disk have so much less to do.
+What autograd saves in a part of the model and goes to pages is CREATEd there and CONSUMEd in the backward pass. If the
+part is computed again, only what it reads is saved: the other creations are gone, its forward ops come once more before
+the first of what it had saved would be needed, and the memory and the disk have so much less to do.
 
     forward P   save 1   save 2   forward Q   ...   saved 2   saved 1   backward P       P saved in pages
-    forward P   save 1            forward Q   ...   saved 1   forward P   backward P     P computed again; 1 is what it reads
+    forward P   save 1            forward Q   ...   saved 1   forward P   backward P     P computed again; 1 is what it
+    reads
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Part:
 
 @dataclass(slots=True)
 class _Change:
-    """What becomes of one part: ops that are gone, and those that come once more, with what they read, before op ``before``."""
+    """What becomes of one part: ops that are gone, and those that come once more, with what they read, before op
+    ``before``."""
 
     gone: set[int] = field(default_factory=set)
     again: list[int] = field(default_factory=list)
@@ -44,8 +46,8 @@ class _Change:
 def pages(trace: Trace, part: Part) -> dict[TensorId, int]:
     """What a part saves in pages, and the ops that create it, in order.
 
-    Copies are made when the next op that uses weights is about to begin. So the first ones in a part are another one's, and its own last ones
-    come right after it.
+    Copies are made when the next op that uses weights is about to begin. So the first ones in a part are another one's,
+    and its own last ones come right after it.
     """
     ops = trace.ops
     begin, end = part.ops.start, part.ops.stop
@@ -61,8 +63,8 @@ def recomputed(trace: Trace, parts: Sequence[Part], n_bytes: Mapping[TensorId, i
     """The step in which some parts are computed again instead of having what they save in pages.
 
     Args:
-        trace: with durations. An op that consumes lasts as long as the one that created, which copied as much; the rest of its time is
-            compute's that followed.
+        trace: with durations. An op that consumes lasts as long as the one that created, which copied as much; the rest
+            of its time is compute's that followed.
         parts: without ops in common.
         n_bytes: sizes of the tensors.
     """
@@ -89,7 +91,9 @@ def recomputed(trace: Trace, parts: Sequence[Part], n_bytes: Mapping[TensorId, i
             made[-1] = replace(made[-1], duration_s=made[-1].duration_s + op.duration_s - copies_s[index])
         last_until.append(len(made) - 1)
     for index, until in enumerate(old_until):
-        made[index] = replace(made[index], until=index if until is None else max(index, last_until[min(until, len(last_until) - 1)]))
+        made[index] = replace(
+            made[index], until=index if until is None else max(index, last_until[min(until, len(last_until) - 1)])
+        )
     return Trace(tuple(made))
 
 

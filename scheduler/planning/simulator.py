@@ -9,8 +9,8 @@ waits for:
              stored; then ssd_read is free
     store    the op that triggers it has been reached; ssd_write is free
 
-A load of frames alone (`fresh`) needs its window and no lane. Times are whole nanoseconds, rounded up. The plan must hold:
-see `scheduler.planning.bounds`, which is asked first.
+A load of frames alone (`fresh`) needs its window and no lane. Times are whole nanoseconds, rounded up. The plan must
+hold: see `scheduler.planning.bounds`, which is asked first.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Final
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import ceil_div
 from scheduler.planning.bounds import check_bounds
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.plan import LoadTask, Plan
 from scheduler.planning.trace import CHANGES, ENDS, AccessMode, Op, Trace
-from scheduler.planning.lookahead import Machine
 
 #: Cycles performed at most before the step time is taken of all of them together.
 MAX_CYCLES: Final = 24
@@ -272,7 +272,9 @@ class _Run:
 
     def restore(self) -> None:
         """Begin a cycle of a plan that does not close: put every tensor where it begins."""
-        misplaced = sorted(t for t, r in self.tensors.items() if r.frame is not None and self.plan.initial.get(t) != r.frame)
+        misplaced = sorted(
+            t for t, r in self.tensors.items() if r.frame is not None and self.plan.initial.get(t) != r.frame
+        )
         for tensor in misplaced:
             self.store(tensor)
         for tensor in misplaced:
@@ -280,7 +282,9 @@ class _Run:
             self.leave(tensor, max(self.now_ns, record.stored_ns))
             if record.stored_ns > max(self.window_ns, self.now_ns):
                 self.window_ns, self.window_by = record.stored_ns, Lane.SSD_WRITE
-        first_use = {t: i for i, op in reversed(list(enumerate(self.trace.ops))) for t in (a.tensor for a in op.accesses)}
+        first_use = {
+            t: i for i, op in reversed(list(enumerate(self.trace.ops))) for t in (a.tensor for a in op.accesses)
+        }
         for tensor in sorted(self.plan.initial, key=lambda t: (first_use.get(t, 0), t)):
             self.load(LoadTask(tensor, self.plan.initial[tensor], 0, 0))
         for load in self.plan.carried:
@@ -337,7 +341,13 @@ class _Run:
             return max(0, at_ns - self.now_ns)
 
         records = tuple(
-            (tensor, r.frame, r.dirty, left_ns(r.ready_ns), left_ns(r.stored_ns)) for tensor, r in sorted(self.tensors.items())
+            (tensor, r.frame, r.dirty, left_ns(r.ready_ns), left_ns(r.stored_ns))
+            for tensor, r in sorted(self.tensors.items())
         )
         lanes = tuple(left_ns(self.free_ns[lane]) for lane in Lane)
-        return _Mark((records, lanes, left_ns(self.window_ns)), self.now_ns, dict(self.busy_ns), (self.read_bytes, self.written_bytes))
+        return _Mark(
+            (records, lanes, left_ns(self.window_ns)),
+            self.now_ns,
+            dict(self.busy_ns),
+            (self.read_bytes, self.written_bytes),
+        )

@@ -32,8 +32,8 @@ class AccessMode(enum.Enum):
     """How an op uses a tensor.
 
     CREATE writes it without looking at what it held; CONSUME reads it for the last time, its content is dead after, and
-    undefined until it is created again. RENEW does not touch it: what lies in the tier below changes, so that a copy in this
-    one is out of date, and one made before must not be used after.
+    undefined until it is created again. RENEW does not touch it: what lies in the tier below changes, so that a copy in
+    this one is out of date, and one made before must not be used after.
     """
 
     # Members are single: enum's own hash, of the name, is a Python call.
@@ -115,7 +115,8 @@ class Trace:
 
 
 class Clock(Protocol):
-    """Tells how long what computes takes: the training thread itself, or a device that works through what it was given."""
+    """Tells how long what computes takes: the training thread itself, or a device that works through what it was
+    given."""
 
     def stamp(self) -> Any:
         """A moment: now, or when a device comes to this place in what it was given. Does not wait for that."""

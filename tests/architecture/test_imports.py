@@ -54,7 +54,9 @@ def rooms() -> list[Path]:
 
 
 def test_the_four_packages_and_their_rooms_are_packaged() -> None:
-    assert sorted(settings()["options"]["packages"].split()) == [".".join(room.relative_to(ROOT).parts) for room in rooms()]
+    assert sorted(settings()["options"]["packages"].split()) == [
+        ".".join(room.relative_to(ROOT).parts) for room in rooms()
+    ]
     assert settings()["mypy"]["files"].split(", ") == list(PACKAGES)
     assert {path.parent for path in sources()} == set(rooms())
 
@@ -82,7 +84,12 @@ def test_a_foreign_package_of_the_same_name_is_refused(name: str, tmp_path: Path
     (foreign / "__init__.py").write_text("")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(
-        [sys.executable, "-c", "import offload"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", "import offload"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

@@ -1,4 +1,5 @@
-"""What the engine says of bytes and pages is what happened: plan against use, counters against the system, tags against tiers."""
+"""What the engine says of bytes and pages is what happened: plan against use, counters against the system, tags against
+tiers."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def assert_adds_up(report: MemoryReport, ram: int) -> None:
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("share", ["little", 0.7, 2.0])
 @pytest.mark.parametrize("name", LITTLE)
-def test_planned_peaks_are_the_measured_ones(name: str, share: str | float, clip_norm: float | None, tmp_path: Path) -> None:
+def test_planned_peaks_are_the_measured_ones(
+    name: str, share: str | float, clip_norm: float | None, tmp_path: Path
+) -> None:
     share = LITTLE[name] if isinstance(share, str) else share
     ram = int(share * state_bytes(CASES[name])) // PAGE_BYTES * PAGE_BYTES
     with trained(name, tmp_path, ram, clip_norm) as engine:
@@ -58,7 +61,9 @@ def test_planned_peaks_are_the_measured_ones(name: str, share: str | float, clip
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_bytes_moved_are_those_the_system_moved(clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_moved_are_those_the_system_moved(
+    clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = FaultyDisk.install(monkeypatch)
     with engine_of(built(), tmp_path, clip_norm=clip_norm) as engine:
         for _ in range(5):

@@ -33,13 +33,26 @@ def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("clip_norm", "accumulation"), [(None, 1), (0.5, 3)])
 @pytest.mark.parametrize("limit", [0, "64KiB"])
 @pytest.mark.parametrize("name", CASES)
-def test_steps_equal_plain_torch(name: str, limit: int | str, clip_norm: float | None, accumulation: int, tmp_path: Path) -> None:
-    parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, accumulation, memory={"activations": limit})
+def test_steps_equal_plain_torch(
+    name: str, limit: int | str, clip_norm: float | None, accumulation: int, tmp_path: Path
+) -> None:
+    parity = Parity(
+        CASES[name],
+        tmp_path,
+        state_bytes(CASES[name]) // 2 + (1 << 20),
+        clip_norm,
+        accumulation,
+        memory={"activations": limit},
+    )
     parity.run()
-    planned = Parity(CASES[name], tmp_path, parity.ram, clip_norm, each_step=False, steps=9, memory={"activations": limit})
+    planned = Parity(
+        CASES[name], tmp_path, parity.ram, clip_norm, each_step=False, steps=9, memory={"activations": limit}
+    )
     stats = planned.run()
     assert stats.deviations == 0
-    assert stats.planned_steps >= planned.steps - 3, "the first pass that knows how much is saved, and the next, are traced anew"
+    assert stats.planned_steps >= planned.steps - 3, (
+        "the first pass that knows how much is saved, and the next, are traced anew"
+    )
 
 
 @pytest.mark.parametrize("ram", ["24MiB", "7MiB"], ids=["resident", "streaming"])
@@ -124,7 +137,8 @@ def test_a_graph_that_is_kept_can_be_used_twice(tmp_path: Path) -> None:
 def test_a_backward_pass_that_fails_while_bytes_come_back_never_gives_wrong_gradients(
     kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of a storage is back and its pages are free: asking again is an error, unless the graph, and so the pages, were kept."""
+    """Half of a storage is back and its pages are free: asking again is an error, unless the graph, and so the pages,
+    were kept."""
     with tower(tmp_path, 0) as (engine, plain, _):
         x = torch.randn(32 * BATCH, WIDTH)
         loss, same = engine(x).sum(), plain(x).sum()
@@ -147,7 +161,9 @@ def test_a_backward_pass_that_fails_while_bytes_come_back_never_gives_wrong_grad
             adamw(plain.parameters()).step()
             engine.optimizer.step()
             engine.optimizer.zero_grad()
-            assert all(torch.equal(value, plain.state_dict()[name]) for name, value in engine.model.state_dict().items())
+            assert all(
+                torch.equal(value, plain.state_dict()[name]) for name, value in engine.model.state_dict().items()
+            )
         else:
             with pytest.raises(RuntimeError, match="run the forward pass again"):
                 loss.backward()

@@ -21,8 +21,11 @@ Pass = Callable[[nn.Module, tuple[Tensor, Tensor]], None]
 
 
 @contextmanager
-def side_by_side(tmp_path: Path, one_pass: Pass, steps: int = 5, **update: str) -> Iterator[tuple[nn.Module, offload.Engine]]:
-    """Train plain PyTorch and an engine by the same passes; when the block, the last look, is over, they are compared."""
+def side_by_side(
+    tmp_path: Path, one_pass: Pass, steps: int = 5, **update: str
+) -> Iterator[tuple[nn.Module, offload.Engine]]:
+    """Train plain PyTorch and an engine by the same passes; when the block, the last look, is over, they are
+    compared."""
     plain = built()
     optimizer = adamw(plain.parameters())
     with engine_of(built(), tmp_path, **update) as engine:
@@ -61,7 +64,9 @@ def test_weights_frozen_and_thawed_in_training_are_left_alone_and_taken_up_again
 
 
 @pytest.mark.parametrize("gathering", [False, True])
-def test_an_edit_between_forward_and_backward_is_an_error_and_not_a_wrong_gradient(gathering: bool, tmp_path: Path) -> None:
+def test_an_edit_between_forward_and_backward_is_an_error_and_not_a_wrong_gradient(
+    gathering: bool, tmp_path: Path
+) -> None:
     with engine_of(built(), tmp_path) as engine:
         train(engine, 3)
         weight = engine.model.get_parameter("blocks.1.up.weight")
@@ -72,7 +77,9 @@ def test_an_edit_between_forward_and_backward_is_an_error_and_not_a_wrong_gradie
                 weight.mul_(2)
         else:
             weight.data.mul_(2)
-        with pytest.raises(RuntimeError, match=r"blocks\.1\.up has been updated or edited since it was saved.*version \d+, now \d+"):
+        with pytest.raises(
+            RuntimeError, match=r"blocks\.1\.up has been updated or edited since it was saved.*version \d+, now \d+"
+        ):
             engine.backward(loss)
     del loss
     assert_closed(engine)

@@ -15,12 +15,22 @@ import pytest
 from rich.console import Console
 
 from offload import cli
-from offload.machine import bench_ssd
-from offload.machine.bench_ssd import FOLDER_PREFIX, Measured, Plan, Point, Setting, check_target, file_system, measure, temporary_run
-from offload.machine.bench_ssd_report import point_cells, run_bench_ssd
 from offload.config import ConfigError
-from pagemem.files import backend as pagemem_io
+from offload.machine import bench_ssd
+from offload.machine.bench_ssd import (
+    FOLDER_PREFIX,
+    Measured,
+    Plan,
+    Point,
+    Setting,
+    check_target,
+    file_system,
+    measure,
+    temporary_run,
+)
+from offload.machine.bench_ssd_report import point_cells, run_bench_ssd
 from pagemem.errors import ChecksumError, DiskFullError, StorageError
+from pagemem.files import backend as pagemem_io
 from pagemem.files.backend import Direction
 from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory, folder_use
@@ -28,14 +38,19 @@ from pagemem.units import KiB, MiB
 
 #: Both directions, several sizes and threads, and no checksums, in a file of 3 MiB.
 PLAN = Plan(
-    5 * MiB // 2, 0.01, (Setting(64 * KiB, 1), Setting(256 * KiB, 2), Setting(MiB, 1), Setting(256 * KiB, 2, checksums=False))
+    5 * MiB // 2,
+    0.01,
+    (Setting(64 * KiB, 1), Setting(256 * KiB, 2), Setting(MiB, 1), Setting(256 * KiB, 2, checksums=False)),
 )
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Every file's bytes and time of change, and every folder."""
     return {
-        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns if path.is_file() else 0)
+        str(path.relative_to(folder)): (
+            path.read_bytes() if path.is_file() else b"",
+            path.stat().st_mtime_ns if path.is_file() else 0,
+        )
         for path in folder.rglob("*")
     }
 
@@ -103,7 +118,9 @@ def test_every_page_size_reads_what_was_written_once(disk: Path, monkeypatch: py
     assert [point.write_gb_per_s for point in result.points] == [1.0] * len(PLAN.settings)
 
 
-def test_a_page_that_comes_back_changed_is_an_error_and_nothing_stays(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_comes_back_changed_is_an_error_and_nothing_stays(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = content(disk)
     run_traffic = bench_ssd._Traffic.run
 
@@ -152,7 +169,11 @@ def test_a_terminal_gets_a_table(disk: Path) -> None:
     ],
 )
 def test_a_folder_that_cannot_be_measured_is_refused_before_any_is(
-    break_it: Callable[[Path, pytest.MonkeyPatch], object], said: str, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    break_it: Callable[[Path, pytest.MonkeyPatch], object],
+    said: str,
+    disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     good = tmp_path / "good"
     good.mkdir()
@@ -243,7 +264,9 @@ def test_ctrl_c_ends_it_at_once_and_leaves_nothing(
     monkeypatch.setattr(bench_ssd._Traffic, "_ended", signal_at)
     monkeypatch.setattr(cli, "full_plan", lambda size_bytes, seconds: Plan(3 * MiB, 600.0, PLAN.settings))
     before = content(disk)
-    before_handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
+    before_handler = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores the signal
     try:
         assert cli.main(["bench-ssd", str(disk)]) == 130
     finally:
@@ -280,7 +303,9 @@ def test_the_command(disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (["--seconds", "0"], "--seconds is 0; it must be above 0"),
     ],
 )
-def test_a_wrong_option_is_one_line(arguments: list[str], said: str, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_option_is_one_line(
+    arguments: list[str], said: str, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["bench-ssd", str(disk), *arguments]) == 1
     error = capsys.readouterr().err
     assert said in error and error.startswith("offload: error: ") and error.count("\n") == 1

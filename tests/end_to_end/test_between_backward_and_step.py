@@ -1,4 +1,5 @@
-"""Parameters and states between backward and step, where plain PyTorch has the old ones, and `optimizer.state`, which is in pages."""
+"""Parameters and states between backward and step, where plain PyTorch has the old ones, and `optimizer.state`, which
+is in pages."""
 
 from __future__ import annotations
 
@@ -40,7 +41,13 @@ def _state_dict(model: nn.Module, seen: list[float]) -> None:
         seen.extend(float(value.sum()) for value in model.state_dict().values())
 
 
-USES: dict[str, Use] = {"edit": _edit, "edit one": _edit_one, "read": _read, "evaluate": _evaluate, "state_dict": _state_dict}
+USES: dict[str, Use] = {
+    "edit": _edit,
+    "edit one": _edit_one,
+    "read": _read,
+    "evaluate": _evaluate,
+    "state_dict": _state_dict,
+}
 
 
 def _make() -> nn.Sequential:
@@ -56,7 +63,9 @@ def _factory(parameters: object) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, fused=True)  # type: ignore[arg-type]
 
 
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, use: Use, first: int, accumulation: int = 1) -> tuple[dict[str, Tensor], list[float]]:
+def _train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, use: Use, first: int, accumulation: int = 1
+) -> tuple[dict[str, Tensor], list[float]]:
     seen: list[float] = []
     for step in range(4):
         for micro in range(accumulation):
@@ -74,9 +83,15 @@ def _make_uses(kind: str) -> Use:
 
 
 @pytest.mark.parametrize("kind", USES)
-@pytest.mark.parametrize("update", [{"start": "auto"}, {"start": "step"}, {"start": "auto", "clip_norm": 1e9}], ids=["auto", "step", "clipped"])
+@pytest.mark.parametrize(
+    "update",
+    [{"start": "auto"}, {"start": "step"}, {"start": "auto", "clip_norm": 1e9}],
+    ids=["auto", "step", "clipped"],
+)
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_loop_that_uses_parameters_before_each_step_has_plain_bits(kind: str, update: dict[str, object], accumulation: int, tmp_path: Path) -> None:
+def test_a_loop_that_uses_parameters_before_each_step_has_plain_bits(
+    kind: str, update: dict[str, object], accumulation: int, tmp_path: Path
+) -> None:
     use = _make_uses(kind)
     plain = _make()
     expected = _train(plain, _factory(plain.parameters()), use, 0, accumulation)
@@ -103,7 +118,11 @@ def test_a_commit_or_the_states_between_backward_and_step_are_refused(tmp_path: 
     with optimizer.engine as engine:  # type: ignore[attr-defined]
         _train(model, optimizer, lambda model, seen: None, 0)
         model(torch.ones(2, 64)).square().mean().backward()
-        for call in (engine.save, optimizer.state_dict, lambda: optimizer.load_state_dict({"state": {}, "param_groups": []})):
+        for call in (
+            engine.save,
+            optimizer.state_dict,
+            lambda: optimizer.load_state_dict({"state": {}, "param_groups": []}),
+        ):
             with pytest.raises(RuntimeError, match=r"step under way.*optimizer\.step\(\)"):
                 call()
         optimizer.step()
@@ -124,7 +143,11 @@ def test_the_mapping_of_states_is_refused_and_a_reset_by_state_dict_has_plain_bi
     model, optimizer = offload.prepare(_make(), _factory, _config(tmp_path / "pages"))
     with optimizer.engine:  # type: ignore[attr-defined]
         _train(model, optimizer, lambda model, seen: None, 0)
-        for touch in (lambda: optimizer.state.clear(), lambda: optimizer.state[model[0].weight], lambda: setattr(optimizer, "state", {})):
+        for touch in (
+            lambda: optimizer.state.clear(),
+            lambda: optimizer.state[model[0].weight],
+            lambda: setattr(optimizer, "state", {}),
+        ):
             with pytest.raises(RuntimeError, match=r"states are in pages.*load_state_dict\(\)"):
                 touch()
         reset(optimizer)

@@ -1,4 +1,5 @@
-"""Steps that use different parts of a model: the bits of plain PyTorch, whatever is clipped, accumulated, kept in RAM or on SSD."""
+"""Steps that use different parts of a model: the bits of plain PyTorch, whatever is clipped, accumulated, kept in RAM
+or on SSD."""
 
 from __future__ import annotations
 
@@ -20,12 +21,15 @@ WIDTH = 96
 
 
 class Branches(nn.Module):
-    """A trunk, three experts of which each batch uses one, blocks that are left out at random, and small layers that share a unit."""
+    """A trunk, three experts of which each batch uses one, blocks that are left out at random, and small layers that
+    share a unit."""
 
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Linear(WIDTH, WIDTH)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(3))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(3)
+        )
         self.small = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(4))
         self.outside = nn.Linear(WIDTH, WIDTH, bias=False)
         self.last = nn.Linear(WIDTH, 10)
@@ -48,7 +52,8 @@ def built() -> Branches:
 
 
 def optimizer_of(model: nn.Module) -> Callable[[Any], torch.optim.Optimizer]:
-    """All but one layer, which requires gradients, too: `clip_grad_norm_(model.parameters())` counts it, and nobody clears it."""
+    """All but one layer, which requires gradients, too: `clip_grad_norm_(model.parameters())` counts it, and nobody
+    clears it."""
 
     def make(parameters: Any) -> torch.optim.Optimizer:
         left_out = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("outside")}
@@ -70,7 +75,9 @@ STARTS = ("auto", "step")
 PRODUCT = list(itertools.product(PLACES, CLIPS, ACCUMULATION, STARTS))
 
 
-def train(folder: Path, place: str, clip: float | None, micro_batches: Sequence[int], start: str, *, seed: int, steps: int) -> None:
+def train(
+    folder: Path, place: str, clip: float | None, micro_batches: Sequence[int], start: str, *, seed: int, steps: int
+) -> None:
     """Train both models, comparing everything after each step.
 
     Raises:
@@ -78,7 +85,11 @@ def train(folder: Path, place: str, clip: float | None, micro_batches: Sequence[
     """
     plain = built()
     model = copy.deepcopy(plain)
-    settings = {**PLACES[place], "ssd": {"paths": [str(folder / "pages")], "threads": 2}, "update": {"clip_norm": clip, "start": start}}
+    settings = {
+        **PLACES[place],
+        "ssd": {"paths": [str(folder / "pages")], "threads": 2},
+        "update": {"clip_norm": clip, "start": start},
+    }
     model, optimizer = offload.prepare(model, optimizer_of(model), settings)
     plain_optimizer = optimizer_of(plain)(plain.parameters())
     engine: offload.Engine = optimizer.engine  # type: ignore[attr-defined]

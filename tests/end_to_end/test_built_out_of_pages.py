@@ -1,4 +1,5 @@
-"""Whatever a model's construction does with its modules and weights: the units, the values and the training are those of a plain build."""
+"""Whatever a model's construction does with its modules and weights: the units, the values and the training are those
+of a plain build."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class Untied(GPT):
 
 
 class TiedAroundABias(nn.Module):
-    """What stays of a module whose weight is tied away, and of another whose weight is replaced, was in units with these."""
+    """What stays of a module whose weight is tied away, and of another whose weight is replaced, was in units with
+    these."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +157,9 @@ def test_units_values_and_training_are_those_of_a_plain_build(name: str, dtype: 
     build, case = BUILDS[name]
     settings = config(tmp_path) | {"model": {"factory": "unused:unused", "dtype": dtype}}
     plain = seeded(build)
-    with offload.initialize(copy.deepcopy(plain), settings | {"ssd": {"paths": [str(tmp_path / "other")]}}, adamw) as engine:
+    with offload.initialize(
+        copy.deepcopy(plain), settings | {"ssd": {"paths": [str(tmp_path / "other")]}}, adamw
+    ) as engine:
         expected = layout(engine._store.index)
     torch.manual_seed(7)
     with offload.deferred_init(settings):
@@ -165,8 +169,14 @@ def test_units_values_and_training_are_those_of_a_plain_build(name: str, dtype: 
         assert all(isinstance(parameter, offload.PagedParameter) for parameter in model.parameters())
         assert_equal(model, plain.to(getattr(torch, "bfloat16" if dtype == "bf16" else "float32")))
         mover = engine._store.mover
-        kept = {engine_tensor.id for unit in engine._store.index.units for engine_tensor in (
-            unit.parameters, *(t for part in unit.slices for t in (part.states, part.master) if t is not None))}
+        kept = {
+            engine_tensor.id
+            for unit in engine._store.index.units
+            for engine_tensor in (
+                unit.parameters,
+                *(t for part in unit.slices for t in (part.states, part.master) if t is not None),
+            )
+        }
         assert set(mover.tensors) == kept, "what the model does not use has given its pages back"
         mover.validate()
         if dtype == "fp32":
@@ -212,7 +222,9 @@ def test_what_was_built_beside_the_model_says_that_its_pages_are_gone(tmp_path: 
         spare = nn.Sequential(nn.Linear(WIDE, WIDE))
         model = built()
     with offload.initialize(model, config(tmp_path), adamw):
-        with pytest.raises(RuntimeError, match=r"Sequential\.0\.weight.* was built under deferred_init, but is not part of the model") as caught:
+        with pytest.raises(
+            RuntimeError, match=r"Sequential\.0\.weight.* was built under deferred_init, but is not part of the model"
+        ) as caught:
             spare(torch.ones(1, WIDE))
     assert "\n" not in str(caught.value)
 
@@ -221,7 +233,9 @@ def test_a_view_taken_while_the_model_was_built_is_refused_before_anything_chang
     with offload.deferred_init(config(tmp_path)):
         model = built()
         view = model.blocks[0].up.weight.detach()[0]
-    with pytest.raises(ValueError, match=r"a view of blocks\.0\.up\.weight, taken while .* is still in use .*; delete or clone it") as caught:
+    with pytest.raises(
+        ValueError, match=r"a view of blocks\.0\.up\.weight, taken while .* is still in use .*; delete or clone it"
+    ) as caught:
         offload.initialize(model, config(tmp_path), adamw)
     assert "\n" not in str(caught.value)
     del view

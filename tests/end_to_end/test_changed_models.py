@@ -1,4 +1,5 @@
-"""What users do to a model after it was given to an engine: it is as in plain PyTorch, or refused before anything is written."""
+"""What users do to a model after it was given to an engine: it is as in plain PyTorch, or refused before anything is
+written."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ import torch
 from parity import adamw
 from safetensors.torch import load_file
 from small_runs import (
-    assert_closed, assert_equal, assert_untouched, batches, built, config, engine_of, train, train_plain,
+    assert_closed,
+    assert_equal,
+    assert_untouched,
+    batches,
+    built,
+    config,
+    engine_of,
+    train,
+    train_plain,
 )  # fmt: skip
 from tiny_models import GPT
 from torch import Tensor, nn
@@ -53,14 +62,26 @@ class Mixed(nn.Module):
 
 
 CONVERSIONS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
-    "bf16": (lambda m: m.to(torch.bfloat16), "norm.weight: the conversion would make this parameter torch.bfloat16, but it lives in pages as torch.float32"),
-    "bfloat16": (lambda m: m.bfloat16(), "would make this parameter torch.bfloat16.*set model.dtype in the configuration"),
+    "bf16": (
+        lambda m: m.to(torch.bfloat16),
+        "norm.weight: the conversion would make this parameter torch.bfloat16, but it lives in pages as torch.float32",
+    ),
+    "bfloat16": (
+        lambda m: m.bfloat16(),
+        "would make this parameter torch.bfloat16.*set model.dtype in the configuration",
+    ),
     "half": (lambda m: m.half(), "would make this parameter torch.float16"),
     "double": (lambda m: m.double(), "would make this parameter torch.float64"),
     "type": (lambda m: m.type(torch.float16), "would make this parameter torch.float16"),
-    "meta": (lambda m: m.to("meta"), "would make this parameter meta, but it lives in pages as cpu; set device in the configuration"),
+    "meta": (
+        lambda m: m.to("meta"),
+        "would make this parameter meta, but it lives in pages as cpu; set device in the configuration",
+    ),
     "empty": (lambda m: m.to_empty(device="meta"), "would make this parameter meta"),
-    "layout": (lambda m: m.to(memory_format=torch.channels_last), "conv.weight: the conversion would change how this parameter lies in memory"),
+    "layout": (
+        lambda m: m.to(memory_format=torch.channels_last),
+        "conv.weight: the conversion would change how this parameter lies in memory",
+    ),
     "shared": (lambda m: m.share_memory(), "cannot be shared with other processes; share model.state_dict()"),
     "part": (lambda m: m.get_submodule("conv").half(), "conv.weight: .* torch.float16"),
     "by hand": (lambda m: m._apply(lambda tensor: tensor.to(torch.bfloat16)), "norm.weight: .* torch.bfloat16"),
@@ -69,17 +90,23 @@ CONVERSIONS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
 
 @pytest.mark.parametrize("when", ["prepared", "deferred"])
 @pytest.mark.parametrize("name", CONVERSIONS)
-def test_a_conversion_that_pages_cannot_follow_is_refused_before_any_tensor_is_converted(name: str, when: str, tmp_path: Path) -> None:
+def test_a_conversion_that_pages_cannot_follow_is_refused_before_any_tensor_is_converted(
+    name: str, when: str, tmp_path: Path
+) -> None:
     convert, message = CONVERSIONS[name]
     torch.manual_seed(3)
     expected = Mixed().state_dict()
 
     def refused(model: nn.Module) -> None:
-        with pytest.raises(RuntimeError, match=message.replace("norm.weight", ".*norm.weight").replace("conv.weight", ".*weight")) as caught:
+        with pytest.raises(
+            RuntimeError, match=message.replace("norm.weight", ".*norm.weight").replace("conv.weight", ".*weight")
+        ) as caught:
             convert(model)
         assert str(caught.value).endswith("Nothing was converted") and "\n" not in str(caught.value)
         found = model.state_dict()
-        assert all(found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in expected.items())
+        assert all(
+            found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in expected.items()
+        )
         assert all(tensor.device.type == "cpu" and not tensor.is_shared() for tensor in found.values())
 
     torch.manual_seed(3)
@@ -101,7 +128,9 @@ def test_a_conversion_that_pages_cannot_follow_is_refused_before_any_tensor_is_c
         lambda m: m._apply(lambda tensor: tensor), lambda m: m.to(memory_format=torch.contiguous_format),
     ],
 )  # fmt: skip
-def test_a_conversion_to_what_the_model_is_changes_and_moves_nothing(convert: Callable[[nn.Module], nn.Module], engine: offload.Engine) -> None:
+def test_a_conversion_to_what_the_model_is_changes_and_moves_nothing(
+    convert: Callable[[nn.Module], nn.Module], engine: offload.Engine
+) -> None:
     plain = built()
     engine.drain()
     engine._store.driver.evict_all()
@@ -123,7 +152,9 @@ def test_a_conversion_of_values_and_of_what_is_not_paged_is_made(tmp_path: Path)
         assert_equal(model, plain)
         assert model.get_buffer("table.angles").dtype is torch.float64
         model.to_empty(device="cpu")
-        assert [value.shape for value in model.state_dict().values()] == [value.shape for value in plain.state_dict().values()]
+        assert [value.shape for value in model.state_dict().values()] == [
+            value.shape for value in plain.state_dict().values()
+        ]
     assert_closed(engine)
 
 
@@ -133,7 +164,10 @@ def test_a_conversion_of_values_and_of_what_is_not_paged_is_made(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: setattr(w, "data", w.data.half()), r"tok\.weight: \.data of torch.float16 on cpu for a paged parameter of torch.float32 on cpu"),
+        (
+            lambda w: setattr(w, "data", w.data.half()),
+            r"tok\.weight: \.data of torch.float16 on cpu for a paged parameter of torch.float32 on cpu",
+        ),
         (lambda w: setattr(w, "data", w.data.to("meta")), r"tok\.weight: \.data of torch.float32 on meta"),
         (lambda w: w.t_(), r"tok\.weight: a paged parameter keeps its shape and its memory"),
         (lambda w: w.unsqueeze_(0), r"tok\.weight: a paged parameter keeps its shape"),
@@ -142,7 +176,9 @@ def test_a_conversion_of_values_and_of_what_is_not_paged_is_made(tmp_path: Path)
         (lambda w: w.share_memory_(), r"tok\.weight: a paged parameter cannot be shared"),
     ],
 )
-def test_a_parameter_keeps_its_kind_and_says_so(change: Callable[[Tensor], object], message: str, engine: offload.Engine) -> None:
+def test_a_parameter_keeps_its_kind_and_says_so(
+    change: Callable[[Tensor], object], message: str, engine: offload.Engine
+) -> None:
     with pytest.raises(RuntimeError, match=message), torch.no_grad():
         change(engine.model.get_parameter("tok.weight"))
     plain = built()
@@ -190,7 +226,9 @@ def through_views(model: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("edit", [average, by_vector, decay, through_data, through_views])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_edits_are_those_of_plain_torch(edit: Callable[[nn.Module, nn.Module], None], steps: int, tmp_path: Path) -> None:
+def test_edits_are_those_of_plain_torch(
+    edit: Callable[[nn.Module, nn.Module], None], steps: int, tmp_path: Path
+) -> None:
     plain = built()
     optimizer = adamw(plain.parameters())
     torch.manual_seed(8)
@@ -218,16 +256,31 @@ def assigned(model: GPT) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[GPT], object], str]] = {
-    "layer replaced": (lambda m: setattr(m, "head", nn.Linear(128, 7)), r"head\.weight: this parameter was replaced by another one, of shape \(7, 128\)"),
-    "parameter replaced": (lambda m: setattr(m.norm, "bias", nn.Parameter(torch.ones(128))), r"norm\.bias: this parameter was replaced"),
-    "registered": (lambda m: m.norm.register_parameter("extra", nn.Parameter(torch.ones(2))), r"norm\.extra: this parameter was added to the model"),
+    "layer replaced": (
+        lambda m: setattr(m, "head", nn.Linear(128, 7)),
+        r"head\.weight: this parameter was replaced by another one, of shape \(7, 128\)",
+    ),
+    "parameter replaced": (
+        lambda m: setattr(m.norm, "bias", nn.Parameter(torch.ones(128))),
+        r"norm\.bias: this parameter was replaced",
+    ),
+    "registered": (
+        lambda m: m.norm.register_parameter("extra", nn.Parameter(torch.ones(2))),
+        r"norm\.extra: this parameter was added to the model",
+    ),
     "layer added": (lambda m: m.blocks.append(nn.Linear(2, 2)), r"blocks\.2\.weight: this parameter was added"),
     "deleted": (lambda m: delattr(m, "head"), r"head\.weight: this parameter was removed"),
     "none": (lambda m: setattr(m.norm, "bias", None), r"norm\.bias: this parameter was removed"),
     "assigned": (assigned, r"tok\.weight: this parameter was replaced"),
     "tied": (lambda m: setattr(m.head, "weight", m.tok.weight), r"head\.weight: this parameter was removed"),
-    "swapped": (lambda m: torch.utils.swap_tensors(m.tok.weight, nn.Parameter(torch.ones(128, 128))), r"tok\.weight: this parameter was swapped"),
-    "in the dict": (lambda m: m.norm._parameters.update(bias=nn.Parameter(torch.ones(128))), r"norm\.bias: this parameter was replaced"),
+    "swapped": (
+        lambda m: torch.utils.swap_tensors(m.tok.weight, nn.Parameter(torch.ones(128, 128))),
+        r"tok\.weight: this parameter was swapped",
+    ),
+    "in the dict": (
+        lambda m: m.norm._parameters.update(bias=nn.Parameter(torch.ones(128))),
+        r"norm\.bias: this parameter was replaced",
+    ),
 }
 
 
@@ -259,7 +312,9 @@ def test_a_model_with_other_parameters_is_refused_before_a_byte_is_written(name:
 
 
 @pytest.mark.parametrize("name", ["parameter replaced", "registered", "tied"])
-def test_no_update_is_made_in_the_backward_pass_of_a_model_with_other_parameters(name: str, engine: offload.Engine) -> None:
+def test_no_update_is_made_in_the_backward_pass_of_a_model_with_other_parameters(
+    name: str, engine: offload.Engine
+) -> None:
     change, message = CHANGES[name]
     assert isinstance(engine.model, GPT)
     train(engine, 3)
@@ -316,7 +371,11 @@ def parametrized(model: GPT) -> None:
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [(wrapped, "blocks.0.0.up.weight"), (pruned, "blocks.1.up.weight_orig"), (parametrized, "blocks.1.up.parametrizations.weight.original")],
+    [
+        (wrapped, "blocks.0.0.up.weight"),
+        (pruned, "blocks.1.up.weight_orig"),
+        (parametrized, "blocks.1.up.parametrizations.weight.original"),
+    ],
 )
 def test_parameters_under_other_names_are_followed(change: Callable[[GPT], None], name: str, tmp_path: Path) -> None:
     plain = built()
@@ -352,7 +411,9 @@ def test_a_check_of_the_structure_asks_no_tensor_for_anything(engine: offload.En
 
 
 @pytest.mark.parametrize("start", ["auto", "step"])
-def test_a_layer_frozen_at_first_trains_once_it_is_thawed_where_the_optimizer_has_it(start: str, tmp_path: Path) -> None:
+def test_a_layer_frozen_at_first_trains_once_it_is_thawed_where_the_optimizer_has_it(
+    start: str, tmp_path: Path
+) -> None:
     def over_all(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1e-2, fused=True)
 
@@ -375,7 +436,10 @@ def test_a_layer_that_the_configurations_optimizer_does_not_have_cannot_be_thawe
     model.blocks[0].requires_grad_(False)
     with offload.initialize(model, config(tmp_path)) as engine:
         train(engine, 2)
-        with pytest.raises(RuntimeError, match=r"blocks\.0\.norm1\.weight: this parameter was frozen when the optimizer was made .* requires_grad_\(True\) before"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"blocks\.0\.norm1\.weight: this parameter was frozen when the optimizer was made .* requires_grad_\(True\) before",
+        ):
             model.requires_grad_(True)
         assert not model.get_parameter("blocks.0.norm1.weight").requires_grad
         model.head.requires_grad_(False).requires_grad_(True)  # type: ignore[union-attr]
@@ -411,7 +475,10 @@ def test_a_cell_run_twice_names_the_engine_there_is_and_training_goes_on(tmp_pat
     with engine_of(built(), tmp_path) as engine:
         train(engine, 2)
         for raw in (config(tmp_path), config(tmp_path, ram=8 << 20)):
-            with pytest.raises(ValueError, match=r"tok\.weight: this model has an engine already; .*\.engine\), or close\(\) it, build the model anew"):
+            with pytest.raises(
+                ValueError,
+                match=r"tok\.weight: this model has an engine already; .*\.engine\), or close\(\) it, build the model anew",
+            ):
                 offload.prepare(engine.model, adamw, raw)
         with pytest.raises(offload.RunDirectoryError, match=f"in use by process {os.getpid()}.* this one.*close"):
             offload.prepare(built(), adamw, config(tmp_path))
@@ -421,7 +488,10 @@ def test_a_cell_run_twice_names_the_engine_there_is_and_training_goes_on(tmp_pat
         train_plain(plain, optimizer, 2)
         assert_equal(engine.model, plain)
     assert_closed(engine)
-    with pytest.raises(ValueError, match=r"the engine that held this model is closed.*build the model anew, and load a state_dict\(\) .* or resume\(\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"the engine that held this model is closed.*build the model anew, and load a state_dict\(\) .* or resume\(\)",
+    ):
         offload.prepare(engine.model, adamw, config(tmp_path))
 
 
@@ -444,10 +514,22 @@ def models_that_cannot_be_paged() -> dict[str, tuple[Callable[[], nn.Module], st
         return make
 
     return {
-        "float64": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double()), r"1\.weight is torch.float64, but .*model.float\(\)"),
-        "fp8": (holding(lambda: nn.Parameter(torch.zeros(3).to(torch.float8_e4m3fn), requires_grad=False)), r"1\.odd is torch.float8_e4m3fn, but"),
-        "transposed": (holding(lambda: nn.Parameter(torch.zeros(3, 4).t())), r"1\.odd of shape \(4, 3\) has strides \(1, 4\).*contiguous\(\)"),
-        "sparse": (holding(lambda: nn.Parameter(torch.zeros(3, 4).to_sparse())), r"1\.odd is sparse_coo, which pages cannot hold"),
+        "float64": (
+            lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double()),
+            r"1\.weight is torch.float64, but .*model.float\(\)",
+        ),
+        "fp8": (
+            holding(lambda: nn.Parameter(torch.zeros(3).to(torch.float8_e4m3fn), requires_grad=False)),
+            r"1\.odd is torch.float8_e4m3fn, but",
+        ),
+        "transposed": (
+            holding(lambda: nn.Parameter(torch.zeros(3, 4).t())),
+            r"1\.odd of shape \(4, 3\) has strides \(1, 4\).*contiguous\(\)",
+        ),
+        "sparse": (
+            holding(lambda: nn.Parameter(torch.zeros(3, 4).to_sparse())),
+            r"1\.odd is sparse_coo, which pages cannot hold",
+        ),
         "subclass": (holding(lambda: Own(torch.zeros(3))), r"1\.odd is of the class Own"),
     }
 
@@ -462,7 +544,10 @@ def test_what_pages_cannot_hold_is_refused_and_the_model_left_as_it_was(name: st
             start(model, config(tmp_path))
         assert "\n" not in str(caught.value)
     assert dict(model.named_parameters()).keys() == before.keys()
-    assert all(parameter is before[key] and not isinstance(parameter, offload.PagedParameter) for key, parameter in model.named_parameters())
+    assert all(
+        parameter is before[key] and not isinstance(parameter, offload.PagedParameter)
+        for key, parameter in model.named_parameters()
+    )
     with pytest.raises(ValueError, match=message.replace("1\\.", ".*")):
         with offload.deferred_init(config(tmp_path)):
             offload.initialize(nn.Sequential(make()), config(tmp_path))
@@ -475,14 +560,25 @@ def test_what_pages_cannot_hold_is_refused_and_the_model_left_as_it_was(name: st
     ("optimizer", "message"),
     [
         (lambda model: torch.optim.AdamW(model.parameters(), fused=True), "the optimizer is a AdamW; give a factory"),
-        (lambda model: lambda parameters: None, "the optimizer's factory returns a NoneType, not a torch.optim.Optimizer"),
-        (lambda model: lambda: adamw(model.parameters()), "factory cannot be called with the model's parameters: too many positional arguments; give a"),
+        (
+            lambda model: lambda parameters: None,
+            "the optimizer's factory returns a NoneType, not a torch.optim.Optimizer",
+        ),
+        (
+            lambda model: lambda: adamw(model.parameters()),
+            "factory cannot be called with the model's parameters: too many positional arguments; give a",
+        ),
         (lambda model: torch.optim.AdamW, "AdamW: fused=None rounds otherwise"),
-        (lambda model: lambda p: torch.optim.AdamW(built().parameters(), fused=True), r"the optimizer has a parameter of shape \(128, 128\) that is not the model's"),
+        (
+            lambda model: lambda p: torch.optim.AdamW(built().parameters(), fused=True),
+            r"the optimizer has a parameter of shape \(128, 128\) that is not the model's",
+        ),
         (lambda model: lambda p: torch.optim.LBFGS(p), "LBFGS does not run on pages"),
     ],
 )
-def test_an_optimizer_that_is_not_what_runs_on_pages_is_refused(optimizer: Callable[[nn.Module], Any], message: str, tmp_path: Path) -> None:
+def test_an_optimizer_that_is_not_what_runs_on_pages_is_refused(
+    optimizer: Callable[[nn.Module], Any], message: str, tmp_path: Path
+) -> None:
     model = built()
     with pytest.raises(ValueError, match=message) as caught:
         offload.prepare(model, optimizer(model), config(tmp_path))
@@ -495,7 +591,10 @@ def test_an_optimizer_that_is_not_what_runs_on_pages_is_refused(optimizer: Calla
     [
         (lambda o: o.param_groups[0].update(amsgrad=True), "AdamW: amsgrad=True is not supported"),
         (lambda o: o.param_groups[1].update(lr=torch.tensor(0.1)), "AdamW: a tensor lr is not supported"),
-        (lambda o: o.param_groups[0]["params"].append(nn.Parameter(torch.zeros(2))), "parameters of a paged optimizer cannot be added"),
+        (
+            lambda o: o.param_groups[0]["params"].append(nn.Parameter(torch.zeros(2))),
+            "parameters of a paged optimizer cannot be added",
+        ),
         (lambda o: o.param_groups.pop(), "parameters of a paged optimizer cannot be added or taken out"),
     ],
 )
@@ -526,7 +625,9 @@ def test_an_engine_that_fails_after_it_has_rounded_the_model_says_so(tmp_path: P
     model = built()
     with pytest.raises(offload.BudgetError, match="lock-free") as caught:
         offload.initialize(model, raw)
-    assert caught.value.__notes__ == ["the model's parameters have been rounded to torch.bfloat16, as model.dtype asks for; build it anew"]
+    assert caught.value.__notes__ == [
+        "the model's parameters have been rounded to torch.bfloat16, as model.dtype asks for; build it anew"
+    ]
     model = built()
     with pytest.raises(offload.BudgetError, match="lock-free") as caught:
         offload.initialize(model, config(tmp_path, mode="lock-free"))
@@ -552,7 +653,9 @@ def test_a_commit_that_does_not_say_fused_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("copying", [copy.deepcopy, pickle.dumps])
 def test_an_optimizer_over_pages_is_not_copied(copying: Callable[[Any], object], engine: offload.Engine) -> None:
-    with pytest.raises(RuntimeError, match=r"an optimizer over pages cannot be copied or pickled; use optimizer.state_dict\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"an optimizer over pages cannot be copied or pickled; use optimizer.state_dict\(\)"
+    ):
         copying(engine.optimizer)
 
 

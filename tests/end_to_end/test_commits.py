@@ -1,4 +1,5 @@
-"""Going on from commits: every bit as if the run had never stopped; which commits are kept, and what they cost in room."""
+"""Going on from commits: every bit as if the run had never stopped; which commits are kept, and what they cost in
+room."""
 
 from __future__ import annotations
 
@@ -31,12 +32,14 @@ def commits(folder: Path) -> dict[int, tuple[int, str | None]]:
     return {manifest.number: (manifest.step, manifest.name) for manifest in manifests}
 
 
-# ---- bit by bit --------------------------------------------------------------------------------------------------------
+# ---- bit by bit
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_run_that_stopped_goes_on_to_the_same_bits(name: str, tmp_path: Path) -> None:
-    """Commits of every second step, in the background; the run ends in the step after one; the next process draws otherwise."""
+    """Commits of every second step, in the background; the run ends in the step after one; the next process draws
+    otherwise."""
     setup = SETUPS[name]
     losses, state = uninterrupted(setup, tmp_path, STEPS)
     found: dict[int, torch.Tensor] = {}
@@ -147,7 +150,8 @@ def test_weights_edited_through_views_are_committed(tmp_path: Path) -> None:
         assert torch.equal(run.model.state_dict()["last.weight"], expected)
 
 
-# ---- which are kept ----------------------------------------------------------------------------------------------------
+# ---- which are kept
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -159,7 +163,9 @@ def test_as_many_unnamed_commits_are_kept_as_asked_and_all_named_ones(keep: int,
             if step in (1, 4):
                 run.engine.save(f"at {step}")
     unnamed = {7: 5, 8: 6} if keep == 2 else {8: 6} if keep == 1 else {5: 4, 7: 5, 8: 6}
-    assert commits(tmp_path) == {2: (1, "at 1"), 6: (4, "at 4")} | {number: (step, None) for number, step in unnamed.items()}
+    assert commits(tmp_path) == {2: (1, "at 1"), 6: (4, "at 4")} | {
+        number: (step, None) for number, step in unnamed.items()
+    }
     with Run(SMALL, tmp_path, keep=keep) as run:
         resumed = run.engine.resume("at 1")
         assert resumed is not None and resumed.step == 1
@@ -210,7 +216,8 @@ def test_commits_are_due_by_steps_and_by_time(tmp_path: Path) -> None:
     assert [step for step, _ in commits(tmp_path).values()] == [1, 2]
 
 
-# ---- room ----------------------------------------------------------------------------------------------------------------
+# ---- room
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["random", "gpt, bf16", "gpt, lock-free, clipped"])
@@ -226,7 +233,9 @@ def test_many_commits_take_no_more_room_than_two(name: str, tmp_path: Path) -> N
             assert_no_frame_is_lost(run)
             [commit] = run.engine._checkpoints.committer.commits.values()
             owned = sum(-(-tensor.n_bytes // run.engine._store.page_bytes) for tensor in commit.manifest.tensors)
-            assert run.engine._store.mover.ssd.peak_frames <= 3 * owned, "two commits while one is made, and what training stores"
+            assert run.engine._store.mover.ssd.peak_frames <= 3 * owned, (
+                "two commits while one is made, and what training stores"
+            )
 
 
 def assert_no_frame_is_lost(run: Run) -> None:
@@ -249,7 +258,9 @@ def test_a_commit_writes_what_is_dirty_and_no_more(tmp_path: Path) -> None:
         assert run.engine.stats().bytes_written == before, "nothing has changed since"
         run.step()
         run.engine.save()
-        content = sum(t.n_bytes for t in run.engine._store.mover.tensors.values() if t.tag.value != "grad" and t.readable)
+        content = sum(
+            t.n_bytes for t in run.engine._store.mover.tensors.values() if t.tag.value != "grad" and t.readable
+        )
         assert 0 < run.engine.stats().bytes_written - before <= content
 
 

@@ -1,4 +1,5 @@
-"""Torch's compilers and transforms around a model in pages: refused in one line, or as in plain PyTorch; training goes on."""
+"""Torch's compilers and transforms around a model in pages: refused in one line, or as in plain PyTorch; training goes
+on."""
 
 from __future__ import annotations
 
@@ -93,7 +94,9 @@ def a_part_in_place(model: nn.Module, x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("compile_", [by_compile, in_one_graph, without_gradients, a_function, a_part, a_part_in_place])
-def test_torch_compile_is_refused_in_one_line(compile_: Callable[..., Any], pair: tuple[nn.Sequential, nn.Sequential]) -> None:
+def test_torch_compile_is_refused_in_one_line(
+    compile_: Callable[..., Any], pair: tuple[nn.Sequential, nn.Sequential]
+) -> None:
     model, _ = pair
     for _ in range(2):  # It does not forget.
         with pytest.raises(RuntimeError, match=COMPILED) as caught:
@@ -111,7 +114,9 @@ def test_torch_compile_is_refused_in_one_line(compile_: Callable[..., Any], pair
         lambda model, x: torch.export.export(model, (x,)),
     ],
 )
-def test_torch_jit_and_torch_export_are_refused_in_one_line(compile_: Callable[..., Any], pair: tuple[nn.Sequential, nn.Sequential]) -> None:
+def test_torch_jit_and_torch_export_are_refused_in_one_line(
+    compile_: Callable[..., Any], pair: tuple[nn.Sequential, nn.Sequential]
+) -> None:
     with pytest.raises(RuntimeError, match=COMPILED) as caught:
         compile_(pair[0], torch.randn(4, 64))
     assert "\n" not in str(caught.value)
@@ -124,11 +129,17 @@ def test_torch_jit_and_torch_export_are_refused_in_one_line(compile_: Callable[.
         lambda model, x: torch.func.jvp(model, (x,), (x,)),
         lambda model, x: torch.func.jacrev(model)(x[0]),
         lambda model, x: torch.func.vmap(torch.func.grad(lambda x: model(x).sum()))(x),
-        lambda model, x: torch.func.grad(lambda w: torch.func.functional_call(model, w, (x,)).sum())(dict(model.named_parameters())),
+        lambda model, x: torch.func.grad(lambda w: torch.func.functional_call(model, w, (x,)).sum())(
+            dict(model.named_parameters())
+        ),
     ],
 )
-def test_derivatives_by_torch_func_are_refused_in_one_line(transform: Callable[..., Any], pair: tuple[nn.Sequential, nn.Sequential]) -> None:
-    with pytest.raises(RuntimeError, match=r"torch.func.grad, vjp, jvp .* use torch.autograd, or give them copy.deepcopy\(model\)") as caught:
+def test_derivatives_by_torch_func_are_refused_in_one_line(
+    transform: Callable[..., Any], pair: tuple[nn.Sequential, nn.Sequential]
+) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"torch.func.grad, vjp, jvp .* use torch.autograd, or give them copy.deepcopy\(model\)"
+    ) as caught:
         transform(pair[0], torch.randn(4, 64))
     assert "\n" not in str(caught.value)
 
@@ -139,7 +150,9 @@ def test_derivatives_by_torch_func_are_refused_in_one_line(transform: Callable[.
         lambda model, x: torch.func.vmap(model)(x),
         lambda model, x: torch.autograd.functional.jacobian(lambda x: model(x).sum(0), x),
         lambda model, x: torch.func.functional_call(model, dict(model.named_parameters()), (x,)),
-        lambda model, x: torch.func.functional_call(model, {name: parameter * 2 for name, parameter in model.named_parameters()}, (x,)),
+        lambda model, x: torch.func.functional_call(
+            model, {name: parameter * 2 for name, parameter in model.named_parameters()}, (x,)
+        ),
         lambda model, x: torch.func.functional_call(model, {"1.weight": nn.Parameter(torch.ones(64, 64))}, (x,)),
         lambda model, x: torch.func.stack_module_state([model, model])[0]["1.weight"],
         lambda model, x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False),
@@ -147,7 +160,9 @@ def test_derivatives_by_torch_func_are_refused_in_one_line(transform: Callable[.
         lambda model, x: torch.export.export(model[1], (x,)).module()(x),  # It keeps the parameters themselves.
     ],
 )
-def test_other_ways_to_call_a_model_are_those_of_plain_torch(use: Callable[..., Any], pair: tuple[nn.Sequential, nn.Sequential]) -> None:
+def test_other_ways_to_call_a_model_are_those_of_plain_torch(
+    use: Callable[..., Any], pair: tuple[nn.Sequential, nn.Sequential]
+) -> None:
     x = torch.randn(4, 64)
     found, expected = (use(model, x) for model in pair)
     assert torch.equal(found, expected)
@@ -158,7 +173,9 @@ def test_gradients_of_a_functional_call_are_those_of_plain_torch(pair: tuple[nn.
     for model in pair:
         scale = torch.tensor(2.0, requires_grad=True)
         with_weights = {name: parameter.detach() * scale for name, parameter in model.named_parameters()}
-        gradients.append(torch.autograd.grad(torch.func.functional_call(model, with_weights, (x,)).square().mean(), scale)[0])
+        gradients.append(
+            torch.autograd.grad(torch.func.functional_call(model, with_weights, (x,)).square().mean(), scale)[0]
+        )
     assert torch.equal(*gradients)
 
 
@@ -183,7 +200,9 @@ def compiled_in_place() -> nn.Module:
         (lambda: torch.jit.trace(built(), (torch.randn(4, 64),)), "the model is made by torch.jit"),
     ],
 )
-def test_a_model_that_is_compiled_already_is_refused_before_it_is_paged(make: Callable[[], nn.Module], said: str, tmp_path: Path) -> None:
+def test_a_model_that_is_compiled_already_is_refused_before_it_is_paged(
+    make: Callable[[], nn.Module], said: str, tmp_path: Path
+) -> None:
     model = make()
     with pytest.raises(ValueError, match=f"^{said}") as caught:
         offload.prepare(model, adamw, config(tmp_path))

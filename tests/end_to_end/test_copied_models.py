@@ -21,7 +21,9 @@ import offload
 
 @pytest.mark.parametrize("memory", [{}, {"activations": "8MiB"}])
 @pytest.mark.parametrize("start", ["auto", "step"])
-def test_a_copy_has_the_values_and_trains_without_the_engine(start: str, memory: dict[str, str], tmp_path: Path) -> None:
+def test_a_copy_has_the_values_and_trains_without_the_engine(
+    start: str, memory: dict[str, str], tmp_path: Path
+) -> None:
     plain = built()
     optimizer = adamw(plain.parameters())
     raw = config(tmp_path, start=start)
@@ -108,7 +110,9 @@ def test_a_copy_of_attention_layers_has_their_own_methods(tmp_path: Path) -> Non
         with torch.no_grad():
             assert torch.equal(copied.eval()(x), engine.model.eval()(x))
     assert_closed(engine)
-    assert torch.isfinite(copied(x)).all() and torch.equal(copied.double().encoder.layers[0].norm1.weight, torch.ones(64).double())  # type: ignore[union-attr, index]
+    assert torch.isfinite(copied(x)).all() and torch.equal(
+        copied.double().encoder.layers[0].norm1.weight, torch.ones(64).double()
+    )  # type: ignore[union-attr, index]
 
 
 def test_a_closed_engines_model_cannot_be_copied_any_more(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Autograd functions of one's own that keep weights for their backward, in every way torch has for it: plain's bits, and no page held after."""
+"""Autograd functions of one's own that keep weights for their backward, in every way torch has for it: plain's bits,
+and no page held after."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ class SetUp(torch.autograd.Function):
 
 
 class Constant(torch.autograd.Function):
-    """Uses the weight as a constant: its gradient comes from elsewhere, and may be complete before this one's backward."""
+    """Uses the weight as a constant: its gradient comes from elsewhere, and may be complete before this one's
+    backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -114,7 +116,11 @@ OTHERS: list[Tensor] = []
 def from_address(address: int, like: Tensor) -> Tensor:
     import ctypes
 
-    return torch.frombuffer((ctypes.c_float * like.numel()).from_address(address), dtype=torch.float32).view(like.shape).clone()
+    return (
+        torch.frombuffer((ctypes.c_float * like.numel()).from_address(address), dtype=torch.float32)
+        .view(like.shape)
+        .clone()
+    )
 
 
 FUNCTIONS: dict[str, Any] = {
@@ -221,7 +227,10 @@ def test_in_a_checkpointed_region(name: str, recompute: str, update: str, tmp_pa
         run()
         return
     # The recomputation looks at a weight of a layer whose backward is over: plain PyTorch has the old values then.
-    with pytest.raises(RuntimeError, match=r"last\.weight is used in the backward pass after its gradient was complete.*update\.start = \"step\""):
+    with pytest.raises(
+        RuntimeError,
+        match=r"last\.weight is used in the backward pass after its gradient was complete.*update\.start = \"step\"",
+    ):
         run()
 
 
@@ -249,7 +258,9 @@ def test_a_view_that_is_only_read_between_forward_and_backward_changes_nothing(t
 
 
 @pytest.mark.parametrize("written", [False, True])
-def test_writing_through_a_view_between_forward_and_backward_is_an_error_as_in_plain_pytorch(written: bool, tmp_path: Path) -> None:
+def test_writing_through_a_view_between_forward_and_backward_is_an_error_as_in_plain_pytorch(
+    written: bool, tmp_path: Path
+) -> None:
     torch.manual_seed(7)
     plain = Net(Saving)
     model, optimizer = offload.prepare(copy.deepcopy(plain), adamw, settings_of("auto", "cpu", tmp_path))
@@ -259,7 +270,9 @@ def test_writing_through_a_view_between_forward_and_backward_is_an_error_as_in_p
         view = each.up.weight.detach()
         if written:
             view.mul_(2)
-            with pytest.raises(RuntimeError, match="modified by an inplace operation|updated or edited since it was saved"):
+            with pytest.raises(
+                RuntimeError, match="modified by an inplace operation|updated or edited since it was saved"
+            ):
                 loss.backward()
         else:
             loss.backward()

@@ -171,7 +171,9 @@ def test_a_module_still_without_pages_may_be_cloned_inside_the_block(tmp_path: P
     "build",
     [GPT, Applied],
 )
-def test_16_bit_weights_and_their_masters_are_those_of_plain_construction(build: Callable[[], GPT], tmp_path: Path) -> None:
+def test_16_bit_weights_and_their_masters_are_those_of_plain_construction(
+    build: Callable[[], GPT], tmp_path: Path
+) -> None:
     torch.manual_seed(7)
     plain = build()
     half = config(tmp_path) | {"model": {"factory": "unused:unused", "dtype": "bf16"}}
@@ -231,7 +233,10 @@ def test_modules_that_the_model_does_not_use_give_their_pages_back(tmp_path: Pat
     with offload.initialize(model, config(tmp_path), adamw) as engine:
         mover = engine._store.mover
         placed = [mover.ssd.placement(tensor) for tensor in mover.ssd.tensors()]
-        assert sum(place.n_bytes for place in placed if place is not None) < sum(p.nbytes for p in model.parameters()) + 8 * 4096
+        assert (
+            sum(place.n_bytes for place in placed if place is not None)
+            < sum(p.nbytes for p in model.parameters()) + 8 * 4096
+        )
         train(engine, 3)
         mover.validate()
         del spare
@@ -269,7 +274,10 @@ def test_another_configuration_for_the_engine_is_refused(tmp_path: Path) -> None
 
 
 def test_a_block_inside_a_block_on_the_same_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="deferred_init inside deferred_init"), offload.deferred_init(config(tmp_path)) as store:
+    with (
+        pytest.raises(RuntimeError, match="deferred_init inside deferred_init"),
+        offload.deferred_init(config(tmp_path)) as store,
+    ):
         with offload.deferred_init(config(tmp_path)):
             built()
     assert_given_back(store, tmp_path)

@@ -1,4 +1,5 @@
-"""Units that are at home on the device: nothing of them moves in a step, and everything else about them is as anywhere."""
+"""Units that are at home on the device: nothing of them moves in a step, and everything else about them is as
+anywhere."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def test_on_a_late_device_every_step_equals_plain_torch(
 
 @pytest.mark.parametrize("device", [SOME, ALL])
 @pytest.mark.parametrize("name", ["gpt", "recompute", "two_backwards"])
-def test_saved_tensors_go_to_host_pages_beside_units_at_home(name: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_tensors_go_to_host_pages_beside_units_at_home(
+    name: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
     parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), steps=10, each_step=False)
     parity.memory = {"device": device, "activations": "64KiB"}
@@ -54,8 +57,14 @@ def test_saved_tensors_go_to_host_pages_beside_units_at_home(name: str, device: 
         assert late.saved and stats.deviations == 0 and stats.device_units > 0
 
 
-@pytest.mark.parametrize("update", [{}, {"clip_norm": 0.5}, {"accumulation": 2}, {"start": "step"}], ids=["eager", "clipped", "accumulated", "at the step"])
-def test_where_all_are_at_home_nothing_moves(update: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "update",
+    [{}, {"clip_norm": 0.5}, {"accumulation": 2}, {"start": "step"}],
+    ids=["eager", "clipped", "accumulated", "at the step"],
+)
+def test_where_all_are_at_home_nothing_moves(
+    update: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with late_device(monkeypatch) as device, offload.initialize(built(), homes(tmp_path, **update), adamw) as engine:
         train(engine, 16)
         before, brought, followed = engine.stats(), device.brought, device.followed
@@ -73,8 +82,12 @@ def test_where_all_are_at_home_nothing_moves(update: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("made_with", "goes_on_with"), [(ALL, ALL), (ALL, "1MiB"), ("1MiB", ALL), (SOME, "cpu"), ("cpu", SOME)])
-def test_a_commit_does_not_say_where_units_were_at_home(made_with: str, goes_on_with: str, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("made_with", "goes_on_with"), [(ALL, ALL), (ALL, "1MiB"), ("1MiB", ALL), (SOME, "cpu"), ("cpu", SOME)]
+)
+def test_a_commit_does_not_say_where_units_were_at_home(
+    made_with: str, goes_on_with: str, dtype: str, tmp_path: Path
+) -> None:
     def of(device: str) -> dict[str, Any]:
         made = homes(tmp_path, dtype=dtype)
         if device == "cpu":
@@ -156,7 +169,9 @@ def test_states_of_an_optimizer_are_taken_over_on_the_device(tmp_path: Path) -> 
     assert_closed(engine)
 
 
-def test_a_commit_that_finds_no_room_leaves_the_device_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_finds_no_room_leaves_the_device_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = built()
     optimizer = adamw(plain.parameters())
     with offload.initialize(built(), homes(tmp_path), adamw) as engine:

@@ -41,14 +41,30 @@ def test_a_full_disk_at_the_start_leaves_the_weights_readable(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("kind", "code", "expected", "message"),
     [
-        ("write", errno.ENOSPC, offload.DiskFullError, r"writing .*pages\.bin at offset \d+.*wanted \d+ bytes.*free are \d+"),
-        ("write", errno.EIO, offload.StorageError, r"writing .*pages\.bin at offset \d+, \d+ bytes: Input/output error"),
+        (
+            "write",
+            errno.ENOSPC,
+            offload.DiskFullError,
+            r"writing .*pages\.bin at offset \d+.*wanted \d+ bytes.*free are \d+",
+        ),
+        (
+            "write",
+            errno.EIO,
+            offload.StorageError,
+            r"writing .*pages\.bin at offset \d+, \d+ bytes: Input/output error",
+        ),
         ("read", errno.EIO, offload.StorageError, r"reading .*pages\.bin at offset \d+, \d+ bytes: Input/output error"),
     ],
 )
 @pytest.mark.parametrize("steps", [1, 4], ids=["on_demand", "planned"])
 def test_a_disk_that_fails_in_training_is_named_and_the_engine_closes(
-    kind: str, code: int, expected: type[Exception], message: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    code: int,
+    expected: type[Exception],
+    message: str,
+    steps: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     disk = FaultyDisk.install(monkeypatch)
     engine = engine_of(built(), tmp_path)

@@ -15,10 +15,10 @@ from rich.console import Console
 from small_runs import built
 
 from offload import cli
+from offload.checkpoint.verify import verify_run
 from offload.machine import bench_ssd
 from offload.machine import facts as machine
 from offload.machine.facts import cgroup_limit, copy_gb_per_s, cuda_facts, folder_fact, memory_fact, package_facts
-from offload.checkpoint.verify import verify_run
 from pagemem.folders.run_directory import RunDirectory, folder_use
 from pagemem.units import MiB
 
@@ -28,7 +28,10 @@ ROOT = Path(__file__).parents[2]
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Every file's bytes and time of change, and every folder."""
     return {
-        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns if path.is_file() else 0)
+        str(path.relative_to(folder)): (
+            path.read_bytes() if path.is_file() else b"",
+            path.stat().st_mtime_ns if path.is_file() else 0,
+        )
         for path in folder.rglob("*")
     }
 
@@ -62,11 +65,17 @@ def test_without_a_file_it_looks_at_the_current_directory(
     assert (code == 0) == record["ok"] == (not any(line.startswith("problem") for line in lines))
     (folder,) = record["facts"]["folders"]
     assert folder["path"] == str(tmp_path) and folder["use"]["kind"] == "foreign" and not folder["wanted"]
-    assert folder["point"]["write_gb_per_s"] > 0 and folder["point"]["read_gb_per_s"] > 0 and record["facts"]["copy_gb_per_s"] > 0
+    assert (
+        folder["point"]["write_gb_per_s"] > 0
+        and folder["point"]["read_gb_per_s"] > 0
+        and record["facts"]["copy_gb_per_s"] > 0
+    )
     assert content(tmp_path) == before
 
 
-def test_no_bench_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_bench_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(machine, "measure", None)
     monkeypatch.setattr(machine, "copy_gb_per_s", None)
     monkeypatch.setattr(bench_ssd, "temporary_run", None)
@@ -108,7 +117,11 @@ def test_a_run_in_use_is_named_and_not_slowed_down(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [('{"memory": {}, "ssd": {"paths": ["a"]}}', "memory.ram is missing"), ("{", "Expecting property name"), (None, "No such file")],
+    [
+        ('{"memory": {}, "ssd": {"paths": ["a"]}}', "memory.ram is missing"),
+        ("{", "Expecting property name"),
+        (None, "No such file"),
+    ],
 )
 def test_a_bad_config_is_a_problem_and_exit_code_1(
     text: str | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -122,7 +135,9 @@ def test_a_bad_config_is_a_problem_and_exit_code_1(
     assert record["facts"]["folders"] == []
 
 
-def test_a_foreign_folder_and_a_budget_too_large_are_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_folder_and_a_budget_too_large_are_problems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pages = tmp_path / "pages"
     pages.mkdir()
     (pages / "thesis.tex").write_text("years of work")
@@ -158,7 +173,9 @@ def test_a_package_in_the_current_directory_is_found(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     here = {package.name: package.in_current_directory for package in package_facts([str(ROOT)])}
     assert here == {"pagemem": None, "scheduler": str(tmp_path / "scheduler.py"), "optim": None, "offload": None}
-    assert all(package.found == (str(ROOT / package.name),) == (package.home,) for package in package_facts([str(ROOT)]))
+    assert all(
+        package.found == (str(ROOT / package.name),) == (package.home,) for package in package_facts([str(ROOT)])
+    )
 
 
 def test_a_disk_that_fails_is_a_problem_and_nothing_stays(
@@ -169,7 +186,9 @@ def test_a_disk_that_fails_is_a_problem_and_nothing_stays(
 
     monkeypatch.setattr("pagemem.files.raw_file.os.posix_fallocate", fail)
     code, record, _ = run(capsys, write_config(tmp_path, tmp_path / "pages"))
-    assert code == 1 and any("Input/output error" in line for level, line in said(record, f"ssd {tmp_path / 'pages'}") if level == "problem")
+    assert code == 1 and any(
+        "Input/output error" in line for level, line in said(record, f"ssd {tmp_path / 'pages'}") if level == "problem"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -246,9 +265,12 @@ class FakeTensor:
 
 
 @pytest.mark.parametrize(
-    ("pinned", "pinning"), [(True, None), (False, "torch gave memory that is not pinned"), (None, "CUDA error: out of memory")]
+    ("pinned", "pinning"),
+    [(True, None), (False, "torch gave memory that is not pinned"), (None, "CUDA error: out of memory")],
 )
-def test_pinning_is_found_out_by_pinning(pinned: bool | None, pinning: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinning_is_found_out_by_pinning(
+    pinned: bool | None, pinning: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine.torch, "cuda", FakeCuda())
     monkeypatch.setattr(machine.torch, "empty", lambda n_bytes, dtype: FakeTensor(pinned))
     assert cuda_facts() == (machine.CudaFact("Card", 4 * MiB, 3 * MiB, pinning),)
@@ -256,10 +278,14 @@ def test_pinning_is_found_out_by_pinning(pinned: bool | None, pinning: str | Non
 
 def test_values_are_changed_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_config(tmp_path, tmp_path / "new")
-    code, record, _ = run(capsys, file, "--no-bench", "--set", "memory.ram=1000TiB", "--set", f"ssd.paths=[\"{tmp_path / 'other'}\"]")
+    code, record, _ = run(
+        capsys, file, "--no-bench", "--set", "memory.ram=1000TiB", "--set", f'ssd.paths=["{tmp_path / "other"}"]'
+    )
     assert code == 1 and said(record, "budget")[0][0] == "problem"
     assert [folder["path"] for folder in record["facts"]["folders"]] == [str(tmp_path / "other")]
     code, record, _ = run(capsys, file, "--no-bench", "--set", "memory.rm=1")
-    assert code == 1 and said(record, "config") == [("problem", f"{file}: unknown key 'memory.rm'; did you mean 'memory.ram'?")]
+    assert code == 1 and said(record, "config") == [
+        ("problem", f"{file}: unknown key 'memory.rm'; did you mean 'memory.ram'?")
+    ]
     assert cli.main(["doctor", "--set", "memory.ram=1GiB"]) == 1
     assert capsys.readouterr().err == "offload: error: --set changes a FILE; name one\n"

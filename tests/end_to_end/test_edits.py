@@ -22,7 +22,9 @@ import offload
     "dtype",
     ["fp32", "bf16"],
 )
-def test_what_was_put_in_survives_updates_and_moves(dtype: str, edit: Callable[[nn.Module, float], None], tmp_path: Path) -> None:
+def test_what_was_put_in_survives_updates_and_moves(
+    dtype: str, edit: Callable[[nn.Module, float], None], tmp_path: Path
+) -> None:
     made = config(tmp_path, start="step") | {"model": {"factory": "unused:unused", "dtype": dtype}}
     with offload.initialize(built(), made, lambda ps: torch.optim.SGD(ps, lr=0.0, fused=True)) as engine:
         edit(engine.model, 2.0)

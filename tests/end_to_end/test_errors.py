@@ -1,4 +1,5 @@
-"""What goes wrong is said by the public interface: what, how much, the limit and what to change; and nothing is lost."""
+"""What goes wrong is said by the public interface: what, how much, the limit and what to change; and nothing is
+lost."""
 
 from __future__ import annotations
 
@@ -11,7 +12,15 @@ from typing import Any
 import pytest
 from parity import adamw
 from small_runs import (
-    PAGE_BYTES, assert_closed, assert_equal, assert_untouched, batches, built, config, engine_of, train,
+    PAGE_BYTES,
+    assert_closed,
+    assert_equal,
+    assert_untouched,
+    batches,
+    built,
+    config,
+    engine_of,
+    train,
 )  # fmt: skip
 from torch import nn
 
@@ -43,7 +52,10 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 def launch(folder: Path, **changes: Any) -> int:
     """Train by the command; returns its exit code."""
     raw = config(folder) | {
-        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 1, "n_head": 2, "seq": 16}},
+        "model": {
+            "factory": "examples.byte_gpt:byte_gpt",
+            "arguments": {"d_model": 64, "n_layer": 1, "n_head": 2, "seq": 16},
+        },
         "data": {"factory": "examples.byte_corpus:missing"},
         "train": {"steps": 2, "batch": 2, "seq": 16},
         "output": {"run": str(folder / "run")},
@@ -62,7 +74,12 @@ def test_a_budget_below_the_largest_unit_names_it_and_the_budget_that_works(star
     with pytest.raises(offload.BudgetError) as caught:
         start(model, tight)
     smallest_bytes = caught.value.smallest_bytes
-    for part in ("memory.ram is 262144 bytes", "blocks.0.up", f"needs {smallest_bytes} bytes", f"to at least {smallest_bytes}"):
+    for part in (
+        "memory.ram is 262144 bytes",
+        "blocks.0.up",
+        f"needs {smallest_bytes} bytes",
+        f"to at least {smallest_bytes}",
+    ):
         assert part in str(caught.value)
     assert_untouched(model)
     tight["memory"]["ram"] = smallest_bytes
@@ -117,7 +134,9 @@ def test_the_command_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("start", [prepare, initialize])
 @pytest.mark.parametrize("identity", [None, "not an identity", '{"format": "pagemem-run-directory-99", "run_id": "x"}'])
-def test_a_folder_of_something_else_is_refused_and_left_as_it_is(start: Start, identity: str | None, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(
+    start: Start, identity: str | None, tmp_path: Path
+) -> None:
     foreign, model = tmp_path / "foreign", built()
     (foreign / "more").mkdir(parents=True)
     (foreign / PAGE_FILE_NAME).write_bytes(os.urandom(1000))
@@ -125,7 +144,9 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(start: Start, i
         (foreign / "pagemem.json").write_text(identity)
     before, both = contents(foreign), config(tmp_path)
     both["ssd"]["paths"].append(str(foreign))
-    with pytest.raises(offload.RunDirectoryError, match=rf"{foreign}.*Nothing was changed; name an empty or new folder"):
+    with pytest.raises(
+        offload.RunDirectoryError, match=rf"{foreign}.*Nothing was changed; name an empty or new folder"
+    ):
         start(model, both)
     assert contents(foreign) == before
     assert_untouched(model)
@@ -136,7 +157,9 @@ def test_a_folder_in_use_names_the_process_and_the_run_in_it_goes_on(tmp_path: P
     with engine_of(built(), tmp_path) as engine:
         train(engine, 2)
         second = built()
-        with pytest.raises(offload.RunDirectoryError, match=f"pages is in use by process {os.getpid()}.*Nothing was changed"):
+        with pytest.raises(
+            offload.RunDirectoryError, match=f"pages is in use by process {os.getpid()}.*Nothing was changed"
+        ):
             prepare(second, config(tmp_path))
         assert_untouched(second)
         train(engine, 2)
@@ -148,7 +171,9 @@ def test_a_path_that_cannot_be_written_says_why(path: str, tmp_path: Path) -> No
     (tmp_path / "file").write_text("in the way")
     model, wrong = built(), config(tmp_path)
     wrong["ssd"]["paths"] = [str(tmp_path / path)]
-    with pytest.raises(offload.RunDirectoryError, match=rf"{tmp_path / path} cannot be used as a run directory: \w+.*Name a folder"):
+    with pytest.raises(
+        offload.RunDirectoryError, match=rf"{tmp_path / path} cannot be used as a run directory: \w+.*Name a folder"
+    ):
         prepare(model, wrong)
     assert_untouched(model)
     assert (tmp_path / "file").read_text() == "in the way"
@@ -164,7 +189,9 @@ def test_a_loss_that_is_no_number_changes_nothing_and_training_goes_on(value: fl
     with engine_of(model, tmp_path) as engine:
         for step, batch in enumerate(batches(6)):
             if step == 3:
-                with pytest.raises(offload.NonFiniteError, match=f"loss of step 4 is {value}: .*no parameter changed.*learning rate"):
+                with pytest.raises(
+                    offload.NonFiniteError, match=f"loss of step 4 is {value}: .*no parameter changed.*learning rate"
+                ):
                     engine.backward(engine(*batch) * value)
                 assert_equal(model, plain)
             plain(*batch).backward()
@@ -184,7 +211,9 @@ def test_a_gradient_norm_that_is_no_number_changes_nothing_and_training_goes_on(
             if step == 3:
                 loss = engine(*batch)
                 engine.backward(loss + (0 * loss).sqrt())  # Finite, but its slope at 0 is not.
-                with pytest.raises(offload.NonFiniteError, match="gradients' global norm is nan: no parameter was changed"):
+                with pytest.raises(
+                    offload.NonFiniteError, match="gradients' global norm is nan: no parameter was changed"
+                ):
                     engine.step()
                 assert_equal(model, plain)
             plain(*batch).backward()
@@ -224,12 +253,32 @@ def test_a_closed_engine_says_so_whoever_is_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "optimizer", "more", "said"),
     [
-        (None, adamw, {}, "the model is None; give a torch.nn.Module first, then the optimizer, then the configuration"),
+        (
+            None,
+            adamw,
+            {},
+            "the model is None; give a torch.nn.Module first, then the optimizer, then the configuration",
+        ),
         (nn.Linear, adamw, {}, "the model is the class Linear itself; give a torch.nn.Module first"),
         (adamw, nn.Linear(2, 2), {}, "the model is a function; give a torch.nn.Module first"),
-        (nn.Linear(2, 2), {"name": "adamw", "lrr": 1}, {}, "configuration: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
-        (nn.Linear(2, 2), {"lr": "1e-3"}, {}, "configuration: optimizer.lr: Input should be a valid number, not '1e-3'"),
-        (nn.Linear(2, 2), adamw, {"config": 5}, "the configuration is a int; give a mapping of sections, the name of a file, or a Config"),
+        (
+            nn.Linear(2, 2),
+            {"name": "adamw", "lrr": 1},
+            {},
+            "configuration: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
+        ),
+        (
+            nn.Linear(2, 2),
+            {"lr": "1e-3"},
+            {},
+            "configuration: optimizer.lr: Input should be a valid number, not '1e-3'",
+        ),
+        (
+            nn.Linear(2, 2),
+            adamw,
+            {"config": 5},
+            "the configuration is a int; give a mapping of sections, the name of a file, or a Config",
+        ),
         (nn.Linear(2, 2), adamw, {"config": None}, "the configuration is a NoneType; "),
     ],
 )

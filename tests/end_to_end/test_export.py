@@ -33,7 +33,8 @@ from pagemem.durable.page_reader import Chunk, PageReader
 
 
 def loaded(folder: Path) -> dict[str, Tensor]:
-    """What the shards hold, by the names of ``model.state_dict()``: tied ones, which are written once, under each name."""
+    """What the shards hold, by the names of ``model.state_dict()``: tied ones, which are written once, under each
+    name."""
     index = json.loads((folder / shards.INDEX_NAME).read_text())
     found: dict[str, Tensor] = {}
     for file_name in dict.fromkeys(index["weight_map"].values()):
@@ -79,9 +80,16 @@ def test_the_shards_hold_the_weights_bit_for_bit(kind: str, dtype: str, tmp_path
 def test_tied_tensors_are_written_once_and_their_names_are_kept(tmp_path: Path) -> None:
     finish = finished(Tied(), settings(tmp_path), batches(1))
     assert main(["export", str(finish.folder), "--to", str(tmp_path / "out")]) == 0
-    tied = {"head.weight": "embed.weight"} | {f"again.{name}": f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    tied = {"head.weight": "embed.weight"} | {
+        f"again.{name}": f"norm.{name}"
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
     index = json.loads((tmp_path / "out" / shards.INDEX_NAME).read_text())
-    assert index["metadata"]["tied"] == tied and index["metadata"]["step"] == 1 and not set(index["weight_map"]) & set(tied)
+    assert (
+        index["metadata"]["tied"] == tied
+        and index["metadata"]["step"] == 1
+        and not set(index["weight_map"]) & set(tied)
+    )
     assert "scratch" not in index["weight_map"] and "codes" in index["weight_map"]
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", **tied}
@@ -91,14 +99,20 @@ def test_tied_tensors_are_written_once_and_their_names_are_kept(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("limit", "alone"), [(300_000, False), (1, True)])
-def test_shards_are_no_larger_than_asked_but_for_single_tensors(run: FinishedRun, limit: int, alone: bool, tmp_path: Path) -> None:
+def test_shards_are_no_larger_than_asked_but_for_single_tensors(
+    run: FinishedRun, limit: int, alone: bool, tmp_path: Path
+) -> None:
     assert main(["export", str(run.folder), "--to", str(tmp_path / "out"), "--max-shard", str(limit)]) == 0
     files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert [file.name for file in files] == [f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)]
+    assert [file.name for file in files] == [
+        f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)
+    ]
     for file in files:
         held = load_file(file)
         assert len(held) == 1 if alone else sum(value.nbytes for value in held.values()) <= limit
-        assert (file.stat().st_size - sum(value.nbytes for value in held.values())) % 8 == 0  # whole words of header: tensors are aligned
+        assert (
+            file.stat().st_size - sum(value.nbytes for value in held.values())
+        ) % 8 == 0  # whole words of header: tensors are aligned
     index = json.loads((tmp_path / "out" / shards.INDEX_NAME).read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in run.weights.values())
 
@@ -126,12 +140,17 @@ def test_values_that_a_dtype_cannot_express_are_refused(tmp_path: Path, capsys: 
         model.norm.weight[5] = 70_000.0
     finish = finished(model, settings(tmp_path))
     assert main(["export", str(finish.folder), "--to", str(tmp_path / "out"), "--dtype", "fp16"]) == 1
-    assert "norm.weight has values beyond the largest of torch.float16, 65504; export as bf16 or fp32" in capsys.readouterr().err
+    assert (
+        "norm.weight has values beyond the largest of torch.float16, 65504; export as bf16 or fp32"
+        in capsys.readouterr().err
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pages"]
 
 
 @pytest.mark.parametrize("commit", ["first", "1"])
-def test_a_commit_is_chosen_by_name_or_number(run: FinishedRun, commit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_commit_is_chosen_by_name_or_number(
+    run: FinishedRun, commit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(run.folder), "--to", str(tmp_path / "out"), "--commit", commit]) == 0
     assert "commit 1 (first), step 1, of " in capsys.readouterr().out
     plain = built()
@@ -142,7 +161,9 @@ def test_a_commit_is_chosen_by_name_or_number(run: FinishedRun, commit: str, tmp
         assert_equal(engine.model, plain)
 
 
-def test_a_name_that_is_the_number_of_another_commit_gives_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_the_number_of_another_commit_gives_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = finished(built(), settings(tmp_path), names=["2", "7"])
     for commit, said in (("2", "commit 2 (7)"), ("7", "commit 2 (7)"), ("1", "commit 1 (2)")):
         assert main(["export", str(run.folder), "--to", str(tmp_path / f"out{commit}"), "--commit", commit]) == 0
@@ -222,7 +243,9 @@ def refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str])
     assert said in error and error.startswith("offload: error: ") and error.count("\n") == 1, error
 
 
-def test_a_folder_with_anything_in_it_is_left_alone(run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_anything_in_it_is_left_alone(
+    run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
     refused([str(run.folder), "--to", str(tmp_path / "out")], "is not empty; nothing is overwritten", capsys)
@@ -244,7 +267,9 @@ def test_a_link_to_an_empty_folder_is_followed(run: FinishedRun, tmp_path: Path)
     assert (tmp_path / "there" / "model.safetensors").is_file() and (tmp_path / "out").is_symlink()
 
 
-def test_what_is_no_run_or_has_no_such_commit_is_refused(run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_or_has_no_such_commit_is_refused(
+    run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = ["--to", str(tmp_path / "out")]
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "photo").write_text("mine")
@@ -255,7 +280,11 @@ def test_what_is_no_run_or_has_no_such_commit_is_refused(run: FinishedRun, tmp_p
     refused([str(run.folder), *out, "--max-shard", "0"], "--max-shard is 0; it must be at least 1 byte", capsys)
     shutil.rmtree(run.folder / "commits")
     refused([str(run.folder), *out], "holds no commits", capsys)
-    assert os.listdir(tmp_path / "foreign") == ["photo"] and not (tmp_path / "out").exists() and not (tmp_path / "nowhere").exists()
+    assert (
+        os.listdir(tmp_path / "foreign") == ["photo"]
+        and not (tmp_path / "out").exists()
+        and not (tmp_path / "nowhere").exists()
+    )
 
 
 def test_a_run_in_use_is_refused_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,17 +297,23 @@ def test_a_run_in_use_is_refused_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     assert main(["export", str(tmp_path / "pages"), "--to", str(tmp_path / "out")]) == 0
 
 
-def test_a_damaged_newest_commit_is_said_and_passed_over(run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_newest_commit_is_said_and_passed_over(
+    run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     newest = run.folder / "commits" / "commit-00000002.json"
     newest.write_bytes(newest.read_bytes()[:-5])
     assert main(["export", str(run.folder), "--to", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"a newer commit is damaged: {newest} is damaged: ") and "commit 1 (first), step 1" in said
-    refused([str(run.folder), "--to", str(tmp_path / "more"), "--commit", "2"], "commit-00000002.json is damaged", capsys)
+    refused(
+        [str(run.folder), "--to", str(tmp_path / "more"), "--commit", "2"], "commit-00000002.json is damaged", capsys
+    )
 
 
 @pytest.mark.parametrize("tag", ["parameter", "master"])
-def test_a_damaged_page_is_named_and_nothing_is_left(tag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_page_is_named_and_nothing_is_left(
+    tag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = finished(built(), settings(tmp_path, dtype="bf16"))
     stored = run.tensor(tag)
     frame = run.damage(stored)
@@ -307,7 +342,11 @@ def _fails(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> 
     ("name", "error", "said"),
     [
         ("pwrite", OSError(errno.ENOSPC, "No space left on device"), "No space left on device; wanted "),
-        ("pwrite", OSError(errno.EIO, "Input/output error"), "model.safetensors at offset 2448, 65536 bytes: Input/output error"),
+        (
+            "pwrite",
+            OSError(errno.EIO, "Input/output error"),
+            "model.safetensors at offset 2448, 65536 bytes: Input/output error",
+        ),
         ("fsync", OSError(errno.EIO, "Input/output error"), "Input/output error"),
         ("pwrite", KeyboardInterrupt(), "interrupted"),
     ],
@@ -329,7 +368,9 @@ def test_an_export_that_fails_leaves_nothing(
     assert main(["export", str(run.folder), "--to", str(tmp_path / "out")]) == 0
 
 
-def test_room_is_looked_for_beforehand(run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_room_is_looked_for_beforehand(
+    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
     refused([str(run.folder), "--to", str(tmp_path / "out")], "bytes (1.", capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pages"]

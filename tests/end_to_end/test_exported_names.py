@@ -1,4 +1,5 @@
-"""An export is what ``model.state_dict()`` is, bit for bit, or an error; what modules keep beside tensors is in commits."""
+"""An export is what ``model.state_dict()`` is, bit for bit, or an error; what modules keep beside tensors is in
+commits."""
 
 from __future__ import annotations
 
@@ -40,12 +41,16 @@ def counting() -> GPT:
 
 def renamed(model: GPT) -> object:
     """A hook that gives a weight another name, as for checkpoints of another version."""
-    return model.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({"old": state.pop("head.weight")}))
+    return model.register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.update({"old": state.pop("head.weight")})
+    )
 
 
 def doubled(model: GPT) -> object:
     """A hook that changes values."""
-    return model.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({"head.weight": state["head.weight"] * 2}))
+    return model.register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.update({"head.weight": state["head.weight"] * 2})
+    )
 
 
 def left_out(model: GPT) -> object:
@@ -73,7 +78,11 @@ def test_an_export_that_would_not_be_the_state_dict_is_refused_now_and_from_the_
         change(engine.model)
         with pytest.raises(offload.ExportError, match=message) as caught:
             engine.export(tmp_path / "weights")
-        assert "\n" not in str(caught.value) and not list((tmp_path / "pages").glob("commit*")) and not (tmp_path / "weights").exists()
+        assert (
+            "\n" not in str(caught.value)
+            and not list((tmp_path / "pages").glob("commit*"))
+            and not (tmp_path / "weights").exists()
+        )
         engine.save()
     assert_closed(engine)
     assert main(["export", str(tmp_path / "pages"), "--to", str(tmp_path / "weights")]) == 1
@@ -101,8 +110,14 @@ def test_buffers_of_every_kind_are_exported_as_the_state_dict_has_them(dtype: st
     with offload.initialize(model, raw) as engine:
         wanted = torch.bfloat16 if dtype == "bf16" else torch.float32
         assert model.angles.dtype is torch.float32 and torch.equal(model.angles, torch.linspace(0, 1, 5))
-        assert model.mean.dtype is wanted and model.number.dtype is torch.int64 and model.get_buffer("blocks.0.again") is model.mean
+        assert (
+            model.mean.dtype is wanted
+            and model.number.dtype is torch.int64
+            and model.get_buffer("blocks.0.again") is model.mean
+        )
         exported, shown = load_file(engine.export(tmp_path / "weights") / "model.safetensors"), model.state_dict()
         assert set(exported) == set(shown) - {"blocks.0.again"} and "angles" not in shown
-        assert all(exported[name].dtype == shown[name].dtype and torch.equal(exported[name], shown[name]) for name in exported)
+        assert all(
+            exported[name].dtype == shown[name].dtype and torch.equal(exported[name], shown[name]) for name in exported
+        )
     assert_closed(engine)

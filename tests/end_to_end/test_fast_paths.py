@@ -1,4 +1,5 @@
-"""Torch's attention layers give the bits of plain PyTorch, in training and in evaluation, where they take a kernel of their own."""
+"""Torch's attention layers give the bits of plain PyTorch, in training and in evaluation, where they take a kernel of
+their own."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "attention": (Attending, {"aten::_native_multi_head_attention"}),
     "attention with padding": (lambda: Attending(padded=True), {"aten::_native_multi_head_attention"}),
     "encoder": (Encoding, {"aten::_transformer_encoder_layer_fwd"}),
-    "encoder with padding": (lambda: Encoding(padded=True), {"aten::_transformer_encoder_layer_fwd", "aten::_nested_tensor_from_mask"}),
+    "encoder with padding": (
+        lambda: Encoding(padded=True),
+        {"aten::_transformer_encoder_layer_fwd", "aten::_nested_tensor_from_mask"},
+    ),
     "encoder, norm first": (lambda: Encoding(norm_first=True), {"aten::_transformer_encoder_layer_fwd"}),
 }
 
@@ -31,7 +35,9 @@ class Names(TorchDispatchMode):
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_dispatch__(self, func: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         self.seen.append(str(getattr(func, "_schema", func)).partition("(")[0].partition(".")[0])
         return func(*args, **(kwargs or {}))  # type: ignore[operator]
 
@@ -40,7 +46,9 @@ def kernels(model: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
     """The result, and which kernels made it."""
     with Names() as names:
         result = torch.as_tensor(model(x))
-    return result, [name for name in names.seen if "native_multi" in name or "encoder_layer" in name or "from_mask" in name]
+    return result, [
+        name for name in names.seen if "native_multi" in name or "encoder_layer" in name or "from_mask" in name
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)

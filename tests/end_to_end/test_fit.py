@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import offload
 from offload.cli import main
 from offload.config import ConfigError
+from offload.factories import factory_of
 from offload.forecast.cpu_attention import AttentionOfCpu
 from offload.forecast.fit import Room, Taken, advice, taken_by
 from offload.forecast.forecast import Question, forecast
-from offload.forecast.report import fit_rows, forecast_rows, shown
-from offload.factories import factory_of
-from offload.profiling.live_storages import Holder, LiveStorages
 from offload.forecast.rates import rates_of
+from offload.forecast.report import fit_rows, forecast_rows, shown
+from offload.profiling.live_storages import Holder, LiveStorages
 
 
 @pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "tied", "views", "recomputed"])
@@ -57,11 +57,17 @@ def test_attention_is_one_kernel_as_on_a_cpu() -> None:
     def kernels(device: str, recompute: bool) -> list[str]:
         with torch.device(device), AttentionOfCpu(), Kernels() as seen:
             query = torch.zeros(2, 4, 16, 8, requires_grad=True)
-            result = torch.utils.checkpoint.checkpoint(attention, query, use_reentrant=False) if recompute else attention(query)
+            result = (
+                torch.utils.checkpoint.checkpoint(attention, query, use_reentrant=False)
+                if recompute
+                else attention(query)
+            )
             result.sum().backward()
         return [name for name in seen.names if "attention" in name or "mm" in name]
 
-    forward, backward = (f"aten._scaled_dot_product_flash_attention_for_cpu{which}.default" for which in ("", "_backward"))
+    forward, backward = (
+        f"aten._scaled_dot_product_flash_attention_for_cpu{which}.default" for which in ("", "_backward")
+    )
     assert kernels("meta", recompute=False) == kernels("cpu", recompute=False) == [forward, backward]
     assert kernels("meta", recompute=True) == kernels("cpu", recompute=True) == [forward, forward, backward]
 
@@ -82,7 +88,9 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_without_rates_kernels_are_timed_here(tmp_path: Path) -> None:
     config = gpt_config(tmp_path, LITTLE_RAM)
     found = forecast(config, rates_of(config))
-    assert (found.rates.flops, found.rates.ram) == (None, None) and found.kernels_timed > 20 and found.kernels_rated == 0
+    assert (
+        (found.rates.flops, found.rates.ram) == (None, None) and found.kernels_timed > 20 and found.kernels_rated == 0
+    )
     assert found.step_s >= found.compute_s > 0
     assert f"{found.kernels_timed} kernels timed here in " in dict(forecast_rows(found))["at these rates"]
 
@@ -91,15 +99,24 @@ def test_what_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
     config = gpt_config(tmp_path, 64 << 20, commit={"every_steps": 10, "keep": 3})
     taken, mib = Taken(100 << 20, 50 << 20), 1 << 20
     assert advice(config, Room(100 * mib, 50 * mib), taken, 10 * mib, mib) == ()
-    assert advice(config, Room(98 * mib, 50 * mib), taken, 10 * mib, mib) == ("set memory.ram to 8388608 (8.0 MiB) or less",)
+    assert advice(config, Room(98 * mib, 50 * mib), taken, 10 * mib, mib) == (
+        "set memory.ram to 8388608 (8.0 MiB) or less",
+    )
     far = advice(config, Room(50 * mib, 49 * mib), taken, 10 * mib, mib)
-    assert far[0].startswith("lower memory.ram (the smallest that works is 1048576) is not enough by itself: 50.0 MiB are missing")
+    assert far[0].startswith(
+        "lower memory.ram (the smallest that works is 1048576) is not enough by itself: 50.0 MiB are missing"
+    )
     assert "memory.activations" in far[1] and "train.batch" in far[1]
-    assert far[2] == "free 1.0 MiB in the file systems of ssd.paths, name another disk there or keep fewer commits (commit.keep)"
+    assert (
+        far[2]
+        == "free 1.0 MiB in the file systems of ssd.paths, name another disk there or keep fewer commits (commit.keep)"
+    )
 
 
 def test_a_device_of_its_own_is_another_thing_to_fit_in(tmp_path: Path) -> None:
-    config = gpt_config(tmp_path, LITTLE_RAM, device="cpu-emulated", memory={"ram": LITTLE_RAM, "page": PAGE_BYTES, "device": 1 << 20})
+    config = gpt_config(
+        tmp_path, LITTLE_RAM, device="cpu-emulated", memory={"ram": LITTLE_RAM, "page": PAGE_BYTES, "device": 1 << 20}
+    )
     much = 1 << 40
     shared = forecast(config, RATES, Question(Room(much, much)))
     own = forecast(config, RATES, Question(Room(much, much, much), largest=True))
@@ -110,7 +127,9 @@ def test_a_device_of_its_own_is_another_thing_to_fit_in(tmp_path: Path) -> None:
     assert "device, in a step" in dict(forecast_rows(own)) and "device, in a step" not in dict(forecast_rows(shared))
     largest = own.fit.largest_batch
     assert largest is not None and largest > 1000
-    small = forecast(config, RATES, Question(Room(much, much, own.fit.taken.device_bytes + (1 << 20)), largest=True)).fit
+    small = forecast(
+        config, RATES, Question(Room(much, much, own.fit.taken.device_bytes + (1 << 20)), largest=True)
+    ).fit
     assert small.fits and small.largest_batch is not None and ROWS < small.largest_batch < largest
     none = forecast(config, RATES, Question(Room(much, much, 1 << 16), largest=True)).fit
     assert not none.fits and none.advice[0].startswith("the device lacks ") and none.largest_batch == 0
@@ -171,7 +190,9 @@ def test_the_largest_depth_is_what_memory_and_disk_allow(tmp_path: Path) -> None
     assert by_disk.depth_argument == "n_layer" and by_disk.largest_depth is not None and 6 <= by_disk.largest_depth <= 9
     none = forecast(config, RATES, Question(Room(1, 1), largest=True)).fit
     assert (none.largest_batch, none.largest_depth) == (0, 0)
-    unnamed = forecast(gpt_config(tmp_path, LITTLE_RAM, model=f"{HERE}:Viewed"), RATES, Question(Room(much, much), largest=True)).fit
+    unnamed = forecast(
+        gpt_config(tmp_path, LITTLE_RAM, model=f"{HERE}:Viewed"), RATES, Question(Room(much, much), largest=True)
+    ).fit
     assert (unnamed.depth_argument, unnamed.largest_depth) == ("", None)
     with pytest.raises(ConfigError, match="--depth width: model.arguments has"):
         forecast(config, RATES, Question(depth="width"))
@@ -182,13 +203,20 @@ def test_timings_on_a_busy_machine_are_said_to_be_disturbed(tmp_path: Path) -> N
     assert found.undisturbed_share == 1.0 and "disturbed" not in dict(forecast_rows(found))
     assert "disturbed" not in dict(forecast_rows(replace(found, undisturbed_share=0.95)))
     said = dict(forecast_rows(replace(found, undisturbed_share=0.71)))["disturbed"]
-    assert said.startswith("kernels had a processor for 71% of the time in which they were timed: something else computes on this machine")
+    assert said.startswith(
+        "kernels had a processor for 71% of the time in which they were timed: something else computes on this machine"
+    )
 
 
 def test_progress_is_shown_on_a_terminal_alone(tmp_path: Path) -> None:
     config, stages = gpt_config(tmp_path, LITTLE_RAM), []
     forecast(config, RATES, Question(Room(1 << 40, 1 << 40), largest=True), stages.append)
-    assert stages == ["the model without bytes", "a step without bytes", "the plan, followed on paper", "the largest batch and depth"]
+    assert stages == [
+        "the model without bytes",
+        "a step without bytes",
+        "the plan, followed on paper",
+        "the largest batch and depth",
+    ]
     for terminal in (False, True):
         out = io.StringIO()
         with shown(Console(file=out, force_terminal=terminal, width=80)) as heard:

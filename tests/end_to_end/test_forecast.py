@@ -16,16 +16,16 @@ from torch import nn
 import offload
 from offload.cli import main
 from offload.config import ConfigError, load_config
-from offload.forecast.forecast import Forecast, forecast
-from offload.forecast.report import forecast_rows
-from offload.forecast.kernels import CostMode, RatedKernels
 from offload.factories import factory_of
+from offload.forecast.forecast import Forecast, forecast
+from offload.forecast.kernels import CostMode, RatedKernels
 from offload.forecast.rates import Rates, kernels_of, rates_of
 from offload.forecast.rehearsal import Bandwidths, RehearsalError, rehearsed
+from offload.forecast.report import forecast_rows
 from pagemem.errors import BudgetError
 from scheduler.planning.durations import MEASURED_STEPS
-from scheduler.planning.simulator import simulate
 from scheduler.planning.lookahead import Machine
+from scheduler.planning.simulator import simulate
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "byte_gpt.toml"
 
@@ -33,7 +33,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "byte_gpt.toml"
 @pytest.mark.parametrize("ram", [LITTLE_RAM, 64 << 20], ids=["little RAM", "much RAM"])
 @pytest.mark.parametrize("case", CASES)
 def test_ops_and_pages_are_those_of_the_engine(case: str, ram: int, tmp_path: Path) -> None:
-    """RAM to the page. What a plan never stores needs no room on the SSD, and what it stores depends on the times it was made with."""
+    """RAM to the page. What a plan never stores needs no room on the SSD, and what it stores depends on the times it
+    was made with."""
     config = gpt_config(tmp_path, ram, **CASES[case])
     report, start_pages, plan = trained(config)
     found = forecast(config, RATES)
@@ -49,7 +50,9 @@ def test_ops_and_pages_are_those_of_the_engine(case: str, ram: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("states", ["auto", "never"])
-@pytest.mark.parametrize("device", [6 * PAGE_BYTES, 20 * PAGE_BYTES, 60 * PAGE_BYTES, 8 << 20], ids=["little", "some", "more", "much"])
+@pytest.mark.parametrize(
+    "device", [6 * PAGE_BYTES, 20 * PAGE_BYTES, 60 * PAGE_BYTES, 8 << 20], ids=["little", "some", "more", "much"]
+)
 @pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "accumulated", "tied", "views", "recomputed"])
 def test_with_a_device_too(case: str, device: int, states: str, tmp_path: Path) -> None:
     # As many frames as without a device, where no gradients are on their way down.
@@ -76,7 +79,9 @@ def test_with_a_device_too(case: str, device: int, states: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("activations", ["64KiB", "1MiB", "3MiB"])
 @pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "recomputed"])
-def test_with_saved_tensors_in_pages_too(case: str, activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_saved_tensors_in_pages_too(
+    case: str, activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(forecast_runs, "ROWS", 8)
     monkeypatch.setattr(forecast_runs, "TOKENS", 64)
     ram = 2 * LITTLE_RAM
@@ -98,7 +103,12 @@ def test_the_ops_and_their_accesses_are_those_of_the_engine(tmp_path: Path) -> N
     config = gpt_config(tmp_path, 2 << 20, model=f"{HERE}:Viewed")
     _, _, plan = trained(config)
     assert config.model is not None
-    with rehearsed(factory_of("model", config.model.factory, {}), config, CostMode(RatedKernels(1e9, 1e9)), Bandwidths(1e9, 1e9, 1e9)) as engine:
+    with rehearsed(
+        factory_of("model", config.model.factory, {}),
+        config,
+        CostMode(RatedKernels(1e9, 1e9)),
+        Bandwidths(1e9, 1e9, 1e9),
+    ) as engine:
         engine.rehearse(ROWS, TOKENS)
         assert engine.trace.keys == plan.keys[: plan.ops_per_step]
         longest = max(op.until - index for index, op in enumerate(engine.trace.ops))
@@ -139,7 +149,8 @@ def test_a_simulated_plan_moves_the_bytes_that_the_engine_moves(n_pages: int, tm
         assert moved.bytes_written / moved.steps == pytest.approx(done.written_bytes, rel=share, abs=0.01)
 
 
-# ---- the forecast by itself --------------------------------------------------------------------------------------------
+# ---- the forecast by itself
+# --------------------------------------------------------------------------------------------
 
 
 def test_pages_do_not_depend_on_the_rates(tmp_path: Path) -> None:
@@ -171,7 +182,9 @@ def test_flops_of_a_linear_layer_and_bytes_of_the_rest() -> None:
         assert cost.seconds == pytest.approx(begun + 2 * 2 * 6 * 4 / 10.0)
 
 
-def test_with_the_ram_from_which_nothing_moves_nothing_moves_and_with_a_page_less_something_does(tmp_path: Path) -> None:
+def test_with_the_ram_from_which_nothing_moves_nothing_moves_and_with_a_page_less_something_does(
+    tmp_path: Path,
+) -> None:
     resident = forecast(gpt_config(tmp_path, 64 << 20), RATES).resident_ram_bytes
     enough, less = (forecast(gpt_config(tmp_path, ram), RATES) for ram in (resident, resident - PAGE_BYTES))
     assert enough.resident_ram_bytes == resident
@@ -203,7 +216,9 @@ def test_what_is_not_forecast_is_refused(sections: dict[str, Any], said: str, tm
 
 
 def test_a_model_that_looks_at_values_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(RehearsalError, match="^the model's step cannot be performed without values, on torch's meta device: "):
+    with pytest.raises(
+        RehearsalError, match="^the model's step cannot be performed without values, on torch's meta device: "
+    ):
         forecast(gpt_config(tmp_path, 2 << 20, model=f"{HERE}:Looking"), RATES)
 
 
@@ -233,7 +248,8 @@ def test_rehearsing_leaves_random_numbers_files_and_modes_alone(tmp_path: Path) 
     assert torch.empty(1).device.type == "cpu" and list(tmp_path.iterdir()) == []
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------
+# ---- the command
+# -------------------------------------------------------------------------------------------------------
 
 SHRUNK = [
     "--set", 'model.arguments={"d_model": 96, "n_layer": 3, "n_head": 4, "seq": 16}', "--set", "train.seq=16", "--set", "train.batch=2",
@@ -247,7 +263,14 @@ def test_json_is_one_object_of_what_the_forecast_finds(tmp_path: Path, capsys: p
     said = json.loads(line)
     found: Forecast = forecast(gpt_config(tmp_path, 2 << 20), RATES)
     assert said["ram_bytes"] == 2 << 20 and said["parameters"] == found.parameters
-    assert said["rates"] == {"flops": 2e9, "ram": 2e9, "ssd_read": 4e8, "ssd_write": 4e8, "h2d": 5e9, "device_ram": None}
+    assert said["rates"] == {
+        "flops": 2e9,
+        "ram": 2e9,
+        "ssd_read": 4e8,
+        "ssd_write": 4e8,
+        "h2d": 5e9,
+        "device_ram": None,
+    }
     assert said["step"]["ssd_pages"] == found.step.ssd_pages and said["step"]["host_bytes"] == found.step.host_bytes
     assert said["read_bytes_per_parameter"] == pytest.approx(said["read_bytes"] / said["parameters"])
 
@@ -258,7 +281,10 @@ def test_the_table_says_it_in_words(capsys: pytest.CaptureFixture[str], tmp_path
     found = forecast(gpt_config(tmp_path, 2 << 20), RATES)
     said = dict(forecast_rows(found))
     assert said["limited by"] == "compute"
-    assert said["step"].startswith(f"RAM {found.step.host_pages} pages, ") and f"SSD {found.step.ssd_pages} pages, " in said["step"]
+    assert (
+        said["step"].startswith(f"RAM {found.step.host_pages} pages, ")
+        and f"SSD {found.step.ssd_pages} pages, " in said["step"]
+    )
     for what in said:
         assert what in text
 
@@ -266,19 +292,27 @@ def test_the_table_says_it_in_words(capsys: pytest.CaptureFixture[str], tmp_path
 def test_a_budget_that_is_too_small_is_one_line_with_the_one_that_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(EXAMPLE), *SHRUNK, "--ram", "128KiB"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("offload: error: memory.ram is 131072 bytes") and "set memory.ram to at least" in error and error.count("\n") == 1
+    assert (
+        error.startswith("offload: error: memory.ram is 131072 bytes")
+        and "set memory.ram to at least" in error
+        and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("option", [["--machine-device", "1GiB"], ["--h2d", "1000"], ["--device-ram-speed", "1000"]])
 def test_options_of_a_device_are_refused_without_one(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(EXAMPLE), *SHRUNK, *option]) == 1
-    assert capsys.readouterr().err.startswith(f'offload: error: {option[0]}: device is "cpu", which has no memory of its own; --set device=')
+    assert capsys.readouterr().err.startswith(
+        f'offload: error: {option[0]}: device is "cpu", which has no memory of its own; --set device='
+    )
 
 
 def test_a_forecast_for_cuda_takes_no_figures_of_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     device = ["--set", "device=cuda", "--set", "memory.device=4MiB"]
     given = ["--machine-device", "1GiB", "--flops", "1e12", "--ram-speed", "10000"]
     assert main(["plan", str(EXAMPLE), *SHRUNK, *device, *given]) == 1
-    assert capsys.readouterr().err.endswith("of which the kernels of a CPU tell nothing: give --device-ram-speed as well\n")
+    assert capsys.readouterr().err.endswith(
+        "of which the kernels of a CPU tell nothing: give --device-ram-speed as well\n"
+    )
     assert main(["plan", str(EXAMPLE), *SHRUNK, *device, *given, "--device-ram-speed", "100000", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"]["device_bytes"] > 0

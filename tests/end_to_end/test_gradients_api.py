@@ -1,4 +1,5 @@
-"""Gradients belong to the engine: more or fewer than foretold, thrown away, clipped by hand, used with another learning rate."""
+"""Gradients belong to the engine: more or fewer than foretold, thrown away, clipped by hand, used with another learning
+rate."""
 
 from __future__ import annotations
 
@@ -20,17 +21,20 @@ def test_a_second_pass_that_was_not_foretold_is_an_error_and_not_a_wrong_update(
         train(engine, 2)
         loss = engine(*batches(1)[0])
         loss.backward(retain_graph=True)
-        with pytest.raises(offload.StaleGradientError, match=r'after the update of this step.*varying number.*update.start = "step"'):
+        with pytest.raises(
+            offload.StaleGradientError, match=r'after the update of this step.*varying number.*update.start = "step"'
+        ):
             loss.backward()
     assert_closed(engine)
-
 
 
 @pytest.mark.parametrize(
     ("ram", "clip_norm"),
     [(1 << 20, None), (1 << 20, 0.5), (16 << 20, None), (16 << 20, 0.5)],
 )
-def test_the_number_of_passes_may_vary_where_updates_wait_for_the_step(ram: int, clip_norm: float | None, tmp_path: Path) -> None:
+def test_the_number_of_passes_may_vary_where_updates_wait_for_the_step(
+    ram: int, clip_norm: float | None, tmp_path: Path
+) -> None:
     plain = built()
     optimizer = adamw(plain.parameters())
     with offload.initialize(built(), config(tmp_path, ram=ram, start="step", clip_norm=clip_norm), adamw) as engine:
@@ -65,7 +69,9 @@ def test_more_gradients_than_foretold_in_a_unit_that_waits_for_a_frozen_one_are_
     assert_closed(engine)
 
 
-def test_clipping_by_hand_that_begins_late_is_refused_with_the_keys_to_use_and_works_in_the_next_step(tmp_path: Path) -> None:
+def test_clipping_by_hand_that_begins_late_is_refused_with_the_keys_to_use_and_works_in_the_next_step(
+    tmp_path: Path,
+) -> None:
     plain = built()
     optimizer = adamw(plain.parameters())
     with engine_of(built(), tmp_path) as engine:
@@ -73,7 +79,10 @@ def test_clipping_by_hand_that_begins_late_is_refused_with_the_keys_to_use_and_w
             for model, its in ((plain, optimizer), (engine.model, engine.optimizer)):
                 torch.autograd.backward([model(*batch)])
                 if step == 2 and model is not plain:
-                    with pytest.raises(RuntimeError, match=r'used up by its update.*set update\.start = "step".*or clip by update\.clip_norm alone'):
+                    with pytest.raises(
+                        RuntimeError,
+                        match=r'used up by its update.*set update\.start = "step".*or clip by update\.clip_norm alone',
+                    ):
                         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 elif step > 2:
                     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -90,7 +99,9 @@ def test_a_learning_rate_changed_after_updates_have_used_it_is_an_error(tmp_path
         before = [group["lr"] for group in engine.optimizer.param_groups]
         for group in engine.optimizer.param_groups:
             group["lr"] = 1.0
-        with pytest.raises(RuntimeError, match='learning rate .* changed between backward and step.*update.start = "step"'):
+        with pytest.raises(
+            RuntimeError, match='learning rate .* changed between backward and step.*update.start = "step"'
+        ):
             engine.optimizer.step()
         for group, lr in zip(engine.optimizer.param_groups, before, strict=True):
             group["lr"] = lr
@@ -133,7 +144,9 @@ def test_gradients_that_updates_have_used_cannot_be_thrown_away(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("mode", ["exact", "lock-free"])
-@pytest.mark.parametrize("update", [{"clip_norm": 0.5}, {"clip_norm": 0.5, "loss_scale": 1024.0}, {"loss_scale": 1024.0}, {}], ids=str)
+@pytest.mark.parametrize(
+    "update", [{"clip_norm": 0.5}, {"clip_norm": 0.5, "loss_scale": 1024.0}, {"loss_scale": 1024.0}, {}], ids=str
+)
 def test_the_norm_of_the_last_step_is_known(update: dict[str, float], mode: str, tmp_path: Path) -> None:
     """Of all parameters that require gradients, in the optimizer or not, before clipping and without the loss scale."""
 

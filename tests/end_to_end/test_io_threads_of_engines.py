@@ -14,7 +14,9 @@ import offload
 
 
 @pytest.mark.parametrize(("cores", "helped"), [(2, False), (3, True)])
-def test_helpers_are_started_where_cores_are_idle(cores: int, helped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_helpers_are_started_where_cores_are_idle(
+    cores: int, helped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     config = {"memory": {"ram": "4MiB"}, "ssd": {"paths": [str(tmp_path / "pages")]}}

@@ -1,4 +1,5 @@
-"""SIGKILL at random instants, in a loop of one's own and under `offload launch`, metrics and exports included: nothing is lost."""
+"""SIGKILL at random instants, in a loop of one's own and under `offload launch`, metrics and exports included: nothing
+is lost."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ KILLS = {"exact": 70, "lock-free, staleness 0": 25, "lock-free": 25, "launch": 8
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("kind", KILLS)
-def test_a_run_that_is_killed_again_and_again_goes_on_from_its_last_commit(kind: str, tmp_path: Path, tally: Any) -> None:
-    """In exact mode, and lock-free with no staleness, to the bits of a run that never was, with one line of metrics a step."""
+def test_a_run_that_is_killed_again_and_again_goes_on_from_its_last_commit(
+    kind: str, tmp_path: Path, tally: Any
+) -> None:
+    """In exact mode, and lock-free with no staleness, to the bits of a run that never was, with one line of metrics a
+    step."""
     script = ROOT / "tests" / "support" / "killed_runs.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{script.parent}"}
     command = [sys.executable, str(script), kind, str(KILLS[kind]), "1", str(tmp_path)]

@@ -1,4 +1,5 @@
-"""A device that does what it is given later: nobody waits for it but compute itself, and results are plain PyTorch's, bit for bit."""
+"""A device that does what it is given later: nobody waits for it but compute itself, and results are plain PyTorch's,
+bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from offload.budget import checks as budget_checks
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("name", CASES)
-def test_every_step_equals_plain_torch(name: str, clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_equals_plain_torch(
+    name: str, clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accumulation = 3 if name == "gpt" else 1
     parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, accumulation, steps=8)
     parity.memory = {"device": "1MiB"}
@@ -34,7 +37,9 @@ def test_every_step_equals_plain_torch(name: str, clip_norm: float | None, tmp_p
 
 @pytest.mark.parametrize("limit", [0, "64KiB"])
 @pytest.mark.parametrize("name", CASES)
-def test_saved_tensors_go_down_and_come_back_late(name: str, limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_tensors_go_down_and_come_back_late(
+    name: str, limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
     accumulation = 3 if name == "gpt" else 1
     parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), None, accumulation, steps=9)
@@ -45,10 +50,16 @@ def test_saved_tensors_go_down_and_come_back_late(name: str, limit: int | str, t
     assert stats.deviations == 0 and stats.planned_steps >= parity.steps - 5
 
 
-def test_compute_goes_on_behind_what_is_on_its_way_down_only_for_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of the limit may be on its way; what is older is waited for by the device, before its memory is used again."""
+def test_compute_goes_on_behind_what_is_on_its_way_down_only_for_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the limit may be on its way; what is older is waited for by the device, before its memory is used
+    again."""
     made = config(tmp_path, ram=4 << 20)
-    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB", "activations": "128KiB", "recompute": "never"}}
+    made |= {
+        "device": "cpu-emulated",
+        "memory": made["memory"] | {"device": "8MiB", "activations": "128KiB", "recompute": "never"},
+    }
     monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
     most_bytes = 0
     with late_device(monkeypatch, late_s=0.002) as device, offload.initialize(built(), made, adamw) as engine:
@@ -67,7 +78,9 @@ def test_compute_goes_on_behind_what_is_on_its_way_down_only_for_its_room(tmp_pa
     assert_closed(engine)
 
 
-def test_a_device_that_fails_to_copy_a_saved_tensor_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_fails_to_copy_a_saved_tensor_is_heard_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = config(tmp_path, ram=4 << 20)
     made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB", "activations": 0}}
     monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
@@ -88,7 +101,9 @@ def test_a_device_that_fails_to_copy_a_saved_tensor_is_heard_of(tmp_path: Path, 
     assert_closed(engine)
 
 
-def test_the_device_is_asked_for_times_only_until_the_plan_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_asked_for_times_only_until_the_plan_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Asking means waiting for it: the step that is traced and three by the first plan are timed, no later one."""
     made = config(tmp_path)
     made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "1MiB"}}
@@ -100,7 +115,9 @@ def test_the_device_is_asked_for_times_only_until_the_plan_has_them(tmp_path: Pa
             timed.append(device.timed > before[0])
             marked.append(device.stamped > before[1])
         assert timed == [False, True, False, True, True, True, False, False, False]
-        assert marked == [True, True, False, True, True, True, False, False, False], "nobody is to ask for the times of the others"
+        assert marked == [True, True, False, True, True, True, False, False, False], (
+            "nobody is to ask for the times of the others"
+        )
         assert engine.stats().deviations == 0
 
 
@@ -115,7 +132,10 @@ def test_a_loss_that_is_no_number_changes_nothing_and_training_goes_on(
     with late_device(monkeypatch), offload.initialize(built(), made, adamw) as engine:
         for step, batch in enumerate(batches(6)):
             if step == 3:
-                with pytest.raises(offload.NonFiniteError, match=f"loss of step 4 is {value}: no parameter changed by it; .*learning rate"):
+                with pytest.raises(
+                    offload.NonFiniteError,
+                    match=f"loss of step 4 is {value}: no parameter changed by it; .*learning rate",
+                ):
                     engine.backward(engine(*batch) * value)
                     engine.step()
                 assert engine._updater.direct_bytes == 0
@@ -129,7 +149,9 @@ def test_a_loss_that_is_no_number_changes_nothing_and_training_goes_on(
     assert_closed(engine)
 
 
-def test_gradients_of_an_earlier_loss_outlive_one_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_an_earlier_loss_outlive_one_that_is_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of two micro-batches the second one fails: the first one's gradients are those of a step made without it."""
     plain, made = built(), config(tmp_path, ram=4 << 20, start="step")
     made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB"}}
@@ -173,7 +195,11 @@ def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monke
             behind: list[int] = []
             updated = engine._store.updated
             with monkeypatch.context() as watched:
-                watched.setattr(engine._updater._updater, "_updated", lambda unit: (behind.append(engine._updater.direct_bytes), updated(unit)))
+                watched.setattr(
+                    engine._updater._updater,
+                    "_updated",
+                    lambda unit: (behind.append(engine._updater.direct_bytes), updated(unit)),
+                )
                 train(engine, 1)
             use = engine.memory_report().tiers["host"]
             assert len(behind) == len(engine._store.index.units)
@@ -184,7 +210,9 @@ def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monke
         assert device.brought == 5 * (1 + sum(1 for _ in built().parameters())), "the loss, and every gradient"
 
 
-def test_a_copy_that_fails_on_the_device_is_raised_on_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_on_the_device_is_raised_on_the_training_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = config(tmp_path)
     made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "1MiB"}}
     with late_device(monkeypatch) as device:
@@ -220,7 +248,8 @@ def test_values_edited_and_saved_are_those_of_the_device(tmp_path: Path, monkeyp
         assert_closed(engine)
 
 
-# ---- a device that has failed, and what is held for one -----------------------------------------------------------------
+# ---- a device that has failed, and what is held for one
+# -----------------------------------------------------------------
 
 
 def on_late(tmp_path: Path, **memory: object) -> dict[str, object]:
@@ -259,7 +288,9 @@ def test_close_ends_after_the_device_failed_and_the_first_error_is_told(
 
 
 @pytest.mark.parametrize("done", range(0, 8, 2))
-def test_close_ends_where_an_edit_cannot_be_written_back(done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_ends_where_an_edit_cannot_be_written_back(
+    done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the middle of a step, when copies up for later ops are asked for."""
     with late_device(monkeypatch):
         engine = offload.initialize(built(), on_late(tmp_path, device="512KiB", device_states="never"), adamw)
@@ -296,8 +327,11 @@ class Pinned:
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_all_of_the_budget_is_pinned_once_and_no_more(clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages, and one buffer for gradients: once their sizes are known, within ``memory.ram``, and until the engine is closed."""
+def test_all_of_the_budget_is_pinned_once_and_no_more(
+    clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages, and one buffer for gradients: once their sizes are known, within ``memory.ram``, and until the engine is
+    closed."""
     made, pinned = on_late(tmp_path), Pinned()
     made["update"] = {**made.get("update", {}), "clip_norm": clip_norm}
     with late_device(monkeypatch) as device:
@@ -308,16 +342,25 @@ def test_all_of_the_budget_is_pinned_once_and_no_more(clip_norm: float | None, t
         with offload.initialize(model, made, adamw) as engine:
             store = engine._store
             largest_bytes = max(unit.gradient_bytes for unit in store.index.units)
-            assert pinned.ever == [store.mover.arena.n_bytes, (2 if clip_norm is None else 1) * largest_bytes, losses_bytes := 4096]
+            assert pinned.ever == [
+                store.mover.arena.n_bytes,
+                (2 if clip_norm is None else 1) * largest_bytes,
+                losses_bytes := 4096,
+            ]
             assert 4 << 20 >= sum(pinned.ever) - losses_bytes > (4 << 20) - store.page_bytes
             assert store.budget.used_bytes == sum(pinned.ever) - losses_bytes
             train(engine, 3)
-            assert len(pinned.ever) == len(pinned.now) == 3 and store.budget.used_bytes == sum(pinned.now.values()) - losses_bytes, "training pins nothing"
+            assert (
+                len(pinned.ever) == len(pinned.now) == 3
+                and store.budget.used_bytes == sum(pinned.now.values()) - losses_bytes
+            ), "training pins nothing"
         assert_closed(engine)
         assert not pinned.now
 
 
-def test_gradients_on_their_way_when_the_engine_is_closed_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_on_their_way_when_the_engine_is_closed_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Memory that a device is still writing to is neither unpinned nor given back."""
     made, pinned = on_late(tmp_path, device_states="never"), Pinned()
     with late_device(monkeypatch, late_s=0.01) as device:
@@ -328,7 +371,9 @@ def test_gradients_on_their_way_when_the_engine_is_closed_are_waited_for(tmp_pat
             engine(x, y).backward()
             waiting = list(engine._updater._waiting)
             assert waiting and not waiting[-1].there.reached()
-            assert all(one.source is not None for one in waiting if not one.there.reached()), "the device is still reading them"
+            assert all(one.source is not None for one in waiting if not one.there.reached()), (
+                "the device is still reading them"
+            )
             device.late_s = 0.0
         assert all(one.there.reached() for one in waiting) and not pinned.now
         del waiting
@@ -342,7 +387,10 @@ def test_a_budget_that_cannot_be_locked_is_refused_in_one_line(tmp_path: Path, m
         with offload.initialize(built(), on_late(tmp_path), adamw) as engine:
             train(engine, 1)  # nothing is locked for a device that asks for no such thing
         monkeypatch.setattr(device, "pin", Pinned(), raising=False)
-        with pytest.raises(MemoryError, match=r"memory\.ram is 4194304 bytes .*locked in RAM.*has 4194303 bytes .* left; lower memory\.ram") as caught:
+        with pytest.raises(
+            MemoryError,
+            match=r"memory\.ram is 4194304 bytes .*locked in RAM.*has 4194303 bytes .* left; lower memory\.ram",
+        ) as caught:
             offload.initialize(model, on_late(tmp_path), adamw)
         assert "\n" not in str(caught.value)
     assert all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
@@ -374,7 +422,9 @@ def test_values_are_not_brought_down_or_up_where_that_is_not_ordered_with_comput
             with pytest.raises(offload.DeviceError, match="another stream"):
                 engine(*batches(1)[0])
         assert engine.resume() is not None
-        assert all(torch.equal(value, kept[name]) for name, value in engine.model.state_dict().items()), "the commit before is the last"
+        assert all(torch.equal(value, kept[name]) for name, value in engine.model.state_dict().items()), (
+            "the commit before is the last"
+        )
     assert_closed(engine)
 
 

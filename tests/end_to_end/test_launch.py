@@ -20,13 +20,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from examples.byte_corpus import ByteCorpus
+from examples.byte_gpt import ByteGPT, byte_gpt
 from offload.cli import main
 from offload.config import ConfigError, load_config
-from examples.byte_corpus import ByteCorpus
-from offload.parameters.optimizer_template import template_from
 from offload.factories import factory_of, resolve
 from offload.launch.train import launch, learning_rate
-from examples.byte_gpt import ByteGPT, byte_gpt
+from offload.parameters.optimizer_template import template_from
 from pagemem.errors import BudgetError, NonFiniteError, RunDirectoryError
 
 HERE = __name__
@@ -120,7 +120,8 @@ not_callable = 3
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """A run whose states do not fit in its RAM, on one compute thread: threads cost a model this small more than they bring."""
+    """A run whose states do not fit in its RAM, on one compute thread: threads cost a model this small more than they
+    bring."""
     threads = torch.get_num_threads()
     yield {
         "seed": 5,
@@ -234,7 +235,11 @@ def test_what_is_built_beforehand_takes_no_random_numbers_from_the_model(raw: di
 
 def test_a_pipe_gets_plain_lines_every_few_steps(raw: dict[str, Any]) -> None:
     _, text = run(raw)
-    assert re.findall(r"^step (\d+)/12  loss [\d.]+  [\d,]+ tokens/s  RAM .+  SSD .+  waiting .+%$", text, re.M) == ["5", "10", "12"]
+    assert re.findall(r"^step (\d+)/12  loss [\d.]+  [\d,]+ tokens/s  RAM .+  SSD .+  waiting .+%$", text, re.M) == [
+        "5",
+        "10",
+        "12",
+    ]
     assert "\x1b" not in text
 
 
@@ -255,7 +260,11 @@ def test_results_of_another_run_are_set_aside_and_nothing_else_changes(raw: dict
     kept = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "loss_curve.png", "config.json")}
     (folder / "note.txt").write_text("mine")
     for number, steps in ((1, 5), (2, 4)):
-        other = {**raw, "train": {**raw["train"], "steps": steps}, "ssd": {"paths": [str(tmp_path / f"pages {number}")], "threads": 1}}
+        other = {
+            **raw,
+            "train": {**raw["train"], "steps": steps},
+            "ssd": {"paths": [str(tmp_path / f"pages {number}")], "threads": 1},
+        }
         text = run(other)[1]
         assert f"are kept as metrics-{number}.jsonl, loss_curve-{number}.png, config-{number}.json" in text
         assert len(metrics(other)) == steps and metrics(other)[0]["loss"] == first[0]["loss"]
@@ -271,13 +280,17 @@ def smallest_named(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
     assert run_command(raw, tmp_path) == 1
     error = capsys.readouterr().err
     assert error.startswith("offload: error: memory.ram is ") and error.count("\n") == 1
-    found = re.search(r"the largest unit, blocks\.0\.up \(66560 bytes .*needs (\d+) bytes.*set memory\.ram to at least (\d+)$", error)
+    found = re.search(
+        r"the largest unit, blocks\.0\.up \(66560 bytes .*needs (\d+) bytes.*set memory\.ram to at least (\d+)$", error
+    )
     assert found is not None and found[1] == found[2], error
     assert not (tmp_path / "pages").exists(), "nothing was built"
     return int(found[1])
 
 
-@pytest.mark.parametrize("more", [{}, {"update": {"clip_norm": 0.5, "accumulation": 2}}, {"dtype": "bf16"}], ids=["plain", "clipped", "bf16"])
+@pytest.mark.parametrize(
+    "more", [{}, {"update": {"clip_norm": 0.5, "accumulation": 2}}, {"dtype": "bf16"}], ids=["plain", "clipped", "bf16"]
+)
 def test_the_budget_that_the_error_names_trains(
     more: dict[str, Any], raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,7 +332,9 @@ def test_ctrl_c_stops_after_the_step_under_way(raw: dict[str, Any]) -> None:
     assert (Path(raw["output"]["run"]) / "loss_curve.png").exists()
     assert signal.getsignal(signal.SIGINT) is before
     code, text = run({**raw, "data": {"factory": f"{HERE}:small_text"}})  # All was given back.
-    assert code == 0 and "going on after step 4" in text and [m["step"] for m in metrics(raw)] == list(range(1, STEPS + 1))
+    assert (
+        code == 0 and "going on after step 4" in text and [m["step"] for m in metrics(raw)] == list(range(1, STEPS + 1))
+    )
 
 
 def test_sigterm_stops_as_ctrl_c_does(raw: dict[str, Any]) -> None:
@@ -338,14 +353,18 @@ def test_a_second_sigterm_does_not_wait(raw: dict[str, Any], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("times", [2, 6])
-def test_a_second_ctrl_c_does_not_wait(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], times: int) -> None:
+def test_a_second_ctrl_c_does_not_wait(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], times: int
+) -> None:
     raw["data"] = {"factory": f"{HERE}:interrupting_text", "arguments": {"times": times}}
     assert run_command(raw, tmp_path) == 130
     assert capsys.readouterr().err == "offload: interrupted\n"
     assert len(metrics(raw)) == 3
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     raw["model"]["factory"] = f"{HERE}:poisoned"
     assert run_command(raw, tmp_path) == 1
     error = capsys.readouterr().err
@@ -362,7 +381,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(raw: dict[str, Any], tmp_path: P
         ({"model": {"factory": "offload.nowhere:x"}}, "factory 'offload.nowhere:x': No module named 'offload.nowhere'"),
         ({"model": {"factory": "examples.byte_gpt:nothing"}}, "has no attribute 'nothing'"),
         ({"model": {"factory": f"{HERE}:not_callable"}}, "is a int, not callable"),
-        ({"model": {"arguments": {"depth": 3}}}, "model.arguments: examples.byte_gpt:byte_gpt: got an unexpected keyword argument 'depth'"),
+        (
+            {"model": {"arguments": {"depth": 3}}},
+            "model.arguments: examples.byte_gpt:byte_gpt: got an unexpected keyword argument 'depth'",
+        ),
         ({"model": {"arguments": {"d_model": 60, "n_head": 7}}}, "d_model (60) is not a multiple of n_head (7)"),
         ({"data": {"arguments": {"depth": 3}}}, "data.arguments: "),
         ({"train": {"seq": 64}}, "64 tokens a row, the model was built for 32"),
@@ -410,15 +432,24 @@ def test_a_run_folder_that_is_a_file_is_refused(raw: dict[str, Any], tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and (tmp_path / "run").read_text() == "precious"
 
 
-@pytest.mark.parametrize("arguments", [{**MODEL, "d_model": 60, "n_head": 7}, {**MODEL, "d_model": 512}], ids=["refused by the factory", "too large"])
-def test_a_run_that_cannot_begin_leaves_everything_as_it_was(arguments: dict[str, int], raw: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [{**MODEL, "d_model": 60, "n_head": 7}, {**MODEL, "d_model": 512}],
+    ids=["refused by the factory", "too large"],
+)
+def test_a_run_that_cannot_begin_leaves_everything_as_it_was(
+    arguments: dict[str, int], raw: dict[str, Any], tmp_path: Path
+) -> None:
     failing = copy.deepcopy(raw)
     failing["model"]["arguments"] = arguments
     failing["ssd"]["paths"] = [str(tmp_path / "new" / "pages")]
     with pytest.raises((ValueError, BudgetError)):
         run(failing)
     # A cache of data that was made stays for the next attempt.
-    assert sorted(path.name for path in tmp_path.rglob("*")) in ([], ["data", "offload-run.json", "run", "train.bin", "validation.bin"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) in (
+        [],
+        ["data", "offload-run.json", "run", "train.bin", "validation.bin"],
+    )
     run(raw)
     before = content(tmp_path)
     with pytest.raises((ValueError, BudgetError)):

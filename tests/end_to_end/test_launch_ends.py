@@ -18,9 +18,9 @@ from rich.console import Console
 
 from offload.config import ConfigError, load_config
 from offload.console.output import Output, OutputClosed
-from offload.launch.train import launch
 from offload.launch.progress import ProgressLog, StepMetrics
 from offload.launch.run_folder import RunFolder
+from offload.launch.train import launch
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import DiskFullError, OffloadError, RunDirectoryError, StorageError
 from pagemem.folders.run_directory import RunDirectory
@@ -37,7 +37,10 @@ def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
         "seed": 5,
         "memory": {"ram": "768KiB", "page": "64KiB"},
         "ssd": {"paths": [str(tmp_path / "pages")], "threads": 1},
-        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
+        "model": {
+            "factory": "examples.byte_gpt:byte_gpt",
+            "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32},
+        },
         "data": {"factory": "launch_data:sentence_text"},
         "train": {"steps": STEPS, "batch": 2, "seq": 32, "evaluate_batches": 0, "threads": 1},
         "output": {"run": str(tmp_path / "run")},
@@ -59,7 +62,9 @@ def committed(raw: dict[str, Any]) -> list[int]:
 
 def steps(raw: dict[str, Any]) -> list[int]:
     """Steps that have metrics."""
-    return [json.loads(line)["step"] for line in (Path(raw["output"]["run"]) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"] for line in (Path(raw["output"]["run"]) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -70,7 +75,13 @@ def content(folder: Path) -> dict[str, tuple[bytes, int]]:
 @pytest.mark.parametrize("update", [{}, {"mode": "lock-free", "exact_steps": 0}], ids=["exact", "lock-free"])
 @pytest.mark.parametrize(
     ("commit", "found"),
-    [({}, [6]), ({"at_end": False}, []), ({"every_steps": 3}, [3, 6]), ({"every_steps": 4, "at_end": False}, [4]), ({"every_steps": 4}, [4, 6])],
+    [
+        ({}, [6]),
+        ({"at_end": False}, []),
+        ({"every_steps": 3}, [3, 6]),
+        ({"every_steps": 4, "at_end": False}, [4]),
+        ({"every_steps": 4}, [4, 6]),
+    ],
 )
 def test_the_end_is_committed_unless_switched_off_and_no_step_twice(
     commit: dict[str, Any], found: list[int], update: dict[str, Any], raw: dict[str, Any]
@@ -89,12 +100,16 @@ def test_ctrl_c_is_committed_by_default_and_the_same_command_goes_on(raw: dict[s
     signalled = {**raw, "data": {"factory": "launch_data:signalling_text", "arguments": {"at": 2, "name": "SIGINT"}}}
     assert run(signalled)[0] == 130 and committed(raw) == [3]
     code, text = run(raw)
-    assert code == 0 and "going on after step 3" in text and committed(raw) == [3, 6] and steps(raw) == [1, 2, 3, 4, 5, 6]
+    assert (
+        code == 0 and "going on after step 3" in text and committed(raw) == [3, 6] and steps(raw) == [1, 2, 3, 4, 5, 6]
+    )
 
 
 def test_data_that_end_or_fail_end_the_run_with_a_commit(raw: dict[str, Any]) -> None:
     ending = {**raw, "data": {"factory": "launch_data:ending_text", "arguments": {"at": 4}}}
-    with pytest.raises(ConfigError, match="data.factory: launch_data:ending_text: batch 4 fails: LookupError: there are 4 batches"):
+    with pytest.raises(
+        ConfigError, match="data.factory: launch_data:ending_text: batch 4 fails: LookupError: there are 4 batches"
+    ):
         run(ending)
     assert committed(raw) == [4] and steps(raw) == [1, 2, 3, 4]
     assert run(raw)[0] == 0 and steps(raw) == [1, 2, 3, 4, 5, 6]
@@ -141,12 +156,27 @@ def test_a_run_folder_is_given_back_as_it_was(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["data", "offload-run.json"]
 
 
-@pytest.mark.parametrize("identity", ["", "{", "[]", '{"format": "offload run 99"}', '{"format": "offload run 1", "pages": 3}', "\0" * 100, "[" * 10_000])
-def test_an_identity_that_is_none_is_refused_and_nothing_changed(identity: str, raw: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "identity",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": "offload run 99"}',
+        '{"format": "offload run 1", "pages": 3}',
+        "\0" * 100,
+        "[" * 10_000,
+    ],
+)
+def test_an_identity_that_is_none_is_refused_and_nothing_changed(
+    identity: str, raw: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "offload-run.json").write_text(identity)
     before = content(tmp_path)
-    with pytest.raises(RunDirectoryError, match="offload-run.json is not the identity of a run.*Nothing was changed") as caught:
+    with pytest.raises(
+        RunDirectoryError, match="offload-run.json is not the identity of a run.*Nothing was changed"
+    ) as caught:
         run(raw)
     assert content(tmp_path) == before and len(str(caught.value).splitlines()) == 1
 
@@ -195,7 +225,9 @@ def test_head_in_a_process_of_its_own(raw: dict[str, Any], tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps({**raw, "train": {**raw["train"], "steps": 100_000}}))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     command = f"{sys.executable} -m offload launch {tmp_path / 'config.json'} | head -1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["bash", "-c", command], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
     assert done.stderr == "" and done.stdout.splitlines()[-1] == "141"
     assert committed(raw) == steps(raw)[-1:] != []
 
@@ -208,7 +240,9 @@ def test_other_commands_end_at_once() -> None:
 # ---- metrics that cannot be written ----------------------------------------------------------------------------------
 
 
-def test_a_run_whose_metrics_cannot_be_written_commits_first(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_metrics_cannot_be_written_commits_first(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def take(self: ProgressLog, metrics: StepMetrics) -> None:
         raise StorageError("metrics.jsonl: writing failed: No space left on device")
 
@@ -234,7 +268,9 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "pwrite", full)
-            with pytest.raises(DiskFullError, match=rf"writing {tmp_path / 'm'} at offset {len(before) + 7}, .*No space left"):
+            with pytest.raises(
+                DiskFullError, match=rf"writing {tmp_path / 'm'} at offset {len(before) + 7}, .*No space left"
+            ):
                 log.take(metrics)
         assert (tmp_path / "m").read_bytes() == before
         log.take(metrics)

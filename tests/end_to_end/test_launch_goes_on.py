@@ -18,8 +18,8 @@ from rich.console import Console
 
 from offload.cli import main
 from offload.config import load_config
-from offload.launch.train import launch
 from offload.launch.progress import ProgressLog
+from offload.launch.train import launch
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
 
@@ -96,7 +96,13 @@ def uninterrupted(raw: dict[str, Any], tmp_path: Path) -> tuple[list[tuple[int, 
 def test_a_killed_run_goes_on(raw: dict[str, Any], tmp_path: Path, uninterrupted: tuple[Any, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(signalled(raw, 7, "SIGKILL")))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    command = [sys.executable, "-c", "from offload.cli import main; raise SystemExit(main())", "launch", str(tmp_path / "config.json")]
+    command = [
+        sys.executable,
+        "-c",
+        "from offload.cli import main; raise SystemExit(main())",
+        "launch",
+        str(tmp_path / "config.json"),
+    ]
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [step for step, _, _ in trained(raw)] == list(range(1, 8))
@@ -132,7 +138,9 @@ def test_a_finished_run_says_so_and_changes_nothing_and_more_steps_go_on(raw: di
         assert run(raw) == (0, said) and content(tmp_path) == before
     raw["train"]["steps"] = STEPS + 3
     assert run(raw)[0] == 0
-    assert metrics(raw)[:STEPS] == metrics_before and [line["step"] for line in metrics(raw)] == list(range(1, STEPS + 4))
+    assert metrics(raw)[:STEPS] == metrics_before and [line["step"] for line in metrics(raw)] == list(
+        range(1, STEPS + 4)
+    )
 
 
 def test_never_means_never(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

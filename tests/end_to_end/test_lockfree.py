@@ -1,4 +1,5 @@
-"""Lock-free mode: with no staleness allowed it is plain PyTorch, bit for bit; with some, what it says it is, bit for bit."""
+"""Lock-free mode: with no staleness allowed it is plain PyTorch, bit for bit; with some, what it says it is, bit for
+bit."""
 
 from __future__ import annotations
 
@@ -38,14 +39,25 @@ def test_without_staleness_every_step_equals_plain_torch(
     parity.run()
     planned = dataclasses.replace(parity, each_step=False, steps=6)
     stats = planned.run()
-    if name != "borrower" or residency == "all_in_ram":  # Its views hold pages that the plan of a tiny budget would move.
+    if (
+        name != "borrower" or residency == "all_in_ram"
+    ):  # Its views hold pages that the plan of a tiny budget would move.
         assert stats.deviations == 0
         assert stats.planned_steps >= planned.steps - 2
 
 
 def replayed(
-    case: Case, folder: Path, ram: int, max_staleness: int, *, pace: str, steps: int = 10, clip_norm: float | None = None,
-    accumulation: int = 1, dtype: torch.dtype = torch.float32, exact_steps: int = 0,
+    case: Case,
+    folder: Path,
+    ram: int,
+    max_staleness: int,
+    *,
+    pace: str,
+    steps: int = 10,
+    clip_norm: float | None = None,
+    accumulation: int = 1,
+    dtype: torch.dtype = torch.float32,
+    exact_steps: int = 0,
 ) -> tuple[History, offload.Engine]:
     """Train, do it again in plain PyTorch, compare everything; the engine is closed."""
     torch.manual_seed(7)

@@ -1,4 +1,5 @@
-"""Background commits in lock-free mode: training does not wait for gradients on their way, and what is committed fits together."""
+"""Background commits in lock-free mode: training does not wait for gradients on their way, and what is committed fits
+together."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import CASES
 from torch import nn
 
 import offload
@@ -15,7 +17,6 @@ from offload.parameters.paged_parameter import PagedParameter
 from optim.lockfree.updater import LockFreeUpdater
 from optim.unit import Unit
 from scheduler.planning.trace import AccessMode
-from tiny_models import CASES
 
 TIMEOUT_S = 60.0
 
@@ -60,7 +61,13 @@ def masters_of(engine: offload.Engine, unit: Unit) -> torch.Tensor:
     states, parts = engine._updater._states, []  # type: ignore[attr-defined]
     for slot in unit.slots:
         whole = torch.empty(slot.numel)
-        states._visit(unit, slot, AccessMode.READ, None, lambda view, begin, whole=whole: whole[begin : begin + view.numel()].copy_(view))
+        states._visit(
+            unit,
+            slot,
+            AccessMode.READ,
+            None,
+            lambda view, begin, whole=whole: whole[begin : begin + view.numel()].copy_(view),
+        )
         parts.append(whole)
     return torch.cat(parts)
 
@@ -108,7 +115,9 @@ def test_what_is_resumed_fits_together(ram: str, tmp_path: Path) -> None:
                 with torch.no_grad():
                     mine = torch.cat([values[slot].detach().clone().reshape(-1) for slot in unit.slots])
                 with engine._store.driver.interlude():
-                    assert torch.equal(mine, masters_of(engine, unit)), f"{unit.name}: parameters are not those of its masters"
+                    assert torch.equal(mine, masters_of(engine, unit)), (
+                        f"{unit.name}: parameters are not those of its masters"
+                    )
         train(engine, generator, 2)
 
 
@@ -127,4 +136,8 @@ def test_save_has_every_update(tmp_path: Path) -> None:
         assert {slot.name: slot.ahead for unit in engine._store.index.units for slot in unit.slots} == ahead
         found, states = engine.model.state_dict(), engine.optimizer.state_dict()["state"]
         assert all(torch.equal(found[name], value) for name, value in expected.items())
-        assert all(torch.equal(states[number][name], value) for number, state in optimizer.items() for name, value in state.items())
+        assert all(
+            torch.equal(states[number][name], value)
+            for number, state in optimizer.items()
+            for name, value in state.items()
+        )

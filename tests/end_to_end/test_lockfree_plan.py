@@ -36,7 +36,9 @@ class Wide(nn.Module):
         return F.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1), y.flatten())
 
 
-def trained(folder: Path, width: int, blocks: int, bytes_each: float, steps: int, *, page: str = "auto", **update: Any) -> dict[str, Any]:
+def trained(
+    folder: Path, width: int, blocks: int, bytes_each: float, steps: int, *, page: str = "auto", **update: Any
+) -> dict[str, Any]:
     """Train; returns what there is to be counted. The staleness bound is looked at in every step."""
     torch.manual_seed(7)
     model = Wide(width, blocks)
@@ -60,7 +62,9 @@ def trained(folder: Path, width: int, blocks: int, bytes_each: float, steps: int
         stats = engine.stats()
         engine.drain()
         updates = {slot.steps for unit in engine._store.index.units for slot in unit.slots}
-        assert updates == {steps} or all(1 <= made <= steps for made in updates), "merged updates are fewer, none is lost"
+        assert updates == {steps} or all(1 <= made <= steps for made in updates), (
+            "merged updates are fewer, none is lost"
+        )
         engine._store.mover.validate()
     assert_closed(engine)
     return {"resident": resident, "late": deviations[-1] - deviations[WARM_UP], "planned": stats.planned_steps}

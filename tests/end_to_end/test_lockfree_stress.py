@@ -13,7 +13,8 @@ from lockfree_run import Run, Scale, running
 from optim.unit import Unit
 
 STEPS = 1000
-#: A layer is the smallest that is a unit of its own. Its states and master fill three frames, of which the ring has nine.
+#: A layer is the smallest that is a unit of its own. Its states and master fill three frames, of which the ring has
+#: nine.
 TINY = Scale(92, 7, 1_240_000)
 LONGEST_S = 0.002
 
@@ -47,7 +48,9 @@ def delay_the_disk(run: Run, delays: Delays) -> None:
     files: Any = run.engine._store.mover.files
     for name in ("read", "write"):
 
-        def begin(route: Any, buffer: memoryview, done: Any, *, background: bool = False, move: Any = getattr(files, name)) -> None:
+        def begin(
+            route: Any, buffer: memoryview, done: Any, *, background: bool = False, move: Any = getattr(files, name)
+        ) -> None:
             def late(error: BaseException | None) -> None:
                 delays.maybe()
                 done(error)
@@ -75,5 +78,7 @@ def test_a_thousand_steps_with_delays_at_random(max_staleness: int, tmp_path: Pa
         run.assert_replayed()
         assert all(run.clock(unit) == (STEPS, STEPS, STEPS) for unit in run.units)
         assert run.engine.stats().dropped_gradients == run.engine.stats().dropped_steps == 0
-        merged = {later - earlier for ends in run.history.published.values() for earlier, later in zip([0, *ends], ends)}
+        merged = {
+            later - earlier for ends in run.history.published.values() for earlier, later in zip([0, *ends], ends)
+        }
         assert 2 <= max(merged) <= max_staleness + 1

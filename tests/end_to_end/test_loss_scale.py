@@ -1,4 +1,5 @@
-"""fp16 with a dynamic loss scale equals the same arithmetic written out in plain PyTorch; overflowing steps are dropped."""
+"""fp16 with a dynamic loss scale equals the same arithmetic written out in plain PyTorch; overflowing steps are
+dropped."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import CASES
 from torch import nn
 
 import offload
-from tiny_models import CASES
 
 SCALE = 2.0**16
 

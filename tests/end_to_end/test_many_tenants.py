@@ -1,4 +1,5 @@
-"""Where memory has very many tenants, windows are looked for near the best ones: results are plain PyTorch's all the same."""
+"""Where memory has very many tenants, windows are looked for near the best ones: results are plain PyTorch's all the
+same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Twenty families of transformers' models, small and random: built plainly and out of pages, they train to plain PyTorch's bits."""
+"""Twenty families of transformers' models, small and random: built plainly and out of pages, they train to plain
+PyTorch's bits."""
 
 from __future__ import annotations
 
@@ -45,7 +46,12 @@ def images(generator: torch.Generator) -> dict[str, Tensor]:
 
 def pairs(generator: torch.Generator) -> dict[str, Any]:
     pixels = torch.randn(2, 3, 32, 32, generator=generator)
-    return {"input_ids": tokens(generator), "pixel_values": pixels, "attention_mask": torch.ones(2, 12, dtype=torch.long), "return_loss": True}
+    return {
+        "input_ids": tokens(generator),
+        "pixel_values": pixels,
+        "attention_mask": torch.ones(2, 12, dtype=torch.long),
+        "return_loss": True,
+    }
 
 
 def spectrum(generator: torch.Generator) -> dict[str, Tensor]:
@@ -53,7 +59,10 @@ def spectrum(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def sound(generator: torch.Generator) -> dict[str, Tensor]:
-    return {"input_values": torch.randn(2, 2000, generator=generator), "labels": torch.randint(1, 30, (2, 3), generator=generator)}
+    return {
+        "input_values": torch.randn(2, 2000, generator=generator),
+        "labels": torch.randint(1, 30, (2, 3), generator=generator),
+    }
 
 
 #: Model class, configuration class, its arguments, and what the model eats.
@@ -127,7 +136,11 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Inputs) 
     model.eval()
     with torch.no_grad():
         outputs = model(**inputs(generator))
-    return [*found, outputs.loss, *(value for value in (outputs.get("logits"), outputs.get("logits_per_image")) if value is not None)]
+    return [
+        *found,
+        outputs.loss,
+        *(value for value in (outputs.get("logits"), outputs.get("logits_per_image")) if value is not None),
+    ]
 
 
 def equal_when_trained(name: str, how: str, folder: Path) -> str | None:
@@ -162,7 +175,9 @@ def test_every_family_trains_and_evaluates_to_plain_bits(tally: Callable[..., No
         for how in ("plain", "deferred"):
             try:
                 found = equal_when_trained(name, how, tmp_path / f"{name}_{how}")
-            except Exception as error:  # Counted, like any other way not to be plain's: the others are still to be tried.
+            except (
+                Exception
+            ) as error:  # Counted, like any other way not to be plain's: the others are still to be tried.
                 found = f"{name} {how}: {type(error).__name__}: {error}"
             if found is not None:
                 different.append(found)
@@ -181,7 +196,9 @@ def test_what_was_refused(name: str, tmp_path: Path) -> None:
 
 def test_from_pretrained_inside_the_block_says_what_to_do_instead(tmp_path: Path) -> None:
     built("Llama").save_pretrained(tmp_path / "weights")
-    with pytest.raises(ValueError, match=r"LlamaModel\.embed_tokens\.weight is on meta .*from_pretrained.*outside deferred_init") as caught:
+    with pytest.raises(
+        ValueError, match=r"LlamaModel\.embed_tokens\.weight is on meta .*from_pretrained.*outside deferred_init"
+    ) as caught:
         with offload.deferred_init(config(tmp_path)):
             library().AutoModelForCausalLM.from_pretrained(tmp_path / "weights")
     assert "\n" not in str(caught.value)

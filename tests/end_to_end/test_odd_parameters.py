@@ -18,7 +18,8 @@ import offload
 
 
 class Odd(nn.Module):
-    """A scale without dimensions (CLIP's), an empty parameter, one with a single element, and frozen numbers of other kinds."""
+    """A scale without dimensions (CLIP's), an empty parameter, one with a single element, and frozen numbers of other
+    kinds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +32,9 @@ class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.first(x)) * self.logit_scale.exp()
         hidden = self.last(hidden)[:, self.table] * self.mask
-        return (torch.cat([hidden, self.nothing.expand(0, 8).new_zeros(len(x), 1)], 1) * self.one).square().mean() + self.nothing.sum()
+        return (
+            torch.cat([hidden, self.nothing.expand(0, 8).new_zeros(len(x), 1)], 1) * self.one
+        ).square().mean() + self.nothing.sum()
 
 
 class OnlyScale(nn.Module):
@@ -83,7 +86,9 @@ def settings_of(name: str, folder: Path, **update: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("build", [Odd, OnlyScale, OnlyEmpty])
-def test_training_has_plain_bits_whatever_the_parameters_are(build: Callable[[], nn.Module], name: str, tmp_path: Path) -> None:
+def test_training_has_plain_bits_whatever_the_parameters_are(
+    build: Callable[[], nn.Module], name: str, tmp_path: Path
+) -> None:
     torch.manual_seed(7)
     plain = build()
     clip_norm = SETTINGS[name].get("clip_norm")
@@ -154,7 +159,8 @@ def test_after_an_error_a_plain_model_has_them_as_before(tmp_path: Path) -> None
     assert_equal(model, plain)
 
 
-# ---- what cannot be paged ----------------------------------------------------------------------------------------------
+# ---- what cannot be paged
+# ----------------------------------------------------------------------------------------------
 
 
 def shared_storage() -> nn.Module:
@@ -185,7 +191,10 @@ def complex_numbers() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "storage": (shared_storage, r"0\.weight and 1\.weight are different tensors over the same memory, .* tie them as one nn\.Parameter"),
+    "storage": (
+        shared_storage,
+        r"0\.weight and 1\.weight are different tensors over the same memory, .* tie them as one nn\.Parameter",
+    ),
     "buffer": (shared_with_a_buffer, "weight and row are different tensors over the same memory"),
     "meta": (on_meta, "weight is on meta and has no values; build the model on the CPU .*from_pretrained"),
     "complex": (complex_numbers, "phase is torch.complex64, which pages cannot hold"),
@@ -202,7 +211,9 @@ def test_what_cannot_be_paged_is_refused_in_one_line_and_left_alone(name: str, t
     with pytest.raises(ValueError, match=message) as caught:
         offload.prepare(model, lambda ps: torch.optim.SGD(ps, lr=0.1), config(tmp_path))
     assert "\n" not in str(caught.value)
-    assert all(parameter is before[key][0] and type(parameter) is before[key][1] for key, parameter in model.named_parameters())
+    assert all(
+        parameter is before[key][0] and type(parameter) is before[key][1] for key, parameter in model.named_parameters()
+    )
 
 
 def test_lazy_modules_may_be_built_out_of_pages_and_are_paged_once_they_have_a_shape(tmp_path: Path) -> None:
@@ -223,7 +234,9 @@ def test_lazy_modules_may_be_built_out_of_pages_and_are_paged_once_they_have_a_s
 
 
 def test_modules_on_meta_are_refused_inside_the_block(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Sequential.0.weight is on meta and has no values; .*from_pretrained") as caught:
+    with pytest.raises(
+        ValueError, match="Sequential.0.weight is on meta and has no values; .*from_pretrained"
+    ) as caught:
         with offload.deferred_init(config(tmp_path)):
             nn.Sequential(on_meta())
     assert "\n" not in str(caught.value)

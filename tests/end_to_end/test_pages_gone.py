@@ -1,4 +1,5 @@
-"""Page files that vanish, are replaced or cut under a run, and files of commits that cannot be read for now: said, and nothing is lost."""
+"""Page files that vanish, are replaced or cut under a run, and files of commits that cannot be read for now: said, and
+nothing is lost."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def without_draws(of: Run) -> dict[str, Any]:
     return {key: value for key, value in of.state().items() if key not in ("numpy", "python", "torch")}
 
 
-# ---- under a run -------------------------------------------------------------------------------------------------------
+# ---- under a run
+# -------------------------------------------------------------------------------------------------------
 
 
 def replaced(path: Path) -> None:
@@ -59,7 +61,10 @@ def test_a_page_file_that_is_harmed_under_a_run_fails_the_next_commit(
         trained.engine.save()
         harm(path)
         for _ in range(2):
-            with pytest.raises(offload.StorageError, match=rf"^({path} {what} while this run used it, .*another folder|.*cannot be committed.*)$") as caught:
+            with pytest.raises(
+                offload.StorageError,
+                match=rf"^({path} {what} while this run used it, .*another folder|.*cannot be committed.*)$",
+            ) as caught:
                 trained.engine.save()
             assert "\n" not in str(caught.value)
         assert CommitFolder(tmp_path / "pages").numbers() == [1]
@@ -73,12 +78,15 @@ def test_a_page_file_that_is_gone_cannot_be_grown(tmp_path: Path) -> None:
         with pytest.raises(offload.StorageError, match=rf"growing {path} at offset \d+, \d+ bytes: No such file"):
             files.grow(files.n_frames + 1)
         path.write_bytes(b"")
-        with pytest.raises(offload.StorageError, match=rf"growing {path} at offset \d+, \d+ bytes: another file has taken its place"):
+        with pytest.raises(
+            offload.StorageError, match=rf"growing {path} at offset \d+, \d+ bytes: another file has taken its place"
+        ):
             files.grow(files.n_frames + 1)
         assert path.stat().st_size == 0
 
 
-# ---- at resume -----------------------------------------------------------------------------------------------------------
+# ---- at resume
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checksums", [True, False])
@@ -104,7 +112,8 @@ def test_a_page_file_that_is_gone_or_cut_is_an_error_and_nothing_is_made_in_its_
         assert_same(without_draws(resumed), expected)
 
 
-# ---- for now -------------------------------------------------------------------------------------------------------------
+# ---- for now
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -120,7 +129,9 @@ def named(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ENOMEM, errno.ESTALE])
 @pytest.mark.parametrize("call", ["open", "read"])
-def test_a_commit_that_cannot_be_read_for_now_is_no_damaged_one(code: int, call: str, named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_cannot_be_read_for_now_is_no_damaged_one(
+    code: int, call: str, named: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = named / "pages" / "commits" / "commit-00000001.json"
     before = FinishedRun(named / "pages", {}).content()
     real: Callable[..., Any] = getattr(os, call)
@@ -149,7 +160,10 @@ def test_a_commit_of_another_version_is_not_trained_beside_and_stays(named: Path
     path = named / "pages" / "commits" / "commit-00000001.json"
     path.write_bytes(path.read_bytes().replace(b"offload-commit-1", b"offload-commit-7", 1))
     before = FinishedRun(named / "pages", {}).content()
-    with pytest.raises(offload.CommitError, match=rf"{path} is damaged: this is not a commit of this version: .*offload-commit-7.*Nothing was changed"):
+    with pytest.raises(
+        offload.CommitError,
+        match=rf"{path} is damaged: this is not a commit of this version: .*offload-commit-7.*Nothing was changed",
+    ):
         run(named)
     assert FinishedRun(named / "pages", {}).content() == before
 

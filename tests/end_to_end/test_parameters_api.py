@@ -13,7 +13,13 @@ import pytest
 import torch
 from parity import adamw, compare
 from small_runs import (
-    RAM_BYTES, assert_closed, assert_equal, built, engine_of, train, train_plain,
+    RAM_BYTES,
+    assert_closed,
+    assert_equal,
+    built,
+    engine_of,
+    train,
+    train_plain,
 )  # fmt: skip
 from tiny_models import GPT
 from torch import Tensor, nn
@@ -91,7 +97,9 @@ def test_tied_weights_stay_one_parameter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 4], ids=["untrained", "planned"])
-def test_what_is_written_inside_gathered_is_there_after_it_and_nothing_stays_bound(steps: int, engine: offload.Engine) -> None:
+def test_what_is_written_inside_gathered_is_there_after_it_and_nothing_stays_bound(
+    steps: int, engine: offload.Engine
+) -> None:
     model, plain = gpt(engine), built()
     train(engine, steps)
     engine.drain()
@@ -124,7 +132,9 @@ def test_data_is_set_by_copying_and_keeps_its_shape(engine: offload.Engine) -> N
     kept = values.clone()
     values.zero_()
     assert torch.equal(model.tok.weight, kept)
-    with pytest.raises(RuntimeError, match=r"tok\.weight: \.data of shape \(2, 3\) for a paged parameter of shape \(128, 128\)"):
+    with pytest.raises(
+        RuntimeError, match=r"tok\.weight: \.data of shape \(2, 3\) for a paged parameter of shape \(128, 128\)"
+    ):
         model.tok.weight.data = torch.zeros(2, 3)
     assert torch.equal(model.tok.weight, kept)
     model.tok.weight.data.normal_(generator=torch.Generator().manual_seed(3))
@@ -165,7 +175,10 @@ def test_state_dict_is_plain_a_copy_and_loads_back(engine: offload.Engine) -> No
         engine.model.load_state_dict(plain.state_dict() | {"tok.weight": torch.zeros(2, 2)})
     assert_equal(engine.model, plain)
     train(engine, 4)
-    assert all(torch.equal(value, expected) for value, expected in zip(saved.values(), built().state_dict().values(), strict=True))
+    assert all(
+        torch.equal(value, expected)
+        for value, expected in zip(saved.values(), built().state_dict().values(), strict=True)
+    )
 
 
 def test_training_goes_on_after_a_state_dict_that_raised(engine: offload.Engine) -> None:
@@ -216,7 +229,9 @@ def test_training_goes_on_in_a_new_engine_from_saved_states(source: str, tmp_pat
         pytest.param(lambda model: pickle.dumps(model.tok.weight), id="one parameter"),
     ],
 )
-def test_pickling_the_model_itself_says_what_to_use(pickling: Callable[[nn.Module], Any], engine: offload.Engine) -> None:
+def test_pickling_the_model_itself_says_what_to_use(
+    pickling: Callable[[nn.Module], Any], engine: offload.Engine
+) -> None:
     with pytest.raises(RuntimeError, match=r"cannot be pickled.*; use model\.state_dict\(\)"):
         pickling(engine.model)
     train(engine, 2)

@@ -1,4 +1,5 @@
-"""nn.Parameter over a paged one, and parametrizations, which make such: while a model is built and once it is in pages."""
+"""nn.Parameter over a paged one, and parametrizations, which make such: while a model is built and once it is in
+pages."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 
 
 class Changed(nn.Module):
-    """A net whose layers are in it before they are changed; with ``lists``, parameters in lists and mappings as well."""
+    """A net whose layers are in it before they are changed; with ``lists``, parameters in lists and mappings as
+    well."""
 
     def __init__(self, change: Callable[[nn.Module], object]) -> None:
         super().__init__()
@@ -100,7 +102,9 @@ def test_two_parameters_over_the_same_pages_are_refused(tmp_path: Path) -> None:
             store.flush()
             model[1].weight = make(model[0].weight)
             again = nn.Sequential(model)
-        with pytest.raises(ValueError, match=r"0\.weight and 1\.weight are different tensors over the same memory.*tie them as one") as caught:
+        with pytest.raises(
+            ValueError, match=r"0\.weight and 1\.weight are different tensors over the same memory.*tie them as one"
+        ) as caught:
             offload.initialize(again[0], config(tmp_path), adamw)
         assert "\n" not in str(caught.value)
         store.close()
@@ -133,7 +137,9 @@ def test_once_the_model_is_in_pages_it_is_one_line_and_nothing_has_changed(name:
     model = Changed(lambda layer: None)
     with offload.initialize(model, config(tmp_path), adamw) as engine:
         weight = model.second.weight
-        with pytest.raises(RuntimeError, match=r"nn\.Parameter over second\.weight, which is paged: .* before prepare") as caught:
+        with pytest.raises(
+            RuntimeError, match=r"nn\.Parameter over second\.weight, which is paged: .* before prepare"
+        ) as caught:
             parametrizations.weight_norm(model.second) if name == "weight_norm" else nn.Parameter(weight)
         assert "\n" not in str(caught.value)
         optimizer = adamw(plain.parameters())

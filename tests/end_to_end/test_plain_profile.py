@@ -1,4 +1,5 @@
-"""`offload profile --plain`: bytes of a model that does not use the engine are those one can count, and its training is the same."""
+"""`offload profile --plain`: bytes of a model that does not use the engine are those one can count, and its training is
+the same."""
 
 from __future__ import annotations
 
@@ -33,11 +34,20 @@ RESULT = 4 * ROWS * WIDTH
 
 
 def stack() -> nn.Sequential:
-    """Three layers whose bytes can be counted by hand: each saves its input, and each ReLU its result, which is the next one's input."""
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU(), nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU(), nn.Linear(WIDTH, WIDTH, bias=False))
+    """Three layers whose bytes can be counted by hand: each saves its input, and each ReLU its result, which is the
+    next one's input."""
+    return nn.Sequential(
+        nn.Linear(WIDTH, WIDTH, bias=False),
+        nn.ReLU(),
+        nn.Linear(WIDTH, WIDTH, bias=False),
+        nn.ReLU(),
+        nn.Linear(WIDTH, WIDTH, bias=False),
+    )
 
 
-def training(model: nn.Module | None = None, make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW) -> Training:
+def training(
+    model: nn.Module | None = None, make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+) -> Training:
     """A whole training, as a user's callable returns it."""
     torch.manual_seed(3)
     model = stack() if model is None else model
@@ -79,7 +89,8 @@ def test_bytes_are_those_one_can_count() -> None:
         kept = by_module[name]
         assert (kept[Tag.PARAM], kept[Tag.GRAD]) == (SQUARE, SQUARE)
         assert kept[Tag.MOMENT] == 2 * SQUARE + 4  # and the step's number
-    # The first layer's input was there before; it is held, since somebody saves it. The loss, outside of all modules, saves its own.
+    # The first layer's input was there before; it is held, since somebody saves it. The loss, outside of all modules,
+    # saves its own.
     assert {name: kept[Tag.ACTIVATION] for name, kept in by_module.items() if Tag.ACTIVATION in kept} == {
         "0": RESULT, "1": RESULT, "3": RESULT, "Sequential": RESULT,
     }  # fmt: skip
@@ -102,7 +113,11 @@ def test_spans_tell_which_module_computed() -> None:
     assert len(recording.step_ends_s) == 2
     spans = [(op.phase, op.name) for op in recording.ops if op.name != "Sequential"]
     # A ReLU's gradient comes from its result; a layer's from its input and its weight.
-    one_step = [("forward", str(i)) for i in range(5)] + [("backward", str(i)) for i in range(4, -1, -1)] + [("update", OPTIMIZER)]
+    one_step = (
+        [("forward", str(i)) for i in range(5)]
+        + [("backward", str(i)) for i in range(4, -1, -1)]
+        + [("update", OPTIMIZER)]
+    )
     assert spans == one_step * 2
     assert all(op.end_s >= op.start_s for op in recording.ops)
 
@@ -165,7 +180,8 @@ def test_second_derivatives_can_still_be_taken() -> None:
         assert torch.equal(curvature(), plain)
 
 
-# ---- what the engine would save ----------------------------------------------------------------------------------------
+# ---- what the engine would save
+# ----------------------------------------------------------------------------------------
 
 
 def test_the_smallest_budget_is_one_that_works(tmp_path: Path) -> None:
@@ -178,7 +194,9 @@ def test_the_smallest_budget_is_one_that_works(tmp_path: Path) -> None:
             engine.backward(engine(*batch))
             engine.step()
     with pytest.raises(BudgetError, match="set memory.ram to at least"):
-        offload.initialize(built(), {**settings, "memory": {"ram": least - 1}, "ssd": {"paths": [str(tmp_path / "less")]}}, adamw)
+        offload.initialize(
+            built(), {**settings, "memory": {"ram": least - 1}, "ssd": {"paths": [str(tmp_path / "less")]}}, adamw
+        )
 
 
 def test_more_memory_moves_less_and_all_of_it_nothing() -> None:
@@ -187,17 +205,26 @@ def test_more_memory_moves_less_and_all_of_it_nothing() -> None:
     found = choices(model, optimizer, watch.at_peak)
     budgets = [choice for choice in found if choice.activations_bytes is None]
     assert [c.ram_bytes for c in budgets] == sorted({c.ram_bytes for c in budgets})
-    assert all(a.peak_bytes < b.peak_bytes and a.read_bytes > b.read_bytes for a, b in zip(budgets, budgets[1:], strict=False))
+    assert all(
+        a.peak_bytes < b.peak_bytes and a.read_bytes > b.read_bytes for a, b in zip(budgets, budgets[1:], strict=False)
+    )
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert budgets[-1].ram_bytes == 12 * n_parameters and (budgets[-1].read_bytes, budgets[-1].written_bytes, budgets[-1].ssd_bytes) == (0, 0, 0)
+    assert budgets[-1].ram_bytes == 12 * n_parameters and (
+        budgets[-1].read_bytes,
+        budgets[-1].written_bytes,
+        budgets[-1].ssd_bytes,
+    ) == (0, 0, 0)
     share = 1 - budgets[0].ram_bytes / (12 * n_parameters)
-    assert budgets[0].read_bytes == pytest.approx(16 * n_parameters * share) and budgets[0].written_bytes == pytest.approx(12 * n_parameters * share)
+    assert budgets[0].read_bytes == pytest.approx(16 * n_parameters * share) and budgets[
+        0
+    ].written_bytes == pytest.approx(12 * n_parameters * share)
     (with_activations,) = [choice for choice in found if choice.activations_bytes is not None]
     same = next(choice for choice in budgets if choice.ram_bytes == with_activations.ram_bytes)
     assert same.peak_bytes - with_activations.peak_bytes == pytest.approx(2 / 3 * watch.at_peak[Tag.ACTIVATION], abs=1)
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------
+# ---- the command
+# -------------------------------------------------------------------------------------------------------
 
 
 def run(to: Path, reference: str = f"{__name__}:training", steps: int = 2) -> tuple[dict[str, Any], str]:
@@ -206,7 +233,9 @@ def run(to: Path, reference: str = f"{__name__}:training", steps: int = 2) -> tu
     return profile_plain(reference, steps, to, Console(file=out, width=200)), out.getvalue()
 
 
-def test_the_command_writes_a_profile_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_profile_and_says_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     to = tmp_path / "profile"
     assert main(["profile", "--plain", f"{__name__}:training", "--steps", "2", "--to", str(to)]) == 0
     assert {path.name for path in to.iterdir()} == {"trace.json", "report.html", "summary.json"}

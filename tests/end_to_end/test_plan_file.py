@@ -1,4 +1,5 @@
-"""The plan that a run keeps as a file: it says what the engine follows, is replaced with it, and refuses what is none."""
+"""The plan that a run keeps as a file: it says what the engine follows, is replaced with it, and refuses what is
+none."""
 
 from __future__ import annotations
 
@@ -89,7 +90,9 @@ def test_a_run_that_goes_on_with_another_budget_has_another_plan(tmp_path: Path)
     assert before.frames < after.frames
 
 
-def test_a_file_that_cannot_be_written_is_said_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_is_said_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = os.rename
 
     def full(source: str | Path, target: str | Path) -> None:
@@ -98,7 +101,10 @@ def test_a_file_that_cannot_be_written_is_said_and_training_goes_on(tmp_path: Pa
         real(source, target)
 
     monkeypatch.setattr(os, "rename", full)
-    with pytest.warns(RuntimeWarning, match=r"the plan could not be kept, training goes on by it: renaming .*plan\.json\.new: No space left on device"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"the plan could not be kept, training goes on by it: renaming .*plan\.json\.new: No space left on device",
+    ):
         train(config_of(tmp_path), lambda engine: None)
     assert not list((tmp_path / "pages").glob("plan*"))
 
@@ -142,8 +148,16 @@ def test_tasks_that_point_nowhere_are_refused(content: dict[str, Any], tmp_path:
     load = content["loads"][0]
     for key, value, what in (
         ("loads", [{**load, "trigger": n_ops}], rf"begins with op {n_ops}; the cycle has {n_ops}"),
-        ("loads", [{**load, "frame": content["frames"]}], rf"goes to frames {content['frames']} to \d+; there are {content['frames']}"),
-        ("tensor_bytes", {**content["tensor_bytes"], str(load["tensor"]): content["page_bytes"] * (content["frames"] + 1)}, "goes to frames"),
+        (
+            "loads",
+            [{**load, "frame": content["frames"]}],
+            rf"goes to frames {content['frames']} to \d+; there are {content['frames']}",
+        ),
+        (
+            "tensor_bytes",
+            {**content["tensor_bytes"], str(load["tensor"]): content["page_bytes"] * (content["frames"] + 1)},
+            "goes to frames",
+        ),
         ("initial", {"1000000": 0}, r"of tensor 1000000, of which the file has no name"),
         ("stores", [{"tensor": 10**6, "trigger": 0}], r"of tensor 1000000, of which the file has no name"),
         ("initial", {str(load["tensor"]): content["frames"]}, "goes to frames"),
@@ -158,7 +172,12 @@ def test_a_key_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         driver = engine._store.driver
         assert driver.plan is not None
         plan = dataclasses.replace(driver.plan, loads=(), stores=(), carried=(), initial={})
-        trace = Trace((Op((OpKind.FORWARD, ("a", (1, None))), "an op", (), 0.1, 0), Op((OpKind.FORWARD, ("a", object())), "an op", (), 0.1, 1)))
+        trace = Trace(
+            (
+                Op((OpKind.FORWARD, ("a", (1, None))), "an op", (), 0.1, 0),
+                Op((OpKind.FORWARD, ("a", object())), "an op", (), 0.1, 1),
+            )
+        )
         with pytest.raises(PlanFileError, match=r"an op has the key <object object at .*>, of type object"):
             PlanFile.of(plan, trace, {}, {}, 1)
         of_one = PlanFile.of(plan, Trace(trace.ops[:1]), {}, {}, 1)

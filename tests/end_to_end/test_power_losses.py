@@ -1,4 +1,5 @@
-"""Losses of power at random instants of whole runs, metrics and exports included: nothing that was durable is lost, to the bit."""
+"""Losses of power at random instants of whole runs, metrics and exports included: nothing that was durable is lost, to
+the bit."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Ended:
 
 
 def own_loop(folder: Path, until: int, mark: Callable[[str], None]) -> Ended:
-    """A loop of one's own: a commit in the background after every step, one that is waited for, and an export in each half."""
+    """A loop of one's own: a commit in the background after every step, one that is waited for, and an export in each
+    half."""
     ended = Ended()
     with Run(SMALL, folder / "disk", every_steps=1, keep=2) as run:
 
@@ -81,7 +83,9 @@ def launched(folder: Path, until: int, mark: Callable[[str], None]) -> Ended:
     mark(f"committed {until}")
     mark(f"ended {until}")
     lines = [json.loads(line) for line in (folder / "disk" / "log" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, until + 1)), f"metrics of steps {[line['step'] for line in lines]}"
+    assert [line["step"] for line in lines] == list(range(1, until + 1)), (
+        f"metrics of steps {[line['step'] for line in lines]}"
+    )
     ended.losses = {line["step"]: repr(line["loss"]) for line in lines}
     return ended
 
@@ -113,14 +117,30 @@ class Trial:
         folder.mkdir()
         try:
             recording.lose_power(at, draw, folder / "disk")
-            return [f"{self.kind}, at call {at} of {recording.clock}: {fault}" for fault in self._faults(folder, recording, at)]
+            return [
+                f"{self.kind}, at call {at} of {recording.clock}: {fault}"
+                for fault in self._faults(folder, recording, at)
+            ]
         finally:
             shutil.rmtree(folder)
 
     def _faults(self, folder: Path, recording: Recording, at: int) -> Iterator[str]:
         marks = [mark.what.split() for mark in recording.marks if mark.at <= at]
-        steps = [int(step) for what, step in marks if what in ("committed", "ended" if self.kind == "launch" else "committed")]
-        least = max([HALF if recording is self.recordings[1] and self.kind == "launch" else 3 if recording is self.recordings[1] else 0, *steps])
+        steps = [
+            int(step)
+            for what, step in marks
+            if what in ("committed", "ended" if self.kind == "launch" else "committed")
+        ]
+        least = max(
+            [
+                HALF
+                if recording is self.recordings[1] and self.kind == "launch"
+                else 3
+                if recording is self.recordings[1]
+                else 0,
+                *steps,
+            ]
+        )
         try:
             newest = newest_step(folder / "disk")
             if newest < least:
@@ -137,7 +157,10 @@ class Trial:
             return
         if ended.began_at != newest:
             yield f"the newest commit was of step {newest}, the run went on from {ended.began_at}"
-        if any(self.expected.losses[step] != found for step, found in ended.losses.items()) or ended.end != self.expected.end:
+        if (
+            any(self.expected.losses[step] != found for step, found in ended.losses.items())
+            or ended.end != self.expected.end
+        ):
             yield "the run that went on has other bits"
         if ended.exports != self.expected.exports:
             yield "exports differ at the end"
@@ -159,5 +182,10 @@ def test_losses_of_power(kind: str, tmp_path: Path, tally: Any) -> None:
     draw = random.Random(4)
     faults = [fault for _ in range(LOSSES // len(KINDS)) for fault in trial.lose(draw)]
     calls = sum(recording.clock for recording in trial.recordings)
-    tally(f"simulated power losses, {kind}", trials=LOSSES // len(KINDS), failures=len(faults), detail=f"at random moments of {calls} recorded calls")
+    tally(
+        f"simulated power losses, {kind}",
+        trials=LOSSES // len(KINDS),
+        failures=len(faults),
+        detail=f"at random moments of {calls} recorded calls",
+    )
     assert not faults, "\n".join(faults)

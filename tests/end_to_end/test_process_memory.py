@@ -19,7 +19,9 @@ from offload.cli import main
 from offload.heap import ForwardEnd, joining
 
 
-@pytest.mark.parametrize("arguments", [{}, {"tied": True}, {"recompute": "non-reentrant"}], ids=["plain", "tied", "recompute"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"tied": True}, {"recompute": "non-reentrant"}], ids=["plain", "tied", "recompute"]
+)
 def test_each_training_forward_gives_pages_back_once(tmp_path: Path, arguments: dict[str, object]) -> None:
     calls: list[bool] = []
     with engine_of(built(**arguments), tmp_path) as engine:
@@ -58,7 +60,9 @@ def test_free_pages_are_given_back_only_where_they_are_wanted_and_memory_is_shor
     assert bool(calls) is given_back
 
 
-def test_with_freed_blocks_that_join_activations_need_no_trimming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_freed_blocks_that_join_activations_need_no_trimming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[bool] = []
     monkeypatch.setattr(offload.parameters.binder, "give_back_free_pages", lambda: calls.append(True))
     monkeypatch.setattr(offload.engine, "blocks_join", lambda: True)
@@ -70,7 +74,9 @@ def test_with_freed_blocks_that_join_activations_need_no_trimming(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("memory", "anew"), [({"activations": 0}, True), ({"activations": 0, "heap": "keep"}, False), ({}, False)], ids=["activations", "keep", "default"]
+    ("memory", "anew"),
+    [({"activations": 0}, True), ({"activations": 0, "heap": "keep"}, False), ({}, False)],
+    ids=["activations", "keep", "default"],
 )
 def test_launch_starts_itself_anew_where_the_heap_would_be_trimmed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: dict[str, object], anew: bool
@@ -92,7 +98,9 @@ def test_launch_starts_itself_anew_where_the_heap_would_be_trimmed(
 
 
 @pytest.mark.parametrize(("heap", "stays"), [("keep", True), ("trim", False)])
-def test_a_large_block_that_is_freed_stays_with_the_process_or_leaves_it(tmp_path: Path, heap: str, stays: bool) -> None:
+def test_a_large_block_that_is_freed_stays_with_the_process_or_leaves_it(
+    tmp_path: Path, heap: str, stays: bool
+) -> None:
     code = (
         "import sys, torch; sys.path[:0] = sys.argv[2].split(':')\n"
         "from pathlib import Path\n"
@@ -112,7 +120,13 @@ def test_a_large_block_that_is_freed_stays_with_the_process_or_leaves_it(tmp_pat
         "    print(resident() - before)\n"
     )
     path = ":".join(path for path in sys.path if path)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), path, heap], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), path, heap],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert (int(done.stdout) > 48) is stays
 

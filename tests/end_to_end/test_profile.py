@@ -1,4 +1,5 @@
-"""Profiles of real engines: what is recorded is what happened, training is not changed by it, and the files can be read."""
+"""Profiles of real engines: what is recorded is what happened, training is not changed by it, and the files can be
+read."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from parity import adamw
 from small_runs import RAM_BYTES, assert_closed, assert_equal, batches, built, config, engine_of, train, train_plain
 
 import offload
-from offload.profiling.profile import Profile, ProfileState
 from offload.profiling.html_report import report_data, summary_rows
+from offload.profiling.profile import Profile, ProfileState
 from pagemem.errors import RunDirectoryError
 from pagemem.telemetry.events import EventKind, NullSink
 from pagemem.tier import Tier
@@ -64,11 +65,13 @@ def test_with_activations_in_pages_profiled_bits_are_plain_pytorchs(tmp_path: Pa
     assert_closed(engine)
 
 
-# ---- what is recorded is what happened ---------------------------------------------------------------------------------
+# ---- what is recorded is what happened
+# ---------------------------------------------------------------------------------
 
 
 def recorded(tmp_path: Path, count: int = 4, **update: Any) -> tuple[Profile, offload.Stats, offload.Engine]:
-    """A profile of steps by plan, at rest before and after, what the engine counted meanwhile, and the closed engine."""
+    """A profile of steps by plan, at rest before and after, what the engine counted meanwhile, and the closed
+    engine."""
     with engine_of(built(), tmp_path, **update) as engine:
         steps(engine, 0, WARM_UP)
         engine.drain()
@@ -120,9 +123,16 @@ def test_with_a_device_its_bytes_and_copies_are_recorded_too(device: int | str, 
         assert recording is not None and summary["steps"] == 4
         held = recording.timeline.samples(Tier.DEVICE)
         assert held[-1].total_bytes == tier.mover.host.used_frames * (64 << 10)
-        assert max(sample.total_bytes for sample in held) == summary["tiers"]["device"]["peak_bytes"] <= tier.budget.limit_bytes
+        assert (
+            max(sample.total_bytes for sample in held)
+            == summary["tiers"]["device"]["peak_bytes"]
+            <= tier.budget.limit_bytes
+        )
         assert summary["lanes"]["h2d"]["bytes"] == copied_bytes > 0
-        assert summary["lanes"]["read"]["bytes"] == moved.bytes_read and summary["lanes"]["write"]["bytes"] == moved.bytes_written
+        assert (
+            summary["lanes"]["read"]["bytes"] == moved.bytes_read
+            and summary["lanes"]["write"]["bytes"] == moved.bytes_written
+        )
         assert {"forward", "backward", "update"} <= {op.phase for op in recording.ops}
         assert all(begin.end_s <= end.start_s for begin, end in zip(recording.ops, recording.ops[1:], strict=False))
         assert "copies to the device" in (tmp_path / "profile" / "trace.json").read_text()
@@ -164,9 +174,15 @@ def test_moves_ops_and_waits_are_those_that_were_counted(tmp_path: Path) -> None
     assert [sum(row[key] for row in summary["modules"]) for key in ("read_bytes", "written_bytes")] == moved
     assert summary["steps"] == summary["planned_steps"] == len(recording.step_ends_s) == 4
     waits_s = sum(wait.end_s - wait.start_s for wait in recording.waits)
-    assert waits_s == pytest.approx(stats.wait_s) and sum(row["total_s"] for row in summary["waits"]) == pytest.approx(waits_s)
+    assert waits_s == pytest.approx(stats.wait_s) and sum(row["total_s"] for row in summary["waits"]) == pytest.approx(
+        waits_s
+    )
     assert sum(row["total_s"] for row in summary["wait_causes"]) == pytest.approx(waits_s)
-    assert sum(row["count"] for row in summary["wait_causes"]) == sum(row["count"] for row in summary["waits"]) == len(recording.waits)
+    assert (
+        sum(row["count"] for row in summary["wait_causes"])
+        == sum(row["count"] for row in summary["waits"])
+        == len(recording.waits)
+    )
     assert {op.phase for op in recording.ops} >= {"forward", "backward", "update"}
     assert len(recording.ops) % 4 == 0, "four steps of the same ops"
     assert all(one.end_s <= two.start_s for one, two in zip(recording.ops, recording.ops[1:], strict=False))
@@ -214,11 +230,14 @@ def test_in_lock_free_mode_the_updaters_waits_are_not_the_training_threads(tmp_p
         assert wait.training == (not wait.name.startswith(("states", "master"))), wait
         assert wait.cause.lane in ("read", "write", "update", "none")
     assert profile.summary["tiers"]["host"]["peak_bytes"] <= 10 * MIB
-    assert ("of what is moved", "the plan has the training thread's part, not the updater's") in summary_rows(profile.summary)
+    assert ("of what is moved", "the plan has the training thread's part, not the updater's") in summary_rows(
+        profile.summary
+    )
     assert_closed(engine)
 
 
-# ---- when nobody profiles ----------------------------------------------------------------------------------------------
+# ---- when nobody profiles
+# ----------------------------------------------------------------------------------------------
 
 
 def test_after_the_block_nobody_is_told(tmp_path: Path) -> None:
@@ -226,12 +245,18 @@ def test_after_the_block_nobody_is_told(tmp_path: Path) -> None:
         with engine.profile(tmp_path / "profile") as profile:
             steps(engine, 0, 1)
         store = engine._store
-        assert store.driver.watcher is store.mover.watcher is store.mover.copies.watcher is store.budget._watcher is None
+        assert (
+            store.driver.watcher is store.mover.watcher is store.mover.copies.watcher is store.budget._watcher is None
+        )
         assert isinstance(store.counters.onward, NullSink)
         before = profile._recorder.finish({})
         steps(engine, 1, 2)
         after = profile._recorder.finish({})
-        assert (len(before.ops), len(before.events), len(before.waits)) == (len(after.ops), len(after.events), len(after.waits))
+        assert (len(before.ops), len(before.events), len(before.waits)) == (
+            len(after.ops),
+            len(after.events),
+            len(after.waits),
+        )
         assert before.n_calls == after.n_calls
 
 
@@ -303,7 +328,8 @@ def test_a_folder_with_other_files_is_refused_and_left(name: str, tmp_path: Path
     assert {path.name: path.read_text() for path in folder.iterdir()} == {name: "{}"}
 
 
-# ---- the files ---------------------------------------------------------------------------------------------------------
+# ---- the files
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_event_of_the_trace_is_whole(tmp_path: Path) -> None:
@@ -328,7 +354,9 @@ def test_every_event_of_the_trace_is_whole(tmp_path: Path) -> None:
     assert sum(event["ph"] == "X" and names[event["tid"]] == "compute" for event in events) == len(recording.ops)
     reads = [event for event in events if event["ph"] == "X" and names[event["tid"]].startswith("read lane")]
     assert sum(event["args"]["bytes"] for event in reads) == profile.summary["lanes"]["read"]["bytes"]
-    assert [event["name"] for event in events if event["ph"] == "X" and event["tid"] == 1] == [f"step {k}" for k in (1, 2, 3, 4)]
+    assert [event["name"] for event in events if event["ph"] == "X" and event["tid"] == 1] == [
+        f"step {k}" for k in (1, 2, 3, 4)
+    ]
 
 
 def test_counters_of_the_trace_go_forward_and_end_where_the_timeline_does(tmp_path: Path) -> None:
@@ -358,7 +386,9 @@ def test_the_report_names_no_address_and_holds_the_course_of_every_tag(tmp_path:
     profile, _, _ = recorded(tmp_path)
     page = (profile.folder / "report.html").read_text()
     assert "http://www.w3.org/2000/svg" in page  # A name, not fetched; there is no other.
-    assert page.replace("http://www.w3.org/2000/svg", "").count("://") == 0 and "src=" not in page and "<link" not in page
+    assert (
+        page.replace("http://www.w3.org/2000/svg", "").count("://") == 0 and "src=" not in page and "<link" not in page
+    )
     assert profile.recording is not None
     data = report_data(profile.recording, profile.summary, n_buckets=50)
     for tier in data["tiers"]:

@@ -1,4 +1,5 @@
-"""`offload profile` from configuration to report, beside a run that must not notice, and the report in a real browser."""
+"""`offload profile` from configuration to report, beside a run that must not notice, and the report in a real
+browser."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from examples.byte_gpt import ByteGPT
 from offload.cli import main
 from offload.config import ConfigError, load_config
-from offload.launch.train import launch
-from offload.profiling.plain import profile_plain
-from offload.profiling.html_report import write_report
 from offload.launch.profile_run import WARM_UP_STEPS, profile_run, temporary_beside
-from examples.byte_gpt import ByteGPT
+from offload.launch.train import launch
+from offload.profiling.html_report import write_report
+from offload.profiling.plain import profile_plain
 from pagemem.errors import BudgetError, RunDirectoryError
 from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder
 
@@ -82,7 +83,13 @@ def test_a_run_with_commits_is_left_as_it_is_and_nothing_else_is_left(
     assert re.match(r"steps +3 \(3 by plan, 0 deviations\), \d+\.\d{3} s$", lines[1])
     assert lines[-1] == f"report.html, summary.json and trace.json (for ui.perfetto.dev) are in {to}"
     rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in lines[1:-1])
-    assert {"step, mean against planned", "host peak of budget", "ssd peak of budget", "busy", "waiting for pages"} <= set(rows)
+    assert {
+        "step, mean against planned",
+        "host peak of budget",
+        "ssd peak of budget",
+        "busy",
+        "waiting for pages",
+    } <= set(rows)
     assert " of 768.0 KiB: " in rows["host peak of budget"]
 
 
@@ -140,7 +147,9 @@ def test_what_cannot_be_profiled_is_one_error_and_leaves_nothing(
     steps: int, change: dict[str, Any], error: type[Exception], said: str, raw: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=re.escape(said)):
-        profile({key: value for key, value in {**raw, **change}.items() if value is not None}, tmp_path / "profile", steps)
+        profile(
+            {key: value for key, value in {**raw, **change}.items() if value is not None}, tmp_path / "profile", steps
+        )
     assert {path.name for path in tmp_path.iterdir()} <= {"profile"}
     assert not list((tmp_path / "profile").glob("*"))
 
@@ -163,9 +172,12 @@ def test_the_temporary_folder_lies_beside_and_goes_also_after_an_error(tmp_path:
         assert list(tmp_path.iterdir()) == []
 
 
-# ---- the report in a browser -------------------------------------------------------------------------------------------
+# ---- the report in a browser
+# -------------------------------------------------------------------------------------------
 
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: the report is not opened in a real browser")
+in_a_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on PATH: the report is not opened in a real browser"
+)
 
 
 @pytest.fixture
@@ -201,7 +213,9 @@ def test_the_report_draws_itself_in_a_browser(raw: dict[str, Any], tmp_path: Pat
     assert all(row["name"] in line for row, line in zip(summary["modules"], modules, strict=True))
     if summary["waits"]:
         waits = rows_of(document, "waits")
-        assert len(waits) == len(summary["waits"]) and all(w["reason"] in line for w, line in zip(summary["waits"], waits, strict=True))
+        assert len(waits) == len(summary["waits"]) and all(
+            w["reason"] in line for w, line in zip(summary["waits"], waits, strict=True)
+        )
     else:
         assert "Nobody waited." in document
     if summary["wait_causes"]:
@@ -211,12 +225,18 @@ def test_the_report_draws_itself_in_a_browser(raw: dict[str, Any], tmp_path: Pat
     for tier in summary["tiers"].values():
         for tag in tier["tag_peaks"]:
             assert re.search(rf'<path d="M[^"]+Z"[^>]* data-tag="{tag}"', document), tag
-    assert document.count('data-lane="') >= 5 and "NaN" not in document and "undefined" not in document.split("<main>")[1].split("<script")[0]
+    assert (
+        document.count('data-lane="') >= 5
+        and "NaN" not in document
+        and "undefined" not in document.split("<main>")[1].split("<script")[0]
+    )
     assert f"{summary['steps']} steps in" in document
 
 
 @in_a_browser
-def test_the_report_of_plain_training_shows_what_there_is_and_nothing_else(tmp_path: Path, dom: Callable[[Path], str]) -> None:
+def test_the_report_of_plain_training_shows_what_there_is_and_nothing_else(
+    tmp_path: Path, dom: Callable[[Path], str]
+) -> None:
     summary = profile_plain(f"{__name__}:plain_training", 2, tmp_path / "profile", Console(file=io.StringIO()))
     document = dom(tmp_path / "profile" / "report.html")
     root = re.search(r"<html[^>]*>", document)
@@ -225,7 +245,11 @@ def test_the_report_of_plain_training_shows_what_there_is_and_nothing_else(tmp_p
         1, len(summary["plain"]["modules"]), len(summary["plain"]["engine"]),
     ]  # fmt: skip
     shown = document.split("<main>")[1].split("<script")[0]
-    assert not any(heading in shown for heading in ("Plan against reality", "Lanes", "Waits")) and "NaN" not in shown and "undefined" not in shown
+    assert (
+        not any(heading in shown for heading in ("Plan against reality", "Lanes", "Waits"))
+        and "NaN" not in shown
+        and "undefined" not in shown
+    )
     assert 'data-tag="activation"' in shown and 'data-lane="compute"' in shown
 
 
@@ -244,19 +268,31 @@ def plain_training() -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable[[
 
 
 @in_a_browser
-def test_pointing_at_the_picture_and_clicking_a_heading(raw: dict[str, Any], tmp_path: Path, dom: Callable[[Path], str]) -> None:
+def test_pointing_at_the_picture_and_clicking_a_heading(
+    raw: dict[str, Any], tmp_path: Path, dom: Callable[[Path], str]
+) -> None:
     summary, _ = profile(raw, tmp_path / "profile")
     page = (tmp_path / "profile" / "report.html").read_text()
     acted = tmp_path / "acted.html"
-    acted.write_text(page.replace("</body>", """<script>
+    acted.write_text(
+        page.replace(
+            "</body>",
+            """<script>
         const picture = document.querySelector("svg"), box = picture.getBoundingClientRect();
         picture.dispatchEvent(new MouseEvent("mousemove", { clientX: box.left + box.width / 2, clientY: box.top + 40 }));
         [...document.querySelectorAll("#modules th")].find((head) => head.textContent === "parameters").click();
-    </script></body>"""))
+    </script></body>""",
+        )
+    )
     document = dom(acted)
     tip = re.search(r'<div id="tip" style="display: block;[^>]*>(.*?)</div>', document, re.DOTALL)
-    assert tip is not None and all(tier in tip[1] for tier in ("time", "host", "ssd", "parameter")) and "NaN" not in tip[1]
-    shown = [re.sub(r"<td>(.*?)</td>.*", r"\1", row.removeprefix("<tr>"), flags=re.DOTALL) for row in rows_of(document, "modules")]
+    assert (
+        tip is not None and all(tier in tip[1] for tier in ("time", "host", "ssd", "parameter")) and "NaN" not in tip[1]
+    )
+    shown = [
+        re.sub(r"<td>(.*?)</td>.*", r"\1", row.removeprefix("<tr>"), flags=re.DOTALL)
+        for row in rows_of(document, "modules")
+    ]
     n_bytes = {row["name"]: row["parameter_bytes"] for row in summary["modules"]}
     assert [n_bytes[name] for name in shown] == sorted(n_bytes.values(), reverse=True)
 

@@ -32,7 +32,9 @@ def watch(driver: type[Driver], patch: pytest.MonkeyPatch) -> Callable[[], int]:
     def watched_end(self: Driver, held: list[PagedTensor]) -> None:
         nonlocal compared
         for tensor, before in seen.pop(id(held), []):
-            assert torch.equal(self.mover.bytes_of(tensor), before), f"{tensor.name} was only to be read and has changed"
+            assert torch.equal(self.mover.bytes_of(tensor), before), (
+                f"{tensor.name} was only to be read and has changed"
+            )
             compared += 1
         end(self, held)
 
@@ -46,7 +48,12 @@ def watch(driver: type[Driver], patch: pytest.MonkeyPatch) -> Callable[[], int]:
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("name", ["gpt", "conv", "tied"])
 def test_what_an_op_reads_it_leaves_as_it_was(
-    name: str, clip_norm: float | None, accumulation: int, device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    clip_norm: float | None,
+    accumulation: int,
+    device: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, accumulation, steps=4)
     parity.memory = {} if device is None else {"device": device, "device_states": "never"}

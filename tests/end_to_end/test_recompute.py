@@ -1,4 +1,5 @@
-"""Saved results of elementwise ops are computed again in the backward pass: the bits are plain PyTorch's, and nothing is paged."""
+"""Saved results of elementwise ops are computed again in the backward pass: the bits are plain PyTorch's, and nothing
+is paged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Blocks are computed again where that is cheaper than pages for what they save; the bits are plain PyTorch's before, while and after."""
+"""Blocks are computed again where that is cheaper than pages for what they save; the bits are plain PyTorch's before,
+while and after."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forecast_runs
 import pytest
 import torch
-import forecast_runs
 from forecast_runs import gpt_config, trained
 from parity import adamw, compare
 from small_runs import assert_closed
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 
 import offload
 from offload.activations import saved as activations
+from offload.activations.policy import Choice
 from offload.forecast import report as forecast_report
 from offload.forecast.forecast import forecast
 from offload.forecast.rates import Rates
-from offload.activations.policy import Choice
 
 TOKENS, ROWS, BLOCKS = 16, 8, 4
-#: One step on demand, one traced, four by its plan; then one that is not yet like the later ones, one traced, four by its plan.
+#: One step on demand, one traced, four by its plan; then one that is not yet like the later ones, one traced, four by
+#: its plan.
 DECIDING_STEPS, CHECKING_STEPS = 6, 6
 
 
@@ -128,7 +130,9 @@ def test_a_choice_that_turns_out_dearer_is_taken_back(tmp_path: Path) -> None:
     assert not pair.choice.open and pair.engine.stats().recomputed_blocks == 0
     pair.train(4)
     stats = pair.end()
-    assert stats.planned_steps == stats.steps - 6, "three times a step that differs from the next and one that is traced"
+    assert stats.planned_steps == stats.steps - 6, (
+        "three times a step that differs from the next and one that is traced"
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,9 @@ def test_a_choice_that_turns_out_dearer_is_taken_back(tmp_path: Path) -> None:
     ],
     ids=["no room for a block's", "nothing goes to pages", "the model recomputes"],
 )
-def test_where_it_saves_nothing_none_are(memory: dict[str, Any], build: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_where_it_saves_nothing_none_are(
+    memory: dict[str, Any], build: Callable[[], nn.Module], tmp_path: Path
+) -> None:
     pair = Pair(config_of(tmp_path, **memory), build)
     pair.train(DECIDING_STEPS + 1)
     assert pair.choice.state is Choice.DECIDED
@@ -153,7 +159,9 @@ class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, 32)
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv1d(32, 32, 3, padding=1), nn.BatchNorm1d(32), nn.GELU()) for _ in range(6)))
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Conv1d(32, 32, 3, padding=1), nn.BatchNorm1d(32), nn.GELU()) for _ in range(6))
+        )
         self.head = nn.Linear(32, VOCAB)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -178,7 +186,10 @@ def test_never_leaves_the_model_as_it_is(tmp_path: Path) -> None:
 def test_a_forecast_makes_the_choice_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_runs, "ROWS", 8)
     monkeypatch.setattr(forecast_runs, "TOKENS", 64)
-    made = {"memory": {"ram": "4MiB", "page": "64KiB", "activations": "4MiB"}, "ssd": {"paths": [str(tmp_path / "pages")], "limit_mb_per_s": 50}}
+    made = {
+        "memory": {"ram": "4MiB", "page": "64KiB", "activations": "4MiB"},
+        "ssd": {"paths": [str(tmp_path / "pages")], "limit_mb_per_s": 50},
+    }
     config = gpt_config(tmp_path, 4 << 20, **made)
     found = forecast(config, Rates(flops=2e10, ram=1e10, ssd_read=5e7, ssd_write=5e7))
     report, _, plan = trained(config, steps=DECIDING_STEPS + CHECKING_STEPS)

@@ -42,7 +42,8 @@ def commit_file(folder: Path, number: int, kind: str) -> Path:
     return folder / "pages" / "commits" / f"commit-{number:08d}.{kind}"
 
 
-# ---- damage ------------------------------------------------------------------------------------------------------------
+# ---- damage
+# ------------------------------------------------------------------------------------------------------------
 
 
 def cut_manifest(folder: Path) -> None:
@@ -92,7 +93,9 @@ def test_a_damaged_newest_commit_is_named_and_passed_over_only_when_that_is_aske
         expected = without_draws(run)
     # Of a file that is not there it is not known that it was not what was written: that commit stays.
     stays = [2] if damage is remove_beside else []
-    assert CommitFolder(tmp_path / "pages").numbers() == [1, *stays, 3] and len(os.listdir(tmp_path / "pages" / "commits")) == 4 + len(stays)
+    assert CommitFolder(tmp_path / "pages").numbers() == [1, *stays, 3] and len(
+        os.listdir(tmp_path / "pages" / "commits")
+    ) == 4 + len(stays)
     with Run(SMALL, tmp_path, seed=9) as run:
         resumed = run.engine.resume()
         assert resumed is not None and (resumed.step, resumed.passed_over) == (2, ())
@@ -115,13 +118,20 @@ def test_a_changed_byte_of_a_page_is_found_when_it_is_read_and_the_commit_before
     states = committed(tmp_path)
     on_disk = CommitFolder(tmp_path / "pages")
     earlier = {(tensor.runs, tensor.tail) for tensor in on_disk.read(1).tensors}
-    frame = next(tensor.runs[0][0] for tensor in on_disk.read(2).tensors if tensor.runs and (tensor.runs, tensor.tail) not in earlier)
+    frame = next(
+        tensor.runs[0][0]
+        for tensor in on_disk.read(2).tensors
+        if tensor.runs and (tensor.runs, tensor.tail) not in earlier
+    )
     with open(tmp_path / "pages" / PAGE_FILE_NAME, "r+b") as pages:
         pages.seek((frame << 16) + 100)
         changed = bytes([pages.read(1)[0] ^ 1])
         pages.seek(-1, os.SEEK_CUR)
         pages.write(changed)
-    with pytest.raises(offload.ChecksumError, match=rf"frame {frame} .*was written with xxh3 \w+ and reads as"), Run(SMALL, tmp_path) as run:
+    with (
+        pytest.raises(offload.ChecksumError, match=rf"frame {frame} .*was written with xxh3 \w+ and reads as"),
+        Run(SMALL, tmp_path) as run,
+    ):
         assert run.engine.resume() is not None
         run.train(4)
     commit_file(tmp_path, 2, "json").unlink()
@@ -131,7 +141,8 @@ def test_a_changed_byte_of_a_page_is_found_when_it_is_read_and_the_commit_before
         assert_same(without_draws(run), states[1])
 
 
-# ---- of something else -------------------------------------------------------------------------------------------------
+# ---- of something else
+# -------------------------------------------------------------------------------------------------
 
 
 class Wider(Random):
@@ -197,7 +208,10 @@ def other_groups(parameters: Any) -> torch.optim.Optimizer:
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
     every = list(parameters)
-    groups = [{"params": [p for p in every if p.ndim > 1]}, {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in every if p.ndim > 1]},
+        {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.Adam(groups, lr=1e-2, fused=True)
 
 
@@ -244,7 +258,10 @@ def test_a_commit_of_another_model_optimizer_or_precision_is_refused(other: str,
 
 def test_16_bit_formats_of_one_size_are_told_apart(tmp_path: Path) -> None:
     committed(tmp_path, precision("bf16"))
-    with Run(replace(precision("fp16"), update={"loss_scale": 1.0}), tmp_path) as run, pytest.raises(offload.CommitError, match=r"float16"):
+    with (
+        Run(replace(precision("fp16"), update={"loss_scale": 1.0}), tmp_path) as run,
+        pytest.raises(offload.CommitError, match=r"float16"),
+    ):
         run.engine.resume()
 
 
@@ -272,10 +289,14 @@ class Odd:
         raise KeyError("before")
 
 
-def test_a_state_that_cannot_be_committed_is_refused_when_it_is_tracked_and_at_the_latest_when_it_is_saved(tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_committed_is_refused_when_it_is_tracked_and_at_the_latest_when_it_is_saved(
+    tmp_path: Path,
+) -> None:
     with Run(SMALL, tmp_path) as run:
         run.train(1)
-        with pytest.raises(ValueError, match=r"the state of 'odd'\['at'\] is a builtins.object, which is not committed"):
+        with pytest.raises(
+            ValueError, match=r"the state of 'odd'\['at'\] is a builtins.object, which is not committed"
+        ):
             run.engine.track("odd", Odd(object()))
         odd = Odd([1])
         run.engine.track("odd", odd)
@@ -333,7 +354,8 @@ def test_weights_are_not_taken_over_under_a_view_that_is_in_use(tmp_path: Path) 
         assert_same(without_draws(run), expected)
 
 
-# ---- other folders and settings ----------------------------------------------------------------------------------------
+# ---- other folders and settings
+# ----------------------------------------------------------------------------------------
 
 
 def test_another_page_size_is_refused_before_anything_is_built(tmp_path: Path) -> None:
@@ -358,7 +380,9 @@ def two_paths(folder: Path, *names: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("names", [("b", "a"), ("a",), ("b",), ("a", "c"), ("c", "a"), ("c", "b"), ("a", "b", "c")])
-def test_other_folders_than_the_commits_are_refused_before_they_are_written_to(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_other_folders_than_the_commits_are_refused_before_they_are_written_to(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
     _, optimizer = offload.prepare(Random(), adamw, two_paths(tmp_path, "a", "b"))
     optimizer.engine.save()
     weights = optimizer.engine.model.state_dict()

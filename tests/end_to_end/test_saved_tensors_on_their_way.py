@@ -73,7 +73,10 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateDevice]:
 
 def engine_of(model: nn.Module, folder: Path) -> offload.Engine:
     made = config(folder, ram=4 << 20)
-    made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB", "activations": 0, "recompute": "never"}}
+    made |= {
+        "device": "cpu-emulated",
+        "memory": made["memory"] | {"device": "8MiB", "activations": 0, "recompute": "never"},
+    }
     return offload.initialize(model, made, adamw)
 
 
@@ -87,7 +90,9 @@ def inputs() -> Tensor:
     return torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(5))
 
 
-def test_a_tensor_changed_while_it_is_copied_is_an_error_as_in_plain_torch(device: LateDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_changed_while_it_is_copied_is_an_error_as_in_plain_torch(
+    device: LateDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The copy is not ordered with the change: nobody knows which values it has."""
     monkeypatch.setattr(activations, "_LEAVING_SHARE", 1)
     x, plain = inputs(), Tower()
@@ -132,7 +137,9 @@ def test_a_storage_whose_copy_down_fails_midway_is_whole_and_tried_again(
         for number in range(4):
             loss = step(engine.model, x)
             if not number:
-                assert len(marks) > at + 1 and all(mark.reached() for mark in marks[:at]), "compute went on behind what was under way"
+                assert len(marks) > at + 1 and all(mark.reached() for mark in marks[:at]), (
+                    "compute went on behind what was under way"
+                )
             engine.backward(loss)
             engine.step()
             expected = step(plain, x)
@@ -162,7 +169,9 @@ def test_memory_of_a_storage_whose_copy_up_fails_midway_is_nobodys_before_the_co
     assert_closed(engine)
 
 
-def test_pages_of_a_storage_that_was_not_copied_are_free_again(device: LateDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_of_a_storage_that_was_not_copied_are_free_again(
+    device: LateDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with engine_of(Tower(), tmp_path) as engine:
         failing(monkeypatch, "save", 2)
         with pytest.raises(offload.BudgetError, match="no pages for a test"):
@@ -171,6 +180,10 @@ def test_pages_of_a_storage_that_was_not_copied_are_free_again(device: LateDevic
         assert not saved._used and saved.bytes.saved == 0
         mover.settle()
         mover.collect_leases()
-        left: list[PagedTensor] = [tensor for tensor in mover.tensors.values() if tensor.name.startswith("saved tensor") and tensor.frame is not None]
+        left: list[PagedTensor] = [
+            tensor
+            for tensor in mover.tensors.values()
+            if tensor.name.startswith("saved tensor") and tensor.frame is not None
+        ]
         assert not left
     assert_closed(engine)

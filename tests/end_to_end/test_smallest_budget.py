@@ -1,4 +1,5 @@
-"""The smallest budget is known from the factory alone; with it a model is built and trains, with a page less it is refused."""
+"""The smallest budget is known from the factory alone; with it a model is built and trains, with a page less it is
+refused."""
 
 from __future__ import annotations
 
@@ -135,7 +136,12 @@ def test_published_models_need_the_same_whether_built_plainly_or_out_of_pages(na
     with torch.device("meta"):
         plain = build()
     with pytest.raises(offload.BudgetError) as caught:
-        check_model(plain, optimized_by(adamw(plain.parameters())), 2, load_config(config(tmp_path) | {"memory": {"ram": "64KiB"}}))
+        check_model(
+            plain,
+            optimized_by(adamw(plain.parameters())),
+            2,
+            load_config(config(tmp_path) | {"memory": {"ram": "64KiB"}}),
+        )
     assert caught.value.smallest_bytes == need.smallest_bytes
 
 
@@ -215,7 +221,9 @@ def test_a_factory_that_fails_on_meta_says_why_and_draws_nothing(tmp_path: Path)
         return layer
 
     before = random.getstate()
-    with pytest.raises(offload.FactoryError, match=r"cannot be built on torch's meta device: RuntimeError: Tensor\.item\(\)"):
+    with pytest.raises(
+        offload.FactoryError, match=r"cannot be built on torch's meta device: RuntimeError: Tensor\.item\(\)"
+    ):
         offload.smallest_budget(looking, None, config(tmp_path))
     assert random.getstate() == before
 
@@ -238,11 +246,13 @@ def test_parameters_made_elsewhere_end_the_building_at_once(tmp_path: Path) -> N
 
 
 def test_what_no_budget_helps_against_is_said(tmp_path: Path) -> None:
-    nothing: Any = lambda: None  # noqa: E731
+    nothing: Any = lambda: None
     with pytest.raises(ValueError, match="returns a NoneType, not a torch.nn.Module"):
         offload.smallest_budget(nothing, None, config(tmp_path))
     with pytest.raises(ValueError, match="no floating-point parameters to page"):
-        offload.smallest_budget(lambda: nn.Embedding.from_pretrained(torch.ones(2, 2).int()), momentum_of_all, config(tmp_path))
+        offload.smallest_budget(
+            lambda: nn.Embedding.from_pretrained(torch.ones(2, 2).int()), momentum_of_all, config(tmp_path)
+        )
     with pytest.raises(ValueError, match="RMSprop does not run on pages"):
         offload.smallest_budget(GPT, torch.optim.RMSprop, config(tmp_path))
 
@@ -253,12 +263,17 @@ def momentum_of_all(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer
 
 
 def test_inside_deferred_init_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="smallest_budget inside deferred_init"), offload.deferred_init(config(tmp_path)):
+    with (
+        pytest.raises(RuntimeError, match="smallest_budget inside deferred_init"),
+        offload.deferred_init(config(tmp_path)),
+    ):
         offload.smallest_budget(GPT, None, config(tmp_path))
     assert_untouched(built())
 
 
 @pytest.mark.parametrize(("given", "said"), [(lambda: nn.Linear(4, 4), "a Linear"), (lambda: 7, "a int")])
 def test_what_is_no_factory_is_refused_in_one_line(given: Callable[[], Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"^the model's factory is {said}; give a callable that builds the model, such as lambda"):
+    with pytest.raises(
+        ValueError, match=f"^the model's factory is {said}; give a callable that builds the model, such as lambda"
+    ):
         offload.smallest_budget(given(), adamw, config(tmp_path))

@@ -37,13 +37,24 @@ def interrupted(arguments: list[str], at: str, folder: Path, *, nohup: bool = Fa
 
 @pytest.mark.parametrize("at", ["pagemem", "torch", "numpy.linalg", "offload.engine", "offload.checkpoint.verify"])
 def test_the_installed_command_ends_in_one_line(at: str, tmp_path: Path) -> None:
-    assert interrupted(["offload-script", "--version"], at, tmp_path) == (130, "", "offload: interrupted before anything began\n")
+    assert interrupted(["offload-script", "--version"], at, tmp_path) == (
+        130,
+        "",
+        "offload: interrupted before anything began\n",
+    )
 
 
 @pytest.mark.parametrize("module", ["offload", "offload.cli"])
 def test_the_module_as_a_command_ends_in_one_line(module: str, tmp_path: Path) -> None:
-    assert interrupted(["-m", module, "--version"], "numpy.linalg", tmp_path) == (130, "", "offload: interrupted before anything began\n")
-    assert interrupted([f"-m{module}", "doctor", "-m", "x"], "torch", tmp_path)[0::2] == (130, "offload: interrupted before anything began\n")
+    assert interrupted(["-m", module, "--version"], "numpy.linalg", tmp_path) == (
+        130,
+        "",
+        "offload: interrupted before anything began\n",
+    )
+    assert interrupted([f"-m{module}", "doctor", "-m", "x"], "torch", tmp_path)[0::2] == (
+        130,
+        "offload: interrupted before anything began\n",
+    )
 
 
 def test_a_command_that_is_not_to_hear_ctrl_c_goes_on(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Steps with fewer or more backward passes, steps given up, and gradients that are computed outside of a backward pass."""
+"""Steps with fewer or more backward passes, steps given up, and gradients that are computed outside of a backward
+pass."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ DEVICE = {"device": "cpu-emulated", "memory": {"ram": "2MiB", "page": "64KiB", "
 def pair(folder: Path, where: dict[str, Any], **update: Any) -> tuple[nn.Module, Any, nn.Module, Any]:
     """A plain model with its optimizer, and a paged one."""
     plain = mlp()
-    model, optimizer = offload.prepare(copy.deepcopy(plain), fused, {**where, "ssd": {"paths": [str(folder / "pages")], "threads": 2}, "update": update})
+    model, optimizer = offload.prepare(
+        copy.deepcopy(plain),
+        fused,
+        {**where, "ssd": {"paths": [str(folder / "pages")], "threads": 2}, "update": update},
+    )
     return plain, fused(plain.parameters()), model, optimizer
 
 
@@ -39,9 +44,13 @@ def passes(model: nn.Module, optimizer: torch.optim.Optimizer, counts: tuple[int
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("mode", [{}, {"clip_norm": 1e6}, {"start": "step"}, {"mode": "lock-free", "max_staleness": 0}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{}, {"clip_norm": 1e6}, {"start": "step"}, {"mode": "lock-free", "max_staleness": 0}], ids=str
+)
 @pytest.mark.parametrize("counts", [(2, 2, 1, 2), (3, 1, 1, 2, 3), (4, 1, 4)], ids=str)
-def test_steps_with_fewer_passes_than_those_before(counts: tuple[int, ...], mode: dict[str, Any], tmp_path: Path) -> None:
+def test_steps_with_fewer_passes_than_those_before(
+    counts: tuple[int, ...], mode: dict[str, Any], tmp_path: Path
+) -> None:
     plain, plain_optimizer, model, optimizer = pair(tmp_path, RAM if "mode" in mode else SSD, **mode)
     passes(plain, plain_optimizer, counts)
     passes(model, optimizer, counts)
@@ -74,7 +83,10 @@ def test_a_step_with_more_passes_than_any_before_is_given_up_by_name(tmp_path: P
     plain, plain_optimizer, model, optimizer = pair(tmp_path, SSD)
     passes(plain, plain_optimizer, (1, 1))
     passes(model, optimizer, (1, 1))
-    with pytest.raises(offload.StaleGradientError, match=r'as many as any step before had.*update\.start = "step".*engine\.abandon_step\(\)'):
+    with pytest.raises(
+        offload.StaleGradientError,
+        match=r'as many as any step before had.*update\.start = "step".*engine\.abandon_step\(\)',
+    ):
         passes(model, optimizer, (2,))
     optimizer.engine.abandon_step()
     assert gradients(model) == []
@@ -89,7 +101,8 @@ def test_a_step_with_more_passes_than_any_before_is_given_up_by_name(tmp_path: P
     assert_closed(optimizer.engine)
 
 
-# ---- errors in mid-backward --------------------------------------------------------------------------------------------
+# ---- errors in mid-backward
+# --------------------------------------------------------------------------------------------
 
 
 class Breaking(torch.autograd.Function):
@@ -129,7 +142,9 @@ def halves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("give_up", ["abandon_step", "zero_grad"])
-@pytest.mark.parametrize("update", [{}, {"start": "step"}, {"clip_norm": 0.5}, {"mode": "lock-free", "max_staleness": 0}], ids=str)
+@pytest.mark.parametrize(
+    "update", [{}, {"start": "step"}, {"clip_norm": 0.5}, {"mode": "lock-free", "max_staleness": 0}], ids=str
+)
 @pytest.mark.parametrize("where", [RAM, SSD, DEVICE], ids=["ram", "ssd", "device"])
 def test_after_an_error_in_mid_backward_the_step_is_given_up_and_training_goes_on(
     where: dict[str, Any], update: dict[str, Any], give_up: str, error: type[BaseException], tmp_path: Path
@@ -150,7 +165,9 @@ def test_after_an_error_in_mid_backward_the_step_is_given_up_and_training_goes_o
         Breaking.error = None
     if give_up == "zero_grad" and not (eager and where is DEVICE):
         if eager:
-            with pytest.raises(RuntimeError, match=r"zero_grad\(\) without step\(\).*engine\.abandon_step\(\) gives this step up"):
+            with pytest.raises(
+                RuntimeError, match=r"zero_grad\(\) without step\(\).*engine\.abandon_step\(\) gives this step up"
+            ):
                 optimizer.zero_grad()
             engine.abandon_step()
         else:
@@ -162,7 +179,9 @@ def test_after_an_error_in_mid_backward_the_step_is_given_up_and_training_goes_o
     if not eager:
         assert all(torch.equal(value, back[name]) for name, value in back_now.items()), "no update was made"
     elif where is not DEVICE:  # There, some gradients are still on their way.
-        assert not any(torch.equal(value, back[name]) for name, value in back_now.items()), "updates that were made stay"
+        assert not any(torch.equal(value, back[name]) for name, value in back_now.items()), (
+            "updates that were made stay"
+        )
     # What comes after equals plain PyTorch from there on.
     plain = Fragile()
     plain.load_state_dict(model.state_dict())
@@ -192,11 +211,13 @@ def test_a_step_that_is_given_up_leaves_the_plan_as_it_is(tmp_path: Path) -> Non
     assert_closed(engine)
 
 
-# ---- gradients from elsewhere ------------------------------------------------------------------------------------------
+# ---- gradients from elsewhere
+# ------------------------------------------------------------------------------------------
 
 
 def pipeline(model: nn.Module, optimizer: Any, engine: offload.Engine | None) -> None:
-    """Gradients of inputs first, those of weights later, layer by layer, two micro-batches a step: as a runtime of pipelines does."""
+    """Gradients of inputs first, those of weights later, layer by layer, two micro-batches a step: as a runtime of
+    pipelines does."""
     parameters = list(model.parameters())
     batches = losses(model, 8)
     for _ in range(4):
@@ -213,9 +234,13 @@ def pipeline(model: nn.Module, optimizer: Any, engine: offload.Engine | None) ->
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("update", [{}, {"start": "step"}, {"clip_norm": 1e6}, {"mode": "lock-free", "max_staleness": 0}], ids=str)
+@pytest.mark.parametrize(
+    "update", [{}, {"start": "step"}, {"clip_norm": 1e6}, {"mode": "lock-free", "max_staleness": 0}], ids=str
+)
 @pytest.mark.parametrize("where", [RAM, SSD, DEVICE], ids=["ram", "ssd", "device"])
-def test_gradients_that_are_computed_outside_of_a_backward_pass(where: dict[str, Any], update: dict[str, Any], tmp_path: Path) -> None:
+def test_gradients_that_are_computed_outside_of_a_backward_pass(
+    where: dict[str, Any], update: dict[str, Any], tmp_path: Path
+) -> None:
     if "mode" in update and where is not RAM:
         pytest.skip("lock-free updates of so small a budget, or with a device, are refused")
     plain, plain_optimizer, model, optimizer = pair(tmp_path, where, **update)
@@ -249,7 +274,10 @@ def test_what_is_no_gradient_of_a_paged_parameter_is_refused(tmp_path: Path) -> 
     _, _, model, optimizer = pair(tmp_path, RAM)
     engine: offload.Engine = optimizer.engine
     asked: list[tuple[Callable[[], None], str]] = [
-        (lambda: engine.add_gradient(model[0].weight, torch.ones(3)), r"0\.weight: a gradient of shape \(3,\) and torch\.float32 for a parameter of \(128, 128\)"),
+        (
+            lambda: engine.add_gradient(model[0].weight, torch.ones(3)),
+            r"0\.weight: a gradient of shape \(3,\) and torch\.float32 for a parameter of \(128, 128\)",
+        ),
         (lambda: engine.gradient_ready(model[0].bias, torch.ones(128).double()), "torch.float64"),
         (lambda: engine.gradient_ready(nn.Parameter(torch.ones(3))), "not one that the engine has in pages"),
     ]

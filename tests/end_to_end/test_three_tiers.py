@@ -1,4 +1,5 @@
-"""With a device tier above host memory results are plain PyTorch's, bit for bit, as long as every layer fits on the device."""
+"""With a device tier above host memory results are plain PyTorch's, bit for bit, as long as every layer fits on the
+device."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from tiny_models import CASES
 from torch import nn
 
 import offload
-from pagemem.residency.upload_queue import _Upload
 from pagemem.residency.paged_tensor import Residency
+from pagemem.residency.upload_queue import _Upload
 from pagemem.tier import Tier
 
 PAGE_BYTES = 64 << 10
@@ -64,7 +65,9 @@ def test_host_memory_may_be_as_small_as_without_a_device(name: str, clip_norm: f
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("name", CASES)
 def test_both_plans_are_followed(name: str, clip_norm: float | None, tmp_path: Path) -> None:
-    parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, each_step=False, steps=10)
+    parity = Parity(
+        CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, each_step=False, steps=10
+    )
     parity.memory = {"device": "1MiB"}
     stats = parity.run()
     assert stats.deviations == 0
@@ -77,8 +80,13 @@ def test_both_plans_are_followed(name: str, clip_norm: float | None, tmp_path: P
 def test_tensors_that_are_read_in_many_requests_are_copied_as_they_come(
     name: str, clip_norm: float | None, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 4 + (1 << 20), clip_norm, each_step=False, steps=8)
-    parity.memory, parity.ssd = {"device": "1MiB", "device_states": "never"}, {"max_request": "8KiB", "limit_mb_per_s": 100.0}
+    parity = Parity(
+        CASES[name], tmp_path, state_bytes(CASES[name]) // 4 + (1 << 20), clip_norm, each_step=False, steps=8
+    )
+    parity.memory, parity.ssd = (
+        {"device": "1MiB", "device_states": "never"},
+        {"max_request": "8KiB", "limit_mb_per_s": 100.0},
+    )
     taken: list[bool] = []
     take = _Upload.take
     monkeypatch.setattr(_Upload, "take", lambda upload: (taken.append(not upload.tensor.readable), take(upload))[1])
@@ -183,7 +191,10 @@ def test_what_is_on_the_device_is_reported_and_within_its_budget(tmp_path: Path)
     [
         ({"device": "cpu-emulated"}, "set memory.device"),
         ({"memory": {"ram": "1MiB", "device": "1MiB"}}, "leave memory.device out"),
-        ({"device": "cpu-emulated", "memory": {"ram": "1MiB", "device": "1MiB"}, "update": {"mode": "lock-free"}}, "update.mode"),
+        (
+            {"device": "cpu-emulated", "memory": {"ram": "1MiB", "device": "1MiB"}, "update": {"mode": "lock-free"}},
+            "update.mode",
+        ),
         ({"device": "cpu-emulated", "memory": {"ram": "1MiB", "device": "1KiB"}}, "less than one page"),
     ],
 )

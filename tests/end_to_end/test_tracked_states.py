@@ -28,8 +28,12 @@ SCHEDULERS: dict[str, Maker] = {
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-1, step_size_up=3, cycle_momentum=False),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[3]),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.1, 4), lr_scheduler.ExponentialLR(o, 0.9)]),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[3]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1, 4), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.95**step),
     "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.95),
     "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=4),
@@ -42,7 +46,9 @@ def learning_rates(optimizer: Optimizer, schedule: Any, first: int, last: int) -
     found = []
     for step in range(first, last):
         schedule.step(1.0 + step % 3) if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else schedule.step()
-        found.append([group["lr"] for group in optimizer.param_groups] + [group["betas"][0] for group in optimizer.param_groups])
+        found.append(
+            [group["lr"] for group in optimizer.param_groups] + [group["betas"][0] for group in optimizer.param_groups]
+        )
     return found
 
 
@@ -90,7 +96,14 @@ class Kept:
 
 
 def test_what_json_does_not_know_comes_back_as_it_was(tmp_path: Path) -> None:
-    state = {1: "a", "milestones": Counter({2: 1}), "best": float("inf"), "at": (1, 2), "seen": {3}, "t": torch.ones(2, dtype=torch.bfloat16)}
+    state = {
+        1: "a",
+        "milestones": Counter({2: 1}),
+        "best": float("inf"),
+        "at": (1, 2),
+        "seen": {3},
+        "t": torch.ones(2, dtype=torch.bfloat16),
+    }
     with Run(SMALL, tmp_path) as run:
         run.engine.track("kept", Kept(state))
         run.train(1)
@@ -113,7 +126,9 @@ def test_a_commit_of_before_states_had_types_is_read_as_plain_json(tmp_path: Pat
     [path] = (tmp_path / "pages" / "commits").glob("*.json")
     found = json.loads(path.read_bytes().partition(b"\n")[2])
     del found["state"]["encoding"], found["state"]["given"]
-    found["state"]["groups"] = [{k: v["v"] if isinstance(v, dict) else v for k, v in group.items()} for group in found["state"]["groups"]]
+    found["state"]["groups"] = [
+        {k: v["v"] if isinstance(v, dict) else v for k, v in group.items()} for group in found["state"]["groups"]
+    ]
     found["state"]["tracked"]["kept"] = {"$type": "tuple", "v": [1, 2]}
     body = json.dumps(found).encode()
     path.write_bytes(f"{FORMAT} {len(body)} {xxh3_128_hexdigest(body)}\n".encode() + body)
@@ -123,7 +138,9 @@ def test_a_commit_of_before_states_had_types_is_read_as_plain_json(tmp_path: Pat
         resumed = run.engine.resume()
         assert resumed is not None and resumed.step == 2 and resumed.changed == ()
         assert kept.state == {"$type": "tuple", "v": [1, 2]} and run.schedule.state_dict() == expected
-        assert [group["betas"] for group in run.optimizer.param_groups] == [(0.9, 0.95)] * len(run.optimizer.param_groups)
+        assert [group["betas"] for group in run.optimizer.param_groups] == [(0.9, 0.95)] * len(
+            run.optimizer.param_groups
+        )
 
 
 def test_a_resume_says_what_is_set_otherwise_and_the_commits_hyper_parameters_hold(tmp_path: Path) -> None:
@@ -142,7 +159,9 @@ def test_a_resume_says_what_is_set_otherwise_and_the_commits_hyper_parameters_ho
         _, optimizer = offload.prepare(RANDOM.build(), slower, {**config, "seed": 5})
         resumed = optimizer.engine.resume()
         assert resumed is not None
-        assert [str(change).split(";")[0] for change in resumed.changed if change.key != "seed"] == [f"optimizer.lr: {rate} -> 0.0001"]
+        assert [str(change).split(";")[0] for change in resumed.changed if change.key != "seed"] == [
+            f"optimizer.lr: {rate} -> 0.0001"
+        ]
         assert [group["lr"] for group in optimizer.param_groups] == [rate] * len(optimizer.param_groups)
         optimizer.engine.save()
         optimizer.engine.close()

@@ -14,12 +14,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("transformers", "accelerate")), reason="transformers or accelerate is not installed"
+    any(importlib.util.find_spec(name) is None for name in ("transformers", "accelerate")),
+    reason="transformers or accelerate is not installed",
 )
 def test_a_trainer_clips_logs_and_accumulates_with_the_bits_of_plain_pytorch(tmp_path: Path) -> None:
     script = ROOT / "tests" / "support" / "trainer_run.py"
     ran = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.splitlines()[-1] == "equal"

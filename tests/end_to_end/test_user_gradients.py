@@ -11,8 +11,8 @@ import pytest
 import torch
 from parity import compare
 from small_runs import assert_closed
-from user_loops import LOOPS, Loop, fused, losses, mlp
 from torch import nn
+from user_loops import LOOPS, Loop, fused, losses, mlp
 
 import offload
 
@@ -63,11 +63,16 @@ def test_otherwise_it_works_too_or_says_what_to_set(name: str, place: str, tmp_p
     with pytest.raises((RuntimeError, offload.StaleGradientError)) as caught:
         check(LOOPS[name], tmp_path, place)
     message = str(caught.value)
-    assert 'set update.start = "step" in the configuration' in message and REFUSED[name] in message and "\n" not in message
+    assert (
+        'set update.start = "step" in the configuration' in message and REFUSED[name] in message and "\n" not in message
+    )
 
 
 @pytest.mark.parametrize("start", ["auto", "step"])
-@pytest.mark.parametrize("name", ["torch.autograd.grad", "edits", "grad = None", "clip_grad_norm_", "logging", "cleared before backward", "zeros"])
+@pytest.mark.parametrize(
+    "name",
+    ["torch.autograd.grad", "edits", "grad = None", "clip_grad_norm_", "logging", "cleared before backward", "zeros"],
+)
 def test_steps_that_touch_gradients_follow_a_plan(name: str, start: str, tmp_path: Path) -> None:
     model, optimizer = offload.prepare(mlp(), fused, config(tmp_path, "ssd", start=start))
     engine: offload.Engine = optimizer.engine  # type: ignore[attr-defined]
@@ -125,10 +130,14 @@ HOOKS: dict[str, Callable[[torch.Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("update", [{}, {"start": "step"}, {"clip_norm": 0.5}, {"mode": "lock-free", "max_staleness": 0}], ids=str)
+@pytest.mark.parametrize(
+    "update", [{}, {"start": "step"}, {"clip_norm": 0.5}, {"mode": "lock-free", "max_staleness": 0}], ids=str
+)
 @pytest.mark.parametrize("registered", ["before", "after", "in the middle"])
 @pytest.mark.parametrize("name", HOOKS)
-def test_hooks_see_and_change_what_plain_torchs_do(name: str, registered: str, update: dict[str, Any], tmp_path: Path) -> None:
+def test_hooks_see_and_change_what_plain_torchs_do(
+    name: str, registered: str, update: dict[str, Any], tmp_path: Path
+) -> None:
     plain = mlp()
     model, plain_optimizer = copy.deepcopy(plain), fused(plain.parameters())
     seen: dict[int, list[torch.Tensor]] = {id(plain): [], id(model): []}
@@ -137,7 +146,9 @@ def test_hooks_see_and_change_what_plain_torchs_do(name: str, registered: str, u
         for parameter in module.parameters():
             HOOKS[name](parameter)
             log = seen[id(module)]
-            parameter.register_post_accumulate_grad_hook(lambda p, log=log: log.append(p.grad.clone() if p.grad is not None else torch.zeros(())))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, log=log: log.append(p.grad.clone() if p.grad is not None else torch.zeros(()))
+            )  # type: ignore[no-untyped-call]
 
     if registered == "before":
         register(plain)

@@ -1,4 +1,5 @@
-"""`plan`, `doctor` and `launch` say the same of whether a run can begin, for budgets and machines around the smallest that do."""
+"""`plan`, `doctor` and `launch` say the same of whether a run can begin, for budgets and machines around the smallest
+that do."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ import torch
 
 import offload
 from offload import cli, doctor
-from offload.forecast import forecast
-from offload.launch import train as launch
+from offload.budget.verdict import Available, decide
 from offload.config import load_config
 from offload.factories import model_factory
-from offload.budget.verdict import Available, decide
+from offload.forecast import forecast
+from offload.launch import train as launch
 from pagemem.errors import BudgetError
 
 KIB = 1 << 10
@@ -39,14 +40,20 @@ def raw_config(folder: Path, ram: int | str = "1MiB", dtype: str = "fp32", **upd
         "memory": {"ram": ram, "page": PAGE},
         "ssd": {"paths": [str(folder / "pages")], "threads": 1},
         "update": update,
-        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 1, "n_head": 4, "seq": 16}, "dtype": dtype},
+        "model": {
+            "factory": "examples.byte_gpt:byte_gpt",
+            "arguments": {"d_model": 64, "n_layer": 1, "n_head": 4, "seq": 16},
+            "dtype": dtype,
+        },
         "data": {"factory": "launch_data:sentence_text"},
         "train": {"steps": 1, "batch": 2, "seq": 16, "threads": 1, "evaluate_batches": 0},
         "output": {"run": str(folder / "run")},
     }
 
 
-def said_by_all(folder: Path, raw: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, bool], dict[str, str]]:
+def said_by_all(
+    folder: Path, raw: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> tuple[dict[str, bool], dict[str, str]]:
     """Whether each command says that the run fits, and in which words."""
     folder.mkdir()
     file = folder / "run.json"
@@ -65,8 +72,12 @@ def said_by_all(folder: Path, raw: dict[str, Any], capsys: pytest.CaptureFixture
     return fits, words
 
 
-@pytest.mark.parametrize(("dtype", "update"), [("fp32", {}), ("bf16", {"clip_norm": 1.0})], ids=["fp32", "bf16, clipped"])
-def test_budgets_around_the_smallest(dtype: str, update: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "update"), [("fp32", {}), ("bf16", {"clip_norm": 1.0})], ids=["fp32", "bf16, clipped"]
+)
+def test_budgets_around_the_smallest(
+    dtype: str, update: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = load_config(raw_config(tmp_path, dtype=dtype, **update))
     assert config.model is not None
     smallest = offload.smallest_budget(model_factory(config.model), None, config).smallest_bytes
@@ -78,7 +89,9 @@ def test_budgets_around_the_smallest(dtype: str, update: dict[str, Any], tmp_pat
 
 
 @pytest.mark.parametrize("what", ["ram", "disk", "limit"])
-def test_machines_around_the_smallest(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_machines_around_the_smallest(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = load_config(raw_config(tmp_path))
     assert config.model is not None
     content = offload.smallest_budget(model_factory(config.model), None, config).content_bytes
@@ -91,10 +104,13 @@ def test_machines_around_the_smallest(what: str, tmp_path: Path, monkeypatch: py
             monkeypatch.setattr(module, "available_here", lambda config, available=available: available)
         fits, words = said_by_all(tmp_path / str(there), raw_config(tmp_path / str(there)), capsys)
         assert fits["doctor"] == fits["launch"] == (there >= least), (there, fits, words)
-        # Activations, whole pages and Python itself come on top, which plan knows beforehand: where the others see no room, nor does it.
+        # Activations, whole pages and Python itself come on top, which plan knows beforehand: where the others see no
+        # room, nor does it.
         assert fits["plan"] == (there == 1 << 40 or (what == "limit" and there == least)), (there, fits, words)
         if there < least:
-            shown = {"ram": "of RAM can be had", "disk": "page files take at least", "limit": "RLIMIT_DATA is 1.0 MiB"}[what]
+            shown = {"ram": "of RAM can be had", "disk": "page files take at least", "limit": "RLIMIT_DATA is 1.0 MiB"}[
+                what
+            ]
             assert shown in words["doctor"] and shown in words["launch"], words
 
 
@@ -114,6 +130,9 @@ def test_a_budget_beyond_the_machine_is_no_shortage_where_the_model_is_small(tmp
 def test_a_run_that_is_there_has_its_room_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = raw_config(tmp_path / "a")
     assert set(said_by_all(tmp_path / "a", raw, capsys)[0].values()) == {True}
-    before, there = launch.available_here(load_config(raw_config(tmp_path / "b"))), launch.available_here(load_config(raw))
+    before, there = (
+        launch.available_here(load_config(raw_config(tmp_path / "b"))),
+        launch.available_here(load_config(raw)),
+    )
     taken = (tmp_path / "a" / "pages" / "pages.bin").stat().st_blocks * 512
     assert taken > 0 and there.disk_bytes - before.disk_bytes == pytest.approx(taken, abs=64 << 20)

@@ -79,7 +79,11 @@ def test_each_extent_is_read_once_by_few_bytes_at_a_time(
     verified([str(frozen.folder)], 0, capsys)
     folder = CommitFolder(frozen.folder)
     named = [
-        {(e.frame, e.offset_bytes) for stored in folder.read(number).tensors for e in stored.placement().extents(64 << 10)}
+        {
+            (e.frame, e.offset_bytes)
+            for stored in folder.read(number).tensors
+            for e in stored.placement().extents(64 << 10)
+        }
         for number in folder.numbers()
     ]
     assert set(seen) == set().union(*named) and set(seen.values()) == {1}
@@ -99,14 +103,18 @@ def test_several_disks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     with open(tmp_path / "two" / "pages.bin", "r+b") as file:
         file.truncate(128 << 10)
     said = verified([str(run.folder)], 1, capsys)
-    assert f"{tmp_path / 'two' / 'pages.bin'}: frame " in said and f"{tmp_path / 'one' / 'pages.bin'}: frame" not in said
+    assert (
+        f"{tmp_path / 'two' / 'pages.bin'}: frame " in said and f"{tmp_path / 'one' / 'pages.bin'}: frame" not in said
+    )
 
 
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tag", ["parameter", "moment"])
-def test_a_damaged_page_is_named_in_every_commit_that_has_it(tag: str, frozen: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_page_is_named_in_every_commit_that_has_it(
+    tag: str, frozen: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     shared = [stored for stored in frozen.newest.tensors if stored.name.startswith(("frozen", "unused"))]
     stored = shared[0] if tag == "parameter" else frozen.tensor("moment")
     frame = frozen.damage(stored)
@@ -114,7 +122,9 @@ def test_a_damaged_page_is_named_in_every_commit_that_has_it(tag: str, frozen: F
     wanted = rf"{re.escape(stored.key)}: {frozen.folder}/pages\.bin: frame {frame} \(file offset \d+, \d+ bytes\) was written with xxh3"
     named = [int(number) for number in re.findall(rf"^commit (\d+): {wanted}", said, re.MULTILINE)]
     assert named == ([1, 2, 3] if tag == "parameter" else [3])
-    assert [row(said, number)[-1] for number in (1, 2, 3)] == ["1 fault" if number in named else "whole" for number in (1, 2, 3)]
+    assert [row(said, number)[-1] for number in (1, 2, 3)] == [
+        "1 fault" if number in named else "whole" for number in (1, 2, 3)
+    ]
 
 
 def test_all_damaged_pages_are_listed_not_the_first_alone(run: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +139,10 @@ def test_a_file_that_was_cut(run: FinishedRun, capsys: pytest.CaptureFixture[str
     with open(run.folder / "pages.bin", "r+b") as file:
         file.truncate((64 << 10) * 20 + 4096)
     said = verified([str(run.folder)], 1, capsys)
-    assert re.search(r"pages\.bin: frame 20 \(file offset 1310720, 65536 bytes\) lies beyond the end of the file, 1314816 bytes", said)
+    assert re.search(
+        r"pages\.bin: frame 20 \(file offset 1310720, 65536 bytes\) lies beyond the end of the file, 1314816 bytes",
+        said,
+    )
     assert ": frame 19 " not in said
 
 
@@ -153,7 +166,11 @@ def test_two_tensors_in_one_place(run: FinishedRun, capsys: pytest.CaptureFixtur
     rewritten(run, change)
     said = verified([str(run.folder)], 1, capsys)
     first, second = run.newest.tensors[0], run.tensor("moment")
-    assert re.search(rf"^commit 2: .*{re.escape(first.key)}.* both claim bytes of frame {first.runs[0][0]} from 0 on", said, re.MULTILINE)
+    assert re.search(
+        rf"^commit 2: .*{re.escape(first.key)}.* both claim bytes of frame {first.runs[0][0]} from 0 on",
+        said,
+        re.MULTILINE,
+    )
     assert second.key in said and row(said, 1)[-1] == "whole"
 
 
@@ -163,16 +180,23 @@ def test_two_tensors_in_one_place(run: FinishedRun, capsys: pytest.CaptureFixtur
         ({"sums": ()}, r"it has 0 checksums for \d+ extents"),
         ({"n_bytes": 4096 * 10_000}, r"whole frames, its 40960000 bytes take 625"),
         ({"n_bytes": 4096 * 10_000 + 100}, r"40960100 bytes in runs .* are no whole blocks"),
-        ({"tail": (3, 65536 - 4096, 8192)}, r"its tail of 8192 bytes at offset 61440 of frame 3 is not inside a page of 65536"),
+        (
+            {"tail": (3, 65536 - 4096, 8192)},
+            r"its tail of 8192 bytes at offset 61440 of frame 3 is not inside a page of 65536",
+        ),
     ],
 )
-def test_places_that_cannot_be(run: FinishedRun, changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_places_that_cannot_be(
+    run: FinishedRun, changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     rewritten(run, lambda manifest: with_first(manifest, **changes))
     found = verified([str(run.folder)], 1, capsys)
     assert re.search(rf"^commit 2: {re.escape(run.newest.tensors[0].key)}: .*{said}", found, re.MULTILINE), found
 
 
-def test_a_damaged_manifest_is_listed_beside_those_that_are_whole(run: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_manifest_is_listed_beside_those_that_are_whole(
+    run: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     newest = run.folder / "commits" / "commit-00000002.json"
     newest.write_bytes(newest.read_bytes().replace(b'"step":2', b'"step":3'))
     said = verified([str(run.folder)], 1, capsys)
@@ -203,13 +227,18 @@ def test_without_checksums_the_rest_is_checked(tmp_path: Path, capsys: pytest.Ca
     run = finished(built(), settings(tmp_path, checksums=False))
     run.damage(run.newest.tensors[0])
     said = verified([str(run.folder)], 0, capsys)
-    assert "commit 1: the run kept no checksums (ssd.checksums = false): pages were read, their content not verified" in said
+    assert (
+        "commit 1: the run kept no checksums (ssd.checksums = false): pages were read, their content not verified"
+        in said
+    )
     with open(run.folder / "pages.bin", "r+b") as file:
         file.truncate(64 << 10)
     assert "lies beyond the end of the file" in verified([str(run.folder)], 1, capsys)
 
 
-def test_a_disk_that_fails_at_one_place_is_read_on(run: FinishedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_fails_at_one_place_is_read_on(
+    run: FinishedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     stored = run.newest.tensors[0]
     bad = stored.placement().extents(64 << 10)[0].frame * (64 << 10)
     preadv = os.preadv
@@ -221,14 +250,20 @@ def test_a_disk_that_fails_at_one_place_is_read_on(run: FinishedRun, monkeypatch
 
     monkeypatch.setattr(os, "preadv", failing)
     said = verified([str(run.folder)], 1, capsys)
-    assert re.search(rf"^commit 2: {re.escape(stored.key)}: reading .*pages\.bin at offset {bad}, \d+ bytes: Input/output error", said, re.MULTILINE)
+    assert re.search(
+        rf"^commit 2: {re.escape(stored.key)}: reading .*pages\.bin at offset {bad}, \d+ bytes: Input/output error",
+        said,
+        re.MULTILINE,
+    )
     assert said.splitlines()[-1].startswith("1 thing is wrong; ")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_verified_is_one_line(run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_verified_is_one_line(
+    run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "foreign").mkdir()
     for arguments, said in (
         ([str(tmp_path / "foreign")], "is not a run directory: it has no pagemem.json"),
@@ -254,7 +289,9 @@ def test_a_run_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     verified([str(tmp_path / "pages")], 0, capsys)
 
 
-def test_a_lock_that_a_killed_process_left_is_no_hindrance_and_stays(run: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lock_that_a_killed_process_left_is_no_hindrance_and_stays(
+    run: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run.folder / "pagemem.lock").write_text("12345\n")
     before = run.content()
     verified([str(run.folder)], 0, capsys)

@@ -22,8 +22,14 @@ def _linear(bias: bool = True) -> nn.Linear:
     return nn.Linear(64, 8, bias=bias)
 
 
-def _prepare(model: nn.Module, folder: Path, memory: dict[str, Any] | None = None, **update: Any) -> tuple[nn.Module, Any]:
-    sections: dict[str, Any] = {"memory": {"ram": "2MiB", **(memory or {})}, "ssd": {"paths": [str(folder)]}, "update": update}
+def _prepare(
+    model: nn.Module, folder: Path, memory: dict[str, Any] | None = None, **update: Any
+) -> tuple[nn.Module, Any]:
+    sections: dict[str, Any] = {
+        "memory": {"ram": "2MiB", **(memory or {})},
+        "ssd": {"paths": [str(folder)]},
+        "update": update,
+    }
     if memory:
         sections["device"] = "cpu-emulated"
     return offload.prepare(model, _sgd, sections)
@@ -44,7 +50,9 @@ def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float 
 
 @pytest.mark.parametrize("start", ["auto", "step"])
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_a_view_shows_each_step_and_what_is_written_to_it_counts(start: str, clip_norm: float | None, tmp_path: Path) -> None:
+def test_a_view_shows_each_step_and_what_is_written_to_it_counts(
+    start: str, clip_norm: float | None, tmp_path: Path
+) -> None:
     plain = _linear()
     expected = _steps(plain, _sgd(plain.parameters()), clip_norm)
     model, optimizer = _prepare(_linear(), tmp_path / "pages", start=start, clip_norm=clip_norm)
@@ -71,7 +79,9 @@ def test_assigning_data_while_a_view_is_kept_is_refused_and_works_with_a_copy(tm
 
 
 @pytest.mark.parametrize("memory", [None, {"device": "2MiB"}], ids=["cpu", "device"])
-def test_a_tensor_of_ones_own_in_grad_has_the_gradient_when_backward_returns(memory: dict[str, Any] | None, tmp_path: Path) -> None:
+def test_a_tensor_of_ones_own_in_grad_has_the_gradient_when_backward_returns(
+    memory: dict[str, Any] | None, tmp_path: Path
+) -> None:
     def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
         for _ in range(2):
             bucket = torch.zeros(8, 64)
@@ -96,7 +106,12 @@ def test_a_view_that_a_module_keeps_from_before_is_refused(tmp_path: Path) -> No
 
 
 def test_no_commit_is_made_between_micro_batches(tmp_path: Path) -> None:
-    sections = {"memory": {"ram": "2MiB"}, "ssd": {"paths": [str(tmp_path / "pages")]}, "update": {"accumulation": 2}, "commit": {"every_s": 1e-6}}
+    sections = {
+        "memory": {"ram": "2MiB"},
+        "ssd": {"paths": [str(tmp_path / "pages")]},
+        "update": {"accumulation": 2},
+        "commit": {"every_s": 1e-6},
+    }
     with offload.initialize(_linear(), sections, _sgd) as engine:
         committed = []
         for _ in range(6):

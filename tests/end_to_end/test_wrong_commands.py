@@ -1,4 +1,5 @@
-"""Whatever a command line says wrongly is one line on stderr, exit code 1 or 2, and nothing is made. Derived from the parser."""
+"""Whatever a command line says wrongly is one line on stderr, exit code 1 or 2, and nothing is made. Derived from the
+parser."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ __all__ = ["refused", "threads_kept"]  # fixtures
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Every command's parser."""
-    return next(action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction)).choices  # type: ignore[return-value]
+    return next(
+        action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction)
+    ).choices  # type: ignore[return-value]
 
 
 def required(parser: argparse.ArgumentParser, absent: Path) -> list[str]:
@@ -31,7 +34,9 @@ def required(parser: argparse.ArgumentParser, absent: Path) -> list[str]:
             found.append(str(absent))
         elif action.required:
             found += [action.option_strings[-1], str(absent)]
-    if parser.prog.endswith("profile") or parser.prog.endswith("doctor"):  # FILE is one of two things, or may be left out.
+    if parser.prog.endswith("profile") or parser.prog.endswith(
+        "doctor"
+    ):  # FILE is one of two things, or may be left out.
         found.append(str(absent))
     return found
 
@@ -77,7 +82,19 @@ def test_values_of_options_are_refused_with_a_file_that_is_right(tmp_path: Path,
         refused("plan", str(file), f"--depth={value}")
     for value in ("0", "-1", "x", "", "1.5"):
         refused("profile", str(file), f"--steps={value}")
-    for value in ("", "=", "memory.ram", "memory.ram.x=1", "=1", ".=1", "memory.=1", "memory.ram=", "a.b.c=1", "memory=1", "\0=1"):
+    for value in (
+        "",
+        "=",
+        "memory.ram",
+        "memory.ram.x=1",
+        "=1",
+        ".=1",
+        "memory.=1",
+        "memory.ram=",
+        "a.b.c=1",
+        "memory=1",
+        "\0=1",
+    ):
         for command in ("launch", "plan", "profile"):
             refused(command, str(file), f"--set={value}")
 
@@ -95,7 +112,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(built(), settings(tmp_path_factory.mktemp("ended"))).folder
 
 
-def test_values_of_options_are_refused_with_a_run_that_is_right(ended: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_values_of_options_are_refused_with_a_run_that_is_right(
+    ended: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     (tmp_path / "file").write_text("precious")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("precious")
@@ -104,9 +123,26 @@ def test_values_of_options_are_refused_with_a_run_that_is_right(ended: Path, tmp
         refused("verify", str(ended), f"--commit={value}")
     for value in ("", "-1", "0", "nan", "lots", "4 parsecs", "9" * 5000):
         refused("export", str(ended), "--to", str(tmp_path / "new"), f"--max-shard={value}")
-    for to in (tmp_path / "file", tmp_path / "full", tmp_path / "file" / "below", ended, ended / "commits", Path("a" * 300), Path("nul\0")):
+    for to in (
+        tmp_path / "file",
+        tmp_path / "full",
+        tmp_path / "file" / "below",
+        ended,
+        ended / "commits",
+        Path("a" * 300),
+        Path("nul\0"),
+    ):
         refused("export", str(ended), "--to", str(to))
-    for run in (tmp_path / "file", tmp_path / "full", tmp_path / "absent", ended / "commits", ended.parent, Path("a" * 300), Path("nul\0"), Path("")):
+    for run in (
+        tmp_path / "file",
+        tmp_path / "full",
+        tmp_path / "absent",
+        ended / "commits",
+        ended.parent,
+        Path("a" * 300),
+        Path("nul\0"),
+        Path(""),
+    ):
         refused("export", str(run), "--to", str(tmp_path / "new"))
         refused("verify", str(run))
     for path in (tmp_path / "file", tmp_path / "full", tmp_path / "absent"):
@@ -126,7 +162,9 @@ def test_values_of_options_are_refused_with_a_folder_that_is_right(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", [*FILES, "folder.toml", "absent.toml", "pipe.toml"])
-def test_the_doctor_finds_what_is_wrong_with_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_finds_what_is_wrong_with_a_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / name
     if name == "folder.toml":
         path.mkdir()

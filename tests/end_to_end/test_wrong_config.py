@@ -84,16 +84,23 @@ def within(field: FieldInfo, value: Any) -> bool:
     return all(bounds[type(bound)](bound) for bound in field.metadata if type(bound) in bounds)
 
 
-# ---- configuration files -----------------------------------------------------------------------------------------------
+# ---- configuration files
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["launch", "plan"])
-def test_a_value_of_another_type_is_refused_for_every_key(command: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_value_of_another_type_is_refused_for_every_key(
+    command: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     file, n_tried = tmp_path / "run.json", 0
     for name, field in keys():
         accepted = accepted_types(field.annotation, field.metadata)
         for kind, value in BY_TYPE.items():
-            if kind in accepted or (kind is bool and bool in accepted) or (value is None and not field.is_required() and field.default is None):
+            if (
+                kind in accepted
+                or (kind is bool and bool in accepted)
+                or (value is None and not field.is_required() and field.default is None)
+            ):
                 continue
             if command == "plan" and n_tried % 5:  # They read the file alike.
                 n_tried += 1
@@ -121,7 +128,11 @@ def test_a_number_out_of_its_bounds_is_refused_for_every_key(tmp_path: Path, ref
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_an_extreme_value_that_a_key_takes_trains_or_is_one_line(
-    tmp_path: Path, threads_kept: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tally: Callable[..., None]
+    tmp_path: Path,
+    threads_kept: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tally: Callable[..., None],
 ) -> None:
     """A run of one step, for every value that the configuration alone does not refuse."""
     monkeypatch.chdir(tmp_path)
@@ -146,7 +157,9 @@ def test_an_extreme_value_that_a_key_takes_trains_or_is_one_line(
                     failures.append(f"{name} = {str(value)[:40]!r}: {code}, {said[:200]!r}")
                 for folder in ("run", "pages"):
                     shutil.rmtree(tmp_path / folder, ignore_errors=True)
-    tally("launch with an extreme value of each key", trials=n_tried, failures=len(failures), detail="; ".join(failures))
+    tally(
+        "launch with an extreme value of each key", trials=n_tried, failures=len(failures), detail="; ".join(failures)
+    )
     assert not failures and n_tried > 50
 
 
@@ -155,7 +168,10 @@ def test_an_extreme_value_that_a_key_takes_trains_or_is_one_line(
     [
         ({"device": "cpu-emulated"}, 'device is "cpu-emulated": set memory.device'),
         ({"memory.device": "1MiB"}, 'device is "cpu": leave memory.device out'),
-        ({"device": "cpu-emulated", "memory.device": "1MiB", "update.mode": "lock-free"}, "for which updates are exact"),
+        (
+            {"device": "cpu-emulated", "memory.device": "1MiB", "update.mode": "lock-free"},
+            "for which updates are exact",
+        ),
         ({"device": "cpu-emulated", "memory.device": "1KiB"}, "less than one page"),
         ({"device": "cuda", "memory.device": "1MiB"}, "CUDA"),
         ({"memory.ram": "64KiB", "memory.page": "1MiB"}, "less than one page"),
@@ -174,16 +190,30 @@ def test_an_extreme_value_that_a_key_takes_trains_or_is_one_line(
         ({"train.seq": None}, "train.seq is not set"),
         ({"train.threads": 10**6}, "train.threads"),
         ({"model.arguments": {"d_model": "wide"}}, "model.factory: examples.byte_gpt:byte_gpt fails: TypeError"),
-        ({"model.arguments": {"width": 3}}, "model.arguments: examples.byte_gpt:byte_gpt: got an unexpected keyword argument 'width'"),
-        ({"data.arguments": {"at": 1, "seed": "x", "width": 3}}, "data.arguments: launch_data:ending_text: got an unexpected keyword argument 'width'"),
-        ({"model.factory": "os:getcwd", "model.arguments": {}}, "model.factory: os:getcwd returns a str; it must return a torch.nn.Module"),
+        (
+            {"model.arguments": {"width": 3}},
+            "model.arguments: examples.byte_gpt:byte_gpt: got an unexpected keyword argument 'width'",
+        ),
+        (
+            {"data.arguments": {"at": 1, "seed": "x", "width": 3}},
+            "data.arguments: launch_data:ending_text: got an unexpected keyword argument 'width'",
+        ),
+        (
+            {"model.factory": "os:getcwd", "model.arguments": {}},
+            "model.factory: os:getcwd returns a str; it must return a torch.nn.Module",
+        ),
         ({"data.factory": "os:getcwd"}, "data.arguments: os:getcwd: "),
-        ({"data.factory": "builtins:dict", "data.arguments": {}}, "data.factory: builtins:dict returns a dict, which has no method batch(step, rows, seq)"),
+        (
+            {"data.factory": "builtins:dict", "data.arguments": {}},
+            "data.factory: builtins:dict returns a dict, which has no method batch(step, rows, seq)",
+        ),
         ({"model": None}, "launch needs the sections model as well"),
         ({"train": None, "output": None}, "launch needs the sections train, output as well"),
     ],
 )
-def test_what_contradicts_itself_is_one_line(changes: dict[str, Any], said: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_what_contradicts_itself_is_one_line(
+    changes: dict[str, Any], said: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     raw = run_config(tmp_path)
     for name, value in changes.items():
         raw = changed(raw, name, value)
@@ -204,23 +234,41 @@ def test_what_is_no_file_is_one_line(tmp_path: Path, refused: Callable[..., str]
     (tmp_path / "closed.toml").write_text("")
     (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
     (tmp_path / "device.toml").symlink_to("/dev/zero")
-    for name in ("folder.toml", "pipe.toml", "loop.toml", "device.toml", "absent.toml", "closed.toml/below.toml", "a" * 300 + ".toml", "nul\0.toml"):
+    for name in (
+        "folder.toml",
+        "pipe.toml",
+        "loop.toml",
+        "device.toml",
+        "absent.toml",
+        "closed.toml/below.toml",
+        "a" * 300 + ".toml",
+        "nul\0.toml",
+    ):
         for command in ("launch", "plan", "profile"):
             assert name[:9] in refused(command, str(tmp_path / name)) or "null" in name
 
 
-# ---- factories -----------------------------------------------------------------------------------------------------------
+# ---- factories
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["launch", "profile"])
-@pytest.mark.parametrize(("kind", "name"), [*(("model", name) for name in wrong_factories.MODELS), *(("data", name) for name in wrong_factories.DATA)])
-def test_a_factory_that_returns_something_else_is_one_line(kind: str, name: str, command: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("model", name) for name in wrong_factories.MODELS), *(("data", name) for name in wrong_factories.DATA)],
+)
+def test_a_factory_that_returns_something_else_is_one_line(
+    kind: str, name: str, command: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     raw = run_config(tmp_path)
     _, said = {"model": wrong_factories.MODELS, "data": wrong_factories.DATA}[kind][name]
     if kind == "model":
         raw["model"] = {"factory": "wrong_factories:model", "arguments": {"name": name}}
     else:
-        raw |= {"model": {"factory": "wrong_factories:regression"}, "data": {"factory": "wrong_factories:data", "arguments": {"name": name}}}
+        raw |= {
+            "model": {"factory": "wrong_factories:regression"},
+            "data": {"factory": "wrong_factories:data", "arguments": {"name": name}},
+        }
     if "validation" in name and command == "profile":
         return  # which evaluates nothing
     if name in ("one_tensor", "failing_batch"):

@@ -1,9 +1,10 @@
-"""Each single call of the system goes wrong once, in a life of a run: an error or none, and always a commit to go on from.
+"""Each single call of the system goes wrong once, in a life of a run: an error or none, and always a commit to go on
+from.
 
 Whatever the call and whatever goes wrong with it, the run either does what it would have done, or ends with one clear
-error in one line, which names the file; it never hangs, and leaves no thread, descriptor or lock. The next process goes on,
-bit for bit, from the last commit of which the run had heard that it is durable, or a later one; of an export there is all
-or nothing. Of bytes that reached the disk changed, a checksum must tell before they are trained on.
+error in one line, which names the file; it never hangs, and leaves no thread, descriptor or lock. The next process goes
+on, bit for bit, from the last commit of which the run had heard that it is durable, or a later one; of an export there
+is all or nothing. Of bytes that reached the disk changed, a checksum must tell before they are trained on.
 """
 
 from __future__ import annotations

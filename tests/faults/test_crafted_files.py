@@ -1,4 +1,5 @@
-"""Files of a run that are damaged or crafted: one line each, little time and memory, and nothing outside the run is touched."""
+"""Files of a run that are damaged or crafted: one line each, little time and memory, and nothing outside the run is
+touched."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ MIB = 1 << 20
 MOST_BYTES = 50 * MIB
 MOST_S = 1.0
 
-#: What may be, in a run that went on without a word: names, dates and keys of others; what the loop at hand does not track; the newest
-#: commit is not there, so another is the newest.
+#: What may be, in a run that went on without a word: names, dates and keys of others; what the loop at hand does not
+#: track; the newest commit is not there, so another is the newest.
 BENIGN = (
     "name is ", "created is ", "state.versions", "state.config", "state.given", "state.names.", "state.ahead is missing", "state.tracked", "state.unlike is missing", "a state of another kind",
     "state.groups.0 has a key more", "state.groups.0.initial_lr is ", "missing",
@@ -48,7 +49,9 @@ class Outcome:
 
 def resume(folder: Path) -> int:
     """As a loop of one's own does."""
-    with offload.initialize(small_model(), {k: v for k, v in settings(folder, 4).items() if k in ("memory", "ssd", "commit")}) as engine:
+    with offload.initialize(
+        small_model(), {k: v for k, v in settings(folder, 4).items() if k in ("memory", "ssd", "commit")}
+    ) as engine:
         assert engine.resume() is not None
     return 0
 
@@ -63,7 +66,9 @@ COMMANDS: dict[str, Callable[[Path, Damage], int]] = {
     "resume": lambda folder, damage: resume(folder),
     "verify": lambda folder, damage: main(["verify", str(folder / "pages")]),
     "export": lambda folder, damage: main(["export", str(folder / "pages"), "--to", str(folder / "out")]),
-    "launch": lambda folder, damage: main(["launch", str(folder / (damage.what if damage.what in CONFIGS else "config.toml"))]),
+    "launch": lambda folder, damage: main(
+        ["launch", str(folder / (damage.what if damage.what in CONFIGS else "config.toml"))]
+    ),
     "plan": lambda folder, damage: plan(folder),
 }
 READERS = {
@@ -83,7 +88,9 @@ def attempt(command: str, folder: Path, damage: Damage) -> Outcome:
         except (OffloadError, ValueError) as error:
             code = 1
             err.write(str(error))
-    return Outcome(code, err.getvalue().splitlines(), out.getvalue(), time.process_time() - started_s, _status("VmHWM") - before)
+    return Outcome(
+        code, err.getvalue().splitlines(), out.getvalue(), time.process_time() - started_s, _status("VmHWM") - before
+    )
 
 
 def _status(field: str) -> int:
@@ -93,7 +100,11 @@ def _status(field: str) -> int:
 def faults_of(command: str, damage: Damage, outcome: Outcome) -> list[str]:
     """What is not as it should be."""
     found = []
-    said = outcome.lines if command != "verify" or outcome.lines else [line for line in outcome.out.splitlines() if line.startswith("commit ")][:1]
+    said = (
+        outcome.lines
+        if command != "verify" or outcome.lines
+        else [line for line in outcome.out.splitlines() if line.startswith("commit ")][:1]
+    )
     if outcome.code not in (0, 1):
         found.append(f"exit code {outcome.code}")
     # A configuration has one line for each thing that is wrong in it.
@@ -101,7 +112,9 @@ def faults_of(command: str, damage: Damage, outcome: Outcome) -> list[str]:
         found.append(f"{len(said)} lines: {said[:3]}")
     if any(len(line) > 1500 or not line.isprintable() for line in said):
         found.append(f"a line that is long or not printable: {said[0][:200]!r}")
-    if "Traceback" in outcome.out or any("Traceback" in line or "show where" in line or "shows where" in line for line in outcome.lines):
+    if "Traceback" in outcome.out or any(
+        "Traceback" in line or "show where" in line or "shows where" in line for line in outcome.lines
+    ):
         found.append(f"an error that nobody expects: {outcome.lines}")
     if outcome.cpu_s > MOST_S and (outcome.code or command != "launch"):
         found.append(f"{outcome.cpu_s:.2f} s")
@@ -113,7 +126,8 @@ def faults_of(command: str, damage: Damage, outcome: Outcome) -> list[str]:
 def files(folder: Path) -> dict[str, tuple[int, int, bytes]]:
     """All that is in a folder."""
     return {
-        str(path): (path.lstat().st_mtime_ns, path.lstat().st_mode, path.read_bytes() if path.is_file() else b"") for path in sorted(folder.rglob("*"))
+        str(path): (path.lstat().st_mtime_ns, path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
     }
 
 
@@ -195,8 +209,22 @@ def test_a_sample_of_them(bench: Bench) -> None:
 @pytest.mark.timeout(1500)
 def test_all_of_them(bench: Bench, tally: Any) -> None:
     failures = [fault for damage in bench.damages for fault in bench.try_one(damage, READERS[damage.file])]
-    failures += [fault for damage in bench.damages[::10] if "launch" not in READERS[damage.file] for fault in bench.try_one(damage, ("launch",))]
+    failures += [
+        fault
+        for damage in bench.damages[::10]
+        if "launch" not in READERS[damage.file]
+        for fault in bench.try_one(damage, ("launch",))
+    ]
     kinds = Counter(damage.file for damage in bench.damages)
-    detail = ", ".join(f"{n} {file}" for file, n in kinds.items()) + "; passed over: " + ", ".join(f"{n} {what}" for what, n in bench.passed.items())
-    tally("crafted or damaged files: one line, 1 s, 50 MiB, nothing outside", trials=len(bench.damages), failures=len(failures), detail=detail)
+    detail = (
+        ", ".join(f"{n} {file}" for file, n in kinds.items())
+        + "; passed over: "
+        + ", ".join(f"{n} {what}" for what, n in bench.passed.items())
+    )
+    tally(
+        "crafted or damaged files: one line, 1 s, 50 MiB, nothing outside",
+        trials=len(bench.damages),
+        failures=len(failures),
+        detail=detail,
+    )
     assert not failures, "\n".join(failures)

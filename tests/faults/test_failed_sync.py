@@ -17,6 +17,7 @@ from tiny_models import Case
 from torch import Tensor, nn
 
 import offload
+
 #: A third of the states.
 RAM = 640 << 10
 
@@ -60,7 +61,9 @@ def state(run: Run) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("more", [0, 1, 3])
-@pytest.mark.parametrize("ssd", [{}, {"direct": False}, {"checksums": False}], ids=["probed", "page cache", "no checksums"])
+@pytest.mark.parametrize(
+    "ssd", [{}, {"direct": False}, {"checksums": False}], ids=["probed", "page cache", "no checksums"]
+)
 @pytest.mark.parametrize("ram", [RAM, 16 << 20], ids=["paged", "all in RAM"])
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_what_is_called_committed_is_on_the_disk(
@@ -83,13 +86,19 @@ def test_what_is_called_committed_is_on_the_disk(
                     except offload.StorageError as error:
                         errors.append(str(error))
         except offload.StorageError as error:
-            assert not ssd.get("checksums", True) and "without ssd.checksums nothing tells whether the disk has it" in str(error)
+            assert not ssd.get(
+                "checksums", True
+            ) and "without ssd.checksums nothing tells whether the disk has it" in str(error)
             errors.append(str(error))
         finally:
             trained.engine.close()
         disk.lose_power()
     assert errors[0] == f"syncing {tmp_path}/pages/pages.bin: {os.strerror(errno.EIO)}"
-    assert all("cannot be committed: written before a sync of the page files failed" in error for error in errors[1:] if "checksums" not in error)
+    assert all(
+        "cannot be committed: written before a sync of the page files failed" in error
+        for error in errors[1:]
+        if "checksums" not in error
+    )
     if ram > 1 << 20 or (ssd.get("checksums", True) and more > 1):
         assert durable == failing + 1 + more, errors
     with run(tmp_path, ram, seed=8, **ssd) as resumed:
@@ -125,11 +134,21 @@ def test_frames_that_a_failed_sync_lost_are_not_written_again(tmp_path: Path, mo
             LosingDisk(patch, tmp_path / "pages" / "pages.bin", 0)
             with pytest.raises(offload.StorageError, match="syncing"):
                 trained.engine.save()
-        lost = {run.first + at for t in mover.tensors.values() if t.copy and t.copy.lost for run in t.copy.placement.runs for at in range(run.n_frames)}
+        lost = {
+            run.first + at
+            for t in mover.tensors.values()
+            if t.copy and t.copy.lost
+            for run in t.copy.placement.runs
+            for at in range(run.n_frames)
+        }
         assert lost
         for _ in range(3):
             trained.step()
             trained.engine.save()
-            manifest = trained.engine._checkpoints.committer.commits[max(trained.engine._checkpoints.committer.commits)].manifest
-            named = {first + at for stored in manifest.tensors for first, n_frames in stored.runs for at in range(n_frames)}
+            manifest = trained.engine._checkpoints.committer.commits[
+                max(trained.engine._checkpoints.committer.commits)
+            ].manifest
+            named = {
+                first + at for stored in manifest.tensors for first, n_frames in stored.runs for at in range(n_frames)
+            }
             assert named and not named & lost

@@ -119,7 +119,12 @@ if os.fork() == 0:
     os._exit(0)
 os.kill(os.getpid(), 9)
 """
-    pid = os.posix_spawn(sys.executable, [sys.executable, "-c", program], {**os.environ}, file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (wait, hold)])
+    pid = os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-c", program],
+        {**os.environ},
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (wait, hold)],
+    )
     os.close(wait)
     os.close(hold)
     assert os.read(ready, 1) == b"!"

@@ -1,4 +1,5 @@
-"""Moves during which a signal's handler raises, at every instant: each one that was begun ends once, and nobody waits for ever."""
+"""Moves during which a signal's handler raises, at every instant: each one that was begun ends once, and nobody waits
+for ever."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ import pytest
 from raising_signal import Raised, raising
 
 from pagemem.devices.arena import HostArena
-from pagemem.telemetry.events import EventLog
-from pagemem.residency.mover import Mover
-from pagemem.frames.page import FrameId
 from pagemem.files.page_file import PageFiles
-from pagemem.residency.paged_tensor import IN_FLIGHT
 from pagemem.folders.run_directory import RunDirectory
+from pagemem.frames.page import FrameId
+from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import IN_FLIGHT
+from pagemem.telemetry.events import EventLog
 from pagemem.tier import Tag
 from pagemem.units import KiB
 
@@ -28,7 +29,9 @@ def moved(folder: Path, at: int, finishing_threads: int) -> bool:
             max_request_bytes=PAGE_BYTES, slab_bytes=4 * PAGE_BYTES,
         )  # fmt: skip
         arena = HostArena(3, PAGE_BYTES)
-        files.grow(6)  # An exception between the opening of a file and the next instruction leaves it open: Python offers no remedy.
+        files.grow(
+            6
+        )  # An exception between the opening of a file and the next instruction leaves it open: Python offers no remedy.
         mover = Mover(arena, files, EventLog())
         tensor = mover.create("t", Tag.PARAM, 3 * PAGE_BYTES)
         mover.start_load(tensor, FrameId(0))

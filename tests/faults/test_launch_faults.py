@@ -1,7 +1,7 @@
 """Each single call of the system goes wrong once in a launched run: metrics, configuration, picture and data included.
 
-The run ends with exit code 0 or one line that names the file; the next launch ends as one that nothing happened to, with the
-same weights, bit for bit.
+The run ends with exit code 0 or one line that names the file; the next launch ends as one that nothing happened to,
+with the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import offload
-from offload.config import ConfigError, load_config
 from offload.checkpoint.export import export_run
+from offload.config import ConfigError, load_config
 from offload.launch.train import launch
 from pagemem.folders.folder_lock import holder_of
 
@@ -48,7 +48,10 @@ def settings(folder: Path) -> dict[str, Any]:
         "memory": {"ram": "768KiB", "page": "64KiB"},
         "ssd": {"paths": [str(folder / "pages")], "threads": 1},
         "commit": {"every_steps": 2},
-        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 32, "n_layer": 1, "n_head": 2, "seq": 16}},
+        "model": {
+            "factory": "examples.byte_gpt:byte_gpt",
+            "arguments": {"d_model": 32, "n_layer": 1, "n_head": 2, "seq": 16},
+        },
         "data": {"factory": "launch_data:kept_text", "arguments": {"source": str(source)}},
         "train": {"steps": STEPS, "batch": 2, "seq": 16, "evaluate_batches": 1, "threads": 1},
         "output": {"run": str(folder / "run")},
@@ -66,9 +69,19 @@ def launched(folder: Path) -> tuple[int, str]:
 
 def end_of(folder: Path) -> tuple[dict[str, Tensor], dict[int, float]]:
     """The weights of the last commit, and the losses in the metrics."""
-    export_run(folder / "pages", folder / "out", paths=[], commit=None, dtype="keep", max_shard_bytes=1 << 30, console=Console(quiet=True))
+    export_run(
+        folder / "pages",
+        folder / "out",
+        paths=[],
+        commit=None,
+        dtype="keep",
+        max_shard_bytes=1 << 30,
+        console=Console(quiet=True),
+    )
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return load_file(folder / "out" / "model.safetensors"), {line["step"]: line["loss"] for line in map(json.loads, lines)}
+    return load_file(folder / "out" / "model.safetensors"), {
+        line["step"]: line["loss"] for line in map(json.loads, lines)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -142,5 +155,7 @@ def test_every_call_of_a_launch_goes_wrong(
             failures.append(f"{fault.name} of call {at}, here {call}: {type(error).__name__}: {error}")
     kinds = Counter(call.kind for call in fitting)
     detail = ", ".join(f"{kind} {number}" for kind, number in kinds.most_common())
-    tally(f"I/O faults of a launch, every call: {fault.name}", trials=len(fitting), failures=len(failures), detail=detail)
+    tally(
+        f"I/O faults of a launch, every call: {fault.name}", trials=len(fitting), failures=len(failures), detail=detail
+    )
     assert not failures, "\n".join(failures)

@@ -12,10 +12,9 @@ from page_file_bench import ALL, N_PAGES, PAGE_BYTES, REQUEST_PAGES, TIMEOUT_S, 
 
 from pagemem.errors import ChecksumError, StorageError
 from pagemem.files.backend import MAX_STALLS
-from pagemem.frames.page import Extent, FrameId
 from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.frames.page import Extent, FrameId
 from pagemem.units import BLOCK_BYTES
-
 
 # ---- bytes that changed on the disk --------------------------------------------------------------------------------
 
@@ -51,8 +50,11 @@ def test_damaged_bytes_are_not_told_of(bench: Bench, max_request_bytes: int) -> 
 
 
 @pytest.mark.parametrize(("finishing_threads", "elsewhere"), [(None, "pagemem-finish"), (0, "pagemem-read-0")])
-def test_with_a_request_waiting_another_thread_verifies(bench: Bench, finishing_threads: int | None, elsewhere: str) -> None:
-    """Three reads for one thread: it leaves verifying the first two to others, if there are any; a flipped byte is found there, too."""
+def test_with_a_request_waiting_another_thread_verifies(
+    bench: Bench, finishing_threads: int | None, elsewhere: str
+) -> None:
+    """Three reads for one thread: it leaves verifying the first two to others, if there are any; a flipped byte is
+    found there, too."""
     bench.open(threads_per_path=1, finishing_threads=finishing_threads)
     source = aligned(N_PAGES * PAGE_BYTES)
     bench.write(ALL, source)

@@ -7,25 +7,40 @@ import mmap
 import threading
 
 import pytest
-from page_file_bench import ALL, N_PAGES, N_REQUESTS, PAGE_BYTES, REQUEST_PAGES, TIMEOUT_S, Bench, Outcome, aligned, failing_at, pages
+from page_file_bench import (
+    ALL,
+    N_PAGES,
+    N_REQUESTS,
+    PAGE_BYTES,
+    REQUEST_PAGES,
+    TIMEOUT_S,
+    Bench,
+    Outcome,
+    aligned,
+    failing_at,
+    pages,
+)
 
 from pagemem.errors import ChecksumError, StorageError
-from pagemem.frames.page import Extent, FrameId
 from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.frames.page import Extent, FrameId
 from pagemem.units import BLOCK_BYTES
-
 
 # ---- errors of the system ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("finishing_threads", [None, 0])
 @pytest.mark.parametrize("number", range(N_REQUESTS))
-def test_a_failed_read_is_reported_once_and_loses_nothing(bench: Bench, number: int, finishing_threads: int | None) -> None:
+def test_a_failed_read_is_reported_once_and_loses_nothing(
+    bench: Bench, number: int, finishing_threads: int | None
+) -> None:
     bench.open(finishing_threads=finishing_threads)
     source = aligned(N_PAGES * PAGE_BYTES)
     bench.write(ALL, source)
     bench.backend.set_hook("read", failing_at(number, errno.EIO))
-    with pytest.raises(StorageError, match=rf"reading .*{PAGE_FILE_NAME} at offset \d+, 262144 bytes: .*rror") as caught:
+    with pytest.raises(
+        StorageError, match=rf"reading .*{PAGE_FILE_NAME} at offset \d+, 262144 bytes: .*rror"
+    ) as caught:
         bench.read(ALL)
     assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.EIO
     assert bench.backend.counts["read"] > number, "the fault was reached"
@@ -35,7 +50,9 @@ def test_a_failed_read_is_reported_once_and_loses_nothing(bench: Bench, number: 
 
 @pytest.mark.parametrize("finishing_threads", [None, 0])
 @pytest.mark.parametrize("number", range(N_REQUESTS))
-def test_after_a_failed_write_no_torn_page_passes_for_whole(bench: Bench, number: int, finishing_threads: int | None) -> None:
+def test_after_a_failed_write_no_torn_page_passes_for_whole(
+    bench: Bench, number: int, finishing_threads: int | None
+) -> None:
     bench.open(finishing_threads=finishing_threads)
     old, new = aligned(N_PAGES * PAGE_BYTES), aligned(N_PAGES * PAGE_BYTES)
     bench.write(ALL, old)

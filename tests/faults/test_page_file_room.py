@@ -15,7 +15,6 @@ from pagemem.files.backend import choose_backend
 from pagemem.files.page_file import PAGE_FILE_NAME, PageFiles
 from pagemem.folders.run_directory import RunDirectory
 
-
 # ---- no room -------------------------------------------------------------------------------------------------------
 
 

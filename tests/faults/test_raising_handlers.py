@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parity import adamw
 from raising_signal import Raised, raising
 from small_runs import batches, built, config
-from parity import adamw
 
 import offload
 from offload.checkpoint.committer import Committer
@@ -54,7 +54,10 @@ def interrupted(folder: Path, mode: str, at: int, *, while_closing: bool) -> int
             last()
         except Raised:
             pass
-        except (OffloadError, RuntimeError) as error:  # the step may be what the exception has made it; hanging is what it may not
+        except (
+            OffloadError,
+            RuntimeError,
+        ) as error:  # the step may be what the exception has made it; hanging is what it may not
             assert not while_closing, error
     try:
         engine.close()
@@ -89,7 +92,12 @@ def test_at_random_instants(tmp_path: Path, tally: Callable[..., None], mode: st
         except AssertionError as error:
             failures.append(f"instant {at}: {error}")
     what = "close" if while_closing else "a step"
-    tally(f"a handler that raises in {what}: {mode}", trials=len(chosen), failures=len(failures), detail=f"of {n_instants} instants, seed 4")
+    tally(
+        f"a handler that raises in {what}: {mode}",
+        trials=len(chosen),
+        failures=len(failures),
+        detail=f"of {n_instants} instants, seed 4",
+    )
     assert not failures, failures[:3]
 
 
@@ -117,7 +125,9 @@ def test_ctrl_c_in_close_is_raised_when_all_is_closed(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.timeout(120)
-def test_ctrl_c_while_a_save_is_waited_for_leaves_the_commit_to_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_a_save_is_waited_for_leaves_the_commit_to_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with offload.initialize(built(), settings(tmp_path, "exact"), adamw) as engine:
         hold, sync = threading.Event(), engine.page_files.sync
         monkeypatch.setattr(engine.page_files, "sync", lambda: (hold.wait(60), sync()))
@@ -168,7 +178,13 @@ engine.step()
 {statement}
 """
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    ended = subprocess.run([sys.executable, "-c", program], timeout=100, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == code, ended.stderr
     assert not any(word in ended.stderr for word in ("Fatal", "terminate", "Exception ignored")), ended.stderr
     offload.initialize(built(), settings(tmp_path, mode), adamw).close()

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM at random instants: no hang, no signal lost, no wrong exit code, no error of ours, no lock left behind.
+"""Ctrl-C and SIGTERM at random instants: no hang, no signal lost, no wrong exit code, no error of ours, no lock left
+behind.
 
 A failing trial names its seed and the seconds after which its signals were sent, and what the run has said.
 """
@@ -37,7 +38,9 @@ class Trials:
         self.codes: Counter[int | None] = Counter()
         self.count = 0
 
-    def make(self, run: Callable[[Path], int], signals: list[tuple[int, float]], right: Callable[[Outcome], bool]) -> None:
+    def make(
+        self, run: Callable[[Path], int], signals: list[tuple[int, float]], right: Callable[[Outcome], bool]
+    ) -> None:
         """One trial."""
         self.count += 1
         outcome = forked(self._folder / str(self.count), run, signals)
@@ -45,12 +48,19 @@ class Trials:
         if right(outcome):
             shutil.rmtree(outcome.folder)
         else:
-            self.wrong.append(f"trial {self.count} of seed {self.seed}: exit {outcome.code}, sent {outcome.sent_s}, {outcome.left}\n{outcome.said}")
+            self.wrong.append(
+                f"trial {self.count} of seed {self.seed}: exit {outcome.code}, sent {outcome.sent_s}, {outcome.left}\n{outcome.said}"
+            )
 
     def end(self, tally: Tally, what: str) -> None:
         """Note the counts and fail where there is something wrong."""
         hangs = self.codes[None]
-        tally(what, trials=self.count, failures=len(self.wrong), detail=f"{hangs} hangs; exit codes {dict(self.codes)}; seed {self.seed}")
+        tally(
+            what,
+            trials=self.count,
+            failures=len(self.wrong),
+            detail=f"{hangs} hangs; exit codes {dict(self.codes)}; seed {self.seed}",
+        )
         assert not self.wrong, "\n\n".join(self.wrong[:3])
 
 
@@ -84,7 +94,9 @@ def test_one_ctrl_c_under_launch(tmp_path: Path, tally: Tally, mode: str) -> Non
     trials = Trials(tmp_path, 12)
     for number in range(50):
         steps = 4 if number % 4 == 0 else LONG  # some end by themselves meanwhile
-        trials.make(launched(mode, steps=steps), [(signal.SIGINT, trials.when())], lambda outcome: stopped(outcome, 130))
+        trials.make(
+            launched(mode, steps=steps), [(signal.SIGINT, trials.when())], lambda outcome: stopped(outcome, 130)
+        )
     trials.end(tally, f"one SIGINT, launch: {mode}")
 
 

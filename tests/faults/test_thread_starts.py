@@ -1,4 +1,5 @@
-"""The system starts no more threads, from any one on: one error in one line, nothing left running, no lock, and no hang."""
+"""The system starts no more threads, from any one on: one error in one line, nothing left running, no lock, and no
+hang."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parity import adamw
 from small_runs import batches, built, config
 
 import offload
-from parity import adamw
 
 MODES: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -62,7 +63,9 @@ def test_none_is_started_from_one_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
             except offload.OffloadError as error:
                 assert "could not be started (can't start new thread)" in str(error) and "\n" not in str(error), error
         assert not list(tmp_path.rglob("pagemem.lock"))
-        left = [thread.name for thread in threading.enumerate() if thread.name.startswith(("pagemem", "offload", "optim"))]
+        left = [
+            thread.name for thread in threading.enumerate() if thread.name.startswith(("pagemem", "offload", "optim"))
+        ]
         assert not left, f"after {allowed}: {left}"
         if not limit.refused:
             break

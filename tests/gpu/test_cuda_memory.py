@@ -13,9 +13,9 @@ import torch
 from pagemem.devices import cuda
 from pagemem.devices.arena import HostArena
 from pagemem.devices.cuda import CudaArena, CudaDevice
+from pagemem.devices.staging import StagingBuffer
 from pagemem.errors import DeviceError
 from pagemem.frames.page import FrameId, TensorId
-from pagemem.devices.staging import StagingBuffer
 
 PAGE_BYTES = 64 << 10
 N_FRAMES = 16
@@ -87,7 +87,9 @@ def test_host_memory_is_pinned_until_the_arena_is_closed(device: CudaDevice) -> 
     again.close()
 
 
-def test_a_copy_up_begins_after_its_mark_and_compute_after_the_copy(device: CudaDevice, arena: CudaArena, host: HostArena) -> None:
+def test_a_copy_up_begins_after_its_mark_and_compute_after_the_copy(
+    device: CudaDevice, arena: CudaArena, host: HostArena
+) -> None:
     into, source = arena.view(FrameId(0), 0, torch.uint8, PAGE_BYTES), host.view(FrameId(0), 0, torch.uint8, PAGE_BYTES)
     into.fill_(1)
     source.fill_(2)
@@ -128,7 +130,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         CudaDevice(torch.cuda.device_count())
 
 
-def test_memory_pinned_in_pieces_is_copied_across_their_bounds(device: CudaDevice, arena: CudaArena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_pinned_in_pieces_is_copied_across_their_bounds(
+    device: CudaDevice, arena: CudaArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda, "PIN_BYTES", 4 * PAGE_BYTES)
     for _ in range(2):  # what is unpinned can be pinned again
         host = HostArena(N_FRAMES, PAGE_BYTES, device.pin)

@@ -84,7 +84,9 @@ def test_every_step_equals_plain_torch(device: str, clip_norm: float | None, tmp
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("device", ["3MiB", "64MiB"])
-def test_units_at_home_on_the_device_are_updated_as_plain_torch_does_there(device: str, clip_norm: float | None, tmp_path: Path) -> None:
+def test_units_at_home_on_the_device_are_updated_as_plain_torch_does_there(
+    device: str, clip_norm: float | None, tmp_path: Path
+) -> None:
     plain, made = built().cuda(), on_cuda(tmp_path, device, clip_norm=clip_norm)
     optimizer = adamw(plain.parameters())
     made["memory"]["device_states"] = "auto"
@@ -122,7 +124,9 @@ def test_values_are_the_same_built_under_deferred_init(tmp_path: Path) -> None:
         model = built()
     with offload.initialize(model, made, adamw) as engine:
         assert_same(engine.model, built())
-        assert all(value.device.type == "cpu" for value in engine.model.state_dict().values()), "the device need not hold all"
+        assert all(value.device.type == "cpu" for value in engine.model.state_dict().values()), (
+            "the device need not hold all"
+        )
     assert_closed(engine)
 
 
@@ -144,7 +148,9 @@ def test_a_run_goes_on_from_a_commit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, "64KiB", "512KiB"])
-def test_saved_tensors_go_to_host_pages_and_come_back(limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_tensors_go_to_host_pages_and_come_back(
+    limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
     plain, made = Plain(built(), None), on_cuda(tmp_path)
     with offload.initialize(built(), made | {"memory": made["memory"] | {"activations": limit}}, adamw) as engine:
@@ -162,7 +168,8 @@ def test_saved_tensors_go_to_host_pages_and_come_back(limit: int | str, tmp_path
 
 
 def test_saved_tensors_in_host_pages_leave_the_device_room(tmp_path: Path) -> None:
-    """Without waiting for the device anywhere: memory on its way down is bounded, and used again once compute is behind the copy."""
+    """Without waiting for the device anywhere: memory on its way down is bounded, and used again once compute is behind
+    the copy."""
     layers, width, rows = 16, 256, 4096
     tower = nn.Sequential(*(layer for _ in range(layers) for layer in (nn.Linear(width, width), nn.Tanh())))
     storage_bytes = rows * width * 4
@@ -214,7 +221,9 @@ def test_all_pinned_memory_is_in_the_budget(clip_norm: float | None, tmp_path: P
     assert_closed(engine)
 
 
-def test_a_saved_tensor_that_is_changed_while_it_is_copied_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_tensor_that_is_changed_while_it_is_copied_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in plain PyTorch: the copy is not ordered with the change."""
     monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
 
@@ -264,5 +273,11 @@ def test_an_engine_on_another_stream_neither_commits_nor_trains(tmp_path: Path) 
 def test_what_ends_a_process_is_checked_in_one_of_its_own(check: str) -> None:
     """An assertion in a kernel, then close; and a program that does not close its engine."""
     root = Path(__file__).resolve().parent.parent.parent
-    ended = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check", "--only", check], capture_output=True, text=True, cwd=root, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check", "--only", check],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr

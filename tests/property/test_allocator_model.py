@@ -11,7 +11,16 @@ import random
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import Extent, FrameId, PageMove, Placement, Shortage, TensorId
@@ -121,7 +130,9 @@ class AllocatorAgainstByteMap(RuleBasedStateMachine):
         self.merge(tensor, 0, 0.0)
 
     @precondition(lambda self: self.scattered())
-    @rule(choice=st.integers(0, 99), fixed_seed=st.integers(0, 99), fixed_share=st.sampled_from([0.0, 0.0, 0.2, 0.5, 1.0]))
+    @rule(
+        choice=st.integers(0, 99), fixed_seed=st.integers(0, 99), fixed_share=st.sampled_from([0.0, 0.0, 0.2, 0.5, 1.0])
+    )
     def merge_a_scattered_one(self, choice: int, fixed_seed: int, fixed_share: float) -> None:
         scattered = self.scattered()
         self.merge(scattered[choice % len(scattered)], fixed_seed, fixed_share)
@@ -173,10 +184,16 @@ class AllocatorAgainstByteMap(RuleBasedStateMachine):
             assert (first, length > 0, owner != last) == (len(shown), True, True)
             shown += [owner] * length
             last = owner
-        for begin, end in ((0, self.n_frames // 2), (self.n_frames // 3, None), (self.n_frames // 3, self.n_frames // 3 + 2)):
+        for begin, end in (
+            (0, self.n_frames // 2),
+            (self.n_frames // 3, None),
+            (self.n_frames // 3, self.n_frames // 3 + 2),
+        ):
             stretch = list(self.frames.segments(begin, end))
             assert [owner for _, length, owner in stretch for _ in range(length)] == shown[begin:end]
-            assert [first for first, _, _ in stretch] == [begin + sum(length for _, length, _ in stretch[:i]) for i in range(len(stretch))]
+            assert [first for first, _, _ in stretch] == [
+                begin + sum(length for _, length, _ in stretch[:i]) for i in range(len(stretch))
+            ]
         for frame in range(self.n_frames):
             owners = self.owners(frame)
             assert len(owners) <= 2
@@ -219,7 +236,9 @@ class AllocatorAgainstByteMap(RuleBasedStateMachine):
             assert move.source.length_bytes == move.target.length_bytes
             assert move.target.frame < self.n_frames
             assert all(self.owner[block] == move.tensor for block in self.covered(move.source))
-            assert all(self.owner[block] is None for block in self.covered(move.target)), f"{move} writes on what is needed"
+            assert all(self.owner[block] is None for block in self.covered(move.target)), (
+                f"{move} writes on what is needed"
+            )
             self.memory[blocks(move.target)] = self.memory[blocks(move.source)]
             self.clear(move.source, move.tensor)
             for block in self.covered(move.target):
@@ -267,7 +286,11 @@ class AllocatorAgainstByteMap(RuleBasedStateMachine):
         return [tensor for tensor, placed in self.layout().items() if not placed.contiguous]
 
     def check_shortage(self, found: Shortage) -> None:
-        assert (found.tier, found.free_frames, found.largest_run_frames) == (Tier.HOST, self.n_free(), self.longest_free_run())
+        assert (found.tier, found.free_frames, found.largest_run_frames) == (
+            Tier.HOST,
+            self.n_free(),
+            self.longest_free_run(),
+        )
 
 
 TestAllocatorAgainstByteMap = AllocatorAgainstByteMap.TestCase

@@ -1,4 +1,5 @@
-"""Budgets against a model: a list of sizes. Any sequence of calls leaves the same figures, and refuses the same calls."""
+"""Budgets against a model: a list of sizes. Any sequence of calls leaves the same figures, and refuses the same
+calls."""
 
 from __future__ import annotations
 
@@ -77,7 +78,9 @@ class BudgetModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def merge(self, data: st.DataObject) -> None:
         kept, other = self.pick(data), self.pick(data)
-        allowed = kept is not other and kept.reservation.tag is other.reservation.tag and not (kept.ended or other.ended)
+        allowed = (
+            kept is not other and kept.reservation.tag is other.reservation.tag and not (kept.ended or other.ended)
+        )
         try:
             kept.reservation.merge(other.reservation)
         except (TransitionError, ValueError):

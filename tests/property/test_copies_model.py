@@ -1,8 +1,8 @@
 """Copy on write against a model: whatever is stored, committed, given up and restored, a commit reads as it was made.
 
-A "disk" is a dictionary of blocks. Tensors are stored again and again, as the mover does it: to their own frames unless a
-commit names them. After every call each commit and each tensor must read as the model says, and no block may be counted
-twice; at the end nothing is left in use.
+A "disk" is a dictionary of blocks. Tensors are stored again and again, as the mover does it: to their own frames unless
+a commit names them. After every call each commit and each tensor must read as the model says, and no block may be
+counted twice; at the end nothing is left in use.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pagemem.files.checksums import DigestArray
-from pagemem.residency.disk_versions import Copies, StoredCopy
 from pagemem.frames.page import Extent, Placement
+from pagemem.residency.disk_versions import Copies, StoredCopy
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, KiB
 

@@ -1,7 +1,7 @@
 """The hand-off under every interleaving of both sides: no thread runs, and hypothesis says who makes the next move.
 
-The training side is the real `LockFreeUpdater`; the updater's side calls the real `Mailbox` move by move. Wherever one of
-them has just read something the other may write, the other may make any number of moves.
+The training side is the real `LockFreeUpdater`; the updater's side calls the real `Mailbox` move by move. Wherever one
+of them has just read something the other may write, the other may make any number of moves.
 
 A step's gradient is a one at the place of the step's number. So parameters show which updates they have, and how often.
 """
@@ -17,14 +17,21 @@ from typing import Any, cast
 import hypothesis.strategies as st
 import torch
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from one_unit import mark, unit_of
 from torch import Tensor
 
-from optim.lockfree.unit_clock import UnitClock
 from optim.lockfree.unit_channel import Mailbox, Parcel, SlotSum, Version
-from optim.loss_scale import Scaling
+from optim.lockfree.unit_clock import UnitClock
 from optim.lockfree.updater import LockFreeUpdater
+from optim.loss_scale import Scaling
 from optim.unit import Slot, Unit, UnitIndex
 from pagemem.budget import Budget
 from pagemem.telemetry.events import NullSink
@@ -327,7 +334,9 @@ class HandOff(RuleBasedStateMachine):
             assert version is not None or not unadopted
             held = list(box._waiting) + ([version] if unadopted and version is not None else [])
             needed += sum(
-                total.flat.nbytes for item in held for total in (item.values if isinstance(item, Version) else item.sums).values()
+                total.flat.nbytes
+                for item in held
+                for total in (item.values if isinstance(item, Version) else item.sums).values()
             )
         assert needed <= self.training.direct_bytes <= self.training._limit_bytes
         assert self.budget.by_tag().get(Tag.GRAD, 0) == self.training.direct_bytes
@@ -354,7 +363,9 @@ class HandOff(RuleBasedStateMachine):
         for unit, box in zip(self.units, self.boxes, strict=True):
             assert box.clock.produced == box.clock.applied == box.clock.adopted
             for slot in unit.slots:
-                assert torch.equal(self.pages.of(unit, slot), mark(N, *self.made[slot])), "a gradient was lost or doubled"
+                assert torch.equal(self.pages.of(unit, slot), mark(N, *self.made[slot])), (
+                    "a gradient was lost or doubled"
+                )
         self.training._collect_freed()
         assert self.training.direct_bytes == 0, "bytes were not given back, or twice"
         self.training.close()

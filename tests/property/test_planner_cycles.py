@@ -8,16 +8,17 @@ import pytest
 
 from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import check_bounds
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 1 << 16
 N_STEPS = 80
 
 
 def training_step(rng: random.Random) -> tuple[Trace, dict[TensorId, int], Machine]:
-    """Updates at a unit's first use (as clipping makes them), forward and backward, in about half the memory they take."""
+    """Updates at a unit's first use (as clipping makes them), forward and backward, in about half the memory they
+    take."""
     n_units = rng.randint(5, 12)
     pages = [rng.choice([1, 1, 2, 3, 5]) for _ in range(n_units)]
     n_bytes: dict[TensorId, int] = {}
@@ -37,12 +38,17 @@ def training_step(rng: random.Random) -> tuple[Trace, dict[TensorId, int], Machi
     n_frames = max(5 * max(pages), round(sum(n_bytes.values()) * rng.uniform(0.3, 0.7)))
     pages_per_s = 10 ** rng.uniform(-1.5, 1.5)
     n_bytes = {tensor: n_pages * PAGE_BYTES for tensor, n_pages in n_bytes.items()}
-    return Trace(tuple(ops)), n_bytes, Machine(n_frames, PAGE_BYTES, pages_per_s * PAGE_BYTES, pages_per_s * PAGE_BYTES / 2)
+    return (
+        Trace(tuple(ops)),
+        n_bytes,
+        Machine(n_frames, PAGE_BYTES, pages_per_s * PAGE_BYTES, pages_per_s * PAGE_BYTES / 2),
+    )
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_the_cycle_holds_also_where_it_does_not_close_by_itself(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Among these are steps (30 and 65) that leave a tensor dirty where the cycle begins with it clean, and then move it."""
+    """Among these are steps (30 and 65) that leave a tensor dirty where the cycle begins with it clean, and then move
+    it."""
     monkeypatch.setattr("scheduler.planning.planner.KEPT_SHARES", ())  # with tensors kept for good, most cycles close
     n_open = 0
     for seed in range(part, N_STEPS, 4):

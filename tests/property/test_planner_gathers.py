@@ -13,17 +13,18 @@ from pagemem.frames.page import TensorId
 from pagemem.units import ceil_div
 from scheduler.planning.bounds import Replay, check_bounds
 from scheduler.planning.gathers import Link, ShardedPlan, gather_trace, plan_sharded, shard_trace
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.planner import make_plan
 from scheduler.planning.simulator import simulate
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 1 << 16
 Work = tuple[Trace, dict[TensorId, TensorId], dict[TensorId, int]]
 
 
 def training_step(sizes: list[int], n_ranks: int, op_s: float = 1.0, *, clipped: bool = False) -> Work:
-    """Forward and backward over layers of so many pages, each updated after its backward or, clipped, before its forward."""
+    """Forward and backward over layers of so many pages, each updated after its backward or, clipped, before its
+    forward."""
     n_layers = len(sizes)
     shards = {TensorId(whole): TensorId(n_layers + whole) for whole in range(n_layers)}
     n_bytes = {TensorId(whole): pages * PAGE_BYTES for whole, pages in enumerate(sizes)}
@@ -34,7 +35,13 @@ def training_step(sizes: list[int], n_ranks: int, op_s: float = 1.0, *, clipped:
 
     def update(layer: int) -> None:
         shard = shards[TensorId(layer)]
-        steps.append((OpKind.UPDATE, f"update {layer}", [Access(shard, AccessMode.MODIFY), Access(states[shard], AccessMode.MODIFY)]))
+        steps.append(
+            (
+                OpKind.UPDATE,
+                f"update {layer}",
+                [Access(shard, AccessMode.MODIFY), Access(states[shard], AccessMode.MODIFY)],
+            )
+        )
 
     for layer in range(n_layers):
         if clipped:
@@ -53,14 +60,24 @@ def whole_pages(plan: ShardedPlan, n_bytes: dict[TensorId, int]) -> float:
     return sum(n_bytes[load.tensor] for load in plan.gathers.loads) / PAGE_BYTES / plan.gathers.n_steps
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(2, 8), st.integers(1, 60), st.booleans(), st.sampled_from([0.2, 5.0, 500.0]))
-def test_both_parts_fit_and_hold(sizes: list[int], n_ranks: int, n_frames: int, clipped: bool, pages_per_s: float) -> None:
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    st.integers(2, 8),
+    st.integers(1, 60),
+    st.booleans(),
+    st.sampled_from([0.2, 5.0, 500.0]),
+)
+def test_both_parts_fit_and_hold(
+    sizes: list[int], n_ranks: int, n_frames: int, clipped: bool, pages_per_s: float
+) -> None:
     trace, shards, n_bytes = training_step(sizes, n_ranks, clipped=clipped)
     machine = Machine(n_frames, PAGE_BYTES, 2.0 * PAGE_BYTES, 2.0 * PAGE_BYTES)
     try:
         plan = plan_sharded(trace, shards, n_bytes, machine, Link(n_ranks, pages_per_s * PAGE_BYTES))
     except BudgetError as error:
-        least = max(sizes) + max(ceil_div(2 * n_bytes[s], PAGE_BYTES) + ceil_div(n_bytes[s], PAGE_BYTES) for s in shards.values())
+        least = max(sizes) + max(
+            ceil_div(2 * n_bytes[s], PAGE_BYTES) + ceil_div(n_bytes[s], PAGE_BYTES) for s in shards.values()
+        )
         assert n_frames < least and error.smallest_bytes > 0
         return
     below, above = shard_trace(trace, shards), gather_trace(trace, shards)
@@ -90,7 +107,9 @@ def test_gathers_run_ahead_in_the_memory_that_is_left() -> None:
     tight, roomy = planned(2 + 3), planned(60)
     waits_s = [plan.gathers.step_s - plan.gathers.compute_s for plan in (tight, roomy)]
     assert waits_s[0] > 4 * waits_s[1], "six layers, of which each but the last is gathered twice"
-    assert whole_pages(tight, n_bytes) == 2 * 11 and whole_pages(roomy, n_bytes) == 2 * 6, "with room for all, once after each update"
+    assert whole_pages(tight, n_bytes) == 2 * 11 and whole_pages(roomy, n_bytes) == 2 * 6, (
+        "with room for all, once after each update"
+    )
     machine = Machine(60 - roomy.first_frame, PAGE_BYTES, link.whole_bytes_per_s, link.whole_bytes_per_s)
     simulated = simulate(roomy.gathers, gather_trace(trace, shards), n_bytes, machine)
     assert simulated.step_s == pytest.approx(roomy.gathers.step_s)

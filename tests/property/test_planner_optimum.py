@@ -1,4 +1,5 @@
-"""The planner's moves against the fewest possible, found by trying every eviction, on small random steps that repeat."""
+"""The planner's moves against the fewest possible, found by trying every eviction, on small random steps that
+repeat."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from pagemem.frames.window import MANY_TENANTS
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 1 << 16
 N_TRACES = 200
@@ -56,7 +57,8 @@ def after_step(trace: Trace, n_frames: int, start: State) -> dict[State, int]:
 
 
 def fewest_pages(trace: Trace, n_frames: int) -> float:
-    """Pages moved in a step on average, at best and in the long run: the least mean cycle (Karp, 1978) over all states."""
+    """Pages moved in a step on average, at best and in the long run: the least mean cycle (Karp, 1978) over all
+    states."""
     ends: dict[State, dict[State, int]] = {}
     unseen: list[State] = [()]
     while unseen:

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import PlanError, check_bounds
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.plan import by_trigger
 from scheduler.planning.planner import make_plan
 from scheduler.planning.simulator import simulate
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 1 << 16
 
@@ -22,7 +22,10 @@ PAGE_BYTES = 1 << 16
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[Trace, dict[TensorId, int], Machine]:
     """Uses and renewals of a few tensors in any order, and at least the room that the largest one needs."""
-    n_bytes = {TensorId(number): pages * PAGE_BYTES for number, pages in enumerate(draw(st.lists(st.integers(1, 4), min_size=1, max_size=7)))}
+    n_bytes = {
+        TensorId(number): pages * PAGE_BYTES
+        for number, pages in enumerate(draw(st.lists(st.integers(1, 4), min_size=1, max_size=7)))
+    }
     modes = st.sampled_from([AccessMode.READ, AccessMode.READ, AccessMode.RENEW])
     uses = draw(st.lists(st.tuples(st.sampled_from(sorted(n_bytes)), modes), min_size=1, max_size=24))
     ops = [
@@ -36,7 +39,9 @@ def steps(draw: st.DrawFn) -> tuple[Trace, dict[TensorId, int], Machine]:
 
 
 @given(steps(), st.booleans())
-def test_no_op_sees_what_was_copied_before_a_renewal(work: tuple[Trace, dict[TensorId, int], Machine], alike: bool) -> None:
+def test_no_op_sees_what_was_copied_before_a_renewal(
+    work: tuple[Trace, dict[TensorId, int], Machine], alike: bool
+) -> None:
     trace, n_bytes, machine = work
     plan = make_plan(trace, n_bytes, machine, alike=alike)
     report = check_bounds(plan, trace, n_bytes, machine)
@@ -58,7 +63,9 @@ def test_what_is_not_renewed_stays_and_what_is_renewed_comes_again() -> None:
 def test_a_copy_made_too_early_is_found_out() -> None:
     a = TensorId(0)
     uses = [AccessMode.READ, AccessMode.RENEW, AccessMode.READ]
-    ops = [Op((OpKind.FORWARD, index), f"op {index}", (Access(a, mode),), 1.0, index) for index, mode in enumerate(uses)]
+    ops = [
+        Op((OpKind.FORWARD, index), f"op {index}", (Access(a, mode),), 1.0, index) for index, mode in enumerate(uses)
+    ]
     trace, n_bytes, machine = Trace(tuple(ops)), {a: PAGE_BYTES}, Machine(1, PAGE_BYTES, 1e9, 1e9)
     plan = make_plan(trace, n_bytes, machine, alike=True)
     check_bounds(plan, trace, n_bytes, machine)

@@ -13,10 +13,10 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.units import BLOCK_BYTES, KiB
 from scheduler.planning.bounds import Replay, check_bounds
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.plan import Plan
 from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 64 * KiB
 #: One page takes a millisecond to read.
@@ -51,13 +51,17 @@ class Work:
 
 @st.composite
 def steps(draw: st.DrawFn, *, views: bool = False, largest_frames: int = 4) -> Work:
-    """Up to ten ops over up to six tensors; lasting ones keep their content, the others are made and consumed in a step.
+    """Up to ten ops over up to six tensors; lasting ones keep their content, the others are made and consumed in a
+    step.
 
     With ``views``, ops on lasting tensors may leave views that live for some more ops.
     """
     tensors = [TensorId(i) for i in range(draw(st.integers(1, 6)))]
     lasting = {tensor for tensor in tensors if draw(st.booleans())}
-    used = [draw(st.lists(st.sampled_from(tensors), min_size=1, max_size=3, unique=True)) for _ in range(draw(st.integers(1, 10)))]
+    used = [
+        draw(st.lists(st.sampled_from(tensors), min_size=1, max_size=3, unique=True))
+        for _ in range(draw(st.integers(1, 10)))
+    ]
     ops: list[Op] = []
     for index, own in enumerate(used):
         accesses: list[Access] = []
@@ -67,10 +71,14 @@ def steps(draw: st.DrawFn, *, views: bool = False, largest_frames: int = 4) -> W
                 earlier, later = (any(tensor in other for other in part) for part in (used[:index], used[index + 1 :]))
                 mode = mode if earlier and later else AccessMode.CONSUME if earlier else AccessMode.CREATE
             accesses.append(Access(tensor, mode))
-        until = draw(st.integers(index, len(used) - 1)) if views and set(own) <= lasting and draw(st.booleans()) else index
+        until = (
+            draw(st.integers(index, len(used) - 1)) if views and set(own) <= lasting and draw(st.booleans()) else index
+        )
         duration_s = draw(st.sampled_from([0.0, 0.001, 0.004]))
         ops.append(Op((OpKind.FORWARD, index), f"op {index}", tuple(accesses), duration_s, until))
-    n_bytes = {t: draw(st.integers(1, largest_frames)) * PAGE_BYTES - draw(st.integers(0, 3)) * BLOCK_BYTES for t in tensors}
+    n_bytes = {
+        t: draw(st.integers(1, largest_frames)) * PAGE_BYTES - draw(st.integers(0, 3)) * BLOCK_BYTES for t in tensors
+    }
     return Work(Trace(tuple(ops)), n_bytes)
 
 

@@ -12,11 +12,11 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.planning.bounds import PlanError, check_bounds
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.planning.planner import make_plan
 from scheduler.planning.simulator import Lane, Simulation, Wait, simulate
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 64 * KiB
 #: One page takes a millisecond.
@@ -36,9 +36,17 @@ def trace_of(*ops: str, ms: float | tuple[float, ...]) -> Trace:
     return Trace(tuple(made))
 
 
-def plan_of(trace: Trace, n_frames: int, initial: dict[TensorId, int], loads: tuple[LoadTask, ...], stores: tuple[StoreTask, ...] = ()) -> Plan:
+def plan_of(
+    trace: Trace,
+    n_frames: int,
+    initial: dict[TensorId, int],
+    loads: tuple[LoadTask, ...],
+    stores: tuple[StoreTask, ...] = (),
+) -> Plan:
     """A plan of one step that closes."""
-    carried = tuple(replace(t, trigger=0, needed_at=t.needed_at - len(trace.ops)) for t in loads if t.needed_at >= len(trace.ops))
+    carried = tuple(
+        replace(t, trigger=0, needed_at=t.needed_at - len(trace.ops)) for t in loads if t.needed_at >= len(trace.ops)
+    )
     return Plan(
         trace.keys, 1, n_frames, {t: FrameId(f) for t, f in initial.items()}, loads, stores, carried, True, n_frames, 0, 0,
         0.0, 0.0, by_trigger(loads), by_trigger(stores),
@@ -55,7 +63,8 @@ def load(tensor: TensorId, frame: int, trigger: int, needed_at: int) -> LoadTask
     return LoadTask(tensor, FrameId(frame), trigger, needed_at)
 
 
-# ---- by hand -----------------------------------------------------------------------------------------------------------
+# ---- by hand
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_what_fits_takes_the_time_of_its_compute() -> None:
@@ -99,7 +108,9 @@ def test_a_load_waits_until_its_frames_are_stored_and_the_lane_says_so() -> None
     done = run(plan, trace, write=0.5)
     assert done.step_s == 0.008 and done.steady
     assert done.waits == (Wait(0, "Aw", 0.003, A, Lane.SSD_WRITE), Wait(1, "Bw", 0.003, B, Lane.SSD_WRITE))
-    assert done.busy == {Lane.COMPUTE: 0.25, Lane.SSD_READ: 0.25, Lane.SSD_WRITE: 0.5} and done.limiting is Lane.SSD_WRITE
+    assert (
+        done.busy == {Lane.COMPUTE: 0.25, Lane.SSD_READ: 0.25, Lane.SSD_WRITE: 0.5} and done.limiting is Lane.SSD_WRITE
+    )
     assert done.written_bytes == 2 * PAGE_BYTES
 
 
@@ -127,7 +138,10 @@ def test_a_load_runs_ahead_over_the_end_of_the_step() -> None:
     done = run(plan, trace)
     assert done.waits == (Wait(1, "Cr", 0.001, C, Lane.SSD_READ),) and done.step_s == 0.005
     done = run(plan, trace, read=0.5)
-    assert done.waits == (Wait(0, "Ar", 0.001, A, Lane.SSD_READ), Wait(1, "Cr", 0.002, C, Lane.SSD_READ)) and done.step_s == 0.007
+    assert (
+        done.waits == (Wait(0, "Ar", 0.001, A, Lane.SSD_READ), Wait(1, "Cr", 0.002, C, Lane.SSD_READ))
+        and done.step_s == 0.007
+    )
 
 
 def test_frames_of_what_is_consumed_are_free_at_the_end_of_its_op() -> None:
@@ -157,14 +171,18 @@ def test_a_plan_that_does_not_hold_and_a_lane_without_bandwidth_are_refused() ->
             run(good, trace, **wrong)
 
 
-# ---- any plan ----------------------------------------------------------------------------------------------------------
+# ---- any plan
+# ----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
 def planned(draw: st.DrawFn) -> tuple[Plan, Trace, dict[TensorId, int]]:
     """A planner's plan for a random step: lasting tensors, and some that are made and consumed within it."""
     tensors = [TensorId(i) for i in range(draw(st.integers(1, 6)))]
-    used = [draw(st.lists(st.sampled_from(tensors), min_size=1, max_size=3, unique=True)) for _ in range(draw(st.integers(1, 8)))]
+    used = [
+        draw(st.lists(st.sampled_from(tensors), min_size=1, max_size=3, unique=True))
+        for _ in range(draw(st.integers(1, 8)))
+    ]
     passing = {t for t in tensors if draw(st.booleans()) and sum(t in own for own in used) > 1}
     ops: list[Op] = []
     for index, own in enumerate(used):
@@ -177,7 +195,15 @@ def planned(draw: st.DrawFn) -> tuple[Plan, Trace, dict[TensorId, int]]:
                 mode = AccessMode.CONSUME
             accesses.append(Access(tensor, mode))
         until = draw(st.integers(index, len(used) - 1)) if not set(own) & passing and draw(st.booleans()) else index
-        ops.append(Op((OpKind.FORWARD, index), f"op {index}", tuple(accesses), draw(st.sampled_from([0.0, 0.0013, 0.004])), until))
+        ops.append(
+            Op(
+                (OpKind.FORWARD, index),
+                f"op {index}",
+                tuple(accesses),
+                draw(st.sampled_from([0.0, 0.0013, 0.004])),
+                until,
+            )
+        )
     trace = Trace(tuple(ops))
     n_bytes = {t: draw(st.integers(1, 3)) * PAGE_BYTES for t in tensors}
     alive = [{a.tensor for op in ops[: i + 1] if op.until >= i for a in op.accesses} for i in range(len(ops))]

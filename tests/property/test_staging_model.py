@@ -1,4 +1,5 @@
-"""Spans of a staging buffer, taken and dropped in any order: never two of one byte, and always the first that is long enough."""
+"""Spans of a staging buffer, taken and dropped in any order: never two of one byte, and always the first that is long
+enough."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ def test_spans_never_overlap_and_are_the_first_that_fit(moves: list[int]) -> Non
                 del held[-move % len(held)]
             continue
         taken = sorted((start, start + span.numel()) for start, span, _ in held)
-        fits = [start for start in (0, *(-(-end // ALIGN_BYTES) * ALIGN_BYTES for _, end in taken)) if start + move <= N_BYTES]
+        fits = [
+            start
+            for start in (0, *(-(-end // ALIGN_BYTES) * ALIGN_BYTES for _, end in taken))
+            if start + move <= N_BYTES
+        ]
         fits = [start for start in fits if all(end <= start or start + move <= other for other, end in taken)]
         span = buffer.take(move)
         assert (span is None) is (not fits)

@@ -1,4 +1,5 @@
-"""Copies up to the device while host pages come when the test lets them: what waits for what, and what is taken back."""
+"""Copies up to the device while host pages come when the test lets them: what waits for what, and what is taken
+back."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ from gated_device import GatedDevice, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES, opened
 
 from pagemem.devices.arena import HostArena
-from pagemem.residency.device_mover import DeviceMover
 from pagemem.errors import StorageError, TransitionError
-from pagemem.telemetry.events import EventLog
-from pagemem.residency.upload_queue import _close_at_exit
 from pagemem.frames.page import FrameId
+from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.residency.upload_queue import _close_at_exit
+from pagemem.telemetry.events import EventLog
 from scheduler.execution.read_lane import ReadLane
 from scheduler.planning.plan import LoadTask
 
@@ -145,7 +146,8 @@ def test_a_copy_that_fails_is_told_and_leaves_the_tensor_below(tiers: Tiers, mon
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
 
 
-# ---- bytes of the device on their way down ------------------------------------------------------------------------------
+# ---- bytes of the device on their way down
+# ------------------------------------------------------------------------------
 
 
 def test_host_pages_that_the_device_fills_are_neither_read_nor_moved_before(tiers: Tiers) -> None:
@@ -247,11 +249,13 @@ def test_a_device_that_fails_to_fill_is_heard_of_and_nobody_waits_for_ever(tiers
     tiers.below.mover.discard(lower)
 
 
-# ---- a device that has failed ------------------------------------------------------------------------------------------
+# ---- a device that has failed
+# ------------------------------------------------------------------------------------------
 
 
 class Broken:
-    """A mark of a device that failed: whatever is asked of it raises, as of a CUDA device after an assertion in a kernel."""
+    """A mark of a device that failed: whatever is asked of it raises, as of a CUDA device after an assertion in a
+    kernel."""
 
     def reached(self) -> bool:
         raise RuntimeError("device-side assert")
@@ -307,7 +311,9 @@ def test_a_copy_back_of_a_device_that_failed_ends(tiers: Tiers, monkeypatch: pyt
     tiers.below.mover.discard(lower)
 
 
-def test_a_copy_up_that_a_failed_device_takes_no_mark_for_is_none(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_up_that_a_failed_device_takes_no_mark_for_is_none(
+    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensor = tiers.device.mirror(tiers.below.dirty(1))
     monkeypatch.setattr(tiers.device.accelerator, "mark", fails)
     tiers.device.start_load(tensor, FrameId(0))
@@ -318,7 +324,9 @@ def test_a_copy_up_that_a_failed_device_takes_no_mark_for_is_none(tiers: Tiers, 
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
 
 
-def test_a_copy_whose_end_cannot_be_noted_at_once_is_told_of_all_the_same(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_whose_end_cannot_be_noted_at_once_is_told_of_all_the_same(
+    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise whoever waits for it waits for ever."""
     tensor = tiers.device.mirror(tiers.below.dirty(1))
     end_upload = tiers.below.mover.end_upload

@@ -92,11 +92,17 @@ def looks() -> dict[str, Callable[[Run], object]]:
 
 
 #: The model of the streaming scale does not fit in memory at once, so it cannot be gathered there.
-LOOKS = [(look, scale) for look in looks() for scale in (RESIDENT, STREAMING) if (look, scale) != ("gathered", STREAMING)]
+LOOKS = [
+    (look, scale) for look in looks() for scale in (RESIDENT, STREAMING) if (look, scale) != ("gathered", STREAMING)
+]
 
 
 @every_point
-@pytest.mark.parametrize(("look", "scale"), LOOKS, ids=[f"{look}-{'all_in_ram' if scale is RESIDENT else 'streaming'}" for look, scale in LOOKS])
+@pytest.mark.parametrize(
+    ("look", "scale"),
+    LOOKS,
+    ids=[f"{look}-{'all_in_ram' if scale is RESIDENT else 'streaming'}" for look, scale in LOOKS],
+)
 def test_a_look_waits_until_everything_is_applied(point: str, look: str, scale: Scale, tmp_path: Path) -> None:
     with running(tmp_path, 4, scale) as run:
         run.warm_up()
@@ -119,7 +125,9 @@ def test_an_edit_comes_after_all_updates_and_before_the_next(point: str, scale: 
         run.step()
         with offload.gathered(run.model.layers[1]), torch.no_grad():
             assert run.clock(SECOND) == (4, 4, 4)
-            assert all(slot.ahead for slot in run.boxes[SECOND].unit.slots), "what is edited was not ahead of its update"
+            assert all(slot.ahead for slot in run.boxes[SECOND].unit.slots), (
+                "what is edited was not ahead of its update"
+            )
             before = run.model.layers[1].weight.clone()
             run.model.layers[1].weight.mul_(0.5)
         run.gates.open()
@@ -140,7 +148,9 @@ def test_zero_grad_throws_away_what_was_not_handed_over_and_nothing_else(point: 
         assert run.gates.updater.direct_bytes == bytes_before
         loss = run.model(*run.steps[-1][0])
         loss.backward()
-        with pytest.raises(RuntimeError, match=r"updates of this step have been made already.*engine\.abandon_step\(\)"):
+        with pytest.raises(
+            RuntimeError, match=r"updates of this step have been made already.*engine\.abandon_step\(\)"
+        ):
             run.optimizer.zero_grad()
         assert run.gates.waits == []
 

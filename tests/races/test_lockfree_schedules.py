@@ -1,7 +1,7 @@
 """Lock-free training under schedules that hypothesis draws: what the updater does, and when, is part of the example.
 
-Between two actions the updater stands still, at a gate or at rest. It moves when an action moves it, and when the training
-thread waits for it, and then just as far as that needs. So an example runs the same way every time.
+Between two actions the updater stands still, at a gate or at rest. It moves when an action moves it, and when the
+training thread waits for it, and then just as far as that needs. So an example runs the same way every time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Steps:
         self._rest()
 
     def move_to(self, *points: tuple[str, str]) -> None:
-        """Have the updater go on to the first of these points and units that it comes to, or until nothing is left to do."""
+        """Have the updater go on to the first of these points and units that it comes to, or until nothing is left to
+        do."""
         self._release(set(points))
         deadline_s = time.monotonic() + TIMEOUT_S
         with self._gates._changed:

@@ -11,9 +11,9 @@ from fake_page_files import TIMEOUT_S
 from gated_mover import PAGE_BYTES, Gates, opened
 
 from pagemem.errors import StorageError, TransitionError
-from pagemem.telemetry.events import EventKind
 from pagemem.frames.page import FrameId
 from pagemem.residency.paged_tensor import Residency
+from pagemem.telemetry.events import EventKind
 from pagemem.tier import Tag
 
 R = Residency
@@ -26,7 +26,8 @@ def gates() -> Iterator[Gates]:
         yield made
 
 
-# ---- a load under way --------------------------------------------------------------------------------------------------
+# ---- a load under way
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_load_under_way_forbids_changes_stores_and_discards(gates: Gates) -> None:
@@ -115,7 +116,8 @@ def test_a_fresh_load_is_not_read(gates: Gates) -> None:
     assert gates.files.idle() and tensor.state is R.CLEAN and not tensor.backed
 
 
-# ---- a store under way -------------------------------------------------------------------------------------------------
+# ---- a store under way
+# -------------------------------------------------------------------------------------------------
 
 
 def test_compute_reads_while_a_store_is_under_way_but_nobody_drops_it(gates: Gates) -> None:
@@ -218,7 +220,8 @@ def test_storing_all_waits_for_every_store_and_reports_a_failed_one(gates: Gates
     assert [tensor.state for tensor in tensors] == [R.DIRTY, R.CLEAN, R.CLEAN]
 
 
-# ---- leases ------------------------------------------------------------------------------------------------------------
+# ---- leases
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_frames_are_not_used_again_before_the_last_alias_is_gone(gates: Gates) -> None:
@@ -262,7 +265,8 @@ def test_no_window_includes_a_tensor_that_is_seen(gates: Gates) -> None:
     assert gates.mover.choose(2, len) is not None
 
 
-# ---- coming to rest ----------------------------------------------------------------------------------------------------
+# ---- coming to rest
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rest", ["settle", "close"])

@@ -1,4 +1,5 @@
-"""Copies up of tensors that are still being read: page by page, whole, of one version, and forgotten if the read fails."""
+"""Copies up of tensors that are still being read: page by page, whole, of one version, and forgotten if the read
+fails."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from gated_device import GatedMark, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES
 
 from pagemem.errors import StorageError
-from pagemem.telemetry.events import EventKind
 from pagemem.frames.page import FrameId
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.telemetry.events import EventKind
 
 R = Residency
 

@@ -48,7 +48,9 @@ def content(gates: Gates, snapshot: Snapshot) -> dict[str, int]:
     """What the page files hold now for each tensor of a snapshot, of which each must be of one value."""
     found = {}
     for tensor, stored in snapshot.copies.items():
-        held = b"".join(gates.files.content[extent.frame, extent.offset_bytes] for extent in stored.placement.extents(65536))
+        held = b"".join(
+            gates.files.content[extent.frame, extent.offset_bytes] for extent in stored.placement.extents(65536)
+        )
         assert held == held[:1] * len(held), "a copy is torn"
         found[gates.mover.tensors[tensor].name] = held[0]
     return found
@@ -62,7 +64,8 @@ def several(gates: Gates, count: int) -> list[PagedTensor]:
     return [gates.dirty(10 + i, frame=i, name=f"t{i}") for i in range(count)]
 
 
-# ---- what is in it -----------------------------------------------------------------------------------------------------
+# ---- what is in it
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_what_is_stored_already_costs_nothing(gates: Gates) -> None:
@@ -138,7 +141,8 @@ def test_what_it_has_stays_what_it_was_however_often_the_tensor_is_stored_again(
     assert gates.mover.ssd.used_frames == 1
 
 
-# ---- who waits -----------------------------------------------------------------------------------------------------------
+# ---- who waits
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_change_of_an_owed_tensor_waits_exactly_until_it_is_stored(gates: Gates) -> None:
@@ -224,7 +228,8 @@ def test_a_view_that_was_written_to_before_is_stored_though_the_tensor_looks_cle
     assert (tensor.state, tensor.exposed) == (R.DIRTY, False) and content(gates, snapshot) == {"t": 6}
 
 
-# ---- failures ------------------------------------------------------------------------------------------------------------
+# ---- failures
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_store_that_fails_gives_it_up_and_training_and_the_next_one_go_on(gates: Gates) -> None:
@@ -318,7 +323,8 @@ def test_it_can_be_abandoned_while_it_is_made_and_afterwards(gates: Gates) -> No
         again.release()
 
 
-# ---- going on from one ---------------------------------------------------------------------------------------------------
+# ---- going on from one
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_tensor_goes_on_from_a_commits_copy_and_leaves_it_as_it_is(gates: Gates) -> None:

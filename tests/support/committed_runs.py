@@ -1,4 +1,5 @@
-"""Runs that commit, stop and go on: a model, its training loop with everything that a moment consists of, and its state."""
+"""Runs that commit, stop and go on: a model, its training loop with everything that a moment consists of, and its
+state."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ KIB, MIB = 1 << 10, 1 << 20
 
 
 class Random(nn.Module):
-    """An MLP that draws from all three global generators in each forward, with buffers and a parameter that is not paged."""
+    """An MLP that draws from all three global generators in each forward, with buffers and a parameter that is not
+    paged."""
 
     def __init__(self, width: int = 192) -> None:
         super().__init__()
@@ -36,7 +38,9 @@ class Random(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross entropy."""
         self.seen += 1
-        hidden = F.gelu(self.norm(self.first(x.to(self.first.bias.dtype)))) * (1 + 0.01 * random.random() + 0.01 * float(np.random.rand()))
+        hidden = F.gelu(self.norm(self.first(x.to(self.first.bias.dtype)))) * (
+            1 + 0.01 * random.random() + 0.01 * float(np.random.rand())
+        )
         for layer in self.middle:
             hidden = F.gelu(layer(F.dropout(hidden, 0.3)))
         return F.cross_entropy(self.last(F.dropout(hidden, 0.3)), y)
@@ -61,7 +65,13 @@ class Setup:
     def config(self, folder: Path, **commit: Any) -> dict[str, Any]:
         """The engine's configuration."""
         ssd = {"paths": [str(folder / "pages")], "threads": 2}
-        return {"memory": {"ram": self.ram, "page": "64KiB"}, "ssd": ssd, "update": self.update, "commit": commit, **self.more}
+        return {
+            "memory": {"ram": self.ram, "page": "64KiB"},
+            "ssd": ssd,
+            "update": self.update,
+            "commit": commit,
+            **self.more,
+        }
 
 
 RANDOM = Case(Random, "vectors")
@@ -75,12 +85,16 @@ SETUPS: dict[str, Setup] = {
     "gpt": Setup(CASES["gpt"], 3 * MIB // 2),
     "gpt, tied, least RAM": Setup(CASES["tied"], 1 * MIB),
     "gpt, bf16": Setup(CASES["gpt"], 2 * MIB, more={"model": {"factory": "none:none", "dtype": "bf16"}}),
-    "gpt, fp16, clipped": Setup(CASES["gpt"], 2 * MIB, {"clip_norm": 1.0}, more={"model": {"factory": "none:none", "dtype": "fp16"}}),
+    "gpt, fp16, clipped": Setup(
+        CASES["gpt"], 2 * MIB, {"clip_norm": 1.0}, more={"model": {"factory": "none:none", "dtype": "fp16"}}
+    ),
     "conv, momentum": Setup(CASES["conv"], 1 * MIB, factory=momentum),
     "partly trained": Setup(CASES["partly_trained"], 640 * KIB),
     "random, lock-free": Setup(RANDOM, 4 * MIB, LOCK_FREE),
     "gpt, lock-free, clipped": Setup(CASES["gpt"], 6 * MIB, {**LOCK_FREE, "clip_norm": 0.5}),
-    "gpt, lock-free, bf16": Setup(CASES["gpt"], 8 * MIB, LOCK_FREE, more={"model": {"factory": "none:none", "dtype": "bf16"}}),
+    "gpt, lock-free, bf16": Setup(
+        CASES["gpt"], 8 * MIB, LOCK_FREE, more={"model": {"factory": "none:none", "dtype": "bf16"}}
+    ),
 }
 
 
@@ -141,7 +155,9 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.engine.drain()
             self.engine._store.mover.validate()

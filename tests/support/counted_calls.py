@@ -1,4 +1,5 @@
-"""Every call that a run makes of the system in its folders, counted, of which one goes wrong: pages, manifests, locks, all alike."""
+"""Every call that a run makes of the system in its folders, counted, of which one goes wrong: pages, manifests, locks,
+all alike."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ class Call:
 
 
 class CountedCalls:
-    """The system under what runs from now on; of the calls that ``fault`` can befall, number ``at`` (from 0) goes wrong.
+    """The system under what runs from now on; of the calls that ``fault`` can befall, number ``at`` (from 0) goes
+    wrong.
 
     Args:
         folder: only calls inside it count.
@@ -80,7 +82,12 @@ class CountedCalls:
     """
 
     def __init__(
-        self, patch: pytest.MonkeyPatch, folder: Path, at: int | None = None, fault: Fault | None = None, kinds: Sequence[str] | None = None
+        self,
+        patch: pytest.MonkeyPatch,
+        folder: Path,
+        at: int | None = None,
+        fault: Fault | None = None,
+        kinds: Sequence[str] | None = None,
     ) -> None:
         self.calls: list[Call] = []
         self.struck: Call | None = None

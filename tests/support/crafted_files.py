@@ -20,9 +20,9 @@ from launch_data import sentence_text
 from torch import Tensor, nn
 from xxhash import xxh3_128_hexdigest
 
+from examples.byte_corpus import ByteCorpus
 from offload.config import load_config
 from offload.console.output import Output
-from examples.byte_corpus import ByteCorpus
 from offload.launch.train import launch
 from pagemem.durable.manifest import FORMAT
 
@@ -66,7 +66,8 @@ def small_run(folder: Path, steps: int = 3) -> None:
     """Train it; the page file is cut to what commits name, so that it can be copied often."""
     launch(load_config(settings(folder, steps)), Output(quiet=True))
     reached = max(
-        [first + n for t in _manifest(folder)[1]["tensors"] for first, n in t["runs"]] + [t["tail"][0] + 1 for t in _manifest(folder)[1]["tensors"] if t["tail"]]
+        [first + n for t in _manifest(folder)[1]["tensors"] for first, n in t["runs"]]
+        + [t["tail"][0] + 1 for t in _manifest(folder)[1]["tensors"] if t["tail"]]
     )
     others = [first + n for number in (1, 2, 3) for t in _tensors(folder, number) for first, n in t["runs"]]
     tails = [t["tail"][0] + 1 for number in (1, 2, 3) for t in _tensors(folder, number) if t["tail"]]
@@ -109,7 +110,8 @@ class Damage:
     """One thing that is wrong.
 
     Attributes:
-        file: which kind of file: "manifest", "side", "identity", "lock", "pages", "plan", "metrics", "run identity", "config".
+        file: which kind of file: "manifest", "side", "identity", "lock", "pages", "plan", "metrics", "run identity",
+            "config".
         do: does it to a run's folder.
     """
 
@@ -118,7 +120,8 @@ class Damage:
     do: Callable[[Path], None]
 
 
-# ---- by field ------------------------------------------------------------------------------------------------------------
+# ---- by field
+# ------------------------------------------------------------------------------------------------------------
 
 MISSING = object()
 TWICE = object()
@@ -164,7 +167,9 @@ def changed(root: Any, path: tuple[Any, ...], value: Any) -> Any:
     return made
 
 
-def field_damages(root: Any, write: Callable[[Path, bytes], None], file: str, under: tuple[Any, ...] = ()) -> Iterator[Damage]:
+def field_damages(
+    root: Any, write: Callable[[Path, bytes], None], file: str, under: tuple[Any, ...] = ()
+) -> Iterator[Damage]:
     """Each field with each wrong value; a surplus key in each object, and a key twice."""
     for path, value in fields(root):
         if not path or path[: len(under)] != under:
@@ -175,7 +180,9 @@ def field_damages(root: Any, write: Callable[[Path, bytes], None], file: str, un
             yield Damage(file, f"{'.'.join(map(str, path))} is {what}", lambda folder, body=body: write(folder, body))
         if isinstance(value, dict):
             body = json.dumps(changed(root, (*path, "surplus"), 1)).encode()
-            yield Damage(file, f"{'.'.join(map(str, path))} has a key more", lambda folder, body=body: write(folder, body))
+            yield Damage(
+                file, f"{'.'.join(map(str, path))} has a key more", lambda folder, body=body: write(folder, body)
+            )
     text = json.dumps(root).encode()
     key, first = next(iter(root.items()))
     for what, body in {
@@ -188,7 +195,8 @@ def field_damages(root: Any, write: Callable[[Path, bytes], None], file: str, un
         yield Damage(file, what, lambda folder, body=body: write(folder, body))
 
 
-# ---- by byte and by kind ---------------------------------------------------------------------------------------------------
+# ---- by byte and by kind
+# ---------------------------------------------------------------------------------------------------
 
 
 def byte_damages(file: str, find: Callable[[Path], Path], n_bytes: int, draw: random.Random) -> Iterator[Damage]:
@@ -207,7 +215,9 @@ def byte_damages(file: str, find: Callable[[Path], Path], n_bytes: int, draw: ra
 
     for _ in range(6):
         place, bit = draw.randrange(n_bytes), draw.randrange(8)
-        yield Damage(file, f"bit {bit} of byte {place} flipped", edit(lambda c, place=place, bit=bit: flip(c, place, bit)))
+        yield Damage(
+            file, f"bit {bit} of byte {place} flipped", edit(lambda c, place=place, bit=bit: flip(c, place, bit))
+        )
     for length in sorted({0, 1, 7, 8, 9, n_bytes // 2, n_bytes - 1, *(draw.randrange(n_bytes) for _ in range(3))}):
         yield Damage(file, f"cut to {length} bytes", edit(lambda c, length=length: bytes(c[:length])))
     for place in (0, n_bytes // 3 // 512 * 512):
@@ -242,13 +252,18 @@ def kind_damages(file: str, find: Callable[[Path], Path]) -> Iterator[Damage]:
     yield Damage(file, "a folder", instead(lambda path, folder: path.mkdir()))
     yield Damage(file, "a socket", instead(bind))
     yield Damage(file, "a link to nothing", instead(lambda path, folder: path.symlink_to("nothing")))
-    yield Damage(file, "a link to a file outside", instead(lambda path, folder: path.symlink_to(folder.parent / "outside" / "file")))
+    yield Damage(
+        file,
+        "a link to a file outside",
+        instead(lambda path, folder: path.symlink_to(folder.parent / "outside" / "file")),
+    )
     yield Damage(file, "a link to /dev/zero", instead(lambda path, folder: path.symlink_to("/dev/zero")))
     yield Damage(file, "8 GiB of zeros", instead(huge))
     yield Damage(file, "missing", instead(lambda path, folder: None))
 
 
-# ---- all of them -------------------------------------------------------------------------------------------------------------
+# ---- all of them
+# -------------------------------------------------------------------------------------------------------------
 
 
 def _side(folder: Path) -> Path:
@@ -281,7 +296,11 @@ def _side_damages(folder: Path) -> Iterator[Damage]:
     }.items():  # fmt: skip
         body = json.dumps({**header, name: {**header[name], **entry}}).encode()
         yield Damage("side", what, lambda folder, body=body: write(folder, body))
-    for what, n_bytes in (("a header longer than the file", 2**40), ("a header of no bytes", 0), ("a header of 2^64 bytes", 2**64 - 1)):
+    for what, n_bytes in (
+        ("a header longer than the file", 2**40),
+        ("a header of no bytes", 0),
+        ("a header of 2^64 bytes", 2**64 - 1),
+    ):
         made = n_bytes.to_bytes(8, "little") + content[8:]
         yield Damage("side", what, lambda folder, made=made: _with_side(folder, made))
     yield Damage("side", "more at its end", lambda folder: _with_side(folder, content + bytes(64)))
@@ -348,19 +367,38 @@ def all_damages(folder: Path) -> list[Damage]:
     made += _side_damages(folder)
     made += byte_damages("side", _side, _side(folder).stat().st_size, draw)
     made += kind_damages("side", lambda folder: folder / "pages" / "commits" / f"{path.stem}.safetensors")
-    for file, name in (("identity", "pages/pagemem.json"), ("run identity", "log/offload-run.json"), ("plan", "pages/plan.json")):
+    for file, name in (
+        ("identity", "pages/pagemem.json"),
+        ("run identity", "log/offload-run.json"),
+        ("plan", "pages/plan.json"),
+    ):
         content = (folder / name).read_bytes()
-        made += field_damages(json.loads(content), lambda folder, body, name=name: (folder / name).write_bytes(body) and None, file)
+        made += field_damages(
+            json.loads(content), lambda folder, body, name=name: (folder / name).write_bytes(body) and None, file
+        )
         made += byte_damages(file, lambda folder, name=name: folder / name, len(content), draw)
         made += kind_damages(file, lambda folder, name=name: folder / name)
-    made += byte_damages("metrics", lambda folder: folder / "log" / "metrics.jsonl", (folder / "log" / "metrics.jsonl").stat().st_size, draw)
+    made += byte_damages(
+        "metrics",
+        lambda folder: folder / "log" / "metrics.jsonl",
+        (folder / "log" / "metrics.jsonl").stat().st_size,
+        draw,
+    )
     made += kind_damages("metrics", lambda folder: folder / "log" / "metrics.jsonl")
     made += kind_damages("pages", lambda folder: folder / "pages" / "pages.bin")
     made += kind_damages("lock", lambda folder: folder / "pages" / "pagemem.lock")
     for content in (b"", b"\xff" * 100, b"1\n2\n", b"\x1b[2J\n", bytes(1 << 20)):
-        made.append(Damage("lock", f"holds {content[:8]!r}", lambda folder, content=content: (folder / "pages" / "pagemem.lock").write_bytes(content) and None))
+        made.append(
+            Damage(
+                "lock",
+                f"holds {content[:8]!r}",
+                lambda folder, content=content: (folder / "pages" / "pagemem.lock").write_bytes(content) and None,
+            )
+        )
     for name, text in CONFIGS.items():
-        made.append(Damage("config", name, lambda folder, name=name, text=text: (folder / name).write_text(text) and None))
+        made.append(
+            Damage("config", name, lambda folder, name=name, text=text: (folder / name).write_text(text) and None)
+        )
     made += kind_damages("config", lambda folder: folder / "config.toml")
     made += byte_damages("config", lambda folder: folder / "config.toml", len(_toml(settings(folder, 4))), draw)
     return made

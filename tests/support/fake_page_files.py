@@ -1,4 +1,5 @@
-"""Page files in a dictionary, with the contract of the real ones: on threads, or each transfer held until a gate is opened."""
+"""Page files in a dictionary, with the contract of the real ones: on threads, or each transfer held until a gate is
+opened."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class FakePageFiles(ABC):
         """What `read` and `write` are given again and again for the same extents."""
         return tuple(extents)
 
-    def read(self, route: Route, into: memoryview, done: Done, *, background: bool = False, part: Part | None = None) -> None:
+    def read(
+        self, route: Route, into: memoryview, done: Done, *, background: bool = False, part: Part | None = None
+    ) -> None:
         """Fill ``into``; an extent that was never written fails."""
         self.n_reads += 1
         self.begin("read", route, into, done, part)
@@ -93,7 +96,9 @@ class ThreadedPageFiles(FakePageFiles):
 class Held:
     """A transfer that has been asked for and is neither made nor reported before the test says so."""
 
-    def __init__(self, files: FakePageFiles, kind: str, route: Route, buffer: memoryview, done: Done, part: Part | None) -> None:
+    def __init__(
+        self, files: FakePageFiles, kind: str, route: Route, buffer: memoryview, done: Done, part: Part | None
+    ) -> None:
         self.kind = kind
         self.route = route
         self.ended = False
@@ -104,7 +109,10 @@ class Held:
         lengths = [extent.length_bytes for extent in self.route]
         start = sum(lengths[:extent])
         end = start + lengths[extent]
-        assert self._part is not None and self._files.copy(self.kind, self.route[extent : extent + 1], self._buffer[start:end]) is None
+        assert (
+            self._part is not None
+            and self._files.copy(self.kind, self.route[extent : extent + 1], self._buffer[start:end]) is None
+        )
         self._part([(start, end)])
 
     def open(self) -> None:

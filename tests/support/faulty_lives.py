@@ -73,7 +73,9 @@ class Life:
         ssd: more of the disk's settings.
     """
 
-    def __init__(self, ram: int = 256 << 10, n_paths: int = 1, update: dict[str, Any] | None = None, **ssd: Any) -> None:
+    def __init__(
+        self, ram: int = 256 << 10, n_paths: int = 1, update: dict[str, Any] | None = None, **ssd: Any
+    ) -> None:
         self._ram, self._n_paths, self._update, self._ssd = ram, n_paths, update or {}, ssd
 
     def can(self, fault: Fault) -> bool:
@@ -84,7 +86,9 @@ class Life:
     def process(self, folder: Path, seed: int) -> Iterator[Run]:
         """A run that is closed whatever happens; what closing raises counts like any other error."""
         paths = [str(folder / ("pages" if number == 0 else f"pages{number}")) for number in range(self._n_paths)]
-        setup = Setup(Case(Tiny, "vectors"), self._ram, self._update, more={"ssd": {"paths": paths, "threads": 1, **self._ssd}})
+        setup = Setup(
+            Case(Tiny, "vectors"), self._ram, self._update, more={"ssd": {"paths": paths, "threads": 1, **self._ssd}}
+        )
         run = Run(setup, folder, seed=seed, keep=1)
         try:
             yield run
@@ -101,7 +105,8 @@ class Life:
         return told
 
     def live(self, folder: Path, told: Told) -> None:
-        """Two processes. What a commit or an export fails of is noted, and the process goes on; another error ends it."""
+        """Two processes. What a commit or an export fails of is noted, and the process goes on; another error ends
+        it."""
         with _noted(told), self.process(folder, 7) as run:
             committer = run.engine._checkpoints.committer
             for step in range(1, FIRST + 1):
@@ -163,7 +168,9 @@ class Life:
             with self.process(folder, 9) as run:
                 resumed = run.engine.resume(allow_older=True)
                 step = 0 if resumed is None else resumed.step
-                assert spoilt or told.durable <= step <= told.begun, f"{told.durable} was committed; it goes on from {step}"
+                assert spoilt or told.durable <= step <= told.begun, (
+                    f"{told.durable} was committed; it goes on from {step}"
+                )
                 if resumed is not None:
                     assert_same(state(run), expected.states[step], f"state after step {step}")
                     run.train(LAST)
@@ -180,7 +187,9 @@ class Life:
         if told.exported:
             assert_same(load_file(out / "model.safetensors"), expected.states[SECOND]["model"], "export")
         else:
-            left = [path.name for path in folder.iterdir() if not path.name.startswith("pages")] if folder.exists() else []
+            left = (
+                [path.name for path in folder.iterdir() if not path.name.startswith("pages")] if folder.exists() else []
+            )
             assert not left, f"of the export is left: {left}"
 
 
@@ -201,8 +210,8 @@ def count(life: Life, folder: Path) -> list[Call]:
 
 
 def harmless(call: Call, fault: Fault) -> bool:
-    """Whether nobody needs to hear of it: Python's own libraries look paths up, and go on where that fails; and a trial of O_DIRECT
-    that moves nothing says that there is none.
+    """Whether nobody needs to hear of it: Python's own libraries look paths up, and go on where that fails; and a trial
+    of O_DIRECT that moves nothing says that there is none.
     """
     return call.kind in ("lstat", "stat") or (fault is Fault.NOTHING and "probe" in call.path)
 

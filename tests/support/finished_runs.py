@@ -89,4 +89,6 @@ class Tied(nn.Module):
         self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.head(self.again(self.norm(self.embed(x % 64).flatten(0, 1)))), y.flatten() % 64)
+        return nn.functional.cross_entropy(
+            self.head(self.again(self.norm(self.embed(x % 64).flatten(0, 1)))), y.flatten() % 64
+        )

@@ -74,9 +74,13 @@ class Looking(nn.Module):
         return hidden.sum() if float(hidden.detach().sum()) > 0 else -hidden.sum()
 
 
-def gpt_config(folder: Path, ram: int, *, model: str = "examples.byte_gpt:byte_gpt", dtype: str = "fp32", **sections: Any) -> Config:
+def gpt_config(
+    folder: Path, ram: int, *, model: str = "examples.byte_gpt:byte_gpt", dtype: str = "fp32", **sections: Any
+) -> Config:
     """A small GPT, or another model."""
-    arguments = {"d_model": 96, "n_layer": 3, "n_head": 4, "seq": TOKENS} if model == "examples.byte_gpt:byte_gpt" else {}
+    arguments = (
+        {"d_model": 96, "n_layer": 3, "n_head": 4, "seq": TOKENS} if model == "examples.byte_gpt:byte_gpt" else {}
+    )
     arguments |= sections.pop("arguments", {})
     return load_config(
         {

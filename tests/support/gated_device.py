@@ -11,10 +11,10 @@ from gated_mover import PAGE_BYTES, Gates, opened
 
 from pagemem.devices.accelerator import RamDevice
 from pagemem.devices.arena import HostArena
-from pagemem.residency.device_mover import DeviceMover
-from pagemem.telemetry.events import EventLog
 from pagemem.frames.page import FrameId
+from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.telemetry.events import EventLog
 
 R = Residency
 

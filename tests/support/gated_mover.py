@@ -11,10 +11,10 @@ from fake_page_files import GatedPageFiles
 
 from pagemem.devices.arena import HostArena
 from pagemem.errors import StorageError
-from pagemem.telemetry.events import EventLog
-from pagemem.residency.mover import Mover
 from pagemem.frames.page import FrameId
+from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.telemetry.events import EventLog
 from pagemem.tier import Tag
 from pagemem.units import KiB
 
@@ -72,7 +72,8 @@ class Gates:
 
 @contextmanager
 def opened(n_frames: int = N_FRAMES) -> Iterator[Gates]:
-    """A mover at rest again at the end, with its books in order; what was never let happen fails, so that nobody hangs."""
+    """A mover at rest again at the end, with its books in order; what was never let happen fails, so that nobody
+    hangs."""
     made = Gates(n_frames)
     try:
         yield made

@@ -1,8 +1,10 @@
-"""Runs that are killed again and again at random instants: a process that has imported everything forks each run and kills it.
+"""Runs that are killed again and again at random instants: a process that has imported everything forks each run and
+kills it.
 
     python killed_runs.py KIND KILLS SEED FOLDER
 
-prints one JSON object. Nothing that starts a thread may be called before the fork, so whatever trains or compares runs in a child.
+prints one JSON object. Nothing that starts a thread may be called before the fork, so whatever trains or compares runs
+in a child.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class Told:
     wrong: list[str] = field(default_factory=list)
 
 
-# ---- children ------------------------------------------------------------------------------------------------------------
+# ---- children
+# ------------------------------------------------------------------------------------------------------------
 
 
 def own_loop(kind: str, folder: Path, say: Callable[[str], None]) -> None:
@@ -86,7 +89,11 @@ def launched(folder: Path, say: Callable[[str], None]) -> None:
     """`offload launch`, with a commit in the background after every step."""
     with open(folder / "said.txt", "w") as file:
         code = launch(load_config(settings(folder, STEPS)), Output(file=file, width=200))
-    lines = [line for line in (folder / "said.txt").read_text().splitlines() if "going on after step" in line or "finished: the newest commit" in line]
+    lines = [
+        line
+        for line in (folder / "said.txt").read_text().splitlines()
+        if "going on after step" in line or "finished: the newest commit" in line
+    ]
     say(f"end {code} {lines[0] if lines else 'from the beginning'}")
 
 
@@ -102,7 +109,10 @@ def digest(value: Any) -> str:
 
     def take(value: Any) -> None:
         if isinstance(value, Tensor):
-            found.update(f"{value.dtype} {list(value.shape)}".encode() + value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(
+                f"{value.dtype} {list(value.shape)}".encode()
+                + value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
         elif isinstance(value, dict):
             for key, inner in value.items():
                 found.update(repr(key).encode())
@@ -117,8 +127,11 @@ def digest(value: Any) -> str:
     return found.hexdigest()[:24]
 
 
-def forked(child: Callable[[Callable[[str], None]], None], kill_after_s: float | None) -> tuple[int | None, list[str], float]:
-    """Run ``child`` in a fork, and kill it after a time; returns its exit code, None if it was killed, what it said, and its seconds."""
+def forked(
+    child: Callable[[Callable[[str], None]], None], kill_after_s: float | None
+) -> tuple[int | None, list[str], float]:
+    """Run ``child`` in a fork, and kill it after a time; returns its exit code, None if it was killed, what it said,
+    and its seconds."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -147,7 +160,8 @@ def forked(child: Callable[[Callable[[str], None]], None], kill_after_s: float |
     return code, said.decode().splitlines(), time.monotonic() - started_s
 
 
-# ---- the parent -------------------------------------------------------------------------------------------------------------
+# ---- the parent
+# -------------------------------------------------------------------------------------------------------------
 
 
 def newest_step(folder: Path) -> int:
@@ -218,7 +232,9 @@ class Campaign:
         if self.kind != "launch":
             return []
         lines = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), f"metrics of steps {[line['step'] for line in lines]}"
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), (
+            f"metrics of steps {[line['step'] for line in lines]}"
+        )
         return [line["loss"] for line in lines]
 
     def run(self, kills: int) -> None:
@@ -235,8 +251,11 @@ class Campaign:
         newest = 0
         steps = []
         for part in range(40):
-            # Where other work on the machine makes starting take most of the time, a run needs some part that is not killed.
-            after_s = self.draw.uniform(0, 1.05 * self.seconds) if self.counts["kills"] < kills and part % 20 < 19 else None
+            # Where other work on the machine makes starting take most of the time, a run needs some part that is not
+            # killed.
+            after_s = (
+                self.draw.uniform(0, 1.05 * self.seconds) if self.counts["kills"] < kills and part % 20 < 19 else None
+            )
             code, said, _ = forked(child, after_s)
             before = len(told.resumed)
             note(said, told, bits=self.bits)

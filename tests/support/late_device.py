@@ -1,6 +1,7 @@
 """A device of ordinary memory that makes its copies later than they are asked for, in order, on a thread of its own.
 
-Compute, which the training thread does at once, sees a copy only if it was put behind its mark: until then there is NaN.
+Compute, which the training thread does at once, sees a copy only if it was put behind its mark: until then there is
+NaN.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ class Lying:
     def now(self) -> torch.Tensor | None:
         """The tensor, unless it has been let go of."""
         storage = torch.UntypedStorage._new_with_weak_ptr(self._watch.cdata)
-        return None if storage is None else torch.empty(0, dtype=torch.uint8).set_(storage, self._offset, (self._n_bytes,), (1,))
+        return (
+            None
+            if storage is None
+            else torch.empty(0, dtype=torch.uint8).set_(storage, self._offset, (self._n_bytes,), (1,))
+        )
 
 
 class LateDevice(RamDevice):
@@ -63,8 +68,8 @@ class LateDevice(RamDevice):
 
     Attributes:
         late_s: how long each takes.
-        followed: copies that compute was put behind. brought: losses and gradients copied down. saved: pieces of saved tensors. timed:
-            times asked for. stamped: places taken to ask for them.
+        followed: copies that compute was put behind. brought: losses and gradients copied down. saved: pieces of saved
+            tensors. timed: times asked for. stamped: places taken to ask for them.
     """
 
     stages_gradients = True
@@ -74,7 +79,9 @@ class LateDevice(RamDevice):
         self.followed = self.brought = self.saved = self.timed = self.stamped = 0
         self.fails: BaseException | None = None
         self._dead = False
-        self._asked: queue.SimpleQueue[tuple[torch.Tensor | Lying, torch.Tensor, Mark, LateMark] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[torch.Tensor | Lying, torch.Tensor, Mark, LateMark] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread = threading.Thread(target=self._run, name="late-device")
         self._thread.start()
 

@@ -1,8 +1,8 @@
 """What an engine in lock-free mode did, step by step, and the same again in plain PyTorch.
 
-The order in which the updater and the training thread get on is not the same in two runs; what they computed must follow
-from it exactly. `History` records it: which steps' gradients each version was made of, and which version each step used.
-`Replay` does the same steps with a torch optimizer for each parameter, knowing nothing of pages or threads.
+The order in which the updater and the training thread get on is not the same in two runs; what they computed must
+follow from it exactly. `History` records it: which steps' gradients each version was made of, and which version each
+step used. `Replay` does the same steps with a torch optimizer for each parameter, knowing nothing of pages or threads.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from parity import Factory, schedule
 from torch import Tensor, nn
+from updater_gates import UpdaterGates
 
 from optim.unit import Unit
-from parity import Factory, schedule
-from updater_gates import UpdaterGates
 
 Batch = tuple[Tensor, Tensor]
 
@@ -34,7 +34,9 @@ class History:
 
     def __init__(self, gates: UpdaterGates, max_staleness: int) -> None:
         updater = gates.updater
-        self.parameters = {unit.name: [slot.name for slot in unit.slots if slot.group >= 0] for unit in updater._mailboxes}
+        self.parameters = {
+            unit.name: [slot.name for slot in unit.slots if slot.group >= 0] for unit in updater._mailboxes
+        }
         self.published: dict[str, list[int]] = {name: [] for name in self.parameters}
         self.used: list[dict[str, int]] = [{}]
         self.exact: list[set[str]] = [set()]
@@ -52,7 +54,9 @@ class History:
             if mailbox is not None and unit.name not in self.used[-1]:
                 clock = mailbox.clock
                 assert 0 <= clock.adopted <= clock.applied <= clock.produced
-                assert clock.staleness <= max_staleness, f"{unit.name} misses {clock.staleness} steps, {max_staleness} may be"
+                assert clock.staleness <= max_staleness, (
+                    f"{unit.name} misses {clock.staleness} steps, {max_staleness} may be"
+                )
                 self.used[-1][unit.name] = clock.adopted
 
         def stepped() -> None:
@@ -67,7 +71,8 @@ class History:
 
 @dataclass
 class _Given:
-    """One parameter's gradient of one step, with that step's factor and learning rate, and how far ahead it asks to be."""
+    """One parameter's gradient of one step, with that step's factor and learning rate, and how far ahead it asks to
+    be."""
 
     gradient: Tensor
     coefficient: Tensor | None
@@ -97,14 +102,22 @@ class Replay:
     """
 
     def __init__(
-        self, plain: nn.Module, factory: Factory, history: History, *, clip_norm: float | None = None,
-        dtype: torch.dtype = torch.float32, constant_lr: bool = False,
+        self,
+        plain: nn.Module,
+        factory: Factory,
+        history: History,
+        *,
+        clip_norm: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        constant_lr: bool = False,
     ) -> None:
         self.plain = plain
         self._clip_norm = clip_norm
         self._used = history.used
         self._exact = history.exact
-        self._units = {name: _UnitReplay(names, list(history.published[name])) for name, names in history.parameters.items()}
+        self._units = {
+            name: _UnitReplay(names, list(history.published[name])) for name, names in history.parameters.items()
+        }
         self._template = factory(plain.parameters())
         self._schedule = None if constant_lr else schedule(self._template)
         names = {parameter: name for name, parameter in plain.named_parameters()}
@@ -141,7 +154,9 @@ class Replay:
         return {name: dict(optimizer.state[self._masters[name]]) for name, optimizer in self._optimizers.items()}
 
     def _take_gradients(self, exact: set[str]) -> None:
-        parameters = {name: p for name, p in self.plain.named_parameters() if p.grad is not None and name in self._masters}
+        parameters = {
+            name: p for name, p in self.plain.named_parameters() if p.grad is not None and name in self._masters
+        }
         coefficient = None
         if self._clip_norm is not None:
             total = torch.nn.utils.get_total_norm([p.grad.float() for p in parameters.values() if p.grad is not None])

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-import offload
 from lockfree_replay import History, Replay, assert_replayed
 from parity import adamw
 from small_runs import assert_closed, config
+from torch import Tensor, nn
 from updater_gates import UpdaterGates
+
+import offload
 
 Batch = tuple[Tensor, Tensor]
 
@@ -77,7 +77,9 @@ class Run:
     def batch(self) -> Batch:
         """The next batch, which is remembered as a step of its own."""
         shape = (4, self.width)
-        self.steps.append([(torch.randn(shape, generator=self._generator), torch.randn(shape, generator=self._generator))])
+        self.steps.append(
+            [(torch.randn(shape, generator=self._generator), torch.randn(shape, generator=self._generator))]
+        )
         return self.steps[-1][0]
 
     def step(self, count: int = 1) -> None:

@@ -1,4 +1,5 @@
-"""A disk that loses what was written before a sync that fails, as Linux does: the next sync succeeds and says nothing of it."""
+"""A disk that loses what was written before a sync that fails, as Linux does: the next sync succeeds and says nothing
+of it."""
 
 from __future__ import annotations
 

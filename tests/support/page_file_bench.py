@@ -11,11 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-
 from pagemem.files.backend import RawBackend, choose_backend
-from pagemem.frames.page import Extent, FrameId
 from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
+from pagemem.frames.page import Extent, FrameId
 from pagemem.units import BLOCK_BYTES, KiB, MiB
 
 PAGE_BYTES = 64 * KiB

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import Case
 from torch import Tensor, nn
 
 import offload
-from tiny_models import Case
 
 STEPS = 6
 Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -21,7 +21,10 @@ Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Fused AdamW with a group that decays and one that does not."""
     every = [p for p in parameters if p.requires_grad]
-    groups = [{"params": [p for p in every if p.ndim > 1]}, {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in every if p.ndim > 1]},
+        {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
@@ -113,14 +116,20 @@ class Parity:
 
 
 def compare(
-    plain: nn.Module, plain_optimizer: torch.optim.Optimizer, model: nn.Module, optimizer: torch.optim.Optimizer, when: str
+    plain: nn.Module,
+    plain_optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    when: str,
 ) -> None:
     """All parameters, buffers and optimizer states equal, bit for bit."""
     ours = model.state_dict()
     for name, value in plain.state_dict().items():
         assert torch.equal(value, ours[name]), f"{when}: {name} differs"
     expected, found = plain_optimizer.state_dict()["state"], optimizer.state_dict()["state"]
-    assert {k for k, v in expected.items() if v} == {k for k, v in found.items() if v}, f"{when}: not the same parameters have states"
+    assert {k for k, v in expected.items() if v} == {k for k, v in found.items() if v}, (
+        f"{when}: not the same parameters have states"
+    )
     for number, state in expected.items():
         for name, value in state.items():
             if value is not None:

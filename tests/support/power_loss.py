@@ -1,7 +1,9 @@
-"""A disk that forgets what was not synced: a run's calls are recorded, and what could be left after each of them is put together.
+"""A disk that forgets what was not synced: a run's calls are recorded, and what could be left after each of them is put
+together.
 
-After a loss of power a file has what was synced, and of every later write all, nothing or some sectors; a folder has the names
-it had when it was synced, and of its later changes the first few. A new file's name is not durable before its folder was synced.
+After a loss of power a file has what was synced, and of every later write all, nothing or some sectors; a folder has
+the names it had when it was synced, and of its later changes the first few. A new file's name is not durable before its
+folder was synced.
 """
 
 from __future__ import annotations
@@ -80,7 +82,21 @@ class Recording:
     def recording(self) -> Iterator[None]:
         """Record the calls of the block."""
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("open", "fsync", "fdatasync", "rename", "replace", "unlink", "remove", "mkdir", "rmdir", "ftruncate", "truncate", "posix_fallocate", *WRITERS):
+            for name in (
+                "open",
+                "fsync",
+                "fdatasync",
+                "rename",
+                "replace",
+                "unlink",
+                "remove",
+                "mkdir",
+                "rmdir",
+                "ftruncate",
+                "truncate",
+                "posix_fallocate",
+                *WRITERS,
+            ):
                 patch.setattr(os, name, self._wrapped(name, getattr(os, name)))
             yield
 
@@ -197,7 +213,13 @@ class Recording:
             durable = change.synced_at is not None and change.synced_at <= at
             kind = change.apply[0]
             if kind in ("write", "size", "grow"):
-                kept = change.apply if durable or keeps == "everything" else None if keeps == "nothing" else _some(change.apply, draw)
+                kept = (
+                    change.apply
+                    if durable or keeps == "everything"
+                    else None
+                    if keeps == "nothing"
+                    else _some(change.apply, draw)
+                )
                 if kept is not None:
                     files.setdefault(change.node, []).append(kept)
                 continue
@@ -210,7 +232,9 @@ class Recording:
         to.mkdir()
         self._make(0, to, names, files)
 
-    def _make(self, node: int, to: Path, names: dict[int, list[tuple[Any, ...]]], files: dict[int, list[tuple[Any, ...]]]) -> None:
+    def _make(
+        self, node: int, to: Path, names: dict[int, list[tuple[Any, ...]]], files: dict[int, list[tuple[Any, ...]]]
+    ) -> None:
         there: dict[str, tuple[int, str]] = {}
         for what, name, *more in names.get(node, []):
             if what == "made":

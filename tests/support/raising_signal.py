@@ -1,7 +1,9 @@
-"""A signal whose handler raises, at an instant that the test chooses: where the interpreter looks for signals in code of ours.
+"""A signal whose handler raises, at an instant that the test chooses: where the interpreter looks for signals in code
+of ours.
 
-It does so when a Python function begins and after each call of one written in C; a profile function is called there, and what it
-raises comes out as a handler's exception would. Backward jumps, where it looks as well, are not among the instants.
+It does so when a Python function begins and after each call of one written in C; a profile function is called there,
+and what it raises comes out as a handler's exception would. Backward jumps, where it looks as well, are not among the
+instants.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Runs in forked processes that get signals at random instants, and what became of each.
 
-The process that forks has torch and the engine imported and no thread, so a run costs a fraction of a second and is a process
-all the same, with an exit code. What a run says goes to a file in its folder; it tells through a pipe when signals may come.
+The process that forks has torch and the engine imported and no thread, so a run costs a fraction of a second and is a
+process all the same, with an exit code. What a run says goes to a file in its folder; it tells through a pipe when
+signals may come.
 """
 
 from __future__ import annotations
@@ -137,7 +138,11 @@ def own_loop(mode: str) -> Callable[[Path], int]:
     """Train until Ctrl-C comes, then close."""
 
     def run(folder: Path) -> int:
-        settings = {"memory": {"ram": "768KiB", "page": "64KiB"}, "ssd": {"paths": [str(folder / "pages")], "threads": 2}, "commit": {"every_steps": 3}}
+        settings = {
+            "memory": {"ram": "768KiB", "page": "64KiB"},
+            "ssd": {"paths": [str(folder / "pages")], "threads": 2},
+            "commit": {"every_steps": 3},
+        }
         for section, value in MODES[mode].items():
             settings[section] = {**settings.get(section, {}), **value} if isinstance(value, dict) else value
         if mode == "lock-free":

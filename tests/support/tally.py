@@ -1,7 +1,7 @@
 """Counts of long tests: one dated CSV that a claim can quote.
 
-A test notes what it tried with the fixture `tally`; with ``--tally FILE`` the process that collects the reports appends a
-row for each note, and at the end one for each folder of tests.
+A test notes what it tried with the fixture `tally`; with ``--tally FILE`` the process that collects the reports appends
+a row for each note, and at the end one for each folder of tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ HEADER: Final = ("time", "test", "what", "trials", "failures", "seconds", "detai
 
 
 class TallyFile:
-    """A pytest plugin that writes the CSV. Rows are appended as tests end, so that an interrupted run keeps what it has."""
+    """A pytest plugin that writes the CSV. Rows are appended as tests end, so that an interrupted run keeps what it
+    has."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

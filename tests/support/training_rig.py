@@ -1,4 +1,5 @@
-"""A driver over page files in memory, and a training thread that writes patterns into tensors and checks every one it reads."""
+"""A driver over page files in memory, and a training thread that writes patterns into tensors and checks every one it
+reads."""
 
 from __future__ import annotations
 
@@ -6,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
 from fake_page_files import ThreadedPageFiles
+
 from pagemem.devices.arena import HostArena
-from pagemem.telemetry.events import EventLog
-from pagemem.residency.mover import Mover
 from pagemem.frames.page import TensorId
+from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.telemetry.events import EventLog
 from pagemem.tier import Tag
 from pagemem.units import KiB
 from scheduler.execution.driver import Driver
@@ -39,7 +40,8 @@ class Rig:
         self.mover = Mover(HostArena(n_frames, PAGE_BYTES), self.files, self.log)  # type: ignore[arg-type]
         self.driver = Driver(self.mover, self.log, lambda: (1e9, 1e9))
         self.tensors: dict[str, PagedTensor] = {
-            letter: self.mover.create(letter, Tag.PARAM, (pages or {}).get(letter, 1) * PAGE_BYTES) for letter in letters
+            letter: self.mover.create(letter, Tag.PARAM, (pages or {}).get(letter, 1) * PAGE_BYTES)
+            for letter in letters
         }
         self.salts: dict[TensorId, int] = {tensor.id: 0 for tensor in self.tensors.values()}
         self._salt = 0

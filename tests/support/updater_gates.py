@@ -1,4 +1,5 @@
-"""Holds the updater of lock-free mode where a test wants it, and sees every time the training thread has to wait for it."""
+"""Holds the updater of lock-free mode where a test wants it, and sees every time the training thread has to wait for
+it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class _Waking(threading.Event):
 
 
 class UpdaterGates:
-    """Gates of one engine's updater, open at first. Closing the engine opens them, once the updater has been told to stop.
+    """Gates of one engine's updater, open at first. Closing the engine opens them, once the updater has been told to
+    stop.
 
     Attributes:
         passed: points and unit names in the order in which the updater came there.

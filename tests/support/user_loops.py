@@ -1,4 +1,5 @@
-"""Loops as people write them that look at gradients or change them. Each runs as it is on a plain model and on a paged one."""
+"""Loops as people write them that look at gradients or change them. Each runs as it is on a plain model and on a paged
+one."""
 
 from __future__ import annotations
 
@@ -95,7 +96,11 @@ def _logging(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]
         seen += [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
         optimizer.step()
         seen += gradients(model)
-        seen += [torch.from_numpy(parameter.grad.detach().cpu().numpy().copy()) for parameter in model.parameters() if parameter.grad is not None]
+        seen += [
+            torch.from_numpy(parameter.grad.detach().cpu().numpy().copy())
+            for parameter in model.parameters()
+            if parameter.grad is not None
+        ]
         optimizer.zero_grad()
         assert all(parameter.grad is None for parameter in model.parameters())
     return seen

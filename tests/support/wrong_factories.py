@@ -39,11 +39,20 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "frozen": (lambda: nn.Linear(16, 16).requires_grad_(False), "without trainable parameters (none requires grad)"),
     "failing": (fails, "fails: KeyError: 'nowhere'"),
     "failing_forward": (lambda: Returns(fails), "fails: KeyError: 'nowhere'"),
-    "vector": (lambda: Returns(lambda h: h.mean(1)), "forward(x, y) returns a tensor of shape (2,), float32; it must return the loss of a batch"),
+    "vector": (
+        lambda: Returns(lambda h: h.mean(1)),
+        "forward(x, y) returns a tensor of shape (2,), float32; it must return the loss of a batch",
+    ),
     "no_loss": (lambda: Returns(lambda h: None), "forward(x, y) returns None; it must return the loss"),
     "number": (lambda: Returns(lambda h: 0.5), "forward(x, y) returns a float; it must return the loss"),
-    "dictionary": (lambda: Returns(lambda h: {"loss": h.mean()}), "forward(x, y) returns a dict; it must return the loss"),
-    "whole": (lambda: Returns(lambda h: h.argmax()), "forward(x, y) returns a tensor of shape (), int64; it must return the loss"),
+    "dictionary": (
+        lambda: Returns(lambda h: {"loss": h.mean()}),
+        "forward(x, y) returns a dict; it must return the loss",
+    ),
+    "whole": (
+        lambda: Returns(lambda h: h.argmax()),
+        "forward(x, y) returns a tensor of shape (), int64; it must return the loss",
+    ),
 }
 
 
@@ -56,16 +65,34 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "none": (lambda: None, "returns None, which has no method batch(step, rows, seq)"),
     "list": (lambda: [PAIR], "returns a list of 1 (tuple), which has no method batch(step, rows, seq)"),
     "no_batch": (lambda: _data(batch=None), "which has no method batch(step, rows, seq)"),
-    "no_validation": (lambda: _data(validation_batches=None), "which has no method validation_batches(count, rows, seq)"),
-    "other_arguments": (lambda: _data(batch=lambda step: PAIR), "batch is called as batch(step, rows, seq): too many positional arguments"),
+    "no_validation": (
+        lambda: _data(validation_batches=None),
+        "which has no method validation_batches(count, rows, seq)",
+    ),
+    "other_arguments": (
+        lambda: _data(batch=lambda step: PAIR),
+        "batch is called as batch(step, rows, seq): too many positional arguments",
+    ),
     "unit": (lambda: _data(unit=8), 'unit of what it returns is 8; it must be text such as "byte"'),
-    "tokens": (lambda: _data(tokens_per_sample=1.5), "tokens_per_sample of what it returns is 1.5; it must be a whole number above 0"),
+    "tokens": (
+        lambda: _data(tokens_per_sample=1.5),
+        "tokens_per_sample of what it returns is 1.5; it must be a whole number above 0",
+    ),
     "failing": (fails, "fails: KeyError: 'nowhere'"),
     "no_validation_batch": (lambda: _data(validation_batches=lambda *_: []), "validation_batches gives no batch"),
-    "validation_of_none": (lambda: _data(validation_batches=lambda *_: None), "validation_batches gives None; it must give pairs"),
-    "validation_of_tensors": (lambda: _data(validation_batches=lambda *_: PAIR), "validation_batches gives a tensor of shape (2, 16), float32"),
+    "validation_of_none": (
+        lambda: _data(validation_batches=lambda *_: None),
+        "validation_batches gives None; it must give pairs",
+    ),
+    "validation_of_tensors": (
+        lambda: _data(validation_batches=lambda *_: PAIR),
+        "validation_batches gives a tensor of shape (2, 16), float32",
+    ),
     "failing_validation": (lambda: _data(validation_batches=fails), "validation_batches fails: KeyError: 'nowhere'"),
-    "one_tensor": (lambda: _data(batch=lambda *_: PAIR[0]), "batch gives a tensor of shape (2, 16), float32; it must give a pair of tensors"),
+    "one_tensor": (
+        lambda: _data(batch=lambda *_: PAIR[0]),
+        "batch gives a tensor of shape (2, 16), float32; it must give a pair of tensors",
+    ),
     "failing_batch": (lambda: _data(batch=fails), "batch 0 fails: KeyError: 'nowhere'"),
 }
 

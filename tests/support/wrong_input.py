@@ -19,7 +19,10 @@ def run_config(folder: Path) -> dict[str, Any]:
     return {
         "memory": {"ram": "768KiB", "page": "64KiB"},
         "ssd": {"paths": [str(folder / "pages")], "threads": 1},
-        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 1, "n_head": 4, "seq": 16}},
+        "model": {
+            "factory": "examples.byte_gpt:byte_gpt",
+            "arguments": {"d_model": 64, "n_layer": 1, "n_head": 4, "seq": 16},
+        },
         "data": {"factory": "launch_data:ending_text", "arguments": {"at": 1}},
         "train": {"steps": 3, "batch": 2, "seq": 16, "threads": 1, "evaluate_batches": 1},
         "output": {"run": str(folder / "run")},
@@ -38,7 +41,6 @@ FILES: dict[str, bytes] = {
 }  # fmt: skip
 
 
-
 @pytest.fixture
 def threads_kept() -> Iterator[None]:
     """Runs set torch's compute threads."""
@@ -49,10 +51,14 @@ def threads_kept() -> Iterator[None]:
 
 @pytest.fixture
 def refused(
-    tmp_path: Path, threads_kept: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    tmp_path: Path,
+    threads_kept: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> Callable[..., str]:
-    """Call the command in an empty folder; it must say one line, fail, and leave everything as it was, but for a cache that the data's
-    own factory has made. Returns the line."""
+    """Call the command in an empty folder; it must say one line, fail, and leave everything as it was, but for a cache
+    that the data's own factory has made. Returns the line."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -77,7 +83,9 @@ def refused(
             code = end.code
         said = capsys.readouterr()
         where = f"{arguments}: {code}, {said.err!r}"
-        assert code in codes and said.err.count("\n") == 1 and ": error: " in said.err and "Traceback" not in said.err, where
+        assert (
+            code in codes and said.err.count("\n") == 1 and ": error: " in said.err and "Traceback" not in said.err
+        ), where
         made = {path.name for path in tmp_path.rglob("*") if path not in before}
         assert made in (set(), {"run", "offload-run.json", "data", "train.bin", "validation.bin"}), where
         if made:

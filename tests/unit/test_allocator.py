@@ -12,7 +12,6 @@ from pagemem.frames.page import Extent, FrameId, Run, Shortage
 from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, KiB
 
-
 # ---- taking and giving back ----------------------------------------------------------------------------------------
 
 

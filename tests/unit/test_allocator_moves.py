@@ -11,7 +11,6 @@ from pagemem.frames.page import Extent, FrameId, PageMove, Shortage
 from pagemem.tier import Tier
 from pagemem.units import KiB
 
-
 # ---- moving --------------------------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload.launch.batches import Batches, loss_of
 from offload.config import ConfigError, ModelConfig, TrainConfig
 from offload.factories import described, model_factory, resolve
+from offload.launch.batches import Batches, loss_of
 
 PAIR = (torch.zeros(2, 4), torch.ones(2, 4))
 HERE = __name__
@@ -23,7 +23,11 @@ def train(seq: int | None = 4, evaluate: int = 2) -> TrainConfig:
     return TrainConfig(steps=3, batch=2, seq=seq, evaluate_batches=evaluate)
 
 
-def data(batch: Callable[..., Any] = lambda step, rows, seq: PAIR, validation: Any = lambda count, rows, seq: [PAIR] * count, **more: Any) -> Any:
+def data(
+    batch: Callable[..., Any] = lambda step, rows, seq: PAIR,
+    validation: Any = lambda count, rows, seq: [PAIR] * count,
+    **more: Any,
+) -> Any:
     """What a factory might return."""
     return SimpleNamespace(batch=batch, validation_batches=validation, **more)
 
@@ -53,10 +57,17 @@ def test_batches_are_passed_on_with_and_without_a_length() -> None:
 
 @pytest.mark.parametrize(
     ("more", "seq", "unit", "tokens"),
-    [({}, 4, None, None), ({"unit": "byte"}, 4, "byte", 4), ({"unit": "token", "tokens_per_sample": 9}, 4, "token", 9), ({"unit": "byte"}, None, "byte", None),
-     ({"tokens_per_sample": 9}, None, None, 9)],
+    [
+        ({}, 4, None, None),
+        ({"unit": "byte"}, 4, "byte", 4),
+        ({"unit": "token", "tokens_per_sample": 9}, 4, "token", 9),
+        ({"unit": "byte"}, None, "byte", None),
+        ({"tokens_per_sample": 9}, None, None, 9),
+    ],
 )
-def test_bytes_and_tokens_are_what_the_data_say(more: dict[str, Any], seq: int | None, unit: str | None, tokens: int | None) -> None:
+def test_bytes_and_tokens_are_what_the_data_say(
+    more: dict[str, Any], seq: int | None, unit: str | None, tokens: int | None
+) -> None:
     batches = Batches(data(lambda *_: PAIR, lambda *_: [], **more), "a:b", train(seq))
     assert (batches.unit, batches.tokens_per_sample, batches.unigram_entropy_bits()) == (unit, tokens, None)
 
@@ -65,11 +76,23 @@ def test_bytes_and_tokens_are_what_the_data_say(more: dict[str, Any], seq: int |
     ("made", "seq", "said"),
     [
         (None, 4, "data.factory: a:b returns None, which has no method batch(step, rows, seq)"),
-        (PAIR, 4, "returns a tuple of 2 (a tensor of shape (2, 4), float32, a tensor of shape (2, 4), float32), which has no method batch("),
+        (
+            PAIR,
+            4,
+            "returns a tuple of 2 (a tensor of shape (2, 4), float32, a tensor of shape (2, 4), float32), which has no method batch(",
+        ),
         (SimpleNamespace(batch=3), 4, "which has no method batch("),
-        (SimpleNamespace(batch=lambda step, rows, seq: PAIR), 4, "which has no method validation_batches(count, rows, seq)"),
+        (
+            SimpleNamespace(batch=lambda step, rows, seq: PAIR),
+            4,
+            "which has no method validation_batches(count, rows, seq)",
+        ),
         (data(lambda step, rows: PAIR), 4, "batch is called as batch(step, rows, seq): too many positional arguments"),
-        (data(), None, "batch is called as batch(step, rows): missing a required argument: 'seq'; train.seq is not set, so none is given"),
+        (
+            data(),
+            None,
+            "batch is called as batch(step, rows): missing a required argument: 'seq'; train.seq is not set, so none is given",
+        ),
         (data(unit=3), 4, 'unit of what it returns is 3; it must be text such as "byte"'),
         (data(tokens_per_sample=0), 4, "tokens_per_sample of what it returns is 0; it must be a whole number above 0"),
     ],
@@ -91,7 +114,10 @@ def broken(*_: int) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("batch", "said"),
     [
-        (lambda *_: PAIR[0], "batch gives a tensor of shape (2, 4), float32; it must give a pair of tensors, inputs and targets"),
+        (
+            lambda *_: PAIR[0],
+            "batch gives a tensor of shape (2, 4), float32; it must give a pair of tensors, inputs and targets",
+        ),
         (lambda *_: (*PAIR, PAIR[0]), "batch gives a tuple of 3 ("),
         (lambda *_: (1, 2), "batch gives a tuple of 2 (int, int); "),
         (lambda *_: None, "batch gives None; "),
@@ -138,9 +164,15 @@ class Output:
     ("output", "said"),
     [
         (None, "returns None; it must return the loss of a batch, a tensor with one floating-point number"),
-        (Output(), "returns a Output; it must return the loss of a batch, a tensor with one floating-point number; return its loss"),
+        (
+            Output(),
+            "returns a Output; it must return the loss of a batch, a tensor with one floating-point number; return its loss",
+        ),
         ((torch.zeros(()), 1), "returns a tuple of 2 (a tensor of shape (), float32, int); "),
-        (torch.zeros(3, requires_grad=True), "returns a tensor of shape (3,), float32; it must return the loss of a batch, a tensor with one floating-point number, e.g. its mean"),
+        (
+            torch.zeros(3, requires_grad=True),
+            "returns a tensor of shape (3,), float32; it must return the loss of a batch, a tensor with one floating-point number, e.g. its mean",
+        ),
         (torch.zeros((), dtype=torch.int64), "returns a tensor of shape (), int64; "),
         (torch.zeros(()), "does not depend on a trained parameter; is it detached, or made under no_grad?"),
         (0.5, "returns a float; "),

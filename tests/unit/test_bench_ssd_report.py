@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from offload.config import SsdConfig, load_config
 from offload.machine.bench_ssd import (
-    USUAL_REQUEST_BYTES,
     DEFAULT_THREADS,
     REQUEST_BYTES,
     THREADS,
+    USUAL_REQUEST_BYTES,
     Measured,
     Plan,
     Point,
@@ -19,8 +20,15 @@ from offload.machine.bench_ssd import (
     Target,
     full_plan,
 )
-from offload.machine.bench_ssd_report import Recommendation, advice_lines, backend_line, config_size, point_cells, recommend, target_line
-from offload.config import SsdConfig, load_config
+from offload.machine.bench_ssd_report import (
+    Recommendation,
+    advice_lines,
+    backend_line,
+    config_size,
+    point_cells,
+    recommend,
+    target_line,
+)
 from pagemem.units import GiB, KiB, MiB
 
 TARGET = Target(Path("/disk"), "ext4", 3 * GiB, None)
@@ -50,7 +58,9 @@ def test_the_slowest_path_counts() -> None:
 
 
 def test_points_without_checksums_are_not_recommended() -> None:
-    both = Measured(TARGET, "direct", measured({(4, MiB): 1.0}).points + measured({(1, 4 * MiB): 9.0}, checksums=False).points)
+    both = Measured(
+        TARGET, "direct", measured({(4, MiB): 1.0}).points + measured({(1, 4 * MiB): 9.0}, checksums=False).points
+    )
     assert recommend([both]) == Recommendation(MiB, 4, pytest.approx(1.0))
 
 
@@ -69,7 +79,9 @@ def test_the_plan_holds_the_engines_defaults_with_and_without_checksums() -> Non
     assert (defaults.max_request, defaults.threads, defaults.checksums) == (max(REQUEST_BYTES), DEFAULT_THREADS, True)
     settings = full_plan(512 * MiB, 0.5).settings
     assert [s for s in settings if not s.checksums] == [Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS, checksums=False)]
-    assert {(s.request_bytes, s.threads) for s in settings if s.checksums} == {(size, n) for size in REQUEST_BYTES for n in THREADS}
+    assert {(s.request_bytes, s.threads) for s in settings if s.checksums} == {
+        (size, n) for size in REQUEST_BYTES for n in THREADS
+    }
 
 
 def test_a_plan_that_cannot_be_measured_is_refused() -> None:
@@ -86,7 +98,13 @@ def test_lines_by_hand() -> None:
     assert target_line(TARGET, plan) == "/disk: ext4, 3.0 GiB free, test file of 1.0 MiB"
     assert "process 12" in target_line(Target(Path("/disk"), "ext4", GiB, "12"), plan)
     assert target_line(Target(Path("/disk"), "tmpfs", GiB, None), plan).endswith("; this is RAM, not a disk")
-    assert point_cells(Point(Setting(256 * KiB, 2, checksums=False), 1.234, 2.345)) == ["256KiB", "2", "off", "1.23", "2.35"]
+    assert point_cells(Point(Setting(256 * KiB, 2, checksums=False), 1.234, 2.345)) == [
+        "256KiB",
+        "2",
+        "off",
+        "1.23",
+        "2.35",
+    ]
     assert config_size(4 * MiB) == "4MiB" and config_size(256 * KiB) == "256KiB"
     assert "O_DIRECT, past" in backend_line(Measured(TARGET, "direct", ()))
     assert "refused" in backend_line(Measured(TARGET, "aiofiles", ()))

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import GPT, VOCAB
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from offload.activations.blocks import Blocks, blocks_of
-from tiny_models import GPT, VOCAB
 
 
 class Layer(nn.Module):
@@ -119,7 +119,9 @@ def test_a_block_that_changes_a_buffer_is_noticed(norm: bool) -> None:
     assert not any(block.leaves_traces for block in fresh.blocks)
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand, torch.rand, lambda *_: 0.5], ids=["python", "numpy", "torch", "none"])
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.rand, torch.rand, lambda *_: 0.5], ids=["python", "numpy", "torch", "none"]
+)
 def test_a_block_that_draws_numbers_which_are_not_the_same_again_is_noticed(draw: Callable[..., Any]) -> None:
     class Drawing(Layer):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
@@ -134,7 +136,9 @@ def test_a_block_that_draws_numbers_which_are_not_the_same_again_is_noticed(draw
     for block in watched.blocks:
         block.leaves_traces = False
     model(torch.ones(2, 8))
-    assert not any(block.leaves_traces for block in watched.blocks), "it was looked for although it does not matter any more"
+    assert not any(block.leaves_traces for block in watched.blocks), (
+        "it was looked for although it does not matter any more"
+    )
 
 
 def test_arguments_by_name_and_an_own_forward_are_kept() -> None:
@@ -159,4 +163,6 @@ def test_a_gpt_has_its_blocks() -> None:
     watched = Watched(model)
     x = torch.randint(0, VOCAB, (2, 8))
     model(x, x).backward()
-    assert [block.module for block in watched.blocks] == list(model.blocks) and all(len(block.calls) == 1 for block in watched.blocks)
+    assert [block.module for block in watched.blocks] == list(model.blocks) and all(
+        len(block.calls) == 1 for block in watched.blocks
+    )

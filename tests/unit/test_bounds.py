@@ -9,10 +9,10 @@ import pytest
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.planning.bounds import BoundsReport, PlanError, check_bounds
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 64 * KiB
 MODES = {"r": AccessMode.READ, "w": AccessMode.MODIFY, "c": AccessMode.CREATE, "x": AccessMode.CONSUME}
@@ -44,13 +44,18 @@ def plan_of(
     )  # fmt: skip
 
 
-def check(plan: Plan, trace: Trace, pages: dict[TensorId, int] | None = None, fixed: dict[TensorId, FrameId] | None = None) -> BoundsReport:
+def check(
+    plan: Plan, trace: Trace, pages: dict[TensorId, int] | None = None, fixed: dict[TensorId, FrameId] | None = None
+) -> BoundsReport:
     """Check a plan of one-page tensors, unless ``pages`` says otherwise."""
-    n_bytes = {tensor: (pages or {}).get(tensor, 1) * PAGE_BYTES for tensor in [*trace.tensors(), *(fixed or {}), A, B, C]}
+    n_bytes = {
+        tensor: (pages or {}).get(tensor, 1) * PAGE_BYTES for tensor in [*trace.tensors(), *(fixed or {}), A, B, C]
+    }
     return check_bounds(plan, trace, n_bytes, Machine(plan.n_frames, PAGE_BYTES, 1e9, 1e9), fixed)
 
 
-# ---- what holds --------------------------------------------------------------------------------------------------------
+# ---- what holds
+# --------------------------------------------------------------------------------------------------------
 
 TURNS = trace_of("Aw", "Bw")
 #: One frame for two tensors that change: each is stored and the other one read, every op.
@@ -84,9 +89,15 @@ def test_a_plan_that_does_not_close_is_restored_between_cycles() -> None:
     assert check(plan, trace).read_bytes == 2 * PAGE_BYTES
     ends_elsewhere = plan_of(trace_of("Ar", "Bw"), 1, {A: 0}, (load(B, 0, 1),), closed=False)
     report = check(ends_elsewhere, trace_of("Ar", "Bw"))
-    assert (report.read_bytes, report.written_bytes) == (2 * PAGE_BYTES, PAGE_BYTES)  # The restoring is part of the cycle.
+    assert (report.read_bytes, report.written_bytes) == (
+        2 * PAGE_BYTES,
+        PAGE_BYTES,
+    )  # The restoring is part of the cycle.
     with pytest.raises(PlanError, match="^op 2: Ar misses 0$"):
-        check(replace(ends_elsewhere, closed=True, stores=(StoreTask(B, 0),), stores_at={0: (StoreTask(B, 0),)}), trace_of("Ar", "Bw"))
+        check(
+            replace(ends_elsewhere, closed=True, stores=(StoreTask(B, 0),), stores_at={0: (StoreTask(B, 0),)}),
+            trace_of("Ar", "Bw"),
+        )
 
 
 def test_fixed_tensors_are_counted_and_stay() -> None:
@@ -99,7 +110,8 @@ def test_fixed_tensors_are_counted_and_stay() -> None:
         check(plan_of(trace, 2, {A: 0, B: 1}, (load(C, 0, 1),)), trace, fixed=fixed)
 
 
-# ---- what does not -----------------------------------------------------------------------------------------------------
+# ---- what does not
+# -----------------------------------------------------------------------------------------------------
 
 VIEWED = trace_of("Ar", "Br", "Ar", until={0: 1})
 READ = trace_of("Ar", "Br")

@@ -35,7 +35,8 @@ def figures(of: Budget) -> tuple[int, int, dict[Tag, int]]:
     return of.used_bytes, of.peak_bytes, of.by_tag()
 
 
-# ---- reserving and releasing -------------------------------------------------------------------------------------------
+# ---- reserving and releasing
+# -------------------------------------------------------------------------------------------
 
 
 def test_reservations_add_up_by_tag() -> None:
@@ -79,7 +80,8 @@ def test_a_reservation_is_true_and_a_shortage_false() -> None:
     assert not host.reserve(Tag.PARAM, 101, "too much")
 
 
-# ---- resizing ----------------------------------------------------------------------------------------------------------
+# ---- resizing
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_resizing_grows_and_shrinks_and_the_peak_remembers() -> None:
@@ -98,7 +100,8 @@ def test_resizing_counts_only_what_is_added() -> None:
     assert host.used_bytes == 100
 
 
-# ---- shortages ---------------------------------------------------------------------------------------------------------
+# ---- shortages
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_refused_reservation_changes_nothing_and_names_the_holders_most_first() -> None:
@@ -135,7 +138,8 @@ def test_the_sentence_says_what_is_held_by_whom_and_what_to_change() -> None:
     assert "held by nobody" in refused(budget(0).reserve(Tag.PARAM, 1, "all")).describe()
 
 
-# ---- merging -----------------------------------------------------------------------------------------------------------
+# ---- merging
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_merging_moves_the_bytes_and_ends_the_other() -> None:
@@ -172,7 +176,8 @@ def test_what_cannot_be_merged_stays_as_it_is() -> None:
     assert (kept.n_bytes, kept.state, host.used_bytes) == (10, ReservationState.HELD, 30)
 
 
-# ---- ends --------------------------------------------------------------------------------------------------------------
+# ---- ends
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use", [Reservation.release, lambda r: r.resize(1)], ids=["release", "resize"])
@@ -190,7 +195,9 @@ def test_a_reservation_ends_only_once(use: Callable[[Reservation], object]) -> N
 def test_closing_with_bytes_held_names_every_holder() -> None:
     host = budget()
     first, second = take(host, 10, Tag.PARAM, "weights"), take(host, 20, Tag.GRAD, "gradients in flight")
-    with pytest.raises(AssertionError, match=r"^host: .*: gradients in flight \(gradient, 20 bytes\), weights \(parameter, 10 bytes\)$"):
+    with pytest.raises(
+        AssertionError, match=r"^host: .*: gradients in flight \(gradient, 20 bytes\), weights \(parameter, 10 bytes\)$"
+    ):
         host.close()
     first.release()
     with pytest.raises(AssertionError, match=r": gradients in flight \(gradient, 20 bytes\)$"):
@@ -223,7 +230,8 @@ def test_sizes_cannot_be_negative() -> None:
     host.close()
 
 
-# ---- threads -----------------------------------------------------------------------------------------------------------
+# ---- threads
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_many_threads_at_once_never_hold_more_than_the_budget_and_end_at_zero() -> None:

@@ -12,9 +12,9 @@ import pytest
 
 import offload
 from offload import cli
+from offload.checkpoint.verify import Report
 from offload.config import Config, ConfigError
 from offload.config_file import apply_changes
-from offload.checkpoint.verify import Report
 from pagemem.errors import OffloadError
 
 SMALL = '[memory]\nram = "64MiB"\n[ssd]\npaths = ["pages"]\n'
@@ -68,8 +68,30 @@ def test_the_surface() -> None:
         "--debug": None,
         "launch": dict.fromkeys(("-h/--help", "FILE", "--set", "--debug")),
         "profile": dict.fromkeys(("-h/--help", "--debug", "FILE", "--plain", "--set", "--steps", "--to")),
-        "plan": dict.fromkeys(("-h/--help", "--debug", "FILE", "--set", "--ram", "--ssd-read", "--ssd-write", "--flops", "--ram-speed", "--device-ram-speed", "--h2d", "--machine-ram", "--machine-disk", "--machine-device", "--largest", "--depth", "--json")),
-        "export": dict.fromkeys(("-h/--help", "--debug", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")),
+        "plan": dict.fromkeys(
+            (
+                "-h/--help",
+                "--debug",
+                "FILE",
+                "--set",
+                "--ram",
+                "--ssd-read",
+                "--ssd-write",
+                "--flops",
+                "--ram-speed",
+                "--device-ram-speed",
+                "--h2d",
+                "--machine-ram",
+                "--machine-disk",
+                "--machine-device",
+                "--largest",
+                "--depth",
+                "--json",
+            )
+        ),
+        "export": dict.fromkeys(
+            ("-h/--help", "--debug", "RUN", "--path", "--commit", "--to", "--dtype", "--max-shard")
+        ),
         "verify": dict.fromkeys(("-h/--help", "--debug", "RUN", "--path", "--commit")),
         "bench-ssd": dict.fromkeys(("-h/--help", "--debug", "PATH", "--size", "--seconds", "--json")),
         "doctor": dict.fromkeys(("-h/--help", "--debug", "FILE", "--set", "--no-bench", "--json")),
@@ -78,7 +100,11 @@ def test_the_surface() -> None:
 
 @pytest.mark.parametrize("command", ["launch", "profile", "plan", "export", "verify", "bench-ssd", "doctor"])
 def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    actions = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]._actions
+    actions = (
+        next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+        .choices[command]
+        ._actions
+    )
     assert [action.dest for action in actions if not action.help] == []
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
@@ -101,9 +127,25 @@ def test_factories_beside_the_configuration_are_found_and_hide_nothing(tmp_path:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["launch"], ["launch", "a", "b"], ["launch", "--unknown", "a"], ["plan"], ["plan", "a", "--flops", "fast"], ["export", "run"],
-     ["export", "run", "--to", "out", "--dtype", "int8"], ["verify"], ["verify", "a", "b"],
-     ["profile"], ["profile", "a", "--plain", "b:c"], ["profile", "a", "--steps", "few"], ["bench-ssd"], ["bench-ssd", "a", "--seconds", "long"], ["doctor", "a", "b"]],
+    [
+        [],
+        ["fly"],
+        ["launch"],
+        ["launch", "a", "b"],
+        ["launch", "--unknown", "a"],
+        ["plan"],
+        ["plan", "a", "--flops", "fast"],
+        ["export", "run"],
+        ["export", "run", "--to", "out", "--dtype", "int8"],
+        ["verify"],
+        ["verify", "a", "b"],
+        ["profile"],
+        ["profile", "a", "--plain", "b:c"],
+        ["profile", "a", "--steps", "few"],
+        ["bench-ssd"],
+        ["bench-ssd", "a", "--seconds", "long"],
+        ["doctor", "a", "b"],
+    ],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -115,9 +157,13 @@ def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytes
 def test_what_export_and_verify_are_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(cli, "export_run", lambda *a, console, **named: seen.append((*a, named)))
-    monkeypatch.setattr(cli, "verify_run", lambda *a, console, **named: (seen.append((*a, named)), Report([], {3: ["wrong"]}))[1])
+    monkeypatch.setattr(
+        cli, "verify_run", lambda *a, console, **named: (seen.append((*a, named)), Report([], {3: ["wrong"]}))[1]
+    )
     paths = ["--path", "b", "--path", "c"]
-    assert cli.main(["export", "a", "--to", "out", *paths, "--commit", "5", "--dtype", "bf16", "--max-shard", "2MB"]) == 0
+    assert (
+        cli.main(["export", "a", "--to", "out", *paths, "--commit", "5", "--dtype", "bf16", "--max-shard", "2MB"]) == 0
+    )
     assert cli.main(["export", "a", "--to", "out"]) == 0
     assert cli.main(["verify", "a", *paths]) == 1
     named = {"paths": [Path("b"), Path("c")], "commit": "5"}
@@ -137,7 +183,7 @@ def test_what_profile_is_called_with(file: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_changes_go_into_the_configuration(file: Path, launched: list[Config]) -> None:
-    changes = ["memory.ram=128MiB", "ssd.direct=false", "optimizer.lr=1e-3", "ssd.paths=[\"a\", \"b\"]", "seed=7"]
+    changes = ["memory.ram=128MiB", "ssd.direct=false", "optimizer.lr=1e-3", 'ssd.paths=["a", "b"]', "seed=7"]
     assert cli.main(["launch", str(file), *(part for change in changes for part in ("--set", change))]) == 0
     (config,) = launched
     assert config.memory.ram == 128 << 20 and config.ssd.direct is False and config.optimizer.lr == 1e-3
@@ -172,7 +218,10 @@ def test_a_wrong_change_is_one_line(change: str, said: str, file: Path, capsys: 
         (OffloadError("no room"), "offload: error: no room\n"),
         (MemoryError(), "offload: error: MemoryError (--debug shows where)\n"),
         (ValueError("bad shape"), "offload: error: bad shape (--debug shows where)\n"),
-        (OSError(28, "No space left on device"), "offload: error: [Errno 28] No space left on device (--debug shows where)\n"),
+        (
+            OSError(28, "No space left on device"),
+            "offload: error: [Errno 28] No space left on device (--debug shows where)\n",
+        ),
     ],
 )
 def test_an_error_is_a_line_and_exit_code_1(
@@ -184,7 +233,9 @@ def test_an_error_is_a_line_and_exit_code_1(
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
-def test_debug_keeps_the_traceback_before_and_after_the_command(where: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_keeps_the_traceback_before_and_after_the_command(
+    where: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fail_with(OffloadError("no room"), monkeypatch)
     arguments = ["launch", str(file)]
     with pytest.raises(OffloadError):
@@ -202,7 +253,9 @@ def test_a_defect_keeps_its_traceback(file: Path, monkeypatch: pytest.MonkeyPatc
         cli.main(["launch", str(file)])
 
 
-def test_ctrl_c_is_exit_code_130(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_exit_code_130(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fail_with(KeyboardInterrupt(), monkeypatch)
     assert cli.main(["launch", str(file)]) == 130
     assert capsys.readouterr().err == "offload: interrupted\n"

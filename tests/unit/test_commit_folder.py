@@ -11,8 +11,8 @@ import pytest
 from crashing_system import Crash, CrashingSystem
 
 from pagemem.durable.commit_folder import FOLDER_NAME, CommitFolder
-from pagemem.errors import CommitError, StorageError
 from pagemem.durable.manifest import Manifest
+from pagemem.errors import CommitError, StorageError
 
 SMALL = b"small tensors " * 50
 
@@ -81,7 +81,8 @@ def test_other_files_in_the_folder_are_neither_read_nor_removed(folder: CommitFo
     assert all((folder.path / name).read_text() == "mine" for name in names)
 
 
-# ---- crashes -----------------------------------------------------------------------------------------------------------
+# ---- crashes
+# -----------------------------------------------------------------------------------------------------------
 
 
 def calls_of(run: Callable[[CommitFolder], None], folder: CommitFolder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -92,7 +93,9 @@ def calls_of(run: Callable[[CommitFolder], None], folder: CommitFolder, monkeypa
     return system.calls
 
 
-def crash_at(run: Callable[[CommitFolder], None], folder: CommitFolder, at: int, patch: pytest.MonkeyPatch) -> CrashingSystem:
+def crash_at(
+    run: Callable[[CommitFolder], None], folder: CommitFolder, at: int, patch: pytest.MonkeyPatch
+) -> CrashingSystem:
     """Let it run up to that call."""
     with patch.context() as patched:
         system = CrashingSystem(patched, folder.path, at)
@@ -118,7 +121,9 @@ def test_whenever_it_stops_the_earlier_commits_are_whole_and_the_new_one_is_whol
         # The run that goes on from there makes the same commit again, and clears up.
         replace_by_next(CommitFolder(folder.path.parent))
         assert whole(folder) == [2, 3]
-        assert sorted(os.listdir(folder.path)) == [f"commit-0000000{n}.{kind}" for n in (2, 3) for kind in ("json", "safetensors")]
+        assert sorted(os.listdir(folder.path)) == [
+            f"commit-0000000{n}.{kind}" for n in (2, 3) for kind in ("json", "safetensors")
+        ]
     assert seen == {(1, 2), (1, 2, 3), (2, 3)}
 
 
@@ -148,7 +153,8 @@ def test_what_a_crash_left_is_swept_away(folder: CommitFolder) -> None:
     assert len(os.listdir(folder.path)) == 4 and whole(folder) == [1, 2]
 
 
-# ---- errors and damage -------------------------------------------------------------------------------------------------
+# ---- errors and damage
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "open", "write"])
@@ -163,7 +169,9 @@ def test_a_commit_of_which_a_call_failed_is_gone_once_it_is_removed(
             system = CrashingSystem(patch, folder.path)
             really = system._call
 
-            def fail(name: str, system: CrashingSystem = system, at: int = at, really: Callable[[str], None] = really) -> None:
+            def fail(
+                name: str, system: CrashingSystem = system, at: int = at, really: Callable[[str], None] = really
+            ) -> None:
                 really(name)
                 if len(system.calls) == at + 1:
                     raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -181,7 +189,11 @@ def test_a_commit_of_which_a_call_failed_is_gone_once_it_is_removed(
 def test_a_damaged_manifest_is_named_and_says_how(folder: CommitFolder) -> None:
     path = folder.path / "commit-00000002.json"
     content = path.read_bytes()
-    for damage, message in ((content[:-9], "it was cut"), (content[:-1] + b"?", "checksum differs"), (b"", "not a commit of this")):
+    for damage, message in (
+        (content[:-9], "it was cut"),
+        (content[:-1] + b"?", "checksum differs"),
+        (b"", "not a commit of this"),
+    ):
         path.write_bytes(damage)
         assert folder.numbers() == [1, 2]
         with pytest.raises(CommitError, match=rf"{path} is damaged: .*{message}"):

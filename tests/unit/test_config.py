@@ -1,4 +1,5 @@
-"""The configuration: what is accepted, what is refused and in which words, and that the reference in the README is whole."""
+"""The configuration: what is accepted, what is refused and in which words, and that the reference in the README is
+whole."""
 
 from __future__ import annotations
 
@@ -91,7 +92,11 @@ def test_nothing_changes_a_configuration() -> None:
         ("updates", {}, "unknown key 'updates'; did you mean 'update'?"),
         ("ram", "4GiB", "unknown key 'ram'; did you mean 'memory.ram'?"),
         ("update.weight_decay", 0, "unknown key 'update.weight_decay'; did you mean 'optimizer.weight_decay'?"),
-        ("ssd.zzz", 1, "unknown key 'ssd.zzz'; known keys: checksums, direct, limit_mb_per_s, max_request, paths, threads"),
+        (
+            "ssd.zzz",
+            1,
+            "unknown key 'ssd.zzz'; known keys: checksums, direct, limit_mb_per_s, max_request, paths, threads",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(name: str, value: Any, said: str) -> None:

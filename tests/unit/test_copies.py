@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from fake_page_files import ThreadedPageFiles
 
-from pagemem.residency.disk_versions import Copies
 from pagemem.errors import DiskFullError
 from pagemem.frames.page import Extent, FrameId, Placement, Run, TensorId
+from pagemem.residency.disk_versions import Copies
 from pagemem.tier import Tag, Tier
 from pagemem.units import KiB
 
@@ -82,7 +82,9 @@ def test_a_full_disk_changes_nothing(copies: Copies) -> None:
 
 
 def test_a_restored_copy_keeps_its_frames_and_its_checksums(copies: Copies) -> None:
-    placed = Placement(TensorId(-1), Tier.SSD, 2 * PAGE + BLOCK, (Run(FrameId(4), 2),), Extent(FrameId(7), 2 * BLOCK, BLOCK))
+    placed = Placement(
+        TensorId(-1), Tier.SSD, 2 * PAGE + BLOCK, (Run(FrameId(4), 2),), Extent(FrameId(7), 2 * BLOCK, BLOCK)
+    )
     stored = copies.restore(placed, np.array([5, 6, 7], dtype=np.uint64), Tag.PARAM)
     copies.hold(stored)
     assert stored.placement.runs == placed.runs and stored.placement.tail == placed.tail and not stored.current

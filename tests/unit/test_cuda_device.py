@@ -84,7 +84,7 @@ class FakeCuda:
     def current_stream(self, _: torch.device) -> Stream:
         return self.current
 
-    def Stream(self, _: torch.device) -> Stream:  # noqa: N802, as torch names it
+    def Stream(self, _: torch.device) -> Stream:
         return Stream(self.log, next(self._names))
 
     @contextmanager
@@ -100,12 +100,12 @@ class FakeCuda:
     def cudart(self) -> FakeCuda:
         return self
 
-    def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:
         self.log.append(f"pin {address:#x} {n_bytes}")
         self.refused -= 1
         return self.refusal if self.refused < 0 else 0
 
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int:
         self.log.append(f"unpin {address:#x}")
         return 710 if address in self.stuck else 0
 
@@ -145,13 +145,22 @@ def test_a_copy_up_comes_between_the_mark_it_follows_and_its_own(monkeypatch: py
     into.log = fake.log
     copy = device.copy_up(torch.ones(8, dtype=torch.uint8), into, device.mark())
     device.follow(copy)
-    assert fake.log == ["event compute 0", "up waits for compute 0", "event up 2", "copy", "event up 4", "compute waits for up 4"]
+    assert fake.log == [
+        "event compute 0",
+        "up waits for compute 0",
+        "event up 2",
+        "copy",
+        "event up 4",
+        "compute waits for up 4",
+    ]
     assert bool((into == 1).all()) and not copy.reached()
     copy.wait()
     assert copy.reached() and isinstance(copy, CudaCopy) and copy.seconds() == 0.0025
 
 
-def test_a_copy_into_host_memory_comes_behind_compute_so_far_and_compute_goes_on_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_into_host_memory_comes_behind_compute_so_far_and_compute_goes_on_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fake = FakeCuda()
     device = device_on(fake, monkeypatch)
     into: Any = torch.zeros(8, dtype=torch.uint8).as_subclass(Bytes)
@@ -224,7 +233,8 @@ def test_memory_that_cannot_be_pinned_is_used_with_one_warning(monkeypatch: pyte
     assert not any(entry.startswith("unpin") for entry in fake.log)
 
 
-# ---- more than one piece ------------------------------------------------------------------------------------------------
+# ---- more than one piece
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -239,7 +249,9 @@ def test_a_large_arena_is_pinned_in_pieces_that_begin_at_frames(monkeypatch: pyt
     fake = FakeCuda()
     arena = HostArena(10, PAGE_BYTES, device_on(fake, monkeypatch).pin)
     starts = [arena.address + frame * PAGE_BYTES for frame in (0, 4, 8)]
-    assert fake.log == [f"pin {start:#x} {frames * PAGE_BYTES}" for start, frames in zip(starts, (4, 4, 2), strict=True)]
+    assert fake.log == [
+        f"pin {start:#x} {frames * PAGE_BYTES}" for start, frames in zip(starts, (4, 4, 2), strict=True)
+    ]
     fake.log.clear()
     arena.close()
     assert fake.log == [f"unpin {start:#x}" for start in reversed(starts)]
@@ -253,8 +265,17 @@ def test_a_copy_of_two_pieces_is_two_copies(up: bool, monkeypatch: pytest.Monkey
     device = device_on(fake, monkeypatch)
     arena = HostArena(10, PAGE_BYTES, device.pin)
     copied: list[tuple[int, int]] = []
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other, non_blocking: copied.append((self.numel(), other.numel())))
-    for frames, expected in [((0, 4), [4]), ((1, 2), [2]), ((3, 6), [1, 4, 1]), ((4, 5), [4, 1]), ((0, 10), [4, 4, 2]), ((8, 2), [2])]:
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, other, non_blocking: copied.append((self.numel(), other.numel()))
+    )
+    for frames, expected in [
+        ((0, 4), [4]),
+        ((1, 2), [2]),
+        ((3, 6), [1, 4, 1]),
+        ((4, 5), [4, 1]),
+        ((0, 10), [4, 4, 2]),
+        ((8, 2), [2]),
+    ]:
         host = arena.view(FrameId(frames[0]), 0, torch.uint8, frames[1] * PAGE_BYTES)
         there = torch.empty_like(host)
         if up:
@@ -281,7 +302,9 @@ def test_one_piece_that_is_refused_unpins_the_others(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("pieces")
-def test_a_piece_that_cannot_be_unpinned_keeps_neither_the_others_nor_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_that_cannot_be_unpinned_keeps_neither_the_others_nor_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fake = FakeCuda()
     arena = HostArena(10, PAGE_BYTES, device_on(fake, monkeypatch).pin)
     fake.stuck = {arena.address, arena.address + 8 * PAGE_BYTES}
@@ -308,7 +331,8 @@ def test_pinned_memory_is_not_in_a_child(monkeypatch: pytest.MonkeyPatch) -> Non
     plain.close()
 
 
-# ---- threads, and what is left on the device ---------------------------------------------------------------------------
+# ---- threads, and what is left on the device
+# ---------------------------------------------------------------------------
 
 
 def test_a_thread_that_works_for_a_device_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,8 +342,11 @@ def test_a_thread_that_works_for_a_device_sets_it(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("frames", "warned"), [(85, False), (86, True), (100, True), (101, False)])
-def test_pages_that_leave_little_of_the_device_are_warned_of(frames: int, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 frames are free: 90 on the device, 10 that torch has got and does not use. More is refused by the device itself."""
+def test_pages_that_leave_little_of_the_device_are_warned_of(
+    frames: int, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 frames are free: 90 on the device, 10 that torch has got and does not use. More is refused by the device
+    itself."""
     monkeypatch.setattr(cuda, "_CUDA", FakeCuda())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

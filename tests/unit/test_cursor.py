@@ -72,6 +72,8 @@ def test_what_was_disturbed_is_restored_at_the_beginning_of_a_cycle_only() -> No
     cursor, followed = entered(), plan("ab", 2)
     walked(cursor, followed, "ab")
     cursor.restoring = True
-    assert cursor.advance(followed, key("a")) == Stretch(range(0, 1), restores=True), "a step begins: so does the cycle, anew"
+    assert cursor.advance(followed, key("a")) == Stretch(range(0, 1), restores=True), (
+        "a step begins: so does the cycle, anew"
+    )
     cursor.restoring = True
     assert cursor.advance(followed, key("b")) == Astray(None), "inside a step it is too late"

@@ -60,7 +60,7 @@ def test_the_cache_is_used_again_while_the_files_are_the_same(tmp_path: Path) ->
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == before
 
 
-@pytest.mark.parametrize("description", [b"", b"[]", b"{\"digest\": 3}", b"\xff", None])
+@pytest.mark.parametrize("description", [b"", b"[]", b'{"digest": 3}', b"\xff", None])
 def test_an_unfinished_cache_is_written_anew(description: bytes | None, tmp_path: Path) -> None:
     files = source_files(tmp_path / "source")
     whole = bytes(corpus_of(tmp_path / "cache", files).train)
@@ -113,7 +113,9 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
     assert not torch.equal(corpus.batch(7, 4, 16)[0], other.batch(7, 4, 16)[0])
 
 
-@pytest.mark.parametrize(("text", "bits"), [(b"aaaa", 0.0), (b"abababab", 1.0), (b"abcd" * 5, 2.0), (b"aab" * 2 + b"ac", 1.299)])
+@pytest.mark.parametrize(
+    ("text", "bits"), [(b"aaaa", 0.0), (b"abababab", 1.0), (b"abcd" * 5, 2.0), (b"aab" * 2 + b"ac", 1.299)]
+)
 def test_unigram_entropy_of_known_texts(text: bytes, bits: float, tmp_path: Path) -> None:
     assert written(tmp_path / "c", b"ab", text).unigram_entropy_bits() == pytest.approx(bits, abs=1e-3)
 

@@ -1,4 +1,5 @@
-"""Gradients on their way down: which go on when, what memory they wait in, and for how long the device must keep its own."""
+"""Gradients on their way down: which go on when, what memory they wait in, and for how long the device must keep its
+own."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import torch
 from gated_device import GatedMark
 
 from optim.exact.gradient_downloads import DeviceGradients
-from pagemem.devices.accelerator import RamDevice
 from pagemem.budget import Budget
+from pagemem.devices.accelerator import RamDevice
 from pagemem.errors import NonFiniteError
 from pagemem.tier import Tag, Tier
 
@@ -138,7 +139,9 @@ def test_the_devices_memory_is_held_until_the_copy_is_made_and_no_longer(rig: Ri
     rig.device.marks[0].open()
     rig.device.marks[2].open()
     rig.gives("d", 8)
-    assert first() is None and second() is not None and third() is not None, "copies are made in order: later ones are not asked for"
+    assert first() is None and second() is not None and third() is not None, (
+        "copies are made in order: later ones are not asked for"
+    )
     rig.device.marks[1].open()
     rig.gives("e", 8)
     assert second() is None and third() is None
@@ -210,7 +213,9 @@ def test_order_and_places_are_the_same_in_every_step(rig: Rig) -> None:
         places = []
         for number, slot in enumerate("abcdefghij"):
             rig.gives(slot, 4 + 7 * number % 11, 3)
-            places.append(rig.gradients._waiting[-1].gradient.data_ptr() if rig.gradients._waiting[-1].source is not None else 0)
+            places.append(
+                rig.gradients._waiting[-1].gradient.data_ptr() if rig.gradients._waiting[-1].source is not None else 0
+            )
         rig.gradients.step()
         seen.append((rig.updater.taken[begun:], places))
     assert seen[0] == seen[1] == seen[2]

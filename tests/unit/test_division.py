@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 
 from offload.store.make_updater import Division, divide
-from optim.lockfree.update_thread import scratch_bytes
 from optim.lockfree.state_windows import least_frames
+from optim.lockfree.update_thread import scratch_bytes
 from optim.unit import Slot, Unit, cut, lay_out
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
@@ -29,7 +29,10 @@ def made(numels: list[int], *, trained: int, n_states: int, dtype: torch.dtype =
     units = []
     for number, numel in enumerate(numels):
         layout = lay_out([(f"u{number}", torch.Size([numel]))])
-        slots = [Slot(name, shape, dtype, offset, group=0 if number < trained else -1) for name, shape, offset in layout.slots]
+        slots = [
+            Slot(name, shape, dtype, offset, group=0 if number < trained else -1)
+            for name, shape, offset in layout.slots
+        ]
         tensor = PagedTensor.sized(TensorId(number), f"u{number}", Tag.PARAM, layout.numel * dtype.itemsize, PAGE_BYTES)
         unit = Unit(number, f"u{number}", dtype, tensor, slots, cut(layout.numel, SLICE_NUMEL))
         for part in unit.slices:
@@ -45,7 +48,9 @@ def divided(units: list[Unit], ram_bytes: int, *, eager: bool) -> Division:
     """The division of a budget."""
     index = SimpleNamespace(units=units)
     memory = SimpleNamespace(ram=ram_bytes)
-    store = SimpleNamespace(page_bytes=PAGE_BYTES, config=SimpleNamespace(memory=memory, update=SimpleNamespace(threads=1)), index=index)
+    store = SimpleNamespace(
+        page_bytes=PAGE_BYTES, config=SimpleNamespace(memory=memory, update=SimpleNamespace(threads=1)), index=index
+    )
     return divide(cast(Any, store), [unit for unit in units if unit.gradient_bytes], eager=eager)
 
 
@@ -75,7 +80,10 @@ def test_what_is_divided_suffices_and_fits(units: list[Unit], ram_bytes: int, ea
     except BudgetError as error:
         assert error.smallest_bytes > ram_bytes
         return
-    assert found.gradient_bytes + scratch_bytes(trained, 1) + (found.parameter_frames + found.state_frames) * PAGE_BYTES <= ram_bytes
+    assert (
+        found.gradient_bytes + scratch_bytes(trained, 1) + (found.parameter_frames + found.state_frames) * PAGE_BYTES
+        <= ram_bytes
+    )
     sizes = [size for unit in trained for size in slice_frames(unit, masters=not found.resident)]
     assert least_frames(sizes) <= found.state_frames <= sum(sizes)
     every = [unit.parameters.n_frames for unit in units]

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from offload import doctor
-from offload.machine.bench_ssd import Point, Setting
 from offload.config import load_config
 from offload.doctor import (
     LEAST_VERSIONS,
@@ -30,6 +29,7 @@ from offload.doctor import (
     judge,
     run_doctor,
 )
+from offload.machine.bench_ssd import Point, Setting
 from offload.machine.facts import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact
 from pagemem.folders.run_directory import FolderUse
 from pagemem.units import GiB, MiB
@@ -89,7 +89,11 @@ def test_a_good_machine_has_only_ok_lines() -> None:
 def test_least_versions_are_those_of_the_package() -> None:
     settings = configparser.ConfigParser()
     settings.read(Path(__file__).parents[2] / "setup.cfg")
-    required = [line.split(">=") for line in settings["options"]["install_requires"].split("\n") if line.startswith(("torch", "numpy"))]
+    required = [
+        line.split(">=")
+        for line in settings["options"]["install_requires"].split("\n")
+        if line.startswith(("torch", "numpy"))
+    ]
     required.append(["python", settings["options"]["python_requires"].removeprefix(">=")])
     assert {name: tuple(map(int, least.split("."))) for name, least in required} == LEAST_VERSIONS
 
@@ -111,7 +115,11 @@ def test_versions(name: str, found: str, level: str) -> None:
         ({"found": ("/theirs/optim.py", "/ours/optim")}, "problem", "finds /theirs/optim.py, not /ours/optim"),
         ({"found": ("/theirs/optim",)}, "problem", "finds /theirs/optim"),
         ({"found": ()}, "ok", "/ours/optim"),  # through the finder of an editable installation
-        ({"distributions": ("offload", "optim")}, "problem", "several installed distributions bring one: offload, optim"),
+        (
+            {"distributions": ("offload", "optim")},
+            "problem",
+            "several installed distributions bring one: offload, optim",
+        ),
         ({"found": ("/ours/optim", "/theirs/optim")}, "warning", "another is at /theirs/optim"),
         ({"in_current_directory": "/here/optim"}, "warning", "the current directory holds another one, /here/optim"),
         ({"in_current_directory": "/ours/optim"}, "ok", "/ours/optim"),
@@ -169,7 +177,12 @@ def test_devices() -> None:
     works, fails = CudaFact("Card", 80 * GiB, 70 * GiB, None), CudaFact("Card", 80 * GiB, 70 * GiB, "no memory")
     first, second = check_cuda((works, fails), cuda_build=True, nvidia_device=True)
     assert first == Finding("ok", "cuda:0", "Card, 80.0 GiB, 70.0 GiB free, pinning works")
-    assert second.level == "warning" and second.what == "cuda:1" and second.said.endswith("pinning fails: no memory") and second.remedy
+    assert (
+        second.level == "warning"
+        and second.what == "cuda:1"
+        and second.said.endswith("pinning fails: no memory")
+        and second.remedy
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +198,9 @@ def test_devices() -> None:
         ("3GiB", None, {"data_limit_bytes": 4 * GiB}, "ok"),
     ],
 )
-def test_the_budget_against_what_there_is(ram: str, activations: str | None, change: dict[str, int], level: str) -> None:
+def test_the_budget_against_what_there_is(
+    ram: str, activations: str | None, change: dict[str, int], level: str
+) -> None:
     section = {} if activations is None else {"activations": activations}
     findings = list(check_config(config(ram, memory={"ram": ram, **section}), dataclasses.replace(MEMORY, **change)))
     assert levels(findings) == {"config": "ok", "budget": level}
@@ -194,7 +209,10 @@ def test_the_budget_against_what_there_is(ram: str, activations: str | None, cha
 
 def test_a_bad_config_is_a_problem_a_line() -> None:
     findings = list(check_config(ConfigFact("run.toml", None, ("run.toml: one", "run.toml: two")), MEMORY))
-    assert [(f.level, f.what, f.said) for f in findings] == [("problem", "config", "run.toml: one"), ("problem", "config", "run.toml: two")]
+    assert [(f.level, f.what, f.said) for f in findings] == [
+        ("problem", "config", "run.toml: one"),
+        ("problem", "config", "run.toml: two"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +222,10 @@ def test_a_bad_config_is_a_problem_a_line() -> None:
         ({"use": FolderUse("empty")}, []),
         ({"use": FolderUse("run", "an-id")}, []),
         ({"use": FolderUse("run", "an-id", "77")}, [("warning", "in use by process 77")]),
-        ({"use": FolderUse("foreign", "holds a thesis; name another folder")}, [("problem", "holds a thesis; name another folder")]),
+        (
+            {"use": FolderUse("foreign", "holds a thesis; name another folder")},
+            [("problem", "holds a thesis; name another folder")],
+        ),
         ({"use": FolderUse("foreign", "holds a thesis"), "wanted": False}, []),
         ({"use": None}, [("problem", "it cannot be read")]),
         ({"writable": False}, [("problem", "this user cannot write in /disk")]),
@@ -215,8 +236,14 @@ def test_a_bad_config_is_a_problem_a_line() -> None:
         ({"free_bytes": GiB // 2, "use": FolderUse("run", "an-id")}, []),
         ({"backend": "aiofiles"}, [("warning", "O_DIRECT is refused on ext4")]),
         ({"backend": None, "point": None, "not_measured": "not asked for"}, []),
-        ({"backend": None, "point": None, "failure": "Input/output error"}, [("problem", "measuring it failed: Input/output error")]),
-        ({"backend": None, "point": None, "failure": "no room", "wanted": False}, [("warning", "measuring it failed: no room")]),
+        (
+            {"backend": None, "point": None, "failure": "Input/output error"},
+            [("problem", "measuring it failed: Input/output error")],
+        ),
+        (
+            {"backend": None, "point": None, "failure": "no room", "wanted": False},
+            [("warning", "measuring it failed: no room")],
+        ),
     ],
 )
 def test_folders(change: dict[str, Any], expected: list[tuple[str, str]]) -> None:
@@ -225,7 +252,9 @@ def test_folders(change: dict[str, Any], expected: list[tuple[str, str]]) -> Non
 
 def test_o_direct_that_is_insisted_on_and_refused_is_a_problem() -> None:
     refused = dataclasses.replace(FOLDER, backend="aiofiles")
-    assert bad(list(check_folder(refused, config(ssd={"direct": True})))) == [("problem", "O_DIRECT is refused on ext4")]
+    assert bad(list(check_folder(refused, config(ssd={"direct": True})))) == [
+        ("problem", "O_DIRECT is refused on ext4")
+    ]
 
 
 def test_what_the_lines_of_a_folder_say() -> None:
@@ -236,7 +265,10 @@ def test_what_the_lines_of_a_folder_say() -> None:
         "write 2.00 GB/s, read 3.00 GB/s, briefly; offload bench-ssd says more",
     ]
     unmeasured = dataclasses.replace(FOLDER, backend=None, point=None, not_measured="not asked for")
-    assert [finding.said for finding in check_folder(unmeasured, None)][2:] == ["O_DIRECT not tried", "bandwidth not measured: not asked for"]
+    assert [finding.said for finding in check_folder(unmeasured, None)][2:] == [
+        "O_DIRECT not tried",
+        "bandwidth not measured: not asked for",
+    ]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -249,11 +281,15 @@ def test_what_the_lines_of_a_folder_say() -> None:
         ({"config": ConfigFact("run.toml", None, ("run.toml: memory.ram is missing",)), "folders": ()}, 1),
     ],
 )
-def test_lines_json_and_exit_code_agree(change: dict[str, Any], code: int, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_json_and_exit_code_agree(
+    change: dict[str, Any], code: int, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     facts = dataclasses.replace(FACTS, **change)
     monkeypatch.setattr(doctor, "gather", lambda file, changes, *, bench: facts)
     out = io.StringIO()
-    assert run_doctor(None, Console(file=out, force_terminal=terminal, color_system=None, width=60), as_json=True) == code
+    assert (
+        run_doctor(None, Console(file=out, force_terminal=terminal, color_system=None, width=60), as_json=True) == code
+    )
     *lines, summary, last = out.getvalue().splitlines()
     findings = judge(facts)
     assert lines == [finding.line for finding in findings]

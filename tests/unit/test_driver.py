@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from training_rig import PAGE_BYTES, Rig, rig
 
 from pagemem.errors import BudgetError
-from pagemem.telemetry.events import EventKind
 from pagemem.residency.paged_tensor import Residency
+from pagemem.telemetry.events import EventKind
 from scheduler.execution import tier_planner as planning_module
-from scheduler.planning.bounds import PlanError
 from scheduler.execution.driver import Mode
+from scheduler.planning.bounds import PlanError
 from scheduler.planning.durations import MEASURED_STEPS, Durations
 from scheduler.planning.plan import Plan
 from scheduler.planning.planner import MAX_STEPS, make_plan
 from scheduler.planning.trace import Op, OpKind, Trace, TraceRecorder
-from training_rig import PAGE_BYTES, Rig, rig
 
 #: Forward, backward, and updates with a gradient that is made and consumed, over five tensors.
 STEP = ("Ar", "Br", "Cr", "Cr Ec", "Ew Br", "Ar Ex", "u: Aw", "u: Bw Dw", "u: Cw")
@@ -41,7 +41,8 @@ def planned(of: Rig, *ops: str) -> None:
     assert (of.driver.mode, of.driver.planned_steps, of.driver.deviations) == (Mode.PLANNED, 1, 0)
 
 
-# ---- on demand ---------------------------------------------------------------------------------------------------------
+# ---- on demand
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_frames", [2, 3, 5])
@@ -87,7 +88,8 @@ def test_tensors_of_an_op_that_stand_in_each_others_way_are_placed_side_by_side(
         r.read_all()
 
 
-# ---- checking the plan -------------------------------------------------------------------------------------------------
+# ---- checking the plan
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_that_does_not_hold_is_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,14 +110,17 @@ def test_a_plan_that_does_not_hold_is_never_followed(monkeypatch: pytest.MonkeyP
         r.read_all()
 
 
-# ---- what does not fit -------------------------------------------------------------------------------------------------
+# ---- what does not fit
+# -------------------------------------------------------------------------------------------------
 
 
 def test_an_op_too_large_is_named_and_loses_nothing() -> None:
     with rig(4, "ABC", pages={"B": 2, "C": 3}) as r:
         for text in ("Aw", "Bw", "Cw"):
             r.op(text)
-        with pytest.raises(BudgetError, match=r"^Bw Cw: . needs . adjacent pages of 64.0 KiB, the host arena has 4") as caught:
+        with pytest.raises(
+            BudgetError, match=r"^Bw Cw: . needs . adjacent pages of 64.0 KiB, the host arena has 4"
+        ) as caught:
             r.op("Bw Cw")
         assert caught.value.smallest_bytes >= 5 * PAGE_BYTES
         assert not any(tensor.pins for tensor in r.tensors.values())
@@ -155,7 +160,8 @@ def test_an_op_without_room_beside_its_own_living_view_is_a_budget_error() -> No
         del view
 
 
-# ---- by plan -----------------------------------------------------------------------------------------------------------
+# ---- by plan
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ops", [STEP, PLAIN], ids=["gradients", "plain"])
@@ -194,7 +200,8 @@ def test_a_step_without_ops_is_not_planned() -> None:
         planned(r, "Ar", "Bw")
 
 
-# ---- leaving the plan --------------------------------------------------------------------------------------------------
+# ---- leaving the plan
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_frames", [2, 3, 5])
@@ -247,7 +254,8 @@ def test_a_step_that_goes_on_longer_is_right_and_counted() -> None:
         r.read_all()
 
 
-# ---- interludes --------------------------------------------------------------------------------------------------------
+# ---- interludes
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_frames", [2, 3, 5])
@@ -268,7 +276,9 @@ def test_ops_between_steps_leave_the_plan_as_it_is(n_frames: int) -> None:
 
 
 @pytest.mark.parametrize("n_frames", [2, 3, 5])
-def test_the_plan_is_made_once_more_with_the_times_of_planned_steps(n_frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_made_once_more_with_the_times_of_planned_steps(
+    n_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[float] = []
 
     def spied(trace: Trace, *rest: Any, **named: Any) -> Plan:
@@ -279,7 +289,9 @@ def test_the_plan_is_made_once_more_with_the_times_of_planned_steps(n_frames: in
     with rig(n_frames) as r:
         step_s = iter([9.0, 8.0, 1.0, 3.0, 2.0])
         finish = TraceRecorder.finish
-        monkeypatch.setattr(TraceRecorder, "finish", lambda recorder, **timed: lasting(finish(recorder, **timed), next(step_s, 7.0)))
+        monkeypatch.setattr(
+            TraceRecorder, "finish", lambda recorder, **timed: lasting(finish(recorder, **timed), next(step_s, 7.0))
+        )
         for steps in range(1, 4 + MEASURED_STEPS):
             r.step(*STEP)
             assert (len(made), r.driver.planned_steps) == (1 if steps < 2 + MEASURED_STEPS else 2, steps - 1)
@@ -366,7 +378,8 @@ def test_updates_that_an_interlude_made_may_be_missing_from_the_step(n_frames: i
         r.read_all()
 
 
-# ---- emptying host memory ----------------------------------------------------------------------------------------------
+# ---- emptying host memory
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_frames", [2, 5])

@@ -98,7 +98,9 @@ def test_a_folder_that_holds_only_a_link_is_not_empty(name: str, hard: bool, tmp
     else:
         (run / name).symlink_to(precious)
     if not (hard and name.endswith(".new")):  # a draft that is only one more name of a file may go
-        with pytest.raises(RunDirectoryError, match=rf"{run}.*({name}.*|is a symbolic link|hard links).*Nothing was changed") as caught:
+        with pytest.raises(
+            RunDirectoryError, match=rf"{run}.*({name}.*|is a symbolic link|hard links).*Nothing was changed"
+        ) as caught:
             RunDirectory(run)
         assert "\n" not in str(caught.value)
         assert os.listdir(run) == [name] and folder_use(run).kind in ("foreign", "empty")

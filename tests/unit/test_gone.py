@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from pagemem.devices.arena import HostArena
-from pagemem.process.gone import Gone
 from pagemem.frames.page import FrameId, TensorId
+from pagemem.process.gone import Gone
 from pagemem.units import KiB
 
 

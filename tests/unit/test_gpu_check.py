@@ -26,7 +26,11 @@ def python(script: str) -> list[str]:
 
 def test_the_checks_are_those_that_are_described_in_their_order() -> None:
     assert gpu_checks.__doc__ is not None
-    described = [line.split("|")[1] for line in gpu_checks.__doc__.splitlines() if line.startswith("| ") and not line.startswith("| check")]
+    described = [
+        line.split("|")[1]
+        for line in gpu_checks.__doc__.splitlines()
+        if line.startswith("| ") and not line.startswith("| check")
+    ]
     assert [check.name for check in CHECKS] == [name.strip() for names in described for name in names.split(",")]
     assert len({check.name for check in CHECKS}) == len(CHECKS)
 
@@ -55,14 +59,25 @@ def test_what_is_not_asked_for_has_a_default() -> None:
 
 
 def test_a_check_is_one_line() -> None:
-    assert str(Line("uploads", Outcome(Status.OK, "52.1 GB/s"), 3.21)) == "uploads              ok           3.2 s  52.1 GB/s"
-    assert str(Line("pinning", Outcome(Status.SKIPPED, detail="needs a GPU"), 0)) == "pinning              skipped      0.0 s  (needs a GPU)"
-    assert str(Line("synchronisations", Outcome(Status.FAILED, "2", "a.py:3"), 61)) == "synchronisations     failed      61.0 s  2 (a.py:3)"
+    assert (
+        str(Line("uploads", Outcome(Status.OK, "52.1 GB/s"), 3.21))
+        == "uploads              ok           3.2 s  52.1 GB/s"
+    )
+    assert (
+        str(Line("pinning", Outcome(Status.SKIPPED, detail="needs a GPU"), 0))
+        == "pinning              skipped      0.0 s  (needs a GPU)"
+    )
+    assert (
+        str(Line("synchronisations", Outcome(Status.FAILED, "2", "a.py:3"), 61))
+        == "synchronisations     failed      61.0 s  2 (a.py:3)"
+    )
 
 
 def test_the_last_answer_counts_and_other_lines_do_not() -> None:
     assert answer_of("outcome?\nno outcome: {}\n") is None
-    first, last = ('outcome: {"status": "%s", "number": "%d", "detail": ""}' % entry for entry in (("failed", 1), ("skipped", 2)))
+    first, last = (
+        'outcome: {"status": "%s", "number": "%d", "detail": ""}' % entry for entry in (("failed", 1), ("skipped", 2))
+    )
     assert answer_of(f"{first}\nwords\n{last}\nmore\n") == Outcome(Status.SKIPPED, "2")
 
 
@@ -71,8 +86,12 @@ def test_a_process_that_answers_and_ends_is_taken_at_its_word() -> None:
 
 
 def test_a_process_that_dies_after_its_answer_has_failed() -> None:
-    found = run(python(f"{ANSWER}; import os, sys; print('terminate called', file=sys.stderr, flush=True); os.abort()"), 60)
-    assert found == Outcome(Status.FAILED, "7 GB/s", f"answered ok, then its process ended with {-signal.SIGABRT}: terminate called")
+    found = run(
+        python(f"{ANSWER}; import os, sys; print('terminate called', file=sys.stderr, flush=True); os.abort()"), 60
+    )
+    assert found == Outcome(
+        Status.FAILED, "7 GB/s", f"answered ok, then its process ended with {-signal.SIGABRT}: terminate called"
+    )
 
 
 def test_a_process_that_does_not_answer_has_failed_with_its_last_words() -> None:
@@ -100,7 +119,11 @@ def test_a_process_that_hangs_is_killed_with_what_it_started(answers: bool, tmp_
 def test_without_cuda_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == NO_CUDA == 3
     output = capsys.readouterr()
-    assert not output.out and output.err.count("\n") == 1 and output.err.startswith("no GPU to check: this torch is a build without CUDA")
+    assert (
+        not output.out
+        and output.err.count("\n") == 1
+        and output.err.startswith("no GPU to check: this torch is a build without CUDA")
+    )
 
 
 @pytest.mark.parametrize(("statuses", "code"), [(["ok", "skipped"], 0), (["ok", "failed", "ok"], 1)])
@@ -110,7 +133,9 @@ def test_the_exit_code_says_whether_one_failed(
     def nothing(_: Setting) -> Outcome:
         raise AssertionError("checks are made in processes of their own")
 
-    checks = tuple(Check(f"check {number}", "", nothing, 5.0 + number, needs_gpu=False) for number in range(len(statuses)))
+    checks = tuple(
+        Check(f"check {number}", "", nothing, 5.0 + number, needs_gpu=False) for number in range(len(statuses))
+    )
     limits: list[float] = []
 
     def made(command: list[str], limit_s: float) -> Outcome:
@@ -123,20 +148,34 @@ def test_the_exit_code_says_whether_one_failed(
     assert main(["--device", "cpu-emulated", "--patience", "2", "--save", str(file)]) == code
     assert limits == [2 * (5.0 + number) for number in range(len(statuses))]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines[:-2]] == statuses and lines[-2].endswith("(needs a GPU)") and str(file) in lines[-1]
+    assert (
+        [line.split()[2] for line in lines[:-2]] == statuses
+        and lines[-2].endswith("(needs a GPU)")
+        and str(file) in lines[-1]
+    )
     record = json.loads(file.read_text())
     assert [check["status"] for check in record["checks"]] == [*statuses, "skipped"]
-    assert record["checks"][0] == {"name": "check 0", "status": "ok", "number": "number 1", "detail": "", "seconds": record["checks"][0]["seconds"]}
+    assert record["checks"][0] == {
+        "name": "check 0",
+        "status": "ok",
+        "number": "number 1",
+        "detail": "",
+        "seconds": record["checks"][0]["seconds"],
+    }
     assert record["device"] == "cpu-emulated" and record["surroundings"]["torch"] == torch.__version__
 
 
-def test_what_a_check_raises_is_its_outcome(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_what_a_check_raises_is_its_outcome(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     def fails(_: Setting) -> Outcome:
         raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
 
     monkeypatch.setattr(gpu_check, "CHECKS", (Check("one", "", fails, 1.0),))
     gpu_check.child("one", Setting("cpu-emulated", tmp_path, "27m"))
-    assert answer_of(capsys.readouterr().out) == Outcome(Status.FAILED, detail="RuntimeError: CUDA error: out of memory")
+    assert answer_of(capsys.readouterr().out) == Outcome(
+        Status.FAILED, detail="RuntimeError: CUDA error: out of memory"
+    )
 
 
 def test_copies_beside_kernels_are_counted_once() -> None:
@@ -148,7 +187,12 @@ def test_copies_beside_kernels_are_counted_once() -> None:
 
 @pytest.mark.parametrize(
     ("equal", "deviations", "expected", "said"),
-    [(True, 0, Status.OK, "losses equal bit for bit"), (None, 0, Status.OK, "bits not compared"), (False, 0, Status.FAILED, "losses differ"), (True, 2, Status.FAILED, "")],
+    [
+        (True, 0, Status.OK, "losses equal bit for bit"),
+        (None, 0, Status.OK, "bits not compared"),
+        (False, 0, Status.FAILED, "losses differ"),
+        (True, 2, Status.FAILED, ""),
+    ],
 )
 def test_timed_steps_are_those_of_the_benchmark(
     equal: bool | None, deviations: int, expected: Status, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,12 +214,22 @@ def test_timed_steps_are_those_of_the_benchmark(
     clipped.make(Setting("cpu-emulated", tmp_path, "27m"))
     (on_gpu, visible), (emulated, all_visible) = asked
     options = dict(zip(on_gpu, on_gpu[1:], strict=False))
-    assert (options["--device"], options["--device-share"], options["--size"], visible, all_visible) == ("cuda", "3.3", "357m", "1", "")
+    assert (options["--device"], options["--device-share"], options["--size"], visible, all_visible) == (
+        "cuda",
+        "3.3",
+        "357m",
+        "1",
+        "",
+    )
     assert "--device" not in emulated and dict(zip(emulated, emulated[1:], strict=False))["--clip-norm"] == "1.0"
 
 
 def test_a_benchmark_that_fails_says_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_checks.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "step 1\nout of memory\n\n"))
+    monkeypatch.setattr(
+        gpu_checks.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 1, "", "step 1\nout of memory\n\n"),
+    )
     home = next(check for check in CHECKS if check.name == "home")
     assert home.make(Setting("cuda", tmp_path, "27m")) == Outcome(Status.FAILED, detail="out of memory")
 

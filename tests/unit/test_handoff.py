@@ -67,7 +67,10 @@ def test_a_parameter_that_is_new_in_a_later_step_joins_the_waiting_ones() -> Non
     mailbox.put(sums([a], 1))
     assert mailbox.put(sums([b], 2)) == 0
     parcel = mailbox.take()
-    assert parcel is not None and {slot.name: steps_of(total) for slot, total in parcel.sums.items()} == {"0.a": [1], "0.b": [2]}
+    assert parcel is not None and {slot.name: steps_of(total) for slot, total in parcel.sums.items()} == {
+        "0.a": [1],
+        "0.b": [2],
+    }
 
 
 def test_what_was_taken_is_not_added_to() -> None:

@@ -12,7 +12,12 @@ import pytest
 import torch
 
 from offload.heap import (
-    TUNABLE, TUNABLES_VARIABLE, WORTH_BYTES, ForwardEnd, give_back_free_pages, joining,
+    TUNABLE,
+    TUNABLES_VARIABLE,
+    WORTH_BYTES,
+    ForwardEnd,
+    give_back_free_pages,
+    joining,
     large_blocks_mapped,
 )  # fmt: skip
 from pagemem.frames.page import TensorId
@@ -129,7 +134,9 @@ def test_a_process_knows_whether_it_was_started_joining() -> None:
     )
     path = ":".join(path for path in sys.path if path)
     for variables, expected in ((dict(os.environ), "False"), (environment, "True")):
-        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120, check=False, env=variables)
+        done = subprocess.run(
+            [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120, check=False, env=variables
+        )
         assert done.stdout.split() == [expected], done.stderr
 
 

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from offload.store.device_placement import WORKING_UNITS, Candidate, choose_homes
 
-UNITS = st.lists(st.builds(lambda frames, trained: Candidate(frames, 3 * frames if trained else None), st.integers(1, 9), st.booleans()), max_size=12)
+UNITS = st.lists(
+    st.builds(
+        lambda frames, trained: Candidate(frames, 3 * frames if trained else None), st.integers(1, 9), st.booleans()
+    ),
+    max_size=12,
+)
 
 
 def room_for_the_rest(units: list[Candidate], chosen: list[int]) -> int:

@@ -89,7 +89,9 @@ def test_a_kernel_that_does_not_take_ones_is_asked_elsewhere() -> None:
     otherwise = Asked()
     timed = TimedKernels(otherwise)
     indices, source = torch.empty(3, dtype=torch.int64, device="meta"), torch.empty(1, 4, device="meta")
-    assert run(timed, lambda: ATEN.index_select.default(source, 0, indices)) == 1000.0  # A table of one row has no row 1.
+    assert (
+        run(timed, lambda: ATEN.index_select.default(source, 0, indices)) == 1000.0
+    )  # A table of one row has no row 1.
     assert timed.n_others == 1
 
 

@@ -50,7 +50,9 @@ def test_what_ops_make_is_followed_until_its_end(live: LiveStorages, held: Count
     assert present(held) == {}
 
 
-@pytest.mark.parametrize("change", [lambda t: t.view(16, 16).t(), lambda t: t.add_(1), lambda t: t[3:7], lambda t: t.detach()])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.view(16, 16).t(), lambda t: t.add_(1), lambda t: t[3:7], lambda t: t.detach()]
+)
 def test_views_and_changes_in_place_are_nothing_new(
     change: Callable[[torch.Tensor], torch.Tensor], live: LiveStorages, held: Counter[Tag]
 ) -> None:

@@ -11,18 +11,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_128_hexdigest
 
-from pagemem.errors import CommitError
 from pagemem.durable.manifest import FORMAT, Manifest, StoredTensor
+from pagemem.errors import CommitError
 from pagemem.frames.page import Extent, FrameId, Run, TensorId
 from pagemem.tier import Tier
 
 NUMBERS = st.integers(1, 2**40 - 1)
 IN_PAGE = st.integers(0, 1 << 26)
 LINES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=20)
-PLAIN = st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=12)
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**62), 2**62)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=12)
+)
 STATES = st.dictionaries(
     st.text(max_size=12),
-    st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4), max_leaves=8),
+    st.recursive(
+        PLAIN,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+        max_leaves=8,
+    ),
     max_size=5,
 )
 TENSORS = st.builds(
@@ -51,7 +61,9 @@ MANIFESTS = st.builds(
 def small(**changed: Any) -> Manifest:
     """A manifest short enough to damage at every byte."""
     tensor = StoredTensor("blocks.0", "parameter", 70_000, ((3, 1),), (9, 4096, 8192), (2**64 - 1, 7))
-    made = Manifest(12, "best", "2026-01-01T00:00:00+00:00", 40, 65536, ("a", "b"), True, (tensor,), {"lr": 0.1, "é": [1, None]})
+    made = Manifest(
+        12, "best", "2026-01-01T00:00:00+00:00", 40, 65536, ("a", "b"), True, (tensor,), {"lr": 0.1, "é": [1, None]}
+    )
     return replace(made, **changed)
 
 
@@ -91,7 +103,9 @@ def test_what_was_never_a_manifest_is_refused(content: bytes) -> None:
         Manifest.decode(content)
 
 
-@pytest.mark.parametrize("body", [b"{}", b"[]", b"3", b'{"tensors": 3}', b'{"tensors": [{}], "run_ids": []}', b"{", b"\xff"])
+@pytest.mark.parametrize(
+    "body", [b"{}", b"[]", b"3", b'{"tensors": 3}', b'{"tensors": [{}], "run_ids": []}', b"{", b"\xff"]
+)
 def test_content_that_is_whole_and_no_manifest_is_refused(body: bytes) -> None:
     """Made by a program that knows the format of the header and no more."""
     header = f"{FORMAT} {len(body)} {xxh3_128_hexdigest(body)}\n".encode()

@@ -18,14 +18,20 @@ from offload.launch.progress import StepMetrics
 
 def line(step: int, /, **changed: Any) -> bytes:
     """As `ProgressLog` writes it."""
-    return (json.dumps({**asdict(StepMetrics(step, 2.5, 1e-3, 0.1, 100.0, 10, 20, 30, 40, 0.5)), **changed}) + "\n").encode()
+    return (
+        json.dumps({**asdict(StepMetrics(step, 2.5, 1e-3, 0.1, 100.0, 10, 20, 30, 40, 0.5)), **changed}) + "\n"
+    ).encode()
 
 
 WHOLE = line(1) + line(2) + line(3)
 CASES: dict[str, tuple[bytes, list[int], str | None]] = {
     "whole": (WHOLE, [1, 2, 3], None),
     "steps after the commit": (WHOLE + line(4) + line(5), [1, 2, 3], None),
-    "torn": (WHOLE[:-9], [1, 2], "1 of the 3 steps before have no metrics; 1 lines cannot be read, the first: it was cut"),
+    "torn": (
+        WHOLE[:-9],
+        [1, 2],
+        "1 of the 3 steps before have no metrics; 1 lines cannot be read, the first: it was cut",
+    ),
     "block of zeros": (b"\0" * 4096 + line(3), [3], "2 of the 3 .*: it was cut"),
     "zeros and an end of line": (b"\0" * 900 + b"\n" + line(2) + line(3), [2, 3], "1 of the 3 .*: it is no JSON"),
     "twice, the later counts": (line(1, loss=7.0) + WHOLE, [1, 2, 3], None),

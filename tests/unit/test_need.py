@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from offload.config import Config, load_config
 from offload.budget.need import BudgetNeed, Sizes, UnitShape, budget_need
+from offload.config import Config, load_config
 from offload.parameters.grouping import Neighbours, groups_of, units_of
 from pagemem.errors import BudgetError
 
@@ -61,7 +61,9 @@ def test_slices_grow_with_budgets_that_hold_thousands_of_them() -> None:
 @pytest.mark.parametrize("page", [PAGE_BYTES, "auto"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("numel", [64, 16_384, 70_016, 1_100_032, 2_015_000, 1_340_032, 1_600_000, 2_700_032])
-def test_the_smallest_budget_is_the_first_of_all_that_holds_what_it_needs_itself(numel: int, dtype: str, page: int | str) -> None:
+def test_the_smallest_budget_is_the_first_of_all_that_holds_what_it_needs_itself(
+    numel: int, dtype: str, page: int | str
+) -> None:
     units = [UnitShape("small", 4096, torch.float32, True), UnitShape("large", numel, torch.float32, True)]
     need = budget_need(lambda _: units, 2, config(page, dtype))
 
@@ -98,8 +100,14 @@ def test_a_budget_that_is_too_small_is_refused_with_unit_and_numbers() -> None:
 def test_small_neighbours_of_one_dtype_share_units_up_to_a_page() -> None:
     model = nn.ModuleDict(
         {
-            "a": nn.Linear(64, 100), "b": nn.Linear(64, 100), "c": nn.Linear(64, 100), "big": nn.Linear(128, 128),
-            "d": nn.Linear(8, 8), "narrow": nn.Linear(8, 8).bfloat16(), "e": nn.Linear(8, 8), "f": nn.LayerNorm(8),
+            "a": nn.Linear(64, 100),
+            "b": nn.Linear(64, 100),
+            "c": nn.Linear(64, 100),
+            "big": nn.Linear(128, 128),
+            "d": nn.Linear(8, 8),
+            "narrow": nn.Linear(8, 8).bfloat16(),
+            "e": nn.Linear(8, 8),
+            "f": nn.LayerNorm(8),
         }  # fmt: skip
     )
     units = units_of(groups_of(model.named_modules(), set()), PAGE_BYTES)

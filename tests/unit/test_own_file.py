@@ -45,22 +45,30 @@ def precious(tmp_path: Path) -> Iterator[Path]:
     assert path.read_bytes() == b"x" * 8192 and path.stat().st_nlink in (1, 2)
 
 
-# ---- what lies in the place --------------------------------------------------------------------------------------------
+# ---- what lies in the place
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_no_file_is_refused_in_one_line_and_left_as_it_is(kind: str, flags: int, tmp_path: Path, precious: Path) -> None:
+def test_what_is_no_file_is_refused_in_one_line_and_left_as_it_is(
+    kind: str, flags: int, tmp_path: Path, precious: Path
+) -> None:
     path = tmp_path / "ours"
     OTHERS[kind](path, precious)
-    with pytest.raises(StorageError, match=rf"^{path} is {kind}, not a file of this run\. Nothing was changed; remove it, or name another folder$"):
+    with pytest.raises(
+        StorageError,
+        match=rf"^{path} is {kind}, not a file of this run\. Nothing was changed; remove it, or name another folder$",
+    ):
         open_file(path, flags)
     assert kind_of(path) == kind
 
 
 @pytest.mark.parametrize("place", ["ours", "ours.new"])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_nothing_else_is_replaced_and_no_draft_is_written_through_it(kind: str, place: str, tmp_path: Path, precious: Path) -> None:
+def test_nothing_else_is_replaced_and_no_draft_is_written_through_it(
+    kind: str, place: str, tmp_path: Path, precious: Path
+) -> None:
     OTHERS[kind](tmp_path / place, precious)
     with pytest.raises(StorageError, match=rf"^{tmp_path / place} is {kind}, not a"):
         replace_file(tmp_path / "ours", b"new")
@@ -99,7 +107,8 @@ def test_a_link_to_a_folder_is_no_folder_of_ours(kind: str, tmp_path: Path) -> N
     assert has_folder(tmp_path / "elsewhere") and not has_folder(tmp_path / "absent")
 
 
-# ---- replacing -----------------------------------------------------------------------------------------------------------
+# ---- replacing
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_draft_of_a_crash_is_removed_and_the_file_replaced(tmp_path: Path) -> None:
@@ -136,7 +145,8 @@ def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
     assert (tmp_path / "ours").read_bytes() == b"0123456789"
 
 
-# ---- folders and errors ----------------------------------------------------------------------------------------------------
+# ---- folders and errors
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_made_with_its_parents_each_entry_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,10 +167,14 @@ def test_what_was_made_of_a_folder_goes_again_after_an_error(tmp_path: Path) -> 
         assert system.struck is not None and os.listdir(tmp_path) == []
 
 
-def test_no_room_says_what_was_wanted_and_what_is_free_or_that_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_says_what_was_wanted_and_what_is_free_or_that_nobody_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     said = str(os_failure(full, "writing", tmp_path / "not there", 4096, 100))
-    assert said.startswith(f"writing {tmp_path / 'not there'} at offset 4096, 100 bytes: No space left on device; wanted 100 bytes (100 B), free are ")
+    assert said.startswith(
+        f"writing {tmp_path / 'not there'} at offset 4096, 100 bytes: No space left on device; wanted 100 bytes (100 B), free are "
+    )
     with suppress(OSError), monkeypatch.context() as patch:
         patch.setattr(os, "statvfs", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "x")))
         assert "free are an unknown number." in str(os_failure(full, "writing", tmp_path, 0, 1))

@@ -1,7 +1,8 @@
 """What pages waste on the disk when they hold the states of published models: real sizes, no memory.
 
 A unit is a leaf module, or small neighbours up to one page; a page holds the left-overs of at most two tensors. So the
-waste depends on the page: with 1 MiB and more the left-overs of small models do not fill theirs (table in docs/pages.md).
+waste depends on the page: with 1 MiB and more the left-overs of small models do not fill theirs (table in
+docs/pages.md).
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from model_shapes import MODELS, Leaf, n_parameters
-from small_runs import RAM_BYTES, assert_closed, built, engine_of, train
 from small_runs import PAGE_BYTES as SMALL_PAGE_BYTES
+from small_runs import RAM_BYTES, assert_closed, built, engine_of, train
 from torch import nn
 
-from offload.config import load_config
 from offload.budget.need import Sizes
+from offload.config import load_config
 from offload.parameters.grouping import units_of
 from optim.unit import cut, lay_out
 from pagemem.frames.allocator import PageAllocator

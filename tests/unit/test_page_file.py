@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from pagemem.errors import StorageError, TransitionError
-from pagemem.telemetry.intervals import union
 from pagemem.files.direct import accepts_direct
-from pagemem.frames.page import Extent, FrameId
 from pagemem.files.page_file import LEGAL_MOVES, PAGE_FILE_NAME, SLAB_BYTES, FilesState, PageFiles
 from pagemem.folders.run_directory import RunDirectory
+from pagemem.frames.page import Extent, FrameId
+from pagemem.telemetry.intervals import union
 from pagemem.units import BLOCK_BYTES, KiB, MiB
 
 PAGE_BYTES = 64 * KiB
@@ -116,7 +116,13 @@ def test_the_probe_decides_the_backend(opened: Opener, tmp_path: Path) -> None:
 def test_scattered_pages_come_back_in_order(
     opened: Opener, page_bytes: int, checksums: bool, finishing_threads: int | None
 ) -> None:
-    files = opened(page_bytes=page_bytes, n_frames=16, checksums=checksums, finishing_threads=finishing_threads, max_request_bytes=MiB)
+    files = opened(
+        page_bytes=page_bytes,
+        n_frames=16,
+        checksums=checksums,
+        finishing_threads=finishing_threads,
+        max_request_bytes=MiB,
+    )
     first, second = pages(3, 4, 5, 9, 1, page_bytes=page_bytes), pages(0, 2, 15, 6, page_bytes=page_bytes)
     a, b = Buffer(5 * page_bytes), Buffer(4 * page_bytes)
     write(files, first, a.view)
@@ -143,7 +149,13 @@ def test_a_frame_that_changed_hands_forgets_its_old_extents(opened: Opener) -> N
     files = opened()
     whole, front = Extent(FrameId(0), 0, PAGE_BYTES), Extent(FrameId(0), 0, BLOCK_BYTES)
     back = Extent(FrameId(0), BLOCK_BYTES, BLOCK_BYTES)
-    for latest, gone in ((whole, []), (back, [whole]), (front, [whole]), (whole, [front, back]), (front, [whole, back])):
+    for latest, gone in (
+        (whole, []),
+        (back, [whole]),
+        (front, [whole]),
+        (whole, [front, back]),
+        (front, [whole, back]),
+    ):
         source = Buffer(latest.length_bytes)
         write(files, [latest], source.view)
         assert read(files, [latest]) == source.view
@@ -243,15 +255,25 @@ def test_done_comes_once_from_an_io_thread_with_the_buffer_free(opened: Opener, 
     files.close()
     assert outcome.calls.empty() and files.failure is None
     # Whichever job ends last: a request's own thread, or one that finishes what others have moved.
-    assert outcome.thread_name.startswith(("pagemem-write-0-" if kind == "write" else "pagemem-read-0-", "pagemem-finish-"))
+    assert outcome.thread_name.startswith(
+        ("pagemem-write-0-" if kind == "write" else "pagemem-read-0-", "pagemem-finish-")
+    )
     assert [type(error) for error in errors] == [StorageError if kind == "failing read" else type(None)]
 
 
 @pytest.mark.parametrize("finishing_threads", [None, 0])
 @pytest.mark.parametrize("max_request_bytes", [BLOCK_BYTES * 5, PAGE_BYTES, 4 * PAGE_BYTES])
 @pytest.mark.parametrize("checksums", [True, False])
-def test_a_read_tells_of_bytes_as_they_come(opened: Opener, checksums: bool, max_request_bytes: int, finishing_threads: int | None) -> None:
-    files = opened(2, max_request_bytes=max_request_bytes, checksums=checksums, finishing_threads=finishing_threads, threads_per_path=2)
+def test_a_read_tells_of_bytes_as_they_come(
+    opened: Opener, checksums: bool, max_request_bytes: int, finishing_threads: int | None
+) -> None:
+    files = opened(
+        2,
+        max_request_bytes=max_request_bytes,
+        checksums=checksums,
+        finishing_threads=finishing_threads,
+        threads_per_path=2,
+    )
     source, into, outcome = Buffer(9 * PAGE_BYTES), Buffer(9 * PAGE_BYTES, random=False), Outcome()
     told: list[tuple[int, int]] = []
 
@@ -263,7 +285,11 @@ def test_a_read_tells_of_bytes_as_they_come(opened: Opener, checksums: bool, max
     write(files, pages(5, 3, 4, 7, 9, 20, 21, 22, 23), source.view)
     files.read(pages(5, 3, 4, 7, 9, 20, 21, 22, 23), into.view, outcome, part=part)
     outcome.wait()
-    assert len(told) > 1 and union(told) == [(0, 9 * PAGE_BYTES)] and sum(end - start for start, end in told) == 9 * PAGE_BYTES
+    assert (
+        len(told) > 1
+        and union(told) == [(0, 9 * PAGE_BYTES)]
+        and sum(end - start for start, end in told) == 9 * PAGE_BYTES
+    )
 
 
 def test_done_may_begin_the_next_transfer(opened: Opener) -> None:

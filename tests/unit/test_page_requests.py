@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagemem.frames.page import Extent, FrameId
 from pagemem.files.requests import MAX_BUFFERS, plan_requests, tabulate
 from pagemem.files.striping import MAX_PERIOD, Striping
+from pagemem.frames.page import Extent, FrameId
 from pagemem.units import BLOCK_BYTES, KiB, MiB
 
 PAGE_BYTES = 64 * KiB

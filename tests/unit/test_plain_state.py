@@ -35,7 +35,9 @@ def assert_alike(found: Any, expected: Any) -> None:
     elif isinstance(expected, (np.ndarray, np.generic)):
         assert found.dtype == expected.dtype and found.shape == expected.shape and found.tobytes() == expected.tobytes()
     elif isinstance(expected, float):
-        assert math.copysign(1, found) == math.copysign(1, expected) and (found == expected or math.isnan(expected) and math.isnan(found))
+        assert math.copysign(1, found) == math.copysign(1, expected) and (
+            found == expected or math.isnan(expected) and math.isnan(found)
+        )
     else:
         assert found == expected
 
@@ -45,7 +47,9 @@ def there_and_back(state: Any) -> Any:
     return decode(parse_json(json.dumps(encode(state, "it"), allow_nan=False)))
 
 
-NUMBERS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5) | st.binary(max_size=5)
+NUMBERS = (
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5) | st.binary(max_size=5)
+)
 KEYS = NUMBERS.filter(lambda key: key == key) | st.just(TAG) | st.tuples(st.integers(), st.text(max_size=3))
 STATES = st.recursive(
     NUMBERS,

@@ -12,10 +12,10 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.units import KiB
 from scheduler.planning.bounds import Replay
+from scheduler.planning.lookahead import Machine, Walk
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.planning.planner import KEPT_SHARES, make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.planning.lookahead import Machine, Walk
 
 PAGE_BYTES = 64 * KiB
 PAGE_S = 1e-3
@@ -57,11 +57,13 @@ def loaded(plan: Plan) -> list[str]:
     return [f"{chr(ord('A') + t.tensor)}{'*' * t.fresh}@{t.needed_at % plan.ops_per_step}" for t in plan.loads]
 
 
-# ---- kept for good ----------------------------------------------------------------------------------------------------
+# ---- kept for good
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_where_the_disk_is_the_limit_some_tensors_stay_for_good() -> None:
-    """Sixteen tensors that change in turn, ten frames. Taking what is free soonest each time, all of them would move."""
+    """Sixteen tensors that change in turn, ten frames. Taking what is free soonest each time, all of them would
+    move."""
     letters = "ABCDEFGHIJKLMNOP"
     plan = plan_for(step(*(f"{letter}w" for letter in letters), seconds=PAGE_S), 10)
     moving = {task.tensor for task in plan.loads} | {task.tensor for task in plan.stores}
@@ -91,7 +93,8 @@ def test_long_steps_are_walked_twice(n_ops: int, n_walks: int, monkeypatch: pyte
     assert len(walks) == n_walks
 
 
-# ---- spare memory ------------------------------------------------------------------------------------------------------
+# ---- spare memory
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_with_room_for_all_nothing_moves_and_everything_is_there_from_the_start() -> None:
@@ -119,7 +122,8 @@ def test_spare_frames_save_reads() -> None:
     assert reads == [6, 4, 2, 0]
 
 
-# ---- what moves and when -----------------------------------------------------------------------------------------------
+# ---- what moves and when
+# -----------------------------------------------------------------------------------------------
 
 
 def test_a_clean_tensor_is_never_stored() -> None:
@@ -168,11 +172,14 @@ def test_one_op_that_needs_all_frames_finds_them_whatever_lay_between() -> None:
     assert plan.peak_frames == 6
 
 
-# ---- what does not fit -------------------------------------------------------------------------------------------------
+# ---- what does not fit
+# -------------------------------------------------------------------------------------------------
 
 
 def test_an_op_too_large_is_named_with_what_it_needs() -> None:
-    with pytest.raises(BudgetError, match=r"^Br Cw needs 327680 bytes of host pages at once, the budget holds 262144; raise") as caught:
+    with pytest.raises(
+        BudgetError, match=r"^Br Cw needs 327680 bytes of host pages at once, the budget holds 262144; raise"
+    ) as caught:
         plan_for(step("Ar", "Br Cw", "Ar"), n_frames=4, pages={"B": 2, "C": 3})
     assert caught.value.smallest_bytes == 5 * PAGE_BYTES
     plan_for(step("Ar", "Br Cw", "Ar"), n_frames=5, pages={"B": 2, "C": 3})
@@ -185,12 +192,15 @@ def test_an_op_that_finds_only_views_in_its_way_is_named() -> None:
     plan_for(trace, n_frames=2)
 
 
-# ---- the plan's parts --------------------------------------------------------------------------------------------------
+# ---- the plan's parts
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_slow_disk_is_predicted_to_stall_and_a_fast_one_not() -> None:
     trace, n_bytes = step("Ar", "Br", seconds=1.0), {tensor("A"): PAGE_BYTES, tensor("B"): PAGE_BYTES}
-    slow, fast = (make_plan(trace, n_bytes, Machine(1, PAGE_BYTES, speed, speed)) for speed in (PAGE_BYTES / 10.0, 1e12))
+    slow, fast = (
+        make_plan(trace, n_bytes, Machine(1, PAGE_BYTES, speed, speed)) for speed in (PAGE_BYTES / 10.0, 1e12)
+    )
     assert slow.step_s == pytest.approx(22.0)
     assert fast.step_s == pytest.approx(2.0)
 
@@ -199,7 +209,9 @@ def test_tasks_are_grouped_by_trigger_in_order() -> None:
     plan = plan_for(step("Ar", "Bw", "Cw", "Ar", "Dr", "Bw"), n_frames=2)
     assert plan.loads and plan.stores
     assert plan.loads_at == by_trigger(plan.loads) and plan.stores_at == by_trigger(plan.stores)
-    a, b, c = (LoadTask(tensor(letter), plan.loads[0].frame, trigger, 9) for letter, trigger in (("A", 4), ("B", 1), ("C", 4)))
+    a, b, c = (
+        LoadTask(tensor(letter), plan.loads[0].frame, trigger, 9) for letter, trigger in (("A", 4), ("B", 1), ("C", 4))
+    )
     assert by_trigger([a, b, c]) == {4: (a, c), 1: (b,)}
 
 
@@ -209,7 +221,8 @@ def test_what_a_plan_stores() -> None:
     assert plan.ops_per_step == 3
 
 
-# ---- consumed tensors and views in the way -----------------------------------------------------------------------------
+# ---- consumed tensors and views in the way
+# -----------------------------------------------------------------------------
 
 
 def test_a_wrapped_load_waits_for_consumed_tensors_in_its_window() -> None:

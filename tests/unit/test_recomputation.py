@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import check_bounds
+from scheduler.planning.lookahead import Machine
 from scheduler.planning.planner import make_plan
 from scheduler.planning.recomputation import Part, pages, recomputed
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
-from scheduler.planning.lookahead import Machine
 
 PAGE_BYTES = 1 << 16
 KINDS = {"f": OpKind.FORWARD, "b": OpKind.BACKWARD, "u": OpKind.UPDATE}
@@ -23,9 +23,16 @@ def tensor(letter: str) -> TensorId:
 
 
 def step(text: str, seconds: dict[str, float] | None = None, until: dict[str, int] | None = None) -> Trace:
-    """Ops written as ``"fPr"``: in the forward pass P is read (b: backward, u: update; c: created, x: consumed, w: modified)."""
+    """Ops written as ``"fPr"``: in the forward pass P is read (b: backward, u: update; c: created, x: consumed, w:
+    modified)."""
     ops = [
-        Op((KINDS[word[0]], word), word, (Access(tensor(word[1]), MODES[word[2]]),), (seconds or {}).get(word, 1.0), (until or {}).get(word, index))
+        Op(
+            (KINDS[word[0]], word),
+            word,
+            (Access(tensor(word[1]), MODES[word[2]]),),
+            (seconds or {}).get(word, 1.0),
+            (until or {}).get(word, index),
+        )
         for index, word in enumerate(text.split())
     ]
     return Trace(tuple(ops))
@@ -39,7 +46,8 @@ def sizes(trace: Trace) -> dict[TensorId, int]:
     return dict.fromkeys(trace.tensors(), PAGE_BYTES)
 
 
-#: Blocks P and Q. Each saves three tensors, the first of which is what it reads; copies are made when the next weights are about to be used.
+#: Blocks P and Q. Each saves three tensors, the first of which is what it reads; copies are made when the next weights
+#: are about to be used.
 STEP = "fPr fAc fPr fBc fCc fQr fDc fQr fEc fFc fHr bHr bFx bEx bQr bDx uQw bCx bPr bBx bPr bAx uPw"
 
 
@@ -56,7 +64,10 @@ def test_a_part_is_computed_once_more_before_the_first_of_what_it_had_saved() ->
     assert names(recomputed(trace, both[:1], sizes(trace))) == (
         "fPr fAc fPr fQr fDc fQr fEc fFc fHr bHr bFx bEx bQr bDx uQw bAx fPr fPr bPr bPr uPw"
     )
-    assert names(recomputed(trace, both, sizes(trace))) == "fPr fAc fPr fQr fDc fQr fHr bHr bDx fQr fQr bQr uQw bAx fPr fPr bPr bPr uPw"
+    assert (
+        names(recomputed(trace, both, sizes(trace)))
+        == "fPr fAc fPr fQr fDc fQr fHr bHr bDx fQr fQr bQr uQw bAx fPr fPr bPr bPr uPw"
+    )
     assert recomputed(trace, [], sizes(trace)) == trace
 
 
@@ -92,7 +103,15 @@ def steps(draw: st.DrawFn) -> tuple[Trace, list[Part], dict[TensorId, int]]:
     n_bytes: dict[TensorId, int] = {}
 
     def add(kind: OpKind, used: TensorId, mode: AccessMode) -> None:
-        ops.append(Op((kind, len(ops)), f"op {len(ops)}", (Access(used, mode),), draw(st.sampled_from([0.0, 0.5, 2.0])), len(ops)))
+        ops.append(
+            Op(
+                (kind, len(ops)),
+                f"op {len(ops)}",
+                (Access(used, mode),),
+                draw(st.sampled_from([0.0, 0.5, 2.0])),
+                len(ops),
+            )
+        )
 
     for _ in range(draw(st.integers(1, 4))):
         weight, begin = TensorId(len(n_bytes)), len(ops)
@@ -133,8 +152,14 @@ def test_the_step_can_be_planned_and_takes_what_it_took_less_the_copies_and_with
         gone = list(pages(trace, part).items())[1 if part.input_bytes else 0 :]
         for chunk, index in gone:
             created_s = trace.ops[index].duration_s
-            consumed_s = next(op.duration_s for op in trace.ops if op.kind is OpKind.BACKWARD and op.accesses[0].tensor == chunk)
+            consumed_s = next(
+                op.duration_s for op in trace.ops if op.kind is OpKind.BACKWARD and op.accesses[0].tensor == chunk
+            )
             expected_s -= created_s + min(created_s, consumed_s)
         if gone:
-            expected_s += sum(trace.ops[index].duration_s for index in part.ops if trace.ops[index].accesses[0].mode is AccessMode.READ)
+            expected_s += sum(
+                trace.ops[index].duration_s
+                for index in part.ops
+                if trace.ops[index].accesses[0].mode is AccessMode.READ
+            )
     assert other.compute_s == pytest.approx(expected_s)

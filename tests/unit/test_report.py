@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from offload.profiling.stats import MemoryReport, Stats, TierUse
 from offload.launch.progress import ProgressLog, StepMetrics
 from offload.launch.summary import RunSummary, print_summary, save_loss_curve, summary_rows
+from offload.profiling.stats import MemoryReport, Stats, TierUse
 
 MIB = 1 << 20
 STATS = Stats(
@@ -21,7 +21,9 @@ STATS = Stats(
     bytes_read=10 * 16_000, bytes_written=10 * 12_000, wait_s=0.5, update_s=1.0,
 )  # fmt: skip
 MEMORY = MemoryReport(
-    {"host": TierUse(4 * MIB, 2 * MIB, 3 * MIB, 48, 48), "ssd": TierUse(None, MIB, MIB, 16, None)}, {"PARAM": MIB}, 65536
+    {"host": TierUse(4 * MIB, 2 * MIB, 3 * MIB, 48, 48), "ssd": TierUse(None, MIB, MIB, 16, None)},
+    {"PARAM": MIB},
+    65536,
 )
 RUN = RunSummary(
     n_parameters=1000, steps=10, made=10, train_s=20.0, samples=50, tokens_per_sample=80, before_nats=8.01 * math.log(2), after_nats=2.5 * math.log(2), unit="byte", unigram_bits=4.5,
@@ -83,7 +85,16 @@ def test_counters_of_this_launch_are_of_its_own_steps() -> None:
 def test_a_run_stopped_before_its_first_step_has_a_table() -> None:
     nothing = Stats(0, 0, 0, 0, 0, 0, 0.0, 0.0)
     run = dataclasses.replace(
-        RUN, steps=0, made=0, samples=0, train_s=0.0, before_nats=None, after_nats=None, unigram_bits=None, stats=nothing, planned_step_s=None
+        RUN,
+        steps=0,
+        made=0,
+        samples=0,
+        train_s=0.0,
+        before_nats=None,
+        after_nats=None,
+        unigram_bits=None,
+        stats=nothing,
+        planned_step_s=None,
     )
     rows = dict(summary_rows(run))
     assert rows["validation after, bits per byte"] == "not measured" and rows["tokens/s"] == "-"

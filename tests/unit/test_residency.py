@@ -61,7 +61,9 @@ def test_a_legal_move_is_made_and_remembered(here: Residency, there: Residency) 
 )
 def test_an_illegal_move_raises_and_leaves_the_state(here: Residency, there: Residency) -> None:
     tensor = record(here)
-    with pytest.raises(TransitionError, match=f"^weights of layer 0: {here.value} -> {there.value} is not a legal move"):
+    with pytest.raises(
+        TransitionError, match=f"^weights of layer 0: {here.value} -> {there.value} is not a legal move"
+    ):
         tensor.become(there)
     assert tensor.state is here
     assert tensor.history == []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from offload.config import load_config
 from offload.checkpoint.resumed import config_changes, hyper_changes
+from offload.config import load_config
 
 
 def dumped(**sections: Any) -> dict[str, Any]:
@@ -48,7 +48,10 @@ def test_keys_that_one_version_does_not_know_are_not_compared() -> None:
 
 
 def test_what_the_groups_were_given_is_compared_and_the_commits_holds() -> None:
-    then: list[dict[str, Any]] = [{"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}, {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.0}]
+    then: list[dict[str, Any]] = [
+        {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1},
+        {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.0},
+    ]
     now = [{**then[0], "lr": 1e-2, "weight_decay": 0.2, "new": 1}, {**then[1], "lr": 1e-2}]
     holds = "the commit's holds; set it in optimizer.param_groups after resume() for another"
     assert [str(change) for change in hyper_changes(then, now)] == [

@@ -98,13 +98,19 @@ def test_each_optimizer_has_its_rule() -> None:
         (lambda p: torch.optim.Adam(p, differentiable=True), "Adam: differentiable=True"),
         (lambda p: torch.optim.Adam(p, decoupled_weight_decay=True, fused=True), "Adam: decoupled_weight_decay=True"),
         (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1)), "AdamW: a tensor lr is not supported"),
-        (lambda p: torch.optim.AdamW(p, betas=(torch.tensor(0.9), torch.tensor(0.99))), "AdamW: a tensor betas is not supported"),
+        (
+            lambda p: torch.optim.AdamW(p, betas=(torch.tensor(0.9), torch.tensor(0.99))),
+            "AdamW: a tensor betas is not supported",
+        ),
         (lambda p: torch.optim.AdamW(p, capturable=True), "AdamW: capturable=True"),
         (lambda p: torch.optim.AdamW(p), "AdamW: fused=None rounds otherwise .* make it with fused=True"),
         (lambda p: torch.optim.Adam(p, foreach=True), "Adam: fused=None rounds otherwise"),
         (lambda p: torch.optim.SGD(p, fused=False), "SGD: fused=False rounds otherwise"),
         (lambda p: type("Mine", (torch.optim.AdamW,), {})(p, fused=True), "Mine does not run on pages"),
-        (lambda p: torch.optim.SGD([{"params": p}, {"params": [], "momentum": 0.9}], fused=True), "either all parameter groups have"),
+        (
+            lambda p: torch.optim.SGD([{"params": p}, {"params": [], "momentum": 0.9}], fused=True),
+            "either all parameter groups have",
+        ),
     ],
 )
 def test_what_cannot_run_on_pages_is_refused(make: Callable[[Parameters], Any], message: str) -> None:

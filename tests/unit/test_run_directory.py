@@ -58,7 +58,10 @@ def test_a_foreign_folder_is_refused_and_unchanged(tmp_path: Path) -> None:
         ("[1, 2]", "not an identity file"),
         ('{"format": "x"}', "another version"),
         ('{"format": "pagemem-run-directory-1"}', r"not an identity file of this engine \(run_id: Field required"),
-        ('{"format": "pagemem-run-directory-1", "run_id": 3, "created": ""}', r"run_id: Input should be a valid string, not 3"),
+        (
+            '{"format": "pagemem-run-directory-1", "run_id": 3, "created": ""}',
+            r"run_id: Input should be a valid string, not 3",
+        ),
         ('{"format": 3, "run_id": 3, "created": ""}', r"format: Input should be a valid string, not 3"),
         ('{"format": "x", "format": "y"}', "key 'format' is there twice"),
         ("[" * 4000, "more than 100 deep"),

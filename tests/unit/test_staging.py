@@ -7,8 +7,8 @@ import mmap
 import pytest
 import torch
 
-from pagemem.process.closing import close_all
 from pagemem.devices.staging import ALIGN_BYTES, StagingBuffer
+from pagemem.process.closing import close_all
 
 
 def test_spans_are_the_first_that_are_long_enough_and_come_back_with_their_last_view() -> None:

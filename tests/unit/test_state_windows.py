@@ -16,10 +16,10 @@ from training_rig import PAGE_BYTES, pattern
 from optim.lockfree.state_windows import RING_WINDOWS, StateWindows, least_frames
 from pagemem.devices.arena import HostArena
 from pagemem.errors import StorageError
-from pagemem.telemetry.events import EventKind, EventLog
-from pagemem.residency.mover import Mover
 from pagemem.frames.page import FrameId
+from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.telemetry.events import EventKind, EventLog
 from pagemem.tier import Tag
 
 #: Frames below the updater's, which the training thread uses.
@@ -27,7 +27,8 @@ SHARED = 4
 
 
 class Cycle:
-    """Slices of some numbers of pages in windows of ``n_frames`` frames; each visit checks and changes what a slice holds.
+    """Slices of some numbers of pages in windows of ``n_frames`` frames; each visit checks and changes what a slice
+    holds.
 
     Args:
         sizes: pages of each slice; a pair is a slice of two tensors.
@@ -39,7 +40,9 @@ class Cycle:
         self.slices: list[tuple[PagedTensor, ...]] = []
         for number, size in enumerate(sizes):
             pages = size if isinstance(size, tuple) else (size,)
-            self.slices.append(tuple(self.mover.create(f"{number}.{k}", Tag.MOMENT, n * PAGE_BYTES) for k, n in enumerate(pages)))
+            self.slices.append(
+                tuple(self.mover.create(f"{number}.{k}", Tag.MOMENT, n * PAGE_BYTES) for k, n in enumerate(pages))
+            )
         self.first_frame = self.mover.set_aside(n_frames)
         self.windows = StateWindows(self.mover, self.slices, self.first_frame, n_frames)
         self._salts = dict.fromkeys((t.id for tensors in self.slices for t in tensors), 0)
@@ -52,7 +55,9 @@ class Cycle:
 
     def check(self, tensor: PagedTensor) -> None:
         """It holds what was written last."""
-        assert torch.equal(self.view(tensor), pattern(tensor.n_bytes, self._salts[tensor.id])), f"{tensor.name} holds something else"
+        assert torch.equal(self.view(tensor), pattern(tensor.n_bytes, self._salts[tensor.id])), (
+            f"{tensor.name} holds something else"
+        )
 
     def write(self, tensor: PagedTensor) -> None:
         """Put something new into it."""
@@ -148,7 +153,9 @@ def pairs() -> Iterator[Gated]:
         gated.close()
 
 
-@pytest.mark.parametrize(("sizes", "frames"), [([], 0), ([2], 2), ([2, 3], 5), ([2, 3, 1], 6), ([2, 3, 1, 4], 10), ([2, 3, 1, 4, 3], 12)])
+@pytest.mark.parametrize(
+    ("sizes", "frames"), [([], 0), ([2], 2), ([2, 3], 5), ([2, 3, 1], 6), ([2, 3, 1, 4], 10), ([2, 3, 1, 4, 3], 12)]
+)
 def test_least_frames(sizes: list[int], frames: int) -> None:
     assert least_frames(sizes) == frames
 

@@ -28,7 +28,9 @@ class Loss:
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_losses_are_read_when_the_device_has_all_of_the_step_to_do(accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_are_read_when_the_device_has_all_of_the_step_to_do(
+    accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "loss_of", lambda output, reference, trains: output)
     log: list[str] = []
     values = iter([0.1, 0.2, 0.4])

@@ -9,17 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagemem.telemetry.intervals import Interval, clipped, shares, total_s, tracks, union, without
-from pagemem.tier import Tag, Tier
 from pagemem.telemetry.timeline import Change, Timeline
+from pagemem.tier import Tag, Tier
 
 END_S = 32
 TAGS = [Tag.PARAM, Tag.GRAD, Tag.MOMENT]
 HELD = st.dictionaries(st.tuples(st.sampled_from(Tier), st.sampled_from(TAGS)), st.integers(0, 1000))
 #: When, where, and which part (in 1000ths) of what is held is given up, or how much is added.
 STEPS = st.lists(
-    st.tuples(st.integers(0, END_S), st.sampled_from(Tier), st.sampled_from(TAGS), st.booleans(), st.integers(0, 1000)), max_size=40
+    st.tuples(st.integers(0, END_S), st.sampled_from(Tier), st.sampled_from(TAGS), st.booleans(), st.integers(0, 1000)),
+    max_size=40,
 )
-INTERVALS = st.lists(st.tuples(st.integers(0, END_S), st.integers(0, END_S)).map(lambda pair: (min(pair), max(pair))), max_size=12)
+INTERVALS = st.lists(
+    st.tuples(st.integers(0, END_S), st.integers(0, END_S)).map(lambda pair: (min(pair), max(pair))), max_size=12
+)
 
 
 def changes_of(held: dict[tuple[Tier, Tag], int], steps: Sequence[tuple[int, Tier, Tag, bool, int]]) -> list[Change]:
@@ -44,7 +47,10 @@ def test_samples_are_what_was_held_and_peaks_are_their_maxima(
         for sample in samples:
             assert sample.total_bytes == sum(sample.by_tag.values())
             assert all(n_bytes > 0 for n_bytes in sample.by_tag.values())
-        last = {tag: held.get((tier, tag), 0) + sum(c.more_bytes for c in changes if (c.tier, c.tag) == (tier, tag)) for tag in TAGS}
+        last = {
+            tag: held.get((tier, tag), 0) + sum(c.more_bytes for c in changes if (c.tier, c.tag) == (tier, tag))
+            for tag in TAGS
+        }
         assert samples[-1].by_tag == {tag: n_bytes for tag, n_bytes in last.items() if n_bytes}
         peak = timeline.peak(tier)
         assert peak.total_bytes == max(sample.total_bytes for sample in samples)
@@ -53,7 +59,9 @@ def test_samples_are_what_was_held_and_peaks_are_their_maxima(
             assert n_bytes == max(sample.by_tag.get(tag, 0) for sample in samples)
         assert set(timeline.tag_peaks(tier)) == {tag for sample in samples for tag in sample.by_tag}
         assert (tier in timeline.tiers) == (peak.total_bytes > 0)
-        assert timeline.mean_bytes(tier) == pytest.approx(sum(_at(timeline, tier, second) for second in range(END_S)) / END_S)
+        assert timeline.mean_bytes(tier) == pytest.approx(
+            sum(_at(timeline, tier, second) for second in range(END_S)) / END_S
+        )
 
 
 def _at(timeline: Timeline, tier: Tier, second: int) -> int:
@@ -61,7 +69,9 @@ def _at(timeline: Timeline, tier: Tier, second: int) -> int:
 
 
 @given(HELD, STEPS, st.integers(1, 50))
-def test_no_peak_is_lost_in_buckets(held: dict[tuple[Tier, Tag], int], steps: list[tuple[int, Tier, Tag, bool, int]], n: int) -> None:
+def test_no_peak_is_lost_in_buckets(
+    held: dict[tuple[Tier, Tag], int], steps: list[tuple[int, Tier, Tag, bool, int]], n: int
+) -> None:
     timeline = Timeline(0.0, float(END_S), held, changes_of(held, steps))
     for tier in Tier:
         buckets = timeline.buckets(tier, n)
@@ -93,10 +103,14 @@ def test_what_cannot_have_happened_is_refused() -> None:
 
 def test_a_timeline_without_length_has_a_mean_and_buckets() -> None:
     made = Timeline(1.0, 1.0, {(Tier.SSD, Tag.PARAM): 5}, [Change(1.0, Tier.SSD, Tag.PARAM, 1)])
-    assert made.mean_bytes(Tier.SSD) == 6 and [dict(bucket) for bucket in made.buckets(Tier.SSD, 2)] == [{Tag.PARAM: 6}] * 2
+    assert (
+        made.mean_bytes(Tier.SSD) == 6
+        and [dict(bucket) for bucket in made.buckets(Tier.SSD, 2)] == [{Tag.PARAM: 6}] * 2
+    )
 
 
-# ---- intervals ---------------------------------------------------------------------------------------------------------
+# ---- intervals
+# ---------------------------------------------------------------------------------------------------------
 
 
 def seconds_of(intervals: Sequence[Interval]) -> set[int]:

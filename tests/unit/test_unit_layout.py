@@ -21,13 +21,18 @@ SHAPES = st.lists(st.lists(st.integers(1, 90), max_size=3).map(torch.Size), min_
 def unit_of(shapes: list[torch.Size], slice_numel: int, **slot_fields: Any) -> tuple[Unit, int]:
     """A unit with one slot a shape, and the elements of its layout."""
     layout = lay_out([(f"p{i}", shape) for i, shape in enumerate(shapes)])
-    slots = [Slot(name, shape, torch.float32, offset, **{"paged": True, "group": 0, **slot_fields}) for name, shape, offset in layout.slots]
+    slots = [
+        Slot(name, shape, torch.float32, offset, **{"paged": True, "group": 0, **slot_fields})
+        for name, shape, offset in layout.slots
+    ]
     parameters = PagedTensor.sized(TensorId(0), "u", Tag.PARAM, layout.numel * 4, 64 * KiB)
     return Unit(0, "u", torch.float32, parameters, slots, cut(layout.numel, slice_numel)), layout.numel
 
 
 def test_parameters_begin_at_multiples_of_the_slot_alignment() -> None:
-    layout = lay_out([("a", torch.Size((3, 5))), ("b", torch.Size(())), ("c", torch.Size((64,))), ("d", torch.Size((65,)))])
+    layout = lay_out(
+        [("a", torch.Size((3, 5))), ("b", torch.Size(())), ("c", torch.Size((64,))), ("d", torch.Size((65,)))]
+    )
     assert [offset for _, _, offset in layout.slots] == [0, 64, 128, 192]
     assert layout.numel == 320
 
@@ -43,7 +48,9 @@ def test_parameters_begin_at_multiples_of_the_slot_alignment() -> None:
         (100, 1 << 30, [(0, 100)]),
     ],
 )
-def test_slices_are_cut_at_multiples_of_the_slice_alignment(numel: int, slice_numel: int, bounds: list[tuple[int, int]]) -> None:
+def test_slices_are_cut_at_multiples_of_the_slice_alignment(
+    numel: int, slice_numel: int, bounds: list[tuple[int, int]]
+) -> None:
     assert [(part.begin, part.end) for part in cut(numel, slice_numel)] == bounds
 
 
@@ -60,7 +67,9 @@ def test_slots_lie_in_order_aligned_and_apart(shapes: list[torch.Size]) -> None:
 
 
 @given(st.integers(1, 300_000), st.integers(1024, 100_000))
-def test_slices_cover_everything_once_in_aligned_parts_of_about_the_size_asked_for(numel: int, slice_numel: int) -> None:
+def test_slices_cover_everything_once_in_aligned_parts_of_about_the_size_asked_for(
+    numel: int, slice_numel: int
+) -> None:
     parts = cut(numel, slice_numel)
     assert parts[0].begin == 0 and parts[-1].end == numel
     for one, two in zip(parts, parts[1:]):

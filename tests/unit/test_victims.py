@@ -45,7 +45,12 @@ def test_what_has_to_be_copied_out_comes_after_what_has_not_until_that_is_over()
 
 
 ACTIONS = st.lists(
-    st.tuples(st.sampled_from(["used", "changed", "left", "settle"]), st.integers(0, 12), st.sampled_from([1, 2, 3, 5, 8, math.inf])), max_size=60
+    st.tuples(
+        st.sampled_from(["used", "changed", "left", "settle"]),
+        st.integers(0, 12),
+        st.sampled_from([1, 2, 3, 5, 8, math.inf]),
+    ),
+    max_size=60,
 )
 
 

@@ -11,17 +11,28 @@ from gated_mover import PAGE_BYTES, Gates, opened
 
 from pagemem.devices.accelerator import RamDevice
 from pagemem.devices.arena import HostArena
-from pagemem.residency.device_mover import DeviceMover
 from pagemem.errors import StorageError
-from pagemem.telemetry.events import Event, EventKind, NullSink
 from pagemem.frames.page import FrameId
-from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder, WaitCause
+from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.telemetry.events import Event, EventKind, NullSink
+from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder, WaitCause
 from pagemem.tier import Tag, Tier
-from scheduler.execution.wait_explainer import (
-    ARRIVING, BEHIND, COMMITTING, COPYING, IN_USE, MAKING_ROOM, MAKING_ROOM_FIRST, NO_PLACE, READING, WRITING, Causes, DeviceCauses,
-)  # fmt: skip
 from scheduler.execution.read_lane import ReadLane
+from scheduler.execution.wait_explainer import (
+    ARRIVING,
+    BEHIND,
+    COMMITTING,
+    COPYING,
+    IN_USE,
+    MAKING_ROOM,
+    MAKING_ROOM_FIRST,
+    NO_PLACE,
+    READING,
+    WRITING,
+    Causes,
+    DeviceCauses,
+)  # fmt: skip
 from scheduler.planning.plan import LoadTask
 
 

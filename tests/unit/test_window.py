@@ -11,9 +11,9 @@ from tiers import anyone
 
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, TensorId
+from pagemem.frames.window import LOOKED_AT, Segment, Window, best_window, window_near
 from pagemem.tier import Tier
 from pagemem.units import KiB
-from pagemem.frames.window import LOOKED_AT, Segment, Window, best_window, window_near
 
 PAGE_BYTES = 64 * KiB
 
@@ -99,7 +99,8 @@ def test_immovable_tenants_are_not_shown_to_the_cost() -> None:
     assert seen == set(tenants("cd"))
 
 
-# ---- against every window there is -------------------------------------------------------------------------------------
+# ---- against every window there is
+# -------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -154,7 +155,8 @@ def test_tenants_are_named_once_each_in_the_order_they_lie(segments: list[Segmen
         assert list(found.tenants) == sorted(set(found.tenants))
 
 
-# ---- near the best tenants ---------------------------------------------------------------------------------------------
+# ---- near the best tenants
+# ---------------------------------------------------------------------------------------------
 
 
 def book_of(segments: Sequence[Segment]) -> PageAllocator:
@@ -166,7 +168,13 @@ def book_of(segments: Sequence[Segment]) -> PageAllocator:
     return book
 
 
-@given(tiers(), st.integers(1, 12), st.sets(st.integers(0, 7)), st.lists(st.integers(0, 3), min_size=8, max_size=8), st.integers(0, 4))
+@given(
+    tiers(),
+    st.integers(1, 12),
+    st.sets(st.integers(0, 7)),
+    st.lists(st.integers(0, 3), min_size=8, max_size=8),
+    st.integers(0, 4),
+)
 def test_looking_near_the_best_tenants_finds_what_looking_everywhere_finds(
     segments: list[Segment], n_frames: int, staying: set[int], weights: list[int], cut: int
 ) -> None:
@@ -185,7 +193,9 @@ def test_looking_near_the_best_tenants_finds_what_looking_everywhere_finds(
     if best is None:
         assert found is None
     elif best.tenants:
-        assert found is not None and dearest(found.tenants) == dearest(best.tenants) and all(map(movable, found.tenants))
+        assert (
+            found is not None and dearest(found.tenants) == dearest(best.tenants) and all(map(movable, found.tenants))
+        )
         assert found in every_window(list(book.segments(0, end)), n_frames, movable)
     elif found is not None:  # A free window that no movable tenant is near is not looked for below the end of a tier.
         assert found.tenants == () or cut
@@ -205,7 +215,9 @@ def test_it_looks_no_further_than_it_must() -> None:
         return 1000 - min(leaving)
 
     first = min(book.tensors())
-    assert window_near(book, 1, sorted(book.tensors()), anyone, cost, lambda tensor: tensor) == Window(FrameId(0), 1, (first,))
+    assert window_near(book, 1, sorted(book.tensors()), anyone, cost, lambda tensor: tensor) == Window(
+        FrameId(0), 1, (first,)
+    )
     assert seen == {first}
     assert window_near(book, 1, sorted(book.tensors()), anyone, stalled, lambda tensor: 0) is not None
     assert len(seen) == LOOKED_AT
