@@ -80,7 +80,9 @@ class Subject:
         before, started_s = self.engine.stats().bytes_written, time.perf_counter()
         self.engine.save(wait=False)
         begin_s = time.perf_counter() - started_s
-        dirty = sum(t.n_bytes for t in self.engine._store.mover.tensors.values() if t.owed and t.tag is not Tag.GRAD)
+        dirty = sum(
+            t.n_bytes for t in self.engine._store.mover.tensors.values() if t.snapshot_pending and t.tag is not Tag.GRAD
+        )
         return {"begin_s": begin_s, "dirty_bytes": dirty, "written": self.engine.stats().bytes_written - before}
 
     def in_ram(self) -> int:

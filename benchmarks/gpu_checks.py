@@ -40,7 +40,7 @@ from benchmarks.common import Block
 from benchmarks.gpu_memory_checks import fork, host_memory, pinning, synchronisations, uploads, waiting
 from benchmarks.gpu_setting import PLANNED, Outcome, Run, Setting, Status, judged
 from offload.store.page_store import PageStore
-from pagemem.devices.accelerator import Copy, Mark, RamDevice
+from pagemem.devices.accelerator import Copy, DeviceEvent, RamDevice
 from pagemem.telemetry.intervals import union
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -78,16 +78,16 @@ class FailingDevice(RamDevice):
         """As a copy, and as a clock."""
         return 1e-6
 
-    def mark(self) -> Mark:
+    def mark(self) -> DeviceEvent:
         """As `Accelerator.mark`."""
         self._check()
         return self
 
-    def follow(self, mark: Mark) -> None:
+    def follow(self, mark: DeviceEvent) -> None:
         """As `Accelerator.follow`."""
         self._check()
 
-    def copy_up(self, source: Tensor, into: Tensor, after: Mark) -> Copy:
+    def copy_up(self, source: Tensor, into: Tensor, after: DeviceEvent) -> Copy:
         """As `Accelerator.copy_up`."""
         self._check()
         super().copy_up(source, into, after)

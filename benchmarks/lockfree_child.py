@@ -31,7 +31,7 @@ from examples.byte_gpt import byte_gpt, python_source_text
 from offload.config import OptimizerConfig, TrainConfig
 from offload.launch.summary import BITS_PER_NAT
 from offload.launch.train import learning_rate
-from optim.lockfree.unit_channel import Mailbox, SlotSum
+from optim.lockfree.unit_channel import GradientSum, UnitChannel
 from optim.unit import Slot
 
 OPTIMIZER: Final = {"name": "adamw", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -93,10 +93,10 @@ class Job:
         return byte_gpt(self.d_model, self.n_layer, self.n_head, self.seq)
 
 
-class DroppingMailbox(Mailbox):
+class DroppingUnitChannel(UnitChannel):
     """Takes gradients as any mailbox does, and throws them away: training without updates, the rest as it is."""
 
-    def put(self, sums: dict[Slot, SlotSum]) -> int:
+    def put(self, sums: dict[Slot, GradientSum]) -> int:
         """Drop one step's gradients; returns the bytes that are free afterwards."""
         return sum(total.release() for total in sums.values())
 
@@ -104,12 +104,12 @@ class DroppingMailbox(Mailbox):
 @contextmanager
 def updates_off() -> Iterator[None]:
     """Engines made inside drop their gradients."""
-    kept = vars(offload.store.make_updater)["Mailbox"]
-    vars(offload.store.make_updater)["Mailbox"] = DroppingMailbox
+    kept = vars(offload.store.make_updater)["UnitChannel"]
+    vars(offload.store.make_updater)["UnitChannel"] = DroppingUnitChannel
     try:
         yield
     finally:
-        vars(offload.store.make_updater)["Mailbox"] = kept
+        vars(offload.store.make_updater)["UnitChannel"] = kept
 
 
 class Trainer:
@@ -134,7 +134,7 @@ class Trainer:
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.engine.optimizer, learning_rate(train))
         # What the results say of staleness is read off the mailboxes' clocks; there is no public way to it.
-        mailboxes: dict[Any, Mailbox] = getattr(self.engine._updater, "_mailboxes", {})
+        mailboxes: dict[Any, UnitChannel] = getattr(self.engine._updater, "_mailboxes", {})
         self.clocks = [(sum(slot.numel for slot in unit.slots), mailbox.clock) for unit, mailbox in mailboxes.items()]
         self.made = 0
 

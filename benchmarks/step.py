@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import GPT, SIZES, Spread, batch, fused_adamw
-from offload.heap import joining, keep_freed_memory
+from offload.heap import keep_freed_memory, without_tcache
 from offload.profiling.live_storages import Holder, LiveStorages
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ class Child:
 
     def __init__(self, kind: str, options: Sequence[str], *, joining_heap: bool) -> None:
         command = [sys.executable, "-m", "benchmarks.step", *options, "--child", kind]
-        environment = joining(os.environ) if joining_heap else None
+        environment = without_tcache(os.environ) if joining_heap else None
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

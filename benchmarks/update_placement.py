@@ -25,7 +25,7 @@ from offload.forecast.rehearsal import Bandwidths, rehearsed
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import check_bounds
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.planner import cost_s, make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
@@ -106,10 +106,10 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     with rehearsed(lambda: GPT(*SIZES[a.size], a.seq, False), config, cost, Bandwidths(1e9, 1e9, 1e9)) as engine:
         engine.rehearse(a.batch, a.seq)
         trace, planning = engine.trace, engine.store.host.planning
-        n_bytes, machine = planning.n_bytes(trace), planning.machine()
+        n_bytes, tier = planning.n_bytes(trace), planning.tier()
     found = []
     for mb_per_s in MB_PER_S:
-        disk = Machine(machine.n_frames, machine.page_bytes, mb_per_s * 1e6, mb_per_s * 1e6)
+        disk = TierSpec(tier.n_frames, tier.page_bytes, mb_per_s * 1e6, mb_per_s * 1e6)
         for share in SHARES:
             step, sizes = put_off(trace, n_bytes, share, a.ram_speed * 1e6)
             try:

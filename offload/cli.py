@@ -21,7 +21,7 @@ from offload.forecast.fit import Room, room_here
 from offload.forecast.forecast import Question, check_forecastable, forecast
 from offload.forecast.rates import rates_of
 from offload.forecast.report import print_forecast, shown
-from offload.heap import joining
+from offload.heap import without_tcache
 from offload.launch.interrupt import INTERRUPTED, only_exit_is_left, own_process
 from offload.launch.profile_run import profile_run
 from offload.launch.train import launch
@@ -281,7 +281,7 @@ def _profile(arguments: argparse.Namespace) -> int:
 def _start_anew_if_worth_it(arguments: argparse.Namespace, config: Config) -> None:
     """Replace this process by one like it whose heap needs no trimming, see `offload.heap`, where memory is to be
     saved."""
-    environment = joining(os.environ)
+    environment = without_tcache(os.environ)
     if (
         arguments.owns_process
         and config.memory.activations is not None

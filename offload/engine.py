@@ -28,7 +28,7 @@ from offload.checkpoint.resumed import Resumed
 from offload.commits.stored_layout import unlike_state_dict
 from offload.config import ConfigLike, load_config, load_optimizer
 from offload.factories import described
-from offload.heap import blocks_join, give_back_large_blocks, keep_freed_memory
+from offload.heap import give_back_large_blocks, keep_freed_memory, tcache_disabled
 from offload.modules.checks import check_parameters
 from offload.modules.extra_states import NAME as EXTRA_STATES
 from offload.modules.extra_states import ExtraStates
@@ -45,7 +45,7 @@ from offload.store.make_updater import make_updater, scaling_of
 from offload.store.page_store import PageStore
 from offload.store.page_views import adopt_views, check_unviewed
 from offload.store.plan_file import plan_keepers
-from optim import DeviceGradients, LossScale, PagedOptimizer, StateAccess, rule_for
+from optim import GradientDownloadQueue, LossScale, PagedOptimizer, StateAccess, rule_for
 from optim.clip import check_loss
 from optim.exact.updater import is_eager
 from optim.loss_scale import Scaling
@@ -144,7 +144,7 @@ class Engine:
         assign_groups(template, {parameter: slot for parameter, (_, slot) in places.items()})
         self._make_states(states)
         store.settle_on_device(sums=not is_eager(scaling, config.update.start) or config.update.accumulation > 1)
-        self.optimizer = PagedOptimizer(template, rule, places, states, store.driver.interlude)
+        self.optimizer = PagedOptimizer(template, rule, places, states, store.driver.untraced)
         self.optimizer.engine = self  # type: ignore[attr-defined]
         self._loss_scale = scaling.loss_scale
         self._updater = make_updater(store, rule, self.optimizer.hypers, scaling)
@@ -213,7 +213,7 @@ class Engine:
             if memory.recompute == "auto":
                 self._choice = self._choose_recomputation(binder.activations, memory.activations)
         binder.trims = memory.heap == "trim" or (
-            memory.heap == "auto" and memory.activations is not None and not blocks_join()
+            memory.heap == "auto" and memory.activations is not None and not tcache_disabled()
         )
         # The process may have been set otherwise by an engine before.
         (give_back_large_blocks if binder.trims else keep_freed_memory)()
@@ -262,7 +262,7 @@ class Engine:
                 On a device nobody waits for the loss: the next forward pass or `step` may be what raises.
         """
         self._check_running()
-        if isinstance(self._updater, DeviceGradients) and loss.device == self.torch_device:
+        if isinstance(self._updater, GradientDownloadQueue) and loss.device == self.torch_device:
             self._updater.expect(loss, self._steps + 1)
         else:
             check_loss(float(loss.detach()), self._steps + 1)

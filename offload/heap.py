@@ -145,7 +145,7 @@ def large_blocks_mapped() -> Iterator[None]:
         give_back_large_blocks()
 
 
-def joining(environment: Mapping[str, str]) -> dict[str, str] | None:
+def without_tcache(environment: Mapping[str, str]) -> dict[str, str] | None:
     """The environment for a process whose freed blocks join their neighbours at once; None where starting it would
     change nothing.
 
@@ -158,7 +158,7 @@ def joining(environment: Mapping[str, str]) -> dict[str, str] | None:
     return {**environment, TUNABLES_VARIABLE: ":".join([*tunables, TUNABLE])}
 
 
-def blocks_join() -> bool:
+def tcache_disabled() -> bool:
     """Whether this process was started with `TUNABLE`, and its libc is one that heeds it."""
     if not _is_glibc():
         return False

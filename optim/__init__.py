@@ -1,9 +1,9 @@
 """How parameters change: update rules over pages, gradients, clipping, exact updates and the optimizer users hold."""
 
-from optim.exact.gradient_downloads import DeviceGradients
+from optim.exact.gradient_downloads import GradientDownloadQueue
 from optim.exact.gradient_store import GradientStore
 from optim.exact.updater import ExactUpdater, is_eager
-from optim.lockfree.unit_channel import Mailbox
+from optim.lockfree.unit_channel import UnitChannel
 from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import LossScale, Scaling
 from optim.optimizer import PagedOptimizer
@@ -14,12 +14,12 @@ from optim.unit import Slice, Slot, Unit, UnitIndex
 __all__ = [
     "AdamRule",
     "AdamWRule",
-    "DeviceGradients",
+    "GradientDownloadQueue",
     "ExactUpdater",
     "GradientStore",
     "LockFreeUpdater",
     "LossScale",
-    "Mailbox",
+    "UnitChannel",
     "PagedOptimizer",
     "SGDRule",
     "Scaling",

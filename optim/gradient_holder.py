@@ -177,7 +177,7 @@ class GradientHolder(ABC):
             )
         skipped = any(slot.arrivals for _, slot in self._slots)
         # What a step that is skipped ends with is not part of any plan.
-        with self._driver.interlude() if skipped else nullcontext():
+        with self._driver.untraced() if skipped else nullcontext():
             for unit, slot in self._slots:
                 if slot.grad is not Grad.NONE:
                     self._drop(unit, slot, Grad.ZEROS if zeros else Grad.NONE)
@@ -187,7 +187,7 @@ class GradientHolder(ABC):
 
     def abandon(self) -> None:
         """Give the step under way up: gradients that were not used are dropped, updates that were made stay."""
-        with self._driver.interlude():
+        with self._driver.untraced():
             for unit, slot in self._slots:
                 if slot.grad is not Grad.NONE:
                     self._drop(unit, slot, Grad.NONE)

@@ -46,7 +46,7 @@ class PagedOptimizer(Optimizer):
         rule: what the template's class does.
         places: unit and slot of each parameter that is ever updated.
         states: reads and writes the paged states.
-        interlude: context in which looking at states leaves the traced step as it is.
+        untraced: context in which looking at states leaves the traced step as it is.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class PagedOptimizer(Optimizer):
         rule: UpdateRule,
         places: dict[torch.Tensor, tuple[Unit, Slot]],
         states: StateAccess,
-        interlude: Callable[[], AbstractContextManager[None]],
+        untraced: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._rule = rule
         self._places = places
         self._states = states
-        self._interlude = interlude
+        self._interlude = untraced
         self._updater: Updater | None = None
         self._closed = False
         self._packing = True
@@ -241,7 +241,7 @@ class PagedOptimizer(Optimizer):
                 unit, slot = self._places[parameter]
                 state = states.get(number, {})
                 # SGD keeps no step count: a buffer means that there was a first update.
-                slot.steps, slot.ahead = int(state["step"]) if "step" in state else int(bool(state)), ()
+                slot.steps, slot.lookahead = int(state["step"]) if "step" in state else int(bool(state)), ()
                 for i, name in enumerate(self._rule.state_names):
                     value = state.get(name)
                     self._states.write(unit, slot, i, torch.zeros(slot.shape) if value is None else value)

@@ -32,7 +32,7 @@ class Batch:
 MERGED_LR_POWER: Final = 0.25
 
 #: Numbers that tell a rule how far a parameter was moved ahead of its last update; none: it was not.
-Ahead = tuple[float, ...]
+Lookahead = tuple[float, ...]
 
 
 class UpdateRule(Protocol):
@@ -56,20 +56,20 @@ class UpdateRule(Protocol):
             hypers: of each step, oldest first; one alone comes back as it is.
         """
 
-    def ahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Ahead:
+    def lookahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Lookahead:
         """How far momentum alone takes a parameter in ``n_steps`` steps after its ``n_updates``-th update."""
 
-    def reaching(self, hyper: Hyper, n_steps: float) -> Hyper | None:
-        """Hyper-parameters with which `apply` ends that far ahead of the update by ``hyper``; None: use `shift` after
+    def lookahead_hyper(self, hyper: Hyper, n_steps: float) -> Hyper | None:
+        """Hyper-parameters with which `apply` ends that far ahead of the update by ``hyper``; None: use `apply_lookahead` after
         it."""
 
-    def shift(
-        self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
+    def apply_lookahead(
+        self, lookahead: Lookahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
     ) -> None:
         """Write a piece that is moved ahead (``sign`` 1), or back (-1), to ``out``, which may be the parameter itself.
 
         Args:
-            states: those that `ahead` was asked for. All are flat and alike long.
+            states: those that `lookahead` was asked for. All are flat and alike long.
         """
 
 
@@ -135,7 +135,7 @@ class _AdamRule:
         mean = math.fsum(hyper["lr"] for hyper in hypers) / len(hypers)
         return [{**hypers[-1], "lr": mean * len(hypers) ** MERGED_LR_POWER}]
 
-    def ahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Ahead:
+    def lookahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Lookahead:
         """Factor of exp_avg, and what is added to the root of exp_avg_sq; both have the corrections for bias in
         them."""
         beta1, beta2 = hyper["betas"]
@@ -145,15 +145,15 @@ class _AdamRule:
         root = math.sqrt(1 - beta2**n_updates)
         return reach * root / (1 - beta1**n_updates), hyper["eps"] * root
 
-    def reaching(self, hyper: Hyper, n_steps: float) -> Hyper | None:
+    def lookahead_hyper(self, hyper: Hyper, n_steps: float) -> Hyper | None:
         """A higher learning rate: the update and the way ahead have one direction, the new exp_avg over its root."""
         return {**hyper, "lr": hyper["lr"] * (1 + _decays(hyper["betas"][0], n_steps))}
 
-    def shift(
-        self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
+    def apply_lookahead(
+        self, lookahead: Lookahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
     ) -> None:
         """Along exp_avg over the root of exp_avg_sq."""
-        reach, eps = ahead
+        reach, eps = lookahead
         torch.sqrt(states[1], out=scratch)
         torch.addcdiv(parameter, states[0], scratch.add_(eps), value=-sign * reach, out=out)
 
@@ -164,9 +164,9 @@ class AdamWRule(_AdamRule):
     torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
     _kernel = torch._fused_adamw_
 
-    def reaching(self, hyper: Hyper, n_steps: float) -> Hyper | None:
+    def lookahead_hyper(self, hyper: Hyper, n_steps: float) -> Hyper | None:
         """As Adam; weights decay as far as the update alone would have them."""
-        further = super().reaching(hyper, n_steps)
+        further = super().lookahead_hyper(hyper, n_steps)
         if further is None or not further["lr"]:
             return further
         return {**further, "weight_decay": hyper["weight_decay"] * (hyper["lr"] / further["lr"])}
@@ -218,7 +218,7 @@ class SGDRule:
         """As many updates as steps: parameters move as far as if they had been made one by one."""
         return list(hypers)
 
-    def ahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Ahead:
+    def lookahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Lookahead:
         """Factor of the momentum buffer.
 
         Source: Hakimi et al., Taming momentum in a distributed asynchronous environment (DANA), 2019.
@@ -226,17 +226,17 @@ class SGDRule:
         reach = hyper["lr"] * _decays(hyper["momentum"], n_steps)
         return (reach,) if reach else ()
 
-    def reaching(self, hyper: Hyper, n_steps: float) -> Hyper | None:
+    def lookahead_hyper(self, hyper: Hyper, n_steps: float) -> Hyper | None:
         """A higher learning rate; not with Nesterov's momentum, whose updates have the gradient in them once more."""
         if hyper["nesterov"]:
             return None
         return {**hyper, "lr": hyper["lr"] * (1 + _decays(hyper["momentum"], n_steps))}
 
-    def shift(
-        self, ahead: Ahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
+    def apply_lookahead(
+        self, lookahead: Lookahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
     ) -> None:
         """Along the momentum buffer."""
-        torch.add(parameter, states[0], alpha=-sign * ahead[0], out=out)
+        torch.add(parameter, states[0], alpha=-sign * lookahead[0], out=out)
 
 
 def _take(tensors: Sequence[Tensor], chosen: Sequence[int]) -> list[Tensor]:

@@ -74,7 +74,7 @@ class StateAccess:
         for slot in unit.slots:
             edited, slot.edited = slot.edited, False
             if edited:
-                slot.ahead = ()  # What was put in is meant as it is: no update may move it back first.
+                slot.lookahead = ()  # What was put in is meant as it is: no update may move it back first.
             for index, part in enumerate(unit.slices):
                 begin, end = max(slot.offset, part.begin), min(slot.end, part.end)
                 if not edited or begin >= end or part.master is None:

@@ -73,7 +73,7 @@ class Slot:
         order: place among the model's parameters; norms are combined in this order.
         group: index of the optimizer's parameter group, -1 for a parameter that is not optimized.
         steps: updates made so far.
-        ahead: how far lock-free mode has the parameter ahead of its last update (`optim.rules.Ahead`).
+        lookahead: how far lock-free mode has the parameter ahead of its last update (`optim.rules.Lookahead`).
         arrivals: gradients that autograd delivered in this step; ``expected`` is how many a step with as many backward
             passes as any step before had would deliver; None: not known. ``share``: of these passes, the most that have
             delivered one.
@@ -94,7 +94,7 @@ class Slot:
     order: int = -1
     group: int = -1
     steps: int = 0
-    ahead: tuple[float, ...] = ()
+    lookahead: tuple[float, ...] = ()
     arrivals: int = 0
     expected: int | None = None
     share: float = 0.0
@@ -213,7 +213,7 @@ class Unit:
     @property
     def sums_at_home(self) -> bool:
         """Whether paged gradients have pages on the device that are theirs for good."""
-        return self.home is not None and self.gradients is not None and self.gradients.fixed
+        return self.home is not None and self.gradients is not None and self.gradients.resident
 
     @property
     def trained(self) -> bool:

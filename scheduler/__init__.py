@@ -4,7 +4,7 @@ it."""
 from scheduler.execution.driver import Driver, Mode
 from scheduler.planning.bounds import BoundsReport, PlanError, check_bounds
 from scheduler.planning.gathers import Link, ShardedPlan, plan_sharded
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import LoadTask, Plan, StoreTask
 from scheduler.planning.planner import make_plan
 from scheduler.planning.simulator import Lane, Simulation, Wait, simulate

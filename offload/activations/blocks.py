@@ -65,12 +65,12 @@ class Block:
     Attributes:
         recomputes: it is computed again in the backward pass.
         calls: in the step under way, in order. past: in the step before.
-        leaves_traces: a forward pass has changed a buffer or the state of random generators that are not torch's.
+        has_side_effects: a forward pass has changed a buffer or the state of random generators that are not torch's.
     """
 
     module: nn.Module
     recomputes: bool = False
-    leaves_traces: bool = False
+    has_side_effects: bool = False
     calls: list[Call] = field(default_factory=list)
     past: list[Call] = field(default_factory=list)
 
@@ -126,7 +126,7 @@ class Blocks:
             else:
                 result = inner(*args, **kwargs)
             if traces is not None and _traces(module) != traces:
-                block.leaves_traces = True
+                block.has_side_effects = True
             block.calls.append(
                 Call(
                     range(begun, self._position()),

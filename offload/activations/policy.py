@@ -110,7 +110,7 @@ class RecomputeChoice:
         n_ops = len(trace.ops)
         return (
             bool(parts)
-            and not block.leaves_traces
+            and not block.has_side_effects
             and all(part.ops.stop <= n_ops and pages(trace, part) for part in parts)
         )
 
@@ -129,7 +129,7 @@ class RecomputeChoice:
     def _recompute(self, chosen: list[Block]) -> bool:
         for block in self.blocks:
             block.recomputes = block in chosen
-        self._driver.expect_change(_UNSETTLED_STEPS)
+        self._driver.invalidate_plan(_UNSETTLED_STEPS)
         return True
 
     def _become(self, state: Choice) -> None:

@@ -30,8 +30,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.activations.recipes import Layout, recipe_of
 from offload.activations.saved_bytes import Counted, SavedBytes
-from offload.activations.saved_storage import KeptTensor, Leaving, LeftActivation, SavedStorage, changed_in_place
-from pagemem.devices.accelerator import Mark, has_reached
+from offload.activations.saved_storage import KeptTensor, Leaving, OffloadedActivation, SavedStorage, changed_in_place
+from pagemem.devices.accelerator import DeviceEvent, has_reached
 from pagemem.process.gone import Gone
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor
@@ -84,7 +84,7 @@ class SavedActivations:
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
-    def pack(self, saved: Tensor) -> KeptTensor | LeftActivation:
+    def pack(self, saved: Tensor) -> KeptTensor | OffloadedActivation:
         """What to hold of a dense saved tensor that is not a weight."""
         storage = saved.untyped_storage()
         if type(saved) is not Tensor or storage.nbytes() < LEAST_BYTES:
@@ -105,15 +105,17 @@ class SavedActivations:
             self._driver.mover.expire_with(known, known.chunks)
             if known.recipe is not None:
                 for read in known.recipe.inputs:
-                    if isinstance(read, LeftActivation):
+                    if isinstance(read, OffloadedActivation):
                         read.storage.n_views += 1
             self._storages[reference.cdata] = known
             if known.paged:
                 self._waiting.append(weakref.ref(known))
-        return LeftActivation(known, saved) if known.paged or known.recipe is not None else KeptTensor(saved, known)
+        return (
+            OffloadedActivation(known, saved) if known.paged or known.recipe is not None else KeptTensor(saved, known)
+        )
 
     def _layout_of(self, packed: object) -> Layout | None:
-        if isinstance(packed, KeptTensor) or (isinstance(packed, LeftActivation) and packed.storage.kept_by(self)):
+        if isinstance(packed, KeptTensor) or (isinstance(packed, OffloadedActivation) and packed.storage.kept_by(self)):
             return packed.layout
         return None
 
@@ -134,7 +136,7 @@ class SavedActivations:
             storage.original, storage.spoiled = None, True
             return
         flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(original.untyped_storage())
-        mark: Mark | None = None
+        mark: DeviceEvent | None = None
         try:
             for begin in range(0, storage.n_bytes, self._chunk_bytes):
                 part = flat[begin : begin + self._chunk_bytes]
@@ -174,7 +176,7 @@ class SavedActivations:
             leaving.check()
             leaving_bytes -= leaving.n_bytes
 
-    def _follow(self, mark: Mark) -> None:
+    def _follow(self, mark: DeviceEvent) -> None:
         assert self._device is not None
         self._device.accelerator.follow(mark)
 
@@ -197,7 +199,7 @@ class SavedActivations:
 
     # ---- backward ----------------------------------------------------------------------------------------------
 
-    def unpack(self, packed: LeftActivation) -> Tensor:
+    def unpack(self, packed: OffloadedActivation) -> Tensor:
         """The saved tensor again, with the values that it had when it was saved.
 
         Raises:
@@ -219,7 +221,7 @@ class SavedActivations:
         view = torch.empty(0, dtype=layout.dtype, device=storage.device)
         return view.set_(flat.untyped_storage(), packed.offset, layout.size, layout.stride)
 
-    def _input(self, packed: KeptTensor | LeftActivation) -> Tensor:
+    def _input(self, packed: KeptTensor | OffloadedActivation) -> Tensor:
         return packed.unpack() if isinstance(packed, KeptTensor) else self.unpack(packed)
 
     def _read(self, storage: SavedStorage) -> Tensor:
@@ -229,7 +231,7 @@ class SavedActivations:
             )
         for_good = not _graph_is_kept()
         flat = torch.empty(storage.n_bytes, dtype=torch.uint8, device=storage.device)
-        mark: Mark | None = None
+        mark: DeviceEvent | None = None
         try:
             for number, chunk in enumerate(storage.chunks):
                 part = flat[number * self._chunk_bytes :][: self._chunk_bytes]

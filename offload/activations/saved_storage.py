@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.activations.recipes import Layout, Recipe
-from pagemem.devices.accelerator import Mark
+from pagemem.devices.accelerator import DeviceEvent
 from pagemem.residency.paged_tensor import PagedTensor
 
 
@@ -100,7 +100,7 @@ class KeptTensor:
         return self.saved
 
 
-class LeftActivation:
+class OffloadedActivation:
     """A saved tensor's place in a storage that is let go of: it goes to pages or is computed again."""
 
     __slots__ = ("layout", "offset", "storage")
@@ -117,7 +117,7 @@ class Leaving:
 
     original: Tensor
     storage: weakref.ref[SavedStorage]
-    mark: Mark
+    mark: DeviceEvent
 
     @property
     def n_bytes(self) -> int:

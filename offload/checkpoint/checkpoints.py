@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from offload.checkpoint.committer import Committer, Moment
 from offload.checkpoint.resumed import Resumed, config_changes, hyper_changes
-from offload.checkpoint.side_file import TORCH_DTYPES, SideFile
+from offload.checkpoint.sidecar import TORCH_DTYPES, Sidecar
 from offload.commits.commit_state import ENCODING
 from offload.commits.plain_state import UnknownState, decode, encode
 from offload.commits.random_states import random_states, set_random_states
@@ -142,7 +142,7 @@ class Checkpoints:
             "optimizer": self._rule_name,
             "parameters": self._parameters(),
             "update_steps": {slot.name: slot.steps for slot in self._slots()},
-            "ahead": {slot.name: list(slot.ahead) for slot in self._slots() if slot.ahead},
+            "lookahead": {slot.name: list(slot.lookahead) for slot in self._slots() if slot.lookahead},
             "edited": [slot.name for slot in self._slots() if slot.edited],
             **layout_of(self._store.index.units, self._model).describe(),
             "unlike": unlike_state_dict(self._model),
@@ -198,10 +198,10 @@ class Checkpoints:
         found = self._choose(name, allow_older)
         if found is None:
             return None
-        commit, beside = found
-        with beside:
-            self._check_fits(commit, beside)
-            ordinary = {name: beside.tensor(name) for name in beside.weights}
+        commit, sidecar = found
+        with sidecar:
+            self._check_fits(commit, sidecar)
+            ordinary = {name: sidecar.tensor(name) for name in sidecar.weights}
         manifest = commit.manifest
         state = manifest.state
         read = decode if "encoding" in state else _plain
@@ -209,7 +209,7 @@ class Checkpoints:
         self._check_groups(f"commit {manifest.number}", groups)
         self._updater.drain()
         self._store.driver.quiesce()
-        with self._store.binder.driver.interlude():
+        with self._store.binder.driver.untraced():
             self._check_unused()
             self._load_tracked(
                 f"commit {manifest.number}", {name: read(state["tracked"][name]) for name in self._tracked}
@@ -222,8 +222,8 @@ class Checkpoints:
         for slot in self._slots():
             slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]
             # Exact mode goes on from where lock-free mode had the parameters; commits of format 1 may lack the entry.
-            slot.ahead = (
-                tuple(state.get("ahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
+            slot.lookahead = (
+                tuple(state.get("lookahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
             )
         for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
             group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
@@ -276,12 +276,12 @@ class Checkpoints:
             except (TypeError, ValueError, RuntimeError) as error:
                 raise CommitError(f"{where}: parameter group {place}: {error}") from error
 
-    def _choose(self, name: str | None, allow_older: bool) -> tuple[Commit, SideFile] | None:
+    def _choose(self, name: str | None, allow_older: bool) -> tuple[Commit, Sidecar] | None:
         """A commit and the small tensors beside it."""
         while (commit := self.committer.choose(name, allow_older=allow_older)) is not None:
             number = commit.manifest.number
             try:
-                return commit, SideFile(self._store.earlier.folder, number, commit.manifest.state.get("beside"))
+                return commit, Sidecar(self._store.earlier.folder, number, commit.manifest.state.get("sidecar"))
             except CommitError as error:
                 if name is not None or not allow_older:
                     raise
@@ -300,7 +300,7 @@ class Checkpoints:
     def _tensors(self) -> dict[str, PagedTensor]:
         return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag not in TRANSIENT}
 
-    def _check_fits(self, commit: Commit, beside: SideFile) -> None:
+    def _check_fits(self, commit: Commit, sidecar: Sidecar) -> None:
         where, state = f"commit {commit.manifest.number}", commit.manifest.state
         if state["optimizer"] != self._rule_name:
             raise CommitError(
@@ -312,7 +312,7 @@ class Checkpoints:
                 f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group); {_OTHER_RUN}"
             )
         differing = _first_difference(
-            {name: [list(weight.shape), str(TORCH_DTYPES[weight.dtype])] for name, weight in beside.weights.items()},
+            {name: [list(weight.shape), str(TORCH_DTYPES[weight.dtype])] for name, weight in sidecar.weights.items()},
             {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in self._ordinary_tensors().items()},
         )
         if differing is not None:
@@ -341,12 +341,12 @@ class Checkpoints:
 
     def _take_over(self, tensor: PagedTensor, commit: Commit) -> None:
         mover, frame = self._store.mover, tensor.frame
-        fixed, tensor.fixed = tensor.fixed, False
+        resident, tensor.resident = tensor.resident, False
         mover.resume(tensor, commit.copies.get(f"{tensor.tag.value}: {tensor.name}"))
-        if fixed and frame is not None:
+        if resident and frame is not None:
             mover.start_load(tensor, frame)
             mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
-            tensor.fixed = True
+            tensor.resident = True
 
 
 def _without_kernels(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pagemem.durable.manifest import Manifest, StoredTensor
 from pagemem.errors import CommitError, DamagedCommitError, StorageError, TransitionError
 from pagemem.files.threads import start_thread
 from pagemem.process import interrupts
-from pagemem.residency.disk_versions import StoredCopy
+from pagemem.residency.disk_versions import DiskVersion
 from pagemem.residency.snapshot import Snapshot, SnapshotState
 from pagemem.residency.wait_lock import WaitLock
 from pagemem.tier import TRANSIENT
@@ -63,7 +63,7 @@ class Moment:
     step: int
     name: str | None
     state: dict[str, Any]
-    beside: bytes
+    sidecar: bytes
 
 
 class Committer:
@@ -161,7 +161,7 @@ class Committer:
             snapshot = mover.snapshots.begin(content)
             try:
                 for tensor in content:
-                    if tensor.exposed:  # A view of it could be written to before it is stored.
+                    if tensor.may_be_aliased:  # A view of it could be written to before it is stored.
                         mover.make_writable(tensor)
             except BaseException:
                 mover.snapshots.abandon(snapshot)
@@ -192,7 +192,7 @@ class Committer:
         self._start(job)
         return number
 
-    def _stored(self, named: tuple[str, str, int], copy: StoredCopy) -> StoredTensor:
+    def _stored(self, named: tuple[str, str, int], copy: DiskVersion) -> StoredTensor:
         """What a manifest says of a tensor of this name, tag and size."""
         placed = copy.placement
         tail = placed.tail
@@ -205,8 +205,8 @@ class Committer:
     def _manifest(self, number: int, moment: Moment, stored: tuple[StoredTensor, ...]) -> Manifest:
         """The manifest of a commit; what belongs beside it is written."""
         state = dict(moment.state)
-        if moment.beside:
-            state["beside"] = self._earlier.folder.write_beside(number, moment.beside)
+        if moment.sidecar:
+            state["sidecar"] = self._earlier.folder.write_sidecar(number, moment.sidecar)
         return Manifest(
             number=number,
             name=moment.name,

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from offload.checkpoint.safetensors_writer import INDEX_NAME, ShardWriter, Weight, index_of, plan_shards, write_failure
-from offload.checkpoint.side_file import TORCH_DTYPES, SideFile
+from offload.checkpoint.sidecar import TORCH_DTYPES, Sidecar
 from offload.commits.stopped_run import StoppedRun
 from offload.commits.stored_layout import StoredLayout, StoredSlot, StoredUnit
 from offload.console.byte_progress import ByteProgress
@@ -113,8 +113,8 @@ def export_commit(
     """
     to = check_request(folders, to, dtype=dtype, max_shard_bytes=max_shard_bytes)
     check_alike(manifest.state.get("unlike"))
-    with SideFile(CommitFolder(folders[0]), manifest.number, manifest.state.get("beside")) as beside:
-        weights = CommitWeights(folders, manifest, beside, DTYPES[dtype])
+    with Sidecar(CommitFolder(folders[0]), manifest.number, manifest.state.get("sidecar")) as sidecar:
+        weights = CommitWeights(folders, manifest, sidecar, DTYPES[dtype])
         shards = plan_shards(weights.listed(), max_shard_bytes, weights.tied)
         index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
         total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
@@ -219,7 +219,7 @@ class CommitWeights:
     """The tensors of a commit, under the names of ``model.state_dict()``, and their bytes piece by piece.
 
     Args:
-        beside: the file beside the manifest, open.
+        sidecar: the file beside the manifest, open.
         dtype: of the paged parameters; None: as they were computed in. Buffers keep their own.
 
     Attributes:
@@ -230,10 +230,10 @@ class CommitWeights:
     """
 
     def __init__(
-        self, folders: Sequence[Path], manifest: Manifest, beside: SideFile, dtype: torch.dtype | None
+        self, folders: Sequence[Path], manifest: Manifest, sidecar: Sidecar, dtype: torch.dtype | None
     ) -> None:
         self._manifest = manifest
-        self._beside = beside
+        self._beside = sidecar
         self._dtype = dtype
         self._layout = StoredLayout.read(manifest.state)
         self._stored = {stored.key: stored for stored in manifest.tensors}

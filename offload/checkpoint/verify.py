@@ -16,7 +16,7 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from offload.checkpoint.side_file import SideFile
+from offload.checkpoint.sidecar import Sidecar
 from offload.commits.stopped_run import StoppedRun
 from offload.console.byte_progress import ByteProgress
 from pagemem.durable.manifest import Manifest
@@ -88,7 +88,7 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
 
 def _check_beside(stopped: StoppedRun, manifest: Manifest, report: Report) -> None:
     try:
-        SideFile(stopped.commits, manifest.number, manifest.state.get("beside")).close()
+        Sidecar(stopped.commits, manifest.number, manifest.state.get("sidecar")).close()
     except CommitError as error:
         report.add([manifest.number], str(error))
 

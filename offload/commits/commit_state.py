@@ -68,7 +68,7 @@ class CommitState(Record):
     optimizer: Line
     parameters: dict[Line, tuple[list[Count], Line, _Index]]
     update_steps: dict[Line, Count]
-    ahead: dict[Line, Annotated[list[_Float], Field(max_length=8)]] = {}
+    lookahead: dict[Line, Annotated[list[_Float], Field(max_length=8)]] = {}
     edited: list[Line]
     units: tuple[StoredUnit, ...]
     names: dict[Line, Line]
@@ -80,7 +80,7 @@ class CommitState(Record):
     tracked: dict[str, Any]
     config: _Config
     versions: dict[str, str]
-    beside: Beside | None = None
+    sidecar: Beside | None = None
 
 
 _ADAPTER: Final = TypeAdapter(CommitState)
@@ -124,7 +124,7 @@ def check_commit(manifest: Manifest) -> None:
     for key, names in (("parameters", set(state.parameters)), ("update_steps", set(state.update_steps))):
         if names != set(slots):
             raise ValueError(f"state.{key}: {sorted(names ^ set(slots))[0]} is there or in state.units, not in both")
-    for key, named in (("ahead", set(state.ahead)), ("edited", set(state.edited))):
+    for key, named in (("lookahead", set(state.lookahead)), ("edited", set(state.edited))):
         if named - set(slots):
             raise ValueError(f"state.{key}: there is no parameter {sorted(named - set(slots))[0]}")
     for name, (shape, dtype, group) in state.parameters.items():

@@ -25,7 +25,7 @@ from pagemem.files.striping import Striping
 from pagemem.folders.own_file import kind_of, naming, os_failure, replace_file
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.folders.small_file import NO_FILE, Line, Record, checked, parse_json, read_small
-from pagemem.residency.disk_versions import Copies, StoredCopy
+from pagemem.residency.disk_versions import DiskVersion, DiskVersions
 from pagemem.tier import Tag
 
 #: In every directory of a run that commits but the first: which one that is.
@@ -46,7 +46,7 @@ class Commit:
     """A whole commit and the copies it names, by `StoredTensor.key`."""
 
     manifest: Manifest
-    copies: dict[str, StoredCopy]
+    copies: dict[str, DiskVersion]
 
 
 class EarlierCommits:
@@ -166,11 +166,11 @@ class EarlierCommits:
             )
         return newest.page_bytes, int(newest.state["slice_numel"])
 
-    def restore(self, copies: Copies) -> None:
+    def restore(self, copies: DiskVersions) -> None:
         """Take the frames that the commits name, before anything else does."""
-        known: dict[object, StoredCopy] = {}
+        known: dict[object, DiskVersion] = {}
         for number, manifest in sorted(self._manifests.items()):
-            named: dict[str, StoredCopy] = {}
+            named: dict[str, DiskVersion] = {}
             for tensor in manifest.tensors:
                 place = (tensor.runs, tensor.tail)
                 if place not in known:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pagemem.devices.accelerator import Copy, Mark, RamDevice, TimedCopy
+from pagemem.devices.accelerator import Copy, DeviceEvent, RamDevice, TimedCopy
 from pagemem.devices.arena import Arena
 from pagemem.files.page_file import SLAB_BYTES, PageFiles
 from pagemem.files.requests import Route, tabulate
@@ -78,7 +78,7 @@ class MetaDevice(RamDevice):
         """Frames without bytes."""
         return MetaArena(n_frames, page_bytes)
 
-    def copy_up(self, source: Tensor, into: Tensor, after: Mark) -> Copy:
+    def copy_up(self, source: Tensor, into: Tensor, after: DeviceEvent) -> Copy:
         """Nothing to copy."""
         return TimedCopy(0.0)
 

@@ -38,7 +38,7 @@ from pagemem.files.page_file import PageFiles
 from pagemem.residency.paged_tensor import PagedTensor
 from scheduler.execution.device_driver import DeviceDriver
 from scheduler.execution.driver import Driver
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.trace import Access, OpKey, Trace
 
 #: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything
@@ -92,9 +92,9 @@ class Clocked(Driver):
             op.duration_s = end_s - begin_s
         super()._adopt(trace)
 
-    def machine(self) -> Machine:
+    def tier(self) -> TierSpec:
         """What the plan was made for, at the whole bandwidth."""
-        return self.planning.machine(share=1)
+        return self.planning.tier(share=1)
 
 
 class ClockedDevice(Clocked, DeviceDriver):

@@ -70,7 +70,7 @@ class StepTimes:
 def _simulated(driver: Clocked) -> Simulation:
     assert driver.plan is not None
     n_bytes = {tensor.id: tensor.n_bytes for tensor in driver.mover.tensors.values()}
-    return simulate(driver.plan, driver.trace, n_bytes, driver.machine(), driver.planning.fixed())
+    return simulate(driver.plan, driver.trace, n_bytes, driver.tier(), driver.planning.resident())
 
 
 def _waits_s(driver: Clocked, simulated: Simulation) -> dict[str, float]:

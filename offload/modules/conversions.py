@@ -43,9 +43,8 @@ class _Guard(MethodHook):
         keeps = self._check(fn, recurse)
         self._binder.converting = True
         try:
-            return plain(
-                (lambda tensor: tensor if isinstance(tensor, PagedParameter) else fn(tensor)) if keeps else fn, recurse
-            )  # type: ignore[no-any-return]
+            kept = (lambda tensor: tensor if isinstance(tensor, PagedParameter) else fn(tensor)) if keeps else fn
+            return plain(kept, recurse)  # type: ignore[no-any-return]
         finally:
             self._binder.converting = False
 

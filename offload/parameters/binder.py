@@ -117,7 +117,7 @@ class Binder:
             self._before_writes(parameters)
             versions = [parameter._version for parameter in parameters]
             result = func(*args, **kwargs)
-            exposed = func in EXPORTS or (not copying and self._exposes(result))
+            may_be_aliased = func in EXPORTS or (not copying and self._exposes(result))
             if func == Tensor.data_ptr and self.forwards:
                 # Whoever is given an address uses it after this: the pages stay until the forward pass is over.
                 self.pointed += [parameter.detach() for parameter in parameters]
@@ -125,18 +125,18 @@ class Binder:
                 if parameter._version != version:
                     self._check_whole(parameter)
                     self.note_change(parameter._place)
-                if exposed:
+                if may_be_aliased:
                     self._exposed(parameter, counted=func not in _UNCOUNTED)
             return _detached(result) if copying else result
 
     def _scope(self) -> Any:
         """Uses that evaluate, copy, edit or initialise the model do not belong to the traced step."""
         if self.updater is None or self.copying:
-            return self.driver.interlude()
+            return self.driver.untraced()
         if not self.forwards and not torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-            return self.driver.interlude()
+            return self.driver.untraced()
         if self.root is not None and not self.root.training and not torch.is_grad_enabled():
-            return self.driver.interlude()
+            return self.driver.untraced()
         return nullcontext()
 
     @contextmanager
@@ -285,7 +285,7 @@ class Binder:
         parameter."""
         place = parameter._place
         place.slot.edited = True
-        place.unit.compute.exposed = True
+        place.unit.compute.may_be_aliased = True
         self.mover.touch(place.unit.compute)
         if counted:
             if place.seen is None or not place.unit.live_views:
@@ -315,7 +315,9 @@ class Binder:
         """Have a commit that waits for the values of parameters get them, where the call may change them or give them
         out."""
         for parameter in parameters:
-            if parameter._place.unit.compute.owed and not (parameter.requires_grad and torch.is_grad_enabled()):
+            if parameter._place.unit.compute.snapshot_pending and not (
+                parameter.requires_grad and torch.is_grad_enabled()
+            ):
                 self.mover.make_writable(parameter._place.unit.compute)
 
     def _note_early_use(self, unit: Unit, places: Iterable[Place]) -> None:
@@ -375,7 +377,7 @@ class Binder:
             StorageError: they cannot be read; the parameter is still paged.
         """
         with _NO_TORCH_FUNCTION():
-            with self.driver.interlude(), self.bound([parameter]):
+            with self.driver.untraced(), self.bound([parameter]):
                 values = parameter.detach().to(device, copy=True)
             parameter.data = values
             parameter.__class__ = nn.Parameter  # type: ignore[assignment]

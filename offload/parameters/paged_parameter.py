@@ -203,7 +203,7 @@ def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
     binder = parameters[0]._place.binder
     if binder.closed:
         raise binder.refusal(parameters[0]._place.slot.name)
-    with binder.driver.interlude():
+    with binder.driver.untraced():
         with _NO_TORCH_FUNCTION():
             context = binder.bound(parameters)
             context.__enter__()

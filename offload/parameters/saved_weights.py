@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.activations.saved_storage import KeptTensor, LeftActivation
+from offload.activations.saved_storage import KeptTensor, OffloadedActivation
 from offload.compilers import refuse_compilers
 from offload.model_hooks import ModelHook
 from offload.parameters.binder import Binder
@@ -91,7 +91,7 @@ def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callab
 
 
 #: What autograd holds of a saved tensor.
-Packed = KeptTensor | LeftActivation | SavedView
+Packed = KeptTensor | OffloadedActivation | SavedView
 
 
 class SavedWeights:
@@ -148,7 +148,7 @@ class SavedWeights:
         """
         if isinstance(packed, KeptTensor):
             return packed.unpack()
-        if isinstance(packed, LeftActivation):
+        if isinstance(packed, OffloadedActivation):
             if self._binder.closed or self._binder.activations is None:
                 raise self._binder.refusal("what the forward pass saved")
             return self._binder.activations.unpack(packed)

@@ -18,11 +18,11 @@ import torch
 from offload.config import Config
 from offload.store.masters import add_masters
 from offload.store.page_store import PageStore
-from optim.exact.gradient_downloads import DeviceGradients
+from optim.exact.gradient_downloads import GradientDownloadQueue
 from optim.exact.gradient_store import GradientStore
 from optim.exact.updater import ExactUpdater, is_eager
 from optim.lockfree.state_windows import StateWindows, least_frames
-from optim.lockfree.unit_channel import Mailbox
+from optim.lockfree.unit_channel import UnitChannel
 from optim.lockfree.update_thread import UpdateThread, scratch_bytes
 from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import LossScale, Scaling
@@ -62,7 +62,9 @@ def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Sc
             scaling=scaling, start=update.start, updated=store.updated,
         )  # fmt: skip
         return (
-            exact if device is None else DeviceGradients(exact, device, store.budget, on_their_way_bytes, direct_bytes)
+            exact
+            if device is None
+            else GradientDownloadQueue(exact, device, store.budget, on_their_way_bytes, direct_bytes)
         )
     return _make_lock_free(store, rule, hypers, scaling, eager=eager)
 
@@ -157,13 +159,13 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling:
     first_frame = store.mover.set_aside(division.state_frames)
     if division.resident:
         for unit in store.index.units:
-            with store.driver.interlude():
+            with store.driver.untraced():
                 key = (OpKind.FORWARD, ("fix", unit.index))
                 with store.driver.op(key, unit.name, [Access(unit.parameters.id, AccessMode.READ)]):
-                    unit.parameters.fixed = True
+                    unit.parameters.resident = True
     slices = [tuple(t for t in (part.states, part.master) if t is not None) for unit in units for part in unit.slices]
     windows = StateWindows(store.mover, slices, first_frame, division.state_frames)
-    mailboxes = [Mailbox(unit) for unit in units]
+    mailboxes = [UnitChannel(unit) for unit in units]
     update = store.config.update
     thread = UpdateThread(store.mover, rule, mailboxes, windows, store.counters, n_threads=update.threads)
     return LockFreeUpdater(

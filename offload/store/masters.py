@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add_masters(store: PageStore, unit: Unit) -> None:
     """Give a unit's slices fp32 masters with the values its parameters have. Outside steps."""
     wide, n_bytes = unit.parameters, unit.dtype.itemsize
-    with store.driver.interlude():
+    with store.driver.untraced():
         for number, part in enumerate(unit.slices):
             part.master = store.mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
             accesses = [Access(wide.id, AccessMode.READ), Access(part.master.id, AccessMode.CREATE)]

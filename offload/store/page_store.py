@@ -187,7 +187,7 @@ class PageStore:
         unit = Unit(number, named[0][0], dtype, tensor, slots, cut(layout.numel, self.slice_numel))
         pairs = [(parameter, slot) for (_, parameter), slot in zip(named, slots, strict=True)]
         paged = [(parameter, slot) for parameter, slot in pairs if isinstance(parameter, PagedParameter)]
-        with self.driver.interlude():
+        with self.driver.untraced():
             with self.driver.op((OpKind.FORWARD, ("place", number)), unit.name, [Access(tensor.id, AccessMode.CREATE)]):
                 assert tensor.frame is not None
                 flat = self.mover.arena.view(tensor.frame, 0, dtype, layout.numel)
@@ -223,7 +223,7 @@ class PageStore:
                 parameter._place.slot.name, parameter._place.slot.order = name, order
         for unit in self.index.units:
             unit.name = unit.parameters.name = common_name([slot.name for slot in unit.slots])
-            with self.driver.interlude():
+            with self.driver.untraced():
                 narrow(self, unit)
         if self.device_tier is not None:
             self._compute_on(self.device_tier)

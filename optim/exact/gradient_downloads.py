@@ -31,7 +31,7 @@ from optim.exact.updater import ExactUpdater
 from optim.gradient_holder import OtherGradients
 from optim.unit import Slot, Unit
 from pagemem.budget import Budget, BudgetShortage, Reservation
-from pagemem.devices.accelerator import REACHED, Accelerator, Mark, has_reached
+from pagemem.devices.accelerator import REACHED, Accelerator, DeviceEvent, has_reached
 from pagemem.devices.staging import StagingBuffer
 from pagemem.errors import NonFiniteError
 from pagemem.process.closing import close_all
@@ -46,7 +46,7 @@ class _Loss:
 
     value: torch.Tensor
     step: int
-    there: Mark
+    there: DeviceEvent
     source: torch.Tensor  # on the device, for as long as it may be copied
     checked: bool = False
 
@@ -56,7 +56,7 @@ class _OnItsWay:
     unit: Unit
     slot: Slot
     gradient: torch.Tensor
-    there: Mark | None  # None: it stays where it is
+    there: DeviceEvent | None  # None: it stays where it is
     loss: _Loss | None
     source: torch.Tensor | None = None  # on the device, for as long as it may be copied
 
@@ -69,7 +69,7 @@ class _OnItsWay:
         return 0 if self.there is None else self.n_bytes
 
 
-class DeviceGradients:
+class GradientDownloadQueue:
     """An `Updater` that hands gradients of a device on to another one. Training thread only, or autograd's in its
     place.
 
@@ -108,7 +108,7 @@ class DeviceGradients:
             undo.pop_all()
         self._waiting: deque[_OnItsWay] = deque()
         self._loss: _Loss | None = None
-        self._last_copy: Mark = REACHED
+        self._last_copy: DeviceEvent = REACHED
         self._waiting_bytes = self._host_bytes = 0
         self._peak_bytes = 0
 

@@ -126,7 +126,7 @@ class ExactUpdater(GradientHolder):
     def _forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
         # What only a first step leaves to be cleared is not part of the plan of later ones.
         once = self._eager and not unit.touched and not any(slot.arrivals for slot in slots)
-        with self._driver.interlude() if once else nullcontext():
+        with self._driver.untraced() if once else nullcontext():
             self._store.forget(unit, slots)
 
     def _settled(self, unit: Unit) -> None:

@@ -1,6 +1,6 @@
 """Hand-off between the training thread and the updater: gradients one way, new parameter versions the other.
 
-Each unit has one `Mailbox`. The training thread puts a `Parcel` of gradients in, the updater takes it; whoever has
+Each unit has one `UnitChannel`. The training thread puts a `GradientBatch` of gradients in, the updater takes it; whoever has
 taken a parcel out owns it alone. A parcel that the updater has not taken when the next step's gradients are there is
 taken back, they are added to it, and it is put in again, so that a unit never has more than one waiting. Putting and
 taking are single operations on a deque, which Python makes atomic: no lock is held while either side works on what it
@@ -23,21 +23,21 @@ from optim.unit import Hyper, Slot, Unit
 
 
 @dataclass(slots=True, eq=False)
-class SlotSum:
+class GradientSum:
     """Gradients of one parameter, added up over one or more steps, and later the parameter's new values in their place.
 
     Attributes:
         flat: (numel,), in the parameter's dtype; owned by whoever owns the parcel.
         hypers: hyper-parameters of each step in the sum, oldest first.
         coefficient: factor of the sum that is still to be applied (clipping, loss scale), or None.
-        ahead_steps: how many steps ahead each gradient asks the next parameters to be, summed over these.
+        lookahead_steps: how many steps ahead each gradient asks the next parameters to be, summed over these.
     """
 
     slot: Slot
     flat: Tensor
     hypers: list[Hyper]
     coefficient: Tensor | None = None
-    ahead_steps: int = 0
+    lookahead_steps: int = 0
     _held: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,11 +56,11 @@ class SlotSum:
         return len(self.hypers)
 
     @property
-    def mean_ahead(self) -> float:
+    def mean_lookahead_steps(self) -> float:
         """How many steps ahead of their update the next parameters are to be."""
-        return self.ahead_steps / len(self.hypers)
+        return self.lookahead_steps / len(self.hypers)
 
-    def add(self, later: SlotSum) -> None:
+    def add(self, later: GradientSum) -> None:
         """Add a later step's gradient; that one's memory is free afterwards."""
         if self.flat.dtype is torch.float16 and self.coefficient is not None and later.coefficient is not None:
             self._add_scaled(later, later.coefficient)
@@ -71,9 +71,9 @@ class SlotSum:
                     part.coefficient = None
             self.flat.add_(later.flat)
         self.hypers += later.hypers
-        self.ahead_steps += later.ahead_steps
+        self.lookahead_steps += later.lookahead_steps
 
-    def _add_scaled(self, later: SlotSum, coefficient: Tensor) -> None:
+    def _add_scaled(self, later: GradientSum, coefficient: Tensor) -> None:
         """fp16 would lose small gradients scaled back, and could overflow with the sum: half of both, still scaled."""
         assert self.coefficient is not None
         larger = torch.maximum(self.coefficient, coefficient)
@@ -83,14 +83,14 @@ class SlotSum:
 
 
 @dataclass(slots=True, eq=False)
-class Parcel:
+class GradientBatch:
     """A unit's gradients of steps ``first`` to ``last`` by its clock."""
 
     first: int
     last: int
-    sums: dict[Slot, SlotSum]
+    sums: dict[Slot, GradientSum]
 
-    def add(self, later: Parcel) -> int:
+    def add(self, later: GradientBatch) -> int:
         """Add the gradients of the steps after; returns the bytes that are free afterwards.
 
         Raises:
@@ -118,11 +118,11 @@ class Version:
 
     last: int
     since: int
-    values: dict[Slot, SlotSum]
+    values: dict[Slot, GradientSum]
 
 
 @dataclass(slots=True, eq=False)
-class Mailbox:
+class UnitChannel:
     """One unit's hand-off. Each method says whose it is.
 
     Attributes:
@@ -138,15 +138,15 @@ class Mailbox:
     missed: int = 0
     may_miss: bool = False
     freed_bytes: deque[int] = field(default_factory=deque)
-    _waiting: deque[Parcel] = field(default_factory=deque)
+    _waiting: deque[GradientBatch] = field(default_factory=deque)
 
     # ---- the training thread's side ----------------------------------------------------------------------------
 
-    def put(self, sums: dict[Slot, SlotSum]) -> int:
+    def put(self, sums: dict[Slot, GradientSum]) -> int:
         """Hand one step's gradients over; returns the bytes that adding them to waiting ones has freed. Training
         thread."""
         step = self.clock.produced + 1
-        parcel = Parcel(step, step, sums)
+        parcel = GradientBatch(step, step, sums)
         freed_bytes = 0
         waiting = self._take()
         if waiting is not None:
@@ -168,11 +168,11 @@ class Mailbox:
         """Whether gradients wait (they may be taken back for a moment). Updater."""
         return bool(self._waiting)
 
-    def take(self) -> Parcel | None:
+    def take(self) -> GradientBatch | None:
         """Take the waiting gradients, or None when there are none or the training thread is adding to them. Updater."""
         return self._take()
 
-    def newest_values(self) -> dict[Slot, SlotSum]:
+    def newest_values(self) -> dict[Slot, GradientSum]:
         """Values newer than those in use, by parameter; what is not among them is in the unit's pages. Updater.
 
         The pages cannot change under the updater: only adopting a version of its own changes them, and there is none
@@ -182,7 +182,7 @@ class Mailbox:
         # The version first, then the clock: one adopted in between is still whole in our hands.
         return {} if version is None or self.clock.adopted >= version.last else version.values
 
-    def publish(self, parcel: Parcel) -> None:
+    def publish(self, parcel: GradientBatch) -> None:
         """Make a parcel, whose gradients have been turned into new values, the newest version. Updater."""
         before = self.version
         values = dict(parcel.sums)
@@ -194,7 +194,7 @@ class Mailbox:
         self.clock.apply(parcel.first, parcel.last)
         self.version = Version(parcel.last, since, values)
 
-    def _take(self) -> Parcel | None:
+    def _take(self) -> GradientBatch | None:
         try:
             return self._waiting.popleft()
         except IndexError:

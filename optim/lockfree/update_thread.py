@@ -10,7 +10,7 @@ them are there. While a slice is updated the next one is read and the one before
 Where a parcel holds the gradients of several steps, the updater cannot keep pace with training; the rule then says
 which updates their mean makes (`UpdateRule.merge`). Where gradients were computed with parameters that missed some
 steps, the next ones will be, too: parameters are published as far ahead as momentum will take them in as many steps and
-one more (`UpdateRule.ahead`), and moved back before the next update.
+one more (`UpdateRule.lookahead`), and moved back before the next update.
 
 The first error ends the thread; it is kept in `failure` and raised on the training thread. The unit that was being
 updated then has some of its slices updated and others not, and none of its new parameters published: training goes on
@@ -36,8 +36,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from optim.lockfree.state_windows import StateWindows
-from optim.lockfree.unit_channel import Mailbox, Parcel, SlotSum
-from optim.rules import Ahead, Batch, UpdateRule
+from optim.lockfree.unit_channel import GradientBatch, GradientSum, UnitChannel
+from optim.rules import Batch, Lookahead, UpdateRule
 from optim.states import state_view
 from optim.unit import Hyper, Piece, Slice, Slot, Unit
 from pagemem.errors import TransitionError
@@ -110,7 +110,7 @@ class UpdateThread:
         self,
         mover: Mover,
         rule: UpdateRule,
-        mailboxes: Sequence[Mailbox],
+        mailboxes: Sequence[UnitChannel],
         windows: StateWindows,
         sink: EventSink,
         *,
@@ -132,7 +132,7 @@ class UpdateThread:
         for mailbox in self._mailboxes:
             self._first_slice[mailbox.unit] = number
             number += len(mailbox.unit.slices)
-        self._wanted: Mailbox | None = None
+        self._wanted: UnitChannel | None = None
         self._work = threading.Event()
         self._progress = WaitLock()
         self._n_published = 0
@@ -174,7 +174,7 @@ class UpdateThread:
         """Gradients were put into a mailbox."""
         self._work.set()
 
-    def want(self, mailbox: Mailbox | None) -> None:
+    def want(self, mailbox: UnitChannel | None) -> None:
         """Have a unit served next, or none in particular."""
         self._wanted = mailbox
 
@@ -263,7 +263,7 @@ class UpdateThread:
             self._progress.notify_all()
         self._gate("published", mailbox.unit)
 
-    def _choose(self) -> Mailbox | None:
+    def _choose(self) -> UnitChannel | None:
         wanted = self._wanted
         if wanted is not None and wanted.has_work:
             return wanted
@@ -274,7 +274,7 @@ class UpdateThread:
         if self._stopping:
             raise _Stop
 
-    def _apply(self, mailbox: Mailbox, parcel: Parcel) -> None:
+    def _apply(self, mailbox: UnitChannel, parcel: GradientBatch) -> None:
         """Turn the gradients of a parcel into new parameter values."""
         unit = mailbox.unit
         newest = mailbox.newest_values()
@@ -296,16 +296,16 @@ class UpdateThread:
                 spent_s = time.perf_counter() - started_s
             self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
         for slot, made in due.items():
-            slot.ahead = made.ahead
+            slot.lookahead = made.lookahead
             slot.steps += len(made.updates)
 
-    def _prefetch_next_unit(self, served: Mailbox) -> None:
+    def _prefetch_next_unit(self, served: UnitChannel) -> None:
         following = self._choose()
         if following is not None and following is not served:
             self.windows.prefetch(self._first_slice[following.unit])
 
     def _update(
-        self, unit: Unit, part: Slice, piece: Piece, total: SlotSum, due: _Due, newest: dict[Slot, SlotSum]
+        self, unit: Unit, part: Slice, piece: Piece, total: GradientSum, due: _Due, newest: dict[Slot, GradientSum]
     ) -> None:
         """All updates of a piece, which is small enough for everything to stay in the processor's cache meanwhile."""
         slot, states = piece.slot, self._states(part, piece)
@@ -321,17 +321,17 @@ class UpdateThread:
             gradient.mul_(1 / total.n_steps)
         newest_values = self._parameter(unit, part, piece, newest)
         parameter = newest_values if part.master is not None else scratch
-        if slot.ahead:
-            self._rule.shift(slot.ahead, -1, newest_values, states, spare, parameter)
+        if slot.lookahead:
+            self._rule.apply_lookahead(slot.lookahead, -1, newest_values, states, spare, parameter)
         elif parameter is not newest_values:
             parameter.copy_(newest_values)
         for made, hyper in enumerate(due.updates):
             self._rule.apply(hyper, Batch([parameter], [gradient], [[state] for state in states], [slot.steps + made]))
-        if due.ahead and not due.reached:
-            self._rule.shift(due.ahead, 1, parameter, states, spare, parameter)
+        if due.lookahead and not due.reached:
+            self._rule.apply_lookahead(due.lookahead, 1, parameter, states, spare, parameter)
         target.copy_(parameter)
 
-    def _parameter(self, unit: Unit, part: Slice, piece: Piece, newest: dict[Slot, SlotSum]) -> Tensor:
+    def _parameter(self, unit: Unit, part: Slice, piece: Piece, newest: dict[Slot, GradientSum]) -> Tensor:
         """The newest fp32 values of a piece; the master where there is one."""
         if part.master is not None:
             return state_view(self._mover, part, part.master, 0, piece.begin, piece.numel)
@@ -372,23 +372,27 @@ class _Due:
 
     Attributes:
         updates: hyper-parameters of each.
-        ahead: how far ahead of the last of them it ends. reached: whether that one itself goes so far.
+        lookahead: how far ahead of the last of them it ends. reached: whether that one itself goes so far.
     """
 
     updates: list[Hyper]
-    ahead: Ahead
+    lookahead: Lookahead
     reached: bool = False
 
 
-def _due(rule: UpdateRule, total: SlotSum) -> _Due:
+def _due(rule: UpdateRule, total: GradientSum) -> _Due:
     """The updates that a sum makes, and as many steps ahead as its gradients ask for."""
     updates = rule.merge(total.hypers)
-    ahead = rule.ahead(updates[-1], total.slot.steps + len(updates), total.mean_ahead)
-    reaching = rule.reaching(updates[-1], total.mean_ahead) if ahead else None
-    return _Due(updates, ahead) if reaching is None else _Due([*updates[:-1], reaching], ahead, reached=True)
+    lookahead = rule.lookahead(updates[-1], total.slot.steps + len(updates), total.mean_lookahead_steps)
+    lookahead_hyper = rule.lookahead_hyper(updates[-1], total.mean_lookahead_steps) if lookahead else None
+    return (
+        _Due(updates, lookahead)
+        if lookahead_hyper is None
+        else _Due([*updates[:-1], lookahead_hyper], lookahead, reached=True)
+    )
 
 
-def _pieces(parcel: Parcel, part: Slice, most: int) -> list[Piece]:
+def _pieces(parcel: GradientBatch, part: Slice, most: int) -> list[Piece]:
     """Parts of the parcel's parameters that lie in a slice, none longer than ``most`` elements."""
     found: list[Piece] = []
     for slot in parcel.sums:

@@ -26,7 +26,7 @@ import torch
 from optim.clip import gradient_norm, total_norm
 from optim.exact.gradient_store import flat_gradient
 from optim.gradient_holder import GradientHolder
-from optim.lockfree.unit_channel import Mailbox, SlotSum, Version
+from optim.lockfree.unit_channel import GradientSum, UnitChannel, Version
 from optim.lockfree.update_thread import UpdateThread
 from optim.loss_scale import Scaling
 from optim.states import StateAccess
@@ -68,7 +68,7 @@ class LockFreeUpdater(GradientHolder):
         driver: Driver,
         index: UnitIndex,
         thread: UpdateThread,
-        mailboxes: Sequence[Mailbox],
+        mailboxes: Sequence[UnitChannel],
         states: StateAccess,
         hypers: Callable[[], Sequence[Hyper]],
         budget: Budget,
@@ -182,12 +182,12 @@ class LockFreeUpdater(GradientHolder):
             self._forget(unit, found)
             _spend(found)
             return
-        sums: dict[Slot, SlotSum] = {}
+        sums: dict[Slot, GradientSum] = {}
         mailbox = self._mailboxes[unit]
         for slot in found:
             assert slot.direct is not None
             hyper = hypers[slot.group]
-            sums[slot] = SlotSum(slot, slot.direct, [hyper], coefficient, _ahead_steps(mailbox, hyper))
+            sums[slot] = GradientSum(slot, slot.direct, [hyper], coefficient, _ahead_steps(mailbox, hyper))
             slot.forget_gradient()
         _spend(found)
         self._free_bytes(mailbox.put(sums))
@@ -264,7 +264,7 @@ class LockFreeUpdater(GradientHolder):
         late = mailbox.clock.staleness > allowed
         if late:
             self._await(mailbox, mailbox.clock.produced - allowed)
-        self._adopt(unit, "before", may=late or (unit.live_views == 0 and not unit.parameters.owed))
+        self._adopt(unit, "before", may=late or (unit.live_views == 0 and not unit.parameters.snapshot_pending))
         mailbox.missed, mailbox.may_miss = mailbox.clock.staleness, allowed > 0
 
     def _allowed(self, unit: Unit) -> int:
@@ -301,11 +301,11 @@ class LockFreeUpdater(GradientHolder):
         with self._thread.paused():
             for unit, mailbox in self._mailboxes.items():
                 if mailbox.unadopted() is not None:
-                    with nullcontext() if unit.parameters.fixed else self._driver.interlude():
+                    with nullcontext() if unit.parameters.resident else self._driver.untraced():
                         self._adopt(unit, "commit")
             yield
 
-    def _await(self, mailbox: Mailbox, step: int) -> None:
+    def _await(self, mailbox: UnitChannel, step: int) -> None:
         """Wait until the updates up to ``step`` are applied."""
         if mailbox.clock.applied >= step:
             return
@@ -323,7 +323,7 @@ class LockFreeUpdater(GradientHolder):
         """Copy the newest published parameters, if they are newer and ``may`` be used now, into the unit's pages."""
         self._collect_freed()
         version = self._mailboxes[unit].unadopted() if may else None
-        if unit.parameters.fixed:
+        if unit.parameters.resident:
             if version is None:
                 return
             self._driver.mover.make_writable(unit.parameters)
@@ -373,7 +373,7 @@ class LockFreeUpdater(GradientHolder):
 
     def _unseen(self, unit: Unit) -> bool:
         """Whether nobody has a view of a unit's pages, or a commit that has yet to get what they hold."""
-        return not unit.parameters.owed and not self._driver.viewed(unit.parameters)
+        return not unit.parameters.snapshot_pending and not self._driver.viewed(unit.parameters)
 
     def _copy_in(self, unit: Unit, version: Version) -> None:
         assert unit.parameters.frame is not None
@@ -443,7 +443,7 @@ def _spend(slots: Sequence[Slot]) -> None:
             slot.become(Grad.SPENT)
 
 
-def _ahead_steps(mailbox: Mailbox, hyper: Hyper) -> int:
+def _ahead_steps(mailbox: UnitChannel, hyper: Hyper) -> int:
     """How far ahead the parameters after this gradient are to be: as far as it was behind, and a step, where it may be
     behind.
 

@@ -1,7 +1,7 @@
 """What computes out of a device's memory, and how bytes get there and back: the seam between the tiers and a kind of
 device.
 
-A device works through what it is given in order, and long after it was given. A `Mark` is a place in that order.
+A device works through what it is given in order, and long after it was given. A `DeviceEvent` is a place in that order.
 Whoever copies asks for marks instead of waiting: a copy up begins after the mark of what last used its frames, and
 compute goes on after the mark of the copies that it needs, all on the device. The training thread waits for none of
 them.
@@ -23,7 +23,7 @@ from pagemem.devices.arena import Arena, HostArena, Pin
 _LOG: Final = logging.getLogger(__name__)
 
 
-class Mark(Protocol):
+class DeviceEvent(Protocol):
     """A place in what a device was given. Any thread."""
 
     def reached(self) -> bool:
@@ -37,7 +37,7 @@ class Mark(Protocol):
         """
 
 
-class Copy(Mark, Protocol):
+class Copy(DeviceEvent, Protocol):
     """A mark behind a copy."""
 
     def seconds(self) -> float:
@@ -74,10 +74,10 @@ class Accelerator(Protocol):
             MemoryError: it has no room; the message says how much there is.
         """
 
-    def mark(self) -> Mark:
+    def mark(self) -> DeviceEvent:
         """Behind everything that compute was given so far."""
 
-    def follow(self, mark: Mark) -> None:
+    def follow(self, mark: DeviceEvent) -> None:
         """Have compute that is given from now on begin after ``mark``."""
 
     def stamp(self) -> Any:
@@ -97,14 +97,14 @@ class Accelerator(Protocol):
             DeviceError: it gives it elsewhere; says what to change.
         """
 
-    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
+    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: DeviceEvent) -> Copy:
         """Copy bytes (uint8, flat, of one size) from host memory into the device's, after ``after`` and after those
         asked for before.
 
         Does not wait for it.
         """
 
-    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> DeviceEvent:
         """Copy bytes (uint8, flat, of one size) of the device into given host memory, as they are when compute has done
         everything that it was given so far. Does not wait for it: neither is to be changed or let go of before compute
         is put behind the mark."""
@@ -120,10 +120,10 @@ class _Reached:
         """Nothing to wait for."""
 
 
-REACHED: Final[Mark] = _Reached()
+REACHED: Final[DeviceEvent] = _Reached()
 
 
-def has_reached(mark: Mark) -> bool:
+def has_reached(mark: DeviceEvent) -> bool:
     """Whether a mark is known to be reached. One of a device that failed is not; who waits for it hears why."""
     try:
         return mark.reached()
@@ -157,11 +157,11 @@ class RamDevice:
         """Frames in RAM."""
         return HostArena(n_frames, page_bytes)
 
-    def mark(self) -> Mark:
+    def mark(self) -> DeviceEvent:
         """Compute is done when its call returns."""
         return REACHED
 
-    def follow(self, mark: Mark) -> None:
+    def follow(self, mark: DeviceEvent) -> None:
         """Wait: what compute is given begins at once."""
         mark.wait()
 
@@ -176,14 +176,14 @@ class RamDevice:
     def check(self) -> None:
         """Compute is given in one place only."""
 
-    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
+    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: DeviceEvent) -> Copy:
         """Copy on the calling thread alone; torch would start a team of its own beside the one that computes."""
         after.wait()
         began_s = time.perf_counter()
         np.copyto(into.numpy(), source.numpy())
         return TimedCopy(time.perf_counter() - began_s)
 
-    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> DeviceEvent:
         """At once; with torch's threads, since the training thread has nothing else to do."""
         into.copy_(source)
         return REACHED

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from pagemem.devices.accelerator import Copy, Mark
+from pagemem.devices.accelerator import Copy, DeviceEvent
 from pagemem.devices.arena import Arena
 from pagemem.errors import DeviceError
 from pagemem.frames.page import FrameId, TensorId
@@ -110,11 +110,11 @@ class CudaMark:
         self.event = event
 
     def reached(self) -> bool:
-        """As `Mark.reached`."""
+        """As `DeviceEvent.reached`."""
         return bool(self.event.query())
 
     def wait(self) -> None:
-        """As `Mark.wait`."""
+        """As `DeviceEvent.wait`."""
         self.event.synchronize()
 
 
@@ -232,11 +232,11 @@ class CudaDevice:
             # What went wrong is in the warning; anything worse fails again at once.
             _LOG.debug("after a refused pinning: %s", error)
 
-    def mark(self) -> Mark:
+    def mark(self) -> DeviceEvent:
         """As `Accelerator.mark`."""
         return CudaMark(self._recorded(self._compute))
 
-    def follow(self, mark: Mark) -> None:
+    def follow(self, mark: DeviceEvent) -> None:
         """As `Accelerator.follow`."""
         self._compute.wait_event(_event(mark))
 
@@ -258,7 +258,7 @@ class CudaDevice:
                 "it on one stream"
             )
 
-    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
+    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: DeviceEvent) -> Copy:
         """As `Accelerator.copy_up`; copies follow one another."""
         self._up.wait_event(_event(after))
         begun = self._recorded(self._up, timed=True)
@@ -266,7 +266,7 @@ class CudaDevice:
             self._copy(source, into, source)
         return CudaCopy(begun, self._recorded(self._up, timed=True))
 
-    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> DeviceEvent:
         """As `Accelerator.copy_out`; copies follow one another."""
         self._down.wait_event(self._recorded(self._compute))
         with _CUDA.stream(self._down):
@@ -291,7 +291,7 @@ class CudaDevice:
         return event
 
 
-def _event(mark: Mark) -> Any:
+def _event(mark: DeviceEvent) -> Any:
     if not isinstance(mark, CudaMark):
         raise TypeError(f"{mark!r} is no mark of a CUDA device")
     return mark.event

@@ -88,10 +88,10 @@ class CommitFolder:
         self._make()
         replace_file(self.manifest(manifest.number), content)
 
-    def write_beside(self, number: int, content: bytes) -> dict[str, str | int]:
-        """Make a commit's small tensors durable, before its manifest; returns what `read_beside` must be given."""
+    def write_sidecar(self, number: int, content: bytes) -> dict[str, str | int]:
+        """Make a commit's small tensors durable, before its manifest; returns what `read_sidecar` must be given."""
         self._make()
-        replace_file(self.beside(number), content)
+        replace_file(self.sidecar(number), content)
         return {"n_bytes": len(content), "xxh3": xxh3_128_hexdigest(content)}
 
     def open_beside(self, number: int, told: Mapping[str, str | int]) -> int:
@@ -101,7 +101,7 @@ class CommitFolder:
             DamagedCommitError: they are not what was written.
             CommitError: there are none, or they cannot be read now, which says nothing about what is in them.
         """
-        path = self.beside(number)
+        path = self.sidecar(number)
         try:
             fd, n_bytes = open_regular(path, 2**62)
         except OSError as error:
@@ -121,7 +121,7 @@ class CommitFolder:
             raise
         return fd
 
-    def read_beside(self, number: int, told: Mapping[str, str | int]) -> bytes:
+    def read_sidecar(self, number: int, told: Mapping[str, str | int]) -> bytes:
         """A commit's small tensors, whole; as `open_beside`."""
         fd = self.open_beside(number, told)
         try:
@@ -131,7 +131,7 @@ class CommitFolder:
                 at += len(part)
             return b"".join(parts)
         except OSError as error:
-            raise _unreadable(self.beside(number), error) from error
+            raise _unreadable(self.sidecar(number), error) from error
         finally:
             os.close(fd)
 
@@ -148,11 +148,11 @@ class CommitFolder:
         self.uncertain.add(number)
         sync_folder(self.path)
         self.uncertain.discard(number)
-        remove_file(self.beside(number))
+        remove_file(self.sidecar(number))
 
     def sweep(self) -> None:
         """Remove what a crash left of commits that there are not: drafts, and small tensors without a manifest."""
-        wanted = {path.name for number in self.numbers() for path in (self.manifest(number), self.beside(number))}
+        wanted = {path.name for number in self.numbers() for path in (self.manifest(number), self.sidecar(number))}
         with naming("listing", self.path):
             names = [name for name in os.listdir(self.path) if _OURS.fullmatch(name) and name not in wanted]
             left = [name for name in names if kind_of(self.path / name) == "a file"]
@@ -168,7 +168,7 @@ class CommitFolder:
                 make_folder(self.path)
             self._made = True
 
-    def beside(self, number: int) -> Path:
+    def sidecar(self, number: int) -> Path:
         """Where a commit's small tensors lie."""
         return self.path / f"commit-{number:08d}.safetensors"
 

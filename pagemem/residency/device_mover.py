@@ -15,14 +15,14 @@ from typing import Final
 
 import torch
 
-from pagemem.devices.accelerator import Accelerator, Mark
+from pagemem.devices.accelerator import Accelerator, DeviceEvent
 from pagemem.devices.arena import Arena
 from pagemem.files.transfer import Completion
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.process.closing import close_all
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from pagemem.residency.upload_queue import HostCopier
+from pagemem.residency.upload_queue import UploadQueue
 from pagemem.telemetry.events import EventKind, EventSink
 from pagemem.tier import Tier
 from pagemem.units import MiB
@@ -42,7 +42,7 @@ class DeviceMover(Mover):
         accelerator: makes the copies, and says what compute has been given.
 
     Attributes:
-        unclaimed: tensors whose load has begun since their last use.
+        prefetched_unused: tensors whose load has begun since their last use.
         edited: tensors that were changed here and that have not been written back yet. changed_at_home: likewise, of
             fixed ones, which stay so for many steps.
 
@@ -57,19 +57,19 @@ class DeviceMover(Mover):
         super().__init__(arena, below.files, sink)
         self.below = below
         self.accelerator = accelerator
-        self.unclaimed: set[TensorId] = set()
+        self.prefetched_unused: set[TensorId] = set()
         self.edited: dict[TensorId, PagedTensor] = {}
         self.changed_at_home: dict[TensorId, PagedTensor] = {}
         self._lower: dict[TensorId, PagedTensor] = {}
-        self._marks: dict[TensorId, Mark] = {}  # of copies that compute has not been put behind yet
-        self._copier = HostCopier(below, accelerator, self.note_failure, sink)
+        self._marks: dict[TensorId, DeviceEvent] = {}  # of copies that compute has not been put behind yet
+        self._copier = UploadQueue(below, accelerator, self.note_failure, sink)
 
     def mirror(self, lower: PagedTensor) -> PagedTensor:
         """A tensor of the device whose content is that of one below."""
         with self.changed:
             tensor = self.create(lower.name, lower.tag, lower.n_bytes)
             tensor.become(Residency.STORED)
-            tensor.backed = True
+            tensor.ssd_valid = True
             self._lower[tensor.id] = lower
             return tensor
 
@@ -86,7 +86,7 @@ class DeviceMover(Mover):
         super().forget(tensor)
         self._marks.pop(tensor.id, None)
         self._lower.pop(tensor.id, None)
-        self.unclaimed.discard(tensor.id)
+        self.prefetched_unused.discard(tensor.id)
 
     # ---- moves -------------------------------------------------------------------------------------------------
 
@@ -97,10 +97,10 @@ class DeviceMover(Mover):
         """
         with self.changed:
             super().start_load(tensor, frame, fresh=fresh, background=background)
-            self.unclaimed.add(tensor.id)
+            self.prefetched_unused.add(tensor.id)
 
     def _read(self, tensor: PagedTensor, done: Completion, *, background: bool) -> None:
-        def given(result: Mark | BaseException) -> None:
+        def given(result: DeviceEvent | BaseException) -> None:
             if isinstance(result, BaseException):
                 done(result)
                 return
@@ -124,7 +124,7 @@ class DeviceMover(Mover):
         if mark is not None:
             self.accelerator.follow(mark)
 
-    def save(self, source: torch.Tensor, lower: PagedTensor) -> Mark:
+    def save(self, source: torch.Tensor, lower: PagedTensor) -> DeviceEvent:
         """Copy bytes that compute has made (uint8, flat) into a dirty tensor of the tier below, which is not moved
         before they are there.
 
@@ -140,7 +140,7 @@ class DeviceMover(Mover):
         self._copier.arrives(lower, mark)
         return mark
 
-    def restore(self, lower: PagedTensor, into: torch.Tensor) -> Mark:
+    def restore(self, lower: PagedTensor, into: torch.Tensor) -> DeviceEvent:
         """Copy bytes of a readable tensor of the tier below into memory of the device that compute has just got (uint8,
         flat).
 
@@ -164,7 +164,7 @@ class DeviceMover(Mover):
             self._ended(None)
             tensor.become(Residency.STORED)
             self._move_out(tensor)
-            self.unclaimed.discard(tensor.id)
+            self.prefetched_unused.discard(tensor.id)
             self._notify()
             return True
 
@@ -179,7 +179,7 @@ class DeviceMover(Mover):
         with self.changed:
             super().touch(tensor)
             if self.mirrors(tensor):
-                (self.changed_at_home if tensor.fixed else self.edited)[tensor.id] = tensor
+                (self.changed_at_home if tensor.resident else self.edited)[tensor.id] = tensor
 
     def start_store(self, tensor: PagedTensor, *, background: bool = False) -> None:
         """Nothing: who edits a tensor writes it back, see `written_back`. Until then it stays dirty and where it is."""
@@ -192,7 +192,7 @@ class DeviceMover(Mover):
             if tensor.state is Residency.DIRTY:
                 tensor.become(Residency.STORING)
                 tensor.become(Residency.CLEAN)
-            tensor.backed = True
+            tensor.ssd_valid = True
             self._notify()
 
     def renew(self, tensor: PagedTensor) -> bool:
@@ -208,7 +208,7 @@ class DeviceMover(Mover):
                 self.drop(tensor)
             else:
                 self.follow(tensor)
-            self.unclaimed.discard(tensor.id)
+            self.prefetched_unused.discard(tensor.id)
             return tensor.frame is None
 
     def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:

@@ -25,7 +25,7 @@ from pagemem.tier import Tag, Tier
 
 
 @dataclass(slots=True, eq=False)
-class StoredCopy:
+class DiskVersion:
     """Frames of the page files that hold, or are to hold, one tensor's bytes.
 
     Attributes:
@@ -42,7 +42,7 @@ class StoredCopy:
     lost: bool = False
 
 
-class Copies:
+class DiskVersions:
     """Gives out and takes back page-file frames.
 
     Args:
@@ -58,7 +58,7 @@ class Copies:
         self.watcher: Watcher | None = None
         self._files = files
         self._next = 0
-        self._unsynced: set[StoredCopy] = set()
+        self._unsynced: set[DiskVersion] = set()
         self._tags: dict[TensorId, Tag] = {}
 
     def held(self) -> dict[Tag, int]:
@@ -68,7 +68,7 @@ class Copies:
             found[tag] = found.get(tag, 0) + self.book.held(key).n_bytes
         return found
 
-    def take(self, n_bytes: int, tag: Tag) -> StoredCopy:
+    def take(self, n_bytes: int, tag: Tag) -> DiskVersion:
         """Frames for ``n_bytes`` bytes, as a tensor's current copy; the page files grow when they have none.
 
         Raises:
@@ -82,7 +82,7 @@ class Copies:
         if isinstance(placed, Shortage):
             raise AssertionError(f"no page-file frames after growing: {placed}")
         self._keep(placed, tag)
-        return StoredCopy(placed, self._files.route(placed.extents(self.book.page_bytes)))
+        return DiskVersion(placed, self._files.route(placed.extents(self.book.page_bytes)))
 
     def reserve(self, n_frames: int) -> None:
         """Have ``n_frames`` free frames.
@@ -93,23 +93,23 @@ class Copies:
         if self.book.free_frames < n_frames:
             self._grow(n_frames - self.book.free_frames)
 
-    def leave(self, stored: StoredCopy) -> None:
+    def leave(self, stored: DiskVersion) -> None:
         """The tensor has another current copy, or none: the frames are free unless a commit names them."""
         stored.current = False
         self._free_if_unused(stored)
 
-    def hold(self, stored: StoredCopy) -> None:
+    def hold(self, stored: DiskVersion) -> None:
         """One more commit names the copy."""
         stored.commits += 1
 
-    def let_go(self, stored: StoredCopy) -> None:
+    def let_go(self, stored: DiskVersion) -> None:
         """One commit less names the copy."""
         if stored.commits < 1:
             raise AssertionError("a copy that no commit names is let go")
         stored.commits -= 1
         self._free_if_unused(stored)
 
-    def restore(self, placed: Placement, sums: DigestArray, tag: Tag) -> StoredCopy:
+    def restore(self, placed: Placement, sums: DigestArray, tag: Tag) -> DiskVersion:
         """A copy that is in the page files already, as an earlier run's commit says; no tensor's current one yet.
 
         Raises:
@@ -123,7 +123,7 @@ class Copies:
         self._keep(own, tag)
         route = self._files.route(own.extents(self.book.page_bytes))
         self._files.remember(route, sums)
-        return StoredCopy(own, route, current=False)
+        return DiskVersion(own, route, current=False)
 
     def used_frames_after(self, n_bytes: Iterable[int]) -> int:
         """Frames in use once copies of these sizes have been taken, in this order."""
@@ -136,20 +136,20 @@ class Copies:
             tried.allocate(self._key(), size)
         return tried.used_frames
 
-    def sums(self, stored: Sequence[StoredCopy]) -> list[DigestArray]:
+    def sums(self, stored: Sequence[DiskVersion]) -> list[DigestArray]:
         """Checksums of each copy's extents, as they were written."""
         return [self._files.sums(one.route) for one in stored]
 
-    def wrote(self, stored: StoredCopy) -> None:
+    def wrote(self, stored: DiskVersion) -> None:
         """The copy has been written, whole; it is durable once a sync has succeeded that begins now or later."""
         self._unsynced.add(stored)
 
-    def begin_sync(self) -> set[StoredCopy]:
+    def begin_sync(self) -> set[DiskVersion]:
         """The copies that a sync which begins now makes durable."""
         written, self._unsynced = self._unsynced, set()
         return written
 
-    def sync_failed(self, written: set[StoredCopy]) -> None:
+    def sync_failed(self, written: set[DiskVersion]) -> None:
         """That sync has failed: they are lost, and so is what was written meanwhile.
 
         Nothing is written to their frames any more while this run lasts: a file system may have lost what it keeps of
@@ -162,7 +162,7 @@ class Copies:
                 stored.commits += 1  # for good
         self._unsynced = set()
 
-    def _free_if_unused(self, stored: StoredCopy) -> None:
+    def _free_if_unused(self, stored: DiskVersion) -> None:
         if not stored.current and not stored.commits:
             placed = self.book.release(stored.placement.tensor)
             self._unsynced.discard(stored)

@@ -21,7 +21,7 @@ from pagemem.files.page_file import PageFiles
 from pagemem.files.transfer import Completion
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, TensorId
-from pagemem.residency.disk_versions import Copies, StoredCopy
+from pagemem.residency.disk_versions import DiskVersion, DiskVersions
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.snapshot import Snapshots
 from pagemem.residency.tenants import Tenants
@@ -50,7 +50,7 @@ class Mover(Tenants):
         super().__init__(arena, sink)
         self.files = files
         self.on_part: Callable[[], None] | None = None
-        self.copies = Copies(files, arena.page_bytes)
+        self.copies = DiskVersions(files, arena.page_bytes)
         self.snapshots = Snapshots(self.tensors, self.copies, lambda tensor: self.start_store(tensor, background=True))
         self.on_change(self.snapshots.store_owed)
 
@@ -99,10 +99,10 @@ class Mover(Tenants):
                 tensor.leases -= 1
                 if tensor.leases == 0:
                     freed.append(tensor)
-                    if tensor.exposed and tensor.readable:
+                    if tensor.may_be_aliased and tensor.readable:
                         self.make_writable(tensor)
                         self.touch(tensor)
-                    tensor.exposed = False
+                    tensor.may_be_aliased = False
             return freed
 
     # ---- moves -------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Mover(Tenants):
             if fresh or tensor.state is Residency.ABSENT:
                 if not fresh:
                     self.bytes_of(tensor).zero_()
-                tensor.backed = tensor.backed and not fresh
+                tensor.ssd_valid = tensor.ssd_valid and not fresh
                 tensor.become(Residency.CLEAN)
                 self._notify()
                 return
@@ -191,7 +191,7 @@ class Mover(Tenants):
         """Begin to copy a tensor's frames to its page-file frames, which do not hold its content before that has
         ended."""
         assert tensor.copy is not None and tensor.frame is not None
-        tensor.backed = False
+        tensor.ssd_valid = False
         self.files.write(
             tensor.copy.route, self.arena.buffer(tensor.frame, tensor.n_bytes), done, background=background
         )
@@ -199,17 +199,17 @@ class Mover(Tenants):
     def _stored(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:
             self._ended(error)
-            if error is None and not tensor.rewritten:
-                tensor.backed = True
+            if error is None and not tensor.dirtied_during_store:
+                tensor.ssd_valid = True
                 tensor.become(Residency.CLEAN)
                 assert tensor.copy is not None
                 self.copies.wrote(tensor.copy)
-                self.snapshots.paid(tensor)
+                self.snapshots.snapshot_done(tensor)
             else:
                 tensor.become(Residency.DIRTY)
                 if error is not None:
                     self.snapshots.give_up(error)
-            tensor.rewritten = False
+            tensor.dirtied_during_store = False
             self._discard_if_expired(tensor)
             self._notify()
         self._emit(EventKind.WRITE, tensor, started_s)
@@ -221,14 +221,14 @@ class Mover(Tenants):
             AssertionError: a snapshot has yet to get what was there; see `make_writable`.
         """
         with self.changed:
-            if tensor.owed:
+            if tensor.snapshot_pending:
                 raise AssertionError(f"{tensor.name} is changed while a snapshot waits for its content")
             if tensor.state is Residency.STORING:
-                tensor.rewritten = True
+                tensor.dirtied_during_store = True
                 return
             if tensor.state is not Residency.DIRTY:
                 tensor.become(Residency.DIRTY)
-            tensor.backed = False
+            tensor.ssd_valid = False
 
     def make_writable(self, tensor: PagedTensor) -> None:
         """Before a tensor is changed: have a snapshot that waits for its content get it, and wait for that.
@@ -237,13 +237,13 @@ class Mover(Tenants):
             StorageError: it could not be stored (or what else failed); the snapshot is given up.
         """
         with self.changed:
-            if not tensor.owed:
+            if not tensor.snapshot_pending:
                 return
             if tensor.state is Residency.DIRTY:
                 self.start_store(tensor)
-            self.wait_until(lambda: not tensor.owed, f"commit of {tensor.name}", tensor.n_bytes)
+            self.wait_until(lambda: not tensor.snapshot_pending, f"commit of {tensor.name}", tensor.n_bytes)
 
-    def resume(self, tensor: PagedTensor, stored: StoredCopy | None) -> None:
+    def resume(self, tensor: PagedTensor, stored: DiskVersion | None) -> None:
         """Take a commit's copy for the content of a tensor that nobody holds; None: it reads as zeros from now on.
 
         Raises:
@@ -256,7 +256,7 @@ class Mover(Tenants):
                 tensor.copy = None
             if stored is not None:
                 stored.current = True
-                tensor.copy, tensor.backed = stored, True
+                tensor.copy, tensor.ssd_valid = stored, True
                 tensor.become(Residency.STORED)
 
     def begin_upload(self, tensor: PagedTensor) -> torch.Tensor:
@@ -327,10 +327,10 @@ class Mover(Tenants):
                 self.copies.sync_failed(written | under_way)
                 for tensor in self.tensors.values():
                     if tensor.state is Residency.STORING:
-                        tensor.rewritten = True
+                        tensor.dirtied_during_store = True
                     elif (
                         tensor.state is Residency.CLEAN
-                        and tensor.backed
+                        and tensor.ssd_valid
                         and tensor.copy is not None
                         and tensor.copy.lost
                     ):
@@ -385,16 +385,16 @@ class Mover(Tenants):
             super().validate()
             self.ssd.validate()
             for tensor in self.tensors.values():
-                if tensor.state is Residency.STORED and not tensor.backed:
+                if tensor.state is Residency.STORED and not tensor.ssd_valid:
                     raise AssertionError(f"{tensor.name}: stored, but the page file does not hold it")
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _take_frames(self, tensor: PagedTensor) -> StoredCopy:
+    def _take_frames(self, tensor: PagedTensor) -> DiskVersion:
         try:
             return self.copies.take(tensor.n_bytes, tensor.tag)
         except OffloadError as error:
-            if tensor.owed:
+            if tensor.snapshot_pending:
                 self.snapshots.give_up(error)
             raise
 

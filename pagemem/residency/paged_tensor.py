@@ -25,7 +25,7 @@ from typing import Final
 
 from pagemem.errors import TransitionError
 from pagemem.frames.page import FrameId, TensorId
-from pagemem.residency.disk_versions import StoredCopy
+from pagemem.residency.disk_versions import DiskVersion
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 
@@ -69,14 +69,14 @@ class PagedTensor:
     Attributes:
         n_bytes: size, a multiple of the I/O block.
         frame: first host frame while one is held, else None.
-        copy: its page-file frames, kept for re-use once taken; ``backed`` says whether they hold its content.
-        owed: a snapshot that is being made has yet to get the content: it must be stored before it is changed.
-        rewritten: compute changed the host copy while it was being stored, so that the stored copy is stale already.
-        exposed: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
+        copy: its page-file frames, kept for re-use once taken; ``ssd_valid`` says whether they hold its content.
+        snapshot_pending: a snapshot that is being made has yet to get the content: it must be stored before it is changed.
+        dirtied_during_store: compute changed the host copy while it was being stored, so that the stored copy is stale already.
+        may_be_aliased: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
         arrived: of the load under way or the last one: [start, end) of the bytes that are there already, in the order
             in which they came; only where somebody asked for it, see `Mover.on_part`.
         to_store: it is to be stored as soon as what is arriving is there.
-        fixed: its host frames stay its own for good: it is never moved or dropped.
+        resident: its host frames stay its own for good: it is never moved or dropped.
         pins: uses under way that need the host frames to stay.
         uploads: copies of the host frames to the device that are under way, perhaps of what a load has brought so far;
             until they end it neither moves nor changes.
@@ -91,14 +91,14 @@ class PagedTensor:
     n_frames: int
     state: Residency = Residency.ABSENT
     frame: FrameId | None = None
-    copy: StoredCopy | None = None
-    backed: bool = False
-    owed: bool = False
-    rewritten: bool = False
-    exposed: bool = False
+    copy: DiskVersion | None = None
+    ssd_valid: bool = False
+    snapshot_pending: bool = False
+    dirtied_during_store: bool = False
+    may_be_aliased: bool = False
     arrived: list[tuple[int, int]] = field(default_factory=list)
     to_store: bool = False
-    fixed: bool = False
+    resident: bool = False
     pins: int = 0
     uploads: int = 0
     leases: int = 0
@@ -124,7 +124,7 @@ class PagedTensor:
     @property
     def held(self) -> bool:
         """Whether the host frames must stay where they are."""
-        return self.pins > 0 or self.leases > 0 or self.fixed
+        return self.pins > 0 or self.leases > 0 or self.resident
 
     def become(self, state: Residency) -> None:
         """Apply one legal move.

@@ -19,7 +19,7 @@ from typing import Final
 
 from pagemem.errors import StorageError, TransitionError
 from pagemem.frames.page import TensorId
-from pagemem.residency.disk_versions import Copies, StoredCopy
+from pagemem.residency.disk_versions import DiskVersion, DiskVersions
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 
 #: Stores under way at a time for a snapshot, beside those that training needs.
@@ -51,13 +51,13 @@ class Snapshot:
         error: why it was given up.
     """
 
-    store: Copies
+    store: DiskVersions
     owing: dict[TensorId, None] = field(default_factory=dict)
-    copies: dict[TensorId, StoredCopy] = field(default_factory=dict)
+    copies: dict[TensorId, DiskVersion] = field(default_factory=dict)
     state: SnapshotState = SnapshotState.OPEN
     error: BaseException | None = None
 
-    def add(self, tensor: TensorId, stored: StoredCopy) -> None:
+    def add(self, tensor: TensorId, stored: DiskVersion) -> None:
         """The tensor's copy is whole."""
         self.store.hold(stored)
         self.copies[tensor] = stored
@@ -92,7 +92,7 @@ class Snapshots:
     """
 
     def __init__(
-        self, tensors: Mapping[TensorId, PagedTensor], store: Copies, start_store: Callable[[PagedTensor], None]
+        self, tensors: Mapping[TensorId, PagedTensor], store: DiskVersions, start_store: Callable[[PagedTensor], None]
     ) -> None:
         self._tensors = tensors
         self._store = store
@@ -102,7 +102,7 @@ class Snapshots:
     def begin(self, tensors: Iterable[PagedTensor]) -> Snapshot:
         """Begin to make what ``tensors`` hold now whole in the page files. Training thread, between two ops.
 
-        What is ``exposed`` is stored, as it may have been written to; the caller has that wait, see
+        What is ``may_be_aliased`` is stored, as it may have been written to; the caller has that wait, see
         `Mover.make_writable`.
 
         Raises:
@@ -114,7 +114,7 @@ class Snapshots:
         if self._open is not None:
             raise AssertionError("a snapshot is being made already")
         whole = [tensor for tensor in tensors if tensor.state is not Residency.ABSENT]
-        lost = [tensor for tensor in whole if tensor.backed and tensor.copy is not None and tensor.copy.lost]
+        lost = [tensor for tensor in whole if tensor.ssd_valid and tensor.copy is not None and tensor.copy.lost]
         if lost:
             raise StorageError(
                 f"{lost[0].name}{f' and {len(lost) - 1} other tensors' if len(lost) > 1 else ''} cannot be committed: written before a sync of "
@@ -122,10 +122,10 @@ class Snapshots:
                 "until each has been used again, or go on from one of them (engine.resume)"
             )
         for tensor in whole:
-            if tensor.exposed and tensor.state is Residency.CLEAN:
+            if tensor.may_be_aliased and tensor.state is Residency.CLEAN:
                 tensor.become(Residency.DIRTY)
-                tensor.backed = False
-            tensor.rewritten |= tensor.exposed and tensor.state is Residency.STORING
+                tensor.ssd_valid = False
+            tensor.dirtied_during_store |= tensor.may_be_aliased and tensor.state is Residency.STORING
         owing = [tensor for tensor in whole if tensor.state in (Residency.DIRTY, Residency.STORING)]
         if any(tensor.pins for tensor in owing):
             raise AssertionError("a snapshot inside an op")
@@ -133,11 +133,11 @@ class Snapshots:
         self._store.reserve(sum(tensor.n_frames for tensor in whole))
         snapshot = Snapshot(self._store)
         for tensor in whole:
-            if tensor.backed:
+            if tensor.ssd_valid:
                 assert tensor.copy is not None
                 snapshot.add(tensor.id, tensor.copy)
         for tensor in sorted(owing, key=lambda t: t.last_use):
-            tensor.owed = True
+            tensor.snapshot_pending = True
             snapshot.owing[tensor.id] = None
         snapshot.settle()
         if snapshot.owing:
@@ -156,13 +156,13 @@ class Snapshots:
                 n_more -= 1
                 self._start_store(tensor)
 
-    def paid(self, tensor: PagedTensor) -> None:
+    def snapshot_done(self, tensor: PagedTensor) -> None:
         """A tensor's current copy is whole: if it was owed, it is in the snapshot now."""
         snapshot = self._open
-        if not tensor.owed or snapshot is None:
+        if not tensor.snapshot_pending or snapshot is None:
             return
         assert tensor.copy is not None
-        tensor.owed = False
+        tensor.snapshot_pending = False
         snapshot.add(tensor.id, tensor.copy)
         snapshot.settle()
         if not snapshot.owing:
@@ -173,7 +173,7 @@ class Snapshots:
         snapshot, self._open = self._open, None
         if snapshot is not None:
             for tensor in snapshot.owing:
-                self._tensors[tensor].owed = False
+                self._tensors[tensor].snapshot_pending = False
             snapshot.release(error)
 
     def abandon(self, snapshot: Snapshot) -> None:

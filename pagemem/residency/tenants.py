@@ -115,7 +115,7 @@ class Tenants(CopyMonitor):
                     f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot discard it"
                 )
             tensor.become(Residency.ABSENT)
-            tensor.backed = False
+            tensor.ssd_valid = False
             if tensor.frame is not None:
                 self._move_out(tensor)
             self._notify()
@@ -135,7 +135,7 @@ class Tenants(CopyMonitor):
                 raise TransitionError(
                     f"{tensor.name}: {tensor.state.value} -> dropped is not a legal move: it is not clean"
                 )
-            tensor.become(Residency.STORED if tensor.backed else Residency.ABSENT)
+            tensor.become(Residency.STORED if tensor.ssd_valid else Residency.ABSENT)
             self._move_out(tensor)
 
     # ---- frames ------------------------------------------------------------------------------------------------

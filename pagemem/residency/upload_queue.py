@@ -30,7 +30,7 @@ from typing import Final
 
 import torch
 
-from pagemem.devices.accelerator import Accelerator, Copy, Mark, has_reached
+from pagemem.devices.accelerator import Accelerator, Copy, DeviceEvent, has_reached
 from pagemem.errors import TransitionError
 from pagemem.files.threads import small_stacks
 from pagemem.files.transfer import Completion
@@ -40,7 +40,7 @@ from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.telemetry.intervals import union, without
 
 #: Called with the mark behind a copy once it was given to the device, or with what went wrong.
-Given = Callable[[Mark | BaseException], None]
+Given = Callable[[DeviceEvent | BaseException], None]
 #: How long the end of the program waits for each thread of an engine that nobody closed.
 _EXIT_PATIENCE_S: Final = 10.0
 #: [start, end) of a tensor's bytes.
@@ -73,7 +73,7 @@ class _Upload:
 
     tensor: PagedTensor
     into: torch.Tensor
-    after: Mark
+    after: DeviceEvent
     given: Given
     state: UploadState = UploadState.WAITING
     arrived: list[Span] = field(default_factory=list)
@@ -116,7 +116,7 @@ class _Upload:
         return without([(0, self.tensor.n_bytes)], before) if self.tensor.readable else union(come)
 
 
-class HostCopier:
+class UploadQueue:
     """Copies tensors of one mover into given device memory.
 
     Args:
@@ -157,7 +157,9 @@ class HostCopier:
         self._at_exit = partial(_close_at_exit, weakref.ref(self), os.getpid())
         atexit.register(self._at_exit)
 
-    def submit(self, tensor: PagedTensor, into: torch.Tensor, after: Mark, given: Given, end: Completion) -> None:
+    def submit(
+        self, tensor: PagedTensor, into: torch.Tensor, after: DeviceEvent, given: Given, end: Completion
+    ) -> None:
         """Copy ``tensor`` into device memory once it is in host memory. Never blocks.
 
         Args:
@@ -177,12 +179,12 @@ class HostCopier:
         somebody else."""
         self._ends_by(partial(self._made_all, tensor, copy), copy)
 
-    def arrives(self, tensor: PagedTensor, mark: Mark) -> None:
+    def arrives(self, tensor: PagedTensor, mark: DeviceEvent) -> None:
         """A copy down into the pages of a tensor, for which `Mover.begin_arrival` was called, was given to the
         device."""
         self._ends_by(partial(self._arrived, tensor, mark), mark)
 
-    def _ends_by(self, finish: Callable[[], None], mark: Mark) -> None:
+    def _ends_by(self, finish: Callable[[], None], mark: DeviceEvent) -> None:
         """Have a copy's end noted, whatever happens: now, where it is made already, else by the thread that waits for
         it (or for an error)."""
         made = False
@@ -336,7 +338,7 @@ class HostCopier:
         self._over(copy.wait)
         self._below.end_upload(tensor)
 
-    def _arrived(self, tensor: PagedTensor, mark: Mark) -> None:
+    def _arrived(self, tensor: PagedTensor, mark: DeviceEvent) -> None:
         """Wait until a copy down is made; its host pages may be read and stored then."""
         self._over(mark.wait)
         self._below.end_arrival(tensor)
@@ -357,7 +359,7 @@ def _wait_out(copy: Copy, error: BaseException) -> None:
         error.add_note(f"the copy before it failed, too: {failure}")
 
 
-def _close_at_exit(copier: weakref.ref[HostCopier], process: int) -> None:
+def _close_at_exit(copier: weakref.ref[UploadQueue], process: int) -> None:
     """End the threads of a copier that nobody closed: a copy under way when the device's library ends aborts the
     process.
 

@@ -14,7 +14,7 @@ from scheduler.planning.trace import OpKey, OpKind
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Advance:
     """Ops of the plan whose moves are to be begun now, in order.
 
     Attributes:
@@ -26,7 +26,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Astray:
+class Divergence:
     """The step is not the plan's. ``why`` is None where that is nobody's deviation: the placement is not the plan's
     yet."""
 
@@ -49,11 +49,11 @@ class Cursor:
         self._position = 0
         self.restoring = True
 
-    def advance(self, plan: Plan, key: OpKey) -> Stretch | Astray:
-        """Go on to the op ``key``. Astray, the cursor stays where it is."""
+    def advance(self, plan: Plan, key: OpKey) -> Advance | Divergence:
+        """Go on to the op ``key``. Divergence, the cursor stays where it is."""
         n_ops = len(plan.keys)
         if not n_ops:
-            return Astray(f"the step had no ops in the trace and has {key[1]!r} now")
+            return Divergence(f"the step had no ops in the trace and has {key[1]!r} now")
         if self._position == n_ops:
             self._position = 0
             self.restoring = self.restoring or not plan.closed
@@ -64,12 +64,12 @@ class Cursor:
         while last < n_ops and plan.keys[last] != key and plan.keys[last][0] is OpKind.UPDATE:
             last += 1
         if last == n_ops or plan.keys[last] != key:
-            return Astray(f"op {first} was {plan.keys[first][1]!r} in the trace and is {key[1]!r} now")
+            return Divergence(f"op {first} was {plan.keys[first][1]!r} in the trace and is {key[1]!r} now")
         if self.restoring and first:
-            return Astray(None)
+            return Divergence(None)
         restores, self.restoring = self.restoring, False
         self._position = last + 1
-        return Stretch(range(first, last + 1), restores)
+        return Advance(range(first, last + 1), restores)
 
     def end_step(self, plan: Plan) -> bool:
         """Whether the step under way had all its planned ops (updates made elsewhere may be missing)."""

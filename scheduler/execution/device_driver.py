@@ -7,7 +7,7 @@ waits for nothing else, is made as early as that. What the device keeps from one
 and neither does what is at home on it.
 
 Ops are timed by the device's own clock: the training thread is ahead of it. For both traces to be the same in every
-step, each planned step here has the same moves (`alike`).
+step, each planned step here has the same moves (`single_step_cycle`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DeviceDriver(Driver):
         below: the driver of host memory; it ends this one's steps with its own.
     """
 
-    alike = True
+    single_step_cycle = True
     tells_of_steps = False
 
     def __init__(self, device: DeviceMover, below: Driver, sink: EventSink) -> None:
@@ -66,9 +66,9 @@ class DeviceDriver(Driver):
         self._write_back()
 
     @contextmanager
-    def interlude(self) -> Iterator[None]:
+    def untraced(self) -> Iterator[None]:
         """Ops inside are not part of a step, here and below."""
-        with self.below.interlude(), super().interlude():
+        with self.below.untraced(), super().untraced():
             yield
 
     def renewed(self, tensor: PagedTensor) -> None:
@@ -92,20 +92,20 @@ class DeviceDriver(Driver):
         Raises:
             StorageError: it cannot be read, or the device fails; the tensor is whole below.
         """
-        with self.interlude(), self._below_has([tensor.id], tensor.name):
+        with self.untraced(), self._below_has([tensor.id], tensor.name):
             self.device.start_load(tensor, frame)
             self.device.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
             self.device.check()
             self.device.follow(tensor)
-        self.device.unclaimed.discard(tensor.id)
-        tensor.fixed = True
+        self.device.prefetched_unused.discard(tensor.id)
+        tensor.resident = True
 
     def settle_empty(self, tensor: PagedTensor, frame: FrameId) -> None:
         """Have a new tensor, of which there is nothing below and never will be, in the free frames from ``frame`` on
         for good."""
         self.device.start_load(tensor, frame, fresh=True)
-        self.device.unclaimed.discard(tensor.id)
-        tensor.fixed = True
+        self.device.prefetched_unused.discard(tensor.id)
+        tensor.resident = True
 
     def bring_down(self) -> None:
         """Between two steps: have below what has changed in tensors that are at home here, and what may have through
@@ -115,12 +115,12 @@ class DeviceDriver(Driver):
             StorageError: a page file failed, or has no room for what has to give way. DeviceError: the calling thread's
                 compute goes where this would not be ordered with it. The device has everything.
         """
-        with self.interlude():
+        with self.untraced():
             for tensor in list(self.device.tensors.values()):
                 if (
                     tensor.id in self.device.edited
                     or tensor.id in self.device.changed_at_home
-                    or (tensor.exposed and tensor.readable)
+                    or (tensor.may_be_aliased and tensor.readable)
                 ):
                     self._written_back(tensor, AccessMode.CREATE)
 
@@ -130,9 +130,9 @@ class DeviceDriver(Driver):
         Raises:
             StorageError: one cannot be read; DeviceError: as `bring_down`. It and those after it are as they were.
         """
-        with self.interlude():
+        with self.untraced():
             for tensor in [
-                tensor for tensor in self.device.tensors.values() if tensor.fixed and self.device.mirrors(tensor)
+                tensor for tensor in self.device.tensors.values() if tensor.resident and self.device.mirrors(tensor)
             ]:
                 self._filled_anew(tensor)
                 if tensor.id in self.device.changed_at_home:
@@ -181,24 +181,28 @@ class DeviceDriver(Driver):
     def _follow(self, key: OpKey) -> None:
         if not self._recorder.ops:
             # What the device still has, and from when, differs from step to step; what is asked for below must not.
-            self.device.unclaimed.update(
-                t.id for t in self.device.tensors.values() if t.frame is not None and not t.fixed
+            self.device.prefetched_unused.update(
+                t.id for t in self.device.tensors.values() if t.frame is not None and not t.resident
             )
         super()._follow(key)
 
     def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
-        if tensor.id not in self.device.unclaimed and self._usable(tensor, mode) and tensor.id not in self._lane:
+        if (
+            tensor.id not in self.device.prefetched_unused
+            and self._usable(tensor, mode)
+            and tensor.id not in self._lane
+        ):
             return
         with self._below_has([tensor.id], name):
             super()._make_usable(tensor, mode, name)
-        self.device.unclaimed.discard(tensor.id)
+        self.device.prefetched_unused.discard(tensor.id)
         self.device.follow(tensor)
 
     def _hold_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        tensors = [access.tensor for access in accesses if not self.device.tensors[access.tensor].fixed]
+        tensors = [access.tensor for access in accesses if not self.device.tensors[access.tensor].resident]
         with self._below_has(tensors, name):
             held = super()._hold_packed(name, accesses)
-        self.device.unclaimed.difference_update(tensors)
+        self.device.prefetched_unused.difference_update(tensors)
         for tensor in held:
             self.device.follow(tensor)
         return held

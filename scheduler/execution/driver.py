@@ -7,7 +7,7 @@ otherwise.
 In ON_DEMAND each op fetches what it lacks, synchronously, in place of the least recently used tensors, and is recorded;
 from the record of a whole step a plan is made. In PLANNED each op starts the moves the plan triggers there, and the
 training thread waits only for what its own op needs. A step that differs from its trace is still executed correctly;
-its record replaces the trace. Ops in an `interlude` (evaluation between steps) are fetched on demand and not recorded.
+its record replaces the trace. Ops in an `untraced` (evaluation between steps) are fetched on demand and not recorded.
 
 Everything here runs on the training thread; the copies run on the page files' threads and report to the mover.
 """
@@ -27,11 +27,11 @@ from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
 from pagemem.telemetry.recorder import WaitCause
-from scheduler.execution.cursor import Astray, Cursor
+from scheduler.execution.cursor import Cursor, Divergence
 from scheduler.execution.pinning import Holding
 from scheduler.execution.read_lane import ReadLane
 from scheduler.execution.tier_planner import Planning
-from scheduler.execution.wait_explainer import Causes
+from scheduler.execution.wait_explainer import WaitExplainer
 from scheduler.planning.durations import Durations
 from scheduler.planning.plan import LoadTask, Plan
 from scheduler.planning.trace import CHANGES, Access, AccessMode, Clock, HostClock, OpKey, Trace, TraceRecorder
@@ -64,7 +64,7 @@ class Driver(Holding):
     """
 
     #: Whether every planned step has to have the same moves.
-    alike: ClassVar[bool] = False
+    single_step_cycle: ClassVar[bool] = False
     #: Whether a watcher hears of the ends of steps from this driver.
     tells_of_steps: ClassVar[bool] = True
 
@@ -85,7 +85,7 @@ class Driver(Holding):
         self.watcher: Watcher | None = None
         self.above: Driver | None = None
         self._sink = sink
-        self.planning = Planning(mover, bandwidth, alike=self.alike)
+        self.planning = Planning(mover, bandwidth, single_step_cycle=self.single_step_cycle)
         self._lane = ReadLane(mover)
         self._recorder = TraceRecorder(clock or HostClock())
         self._trace = Trace(())
@@ -158,7 +158,7 @@ class Driver(Holding):
         Yields whether it is.
         """
         with self.mover.changed:
-            at_hand = tensor.readable and not tensor.owed and not tensor.uploads
+            at_hand = tensor.readable and not tensor.snapshot_pending and not tensor.uploads
             if at_hand:
                 tensor.pins += 1
                 self.mover.touch(tensor)
@@ -232,14 +232,14 @@ class Driver(Holding):
             if self.mode is Mode.PLANNED:
                 self._cursor.enter()
 
-    def expect_change(self, steps: int) -> None:
+    def invalidate_plan(self, steps: int) -> None:
         """Between two steps: the next ones have other ops than those until now, and so many of them are not yet like
         those after.
 
         They are fetched on demand, then there is a plan anew. Nobody's deviation.
         """
         if self.above is not None:
-            self.above.expect_change(steps)
+            self.above.invalidate_plan(steps)
         with self.mover.changed:
             self._unsettled_steps = steps
             if self.mode is Mode.PLANNED:
@@ -255,7 +255,7 @@ class Driver(Holding):
         return self.above.plan is not plan
 
     @contextmanager
-    def interlude(self) -> Iterator[None]:
+    def untraced(self) -> Iterator[None]:
         """Ops inside are not part of a step: they are fetched on demand and leave the trace as it is."""
         recording, computing = self._recording, self._recorder.computing
         if recording:
@@ -286,7 +286,7 @@ class Driver(Holding):
 
     @property
     def in_step(self) -> bool:
-        """Whether ops are part of a step, not of an `interlude`."""
+        """Whether ops are part of a step, not of an `untraced`."""
         return self._recording
 
     def quiesce(self) -> None:
@@ -304,7 +304,7 @@ class Driver(Holding):
         self._collect_views()
         self.mover.store_all()
         for tensor in self.mover.tensors.values():
-            if tensor.state is Residency.CLEAN and not tensor.fixed:
+            if tensor.state is Residency.CLEAN and not tensor.resident:
                 self.mover.drop(tensor)
 
     # ---- following the plan ------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ class Driver(Holding):
         plan = self.plan
         assert plan is not None
         found = self._cursor.advance(plan, key)
-        if isinstance(found, Astray):
+        if isinstance(found, Divergence):
             self._leave_plan(found.why)
             return
         if found.restores:
@@ -388,7 +388,7 @@ class Driver(Holding):
 
     def causes(self) -> Callable[[str], WaitCause]:
         """Who says what a wait has to wait for."""
-        return Causes(self.mover, self._lane)
+        return WaitExplainer(self.mover, self._lane)
 
     def _disturb(self) -> None:
         """Something other than the plan is about to move tensors: the placement is restored before going on by plan."""
@@ -433,7 +433,7 @@ class Driver(Holding):
 
     def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
         # Outside a step nobody says whether a tensor is going to be changed.
-        if tensor.owed and (mode in CHANGES or not self._recording):
+        if tensor.snapshot_pending and (mode in CHANGES or not self._recording):
             self.mover.make_writable(tensor)
 
         def usable() -> bool:

@@ -10,7 +10,7 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.mover import Mover
 from scheduler.planning.bounds import check_bounds
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import Plan
 from scheduler.planning.planner import cost_s, make_plan
 from scheduler.planning.trace import Trace
@@ -26,26 +26,26 @@ class Planning:
     Args:
         mover: owner of all residency.
         bandwidth: of what is below (read, write) in bytes/s, asked for whenever a plan is made.
-        alike: whether every step of a plan has to have the same moves.
+        single_step_cycle: whether every step of a plan has to have the same moves.
 
     Attributes:
         bandwidth: as given.
     """
 
-    def __init__(self, mover: Mover, bandwidth: Callable[[], tuple[float, float]], *, alike: bool) -> None:
+    def __init__(self, mover: Mover, bandwidth: Callable[[], tuple[float, float]], *, single_step_cycle: bool) -> None:
         self._mover = mover
-        self._alike = alike
+        self._alike = single_step_cycle
         self.bandwidth = bandwidth
 
-    def machine(self, share: float = RELIABLE_SHARE) -> Machine:
+    def tier(self, share: float = RELIABLE_SHARE) -> TierSpec:
         """The tier, with a share of the bandwidths."""
         read_bytes_per_s, write_bytes_per_s = (share * bytes_per_s for bytes_per_s in self.bandwidth())
-        return Machine(self._mover.n_shared_frames, self._mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s)
+        return TierSpec(self._mover.n_shared_frames, self._mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s)
 
     def n_bytes(self, trace: Trace) -> dict[TensorId, int]:
         """Sizes of what a step uses and of what is in the tier for good."""
         tensors = self._mover.tensors
-        return {tensor: tensors[tensor].n_bytes for tensor in [*trace.tensors(), *self.fixed()]}
+        return {tensor: tensors[tensor].n_bytes for tensor in [*trace.tensors(), *self.resident()]}
 
     def plan(self, trace: Trace) -> Plan:
         """The plan for a step, checked.
@@ -54,9 +54,9 @@ class Planning:
             BudgetError: there is none: the tensors of one op do not fit together.
             PlanError: it does not hold, which is a defect.
         """
-        machine, n_bytes, fixed = self.machine(), self.n_bytes(trace), self.fixed()
-        plan = make_plan(trace, n_bytes, machine, fixed, alike=self._alike)
-        check_bounds(plan, trace, n_bytes, machine, fixed)
+        tier, n_bytes, resident = self.tier(), self.n_bytes(trace), self.resident()
+        plan = make_plan(trace, n_bytes, tier, resident, single_step_cycle=self._alike)
+        check_bounds(plan, trace, n_bytes, tier, resident)
         return plan
 
     def cost_s(self, trace: Trace) -> float:
@@ -64,11 +64,13 @@ class Planning:
         steps'."""
         try:
             return cost_s(
-                make_plan(trace, self.n_bytes(trace), self.machine(), self.fixed(), alike=self._alike, brief=True)
+                make_plan(
+                    trace, self.n_bytes(trace), self.tier(), self.resident(), single_step_cycle=self._alike, fast=True
+                )
             )
         except BudgetError:
             return math.inf
 
-    def fixed(self) -> dict[TensorId, FrameId]:
+    def resident(self) -> dict[TensorId, FrameId]:
         """What is in the tier for good, and its first frames."""
-        return {t.id: t.frame for t in self._mover.tensors.values() if t.fixed and t.frame is not None}
+        return {t.id: t.frame for t in self._mover.tensors.values() if t.resident and t.frame is not None}

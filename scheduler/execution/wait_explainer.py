@@ -29,7 +29,7 @@ COMING_DOWN: Final = "the device was still copying it down"
 COMMITTING: Final = "a commit had yet to store it"
 
 
-class Causes:
+class WaitExplainer:
     """Knows tensors by their names; called with the name of one that is waited for, or that of a commit of it.
 
     Args:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import LoadTask, Plan, by_trigger
 from scheduler.planning.trace import AccessMode, Op, Trace
 
@@ -48,8 +48,8 @@ def check_bounds(
     plan: Plan,
     trace: Trace,
     n_bytes: Mapping[TensorId, int],
-    machine: Machine,
-    fixed: Mapping[TensorId, FrameId] | None = None,
+    tier: TierSpec,
+    resident: Mapping[TensorId, FrameId] | None = None,
 ) -> BoundsReport:
     """Perform a plan for some cycles and prove that it can be followed.
 
@@ -58,15 +58,13 @@ def check_bounds(
     frames are used than there are.
 
     Args:
-        trace, n_bytes, machine, fixed: what the plan was made of; see `scheduler.make_plan`.
+        trace, n_bytes, tier, resident: what the plan was made of; see `scheduler.make_plan`.
 
     Raises:
         PlanError: something does not hold; names the first op and tensor.
     """
-    replay = Replay(trace, plan, n_bytes, machine.page_bytes, dict(fixed or {}))
-    replay.require(
-        plan.n_frames <= machine.n_frames, f"the plan has {plan.n_frames} frames, the machine {machine.n_frames}"
-    )
+    replay = Replay(trace, plan, n_bytes, tier.page_bytes, dict(resident or {}))
+    replay.require(plan.n_frames <= tier.n_frames, f"the plan has {plan.n_frames} frames, the tier {tier.n_frames}")
     frames_at_op = [0] * len(plan.keys)
     moved = (0, 0)
     for number in range(CYCLES):
@@ -91,7 +89,7 @@ class Replay:
     """Host frames under a plan. ``now`` counts ops over all cycles; every version dictionary knows every tensor.
 
     Attributes:
-        fixed: tensors that are in host memory for good, and their first frames.
+        resident: tensors that are in host memory for good, and their first frames.
         frames: owner of each frame.
         where: first frame of what is in host memory.
         locked_until: last op during which a view of the tensor lives.
@@ -105,7 +103,7 @@ class Replay:
     plan: Plan
     n_bytes: Mapping[TensorId, int]
     page_bytes: int
-    fixed: Mapping[TensorId, FrameId] = field(default_factory=dict)
+    resident: Mapping[TensorId, FrameId] = field(default_factory=dict)
     frames: list[TensorId | None] = field(init=False)
     where: dict[TensorId, int] = field(default_factory=dict)
     locked_until: dict[TensorId, int] = field(init=False)
@@ -123,7 +121,7 @@ class Replay:
     def __post_init__(self) -> None:
         plan = self.plan
         self.frames = [None] * plan.n_frames
-        tensors = list(dict.fromkeys([*self.trace.tensors(), *self.fixed]))
+        tensors = list(dict.fromkeys([*self.trace.tensors(), *self.resident]))
         self.locked_until = dict.fromkeys(tensors, -1)
         self.latest, self.filed = dict.fromkeys(tensors, 0), dict.fromkeys(tensors, 0)
         self.host = dict.fromkeys(tensors)
@@ -140,7 +138,7 @@ class Replay:
             (plan.loads_at, plan.stores_at) == (by_trigger(plan.loads), by_trigger(plan.stores)),
             "the moves by op are not those of the plan",
         )
-        for tensor, fixed_frame in self.fixed.items():
+        for tensor, fixed_frame in self.resident.items():
             self.require(
                 plan.initial.get(tensor) == fixed_frame,
                 f"{tensor} is fixed at frame {fixed_frame} and not planned there",

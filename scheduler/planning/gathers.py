@@ -24,7 +24,7 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import ceil_div
 from scheduler.planning.bounds import check_bounds
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import Plan
 from scheduler.planning.planner import cost_s, make_plan
 from scheduler.planning.trace import ENDS, Access, AccessMode, Op, Trace
@@ -78,7 +78,7 @@ class ShardedPlan:
 
 
 def plan_sharded(
-    trace: Trace, shards: Mapping[TensorId, TensorId], n_bytes: Mapping[TensorId, int], machine: Machine, link: Link
+    trace: Trace, shards: Mapping[TensorId, TensorId], n_bytes: Mapping[TensorId, int], tier: TierSpec, link: Link
 ) -> ShardedPlan:
     """Plan one rank's step: the moves of its shards, and the gathers of wholes.
 
@@ -86,7 +86,7 @@ def plan_sharded(
         trace: ops read wholes, and read or change shards and any other tensors.
         shards: the shard of each whole.
         n_bytes: of wholes, shards and all other tensors.
-        machine: of one rank; its bandwidths are of page files.
+        tier: of one rank; its bandwidths are of page files.
 
     Returns:
         The plan, both parts checked; together they need no more frames than there are.
@@ -98,9 +98,9 @@ def plan_sharded(
     below, above = shard_trace(trace, shards), gather_trace(trace, shards)
     found: list[ShardedPlan] = []
     short: BudgetError | None = None
-    for room in _rooms(above, n_bytes, machine.page_bytes):
+    for room in _rooms(above, n_bytes, tier.page_bytes):
         try:
-            found.append(_with_room(below, above, n_bytes, machine, link, room))
+            found.append(_with_room(below, above, n_bytes, tier, link, room))
         except BudgetError as error:
             short = short or error
     if not found:
@@ -154,23 +154,23 @@ def _rooms(above: Trace, n_bytes: Mapping[TensorId, int], page_bytes: int) -> li
 
 
 def _with_room(
-    below: Trace, above: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, link: Link, room: int
+    below: Trace, above: Trace, n_bytes: Mapping[TensorId, int], tier: TierSpec, link: Link, room: int
 ) -> ShardedPlan:
     """The plan with at least so many frames for wholes; they get what phase 1 leaves beside."""
-    if room > machine.n_frames:
-        need_bytes = room * machine.page_bytes
+    if room > tier.n_frames:
+        need_bytes = room * tier.page_bytes
         raise BudgetError(
-            f"the wholes of one op need {need_bytes} bytes of pages at once, the budget holds {machine.n_frames * machine.page_bytes}; "
+            f"the wholes of one op need {need_bytes} bytes of pages at once, the budget holds {tier.n_frames * tier.page_bytes}; "
             "raise memory.ram",
             need_bytes,
         )
-    first = replace(machine, n_frames=machine.n_frames - room)
+    first = replace(tier, n_frames=tier.n_frames - room)
     shards = make_plan(below, n_bytes, first)
     check_bounds(shards, below, n_bytes, first)
     placed = [*shards.initial.items(), *((load.tensor, load.frame) for load in shards.loads)]
-    first_frame = max((frame + ceil_div(n_bytes[tensor], machine.page_bytes) for tensor, frame in placed), default=0)
+    first_frame = max((frame + ceil_div(n_bytes[tensor], tier.page_bytes) for tensor, frame in placed), default=0)
     rate = link.whole_bytes_per_s
-    left = Machine(machine.n_frames - first_frame, machine.page_bytes, rate, rate)
-    gathers = make_plan(above, n_bytes, left, alike=True)
+    left = TierSpec(tier.n_frames - first_frame, tier.page_bytes, rate, rate)
+    gathers = make_plan(above, n_bytes, left, single_step_cycle=True)
     check_bounds(gathers, above, n_bytes, left)
     return ShardedPlan(shards, gathers, FrameId(first_frame))

@@ -42,7 +42,7 @@ Placed = tuple[tuple[TensorId, FrameId, bool, bool], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class TierSpec:
     """What the planner must know of the memory: host frames, their size, and the page files' bandwidths (bytes/s)."""
 
     n_frames: int
@@ -66,19 +66,19 @@ class Tenant:
 
 
 @dataclass(slots=True)
-class Walk:
+class LookaheadReader:
     """State of the reader and of the predicted clock.
 
     Attributes:
-        fixed: tensors that are in host memory for good, in the trace or not, and their first frames.
+        resident: tensors that are in host memory for good, in the trace or not, and their first frames.
         loads: what was brought, in order. stores: what was copied out, and the op for whose sake it had to leave.
         op_end_s: when each op walked over ends.
     """
 
     trace: Trace
     n_bytes: Mapping[TensorId, int]
-    machine: Machine
-    fixed: Mapping[TensorId, FrameId]
+    tier: TierSpec
+    resident: Mapping[TensorId, FrameId]
     frames: PageAllocator = field(init=False)
     tenants: dict[TensorId, Tenant] = field(default_factory=dict)
     uses: dict[TensorId, list[int]] = field(default_factory=dict)
@@ -93,8 +93,8 @@ class Walk:
     victims: Victims = field(default_factory=Victims)
 
     def __post_init__(self) -> None:
-        self.frames = PageAllocator(Tier.HOST, self.machine.page_bytes, self.machine.n_frames)
-        for tensor, frame in self.fixed.items():
+        self.frames = PageAllocator(Tier.HOST, self.tier.page_bytes, self.tier.n_frames)
+        for tensor, frame in self.resident.items():
             self.frames.allocate(tensor, self.n_bytes[tensor], contiguous=True, at=frame)
             self.tenants[tensor] = Tenant(frame, FOR_GOOD)
         for index, op in enumerate(self.trace.ops):
@@ -193,9 +193,9 @@ class Walk:
         """Place a tensor for op ``now``; returns when it is there (predicted clock), or None when no window is free."""
         tensor = access.tensor
         n_bytes = self.n_bytes[tensor]
-        n_frames = ceil_div(n_bytes, self.machine.page_bytes)
+        n_frames = ceil_div(n_bytes, self.tier.page_bytes)
         fresh = access.mode is AccessMode.CREATE
-        read_s = 0.0 if fresh else n_bytes / self.machine.read_bytes_per_s
+        read_s = 0.0 if fresh else n_bytes / self.tier.read_bytes_per_s
         window = self.choose(now, n_frames, read_s, staying, pack=pack)
         if window is None:
             return None
@@ -240,11 +240,11 @@ class Walk:
                 continue
             there_s = self.load(access, now, frozenset(placed), pack=True)
             if there_s is None:
-                page_bytes = self.machine.page_bytes
+                page_bytes = self.tier.page_bytes
                 need_bytes = page_bytes * sum(ceil_div(self.n_bytes[a.tensor], page_bytes) for a in op.accesses)
                 raise BudgetError(
                     f"{op.name} needs {need_bytes} bytes of host pages at once, the budget holds "
-                    f"{self.machine.n_frames * page_bytes}; raise memory.ram",
+                    f"{self.tier.n_frames * page_bytes}; raise memory.ram",
                     need_bytes,
                 )
             placed.add(access.tensor)
@@ -297,7 +297,7 @@ class Walk:
             tenant.locked_until = max(tenant.locked_until, until, now)
             self._used_next(access.tensor, tenant, self.next_use(access.tensor, now))
             if access.mode in CHANGES:
-                write_s = self.n_bytes[access.tensor] / self.machine.write_bytes_per_s
+                write_s = self.n_bytes[access.tensor] / self.tier.write_bytes_per_s
                 if not tenant.dirty:
                     self.write_free_s = max(self.write_free_s, self.op_end_s[now]) + write_s
                 tenant.dirty, tenant.modified_at = True, now

@@ -24,7 +24,7 @@ from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
-from scheduler.planning.lookahead import Machine, Placed, Walk
+from scheduler.planning.lookahead import LookaheadReader, Placed, TierSpec
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.planning.trace import CHANGES, AccessMode, Trace
 
@@ -54,47 +54,47 @@ _LASTING: Final = frozenset({AccessMode.READ, AccessMode.MODIFY})
 def make_plan(
     trace: Trace,
     n_bytes: Mapping[TensorId, int],
-    machine: Machine,
-    fixed: Mapping[TensorId, FrameId] | None = None,
+    tier: TierSpec,
+    resident: Mapping[TensorId, FrameId] | None = None,
     *,
-    alike: bool = False,
-    brief: bool = False,
+    single_step_cycle: bool = False,
+    fast: bool = False,
 ) -> Plan:
     """Schedule the page moves of a step that repeats.
 
     Args:
         trace: the step's ops with durations.
-        n_bytes: size of every tensor in the trace and in ``fixed``.
-        machine: host frames and page-file bandwidths.
-        fixed: tensors that are in host memory for good, in the trace or not, and their first frames.
-        alike: every step has the same moves, for the price of restoring the placement at each step's beginning.
-        brief: in a tenth to a third of the time, for comparing steps: one short walk.
+        n_bytes: size of every tensor in the trace and in ``resident``.
+        tier: host frames and page-file bandwidths.
+        resident: tensors that are in host memory for good, in the trace or not, and their first frames.
+        single_step_cycle: every step has the same moves, for the price of restoring the placement at each step's beginning.
+        fast: in a tenth to a third of the time, for comparing steps: one short walk.
 
     Returns:
-        A plan whose moves never need more than ``machine.n_frames`` frames. That of a step without ops moves nothing.
+        A plan whose moves never need more than ``tier.n_frames`` frames. That of a step without ops moves nothing.
 
     Raises:
         BudgetError: the tensors of one op do not fit together.
     """
     if not trace.ops:
-        return _idle(n_bytes, machine, fixed or {})
-    plan = _plan_with(trace, n_bytes, machine, fixed or {}, alike, brief)
-    if not plan.loads or brief:
+        return _idle(n_bytes, tier, resident or {})
+    plan = _plan_with(trace, n_bytes, tier, resident or {}, single_step_cycle, fast)
+    if not plan.loads or fast:
         return plan
     found = [plan]
-    for kept in _kept_sets(trace, n_bytes, machine, fixed or {}):
+    for kept in _kept_sets(trace, n_bytes, tier, resident or {}):
         try:
-            found.append(_plan_with(trace, n_bytes, machine, kept, alike, brief))
+            found.append(_plan_with(trace, n_bytes, tier, kept, single_step_cycle, fast))
         except BudgetError:
             break  # the next one keeps more
     return min(found, key=cost_s)
 
 
-def _idle(n_bytes: Mapping[TensorId, int], machine: Machine, fixed: Mapping[TensorId, FrameId]) -> Plan:
+def _idle(n_bytes: Mapping[TensorId, int], tier: TierSpec, resident: Mapping[TensorId, FrameId]) -> Plan:
     """The plan of a tier that no op of a step asks for anything: all of its work is done above."""
     return Plan(
-        keys=(), n_steps=1, n_frames=machine.n_frames, initial=dict(fixed), loads=(), stores=(), carried=(), closed=True,
-        peak_frames=_peak_frames(fixed, (), n_bytes, machine.page_bytes), read_bytes=0, written_bytes=0, step_s=0.0, compute_s=0.0,
+        keys=(), n_steps=1, n_frames=tier.n_frames, initial=dict(resident), loads=(), stores=(), carried=(), closed=True,
+        peak_frames=_peak_frames(resident, (), n_bytes, tier.page_bytes), read_bytes=0, written_bytes=0, step_s=0.0, compute_s=0.0,
     )  # fmt: skip
 
 
@@ -104,11 +104,11 @@ def cost_s(plan: Plan) -> float:
 
 
 def _kept_sets(
-    trace: Trace, n_bytes: Mapping[TensorId, int], machine: Machine, fixed: Mapping[TensorId, FrameId]
+    trace: Trace, n_bytes: Mapping[TensorId, int], tier: TierSpec, resident: Mapping[TensorId, FrameId]
 ) -> Iterator[dict[TensorId, FrameId]]:
-    """What is kept beside ``fixed`` in each further walk: tensors by ops that use them, then as the step meets them."""
+    """What is kept beside ``resident`` in each further walk: tensors by ops that use them, then as the step meets them."""
     n_uses: dict[TensorId, int] = {}
-    passing: set[TensorId] = set(fixed)
+    passing: set[TensorId] = set(resident)
     for op in trace.ops:
         for access in op.accesses:
             n_uses[access.tensor] = n_uses.get(access.tensor, 0) + 1
@@ -117,19 +117,19 @@ def _kept_sets(
     wanted = sorted((tensor for tensor in n_uses if tensor not in passing), key=lambda tensor: -n_uses[tensor])
     before: dict[TensorId, FrameId] = {}
     for share in KEPT_SHARES if len(trace.ops) <= MANY_OPS else (ONE_SHARE,):
-        frames = PageAllocator(Tier.HOST, machine.page_bytes, machine.n_frames)
-        for tensor, frame in fixed.items():
+        frames = PageAllocator(Tier.HOST, tier.page_bytes, tier.n_frames)
+        for tensor, frame in resident.items():
             frames.allocate(tensor, n_bytes[tensor], contiguous=True, at=frame)
-        kept, left = dict(fixed), int(share * machine.n_frames) - frames.used_frames
+        kept, left = dict(resident), int(share * tier.n_frames) - frames.used_frames
         for tensor in wanted:
-            n_pages = ceil_div(n_bytes[tensor], machine.page_bytes)
+            n_pages = ceil_div(n_bytes[tensor], tier.page_bytes)
             if n_pages > left:
                 continue
             placed = frames.allocate(tensor, n_bytes[tensor], contiguous=True)
             if not isinstance(placed, Shortage):
                 kept[tensor] = placed.runs[0].first
                 left -= n_pages
-        if kept != before and len(kept) > len(fixed):
+        if kept != before and len(kept) > len(resident):
             yield kept
         before = kept
 
@@ -137,27 +137,29 @@ def _kept_sets(
 def _plan_with(
     trace: Trace,
     n_bytes: Mapping[TensorId, int],
-    machine: Machine,
-    fixed: Mapping[TensorId, FrameId],
-    alike: bool,
-    brief: bool,
+    tier: TierSpec,
+    resident: Mapping[TensorId, FrameId],
+    single_step_cycle: bool,
+    fast: bool,
 ) -> Plan:
     """The plan of one walk."""
-    walk = Walk(trace, n_bytes, machine, fixed)
+    walk = LookaheadReader(trace, n_bytes, tier, resident)
     n_ops = len(trace.ops)
     most_steps, shortest = (
-        (FEW_STEPS, SHORT_CYCLE_STEPS) if brief or n_ops > VERY_MANY_OPS else (MAX_STEPS, MIN_CYCLE_STEPS)
+        (FEW_STEPS, SHORT_CYCLE_STEPS) if fast or n_ops > VERY_MANY_OPS else (MAX_STEPS, MIN_CYCLE_STEPS)
     )
     placements = [walk.placement()]
-    seen = slice(-2, -1) if alike else slice(0, -1)
+    seen = slice(-2, -1) if single_step_cycle else slice(0, -1)
     while len(placements) <= most_steps and (len(placements) < 2 or placements[-1] not in placements[seen]):
         walk.walk_step(len(placements) - 1)
         placements.append(walk.placement())
     last = len(placements) - 1
     closed = placements[-1] in placements[seen]
-    first = last - 1 if alike else placements.index(placements[-1])
+    first = last - 1 if single_step_cycle else placements.index(placements[-1])
     if not closed:
-        first, last = _least_different(placements, n_bytes, range(1, 2) if alike else range(shortest, most_steps + 1))
+        first, last = _least_different(
+            placements, n_bytes, range(1, 2) if single_step_cycle else range(shortest, most_steps + 1)
+        )
     start, end = first * n_ops, last * n_ops
     loads = [task for task in walk.loads if start <= task.needed_at < end]
     numbered = _numbered_from(start, end - start, loads, closed=closed)
@@ -170,7 +172,7 @@ def _plan_with(
     if not closed:
         stores |= dict.fromkeys(_unseen_stores(trace, placements[first], placements[last], loads, start, end))
         read_bytes, written_bytes = _restored_bytes(placements[first], placements[last], n_bytes)
-    restore_s = max(read_bytes / machine.read_bytes_per_s, written_bytes / machine.write_bytes_per_s)
+    restore_s = max(read_bytes / tier.read_bytes_per_s, written_bytes / tier.write_bytes_per_s)
     read_bytes += sum(n_bytes[task.tensor] for task in loads if not task.fresh)
     written_bytes += sum(n_bytes[task.tensor] for task in stores)
     carried = tuple(
@@ -183,13 +185,13 @@ def _plan_with(
     return Plan(
         keys=trace.keys * (last - first),
         n_steps=last - first,
-        n_frames=machine.n_frames,
+        n_frames=tier.n_frames,
         initial=initial,
         loads=numbered,
         stores=tuple(stores),
         carried=carried,
         closed=closed,
-        peak_frames=_peak_frames(initial, loads, n_bytes, machine.page_bytes),
+        peak_frames=_peak_frames(initial, loads, n_bytes, tier.page_bytes),
         read_bytes=read_bytes,
         written_bytes=written_bytes,
         step_s=(walk.op_end_s[end - 1] - before_s + restore_s) / (last - first),

@@ -24,7 +24,7 @@ from typing import Final
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import ceil_div
 from scheduler.planning.bounds import check_bounds
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import LoadTask, Plan
 from scheduler.planning.trace import CHANGES, ENDS, AccessMode, Op, Trace
 
@@ -95,15 +95,15 @@ def simulate(
     plan: Plan,
     trace: Trace,
     n_bytes: Mapping[TensorId, int],
-    machine: Machine,
-    fixed: Mapping[TensorId, FrameId] | None = None,
+    tier: TierSpec,
+    resident: Mapping[TensorId, FrameId] | None = None,
     *,
     latency_s: float = 0.0,
 ) -> Simulation:
     """Execute a plan until its cycles repeat.
 
     Args:
-        trace, n_bytes, machine, fixed: what the plan was made of, or of the same shape with other times: durations and
+        trace, n_bytes, tier, resident: what the plan was made of, or of the same shape with other times: durations and
             bandwidths may differ from those that it was made with.
         latency_s: of each load and each store, beside its bytes.
 
@@ -111,10 +111,10 @@ def simulate(
         PlanError: the plan does not hold.
         ValueError: a bandwidth is not above 0, or the latency is below.
     """
-    if min(machine.read_bytes_per_s, machine.write_bytes_per_s) <= 0 or latency_s < 0:
-        raise ValueError(f"bandwidths must be above 0 and the latency not below, not {machine} and {latency_s}")
-    check_bounds(plan, trace, n_bytes, machine, fixed)
-    run = _Run(plan, trace, n_bytes, machine, latency_s)
+    if min(tier.read_bytes_per_s, tier.write_bytes_per_s) <= 0 or latency_s < 0:
+        raise ValueError(f"bandwidths must be above 0 and the latency not below, not {tier} and {latency_s}")
+    check_bounds(plan, trace, n_bytes, tier, resident)
+    run = _Run(plan, trace, n_bytes, tier, latency_s)
     marks: list[_Mark] = []
     found: _Mark | None = None
     while found is None and len(marks) < MAX_CYCLES:
@@ -172,7 +172,7 @@ class _Run:
     plan: Plan
     trace: Trace
     n_bytes: Mapping[TensorId, int]
-    machine: Machine
+    tier: TierSpec
     latency_s: float
     tensors: dict[TensorId, _Tensor] = field(init=False)
     owners: list[TensorId | None] = field(init=False)
@@ -201,7 +201,7 @@ class _Run:
 
     def size(self, tensor: TensorId) -> int:
         """Frames of a tensor."""
-        return ceil_div(self.n_bytes[tensor], self.machine.page_bytes)
+        return ceil_div(self.n_bytes[tensor], self.tier.page_bytes)
 
     def take(self, tensor: TensorId, frame: FrameId, at_ns: int) -> None:
         """Give free frames to a tensor."""
@@ -230,7 +230,7 @@ class _Run:
 
     def serve(self, lane: Lane, tensor: TensorId, from_ns: int) -> int:
         """Move a tensor over a lane, at ``from_ns`` or once the lane is free; returns when that is over."""
-        bytes_per_s = self.machine.read_bytes_per_s if lane is Lane.SSD_READ else self.machine.write_bytes_per_s
+        bytes_per_s = self.tier.read_bytes_per_s if lane is Lane.SSD_READ else self.tier.write_bytes_per_s
         takes_ns = _whole_ns(self.latency_s + self.n_bytes[tensor] / bytes_per_s)
         self.free_ns[lane] = max(self.free_ns[lane], from_ns) + takes_ns
         self.busy_ns[lane] += takes_ns

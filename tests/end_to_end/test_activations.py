@@ -115,7 +115,7 @@ def test_no_more_than_the_limit_stays(tmp_path: Path) -> None:
         assert engine.stats().deviations == 0
         engine.save()
         tagged = [t for t in engine._store.mover.tensors.values() if t.tag is Tag.ACTIVATION]
-        assert tagged and not any(t.backed and t.owed for t in tagged)
+        assert tagged and not any(t.ssd_valid and t.snapshot_pending for t in tagged)
         assert all("saved tensor" not in name for name in engine._checkpoints.committer.commits[1].copies)
 
 

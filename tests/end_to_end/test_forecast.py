@@ -24,7 +24,7 @@ from offload.forecast.rehearsal import Bandwidths, RehearsalError, rehearsed
 from offload.forecast.report import forecast_rows
 from pagemem.errors import BudgetError
 from scheduler.planning.durations import MEASURED_STEPS
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.simulator import simulate
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "byte_gpt.toml"
@@ -140,7 +140,7 @@ def test_a_simulated_plan_moves_the_bytes_that_the_engine_moves(n_pages: int, tm
         train(2 * plan.n_steps)
         store.mover.settle()
         moved = engine.stats().since(before)
-        machine = Machine(store.mover.n_shared_frames, store.page_bytes, 1e9, 1e9)
+        machine = TierSpec(store.mover.n_shared_frames, store.page_bytes, 1e9, 1e9)
         done = simulate(plan, trace, {t.id: t.n_bytes for t in store.mover.tensors.values()}, machine)
         assert moved.deviations == 0 and done.steady
         # Where a plan does not close, the driver stores what is in the wrong place only when its frames are wanted.

@@ -109,12 +109,12 @@ def test_what_is_resumed_fits_together(ram: str, tmp_path: Path) -> None:
         for unit in engine._store.index.units:
             for slot in unit.slots:
                 assert 1 <= slot.steps <= resumed.step
-            assert len({(slot.steps, slot.ahead) for slot in unit.slots}) == 1, "a unit was committed half updated"
+            assert len({(slot.steps, slot.lookahead) for slot in unit.slots}) == 1, "a unit was committed half updated"
             if unit.slices[0].master is not None:
                 values = {p._place.slot: p for p in engine.model.parameters() if isinstance(p, PagedParameter)}
                 with torch.no_grad():
                     mine = torch.cat([values[slot].detach().clone().reshape(-1) for slot in unit.slots])
-                with engine._store.driver.interlude():
+                with engine._store.driver.untraced():
                     assert torch.equal(mine, masters_of(engine, unit)), (
                         f"{unit.name}: parameters are not those of its masters"
                     )
@@ -129,11 +129,11 @@ def test_save_has_every_update(tmp_path: Path) -> None:
         held.go_on.set()
         engine.save()
         expected, optimizer = engine.model.state_dict(), engine.optimizer.state_dict()["state"]
-        ahead = {slot.name: slot.ahead for unit in engine._store.index.units for slot in unit.slots}
-        assert any(ahead.values()), "nothing was merged"
+        lookahead = {slot.name: slot.lookahead for unit in engine._store.index.units for slot in unit.slots}
+        assert any(lookahead.values()), "nothing was merged"
     with offload.initialize(built(), settings(tmp_path, "24MiB")) as engine:
         engine.resume()
-        assert {slot.name: slot.ahead for unit in engine._store.index.units for slot in unit.slots} == ahead
+        assert {slot.name: slot.lookahead for unit in engine._store.index.units for slot in unit.slots} == lookahead
         found, states = engine.model.state_dict(), engine.optimizer.state_dict()["state"]
         assert all(torch.equal(found[name], value) for name, value in expected.items())
         assert all(

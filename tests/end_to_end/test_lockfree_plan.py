@@ -50,7 +50,7 @@ def trained(
     }
     generator = torch.Generator().manual_seed(11)
     with offload.initialize(model, settings, lambda ps: torch.optim.AdamW(ps, lr=1e-3, fused=True)) as engine:
-        resident = all(unit.parameters.fixed for unit in engine._store.index.units)
+        resident = all(unit.parameters.resident for unit in engine._store.index.units)
         deviations = []
         for _ in range(steps):
             for _ in range(update.get("accumulation", 1)):

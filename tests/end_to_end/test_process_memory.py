@@ -16,7 +16,7 @@ from small_runs import RAM_BYTES, batches, built, config, engine_of, train
 import offload.cli
 import offload.parameters.binder
 from offload.cli import main
-from offload.heap import ForwardEnd, joining
+from offload.heap import ForwardEnd, without_tcache
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_with_freed_blocks_that_join_activations_need_no_trimming(
 def test_launch_starts_itself_anew_where_the_heap_would_be_trimmed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: dict[str, object], anew: bool
 ) -> None:
-    environment = joining(os.environ)
+    environment = without_tcache(os.environ)
     if environment is None:
         pytest.skip("needs glibc, and a process that has its cache")
     started: list[tuple[str, list[str], dict[str, str]]] = []

@@ -26,7 +26,9 @@ def watch(driver: type[Driver], patch: pytest.MonkeyPatch) -> Callable[[], int]:
         held = begin(self, key, name, accesses)
         if type(self) is Driver:
             reads: set[TensorId] = {access.tensor for access in accesses if access.mode is AccessMode.READ}
-            seen[id(held)] = [(t, self.mover.bytes_of(t).clone()) for t in held if t.id in reads and not t.exposed]
+            seen[id(held)] = [
+                (t, self.mover.bytes_of(t).clone()) for t in held if t.id in reads and not t.may_be_aliased
+            ]
         return held
 
     def watched_end(self: Driver, held: list[PagedTensor]) -> None:

@@ -173,7 +173,7 @@ class Convolutions(nn.Module):
 def test_blocks_whose_forward_changes_buffers_are_left_alone(tmp_path: Path) -> None:
     pair = Pair(config_of(tmp_path, ram="1MiB", activations="128KiB"), Convolutions)
     pair.train(DECIDING_STEPS + 1)
-    assert pair.choice.state is Choice.DECIDED and all(block.leaves_traces for block in pair.choice.blocks)
+    assert pair.choice.state is Choice.DECIDED and all(block.has_side_effects for block in pair.choice.blocks)
     assert pair.end().recomputed_blocks == 0
 
 

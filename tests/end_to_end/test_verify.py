@@ -215,9 +215,9 @@ def test_no_manifest_that_can_be_read(run: FinishedRun, capsys: pytest.CaptureFi
 def test_what_lies_beside_a_commit_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [CASES["conv"].batch(torch.Generator().manual_seed(1))]
     run = finished(CASES["conv"].build(), settings(tmp_path), data)
-    (beside,) = (run.folder / "commits").glob("*.safetensors")
-    content = beside.read_bytes()
-    beside.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (sidecar,) = (run.folder / "commits").glob("*.safetensors")
+    content = sidecar.read_bytes()
+    sidecar.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (run.folder / "commits" / "commit-00000009.json.new").write_text("half")
     said = verified([str(run.folder)], 1, capsys)
     assert f"commit 1: {beside} is damaged" in said and "needed by no commit: commit-00000009.json.new" in said

@@ -29,7 +29,7 @@ MOST_S = 1.0
 #: What may be, in a run that went on without a word: names, dates and keys of others; what the loop at hand does not
 #: track; the newest commit is not there, so another is the newest.
 BENIGN = (
-    "name is ", "created is ", "state.versions", "state.config", "state.given", "state.names.", "state.ahead is missing", "state.tracked", "state.unlike is missing", "a state of another kind",
+    "name is ", "created is ", "state.versions", "state.config", "state.given", "state.names.", "state.lookahead is missing", "state.tracked", "state.unlike is missing", "a state of another kind",
     "state.groups.0 has a key more", "state.groups.0.initial_lr is ", "missing",
 )  # fmt: skip
 #: Of a group, what an optimizer can do without.

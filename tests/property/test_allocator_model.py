@@ -139,18 +139,18 @@ class AllocatorAgainstByteMap(RuleBasedStateMachine):
 
     def merge(self, tensor: TensorId, fixed_seed: int, fixed_share: float) -> None:
         draw = random.Random(fixed_seed)
-        fixed = {other for other in self.sizes if draw.random() < fixed_share}
+        resident = {other for other in self.sizes if draw.random() < fixed_share}
         before = self.layout()
         flat = {other for other, placed in before.items() if placed.contiguous}
         was_flat, longest = tensor in flat, self.longest_free_run()
-        moves = self.frames.merge(tensor, movable=lambda other: other not in fixed)
+        moves = self.frames.merge(tensor, movable=lambda other: other not in resident)
         if isinstance(moves, Shortage):
             self.check_shortage(moves)
             assert not was_flat
             assert longest < ceil_div(self.sizes[tensor], PAGE)
             assert self.layout() == before
             return
-        self.copy(moves, (set(self.sizes) - fixed) | {tensor})
+        self.copy(moves, (set(self.sizes) - resident) | {tensor})
         assert {other for other, placed in self.layout().items() if placed.contiguous} >= flat | {tensor}
         assert not (was_flat and moves)
         if longest >= ceil_div(self.sizes[tensor], PAGE):

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pagemem.files.checksums import DigestArray
 from pagemem.frames.page import Extent, Placement
-from pagemem.residency.disk_versions import Copies, StoredCopy
+from pagemem.residency.disk_versions import DiskVersion, DiskVersions
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, KiB
 
@@ -46,12 +46,12 @@ class Disk:
     def remember(self, route: tuple[Extent, ...], sums: DigestArray) -> None:
         self.sums_of.update(zip(route, sums.tolist(), strict=True))
 
-    def write(self, stored: StoredCopy, value: int) -> None:
+    def write(self, stored: DiskVersion, value: int) -> None:
         for block in blocks_of(stored.placement):
             self.blocks[block] = value
         self.remember(stored.route, np.full(len(stored.route), value, dtype=np.uint64))  # type: ignore[arg-type]
 
-    def read(self, stored: StoredCopy) -> set[int]:
+    def read(self, stored: DiskVersion) -> set[int]:
         return {self.blocks[block] for block in blocks_of(stored.placement)}
 
 
@@ -69,7 +69,7 @@ class Tensor:
     """A tensor, and what its current copy must hold."""
 
     n_bytes: int
-    copy: StoredCopy | None = None
+    copy: DiskVersion | None = None
     value: int = 0
 
 
@@ -77,16 +77,16 @@ class Tensor:
 class Commit:
     """Copies that a commit names, and what each must hold."""
 
-    named: list[tuple[StoredCopy, int]] = field(default_factory=list)
+    named: list[tuple[DiskVersion, int]] = field(default_factory=list)
 
 
 class CopiesModel(RuleBasedStateMachine):
-    """Calls on one `Copies`, as mover and committer make them."""
+    """Calls on one `DiskVersions`, as mover and committer make them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.disk = Disk()
-        self.copies = Copies(self.disk, PAGE)  # type: ignore[arg-type]
+        self.copies = DiskVersions(self.disk, PAGE)  # type: ignore[arg-type]
         self.tensors: list[Tensor] = []
         self.commits: list[Commit] = []
         self.written = 0
@@ -154,8 +154,8 @@ class CopiesModel(RuleBasedStateMachine):
         """The process was killed: the next one knows the commits alone, and what they say of their copies."""
         sums = {id(stored): self.copies.sums([stored])[0] for commit in self.commits for stored, _ in commit.named}
         self.disk.n_frames, self.disk.sums_of = 0, {}
-        self.copies = Copies(self.disk, PAGE)  # type: ignore[arg-type]
-        restored: dict[int, StoredCopy] = {}
+        self.copies = DiskVersions(self.disk, PAGE)  # type: ignore[arg-type]
+        restored: dict[int, DiskVersion] = {}
         for commit in self.commits:
             for at, (stored, value) in enumerate(commit.named):
                 if id(stored) not in restored:

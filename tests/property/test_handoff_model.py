@@ -1,6 +1,6 @@
 """The hand-off under every interleaving of both sides: no thread runs, and hypothesis says who makes the next move.
 
-The training side is the real `LockFreeUpdater`; the updater's side calls the real `Mailbox` move by move. Wherever one
+The training side is the real `LockFreeUpdater`; the updater's side calls the real `UnitChannel` move by move. Wherever one
 of them has just read something the other may write, the other may make any number of moves.
 
 A step's gradient is a one at the place of the step's number. So parameters show which updates they have, and how often.
@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 from one_unit import mark, unit_of
 from torch import Tensor
 
-from optim.lockfree.unit_channel import Mailbox, Parcel, SlotSum, Version
+from optim.lockfree.unit_channel import GradientBatch, GradientSum, UnitChannel, Version
 from optim.lockfree.unit_clock import UnitClock
 from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import Scaling
@@ -90,7 +90,7 @@ class WatchedDeque(deque[Any]):
         return item
 
 
-class WatchedMailbox(Mailbox):
+class WatchedMailbox(UnitChannel):
     """A mailbox that records publications and what was seen of them."""
 
     def unadopted(self) -> Version | None:
@@ -99,7 +99,7 @@ class WatchedMailbox(Mailbox):
         events.append(("look", self.version.last if self.version is not None else 0))
         return super().unadopted()
 
-    def publish(self, parcel: Parcel) -> None:
+    def publish(self, parcel: GradientBatch) -> None:
         """As the real one, recorded."""
         super().publish(parcel)
         cast(WatchedClock, self.clock).events.append(("publish", parcel.last))
@@ -125,9 +125,9 @@ class Pages:
 class SteppedUpdater:
     """The updater, one move at a time, in place of its thread."""
 
-    def __init__(self, boxes: list[Mailbox], pages: Pages) -> None:
+    def __init__(self, boxes: list[UnitChannel], pages: Pages) -> None:
         self._boxes, self._pages = boxes, pages
-        self._wanted: Mailbox | None = None
+        self._wanted: UnitChannel | None = None
         self._at: Iterator[None] = self._serve()
         self.moving = False
         self.choice = 0
@@ -161,7 +161,7 @@ class SteppedUpdater:
             box.publish(parcel)
             yield
 
-    def _update(self, unit: Unit, slot: Slot, total: SlotSum, newest: dict[Slot, SlotSum]) -> None:
+    def _update(self, unit: Unit, slot: Slot, total: GradientSum, newest: dict[Slot, GradientSum]) -> None:
         known = newest.get(slot)
         before = (self._pages.of(unit, slot) if known is None else known.flat).clone()
         assert torch.equal(before, mark(N, *self.applied[slot])), "the updater does not start from the newest values"
@@ -177,7 +177,7 @@ class SteppedUpdater:
 
     stop = wake = check = start
 
-    def want(self, box: Mailbox | None) -> None:
+    def want(self, box: UnitChannel | None) -> None:
         """As the real one."""
         self._wanted = box
 
@@ -222,7 +222,7 @@ class HandOff(RuleBasedStateMachine):
         mover = SimpleNamespace(arena=self.pages, touch=lambda tensor: None, make_writable=lambda tensor: None)
         driver = SimpleNamespace(
             mover=mover, mode=Mode.ON_DEMAND, end_step=lambda repeatable: None, viewed=lambda tensor: False,
-            in_passing=lambda tensor: nullcontext(tensor.fixed),
+            in_passing=lambda tensor: nullcontext(tensor.resident),
         )  # fmt: skip
         states = SimpleNamespace(follow_edits=lambda unit: None)
         self.training = LockFreeUpdater(

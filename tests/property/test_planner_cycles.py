@@ -8,7 +8,7 @@ import pytest
 
 from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import check_bounds
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
@@ -16,7 +16,7 @@ PAGE_BYTES = 1 << 16
 N_STEPS = 80
 
 
-def training_step(rng: random.Random) -> tuple[Trace, dict[TensorId, int], Machine]:
+def training_step(rng: random.Random) -> tuple[Trace, dict[TensorId, int], TierSpec]:
     """Updates at a unit's first use (as clipping makes them), forward and backward, in about half the memory they
     take."""
     n_units = rng.randint(5, 12)
@@ -41,7 +41,7 @@ def training_step(rng: random.Random) -> tuple[Trace, dict[TensorId, int], Machi
     return (
         Trace(tuple(ops)),
         n_bytes,
-        Machine(n_frames, PAGE_BYTES, pages_per_s * PAGE_BYTES, pages_per_s * PAGE_BYTES / 2),
+        TierSpec(n_frames, PAGE_BYTES, pages_per_s * PAGE_BYTES, pages_per_s * PAGE_BYTES / 2),
     )
 
 

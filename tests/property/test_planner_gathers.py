@@ -13,7 +13,7 @@ from pagemem.frames.page import TensorId
 from pagemem.units import ceil_div
 from scheduler.planning.bounds import Replay, check_bounds
 from scheduler.planning.gathers import Link, ShardedPlan, gather_trace, plan_sharded, shard_trace
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.planner import make_plan
 from scheduler.planning.simulator import simulate
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
@@ -71,7 +71,7 @@ def test_both_parts_fit_and_hold(
     sizes: list[int], n_ranks: int, n_frames: int, clipped: bool, pages_per_s: float
 ) -> None:
     trace, shards, n_bytes = training_step(sizes, n_ranks, clipped=clipped)
-    machine = Machine(n_frames, PAGE_BYTES, 2.0 * PAGE_BYTES, 2.0 * PAGE_BYTES)
+    machine = TierSpec(n_frames, PAGE_BYTES, 2.0 * PAGE_BYTES, 2.0 * PAGE_BYTES)
     try:
         plan = plan_sharded(trace, shards, n_bytes, machine, Link(n_ranks, pages_per_s * PAGE_BYTES))
     except BudgetError as error:
@@ -91,7 +91,7 @@ def test_both_parts_fit_and_hold(
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=6), st.integers(2, 8))
 def test_ranks_with_the_same_figures_gather_in_the_same_order(sizes: list[int], n_ranks: int) -> None:
-    machine, link = Machine(30, PAGE_BYTES, 1e9, 1e9), Link(n_ranks, 1e9)
+    machine, link = TierSpec(30, PAGE_BYTES, 1e9, 1e9), Link(n_ranks, 1e9)
     plans = [plan_sharded(*training_step(sizes, n_ranks), machine, link) for _ in range(2)]
     assert plans[0].gathers.loads == plans[1].gathers.loads and plans[0] == plans[1]
 
@@ -102,7 +102,7 @@ def test_gathers_run_ahead_in_the_memory_that_is_left() -> None:
     link = Link(2, 2.0 * PAGE_BYTES)  # a page a second received, two of a whole gathered: half an op each
 
     def planned(n_frames: int) -> ShardedPlan:
-        return plan_sharded(trace, shards, n_bytes, Machine(n_frames, PAGE_BYTES, 1e12, 1e12), link)
+        return plan_sharded(trace, shards, n_bytes, TierSpec(n_frames, PAGE_BYTES, 1e12, 1e12), link)
 
     tight, roomy = planned(2 + 3), planned(60)
     waits_s = [plan.gathers.step_s - plan.gathers.compute_s for plan in (tight, roomy)]
@@ -110,14 +110,14 @@ def test_gathers_run_ahead_in_the_memory_that_is_left() -> None:
     assert whole_pages(tight, n_bytes) == 2 * 11 and whole_pages(roomy, n_bytes) == 2 * 6, (
         "with room for all, once after each update"
     )
-    machine = Machine(60 - roomy.first_frame, PAGE_BYTES, link.whole_bytes_per_s, link.whole_bytes_per_s)
+    machine = TierSpec(60 - roomy.first_frame, PAGE_BYTES, link.whole_bytes_per_s, link.whole_bytes_per_s)
     simulated = simulate(roomy.gathers, gather_trace(trace, shards), n_bytes, machine)
     assert simulated.step_s == pytest.approx(roomy.gathers.step_s)
 
 
 def test_a_whole_is_gathered_after_its_update_and_not_before() -> None:
     trace, shards, n_bytes = training_step([1] * 4, 4, clipped=True)
-    plan = plan_sharded(trace, shards, n_bytes, Machine(40, PAGE_BYTES, 1e12, 1e12), Link(4, 1e12))
+    plan = plan_sharded(trace, shards, n_bytes, TierSpec(40, PAGE_BYTES, 1e12, 1e12), Link(4, 1e12))
     updated_at = {op.name: index for index, op in enumerate(trace.ops) if op.kind is OpKind.UPDATE}
     for load in plan.gathers.loads:
         assert load.trigger > updated_at[f"update {load.tensor}"] and load.needed_at == load.trigger
@@ -129,7 +129,7 @@ def test_memory_goes_to_whichever_part_it_saves_more_for() -> None:
     slow, fast = 1.0 * PAGE_BYTES, 1e12
     rooms = {}
     for name, disk, link in (("disk", slow, fast), ("link", fast, slow)):
-        plan = plan_sharded(trace, shards, n_bytes, Machine(32, PAGE_BYTES, disk, disk), Link(4, link))
+        plan = plan_sharded(trace, shards, n_bytes, TierSpec(32, PAGE_BYTES, disk, disk), Link(4, link))
         rooms[name] = 32 - plan.first_frame
     assert rooms["disk"] < rooms["link"]
 
@@ -139,7 +139,7 @@ def test_an_op_that_reads_a_whole_reads_its_shard(sizes: list[int], n_ranks: int
     """And what is not of wholes stays as it is; with room for all of it the plan of that holds."""
     trace, shards, n_bytes = training_step(sizes, n_ranks)
     below = shard_trace(trace, shards)
-    machine = Machine(sum(ceil_div(n, PAGE_BYTES) for n in n_bytes.values()), PAGE_BYTES, 1e9, 1e9)
+    machine = TierSpec(sum(ceil_div(n, PAGE_BYTES) for n in n_bytes.values()), PAGE_BYTES, 1e9, 1e9)
     Replay(below, make_plan(below, n_bytes, machine), n_bytes, PAGE_BYTES).cycle()
     assert [len(op.accesses) for op in below.ops] == [len(op.accesses) for op in trace.ops]
     assert not any(access.tensor in shards for op in below.ops for access in op.accesses)
@@ -148,7 +148,7 @@ def test_an_op_that_reads_a_whole_reads_its_shard(sizes: list[int], n_ranks: int
 def test_what_cannot_be_is_refused() -> None:
     trace, shards, n_bytes = training_step([3, 1], 2)
     with pytest.raises(BudgetError, match="need .* bytes of") as caught:
-        plan_sharded(trace, shards, n_bytes, Machine(2, PAGE_BYTES, 1e9, 1e9), Link(2, 1e9))
+        plan_sharded(trace, shards, n_bytes, TierSpec(2, PAGE_BYTES, 1e9, 1e9), Link(2, 1e9))
     assert caught.value.smallest_bytes == 3 * PAGE_BYTES
     changed = Trace((Op((OpKind.FORWARD, 0), "edit", (Access(TensorId(0), AccessMode.MODIFY),)),))
     with pytest.raises(ValueError, match="edit: a whole is only read"):

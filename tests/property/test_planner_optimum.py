@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pagemem.frames.window import MANY_TENANTS
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
@@ -86,7 +86,7 @@ def fewest_pages(trace: Trace, n_frames: int) -> float:
 
 def planned_pages(trace: Trace, n_frames: int) -> float:
     """Pages that the plan moves in a step, its share of restoring a placement included."""
-    plan = make_plan(trace, dict.fromkeys(trace.tensors(), PAGE_BYTES), Machine(n_frames, PAGE_BYTES, FAST, FAST))
+    plan = make_plan(trace, dict.fromkeys(trace.tensors(), PAGE_BYTES), TierSpec(n_frames, PAGE_BYTES, FAST, FAST))
     return plan.moved_bytes / PAGE_BYTES
 
 

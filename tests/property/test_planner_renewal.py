@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import PlanError, check_bounds
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import by_trigger
 from scheduler.planning.planner import make_plan
 from scheduler.planning.simulator import simulate
@@ -20,7 +20,7 @@ PAGE_BYTES = 1 << 16
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[Trace, dict[TensorId, int], Machine]:
+def steps(draw: st.DrawFn) -> tuple[Trace, dict[TensorId, int], TierSpec]:
     """Uses and renewals of a few tensors in any order, and at least the room that the largest one needs."""
     n_bytes = {
         TensorId(number): pages * PAGE_BYTES
@@ -35,18 +35,18 @@ def steps(draw: st.DrawFn) -> tuple[Trace, dict[TensorId, int], Machine]:
     most_pages = sum(n_bytes.values()) // PAGE_BYTES
     n_frames = draw(st.integers(max(n_bytes.values()) // PAGE_BYTES, most_pages))
     speed = draw(st.sampled_from([0.5, 50.0])) * PAGE_BYTES
-    return Trace(tuple(ops)), n_bytes, Machine(n_frames, PAGE_BYTES, speed, speed)
+    return Trace(tuple(ops)), n_bytes, TierSpec(n_frames, PAGE_BYTES, speed, speed)
 
 
 @given(steps(), st.booleans())
 def test_no_op_sees_what_was_copied_before_a_renewal(
-    work: tuple[Trace, dict[TensorId, int], Machine], alike: bool
+    work: tuple[Trace, dict[TensorId, int], TierSpec], single_step_cycle: bool
 ) -> None:
     trace, n_bytes, machine = work
-    plan = make_plan(trace, n_bytes, machine, alike=alike)
+    plan = make_plan(trace, n_bytes, machine, single_step_cycle=single_step_cycle)
     report = check_bounds(plan, trace, n_bytes, machine)
     assert report.written_bytes == 0 and not plan.stores, "what is below is authoritative"
-    assert plan.n_steps == 1 or not alike
+    assert plan.n_steps == 1 or not single_step_cycle
     assert simulate(plan, trace, n_bytes, machine).read_bytes == pytest.approx(report.read_bytes)
 
 
@@ -54,8 +54,8 @@ def test_what_is_not_renewed_stays_and_what_is_renewed_comes_again() -> None:
     a, b = TensorId(0), TensorId(1)
     uses = [(a, AccessMode.READ), (b, AccessMode.READ), (a, AccessMode.RENEW)]
     ops = [Op((OpKind.FORWARD, index), f"op {index}", (Access(*use),), 1.0, index) for index, use in enumerate(uses)]
-    trace, n_bytes, machine = Trace(tuple(ops)), dict.fromkeys((a, b), PAGE_BYTES), Machine(2, PAGE_BYTES, 1e9, 1e9)
-    plan = make_plan(trace, n_bytes, machine, alike=True)
+    trace, n_bytes, machine = Trace(tuple(ops)), dict.fromkeys((a, b), PAGE_BYTES), TierSpec(2, PAGE_BYTES, 1e9, 1e9)
+    plan = make_plan(trace, n_bytes, machine, single_step_cycle=True)
     assert plan.closed and [load.tensor for load in plan.loads] == [a]
     assert check_bounds(plan, trace, n_bytes, machine).read_bytes == PAGE_BYTES
 
@@ -66,8 +66,8 @@ def test_a_copy_made_too_early_is_found_out() -> None:
     ops = [
         Op((OpKind.FORWARD, index), f"op {index}", (Access(a, mode),), 1.0, index) for index, mode in enumerate(uses)
     ]
-    trace, n_bytes, machine = Trace(tuple(ops)), {a: PAGE_BYTES}, Machine(1, PAGE_BYTES, 1e9, 1e9)
-    plan = make_plan(trace, n_bytes, machine, alike=True)
+    trace, n_bytes, machine = Trace(tuple(ops)), {a: PAGE_BYTES}, TierSpec(1, PAGE_BYTES, 1e9, 1e9)
+    plan = make_plan(trace, n_bytes, machine, single_step_cycle=True)
     check_bounds(plan, trace, n_bytes, machine)
     early = tuple(replace(load, trigger=min(load.trigger, 1)) for load in plan.loads)
     with pytest.raises(PlanError, match="misses|old"):

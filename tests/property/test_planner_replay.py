@@ -13,7 +13,7 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.units import BLOCK_BYTES, KiB
 from scheduler.planning.bounds import Replay, check_bounds
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import Plan
 from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
@@ -43,7 +43,7 @@ class Work:
         return max(sum(self.frames(tensor) for tensor in tensors) for tensors in alive)
 
     def plan(self, n_frames: int, read_bytes_per_s: float = BYTES_PER_S) -> Plan:
-        return make_plan(self.trace, self.n_bytes, Machine(n_frames, PAGE_BYTES, read_bytes_per_s, BYTES_PER_S))
+        return make_plan(self.trace, self.n_bytes, TierSpec(n_frames, PAGE_BYTES, read_bytes_per_s, BYTES_PER_S))
 
     def replay(self, plan: Plan) -> Replay:
         return Replay(self.trace, plan, self.n_bytes, PAGE_BYTES)
@@ -96,7 +96,7 @@ def check(work: Work, plan: Plan) -> Replay:
     # Less where an op's tensors were placed anew and one of them came to where it was.
     assert replay.bytes_read - moved[0] <= plan.read_bytes and replay.bytes_written - moved[1] <= plan.written_bytes
     assert plan.peak_frames == len(replay.touched) <= plan.n_frames
-    report = check_bounds(plan, work.trace, work.n_bytes, Machine(plan.n_frames, PAGE_BYTES, BYTES_PER_S, BYTES_PER_S))
+    report = check_bounds(plan, work.trace, work.n_bytes, TierSpec(plan.n_frames, PAGE_BYTES, BYTES_PER_S, BYTES_PER_S))
     assert report.peak_frames == plan.peak_frames and len(report.frames_at_op) == len(plan.keys)
     return replay
 

@@ -12,7 +12,7 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.planning.bounds import PlanError, check_bounds
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.planning.planner import make_plan
 from scheduler.planning.simulator import Lane, Simulation, Wait, simulate
@@ -55,7 +55,7 @@ def plan_of(
 
 def run(plan: Plan, trace: Trace, *, read: float = 1.0, write: float = 1.0, latency_ms: float = 0.0) -> Simulation:
     """Simulate one-page tensors; ``read`` and ``write`` are pages a millisecond."""
-    machine = Machine(plan.n_frames, PAGE_BYTES, read * BYTES_PER_S, write * BYTES_PER_S)
+    machine = TierSpec(plan.n_frames, PAGE_BYTES, read * BYTES_PER_S, write * BYTES_PER_S)
     return simulate(plan, trace, dict.fromkeys(trace.tensors(), PAGE_BYTES), machine, latency_s=latency_ms / 1e3)
 
 
@@ -209,7 +209,7 @@ def planned(draw: st.DrawFn) -> tuple[Plan, Trace, dict[TensorId, int]]:
     alive = [{a.tensor for op in ops[: i + 1] if op.until >= i for a in op.accesses} for i in range(len(ops))]
     n_frames = max(sum(n_bytes[t] for t in at_once) for at_once in alive) // PAGE_BYTES + draw(st.integers(0, 6))
     try:
-        return make_plan(trace, n_bytes, Machine(n_frames, PAGE_BYTES, BYTES_PER_S, BYTES_PER_S)), trace, n_bytes
+        return make_plan(trace, n_bytes, TierSpec(n_frames, PAGE_BYTES, BYTES_PER_S, BYTES_PER_S)), trace, n_bytes
     except BudgetError:
         return draw(planned())  # What is held lay so that no window was left.
 
@@ -217,8 +217,8 @@ def planned(draw: st.DrawFn) -> tuple[Plan, Trace, dict[TensorId, int]]:
 speeds = st.sampled_from([0.3, 1.0, 2.5, 40.0])
 
 
-def machine_of(plan: Plan, read: float, write: float) -> Machine:
-    return Machine(plan.n_frames, PAGE_BYTES, read * BYTES_PER_S, write * BYTES_PER_S)
+def machine_of(plan: Plan, read: float, write: float) -> TierSpec:
+    return TierSpec(plan.n_frames, PAGE_BYTES, read * BYTES_PER_S, write * BYTES_PER_S)
 
 
 @settings(max_examples=200, deadline=None)
@@ -264,7 +264,7 @@ def test_a_faster_disk_never_makes_the_same_plan_slower(
 def test_with_a_frame_for_every_page_nothing_waits(work: tuple[Plan, Trace, dict[TensorId, int]], read: float) -> None:
     _, trace, n_bytes = work
     one_page = dict.fromkeys(n_bytes, PAGE_BYTES)
-    plan = make_plan(trace, one_page, Machine(len(n_bytes), PAGE_BYTES, BYTES_PER_S, BYTES_PER_S))
+    plan = make_plan(trace, one_page, TierSpec(len(n_bytes), PAGE_BYTES, BYTES_PER_S, BYTES_PER_S))
     done = simulate(plan, trace, one_page, machine_of(plan, read, read))
     assert done.waits == () and done.steady and (done.read_bytes, done.written_bytes) == (0.0, 0.0)
     assert done.step_s == pytest.approx(trace.compute_s)

@@ -36,7 +36,7 @@ def tiers() -> Iterator[Tiers]:
 def test_a_copy_waits_for_its_host_pages(tiers: Tiers) -> None:
     tensor = tiers.stored(7, "t")
     tiers.device.start_load(tensor, FrameId(1))
-    assert tensor.state is R.LOADING and tensor.id in tiers.device.unclaimed
+    assert tensor.state is R.LOADING and tensor.id in tiers.device.prefetched_unused
     tiers.comes(tensor, 0)
     tiers.arrives(tensor)
     assert tiers.holds(tensor, 7)
@@ -60,7 +60,7 @@ def test_a_copy_that_has_not_begun_is_taken_back(tiers: Tiers) -> None:
     tensor = tiers.stored(7, "t")
     tiers.device.start_load(tensor, FrameId(0))
     assert tiers.device.take_back_load(tensor)
-    assert tensor.state is R.STORED and tensor.frame is None and tensor.id not in tiers.device.unclaimed
+    assert tensor.state is R.STORED and tensor.frame is None and tensor.id not in tiers.device.prefetched_unused
     assert not tiers.device.take_back_load(tensor), "there is none any more"
     tiers.device.settle()
     tiers.comes(tensor, 0)

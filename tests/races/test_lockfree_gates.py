@@ -125,7 +125,7 @@ def test_an_edit_comes_after_all_updates_and_before_the_next(point: str, scale: 
         run.step()
         with offload.gathered(run.model.layers[1]), torch.no_grad():
             assert run.clock(SECOND) == (4, 4, 4)
-            assert all(slot.ahead for slot in run.boxes[SECOND].unit.slots), (
+            assert all(slot.lookahead for slot in run.boxes[SECOND].unit.slots), (
                 "what is edited was not ahead of its update"
             )
             before = run.model.layers[1].weight.clone()

@@ -102,7 +102,7 @@ def test_a_load_that_fails_leaves_the_tensor_stored_and_its_frames_free(gates: G
     with pytest.raises(StorageError, match="the disk went away"):
         waiting.result(timeout=TIMEOUT_S)
     gates.mover.check()  # Told once.
-    assert (tensor.state, tensor.frame, tensor.backed) == (R.STORED, None, True)
+    assert (tensor.state, tensor.frame, tensor.ssd_valid) == (R.STORED, None, True)
     assert gates.mover.host.used_frames == 0
     gates.mover.validate()
     gates.mover.start_load(tensor, FrameId(2))
@@ -113,7 +113,7 @@ def test_a_load_that_fails_leaves_the_tensor_stored_and_its_frames_free(gates: G
 def test_a_fresh_load_is_not_read(gates: Gates) -> None:
     tensor = gates.stored(7)
     gates.mover.start_load(tensor, FrameId(0), fresh=True)
-    assert gates.files.idle() and tensor.state is R.CLEAN and not tensor.backed
+    assert gates.files.idle() and tensor.state is R.CLEAN and not tensor.ssd_valid
 
 
 # ---- a store under way
@@ -131,9 +131,9 @@ def test_compute_reads_while_a_store_is_under_way_but_nobody_drops_it(gates: Gat
     assert tensor.state is R.STORING and gates.holds(tensor, 5)
     assert not gates.mover.droppable(tensor.id)
     write.open()
-    assert (tensor.state, tensor.backed) == (R.CLEAN, True)
+    assert (tensor.state, tensor.ssd_valid) == (R.CLEAN, True)
     gates.mover.drop(tensor)
-    assert tensor.frame is None and tensor.backed
+    assert tensor.frame is None and tensor.ssd_valid
 
 
 def test_a_pinned_tensor_is_stored_but_not_dropped(gates: Gates) -> None:
@@ -156,7 +156,7 @@ def test_a_store_that_fails_keeps_the_tensor_dirty_and_whole(gates: Gates) -> No
     with pytest.raises(StorageError, match="no space"):
         waiting.result(timeout=TIMEOUT_S)
     gates.mover.check()  # Told once.
-    assert (tensor.state, tensor.backed) == (R.DIRTY, False)
+    assert (tensor.state, tensor.ssd_valid) == (R.DIRTY, False)
     assert gates.holds(tensor, 5)
     gates.mover.validate()
     gates.mover.start_store(tensor)
@@ -169,10 +169,10 @@ def test_a_second_store_that_fails_does_not_make_the_first_ones_copy_count(gates
     gates.mover.start_store(tensor)
     gates.files.take("write").open()
     gates.fill(tensor, 6)
-    assert not tensor.backed
+    assert not tensor.ssd_valid
     gates.mover.start_store(tensor)
     gates.files.take("write").fail(StorageError("no space"))
-    assert (tensor.state, tensor.backed) == (R.DIRTY, False) and gates.holds(tensor, 6)
+    assert (tensor.state, tensor.ssd_valid) == (R.DIRTY, False) and gates.holds(tensor, 6)
 
 
 def test_the_first_of_several_errors_is_the_one_that_is_raised(gates: Gates) -> None:

@@ -97,7 +97,7 @@ def test_dirty_tensors_are_stored_a_few_at_a_time_those_used_longest_ago_first(g
             held.append(gates.files.take("write"))
     assert snapshot.state is SnapshotState.COMPLETE
     assert content(gates, snapshot) == {f"t{i}": 10 + i for i in range(5)}
-    assert not any(tensor.owed for tensor in tensors)
+    assert not any(tensor.snapshot_pending for tensor in tensors)
 
 
 def test_a_store_under_way_already_counts(gates: Gates) -> None:
@@ -174,13 +174,13 @@ def test_a_change_of_what_waits_in_the_queue_has_it_stored_at_once(gates: Gates)
 
 
 def test_nothing_else_waits(gates: Gates) -> None:
-    paid, tensors = gates.stored(7, name="paid"), several(gates, 2)
+    snapshot_done, tensors = gates.stored(7, name="paid"), several(gates, 2)
     fresh = gates.dirty(8, frame=5, name="fresh")
-    snapshot = begin(gates, *tensors, paid)
+    snapshot = begin(gates, *tensors, snapshot_done)
     held = [gates.files.take("write") for _ in tensors]
-    gates.mover.start_load(paid, FrameId(4))
+    gates.mover.start_load(snapshot_done, FrameId(4))
     gates.files.take("read").open()
-    change(gates, paid, 70)
+    change(gates, snapshot_done, 70)
     change(gates, fresh, 80)
     assert gates.holds(tensors[0], 10), "reading is free, too"
     for write in held:
@@ -217,7 +217,7 @@ def test_a_view_that_was_written_to_before_is_stored_though_the_tensor_looks_cle
     gates.mover.start_store(tensor)
     store_next(gates)
     view = gates.lease(tensor)
-    tensor.exposed = True
+    tensor.may_be_aliased = True
     view.fill_(6)
     snapshot = begin(gates, tensor)
     store_next(gates)
@@ -225,7 +225,7 @@ def test_a_view_that_was_written_to_before_is_stored_though_the_tensor_looks_cle
     view.fill_(7)
     del view
     gates.mover.collect_leases()
-    assert (tensor.state, tensor.exposed) == (R.DIRTY, False) and content(gates, snapshot) == {"t": 6}
+    assert (tensor.state, tensor.may_be_aliased) == (R.DIRTY, False) and content(gates, snapshot) == {"t": 6}
 
 
 # ---- failures
@@ -242,7 +242,7 @@ def test_a_store_that_fails_gives_it_up_and_training_and_the_next_one_go_on(gate
     third = gates.files.take("write")
     bad.fail(StorageError("the disk went away"))
     assert snapshot.state is SnapshotState.RELEASED and "went away" in str(snapshot.error)
-    assert not any(tensor.owed for tensor in tensors)
+    assert not any(tensor.snapshot_pending for tensor in tensors)
     with pytest.raises(StorageError, match="went away"):
         gates.mover.check()
     third.open()
@@ -296,7 +296,11 @@ def test_without_room_on_the_disk_it_is_refused_before_anything_is_written(
         patch.setattr(gates.files, "grow", full)
         with pytest.raises(DiskFullError):
             begin(gates, *tensors)
-    assert gates.files.idle() and gates.files.n_frames == n_frames and not any(t.owed or t.copy for t in tensors)
+    assert (
+        gates.files.idle()
+        and gates.files.n_frames == n_frames
+        and not any(t.snapshot_pending or t.copy for t in tensors)
+    )
     snapshot = begin(gates, *tensors)
     for _ in tensors:
         store_next(gates)
@@ -312,7 +316,7 @@ def test_it_can_be_abandoned_while_it_is_made_and_afterwards(gates: Gates) -> No
         gates.mover.snapshots.abandon(snapshot)
     for write in writes:
         write.open()
-    assert gates.files.idle() and not any(tensor.owed for tensor in tensors)
+    assert gates.files.idle() and not any(tensor.snapshot_pending for tensor in tensors)
     again = begin(gates, *tensors)
     store_next(gates)
     assert again.state is SnapshotState.COMPLETE

@@ -273,7 +273,7 @@ def _side(folder: Path) -> Path:
 def _with_side(folder: Path, content: bytes) -> None:
     """Side file of the newest commit, and what its manifest says of it."""
     path, body = _manifest(folder)
-    body["state"]["beside"] = {"n_bytes": len(content), "xxh3": xxh3_128_hexdigest(content)}
+    body["state"]["sidecar"] = {"n_bytes": len(content), "xxh3": xxh3_128_hexdigest(content)}
     write_manifest(path, json.dumps(body).encode())
     _side(folder).write_bytes(content)
 

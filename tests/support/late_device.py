@@ -18,7 +18,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.store.page_store import PageStore
-from pagemem.devices.accelerator import Accelerator, Copy, Mark, RamDevice
+from pagemem.devices.accelerator import Accelerator, Copy, DeviceEvent, RamDevice
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor
 
@@ -79,13 +79,13 @@ class LateDevice(RamDevice):
         self.followed = self.brought = self.saved = self.timed = self.stamped = 0
         self.fails: BaseException | None = None
         self._dead = False
-        self._asked: queue.SimpleQueue[tuple[torch.Tensor | Lying, torch.Tensor, Mark, LateMark] | None] = (
+        self._asked: queue.SimpleQueue[tuple[torch.Tensor | Lying, torch.Tensor, DeviceEvent, LateMark] | None] = (
             queue.SimpleQueue()
         )
         self._thread = threading.Thread(target=self._run, name="late-device")
         self._thread.start()
 
-    def follow(self, mark: Mark) -> None:
+    def follow(self, mark: DeviceEvent) -> None:
         """Compute begins at once, so that it has to wait here."""
         self.followed += 1
         super().follow(mark)
@@ -100,19 +100,19 @@ class LateDevice(RamDevice):
         self.timed += 1
         return super().seconds(begun, ended)
 
-    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: Mark) -> Copy:
+    def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: DeviceEvent) -> Copy:
         """Later."""
         # Two bytes of ones are NaN in every float of two or four bytes.
         into.fill_(255)
         return self._later(source, into, after)
 
-    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> Mark:
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> DeviceEvent:
         """Later, from the memory where it lies now, which is nobody's any more if whoever asked has let go of it."""
         self.brought += 1
         into.fill_(255)
         return self._later(Lying(source), into, self.mark())
 
-    def _later(self, source: torch.Tensor | Lying, into: torch.Tensor, after: Mark) -> LateMark:
+    def _later(self, source: torch.Tensor | Lying, into: torch.Tensor, after: DeviceEvent) -> LateMark:
         mark = LateMark()
         self._asked.put((source, into, after, mark))
         return mark
@@ -157,7 +157,7 @@ def late_device(patch: pytest.MonkeyPatch, late_s: float = 0.001) -> Iterator[La
     def make(_: PageStore) -> Accelerator:
         return device
 
-    def save(self: DeviceMover, source: torch.Tensor, lower: PagedTensor) -> Mark:
+    def save(self: DeviceMover, source: torch.Tensor, lower: PagedTensor) -> DeviceEvent:
         device.saved, device.brought = device.saved + 1, device.brought - 1
         return saves(self, source, lower)
 

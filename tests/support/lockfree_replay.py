@@ -77,7 +77,7 @@ class _Given:
     gradient: Tensor
     coefficient: Tensor | None
     lr: float
-    ahead_steps: int
+    lookahead_steps: int
 
 
 @dataclass
@@ -204,7 +204,7 @@ class Replay:
         if name in self._ahead:
             momentum.move(self._ahead.pop(name), back=True)
         master.grad = mean
-        ahead_steps = sum(part.ahead_steps for part in parts) / len(parts)
+        lookahead_steps = sum(part.lookahead_steps for part in parts) / len(parts)
         lrs = [part.lr for part in parts]
         *first, last = lrs if isinstance(optimizer, torch.optim.SGD) else [_merged(lrs)]
         group = optimizer.param_groups[0]
@@ -212,15 +212,15 @@ class Replay:
             group["lr"] = lr
             optimizer.step()
         if last == 0:
-            ahead_steps = 0
+            lookahead_steps = 0
         at_once = not group.get("nesterov", False)
-        further, decay = (last * (1 + momentum.decays(ahead_steps)) if at_once else last), group["weight_decay"]
+        further, decay = (last * (1 + momentum.decays(lookahead_steps)) if at_once else last), group["weight_decay"]
         decoupled = isinstance(optimizer, torch.optim.AdamW)
-        group.update(lr=further, weight_decay=decay * (last / further) if decoupled and ahead_steps else decay)
+        group.update(lr=further, weight_decay=decay * (last / further) if decoupled and lookahead_steps else decay)
         optimizer.step()
         group.update(lr=last, weight_decay=decay)
-        if ahead_steps:
-            self._ahead[name] = momentum.reach(ahead_steps)
+        if lookahead_steps:
+            self._ahead[name] = momentum.reach(lookahead_steps)
             if not at_once:
                 momentum.move(self._ahead[name], back=False)
         with torch.no_grad():

@@ -72,7 +72,7 @@ class Run:
     @property
     def resident(self) -> bool:
         """Whether all parameters stay in memory."""
-        return all(box.unit.parameters.fixed for box in self.boxes.values())
+        return all(box.unit.parameters.resident for box in self.boxes.values())
 
     def batch(self) -> Batch:
         """The next batch, which is remembered as a step of its own."""

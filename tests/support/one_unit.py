@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optim.lockfree.unit_channel import SlotSum
+from optim.lockfree.unit_channel import GradientSum
 from optim.unit import Slot, Unit, cut, lay_out
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.paged_tensor import PagedTensor
@@ -21,7 +21,7 @@ def unit_of(*numels: int, number: int = 0) -> Unit:
     """A unit with one fp32 parameter of each size, all in group 0, in the frame of its own number."""
     layout = lay_out([(f"{number}.{letter}", torch.Size([numel])) for letter, numel in zip("abcdefgh", numels)])
     tensor = PagedTensor.sized(TensorId(number), f"unit {number}", Tag.PARAM, layout.numel * 4, PAGE_BYTES)
-    tensor.frame, tensor.fixed = FrameId(number), True
+    tensor.frame, tensor.resident = FrameId(number), True
     slots = [Slot(name, shape, torch.float32, offset, group=0) for name, shape, offset in layout.slots]
     return Unit(number, f"unit {number}", torch.float32, tensor, slots, cut(layout.numel, layout.numel))
 
@@ -34,6 +34,6 @@ def mark(numel: int, *steps: int) -> Tensor:
     return marked
 
 
-def sums(slots: Sequence[Slot], step: int) -> dict[Slot, SlotSum]:
+def sums(slots: Sequence[Slot], step: int) -> dict[Slot, GradientSum]:
     """One step's gradients of some parameters; the learning rate is the step."""
-    return {slot: SlotSum(slot, mark(slot.numel, step), [{"lr": step}]) for slot in slots}
+    return {slot: GradientSum(slot, mark(slot.numel, step), [{"lr": step}]) for slot in slots}

@@ -41,7 +41,7 @@ class Change:
 
 
 @dataclass
-class Mark:
+class DeviceEvent:
     """Something that the run was told is durable."""
 
     at: int
@@ -54,7 +54,7 @@ class Recording:
 
     root: Path
     changes: list[Change] = field(default_factory=list)
-    marks: list[Mark] = field(default_factory=list)
+    marks: list[DeviceEvent] = field(default_factory=list)
     clock: int = 0
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Recording:
         """From here on this must be found after a loss of power."""
         with self._lock:
             self.clock += 1
-            self.marks.append(Mark(self.clock, what))
+            self.marks.append(DeviceEvent(self.clock, what))
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -102,7 +102,7 @@ class Rig:
 
     def read_all(self) -> None:
         """Check the content of every tensor that was not consumed, between steps."""
-        with self.driver.interlude():
+        with self.driver.untraced():
             for letter in sorted(self.tensors.keys() - self._consumed):
                 self.op(f"{letter}r")
 

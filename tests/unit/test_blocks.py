@@ -112,11 +112,11 @@ def test_a_block_that_changes_a_buffer_is_noticed(norm: bool) -> None:
     model = nn.Sequential(Layer(norm=norm), Layer(norm=norm))
     watched = Watched(model)
     model(torch.randn(4, 8))
-    assert [block.leaves_traces for block in watched.blocks] == [norm, norm]
+    assert [block.has_side_effects for block in watched.blocks] == [norm, norm]
     model.eval()
     fresh = Watched(model)
     model(torch.randn(4, 8))
-    assert not any(block.leaves_traces for block in fresh.blocks)
+    assert not any(block.has_side_effects for block in fresh.blocks)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_a_block_that_draws_numbers_which_are_not_the_same_again_is_noticed(draw
     watched = Watched(model)
     model(torch.ones(2, 8))
     noticed = draw in (random.random, np.random.rand)
-    assert [block.leaves_traces for block in watched.blocks] == [noticed, noticed]
+    assert [block.has_side_effects for block in watched.blocks] == [noticed, noticed]
     watched.blocks.watching = False
     for block in watched.blocks:
-        block.leaves_traces = False
+        block.has_side_effects = False
     model(torch.ones(2, 8))
-    assert not any(block.leaves_traces for block in watched.blocks), (
+    assert not any(block.has_side_effects for block in watched.blocks), (
         "it was looked for although it does not matter any more"
     )
 

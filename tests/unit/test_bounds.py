@@ -9,7 +9,7 @@ import pytest
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.planning.bounds import BoundsReport, PlanError, check_bounds
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
@@ -45,13 +45,13 @@ def plan_of(
 
 
 def check(
-    plan: Plan, trace: Trace, pages: dict[TensorId, int] | None = None, fixed: dict[TensorId, FrameId] | None = None
+    plan: Plan, trace: Trace, pages: dict[TensorId, int] | None = None, resident: dict[TensorId, FrameId] | None = None
 ) -> BoundsReport:
     """Check a plan of one-page tensors, unless ``pages`` says otherwise."""
     n_bytes = {
-        tensor: (pages or {}).get(tensor, 1) * PAGE_BYTES for tensor in [*trace.tensors(), *(fixed or {}), A, B, C]
+        tensor: (pages or {}).get(tensor, 1) * PAGE_BYTES for tensor in [*trace.tensors(), *(resident or {}), A, B, C]
     }
-    return check_bounds(plan, trace, n_bytes, Machine(plan.n_frames, PAGE_BYTES, 1e9, 1e9), fixed)
+    return check_bounds(plan, trace, n_bytes, TierSpec(plan.n_frames, PAGE_BYTES, 1e9, 1e9), resident)
 
 
 # ---- what holds
@@ -101,13 +101,13 @@ def test_a_plan_that_does_not_close_is_restored_between_cycles() -> None:
 
 
 def test_fixed_tensors_are_counted_and_stay() -> None:
-    trace, fixed = trace_of("Br", "Cr"), {A: FrameId(0)}
+    trace, resident = trace_of("Br", "Cr"), {A: FrameId(0)}
     plan = plan_of(trace, 2, {A: 0, B: 1}, (load(B, 1, 0), load(C, 1, 1)))
-    assert check(plan, trace, fixed=fixed).frames_at_op == (2, 2)
+    assert check(plan, trace, resident=resident).frames_at_op == (2, 2)
     with pytest.raises(PlanError, match="^op 0: 0 is fixed at frame 0 and not planned there$"):
-        check(plan_of(trace, 2, {B: 1}, (load(C, 0, 1),)), trace, fixed=fixed)
+        check(plan_of(trace, 2, {B: 1}, (load(C, 0, 1),)), trace, resident=resident)
     with pytest.raises(PlanError, match="^op 1: 0 leaves while a view of it lives$"):
-        check(plan_of(trace, 2, {A: 0, B: 1}, (load(C, 0, 1),)), trace, fixed=fixed)
+        check(plan_of(trace, 2, {A: 0, B: 1}, (load(C, 0, 1),)), trace, resident=resident)
 
 
 # ---- what does not
@@ -152,14 +152,14 @@ def test_the_first_violation_is_named(said: str, trace: Trace, plan: Plan, pages
 
 
 def test_a_plan_for_more_frames_than_there_are_is_refused() -> None:
-    with pytest.raises(PlanError, match="^op 0: the plan has 2 frames, the machine 1$"):
-        check_bounds(plan_of(READ, 2, {A: 0, B: 1}), READ, {A: 1, B: 1}, Machine(1, PAGE_BYTES, 1e9, 1e9))
+    with pytest.raises(PlanError, match="^op 0: the plan has 2 frames, the tier 1$"):
+        check_bounds(plan_of(READ, 2, {A: 0, B: 1}), READ, {A: 1, B: 1}, TierSpec(1, PAGE_BYTES, 1e9, 1e9))
 
 
 def test_a_load_taken_out_of_a_planners_plan_is_missed() -> None:
     trace = trace_of("Ar", "Br", "Cw", "Cw", "Br", "Aw")
     n_bytes = dict.fromkeys(trace.tensors(), PAGE_BYTES)
-    machine = Machine(2, PAGE_BYTES, 1e9, 1e9)
+    machine = TierSpec(2, PAGE_BYTES, 1e9, 1e9)
     plan = make_plan(trace, n_bytes, machine)
     check_bounds(plan, trace, n_bytes, machine)
     assert len(plan.loads) > 1 and plan.stores

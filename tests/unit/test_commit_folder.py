@@ -19,12 +19,12 @@ SMALL = b"small tensors " * 50
 
 def manifest(number: int, told: dict[str, str | int] | None = None) -> Manifest:
     """A commit without tensors."""
-    return Manifest(number, None, "now", 10 * number, 65536, ("a",), True, (), {"beside": told, "filler": "x" * 500})
+    return Manifest(number, None, "now", 10 * number, 65536, ("a",), True, (), {"sidecar": told, "filler": "x" * 500})
 
 
 def commit(folder: CommitFolder, number: int) -> None:
     """As the engine does: what lies beside the manifest first."""
-    folder.write(manifest(number, folder.write_beside(number, SMALL)))
+    folder.write(manifest(number, folder.write_sidecar(number, SMALL)))
 
 
 def replace_by_next(folder: CommitFolder) -> None:
@@ -38,8 +38,8 @@ def whole(folder: CommitFolder) -> list[int]:
     """The commits there are, each of which must be whole, with what lies beside it."""
     for number in folder.numbers():
         found = folder.read(number)
-        assert found == manifest(number, found.state["beside"])
-        assert folder.read_beside(number, found.state["beside"]) == SMALL
+        assert found == manifest(number, found.state["sidecar"])
+        assert folder.read_sidecar(number, found.state["sidecar"]) == SMALL
     return folder.numbers()
 
 
@@ -208,12 +208,12 @@ def test_a_damaged_manifest_is_named_and_says_how(folder: CommitFolder) -> None:
 
 
 def test_damaged_small_tensors_are_named(folder: CommitFolder) -> None:
-    told = folder.read(2).state["beside"]
+    told = folder.read(2).state["sidecar"]
     path = folder.path / "commit-00000002.safetensors"
     for content in (SMALL[:-1], SMALL[:-1] + b"?", b""):
         path.write_bytes(content)
         with pytest.raises(CommitError, match=rf"{path} is damaged: it is not what was written"):
-            folder.read_beside(2, told)
+            folder.read_sidecar(2, told)
     path.unlink()
     with pytest.raises(CommitError, match=rf"{path} cannot be read: No such file"):
-        folder.read_beside(2, told)
+        folder.read_sidecar(2, told)

@@ -193,7 +193,7 @@ def test_every_key_is_read_by_the_engine() -> None:
     """A key that no code asks for would be a promise without anything behind it."""
     asked: set[str] = set()
     for package in ("offload", "optim", "scheduler", "pagemem"):
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             if path.name != "config.py":
                 tree = ast.parse(path.read_text())
                 asked |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

@@ -8,7 +8,7 @@ from fake_page_files import ThreadedPageFiles
 
 from pagemem.errors import DiskFullError
 from pagemem.frames.page import Extent, FrameId, Placement, Run, TensorId
-from pagemem.residency.disk_versions import Copies
+from pagemem.residency.disk_versions import DiskVersions
 from pagemem.tier import Tag, Tier
 from pagemem.units import KiB
 
@@ -33,12 +33,12 @@ class LimitedFiles(ThreadedPageFiles):
 
 
 @pytest.fixture
-def copies() -> Copies:
+def copies() -> DiskVersions:
     """No frames yet."""
-    return Copies(LimitedFiles(), PAGE)  # type: ignore[arg-type]
+    return DiskVersions(LimitedFiles(), PAGE)  # type: ignore[arg-type]
 
 
-def test_frames_named_by_a_commit_are_not_handed_out_before_the_last_commit_lets_go(copies: Copies) -> None:
+def test_frames_named_by_a_commit_are_not_handed_out_before_the_last_commit_lets_go(copies: DiskVersions) -> None:
     first = copies.take(3 * PAGE, Tag.PARAM)
     for _ in range(2):
         copies.hold(first)
@@ -55,7 +55,7 @@ def test_frames_named_by_a_commit_are_not_handed_out_before_the_last_commit_lets
     assert all(other.placement.runs != again.placement.runs for other in others)
 
 
-def test_a_current_copy_is_not_freed_by_the_commit_that_goes(copies: Copies) -> None:
+def test_a_current_copy_is_not_freed_by_the_commit_that_goes(copies: DiskVersions) -> None:
     stored = copies.take(PAGE, Tag.PARAM)
     copies.hold(stored)
     copies.let_go(stored)
@@ -64,13 +64,13 @@ def test_a_current_copy_is_not_freed_by_the_commit_that_goes(copies: Copies) -> 
     assert copies.book.used_frames == 0
 
 
-def test_letting_go_of_what_no_commit_names_is_an_error(copies: Copies) -> None:
+def test_letting_go_of_what_no_commit_names_is_an_error(copies: DiskVersions) -> None:
     stored = copies.take(PAGE, Tag.PARAM)
     with pytest.raises(AssertionError, match="no commit names"):
         copies.let_go(stored)
 
 
-def test_a_full_disk_changes_nothing(copies: Copies) -> None:
+def test_a_full_disk_changes_nothing(copies: DiskVersions) -> None:
     kept = copies.take(8 * PAGE, Tag.PARAM)
     for ask in (lambda: copies.take(3 * PAGE, Tag.PARAM), lambda: copies.reserve(3)):
         with pytest.raises(DiskFullError):
@@ -81,7 +81,7 @@ def test_a_full_disk_changes_nothing(copies: Copies) -> None:
     copies.book.validate()
 
 
-def test_a_restored_copy_keeps_its_frames_and_its_checksums(copies: Copies) -> None:
+def test_a_restored_copy_keeps_its_frames_and_its_checksums(copies: DiskVersions) -> None:
     placed = Placement(
         TensorId(-1), Tier.SSD, 2 * PAGE + BLOCK, (Run(FrameId(4), 2),), Extent(FrameId(7), 2 * BLOCK, BLOCK)
     )
@@ -95,7 +95,7 @@ def test_a_restored_copy_keeps_its_frames_and_its_checksums(copies: Copies) -> N
     copies.book.validate()
 
 
-def test_frames_cannot_be_restored_twice(copies: Copies) -> None:
+def test_frames_cannot_be_restored_twice(copies: DiskVersions) -> None:
     placed = Placement(TensorId(-1), Tier.SSD, 2 * PAGE, (Run(FrameId(0), 2),))
     copies.restore(placed, np.array([5, 6], dtype=np.uint64), Tag.PARAM)
     overlapping = Placement(TensorId(-1), Tier.SSD, PAGE, (Run(FrameId(1), 1),))
@@ -103,7 +103,7 @@ def test_frames_cannot_be_restored_twice(copies: Copies) -> None:
         copies.restore(overlapping, np.array([5], dtype=np.uint64), Tag.PARAM)
 
 
-def test_frames_after_storing_are_foretold(copies: Copies) -> None:
+def test_frames_after_storing_are_foretold(copies: DiskVersions) -> None:
     copies.hold(copies.take(PAGE + BLOCK, Tag.PARAM))
     sizes = [PAGE, 2 * BLOCK, 3 * PAGE + BLOCK]
     foretold, now = copies.used_frames_after(sizes), copies.book.used_frames

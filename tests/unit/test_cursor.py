@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.execution.cursor import Astray, Cursor, Stretch
+from scheduler.execution.cursor import Advance, Cursor, Divergence
 from scheduler.planning.plan import Plan
 from scheduler.planning.trace import OpKey, OpKind
 
@@ -22,7 +22,7 @@ def plan(step: str, n_steps: int = 1, *, closed: bool = True) -> Plan:
     )  # fmt: skip
 
 
-def walked(cursor: Cursor, followed: Plan, letters: str) -> list[Stretch | Astray]:
+def walked(cursor: Cursor, followed: Plan, letters: str) -> list[Advance | Divergence]:
     return [cursor.advance(followed, key(letter)) for letter in letters]
 
 
@@ -36,22 +36,22 @@ def entered() -> Cursor:
 def test_a_cycle_begins_by_restoring_unless_the_one_before_ended_in_its_placement(closed: bool) -> None:
     cursor, followed = entered(), plan("ab", 2, closed=closed)
     first, *rest = walked(cursor, followed, "abab")
-    assert first == Stretch(range(0, 1), restores=True)
-    assert rest == [Stretch(range(n, n + 1), restores=False) for n in (1, 2, 3)]
+    assert first == Advance(range(0, 1), restores=True)
+    assert rest == [Advance(range(n, n + 1), restores=False) for n in (1, 2, 3)]
     assert cursor.end_step(followed)
-    assert cursor.advance(followed, key("a")) == Stretch(range(0, 1), restores=not closed)
+    assert cursor.advance(followed, key("a")) == Advance(range(0, 1), restores=not closed)
 
 
 def test_another_op_leads_astray_and_leaves_the_cursor_where_it_is() -> None:
     cursor, followed = entered(), plan("ab")
     walked(cursor, followed, "a")
-    assert cursor.advance(followed, key("x")) == Astray("op 1 was 'b' in the trace and is 'x' now")
-    assert cursor.advance(followed, key("b")) == Stretch(range(1, 2), restores=False)
+    assert cursor.advance(followed, key("x")) == Divergence("op 1 was 'b' in the trace and is 'x' now")
+    assert cursor.advance(followed, key("b")) == Advance(range(1, 2), restores=False)
 
 
 def test_updates_made_elsewhere_are_passed_over_with_their_moves() -> None:
     cursor, followed = entered(), plan("aBCd")
-    assert walked(cursor, followed, "ad") == [Stretch(range(0, 1), restores=True), Stretch(range(1, 4), restores=False)]
+    assert walked(cursor, followed, "ad") == [Advance(range(0, 1), restores=True), Advance(range(1, 4), restores=False)]
     assert cursor.end_step(followed)
 
 
@@ -61,7 +61,7 @@ def test_a_step_ends_where_only_updates_are_missing() -> None:
     assert not cursor.end_step(followed), "b is missing"
     walked(cursor, followed, "b")
     assert cursor.end_step(followed)
-    assert cursor.advance(followed, key("a")) == Stretch(range(3, 4), restores=False)
+    assert cursor.advance(followed, key("a")) == Advance(range(3, 4), restores=False)
 
 
 def test_no_step_has_ended_before_its_first_op() -> None:
@@ -72,8 +72,8 @@ def test_what_was_disturbed_is_restored_at_the_beginning_of_a_cycle_only() -> No
     cursor, followed = entered(), plan("ab", 2)
     walked(cursor, followed, "ab")
     cursor.restoring = True
-    assert cursor.advance(followed, key("a")) == Stretch(range(0, 1), restores=True), (
+    assert cursor.advance(followed, key("a")) == Advance(range(0, 1), restores=True), (
         "a step begins: so does the cycle, anew"
     )
     cursor.restoring = True
-    assert cursor.advance(followed, key("b")) == Astray(None), "inside a step it is too late"
+    assert cursor.advance(followed, key("b")) == Divergence(None), "inside a step it is too late"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from gated_device import GatedMark
 
-from optim.exact.gradient_downloads import DeviceGradients
+from optim.exact.gradient_downloads import GradientDownloadQueue
 from pagemem.budget import Budget
 from pagemem.devices.accelerator import RamDevice
 from pagemem.errors import NonFiniteError
@@ -86,7 +86,7 @@ class Rig:
     def __init__(self, limit: int = LIMIT) -> None:
         self.device, self.updater, self.budget = Device(), Updater(), Budget(Tier.HOST, limit + KEPT)
         updater: Any = self.updater
-        self.gradients = DeviceGradients(updater, self.device, self.budget, limit, KEPT)
+        self.gradients = GradientDownloadQueue(updater, self.device, self.budget, limit, KEPT)
         self.unit: Any = SimpleNamespace(home=None)
 
     def gives(self, slot: str, *shape: int) -> weakref.ref[torch.Tensor]:
@@ -167,7 +167,7 @@ def test_gradients_that_the_updater_keeps_stay_in_the_buffer(rig: Rig) -> None:
 def test_without_room_each_waits_for_the_device_and_goes_on_at_once(limit: int) -> None:
     device, updater, budget = Device(), Updater(), Budget(Tier.HOST, 64)
     as_updater: Any = updater
-    gradients = DeviceGradients(as_updater, device, budget, limit, 0)
+    gradients = GradientDownloadQueue(as_updater, device, budget, limit, 0)
     for slot in "ab":
         named: Any = Named(slot)
         gradients.gradient(SimpleNamespace(home=None), named, values(slot, (8, 4)))  # type: ignore[arg-type]

@@ -266,7 +266,7 @@ def test_ops_between_steps_leave_the_plan_as_it_is(n_frames: int) -> None:
             r.step(*STEP)
         plan = r.driver.plan
         for turn in range(4):
-            with r.driver.interlude():
+            with r.driver.untraced():
                 for text in ("Dr", "Ar Br", "Cr", "Dw")[: turn + 1]:
                     r.op(text)
             r.step(*STEP)
@@ -327,7 +327,7 @@ def test_ops_amid_a_step_are_right_and_the_next_step_is_planned_again(n_frames: 
         plan = r.driver.plan
         for text in PLAIN[:place]:
             r.op(text)
-        with r.driver.interlude():
+        with r.driver.untraced():
             for text in ("Ew", "Cr Dr"):
                 r.op(text)
         r.step(*PLAIN[place:])
@@ -342,8 +342,8 @@ def test_ops_amid_a_step_are_right_and_the_next_step_is_planned_again(n_frames: 
 def test_an_interlude_inside_another_ends_with_the_outer_one() -> None:
     with rig(2) as r:
         planned(r, *PLAIN)
-        with r.driver.interlude():
-            with r.driver.interlude():
+        with r.driver.untraced():
+            with r.driver.untraced():
                 r.op("Er")
             r.op("Dr")
         r.step(*PLAIN)
@@ -353,7 +353,7 @@ def test_an_interlude_inside_another_ends_with_the_outer_one() -> None:
 def test_an_interlude_that_raises_still_ends() -> None:
     with rig(2) as r:
         planned(r, *PLAIN)
-        with pytest.raises(KeyError), r.driver.interlude():
+        with pytest.raises(KeyError), r.driver.untraced():
             r.op("Er")
             raise KeyError
         r.step(*PLAIN)
@@ -365,12 +365,12 @@ def test_updates_that_an_interlude_made_may_be_missing_from_the_step(n_frames: i
     ops = ("u: Aw", "Ar", "u: Bw", "Br", "Cr Dr", "u: Cw", "u: Dw")
     with rig(n_frames) as r:
         planned(r, *ops)
-        with r.driver.interlude():
+        with r.driver.untraced():
             for text in ("u: Aw", "u: Bw"):
                 r.op(text)
         r.step("Ar", "Br", "Cr Dr", "u: Cw", "u: Dw")
         r.step("u: Aw", "Ar", "u: Bw", "Br", "Cr Dr")
-        with r.driver.interlude():
+        with r.driver.untraced():
             for text in ("u: Cw", "u: Dw"):
                 r.op(text)
         r.step(*ops)

@@ -1,4 +1,4 @@
-"""Mailbox, parcels and versions, each side in turn: what is merged, carried over, and given back exactly once."""
+"""UnitChannel, parcels and versions, each side in turn: what is merged, carried over, and given back exactly once."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import pytest
 import torch
 from one_unit import mark, sums, unit_of
 
-from optim.lockfree.unit_channel import Mailbox, Parcel, SlotSum
+from optim.lockfree.unit_channel import GradientBatch, GradientSum, UnitChannel
 from optim.unit import Slot
 from pagemem.errors import TransitionError
 
 N = 16
 
 
-def steps_of(total: SlotSum) -> list[float]:
+def steps_of(total: GradientSum) -> list[float]:
     return [hyper["lr"] for hyper in total.hypers]
 
 
-def box(n_slots: int = 2) -> tuple[Mailbox, list[Slot]]:
+def box(n_slots: int = 2) -> tuple[UnitChannel, list[Slot]]:
     unit = unit_of(*[N] * n_slots)
-    return Mailbox(unit), unit.slots
+    return UnitChannel(unit), unit.slots
 
 
-def serve(mailbox: Mailbox) -> Parcel:
+def serve(mailbox: UnitChannel) -> GradientBatch:
     """What the updater does, with values that are the gradients themselves."""
     parcel = mailbox.take()
     assert parcel is not None
@@ -32,7 +32,7 @@ def serve(mailbox: Mailbox) -> Parcel:
 
 def test_bytes_are_released_once() -> None:
     (slot,) = box(1)[1]
-    total = SlotSum(slot, torch.zeros(N, dtype=torch.bfloat16), [{}])
+    total = GradientSum(slot, torch.zeros(N, dtype=torch.bfloat16), [{}])
     assert [total.release(), total.release(), total.release()] == [2 * N, 0, 0]
 
 
@@ -85,9 +85,9 @@ def test_what_was_taken_is_not_added_to() -> None:
 
 def test_each_step_keeps_its_own_clipping_factor() -> None:
     (slot,) = box(1)[1]
-    kept = SlotSum(slot, torch.full((N,), 4.0), [{"lr": 1}], torch.tensor(0.5))
-    kept.add(SlotSum(slot, torch.full((N,), 8.0), [{"lr": 2}], torch.tensor(0.125)))
-    kept.add(SlotSum(slot, torch.full((N,), 1.0), [{"lr": 3}], torch.tensor(1.0)))
+    kept = GradientSum(slot, torch.full((N,), 4.0), [{"lr": 1}], torch.tensor(0.5))
+    kept.add(GradientSum(slot, torch.full((N,), 8.0), [{"lr": 2}], torch.tensor(0.125)))
+    kept.add(GradientSum(slot, torch.full((N,), 1.0), [{"lr": 3}], torch.tensor(1.0)))
     assert kept.coefficient is None and kept.n_steps == 3
     assert torch.equal(kept.flat, torch.full((N,), 4.0))
 
@@ -95,7 +95,7 @@ def test_each_step_keeps_its_own_clipping_factor() -> None:
 def test_parcels_that_do_not_follow_each_other_cannot_be_added() -> None:
     (slot,) = box(1)[1]
     with pytest.raises(AssertionError, match=r"steps 4\.\.4 cannot be added to steps 1\.\.2"):
-        Parcel(1, 2, sums([slot], 1)).add(Parcel(4, 4, sums([slot], 4)))
+        GradientBatch(1, 2, sums([slot], 1)).add(GradientBatch(4, 4, sums([slot], 4)))
 
 
 def test_publishing_and_adopting() -> None:

@@ -17,8 +17,8 @@ from offload.heap import (
     WORTH_BYTES,
     ForwardEnd,
     give_back_free_pages,
-    joining,
     large_blocks_mapped,
+    without_tcache,
 )  # fmt: skip
 from pagemem.frames.page import TensorId
 from pagemem.units import MiB
@@ -111,26 +111,26 @@ def test_what_one_engine_keeps_another_one_gives_back() -> None:
 def test_joining_keeps_what_the_environment_says_of_other_things() -> None:
     if getattr(ctypes.CDLL(None), "mallinfo2", None) is None:
         pytest.skip("needs glibc")
-    assert joining({"A": "1"}) == {"A": "1", TUNABLES_VARIABLE: TUNABLE}
+    assert without_tcache({"A": "1"}) == {"A": "1", TUNABLES_VARIABLE: TUNABLE}
     others = "glibc.malloc.arena_max=2:glibc.malloc.mxfast=0"
-    assert joining({TUNABLES_VARIABLE: others}) == {TUNABLES_VARIABLE: f"{others}:{TUNABLE}"}
+    assert without_tcache({TUNABLES_VARIABLE: others}) == {TUNABLES_VARIABLE: f"{others}:{TUNABLE}"}
 
 
 @pytest.mark.parametrize("decided", [TUNABLE, "glibc.malloc.mxfast=0:glibc.malloc.tcache_count=7"])
 def test_joining_leaves_a_decision_of_somebody_else_alone(decided: str) -> None:
-    assert joining({TUNABLES_VARIABLE: decided}) is None
+    assert without_tcache({TUNABLES_VARIABLE: decided}) is None
 
 
 def test_a_process_knows_whether_it_was_started_joining() -> None:
-    environment = joining(os.environ)
+    environment = without_tcache(os.environ)
     if environment is None:
         pytest.skip("needs glibc, and a process that has its cache")
     # What is put into the environment once the process runs has no effect, and is not taken for one.
     code = (
         "import os, sys; sys.path[:0] = sys.argv[1].split(':')\n"
-        "from offload.heap import TUNABLE, TUNABLES_VARIABLE, blocks_join\n"
+        "from offload.heap import TUNABLE, TUNABLES_VARIABLE, tcache_disabled\n"
         "os.environ[TUNABLES_VARIABLE] = TUNABLE\n"
-        "print(blocks_join())\n"
+        "print(tcache_disabled())\n"
     )
     path = ":".join(path for path in sys.path if path)
     for variables, expected in ((dict(os.environ), "False"), (environment, "True")):

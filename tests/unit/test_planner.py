@@ -12,7 +12,7 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.units import KiB
 from scheduler.planning.bounds import Replay
-from scheduler.planning.lookahead import Machine, Walk
+from scheduler.planning.lookahead import LookaheadReader, TierSpec
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.planning.planner import KEPT_SHARES, make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
@@ -38,7 +38,7 @@ def step(*ops: str, seconds: float = 0.01, until: dict[int, int] | None = None) 
 def plan_for(trace: Trace, n_frames: int, pages: dict[str, int] | None = None) -> Plan:
     """Plan with one page a tensor unless ``pages`` says otherwise; perform three cycles of it."""
     n_bytes = {t: (pages or {}).get(chr(ord("A") + t), 1) * PAGE_BYTES for t in trace.tensors()}
-    plan = make_plan(trace, n_bytes, Machine(n_frames, PAGE_BYTES, PAGE_BYTES / PAGE_S, PAGE_BYTES / PAGE_S))
+    plan = make_plan(trace, n_bytes, TierSpec(n_frames, PAGE_BYTES, PAGE_BYTES / PAGE_S, PAGE_BYTES / PAGE_S))
     replay = Replay(trace, plan, n_bytes, PAGE_BYTES)
     began = dict(replay.where)
     for _ in range(3):
@@ -81,13 +81,13 @@ def test_what_dies_or_begins_in_a_step_is_not_kept() -> None:
 
 @pytest.mark.parametrize(("n_ops", "n_walks"), [(900, 1 + len(KEPT_SHARES)), (1200, 2)])
 def test_long_steps_are_walked_twice(n_ops: int, n_walks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    walks: list[Walk] = []
+    walks: list[LookaheadReader] = []
 
-    def counted(*arguments: Any) -> Walk:
-        walks.append(Walk(*arguments))
+    def counted(*arguments: Any) -> LookaheadReader:
+        walks.append(LookaheadReader(*arguments))
         return walks[-1]
 
-    monkeypatch.setattr("scheduler.planning.planner.Walk", counted)
+    monkeypatch.setattr("scheduler.planning.planner.LookaheadReader", counted)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     plan_for(step(*(f"{letters[index % 26]}r" for index in range(n_ops))), 24)
     assert len(walks) == n_walks
@@ -199,7 +199,7 @@ def test_an_op_that_finds_only_views_in_its_way_is_named() -> None:
 def test_a_slow_disk_is_predicted_to_stall_and_a_fast_one_not() -> None:
     trace, n_bytes = step("Ar", "Br", seconds=1.0), {tensor("A"): PAGE_BYTES, tensor("B"): PAGE_BYTES}
     slow, fast = (
-        make_plan(trace, n_bytes, Machine(1, PAGE_BYTES, speed, speed)) for speed in (PAGE_BYTES / 10.0, 1e12)
+        make_plan(trace, n_bytes, TierSpec(1, PAGE_BYTES, speed, speed)) for speed in (PAGE_BYTES / 10.0, 1e12)
     )
     assert slow.step_s == pytest.approx(22.0)
     assert fast.step_s == pytest.approx(2.0)

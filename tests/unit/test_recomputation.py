@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import check_bounds
-from scheduler.planning.lookahead import Machine
+from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.planner import make_plan
 from scheduler.planning.recomputation import Part, pages, recomputed
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
@@ -142,7 +142,7 @@ def test_the_step_can_be_planned_and_takes_what_it_took_less_the_copies_and_with
 ) -> None:
     trace, parts, n_bytes = made
     other = recomputed(trace, parts, n_bytes)
-    machine = Machine(n_frames, PAGE_BYTES, 1e6, 1e6)
+    machine = TierSpec(n_frames, PAGE_BYTES, 1e6, 1e6)
     check_bounds(make_plan(other, n_bytes, machine), other, n_bytes, machine)
     created = [a.tensor for op in other.ops for a in op.accesses if a.mode is AccessMode.CREATE]
     consumed = [a.tensor for op in other.ops for a in op.accesses if a.mode is AccessMode.CONSUME]

@@ -141,7 +141,13 @@ def test_pins_and_leases_hold_a_tensor(pins: int, leases: int, held: bool) -> No
 def test_a_new_record_is_absent_and_sized_in_whole_blocks(asked_bytes: int, n_bytes: int, n_frames: int) -> None:
     tensor = PagedTensor.sized(TensorId(0), "m", Tag.MOMENT, asked_bytes, 64 * KiB)
     assert (tensor.n_bytes, tensor.n_frames) == (n_bytes, n_frames)
-    assert (tensor.state, tensor.frame, tensor.copy, tensor.backed, tensor.held) == (R.ABSENT, None, None, False, False)
+    assert (tensor.state, tensor.frame, tensor.copy, tensor.ssd_valid, tensor.held) == (
+        R.ABSENT,
+        None,
+        None,
+        False,
+        False,
+    )
 
 
 def test_records_are_compared_by_identity() -> None:

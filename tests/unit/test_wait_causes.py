@@ -30,8 +30,8 @@ from scheduler.execution.wait_explainer import (
     NO_PLACE,
     READING,
     WRITING,
-    Causes,
     DeviceCauses,
+    WaitExplainer,
 )  # fmt: skip
 from scheduler.planning.plan import LoadTask
 
@@ -45,7 +45,7 @@ def load(gates: Gates, name: str, frame: int) -> LoadTask:
 def cause(gates: Gates, lane: ReadLane, name: str) -> WaitCause:
     """Asked as a recorder asks."""
     with gates.mover.changed:
-        return Causes(gates.mover, lane)(name)
+        return WaitExplainer(gates.mover, lane)(name)
 
 
 def test_under_way_in_either_direction() -> None:
@@ -115,7 +115,7 @@ def test_a_tensor_made_or_made_anew_later_is_known_by_its_name() -> None:
     with opened() as gates:
         lane = ReadLane(gates.mover)
         first = gates.dirty(1, name="a")
-        causes = Causes(gates.mover, lane)
+        causes = WaitExplainer(gates.mover, lane)
         gates.mover.forget(first)
         with gates.mover.changed:
             assert causes("a") == UNKNOWN_CAUSE
@@ -133,7 +133,7 @@ class Watched:
 
     def __init__(self, gates: Gates) -> None:
         self.lane = ReadLane(gates.mover)
-        self.causes = Causes(gates.mover, self.lane)
+        self.causes = WaitExplainer(gates.mover, self.lane)
         self.begun = threading.Event()
         self.gates = gates
         self.recorder = Recorder(self._explain)
@@ -224,7 +224,7 @@ def test_of_the_device_it_is_the_copy_once_host_memory_has_the_tensor_and_what_t
         lower, lane = gates.stored(1, "a"), ReadLane(gates.mover)
         device = DeviceMover(arena, gates.mover, RamDevice(), NullSink())
         tensor = device.mirror(lower)
-        causes = DeviceCauses(device, Causes(gates.mover, lane))
+        causes = DeviceCauses(device, WaitExplainer(gates.mover, lane))
         device.start_load(tensor, FrameId(0))  # the copy waits for host memory
         lane.submit([load(gates, "a", 0)])
         with device.changed:

@@ -41,7 +41,7 @@ class _Entry(Record):
 _HEADER: Final = TypeAdapter(dict[Line, _Entry])
 
 
-class SideFile:
+class Sidecar:
     """The small tensors of a commit; a context manager that holds the file open. Closed at once where there is none.
 
     Args:
@@ -61,7 +61,7 @@ class SideFile:
         if told is None:
             return
         self._fd = folder.open_beside(number, told)
-        self._path = folder.beside(number)
+        self._path = folder.sidecar(number)
         try:
             self._read_header(int(told["n_bytes"]))
         except ValueError as error:
@@ -139,7 +139,7 @@ class SideFile:
         if fd is not None:
             os.close(fd)
 
-    def __enter__(self) -> SideFile:
+    def __enter__(self) -> Sidecar:
         return self
 
     def __exit__(
