@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 KILLS = 60
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_runs_that_are_killed_again_and_again_end_with_the_bits_of_one_that_never_was(tmp_path: Path) -> None:

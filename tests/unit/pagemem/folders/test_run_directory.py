@@ -88,7 +88,7 @@ def test_a_second_engine_of_this_process_is_refused(tmp_path: Path) -> None:
 
 def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[4])
     holder = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root}
     )

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from offload.config import Config, ConfigError, load_config, resolve_page_bytes
 from pagemem.units import KiB, MiB
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL: dict[str, Any] = {"memory": {"ram": "64MiB"}, "ssd": {"paths": ["pages"]}}
 
 

@@ -27,7 +27,7 @@ from scheduler.planning.durations import MEASURED_STEPS
 from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.simulator import simulate
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "byte_gpt.toml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "byte_gpt.toml"
 
 
 @pytest.mark.parametrize("ram", [LITTLE_RAM, 64 << 20], ids=["little RAM", "much RAM"])

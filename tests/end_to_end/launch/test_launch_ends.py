@@ -25,7 +25,7 @@ from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import DiskFullError, OffloadError, RunDirectoryError, StorageError
 from pagemem.folders.run_directory import RunDirectory
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEPS = 6
 
 

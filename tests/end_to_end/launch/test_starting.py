@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 #: As installers write it.
 SCRIPT = "import re\nimport sys\nfrom offload.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
 #: Put before everything: has this process get a SIGINT when it begins to import a module.

@@ -226,7 +226,7 @@ def test_a_tensor_of_any_size_takes_little_memory(tmp_path: Path, monkeypatch: p
 
 def test_output_in_a_pipe_is_plain_lines(run: FinishedRun, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "offload.cli", "export", str(run.folder), "--to", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     lines = done.stdout.splitlines()
     assert lines[0].startswith("commit 2, step 2, of ") and lines[-2].startswith("exporting 100 %  ")
     assert lines[-1].startswith(f"{tmp_path / 'out'}: 1 files, ") and done.stderr == ""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 #: Kills of each kind; 200 in all.
 KILLS = {"exact": 70, "lock-free, staleness 0": 25, "lock-free": 25, "launch": 80}
 

@@ -88,7 +88,7 @@ def test_a_good_machine_has_only_ok_lines() -> None:
 
 def test_least_versions_are_those_of_the_package() -> None:
     settings = configparser.ConfigParser()
-    settings.read(Path(__file__).parents[2] / "setup.cfg")
+    settings.read(Path(__file__).parents[3] / "setup.cfg")
     required = [
         line.split(">=")
         for line in settings["options"]["install_requires"].split("\n")

@@ -22,7 +22,7 @@ from offload.machine.facts import cgroup_limit, copy_gb_per_s, cuda_facts, folde
 from pagemem.folders.run_directory import RunDirectory, folder_use
 from pagemem.units import MiB
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -92,7 +92,7 @@ def test_each_extent_is_read_once_by_few_bytes_at_a_time(
 
 def test_output_in_a_pipe_is_plain_lines(run: FinishedRun) -> None:
     command = [sys.executable, "-m", "offload.cli", "verify", str(run.folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     assert done.stderr == "" and done.stdout.replace("\n", "").isprintable()
     assert "verifying 100 %  " in done.stdout and row(done.stdout, 2)[-1] == "whole"
 

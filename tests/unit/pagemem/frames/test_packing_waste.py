@@ -33,7 +33,7 @@ BYTES_EACH = {"fp32": 12, "bf16": 14}
 PAGES = (256 * KiB, MiB, 4 * MiB)
 #: A configuration that leaves all sizes to the engine; budgets are given apart.
 AUTOMATIC = load_config({"memory": {"ram": "1GiB"}, "ssd": {"paths": ["nowhere"]}})
-DOCS = Path(__file__).parents[2] / "docs" / "pages.md"
+DOCS = Path(__file__).parents[4] / "docs" / "pages.md"
 
 
 def units(leaves: list[Leaf], page_bytes: int) -> list[int]:
