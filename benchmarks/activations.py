@@ -129,8 +129,8 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 name,
-                f"{Spread(**record['step_s'][name])} s a step, tensors {tensors[name] / 1e6:,.0f} MB, VmHWM {record['rss_bytes'][name] / 1e6:,.0f} MB, "
-                f"{record['moved_bytes'][name] / 1e6:,.0f} MB moved a step",
+                f"{Spread(**record['step_s'][name])} s a step, tensors {tensors[name] / 1e6:,.0f} MB, VmHWM "
+                f"{record['rss_bytes'][name] / 1e6:,.0f} MB, {record['moved_bytes'][name] / 1e6:,.0f} MB moved a step",
             )
         )
     rows.append(("losses equal, bit for bit", str(record["losses_equal"])))

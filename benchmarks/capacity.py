@@ -136,10 +136,15 @@ def main() -> None:
     layers, result, settled = search(a)
     n = common.n_parameters(D_MODEL, layers, SEQ)
     record = {
-        "benchmark": "capacity", "config": {"cap": a.cap, "plain": a.plain, "d_model": D_MODEL, "seq": SEQ, "steps": STEPS},
-        "surroundings": common.surroundings(), "layers": layers, "parameters": n, "passed": result is not None,
-        "settled": settled, **(result or {}),
-    }  # fmt: skip
+        "benchmark": "capacity",
+        "config": {"cap": a.cap, "plain": a.plain, "d_model": D_MODEL, "seq": SEQ, "steps": STEPS},
+        "surroundings": common.surroundings(),
+        "layers": layers,
+        "parameters": n,
+        "passed": result is not None,
+        "settled": settled,
+        **(result or {}),
+    }
     rows = [
         ("layers, parameters", f"{layers}, {n:,}"),
         ("got through", str(result is not None)),

@@ -119,8 +119,13 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         commit["manifest_bytes"] = subject.manifest_bytes()
         if number:  # The first one makes the page files grow.
             commits.append(commit)
-        print(f"commit {number}/{a.commits}: begun in {commit['begin_s']:.3f} s, beside {len(commit['steps'])} steps of",
-              *(f"{s['step_s']:.3f}" for s in commit["steps"]), "s; without:", *(f"{s['step_s']:.3f}" for s in without[-1]), file=sys.stderr)  # fmt: skip
+        print(
+            f"commit {number}/{a.commits}: begun in {commit['begin_s']:.3f} s, beside {len(commit['steps'])} steps of",
+            *(f"{s['step_s']:.3f}" for s in commit["steps"]),
+            "s; without:",
+            *(f"{s['step_s']:.3f}" for s in without[-1]),
+            file=sys.stderr,
+        )
     without = [*without[1:], [subject.step() for _ in range(a.steps)]]
     subject.close()
     return {

@@ -130,10 +130,17 @@ def compare(a: argparse.Namespace, size: str, share: float) -> dict[str, Any]:
         "written": (before["written_bytes"], run["written_bytes"]),
     }
     return {
-        "size": size, "ram_share": share, "disk_bytes_per_s": disk, "plan": before, "plan_after": after, "run": run,
-        "forecast_over_measured": {what: forecast / measured if measured else None for what, (forecast, measured) in pairs.items()},
+        "size": size,
+        "ram_share": share,
+        "disk_bytes_per_s": disk,
+        "plan": before,
+        "plan_after": after,
+        "run": run,
+        "forecast_over_measured": {
+            what: forecast / measured if measured else None for what, (forecast, measured) in pairs.items()
+        },
         "step_s_planned_after": after["step_s"],
-    }  # fmt: skip
+    }
 
 
 def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:

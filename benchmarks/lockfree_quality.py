@@ -91,7 +91,7 @@ def measure(plan: QualityPlan, folder: str) -> dict[str, Any]:
                     max_staleness=bound,
                     exact_steps=UpdateConfig().exact_steps,
                     limit_mb_per_s=limit_mb_per_s,
-                )  # fmt: skip
+                )
             )
             ratios.append(ratio)
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -143,14 +143,24 @@ def _train(job: Job, ratio: float, plan: QualityPlan, calibration: Mapping[str, 
     step_s = statistics.median(step["step_s"] for step in later)
     moved = statistics.mean(step["bytes_read"] + step["bytes_written"] for step in later)
     record = {
-        "mode": job.mode, "ratio": ratio, "max_staleness": job.max_staleness, "lr": job.lr, "seed": job.seed,
-        "limit_mb_per_s": job.limit_mb_per_s, "validation_bits": statistics.mean(bits), "validation_batches": bits,
-        "step_s": step_s, "mean_step_s": statistics.mean(step["step_s"] for step in later),
+        "mode": job.mode,
+        "ratio": ratio,
+        "max_staleness": job.max_staleness,
+        "lr": job.lr,
+        "seed": job.seed,
+        "limit_mb_per_s": job.limit_mb_per_s,
+        "validation_bits": statistics.mean(bits),
+        "validation_batches": bits,
+        "step_s": step_s,
+        "mean_step_s": statistics.mean(step["step_s"] for step in later),
         "steps_per_round": calibration["round_bytes"] / moved if moved else None,
-        "stale_mean": statistics.mean(step["stale_mean"] for step in later), "stale_max": max(step["stale_max"] for step in steps),
-        "wait_s": statistics.mean(step["wait_s"] for step in later), "load_1min": os.getloadavg()[0],
-        "losses": [round(step["loss"], 4) for step in steps], "step_times_s": [round(step["step_s"], 3) for step in steps],
-    }  # fmt: skip
+        "stale_mean": statistics.mean(step["stale_mean"] for step in later),
+        "stale_max": max(step["stale_max"] for step in steps),
+        "wait_s": statistics.mean(step["wait_s"] for step in later),
+        "load_1min": os.getloadavg()[0],
+        "losses": [round(step["loss"], 4) for step in steps],
+        "step_times_s": [round(step["step_s"], 3) for step in steps],
+    }
     stale = f"missed {record['stale_mean']:.2f}, at most {record['stale_max']}"
     print(f"{job.name}: {record['validation_bits']:.4f} bits/byte, {step_s:.3f} s a step, {stale}", file=sys.stderr)
     return record
@@ -171,16 +181,21 @@ def against_exact(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         excess = [run["validation_bits"] / exact[lr, run["seed"]]["validation_bits"] - 1 for run in ours]
         found.append(
             {
-                "ratio": ratio, "max_staleness": bound, "lr": lr, "seeds": [run["seed"] for run in ours],
+                "ratio": ratio,
+                "max_staleness": bound,
+                "lr": lr,
+                "seeds": [run["seed"] for run in ours],
                 "validation_bits": statistics.mean(run["validation_bits"] for run in ours),
-                "excess": excess, "mean_excess": statistics.mean(excess),
+                "excess": excess,
+                "mean_excess": statistics.mean(excess),
                 "noise": statistics.mean(_noise(run, exact[lr, run["seed"]]) for run in ours),
-                "stale_mean": statistics.mean(run["stale_mean"] for run in ours), "stale_max": max(run["stale_max"] for run in ours),
+                "stale_mean": statistics.mean(run["stale_mean"] for run in ours),
+                "stale_max": max(run["stale_max"] for run in ours),
                 "step_s": statistics.median(run["step_s"] for run in ours),
                 "mean_step_s": statistics.mean(run["mean_step_s"] for run in ours),
                 "steps_per_round": statistics.mean(run["steps_per_round"] for run in ours),
             }
-        )  # fmt: skip
+        )
     return found
 
 

@@ -157,19 +157,26 @@ def rows_of(records: Sequence[Mapping[str, Any]], tokens_a_step: int) -> list[tu
         rows.append(
             (
                 what,
-                f"{record['lock-free over off, median']:.3f} of medians, {record['lock-free over off, mean']:.3f} of means",
+                f"{record['lock-free over off, median']:.3f} of medians, {record['lock-free over off, mean']:.3f} of "
+                "means",
             )
         )
         for kind in ("exact", "exact, same RAM"):
             if kind in record:
-                both = f"{record[f'{kind} over lock-free, median']:.2f} of medians, {record[f'{kind} over lock-free, mean']:.2f} of means"
+                both = (
+                    f"{record[f'{kind} over lock-free, median']:.2f} of medians, "
+                    f"{record[f'{kind} over lock-free, mean']:.2f} of means"
+                )
                 rows.append((f"  {kind} step over lock-free", both))
         rows.append(("  steps missed, mean and most", f"{ours['stale_mean']:.2f}, {ours['stale_max']}"))
         for kind in ("off", "lock-free", "exact", "exact, same RAM"):
             if kind not in record:
                 continue
             made = record[kind]
-            moved = f"{made['read_bytes_per_parameter']:.1f} + {made['written_bytes_per_parameter']:.1f} B/parameter read + written"
+            moved = (
+                f"{made['read_bytes_per_parameter']:.1f} + {made['written_bytes_per_parameter']:.1f} B/parameter read "
+                "+ written"
+            )
             speed = f"{Spread(**made['step_s'])} s, {tokens_a_step / made['mean_s']:,.0f} tokens/s"
             rows.append((f"  {kind}, RAM {made['ram_per_parameter']:g} B/parameter", f"{speed}, {moved}"))
         rows.append(("  load, 1 minute", ", ".join(f"{load:.1f}" for load in record["load_1min"])))

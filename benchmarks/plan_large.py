@@ -63,9 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     forecast = json.loads(done.stdout.splitlines()[-1])
     record = {
-        "benchmark": "plan_large", **surroundings(), "layers": options.layers, "plan_s": took_s, "peak_bytes": peak_bytes,
-        "rates": list(RATES), "forecast": forecast,
-    }  # fmt: skip
+        "benchmark": "plan_large",
+        **surroundings(),
+        "layers": options.layers,
+        "plan_s": took_s,
+        "peak_bytes": peak_bytes,
+        "rates": list(RATES),
+        "forecast": forecast,
+    }
     save(record, options.save)
     show(f"offload plan of a model of {options.layers} layers", rows_of(record), record, as_json=options.json)
 

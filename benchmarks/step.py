@@ -51,9 +51,11 @@ def arguments() -> argparse.Namespace:
         help="plain PyTorch keeps freed memory too, as memory.heap = keep does",
     )
     parser.add_argument(
-        "--joining-heap", action="store_true",
-        help="start the engine's process with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, as offload launch does where --activations is set",
-    )  # fmt: skip
+        "--joining-heap",
+        action="store_true",
+        help="start the engine's process with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, as offload launch does where "
+        "--activations is set",
+    )
     parser.add_argument("--count-tensors", type=int, metavar="STEP", help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=["torch", "engine", "torch_offload"], help=argparse.SUPPRESS)
     parser.add_argument(
@@ -78,9 +80,12 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="27m")
     parser.add_argument("--ram-share", type=float, default=0.25)
     parser.add_argument(
-        "--device-share", type=float, metavar="SHARE",
-        help="compute out of a third tier of ordinary RAM (device = cpu-emulated) with room for so much of the parameters; with AdamW in fp32, from 3 on for states as well"
-    )  # fmt: skip
+        "--device-share",
+        type=float,
+        metavar="SHARE",
+        help="compute out of a third tier of ordinary RAM (device = cpu-emulated) with room for so much of the "
+        "parameters; with AdamW in fp32, from 3 on for states as well",
+    )
     parser.add_argument(
         "--device-states", choices=["auto", "never"], default="auto", help="memory.device_states of the engine"
     )
@@ -428,7 +433,8 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "  as the block device counts",
-            f"{record['device_read_bytes_per_parameter']:.2f} read, {record['device_written_bytes_per_parameter']:.2f} written",
+            f"{record['device_read_bytes_per_parameter']:.2f} read, "
+            f"{record['device_written_bytes_per_parameter']:.2f} written",
         ),
     ]
     peer = record["torch_offload"]

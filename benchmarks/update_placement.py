@@ -154,7 +154,10 @@ def main() -> None:
             if p["mb_per_s"] == mb_per_s
         ]
         rows.append((f"disk {mb_per_s} MB/s each way", ", ".join(steps)))
-    title = f"{a.size}, RAM for states {a.ram_share:g} of them: seconds a step (bytes moved a parameter), {', '.join(f'{s:g}' for s in SHARES)} of the updates put off"
+    title = (
+        f"{a.size}, RAM for states {a.ram_share:g} of them: seconds a step (bytes moved a parameter), "
+        f"{', '.join(f'{s:g}' for s in SHARES)} of the updates put off"
+    )
     common.show(title, rows, record, as_json=a.json)
 
 

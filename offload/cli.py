@@ -32,8 +32,9 @@ from pagemem.errors import OffloadError
 from pagemem.units import parse_bytes
 
 _EXPORT: Final = (
-    "Write the weights of a commit as safetensors files, in the layout of Hugging Face: shards and model.safetensors.index.json, "
-    "names as in model.state_dict(), buffers included, tied weights once. The run must not be training; nothing in it is changed."
+    "Write the weights of a commit as safetensors files, in the layout of Hugging Face: shards and "
+    "model.safetensors.index.json, names as in model.state_dict(), buffers included, tied weights once. The run must "
+    "not be training; nothing in it is changed."
 )
 _VERIFY: Final = (
     "Check a run's commits: every manifest, the map of the pages, and the checksum of every page that a commit names. "
@@ -44,19 +45,19 @@ _BENCH_SSD: Final = (
     "A temporary folder is made in each and removed again; nothing else there is touched. Ends with a recommendation."
 )
 _DOCTOR: Final = (
-    "Say what this machine offers and what could go wrong, one line for each check. With FILE, its folders and its budget as well; "
-    "without, the current directory as a folder for page files. Exit code 1 when there is a problem."
+    "Say what this machine offers and what could go wrong, one line for each check. With FILE, its folders and its "
+    "budget as well; without, the current directory as a folder for page files. Exit code 1 when there is a problem."
 )
 _PROFILE: Final = (
-    "Train a few steps of a configuration, from the beginning, and write what they do to memory: report.html (opens without a "
-    "network), trace.json (for ui.perfetto.dev) and summary.json. The page files lie in temporary folders beside those of "
-    "ssd.paths and are removed; a run that is there is neither read nor changed. With --plain, of training that does not use the engine: "
-    "what takes its memory, and what the engine would save."
+    "Train a few steps of a configuration, from the beginning, and write what they do to memory: report.html (opens "
+    "without a network), trace.json (for ui.perfetto.dev) and summary.json. The page files lie in temporary folders "
+    "beside those of ssd.paths and are removed; a run that is there is neither read nor changed. With --plain, of "
+    "training that does not use the engine: what takes its memory, and what the engine would save."
 )
 _PLAN: Final = (
-    "Say what training with a configuration will take, without training: pages and bytes of each tier, the smallest budget, and "
-    "the predicted step time with the lane that limits it. The model is built without bytes. Exact "
-    "mode; the model is given two int64 tensors of train.batch rows and train.seq tokens."
+    "Say what training with a configuration will take, without training: pages and bytes of each tier, the smallest "
+    "budget, and the predicted step time with the lane that limits it. The model is built without bytes. Exact mode; "
+    "the model is given two int64 tensors of train.batch rows and train.seq tokens."
 )
 
 
@@ -111,9 +112,11 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
     what = command.add_mutually_exclusive_group(required=True)
     _add_file(command, what, nargs="?")
     what.add_argument(
-        "--plain", metavar="MODULE:CALLABLE",
-        help="instead of FILE: training that does not use the engine. The callable returns (model, optimizer, step), step() making one step",
-    )  # fmt: skip
+        "--plain",
+        metavar="MODULE:CALLABLE",
+        help="instead of FILE: training that does not use the engine. The callable returns (model, optimizer, step), "
+        "step() making one step",
+    )
     command.add_argument(
         "--steps",
         type=int,
@@ -129,9 +132,11 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
 
 
 def _add_file(
-    command: argparse.ArgumentParser, within: argparse._ActionsContainer | None = None, nargs: str | None = None,
+    command: argparse.ArgumentParser,
+    within: argparse._ActionsContainer | None = None,
+    nargs: str | None = None,
     what: str = "configuration: .toml, .json, .yaml or .yml",
-) -> None:  # fmt: skip
+) -> None:
     (within or command).add_argument("file", nargs=nargs, metavar="FILE", help=what)
     command.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
@@ -208,9 +213,12 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         help="folder for the files, new or empty; it appears whole or not at all",
     )
     command.add_argument(
-        "--dtype", default="keep", choices=list(DTYPES),
-        help="dtype of the parameters; keep: the one they were computed in (default). fp32 takes the fp32 masters where there are any",
-    )  # fmt: skip
+        "--dtype",
+        default="keep",
+        choices=list(DTYPES),
+        help="dtype of the parameters; keep: the one they were computed in (default). fp32 takes the fp32 masters "
+        "where there are any",
+    )
     command.add_argument(
         "--max-shard",
         default="5GB",
@@ -254,9 +262,15 @@ def _add_doctor(command: argparse.ArgumentParser) -> None:
 def _add_run(command: argparse.ArgumentParser, commit: str) -> None:
     command.add_argument("run", type=Path, metavar="RUN", help="run directory: the first folder of the run's ssd.paths")
     command.add_argument(
-        "--path", action="append", default=[], type=Path, metavar="FOLDER", dest="paths",
-        help="another folder of the run's ssd.paths, where it is not found under the name in its configuration; may be given several times",
-    )  # fmt: skip
+        "--path",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FOLDER",
+        dest="paths",
+        help="another folder of the run's ssd.paths, where it is not found under the name in its configuration; may be "
+        "given several times",
+    )
     command.add_argument("--commit", metavar="NAME_OR_NUMBER", help=commit)
 
 
@@ -322,9 +336,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     given = {rate: getattr(arguments, name) for rate, name in named.items()}
     bytes_per_s = {rate: None if value is None else value * 1e6 for rate, value in given.items()}
     rates = rates_of(config, flops=arguments.flops, **bytes_per_s)
-    given_room = [None if text is None else _size(option, text) for option, text in (
-        ("--machine-ram", arguments.machine_ram), ("--machine-disk", arguments.machine_disk), ("--machine-device", arguments.machine_device),
-    )]  # fmt: skip
+    given_room = [
+        None if text is None else _size(option, text)
+        for option, text in (
+            ("--machine-ram", arguments.machine_ram),
+            ("--machine-disk", arguments.machine_disk),
+            ("--machine-device", arguments.machine_device),
+        )
+    ]
     room = None
     if any(n_bytes is not None for n_bytes in given_room):
         here, (ram_bytes, disk_bytes, device_bytes) = room_here(config), given_room

@@ -21,16 +21,16 @@ def refuse_compilers(name: str) -> None:
         raise_refusal(name)
     if any(level.key() != _VMAP for level in torch._C._functorch.get_interpreter_stack() or ()):
         raise RuntimeError(
-            f"{name}: torch.func.grad, vjp, jvp and what is made of them cannot look into a model in pages; use torch.autograd, or give "
-            "them copy.deepcopy(model), which is an ordinary one"
+            f"{name}: torch.func.grad, vjp, jvp and what is made of them cannot look into a model in pages; use "
+            "torch.autograd, or give them copy.deepcopy(model), which is an ordinary one"
         )
 
 
 def raise_refusal(name: str) -> None:
     """Raise RuntimeError, also while torch.compile looks through code that has not run yet."""
     refusal = (
-        f"{name}: a model in pages cannot be compiled, traced or exported by torch (torch.compile, torch.jit, torch.export); call it as it is, "
-        "or compile copy.deepcopy(model), which is an ordinary one"
+        f"{name}: a model in pages cannot be compiled, traced or exported by torch (torch.compile, torch.jit, "
+        "torch.export); call it as it is, or compile copy.deepcopy(model), which is an ordinary one"
     )
     if "torch._dynamo.exc" not in sys.modules:
         raise RuntimeError(refusal)

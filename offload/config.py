@@ -362,7 +362,8 @@ def load_config(source: ConfigLike, where: str = "configuration") -> Config:
         return source
     if not isinstance(source, (Mapping, str, Path)):
         raise ConfigError(
-            f"the configuration is a {type(source).__name__}; give a mapping of sections, the name of a file, or a Config"
+            f"the configuration is a {type(source).__name__}; give a mapping of sections, the name of a file, or a "
+            "Config"
         )
     raw = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
     try:

@@ -141,7 +141,10 @@ def check_cpu(cpu: CpuFact, config: ConfigFact | None = None) -> Finding:
     train = None if config is None or config.config is None else config.config.train
     threads = cpu.torch_threads if train is None or train.threads is None else train.threads
     physical = "" if cpu.physical is None else f", {cpu.physical} physical"
-    said = f"{cpu.usable} of {cpu.logical} cores usable{physical}; torch computes on {threads} thread{'' if threads == 1 else 's'}"
+    said = (
+        f"{cpu.usable} of {cpu.logical} cores usable{physical}; torch computes on {threads} "
+        f"thread{'' if threads == 1 else 's'}"
+    )
     if threads > cpu.usable:
         return Finding(
             "warning",
@@ -217,7 +220,10 @@ def check_cuda(devices: tuple[CudaFact, ...], *, cuda_build: bool, nvidia_device
         if device.pinning is None:
             yield Finding("ok", f"cuda:{number}", said + "works")
         else:
-            remedy = "transfers would go through pageable memory, slower: look at the driver, and at what the container or virtual machine allows"
+            remedy = (
+                "transfers would go through pageable memory, slower: look at the driver, and at what the container or "
+                "virtual machine allows"
+            )
             yield Finding("warning", f"cuda:{number}", f"{said}fails: {device.pinning}", remedy)
 
 

@@ -99,7 +99,8 @@ class Engine:
         self.config = load_config(config)
         if not isinstance(model, nn.Module):
             raise ValueError(
-                f"the model is {described(model)}; give a torch.nn.Module first, then the optimizer, then the configuration"
+                f"the model is {described(model)}; give a torch.nn.Module first, then the optimizer, then the "
+                "configuration"
             )
         optimizer = load_optimizer(optimizer) if isinstance(optimizer, Mapping) else optimizer
         self.model = model
@@ -179,7 +180,8 @@ class Engine:
             error.add_note(f"the model cannot be made whole again ({lost}); build it anew")
         if self._store.narrowed:
             error.add_note(
-                f"the model's parameters have been rounded to {self._store.compute_dtype}, as model.dtype asks for; build it anew"
+                f"the model's parameters have been rounded to {self._store.compute_dtype}, as model.dtype asks for; "
+                "build it anew"
             )
 
     def _places(self) -> dict[Tensor, tuple[Unit, Slot]]:
@@ -419,8 +421,9 @@ class Engine:
         self._check_running()
         if self._in_a_step:
             raise RuntimeError(
-                "a commit between backward and step would miss the gradients of the step under way; call save() and export() after "
-                "optimizer.step() (engine.step() returns True), or give the step up with engine.abandon_step()"
+                "a commit between backward and step would miss the gradients of the step under way; call save() and "
+                "export() after optimizer.step() (engine.step() returns True), or give the step up with "
+                "engine.abandon_step()"
             )
         number = self._checkpoints.save(self._steps, name)
         if wait:

@@ -37,7 +37,8 @@ class ModelHook:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(
-            "a model with paged parameters cannot be pickled; use model.state_dict(), or copy.deepcopy(model) where it fits in RAM"
+            "a model with paged parameters cannot be pickled; use model.state_dict(), or copy.deepcopy(model) where "
+            "it fits in RAM"
         )
 
 

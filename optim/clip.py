@@ -54,7 +54,8 @@ def check_loss(value: float, step: int) -> None:
     """
     if not math.isfinite(value):
         raise NonFiniteError(
-            f"the loss of step {step} is {value}: no parameter changed by it; lower the learning rate or look at the batch"
+            f"the loss of step {step} is {value}: no parameter changed by it; lower the learning rate or look at the "
+            "batch"
         )
 
 

@@ -78,7 +78,8 @@ class GradientHolder(ABC):
         """
         if gradient.requires_grad:
             raise ValueError(
-                f"{slot.name}: backward(create_graph=True) gives its gradient a graph, which pages cannot hold; use torch.autograd.grad"
+                f"{slot.name}: backward(create_graph=True) gives its gradient a graph, which pages cannot hold; use "
+                "torch.autograd.grad"
             )
         if slot.grad is Grad.SPENT:
             raise stale_gradient(unit, slot)
@@ -173,7 +174,8 @@ class GradientHolder(ABC):
         """
         if any(unit.updated for unit in self._index.units):
             raise RuntimeError(
-                f"zero_grad() without step(), but updates of this step have been made already; to skip steps {START_HINT}; {ABANDON_HINT}"
+                "zero_grad() without step(), but updates of this step have been made already; to skip steps "
+                f"{START_HINT}; {ABANDON_HINT}"
             )
         skipped = any(slot.arrivals for _, slot in self._slots)
         # What a step that is skipped ends with is not part of any plan.
@@ -209,8 +211,8 @@ class GradientHolder(ABC):
         for unit in self._index.units:
             if unit.updated:
                 raise RuntimeError(
-                    f"{unit.name} has its update of the step under way already, so that parameters and states are not of one step; call this after "
-                    f"optimizer.step(), or {START_HINT}; {ABANDON_HINT}"
+                    f"{unit.name} has its update of the step under way already, so that parameters and states are not "
+                    f"of one step; call this after optimizer.step(), or {START_HINT}; {ABANDON_HINT}"
                 )
 
     def _check_unspent(self, unit: Unit, slot: Slot) -> None:
@@ -245,8 +247,8 @@ class GradientHolder(ABC):
         for unit, slot in self._slots:
             if slot.grad is Grad.SPENT and not unit.updated:
                 raise RuntimeError(
-                    f"{slot.name}: its gradient of an earlier step was not cleared, so that plain PyTorch would use it again, but it has been "
-                    f"used up; call optimizer.zero_grad() after each step, or {START_HINT}"
+                    f"{slot.name}: its gradient of an earlier step was not cleared, so that plain PyTorch would use "
+                    f"it again, but it has been used up; call optimizer.zero_grad() after each step, or {START_HINT}"
                 )
 
     def _check_hypers(self) -> Sequence[Hyper]:

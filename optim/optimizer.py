@@ -80,7 +80,8 @@ class PagedOptimizer(Optimizer):
         if self._packing:
             return defaultdict(dict)
         raise RuntimeError(
-            "optimizer.state: the states are in pages; read them with optimizer.state_dict(), write or reset them with optimizer.load_state_dict()"
+            "optimizer.state: the states are in pages; read them with optimizer.state_dict(), write or reset them "
+            "with optimizer.load_state_dict()"
         )
 
     @state.setter

@@ -60,8 +60,8 @@ class UpdateRule(Protocol):
         """How far momentum alone takes a parameter in ``n_steps`` steps after its ``n_updates``-th update."""
 
     def lookahead_hyper(self, hyper: Hyper, n_steps: float) -> Hyper | None:
-        """Hyper-parameters with which `apply` ends that far ahead of the update by ``hyper``; None: use `apply_lookahead` after
-        it."""
+        """Hyper-parameters with which `apply` ends ``n_steps`` ahead of the update by ``hyper``; None: use
+        `apply_lookahead` after it."""
 
     def apply_lookahead(
         self, lookahead: Lookahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
@@ -91,7 +91,8 @@ def _refuse(group: Hyper, name: str, *unsupported: str) -> None:
             )
     if not group.get("fused"):
         raise ValueError(
-            f"{name}: fused={group.get('fused')!r} rounds otherwise than the fused kernel that updates pages; make it with fused=True"
+            f"{name}: fused={group.get('fused')!r} rounds otherwise than the fused kernel that updates pages; make it "
+            "with fused=True"
         )
 
 

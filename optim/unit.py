@@ -295,20 +295,22 @@ def stale_gradient(unit: Unit, slot: Slot) -> StaleGradientError:
     """The error for a gradient that comes when the one that it is to be added to has been used up."""
     if not unit.updated:
         return StaleGradientError(
-            f"{slot.name}: a gradient arrived that plain PyTorch would add to the one of the last step, which was not cleared and has "
-            f"been used up; call optimizer.zero_grad() after each step, or {START_HINT}"
+            f"{slot.name}: a gradient arrived that plain PyTorch would add to the one of the last step, which was not "
+            f"cleared and has been used up; call optimizer.zero_grad() after each step, or {START_HINT}"
         )
     return StaleGradientError(
-        f"{slot.name}: a gradient arrived after the update of this step, which was begun when gradient {slot.arrivals} had "
-        f"arrived, as many as any step before had; for steps with a varying number of backward passes {START_HINT}; {ABANDON_HINT}"
+        f"{slot.name}: a gradient arrived after the update of this step, which was begun when gradient "
+        f"{slot.arrivals} had arrived, as many as any step before had; for steps with a varying number of backward "
+        f"passes {START_HINT}; {ABANDON_HINT}"
     )
 
 
 def spent_gradient(slot: Slot) -> RuntimeError:
     """The error for looking at a gradient, or changing it, that an update has used up."""
     return RuntimeError(
-        f"{slot.name}: its gradient was used up by its update, which was made during the backward pass; to read, change or clip gradients "
-        f"{START_HINT}, or clip by update.clip_norm alone (transformers: max_grad_norm=0); {ABANDON_HINT}"
+        f"{slot.name}: its gradient was used up by its update, which was made during the backward pass; to read, "
+        f"change or clip gradients {START_HINT}, or clip by update.clip_norm alone (transformers: max_grad_norm=0); "
+        f"{ABANDON_HINT}"
     )
 
 
@@ -321,21 +323,21 @@ def early_use(slot: Slot, *, in_forward: bool) -> Exception:
     """
     if in_forward:
         return StaleGradientError(
-            f"{slot.name} is used in a forward pass after its update of this step, which was begun when gradient {slot.arrivals} had arrived, as many "
-            "as any step before had; for steps with a varying number of backward passes, or optimizer.step() after the next forward pass, "
-            f"{START_HINT}; {ABANDON_HINT}"
+            f"{slot.name} is used in a forward pass after its update of this step, which was begun when gradient "
+            f"{slot.arrivals} had arrived, as many as any step before had; for steps with a varying number of "
+            f"backward passes, or optimizer.step() after the next forward pass, {START_HINT}; {ABANDON_HINT}"
         )
     return RuntimeError(
-        f"{slot.name} is used between backward and step, where plain PyTorch has its old values, but its update of this step has been made "
-        f"already; use it after optimizer.step(), or {START_HINT}; {ABANDON_HINT}"
+        f"{slot.name} is used between backward and step, where plain PyTorch has its old values, but its update of "
+        f"this step has been made already; use it after optimizer.step(), or {START_HINT}; {ABANDON_HINT}"
     )
 
 
 def late_use(slot: Slot) -> RuntimeError:
     """The error for a parameter that the backward pass asks for when its values may be those of the next step."""
     return RuntimeError(
-        f"{slot.name} is used in the backward pass after its gradient was complete, as it was in the step before, and may have been "
-        f"updated; save it for backward (ctx.save_for_backward), or {START_HINT}"
+        f"{slot.name} is used in the backward pass after its gradient was complete, as it was in the step before, and "
+        f"may have been updated; save it for backward (ctx.save_for_backward), or {START_HINT}"
     )
 
 

@@ -138,7 +138,8 @@ class Reservation:
         """Apply one legal move under the budget's lock; returns the bytes that were held."""
         if state not in _LEGAL[self._state]:
             raise TransitionError(
-                f"reservation {self.holder!r}: {self._state.value} -> {state.value} is not a legal move; it ends only once"
+                f"reservation {self.holder!r}: {self._state.value} -> {state.value} is not a legal move; it ends only "
+                "once"
             )
         n_bytes, self._n_bytes, self._state = self._n_bytes, 0, state
         return n_bytes

@@ -227,7 +227,8 @@ class SavedActivations:
     def _read(self, storage: SavedStorage) -> Tensor:
         if storage.consumed:
             raise RuntimeError(
-                "what this backward pass needs was given up by one that failed while it was brought back; run the forward pass again"
+                "what this backward pass needs was given up by one that failed while it was brought back; run the "
+                "forward pass again"
             )
         for_good = not _graph_is_kept()
         flat = torch.empty(storage.n_bytes, dtype=torch.uint8, device=storage.device)

@@ -31,9 +31,20 @@ class SavedStorage:
     """
 
     __slots__ = (
-        "__weakref__", "_keeper", "chunks", "consumed", "device", "n_bytes", "n_views", "original", "recipe", "reference", "restored",
-        "spoiled", "version",
-    )  # fmt: skip
+        "__weakref__",
+        "_keeper",
+        "chunks",
+        "consumed",
+        "device",
+        "n_bytes",
+        "n_views",
+        "original",
+        "recipe",
+        "reference",
+        "restored",
+        "spoiled",
+        "version",
+    )
 
     def __init__(
         self, keeper: object, saved: Tensor, reference: StorageWeakRef, *, paged: bool, recipe: Recipe | None
@@ -64,8 +75,8 @@ class SavedStorage:
 def changed_in_place(shape: torch.Size) -> RuntimeError:
     """The error for a saved tensor that is not what it was."""
     return RuntimeError(
-        f"a tensor of shape {tuple(shape)} that the backward pass needs was changed by an inplace operation after it was saved, "
-        "so its gradient would be wrong; use the operation that makes a new tensor"
+        f"a tensor of shape {tuple(shape)} that the backward pass needs was changed by an inplace operation after it "
+        "was saved, so its gradient would be wrong; use the operation that makes a new tensor"
     )
 
 

@@ -51,11 +51,11 @@ def check_built(named: Group, config: Config, page_bytes: int) -> None:
 
     built, trained = need_of(UnitShape.of(named, {}, ())), need_of(UnitShape.of(named, names, names))
     raise BudgetError(
-        f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but {trained.unit}, which is being built, needs at "
-        f"least {built.smallest_bytes} bytes ({format_bytes(built.smallest_bytes)}) for its parameters alone, and "
-        f"{trained.smallest_bytes} bytes ({format_bytes(trained.smallest_bytes)}) if the optimizer of the configuration "
-        "trains it. Modules not built yet may need more: offload.smallest_budget(factory, optimizer, config) says what "
-        "the whole model needs",
+        f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but {trained.unit}, which is being built, "
+        f"needs at least {built.smallest_bytes} bytes ({format_bytes(built.smallest_bytes)}) for its parameters "
+        f"alone, and {trained.smallest_bytes} bytes ({format_bytes(trained.smallest_bytes)}) if the optimizer of the "
+        "configuration trains it. Modules not built yet may need more: offload.smallest_budget(factory, optimizer, "
+        "config) says what the whole model needs",
         built.smallest_bytes,
     )
 
@@ -69,6 +69,7 @@ def check_lockable(ram_bytes: int) -> None:
     left_bytes = usable_bytes()
     if ram_bytes > left_bytes:
         raise MemoryError(
-            f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), all of it to be locked in RAM for copies by the device, but this "
-            f"machine, or the cgroup's memory.max, has {left_bytes} bytes ({format_bytes(left_bytes)}) left; lower memory.ram below that"
+            f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), all of it to be locked in RAM for copies "
+            f"by the device, but this machine, or the cgroup's memory.max, has {left_bytes} bytes "
+            f"({format_bytes(left_bytes)}) left; lower memory.ram below that"
         )

@@ -135,8 +135,8 @@ class BudgetNeed:
         """How such a budget falls short."""
         return (
             f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the largest unit, {self.unit} "
-            f"({self.unit_bytes} bytes of parameters), needs {self.smallest_bytes} bytes ({format_bytes(self.smallest_bytes)}) "
-            "at once with its gradients and one slice of states"
+            f"({self.unit_bytes} bytes of parameters), needs {self.smallest_bytes} bytes "
+            f"({format_bytes(self.smallest_bytes)}) at once with its gradients and one slice of states"
         )
 
     def check(self, ram_bytes: int) -> None:

@@ -47,7 +47,8 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
     config = load_config(config)
     if isinstance(factory, nn.Module) or not callable(factory):
         raise ValueError(
-            f"the model's factory is {described(factory)}; give a callable that builds the model, such as lambda: Model(...)"
+            f"the model's factory is {described(factory)}; give a callable that builds the model, such as lambda: "
+            "Model(...)"
         )
     model, built = _built_on_meta(factory)
     check_parameters(model, "meta")

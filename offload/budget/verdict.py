@@ -107,7 +107,10 @@ def decide(config: Config, need: BudgetNeed | None, unknown: str, available: Ava
     if need is not None:
         stored_bytes = content_bytes if commits_at_all(config) else max(0, content_bytes - memory.ram)
         if stored_bytes > available.disk_bytes:
-            said = f"page files take at least {format_bytes(stored_bytes)}, the disks of ssd.paths have room for {format_bytes(available.disk_bytes)}"
+            said = (
+                f"page files take at least {format_bytes(stored_bytes)}, the disks of ssd.paths have room for "
+                f"{format_bytes(available.disk_bytes)}"
+            )
             found.append(Shortage(said, "free some, or name another disk in ssd.paths"))
     return Verdict(need, unknown, tuple(found))
 

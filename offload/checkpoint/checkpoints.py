@@ -269,7 +269,8 @@ class Checkpoints:
                 like = own.get(key, 0.0 if key == "initial_lr" else value)
                 if _kind(value) != _kind(like) and not (like is None and type(value) in (bool, int, float)):
                     raise CommitError(
-                        f"{where}: {key} of parameter group {place} is {reprlib.repr(value)}, this run's {reprlib.repr(like)}"
+                        f"{where}: {key} of parameter group {place} is {reprlib.repr(value)}, this run's "
+                        f"{reprlib.repr(like)}"
                     )
             try:
                 self._optimizer.torch_class([torch.zeros(1)], **{key: v for key, v in saved.items() if key in known})
@@ -294,7 +295,8 @@ class Checkpoints:
         for key, tensor in self._tensors().items():
             if tensor.pins or tensor.leases:
                 raise CommitError(
-                    f"{key} cannot be taken from the commit while a view of it is in use; let go of it before you resume"
+                    f"{key} cannot be taken from the commit while a view of it is in use; let go of it before you "
+                    "resume"
                 )
 
     def _tensors(self) -> dict[str, PagedTensor]:
@@ -317,7 +319,8 @@ class Checkpoints:
         )
         if differing is not None:
             raise CommitError(
-                f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype); {_OTHER_RUN}"
+                f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype); "
+                f"{_OTHER_RUN}"
             )
         ours = self._tensors()
         theirs = {stored.key: stored.n_bytes for stored in commit.manifest.tensors}
@@ -336,7 +339,8 @@ class Checkpoints:
         untracked = set(self._tracked) - set(state["tracked"])
         if untracked:
             raise CommitError(
-                f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks; name other ssd.paths, or track what the commit's run has tracked"
+                f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks; name other "
+                "ssd.paths, or track what the commit's run has tracked"
             )
 
     def _take_over(self, tensor: PagedTensor, commit: Commit) -> None:

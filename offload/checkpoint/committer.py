@@ -151,8 +151,8 @@ class Committer:
         self.wait()
         if not self._own_course:
             raise CommitError(
-                f"{self._earlier.folder.path} holds commits, and this run did not go on from one; resume from it, or name "
-                "another folder in ssd.paths"
+                f"{self._earlier.folder.path} holds commits, and this run did not go on from one; resume from it, or "
+                "name another folder in ssd.paths"
             )
         self._start_thread()
         mover = self._store.mover

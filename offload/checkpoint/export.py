@@ -160,8 +160,8 @@ def check_alike(unlike: str | None) -> None:
     """Raise ExportError where ``model.state_dict()`` has something else than the parameters and buffers of a commit."""
     if unlike is not None:
         raise ExportError(
-            f"the model's state_dict() is not made of its parameters and buffers alone, so an export would not equal it: {unlike}; save model.state_dict() "
-            "yourself, in the process that trains"
+            "the model's state_dict() is not made of its parameters and buffers alone, so an export would not equal "
+            f"it: {unlike}; save model.state_dict() yourself, in the process that trains"
         )
 
 

@@ -75,7 +75,8 @@ class Sidecar:
         n_header = int.from_bytes(self._at(0, 8), "little")
         if not 2 <= n_header <= min(_MAX_HEADER_BYTES, n_file_bytes - 8):
             raise ValueError(
-                f"its header would have {n_header} bytes, of {n_file_bytes} in the file; at most {_MAX_HEADER_BYTES} are read"
+                f"its header would have {n_header} bytes, of {n_file_bytes} in the file; at most {_MAX_HEADER_BYTES} "
+                "are read"
             )
         found = parse_json(self._at(8, n_header))
         if isinstance(found, dict):
@@ -88,7 +89,8 @@ class Sidecar:
             weight = Weight(name, entry.dtype, entry.shape)
             if begin != end or upto - begin != weight.n_bytes:
                 raise ValueError(
-                    f"{name}: it lies at bytes {begin} to {upto}, the one before it ends at {end}; {list(entry.shape)[:8]} of {entry.dtype} take {weight.n_bytes}"
+                    f"{name}: it lies at bytes {begin} to {upto}, the one before it ends at {end}; "
+                    f"{list(entry.shape)[:8]} of {entry.dtype} take {weight.n_bytes}"
                 )
             self.weights[name], self._places[name], end = weight, 8 + n_header + begin, upto
         if 8 + n_header + end != n_file_bytes:

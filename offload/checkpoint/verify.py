@@ -116,7 +116,8 @@ def _check_pages(reader: PageReader, manifests: Sequence[Manifest], report: Repo
     unverified = [str(manifest.number) for manifest in manifests if not manifest.checksums]
     if unverified:
         report.notes.append(
-            f"commit {', '.join(unverified)}: the run kept no checksums (ssd.checksums = false): pages were read, their content not verified"
+            f"commit {', '.join(unverified)}: the run kept no checksums (ssd.checksums = false): pages were read, "
+            "their content not verified"
         )
     total_bytes = sum(place.stored.n_bytes for place in sound)
     with ByteProgress(console, "verifying", total_bytes) as progress:
@@ -135,8 +136,9 @@ def _note_room(reader: PageReader, places: Sequence[StoredPlace], report: Report
     inside = sum(frame < reader.n_frames for frame in named)
     free = max(0, reader.n_frames - inside)
     report.notes.append(
-        f"{len(reader.paths)} page {'file' if len(reader.paths) == 1 else 'files'} of {format_bytes(sum(reader.file_bytes))}: "
-        f"{reader.n_frames} frames of {format_bytes(page_bytes)}, {inside} named by commits, {free} free ({format_bytes(free * page_bytes)})"
+        f"{len(reader.paths)} page {'file' if len(reader.paths) == 1 else 'files'} of "
+        f"{format_bytes(sum(reader.file_bytes))}: {reader.n_frames} frames of {format_bytes(page_bytes)}, {inside} "
+        f"named by commits, {free} free ({format_bytes(free * page_bytes)})"
     )
     how = (
         "past the page cache (O_DIRECT)"

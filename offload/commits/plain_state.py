@@ -130,13 +130,15 @@ class _Encoder:
         if type(value) is Tensor:
             return self._tensor(value, where)
         raise UnknownState(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which is not committed; numbers, text, lists, dicts, tensors are"
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which is not committed; numbers, "
+            "text, lists, dicts, tensors are"
         )
 
     def _tensor(self, value: Tensor, where: str) -> Any:
         if value.device.type != "cpu" or value.layout is not torch.strided or value.is_quantized or value.requires_grad:
             raise UnknownState(
-                f"{where} is a tensor on {value.device}, {value.layout}, requires_grad {value.requires_grad}; plain ones on the CPU are committed"
+                f"{where} is a tensor on {value.device}, {value.layout}, requires_grad {value.requires_grad}; plain "
+                "ones on the CPU are committed"
             )
         self._take(where, value.numel() * value.element_size())
         content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -151,7 +153,8 @@ class _Encoder:
         self._left_bytes -= n_bytes
         if self._left_bytes < 0:
             raise UnknownState(
-                f"{where} takes the state above {MAX_BYTES} bytes, more than is committed; keep large tensors in buffers of the model"
+                f"{where} takes the state above {MAX_BYTES} bytes, more than is committed; keep large tensors in "
+                "buffers of the model"
             )
 
 

@@ -82,8 +82,8 @@ class EarlierCommits:
                 continue
             if manifest.run_ids != run_ids:
                 raise ConfigError(
-                    f"commit {number} in {self.folder.path} is of a run with {len(manifest.run_ids)} folders in ssd.paths, which are "
-                    "not those given now; give the same folders in the same order, or others"
+                    f"commit {number} in {self.folder.path} is of a run with {len(manifest.run_ids)} folders in "
+                    "ssd.paths, which are not those given now; give the same folders in the same order, or others"
                 )
             self._manifests[number] = manifest
         file_bytes = file_sizes(directory.file(PAGE_FILE_NAME) for directory in directories)
@@ -100,8 +100,9 @@ class EarlierCommits:
             n_bytes, wanted_bytes = file_bytes[path], frames * manifest.page_bytes
             if n_bytes < wanted_bytes and (not n_bytes or not manifest.checksums):
                 raise CommitError(
-                    f"{self._directories[path].file(PAGE_FILE_NAME)} {f'has {n_bytes} bytes' if n_bytes else 'is gone or empty'}, and commit "
-                    f"{manifest.number} names {wanted_bytes} bytes of it. Nothing was changed; put the file back, or move "
+                    f"{self._directories[path].file(PAGE_FILE_NAME)} "
+                    f"{f'has {n_bytes} bytes' if n_bytes else 'is gone or empty'}, and commit {manifest.number} names "
+                    f"{wanted_bytes} bytes of it. Nothing was changed; put the file back, or move "
                     f"{self.folder.manifest(manifest.number)} away to go on without that commit"
                 )
 
@@ -110,7 +111,8 @@ class EarlierCommits:
         for directory in self._directories[1:]:
             if CommitFolder(directory.path).numbers():
                 raise ConfigError(
-                    f"{directory.path} holds commits, so it is the first of its run's ssd.paths; give that run's folders in their order"
+                    f"{directory.path} holds commits, so it is the first of its run's ssd.paths; give that run's "
+                    "folders in their order"
                 )
         for directory in self._directories:
             path = directory.file(_PART_OF)
@@ -127,8 +129,8 @@ class EarlierCommits:
                 ) from error
             if directory is first or part_of.run_id != first.run_id:
                 raise ConfigError(
-                    f"{directory.path} holds pages of the commits in {part_of.path}; give that run's folders in ssd.paths in their "
-                    f"order, or others; if that run is gone, remove {path}"
+                    f"{directory.path} holds pages of the commits in {part_of.path}; give that run's folders in "
+                    f"ssd.paths in their order, or others; if that run is gone, remove {path}"
                 )
 
     def claim_parts(self) -> None:
@@ -157,12 +159,14 @@ class EarlierCommits:
         newest = self._manifests[max(self._manifests)]
         if asked != "auto" and page_bytes != newest.page_bytes:
             raise ConfigError(
-                f"memory.page is {page_bytes}, the commits in {self.folder.path} have pages of {newest.page_bytes} bytes; "
+                f"memory.page is {page_bytes}, the commits in {self.folder.path} have pages of {newest.page_bytes} "
+                "bytes; "
                 'use that, or "auto", or another folder'
             )
         if checksums and not all(manifest.checksums for manifest in self._manifests.values()):
             raise ConfigError(
-                f"ssd.checksums is true, but commits in {self.folder.path} have none; set it to false, or name another folder"
+                f"ssd.checksums is true, but commits in {self.folder.path} have none; set it to false, or name "
+                "another folder"
             )
         return newest.page_bytes, int(newest.state["slice_numel"])
 

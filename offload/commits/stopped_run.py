@@ -134,8 +134,8 @@ class StoppedRun:
             which = ", ".join(f"number {place + 1} (run id {newest.run_ids[place]})" for place in missing)
             looked = ", ".join(str(path) for path in [*known.values(), *tried])
             raise RunDirectoryError(
-                f"the pages of {self.path} are in {len(newest.run_ids)} folders, not found: {which}; looked at {looked}. "
-                "Name the others with --path"
+                f"the pages of {self.path} are in {len(newest.run_ids)} folders, not found: {which}; looked at "
+                f"{looked}. Name the others with --path"
             )
         return [known[run_id] for run_id in newest.run_ids]
 

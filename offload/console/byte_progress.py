@@ -28,8 +28,13 @@ class ByteProgress:
         self._total_bytes = total_bytes
         self._done_bytes = 0
         self._bar = LiveBar(
-            console, TextColumn(what), BarColumn(bar_width=24), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
+            console,
+            TextColumn(what),
+            BarColumn(bar_width=24),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         self._task = self._bar.add_task(what, total=total_bytes)
 
     def advance(self, n_bytes: int) -> None:

@@ -196,7 +196,8 @@ def advice(config: Config, room: Room, taken: Taken, pages_bytes: int, smallest_
             found.append(f"set memory.ram to {lower_bytes} ({format_bytes(lower_bytes)}) or less")
         else:
             found.append(
-                f"lower memory.ram (the smallest that works is {smallest_ram_bytes}) is not enough by itself: {format_bytes(short_bytes)} are missing"
+                f"lower memory.ram (the smallest that works is {smallest_ram_bytes}) is not enough by itself: "
+                f"{format_bytes(short_bytes)} are missing"
             )
             found.append(
                 "lower train.batch or train.seq, recompute layers (torch.utils.checkpoint), or set memory.activations"
@@ -204,7 +205,8 @@ def advice(config: Config, room: Room, taken: Taken, pages_bytes: int, smallest_
     if room.device_bytes is not None and taken.device_bytes > room.device_bytes:
         over = format_bytes(taken.device_bytes - room.device_bytes)
         found.append(
-            f"the device lacks {over}: lower memory.device, train.batch or train.seq, or recompute layers (torch.utils.checkpoint)"
+            f"the device lacks {over}: lower memory.device, train.batch or train.seq, or recompute layers "
+            "(torch.utils.checkpoint)"
         )
     if taken.disk_bytes > room.disk_bytes:
         missing = format_bytes(taken.disk_bytes - room.disk_bytes)

@@ -191,9 +191,15 @@ def forecast(
 
 
 def _found(
-    engine: Rehearsal, rates: Rates, kernels: Kernels, start: Phase, need: BudgetNeed, base_bytes: int, room: Room,
+    engine: Rehearsal,
+    rates: Rates,
+    kernels: Kernels,
+    start: Phase,
+    need: BudgetNeed,
+    base_bytes: int,
+    room: Room,
     limits: tuple[tuple[str, int], ...],
-) -> Forecast:  # fmt: skip
+) -> Forecast:
     """What an engine that has rehearsed its steps tells; ``limits`` are those on this process, where the room is this
     machine's."""
     config, mover = engine.config, engine.store.mover
@@ -220,22 +226,47 @@ def _found(
     )
     return Forecast(
         parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
-        ram_bytes=config.memory.ram, page_bytes=mover.arena.page_bytes,
-        smallest_ram_bytes=need.smallest_bytes, largest_unit=need.unit, resident_ram_bytes=_resident_bytes(engine),
-        start=start, step=step, commit=commit, commits_kept=config.commit.keep,
+        ram_bytes=config.memory.ram,
+        page_bytes=mover.arena.page_bytes,
+        smallest_ram_bytes=need.smallest_bytes,
+        largest_unit=need.unit,
+        resident_ram_bytes=_resident_bytes(engine),
+        start=start,
+        step=step,
+        commit=commit,
+        commits_kept=config.commit.keep,
         resume=Phase(0, 0, commit.ssd_pages, commit.ssd_bytes),
         export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
         export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()),
-        ops=len(engine.trace.ops), step_s=times.step_s + moving_s, compute_s=times.compute_s, moving_s=moving_s,
-        steady=times.steady, busy=times.busy, waits_s=times.waits_s, limiting=times.limiting,
-        recomputed_blocks=engine.stats().recomputed_blocks, device_units=engine.stats().device_units, units=len(engine.store.index.units),
-        read_bytes=times.read_bytes, written_bytes=times.written_bytes, h2d_bytes=times.h2d_bytes,
-        tensor_bytes=engine.outside.peak_bytes, base_bytes=base_bytes, process_bytes=taken.ram_bytes,
-        kernels_timed=timed.n_timed if timed else 0, kernels_timed_s=timed.spent_s if timed else 0.0,
+        ops=len(engine.trace.ops),
+        step_s=times.step_s + moving_s,
+        compute_s=times.compute_s,
+        moving_s=moving_s,
+        steady=times.steady,
+        busy=times.busy,
+        waits_s=times.waits_s,
+        limiting=times.limiting,
+        recomputed_blocks=engine.stats().recomputed_blocks,
+        device_units=engine.stats().device_units,
+        units=len(engine.store.index.units),
+        read_bytes=times.read_bytes,
+        written_bytes=times.written_bytes,
+        h2d_bytes=times.h2d_bytes,
+        tensor_bytes=engine.outside.peak_bytes,
+        base_bytes=base_bytes,
+        process_bytes=taken.ram_bytes,
+        kernels_timed=timed.n_timed if timed else 0,
+        kernels_timed_s=timed.spent_s if timed else 0.0,
         undisturbed_share=timed.undisturbed_share if timed else 1.0,
         kernels_rated=timed.n_others if timed else 0,
-        fit=Fit(room, taken, taken.within(room) and not lacks, advice(config, room, taken, pages_bytes, need.smallest_bytes) or lacks), rates=rates,
-    )  # fmt: skip
+        fit=Fit(
+            room,
+            taken,
+            taken.within(room) and not lacks,
+            advice(config, room, taken, pages_bytes, need.smallest_bytes) or lacks,
+        ),
+        rates=rates,
+    )
 
 
 def _resident_now_bytes() -> int:
@@ -255,7 +286,8 @@ def check_forecastable(config: Config) -> None:
         )
     if config.update.mode != "exact":
         raise ConfigError(
-            f'update.mode is "{config.update.mode}": plan knows "exact" only, whose updates are part of the step; --set update.mode=exact'
+            f'update.mode is "{config.update.mode}": plan knows "exact" only, whose updates are part of the step; '
+            "--set update.mode=exact"
         )
 
 

@@ -47,9 +47,15 @@ class Rates:
 
 
 def rates_of(
-    config: Config, *, flops: float | None = None, ram: float | None = None, ssd_read: float | None = None,
-    ssd_write: float | None = None, h2d: float | None = None, device_ram: float | None = None,
-) -> Rates:  # fmt: skip
+    config: Config,
+    *,
+    flops: float | None = None,
+    ram: float | None = None,
+    ssd_read: float | None = None,
+    ssd_write: float | None = None,
+    h2d: float | None = None,
+    device_ram: float | None = None,
+) -> Rates:
     """The rates given, and for others: compute as measured now (if only one of both is given; else its kernels are
     timed later), the disk as ``ssd.limit_mb_per_s`` says or as the engine assumes, copies to the device as it assumes.
 
@@ -58,8 +64,13 @@ def rates_of(
             needs.
     """
     given = {
-        "--flops": flops, "--ram-speed": ram, "--ssd-read": ssd_read, "--ssd-write": ssd_write, "--h2d": h2d, "--device-ram-speed": device_ram,
-    }  # fmt: skip
+        "--flops": flops,
+        "--ram-speed": ram,
+        "--ssd-read": ssd_read,
+        "--ssd-write": ssd_write,
+        "--h2d": h2d,
+        "--device-ram-speed": device_ram,
+    }
     for name, value in given.items():
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} is {value:g}; it must be a number above 0")

@@ -268,7 +268,8 @@ class Rehearsal(Engine):
     def _check_planned(self) -> None:
         if any(driver.plan is None for driver in (self.store.host, self.store.device_driver) if driver is not None):
             raise RehearsalError(
-                "views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise memory.ram"
+                "views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise "
+                "memory.ram"
             )
 
 

@@ -48,8 +48,11 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         ("memory.ram from which nothing moves", f"{format_bytes(found.resident_ram_bytes)}, with pages of this size"),
     ]
     phases = (
-        ("start", found.start), ("step", found.step), (f"commit, {found.commits_kept} kept: at most", found.commit), ("resume: at most", found.resume),
-    )  # fmt: skip
+        ("start", found.start),
+        ("step", found.step),
+        (f"commit, {found.commits_kept} kept: at most", found.commit),
+        ("resume: at most", found.resume),
+    )
     for name, phase in phases:
         host = f"RAM {phase.host_pages} pages, {format_bytes(phase.host_bytes)}"
         if phase.device_pages:
@@ -96,7 +99,10 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
     up = f", to the device {rates.h2d / 1e6:,.0f} MB/s" if H2D in found.busy else ""
     rows.append(("at these rates", f"{compute}, {disk}{up}"))
     if found.undisturbed_share < UNDISTURBED:
-        said = f"kernels had a processor for {found.undisturbed_share:.0%} of the time in which they were timed: something else computes on this machine"
+        said = (
+            f"kernels had a processor for {found.undisturbed_share:.0%} of the time in which they were timed: "
+            "something else computes on this machine"
+        )
         rows.append(("disturbed", f"{said}; steps will be faster than predicted, or plan again when it is quiet"))
     return rows
 
@@ -124,7 +130,10 @@ def memory_rows(found: Forecast) -> list[tuple[str, str]]:
 
 def fit_rows(fit: Fit) -> list[tuple[str, str]]:
     """What fits, and what to change, as (what, value) pairs."""
-    taken = f"RAM {format_bytes(fit.taken.ram_bytes)} of {format_bytes(fit.room.ram_bytes)}, disk {format_bytes(fit.taken.disk_bytes)} of {format_bytes(fit.room.disk_bytes)}"
+    taken = (
+        f"RAM {format_bytes(fit.taken.ram_bytes)} of {format_bytes(fit.room.ram_bytes)}, disk "
+        f"{format_bytes(fit.taken.disk_bytes)} of {format_bytes(fit.room.disk_bytes)}"
+    )
     if fit.room.device_bytes is not None:
         taken = f"device {format_bytes(fit.taken.device_bytes)} of {format_bytes(fit.room.device_bytes)}, {taken}"
     rows = [("fits", f"{'yes' if fit.fits else 'no'}: {taken}"), *(("to make it fit", line) for line in fit.advice)]

@@ -58,7 +58,8 @@ class Batches:
         method = getattr(self._data, name, None)
         if not callable(method):
             raise ConfigError(
-                f"data.factory: {self._reference} returns {described(self._data)}, which has no method {name}{arguments}"
+                f"data.factory: {self._reference} returns {described(self._data)}, which has no method "
+                f"{name}{arguments}"
             )
         try:
             inspect.signature(method).bind(value, *self._shape)
@@ -99,7 +100,8 @@ class Batches:
             made = self._data.validation_batches(self._train.evaluate_batches, *self._shape)
         if not hasattr(made, "__iter__"):
             raise ConfigError(
-                f"data.factory: {self._reference}: {name} gives {described(made)}; it must give pairs of tensors one by one"
+                f"data.factory: {self._reference}: {name} gives {described(made)}; it must give pairs of tensors one "
+                "by one"
             )
         batches = iter(made)
         while True:
@@ -111,14 +113,16 @@ class Batches:
             yield self._pair(name, pair)
         if not found:
             raise ConfigError(
-                f"data.factory: {self._reference}: {name} gives no batch; {self._train.evaluate_batches} were asked for (train.evaluate_batches)"
+                f"data.factory: {self._reference}: {name} gives no batch; {self._train.evaluate_batches} were asked "
+                "for (train.evaluate_batches)"
             )
 
     def _pair(self, name: str, made: Any) -> Pair:
         if isinstance(made, (tuple, list)) and len(made) == 2 and all(isinstance(part, Tensor) for part in made):
             return made[0], made[1]
         raise ConfigError(
-            f"data.factory: {self._reference}: {name} gives {described(made)}; it must give a pair of tensors, inputs and targets"
+            f"data.factory: {self._reference}: {name} gives {described(made)}; it must give a pair of tensors, inputs "
+            "and targets"
         )
 
     def unigram_entropy_bits(self) -> float | None:
@@ -150,7 +154,8 @@ def loss_of(output: Any, reference: str, *, trains: bool) -> Tensor:
         )
     if trains and not output.requires_grad:
         raise ConfigError(
-            f"model.factory: {reference}: the loss that forward(x, y) returns does not depend on a trained parameter; is it detached, or made under no_grad?"
+            f"model.factory: {reference}: the loss that forward(x, y) returns does not depend on a trained parameter; "
+            "is it detached, or made under no_grad?"
         )
     return output if output.dim() == 0 else output.reshape(())
 

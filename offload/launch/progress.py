@@ -81,8 +81,13 @@ class ProgressLog:
         self._fd: int | None = None
         self._end_bytes = 0
         self._bar = LiveBar(
-            console, TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeRemainingColumn(),
-        )  # fmt: skip
+            console,
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
         self._task = self._bar.add_task("starting", total=steps)
 
     def __enter__(self) -> ProgressLog:

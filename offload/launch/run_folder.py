@@ -162,7 +162,8 @@ def _owner(identity: Path) -> str | None:
     owner = found.get("pages") if isinstance(found, dict) else None
     if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(owner, (str, type(None))):
         raise RunDirectoryError(
-            f"output.run: {identity} is not the identity of a run of this version. Nothing was changed; name another folder"
+            f"output.run: {identity} is not the identity of a run of this version. Nothing was changed; name another "
+            "folder"
         )
     return owner
 

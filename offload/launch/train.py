@@ -66,7 +66,8 @@ def _goes_on(config: Config) -> bool:
     folder = CommitFolder(Path(config.ssd.paths[0]))
     if folder.numbers() and config.commit.resume == "never":
         raise RunDirectoryError(
-            f'{folder.path} holds commits and commit.resume is "never"; name another folder in ssd.paths, or set it to "auto"'
+            f'{folder.path} holds commits and commit.resume is "never"; name another folder in ssd.paths, or set it '
+            'to "auto"'
         )
     return bool(folder.numbers())
 
@@ -228,16 +229,24 @@ def _written(log: ProgressLog, metrics: StepMetrics | None = None, durable: bool
 
 
 def _train(
-    engine: Engine, batches: Batches, reference: str, train: TrainConfig, folder: Path, console: Console, interrupt: Interrupt, past: _Past,
+    engine: Engine,
+    batches: Batches,
+    reference: str,
+    train: TrainConfig,
+    folder: Path,
+    console: Console,
+    interrupt: Interrupt,
+    past: _Past,
     pair: Pair | None,
-) -> None:  # fmt: skip
+) -> None:
     """All steps from here on, their commit and the summary; ``pair`` is the first batch, where nobody has asked to end
     before it."""
     config = engine.config
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     if engine.steps and any("initial_lr" not in group for group in engine.optimizer.param_groups):
         raise CommitError(
-            "the commit's parameter groups have no initial_lr, so it is not of a launched run; go on from it in a loop of your own"
+            "the commit's parameter groups have no initial_lr, so it is not of a launched run; go on from it in a "
+            "loop of your own"
         )
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(train), last_epoch=engine.steps - 1)
     kept = kept_metrics(folder / METRICS, engine.steps)
@@ -278,7 +287,7 @@ def _train(
                     ssd_written_bytes=now.bytes_written - last.bytes_written,
                     wait_share=(now.wait_s - last.wait_s) / step_s,
                     staleness=engine.staleness,
-                )  # fmt: skip
+                )
             )
             last = now
             due = engine.commit_due
@@ -298,9 +307,21 @@ def _train(
     evaluates = train.evaluate_batches and not is_closed(console)
     after_nats = validation_loss(engine, batches, reference, interrupt) if evaluates else None
     run = RunSummary(
-        n_parameters, engine.steps, engine.steps - first, train_s, samples_a_step * (engine.steps - first), a_sample, past.before_nats, after_nats, batches.unit,
-        batches.unigram_entropy_bits(), stats, engine.memory_report(), engine.planned_step_s, _process_peak_bytes(),
-    )  # fmt: skip
+        n_parameters,
+        engine.steps,
+        engine.steps - first,
+        train_s,
+        samples_a_step * (engine.steps - first),
+        a_sample,
+        past.before_nats,
+        after_nats,
+        batches.unit,
+        batches.unigram_entropy_bits(),
+        stats,
+        engine.memory_report(),
+        engine.planned_step_s,
+        _process_peak_bytes(),
+    )
     print_summary(run, console)
     save_loss_curve(folder / CURVE, metrics, run)
     console.print(f"metrics, configuration and loss curve are in {folder}", highlight=False)

@@ -91,8 +91,9 @@ class Plan:
         n_ahead = _AHEAD * least.threads
         if self.size_bytes < least.request_bytes * n_ahead:
             raise ValueError(
-                f"--size is {format_bytes(self.size_bytes)}, but {n_ahead} requests of {format_bytes(least.request_bytes)} "
-                f"are under way at a time; give at least {format_bytes(least.request_bytes * n_ahead)}"
+                f"--size is {format_bytes(self.size_bytes)}, but {n_ahead} requests of "
+                f"{format_bytes(least.request_bytes)} are under way at a time; give at least "
+                f"{format_bytes(least.request_bytes * n_ahead)}"
             )
 
     @property

@@ -90,13 +90,17 @@ def as_record(results: Sequence[Measured], plan: Plan, advice: Recommendation) -
         "seconds": plan.seconds,
         "paths": [
             {
-                "path": str(result.target.path), "file_system": result.target.file_system, "free_bytes": result.target.free_bytes,
-                "in_use_by": result.target.holder, "backend": result.backend, "points": [_point_record(point) for point in result.points],
+                "path": str(result.target.path),
+                "file_system": result.target.file_system,
+                "free_bytes": result.target.free_bytes,
+                "in_use_by": result.target.holder,
+                "backend": result.backend,
+                "points": [_point_record(point) for point in result.points],
             }
             for result in results
         ],
         "recommendation": {**asdict(advice), "config": "\n".join(advice.config_lines)},
-    }  # fmt: skip
+    }
 
 
 def _point_record(point: Point) -> dict[str, Any]:
@@ -105,7 +109,10 @@ def _point_record(point: Point) -> dict[str, Any]:
 
 def target_line(target: Target, plan: Plan) -> str:
     """What is about to be measured."""
-    line = f"{target.path}: {target.file_system}, {format_bytes(target.free_bytes)} free, test file of {format_bytes(plan.file_bytes)}"
+    line = (
+        f"{target.path}: {target.file_system}, {format_bytes(target.free_bytes)} free, test file of "
+        f"{format_bytes(plan.file_bytes)}"
+    )
     if target.file_system in IN_RAM:
         line += "; this is RAM, not a disk"
     if target.holder is not None:
@@ -133,7 +140,10 @@ def backend_line(result: Measured) -> str:
     """Which way the bytes went."""
     if result.backend == "direct":
         return f"{result.target.path}: O_DIRECT, past the page cache"
-    return f"{result.target.path}: aiofiles, as O_DIRECT is refused here; figures are those of the page cache, not of the disk"
+    return (
+        f"{result.target.path}: aiofiles, as O_DIRECT is refused here; figures are those of the page cache, not of "
+        "the disk"
+    )
 
 
 def point_cells(point: Point) -> list[str]:

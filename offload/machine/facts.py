@@ -167,10 +167,15 @@ def gather(file: Path | None, changes: Sequence[str] = (), *, bench: bool = True
         paths = [] if config.config is None else [Path(path) for path in config.config.ssd.paths]
     return Facts(
         versions={
-            "python": platform.python_version(), "torch": torch.__version__, "numpy": version("numpy"), "offload": offload.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": version("numpy"),
+            "offload": offload.__version__,
         },
         packages=package_facts(sys.path),
-        cpu=CpuFact(len(os.sched_getaffinity(0)), os.cpu_count() or 1, psutil.cpu_count(logical=False), torch.get_num_threads()),
+        cpu=CpuFact(
+            len(os.sched_getaffinity(0)), os.cpu_count() or 1, psutil.cpu_count(logical=False), torch.get_num_threads()
+        ),
         memory=memory_fact(),
         copy_gb_per_s=copy_gb_per_s() if bench else None,
         cuda_build=torch.version.cuda is not None,
@@ -178,7 +183,7 @@ def gather(file: Path | None, changes: Sequence[str] = (), *, bench: bool = True
         cuda=cuda_facts(),
         folders=tuple(folder_fact(path, wanted=config is not None, bench=bench) for path in paths),
         config=config,
-    )  # fmt: skip
+    )
 
 
 def config_fact(file: Path, changes: Sequence[str] = ()) -> ConfigFact:
@@ -276,6 +281,15 @@ def folder_fact(path: Path, *, wanted: bool, bench: bool) -> FolderFact:
         except (OffloadError, OSError) as error:
             failure = str(error)
     return FolderFact(
-        path=str(path), wanted=wanted, existing=str(existing), writable=writable, file_system=file_system(existing),
-        free_bytes=shutil.disk_usage(existing).free, use=use, backend=backend, point=point, not_measured=not_measured, failure=failure,
-    )  # fmt: skip
+        path=str(path),
+        wanted=wanted,
+        existing=str(existing),
+        writable=writable,
+        file_system=file_system(existing),
+        free_bytes=shutil.disk_usage(existing).free,
+        use=use,
+        backend=backend,
+        point=point,
+        not_measured=not_measured,
+        failure=failure,
+    )

@@ -26,7 +26,8 @@ def check_parameters(model: nn.Module, device: str = "cpu") -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
-                f"{name} is not initialised yet (a lazy module's); run the model's forward once before the engine is made"
+                f"{name} is not initialised yet (a lazy module's); run the model's forward once before the engine is "
+                "made"
             )
         check_values(name, parameter, device)
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
@@ -46,7 +47,8 @@ def _check_uncompiled(model: nn.Module) -> None:
         what = name.removesuffix("._orig_mod") or "the model"
         if isinstance(module, by_torch_compile) or module._compiled_call_impl is not None:
             raise ValueError(
-                f"{what} is compiled by torch.compile, which a model in pages cannot be; give the uncompiled model, as it was before that"
+                f"{what} is compiled by torch.compile, which a model in pages cannot be; give the uncompiled model, "
+                "as it was before that"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
@@ -58,19 +60,20 @@ def check_values(name: str, parameter: Tensor, device: str) -> None:
     """Raise ValueError unless a parameter has values, of a kind that pages can hold, on ``device``."""
     if parameter.device.type == "meta" and device != "meta":
         raise ValueError(
-            f"{name} is on meta and has no values; build the model on the CPU (transformers' from_pretrained builds on meta: call it "
-            "outside deferred_init and give the model to prepare)"
+            f"{name} is on meta and has no values; build the model on the CPU (transformers' from_pretrained builds "
+            "on meta: call it outside deferred_init and give the model to prepare)"
         )
     if parameter.device.type != device and not isinstance(parameter, PagedParameter):
         raise ValueError(f"{name} is on {parameter.device}; build the model on the CPU (or under deferred_init)")
     if parameter.is_complex():
         raise ValueError(
-            f"{name} is {parameter.dtype}, which pages cannot hold; keep its real view (torch.view_as_real) as the parameter"
+            f"{name} is {parameter.dtype}, which pages cannot hold; keep its real view (torch.view_as_real) as the "
+            "parameter"
         )
     if parameter.is_floating_point() and parameter.dtype not in _DTYPES:
         raise ValueError(
-            f"{name} is {parameter.dtype}, but updates in pages are made in float32; build the model in float32 (model.float() before offload.prepare), "
-            "bfloat16 or float16, or keep what is not trained as a buffer"
+            f"{name} is {parameter.dtype}, but updates in pages are made in float32; build the model in float32 "
+            "(model.float() before offload.prepare), bfloat16 or float16, or keep what is not trained as a buffer"
         )
     if isinstance(parameter, PagedParameter):
         return
@@ -84,8 +87,8 @@ def check_values(name: str, parameter: Tensor, device: str) -> None:
         )
     if not parameter.is_contiguous():
         raise ValueError(
-            f"{name} of shape {tuple(parameter.shape)} has strides {parameter.stride()}, which it would lose in pages; make it contiguous first: "
-            "parameter.data = parameter.data.contiguous()"
+            f"{name} of shape {tuple(parameter.shape)} has strides {parameter.stride()}, which it would lose in "
+            "pages; make it contiguous first: parameter.data = parameter.data.contiguous()"
         )
 
 
@@ -120,8 +123,8 @@ def _check_separate(model: nn.Module) -> None:
 
 def _shared(one: str, other: str) -> ValueError:
     return ValueError(
-        f"{one} and {other} are different tensors over the same memory, which pages do not share; tie them as one nn.Parameter "
-        "(b.weight = a.weight), or clone one"
+        f"{one} and {other} are different tensors over the same memory, which pages do not share; tie them as one "
+        "nn.Parameter (b.weight = a.weight), or clone one"
     )
 
 

@@ -81,15 +81,18 @@ def _refuse_change(name: str, before: Tensor, stride: tuple[int, ...], after: Te
         was, becomes = getattr(before, what), getattr(after, what)
         if was != becomes:
             raise RuntimeError(
-                f"{name}: the conversion would make this parameter {becomes}, but it lives in pages as {was}; {remedy}. Nothing was converted"
+                f"{name}: the conversion would make this parameter {becomes}, but it lives in pages as {was}; "
+                f"{remedy}. Nothing was converted"
             )
     if after.shape != before.shape or after.layout != before.layout or after.stride() != stride:
         raise RuntimeError(
-            f"{name}: the conversion would change how this parameter lies in memory (a memory_format?), which pages do not do; leave it off. Nothing was converted"
+            f"{name}: the conversion would change how this parameter lies in memory (a memory_format?), which pages "
+            "do not do; leave it off. Nothing was converted"
         )
     if after.is_shared():  # type: ignore[no-untyped-call]
         raise RuntimeError(
-            f"{name}: a parameter that lives in pages cannot be shared with other processes; share model.state_dict(). Nothing was converted"
+            f"{name}: a parameter that lives in pages cannot be shared with other processes; share "
+            "model.state_dict(). Nothing was converted"
         )
 
 

@@ -9,7 +9,10 @@ from torch import nn
 
 from offload.parameters.paged_parameter import PagedParameter
 
-_REMEDY: Final = "change a model before offload.prepare, or take model.state_dict(), close this engine, and give the changed model to a new one. Nothing was written"
+_REMEDY: Final = (
+    "change a model before offload.prepare, or take model.state_dict(), close this engine, and give the changed model "
+    "to a new one. Nothing was written"
+)
 
 
 class Structure:
@@ -65,7 +68,8 @@ class Structure:
         for name, parameter in now.items():
             if id(parameter) not in known:
                 raise RuntimeError(
-                    f"{name}: this parameter was added to the model after the engine had taken it, and no optimizer has it; {_REMEDY}"
+                    f"{name}: this parameter was added to the model after the engine had taken it, and no optimizer "
+                    f"has it; {_REMEDY}"
                 )
             if id(parameter) in self._paged and not isinstance(parameter, PagedParameter):
                 raise RuntimeError(

@@ -167,8 +167,9 @@ class Binder:
         for unit in units:
             if unit.forgotten:
                 raise RuntimeError(
-                    f"{unit.name} was built under deferred_init, but is not part of the model that the engine was made for, so its pages "
-                    "were given back; build what the engine does not train outside of that block"
+                    f"{unit.name} was built under deferred_init, but is not part of the model that the engine was "
+                    "made for, so its pages were given back; build what the engine does not train outside of that "
+                    "block"
                 )
             if unit.ended and torch._C._current_graph_task_id() != -1:
                 self._refuse_late_use(unit, places)
@@ -243,8 +244,8 @@ class Binder:
             or (slot.numel and self.mover.arena.locate(parameter.data_ptr()) is None)
         ):
             raise RuntimeError(
-                f"{slot.name}: a paged parameter keeps its shape and its memory, so it cannot be transposed, resized or set in place; "
-                "write values with parameter.copy_(values)"
+                f"{slot.name}: a paged parameter keeps its shape and its memory, so it cannot be transposed, resized "
+                "or set in place; write values with parameter.copy_(values)"
             )
 
     def holds(self, parameter: PagedParameter, values: Tensor) -> bool:
@@ -270,8 +271,9 @@ class Binder:
         place = parameter._place
         if not self.closed and not place.bound and self.driver.viewed(place.unit.compute):
             raise RuntimeError(
-                f"{place.slot.name}: .data is assigned while a view of the parameter (from .data, .detach(), ...) is in use, which would change with "
-                "it; keep a copy instead (parameter.detach().clone()), or let go of the view"
+                f"{place.slot.name}: .data is assigned while a view of the parameter (from .data, .detach(), ...) is "
+                "in use, which would change with it; keep a copy instead (parameter.detach().clone()), or let go of "
+                "the view"
             )
 
     def note_change(self, place: Place) -> None:
@@ -351,8 +353,9 @@ class Binder:
         if self.only_trainable and slot.group < 0 and parameter.requires_grad:
             parameter.requires_grad_(False)
             raise RuntimeError(
-                f"{slot.name}: this parameter was frozen when the optimizer was made from the configuration, which does not have it; "
-                "call requires_grad_(True) before offload.prepare, or give prepare an optimizer factory over all parameters"
+                f"{slot.name}: this parameter was frozen when the optimizer was made from the configuration, which "
+                "does not have it; call requires_grad_(True) before offload.prepare, or give prepare an optimizer "
+                "factory over all parameters"
             )
         parameter._place.gradient.watch(parameter)
 

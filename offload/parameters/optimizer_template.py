@@ -69,7 +69,8 @@ def _made_by(factory: Any, model: nn.Module) -> torch.optim.Optimizer:
         raise ValueError(f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's")
     if made.state:
         raise ValueError(
-            f"the {type(made).__name__} that the optimizer's factory returns has states already; load them into the engine's optimizer by load_state_dict"
+            f"the {type(made).__name__} that the optimizer's factory returns has states already; load them into the "
+            "engine's optimizer by load_state_dict"
         )
     return made
 

@@ -114,7 +114,8 @@ class PagedParameter(nn.Parameter):
                 func = _copy_into
             elif func == Tensor.share_memory_:
                 raise RuntimeError(
-                    f"{parameters[0]._place.slot.name}: a paged parameter cannot be shared with other processes; share model.state_dict()"
+                    f"{parameters[0]._place.slot.name}: a paged parameter cannot be shared with other processes; "
+                    "share model.state_dict()"
                 )
             return parameters[0]._place.binder.call(func, args, named, parameters)
 
@@ -124,7 +125,8 @@ class PagedParameter(nn.Parameter):
         """As ``.data = source``, where the source is a tensor; torch's parametrizations call it."""
         if not isinstance(source, Tensor) or place:
             raise RuntimeError(
-                f"{self._place.slot.name}: a paged parameter keeps its memory; write values with parameter.copy_(values)"
+                f"{self._place.slot.name}: a paged parameter keeps its memory; write values with "
+                "parameter.copy_(values)"
             )
         self.data = source
         return self
@@ -141,8 +143,9 @@ class PagedParameter(nn.Parameter):
         binder = self._place.binder
         if binder.updater is not None or binder.closed:
             raise RuntimeError(
-                f"nn.Parameter over {self._place.slot.name}, which is paged: an engine's parameters stay as they are; make parametrizations "
-                "(weight_norm, ...) and other changes before prepare, or clone the values (nn.Parameter(weight.detach().clone()))"
+                f"nn.Parameter over {self._place.slot.name}, which is paged: an engine's parameters stay as they are; "
+                "make parametrizations (weight_norm, ...) and other changes before prepare, or clone the values "
+                "(nn.Parameter(weight.detach().clone()))"
             )
         return binder.alias(nn.Parameter(self._place.placeholder), self._place.unit, self._place.slot)
 
@@ -174,12 +177,14 @@ def _copy_into(parameter: PagedParameter, values: Tensor) -> None:
     name = parameter._place.slot.name
     if values.shape != parameter.shape:
         raise RuntimeError(
-            f"{name}: .data of shape {tuple(values.shape)} for a paged parameter of shape {tuple(parameter.shape)}; a paged parameter keeps its shape"
+            f"{name}: .data of shape {tuple(values.shape)} for a paged parameter of shape {tuple(parameter.shape)}; a "
+            "paged parameter keeps its shape"
         )
     if (values.dtype, values.device) != (parameter.dtype, parameter.device):
         raise RuntimeError(
-            f"{name}: .data of {values.dtype} on {values.device} for a paged parameter of {parameter.dtype} on {parameter.device}; convert the model "
-            "before offload.prepare (or set model.dtype in the configuration), or write values with parameter.data.copy_(values)"
+            f"{name}: .data of {values.dtype} on {values.device} for a paged parameter of {parameter.dtype} on "
+            f"{parameter.device}; convert the model before offload.prepare (or set model.dtype in the configuration), "
+            "or write values with parameter.data.copy_(values)"
         )
     with torch.no_grad():
         parameter.copy_(values)

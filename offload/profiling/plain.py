@@ -64,7 +64,8 @@ def profile_plain(reference: str, steps: int, to: Path, console: Console) -> dic
     recording = watch.recording()
     if len(recording.step_ends_s) != steps:
         raise ConfigError(
-            f"--plain {reference}: {steps} steps made {len(recording.step_ends_s)} updates of the optimizer returned; a step makes one"
+            f"--plain {reference}: {steps} steps made {len(recording.step_ends_s)} updates of the optimizer returned; "
+            "a step makes one"
         )
     summary = summarize(recording, Context(PLAIN, 0, {}, None, ()))
     summary["plain"] = _findings(reference, model, optimizer, watch, unwatched_s)
@@ -86,7 +87,8 @@ def _training(reference: str, made: object) -> Training:
             return model, optimizer, step
     given = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
     raise ConfigError(
-        f"--plain {reference} returns ({given}); it must return (model, optimizer, step): nn.Module, torch.optim.Optimizer, callable"
+        f"--plain {reference} returns ({given}); it must return (model, optimizer, step): nn.Module, "
+        "torch.optim.Optimizer, callable"
     )
 
 
@@ -140,7 +142,10 @@ def plain_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         budget = f"memory.ram {format_bytes(choice['ram_bytes'])}" + (
             "" if spared is None else f", memory.activations {format_bytes(spared)}"
         )
-        moved = f"at most {format_bytes(choice['read_bytes'])} read and {format_bytes(choice['written_bytes'])} written a step"
+        moved = (
+            f"at most {format_bytes(choice['read_bytes'])} read and {format_bytes(choice['written_bytes'])} written a "
+            "step"
+        )
         share = 1 - choice["peak_bytes"] / choice["plain_bytes"]
         change = f"{abs(share):.0%} {'less' if share >= 0 else 'more'}"
         rows.append((f"engine, {budget}", f"peak {format_bytes(choice['peak_bytes'])} ({change}), {moved}"))

@@ -260,8 +260,16 @@ def by_module(recording: Recording, context: Context) -> list[dict[str, Any]]:
     rows = []
     for name, row in moved.items():
         parameter_bytes, master_bytes, moment_bytes = held.get(name, (0, 0, 0))
-        rows.append({
-            "name": name, "parameter_bytes": parameter_bytes, "master_bytes": master_bytes, "moment_bytes": moment_bytes,
-            "read_bytes": row.read_bytes, "written_bytes": row.written_bytes, "compute_s": row.compute_s, "wait_s": row.wait_s,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "parameter_bytes": parameter_bytes,
+                "master_bytes": master_bytes,
+                "moment_bytes": moment_bytes,
+                "read_bytes": row.read_bytes,
+                "written_bytes": row.written_bytes,
+                "compute_s": row.compute_s,
+                "wait_s": row.wait_s,
+            }
+        )
     return sorted(rows, key=lambda row: (-row["read_bytes"] - row["written_bytes"], row["name"]))

@@ -83,13 +83,15 @@ def store_of(model: nn.Module) -> PageStore | None:
                 return None
             if store.closed:
                 raise ValueError(
-                    f"{parameter._place.slot.name}: the engine that held this model is closed, and the model's values went with it; build the model "
-                    "anew, and load a state_dict() taken before, or resume() from a commit"
+                    f"{parameter._place.slot.name}: the engine that held this model is closed, and the model's values "
+                    "went with it; build the model anew, and load a state_dict() taken before, or resume() from a "
+                    "commit"
                 )
             if store.has_engine:
                 raise ValueError(
-                    f"{parameter._place.slot.name}: this model has an engine already; go on with that one (what initialize returned, or the optimizer's "
-                    ".engine), or close() it, build the model anew and prepare that"
+                    f"{parameter._place.slot.name}: this model has an engine already; go on with that one (what "
+                    "initialize returned, or the optimizer's .engine), or close() it, build the model anew and "
+                    "prepare that"
                 )
             return store
     return None

@@ -63,8 +63,9 @@ class DeviceTier:
         if tensor.n_frames > arena.n_frames:
             smallest_bytes = tensor.n_frames * arena.page_bytes
             raise BudgetError(
-                f"memory.device is {self.budget.limit_bytes} bytes ({format_bytes(self.budget.limit_bytes)}), but {unit.name} alone takes "
-                f"{smallest_bytes} bytes ({format_bytes(smallest_bytes)}); set memory.device to at least that",
+                f"memory.device is {self.budget.limit_bytes} bytes ({format_bytes(self.budget.limit_bytes)}), but "
+                f"{unit.name} alone takes {smallest_bytes} bytes ({format_bytes(smallest_bytes)}); set memory.device "
+                "to at least that",
                 smallest_bytes,
             )
         return self.mover.mirror(tensor)

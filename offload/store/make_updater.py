@@ -133,8 +133,10 @@ def divide(store: PageStore, units: Sequence[Unit], *, eager: bool) -> Division:
                     state_frames = min(sum(sizes), max(ring_frames, n_frames - all_frames - max(sizes)))
                 return Division(gradient_bytes, n_frames - state_frames, state_frames, resident=not masters)
     raise BudgetError(
-        f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but lock-free updates keep the gradients of the whole "
-        f"model in RAM ({format_bytes(total_bytes)}) and need {smallest_bytes} bytes ({format_bytes(smallest_bytes)}) in all; "
+        f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but lock-free updates keep the gradients of "
+        "the whole "
+        f"model in RAM ({format_bytes(total_bytes)}) and need {smallest_bytes} bytes ({format_bytes(smallest_bytes)}) "
+        "in all; "
         'set memory.ram to at least that, or update.mode to "exact"',
         smallest_bytes,
     )
@@ -169,7 +171,19 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling:
     update = store.config.update
     thread = UpdateThread(store.mover, rule, mailboxes, windows, store.counters, n_threads=update.threads)
     return LockFreeUpdater(
-        store.driver, store.index, thread, mailboxes, StateAccess(store.driver, rule.state_names), hypers, store.budget, division.gradient_bytes, scratch_bytes(units, update.threads),
-        store.counters, scaling=scaling, eager=eager, adopts_after=update.start == "auto", max_staleness=update.max_staleness,
+        store.driver,
+        store.index,
+        thread,
+        mailboxes,
+        StateAccess(store.driver, rule.state_names),
+        hypers,
+        store.budget,
+        division.gradient_bytes,
+        scratch_bytes(units, update.threads),
+        store.counters,
+        scaling=scaling,
+        eager=eager,
+        adopts_after=update.start == "auto",
+        max_staleness=update.max_staleness,
         exact_steps=update.exact_steps,
-    )  # fmt: skip
+    )

@@ -343,9 +343,9 @@ class PageStore:
                 raise AssertionError(f"an update needs {need_frames} pages, which the check of the budget has not seen")
             smallest_bytes = need_frames * self.page_bytes
             raise BudgetError(
-                f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the commits in {self.earlier.folder.path} were made with "
-                f"more, and their optimizer states are cut accordingly: going on from them needs at least {smallest_bytes} bytes "
-                f"({format_bytes(smallest_bytes)})",
+                f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the commits in "
+                f"{self.earlier.folder.path} were made with more, and their optimizer states are cut accordingly: "
+                f"going on from them needs at least {smallest_bytes} bytes ({format_bytes(smallest_bytes)})",
                 smallest_bytes,
             )
         largest_bytes, left_bytes = max(unit.gradient_bytes for unit in self.index.units), ram_bytes

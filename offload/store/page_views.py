@@ -46,7 +46,8 @@ def adopt_view(store: PageStore, name: str, parameter: nn.Parameter) -> None:
         parameter.dtype,
     ) or not parameter.is_contiguous():
         raise ValueError(
-            f"{name} is a view of a part of {slot.name}, which is in pages; clone the values: nn.Parameter(view.clone())"
+            f"{name} is a view of a part of {slot.name}, which is in pages; clone the values: "
+            "nn.Parameter(view.clone())"
         )
     store.binder.alias(parameter, unit, slot)
 
@@ -70,6 +71,7 @@ def check_unviewed(store: PageStore, model: nn.Module) -> None:
     for unit in store.index.units:
         if unit.compute.leases:
             raise ValueError(
-                f"a view of {names.get(unit, unit.name)}, taken while the model was built, is still in use (a variable, or an attribute such as "
-                "torch.nn.utils.spectral_norm leaves); delete or clone it before the engine is made"
+                f"a view of {names.get(unit, unit.name)}, taken while the model was built, is still in use (a "
+                "variable, or an attribute such as torch.nn.utils.spectral_norm leaves); delete or clone it before "
+                "the engine is made"
             )

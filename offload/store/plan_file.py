@@ -115,15 +115,24 @@ class PlanFile(_Strict):
         tasks: list[LoadTask | StoreTask] = [*plan.loads, *plan.carried, *plan.stores]
         known = {task.tensor for task in tasks} | set(plan.initial) | set(trace.tensors())
         return cls(
-            format=FORMAT, page_bytes=page_bytes, frames=plan.n_frames, peak_frames=plan.peak_frames, steps=plan.n_steps, closed=plan.closed,
-            read_bytes=plan.read_bytes, written_bytes=plan.written_bytes, step_s=plan.step_s, compute_s=plan.compute_s,
+            format=FORMAT,
+            page_bytes=page_bytes,
+            frames=plan.n_frames,
+            peak_frames=plan.peak_frames,
+            steps=plan.n_steps,
+            closed=plan.closed,
+            read_bytes=plan.read_bytes,
+            written_bytes=plan.written_bytes,
+            step_s=plan.step_s,
+            compute_s=plan.compute_s,
             names={tensor: names[tensor] for tensor in sorted(known)},
             tensor_bytes={tensor: tensor_bytes[tensor] for tensor in sorted(known)},
             ops=[_Op(kind=op.key[0], key=_written(op.key[1]), name=op.name, seconds=op.duration_s) for op in trace.ops],
             initial=dict(sorted(plan.initial.items())),
-            carried=[_load(task) for task in plan.carried], loads=[_load(task) for task in plan.loads],
+            carried=[_load(task) for task in plan.carried],
+            loads=[_load(task) for task in plan.loads],
             stores=[_Store(tensor=task.tensor, trigger=task.trigger) for task in plan.stores],
-        )  # fmt: skip
+        )
 
     def plan(self) -> Plan:
         """The plan again.

@@ -1,10 +1,10 @@
 """Hand-off between the training thread and the updater: gradients one way, new parameter versions the other.
 
-Each unit has one `UnitChannel`. The training thread puts a `GradientBatch` of gradients in, the updater takes it; whoever has
-taken a parcel out owns it alone. A parcel that the updater has not taken when the next step's gradients are there is
-taken back, they are added to it, and it is put in again, so that a unit never has more than one waiting. Putting and
-taking are single operations on a deque, which Python makes atomic: no lock is held while either side works on what it
-owns.
+Each unit has one `UnitChannel`. The training thread puts a `GradientBatch` of gradients in, the updater takes it;
+whoever has taken a batch out owns it alone. A batch that the updater has not taken when the next step's gradients are
+there is taken back, they are added to it, and it is put in again, so that a unit never has more than one waiting.
+Putting and taking are single operations on a deque, which Python makes atomic: no lock is held while either side works
+on what it owns.
 
 The updater writes new parameters over the gradients they came from and publishes them as a `Version`, whole, by
 assigning one attribute. Step numbers (`optim.lockfree.unit_clock`) tell each side what the other has seen.

@@ -400,7 +400,8 @@ class LockFreeUpdater(GradientHolder):
                     continue
                 raise BudgetError(
                     f"gradients on their way to the updater need {self.direct_bytes + n_bytes} bytes, the budget has "
-                    f"{self._limit_bytes} for them; {START_HINT if self._eager else 'raise memory.ram by the difference'}",
+                    f"{self._limit_bytes} for them; "
+                    f"{START_HINT if self._eager else 'raise memory.ram by the difference'}",
                     self.direct_bytes + n_bytes,
                 )
             started_s = time.perf_counter()

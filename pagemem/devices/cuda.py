@@ -59,7 +59,8 @@ class CudaArena(Arena):
         except _CUDA.OutOfMemoryError as error:
             free_bytes, _ = _CUDA.mem_get_info(device)
             raise MemoryError(
-                f"{device} has {format_bytes(free_bytes)} free, memory.device is {format_bytes(self.n_bytes)}; lower memory.device"
+                f"{device} has {format_bytes(free_bytes)} free, memory.device is {format_bytes(self.n_bytes)}; lower "
+                "memory.device"
             ) from error
         self.address = self._whole.data_ptr()
 
@@ -95,9 +96,10 @@ class CudaArena(Arena):
         free_bytes += _CUDA.memory_reserved(self._device) - _CUDA.memory_allocated(self._device)
         if _TIGHT_SHARE * free_bytes < self.n_bytes <= free_bytes:
             warnings.warn(
-                f"memory.device is {format_bytes(self.n_bytes)} of {format_bytes(free_bytes)} free on {self._device}: little is left for "
-                f"activations and the workspaces of kernels, which are not in it. Lower memory.device to at most "
-                f"{format_bytes(int(_TIGHT_SHARE * free_bytes))} if the device runs out of memory",
+                f"memory.device is {format_bytes(self.n_bytes)} of {format_bytes(free_bytes)} free on {self._device}: "
+                "little is left for activations and the workspaces of kernels, which are not in it. Lower "
+                f"memory.device to at most {format_bytes(int(_TIGHT_SHARE * free_bytes))} if the device runs out of "
+                "memory",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -217,8 +219,9 @@ class CudaDevice:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{format_bytes(n_bytes)} of host memory cannot be pinned (CUDA error {refused}): copies to {self.torch_device} are slower "
-                "and hold the thread that asks for them up. Lower memory.ram; in a container or a virtual machine it may be refused at any size",
+                f"{format_bytes(n_bytes)} of host memory cannot be pinned (CUDA error {refused}): copies to "
+                f"{self.torch_device} are slower and hold the thread that asks for them up. Lower memory.ram; in a "
+                "container or a virtual machine it may be refused at any size",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -254,8 +257,8 @@ class CudaDevice:
         current = _CUDA.current_stream(self.torch_device)
         if current != self._compute:
             raise DeviceError(
-                f"the model is used on {current}, but the engine was made on {self._compute} and orders its copies by that; make and use "
-                "it on one stream"
+                f"the model is used on {current}, but the engine was made on {self._compute} and orders its copies by "
+                "that; make and use it on one stream"
             )
 
     def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: DeviceEvent) -> Copy:

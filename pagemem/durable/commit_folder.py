@@ -83,7 +83,8 @@ class CommitFolder:
         content = manifest.encode() if content is None else content
         if len(content) > MAX_BYTES:
             raise CommitError(
-                f"the manifest would have {len(content)} bytes, at most {MAX_BYTES} are read back; track smaller states or take larger pages"
+                f"the manifest would have {len(content)} bytes, at most {MAX_BYTES} are read back; track smaller "
+                "states or take larger pages"
             )
         self._make()
         replace_file(self.manifest(manifest.number), content)

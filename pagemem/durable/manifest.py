@@ -74,9 +74,15 @@ class StoredTensor:
             frame, offset_bytes, tail_bytes = self.tail
             inside = 0 < tail_bytes and offset_bytes + tail_bytes <= page_bytes
             if not inside or offset_bytes % BLOCK_BYTES or tail_bytes % BLOCK_BYTES:
-                return f"{self.key}: its tail of {tail_bytes} bytes at offset {offset_bytes} of frame {frame} is not inside a page of {page_bytes}"
+                return (
+                    f"{self.key}: its tail of {tail_bytes} bytes at offset {offset_bytes} of frame {frame} is not "
+                    f"inside a page of {page_bytes}"
+                )
         if self.n_bytes % BLOCK_BYTES:
-            return f"{self.key}: {self.n_bytes} bytes in runs {reprlib.repr(list(self.runs))} are no whole blocks in whole frames"
+            return (
+                f"{self.key}: {self.n_bytes} bytes in runs {reprlib.repr(list(self.runs))} are no whole blocks in "
+                "whole frames"
+            )
         n_frames, wanted = sum(n for _, n in self.runs), ceil_div(self.n_bytes - tail_bytes, page_bytes)
         if tail_bytes > self.n_bytes:
             return f"{self.key}: its tail has {tail_bytes} bytes, more than its {self.n_bytes}"

@@ -85,7 +85,10 @@ def impossible(manifests: Sequence[Manifest], file_bytes: Sequence[int]) -> dict
             n_frames = frames_reached(manifest)
             for path, frames in enumerate(Striping([1.0] * len(file_bytes)).file_frames(n_frames)):
                 if frames * page_bytes > file_bytes[path]:
-                    fault = f"it names frame {n_frames - 1}, for which page file {path + 1} needs {frames * page_bytes} bytes; it has {file_bytes[path]}"
+                    fault = (
+                        f"it names frame {n_frames - 1}, for which page file {path + 1} needs {frames * page_bytes} "
+                        f"bytes; it has {file_bytes[path]}"
+                    )
         if fault is not None:
             found[manifest.number] = fault
     for commits, fault in map_faults(all_places([m for m in manifests if m.number not in found]), page_bytes):

@@ -107,7 +107,10 @@ class WrongExtent:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.path}: frame {self.extent.frame} (file offset {self.position_bytes}, {self.extent.length_bytes} bytes) {self.what}"
+        return (
+            f"{self.path}: frame {self.extent.frame} (file offset {self.position_bytes}, {self.extent.length_bytes} "
+            f"bytes) {self.what}"
+        )
 
 
 class PageReader:

@@ -363,8 +363,8 @@ class PageFiles:
             else:
                 continue
             raise StorageError(
-                f"{path} {what} while this run used it, so nothing can be committed any more: take the weights by state_dict(), "
-                "and begin in another folder"
+                f"{path} {what} while this run used it, so nothing can be committed any more: take the weights by "
+                "state_dict(), and begin in another folder"
             )
 
     def close(self) -> None:

@@ -34,8 +34,8 @@ def small_stacks() -> Iterator[None]:
             yield
         except RuntimeError as error:  # what Thread.start raises
             raise StorageError(
-                f"an I/O thread could not be started ({error}): a stack of {STACK_BYTES} bytes does not fit the limit on "
-                f"data, or there are too many threads. Raise the limit (ulimit -d, ulimit -u) or lower ssd.threads."
+                f"an I/O thread could not be started ({error}): a stack of {STACK_BYTES} bytes does not fit the limit "
+                "on data, or there are too many threads. Raise the limit (ulimit -d, ulimit -u) or lower ssd.threads."
             ) from error
         finally:
             threading.stack_size(before_bytes)
@@ -51,8 +51,9 @@ def start_thread(thread: threading.Thread) -> None:
         thread.start()
     except RuntimeError as error:
         raise StorageError(
-            f"the thread {thread.name} could not be started ({error}): its stack does not fit the limit on memory, or there are too many "
-            f"threads. Raise the limit (ulimit -v, ulimit -d, ulimit -u, or the pids limit of the container)."
+            f"the thread {thread.name} could not be started ({error}): its stack does not fit the limit on memory, or "
+            "there are too many threads. Raise the limit (ulimit -v, ulimit -d, ulimit -u, or the pids limit of the "
+            "container)."
         ) from error
 
 

@@ -166,8 +166,8 @@ def _way_out(holder: str) -> str:
     """What to do about a folder in use; the rest of a sentence."""
     if holder == str(os.getpid()):
         return (
-            ", this one: an engine made earlier, as by a notebook cell run twice, still has it. Nothing was changed; call that engine's close() "
-            "(optimizer.engine.close() after offload.prepare), or name another folder."
+            ", this one: an engine made earlier, as by a notebook cell run twice, still has it. Nothing was changed; "
+            "call that engine's close() (optimizer.engine.close() after offload.prepare), or name another folder."
         )
     return ". Nothing was changed; wait for that run to end, close its engine, or name another folder."
 

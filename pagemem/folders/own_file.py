@@ -27,9 +27,13 @@ StrPath = str | os.PathLike[str]
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _MORE_ROOM: Final = "Free some, or name another or one more path in ssd.paths."
 _KINDS: Final = (
-    (stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
-)  # fmt: skip
+    (stat.S_ISLNK, "a symbolic link"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -131,7 +135,8 @@ def open_file(path: StrPath, flags: int, *, mode: int = 0o644) -> int:
         if found.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
             raise _not_ours(
                 path,
-                f"has {found.st_nlink} names (hard links), and what is written to it would change under all of them: it is not a file",
+                f"has {found.st_nlink} names (hard links), and what is written to it would change under all of them: "
+                "it is not a file",
             )
     except BaseException:
         os.close(fd)

@@ -156,7 +156,8 @@ def _refuse_foreign(path: Path, names: Collection[str]) -> None:
     for name in sorted(names):
         if (kind := kind_of(path / name)) not in (None, "a file"):
             raise RunDirectoryError(
-                f"{path} is not empty: its {name!r} is {kind}, which no engine left there. Nothing was changed; name an empty or new folder."
+                f"{path} is not empty: its {name!r} is {kind}, which no engine left there. Nothing was changed; name "
+                "an empty or new folder."
             )
 
 
@@ -172,8 +173,8 @@ def read_run_id(path: Path) -> str:
         found = parse_json(read_small(name, _MAX_IDENTITY_BYTES))
         if isinstance(found, dict) and isinstance(found.get("format"), str) and found["format"] != FORMAT:
             raise RunDirectoryError(
-                f"{path} was made by another version: format {reprlib.repr(found['format'])}, this one reads {FORMAT!r}. "
-                f"Nothing was changed; name an empty or new folder."
+                f"{path} was made by another version: format {reprlib.repr(found['format'])}, this one reads "
+                f"{FORMAT!r}. Nothing was changed; name an empty or new folder."
             )
         return checked(_IDENTITY, found).run_id
     except FileNotFoundError:
@@ -196,5 +197,6 @@ def _write_identity(path: Path) -> str:
 def _unusable(path: Path, error: OSError | StorageError) -> RunDirectoryError:
     what = str(error) if isinstance(error, StorageError) else error.strerror or str(error)
     return RunDirectoryError(
-        f"{path} cannot be used as a run directory: {what}. Name a folder on a local disk that this user can create and write."
+        f"{path} cannot be used as a run directory: {what}. Name a folder on a local disk that this user can create "
+        "and write."
     )

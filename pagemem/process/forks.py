@@ -16,7 +16,8 @@ from weakref import WeakSet
 def disowned(name: str) -> RuntimeError:
     """The error for a use, in a child, of what is called ``name``."""
     return RuntimeError(
-        f"{name}: this process was forked from the one that trains, which alone can use its engine; give the child model.state_dict(), "
+        f"{name}: this process was forked from the one that trains, which alone can use its engine; give the child "
+        "model.state_dict(), "
         'or start it with the "spawn" method'
     )
 

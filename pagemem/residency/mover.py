@@ -154,8 +154,8 @@ class Mover(Tenants):
             lost = tensor.copy is not None and tensor.copy.lost
             if lost and error is None and not self.files.checksums:
                 error = StorageError(
-                    f"{tensor.name} was written before a sync of the page files failed, and without ssd.checksums nothing tells whether "
-                    "the disk has it: go on from the last commit"
+                    f"{tensor.name} was written before a sync of the page files failed, and without ssd.checksums "
+                    "nothing tells whether the disk has it: go on from the last commit"
                 )
             self._ended(error)
             if error is None:

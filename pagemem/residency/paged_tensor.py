@@ -70,8 +70,8 @@ class PagedTensor:
         n_bytes: size, a multiple of the I/O block.
         frame: first host frame while one is held, else None.
         copy: its page-file frames, kept for re-use once taken; ``ssd_valid`` says whether they hold its content.
-        snapshot_pending: a snapshot that is being made has yet to get the content: it must be stored before it is changed.
-        dirtied_during_store: compute changed the host copy while it was being stored, so that the stored copy is stale already.
+        snapshot_pending: a snapshot that is being made has yet to get the content: store it before it is changed.
+        dirtied_during_store: compute changed the host copy while it was being stored: the stored copy is stale.
         may_be_aliased: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
         arrived: of the load under way or the last one: [start, end) of the bytes that are there already, in the order
             in which they came; only where somebody asked for it, see `Mover.on_part`.

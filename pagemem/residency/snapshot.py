@@ -117,9 +117,10 @@ class Snapshots:
         lost = [tensor for tensor in whole if tensor.ssd_valid and tensor.copy is not None and tensor.copy.lost]
         if lost:
             raise StorageError(
-                f"{lost[0].name}{f' and {len(lost) - 1} other tensors' if len(lost) > 1 else ''} cannot be committed: written before a sync of "
-                "the page files failed, and not in RAM any more, so the disk may not have them. Earlier commits are whole: train on "
-                "until each has been used again, or go on from one of them (engine.resume)"
+                f"{lost[0].name}{f' and {len(lost) - 1} other tensors' if len(lost) > 1 else ''} cannot be committed: "
+                "written before a sync of the page files failed, and not in RAM any more, so the disk may not have "
+                "them. Earlier commits are whole: train on until each has been used again, or go on from one of them "
+                "(engine.resume)"
             )
         for tensor in whole:
             if tensor.may_be_aliased and tensor.state is Residency.CLEAN:

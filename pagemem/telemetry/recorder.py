@@ -184,7 +184,14 @@ class Recorder:
         changes = [Change(*change) for change in list(self._changes) if change[0] <= end_s]
         spent = dict(self._spent)
         return Recording(
-            self._began_s, end_s, Timeline(self._began_s, end_s, held, changes), tuple(self._ops), tuple(self._events),
-            tuple(self._waits), tuple(self._step_ends_s), sum(spent_s for spent_s, _ in spent.values()),
-            sum(spent.get(thread, (0.0, 0))[0] for thread in self._training), sum(n_calls for _, n_calls in spent.values()),
-        )  # fmt: skip
+            self._began_s,
+            end_s,
+            Timeline(self._began_s, end_s, held, changes),
+            tuple(self._ops),
+            tuple(self._events),
+            tuple(self._waits),
+            tuple(self._step_ends_s),
+            sum(spent_s for spent_s, _ in spent.values()),
+            sum(spent.get(thread, (0.0, 0))[0] for thread in self._training),
+            sum(n_calls for _, n_calls in spent.values()),
+        )

@@ -106,8 +106,8 @@ class OnDemand:
             by_tag[other.tag] = by_tag.get(other.tag, 0) + other.n_frames * page_bytes
         holders = ", ".join(f"{tag.value} {format_bytes(n)}" for tag, n in by_tag.items()) or "nothing"
         return BudgetError(
-            f"{name}: {tensor.name} needs {tensor.n_frames} adjacent pages of {format_bytes(page_bytes)}, the {self.mover.tier.value} arena "
-            f"has {self.mover.arena.n_frames}, and held by views in use are: {holders}. Set {self.mover.setting} to at least "
-            f"{smallest_bytes} bytes ({format_bytes(smallest_bytes)}).",
+            f"{name}: {tensor.name} needs {tensor.n_frames} adjacent pages of {format_bytes(page_bytes)}, the "
+            f"{self.mover.tier.value} arena has {self.mover.arena.n_frames}, and held by views in use are: {holders}. "
+            f"Set {self.mover.setting} to at least {smallest_bytes} bytes ({format_bytes(smallest_bytes)}).",
             smallest_bytes,
         )

@@ -48,7 +48,8 @@ class Link:
     def __post_init__(self) -> None:
         if self.n_ranks < 2 or not self.bytes_per_s > 0:
             raise ValueError(
-                f"{self.n_ranks} ranks at {self.bytes_per_s} bytes/s; there must be two or more ranks, and some bandwidth"
+                f"{self.n_ranks} ranks at {self.bytes_per_s} bytes/s; there must be two or more ranks, and some "
+                "bandwidth"
             )
 
     @property
@@ -122,7 +123,8 @@ def gather_trace(trace: Trace, shards: Mapping[TensorId, TensorId]) -> Trace:
             if access.tensor in shards:
                 if access.mode is not AccessMode.READ:
                     raise ValueError(
-                        f"{op.name}: a whole is only read, updates change its shards; it is to {access.mode.value} {access.tensor}"
+                        f"{op.name}: a whole is only read, updates change its shards; it is to {access.mode.value} "
+                        f"{access.tensor}"
                     )
                 yield access
             elif access.tensor in wholes and access.mode is not AccessMode.READ:
@@ -160,8 +162,8 @@ def _with_room(
     if room > tier.n_frames:
         need_bytes = room * tier.page_bytes
         raise BudgetError(
-            f"the wholes of one op need {need_bytes} bytes of pages at once, the budget holds {tier.n_frames * tier.page_bytes}; "
-            "raise memory.ram",
+            f"the wholes of one op need {need_bytes} bytes of pages at once, the budget holds "
+            f"{tier.n_frames * tier.page_bytes}; raise memory.ram",
             need_bytes,
         )
     first = replace(tier, n_frames=tier.n_frames - room)

@@ -67,7 +67,7 @@ def make_plan(
         n_bytes: size of every tensor in the trace and in ``resident``.
         tier: host frames and page-file bandwidths.
         resident: tensors that are in host memory for good, in the trace or not, and their first frames.
-        single_step_cycle: every step has the same moves, for the price of restoring the placement at each step's beginning.
+        single_step_cycle: every step has the same moves, at the price of restoring the placement when a step begins.
         fast: in a tenth to a third of the time, for comparing steps: one short walk.
 
     Returns:
@@ -93,9 +93,20 @@ def make_plan(
 def _idle(n_bytes: Mapping[TensorId, int], tier: TierSpec, resident: Mapping[TensorId, FrameId]) -> Plan:
     """The plan of a tier that no op of a step asks for anything: all of its work is done above."""
     return Plan(
-        keys=(), n_steps=1, n_frames=tier.n_frames, initial=dict(resident), loads=(), stores=(), carried=(), closed=True,
-        peak_frames=_peak_frames(resident, (), n_bytes, tier.page_bytes), read_bytes=0, written_bytes=0, step_s=0.0, compute_s=0.0,
-    )  # fmt: skip
+        keys=(),
+        n_steps=1,
+        n_frames=tier.n_frames,
+        initial=dict(resident),
+        loads=(),
+        stores=(),
+        carried=(),
+        closed=True,
+        peak_frames=_peak_frames(resident, (), n_bytes, tier.page_bytes),
+        read_bytes=0,
+        written_bytes=0,
+        step_s=0.0,
+        compute_s=0.0,
+    )
 
 
 def cost_s(plan: Plan) -> float:
@@ -106,7 +117,7 @@ def cost_s(plan: Plan) -> float:
 def _kept_sets(
     trace: Trace, n_bytes: Mapping[TensorId, int], tier: TierSpec, resident: Mapping[TensorId, FrameId]
 ) -> Iterator[dict[TensorId, FrameId]]:
-    """What is kept beside ``resident`` in each further walk: tensors by ops that use them, then as the step meets them."""
+    """What each further walk keeps beside ``resident``: tensors by number of ops that use them, then in step order."""
     n_uses: dict[TensorId, int] = {}
     passing: set[TensorId] = set(resident)
     for op in trace.ops:

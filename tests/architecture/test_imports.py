@@ -39,7 +39,10 @@ def settings() -> configparser.ConfigParser:
 
 def test_imports_run_one_way() -> None:
     # In a process of its own: it leaves a thread of its progress display behind for a while.
-    call = f"import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(config_filename={str(ROOT / 'setup.cfg')!r}, cache_dir=None))"
+    call = (
+        "import sys; from importlinter.cli import lint_imports; "
+        f"sys.exit(lint_imports(config_filename={str(ROOT / 'setup.cfg')!r}, cache_dir=None))"
+    )
     done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

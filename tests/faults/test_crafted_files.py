@@ -29,9 +29,20 @@ MOST_S = 1.0
 #: What may be, in a run that went on without a word: names, dates and keys of others; what the loop at hand does not
 #: track; the newest commit is not there, so another is the newest.
 BENIGN = (
-    "name is ", "created is ", "state.versions", "state.config", "state.given", "state.names.", "state.lookahead is missing", "state.tracked", "state.unlike is missing", "a state of another kind",
-    "state.groups.0 has a key more", "state.groups.0.initial_lr is ", "missing",
-)  # fmt: skip
+    "name is ",
+    "created is ",
+    "state.versions",
+    "state.config",
+    "state.given",
+    "state.names.",
+    "state.lookahead is missing",
+    "state.tracked",
+    "state.unlike is missing",
+    "a state of another kind",
+    "state.groups.0 has a key more",
+    "state.groups.0.initial_lr is ",
+    "missing",
+)
 #: Of a group, what an optimizer can do without.
 BENIGN_KEYS = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
@@ -72,9 +83,16 @@ COMMANDS: dict[str, Callable[[Path, Damage], int]] = {
     "plan": lambda folder, damage: plan(folder),
 }
 READERS = {
-    "manifest": ("resume", "verify", "export"), "side": ("resume", "verify", "export"), "identity": ("resume", "verify", "export"),
-    "pages": ("resume", "verify", "export"), "lock": ("resume", "verify"), "plan": ("plan",), "metrics": ("launch",), "run identity": ("launch",), "config": ("launch",),
-}  # fmt: skip
+    "manifest": ("resume", "verify", "export"),
+    "side": ("resume", "verify", "export"),
+    "identity": ("resume", "verify", "export"),
+    "pages": ("resume", "verify", "export"),
+    "lock": ("resume", "verify"),
+    "plan": ("plan",),
+    "metrics": ("launch",),
+    "run identity": ("launch",),
+    "config": ("launch",),
+}
 
 
 def attempt(command: str, folder: Path, damage: Damage) -> Outcome:

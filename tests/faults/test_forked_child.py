@@ -18,7 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 import offload
 from pagemem.errors import RunDirectoryError
 
-REFUSED = "this process was forked from the one that trains, which alone can use its engine; give the child model.state_dict(), or start it"
+REFUSED = (
+    "this process was forked from the one that trains, which alone can use its engine; give the child "
+    "model.state_dict(), or start it"
+)
 pytestmark = pytest.mark.timeout(120)
 
 

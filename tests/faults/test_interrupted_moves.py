@@ -29,9 +29,8 @@ def moved(folder: Path, at: int, finishing_threads: int) -> bool:
             max_request_bytes=PAGE_BYTES, slab_bytes=4 * PAGE_BYTES,
         )  # fmt: skip
         arena = HostArena(3, PAGE_BYTES)
-        files.grow(
-            6
-        )  # An exception between the opening of a file and the next instruction leaves it open: Python offers no remedy.
+        # An exception between the opening of a file and the next instruction leaves it open: Python offers no remedy.
+        files.grow(6)
         mover = Mover(arena, files, EventLog())
         tensor = mover.create("t", Tag.PARAM, 3 * PAGE_BYTES)
         mover.start_load(tensor, FrameId(0))

@@ -49,7 +49,8 @@ class Trials:
             shutil.rmtree(outcome.folder)
         else:
             self.wrong.append(
-                f"trial {self.count} of seed {self.seed}: exit {outcome.code}, sent {outcome.sent_s}, {outcome.left}\n{outcome.said}"
+                f"trial {self.count} of seed {self.seed}: exit {outcome.code}, sent {outcome.sent_s}, "
+                f"{outcome.left}\n{outcome.said}"
             )
 
     def end(self, tally: Tally, what: str) -> None:

@@ -1,7 +1,7 @@
 """The hand-off under every interleaving of both sides: no thread runs, and hypothesis says who makes the next move.
 
-The training side is the real `LockFreeUpdater`; the updater's side calls the real `UnitChannel` move by move. Wherever one
-of them has just read something the other may write, the other may make any number of moves.
+The training side is the real `LockFreeUpdater`; the updater's side calls the real `UnitChannel` move by move. Wherever
+one of them has just read something the other may write, the other may make any number of moves.
 
 A step's gradient is a one at the place of the step's number. So parameters show which updates they have, and how often.
 """
@@ -195,9 +195,11 @@ class HandOff(RuleBasedStateMachine):
     """Training steps, looks and updater's moves in any order and any depth."""
 
     @initialize(
-        slots=st.lists(st.integers(1, 3), min_size=1, max_size=3), eager=st.booleans(), max_staleness=st.integers(0, 3),
+        slots=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+        eager=st.booleans(),
+        max_staleness=st.integers(0, 3),
         room=st.integers(0, 2),
-    )  # fmt: skip
+    )
     def build(self, slots: list[int], eager: bool, max_staleness: int, room: int) -> None:
         self.units = [unit_of(*[N] * count, number=number) for number, count in enumerate(slots)]
         self.eager, self.max_staleness = eager, max_staleness

@@ -48,9 +48,22 @@ def plan_of(
         replace(t, trigger=0, needed_at=t.needed_at - len(trace.ops)) for t in loads if t.needed_at >= len(trace.ops)
     )
     return Plan(
-        trace.keys, 1, n_frames, {t: FrameId(f) for t, f in initial.items()}, loads, stores, carried, True, n_frames, 0, 0,
-        0.0, 0.0, by_trigger(loads), by_trigger(stores),
-    )  # fmt: skip
+        trace.keys,
+        1,
+        n_frames,
+        {t: FrameId(f) for t, f in initial.items()},
+        loads,
+        stores,
+        carried,
+        True,
+        n_frames,
+        0,
+        0,
+        0.0,
+        0.0,
+        by_trigger(loads),
+        by_trigger(stores),
+    )
 
 
 def run(plan: Plan, trace: Trace, *, read: float = 1.0, write: float = 1.0, latency_ms: float = 0.0) -> Simulation:

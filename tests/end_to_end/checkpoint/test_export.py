@@ -73,8 +73,10 @@ def test_the_shards_hold_the_weights_bit_for_bit(kind: str, dtype: str, tmp_path
     assert_same(found, finish.weights)
     plain = build().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     plain.load_state_dict(found)
-    assert_same({k: v for k, v in plain.state_dict().items() if v.is_floating_point() and k in dict(plain.named_parameters())},
-                {k: v for k, v in finish.weights.items() if k in dict(plain.named_parameters()) and v.is_floating_point()})  # fmt: skip
+    assert_same(
+        {k: v for k, v in plain.state_dict().items() if v.is_floating_point() and k in dict(plain.named_parameters())},
+        {k: v for k, v in finish.weights.items() if k in dict(plain.named_parameters()) and v.is_floating_point()},
+    )
 
 
 def test_tied_tensors_are_written_once_and_their_names_are_kept(tmp_path: Path) -> None:
@@ -353,9 +355,15 @@ def _fails(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> 
 )
 @pytest.mark.parametrize("there", [True, False])
 def test_an_export_that_fails_leaves_nothing(
-    run: FinishedRun, name: str, error: BaseException, said: str, there: bool, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    run: FinishedRun,
+    name: str,
+    error: BaseException,
+    said: str,
+    there: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if there:
         (tmp_path / "out").mkdir()
     before = run.content()

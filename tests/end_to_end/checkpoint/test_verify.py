@@ -119,7 +119,10 @@ def test_a_damaged_page_is_named_in_every_commit_that_has_it(
     stored = shared[0] if tag == "parameter" else frozen.tensor("moment")
     frame = frozen.damage(stored)
     said = verified([str(frozen.folder)], 1, capsys)
-    wanted = rf"{re.escape(stored.key)}: {frozen.folder}/pages\.bin: frame {frame} \(file offset \d+, \d+ bytes\) was written with xxh3"
+    wanted = (
+        rf"{re.escape(stored.key)}: {frozen.folder}/pages\.bin: frame {frame} "
+        r"\(file offset \d+, \d+ bytes\) was written with xxh3"
+    )
     named = [int(number) for number in re.findall(rf"^commit (\d+): {wanted}", said, re.MULTILINE)]
     assert named == ([1, 2, 3] if tag == "parameter" else [3])
     assert [row(said, number)[-1] for number in (1, 2, 3)] == [

@@ -164,8 +164,14 @@ def test_pages_do_not_depend_on_the_rates(tmp_path: Path) -> None:
 
 
 SGD: dict[str, Any] = {
-    "weight_decay": 0.0, "momentum": 0.0, "lr": 1.0, "dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False,
-}  # fmt: skip
+    "weight_decay": 0.0,
+    "momentum": 0.0,
+    "lr": 1.0,
+    "dampening": 0.0,
+    "nesterov": False,
+    "maximize": False,
+    "is_first_step": False,
+}
 
 
 def test_flops_of_a_linear_layer_and_bytes_of_the_rest() -> None:
@@ -252,9 +258,25 @@ def test_rehearsing_leaves_random_numbers_files_and_modes_alone(tmp_path: Path) 
 # -------------------------------------------------------------------------------------------------------
 
 SHRUNK = [
-    "--set", 'model.arguments={"d_model": 96, "n_layer": 3, "n_head": 4, "seq": 16}', "--set", "train.seq=16", "--set", "train.batch=2",
-    "--set", f"memory.page={PAGE_BYTES}", "--ram", "2MiB", "--flops", "2e9", "--ram-speed", "2000", "--ssd-read", "400", "--ssd-write", "400",
-]  # fmt: skip
+    "--set",
+    'model.arguments={"d_model": 96, "n_layer": 3, "n_head": 4, "seq": 16}',
+    "--set",
+    "train.seq=16",
+    "--set",
+    "train.batch=2",
+    "--set",
+    f"memory.page={PAGE_BYTES}",
+    "--ram",
+    "2MiB",
+    "--flops",
+    "2e9",
+    "--ram-speed",
+    "2000",
+    "--ssd-read",
+    "400",
+    "--ssd-write",
+    "400",
+]
 
 
 def test_json_is_one_object_of_what_the_forecast_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,7 +103,8 @@ def test_a_file_that_cannot_be_written_is_said_and_training_goes_on(
     monkeypatch.setattr(os, "rename", full)
     with pytest.warns(
         RuntimeWarning,
-        match=r"the plan could not be kept, training goes on by it: renaming .*plan\.json\.new: No space left on device",
+        match=r"the plan could not be kept, training goes on by it: renaming .*plan\.json\.new: "
+        "No space left on device",
     ):
         train(config_of(tmp_path), lambda engine: None)
     assert not list((tmp_path / "pages").glob("plan*"))

@@ -97,9 +97,12 @@ def test_a_budget_too_small_to_build_in_names_the_module_and_what_is_known_so_fa
     store.budget.close()
     least, trained = 4 * PAGE_BYTES, 2 * 4 * PAGE_BYTES + 3 * PAGE_BYTES
     for part in (
-        "memory.ram is 196608 bytes", "Block.qkv, which is being built", f"at least {least} bytes", f"{trained} bytes",
+        "memory.ram is 196608 bytes",
+        "Block.qkv, which is being built",
+        f"at least {least} bytes",
+        f"{trained} bytes",
         "Modules not built yet may need more: offload.smallest_budget(factory, optimizer, config) says",
-    ):  # fmt: skip
+    ):
         assert part in str(caught.value)
     assert caught.value.smallest_bytes == least < offload.smallest_budget(built, adamw, tight).smallest_bytes
 

@@ -309,7 +309,10 @@ def test_a_model_that_cannot_be_built_without_values_is_said_to_be_checked_while
 ) -> None:
     raw["model"]["factory"] = f"{HERE}:measured"
     code, text = run(raw)
-    said = "memory.ram is checked only while the model is built, unit by unit: the model cannot be built on torch's meta device"
+    said = (
+        "memory.ram is checked only while the model is built, unit by unit: the model cannot be built on torch's meta "
+        "device"
+    )
     assert code == 0 and said in " ".join(text.split()) and metrics(raw)[-1]["step"] == STEPS
     raw["memory"]["ram"] = "64KiB"
     raw["ssd"]["paths"] = [str(tmp_path / "others")]

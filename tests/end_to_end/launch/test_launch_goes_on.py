@@ -37,13 +37,22 @@ def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
         "ssd": {"paths": [str(tmp_path / "pages")], "threads": 1},
         "optimizer": {"lr": 3e-3, "no_decay": ["1d"]},
         "commit": {"every_steps": 2},
-        "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
+        "model": {
+            "factory": "examples.byte_gpt:byte_gpt",
+            "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32},
+        },
         "data": {"factory": "launch_data:sentence_text"},
         "train": {
-            "steps": STEPS, "batch": 2, "seq": 32, "evaluate_batches": 2, "schedule": "cosine", "warmup_steps": 2, "threads": 1,
+            "steps": STEPS,
+            "batch": 2,
+            "seq": 32,
+            "evaluate_batches": 2,
+            "schedule": "cosine",
+            "warmup_steps": 2,
+            "threads": 1,
         },
         "output": {"run": str(tmp_path / "run")},
-    }  # fmt: skip
+    }
     torch.set_num_threads(threads)
 
 

@@ -98,8 +98,10 @@ def test_machines_around_the_smallest(
     least = {"ram": content, "disk": content, "limit": (1 << 20) + 1}[what]
     for there in (least - 1, least, 1 << 40):
         available = {
-            "ram": Available(there, 1 << 40), "disk": Available(1 << 40, there), "limit": Available(1 << 40, 1 << 40, (("RLIMIT_DATA", there),)),
-        }[what]  # fmt: skip
+            "ram": Available(there, 1 << 40),
+            "disk": Available(1 << 40, there),
+            "limit": Available(1 << 40, 1 << 40, (("RLIMIT_DATA", there),)),
+        }[what]
         for module in (doctor, forecast, launch):
             monkeypatch.setattr(module, "available_here", lambda config, available=available: available)
         fits, words = said_by_all(tmp_path / str(there), raw_config(tmp_path / str(there)), capsys)

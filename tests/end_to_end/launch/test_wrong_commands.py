@@ -181,8 +181,11 @@ def test_the_doctor_finds_what_is_wrong_with_a_file(
 def test_training_without_the_engine_that_is_none(refused: Callable[..., str]) -> None:
     for reference, said in (
         ("os:getcwd", "--plain os:getcwd returns (str); it must return (model, optimizer, step)"),
-        ("os:nothing", "has no attribute 'nothing'"), ("nowhere:x", "No module named 'nowhere'"), ("os", "is not written as module:callable"),
-        ("launch_data:sentence_text", "missing a required argument: 'folder'"), ("launch_data:raising", "--plain: launch_data:raising fails: KeyError: 'nowhere'"),
+        ("os:nothing", "has no attribute 'nothing'"),
+        ("nowhere:x", "No module named 'nowhere'"),
+        ("os", "is not written as module:callable"),
+        ("launch_data:sentence_text", "missing a required argument: 'folder'"),
+        ("launch_data:raising", "--plain: launch_data:raising fails: KeyError: 'nowhere'"),
         ("launch_data:raising_step", "--plain: launch_data:raising_step: step() fails: KeyError: 'nowhere'"),
-    ):  # fmt: skip
+    ):
         assert said in refused("profile", "--plain", reference, "--to", "profile")

@@ -32,9 +32,14 @@ HUGE = 10**30
 #: A value of each type that a file can hold.
 BY_TYPE: dict[type, Any] = {type(None): None, bool: True, int: 7, float: 0.25, str: "x", list: [[]], dict: {"x": {}}}
 EXTREMES: dict[type, list[Any]] = {
-    int: [0, -1, HUGE, -HUGE], float: [0.0, -1.0, float("nan"), float("inf"), -float("inf"), 1e308, 5e-324, HUGE],
-    str: ["", " ", "\0", "4 parsecs", "-1GiB", "1e9999", "0B", "9" * 5000, "a" * 5000, "☃", "auto "], list: [[]], dict: [{}], bool: [], type(None): [],
-}  # fmt: skip
+    int: [0, -1, HUGE, -HUGE],
+    float: [0.0, -1.0, float("nan"), float("inf"), -float("inf"), 1e308, 5e-324, HUGE],
+    str: ["", " ", "\0", "4 parsecs", "-1GiB", "1e9999", "0B", "9" * 5000, "a" * 5000, "☃", "auto "],
+    list: [[]],
+    dict: [{}],
+    bool: [],
+    type(None): [],
+}
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -79,8 +84,11 @@ def within(field: FieldInfo, value: Any) -> bool:
     """Whether a number keeps to the bounds that its key states itself."""
     number = value if isinstance(value, (int, float)) else 0
     bounds: dict[type, Callable[[Any], bool]] = {
-        Gt: lambda b: number > b.gt, Ge: lambda b: number >= b.ge, Lt: lambda b: number < b.lt, Le: lambda b: number <= b.le,
-    }  # fmt: skip
+        Gt: lambda b: number > b.gt,
+        Ge: lambda b: number >= b.ge,
+        Lt: lambda b: number < b.lt,
+        Le: lambda b: number <= b.le,
+    }
     return all(bounds[type(bound)](bound) for bound in field.metadata if type(bound) in bounds)
 
 

@@ -65,8 +65,13 @@ def replayed(
     config = {
         "memory": {"ram": ram, "page": "64KiB"},
         "ssd": {"paths": [str(folder / "pages")], "threads": 2},
-        "update": {"mode": "lock-free", "max_staleness": max_staleness, "exact_steps": exact_steps, "clip_norm": clip_norm},
-    }  # fmt: skip
+        "update": {
+            "mode": "lock-free",
+            "max_staleness": max_staleness,
+            "exact_steps": exact_steps,
+            "clip_norm": clip_norm,
+        },
+    }
     if dtype is torch.bfloat16:
         config["model"] = {"factory": "unused:unused", "dtype": "bf16"}
     model, optimizer = offload.prepare(copy.deepcopy(plain), adamw, config)

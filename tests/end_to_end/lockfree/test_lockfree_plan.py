@@ -86,7 +86,9 @@ def test_a_wide_model_follows_its_plan_at_every_budget(tally: Callable[..., None
         except offload.BudgetError:
             refused.append(bytes_each)
     tally(
-        "lock-free steps that leave their plan, 256-wide GPT of 4 layers, 7 to 14 bytes a parameter", trials=len(late) * (30 - WARM_UP),
-        failures=sum(late.values()), detail=f"refused as too small: {refused}; late by budget: {late}",
-    )  # fmt: skip
+        "lock-free steps that leave their plan, 256-wide GPT of 4 layers, 7 to 14 bytes a parameter",
+        trials=len(late) * (30 - WARM_UP),
+        failures=sum(late.values()),
+        detail=f"refused as too small: {refused}; late by budget: {late}",
+    )
     assert refused == [7, 8] and not any(late.values())

@@ -135,10 +135,15 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
 def layout(index: UnitIndex) -> list[Any]:
     """All that a commit, a plan or a budget can see of units."""
     return [
-        (unit.index, unit.name, unit.dtype, [(slot.name, slot.shape, slot.offset, slot.order, slot.group) for slot in unit.slots],
-         [(part.begin, part.end) for part in unit.slices])
+        (
+            unit.index,
+            unit.name,
+            unit.dtype,
+            [(slot.name, slot.shape, slot.offset, slot.order, slot.group) for slot in unit.slots],
+            [(part.begin, part.end) for part in unit.slices],
+        )
         for unit in index.units
-    ]  # fmt: skip
+    ]
 
 
 def train(case: str, *pairs: tuple[nn.Module, torch.optim.Optimizer], steps: int = 3) -> None:

@@ -124,10 +124,15 @@ def test_a_conversion_that_pages_cannot_follow_is_refused_before_any_tensor_is_c
 @pytest.mark.parametrize(
     "convert",
     [
-        lambda m: m.float(), lambda m: m.cpu(), lambda m: m.to("cpu"), lambda m: m.to("cpu", torch.float32), lambda m: m.to(torch.zeros(1)),
-        lambda m: m._apply(lambda tensor: tensor), lambda m: m.to(memory_format=torch.contiguous_format),
+        lambda m: m.float(),
+        lambda m: m.cpu(),
+        lambda m: m.to("cpu"),
+        lambda m: m.to("cpu", torch.float32),
+        lambda m: m.to(torch.zeros(1)),
+        lambda m: m._apply(lambda tensor: tensor),
+        lambda m: m.to(memory_format=torch.contiguous_format),
     ],
-)  # fmt: skip
+)
 def test_a_conversion_to_what_the_model_is_changes_and_moves_nothing(
     convert: Callable[[nn.Module], nn.Module], engine: offload.Engine
 ) -> None:
@@ -438,7 +443,8 @@ def test_a_layer_that_the_configurations_optimizer_does_not_have_cannot_be_thawe
         train(engine, 2)
         with pytest.raises(
             RuntimeError,
-            match=r"blocks\.0\.norm1\.weight: this parameter was frozen when the optimizer was made .* requires_grad_\(True\) before",
+            match=r"blocks\.0\.norm1\.weight: this parameter was frozen when the optimizer was made .* "
+            r"requires_grad_\(True\) before",
         ):
             model.requires_grad_(True)
         assert not model.get_parameter("blocks.0.norm1.weight").requires_grad
@@ -477,7 +483,8 @@ def test_a_cell_run_twice_names_the_engine_there_is_and_training_goes_on(tmp_pat
         for raw in (config(tmp_path), config(tmp_path, ram=8 << 20)):
             with pytest.raises(
                 ValueError,
-                match=r"tok\.weight: this model has an engine already; .*\.engine\), or close\(\) it, build the model anew",
+                match=r"tok\.weight: this model has an engine already; .*\.engine\), or close\(\) it, "
+                "build the model anew",
             ):
                 offload.prepare(engine.model, adamw, raw)
         with pytest.raises(offload.RunDirectoryError, match=f"in use by process {os.getpid()}.* this one.*close"):
@@ -490,7 +497,8 @@ def test_a_cell_run_twice_names_the_engine_there_is_and_training_goes_on(tmp_pat
     assert_closed(engine)
     with pytest.raises(
         ValueError,
-        match=r"the engine that held this model is closed.*build the model anew, and load a state_dict\(\) .* or resume\(\)",
+        match=r"the engine that held this model is closed.*build the model anew, and load a state_dict\(\) .* "
+        r"or resume\(\)",
     ):
         offload.prepare(engine.model, adamw, config(tmp_path))
 

@@ -124,9 +124,14 @@ def from_address(address: int, like: Tensor) -> Tensor:
 
 
 FUNCTIONS: dict[str, Any] = {
-    "saved": Saving, "view saved": SavingAView, "kept": Keeping, "view kept": KeepingAView, "set up": SetUp, "constant": Constant,
+    "saved": Saving,
+    "view saved": SavingAView,
+    "kept": Keeping,
+    "view kept": KeepingAView,
+    "set up": SetUp,
+    "constant": Constant,
     "address": Addressing,
-}  # fmt: skip
+}
 
 
 class Net(nn.Module):

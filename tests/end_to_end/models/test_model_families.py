@@ -23,9 +23,19 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidde
 TEXT: dict[str, Any] = SIZES | {"vocab_size": VOCAB}
 #: What encoder-decoders of Bart's kind call them.
 PAIRED: dict[str, Any] = {
-    "vocab_size": VOCAB, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 1,
+}
 IMAGES: dict[str, Any] = {"image_size": 32, "patch_size": 8}
 
 Inputs = Callable[[torch.Generator], dict[str, Tensor]]
@@ -67,39 +77,133 @@ def sound(generator: torch.Generator) -> dict[str, Tensor]:
 
 #: Model class, configuration class, its arguments, and what the model eats.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], Inputs]] = {
-    "GPT-2": ("GPT2LMHeadModel", "GPT2Config", {
-        "vocab_size": VOCAB, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}, text),
+    "GPT-2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {
+            "vocab_size": VOCAB,
+            "n_positions": 32,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        text,
+    ),
     "Llama": ("LlamaForCausalLM", "LlamaConfig", TEXT, text),
-    "T5": ("T5ForConditionalGeneration", "T5Config", {
-        "vocab_size": VOCAB, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}, text),
+    "T5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 128,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+        text,
+    ),
     "BERT": ("BertForMaskedLM", "BertConfig", TEXT | {"max_position_embeddings": 32}, text),
     "RoBERTa": ("RobertaForMaskedLM", "RobertaConfig", TEXT | {"max_position_embeddings": 34}, text),
     "Mixtral": ("MixtralForCausalLM", "MixtralConfig", TEXT | {"num_local_experts": 4, "num_key_value_heads": 2}, text),
-    "Mamba": ("MambaForCausalLM", "MambaConfig", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}, text),
+    "Mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+        text,
+    ),
     "ViT": ("ViTForImageClassification", "ViTConfig", SIZES | IMAGES, images),
-    "CLIP": ("CLIPModel", "CLIPConfig", {
-        "text_config": TEXT | {"max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1}, "vision_config": SIZES | IMAGES,
-        "projection_dim": 32}, pairs),
-    "Whisper": ("WhisperForConditionalGeneration", "WhisperConfig", PAIRED | {
-        "num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 32, "suppress_tokens": None, "begin_suppress_tokens": None}, spectrum),
-    "Wav2Vec2": ("Wav2Vec2ForCTC", "Wav2Vec2Config", TEXT | {
-        "vocab_size": 32, "conv_dim": (32, 32), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 16,
-        "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0, "layerdrop": 0.0}, sound),
-    "OPT": ("OPTForCausalLM", "OPTConfig", {
-        "vocab_size": VOCAB, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 32, "layerdrop": 0.0}, text),
-    "Bloom": ("BloomForCausalLM", "BloomConfig", {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4}, text),
-    "Falcon": ("FalconForCausalLM", "FalconConfig", {
-        "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}, text),
+    "CLIP": (
+        "CLIPModel",
+        "CLIPConfig",
+        {
+            "text_config": TEXT | {"max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1},
+            "vision_config": SIZES | IMAGES,
+            "projection_dim": 32,
+        },
+        pairs,
+    ),
+    "Whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        PAIRED
+        | {
+            "num_mel_bins": 16,
+            "max_source_positions": 20,
+            "max_target_positions": 32,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+        spectrum,
+    ),
+    "Wav2Vec2": (
+        "Wav2Vec2ForCTC",
+        "Wav2Vec2Config",
+        TEXT
+        | {
+            "vocab_size": 32,
+            "conv_dim": (32, 32),
+            "conv_kernel": (10, 3),
+            "conv_stride": (5, 2),
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+            "mask_time_prob": 0.0,
+            "layerdrop": 0.0,
+        },
+        sound,
+    ),
+    "OPT": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 32,
+            "layerdrop": 0.0,
+        },
+        text,
+    ),
+    "Bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+        text,
+    ),
+    "Falcon": (
+        "FalconForCausalLM",
+        "FalconConfig",
+        {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        text,
+    ),
     "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", TEXT | {"num_key_value_heads": 2, "tie_word_embeddings": True}, text),
     "Gemma": ("GemmaForCausalLM", "GemmaConfig", TEXT | {"head_dim": 16, "num_key_value_heads": 2}, text),
     "Phi": ("PhiForCausalLM", "PhiConfig", TEXT, text),
-    "DeBERTa": ("DebertaForMaskedLM", "DebertaConfig", TEXT | {
-        "max_position_embeddings": 32, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, text),
-    "BART": ("BartForConditionalGeneration", "BartConfig", PAIRED | {"max_position_embeddings": 32, "forced_eos_token_id": 1}, text),
-    "DistilBERT": ("DistilBertForMaskedLM", "DistilBertConfig", {
-        "vocab_size": VOCAB, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32}, text),
-}  # fmt: skip
+    "DeBERTa": (
+        "DebertaForMaskedLM",
+        "DebertaConfig",
+        TEXT | {"max_position_embeddings": 32, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+        text,
+    ),
+    "BART": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        PAIRED | {"max_position_embeddings": 32, "forced_eos_token_id": 1},
+        text,
+    ),
+    "DistilBERT": (
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        {"vocab_size": VOCAB, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32},
+        text,
+    ),
+}
 
 
 def library() -> Any:
@@ -157,7 +261,10 @@ def equal_when_trained(name: str, how: str, folder: Path) -> str | None:
     with offload.initialize(model, settings, adamw) as engine:
         expected, found = trained(plain, plain_optimizer, inputs), trained(model, engine.optimizer, inputs)
         if len(expected) != len(found) or not all(map(torch.equal, expected, found)):
-            return f"{name} {how}: losses {[float(loss) for loss in found[: STEPS + 1]]}, plain {[float(loss) for loss in expected[: STEPS + 1]]}"
+            return (
+                f"{name} {how}: losses {[float(loss) for loss in found[: STEPS + 1]]}, plain "
+                f"{[float(loss) for loss in expected[: STEPS + 1]]}"
+            )
         try:
             compare(plain, plain_optimizer, model, engine.optimizer, f"{name} {how}")
         except AssertionError as error:
@@ -182,9 +289,12 @@ def test_every_family_trains_and_evaluates_to_plain_bits(tally: Callable[..., No
             if found is not None:
                 different.append(found)
     tally(
-        f"families of transformers {library().__version__}, built plainly and out of pages, bit-equal after {STEPS} steps and in eval",
-        trials=2 * len(FAMILIES), failures=len(different), detail="; ".join(different),
-    )  # fmt: skip
+        f"families of transformers {library().__version__}, built plainly and out of pages, bit-equal after {STEPS} "
+        "steps and in eval",
+        trials=2 * len(FAMILIES),
+        failures=len(different),
+        detail="; ".join(different),
+    )
     assert not different
 
 

@@ -143,9 +143,21 @@ def test_data_is_set_by_copying_and_keeps_its_shape(engine: offload.Engine) -> N
 
 
 @pytest.mark.parametrize(
-    "fill", ["normal_", "uniform_", "zeros_", "ones_", "eye_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
-             "kaiming_normal_", "trunc_normal_", "orthogonal_"],
-)  # fmt: skip
+    "fill",
+    [
+        "normal_",
+        "uniform_",
+        "zeros_",
+        "ones_",
+        "eye_",
+        "xavier_uniform_",
+        "xavier_normal_",
+        "kaiming_uniform_",
+        "kaiming_normal_",
+        "trunc_normal_",
+        "orthogonal_",
+    ],
+)
 def test_initialisation_in_place_draws_what_it_draws_in_plain_torch(fill: str, engine: offload.Engine) -> None:
     results = []
     for model in (gpt(engine), built()):

@@ -38,9 +38,13 @@ def of_data(layer: nn.Module) -> None:
 
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    "weight_norm": parametrizations.weight_norm, "old weight_norm": old_weight_norm, "spectral_norm": parametrizations.spectral_norm,
-    "orthogonal": parametrizations.orthogonal, "parameter": again, "data": of_data,
-}  # fmt: skip
+    "weight_norm": parametrizations.weight_norm,
+    "old weight_norm": old_weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "parameter": again,
+    "data": of_data,
+}
 
 
 class Changed(nn.Module):

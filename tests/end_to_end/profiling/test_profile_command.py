@@ -30,9 +30,15 @@ MODEL = {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}
 FILES = {"trace.json", "report.html", "summary.json"}
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 @pytest.fixture
@@ -278,8 +284,11 @@ def test_pointing_at_the_picture_and_clicking_a_heading(
         page.replace(
             "</body>",
             """<script>
-        const picture = document.querySelector("svg"), box = picture.getBoundingClientRect();
-        picture.dispatchEvent(new MouseEvent("mousemove", { clientX: box.left + box.width / 2, clientY: box.top + 40 }));
+        const picture = document.querySelector("svg");
+        const box = picture.getBoundingClientRect();
+        picture.dispatchEvent(new MouseEvent("mousemove", {
+            clientX: box.left + box.width / 2, clientY: box.top + 40
+        }));
         [...document.querySelectorAll("#modules th")].find((head) => head.textContent === "parameters").click();
     </script></body>""",
         )

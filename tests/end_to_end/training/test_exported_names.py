@@ -65,10 +65,12 @@ def left_out(model: GPT) -> object:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (renamed, "old is made by a hook"), (doubled, "head.weight is made by a hook"), (left_out, "head.weight is left out by a hook"),
+        (renamed, "old is made by a hook"),
+        (doubled, "head.weight is made by a hook"),
+        (left_out, "head.weight is left out by a hook"),
         (lambda model: model.add_module("late", Counting()), "late._extra_state is made by .* get_extra_state"),
     ],
-)  # fmt: skip
+)
 def test_an_export_that_would_not_be_the_state_dict_is_refused_now_and_from_the_commit(
     change: Callable[[GPT], object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

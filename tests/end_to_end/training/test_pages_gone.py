@@ -101,7 +101,10 @@ def test_a_page_file_that_is_gone_or_cut_is_an_error_and_nothing_is_made_in_its_
         expected = without_draws(trained)
     content = path.read_bytes()
     path.unlink() if cut_to is None else os.truncate(path, cut_to)
-    message = rf"{path} (is gone or empty|has 65536 bytes), and commit 1 names \d+ bytes of it\. Nothing was changed|commit-00000001.json is damaged: .* page file 1 needs"
+    message = (
+        rf"{path} (is gone or empty|has 65536 bytes), and commit 1 names \d+ bytes of it\. Nothing was changed"
+        "|commit-00000001.json is damaged: .* page file 1 needs"
+    )
     with pytest.raises(offload.CommitError, match=message), run(tmp_path, seed=8, checksums=checksums) as resumed:
         resumed.engine.resume()
     if not cut_to:
@@ -143,7 +146,10 @@ def test_a_commit_that_cannot_be_read_for_now_is_no_damaged_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
-        message = rf"^{path} cannot be read: {os.strerror(code)}\. Nothing was changed; make it readable, or move it out of the folder"
+        message = (
+            rf"^{path} cannot be read: {os.strerror(code)}\. Nothing was changed; "
+            "make it readable, or move it out of the folder"
+        )
         with pytest.raises(offload.CommitError, match=message):
             run(named)
     assert FinishedRun(named / "pages", {}).content() == before

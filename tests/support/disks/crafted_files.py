@@ -187,11 +187,21 @@ def field_damages(
     key, first = next(iter(root.items()))
     for what, body in {
         "a key twice": text[:-1] + f", {json.dumps(key)}: {json.dumps(first)}}}".encode(),
-        "NaN": text[:-1] + b', "x": NaN}', "Infinity": text[:-1] + b', "x": -Infinity}', "1e999": text[:-1] + b', "x": 1e999}',
-        "deep lists": b"[" * 100_000, "deep objects": b'{"a":' * 100_000, "closed deep lists": b"[" * 5000 + b"]" * 5000,
-        "empty": b"", "null": b"null", "text": b'"x"', "list": b"[]", "object": b"{}", "not UTF-8": b"\xff\xfe{}", "zeros": bytes(5000),
+        "NaN": text[:-1] + b', "x": NaN}',
+        "Infinity": text[:-1] + b', "x": -Infinity}',
+        "1e999": text[:-1] + b', "x": 1e999}',
+        "deep lists": b"[" * 100_000,
+        "deep objects": b'{"a":' * 100_000,
+        "closed deep lists": b"[" * 5000 + b"]" * 5000,
+        "empty": b"",
+        "null": b"null",
+        "text": b'"x"',
+        "list": b"[]",
+        "object": b"{}",
+        "not UTF-8": b"\xff\xfe{}",
+        "zeros": bytes(5000),
         "512 KiB of brackets": b"[" + b"[]," * 170_000 + b"0]",
-    }.items():  # fmt: skip
+    }.items():
         yield Damage(file, what, lambda folder, body=body: write(folder, body))
 
 
@@ -290,10 +300,15 @@ def _side_damages(folder: Path) -> Iterator[Damage]:
     name = next(name for name in header if name != "__metadata__")
     begin, end = header[name]["data_offsets"]
     for what, entry in {
-        "an offset beyond the end": {"data_offsets": [begin, 2**50]}, "an overlap": {"data_offsets": [begin, end + 4]}, "turned": {"data_offsets": [end, begin]},
-        "a huge shape": {"shape": [2**50, 2**50]}, "another shape": {"shape": [1, 1, 1]}, "an unknown dtype": {"dtype": "F1"},
-        "an attribute for a dtype": {"dtype": "__class__"}, "another dtype": {"dtype": "I32"},
-    }.items():  # fmt: skip
+        "an offset beyond the end": {"data_offsets": [begin, 2**50]},
+        "an overlap": {"data_offsets": [begin, end + 4]},
+        "turned": {"data_offsets": [end, begin]},
+        "a huge shape": {"shape": [2**50, 2**50]},
+        "another shape": {"shape": [1, 1, 1]},
+        "an unknown dtype": {"dtype": "F1"},
+        "an attribute for a dtype": {"dtype": "__class__"},
+        "another dtype": {"dtype": "I32"},
+    }.items():
         body = json.dumps({**header, name: {**header[name], **entry}}).encode()
         yield Damage("side", what, lambda folder, body=body: write(folder, body))
     for what, n_bytes in (
@@ -315,45 +330,103 @@ def _place_damages(folder: Path) -> Iterator[Damage]:
     tensor, taken = body["tensors"][one], body["tensors"][other]["runs"][0][0]
     n_frames = tensor["runs"][0][1]
     for what, entry in {
-        "a frame beyond the file": {"runs": [[10**6, n_frames], *tensor["runs"][1:]]}, "10^9 frames": {"runs": [[0, 10**9]]},
-        "10^12 frames and bytes": {"runs": [[0, 10**9]], "n_bytes": 10**9 << 16, "tail": None}, "a frame twice": {"runs": [[taken, n_frames], *tensor["runs"][1:]]},
-        "a run of no frames": {"runs": [[0, 0]]}, "a tail beyond its page": {"tail": [0, 61440, 8192]}, "a tail not in blocks": {"tail": [0, 100, 4096]},
-        "a tail of two numbers": {"tail": [0, 4096]}, "a sum less": {"sums": tensor["sums"][1:]}, "a sum more": {"sums": [*tensor["sums"], 1]},
-        "a sum beyond 64 bits": {"sums": [2**64, *tensor["sums"][1:]]}, "a tag that is none": {"tag": "gradient"}, "a size not in blocks": {"n_bytes": tensor["n_bytes"] + 1},
-        "a size of another number of pages": {"n_bytes": tensor["n_bytes"] + (1 << 20)}, "a name with a slash": {"name": "../../etc"}, "a name with a bell": {"name": "a\a"},
+        "a frame beyond the file": {"runs": [[10**6, n_frames], *tensor["runs"][1:]]},
+        "10^9 frames": {"runs": [[0, 10**9]]},
+        "10^12 frames and bytes": {"runs": [[0, 10**9]], "n_bytes": 10**9 << 16, "tail": None},
+        "a frame twice": {"runs": [[taken, n_frames], *tensor["runs"][1:]]},
+        "a run of no frames": {"runs": [[0, 0]]},
+        "a tail beyond its page": {"tail": [0, 61440, 8192]},
+        "a tail not in blocks": {"tail": [0, 100, 4096]},
+        "a tail of two numbers": {"tail": [0, 4096]},
+        "a sum less": {"sums": tensor["sums"][1:]},
+        "a sum more": {"sums": [*tensor["sums"], 1]},
+        "a sum beyond 64 bits": {"sums": [2**64, *tensor["sums"][1:]]},
+        "a tag that is none": {"tag": "gradient"},
+        "a size not in blocks": {"n_bytes": tensor["n_bytes"] + 1},
+        "a size of another number of pages": {"n_bytes": tensor["n_bytes"] + (1 << 20)},
+        "a name with a slash": {"name": "../../etc"},
+        "a name with a bell": {"name": "a\a"},
         "the name of another": {"name": body["tensors"][other]["name"], "tag": body["tensors"][other]["tag"]},
-    }.items():  # fmt: skip
+    }.items():
         made = json.dumps(changed(body, ("tensors", one), {**tensor, **entry})).encode()
         yield Damage("manifest", what, lambda folder, made=made: write_manifest(newest(folder), made))
     for what, path, value in (
-        ("page_bytes that are no power of two", ("page_bytes",), 65537), ("other pages than those before", ("page_bytes",), 131072),
-        ("another number", ("number",), 77), ("another run's id", ("run_ids", 0), "x"), ("two run ids", ("run_ids",), ["x", "y"]), ("no run id", ("run_ids",), []),
-        ("no tensors", ("tensors",), []), ("an optimizer that is none", ("state", "optimizer"), "Lion"), ("a group of another kind", ("state", "groups", 0, "betas"), [0.9]),
-        ("a rate below 0", ("state", "groups", 0, "lr"), -1.0), ("an unknown encoding", ("state", "encoding"), 3), ("random numbers for a generator", ("state", "random", "torch"), "AAAA"),
-        ("a generator of another kind", ("state", "random", "numpy", 0), "PCG64"), ("a position beyond the end", ("state", "random", "numpy", 2), 625),
-        ("no base64", ("state", "random", "torch"), "%%"), ("a slice that ends before it begins", ("state", "units", 0, "slices", 0, "end"), 0),
-        ("a parameter beyond its tensor", ("state", "units", 0, "slots", 0, "offset"), 2**40), ("a dtype that is a module", ("state", "units", 0, "dtype"), "nn"),
+        ("page_bytes that are no power of two", ("page_bytes",), 65537),
+        ("other pages than those before", ("page_bytes",), 131072),
+        ("another number", ("number",), 77),
+        ("another run's id", ("run_ids", 0), "x"),
+        ("two run ids", ("run_ids",), ["x", "y"]),
+        ("no run id", ("run_ids",), []),
+        ("no tensors", ("tensors",), []),
+        ("an optimizer that is none", ("state", "optimizer"), "Lion"),
+        ("a group of another kind", ("state", "groups", 0, "betas"), [0.9]),
+        ("a rate below 0", ("state", "groups", 0, "lr"), -1.0),
+        ("an unknown encoding", ("state", "encoding"), 3),
+        ("random numbers for a generator", ("state", "random", "torch"), "AAAA"),
+        ("a generator of another kind", ("state", "random", "numpy", 0), "PCG64"),
+        ("a position beyond the end", ("state", "random", "numpy", 2), 625),
+        ("no base64", ("state", "random", "torch"), "%%"),
+        ("a slice that ends before it begins", ("state", "units", 0, "slices", 0, "end"), 0),
+        ("a parameter beyond its tensor", ("state", "units", 0, "slots", 0, "offset"), 2**40),
+        ("a dtype that is a module", ("state", "units", 0, "dtype"), "nn"),
         ("a parameter in a tensor that is not there", ("state", "units", 0, "parameters"), "parameter: none"),
-        ("a shape of 10^30 elements", ("state", "units", 0, "slots", 0, "shape"), [10**15, 10**15]), ("65 dimensions", ("state", "units", 0, "slots", 0, "shape"), [1] * 65),
-        ("a tag that is none", ("state", "tracked", "launch"), {"$type": "object", "v": 1}), ("an array of 10^12 numbers", ("state", "tracked", "launch"), {"$type": "ndarray", "dtype": "<f4", "shape": [10**12], "v": ""}),
-        ("a state of another kind", ("state", "tracked", "launch"), 7), ("paths with a zero byte", ("state", "config", "ssd", "paths"), ["a\0b"]),
-    ):  # fmt: skip
+        ("a shape of 10^30 elements", ("state", "units", 0, "slots", 0, "shape"), [10**15, 10**15]),
+        ("65 dimensions", ("state", "units", 0, "slots", 0, "shape"), [1] * 65),
+        ("a tag that is none", ("state", "tracked", "launch"), {"$type": "object", "v": 1}),
+        (
+            "an array of 10^12 numbers",
+            ("state", "tracked", "launch"),
+            {"$type": "ndarray", "dtype": "<f4", "shape": [10**12], "v": ""},
+        ),
+        ("a state of another kind", ("state", "tracked", "launch"), 7),
+        ("paths with a zero byte", ("state", "config", "ssd", "paths"), ["a\0b"]),
+    ):
         made = json.dumps(changed(body, path, value)).encode()
         yield Damage("manifest", what, lambda folder, made=made: write_manifest(newest(folder), made))
 
 
 CONFIGS: dict[str, str] = {
-    "laughs.yaml": "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
-    "itself.yaml": "memory: &m {ram: *m}\n", "itself2.yaml": "memory: &m\n  ram: 1MiB\n  page: *m\n", "merge.yaml": "a: &a {b: 1}\nmemory: {<<: [*a, *a]}\n",
-    "deep.yaml": "[" * 30_000, "deepblock.yaml": "- " * 30_000, "deep.json": "[" * 60_000, "deep.toml": "a = " + "[" * 60_000, "deepkeys.toml": "a" + ".a" * 30_000 + " = 1",
-    "object.yaml": "!!python/object/apply:os.system ['true']", "tag.yaml": "memory: !!binary '%%'", "twice.yaml": "memory: {ram: 1MiB}\nmemory: {ram: 2MiB}",
-    "twice.json": '{"memory": {"ram": 1}, "memory": {"ram": 2}}', "twice.toml": "[memory]\nram = 1\n[memory]\nram = 2", "nan.json": '{"memory": {"ram": NaN}}',
-    "inf.toml": "[memory]\nram = inf", "huge.toml": "[memory]\nram = " + "9" * 5000, "huge.json": '{"memory": {"ram": ' + "9" * 5000 + "}}", "huge.yaml": "memory: {ram: " + "9" * 5000 + "}",
-    "exp.yaml": "memory: {ram: 1.0e+999}", "empty.toml": "", "empty.yaml": "", "empty.json": "", "list.json": "[]", "text.yaml": "just text", "number.json": "3", "null.json": "null",
-    "binary.toml": "\x00\x01\x02", "bom.json": "\ufeff{}", "large.toml": "# " + "x" * (1 << 20), "large.yaml": "a: [" + "1, " * 60_000 + "1]", "date.toml": "[memory]\nram = 1979-05-27",
-    "date.yaml": "memory: {ram: 2026-99-99}", "none.ini": "[memory]", "control.json": '{"mem\\u0007ory\\n": 1}', "section.toml": "memory = 3", "tabs.yaml": "memory:\n\tram: 1",
-    "many.toml": "\n".join(f"k{n} = 1" for n in range(5000)), "surplus.toml": "[memory]\nram = '1MiB'\n[ssd]\npaths = ['x']\n[other]\na = 1",
-}  # fmt: skip
+    "laughs.yaml": "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    "itself.yaml": "memory: &m {ram: *m}\n",
+    "itself2.yaml": "memory: &m\n  ram: 1MiB\n  page: *m\n",
+    "merge.yaml": "a: &a {b: 1}\nmemory: {<<: [*a, *a]}\n",
+    "deep.yaml": "[" * 30_000,
+    "deepblock.yaml": "- " * 30_000,
+    "deep.json": "[" * 60_000,
+    "deep.toml": "a = " + "[" * 60_000,
+    "deepkeys.toml": "a" + ".a" * 30_000 + " = 1",
+    "object.yaml": "!!python/object/apply:os.system ['true']",
+    "tag.yaml": "memory: !!binary '%%'",
+    "twice.yaml": "memory: {ram: 1MiB}\nmemory: {ram: 2MiB}",
+    "twice.json": '{"memory": {"ram": 1}, "memory": {"ram": 2}}',
+    "twice.toml": "[memory]\nram = 1\n[memory]\nram = 2",
+    "nan.json": '{"memory": {"ram": NaN}}',
+    "inf.toml": "[memory]\nram = inf",
+    "huge.toml": "[memory]\nram = " + "9" * 5000,
+    "huge.json": '{"memory": {"ram": ' + "9" * 5000 + "}}",
+    "huge.yaml": "memory: {ram: " + "9" * 5000 + "}",
+    "exp.yaml": "memory: {ram: 1.0e+999}",
+    "empty.toml": "",
+    "empty.yaml": "",
+    "empty.json": "",
+    "list.json": "[]",
+    "text.yaml": "just text",
+    "number.json": "3",
+    "null.json": "null",
+    "binary.toml": "\x00\x01\x02",
+    "bom.json": "\ufeff{}",
+    "large.toml": "# " + "x" * (1 << 20),
+    "large.yaml": "a: [" + "1, " * 60_000 + "1]",
+    "date.toml": "[memory]\nram = 1979-05-27",
+    "date.yaml": "memory: {ram: 2026-99-99}",
+    "none.ini": "[memory]",
+    "control.json": '{"mem\\u0007ory\\n": 1}',
+    "section.toml": "memory = 3",
+    "tabs.yaml": "memory:\n\tram: 1",
+    "many.toml": "\n".join(f"k{n} = 1" for n in range(5000)),
+    "surplus.toml": "[memory]\nram = '1MiB'\n[ssd]\npaths = ['x']\n[other]\na = 1",
+}
 
 
 def all_damages(folder: Path) -> list[Damage]:

@@ -206,7 +206,7 @@ def launched(mode: str, *, steps: int, data: str = "early_text") -> Callable[[Pa
             "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
             "data": {"factory": f"{MODULE}:{data}"}, "output": {"run": str(folder / "run")},
             "train": {"steps": steps, "batch": 2, "seq": 32, "evaluate_batches": 1, "log_every": 100000},
-        }  # fmt: skip
+        }
         for section, value in MODES[mode].items():
             settings[section] = {**settings.get(section, {}), **value} if isinstance(value, dict) else value
         (folder / "run.json").write_text(json.dumps(settings))

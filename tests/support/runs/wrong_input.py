@@ -38,7 +38,7 @@ FILES: dict[str, bytes] = {
     "repeated.yaml": b"a: &a [x, x, x, x, x, x, x, x]\n" + b"".join(
         b"%c: &%c [%s]\n" % (n + 1, n + 1, b", ".join([b"*%c" % n] * 9)) for n in range(ord("a"), ord("k"))),
     "large.json": b'{"seed": "' + b"x" * (5 << 20) + b'"}', "kind.ini": b"", "kind": b"",
-}  # fmt: skip
+}
 
 
 @pytest.fixture

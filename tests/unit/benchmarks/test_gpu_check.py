@@ -106,7 +106,10 @@ def test_a_process_that_hangs_is_killed_with_what_it_started(answers: bool, tmp_
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     child = f"import sys, time; held = open({str(pipe)!r}, 'w'); held.write('x'); held.flush(); time.sleep(600)"
-    script = f"import subprocess, sys, time; {ANSWER if answers else 'pass'}; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
+    script = (
+        f"import subprocess, sys, time; {ANSWER if answers else 'pass'}; subprocess.Popen([sys.executable, '-c', "
+        f"{child!r}]); time.sleep(600)"
+    )
     found = run(python(script), 8)
     when = "answered, but its process did not end" if answers else "no answer"
     assert found == Outcome(Status.FAILED, "7 GB/s" if answers else "", f"{when} within 8 s")

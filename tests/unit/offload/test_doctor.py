@@ -35,15 +35,28 @@ from pagemem.folders.run_directory import FolderUse
 from pagemem.units import GiB, MiB
 
 MEMORY = MemoryFact(
-    total_bytes=16 * GiB, available_bytes=12 * GiB, data_limit_bytes=None, address_limit_bytes=None, locked_limit_bytes=8 * MiB,
-    open_files_limit=1024, cgroup_limit_bytes=None, cgroup_free_bytes=None,
-)  # fmt: skip
+    total_bytes=16 * GiB,
+    available_bytes=12 * GiB,
+    data_limit_bytes=None,
+    address_limit_bytes=None,
+    locked_limit_bytes=8 * MiB,
+    open_files_limit=1024,
+    cgroup_limit_bytes=None,
+    cgroup_free_bytes=None,
+)
 OURS = PackageFact("optim", "/ours/optim", ("/ours/optim",), None, ("offload",))
 POINT = Point(Setting(4 * MiB, 4), 2.0, 3.0)
 FOLDER = FolderFact(
-    path="/disk/pages", wanted=True, existing="/disk", writable=True, file_system="ext4", free_bytes=100 * GiB, use=FolderUse("absent"),
-    backend="direct", point=POINT,
-)  # fmt: skip
+    path="/disk/pages",
+    wanted=True,
+    existing="/disk",
+    writable=True,
+    file_system="ext4",
+    free_bytes=100 * GiB,
+    use=FolderUse("absent"),
+    backend="direct",
+    point=POINT,
+)
 CPU = CpuFact(usable=2, logical=4, physical=2, torch_threads=2)
 
 
@@ -56,9 +69,17 @@ def config(ram: str = "1GiB", **sections: Any) -> ConfigFact:
 
 
 FACTS = Facts(
-    versions={"python": "3.11.7", "torch": "2.13.0+cpu", "numpy": "2.4.6", "offload": "0.1.0"}, packages=(OURS,), cpu=CPU, memory=MEMORY,
-    copy_gb_per_s=10.0, cuda_build=False, nvidia_device=False, cuda=(), folders=(FOLDER,), config=config(),
-)  # fmt: skip
+    versions={"python": "3.11.7", "torch": "2.13.0+cpu", "numpy": "2.4.6", "offload": "0.1.0"},
+    packages=(OURS,),
+    cpu=CPU,
+    memory=MEMORY,
+    copy_gb_per_s=10.0,
+    cuda_build=False,
+    nvidia_device=False,
+    cuda=(),
+    folders=(FOLDER,),
+    config=config(),
+)
 
 
 def levels(findings: list[Finding]) -> dict[str, str]:
@@ -81,9 +102,24 @@ def test_a_good_machine_has_only_ok_lines() -> None:
     findings = judge(FACTS)
     assert bad(findings) == []
     assert list(levels(findings)) == [
-        "python", "torch", "numpy", "offload", "package optim", "cpu", "ram", "RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_MEMLOCK",
-        "RLIMIT_NOFILE", "cgroup memory.max", "host tier", "cuda", "config", "budget", "ssd /disk/pages",
-    ]  # fmt: skip
+        "python",
+        "torch",
+        "numpy",
+        "offload",
+        "package optim",
+        "cpu",
+        "ram",
+        "RLIMIT_DATA",
+        "RLIMIT_AS",
+        "RLIMIT_MEMLOCK",
+        "RLIMIT_NOFILE",
+        "cgroup memory.max",
+        "host tier",
+        "cuda",
+        "config",
+        "budget",
+        "ssd /disk/pages",
+    ]
 
 
 def test_least_versions_are_those_of_the_package() -> None:
@@ -100,9 +136,15 @@ def test_least_versions_are_those_of_the_package() -> None:
 
 @pytest.mark.parametrize(
     ("name", "found", "level"),
-    [("torch", "2.10.1", "problem"), ("torch", "2.11.0a0+git12", "ok"), ("torch", "3.0", "ok"), ("numpy", "1.25.2", "problem"),
-     ("python", "3.9.18", "problem"), ("offload", "0.1.0", "ok")],
-)  # fmt: skip
+    [
+        ("torch", "2.10.1", "problem"),
+        ("torch", "2.11.0a0+git12", "ok"),
+        ("torch", "3.0", "ok"),
+        ("numpy", "1.25.2", "problem"),
+        ("python", "3.9.18", "problem"),
+        ("offload", "0.1.0", "ok"),
+    ],
+)
 def test_versions(name: str, found: str, level: str) -> None:
     finding = check_version(name, found)
     assert finding.level == level and found in finding.said and (level == "ok" or "install" in finding.remedy)

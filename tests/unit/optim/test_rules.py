@@ -25,9 +25,14 @@ OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
 
 
 def update(
-    rule: UpdateRule, group: dict[str, Any], flat: torch.Tensor, grad: torch.Tensor, states: list[torch.Tensor],
-    slice_numel: int, step: int,
-) -> None:  # fmt: skip
+    rule: UpdateRule,
+    group: dict[str, Any],
+    flat: torch.Tensor,
+    grad: torch.Tensor,
+    states: list[torch.Tensor],
+    slice_numel: int,
+    step: int,
+) -> None:
     """One update, slice by slice, each a batch of its own."""
     hyper = {name: group[name] for name in type(rule).hyper_names}
     for part in cut(flat.numel(), slice_numel):

@@ -108,7 +108,7 @@ def test_small_neighbours_of_one_dtype_share_units_up_to_a_page() -> None:
             "narrow": nn.Linear(8, 8).bfloat16(),
             "e": nn.Linear(8, 8),
             "f": nn.LayerNorm(8),
-        }  # fmt: skip
+        }
     )
     units = units_of(groups_of(model.named_modules(), set()), PAGE_BYTES)
     assert [list(dict.fromkeys(name.partition(".")[0] for name, _ in unit)) for unit in units] == [

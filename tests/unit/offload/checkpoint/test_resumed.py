@@ -22,9 +22,12 @@ def test_each_key_is_named_with_both_values_and_what_holds() -> None:
     train = {"steps": 10, "batch": 2, "seq": 8}
     then = dumped(seed=1, train=train, optimizer={"lr": 1e-3})
     now = dumped(
-        seed=2, train={**train, "batch": 4, "schedule": "cosine"}, optimizer={"lr": 1e-2}, memory={"ram": "16MiB", "page": "64KiB"},
+        seed=2,
+        train={**train, "batch": 4, "schedule": "cosine"},
+        optimizer={"lr": 1e-2},
+        memory={"ram": "16MiB", "page": "64KiB"},
         update={"clip_norm": 1.0},
-    )  # fmt: skip
+    )
     assert [str(change) for change in config_changes(then, now)] == [
         "seed: 1 -> 2; random generators go on as the commit has them; the new one is for data that asks for it",
         "memory.ram: 8388608 -> 16777216; the new one holds",

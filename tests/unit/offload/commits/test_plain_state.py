@@ -66,14 +66,40 @@ def test_any_state_comes_back_as_it_was(state: Any) -> None:
 @pytest.mark.parametrize(
     "state",
     [
-        Counter({2: 1, 5: 3}), OrderedDict([("b", 1), ("a", 2)]), {1, 2}, frozenset({"a"}), deque([1, 2], 5), deque([1]),
-        torch.Size([2, 3]), 1 + 2j, complex(math.inf, -0.0), bytearray(b"\x00\xff"), 2**500, -0.0, math.nan, "\ud800 alone", {TAG: "tuple", "v": [1]},
-        np.float32(3.5), np.int64(-1), np.bool_(True), np.float64(math.inf), np.arange(6.0).reshape(2, 3), np.zeros((0, 3)), np.array(2, dtype=np.uint8),
-        torch.tensor(3.0), torch.zeros(0, 3), torch.ones(3, dtype=torch.bfloat16), torch.tensor([True, False]), torch.arange(4).view(2, 2).t(),
-        {1: "a", "1": "b"}, {True: 1, None: 2}, list(range(1000)), [1.5] * 100,
+        Counter({2: 1, 5: 3}),
+        OrderedDict([("b", 1), ("a", 2)]),
+        {1, 2},
+        frozenset({"a"}),
+        deque([1, 2], 5),
+        deque([1]),
+        torch.Size([2, 3]),
+        1 + 2j,
+        complex(math.inf, -0.0),
+        bytearray(b"\x00\xff"),
+        2**500,
+        -0.0,
+        math.nan,
+        "\ud800 alone",
+        {TAG: "tuple", "v": [1]},
+        np.float32(3.5),
+        np.int64(-1),
+        np.bool_(True),
+        np.float64(math.inf),
+        np.arange(6.0).reshape(2, 3),
+        np.zeros((0, 3)),
+        np.array(2, dtype=np.uint8),
+        torch.tensor(3.0),
+        torch.zeros(0, 3),
+        torch.ones(3, dtype=torch.bfloat16),
+        torch.tensor([True, False]),
+        torch.arange(4).view(2, 2).t(),
+        {1: "a", "1": "b"},
+        {True: 1, None: 2},
+        list(range(1000)),
+        [1.5] * 100,
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_types_that_json_does_not_know(state: Any) -> None:
     assert_alike(there_and_back({"at": [state]}), {"at": [state]})
 
@@ -114,14 +140,25 @@ def test_what_cannot_be_written_is_refused_with_its_place(state: Any, where: str
 @pytest.mark.parametrize(
     "written",
     [
-        {TAG: "object", "v": 1}, {TAG: [], "v": 1}, {TAG: "tuple"}, {TAG: "tuple", "v": 3}, {TAG: "dict", "v": [[1]]}, {TAG: "dict", "v": [[[1], 2]]},
-        {TAG: "float", "v": "x"}, {TAG: "bytes", "v": "%%%"}, {TAG: "ndarray", "dtype": "O", "shape": [1], "v": ""},
-        {TAG: "ndarray", "dtype": "<f4", "shape": [10**12], "v": ""}, {TAG: "ndarray", "dtype": "<f4", "shape": [-1], "v": ""},
-        {TAG: "tensor", "dtype": "float32", "shape": [2], "v": "AAAA"}, {TAG: "tensor", "dtype": "nn", "shape": [], "v": ""},
-        {TAG: "complex", "v": [1]}, {TAG: "set", "v": [[1]]}, {TAG: "Counter", "v": "ab"},
+        {TAG: "object", "v": 1},
+        {TAG: [], "v": 1},
+        {TAG: "tuple"},
+        {TAG: "tuple", "v": 3},
+        {TAG: "dict", "v": [[1]]},
+        {TAG: "dict", "v": [[[1], 2]]},
+        {TAG: "float", "v": "x"},
+        {TAG: "bytes", "v": "%%%"},
+        {TAG: "ndarray", "dtype": "O", "shape": [1], "v": ""},
+        {TAG: "ndarray", "dtype": "<f4", "shape": [10**12], "v": ""},
+        {TAG: "ndarray", "dtype": "<f4", "shape": [-1], "v": ""},
+        {TAG: "tensor", "dtype": "float32", "shape": [2], "v": "AAAA"},
+        {TAG: "tensor", "dtype": "nn", "shape": [], "v": ""},
+        {TAG: "complex", "v": [1]},
+        {TAG: "set", "v": [[1]]},
+        {TAG: "Counter", "v": "ab"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_was_not_written_by_it_is_refused(written: Any) -> None:
     with pytest.raises(ValueError, match="is no value"):
         decode({"deep": [written]})

@@ -26,17 +26,38 @@ MEMORY = MemoryReport(
     65536,
 )
 RUN = RunSummary(
-    n_parameters=1000, steps=10, made=10, train_s=20.0, samples=50, tokens_per_sample=80, before_nats=8.01 * math.log(2), after_nats=2.5 * math.log(2), unit="byte", unigram_bits=4.5,
-    stats=STATS, memory=MEMORY, planned_step_s=1.9, process_peak_bytes=300 * MIB,
-)  # fmt: skip
+    n_parameters=1000,
+    steps=10,
+    made=10,
+    train_s=20.0,
+    samples=50,
+    tokens_per_sample=80,
+    before_nats=8.01 * math.log(2),
+    after_nats=2.5 * math.log(2),
+    unit="byte",
+    unigram_bits=4.5,
+    stats=STATS,
+    memory=MEMORY,
+    planned_step_s=1.9,
+    process_peak_bytes=300 * MIB,
+)
 
 
 def metrics(step: int) -> StepMetrics:
     """One step's figures."""
     return StepMetrics(
-        step=step, loss=2.0 / step, lr=1e-3, step_s=2.0, samples_per_s=4.0, tokens_per_s=512.0, host_bytes=3 * MIB, ssd_bytes=MIB,
-        ssd_read_bytes=3_000_000, ssd_written_bytes=1_000_000, wait_share=0.25,
-    )  # fmt: skip
+        step=step,
+        loss=2.0 / step,
+        lr=1e-3,
+        step_s=2.0,
+        samples_per_s=4.0,
+        tokens_per_s=512.0,
+        host_bytes=3 * MIB,
+        ssd_bytes=MIB,
+        ssd_read_bytes=3_000_000,
+        ssd_written_bytes=1_000_000,
+        wait_share=0.25,
+    )
 
 
 def console(*, terminal: bool) -> tuple[Console, io.StringIO]:

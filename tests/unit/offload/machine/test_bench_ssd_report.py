@@ -109,7 +109,11 @@ def test_lines_by_hand() -> None:
     assert "O_DIRECT, past" in backend_line(Measured(TARGET, "direct", ()))
     assert "refused" in backend_line(Measured(TARGET, "aiofiles", ()))
     assert advice_lines(Recommendation(256 * KiB, 2, 1.5), n_paths=1) == [
-        "recommended, 1.50 GB/s with reads and writes equally mixed:", "[memory]", 'page = "256KiB"', "[ssd]", "threads = 2",
-    ]  # fmt: skip
+        "recommended, 1.50 GB/s with reads and writes equally mixed:",
+        "[memory]",
+        'page = "256KiB"',
+        "[ssd]",
+        "threads = 2",
+    ]
     several = advice_lines(Recommendation(16 * MiB, 4, 1.5), n_paths=2)
     assert several[0].endswith("on the slowest path:") and 'page = "16MiB"' in several and "wastes room" in several[-1]

@@ -25,7 +25,8 @@ def test_the_lesser_of_what_the_machine_and_the_group_have_left(
     limit: int | str | None, used: int, reclaimable: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "meminfo").write_text(
-        f"MemTotal:       24684096 kB\nMemFree:        1 kB\nMemAvailable:   {4 * GiB // 1024} kB\nHugePages_Total:       0\n"
+        f"MemTotal:       24684096 kB\nMemFree:        1 kB\nMemAvailable:   {4 * GiB // 1024} kB\nHugePages_Total:   "
+        "    0\n"
     )
     (tmp_path / "own").write_text("0::/job/step\n")
     group = tmp_path / "cgroup" / "job" / "step"

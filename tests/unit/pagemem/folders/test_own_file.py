@@ -173,7 +173,8 @@ def test_no_room_says_what_was_wanted_and_what_is_free_or_that_nobody_knows(
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     said = str(os_failure(full, "writing", tmp_path / "not there", 4096, 100))
     assert said.startswith(
-        f"writing {tmp_path / 'not there'} at offset 4096, 100 bytes: No space left on device; wanted 100 bytes (100 B), free are "
+        f"writing {tmp_path / 'not there'} at offset 4096, 100 bytes: No space left on device; wanted 100 bytes (100 "
+        "B), free are "
     )
     with suppress(OSError), monkeypatch.context() as patch:
         patch.setattr(os, "statvfs", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "x")))

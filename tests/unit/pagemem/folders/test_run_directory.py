@@ -13,7 +13,10 @@ import pytest
 from pagemem.errors import RunDirectoryError
 from pagemem.folders.run_directory import FORMAT, IDENTITY_NAME, LOCK_NAME, RunDirectory
 
-HOLD = "import sys; from pagemem.folders.run_directory import RunDirectory; RunDirectory(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+HOLD = (
+    "import sys; from pagemem.folders.run_directory import RunDirectory; RunDirectory(sys.argv[1]); print('held', "
+    "flush=True); sys.stdin.read()"
+)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:

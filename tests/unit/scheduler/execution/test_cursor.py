@@ -17,9 +17,20 @@ def key(letter: str) -> OpKey:
 def plan(step: str, n_steps: int = 1, *, closed: bool = True) -> Plan:
     """A plan without moves."""
     return Plan(
-        keys=tuple(map(key, step)) * n_steps, n_steps=n_steps, n_frames=1, initial={}, loads=(), stores=(), carried=(), closed=closed,
-        peak_frames=0, read_bytes=0, written_bytes=0, step_s=0.0, compute_s=0.0,
-    )  # fmt: skip
+        keys=tuple(map(key, step)) * n_steps,
+        n_steps=n_steps,
+        n_frames=1,
+        initial={},
+        loads=(),
+        stores=(),
+        carried=(),
+        closed=closed,
+        peak_frames=0,
+        read_bytes=0,
+        written_bytes=0,
+        step_s=0.0,
+        compute_s=0.0,
+    )
 
 
 def walked(cursor: Cursor, followed: Plan, letters: str) -> list[Advance | Divergence]:

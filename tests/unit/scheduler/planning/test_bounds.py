@@ -33,15 +33,34 @@ def load(tensor: TensorId, frame: int, trigger: int, needed_at: int | None = Non
 
 
 def plan_of(
-    trace: Trace, n_frames: int, initial: dict[TensorId, int], loads: tuple[LoadTask, ...] = (), stores: tuple[StoreTask, ...] = (), *,
-    carried: tuple[LoadTask, ...] = (), closed: bool = True, peak_frames: int | None = None,
-) -> Plan:  # fmt: skip
+    trace: Trace,
+    n_frames: int,
+    initial: dict[TensorId, int],
+    loads: tuple[LoadTask, ...] = (),
+    stores: tuple[StoreTask, ...] = (),
+    *,
+    carried: tuple[LoadTask, ...] = (),
+    closed: bool = True,
+    peak_frames: int | None = None,
+) -> Plan:
     """A plan of one step."""
     return Plan(
-        keys=trace.keys, n_steps=1, n_frames=n_frames, initial={t: FrameId(f) for t, f in initial.items()}, loads=loads, stores=stores,
-        carried=carried, closed=closed, peak_frames=n_frames if peak_frames is None else peak_frames,
-        read_bytes=0, written_bytes=0, step_s=0.0, compute_s=0.0, loads_at=by_trigger(loads), stores_at=by_trigger(stores),
-    )  # fmt: skip
+        keys=trace.keys,
+        n_steps=1,
+        n_frames=n_frames,
+        initial={t: FrameId(f) for t, f in initial.items()},
+        loads=loads,
+        stores=stores,
+        carried=carried,
+        closed=closed,
+        peak_frames=n_frames if peak_frames is None else peak_frames,
+        read_bytes=0,
+        written_bytes=0,
+        step_s=0.0,
+        compute_s=0.0,
+        loads_at=by_trigger(loads),
+        stores_at=by_trigger(stores),
+    )
 
 
 def check(
@@ -125,26 +144,45 @@ READ = trace_of("Ar", "Br")
         ("op 0: 1 overlaps 0", READ, plan_of(READ, 2, {A: 0, B: 1}), {A: 2}),
         ("op 0: 1 has no frames 1..2: there are 2", READ, plan_of(READ, 2, {A: 0, B: 1}), {B: 2}),
         ("op 1: 1 has no frames 1..2: there are 2", READ, plan_of(READ, 2, {A: 0}, (load(B, 1, 1),)), {B: 2}),
-        ("op 1: 0 leaves while a view of it lives", VIEWED, plan_of(VIEWED, 1, {A: 0}, (load(B, 0, 1), load(A, 0, 2))), {}),
         (
-            "op 1: 0 leaves dirty: it was not stored after its last change", TURNS,
-            plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (StoreTask(B, 0),)), {},
+            "op 1: 0 leaves while a view of it lives",
+            VIEWED,
+            plan_of(VIEWED, 1, {A: 0}, (load(B, 0, 1), load(A, 0, 2))),
+            {},
         ),
         (
-            "op 2: 1 leaves dirty: it was not stored after its last change", TURNS,
-            plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (StoreTask(B, 1), StoreTask(A, 1))), {},
+            "op 1: 0 leaves dirty: it was not stored after its last change",
+            TURNS,
+            plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (StoreTask(B, 0),)),
+            {},
+        ),
+        (
+            "op 2: 1 leaves dirty: it was not stored after its last change",
+            TURNS,
+            plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (StoreTask(B, 1), StoreTask(A, 1))),
+            {},
         ),
         ("op 1: 1 is loaded too late for op 0", READ, plan_of(READ, 2, {A: 0}, (load(B, 1, 1, 0),)), {}),
         ("op 0: 2 is not for op 1", READ, plan_of(READ, 2, {A: 0, B: 1}, (load(C, 0, 0, 1),)), {}),
         ("op 0: 2 is placed and never used", READ, plan_of(READ, 3, {A: 0, B: 1, C: 2}), {}),
-        ("op 0: loads start in another order than they stand in", READ, plan_of(READ, 2, {}, (load(B, 1, 1), load(A, 0, 0))), {}),
-        ("op 0: a move is triggered by no op of the cycle", READ, plan_of(READ, 2, {A: 0, B: 1}, (), (StoreTask(A, 2),)), {}),
+        (
+            "op 0: loads start in another order than they stand in",
+            READ,
+            plan_of(READ, 2, {}, (load(B, 1, 1), load(A, 0, 0))),
+            {},
+        ),
+        (
+            "op 0: a move is triggered by no op of the cycle",
+            READ,
+            plan_of(READ, 2, {A: 0, B: 1}, (), (StoreTask(A, 2),)),
+            {},
+        ),
         ("op 0: the plan expects other ops", READ, replace(plan_of(READ, 2, {A: 0, B: 1}), keys=READ.keys[::-1]), {}),
         ("op 0: the plan has another number of ops", READ, replace(plan_of(READ, 2, {A: 0, B: 1}), n_steps=2), {}),
         ("op 0: the moves by op are not those of the plan", TURNS, replace(GOOD, stores_at={}), {}),
         ("op 4: 2 frames are touched, the plan says 1", READ, plan_of(READ, 2, {A: 0, B: 1}, peak_frames=1), {}),
     ],
-)  # fmt: skip
+)
 def test_the_first_violation_is_named(said: str, trace: Trace, plan: Plan, pages: dict[TensorId, int]) -> None:
     with pytest.raises(PlanError) as caught:
         check(plan, trace, pages)
