@@ -52,12 +52,13 @@ from optim.loss_scale import Scaling
 from optim.optimizer import without_compiler
 from optim.unit import Slot, Unit
 from optim.updater import refusing_updater
-from pagemem.errors import OffloadError, TransitionError
+from pagemem.errors import OffloadError
 from pagemem.files.page_file import PageFiles
 from pagemem.process import forks, interrupts
 from pagemem.process.closing import close_all
 from pagemem.process.forks import disowned
 from pagemem.process.interrupts import left_open
+from pagemem.state_machine import StateMachine
 from pagemem.units import parse_bytes
 
 
@@ -69,11 +70,14 @@ class EngineState(enum.Enum):
     DISOWNED = "disowned"
 
 
-_LEGAL: Final = {
-    EngineState.RUNNING: frozenset({EngineState.CLOSED, EngineState.DISOWNED}),
-    EngineState.CLOSED: frozenset({EngineState.DISOWNED}),
-    EngineState.DISOWNED: frozenset({EngineState.DISOWNED}),
-}
+_MOVES: Final = StateMachine(
+    "engine",
+    {
+        EngineState.RUNNING: {EngineState.CLOSED, EngineState.DISOWNED},
+        EngineState.CLOSED: {EngineState.DISOWNED},
+        EngineState.DISOWNED: {EngineState.DISOWNED},
+    },
+)
 
 
 class Engine:
@@ -580,7 +584,7 @@ class Engine:
         if self._store.given_back:
             return
         if self.state is EngineState.RUNNING:  # else an earlier call was left by what a signal's handler raised
-            self._become(EngineState.CLOSED)
+            self.state = _MOVES.move(self.state, EngineState.CLOSED)
         close_all(self._checkpoints.committer.close, self.optimizer.close, self._let_failed_backward_go, self._release)
 
     def _release(self) -> None:
@@ -589,14 +593,9 @@ class Engine:
 
     def disown(self) -> None:
         """In a forked child: the engine is the parent's. Using it raises; closing it does nothing."""
-        self._become(EngineState.DISOWNED)
+        self.state = _MOVES.move(self.state, EngineState.DISOWNED)
         self._updater = refusing_updater()
         self.optimizer.disown(self._updater)
-
-    def _become(self, state: EngineState) -> None:
-        if state not in _LEGAL[self.state]:
-            raise TransitionError(f"engine: {self.state.value} -> {state.value} is not a legal move")
-        self.state = state
 
     def _check_running(self) -> None:
         self._check_owned()

@@ -18,9 +18,10 @@ from typing import Any, Final
 
 import torch
 
-from pagemem.errors import StaleGradientError, TransitionError
+from pagemem.errors import StaleGradientError
 from pagemem.process.gone import Gone
 from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.state_machine import StateMachine
 from pagemem.units import ceil_div, round_up
 from scheduler.execution.driver import Driver
 
@@ -55,13 +56,16 @@ class Grad(enum.Enum):
 
 
 _G = Grad
-LEGAL_GRADS: Final[dict[Grad, frozenset[Grad]]] = {
-    _G.NONE: frozenset({_G.HELD, _G.OWN}),
-    _G.HELD: frozenset({_G.HELD, _G.NONE, _G.OWN, _G.ZEROS, _G.SPENT}),
-    _G.OWN: frozenset({_G.OWN, _G.NONE}),
-    _G.ZEROS: frozenset({_G.ZEROS, _G.HELD, _G.NONE, _G.OWN}),
-    _G.SPENT: frozenset({_G.NONE, _G.OWN, _G.ZEROS}),
-}
+GRADIENTS: Final = StateMachine(
+    "gradient of",
+    {
+        _G.NONE: {_G.HELD, _G.OWN},
+        _G.HELD: {_G.HELD, _G.NONE, _G.OWN, _G.ZEROS, _G.SPENT},
+        _G.OWN: {_G.OWN, _G.NONE},
+        _G.ZEROS: {_G.ZEROS, _G.HELD, _G.NONE, _G.OWN},
+        _G.SPENT: {_G.NONE, _G.OWN, _G.ZEROS},
+    },
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -128,9 +132,7 @@ class Slot:
         Raises:
             TransitionError: the table has no such move; the state is unchanged.
         """
-        if grad not in LEGAL_GRADS[self.grad]:
-            raise TransitionError(f"gradient of {self.name}: {self.grad.value} -> {grad.value} is not a legal move")
-        self.grad = grad
+        self.grad = GRADIENTS.move(self.grad, grad, self.name)
 
     def is_complete(self, *, foretold: bool) -> bool:
         """Whether no gradient is to come any more in this step, as was said or as the steps before foretell."""

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Final, Literal
 
 from pagemem.errors import TransitionError
+from pagemem.state_machine import StateMachine
 from pagemem.telemetry.events import Watcher
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
@@ -65,11 +66,9 @@ class ReservationState(enum.Enum):
     MERGED = "merged"
 
 
-_LEGAL: Final = {
-    ReservationState.HELD: frozenset({ReservationState.RELEASED, ReservationState.MERGED}),
-    ReservationState.RELEASED: frozenset[ReservationState](),
-    ReservationState.MERGED: frozenset[ReservationState](),
-}
+_MOVES: Final = StateMachine(
+    "reservation", {ReservationState.HELD: {ReservationState.RELEASED, ReservationState.MERGED}}
+)
 
 
 class Reservation:
@@ -136,12 +135,8 @@ class Reservation:
 
     def _become(self, state: ReservationState) -> int:
         """Apply one legal move under the budget's lock; returns the bytes that were held."""
-        if state not in _LEGAL[self._state]:
-            raise TransitionError(
-                f"reservation {self.holder!r}: {self._state.value} -> {state.value} is not a legal move; it ends only "
-                "once"
-            )
-        n_bytes, self._n_bytes, self._state = self._n_bytes, 0, state
+        self._state = _MOVES.move(self._state, state, self.holder)
+        n_bytes, self._n_bytes = self._n_bytes, 0
         return n_bytes
 
     def __enter__(self) -> Reservation:

@@ -18,7 +18,7 @@ import enum
 from typing import Final
 
 from offload.activations.blocks import Block, Blocks
-from pagemem.errors import TransitionError
+from pagemem.state_machine import StateMachine
 from pagemem.units import ceil_div
 from scheduler.execution.driver import Driver
 from scheduler.planning.planner import cost_s
@@ -40,11 +40,10 @@ class Choice(enum.Enum):
     DECIDED = "decided"
 
 
-_LEGAL: Final = {
-    Choice.UNDECIDED: frozenset({Choice.TRIED, Choice.DECIDED}),
-    Choice.TRIED: frozenset({Choice.DECIDED}),
-    Choice.DECIDED: frozenset[Choice](),
-}
+_MOVES: Final = StateMachine(
+    "choice of recomputation",
+    {Choice.UNDECIDED: {Choice.TRIED, Choice.DECIDED}, Choice.TRIED: {Choice.DECIDED}},
+)
 
 
 class RecomputeChoice:
@@ -133,9 +132,7 @@ class RecomputeChoice:
         return True
 
     def _become(self, state: Choice) -> None:
-        if state not in _LEGAL[self.state]:
-            raise TransitionError(f"choice of recomputation: {self.state.value} -> {state.value} is not a legal move")
-        self.state = state
+        self.state = _MOVES.move(self.state, state)
         self.blocks.watching = self.open
 
 

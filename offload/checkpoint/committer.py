@@ -23,12 +23,13 @@ from offload.commits.commit_state import encoded
 from offload.commits.run_commits import Commit, EarlierCommits
 from offload.store.page_store import PageStore
 from pagemem.durable.manifest import Manifest, StoredTensor
-from pagemem.errors import CommitError, DamagedCommitError, StorageError, TransitionError
+from pagemem.errors import CommitError, DamagedCommitError, StorageError
 from pagemem.files.threads import start_thread
 from pagemem.process import interrupts
 from pagemem.residency.disk_versions import DiskVersion
 from pagemem.residency.snapshot import Snapshot, SnapshotState
 from pagemem.residency.wait_lock import WaitLock
+from pagemem.state_machine import StateMachine
 from pagemem.tier import TRANSIENT
 
 #: How often a wait for a commit looks whether somebody has pressed Ctrl-C.
@@ -44,12 +45,14 @@ class CommitterState(enum.Enum):
     CLOSED = "closed"
 
 
-_LEGAL: Final = {
-    CommitterState.IDLE: frozenset({CommitterState.WRITING, CommitterState.CLOSED}),
-    CommitterState.WRITING: frozenset({CommitterState.IDLE, CommitterState.FAILED}),
-    CommitterState.FAILED: frozenset({CommitterState.IDLE, CommitterState.CLOSED}),
-    CommitterState.CLOSED: frozenset(),
-}
+_MOVES: Final = StateMachine(
+    "committer",
+    {
+        CommitterState.IDLE: {CommitterState.WRITING, CommitterState.CLOSED},
+        CommitterState.WRITING: {CommitterState.IDLE, CommitterState.FAILED},
+        CommitterState.FAILED: {CommitterState.IDLE, CommitterState.CLOSED},
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +301,7 @@ class Committer:
         with self._changed:
             # One without the other would be waited for without end, so nothing that a signal could interrupt is between
             # the two.
-            self._become(CommitterState.WRITING)
+            self.state = _MOVES.move(self.state, CommitterState.WRITING)
             self._job = job
             self._changed.notify_all()
 
@@ -323,7 +326,7 @@ class Committer:
                 error = raised
             with self._changed:
                 self._failure = error
-                self._become(CommitterState.IDLE if error is None else CommitterState.FAILED)
+                self.state = _MOVES.move(self.state, CommitterState.IDLE if error is None else CommitterState.FAILED)
                 self._changed.notify_all()
 
     def wait(self) -> None:
@@ -344,7 +347,7 @@ class Committer:
         with self._changed:
             if self.state is CommitterState.FAILED:
                 failure, self._failure = self._failure, None
-                self._become(CommitterState.IDLE)
+                self.state = _MOVES.move(self.state, CommitterState.IDLE)
                 assert failure is not None
                 raise failure
 
@@ -364,7 +367,7 @@ class Committer:
                     raise
             failed = self.state is CommitterState.FAILED
             if self.state is not CommitterState.CLOSED:
-                self._become(CommitterState.CLOSED)
+                self.state = _MOVES.move(self.state, CommitterState.CLOSED)
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
@@ -378,8 +381,3 @@ class Committer:
         with self._store.mover.changed:
             if self._snapshot is not None and self._snapshot.state is SnapshotState.OPEN:
                 self._abandon(self._snapshot)
-
-    def _become(self, state: CommitterState) -> None:
-        if state not in _LEGAL[self.state]:
-            raise TransitionError(f"committer: {self.state.value} -> {state.value} is not a legal move")
-        self.state = state

@@ -23,9 +23,10 @@ from offload.profiling.perfetto import write_trace
 from offload.profiling.stats import MemoryReport, Stats
 from offload.profiling.summary import FORMAT, Context, ModuleBytes, Planned, TierLimits, summarize
 from offload.store.page_store import PageStore
-from pagemem.errors import RunDirectoryError, StorageError, TransitionError
+from pagemem.errors import RunDirectoryError, StorageError
 from pagemem.folders.own_file import draft_of, make_folder, remove_draft, replace_file
 from pagemem.folders.small_file import read_small
+from pagemem.state_machine import StateMachine
 from pagemem.telemetry.events import EventSink, Watcher
 from pagemem.telemetry.recorder import Recorder, Recording
 from pagemem.tier import Tag, Tier
@@ -46,12 +47,13 @@ class ProfileState(enum.Enum):
     ABANDONED = "abandoned"
 
 
-_LEGAL: Final = {
-    ProfileState.NEW: frozenset({ProfileState.RECORDING}),
-    ProfileState.RECORDING: frozenset({ProfileState.WRITTEN, ProfileState.ABANDONED}),
-    ProfileState.WRITTEN: frozenset[ProfileState](),
-    ProfileState.ABANDONED: frozenset[ProfileState](),
-}
+_MOVES: Final = StateMachine(
+    "profile",
+    {
+        ProfileState.NEW: {ProfileState.RECORDING},
+        ProfileState.RECORDING: {ProfileState.WRITTEN, ProfileState.ABANDONED},
+    },
+)
 
 
 def open_profile_folder(folder: Path) -> Path:
@@ -147,7 +149,7 @@ class Profile:
         if self.state is not ProfileState.NEW:
             raise RuntimeError("a profile is used once; call engine.profile() again")
         open_profile_folder(self.folder)
-        self._become(ProfileState.RECORDING)
+        self.state = _MOVES.move(self.state, ProfileState.RECORDING)
         self._begun = self._stats()
         self._recorder = Recorder((self._store.device_tier or self._store).driver.causes())
         self._onward = self._store.counters.onward
@@ -159,24 +161,19 @@ class Profile:
     ) -> None:
         attach(self._store, None, self._onward)
         if error is not None:
-            self._become(ProfileState.ABANDONED)
+            self.state = _MOVES.move(self.state, ProfileState.ABANDONED)
             return
         try:
             self._write(self._recorder.finish(self._held))
         except BaseException:
-            self._become(ProfileState.ABANDONED)
+            self.state = _MOVES.move(self.state, ProfileState.ABANDONED)
             raise
-        self._become(ProfileState.WRITTEN)
+        self.state = _MOVES.move(self.state, ProfileState.WRITTEN)
 
     def _write(self, recording: Recording) -> None:
         self.recording = recording
         self.summary = summarize(recording, self._context())
         write_profile(self.folder, recording, self.summary)
-
-    def _become(self, state: ProfileState) -> None:
-        if state not in _LEGAL[self.state]:
-            raise TransitionError(f"profile: {self.state.value} -> {state.value} is not a legal move")
-        self.state = state
 
     def _context(self) -> Context:
         store, memory = self._store, self._memory_report()

@@ -40,10 +40,10 @@ from optim.lockfree.unit_channel import GradientBatch, GradientSum, UnitChannel
 from optim.rules import Batch, Lookahead, UpdateRule
 from optim.states import state_view
 from optim.unit import Hyper, Piece, Slice, Slot, Unit
-from pagemem.errors import TransitionError
 from pagemem.files.threads import start_thread
 from pagemem.residency.mover import Mover
 from pagemem.residency.wait_lock import WaitLock
+from pagemem.state_machine import StateMachine
 from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.units import MiB
 
@@ -79,12 +79,13 @@ class UpdaterState(enum.Enum):
     FAILED = "failed"
 
 
-_LEGAL: Final = {
-    UpdaterState.IDLE: frozenset({UpdaterState.RUNNING, UpdaterState.STOPPED}),
-    UpdaterState.RUNNING: frozenset({UpdaterState.STOPPED, UpdaterState.FAILED}),
-    UpdaterState.STOPPED: frozenset(),
-    UpdaterState.FAILED: frozenset(),
-}
+_MOVES: Final = StateMachine(
+    "updater",
+    {
+        UpdaterState.IDLE: {UpdaterState.RUNNING, UpdaterState.STOPPED},
+        UpdaterState.RUNNING: {UpdaterState.STOPPED, UpdaterState.FAILED},
+    },
+)
 
 
 class _Stop(Exception):
@@ -151,7 +152,7 @@ class UpdateThread:
             StorageError: the system starts no more threads.
         """
         start_thread(self._thread)
-        self._become(UpdaterState.RUNNING)
+        self.state = _MOVES.move(self.state, UpdaterState.RUNNING)
         atexit.register(self._at_exit)
 
     def stop(self, patience_s: float | None = None) -> None:
@@ -168,7 +169,7 @@ class UpdateThread:
         if self._thread.ident is not None:
             self._thread.join(patience_s)
         if self.state in (UpdaterState.IDLE, UpdaterState.RUNNING):
-            self._become(UpdaterState.STOPPED)
+            self.state = _MOVES.move(self.state, UpdaterState.STOPPED)
 
     def wake(self) -> None:
         """Gradients were put into a mailbox."""
@@ -227,7 +228,7 @@ class UpdateThread:
             pass
         except BaseException as error:  # whatever it is goes to the training thread
             self.failure = error
-            self._become(UpdaterState.FAILED)
+            self.state = _MOVES.move(self.state, UpdaterState.FAILED)
         finally:
             del self._scratch
             with self._progress:
@@ -348,11 +349,6 @@ class UpdateThread:
             state_view(self._mover, part, part.states, k, piece.begin, piece.numel)
             for k in range(len(self._rule.state_names))
         ]
-
-    def _become(self, state: UpdaterState) -> None:
-        if state not in _LEGAL[self.state]:
-            raise TransitionError(f"updater: {self.state.value} -> {state.value} is not a legal move")
-        self.state = state
 
 
 def _stop_at_exit(thread: weakref.ref[UpdateThread], process: int) -> None:

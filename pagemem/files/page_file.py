@@ -22,7 +22,7 @@ from typing import Final
 
 import numpy as np
 
-from pagemem.errors import StorageError, TransitionError
+from pagemem.errors import StorageError
 from pagemem.files.backend import Direction, RawBackend, choose_backend
 from pagemem.files.checksums import DigestArray, ExtentIndex
 from pagemem.files.rate_limit import TokenBucket
@@ -34,6 +34,7 @@ from pagemem.files.transfer import COMPUTING, Completion, Done, Part, Ticket, Tr
 from pagemem.folders.own_file import kind_of, naming, os_failure
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent
+from pagemem.state_machine import StateMachine
 from pagemem.units import BLOCK_BYTES, MiB, ceil_div
 
 PAGE_FILE_NAME: Final = "pages.bin"
@@ -48,11 +49,9 @@ class FilesState(enum.Enum):
     CLOSED = "closed"
 
 
-LEGAL_MOVES: Final[dict[FilesState, frozenset[FilesState]]] = {
-    FilesState.OPEN: frozenset({FilesState.CLOSING}),
-    FilesState.CLOSING: frozenset({FilesState.CLOSED}),
-    FilesState.CLOSED: frozenset(),
-}
+_MOVES: Final = StateMachine(
+    "page files", {FilesState.OPEN: {FilesState.CLOSING}, FilesState.CLOSING: {FilesState.CLOSED}}
+)
 
 
 class PageFiles:
@@ -392,9 +391,7 @@ class PageFiles:
 
     def _become(self, state: FilesState) -> None:
         with self._state_lock:
-            if state not in LEGAL_MOVES[self._state]:
-                raise TransitionError(f"page files: {self._state.value} -> {state.value} is not a legal move")
-            self._state = state
+            self._state = _MOVES.move(self._state, state)
 
 
 def _check_sizes(page_bytes: int, max_request_bytes: int, threads_per_path: int) -> None:

@@ -14,7 +14,7 @@ Invariants
        host copy is authoritative. In ARRIVING the device has the bytes, which whoever had them copied keeps until they
        are here. There is no state in which no copy is whole.
     2. A tensor that is fixed or has pins or leases keeps its frames: only other CLEAN tensors can be dropped.
-    3. Only `PagedTensor.become` changes the state, only along `LEGAL_MOVES`.
+    3. Only `PagedTensor.become` changes the state, only along `RESIDENCY`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final
 
-from pagemem.errors import TransitionError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.disk_versions import DiskVersion
+from pagemem.state_machine import StateMachine
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 
@@ -46,15 +46,18 @@ class Residency(enum.Enum):
 
 
 _R = Residency
-LEGAL_MOVES: Final[dict[Residency, frozenset[Residency]]] = {
-    _R.ABSENT: frozenset({_R.CLEAN, _R.STORED}),
-    _R.STORED: frozenset({_R.LOADING, _R.CLEAN, _R.ABSENT}),
-    _R.LOADING: frozenset({_R.CLEAN, _R.STORED}),
-    _R.CLEAN: frozenset({_R.DIRTY, _R.STORED, _R.ABSENT}),
-    _R.DIRTY: frozenset({_R.STORING, _R.ARRIVING, _R.ABSENT}),
-    _R.STORING: frozenset({_R.CLEAN, _R.DIRTY}),
-    _R.ARRIVING: frozenset({_R.DIRTY}),
-}
+RESIDENCY: Final = StateMachine(
+    "",
+    {
+        _R.ABSENT: {_R.CLEAN, _R.STORED},
+        _R.STORED: {_R.LOADING, _R.CLEAN, _R.ABSENT},
+        _R.LOADING: {_R.CLEAN, _R.STORED},
+        _R.CLEAN: {_R.DIRTY, _R.STORED, _R.ABSENT},
+        _R.DIRTY: {_R.STORING, _R.ARRIVING, _R.ABSENT},
+        _R.STORING: {_R.CLEAN, _R.DIRTY},
+        _R.ARRIVING: {_R.DIRTY},
+    },
+)
 
 #: States in which compute may read the host frames.
 READABLE: Final = frozenset({_R.CLEAN, _R.DIRTY, _R.STORING})
@@ -132,10 +135,6 @@ class PagedTensor:
         Raises:
             TransitionError: the table has no such move; the state is unchanged and the message ends with the history.
         """
-        if state not in LEGAL_MOVES[self.state]:
-            past = " -> ".join(s.value for s in [*self.history, self.state])
-            raise TransitionError(
-                f"{self.name}: {self.state.value} -> {state.value} is not a legal move (history: {past})"
-            )
-        self.history = [*self.history[-5:], self.state]
-        self.state = state
+        here = self.state
+        self.state = RESIDENCY.move(here, state, self.name, self.history)
+        self.history = [*self.history[-5:], here]

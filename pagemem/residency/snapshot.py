@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from pagemem.errors import StorageError, TransitionError
+from pagemem.errors import StorageError
 from pagemem.frames.page import TensorId
 from pagemem.residency.disk_versions import DiskVersion, DiskVersions
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.state_machine import StateMachine
 
 #: Stores under way at a time for a snapshot, beside those that training needs.
 STORES_AT_A_TIME: Final = 2
@@ -34,11 +35,13 @@ class SnapshotState(enum.Enum):
     RELEASED = "released"
 
 
-_LEGAL: Final = {
-    SnapshotState.OPEN: frozenset({SnapshotState.COMPLETE, SnapshotState.RELEASED}),
-    SnapshotState.COMPLETE: frozenset({SnapshotState.RELEASED}),
-    SnapshotState.RELEASED: frozenset(),
-}
+_MOVES: Final = StateMachine(
+    "snapshot",
+    {
+        SnapshotState.OPEN: {SnapshotState.COMPLETE, SnapshotState.RELEASED},
+        SnapshotState.COMPLETE: {SnapshotState.RELEASED},
+    },
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,20 +69,15 @@ class Snapshot:
     def settle(self) -> None:
         """Become COMPLETE if nothing is owed any more."""
         if self.state is SnapshotState.OPEN and not self.owing:
-            self._become(SnapshotState.COMPLETE)
+            self.state = _MOVES.move(self.state, SnapshotState.COMPLETE)
 
     def release(self, error: BaseException | None = None) -> None:
         """Name nothing any more; frames that nobody else names are free."""
-        self._become(SnapshotState.RELEASED)
+        self.state = _MOVES.move(self.state, SnapshotState.RELEASED)
         self.error = error
         self.owing.clear()
         for stored in self.copies.values():
             self.store.let_go(stored)
-
-    def _become(self, state: SnapshotState) -> None:
-        if state not in _LEGAL[self.state]:
-            raise TransitionError(f"snapshot: {self.state.value} -> {state.value} is not a legal move")
-        self.state = state
 
 
 class Snapshots:

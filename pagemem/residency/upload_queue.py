@@ -31,11 +31,11 @@ from typing import Final
 import torch
 
 from pagemem.devices.accelerator import Accelerator, Copy, DeviceEvent, has_reached
-from pagemem.errors import TransitionError
 from pagemem.files.threads import small_stacks
 from pagemem.files.transfer import Completion
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.state_machine import StateMachine
 from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.telemetry.intervals import union, without
 
@@ -55,11 +55,10 @@ class UploadState(enum.Enum):
     ENDED = "ended"
 
 
-LEGAL_MOVES: Final[dict[UploadState, frozenset[UploadState]]] = {
-    UploadState.WAITING: frozenset({UploadState.BEGUN}),
-    UploadState.BEGUN: frozenset({UploadState.ENDED, UploadState.WAITING}),
-    UploadState.ENDED: frozenset(),
-}
+_MOVES: Final = StateMachine(
+    "copy of",
+    {UploadState.WAITING: {UploadState.BEGUN}, UploadState.BEGUN: {UploadState.ENDED, UploadState.WAITING}},
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -86,11 +85,7 @@ class _Upload:
         Raises:
             TransitionError: there is no such move; nothing was changed.
         """
-        if state not in LEGAL_MOVES[self.state]:
-            raise TransitionError(
-                f"copy of {self.tensor.name}: {self.state.value} -> {state.value} is not a legal move"
-            )
-        self.state = state
+        self.state = _MOVES.move(self.state, state, self.tensor.name)
 
     @property
     def stale(self) -> bool:

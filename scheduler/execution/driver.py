@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Final
 
-from pagemem.errors import BudgetError, TransitionError
+from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.process.closing import close_all
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.state_machine import StateMachine
 from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
 from pagemem.telemetry.recorder import WaitCause
 from scheduler.execution.cursor import Cursor, Divergence
@@ -44,7 +45,7 @@ class Mode(enum.Enum):
     PLANNED = "planned"
 
 
-_LEGAL: Final = {Mode.ON_DEMAND: frozenset({Mode.PLANNED}), Mode.PLANNED: frozenset({Mode.ON_DEMAND})}
+_MOVES: Final = StateMachine("driver", {Mode.ON_DEMAND: {Mode.PLANNED}, Mode.PLANNED: {Mode.ON_DEMAND}})
 
 
 class Driver(Holding):
@@ -309,11 +310,6 @@ class Driver(Holding):
 
     # ---- following the plan ------------------------------------------------------------------------------------
 
-    def _become(self, mode: Mode) -> None:
-        if mode not in _LEGAL[self.mode]:
-            raise TransitionError(f"driver: {self.mode.value} -> {mode.value} is not a legal move")
-        self.mode = mode
-
     def _adopt(self, trace: Trace) -> None:
         """Go on by plan: the present one if the step was as it expects, else a new one.
 
@@ -325,7 +321,7 @@ class Driver(Holding):
             if self.plan is None:
                 return
         self._cursor.enter()
-        self._become(Mode.PLANNED)
+        self.mode = _MOVES.move(self.mode, Mode.PLANNED)
 
     def _plan_for(self, trace: Trace) -> None:
         """Make a plan and take it for the next step on; where there is none, the present one stays.
@@ -381,7 +377,7 @@ class Driver(Holding):
     def _leave_plan(self, why: str | None) -> None:
         """Go on on demand for the rest of the step; with a reason it counts as a deviation from the trace."""
         self._lane.clear()
-        self._become(Mode.ON_DEMAND)
+        self.mode = _MOVES.move(self.mode, Mode.ON_DEMAND)
         if why is not None:
             self.deviations += 1
             self._sink.emit(Event(EventKind.DEVIATION, why, 0, time.perf_counter(), 0.0))

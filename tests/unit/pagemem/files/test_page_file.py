@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagemem.errors import StorageError, TransitionError
+from pagemem.errors import StorageError
 from pagemem.files.direct import accepts_direct
-from pagemem.files.page_file import LEGAL_MOVES, PAGE_FILE_NAME, SLAB_BYTES, FilesState, PageFiles
+from pagemem.files.page_file import PAGE_FILE_NAME, SLAB_BYTES, PageFiles
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.frames.page import Extent, FrameId
 from pagemem.telemetry.intervals import union
@@ -385,11 +385,3 @@ def test_buffers_of_other_formats_are_taken_as_bytes(opened: Opener) -> None:
 def test_bad_options_are_refused(opened: Opener, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         opened(**options)
-
-
-def test_only_legal_moves_are_made(opened: Opener) -> None:
-    assert set(LEGAL_MOVES) == set(FilesState)
-    files = opened()
-    files.close()
-    with pytest.raises(TransitionError, match="closed -> closing"):
-        files._become(FilesState.CLOSING)

@@ -8,7 +8,7 @@ import pytest
 
 from pagemem.errors import TransitionError
 from pagemem.frames.page import TensorId
-from pagemem.residency.paged_tensor import LEGAL_MOVES, READABLE, PagedTensor, Residency
+from pagemem.residency.paged_tensor import READABLE, RESIDENCY, PagedTensor, Residency
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, KiB, MiB
 
@@ -42,8 +42,8 @@ def record(state: Residency = R.ABSENT) -> PagedTensor:
 
 
 def test_the_table_is_the_diagram_and_knows_every_state() -> None:
-    assert set(LEGAL_MOVES) == set(Residency)
-    assert {(here, there) for here, goals in LEGAL_MOVES.items() for there in goals} == set(MOVES)
+    assert set(RESIDENCY.moves) == set(Residency)
+    assert {(here, there) for here, goals in RESIDENCY.moves.items() for there in goals} == set(MOVES)
 
 
 @pytest.mark.parametrize(("here", "there"), MOVES, ids=lambda state: state.value)
@@ -98,7 +98,7 @@ def test_every_state_can_be_reached_from_absent_and_absent_from_every_state() ->
     def reachable(start: Residency) -> set[Residency]:
         found, new = {start}, {start}
         while new:
-            new = set().union(*(LEGAL_MOVES[state] for state in new)) - found
+            new = set().union(*(RESIDENCY.moves[state] for state in new)) - found
             found |= new
         return found
 
@@ -109,8 +109,8 @@ def test_every_state_can_be_reached_from_absent_and_absent_from_every_state() ->
 def test_no_move_loses_the_only_copy() -> None:
     # Where the page file alone has the bytes, only a load or a discard may follow; where host memory alone has them,
     # only a store or a discard: a dirty tensor is never simply dropped.
-    assert R.STORED not in LEGAL_MOVES[R.DIRTY] | LEGAL_MOVES[R.STORING]
-    assert R.DIRTY not in LEGAL_MOVES[R.STORED] | LEGAL_MOVES[R.LOADING]
+    assert R.STORED not in RESIDENCY.moves[R.DIRTY] | RESIDENCY.moves[R.STORING]
+    assert R.DIRTY not in RESIDENCY.moves[R.STORED] | RESIDENCY.moves[R.LOADING]
 
 
 @pytest.mark.parametrize("state", Residency, ids=lambda state: state.value)
