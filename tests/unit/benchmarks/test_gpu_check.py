@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_checks
-from benchmarks.gpu_check import NO_CUDA, Line, answer_of, arguments, main, run
-from benchmarks.gpu_checks import CHECKS, Check, beside
-from benchmarks.gpu_setting import Outcome, Setting, Status
+from benchmarks.gpu_check import checks as gpu_checks
+from benchmarks.gpu_check import command as gpu_check
+from benchmarks.gpu_check.checks import CHECKS, Check, beside
+from benchmarks.gpu_check.command import NO_CUDA, Line, answer_of, arguments, main, run
+from benchmarks.gpu_check.setting import Outcome, Setting, Status
 
 ANSWER = 'print(\'outcome: {"status": "ok", "number": "7 GB/s", "detail": ""}\', flush=True)'
 

@@ -1,4 +1,4 @@
-"""Checks of memory, copies and waits on a device, see `benchmarks.gpu_checks`."""
+"""Checks of memory, copies and waits on a device, see `benchmarks.gpu_check.checks`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from benchmarks.gpu_setting import PLANNED, Outcome, Run, Setting, Status, judged, synchronize
+from benchmarks.gpu_check.setting import PLANNED, Outcome, Run, Setting, Status, judged, synchronize
 from pagemem.devices.accelerator import Accelerator
 from pagemem.devices.arena import Arena, HostArena
 from pagemem.devices.host_memory import usable_bytes

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import common, lockfree_quality, lockfree_speed
+from benchmarks import common
+from benchmarks.lockfree import quality as lockfree_quality
+from benchmarks.lockfree import speed as lockfree_speed
 from examples.byte_gpt import python_source_text
 from offload.config import UpdateConfig
 

@@ -1,4 +1,4 @@
-"""What a check of `benchmarks.gpu_checks` is given and what it answers, and a small model to train in one."""
+"""What a check of `benchmarks.gpu_check.checks` is given and what it answers, and a small model to train in one."""
 
 from __future__ import annotations
 

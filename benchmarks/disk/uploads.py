@@ -1,8 +1,8 @@
 """How long it takes to have a tensor of the page files on the device: whole tensors one tier after the other, and page
 by page.
 
-    python -m benchmarks.uploads --dir DIR
-    python -m benchmarks.uploads --dir DIR --device cuda
+    python -m benchmarks.disk.uploads --dir DIR
+    python -m benchmarks.disk.uploads --dir DIR --device cuda
 
 Each round reads the tensor alone, copies it up alone, and brings it up both ways, in turns, with fresh random bytes.
 What neither way can be faster than is the slower one of the two legs. The machine is otherwise idle; beside training
@@ -124,7 +124,7 @@ class Tiers:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.uploads", description=__doc__.splitlines()[0] if __doc__ else ""
+        prog="python -m benchmarks.disk.uploads", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     parser.add_argument("--dir", required=True, help="where the page file is made and deleted")
     parser.add_argument(

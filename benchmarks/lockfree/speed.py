@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from benchmarks.common import Spread
-from benchmarks.lockfree_child import Child, Job
+from benchmarks.lockfree.child import Child, Job
 
 STATE_BYTES: Final = 16
 PAGE: Final = "256KiB"

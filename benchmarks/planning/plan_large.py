@@ -1,4 +1,4 @@
-"""Planning a model no machine here could train: ``python -m benchmarks.plan_large [--layers 80] [--json] [--save
+"""Planning a model no machine here could train: ``python -m benchmarks.planning.plan_large [--layers 80] [--json] [--save
 FILE]``.
 
 `offload plan` of a 70-billion-parameter model of Llama's shape on given hardware (a GPU of 80 GB, 256 GB of RAM, four
@@ -39,14 +39,16 @@ def configuration(layers: int, folder: Path) -> dict[str, Any]:
         "device": "cuda",
         "memory": {"ram": "220GiB", "device": "60GiB"},
         "ssd": {"paths": [str(folder / f"ssd{i}") for i in range(4)]},
-        "model": {"factory": "benchmarks.llama:llama", "arguments": {"n_layer": layers}, "dtype": "bf16"},
+        "model": {"factory": "benchmarks.planning.llama:llama", "arguments": {"n_layer": layers}, "dtype": "bf16"},
         "train": {"steps": 1000, "batch": 1, "seq": 4096},
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan once and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_large", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.planning.plan_large", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--layers", type=int, default=80, help="80 are 70.6 billion parameters (default)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     parser.add_argument("--save", metavar="FILE", help="keep the result as a JSON file")

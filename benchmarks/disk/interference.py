@@ -1,4 +1,4 @@
-"""What bytes cost the compute beside them: ``python -m benchmarks.interference [--dir D] [--rate 800] [--json]``.
+"""What bytes cost the compute beside them: ``python -m benchmarks.disk.interference [--dir D] [--rate 800] [--json]``.
 
 Matrix products run on all cores while a file is read or written at a fixed rate: by fio (a process of its own, libaio),
 by the page file without and with checksums (threads of the computing process, as in training). Each is compared with
@@ -24,8 +24,8 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import Spread
-from benchmarks.fio import Fio
-from benchmarks.io import FILE_BYTES, REQUEST_BYTES, PageFileRun
+from benchmarks.disk.fio import Fio
+from benchmarks.disk.io import FILE_BYTES, REQUEST_BYTES, PageFileRun
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.units import MiB
 
@@ -198,7 +198,9 @@ def measure(contestants: Mapping[str, Traffic], way: str, seconds: float, rounds
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.interference", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.disk.interference", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--rate", type=int, default=800, help="10^6 bytes a second to move (default: 800)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each single measurement (default: 2)")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each figure (default: 7)")

@@ -1,7 +1,7 @@
 """When to make updates: each as soon as its gradients are complete, or some of them later, right before their
 parameters are next used.
 
-    python -m benchmarks.update_placement --size 27m --ram-share 0.25
+    python -m benchmarks.planning.update_placement --size 27m --ram-share 0.25
 
 Updates of the units whose gradients are complete first, a share of the model, are put off into the next forward pass,
 where the disk may be idle. Their gradients are kept in pages until then. Each step is planned and its bounds are
@@ -36,7 +36,7 @@ MB_PER_S: Final = (2000, 700, 400, 250, 150)
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.update_placement", description=__doc__.splitlines()[0] if __doc__ else ""
+        prog="python -m benchmarks.planning.update_placement", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     parser.add_argument("--size", choices=SIZES, default="27m")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """What `offload plan` says against what a run does: peaks of each tier, memory of the process, step time.
 
-    python -m benchmarks.forecast --sizes 27m 112m 357m
+    python -m benchmarks.planning.forecast --sizes 27m 112m 357m
 
 For each size and share of RAM: the disk is measured as `offload doctor` measures it, the plan is made by the command in
 a process of its own, then the same configuration is trained, and the plan is made once more: where both plans differ,

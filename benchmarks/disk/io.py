@@ -1,4 +1,4 @@
-"""The page file against fio on the same file system: ``python -m benchmarks.io [--dir D] [--seconds 0.7] [--json]``.
+"""The page file against fio on the same file system: ``python -m benchmarks.disk.io [--dir D] [--seconds 0.7] [--json]``.
 
 Reads and writes of 4 MiB with 1, 2 and 4 requests under way, checksums on and off, interleaved with fio's direct I/O
 (libaio) of the same size and depth: how many requests are with the system at a time, for the page file its threads. The
@@ -35,8 +35,8 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.fio import Fio, Sample
-from benchmarks.plain_io import PlainLoop
+from benchmarks.disk.fio import Fio, Sample
+from benchmarks.disk.plain_io import PlainLoop
 from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.frames.page import Extent, FrameId
@@ -263,7 +263,7 @@ def environment(folder: Path, backend: str, fio_version: str | None) -> dict[str
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.io", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.disk.io", description=__doc__.split("\n\n")[0])
     parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to put the files (default: here)")
     parser.add_argument("--seconds", type=float, default=0.7, help="of each single measurement (default: 0.7)")
     parser.add_argument("--rounds", type=int, default=21, help="measurements of each figure (default: 21)")

@@ -196,7 +196,7 @@ class Child:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        command = [sys.executable, "-m", "benchmarks.lockfree_child", json.dumps(dataclasses.asdict(job))]
+        command = [sys.executable, "-m", "benchmarks.lockfree.child", json.dumps(dataclasses.asdict(job))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, line: str) -> Any:

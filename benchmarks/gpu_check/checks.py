@@ -37,13 +37,13 @@ from torch import Tensor, nn
 
 import offload
 from benchmarks.common import Block
-from benchmarks.gpu_memory_checks import fork, host_memory, pinning, synchronisations, uploads, waiting
-from benchmarks.gpu_setting import PLANNED, Outcome, Run, Setting, Status, judged
+from benchmarks.gpu_check.memory_checks import fork, host_memory, pinning, synchronisations, uploads, waiting
+from benchmarks.gpu_check.setting import PLANNED, Outcome, Run, Setting, Status, judged
 from offload.store.page_store import PageStore
 from pagemem.devices.accelerator import Copy, DeviceEvent, RamDevice
 from pagemem.telemetry.intervals import union
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parents[2]
 
 
 def tests(file: str, _: Setting) -> Outcome:
@@ -98,7 +98,7 @@ def assertion(setting: Setting) -> Outcome:
     """An assertion in a kernel of the fourth step; then close."""
     emulated = FailingDevice()
     if setting.emulated:
-        setattr(PageStore, "_make_accelerator", lambda _: emulated)
+        PageStore._make_accelerator = lambda _: emulated
     run = Run(setting, setting.config())
     run.steps(3)
     raised = ""

@@ -9,7 +9,7 @@ import time
 from itertools import count
 from pathlib import Path
 
-from benchmarks.fio import Sample
+from benchmarks.disk.fio import Sample
 
 
 class PlainLoop:

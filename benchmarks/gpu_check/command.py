@@ -5,7 +5,7 @@
 
 Each check is a process of its own with a time limit, so one that hangs or kills its process costs nothing but its own
 line. The exit code is 0 when none failed (what cannot be checked here is skipped), 1 when one did, 2 for a wrong
-command line, and 3 where torch finds no CUDA device. What is checked, and what each number is: `benchmarks.gpu_checks`.
+command line, and 3 where torch finds no CUDA device. What is checked, and what each number is: `benchmarks.gpu_check.checks`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import SIZES
-from benchmarks.gpu_checks import CHECKS, ROOT, Check
-from benchmarks.gpu_setting import Outcome, Setting, Status
+from benchmarks.gpu_check.checks import CHECKS, ROOT, Check
+from benchmarks.gpu_check.setting import Outcome, Setting, Status
 
 FAILED: Final = 1
 NO_CUDA: Final = 3
@@ -206,7 +206,3 @@ def main(given: Sequence[str] | None = None) -> int:
     if a.save is not None:
         print(f"results are in {save(lines, a)}")
     return FAILED if any(line.outcome.status is Status.FAILED for line in lines) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from benchmarks.lockfree_child import Child, Job
+from benchmarks.lockfree.child import Child, Job
 from offload.config import UpdateConfig
 
 WORKERS: Final = 2

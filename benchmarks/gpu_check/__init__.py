@@ -1,0 +1,1 @@
+"""The first checks on a GPU (`python -m benchmarks.gpu_check`)."""

@@ -1,0 +1,1 @@
+"""Lock-free updates on a slow disk: speed and quality (`python -m benchmarks.lockfree`)."""
