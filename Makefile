@@ -21,6 +21,8 @@ train: $(VENV)/.installed
 	$(RUN)/offload launch examples/byte_gpt.toml
 
 lint: $(VENV)/.installed
+	$(RUN)/ruff check
+	$(RUN)/ruff format --check
 	$(RUN)/lint-imports
 	$(RUN)/mypy
 
@@ -34,4 +36,4 @@ test-all: lint
 		--tally=benchmarks/results/test-all-$(shell date +%F).csv
 
 clean:
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .hypothesis .import_linter_cache .ruff_cache

@@ -126,13 +126,11 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("tensors recomputed over as it is", f"{tensors[RECOMPUTED] / tensors[AS_IT_IS]:.3f}"),
     ]
     for name in tensors:
-        rows.append(
-            (
-                name,
-                f"{Spread(**record['step_s'][name])} s a step, tensors {tensors[name] / 1e6:,.0f} MB, VmHWM "
-                f"{record['rss_bytes'][name] / 1e6:,.0f} MB, {record['moved_bytes'][name] / 1e6:,.0f} MB moved a step",
-            )
+        said = (
+            f"{Spread(**record['step_s'][name])} s a step, tensors {tensors[name] / 1e6:,.0f} MB, "
+            f"VmHWM {record['rss_bytes'][name] / 1e6:,.0f} MB, {record['moved_bytes'][name] / 1e6:,.0f} MB moved a step"
         )
+        rows.append((name, said))
     rows.append(("losses equal, bit for bit", str(record["losses_equal"])))
     return rows
 

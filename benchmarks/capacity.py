@@ -97,9 +97,7 @@ def attempt(a: argparse.Namespace, layers: int) -> dict[str, Any] | None:
     command = [sys.executable, "-m", "benchmarks.capacity", *passed_on, "--child", "--layers", str(layers)]
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=a.timeout, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=a.timeout, check=False)
         lines = done.stdout.splitlines()
         if done.returncode == 0 and lines:
             result: dict[str, Any] = json.loads(lines[-1])

@@ -433,8 +433,10 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "  as the block device counts",
-            f"{record['device_read_bytes_per_parameter']:.2f} read, "
-            f"{record['device_written_bytes_per_parameter']:.2f} written",
+            (
+                f"{record['device_read_bytes_per_parameter']:.2f} read, "
+                f"{record['device_written_bytes_per_parameter']:.2f} written"
+            ),
         ),
     ]
     peer = record["torch_offload"]

@@ -61,7 +61,7 @@ class GradientHolder(ABC):
 
     # ---- arrivals ----------------------------------------------------------------------------------------------
 
-    def catch_up(self, unit: Unit) -> None:
+    def catch_up(self, unit: Unit) -> None:  # noqa: B027 - most holders have nothing on its way
         """Take what is on its way to a unit."""
 
     def ready(self, unit: Unit, slot: Slot) -> None:

@@ -64,7 +64,7 @@ class PagedOptimizer(Optimizer):
         self._updater: Updater | None = None
         self._closed = False
         self._packing = True
-        groups = [{key: value for key, value in group.items()} for group in template.param_groups]
+        groups = [dict(group.items()) for group in template.param_groups]
         super().__init__(groups, dict(template.defaults))
         self._known_members = self._members()
         self._packing = False

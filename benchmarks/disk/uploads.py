@@ -184,8 +184,10 @@ def main() -> None:
     common.save(record, a.save)
     rows = []
     for size in record["sizes"]:
-        for way in (READ, COPY, WHOLE, PAGES):
-            rows.append((f"{size['mib']} MiB, {way}", f"{Spread.of([1e3 * r[way] for r in size['rounds']])} ms"))
+        rows.extend(
+            (f"{size['mib']} MiB, {way}", f"{Spread.of([1e3 * r[way] for r in size['rounds']])} ms")
+            for way in (READ, COPY, WHOLE, PAGES)
+        )
         floor = [r[PAGES] / max(r[READ], r[COPY]) for r in size["rounds"]]
         rows.append((f"{size['mib']} MiB, page by page / the slower leg", str(Spread.of(floor))))
         rows.append(

@@ -157,8 +157,10 @@ def rows_of(records: Sequence[Mapping[str, Any]], tokens_a_step: int) -> list[tu
         rows.append(
             (
                 what,
-                f"{record['lock-free over off, median']:.3f} of medians, {record['lock-free over off, mean']:.3f} of "
-                "means",
+                (
+                    f"{record['lock-free over off, median']:.3f} of medians, {record['lock-free over off, mean']:.3f} "
+                    "of means"
+                ),
             )
         )
         for kind in ("exact", "exact, same RAM"):

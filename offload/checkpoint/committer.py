@@ -16,7 +16,7 @@ import enum
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from offload.commits.commit_state import encoded
@@ -213,7 +213,7 @@ class Committer:
         return Manifest(
             number=number,
             name=moment.name,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             step=moment.step,
             page_bytes=self._store.page_bytes,
             run_ids=tuple(directory.run_id for directory in self._store.directories),

@@ -118,15 +118,18 @@ def export_commit(
         shards = plan_shards(weights.listed(), max_shard_bytes, weights.tied)
         index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
         total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
-        with PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader:
-            with _new_folder(to, total_bytes) as draft, ByteProgress(console, "exporting", weights.n_bytes) as progress:
-                with ShardWriter(draft, shards) as writer:
-                    for name, offset_bytes, data in weights.pieces(reader):
-                        interrupts.check()  # it may take long, and leaves nothing
-                        writer.write(name, offset_bytes, data)
-                        progress.advance(data.nbytes)
-                    writer.write_file(INDEX_NAME, index)
-                    writer.finish()
+        with (
+            PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader,
+            _new_folder(to, total_bytes) as draft,
+            ByteProgress(console, "exporting", weights.n_bytes) as progress,
+            ShardWriter(draft, shards) as writer,
+        ):
+            for name, offset_bytes, data in weights.pieces(reader):
+                interrupts.check()  # it may take long, and leaves nothing
+                writer.write(name, offset_bytes, data)
+                progress.advance(data.nbytes)
+            writer.write_file(INDEX_NAME, index)
+            writer.finish()
     return Exported(to, tuple(shard.file_name for shard in shards), total_bytes, manifest)
 
 

@@ -200,7 +200,7 @@ def check_readable(path: Path, shard: Shard) -> None:
         with safe_open(path, framework="pt") as file:
             found = {
                 name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
-                for name in file.keys()
+                for name in file.keys()  # noqa: SIM118 - it has no iterator
             }
     except Exception as error:  # the library raises its own class, which is no OSError
         raise StorageError(f"{path} cannot be read back: {error}") from error

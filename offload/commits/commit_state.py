@@ -68,7 +68,7 @@ class CommitState(Record):
     optimizer: Line
     parameters: dict[Line, tuple[list[Count], Line, _Index]]
     update_steps: dict[Line, Count]
-    lookahead: dict[Line, Annotated[list[_Float], Field(max_length=8)]] = {}
+    lookahead: dict[Line, Annotated[list[_Float], Field(max_length=8)]] = {}  # noqa: RUF012 - pydantic copies it
     edited: list[Line]
     units: tuple[StoredUnit, ...]
     names: dict[Line, Line]

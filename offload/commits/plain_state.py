@@ -94,11 +94,8 @@ class _Encoder:
         self._take(where, 8 * len(items))
         # Long lists are of numbers: a permutation of the data, say.
         kinds = set(map(type, items))
-        if (
-            kinds <= {float}
-            and all(map(math.isfinite, items))
-            or kinds <= {int}
-            and all(-_INT64 < item < _INT64 for item in items)
+        if (kinds <= {float} and all(map(math.isfinite, items))) or (
+            kinds <= {int} and all(-_INT64 < item < _INT64 for item in items)
         ):
             return list(items)
         return [self.encode(item, f"{where}[{place}]", levels - 1) for place, item in enumerate(items)]

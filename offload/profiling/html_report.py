@@ -82,8 +82,10 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         (
             "steps",
-            f"{steps} ({summary['planned_steps']} by plan, {summary['deviations']} deviations), "
-            f"{summary['elapsed_s']:.3f} s",
+            (
+                f"{steps} ({summary['planned_steps']} by plan, {summary['deviations']} deviations), "
+                f"{summary['elapsed_s']:.3f} s"
+            ),
         )
     ]
     for what, key, form in (
@@ -95,8 +97,10 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 what,
-                f"{'no whole step' if measured is None else form(measured)}, "
-                f"{'no plan' if planned is None else form(planned)}",
+                (
+                    f"{'no whole step' if measured is None else form(measured)}, "
+                    f"{'no plan' if planned is None else form(planned)}"
+                ),
             )
         )
     for name, tier in summary["tiers"].items():

@@ -315,14 +315,16 @@ class ExactUpdater(GradientHolder):
             accesses += [Access(t.id, AccessMode.MODIFY) for t in (part.states, part.master) if t is not None]
             here = unit.home is None or unit.sums_at_home
             accesses += sums if here else []
-            with (unit.home or self._driver).op(
-                (OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses
+            with (
+                (unit.home or self._driver).op(
+                    (OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses
+                ),
+                nullcontext() if here or not sums else self._brought_up(unit, number, sums),
             ):
-                with nullcontext() if here or not sums else self._brought_up(unit, number, sums):
-                    started_s = time.perf_counter()
-                    self._torn = unit
-                    self._apply(unit, part, pieces, pending, last=last)
-                    spent_s = time.perf_counter() - started_s
+                started_s = time.perf_counter()
+                self._torn = unit
+                self._apply(unit, part, pieces, pending, last=last)
+                spent_s = time.perf_counter() - started_s
             self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
         for slot in used:
             slot.steps += 1

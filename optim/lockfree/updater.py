@@ -405,7 +405,9 @@ class LockFreeUpdater(GradientHolder):
                     self.direct_bytes + n_bytes,
                 )
             started_s = time.perf_counter()
-            self._thread.await_progress(lambda: sum(m.clock.applied for m in self._mailboxes.values()) > published)
+            self._thread.await_progress(
+                lambda: sum(m.clock.applied for m in self._mailboxes.values()) > published  # noqa: B023 - asked at once
+            )
             self._sink.emit(
                 Event(EventKind.WAIT, "room for gradients", n_bytes, started_s, time.perf_counter() - started_s)
             )

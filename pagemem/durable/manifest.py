@@ -72,7 +72,7 @@ class StoredTensor:
         tail_bytes = 0
         if self.tail is not None:
             frame, offset_bytes, tail_bytes = self.tail
-            inside = 0 < tail_bytes and offset_bytes + tail_bytes <= page_bytes
+            inside = tail_bytes > 0 and offset_bytes + tail_bytes <= page_bytes
             if not inside or offset_bytes % BLOCK_BYTES or tail_bytes % BLOCK_BYTES:
                 return (
                     f"{self.key}: its tail of {tail_bytes} bytes at offset {offset_bytes} of frame {frame} is not "

@@ -6,6 +6,7 @@ above the limit is cut. What a request does when its turn comes is `pagemem.file
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -162,5 +163,5 @@ def _cut(request: Request, max_request_bytes: int) -> list[Request]:
             leads=a == start,
             n_parts=len(cuts) - 1,
         )
-        for a, b in zip(cuts, cuts[1:])
+        for a, b in itertools.pairwise(cuts)
     ]

@@ -13,7 +13,7 @@ import reprlib
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -189,7 +189,7 @@ def read_run_id(path: Path) -> str:
 def _write_identity(path: Path) -> str:
     """Publish a new identity in one step, durably; returns its run id. The lock must be held."""
     run_id = str(uuid.uuid4())
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    created = datetime.now(UTC).isoformat(timespec="seconds")
     replace_file(path / IDENTITY_NAME, json.dumps({"format": FORMAT, "run_id": run_id, "created": created}).encode())
     return run_id
 

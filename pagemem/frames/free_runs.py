@@ -192,7 +192,7 @@ class SharedPages:
             if not 1 <= len(there) <= 2 or (len(there) == 2 and overlap(there[0][0], there[1][0])):
                 raise AssertionError(f"frame {frame} cannot hold {there}")
             for tail, tensor in there:
-                inside = 0 <= tail.offset_bytes and tail.offset_bytes + tail.length_bytes <= self._page_bytes
+                inside = tail.offset_bytes >= 0 and tail.offset_bytes + tail.length_bytes <= self._page_bytes
                 if len(there) == 2 and all(other.offset_bytes for other, _ in there):
                     raise AssertionError(f"neither of {there} begins at the start of frame {frame}")
                 if tail.frame != frame or not inside or tail.length_bytes <= 0 or tail.offset_bytes % BLOCK_BYTES:

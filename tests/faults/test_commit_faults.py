@@ -13,6 +13,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_random_instants_of_all_kinds_of_lives(
         expected, calls = known(name)
         at = draw.randrange(sum(call.can(fault) for call in calls))
         lives[name] += 1
-        note(failures, lambda: one(name, tmp_path / str(number), at, fault, expected, calls))
+        note(failures, partial(one, name, tmp_path / str(number), at, fault, expected, calls))
     detail = ", ".join(f"{name} {n}" for name, n in lives.items())
     tally("I/O faults, random instants", trials=RANDOM_TRIALS, failures=len(failures), detail=detail)
     assert not failures, "\n".join(failures)

@@ -84,7 +84,7 @@ def test_a_thread_that_cannot_be_started_leaves_none_behind(
     for n_allowed in range(100):
         left = [n_allowed]
 
-        def limited(thread: threading.Thread) -> None:
+        def limited(thread: threading.Thread, left: list[int] = left) -> None:
             if not left[0]:
                 raise RuntimeError("can't start new thread")
             left[0] -= 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -18,11 +16,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cuda_is_up() -> Iterator[None]:
+def cuda_is_up() -> None:
     """What CUDA opens and starts stays for the whole process: before the first test, so that no test is blamed for
     it."""
     if torch.cuda.is_available():
         one = torch.ones(8, 8, device="cuda", requires_grad=True)
         (one @ one).sum().backward()
         torch.cuda.synchronize()
-    yield

@@ -87,7 +87,7 @@ def test_each_page_is_copied_once(coming: Coming) -> None:
     coming.tiers.arrives(coming.tensor)
     coming.tiers.below.mover.settle()
     assert coming.tiers.device._copier.copied_bytes == 2 * PAGE_BYTES
-    assert [event.n_bytes for event in coming.tiers.log.events if event.kind is EventKind.UPLOAD][0] == PAGE_BYTES
+    assert next(event.n_bytes for event in coming.tiers.log.events if event.kind is EventKind.UPLOAD) == PAGE_BYTES
 
 
 def test_a_copy_that_has_begun_is_not_taken_back_and_its_host_pages_stay(coming: Coming) -> None:

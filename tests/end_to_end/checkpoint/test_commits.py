@@ -173,7 +173,7 @@ def test_as_many_unnamed_commits_are_kept_as_asked_and_all_named_ones(keep: int,
 
 def test_a_name_given_again_takes_the_earlier_commits_place(tmp_path: Path) -> None:
     with Run(SMALL, tmp_path) as run:
-        for step in (1, 2):
+        for _step in (1, 2):
             run.step()
             run.engine.save("best")
         assert commits(tmp_path) == {2: (2, "best")}

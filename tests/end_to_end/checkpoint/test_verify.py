@@ -223,7 +223,7 @@ def test_what_lies_beside_a_commit_is_checked(tmp_path: Path, capsys: pytest.Cap
     sidecar.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (run.folder / "commits" / "commit-00000009.json.new").write_text("half")
     said = verified([str(run.folder)], 1, capsys)
-    assert f"commit 1: {beside} is damaged" in said and "needed by no commit: commit-00000009.json.new" in said
+    assert f"commit 1: {sidecar} is damaged" in said and "needed by no commit: commit-00000009.json.new" in said
 
 
 def test_without_checksums_the_rest_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

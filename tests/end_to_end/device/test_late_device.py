@@ -270,19 +270,21 @@ def test_close_ends_after_the_device_failed_and_the_first_error_is_told(
         raise RuntimeError(f"device-side assert, seen by {asked}")
 
     with late_device(monkeypatch) as device:
-        with pytest.raises(RuntimeError, match="device-side assert") as caught:
-            with offload.initialize(built(), on_late(tmp_path, **memory), adamw) as engine:
-                train(engine, 3)
-                device.die()
-                with monkeypatch.context() as patched:
-                    for name in {"reached", "wait"} if asked == "reached" else {"wait"}:
-                        patched.setattr(LateMark, name, raises)
-                    patched.setattr(device, "follow", lambda mark: mark.wait())
-                    try:
-                        train(engine, 2)
-                    finally:
-                        with suppress(RuntimeError):
-                            engine.close()
+        with (
+            pytest.raises(RuntimeError, match="device-side assert") as caught,
+            offload.initialize(built(), on_late(tmp_path, **memory), adamw) as engine,
+        ):
+            train(engine, 3)
+            device.die()
+            with monkeypatch.context() as patched:
+                for name in {"reached", "wait"} if asked == "reached" else {"wait"}:
+                    patched.setattr(LateMark, name, raises)
+                patched.setattr(device, "follow", lambda mark: mark.wait())
+                try:
+                    train(engine, 2)
+                finally:
+                    with suppress(RuntimeError):
+                        engine.close()
         assert "device-side assert" in str(caught.value)
         assert_closed(engine)
 

@@ -246,7 +246,9 @@ def test_parameters_made_elsewhere_end_the_building_at_once(tmp_path: Path) -> N
 
 
 def test_what_no_budget_helps_against_is_said(tmp_path: Path) -> None:
-    nothing: Any = lambda: None
+    def nothing() -> Any:
+        return None
+
     with pytest.raises(ValueError, match="returns a NoneType, not a torch.nn.Module"):
         offload.smallest_budget(nothing, None, config(tmp_path))
     with pytest.raises(ValueError, match="no floating-point parameters to page"):

@@ -63,7 +63,7 @@ def test_steps_with_fewer_passes_of_an_engine(tmp_path: Path) -> None:
     plain, plain_optimizer, model, optimizer = pair(tmp_path, SSD, accumulation=3)
     engine = optimizer.engine
     made = []
-    for epoch in range(2):
+    for _epoch in range(2):
         for loss, same in zip(losses(model, 5), losses(plain, 5), strict=True):
             engine.backward(loss)
             made.append(engine.step())

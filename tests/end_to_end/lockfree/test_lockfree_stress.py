@@ -49,7 +49,12 @@ def delay_the_disk(run: Run, delays: Delays) -> None:
     for name in ("read", "write"):
 
         def begin(
-            route: Any, buffer: memoryview, done: Any, *, background: bool = False, move: Any = getattr(files, name)
+            route: Any,
+            buffer: memoryview,
+            done: Any,
+            *,
+            background: bool = False,
+            move: Any = getattr(files, name),  # noqa: B008 - bound in each round
         ) -> None:
             def late(error: BaseException | None) -> None:
                 delays.maybe()

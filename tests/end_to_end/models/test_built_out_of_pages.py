@@ -226,11 +226,13 @@ def test_what_was_built_beside_the_model_says_that_its_pages_are_gone(tmp_path: 
     with offload.deferred_init(config(tmp_path)):
         spare = nn.Sequential(nn.Linear(WIDE, WIDE))
         model = built()
-    with offload.initialize(model, config(tmp_path), adamw):
-        with pytest.raises(
+    with (
+        offload.initialize(model, config(tmp_path), adamw),
+        pytest.raises(
             RuntimeError, match=r"Sequential\.0\.weight.* was built under deferred_init, but is not part of the model"
-        ) as caught:
-            spare(torch.ones(1, WIDE))
+        ) as caught,
+    ):
+        spare(torch.ones(1, WIDE))
     assert "\n" not in str(caught.value)
 
 

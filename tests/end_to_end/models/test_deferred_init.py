@@ -277,21 +277,23 @@ def test_a_block_inside_a_block_on_the_same_folder_is_refused(tmp_path: Path) ->
     with (
         pytest.raises(RuntimeError, match="deferred_init inside deferred_init"),
         offload.deferred_init(config(tmp_path)) as store,
+        offload.deferred_init(config(tmp_path)),
     ):
-        with offload.deferred_init(config(tmp_path)):
-            built()
+        built()
     assert_given_back(store, tmp_path)
 
 
 def test_a_block_inside_a_block_on_another_folder_is_refused(tmp_path: Path) -> None:
     stores: list[Any] = []
     try:
-        with pytest.raises((RuntimeError, ValueError), match="deferred_init"):
-            with offload.deferred_init(config(tmp_path)) as outer:
-                stores.append(outer)
-                with offload.deferred_init(config(tmp_path / "other")) as inner:
-                    stores.append(inner)
-                    built()
+        with (
+            pytest.raises((RuntimeError, ValueError), match="deferred_init"),
+            offload.deferred_init(config(tmp_path)) as outer,
+        ):
+            stores.append(outer)
+            with offload.deferred_init(config(tmp_path / "other")) as inner:
+                stores.append(inner)
+                built()
     finally:
         for store in stores:
             store.close()

@@ -306,11 +306,13 @@ def test_what_was_refused(name: str, tmp_path: Path) -> None:
 
 def test_from_pretrained_inside_the_block_says_what_to_do_instead(tmp_path: Path) -> None:
     built("Llama").save_pretrained(tmp_path / "weights")
-    with pytest.raises(
-        ValueError, match=r"LlamaModel\.embed_tokens\.weight is on meta .*from_pretrained.*outside deferred_init"
-    ) as caught:
-        with offload.deferred_init(config(tmp_path)):
-            library().AutoModelForCausalLM.from_pretrained(tmp_path / "weights")
+    with (
+        pytest.raises(
+            ValueError, match=r"LlamaModel\.embed_tokens\.weight is on meta .*from_pretrained.*outside deferred_init"
+        ) as caught,
+        offload.deferred_init(config(tmp_path)),
+    ):
+        library().AutoModelForCausalLM.from_pretrained(tmp_path / "weights")
     assert "\n" not in str(caught.value)
     model = library().AutoModelForCausalLM.from_pretrained(tmp_path / "weights")
     offload.initialize(model, config(tmp_path), adamw).close()

@@ -234,9 +234,11 @@ def test_lazy_modules_may_be_built_out_of_pages_and_are_paged_once_they_have_a_s
 
 
 def test_modules_on_meta_are_refused_inside_the_block(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="Sequential.0.weight is on meta and has no values; .*from_pretrained"
-    ) as caught:
-        with offload.deferred_init(config(tmp_path)):
-            nn.Sequential(on_meta())
+    with (
+        pytest.raises(
+            ValueError, match="Sequential.0.weight is on meta and has no values; .*from_pretrained"
+        ) as caught,
+        offload.deferred_init(config(tmp_path)),
+    ):
+        nn.Sequential(on_meta())
     assert "\n" not in str(caught.value)

@@ -118,9 +118,11 @@ def test_what_is_written_inside_gathered_is_there_after_it_and_nothing_stays_bou
 
 
 def test_gathering_more_than_fits_is_refused_and_changes_nothing(engine: offload.Engine) -> None:
-    with pytest.raises(offload.BudgetError, match="Set memory.ram to at least") as caught:
-        with offload.gathered(engine.model):
-            raise AssertionError("it does not fit")
+    with (
+        pytest.raises(offload.BudgetError, match="Set memory.ram to at least") as caught,
+        offload.gathered(engine.model),
+    ):
+        raise AssertionError("it does not fit")
     assert caught.value.smallest_bytes > RAM_BYTES
     assert_released(engine.model)
     assert_equal(engine.model, built())

@@ -115,12 +115,14 @@ def test_two_parameters_over_the_same_pages_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_parameter_over_a_part_of_another_is_refused_while_the_model_is_built(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="weight is a view of a part of .*, which is in pages; clone the values"):
-        with offload.deferred_init(config(tmp_path)) as store:
-            model = nn.Sequential(nn.Linear(8, 256), nn.Linear(8, 128))
-            store.flush()
-            model[1].weight = nn.Parameter(model[0].weight.data[:128])
-            nn.Sequential(model)
+    with (
+        pytest.raises(ValueError, match="weight is a view of a part of .*, which is in pages; clone the values"),
+        offload.deferred_init(config(tmp_path)) as store,
+    ):
+        model = nn.Sequential(nn.Linear(8, 256), nn.Linear(8, 128))
+        store.flush()
+        model[1].weight = nn.Parameter(model[0].weight.data[:128])
+        nn.Sequential(model)
 
 
 def test_what_leaves_a_view_of_a_weight_behind_is_refused_with_its_name(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ the same."""
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -205,9 +206,7 @@ def test_more_memory_moves_less_and_all_of_it_nothing() -> None:
     found = choices(model, optimizer, watch.at_peak)
     budgets = [choice for choice in found if choice.activations_bytes is None]
     assert [c.ram_bytes for c in budgets] == sorted({c.ram_bytes for c in budgets})
-    assert all(
-        a.peak_bytes < b.peak_bytes and a.read_bytes > b.read_bytes for a, b in zip(budgets, budgets[1:], strict=False)
-    )
+    assert all(a.peak_bytes < b.peak_bytes and a.read_bytes > b.read_bytes for a, b in itertools.pairwise(budgets))
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     assert budgets[-1].ram_bytes == 12 * n_parameters and (
         budgets[-1].read_bytes,

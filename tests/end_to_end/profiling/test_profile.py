@@ -3,6 +3,7 @@ read."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -347,7 +348,7 @@ def test_every_event_of_the_trace_is_whole(tmp_path: Path) -> None:
     for track in by_track.values():
         track.sort(key=lambda event: event["ts"])
         # One after the other, up to the rounding of each time to a thousandth of a microsecond.
-        assert all(one["ts"] + one["dur"] <= two["ts"] + 0.003 for one, two in zip(track, track[1:], strict=False))
+        assert all(one["ts"] + one["dur"] <= two["ts"] + 0.003 for one, two in itertools.pairwise(track))
     names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert set(by_track) <= set(names) and len(set(names.values())) == len(names)
     assert {"steps", "compute", "updates", "read lane", "write lane", "bytes held"} <= set(names.values())

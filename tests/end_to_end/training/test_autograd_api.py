@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_an_edit_between_forward_and_backward_is_an_error_and_not_a_wrong_gradie
 class _Watch(torch.autograd.Function):
     """The identity, through memory whose end can be seen."""
 
-    made: list[weakref.ref[memoryview]] = []
+    made: ClassVar[list[weakref.ref[memoryview]]] = []
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:

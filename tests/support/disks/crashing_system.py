@@ -82,7 +82,8 @@ class CrashingSystem:
     def _unlink(self, path: Any, **more: Any) -> None:
         self._call("unlink")
         if not Path(path).exists():
-            return self._real["unlink"](path, **more)
+            self._real["unlink"](path, **more)
+            return
         before = Path(path).read_bytes()
         self._real["unlink"](path, **more)
         self._undo.append(lambda: Path(path).write_bytes(before))

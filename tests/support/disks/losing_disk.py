@@ -45,7 +45,8 @@ class LosingDisk:
 
     def _sync(self, fd: int) -> None:
         if not self._is_it(fd):
-            return self._fsync(fd)
+            self._fsync(fd)
+            return
         written, self._written = self._written, []
         self.n_syncs += 1
         if self.n_syncs - 1 == self._failing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -77,7 +78,8 @@ def test_a_check_is_one_line() -> None:
 def test_the_last_answer_counts_and_other_lines_do_not() -> None:
     assert answer_of("outcome?\nno outcome: {}\n") is None
     first, last = (
-        'outcome: {"status": "%s", "number": "%d", "detail": ""}' % entry for entry in (("failed", 1), ("skipped", 2))
+        'outcome: {{"status": "{}", "number": "{}", "detail": ""}}'.format(*entry)
+        for entry in (("failed", 1), ("skipped", 2))
     )
     assert answer_of(f"{first}\nwords\n{last}\nmore\n") == Outcome(Status.SKIPPED, "2")
 
@@ -217,7 +219,7 @@ def test_timed_steps_are_those_of_the_benchmark(
     assert found.detail == f"1.062 s a step, {deviations} deviations, {said or 'losses equal bit for bit'}"
     clipped.make(Setting("cpu-emulated", tmp_path, "27m"))
     (on_gpu, visible), (emulated, all_visible) = asked
-    options = dict(zip(on_gpu, on_gpu[1:], strict=False))
+    options = dict(itertools.pairwise(on_gpu))
     assert (options["--device"], options["--device-share"], options["--size"], visible, all_visible) == (
         "cuda",
         "3.3",
@@ -225,7 +227,7 @@ def test_timed_steps_are_those_of_the_benchmark(
         "1",
         "",
     )
-    assert "--device" not in emulated and dict(zip(emulated, emulated[1:], strict=False))["--clip-norm"] == "1.0"
+    assert "--device" not in emulated and dict(itertools.pairwise(emulated))["--clip-norm"] == "1.0"
 
 
 def test_a_benchmark_that_fails_says_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

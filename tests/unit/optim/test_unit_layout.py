@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ def test_slices_cover_everything_once_in_aligned_parts_of_about_the_size_asked_f
 ) -> None:
     parts = cut(numel, slice_numel)
     assert parts[0].begin == 0 and parts[-1].end == numel
-    for one, two in zip(parts, parts[1:]):
+    for one, two in itertools.pairwise(parts):
         assert one.end == two.begin
     assert all(part.begin % SLICE_ALIGN_NUMEL == 0 and part.numel > 0 for part in parts)
     assert all(part.numel <= 1.5 * slice_numel + SLICE_ALIGN_NUMEL for part in parts)

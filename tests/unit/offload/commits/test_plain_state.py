@@ -36,7 +36,7 @@ def assert_alike(found: Any, expected: Any) -> None:
         assert found.dtype == expected.dtype and found.shape == expected.shape and found.tobytes() == expected.tobytes()
     elif isinstance(expected, float):
         assert math.copysign(1, found) == math.copysign(1, expected) and (
-            found == expected or math.isnan(expected) and math.isnan(found)
+            found == expected or (math.isnan(expected) and math.isnan(found))
         )
     else:
         assert found == expected

@@ -48,7 +48,7 @@ def test_batches_are_passed_on_with_and_without_a_length() -> None:
         return PAIR
 
     batches = Batches(data(batch, lambda *arguments: [batch(*arguments)]), "a:b", train())
-    assert batches.batch(7)[0] is PAIR[0] and list(batches.validation())[0][1] is PAIR[1]
+    assert batches.batch(7)[0] is PAIR[0] and next(iter(batches.validation()))[1] is PAIR[1]
     without = Batches(data(batch, lambda *arguments: iter([batch(*arguments)])), "a:b", train(seq=None))
     without.batch(8)
     assert len(list(without.validation())) == 1
@@ -79,8 +79,10 @@ def test_bytes_and_tokens_are_what_the_data_say(
         (
             PAIR,
             4,
-            "returns a tuple of 2 (a tensor of shape (2, 4), float32, a tensor of shape (2, 4), float32), which has "
-            "no method batch(",
+            (
+                "returns a tuple of 2 (a tensor of shape (2, 4), float32, a tensor of shape (2, 4), float32), which "
+                "has no method batch("
+            ),
         ),
         (SimpleNamespace(batch=3), 4, "which has no method batch("),
         (
@@ -92,8 +94,10 @@ def test_bytes_and_tokens_are_what_the_data_say(
         (
             data(),
             None,
-            "batch is called as batch(step, rows): missing a required argument: 'seq'; train.seq is not set, so none "
-            "is given",
+            (
+                "batch is called as batch(step, rows): missing a required argument: 'seq'; train.seq is not set, so "
+                "none is given"
+            ),
         ),
         (data(unit=3), 4, 'unit of what it returns is 3; it must be text such as "byte"'),
         (data(tokens_per_sample=0), 4, "tokens_per_sample of what it returns is 0; it must be a whole number above 0"),
@@ -168,14 +172,18 @@ class Output:
         (None, "returns None; it must return the loss of a batch, a tensor with one floating-point number"),
         (
             Output(),
-            "returns a Output; it must return the loss of a batch, a tensor with one floating-point number; return "
-            "its loss",
+            (
+                "returns a Output; it must return the loss of a batch, a tensor with one floating-point number; return "
+                "its loss"
+            ),
         ),
         ((torch.zeros(()), 1), "returns a tuple of 2 (a tensor of shape (), float32, int); "),
         (
             torch.zeros(3, requires_grad=True),
-            "returns a tensor of shape (3,), float32; it must return the loss of a batch, a tensor with one "
-            "floating-point number, e.g. its mean",
+            (
+                "returns a tensor of shape (3,), float32; it must return the loss of a batch, a tensor with one "
+                "floating-point number, e.g. its mean"
+            ),
         ),
         (torch.zeros((), dtype=torch.int64), "returns a tensor of shape (), int64; "),
         (torch.zeros(()), "does not depend on a trained parameter; is it detached, or made under no_grad?"),

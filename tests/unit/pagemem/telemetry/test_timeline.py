@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -128,7 +129,7 @@ def test_intervals_against_single_seconds(intervals: list[Interval], others: lis
         assert seconds_of(result) == expected
     for disjoint in (union(intervals), without(intervals, others)):
         assert all(begin < end for begin, end in disjoint)
-        assert all(one[1] <= two[0] for one, two in zip(disjoint, disjoint[1:], strict=False))
+        assert all(one[1] <= two[0] for one, two in itertools.pairwise(disjoint))
     assert total_s(intervals) == len(seconds_of(intervals))
 
 
@@ -151,7 +152,7 @@ def test_on_one_track_nothing_overlaps_and_tracks_are_as_few_as_that_takes(inter
     found = tracks(intervals)
     for track in set(found):
         own = sorted(interval for interval, its in zip(intervals, found, strict=True) if its == track)
-        assert all(one[1] <= two[0] for one, two in zip(own, own[1:], strict=False))
+        assert all(one[1] <= two[0] for one, two in itertools.pairwise(own))
     deepest = max((sum(begin <= second < end for begin, end in intervals) for second in range(END_S)), default=0)
     empty = sum(begin == end for begin, end in intervals)
     assert deepest <= len(set(found)) <= deepest + empty

@@ -47,10 +47,10 @@ def entered() -> Cursor:
 def test_a_cycle_begins_by_restoring_unless_the_one_before_ended_in_its_placement(closed: bool) -> None:
     cursor, followed = entered(), plan("ab", 2, closed=closed)
     first, *rest = walked(cursor, followed, "abab")
-    assert first == Advance(range(0, 1), restores=True)
+    assert first == Advance(range(1), restores=True)
     assert rest == [Advance(range(n, n + 1), restores=False) for n in (1, 2, 3)]
     assert cursor.end_step(followed)
-    assert cursor.advance(followed, key("a")) == Advance(range(0, 1), restores=not closed)
+    assert cursor.advance(followed, key("a")) == Advance(range(1), restores=not closed)
 
 
 def test_another_op_leads_astray_and_leaves_the_cursor_where_it_is() -> None:
@@ -62,7 +62,7 @@ def test_another_op_leads_astray_and_leaves_the_cursor_where_it_is() -> None:
 
 def test_updates_made_elsewhere_are_passed_over_with_their_moves() -> None:
     cursor, followed = entered(), plan("aBCd")
-    assert walked(cursor, followed, "ad") == [Advance(range(0, 1), restores=True), Advance(range(1, 4), restores=False)]
+    assert walked(cursor, followed, "ad") == [Advance(range(1), restores=True), Advance(range(1, 4), restores=False)]
     assert cursor.end_step(followed)
 
 
@@ -83,7 +83,7 @@ def test_what_was_disturbed_is_restored_at_the_beginning_of_a_cycle_only() -> No
     cursor, followed = entered(), plan("ab", 2)
     walked(cursor, followed, "ab")
     cursor.restoring = True
-    assert cursor.advance(followed, key("a")) == Advance(range(0, 1), restores=True), (
+    assert cursor.advance(followed, key("a")) == Advance(range(1), restores=True), (
         "a step begins: so does the cycle, anew"
     )
     cursor.restoring = True

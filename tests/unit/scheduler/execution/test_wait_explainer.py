@@ -174,7 +174,7 @@ def test_the_recorder_joins_a_wait_with_its_cause_and_keeps_what_was_held() -> N
     host = [sample.total_bytes for sample in recording.timeline.samples(Tier.HOST)]
     assert host == [0, PAGE_BYTES, 0] and recording.timeline.peak(Tier.SSD).total_bytes == PAGE_BYTES
     assert recording.n_calls == 4  # Two changes, the wait's beginning and its end.
-    assert 0 < recording.spent_s and recording.training_spent_s < recording.spent_s
+    assert recording.spent_s > 0 and recording.training_spent_s < recording.spent_s
 
 
 def test_a_thread_that_performs_ops_has_the_place_of_the_training_thread() -> None:

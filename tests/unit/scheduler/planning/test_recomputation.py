@@ -53,14 +53,14 @@ STEP = "fPr fAc fPr fBc fCc fQr fDc fQr fEc fFc fHr bHr bFx bEx bQr bDx uQw bCx 
 
 def test_saved_tensors_of_a_part_are_those_copied_after_its_first_op_up_to_the_next_ones() -> None:
     trace = step(STEP)
-    assert pages(trace, Part(range(0, 3), 0)) == {tensor("A"): 1, tensor("B"): 3, tensor("C"): 4}
+    assert pages(trace, Part(range(3), 0)) == {tensor("A"): 1, tensor("B"): 3, tensor("C"): 4}
     assert pages(trace, Part(range(3, 8), 0)) == {tensor("D"): 6, tensor("E"): 8, tensor("F"): 9}
     assert pages(trace, Part(range(10, 11), 0)) == {}
 
 
 def test_a_part_is_computed_once_more_before_the_first_of_what_it_had_saved() -> None:
     trace = step(STEP)
-    both = [Part(range(0, 3), PAGE_BYTES), Part(range(3, 8), PAGE_BYTES)]
+    both = [Part(range(3), PAGE_BYTES), Part(range(3, 8), PAGE_BYTES)]
     assert names(recomputed(trace, both[:1], sizes(trace))) == (
         "fPr fAc fPr fQr fDc fQr fEc fFc fHr bHr bFx bEx bQr bDx uQw bAx fPr fPr bPr bPr uPw"
     )
@@ -73,13 +73,13 @@ def test_a_part_is_computed_once_more_before_the_first_of_what_it_had_saved() ->
 
 def test_a_part_that_saves_nothing_but_what_it_reads_stays_as_it_is() -> None:
     trace = step("fPr fAc fQr bAx bPr")
-    assert recomputed(trace, [Part(range(0, 1), PAGE_BYTES)], sizes(trace)) == trace
-    assert recomputed(trace, [Part(range(0, 0), 0)], sizes(trace)) == trace
+    assert recomputed(trace, [Part(range(1), PAGE_BYTES)], sizes(trace)) == trace
+    assert recomputed(trace, [Part(range(0), 0)], sizes(trace)) == trace
 
 
 def test_what_is_computed_after_a_copy_back_stays_when_the_copy_goes() -> None:
     trace = step("fPr fAc fBc fHr bHr bBx bAx bPr", {"fBc": 0.25, "bBx": 2.0, "bAx": 3.0})
-    made = recomputed(trace, [Part(range(0, 1), PAGE_BYTES)], sizes(trace))
+    made = recomputed(trace, [Part(range(1), PAGE_BYTES)], sizes(trace))
     assert [(op.name, op.duration_s) for op in made.ops] == [
         ("fPr", 1.0), ("fAc", 1.0), ("fHr", 1.0), ("bHr", 1.0), ("bAx", 1.0), ("fPr", 1.0 + 1.75 + 2.0), ("bPr", 1.0),
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_what_is_computed_after_a_copy_back_stays_when_the_copy_goes() -> None:
 
 def test_views_live_as_long_as_before() -> None:
     trace = step(STEP, until={"bQr": 16, "fHr": 12, "bFx": 13})
-    made = recomputed(trace, [Part(range(0, 3), PAGE_BYTES), Part(range(3, 8), PAGE_BYTES)], sizes(trace))
+    made = recomputed(trace, [Part(range(3), PAGE_BYTES), Part(range(3, 8), PAGE_BYTES)], sizes(trace))
     place = {op.name: index for index, op in enumerate(made.ops)}
     assert made.ops[place["bQr"]].until == place["uQw"]
     assert made.ops[place["fHr"]].until >= place["bHr"]
