@@ -1,4 +1,6 @@
-"""The page file against fio on the same file system: ``python -m benchmarks.disk.io [--dir D] [--seconds 0.7] [--json]``.
+"""The page file against fio on the same file system.
+
+``python -m benchmarks.disk.io [--dir D] [--seconds 0.7] [--json]``
 
 Reads and writes of 4 MiB with 1, 2 and 4 requests under way, checksums on and off, interleaved with fio's direct I/O
 (libaio) of the same size and depth: how many requests are with the system at a time, for the page file its threads. The

@@ -5,7 +5,8 @@
 
 Each check is a process of its own with a time limit, so one that hangs or kills its process costs nothing but its own
 line. The exit code is 0 when none failed (what cannot be checked here is skipped), 1 when one did, 2 for a wrong
-command line, and 3 where torch finds no CUDA device. What is checked, and what each number is: `benchmarks.gpu_check.checks`.
+command line, and 3 where torch finds no CUDA device. What is checked, and what each number is:
+`benchmarks.gpu_check.checks`.
 """
 
 from __future__ import annotations

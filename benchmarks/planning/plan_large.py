@@ -1,5 +1,6 @@
-"""Planning a model no machine here could train: ``python -m benchmarks.planning.plan_large [--layers 80] [--json] [--save
-FILE]``.
+"""Planning a model no machine here could train.
+
+``python -m benchmarks.planning.plan_large [--layers 80] [--json] [--save FILE]``
 
 `offload plan` of a 70-billion-parameter model of Llama's shape on given hardware (a GPU of 80 GB, 256 GB of RAM, four
 SSDs), in a process of its own: its wall time and its VmHWM, which are to stay below 60 s and 2 GiB, and what it

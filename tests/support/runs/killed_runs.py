@@ -99,7 +99,7 @@ def launched(folder: Path, say: Callable[[str], None]) -> None:
 
 def exported(folder: Path, say: Callable[[str], None]) -> None:
     """`offload export` of a run that has ended."""
-    sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     say(f"end {main(['export', str(folder / 'pages'), '--to', str(folder / 'weights')])}")
 
 
@@ -224,7 +224,7 @@ class Campaign:
 
     def _exports(self, folder: Path) -> dict[str, dict[str, str]]:
         if self.kind == "launch" and not (folder / "weights").exists() and newest_step(folder) == STEPS:
-            code, said, self.export_seconds = forked(lambda say: exported(folder, say), None)
+            _, said, self.export_seconds = forked(lambda say: exported(folder, say), None)
             assert said == ["end 0"], said
         return {path.name: shards(path) for path in folder.iterdir() if path.name.startswith(("export-", "weights"))}
 
@@ -303,7 +303,7 @@ class Campaign:
     def _kill_exports(self, folder: Path, told: Told, kills: int) -> None:
         """Of the run that has ended: an export is there whole or not at all."""
         while self.counts["kills"] < kills:
-            code, said, _ = forked(lambda say: exported(folder, say), self.draw.uniform(0, 1.05 * self.export_seconds))
+            code, _, _ = forked(lambda say: exported(folder, say), self.draw.uniform(0, 1.05 * self.export_seconds))
             if code is not None:
                 break
             self.counts["kills"] += 1

@@ -39,7 +39,12 @@ HANGS_AFTER_S = 60.0
 LOST_AFTER_S = 30.0
 MODULE = __name__
 
-_ready: Callable[[], None] = lambda: None
+
+def _no_more() -> None:
+    """The run has told that it is ready."""
+
+
+_ready: Callable[[], None] = _no_more
 
 
 @dataclass(frozen=True)
@@ -106,12 +111,13 @@ def _child(folder: Path, run: Callable[[Path], int], tell: int) -> None:
     said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - until the process ends
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - until the process ends
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
 
     def ready() -> None:
         global _ready
-        _ready = lambda: None
+        _ready = _no_more
         os.write(tell, b"!")
 
     _ready = ready
@@ -202,9 +208,15 @@ def launched(mode: str, *, steps: int, data: str = "early_text") -> Callable[[Pa
 
     def run(folder: Path) -> int:
         settings: dict[str, Any] = {
-            "memory": {"ram": "3MiB", "page": "64KiB"}, "ssd": {"paths": [str(folder / "pages")], "threads": 2}, "commit": {"every_steps": 3},
-            "model": {"factory": "examples.byte_gpt:byte_gpt", "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}},
-            "data": {"factory": f"{MODULE}:{data}"}, "output": {"run": str(folder / "run")},
+            "memory": {"ram": "3MiB", "page": "64KiB"},
+            "ssd": {"paths": [str(folder / "pages")], "threads": 2},
+            "commit": {"every_steps": 3},
+            "model": {
+                "factory": "examples.byte_gpt:byte_gpt",
+                "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32},
+            },
+            "data": {"factory": f"{MODULE}:{data}"},
+            "output": {"run": str(folder / "run")},
             "train": {"steps": steps, "batch": 2, "seq": 32, "evaluate_batches": 1, "log_every": 100000},
         }
         for section, value in MODES[mode].items():

@@ -43,8 +43,17 @@ def trained(folder: Path, start: str | None, max_grad_norm: float) -> tuple[dict
         }
         model, optimizer = offload.prepare(model, fused, settings)
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "out"), num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
-        max_grad_norm=max_grad_norm, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, seed=1,
+        output_dir=str(folder / "out"),
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        max_grad_norm=max_grad_norm,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=1,
     )
     trainer = transformers.Trainer(
         model=model,

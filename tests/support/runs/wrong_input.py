@@ -30,14 +30,33 @@ def run_config(folder: Path) -> dict[str, Any]:
 
 
 FILES: dict[str, bytes] = {
-    "syntax.toml": b"[memory\n", "syntax.json": b'{"memory": ', "syntax.yaml": b"memory: [1\n  x: {", "encoding.toml": b"seed = '\xff'",
-    "encoding.json": b"\xff\xfe{}", "zeros.toml": b"\0" * 100, "empty.json": b"", "empty.yaml": b"", "list.json": b"[1, 2]", "text.yaml": b"hello",
-    "number.json": b"3", "null.json": b"null", "deep.json": b"[" * 100_000, "deep.toml": b"a = " + b"[" * 50_000, "deep.yaml": b"[" * 20_000,
-    "digits.json": b'{"seed": ' + b"9" * 5000 + b"}", "digits.toml": b"seed = " + b"9" * 5000, "twice.toml": b"seed = 1\nseed = 2\n",
-    "tag.yaml": b"!!python/object/apply:os.getcwd []", "date.yaml": b"seed: 2024-99-99", "key.yaml": b"{1: 2, [3]: 4}", "endless.yaml": b"&a [*a]",
-    "repeated.yaml": b"a: &a [x, x, x, x, x, x, x, x]\n" + b"".join(
-        b"%c: &%c [%s]\n" % (n + 1, n + 1, b", ".join([b"*%c" % n] * 9)) for n in range(ord("a"), ord("k"))),
-    "large.json": b'{"seed": "' + b"x" * (5 << 20) + b'"}', "kind.ini": b"", "kind": b"",
+    "syntax.toml": b"[memory\n",
+    "syntax.json": b'{"memory": ',
+    "syntax.yaml": b"memory: [1\n  x: {",
+    "encoding.toml": b"seed = '\xff'",
+    "encoding.json": b"\xff\xfe{}",
+    "zeros.toml": b"\0" * 100,
+    "empty.json": b"",
+    "empty.yaml": b"",
+    "list.json": b"[1, 2]",
+    "text.yaml": b"hello",
+    "number.json": b"3",
+    "null.json": b"null",
+    "deep.json": b"[" * 100_000,
+    "deep.toml": b"a = " + b"[" * 50_000,
+    "deep.yaml": b"[" * 20_000,
+    "digits.json": b'{"seed": ' + b"9" * 5000 + b"}",
+    "digits.toml": b"seed = " + b"9" * 5000,
+    "twice.toml": b"seed = 1\nseed = 2\n",
+    "tag.yaml": b"!!python/object/apply:os.getcwd []",
+    "date.yaml": b"seed: 2024-99-99",
+    "key.yaml": b"{1: 2, [3]: 4}",
+    "endless.yaml": b"&a [*a]",
+    "repeated.yaml": b"a: &a [x, x, x, x, x, x, x, x]\n"
+    + b"".join(b"%c: &%c [%s]\n" % (n + 1, n + 1, b", ".join([b"*%c" % n] * 9)) for n in range(ord("a"), ord("k"))),
+    "large.json": b'{"seed": "' + b"x" * (5 << 20) + b'"}',
+    "kind.ini": b"",
+    "kind": b"",
 }
 
 
