@@ -64,7 +64,7 @@ class Subject:
     @property
     def busy(self) -> bool:
         """Whether a commit is being written."""
-        return self.engine._checkpoints.committer.busy
+        return self.engine.debug.committer.busy
 
     def step(self) -> dict[str, float]:
         """One step: its seconds and the bytes written meanwhile."""
@@ -81,7 +81,7 @@ class Subject:
         self.engine.save(wait=False)
         begin_s = time.perf_counter() - started_s
         dirty = sum(
-            t.n_bytes for t in self.engine._store.mover.tensors.values() if t.snapshot_pending and t.tag is not Tag.GRAD
+            t.n_bytes for t in self.engine.debug.mover.tensors.values() if t.snapshot_pending and t.tag is not Tag.GRAD
         )
         return {"begin_s": begin_s, "dirty_bytes": dirty, "written": self.engine.stats().bytes_written - before}
 
@@ -89,7 +89,7 @@ class Subject:
         """Bytes that no page file has now, gradients apart."""
         changed = (Residency.DIRTY, Residency.STORING)
         return sum(
-            t.n_bytes for t in self.engine._store.mover.tensors.values() if t.state in changed and t.tag is not Tag.GRAD
+            t.n_bytes for t in self.engine.debug.mover.tensors.values() if t.state in changed and t.tag is not Tag.GRAD
         )
 
     def manifest_bytes(self) -> int:

@@ -192,7 +192,7 @@ class Engine:
         report = self.engine.memory_report()
         return {
             "planned_step_s": self.engine.planned_step_s, "device_units": self.engine.stats().device_units,
-            "units": len(self.engine._store.index.units), "memory": dataclasses.asdict(report),
+            "units": len(self.engine.debug.units), "memory": dataclasses.asdict(report),
         }  # fmt: skip
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from offload.activations.blocks import Blocks
 from offload.activations.policy import RecomputeChoice
 from offload.activations.saved import SavedActivations, chunk_bytes
+from offload.assembly.debug_view import DebugView
 from offload.budget.checks import check_model
 from offload.checkpoint.checkpoints import Checkpoints, Stateful
 from offload.checkpoint.export import check_alike, check_request, export_commit
@@ -53,7 +54,6 @@ from optim.optimizer import without_compiler
 from optim.unit import Slot, Unit
 from optim.updater import refusing_updater
 from pagemem.errors import OffloadError
-from pagemem.files.page_file import PageFiles
 from pagemem.process import forks, interrupts
 from pagemem.process.closing import close_all
 from pagemem.process.forks import disowned
@@ -533,9 +533,9 @@ class Engine:
     # ---- looking inside ----------------------------------------------------------------------------------------
 
     @property
-    def page_files(self) -> PageFiles:
-        """The SSD tier."""
-        return self._store.page_files
+    def debug(self) -> DebugView:
+        """The engine's parts, for tests and bug reports; unstable, see `offload.assembly.debug_view`."""
+        return DebugView(self._store, self._updater, self._checkpoints, self._choice)
 
     @property
     def planned_step_s(self) -> float | None:

@@ -94,7 +94,7 @@ def host_memory(setting: Setting) -> Outcome:
     run = Run(setting, setting.config())
     run.steps(10)
     pool_bytes = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
-    store = run.engine._store
+    store = run.engine.debug.store
     used_bytes, limit_bytes = store.budget.used_bytes, store.budget.limit_bytes
     run.engine.close()
     good = pool_bytes <= POOL_BAR_BYTES and used_bytes <= limit_bytes

@@ -134,7 +134,7 @@ class Trainer:
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.engine.optimizer, learning_rate(train))
         # What the results say of staleness is read off the mailboxes' clocks; there is no public way to it.
-        mailboxes: dict[Any, UnitChannel] = getattr(self.engine._updater, "_mailboxes", {})
+        mailboxes: dict[Any, UnitChannel] = getattr(self.engine.debug.updater, "_mailboxes", {})
         self.clocks = [(sum(slot.numel for slot in unit.slots), mailbox.clock) for unit, mailbox in mailboxes.items()]
         self.made = 0
 

@@ -128,7 +128,7 @@ def test_nothing_is_retired_by_a_commit_whose_sync_failed(tmp_path: Path, monkey
 
 def test_frames_that_a_failed_sync_lost_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with run(tmp_path, RAM) as trained:
-        mover = trained.engine._store.mover
+        mover = trained.engine.debug.mover
         trained.step()
         with monkeypatch.context() as patch:
             LosingDisk(patch, tmp_path / "pages" / "pages.bin", 0)
@@ -145,9 +145,7 @@ def test_frames_that_a_failed_sync_lost_are_not_written_again(tmp_path: Path, mo
         for _ in range(3):
             trained.step()
             trained.engine.save()
-            manifest = trained.engine._checkpoints.committer.commits[
-                max(trained.engine._checkpoints.committer.commits)
-            ].manifest
+            manifest = trained.engine.debug.committer.commits[max(trained.engine.debug.committer.commits)].manifest
             named = {
                 first + at for stored in manifest.tensors for first, n_frames in stored.runs for at in range(n_frames)
             }

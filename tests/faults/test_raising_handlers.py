@@ -118,7 +118,7 @@ def test_ctrl_c_in_close_is_raised_when_all_is_closed(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Committer, "close", pressed)
     with pytest.raises(KeyboardInterrupt):
         engine.close()
-    assert engine.state is EngineState.CLOSED and engine._store.given_back
+    assert engine.state is EngineState.CLOSED and engine.debug.store.given_back
     assert not list(tmp_path.rglob("pagemem.lock"))
     assert [path.name for path in (tmp_path / "pages" / "commits").iterdir()] == ["commit-00000001.json"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -129,8 +129,8 @@ def test_ctrl_c_while_a_save_is_waited_for_leaves_the_commit_to_the_background(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with offload.initialize(built(), settings(tmp_path, "exact"), adamw) as engine:
-        hold, sync = threading.Event(), engine.page_files.sync
-        monkeypatch.setattr(engine.page_files, "sync", lambda: (hold.wait(60), sync()))
+        hold, sync = threading.Event(), engine.debug.page_files.sync
+        monkeypatch.setattr(engine.debug.page_files, "sync", lambda: (hold.wait(60), sync()))
         wait = Committer.wait
 
         def pressed(committer: Committer) -> None:
@@ -141,7 +141,7 @@ def test_ctrl_c_while_a_save_is_waited_for_leaves_the_commit_to_the_background(
         monkeypatch.setattr(Committer, "wait", pressed)
         with pytest.raises(KeyboardInterrupt):
             engine.save()
-        assert engine._checkpoints.committer.busy
+        assert engine.debug.committer.busy
         hold.set()
     assert [path.name for path in (tmp_path / "pages" / "commits").iterdir()] == ["commit-00000001.json"]
 

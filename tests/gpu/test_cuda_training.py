@@ -91,7 +91,7 @@ def test_units_at_home_on_the_device_are_updated_as_plain_torch_does_there(
     optimizer = adamw(plain.parameters())
     made["memory"]["device_states"] = "auto"
     with offload.initialize(built(), made, adamw) as engine:
-        assert (engine.stats().device_units == len(engine._store.index.units)) is (device == "64MiB")
+        assert (engine.stats().device_units == len(engine.debug.units)) is (device == "64MiB")
         assert engine.stats().device_units > 0
         for number, (x, y) in enumerate(batches(STEPS)):
             loss = engine(x.cuda(), y.cuda())
@@ -154,7 +154,7 @@ def test_saved_tensors_go_to_host_pages_and_come_back(
     monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
     plain, made = Plain(built(), None), on_cuda(tmp_path)
     with offload.initialize(built(), made | {"memory": made["memory"] | {"activations": limit}}, adamw) as engine:
-        saved = engine._store.binder.activations
+        saved = engine.debug.binder.activations
         assert saved is not None
         for number, (x, y) in enumerate(batches(STEPS + 6)):
             loss = engine(x.cuda(), y.cuda())
@@ -216,7 +216,7 @@ def test_all_pinned_memory_is_in_the_budget(clip_norm: float | None, tmp_path: P
             engine.backward(engine(x.cuda(), y.cuda()))
             engine.step()
         assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) - before <= 64 << 10
-        budget = engine._store.budget
+        budget = engine.debug.store.budget
         assert budget.peak_bytes <= budget.limit_bytes
     assert_closed(engine)
 
@@ -247,7 +247,7 @@ def test_a_saved_tensor_that_is_changed_while_it_is_copied_is_an_error(
     made["memory"] |= {"activations": "64MiB", "recompute": "never"}
     with offload.initialize(Edits(), made, adamw) as engine:
         loss = engine(torch.randn(256, 64, device="cuda"))
-        saved = engine._store.binder.activations
+        saved = engine.debug.binder.activations
         assert saved is not None and saved._leaving, "it is still being copied"
         with pytest.raises(RuntimeError, match="changed by an inplace operation"):
             loss.backward()

@@ -92,7 +92,7 @@ def tower(folder: Path, limit: int | None) -> Iterator[tuple[offload.Engine, nn.
 
 def saved_by(engine: offload.Engine) -> SavedActivations:
     """What keeps an engine's saved tensors."""
-    found = engine._store.binder.activations
+    found = engine.debug.binder.activations
     assert found is not None
     return found
 
@@ -114,9 +114,9 @@ def test_no_more_than_the_limit_stays(tmp_path: Path) -> None:
             engine.optimizer.zero_grad()
         assert engine.stats().deviations == 0
         engine.save()
-        tagged = [t for t in engine._store.mover.tensors.values() if t.tag is Tag.ACTIVATION]
+        tagged = [t for t in engine.debug.mover.tensors.values() if t.tag is Tag.ACTIVATION]
         assert tagged and not any(t.ssd_valid and t.snapshot_pending for t in tagged)
-        assert all("saved tensor" not in name for name in engine._checkpoints.committer.commits[1].copies)
+        assert all("saved tensor" not in name for name in engine.debug.committer.commits[1].copies)
 
 
 def test_a_graph_that_is_kept_can_be_used_twice(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_backward_pass_that_fails_while_bytes_come_back_never_gives_wrong_grad
     with tower(tmp_path, 0) as (engine, plain, _):
         x = torch.randn(32 * BATCH, WIDTH)
         loss, same = engine(x).sum(), plain(x).sum()
-        driver = engine._store.driver
+        driver = engine.debug.driver
         begin, seen = driver.begin, []
 
         def failing(key: Any, name: str, accesses: Any) -> Any:
@@ -201,7 +201,7 @@ def test_what_was_changed_in_place_is_an_error_as_in_plain_torch(limit: int | No
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             forward(plain, x).sum().backward()
         engine(x).sum().backward()
-        with engine._store.binder.save_hooks(), pytest.raises(RuntimeError, match="changed by an inplace operation"):
+        with engine.debug.binder.save_hooks(), pytest.raises(RuntimeError, match="changed by an inplace operation"):
             forward(engine.model, x).sum().backward()
 
 

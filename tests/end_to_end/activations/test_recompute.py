@@ -81,7 +81,7 @@ def tower(folder: Path, between: Between, limit: int) -> Iterator[tuple[offload.
 
 def saved_by(engine: offload.Engine) -> SavedActivations:
     """What keeps an engine's saved tensors."""
-    found = engine._store.binder.activations
+    found = engine.debug.binder.activations
     assert found is not None
     return found
 

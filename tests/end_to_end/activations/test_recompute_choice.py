@@ -53,7 +53,7 @@ class Pair:
         self._optimizer = adamw(self.plain.parameters())
         self._clip_norm = config.get("update", {}).get("clip_norm")
         self._passes = config.get("update", {}).get("accumulation", 1)
-        choice = self.engine._choice
+        choice = self.engine.debug.recompute_choice
         assert choice is not None
         self.choice = choice
 
@@ -84,7 +84,7 @@ class Pair:
     def end(self) -> offload.Stats:
         """Compare every bit and close; returns the engine's counters."""
         compare(self.plain, self._optimizer, self.engine.model, self.engine.optimizer, "at the end")
-        self.engine._store.mover.validate()
+        self.engine.debug.mover.validate()
         stats = self.engine.stats()
         assert stats.deviations == 0
         assert_closed(self.engine)
@@ -107,7 +107,7 @@ def test_where_the_disk_is_slow_blocks_are_computed_again(device: bool, update: 
         pair.train(1)
         assert pair.engine.steps <= DECIDING_STEPS + 2 * device
     assert pair.choice.state is Choice.TRIED and pair.engine.planned_step_s is None
-    paged_before = len(pair.engine._store.driver.mover.tensors)
+    paged_before = len(pair.engine.debug.driver.mover.tensors)
     n_recomputed = pair.engine.stats().recomputed_blocks
     assert n_recomputed >= BLOCKS // 2
     while pair.choice.open:
@@ -117,7 +117,7 @@ def test_where_the_disk_is_slow_blocks_are_computed_again(device: bool, update: 
     before = pair.engine.stats()
     pair.train(3)
     assert pair.engine.stats().since(before).planned_steps == 3
-    assert len(pair.engine._store.driver.mover.tensors) == paged_before
+    assert len(pair.engine.debug.driver.mover.tensors) == paged_before
     assert pair.end().recomputed_blocks == n_recomputed
 
 
@@ -180,7 +180,9 @@ def test_blocks_whose_forward_changes_buffers_are_left_alone(tmp_path: Path) -> 
 def test_never_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     model = GPT(blocks=2)
     with offload.initialize(model, config_of(tmp_path, recompute="never"), adamw) as engine:
-        assert engine._choice is None and not any("forward" in module.__dict__ for module in model.modules())
+        assert engine.debug.recompute_choice is None and not any(
+            "forward" in module.__dict__ for module in model.modules()
+        )
 
 
 def test_a_forecast_makes_the_choice_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def engine_of(model: nn.Module, folder: Path) -> offload.Engine:
 
 
 def saved_of(engine: offload.Engine) -> SavedActivations:
-    saved = engine._store.binder.activations
+    saved = engine.debug.binder.activations
     assert saved is not None and saved._chunk_bytes == PAGE_BYTES
     return saved
 
@@ -176,7 +176,7 @@ def test_pages_of_a_storage_that_was_not_copied_are_free_again(
         failing(monkeypatch, "save", 2)
         with pytest.raises(offload.BudgetError, match="no pages for a test"):
             step(engine.model, inputs())
-        saved, mover = saved_of(engine), engine._store.mover
+        saved, mover = saved_of(engine), engine.debug.mover
         assert not saved._used and saved.bytes.saved == 0
         mover.settle()
         mover.collect_leases()

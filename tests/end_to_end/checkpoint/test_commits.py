@@ -159,7 +159,7 @@ def test_as_many_unnamed_commits_are_kept_as_asked_and_all_named_ones(keep: int,
     with Run(SMALL, tmp_path, every_steps=1, keep=keep) as run:
         for step in range(1, 7):
             run.step()
-            run.engine._checkpoints.committer.wait()
+            run.engine.debug.committer.wait()
             if step in (1, 4):
                 run.engine.save(f"at {step}")
     unnamed = {7: 5, 8: 6} if keep == 2 else {8: 6} if keep == 1 else {5: 4, 7: 5, 8: 6}
@@ -186,7 +186,7 @@ def test_later_commits_of_a_course_that_was_left_go_with_the_next_one(tmp_path: 
     with Run(SMALL, tmp_path, every_steps=1, keep=3) as run:
         for step in range(1, 6):
             run.step()
-            run.engine._checkpoints.committer.wait()
+            run.engine.debug.committer.wait()
             if step in (2, 5):
                 run.engine.save(f"at {step}")
     before = commits(tmp_path)
@@ -206,7 +206,7 @@ def test_commits_are_due_by_steps_and_by_time(tmp_path: Path) -> None:
     with Run(SMALL, tmp_path, every_s=1e-9) as run:
         assert run.engine.save_if_due() is None, "no step was made yet"
         run.step()
-        run.engine._checkpoints.committer.wait()
+        run.engine.debug.committer.wait()
         assert run.engine.save_if_due() is None, "none since"
         run.step()
     assert [step for step, _ in commits(tmp_path).values()] == [1, 2]
@@ -231,19 +231,19 @@ def test_many_commits_take_no_more_room_than_two(name: str, tmp_path: Path) -> N
                 run.step()
                 run.engine.save()
             assert_no_frame_is_lost(run)
-            [commit] = run.engine._checkpoints.committer.commits.values()
-            owned = sum(-(-tensor.n_bytes // run.engine._store.page_bytes) for tensor in commit.manifest.tensors)
-            assert run.engine._store.mover.ssd.peak_frames <= 3 * owned, (
+            [commit] = run.engine.debug.committer.commits.values()
+            owned = sum(-(-tensor.n_bytes // run.engine.debug.store.page_bytes) for tensor in commit.manifest.tensors)
+            assert run.engine.debug.mover.ssd.peak_frames <= 3 * owned, (
                 "two commits while one is made, and what training stores"
             )
 
 
 def assert_no_frame_is_lost(run: Run) -> None:
     """Everything in the page files is some tensor's or some commit's."""
-    mover = run.engine._store.mover
+    mover = run.engine.debug.mover
     run.engine.drain()
     used = {id(tensor.copy): tensor.copy for tensor in mover.tensors.values() if tensor.copy is not None}
-    for commit in run.engine._checkpoints.committer.commits.values():
+    for commit in run.engine.debug.committer.commits.values():
         used |= {id(stored): stored for stored in commit.copies.values()}
     assert len(mover.ssd.tensors()) == len(used)
 
@@ -259,7 +259,7 @@ def test_a_commit_writes_what_is_dirty_and_no_more(tmp_path: Path) -> None:
         run.step()
         run.engine.save()
         content = sum(
-            t.n_bytes for t in run.engine._store.mover.tensors.values() if t.tag.value != "grad" and t.readable
+            t.n_bytes for t in run.engine.debug.mover.tensors.values() if t.tag.value != "grad" and t.readable
         )
         assert 0 < run.engine.stats().bytes_written - before <= content
 

@@ -58,7 +58,7 @@ class Held:
 
 def masters_of(engine: offload.Engine, unit: Unit) -> torch.Tensor:
     """The fp32 masters of a unit, read back."""
-    states, parts = engine._updater._states, []  # type: ignore[attr-defined]
+    states, parts = engine.debug.updater._states, []  # type: ignore[attr-defined]
     for slot in unit.slots:
         whole = torch.empty(slot.numel)
         states._visit(
@@ -75,11 +75,11 @@ def masters_of(engine: offload.Engine, unit: Unit) -> torch.Tensor:
 def test_a_commit_while_a_unit_is_being_updated_waits_for_that_unit_and_no_other(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(11)
     with offload.initialize(built(), settings(tmp_path, "24MiB")) as engine:
-        updater = engine._updater
+        updater = engine.debug.updater
         assert isinstance(updater, LockFreeUpdater)
         train(engine, generator, 2)
         engine.drain()
-        held = Held(updater, "slice", engine._store.index.units[2].index)
+        held = Held(updater, "slice", engine.debug.units[2].index)
         train(engine, generator, 2)
         assert held.reached.wait(TIMEOUT_S)
         assert engine.staleness >= 1
@@ -87,7 +87,7 @@ def test_a_commit_while_a_unit_is_being_updated_waits_for_that_unit_and_no_other
         threading.Timer(0.05, held.go_on.set).start()
         committed.append(engine.save_if_due())
         assert committed[0] is not None
-        engine._checkpoints.committer.wait()
+        engine.debug.committer.wait()
         # Saved without the updates that were on their way, and training goes on.
         train(engine, generator, 1)
         engine.drain()
@@ -102,11 +102,11 @@ def test_what_is_resumed_fits_together(ram: str, tmp_path: Path) -> None:
             train(engine, generator, 1)
             engine.save_if_due()
             assert engine.staleness <= 5, "a unit misses more than was on its way"
-        engine._checkpoints.committer.wait()
+        engine.debug.committer.wait()
     with offload.initialize(built(), settings(tmp_path, ram)) as engine:
         resumed = engine.resume()
         assert resumed is not None and 1 <= resumed.step <= 8
-        for unit in engine._store.index.units:
+        for unit in engine.debug.units:
             for slot in unit.slots:
                 assert 1 <= slot.steps <= resumed.step
             assert len({(slot.steps, slot.lookahead) for slot in unit.slots}) == 1, "a unit was committed half updated"
@@ -114,7 +114,7 @@ def test_what_is_resumed_fits_together(ram: str, tmp_path: Path) -> None:
                 values = {p._place.slot: p for p in engine.model.parameters() if isinstance(p, PagedParameter)}
                 with torch.no_grad():
                     mine = torch.cat([values[slot].detach().clone().reshape(-1) for slot in unit.slots])
-                with engine._store.driver.untraced():
+                with engine.debug.driver.untraced():
                     assert torch.equal(mine, masters_of(engine, unit)), (
                         f"{unit.name}: parameters are not those of its masters"
                     )
@@ -124,16 +124,16 @@ def test_what_is_resumed_fits_together(ram: str, tmp_path: Path) -> None:
 def test_save_has_every_update(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(11)
     with offload.initialize(built(), settings(tmp_path, "24MiB")) as engine:
-        held = Held(engine._updater, "chosen", 2)
+        held = Held(engine.debug.updater, "chosen", 2)
         train(engine, generator, 4)
         held.go_on.set()
         engine.save()
         expected, optimizer = engine.model.state_dict(), engine.optimizer.state_dict()["state"]
-        lookahead = {slot.name: slot.lookahead for unit in engine._store.index.units for slot in unit.slots}
+        lookahead = {slot.name: slot.lookahead for unit in engine.debug.units for slot in unit.slots}
         assert any(lookahead.values()), "nothing was merged"
     with offload.initialize(built(), settings(tmp_path, "24MiB")) as engine:
         engine.resume()
-        assert {slot.name: slot.lookahead for unit in engine._store.index.units for slot in unit.slots} == lookahead
+        assert {slot.name: slot.lookahead for unit in engine.debug.units for slot in unit.slots} == lookahead
         found, states = engine.model.state_dict(), engine.optimizer.state_dict()["state"]
         assert all(torch.equal(found[name], value) for name, value in expected.items())
         assert all(

@@ -317,7 +317,7 @@ def test_a_thing_that_does_not_take_its_state_leaves_everything_as_it_was(tmp_pa
         before = without_draws(run)
         with pytest.raises(KeyError):  # its own error, as it does not take its own state either
             run.engine.resume()
-        run.engine._checkpoints._tracked.pop("odd")
+        run.engine.debug.checkpoints._tracked.pop("odd")
 
         class Once(Odd):
             def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -366,7 +366,7 @@ def test_another_page_size_is_refused_before_anything_is_built(tmp_path: Path) -
         offload.prepare(Random(), adamw, config)
     config["memory"]["page"] = "auto"
     _, optimizer = offload.prepare(Random(), adamw, config)
-    assert optimizer.engine.page_files.page_bytes == 65536
+    assert optimizer.engine.debug.page_files.page_bytes == 65536
     optimizer.engine.close()
     with Run(SMALL, tmp_path) as run:
         run.engine.resume()

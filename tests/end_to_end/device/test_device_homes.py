@@ -71,7 +71,7 @@ def test_where_all_are_at_home_nothing_moves(
         train(engine, 4)
         made = engine.stats().since(before)
         assert made.planned_steps == made.steps and made.deviations == made.bytes_read == made.bytes_written == 0
-        assert made.device_units == len(engine._store.index.units)
+        assert made.device_units == len(engine.debug.units)
         assert device.brought - brought == 4, "the losses, and no gradient"
         assert device.followed == followed
         assert engine.planned_step_s is not None and engine.planned_step_s > 0
@@ -196,7 +196,7 @@ def test_a_commit_that_finds_no_room_leaves_the_device_as_it_is(
 def test_states_are_reported_where_they_are(tmp_path: Path) -> None:
     with offload.initialize(built(), homes(tmp_path, clip_norm=1.0), adamw) as engine:
         train(engine, 4)
-        device = engine._store.device_tier
+        device = engine.debug.device_tier
         assert device is not None
         device.mover.validate()
         held = {tensor.tag for tensor in device.mover.tensors.values() if tensor.frame is not None}

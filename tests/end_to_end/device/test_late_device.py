@@ -63,7 +63,7 @@ def test_compute_goes_on_behind_what_is_on_its_way_down_only_for_its_room(
     monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
     most_bytes = 0
     with late_device(monkeypatch, late_s=0.002) as device, offload.initialize(built(), made, adamw) as engine:
-        saved = engine._store.binder.activations
+        saved = engine.debug.binder.activations
         assert saved is not None
 
         def look(*_: object) -> None:
@@ -138,7 +138,7 @@ def test_a_loss_that_is_no_number_changes_nothing_and_training_goes_on(
                 ):
                     engine.backward(engine(*batch) * value)
                     engine.step()
-                assert engine._updater.direct_bytes == 0
+                assert engine.debug.updater.direct_bytes == 0
                 assert_equal(engine.model, plain)
             plain(*batch).backward()
             optimizer.step()
@@ -175,13 +175,13 @@ def test_nobody_waits_for_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ((x, y),) = batches(1)
         loss = engine(x, y)
         device.late_s = 0.5
-        engine._updater.expect(loss, 1)
-        expected = engine._updater._loss
+        engine.debug.updater.expect(loss, 1)
+        expected = engine.debug.updater._loss
         assert not expected.there.reached()
         device.late_s = 0.0
         loss.backward()
         engine.optimizer.step()
-        assert expected.checked and engine._updater._loss is None
+        assert expected.checked and engine.debug.updater._loss is None
 
 
 def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,21 +191,21 @@ def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monke
     with late_device(monkeypatch) as device:
         with offload.initialize(built(), made, adamw) as engine:
             train(engine, 4)
-            largest_bytes = max(unit.gradient_bytes for unit in engine._store.index.units)
+            largest_bytes = max(unit.gradient_bytes for unit in engine.debug.units)
             behind: list[int] = []
-            updated = engine._store.updated
+            updated = engine.debug.store.updated
             with monkeypatch.context() as watched:
                 watched.setattr(
-                    engine._updater._updater,
+                    engine.debug.updater._updater,
                     "_updated",
-                    lambda unit: (behind.append(engine._updater.direct_bytes), updated(unit)),
+                    lambda unit: (behind.append(engine.debug.updater.direct_bytes), updated(unit)),
                 )
                 train(engine, 1)
             use = engine.memory_report().tiers["host"]
-            assert len(behind) == len(engine._store.index.units)
+            assert len(behind) == len(engine.debug.units)
             assert 0 < max(behind) <= 2 * largest_bytes and behind[-1] <= largest_bytes
             assert use.budget_bytes is not None and use.peak_bytes <= use.budget_bytes
-            assert engine._updater.direct_bytes == 0, "the optimizer step leaves none on its way"
+            assert engine.debug.updater.direct_bytes == 0, "the optimizer step leaves none on its way"
         assert_closed(engine)
         assert device.brought == 5 * (1 + sum(1 for _ in built().parameters())), "the loss, and every gradient"
 
@@ -297,7 +297,7 @@ def test_close_ends_where_an_edit_cannot_be_written_back(
     with late_device(monkeypatch):
         engine = offload.initialize(built(), on_late(tmp_path, device="512KiB", device_states="never"), adamw)
         train(engine, 6)
-        driver = engine._store.device_tier.driver
+        driver = engine.debug.device_tier.driver
         calls = 0
 
         def fails() -> None:
@@ -342,7 +342,7 @@ def test_all_of_the_budget_is_pinned_once_and_no_more(
             model = built()
         assert not pinned.ever, "sizes are not known before there is an optimizer"
         with offload.initialize(model, made, adamw) as engine:
-            store = engine._store
+            store = engine.debug.store
             largest_bytes = max(unit.gradient_bytes for unit in store.index.units)
             assert pinned.ever == [
                 store.mover.arena.n_bytes,
@@ -371,7 +371,7 @@ def test_gradients_on_their_way_when_the_engine_is_closed_are_waited_for(
             train(engine, 2)
             ((x, y),) = batches(1)
             engine(x, y).backward()
-            waiting = list(engine._updater._waiting)
+            waiting = list(engine.debug.updater._waiting)
             assert waiting and not waiting[-1].there.reached()
             assert all(one.source is not None for one in waiting if not one.there.reached()), (
                 "the device is still reading them"

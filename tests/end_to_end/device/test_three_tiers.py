@@ -112,7 +112,7 @@ def test_edits_reach_host_memory(edit: Any, dtype: str, device: str, tmp_path: P
         edit(engine.model, 3.0)
         train(engine, 1)
         engine.drain()
-        engine._store.driver.evict_all()
+        engine.debug.driver.evict_all()
         weight = engine.model.get_parameter("tok.weight")
         assert torch.equal(weight, torch.full_like(weight, 3.0))
     assert_closed(engine)
@@ -174,7 +174,7 @@ def test_what_is_on_the_device_is_reported_and_within_its_budget(tmp_path: Path)
         use = engine.memory_report().tiers["device"]
         assert use.budget_bytes == 1 << 20 and 0 < use.peak_bytes <= 1 << 20
         assert use.peak_pages == use.planned_peak_pages
-        device = engine._store.device_tier
+        device = engine.debug.device_tier
         assert device is not None and device.mover.tier is Tier.DEVICE
         device.mover.validate()
         with torch.no_grad():

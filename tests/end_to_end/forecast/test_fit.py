@@ -157,8 +157,8 @@ def test_a_run_that_goes_on_has_nothing_in_ram_at_first_and_its_export_is_as_lar
         with offload.initialize(model, config) as engine:
             if going_on:
                 engine.resume()
-                assert engine._store.mover.host.used_frames == found.resume.host_pages == 0
-                assert engine._store.mover.ssd.used_frames <= found.resume.ssd_pages
+                assert engine.debug.mover.host.used_frames == found.resume.host_pages == 0
+                assert engine.debug.mover.ssd.used_frames <= found.resume.ssd_pages
                 continue
             for _ in range(2):
                 x = torch.randint(0, 256, (ROWS, TOKENS))

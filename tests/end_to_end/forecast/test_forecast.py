@@ -124,7 +124,7 @@ def test_a_simulated_plan_moves_the_bytes_that_the_engine_moves(n_pages: int, tm
     model = factory_of("model", config.model.factory, config.model.arguments)()
     x = torch.randint(0, 256, (ROWS, TOKENS))
     with offload.initialize(model, config) as engine:
-        store = engine._store
+        store = engine.debug.store
 
         def train(steps: int) -> None:
             for _ in range(steps):

@@ -39,8 +39,8 @@ def train(config: dict[str, Any], look: Callable[[offload.Engine], Any], steps: 
 
 def drivers(engine: offload.Engine) -> list[Driver]:
     """The driver of host memory, and the device's."""
-    tier = engine._store.device_tier
-    return [engine._store.driver, *([] if tier is None else [tier.driver])]
+    tier = engine.debug.device_tier
+    return [engine.debug.driver, *([] if tier is None else [tier.driver])]
 
 
 @pytest.mark.parametrize("more", [{}, {"device": "cpu-emulated", "memory": {"device": "1MiB"}}])
@@ -68,7 +68,7 @@ def test_a_plan_made_anew_replaces_the_file(tmp_path: Path) -> None:
             step(engine, 1)
             if path.read_bytes() not in seen:
                 seen.append(path.read_bytes())
-        assert read_plan(path).plan() == engine._store.driver.plan
+        assert read_plan(path).plan() == engine.debug.driver.plan
 
     train(config_of(tmp_path), look, steps=3)
     assert len(seen) == 2, "that of the second step, and that with durations measured since"
@@ -170,7 +170,7 @@ def test_tasks_that_point_nowhere_are_refused(content: dict[str, Any], tmp_path:
 
 def test_a_key_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     def look(engine: offload.Engine) -> None:
-        driver = engine._store.driver
+        driver = engine.debug.driver
         assert driver.plan is not None
         plan = dataclasses.replace(driver.plan, loads=(), stores=(), carried=(), initial={})
         trace = Trace(

@@ -286,8 +286,8 @@ def test_what_is_no_gradient_of_a_paged_parameter_is_refused(tmp_path: Path) -> 
             ask()
     with pytest.raises(ValueError, match="create_graph=True"):
         next(losses(model)).backward(create_graph=True)
-    assert any(unit.live_views for unit in engine._store.index.units), "autograd keeps what it has not come to"
+    assert any(unit.live_views for unit in engine.debug.units), "autograd keeps what it has not come to"
     engine.abandon_step()
-    assert not any(unit.live_views for unit in engine._store.index.units)
+    assert not any(unit.live_views for unit in engine.debug.units)
     passes(model, optimizer, (1, 1))
     assert_closed(engine)

@@ -50,7 +50,7 @@ def trained(
     }
     generator = torch.Generator().manual_seed(11)
     with offload.initialize(model, settings, lambda ps: torch.optim.AdamW(ps, lr=1e-3, fused=True)) as engine:
-        resident = all(unit.parameters.resident for unit in engine._store.index.units)
+        resident = all(unit.parameters.resident for unit in engine.debug.units)
         deviations = []
         for _ in range(steps):
             for _ in range(update.get("accumulation", 1)):
@@ -61,11 +61,11 @@ def trained(
             deviations.append(engine.stats().deviations)
         stats = engine.stats()
         engine.drain()
-        updates = {slot.steps for unit in engine._store.index.units for slot in unit.slots}
+        updates = {slot.steps for unit in engine.debug.units for slot in unit.slots}
         assert updates == {steps} or all(1 <= made <= steps for made in updates), (
             "merged updates are fewer, none is lost"
         )
-        engine._store.mover.validate()
+        engine.debug.mover.validate()
     assert_closed(engine)
     return {"resident": resident, "late": deviations[-1] - deviations[WARM_UP], "planned": stats.planned_steps}
 

@@ -45,7 +45,7 @@ def delay_the_updater(run: Run, delays: Delays) -> None:
 
 def delay_the_disk(run: Run, delays: Delays) -> None:
     """Before a copy that has been made is reported, on the I/O thread, where nothing is locked."""
-    files: Any = run.engine._store.mover.files
+    files: Any = run.engine.debug.mover.files
     for name in ("read", "write"):
 
         def begin(

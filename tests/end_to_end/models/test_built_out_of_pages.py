@@ -165,18 +165,18 @@ def test_units_values_and_training_are_those_of_a_plain_build(name: str, dtype: 
     with offload.initialize(
         copy.deepcopy(plain), settings | {"ssd": {"paths": [str(tmp_path / "other")]}}, adamw
     ) as engine:
-        expected = layout(engine._store.index)
+        expected = layout(engine.debug.store.index)
     torch.manual_seed(7)
     with offload.deferred_init(settings):
         model = build()
     with offload.initialize(model, settings, adamw) as engine:
-        assert layout(engine._store.index) == expected
+        assert layout(engine.debug.store.index) == expected
         assert all(isinstance(parameter, offload.PagedParameter) for parameter in model.parameters())
         assert_equal(model, plain.to(getattr(torch, "bfloat16" if dtype == "bf16" else "float32")))
-        mover = engine._store.mover
+        mover = engine.debug.mover
         kept = {
             engine_tensor.id
-            for unit in engine._store.index.units
+            for unit in engine.debug.units
             for engine_tensor in (
                 unit.parameters,
                 *(t for part in unit.slices for t in (part.states, part.master) if t is not None),

@@ -138,7 +138,7 @@ def test_a_conversion_to_what_the_model_is_changes_and_moves_nothing(
 ) -> None:
     plain = built()
     engine.drain()
-    engine._store.driver.evict_all()
+    engine.debug.driver.evict_all()
     before = engine.stats()
     assert convert(engine.model) is engine.model
     assert engine.stats().bytes_read == before.bytes_read

@@ -183,7 +183,7 @@ def trained_side_by_side(build: Callable[[], Net], settings: dict[str, Any], ste
     model, optimizer = offload.prepare(copy.deepcopy(plain), adamw, settings)
     plain_optimizer = adamw(plain.parameters())
     clip_norm = settings["update"].get("clip_norm")
-    store = optimizer.engine._store
+    store = optimizer.engine.debug.store
     try:
         for step in range(steps):
             x = torch.randn(8, 64)

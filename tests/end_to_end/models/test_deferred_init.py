@@ -231,7 +231,7 @@ def test_modules_that_the_model_does_not_use_give_their_pages_back(tmp_path: Pat
         spare = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
         model = built()
     with offload.initialize(model, config(tmp_path), adamw) as engine:
-        mover = engine._store.mover
+        mover = engine.debug.mover
         placed = [mover.ssd.placement(tensor) for tensor in mover.ssd.tensors()]
         assert (
             sum(place.n_bytes for place in placed if place is not None)

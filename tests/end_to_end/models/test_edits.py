@@ -30,7 +30,7 @@ def test_what_was_put_in_survives_updates_and_moves(
         edit(engine.model, 2.0)
         train(engine, 1)
         engine.drain()
-        engine._store.driver.evict_all()
+        engine.debug.driver.evict_all()
         weight = engine.model.get_parameter("tok.weight")
         assert torch.equal(weight, torch.full_like(weight, 2.0))
     assert_closed(engine)
@@ -39,7 +39,7 @@ def test_what_was_put_in_survives_updates_and_moves(
 def test_an_edit_while_its_page_is_being_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = FaultyDisk.install(monkeypatch)
     engine = engine_of(built(), tmp_path)
-    weight, mover = engine.model.get_parameter("tok.weight"), engine._store.mover
+    weight, mover = engine.model.get_parameter("tok.weight"), engine.debug.mover
     try:
         weight.data.fill_(2.0)
         assert isinstance(weight, offload.PagedParameter)
@@ -50,7 +50,7 @@ def test_an_edit_while_its_page_is_being_written_is_not_lost(tmp_path: Path, mon
         with mover.changed:
             while mover._in_flight:
                 mover.changed.wait(0.01)  # Not `settle`: the end of the copy might not be announced.
-        engine._store.driver.evict_all()
+        engine.debug.driver.evict_all()
         assert torch.equal(weight, torch.full_like(weight, 3.0))
     finally:
         engine.close()

@@ -269,7 +269,7 @@ def equal_when_trained(name: str, how: str, folder: Path) -> str | None:
             compare(plain, plain_optimizer, model, engine.optimizer, f"{name} {how}")
         except AssertionError as error:
             return str(error)
-        engine._store.mover.validate()
+        engine.debug.mover.validate()
     assert_closed(engine)
     return None
 

@@ -95,7 +95,7 @@ def test_built_with_them_a_model_has_plain_bits(name: str, how: str, tmp_path: P
         with torch.no_grad():
             x, y = torch.randn(4, 64), torch.randint(0, 10, (4,))
             assert torch.equal(model.eval()(x, y), plain.eval()(x, y))
-        engine._store.mover.validate()
+        engine.debug.mover.validate()
     assert_closed(engine)
 
 

@@ -121,7 +121,7 @@ def test_no_commit_is_made_between_micro_batches(tmp_path: Path) -> None:
                 with pytest.raises(RuntimeError, match=r"between backward and step would miss.*abandon_step"):
                     engine.save()
             committed.append((stepped, engine.save_if_due() is not None))
-            engine._checkpoints.committer.wait()
+            engine.debug.committer.wait()
         assert committed == [(False, False), (True, True)] * 3
         engine.backward(engine(torch.ones(4, 64)).square().mean())
         resumed = engine.resume()  # gives the step under way up

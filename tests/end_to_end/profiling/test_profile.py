@@ -95,7 +95,7 @@ def test_bytes_held_are_those_of_the_memory_report(update: dict[str, Any], tmp_p
             host, ssd = (timeline.samples(tier) for tier in (Tier.HOST, Tier.SSD))
             assert host[-1].total_bytes == memory.tiers["host"].used_bytes
             assert {tag.value: n_bytes for tag, n_bytes in host[-1].by_tag.items()} == memory.by_tag
-            assert ssd[-1].total_bytes == engine._store.mover.ssd.fragmentation().asked_bytes
+            assert ssd[-1].total_bytes == engine.debug.mover.ssd.fragmentation().asked_bytes
             for sample in (*host, *ssd):
                 assert sample.total_bytes == sum(sample.by_tag.values()) and min(sample.by_tag.values(), default=0) >= 0
             assert max(sample.total_bytes for sample in host) == profile.summary["tiers"]["host"]["peak_bytes"]
@@ -113,7 +113,7 @@ def test_with_a_device_its_bytes_and_copies_are_recorded_too(device: int | str, 
     with offload.initialize(built(), made, adamw) as engine:
         steps(engine, 0, WARM_UP)
         engine.drain()
-        tier = engine._store.device_tier
+        tier = engine.debug.device_tier
         assert tier is not None
         before, copied_bytes = engine.stats(), tier.mover._copier.copied_bytes
         with engine.profile(tmp_path / "profile") as profile:
@@ -146,7 +146,7 @@ def test_with_commits_evaluation_and_a_run_that_goes_on_every_copy_is_counted(tm
     for begun in (False, True):
         with engine_of(built(), tmp_path) as engine:
             assert (engine.resume() is not None) == begun
-            book = engine._store.mover.ssd
+            book = engine.debug.mover.ssd
             before = book.fragmentation().asked_bytes
             with engine.profile(tmp_path / "profile") as profile:
                 steps(engine, 0, 2)
@@ -208,7 +208,7 @@ def test_modules_hold_the_models_bytes_and_have_all_that_is_moved(tmp_path: Path
 def test_the_plans_bytes_are_those_that_move_where_every_step_is_alike(tmp_path: Path) -> None:
     with engine_of(built(), tmp_path) as engine:
         steps(engine, 0, 8)
-        plan = engine._store.driver.plan
+        plan = engine.debug.driver.plan
         assert plan is not None
         with engine.profile(tmp_path / "profile") as profile:
             steps(engine, 8, 5 * plan.n_steps)
@@ -245,7 +245,7 @@ def test_after_the_block_nobody_is_told(tmp_path: Path) -> None:
     with engine_of(built(), tmp_path) as engine:
         with engine.profile(tmp_path / "profile") as profile:
             steps(engine, 0, 1)
-        store = engine._store
+        store = engine.debug.store
         assert (
             store.driver.watcher is store.mover.watcher is store.mover.copies.watcher is store.budget._watcher is None
         )
@@ -270,7 +270,7 @@ def test_an_error_in_the_block_leaves_no_files_and_a_whole_engine(tmp_path: Path
             steps(engine, 1, 1)
             raise ZeroDivisionError
         assert profile.state is ProfileState.ABANDONED and list((tmp_path / "profile").iterdir()) == []
-        assert engine._store.driver.watcher is None
+        assert engine.debug.driver.watcher is None
         steps(engine, 2, 1)
         assert_equal(engine.model, plain)
     assert_closed(engine)
@@ -287,7 +287,7 @@ def test_files_that_cannot_be_written_are_an_error_and_the_folder_can_be_used_ag
             patched.setattr("offload.profiling.profile.write_trace", full)
             with engine.profile(tmp_path / "profile") as profile:
                 steps(engine, 0, 1)
-        assert profile.state is ProfileState.ABANDONED and engine._store.driver.watcher is None
+        assert profile.state is ProfileState.ABANDONED and engine.debug.driver.watcher is None
         with engine.profile(tmp_path / "profile"):
             steps(engine, 1, 1)
         assert {path.name for path in (tmp_path / "profile").iterdir()} == FILES
@@ -325,7 +325,7 @@ def test_a_folder_with_other_files_is_refused_and_left(name: str, tmp_path: Path
     with engine_of(built(), tmp_path) as engine:
         with pytest.raises(RunDirectoryError, match="holds files that are not of a profile"), engine.profile(folder):
             raise AssertionError("the block was entered")
-        assert engine._store.driver.watcher is None
+        assert engine.debug.driver.watcher is None
     assert {path.name: path.read_text() for path in folder.iterdir()} == {name: "{}"}
 
 

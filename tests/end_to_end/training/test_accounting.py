@@ -69,7 +69,7 @@ def test_bytes_moved_are_those_the_system_moved(
         for _ in range(5):
             train(engine, 2)
             engine.drain()
-            stats, files = engine.stats(), engine.page_files.stats()
+            stats, files = engine.stats(), engine.debug.page_files.stats()
             moved = disk.moved_bytes["read"], disk.moved_bytes["write"]
             assert (stats.bytes_read, stats.bytes_written) == (files.bytes_read, files.bytes_written) == moved
         assert min(moved) > 0
@@ -109,7 +109,7 @@ def test_tags_add_up_at_every_step(clip_norm: float | None, tmp_path: Path) -> N
             assert all(n_bytes % PAGE_BYTES == 0 for n_bytes in report.by_tag.values())
             seen |= set(report.by_tag)
         assert {"parameter", "moment"} <= seen <= TAGS
-        assert engine._store.budget.used_bytes <= ram
+        assert engine.debug.store.budget.used_bytes <= ram
     assert_closed(engine)
 
 
@@ -137,22 +137,22 @@ def test_after_a_refused_step_and_close_nothing_is_held(tmp_path: Path) -> None:
     train(engine, 2)
     with pytest.raises(offload.BudgetError), offload.gathered(engine.model):
         pass
-    assert engine._store.budget.used_bytes > 0
+    assert engine.debug.store.budget.used_bytes > 0
     report = engine.memory_report()
     assert_adds_up(report, 1 << 20)
     assert_closed(engine)
-    assert engine._store.budget.by_tag() == {}
+    assert engine.debug.store.budget.by_tag() == {}
     assert engine.memory_report().tiers["ssd"].peak_pages >= report.tiers["ssd"].peak_pages
 
 
 def test_page_file_pages_predicted_before_the_first_store_are_those_used(tmp_path: Path) -> None:
     engine = engine_of(built(), tmp_path, ram=16 << 20)
     try:
-        mover = engine._store.mover
+        mover = engine.debug.mover
         predicted = mover.planned_page_file_frames(list(mover.tensors))
         train(engine, 1)
         engine.drain()
-        engine._store.driver.evict_all()
+        engine.debug.driver.evict_all()
         assert mover.ssd.used_frames == predicted
     finally:
         assert_closed(engine)

@@ -79,7 +79,7 @@ def test_a_flipped_byte_is_named_and_nothing_is_trained_on_it(tmp_path: Path) ->
     engine = engine_of(built(), tmp_path)
     train(engine, 4)
     engine.drain()
-    unit = next(unit for unit in engine._store.index.units if not engine._store.is_resident(unit))
+    unit = next(unit for unit in engine.debug.units if not engine.debug.store.is_resident(unit))
     assert unit.parameters.copy is not None
     placement = unit.parameters.copy.placement
     assert placement is not None
@@ -104,10 +104,10 @@ def test_a_background_failure_that_nobody_was_told_of_is_raised_by_close(
     engine = engine_of(built(), tmp_path)
     train(engine, 2)
     engine.drain()
-    dirty = next(t for t in engine._store.mover.tensors.values() if t.state.value == "dirty")
+    dirty = next(t for t in engine.debug.mover.tensors.values() if t.state.value == "dirty")
     disk.errors["write"] = errno.EIO
-    engine._store.mover.start_store(dirty)
-    engine._store.mover.settle()
+    engine.debug.mover.start_store(dirty)
+    engine.debug.mover.settle()
     with pytest.raises(offload.StorageError, match="Input/output error"):
         engine.close()
     assert_closed(engine)

@@ -73,7 +73,7 @@ def test_a_page_file_that_is_harmed_under_a_run_fails_the_next_commit(
 def test_a_page_file_that_is_gone_cannot_be_grown(tmp_path: Path) -> None:
     path = tmp_path / "pages" / PAGE_FILE_NAME
     with run(tmp_path) as trained:
-        files = trained.engine.page_files
+        files = trained.engine.debug.page_files
         path.unlink()
         with pytest.raises(offload.StorageError, match=rf"growing {path} at offset \d+, \d+ bytes: No such file"):
             files.grow(files.n_frames + 1)

@@ -25,7 +25,7 @@ from offload.heap import ForwardEnd, without_tcache
 def test_each_training_forward_gives_pages_back_once(tmp_path: Path, arguments: dict[str, object]) -> None:
     calls: list[bool] = []
     with engine_of(built(**arguments), tmp_path) as engine:
-        engine._store.binder.forward_end = ForwardEnd(lambda: calls.append(torch.is_grad_enabled()))
+        engine.debug.binder.forward_end = ForwardEnd(lambda: calls.append(torch.is_grad_enabled()))
         train(engine, 1)
         assert len(calls) == 1
         train(engine, 1)

@@ -41,8 +41,8 @@ class UpdaterGates:
     """
 
     def __init__(self, engine: offload.Engine) -> None:
-        assert isinstance(engine._updater, LockFreeUpdater)
-        self.updater = engine._updater
+        assert isinstance(engine.debug.updater, LockFreeUpdater)
+        self.updater = engine.debug.updater
         self.thread = self.updater._thread
         self.passed: list[tuple[str, str]] = []
         self.waits: list[str] = []

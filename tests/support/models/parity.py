@@ -72,12 +72,12 @@ class Parity:
         engine = optimizer.engine
         try:
             self._train(plain, model, optimizer)
-            store = engine._store
+            store = engine.debug.store
             store.mover.validate()
             return engine.stats()
         finally:
             engine.close()
-            engine._store.budget.close()
+            engine.debug.store.budget.close()
 
     def _train(self, plain: nn.Module, model: nn.Module, optimizer: Any) -> None:
         plain_optimizer = self.factory(plain.parameters())

@@ -150,7 +150,7 @@ class Run:
 
     def used_frames(self) -> int:
         """Page-file frames in use."""
-        return self.engine._store.mover.ssd.used_frames
+        return self.engine.debug.mover.ssd.used_frames
 
     def __enter__(self) -> Run:
         return self
@@ -160,7 +160,7 @@ class Run:
     ) -> None:
         if error is None:
             self.engine.drain()
-            self.engine._store.mover.validate()
+            self.engine.debug.mover.validate()
         self.engine.close()
 
 

@@ -108,7 +108,7 @@ class Life:
         """Two processes. What a commit or an export fails of is noted, and the process goes on; another error ends
         it."""
         with _noted(told), self.process(folder, 7) as run:
-            committer = run.engine._checkpoints.committer
+            committer = run.engine.debug.committer
             for step in range(1, FIRST + 1):
                 run.step()
                 with _noted(told):

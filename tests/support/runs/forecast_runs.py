@@ -100,15 +100,15 @@ def trained(config: Config, steps: int = STEPS) -> tuple[offload.MemoryReport, i
     with offload.deferred_init(config):
         model = factory_of("model", config.model.factory, config.model.arguments)()
     with offload.initialize(model, config) as engine:
-        start = engine._store.mover.ssd.used_frames
+        start = engine.debug.mover.ssd.used_frames
         for _ in range(steps):
             for _ in range(config.update.accumulation):
                 x = torch.randint(0, 256, (ROWS, TOKENS))
                 engine.backward(engine(x, x))
             engine.optimizer.step()
             engine.optimizer.zero_grad()
-        engine._store.driver.quiesce()
-        plan = engine._store.driver.plan
+        engine.debug.driver.quiesce()
+        plan = engine.debug.driver.plan
         assert plan is not None and engine.stats().deviations == 0
         return engine.memory_report(), start, plan
 

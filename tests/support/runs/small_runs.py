@@ -73,10 +73,10 @@ def assert_untouched(model: nn.Module) -> None:
 
 def assert_closed(engine: offload.Engine) -> None:
     """Closing works, twice, and gives every byte back; threads and descriptors are looked at after each test."""
-    engine._store.mover.validate()
+    engine.debug.mover.validate()
     engine.close()
     engine.close()
-    engine._store.budget.close()
-    assert engine._store.budget.used_bytes == 0
+    engine.debug.store.budget.close()
+    assert engine.debug.store.budget.used_bytes == 0
     for path in engine.config.ssd.paths:
         assert not (Path(path) / "pagemem.lock").exists()

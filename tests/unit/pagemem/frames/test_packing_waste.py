@@ -104,6 +104,6 @@ def test_the_sizes_are_those_of_an_engine(tmp_path: Path) -> None:
     expected = tensor_bytes([leaf for leaf in leaves if leaf], "fp32", SMALL_PAGE_BYTES, RAM_BYTES)
     engine = engine_of(model, tmp_path)
     train(engine, 1)
-    tensors = [tensor for tensor in engine._store.mover.tensors.values() if tensor.tag is not Tag.GRAD]
+    tensors = [tensor for tensor in engine.debug.mover.tensors.values() if tensor.tag is not Tag.GRAD]
     assert sorted(tensor.n_bytes for tensor in tensors) == sorted(expected)
     assert_closed(engine)
