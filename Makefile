@@ -1,5 +1,5 @@
 # make train: train the byte-level GPT out of RAM and SSD.   make test: all checks of a change.   make test-all: the long
-# ones, too (full products, kills, faults), with a CSV of counts.   All need only Python 3.11.
+# ones, too (full products, kills, faults), with a CSV of counts.   make docs: the site, in build/site.   All need only Python 3.11.
 PYTHON ?= python3
 VENV ?= .venv
 # The CPU build of torch; another one: make TORCH=torch==2.13.0 TORCH_INDEX=<index of that build>
@@ -8,7 +8,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 RUN = $(VENV)/bin
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all lint docs clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: setup.cfg pyproject.toml
@@ -34,6 +34,13 @@ test: lint
 test-all: lint
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
 		--tally=benchmarks/results/test-all-$(shell date +%F).csv
+
+# Nothing in the built pages loads anything from outside.
+docs: $(VENV)/.installed
+	$(RUN)/python -c "import mkdocs, material, mkdocstrings" || $(RUN)/python -m pip install --quiet --editable ".[docs]"
+	$(RUN)/python docs/configuration_reference.py
+	$(RUN)/python -m mkdocs build --strict --quiet
+	$(RUN)/python docs/check_site.py build/site
 
 clean:
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .hypothesis .import_linter_cache .ruff_cache

@@ -81,30 +81,29 @@ class MemoryConfig(_Section):
     """Host memory."""
 
     ram: Size = Field(gt=0)
-    """Budget of the model's states in RAM: parameters, gradients in flight and optimizer states. Activations and the
+    """RAM budget of the model's states: parameters, gradients in flight and optimizer states. Activations and the
     interpreter are not part of it."""
     activations: Size | None = Field(default=None, ge=0)
-    """Memory where compute is, beside ``ram`` or ``device``, for tensors that autograd saves for the backward pass. Of
-    what is beyond it, results of elementwise ops are computed again where possible; the earliest saved of the others go
-    to pages of ``ram`` and from there to SSD.
-    None: all stay as they are."""
+    """Memory for tensors that autograd saves for the backward pass, in addition to ``ram`` (or ``device``). Beyond it,
+    results of elementwise ops are recomputed where possible; of the others, those saved first go to pages of ``ram``
+    and from there to SSD. None: all stay in memory."""
     recompute: Literal["auto", "never"] = "auto"
-    """Whole blocks of the model (entries of an ``nn.ModuleList`` or ``nn.Sequential``) computed again in the backward
-    pass, where ``activations`` is set and what they save would go to pages: "auto" as many as make a step cheaper by
-    plan."""
+    """With ``activations``: "auto" recomputes whole blocks (entries of an ``nn.ModuleList`` or ``nn.Sequential``) in
+    the backward pass, as many as the plan predicts to shorten the step; "never": none."""
     device: Size | None = Field(default=None, gt=0)
-    """Budget of pages on the device, where compute is not run out of ``ram``."""
+    """Budget of pages on the device. Required where ``device`` is not "cpu", refused otherwise."""
     device_states: Literal["auto", "never"] = "auto"
-    """Units with all of their parameters and optimizer states in ``device`` for good, and updated there: "auto" as many
-    as have room beside those that come and go; "never" none, all updates are made in RAM."""
+    """Which units keep parameters and optimizer states on the device, and are updated there: "auto" as many as fit
+    beside the streamed ones; "never": none, and all updates run in RAM."""
     heap: Literal["auto", "keep", "trim"] = "auto"
-    """What becomes of ordinary memory that a step frees: "keep" leaves it with the process for the next step, which is
-    faster; "trim" gives blocks of 32 MiB back at once and, where not all pages fit in ``ram``, other free pages once a
+    """What happens to heap memory that a step frees: "keep" leaves it with the process for the next step, which is
+    faster; "trim" returns blocks of 32 MiB at once and, where not all pages fit in ``ram``, other free pages once a
     step. "auto" trims where ``activations`` is set, unless the process was started with
-    ``GLIBC_TUNABLES=glibc.malloc.tcache_count=0``, as ``offload launch`` starts itself then: keeping takes little more
-    memory in such a process. The setting is the whole process's; see offload/heap.py."""
+    ``GLIBC_TUNABLES=glibc.malloc.tcache_count=0``, as ``offload launch`` then starts itself. The setting applies to the
+    whole process."""
     page: Annotated[Literal["auto"] | int, BeforeValidator(_page)] = "auto"
-    """Page size, a power of two from 64KiB to 64MiB. "auto" takes about a 128th of ``ram``, at most 4MiB."""
+    """Page size, a power of two from 64KiB to 64MiB. "auto": about a 128th of ``ram``, up to 256KiB, and
+    about a 4096th of large budgets, up to 4MiB."""
 
     @model_validator(mode="after")
     def _check(self) -> MemoryConfig:
@@ -124,7 +123,8 @@ class SsdConfig(_Section):
     """Page files."""
 
     paths: list[Folder] = Field(min_length=1)
-    """Folders for the page files, one per disk; pages are striped over them. Each must be new, empty or ours."""
+    """Folders for the page files, one per disk; pages are striped over them. Each must be new, empty or of an
+    earlier run."""
     direct: Annotated[Literal["auto"] | bool, BeforeValidator(_direct)] = "auto"
     """O_DIRECT: "auto" where the file system takes it, true to insist, false for buffered I/O through aiofiles."""
     checksums: bool = True
@@ -153,13 +153,12 @@ class UpdateConfig(_Section):
     """When and how gradients become updates."""
 
     mode: Literal["exact", "lock-free"] = "exact"
-    """"exact": the same bits as plain PyTorch. "lock-free": a thread applies updates as fast as the disk lets it, and
-    training does not wait for it, except to keep ``max_staleness``."""
+    """"exact": the same bits as plain PyTorch. "lock-free": a thread applies updates as fast as the disk allows, and
+    training waits for it only to keep ``max_staleness``."""
     max_staleness: int = Field(default=4, ge=0)
     """Lock-free mode: how many of the steps before a step its parameters may miss. 0: the bits of exact mode."""
     exact_steps: int = Field(default=100, ge=0)
-    """Lock-free mode: the first so many updates of each parameter are made as in exact mode, while gradients still
-    change much from step to step."""
+    """Lock-free mode: how many first updates of each parameter are made as in exact mode."""
     threads: int = Field(default=1, ge=1, le=64)
     """Lock-free mode: compute threads of the updates, which run beside those of the step."""
     clip_norm: float | None = Field(default=None, gt=0)
@@ -167,14 +166,15 @@ class UpdateConfig(_Section):
     wait for the whole backward pass and gradients are kept in pages until then."""
     loss_scale: Annotated[Literal["auto"] | float, BeforeValidator(_scale)] = "auto"
     """What losses are multiplied by before backward: "auto" is dynamic for fp16 parameters and none for others; a
-    number is fixed. A step whose gradients overflow is dropped. In a loop of one's own call backward on
-    `Engine.scaled`."""
+    number is fixed. A step whose gradients overflow is dropped. In your own loop call backward on
+    ``engine.scaled(loss)``."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-batches per optimizer step of `Engine.step`. A loop of one's own simply calls backward several times."""
+    """Micro-batches per optimizer step of ``engine.step()`` and of launch. Your own loop simply calls backward several
+    times."""
     start: Literal["auto", "step"] = "auto"
-    """"auto" updates a unit as soon as its gradients are complete, as the steps before foretell; "step" waits for
-    ``optimizer.step()``, as steps with more backward passes than any before need, and loops that touch gradients later
-    than in their first step."""
+    """"auto" updates a unit as soon as its gradients are complete, judged by earlier steps; "step" waits for
+    ``optimizer.step()``: for loops that touch gradients later than in their first step, or whose steps get more
+    backward passes over time."""
 
 
 class CommitConfig(_Section):
@@ -185,12 +185,12 @@ class CommitConfig(_Section):
     every_s: float | None = Field(default=None, gt=0)
     """Commit when the last one is this old, in seconds. None: not by time."""
     at_end: bool = True
-    """`offload launch`: commit when training ends, also by Ctrl-C, SIGTERM or because nobody reads the output any
-    more."""
+    """`offload launch`: commit when training ends, also on Ctrl-C, SIGTERM or a closed output pipe."""
     keep: int = Field(default=2, ge=1)
-    """Unnamed commits that are kept; named ones are kept for good."""
+    """Unnamed commits that are kept. Named commits are never deleted; a later commit may take the name over."""
     resume: Literal["auto", "never"] = "auto"
-    """`offload launch`: "auto" goes on from the newest commit in ``ssd.paths``, "never" refuses to start over one."""
+    """`offload launch`: "auto" resumes from the newest commit in ``ssd.paths``, "never" refuses a folder that contains
+    commits."""
 
 
 class OptimizerConfig(_Section):
@@ -286,9 +286,8 @@ class Config(_Section):
     seed: int = Field(default=1, ge=0, le=(1 << 64) - 1)
     """Seed of torch's generator and of the data order (launch)."""
     device: Annotated[str, AfterValidator(_device)] = "cpu"
-    """Where compute runs: "cpu", straight out of host pages; "cuda" (or "cuda:1", ...), out of pages of a third tier
-    above them with a budget of its own, ``memory.device``; or "cpu-emulated", the same with a third tier in ordinary
-    RAM, for trying and testing."""
+    """Where compute runs: "cpu", directly on host pages; "cuda" (or "cuda:1", ...), on pages of a third tier with a
+    budget of its own, ``memory.device``; "cpu-emulated", the same with the third tier in ordinary RAM, for tests."""
     memory: MemoryConfig
     """Host memory."""
     ssd: SsdConfig
@@ -300,7 +299,7 @@ class Config(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer."""
     model: ModelConfig | None = None
-    """Model (launch; ``model.dtype`` also in a loop of one's own)."""
+    """Model (launch; ``model.dtype`` also in your own loop)."""
     data: DataConfig | None = None
     """Data (launch)."""
     train: TrainConfig | None = None
