@@ -26,7 +26,7 @@ _INTRODUCTION: Final = """\
 
 The configuration is one file (TOML, JSON or YAML) or a mapping. Sizes are bytes or text such as `"4GiB"`. An unknown
 key is an error that names the nearest known one. Only `memory.ram` and `ssd.paths` are required everywhere. The
-sections `model`, `data`, `train` and `output` are for [`offload launch`](launch.md); `model.dtype` is read by any engine.
+sections `model`, `data`, `train` and `output` are for [`offload launch`](launch.md); any engine reads `model.dtype`.
 
 `--set section.key=value` changes one value on the command line and may be repeated.
 """

@@ -94,9 +94,10 @@ class Engine:
         ConfigError, ValueError: something does not fit together.
         BudgetError: ``memory.ram`` is too small; names the unit and the smallest budget that works.
         RunDirectoryError: a page-file path is unusable; it was not changed.
-        After any of these a plain model is as it was, unless a note of the error says that ``model.dtype`` has rounded
-        it already. One built under `deferred_init` is, too, when it was built for another configuration; otherwise it
-        is to be built anew.
+
+    After any of these a plain model is unchanged, unless a note of the error says that ``model.dtype`` has rounded it
+    already. A model from `deferred_init` is unchanged where it was built for another configuration; otherwise build it
+    anew.
     """
 
     def __init__(self, model: nn.Module, config: ConfigLike, optimizer: OptimizerLike = None) -> None:
@@ -355,7 +356,7 @@ class Engine:
                 in this step.
 
         Raises:
-            As `add_gradient`.
+            ValueError, StaleGradientError: as `add_gradient`.
         """
         self._check_running()
         place = self._place_of(parameter)
@@ -443,7 +444,7 @@ class Engine:
         """Whether `save_if_due` would commit now: what the commit speaks of must be on the disk before.
 
         Raises:
-            As `save_if_due`, for a background commit that failed.
+            CommitError, StorageError, OSError: a background commit failed.
         """
         self._check_running()
         return self._checkpoints.due(self._steps) and not self._in_a_step
@@ -460,7 +461,7 @@ class Engine:
             since the last step (between micro-batches).
 
         Raises:
-            As `save`, also for a background commit that failed.
+            CommitError, StorageError, OSError: as `save`, also for a background commit that failed.
         """
         self._check_running()
         return self._checkpoints.save(self._steps, whole=False) if self.commit_due else None
@@ -503,8 +504,8 @@ class Engine:
         Raises:
             ValueError: ``dtype`` or ``max_shard`` is none. ExportError: the folder holds something, or ``state_dict()``
                 of the model is not its parameters and buffers alone. Nothing was committed.
-            As `save`; also ExportError, where a value cannot be expressed in ``dtype``, and StorageError, where the
-            folder cannot be written. Nothing is left of the export then.
+            ExportError: also where a value cannot be expressed in ``dtype``; nothing is left of the export then.
+            StorageError: the folder cannot be written, and as `save`; nothing is left of the export then.
         """
         folders = [directory.path for directory in self._store.directories]
         shard_bytes = parse_bytes(max_shard)

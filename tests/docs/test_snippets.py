@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from snippets import RUN, SHOWN, blocks_of, commands_of, run_page
+from snippets import RUN, SHOWN, blocks_of, run_page
 
 from offload import cli
 from offload.machine.bench_ssd import Plan, Setting
@@ -100,18 +101,21 @@ def test_what_is_not_run_is_counted() -> None:
     assert found == NOT_RUN
 
 
-def test_commands_that_are_not_run_exist() -> None:
+def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {word for page in PAGES for word in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)}
+    assert named - targets == set()
+
+
+def test_modules_and_files_that_pages_name_exist() -> None:
+    lost = set()
     for page in PAGES:
-        for block in blocks_of(page):
-            if block.not_run is None or block.language not in ("console", "bash"):
-                continue
-            for words in commands_of(block):
-                if words[0] == "make":
-                    assert words[1] in targets, words
-                if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
-                    source = (ROOT / (words[2].replace(".", "/") + ".py")).read_text()
-                    assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
+        text = page.read_text()
+        modules = set(re.findall(r"\b(benchmarks(?:\.[a-z]\w*)+)\b(?!/)", text)) - {"benchmarks.md"}
+        lost |= {f"{name_of(page)}: {name}" for name in modules if importlib.util.find_spec(name) is None}
+        files = re.findall(r"\b((?:pagemem|scheduler|optim|offload|tests|examples|benchmarks)/[\w/]+\.\w+)", text)
+        lost |= {f"{name_of(page)}: {name}" for name in files if not (ROOT / name).exists()}
+    assert lost == set()
 
 
 def test_links_lead_somewhere() -> None:
