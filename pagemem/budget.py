@@ -1,6 +1,6 @@
 """Bytes of a tier that somebody holds, by tag. The only place where such bytes are counted.
 
-A `Reservation` stands for bytes held; it can be resized and merged, and must end. The sum of all never exceeds the
+A `Reservation` stands for bytes held; it can be resized, and must end. The sum of all never exceeds the
 budget: what does not fit is refused with a `BudgetShortage`, which names the holders and is false where a reservation
 is true, and nothing changes.
 
@@ -9,8 +9,7 @@ Invariants, whenever the budget's lock is free
     2. used_bytes is the sum of the sizes of all HELD reservations, in all and tag by tag.
     3. A reservation that is not HELD has size 0.
 
-A reservation begins HELD; `Reservation.release` makes it RELEASED, `Reservation.merge` makes its argument MERGED. Both
-are for good.
+A reservation begins HELD; `Reservation.release` makes it RELEASED, for good.
 """
 
 from __future__ import annotations
@@ -59,22 +58,19 @@ class BudgetShortage:
 
 
 class ReservationState(enum.Enum):
-    """HELD from `Budget.reserve` on; RELEASED after its own end, MERGED once another has taken its bytes over."""
+    """HELD from `Budget.reserve` on, RELEASED after its end."""
 
     HELD = "held"
     RELEASED = "released"
-    MERGED = "merged"
 
 
-_MOVES: Final = StateMachine(
-    "reservation", {ReservationState.HELD: {ReservationState.RELEASED, ReservationState.MERGED}}
-)
+_MOVES: Final = StateMachine("reservation", {ReservationState.HELD: {ReservationState.RELEASED}})
 
 
 class Reservation:
     """Bytes of one budget held under one tag. Made by `Budget.reserve`; methods may be called on any thread.
 
-    As a context manager it is released at the end of the block, unless it was merged into another inside.
+    As a context manager it is released at the end of the block.
     """
 
     __slots__ = ("_budget", "_n_bytes", "_state", "holder", "tag")
@@ -107,15 +103,6 @@ class Reservation:
         """
         return self._budget._resize(self, n_bytes)
 
-    def merge(self, other: Reservation) -> None:
-        """Take over the bytes of ``other``, which ends. The total does not change, not even for a moment.
-
-        Raises:
-            ValueError: they are the same, or of different budgets or tags. TransitionError: one has ended. Neither was
-                changed.
-        """
-        self._budget._merge(self, other)
-
     def release(self) -> None:
         """Hold nothing any more.
 
@@ -129,24 +116,13 @@ class Reservation:
         if self._state is ReservationState.HELD:
             self.release()
 
-    def _require_held(self, to: str) -> None:
-        if self._state is not ReservationState.HELD:
-            raise TransitionError(f"reservation {self.holder!r} was {self._state.value} before; it cannot {to}")
-
-    def _become(self, state: ReservationState) -> int:
-        """Apply one legal move under the budget's lock; returns the bytes that were held."""
-        self._state = _MOVES.move(self._state, state, self.holder)
-        n_bytes, self._n_bytes = self._n_bytes, 0
-        return n_bytes
-
     def __enter__(self) -> Reservation:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._state is not ReservationState.MERGED:
-            self.release()
+        self.release()
 
     def __repr__(self) -> str:
         return f"<Reservation {self.holder!r} {self.tag.value} {self._n_bytes} bytes {self._state.value}>"
@@ -239,21 +215,15 @@ class Budget:
     def _resize(self, reservation: Reservation, n_bytes: int) -> Reservation | BudgetShortage:
         _check_size(reservation, n_bytes)
         with self._lock:
-            reservation._require_held("be resized")
+            if reservation._state is not ReservationState.HELD:
+                raise TransitionError(f"reservation {reservation.holder!r} was released before; it cannot be resized")
             shortage = self._change(reservation, n_bytes)
             return reservation if shortage is None else shortage
 
-    def _merge(self, kept: Reservation, ended: Reservation) -> None:
-        if kept is ended or kept.tag is not ended.tag or kept._budget is not ended._budget:
-            raise ValueError(f"{kept} and {ended} cannot be merged: they must be two, of one budget and tag")
-        with self._lock:
-            kept._require_held("take another over")
-            kept._n_bytes += ended._become(ReservationState.MERGED)
-            self._held.remove(ended)
-
     def _release(self, reservation: Reservation) -> None:
         with self._lock:
-            n_bytes = reservation._become(ReservationState.RELEASED)
+            reservation._state = _MOVES.move(reservation._state, ReservationState.RELEASED, repr(reservation.holder))
+            n_bytes, reservation._n_bytes = reservation._n_bytes, 0
             self._held.remove(reservation)
             self._used_bytes -= n_bytes
             self._by_tag[reservation.tag] -= n_bytes

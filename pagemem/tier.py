@@ -26,7 +26,6 @@ class Tag(enum.Enum):
     MOMENT = "moment"
     ACTIVATION = "activation"
     STAGING = "staging"
-    COMM = "communication"
     TEMPORARY = "temporary"
 
 

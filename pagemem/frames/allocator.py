@@ -1,32 +1,65 @@
-"""Which tensor gets which frames of one tier. Pure integer arithmetic: no device, thread or file.
+"""Which tensor has which frames of one tier. Pure integer arithmetic: no device, thread or file.
 
 A tensor takes whole pages, in one run where there is one. What is left over, less than a page, takes a page of its own
 in a *contiguous* placement, which compute sees as one flat view; in any other it may share a page with the left-over of
-one other tensor. Nothing is copied here: `move` and `merge` change who owns what and return the copies that the caller
-must make, in order, before it uses the frames for anything else.
+one other tensor. How many bytes of a tier may be used at all is the business of `pagemem.budget`.
 
-Invariants, beside those of `pagemem.frames.book`
-    1. A call that returns `Shortage` or raises has changed nothing.
-    2. In a list of copies, made in order, none writes where bytes lie that have not been copied away.
+Invariants
+    1. Every frame is in exactly one of: a free run, a run of one tensor, the set of shared pages.
+    2. A shared page holds one or two tails that do not overlap.
+    3. A call that returns `Shortage` or raises ValueError has changed nothing.
 
 Two tenants a page: Angel-PTM (VLDB 2023), page abstraction. Best fit with joined neighbours: Knuth, TAOCP 1, 2.5.
-Who holds what is written in `pagemem.frames.book`; how tensors make room for each other is `pagemem.frames.relocation`;
-how many bytes of a tier may be used at all, `pagemem.budget`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
-from pagemem.frames.book import FrameBook
-from pagemem.frames.packing import in_place_bytes
-from pagemem.frames.page import FrameId, PageMove, Placement, Shortage, TensorId
-from pagemem.frames.relocation import relocate, tenancy
+from sortedcontainers import SortedDict
+
+from pagemem.frames.free_runs import FreeRuns, SharedPages
+from pagemem.frames.page import MIN_PAGE_BYTES, Extent, FrameId, Placement, Run, Shortage, TensorId
+from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 
 
-class PageAllocator(FrameBook):
-    """Frames of one tier. Not thread safe: its owner's lock guards it. O(log n) a call unless it says otherwise."""
+class PageAllocator:
+    """Gives out the frames of one tier. Not thread safe: its owner's lock guards it.
+
+    A call takes O(log n) for each run touched unless it says otherwise.
+
+    Args:
+        tier: named in errors.
+        page_bytes: a power of two, at least 64 KiB.
+        n_frames: frames to begin with; `grow` adds more.
+
+    Attributes:
+        free: the free runs; to be changed by methods of this class only.
+        shared: the pages that hold tails; likewise.
+        peak_frames: most frames in use at any time.
+
+    Raises:
+        ValueError: the page size or the number of frames is out of range.
+    """
+
+    def __init__(self, tier: Tier, page_bytes: int, n_frames: int) -> None:
+        if page_bytes < MIN_PAGE_BYTES or page_bytes & (page_bytes - 1):
+            raise ValueError(f"page_bytes is {page_bytes}; it must be a power of two and at least {MIN_PAGE_BYTES}")
+        self.tier = tier
+        self.page_bytes = page_bytes
+        self.n_frames = 0
+        self.peak_frames = 0
+        self.free = FreeRuns()
+        self.shared = SharedPages(page_bytes)
+        self._placements: dict[TensorId, Placement] = {}
+        # Start of every run -> its length and owner. Runs of frames only; shared pages are apart.
+        self._runs: SortedDict[int, tuple[int, TensorId]] = SortedDict()
+        self.grow(n_frames)
+
+    # ---- taking and giving back --------------------------------------------------------------------------------
 
     def allocate(
         self, tensor: TensorId, n_bytes: int, *, contiguous: bool = False, at: FrameId | None = None
@@ -52,66 +85,195 @@ class PageAllocator(FrameBook):
         wanted = ceil_div(n_bytes, self.page_bytes)
         start = self.free.best_fit(wanted) if at is None else at
         if start is None or not self.free.holds(start, wanted):
-            return self._shortage(wanted)
-        return self.put(self.flat(tensor, n_bytes, start))
+            return Shortage(self.tier, wanted, self.free_frames)
+        return self.put(Placement(tensor, self.tier, n_bytes, (Run(FrameId(start), wanted),)))
 
     def _allocate_packed(self, tensor: TensorId, n_bytes: int) -> Placement | Shortage:
         n_whole, tail_bytes = divmod(n_bytes, self.page_bytes)
         if round_up(tail_bytes, BLOCK_BYTES) == self.page_bytes:
             n_whole, tail_bytes = n_whole + 1, 0
-        shared = self.shared.find_room(tail_bytes) if tail_bytes else None
-        wanted = n_whole + (tail_bytes > 0 and shared is None)
+        tail = self.shared.find_room(tail_bytes) if tail_bytes else None
+        wanted = n_whole + (tail_bytes > 0 and tail is None)
         runs = self.free.fewest_pieces(n_whole)
         if runs is None or wanted > self.free_frames:
-            return self._shortage(wanted)
+            return Shortage(self.tier, wanted, self.free_frames)
         placed = self.put(Placement(tensor, self.tier, n_bytes, runs))
-        tail = self.room_for_tail(tail_bytes) if tail_bytes else None
-        return placed if tail is None else self.put_tail(tensor, tail)
+        if tail_bytes and tail is None:  # looked for after the runs were taken
+            frame = self.free.best_fit(1)
+            assert frame is not None
+            tail = Extent(FrameId(frame), 0, tail_bytes)
+        return placed if tail is None else self._put_tail(tensor, tail)
 
-    def move(self, tensor: TensorId, to: FrameId) -> list[PageMove] | Shortage:
-        """Give a tensor the run of frames from ``to`` on, free or its own, instead of what it has.
-
-        Returns:
-            The copies to make, in order; a shortage when one of the frames is another's or does not exist.
+    def put(self, placed: Placement) -> Placement:
+        """Give a tensor that has nothing here what a placement says: frames that are free, a tail that has room.
 
         Raises:
-            KeyError: the tensor has no frames here.
+            AssertionError: they are not, or it has not; the book is spoilt.
         """
-        target = self.flat(tensor, self.held(tensor).n_bytes, to)
-        moves = relocate(self, target, ())
-        return self._shortage(target.n_frames) if moves is None else moves
+        for run in placed.runs:
+            self.free.take(run.first, run.n_frames)
+            self._runs[run.first] = (run.n_frames, placed.tensor)
+        self._placements[placed.tensor] = replace(placed, tail=None)
+        self.peak_frames = max(self.peak_frames, self.used_frames)
+        return placed if placed.tail is None else self._put_tail(placed.tensor, placed.tail)
 
-    def merge(self, tensor: TensorId, *, movable: Callable[[TensorId], bool]) -> list[PageMove] | Shortage:
-        """Make a tensor contiguous: in a free run if there is one, else where the fewest bytes have to be copied.
+    def _put_tail(self, tensor: TensorId, tail: Extent) -> Placement:
+        """Add the tail to the runs that a tensor was given."""
+        if tail.frame not in self.shared:
+            self.free.take(tail.frame, 1)
+        self.shared.add(tail, tensor)
+        placed = self._placements[tensor] = replace(self._placements[tensor], tail=tail)
+        self.peak_frames = max(self.peak_frames, self.used_frames)
+        return placed
 
-        In the latter case it gets a window of frames whose tenants move elsewhere, contiguous ones staying contiguous,
-        scattered ones by their pages in the window alone. O(runs of the tier) then.
-
-        Args:
-            movable: whether another tensor may be moved; asked once for each.
-
-        Returns:
-            The copies to make, in order; none when the tensor is contiguous already. A shortage when no window can be
-            cleared, or none of the `packing.MAX_WINDOWS` cheapest.
+    def release(self, tensor: TensorId) -> Placement:
+        """Take all frames of a tensor back; a page shared with another stays that one's.
 
         Raises:
             KeyError: the tensor has no frames here.
         """
         placed = self.held(tensor)
-        if placed.contiguous:
-            return []
-        wanted = ceil_div(placed.n_bytes, self.page_bytes)
-        start = self.free.best_fit(wanted)
-        if start is not None:
-            return self.move(tensor, FrameId(start))
-        # Pages are never saved by moving whole ones, only by tails that end up sharing: mostly this ends it early.
-        if wanted <= self.free_frames + placed.n_frames + self.shared.n_with_room:
-            in_place = in_place_bytes(placed.extents(self.page_bytes))
-            for first, tenants in tenancy(self, tensor, movable).windows(wanted, self.n_frames, in_place):
-                moves = relocate(self, self.flat(tensor, placed.n_bytes, first), tenants)
-                if moves is not None:
-                    return moves
-        return self._shortage(wanted)
+        del self._placements[tensor]
+        for run in placed.runs:
+            del self._runs[run.first]
+            self.free.add(run.first, run.n_frames)
+        if placed.tail is not None and self.shared.remove(placed.tail, tensor):
+            self.free.add(placed.tail.frame, 1)
+        return placed
 
-    def _shortage(self, wanted: int) -> Shortage:
-        return Shortage(self.tier, wanted, self.free_frames, self.largest_free_run)
+    def grow(self, n_frames: int) -> None:
+        """Add ``n_frames`` free frames at the end.
+
+        Raises:
+            ValueError: the number is negative; a tier never shrinks.
+        """
+        if n_frames < 0:
+            raise ValueError(f"n_frames is {n_frames}; it cannot be negative")
+        if n_frames:
+            self.free.add(self.n_frames, n_frames)
+            self.n_frames += n_frames
+
+    # ---- looking -----------------------------------------------------------------------------------------------
+
+    def placement(self, tensor: TensorId) -> Placement | None:
+        """What the tensor owns here, or None."""
+        return self._placements.get(tensor)
+
+    def held(self, tensor: TensorId) -> Placement:
+        """What the tensor owns here.
+
+        Raises:
+            KeyError: nothing.
+        """
+        placed = self._placements.get(tensor)
+        if placed is None:
+            raise KeyError(f"tensor {tensor} has no frames in the {self.tier.value} tier")
+        return placed
+
+    def __contains__(self, tensor: TensorId) -> bool:
+        return tensor in self._placements
+
+    def __len__(self) -> int:
+        return len(self._placements)
+
+    def tensors(self) -> list[TensorId]:
+        """Every tensor with frames here. O(tensors)."""
+        return list(self._placements)
+
+    def owner(self, frame: int) -> TensorId | None:
+        """The tensor in a frame (of two in a shared page the one that came first), or None when it is free."""
+        tails = self.shared.tails(frame)
+        if tails:
+            return tails[0][1]
+        place = self._runs.bisect_right(frame) - 1
+        if place < 0:
+            return None
+        start, (length, tensor) = self._runs.peekitem(place)
+        return tensor if frame < start + length else None
+
+    def segments(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[FrameId, int, TensorId | None]]:
+        """Maximal stretches of frames with one `owner` (None: free), in order, covering the tier or, cut off there,
+        [begin, end).
+
+        O(log n + stretches), and goes through all shared pages.
+        """
+        last = self.n_frames if end is None else min(end, self.n_frames)
+        first, reached, owner = begin, begin, None
+        for run_start, length, tensor in self.taken(begin, last):
+            start = max(run_start, begin)
+            if start > reached or tensor != owner:
+                if reached > first:
+                    yield FrameId(first), reached - first, owner
+                if start > reached:
+                    yield FrameId(reached), start - reached, None
+                first, owner = start, tensor
+            reached = min(run_start + length, last)
+        if reached > first:
+            yield FrameId(first), reached - first, owner
+        if reached < last:
+            yield FrameId(reached), last - reached, None
+
+    def taken(self, begin: int = 0, end: int | None = None) -> Iterable[tuple[int, int, TensorId]]:
+        """Runs and shared pages that touch the frames of [begin, end), in order of place: start, length, owner; cost as
+        `segments`."""
+        last = self.n_frames if end is None else end
+        runs = self._taken_runs(begin, last)
+        if not self.shared:
+            return runs
+        shared = [(frame, 1, self.shared.tails(frame)[0][1]) for frame in self.shared if begin <= frame < last]
+        return heapq.merge(runs, sorted(shared))
+
+    def _taken_runs(self, begin: int, end: int) -> Iterator[tuple[int, int, TensorId]]:
+        place = max(0, self._runs.bisect_right(begin) - 1)
+        for start in self._runs.islice(place, self._runs.bisect_left(end)):
+            length, tensor = self._runs[start]
+            if start + length > begin:
+                yield start, length, tensor
+
+    @property
+    def free_frames(self) -> int:
+        """Frames that nobody owns."""
+        return self.free.n_frames
+
+    @property
+    def used_frames(self) -> int:
+        """Frames that hold a tensor, or part of one."""
+        return self.n_frames - self.free.n_frames
+
+    def validate(self) -> None:
+        """Check every invariant. O(n log n); for tests and for closing.
+
+        Raises:
+            AssertionError: one does not hold; the message names the frame or tensor.
+        """
+        self.free.validate()
+        self.shared.validate()
+        end = 0
+        for start, length in sorted([*self.free, *((start, length) for start, length, _ in self.taken())]):
+            if start != end or length <= 0:
+                raise AssertionError(f"frames {min(start, end)}..{max(start, end)} have two owners or none")
+            end = start + length
+        if end != self.n_frames:
+            raise AssertionError(f"{end} frames are accounted for, there are {self.n_frames}")
+        for tensor, placed in self._placements.items():
+            self._validate_placement(tensor, placed)
+        n_tails = sum(len(self.shared.tails(frame)) for frame in self.shared)
+        if sum(len(placed.runs) for placed in self._placements.values()) != len(self._runs):
+            raise AssertionError("a run belongs to a tensor that does not know it")
+        if sum(placed.tail is not None for placed in self._placements.values()) != n_tails:
+            raise AssertionError("a tail belongs to a tensor that does not know it")
+        if self.peak_frames < self.used_frames:
+            raise AssertionError(f"{self.used_frames} frames are used, more than the peak of {self.peak_frames}")
+
+    def _validate_placement(self, tensor: TensorId, placed: Placement) -> None:
+        if placed.tensor != tensor or placed.tier is not self.tier:
+            raise AssertionError(f"tensor {tensor} of the {self.tier.value} tier is recorded with {placed}")
+        for run in placed.runs:
+            if self._runs.get(run.first) != (run.n_frames, tensor):
+                raise AssertionError(f"tensor {tensor}: {run} is not in the index of runs")
+        if placed.tail is not None and (placed.tail, tensor) not in self.shared.tails(placed.tail.frame):
+            raise AssertionError(f"tensor {tensor}: {placed.tail} is not in the index of shared pages")
+        tail_bytes = placed.tail.length_bytes if placed.tail is not None else 0
+        n_whole = sum(run.n_frames for run in placed.runs)
+        if n_whole != ceil_div(placed.n_bytes - tail_bytes, self.page_bytes):
+            raise AssertionError(f"tensor {tensor}: {placed} does not hold {placed.n_bytes} bytes")

@@ -84,11 +84,6 @@ class FreeRuns:
             length -= run_length
         return tuple(sorted(pieces, key=lambda piece: piece.first))
 
-    @property
-    def longest(self) -> int:
-        """Frames of the longest run, 0 when nothing is free."""
-        return self._by_length[-1][0] if self._by_length else 0
-
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """All runs as (start, length), in order of place."""
         return iter(self._by_start.items())
@@ -142,11 +137,6 @@ class SharedPages:
     def __len__(self) -> int:
         return len(self._tails)
 
-    @property
-    def n_with_room(self) -> int:
-        """Frames with one tail."""
-        return len(self._room)
-
     def tails(self, frame: int) -> tuple[tuple[Extent, TensorId], ...]:
         """What a frame holds, the first come first; empty when it is not one of these frames."""
         return self._tails.get(frame, ())
@@ -166,7 +156,7 @@ class SharedPages:
             AssertionError: the frame holds two tails, or one that overlaps; nothing was changed.
         """
         there = self.tails(tail.frame)
-        if len(there) > 1 or any(overlap(tail, other) for other, _ in there):
+        if len(there) > 1 or any(_overlap(tail, other) for other, _ in there):
             raise AssertionError(f"{tail} of tensor {tensor} does not fit beside {there}")
         if there:
             self._room.remove((self._gap(tail.frame)[1], tail.frame))
@@ -189,7 +179,7 @@ class SharedPages:
         """Raise AssertionError when a frame holds no, more than two or overlapping tails, or the index of room is
         wrong."""
         for frame, there in self._tails.items():
-            if not 1 <= len(there) <= 2 or (len(there) == 2 and overlap(there[0][0], there[1][0])):
+            if not 1 <= len(there) <= 2 or (len(there) == 2 and _overlap(there[0][0], there[1][0])):
                 raise AssertionError(f"frame {frame} cannot hold {there}")
             for tail, tensor in there:
                 inside = tail.offset_bytes >= 0 and tail.offset_bytes + tail.length_bytes <= self._page_bytes
@@ -210,7 +200,7 @@ class SharedPages:
         return end_bytes, self._page_bytes - end_bytes
 
 
-def overlap(a: Extent, b: Extent) -> bool:
+def _overlap(a: Extent, b: Extent) -> bool:
     """Whether two extents have a byte in common."""
     begin, end = (
         max(a.offset_bytes, b.offset_bytes),

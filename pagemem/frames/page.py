@@ -56,13 +56,6 @@ class Placement:
         """Frames touched, a shared one counted once."""
         return sum(run.n_frames for run in self.runs) + (self.tail is not None)
 
-    @property
-    def contiguous(self) -> bool:
-        """Whether compute can see the tensor as one flat view."""
-        if self.tail is None:
-            return len(self.runs) <= 1
-        return not self.runs
-
     def extents(self, page_bytes: int) -> list[Extent]:
         """The tensor's bytes in order, one extent a page."""
         found: list[Extent] = []
@@ -78,15 +71,6 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class PageMove:
-    """Copy ``length_bytes`` bytes of one page from one place to another inside a tier."""
-
-    tensor: TensorId
-    source: Extent
-    target: Extent
-
-
-@dataclass(frozen=True, slots=True)
 class Shortage:
     """A tier could not serve a request. Nothing was changed.
 
@@ -96,4 +80,3 @@ class Shortage:
     tier: Tier
     wanted_frames: int
     free_frames: int
-    largest_run_frames: int

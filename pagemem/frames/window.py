@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from pagemem.frames.book import FrameBook
+from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, TensorId
 
 #: With more tenants, windows are looked for near the best ones; and near so many of them at most once there is a
@@ -89,7 +89,7 @@ def best_window(
 
 
 def window_near(
-    book: FrameBook,
+    book: PageAllocator,
     n_frames: int,
     preferred: Iterable[TensorId],
     movable: Callable[[TensorId], bool],

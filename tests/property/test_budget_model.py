@@ -74,22 +74,6 @@ class BudgetModel(RuleBasedStateMachine):
         assert not entry.ended
         entry.n_bytes, entry.ended = 0, True
 
-    @precondition(lambda self: self.entries)
-    @rule(data=st.data())
-    def merge(self, data: st.DataObject) -> None:
-        kept, other = self.pick(data), self.pick(data)
-        allowed = (
-            kept is not other and kept.reservation.tag is other.reservation.tag and not (kept.ended or other.ended)
-        )
-        try:
-            kept.reservation.merge(other.reservation)
-        except (TransitionError, ValueError):
-            assert not allowed
-            return
-        assert allowed
-        kept.n_bytes += other.n_bytes
-        other.n_bytes, other.ended = 0, True
-
     @invariant()
     def figures_agree(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.used_bytes())

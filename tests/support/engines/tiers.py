@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from pagemem.frames.allocator import PageAllocator
-from pagemem.frames.page import FrameId, PageMove, Placement, Shortage, TensorId
+from pagemem.frames.page import FrameId, Placement, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import KiB
 
@@ -44,12 +44,6 @@ def anyone(_: TensorId) -> bool:
 def placed(found: Placement | Shortage) -> Placement:
     assert isinstance(found, Placement), found
     return found
-
-
-def copies(found: list[PageMove] | Shortage | None) -> list[str]:
-    """Page copies as 'A3>0': tensor, frame from, frame to."""
-    assert isinstance(found, list), found
-    return [f"{chr(move.tensor)}{move.source.frame}>{move.target.frame}" for move in found]
 
 
 def layout(frames: PageAllocator) -> str:

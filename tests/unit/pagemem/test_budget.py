@@ -44,7 +44,7 @@ def test_reservations_add_up_by_tag() -> None:
     take(host, 20, Tag.PARAM)
     take(host, 30, Tag.GRAD)
     take(host, 5, Tag.PARAM)
-    take(host, 0, Tag.COMM)
+    take(host, 0, Tag.TEMPORARY)
     assert figures(host) == (55, 55, {Tag.PARAM: 25, Tag.GRAD: 30})
 
 
@@ -108,7 +108,7 @@ def test_a_refused_reservation_changes_nothing_and_names_the_holders_most_first(
     host = budget()
     take(host, 20, Tag.GRAD)
     take(host, 50, Tag.MOMENT)
-    take(host, 0, Tag.COMM)
+    take(host, 0, Tag.TEMPORARY)
     before = figures(host)
     shortage = refused(host.reserve(Tag.ACTIVATION, 31, "layer 3"))
     assert shortage == BudgetShortage(Tier.HOST, 31, 70, 100, ((Tag.MOMENT, 50), (Tag.GRAD, 20)))
@@ -136,44 +136,6 @@ def test_the_sentence_says_what_is_held_by_whom_and_what_to_change() -> None:
         "host: 3.0 MiB more do not fit, 8.0 MiB of 10.0 MiB are held by moment 8.0 MiB; raise the budget by 1.0 MiB"
     )
     assert "held by nobody" in refused(budget(0).reserve(Tag.PARAM, 1, "all")).describe()
-
-
-# ---- merging
-# -----------------------------------------------------------------------------------------------------------
-
-
-def test_merging_moves_the_bytes_and_ends_the_other() -> None:
-    host = budget()
-    kept, ended = take(host, 60, Tag.GRAD, "kept"), take(host, 40, Tag.GRAD, "ended")
-    kept.merge(ended)
-    assert (kept.n_bytes, ended.n_bytes, ended.state) == (100, 0, ReservationState.MERGED)
-    assert figures(host) == (100, 100, {Tag.GRAD: 100})
-    kept.release()
-    host.close()
-
-
-def test_one_that_was_merged_inside_its_block_is_not_released_again() -> None:
-    host = budget()
-    kept = take(host, 10)
-    with take(host, 5) as ended:
-        kept.merge(ended)
-    assert (kept.n_bytes, host.used_bytes) == (15, 15)
-
-
-def test_what_cannot_be_merged_stays_as_it_is() -> None:
-    host, other = budget(), budget()
-    kept = take(host, 10, Tag.GRAD)
-    for ended in (kept, take(host, 20, Tag.PARAM), take(other, 30, Tag.GRAD)):
-        size = ended.n_bytes
-        with pytest.raises(ValueError, match="cannot be merged"):
-            kept.merge(ended)
-        assert (kept.n_bytes, ended.n_bytes, ended.state) == (10, size, ReservationState.HELD)
-    gone = take(host, 5, Tag.GRAD)
-    gone.release()
-    for one, two in ((kept, gone), (gone, kept)):
-        with pytest.raises(TransitionError):
-            one.merge(two)
-    assert (kept.n_bytes, kept.state, host.used_bytes) == (10, ReservationState.HELD, 30)
 
 
 # ---- ends
@@ -251,7 +213,7 @@ def test_many_threads_at_once_never_hold_more_than_the_budget_and_end_at_zero() 
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(tag,)) for tag in (Tag.PARAM, Tag.GRAD, Tag.MOMENT, Tag.COMM)]
+    threads = [threading.Thread(target=work, args=(tag,)) for tag in (Tag.PARAM, Tag.GRAD, Tag.MOMENT, Tag.STAGING)]
     for thread in threads:
         thread.start()
     for thread in threads:
