@@ -60,7 +60,7 @@ class Sidecar:
         self._fd: int | None = None
         if told is None:
             return
-        self._fd = folder.open_beside(number, told)
+        self._fd = folder.open_sidecar(number, told)
         self._path = folder.sidecar(number)
         try:
             self._read_header(int(told["n_bytes"]))

@@ -96,7 +96,7 @@ class EarlierCommits:
         """Raise where a page file is gone, or was cut and nothing could tell: it would be made anew, and its zeros pass
         for pages."""
         n_frames = frames_reached(manifest)
-        for path, frames in enumerate(Striping([1.0] * len(file_bytes)).file_frames(n_frames)):
+        for path, frames in enumerate(Striping(len(file_bytes)).file_frames(n_frames)):
             n_bytes, wanted_bytes = file_bytes[path], frames * manifest.page_bytes
             if n_bytes < wanted_bytes and (not n_bytes or not manifest.checksums):
                 raise CommitError(

@@ -89,7 +89,7 @@ class NoFiles(PageFiles):
     def __init__(self, n_paths: int, page_bytes: int, max_request_bytes: int) -> None:
         self.page_bytes = page_bytes
         self.paths = [""] * n_paths
-        self._striping = Striping([1.0] * n_paths)
+        self._striping = Striping(n_paths)
         self._max_request_bytes = max_request_bytes
         self._slab_frames = max(1, SLAB_BYTES // page_bytes)
         self._n_frames = 0

@@ -90,12 +90,12 @@ class CommitFolder:
         replace_file(self.manifest(manifest.number), content)
 
     def write_sidecar(self, number: int, content: bytes) -> dict[str, str | int]:
-        """Make a commit's small tensors durable, before its manifest; returns what `read_sidecar` must be given."""
+        """Make a commit's small tensors durable, before its manifest; returns what `open_sidecar` must be given."""
         self._make()
         replace_file(self.sidecar(number), content)
         return {"n_bytes": len(content), "xxh3": xxh3_128_hexdigest(content)}
 
-    def open_beside(self, number: int, told: Mapping[str, str | int]) -> int:
+    def open_sidecar(self, number: int, told: Mapping[str, str | int]) -> int:
         """A commit's small tensors, as a descriptor of their file for reading, which is the caller's to close.
 
         Raises:
@@ -121,20 +121,6 @@ class CommitFolder:
                 raise _unreadable(path, error) from error
             raise
         return fd
-
-    def read_sidecar(self, number: int, told: Mapping[str, str | int]) -> bytes:
-        """A commit's small tensors, whole; as `open_beside`."""
-        fd = self.open_beside(number, told)
-        try:
-            parts, at = [], 0
-            while part := os.pread(fd, _PART_BYTES, at):
-                parts.append(part)
-                at += len(part)
-            return b"".join(parts)
-        except OSError as error:
-            raise _unreadable(self.sidecar(number), error) from error
-        finally:
-            os.close(fd)
 
     def remove(self, number: int) -> None:
         """Remove a commit durably. There may be none.

@@ -83,7 +83,7 @@ def impossible(manifests: Sequence[Manifest], file_bytes: Sequence[int]) -> dict
             fault = f"its pages have {manifest.page_bytes} bytes, those of the newest commit {page_bytes}"
         if fault is None:
             n_frames = frames_reached(manifest)
-            for path, frames in enumerate(Striping([1.0] * len(file_bytes)).file_frames(n_frames)):
+            for path, frames in enumerate(Striping(len(file_bytes)).file_frames(n_frames)):
                 if frames * page_bytes > file_bytes[path]:
                     fault = (
                         f"it names frame {n_frames - 1}, for which page file {path + 1} needs {frames * page_bytes} "

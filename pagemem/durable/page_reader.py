@@ -131,7 +131,7 @@ class PageReader:
         self.paths = [str(path) for path in paths]
         self.page_bytes = page_bytes
         self.chunk_bytes = max(CHUNK_BYTES, page_bytes)
-        self._striping = Striping([1.0] * len(paths))
+        self._striping = Striping(len(paths))
         self._files = _ReadOnlyFiles()
         try:
             for path in self.paths:

@@ -71,7 +71,6 @@ class PageFiles:
             path, but at least one; 0: who moves does that, too.
         max_request_bytes: longest single request to the system, a multiple of 4096. Each one wakes a thread or two.
         limit_mb_per_s: caps reads and writes together, in 10^6 bytes a second, to model a slower disk.
-        weights: shares of the frames a path, e.g. bandwidths; None is equal shares.
         slab_bytes: the step by which the tier grows, over all paths together.
         backend: takes the place of the probed one, for tests that inject faults; it is closed by `close`.
 
@@ -92,14 +91,11 @@ class PageFiles:
         finishing_threads: int | None = None,
         max_request_bytes: int = 16 * MiB,
         limit_mb_per_s: float | None = None,
-        weights: Sequence[float] | None = None,
         slab_bytes: int = SLAB_BYTES,
         backend: RawBackend | None = None,
     ) -> None:
         _check_sizes(page_bytes, max_request_bytes, threads_per_path)
-        if weights is not None and len(weights) != len(directories):
-            raise ValueError(f"{len(weights)} weights for {len(directories)} paths; give one each")
-        self._striping = Striping([1.0] * len(directories) if weights is None else weights)
+        self._striping = Striping(len(directories))
         self.throttle = None if limit_mb_per_s is None else TokenBucket(limit_mb_per_s * 1e6)
         self.page_bytes = page_bytes
         self.paths = [str(directory.file(PAGE_FILE_NAME)) for directory in directories]

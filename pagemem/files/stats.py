@@ -11,28 +11,23 @@ from pagemem.files.backend import Direction
 
 @dataclass(frozen=True, slots=True)
 class IoStats:
-    """Totals since the page files were opened. Failed requests count as requests, not as bytes.
+    """Totals since the page files were opened. A request that failed has moved no bytes.
 
     Attributes:
         read_busy_s: seconds in which at least one read was with the system (or held back by the limit); so
             ``bytes_read / read_busy_s`` is the bandwidth seen.
         write_busy_s: the same of writes.
-        verify_s: seconds of computing checksums, summed over threads, of reads and writes.
     """
 
     bytes_read: int
     bytes_written: int
-    read_requests: int
-    write_requests: int
     read_busy_s: float
     write_busy_s: float
-    verify_s: float
 
 
 @dataclass(slots=True)
 class _Totals:
     n_bytes: int = 0
-    n_requests: int = 0
     in_flight: int = 0
     busy_since_s: float = 0.0
     busy_s: float = 0.0
@@ -44,7 +39,6 @@ class IoMeter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._totals = {direction: _Totals() for direction in Direction}
-        self._verify_s = 0.0
 
     def begin(self, direction: Direction) -> None:
         """A request goes to the system."""
@@ -53,7 +47,6 @@ class IoMeter:
             if totals.in_flight == 0:
                 totals.busy_since_s = time.perf_counter()
             totals.in_flight += 1
-            totals.n_requests += 1
 
     def end(self, direction: Direction, n_bytes: int) -> None:
         """The request is over and moved ``n_bytes`` (0: it failed)."""
@@ -64,24 +57,11 @@ class IoMeter:
             if totals.in_flight == 0:
                 totals.busy_s += time.perf_counter() - totals.busy_since_s
 
-    def verified(self, seconds: float) -> None:
-        """A checksum took this long."""
-        with self._lock:
-            self._verify_s += seconds
-
     def stats(self) -> IoStats:
         """The totals now."""
         with self._lock:
             reads, writes = self._totals[Direction.READ], self._totals[Direction.WRITE]
-            return IoStats(
-                reads.n_bytes,
-                writes.n_bytes,
-                reads.n_requests,
-                writes.n_requests,
-                _busy_s(reads),
-                _busy_s(writes),
-                self._verify_s,
-            )
+            return IoStats(reads.n_bytes, writes.n_bytes, _busy_s(reads), _busy_s(writes))
 
 
 def _busy_s(totals: _Totals) -> float:

@@ -23,11 +23,9 @@ class EventKind(enum.Enum):
     # Members are single: enum's own hash, of the name, is a Python call.
     __hash__ = object.__hash__
 
-    ALLOCATE = "allocate"
     READ = "read"
     WRITE = "write"
     UPLOAD = "upload"
-    DROP = "drop"
     WAIT = "wait"
     UPDATE = "update"
     UPDATE_WAIT = "update wait"

@@ -8,12 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagemem.files.requests import MAX_BUFFERS, plan_requests, tabulate
-from pagemem.files.striping import MAX_PERIOD, Striping
+from pagemem.files.striping import MAX_PATHS, Striping
 from pagemem.frames.page import Extent, FrameId
 from pagemem.units import BLOCK_BYTES, KiB, MiB
 
 PAGE_BYTES = 64 * KiB
-weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 
 
 def located(striping: Striping, n_frames: int) -> list[tuple[int, int]]:
@@ -21,44 +20,24 @@ def located(striping: Striping, n_frames: int) -> list[tuple[int, int]]:
     return list(zip(paths.tolist(), file_frames.tolist()))
 
 
-@given(weights, st.integers(0, 300))
-def test_frames_fill_each_file_once_and_without_gaps(shares: list[float], n_frames: int) -> None:
-    striping = Striping(shares)
+@given(st.integers(1, 5), st.integers(0, 300))
+def test_frames_fill_each_file_once_and_without_gaps(n_paths: int, n_frames: int) -> None:
+    striping = Striping(n_paths)
     expected = {(path, frame) for path, n in enumerate(striping.file_frames(n_frames)) for frame in range(n)}
     found = located(striping, n_frames)
     assert len(found) == n_frames
     assert set(found) == expected
 
 
-@pytest.mark.parametrize(
-    ("shares", "pattern"),
-    [
-        ([3.0], (0,)),
-        ([1.0, 1.0], (0, 1)),
-        ([2.0, 1.0], (0, 1, 0)),
-        ([5000.0, 1000.0, 1000.0], (0, 0, 1, 0, 2, 0, 0)),
-    ],
-)
-def test_small_ratios_are_met_exactly_by_the_shortest_pattern(shares: list[float], pattern: tuple[int, ...]) -> None:
-    assert Striping(shares).pattern == pattern
+def test_frames_are_dealt_out_in_turn() -> None:
+    assert located(Striping(3), 5) == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+    assert Striping(3).file_frames(5) == [2, 2, 1]
 
 
-@given(weights)
-def test_shares_follow_the_weights(shares: list[float]) -> None:
-    n_frames = 64 * MAX_PERIOD
-    for weight, got in zip(shares, Striping(shares).file_frames(n_frames)):
-        assert got / n_frames == pytest.approx(weight / sum(shares), abs=len(shares) / MAX_PERIOD)
-
-
-def test_a_locating_is_stable_while_the_tier_grows() -> None:
-    striping = Striping([3.0, 2.0])
-    assert located(striping, 50) == located(striping, 500)[:50]
-
-
-@pytest.mark.parametrize("shares", [[], [0.0], [1.0, -1.0], [float("inf")], [float("nan")], [1.0] * (MAX_PERIOD + 1)])
-def test_weights_must_be_usable(shares: list[float]) -> None:
-    with pytest.raises(ValueError, match="paths|weights"):
-        Striping(shares)
+@pytest.mark.parametrize("n_paths", [0, MAX_PATHS + 1])
+def test_the_number_of_paths_is_limited(n_paths: int) -> None:
+    with pytest.raises(ValueError, match=f"1 to 64 paths are supported, not {n_paths}"):
+        Striping(n_paths)
 
 
 @st.composite
@@ -80,7 +59,7 @@ def test_requests_move_every_byte_once_to_its_place(
     transfer: tuple[list[Extent], int], n_paths: int, max_request_bytes: int
 ) -> None:
     extents, page_bytes = transfer
-    striping = Striping([2.0, 1.0, 1.0][:n_paths])
+    striping = Striping(n_paths)
     table = tabulate(extents, striping, page_bytes, 60)
     requests = plan_requests(table, n_paths, page_bytes, max_request_bytes)
     known_by = list(zip(table.keys.places.tolist(), table.keys.spans.tolist()))
@@ -111,7 +90,7 @@ def test_requests_move_every_byte_once_to_its_place(
 def test_adjacent_pages_become_few_long_requests() -> None:
     extents = [Extent(FrameId(frame), 0, PAGE_BYTES) for frame in range(256)]
     for n_paths in (1, 2, 4):
-        table = tabulate(extents, Striping([1.0] * n_paths), PAGE_BYTES, 256)
+        table = tabulate(extents, Striping(n_paths), PAGE_BYTES, 256)
         requests = plan_requests(table, n_paths, PAGE_BYTES, 4 * MiB)
         assert [request.n_bytes for request in requests] == [4 * MiB] * 4
         # One path: memory is adjacent too. Several: each page is a buffer of its own.
@@ -121,13 +100,13 @@ def test_adjacent_pages_become_few_long_requests() -> None:
 def test_vectors_stay_within_what_the_system_accepts() -> None:
     n_frames = 2 * MAX_BUFFERS + 2
     extents = [Extent(FrameId(frame), 0, PAGE_BYTES) for frame in range(n_frames)]
-    table = tabulate(extents, Striping([1.0, 1.0]), PAGE_BYTES, n_frames)
+    table = tabulate(extents, Striping(2), PAGE_BYTES, n_frames)
     requests = plan_requests(table, 2, PAGE_BYTES, 1 << 40)
     assert sorted(len(request.spans) for request in requests) == [1, 1, MAX_BUFFERS, MAX_BUFFERS]
 
 
 def test_a_page_above_the_limit_is_cut_into_equal_parts() -> None:
-    table = tabulate([Extent(FrameId(0), 0, 10 * MiB)], Striping([1.0]), 16 * MiB, 1)
+    table = tabulate([Extent(FrameId(0), 0, 10 * MiB)], Striping(1), 16 * MiB, 1)
     requests = plan_requests(table, 1, 16 * MiB, 4 * MiB)
     assert len(requests) == 3
     assert max(request.n_bytes for request in requests) - min(request.n_bytes for request in requests) < 4 * BLOCK_BYTES
@@ -149,10 +128,10 @@ def test_a_page_above_the_limit_is_cut_into_equal_parts() -> None:
 )
 def test_an_extent_outside_its_page_or_off_the_grid_is_refused(extent: Extent) -> None:
     with pytest.raises(ValueError, match="whole 4096-byte blocks") as caught:
-        tabulate([Extent(FrameId(1), 0, PAGE_BYTES), extent], Striping([1.0]), PAGE_BYTES, 4)
+        tabulate([Extent(FrameId(1), 0, PAGE_BYTES), extent], Striping(1), PAGE_BYTES, 4)
     assert repr(extent) in str(caught.value)
 
 
 def test_a_table_has_extents() -> None:
     with pytest.raises(ValueError, match="no extents"):
-        tabulate([], Striping([1.0]), PAGE_BYTES, 4)
+        tabulate([], Striping(1), PAGE_BYTES, 4)
