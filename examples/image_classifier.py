@@ -2,7 +2,7 @@
 
     python examples/image_classifier.py --steps 150
 
-Shows the engine's own loop (`offload.initialize`), batch normalisation, gradient clipping, and evaluation between steps.
+Shows `offload.initialize`, batch normalisation, gradient clipping, and evaluation between steps.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def accuracy(model: nn.Module, rows: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=16)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--ram", default="2MiB")
+    parser.add_argument("--ram", default="1MiB")
     arguments = parser.parse_args()
     torch.manual_seed(1)
     with tempfile.TemporaryDirectory() as folder:

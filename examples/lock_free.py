@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--ram", default="20MiB")
+    parser.add_argument("--ram", default="24MiB")
     parser.add_argument("--disk", type=float, default=100, help="MB/s of reads and writes together")
     parser.add_argument("--max-staleness", type=int, default=4)
     arguments = parser.parse_args()

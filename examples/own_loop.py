@@ -1,6 +1,6 @@
 """Your own training loop over pages: train, save the weights, load them into a plain model.
 
-    python examples/own_loop.py --width 4096 --ram 64MiB
+    python examples/own_loop.py --width 2048 --ram 64MiB
 
 The model's parameters and AdamW states take 12 bytes a parameter; ``--ram`` bounds how many of them are in RAM.
 """
@@ -18,10 +18,9 @@ import offload
 
 
 def build_model(width: int) -> nn.Module:
-    """An MLP from 64 numbers to 64."""
-    return nn.Sequential(
-        nn.Linear(64, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 64)
-    )  # fmt: skip
+    """An MLP from 64 numbers to 64, with four hidden layers of ``width``."""
+    hidden = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.GELU())]
+    return nn.Sequential(nn.Linear(64, width), nn.GELU(), *hidden, nn.Linear(width, 64))
 
 
 def batch(step: int, rows: int = 64) -> tuple[Tensor, Tensor]:
@@ -32,7 +31,7 @@ def batch(step: int, rows: int = 64) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--ram", default="16MiB", help="RAM for parameters, gradients and optimizer states")
     parser.add_argument("--folder", type=Path, help="for page files and weights; default: a temporary one")
@@ -61,7 +60,7 @@ def main() -> None:
         print(f"SSD: {stats.bytes_read / 2**20:.0f} MiB read, {stats.bytes_written / 2**20:.0f} MiB written")
 
         model.eval()
-        x, _ = batch(-1 % 2**32)
+        x, _ = batch(arguments.steps)
         with torch.no_grad():
             expected = model(x)
         torch.save(model.state_dict(), folder / "weights.pt")  # plain tensors; before the engine closes

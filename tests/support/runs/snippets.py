@@ -79,13 +79,17 @@ def run_command(words: list[str]) -> None:
 
 
 def run_script(words: list[str]) -> None:
-    """``python FILE ARGUMENTS``."""
-    before = sys.argv
+    """``python FILE ARGUMENTS``; an exit code other than 0 raises."""
+    argv, path = sys.argv, list(sys.path)
     sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).resolve().parent))
     try:
         runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
     finally:
-        sys.argv = before
+        sys.argv, sys.path[:] = argv, path
 
 
 def _write_named(block: Block) -> bool:
