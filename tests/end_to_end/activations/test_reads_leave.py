@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import full_product
 from parity import Parity, state_bytes
 from tiny_models import CASES
 
@@ -45,10 +46,12 @@ def watch(driver: type[Driver], patch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: compared
 
 
-@pytest.mark.parametrize("device", [None, "1MiB"], ids=["two tiers", "three tiers"])
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("name", ["gpt", "conv", "tied"])
+@full_product(
+    name=["gpt", "conv", "tied"],
+    clip_norm=[None, 0.5],
+    accumulation=[1, 3],
+    device={"two tiers": None, "three tiers": "1MiB"},
+)
 def test_what_an_op_reads_it_leaves_as_it_was(
     name: str,
     clip_norm: float | None,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from late_device import late_device
+from pairwise import full_product
 from parity import Parity, adamw, state_bytes
 from safetensors.torch import load_file
 from small_runs import assert_closed, assert_equal, built, config, train, train_plain
@@ -30,9 +31,7 @@ def homes(folder: Path, device: str = ALL, states: str = "auto", dtype: str = "f
     return made | {"device": "cpu-emulated", "memory": memory, "model": {"factory": "unused:unused", "dtype": dtype}}
 
 
-@pytest.mark.parametrize("device", [SOME, ALL])
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("name", CASES)
+@full_product(name=tuple(CASES), clip_norm=[None, 0.5], device=[SOME, ALL])
 def test_on_a_late_device_every_step_equals_plain_torch(
     name: str, clip_norm: float | None, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

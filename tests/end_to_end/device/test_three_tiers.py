@@ -13,6 +13,7 @@ import pytest
 import torch
 from edits import EDITS
 from late_device import late_device
+from pairwise import full_product
 from parity import Parity, adamw, smallest_ram, state_bytes
 from small_runs import assert_closed, assert_equal, batches, built, config, train, train_plain
 from tiny_models import CASES
@@ -40,9 +41,9 @@ def smallest_device(parity: Parity) -> int:
     raise AssertionError("no device budget works")
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("device", ["smallest", "all parameters", "some states", "all states"])
-@pytest.mark.parametrize("name", CASES)
+@full_product(
+    name=tuple(CASES), device=["smallest", "all parameters", "some states", "all states"], clip_norm=[None, 0.5]
+)
 def test_every_step_equals_plain_torch(name: str, device: str, clip_norm: float | None, tmp_path: Path) -> None:
     accumulation = 3 if name == "gpt" else 1
     parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, accumulation)
@@ -74,9 +75,7 @@ def test_both_plans_are_followed(name: str, clip_norm: float | None, tmp_path: P
     assert stats.planned_steps >= parity.steps - 4, "one more step on demand for each plan of the device"
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("name", ["gpt", "tied"])
+@full_product(name=["gpt", "tied"], clip_norm=[None, 0.5], late=[False, True])
 def test_tensors_that_are_read_in_many_requests_are_copied_as_they_come(
     name: str, clip_norm: float | None, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,9 +100,7 @@ def three_tiers(folder: Path, device: int | str = "1MiB", **update: Any) -> dict
     return made | {"device": "cpu-emulated", "memory": made["memory"] | {"device": device}}
 
 
-@pytest.mark.parametrize("device", ["1MiB", "64MiB"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("edit", EDITS)
+@full_product(edit=tuple(EDITS), dtype=["fp32", "bf16"], device=["1MiB", "64MiB"])
 def test_edits_reach_host_memory(edit: Any, dtype: str, device: str, tmp_path: Path) -> None:
     made = three_tiers(tmp_path, device, start="step") | {"model": {"factory": "unused:unused", "dtype": dtype}}
     with offload.initialize(built(), made, lambda ps: torch.optim.SGD(ps, lr=0.0, fused=True)) as engine:

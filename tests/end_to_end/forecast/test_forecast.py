@@ -11,6 +11,7 @@ import forecast_runs
 import pytest
 import torch
 from forecast_runs import CASES, HERE, LITTLE_RAM, PAGE_BYTES, RATES, ROWS, STEPS, TOKENS, gpt_config, trained
+from pairwise import full_product
 from torch import nn
 
 import offload
@@ -49,11 +50,11 @@ def test_ops_and_pages_are_those_of_the_engine(case: str, ram: int, tmp_path: Pa
         assert ssd.peak_pages == ssd.planned_peak_pages
 
 
-@pytest.mark.parametrize("states", ["auto", "never"])
-@pytest.mark.parametrize(
-    "device", [6 * PAGE_BYTES, 20 * PAGE_BYTES, 60 * PAGE_BYTES, 8 << 20], ids=["little", "some", "more", "much"]
+@full_product(
+    case=["plain", "bf16", "clipped", "accumulated", "tied", "views", "recomputed"],
+    device={"little": 6 * PAGE_BYTES, "some": 20 * PAGE_BYTES, "more": 60 * PAGE_BYTES, "much": 8 << 20},
+    states=["auto", "never"],
 )
-@pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "accumulated", "tied", "views", "recomputed"])
 def test_with_a_device_too(case: str, device: int, states: str, tmp_path: Path) -> None:
     # As many frames as without a device, where no gradients are on their way down.
     memory = {"ram": LITTLE_RAM + PAGE_BYTES, "page": PAGE_BYTES, "device": device, "device_states": states}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import full_product
 from torch import Tensor, nn
 
 import offload
@@ -82,13 +83,11 @@ def _make_uses(kind: str) -> Use:
     return (lambda model, seen: _edit_one(model[1:], seen)) if kind == "edit one" else USES[kind]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("kind", USES)
-@pytest.mark.parametrize(
-    "update",
-    [{"start": "auto"}, {"start": "step"}, {"start": "auto", "clip_norm": 1e9}],
-    ids=["auto", "step", "clipped"],
+@full_product(
+    accumulation=[1, 2],
+    update={"auto": {"start": "auto"}, "step": {"start": "step"}, "clipped": {"start": "auto", "clip_norm": 1e9}},
+    kind=tuple(USES),
 )
-@pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loop_that_uses_parameters_before_each_step_has_plain_bits(
     kind: str, update: dict[str, object], accumulation: int, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import full_product
 from tiny_models import CASES
 from torch import nn
 
@@ -30,9 +31,7 @@ def built() -> nn.Module:
     return CASES["gpt"].build()
 
 
-@pytest.mark.parametrize("mode", ["exact", "lock-free"])
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@full_product(accumulation=[1, 2], clip_norm=[None, 0.5], mode=["exact", "lock-free"])
 def test_fp16_equals_plain_pytorch(mode: str, clip_norm: float | None, accumulation: int, tmp_path: Path) -> None:
     masters = [nn.Parameter(p.detach().clone()) for p in built().parameters()]
     plain = built().half()

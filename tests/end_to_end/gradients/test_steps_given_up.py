@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import full_product
 from parity import compare
 from small_runs import assert_closed
 from torch import Tensor, nn
@@ -140,12 +141,12 @@ def halves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return front, {name: value for name, value in state.items() if name not in front}
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("give_up", ["abandon_step", "zero_grad"])
-@pytest.mark.parametrize(
-    "update", [{}, {"start": "step"}, {"clip_norm": 0.5}, {"mode": "lock-free", "max_staleness": 0}], ids=str
+@full_product(
+    where={"ram": RAM, "ssd": SSD, "device": DEVICE},
+    update=[{}, {"start": "step"}, {"clip_norm": 0.5}, {"mode": "lock-free", "max_staleness": 0}],
+    give_up=["abandon_step", "zero_grad"],
+    error=[ZeroDivisionError, KeyboardInterrupt],
 )
-@pytest.mark.parametrize("where", [RAM, SSD, DEVICE], ids=["ram", "ssd", "device"])
 def test_after_an_error_in_mid_backward_the_step_is_given_up_and_training_goes_on(
     where: dict[str, Any], update: dict[str, Any], give_up: str, error: type[BaseException], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import full_product
 from parity import compare
 from small_runs import assert_closed
 from torch import nn
@@ -130,11 +131,11 @@ HOOKS: dict[str, Callable[[torch.Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "update", [{}, {"start": "step"}, {"clip_norm": 0.5}, {"mode": "lock-free", "max_staleness": 0}], ids=str
+@full_product(
+    name=tuple(HOOKS),
+    registered=["before", "after", "in the middle"],
+    update=[{}, {"start": "step"}, {"clip_norm": 0.5}, {"mode": "lock-free", "max_staleness": 0}],
 )
-@pytest.mark.parametrize("registered", ["before", "after", "in the middle"])
-@pytest.mark.parametrize("name", HOOKS)
 def test_hooks_see_and_change_what_plain_torchs_do(
     name: str, registered: str, update: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -8,9 +8,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from lockfree_replay import History, Replay, assert_replayed
+from pairwise import full_product
 from parity import Parity, adamw, schedule, smallest_ram, state_bytes
 from small_runs import assert_closed
 from tiny_models import CASES, Case
@@ -26,10 +26,9 @@ def resident_ram(case: Case) -> int:
     return 3 * state_bytes(case) + (8 << 20)
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("residency", ["all_in_ram", "smallest_budget"])
-@pytest.mark.parametrize("name", CASES)
+@full_product(
+    name=tuple(CASES), residency=["all_in_ram", "smallest_budget"], clip_norm=[None, 0.5], accumulation=[1, 3]
+)
 def test_without_staleness_every_step_equals_plain_torch(
     name: str, residency: str, clip_norm: float | None, accumulation: int, tmp_path: Path
 ) -> None:
@@ -108,10 +107,9 @@ def replayed(
     return history, engine
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("pace", ["free", "late"])
-@pytest.mark.parametrize("residency", ["all_in_ram", "streaming"])
-@pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
+@full_product(
+    max_staleness=[0, 1, 2, 4], residency=["all_in_ram", "streaming"], pace=["free", "late"], clip_norm=[None, 0.5]
+)
 def test_with_staleness_the_results_follow_from_the_history(
     max_staleness: int, residency: str, pace: str, clip_norm: float | None, tmp_path: Path
 ) -> None:

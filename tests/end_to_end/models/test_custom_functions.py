@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import full_product
 from parity import adamw, compare
 from small_runs import assert_closed, config
 from torch import Tensor, nn
@@ -221,9 +222,7 @@ def test_on_a_device(name: str, device: str, tmp_path: Path) -> None:
     trained_side_by_side(lambda: Net(FUNCTIONS[name]), settings_of("auto", device, tmp_path))
 
 
-@pytest.mark.parametrize("update", ["auto", "step", "lock-free"])
-@pytest.mark.parametrize("recompute", ["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@full_product(name=tuple(FUNCTIONS), recompute=["reentrant", "non-reentrant"], update=["auto", "step", "lock-free"])
 def test_in_a_checkpointed_region(name: str, recompute: str, update: str, tmp_path: Path) -> None:
     def run() -> None:
         trained_side_by_side(lambda: Net(FUNCTIONS[name], recompute=recompute), settings_of(update, "cpu", tmp_path))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_models import ROWS, TOKENS, WIDTH, Attending, Encoding
+from pairwise import full_product
 from parity import adamw
 from small_runs import assert_closed, assert_equal, config
 from torch import Tensor, nn
@@ -51,9 +52,7 @@ def kernels(model: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
     ]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("ram", ["512KiB", "4MiB"])
-@pytest.mark.parametrize("mode", ["no_grad", "frozen", "with gradients"])
+@full_product(mode=["no_grad", "frozen", "with gradients"], ram=["512KiB", "4MiB"], name=tuple(MODELS))
 def test_evaluation_takes_the_path_that_plain_torch_takes(mode: str, ram: str, name: str, tmp_path: Path) -> None:
     build, fast = MODELS[name]
     torch.manual_seed(3)

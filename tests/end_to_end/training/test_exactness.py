@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import full_product
 from parity import Parity, smallest_ram, state_bytes
 from tiny_models import CASES
 from torch import nn
@@ -25,10 +26,7 @@ def budget(residency: str, parity: Parity) -> int:
     return states // 2 if residency == "half_on_ssd" else smallest_ram(dataclasses.replace(parity, steps=2))
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("residency", RESIDENCIES)
-@pytest.mark.parametrize("name", CASES)
+@full_product(name=tuple(CASES), residency=RESIDENCIES, clip_norm=[None, 0.5], accumulation=[1, 3])
 def test_every_step_equals_plain_torch(
     name: str, residency: str, clip_norm: float | None, accumulation: int, tmp_path: Path
 ) -> None:
@@ -40,9 +38,7 @@ def test_every_step_equals_plain_torch(
         assert stats.bytes_read > 0 and stats.bytes_written > 0
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("residency", RESIDENCIES)
-@pytest.mark.parametrize("name", CASES)
+@full_product(name=tuple(CASES), residency=RESIDENCIES, clip_norm=[None, 0.5])
 def test_planned_steps_equal_plain_torch(name: str, residency: str, clip_norm: float | None, tmp_path: Path) -> None:
     parity = Parity(CASES[name], tmp_path, 0, clip_norm, each_step=False, steps=9)
     parity.ram = budget(residency, parity)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pairwise import full_product
 from parity import Parity, smallest_ram, state_bytes
 from tiny_models import CASES
 
@@ -14,9 +15,9 @@ from pagemem.residency import tenants
 from scheduler.planning import lookahead as walk
 
 
-@pytest.mark.parametrize("memory", [{}, {"device": "1MiB"}], ids=["two tiers", "three tiers"])
-@pytest.mark.parametrize("ram", ["smallest", "half"])
-@pytest.mark.parametrize("name", ["gpt", "tied"])
+@full_product(
+    name=["gpt", "tied"], ram=["smallest", "half"], memory={"two tiers": {}, "three tiers": {"device": "1MiB"}}
+)
 def test_every_step_equals_plain_torch(
     name: str, ram: str, memory: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import full_product
 from torch import nn
 
 from offload.budget.need import BudgetNeed, Sizes, UnitShape, budget_need
@@ -58,9 +59,11 @@ def test_slices_grow_with_budgets_that_hold_thousands_of_them() -> None:
     assert in_exact_mode == {1: 1 << 20, 7: 1 << 20, 8: 1 << 21, 100: 1 << 24, 256: 1 << 25, 2000: 1 << 25}
 
 
-@pytest.mark.parametrize("page", [PAGE_BYTES, "auto"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("numel", [64, 16_384, 70_016, 1_100_032, 2_015_000, 1_340_032, 1_600_000, 2_700_032])
+@full_product(
+    numel=[64, 16_384, 70_016, 1_100_032, 2_015_000, 1_340_032, 1_600_000, 2_700_032],
+    dtype=["fp32", "bf16"],
+    page=[PAGE_BYTES, "auto"],
+)
 def test_the_smallest_budget_is_the_first_of_all_that_holds_what_it_needs_itself(
     numel: int, dtype: str, page: int | str
 ) -> None:
