@@ -43,11 +43,13 @@ from pagemem.process import interrupts
 for _name in _SIBLINGS:
     interrupts.cover(str(importlib.import_module(_name).__file__))
 interrupts.cover(
-    __file__, open_files=("__main__.py", "cli.py", "launch/train.py", "launch/profile_run.py", "doctor.py")
+    __file__,
+    open_files=("__main__.py", "cli.py", "launch/train.py", "launch/loop.py", "launch/profile_run.py", "doctor.py"),
 )
 
 from offload.budget.need import BudgetNeed
 from offload.budget.smallest import FactoryError, smallest_budget
+from offload.callbacks import Callback
 from offload.checkpoint.export import ExportError
 from offload.checkpoint.resumed import Change, Resumed
 from offload.config import Config, ConfigError, load_config
@@ -73,6 +75,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "BudgetNeed",
+    "Callback",
     "Change",
     "ChecksumError",
     "CommitError",

@@ -60,6 +60,11 @@ def _folder(value: str) -> str:
     return value
 
 
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+_FACTORY: Final = r"^[\w.]+:[\w.]+$"
 Size = Annotated[int, BeforeValidator(_size)]
 Folder = Annotated[str, AfterValidator(_folder)]
 #: A decay rate of a moment.
@@ -188,6 +193,12 @@ class CommitConfig(_Section):
     """`offload launch`: commit when training ends, also on Ctrl-C, SIGTERM or a closed output pipe."""
     keep: int = Field(default=2, ge=1)
     """Unnamed commits that are kept. Named commits are never deleted; a later commit may take the name over."""
+    keep_best: bool = False
+    """`offload launch`: commit the lowest validation loss so far under the name "best", whenever an evaluation of
+    ``train.evaluate_every`` finds one."""
+    hyper_parameters: Literal["commit", "configuration"] = "commit"
+    """`offload launch`: which hyper-parameters of the optimizer (learning rate, weight decay, ...) hold when a run
+    resumes: those of the commit, or those of the configuration."""
     resume: Literal["auto", "never"] = "auto"
     """`offload launch`: "auto" resumes from the newest commit in ``ssd.paths``, "never" refuses a folder that contains
     commits."""
@@ -228,7 +239,7 @@ class OptimizerConfig(_Section):
 class ModelConfig(_Section):
     """What `offload launch` trains."""
 
-    factory: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    factory: str = Field(pattern=_FACTORY)
     """``module:callable`` that returns the model; called with ``arguments``. Its forward(x, y) returns the loss."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the factory."""
@@ -239,7 +250,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """What `offload launch` trains on."""
 
-    factory: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    factory: str = Field(pattern=_FACTORY)
     """``module:callable`` that returns the data; called with ``folder`` (for its cache), ``seed`` and ``arguments``."""
     arguments: dict[str, Any] = {}
     """Further keyword arguments of the factory."""
@@ -257,7 +268,9 @@ class TrainConfig(_Section):
     log_every: int = Field(default=1, ge=1)
     """Steps between two progress lines in a pipe."""
     evaluate_batches: int = Field(default=8, ge=0)
-    """Validation batches before and after training; 0: no validation."""
+    """Validation batches of an evaluation, before and after training; 0: no validation."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between two evaluations during training. None: only before and after it."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or cosine to a tenth at the last step."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -269,6 +282,8 @@ class TrainConfig(_Section):
     def _check(self) -> TrainConfig:
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, more than steps ({self.steps})")
+        if self.evaluate_every is not None and not self.evaluate_batches:
+            raise ValueError(f"evaluate_every is {self.evaluate_every}, but evaluate_batches is 0; set it to at least 1")
         return self
 
 
@@ -276,8 +291,12 @@ class OutputConfig(_Section):
     """What `offload launch` leaves behind."""
 
     run: Folder
-    """Folder for metrics.jsonl, the resolved configuration and the loss curve. Must be new, empty or of an earlier
-    run."""
+    """Folder for metrics, the resolved configuration and the loss curve. Must be new, empty or of an earlier run."""
+    log: Annotated[list[Literal["jsonl", "csv"]], BeforeValidator(_as_list), Field(min_length=1)] = ["jsonl"]
+    """Files with the metrics of each step, one or a list: "jsonl" writes metrics.jsonl, "csv" metrics.csv."""
+    callbacks: list[Annotated[str, Field(pattern=_FACTORY)]] = []
+    """``module:callable`` factories of callbacks, called without arguments; each returns an ``offload.Callback``, whose
+    methods are called as the run trains."""
 
 
 class Config(_Section):
@@ -325,7 +344,15 @@ class Config(_Section):
                     raise ValueError(
                         f"output.run ({self.output.run}) lies in the page-file folder {path}; name another folder"
                     )
+        if self.commit.keep_best and (self.train is None or self.train.evaluate_every is None):
+            raise ValueError("commit.keep_best needs train.evaluate_every, which is not set")
         return self
+
+    def require(self, command: str, *sections: str) -> None:
+        """Raise ConfigError where one of the sections that a command needs is missing."""
+        missing = [name for name in sections if getattr(self, name) is None]
+        if missing:
+            raise ConfigError(f"{command} needs the sections {', '.join(missing)} as well")
 
     def dumped(self) -> str:
         """The resolved configuration as the text of a JSON file."""

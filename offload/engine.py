@@ -466,7 +466,9 @@ class Engine:
         self._check_running()
         return self._checkpoints.save(self._steps, whole=False) if self.commit_due else None
 
-    def resume(self, name: str | None = None, *, allow_older: bool = False) -> Resumed | None:
+    def resume(
+        self, name: str | None = None, *, allow_older: bool = False, keep_hyper_parameters: bool = False
+    ) -> Resumed | None:
         """Go on from the newest commit in ``ssd.paths``, or the one of this name.
 
         Parameters, optimizer states, buffers, hyper-parameters, random generators and everything tracked are as they
@@ -474,6 +476,8 @@ class Engine:
 
         Args:
             allow_older: pass over a damaged newest commit; the result says what was wrong with it.
+            keep_hyper_parameters: keep those that the optimizer has here (learning rate, weight decay, ...) instead of
+                the commit's.
 
         Returns:
             Where the run goes on, or None when there is no commit.
@@ -485,7 +489,7 @@ class Engine:
         self._check_running()
         if self._in_a_step:
             self.abandon_step()
-        resumed = self._checkpoints.resume(name, allow_older=allow_older)
+        resumed = self._checkpoints.resume(name, allow_older=allow_older, keep_hypers=keep_hyper_parameters)
         if resumed is not None:
             self._steps, self._micro_batches = resumed.step, 0
         return resumed

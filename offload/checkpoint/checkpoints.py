@@ -6,8 +6,6 @@ manifest; buffers and ordinary parameters are a safetensors file beside it. No p
 
 from __future__ import annotations
 
-import inspect
-import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -18,8 +16,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from offload.checkpoint.committer import Committer, Moment
+from offload.checkpoint.compatibility import Contents, check_contents, check_groups
 from offload.checkpoint.resumed import Resumed, config_changes, hyper_changes
-from offload.checkpoint.sidecar import TORCH_DTYPES, Sidecar
+from offload.checkpoint.sidecar import Sidecar
 from offload.commits.commit_state import ENCODING
 from offload.commits.plain_state import UnknownState, decode, encode
 from offload.commits.random_states import random_states, set_random_states
@@ -33,13 +32,9 @@ from optim.unit import Slot
 from optim.updater import Updater
 from pagemem.errors import CommitError
 from pagemem.residency.paged_tensor import PagedTensor
-from pagemem.tier import TRANSIENT, Tag
+from pagemem.tier import TRANSIENT
 
 _MAX_NAME: Final = 200
-#: What to do about a commit of another model.
-_OTHER_RUN: Final = (
-    "name other ssd.paths, or build the model and its optimizer with the arguments that the commit was made with"
-)
 
 
 class Stateful(Protocol):
@@ -188,8 +183,13 @@ class Checkpoints:
 
     # ---- resuming ----------------------------------------------------------------------------------------------
 
-    def resume(self, name: str | None = None, *, allow_older: bool = False) -> Resumed | None:
-        """Go on from the newest commit, or the one of this name; None when the run has no commit.
+    def resume(
+        self, name: str | None = None, *, allow_older: bool = False, keep_hypers: bool = False
+    ) -> Resumed | None:
+        """Continue from the newest commit, or the one of this name; None when the run has no commit.
+
+        Args:
+            keep_hypers: keep the parameter groups' own hyper-parameters instead of the commit's.
 
         Raises:
             CommitError: it is damaged, or of another model, optimizer or precision; the engine is as it was.
@@ -199,34 +199,26 @@ class Checkpoints:
         if found is None:
             return None
         commit, sidecar = found
-        with sidecar:
-            self._check_fits(commit, sidecar)
-            ordinary = {name: sidecar.tensor(name) for name in sidecar.weights}
-        manifest = commit.manifest
+        manifest, where = commit.manifest, f"commit {commit.manifest.number}"
         state = manifest.state
+        with sidecar:
+            check_contents(commit, sidecar, self._contents())
+            ordinary = {name: sidecar.tensor(name) for name in sidecar.weights}
         read = decode if "encoding" in state else _plain
         groups = [_without_kernels(read(group)) for group in state["groups"]]
-        self._check_groups(f"commit {manifest.number}", groups)
+        check_groups(where, groups, self._optimizer)
         self._updater.drain()
         self._store.driver.quiesce()
         with self._store.binder.driver.untraced():
             self._check_unused()
-            self._load_tracked(
-                f"commit {manifest.number}", {name: read(state["tracked"][name]) for name in self._tracked}
-            )
+            self._load_tracked(where, {name: read(state["tracked"][name]) for name in self._tracked})
             for tensor in self._tensors().values():
                 self._take_over(tensor, commit)
             for unit in self._store.index.units:
                 self._store.updated(unit)
             self._store.bring_up()
-        for slot in self._slots():
-            slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]
-            # Exact mode goes on from where lock-free mode had the parameters; commits of format 1 may lack the entry.
-            slot.lookahead = (
-                tuple(state.get("lookahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
-            )
-        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
-            group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
+        self._set_counters(state)
+        self._set_hypers(groups, keep=keep_hypers)
         with torch.no_grad():
             for key, kept in self._ordinary_tensors().items():
                 kept.copy_(ordinary[key])
@@ -236,10 +228,36 @@ class Checkpoints:
         changed = config_changes(state["config"], self._config.model_dump(mode="json"))
         if state.get("given") is not None:
             given = [_without_kernels(read(group)) for group in state["given"]]
-            changed += hyper_changes(given, self._given)
-            self._given = given
+            changed += hyper_changes(given, self._given, kept=keep_hypers)
+            self._given = self._given if keep_hypers else given
         newer = [str(error) for number, error in sorted(self.committer.damaged.items()) if number > manifest.number]
         return Resumed(manifest.step, manifest.number, manifest.name, manifest.created, tuple(newer), tuple(changed))
+
+    def _set_counters(self, state: Mapping[str, Any]) -> None:
+        """What the commit says of each parameter beside its values."""
+        for slot in self._slots():
+            slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]
+            # Exact mode continues from where lock-free mode had the parameters; commits of format 1 may lack the entry.
+            slot.lookahead = (
+                tuple(state.get("lookahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
+            )
+
+    def _set_hypers(self, groups: Sequence[Mapping[str, Any]], *, keep: bool) -> None:
+        """Hyper-parameters of the commit's groups; with ``keep`` only what an LR scheduler needs to continue."""
+        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
+            if not keep:
+                group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
+            elif "initial_lr" in saved:
+                group.setdefault("initial_lr", group["lr"])
+
+    def _contents(self) -> Contents:
+        return Contents(
+            self._rule_name,
+            self._parameters(),
+            {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in self._ordinary_tensors().items()},
+            self._tensors(),
+            set(self._tracked),
+        )
 
     def _load_tracked(self, where: str, states: Mapping[str, Any]) -> None:
         """Have everything that is tracked take its state over, or nothing of it."""
@@ -252,30 +270,6 @@ class Checkpoints:
             for name, own in before.items():
                 self._tracked[name].load_state_dict(own)
             raise CommitError(f"{where}: {name!r} does not take its state: {type(error).__name__}: {error}") from error
-
-    def _check_groups(self, where: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Whether torch's optimizer would be made with these hyper-parameters, and they are of the kinds that the run's
-        own are."""
-        if len(groups) != len(self._optimizer.param_groups):
-            raise CommitError(
-                f"{where} has {len(groups)} parameter groups, this run {len(self._optimizer.param_groups)}"
-            )
-        known = set(inspect.signature(self._optimizer.torch_class).parameters) - {"params"}
-        needed = set(self._optimizer.hypers()[0]) if groups else set()
-        for place, (saved, own) in enumerate(zip(groups, self._optimizer.param_groups, strict=True)):
-            if needed - set(saved):
-                raise CommitError(f"{where}: parameter group {place} has no {min(needed - set(saved))}")
-            for key, value in saved.items():
-                like = own.get(key, 0.0 if key == "initial_lr" else value)
-                if _kind(value) != _kind(like) and not (like is None and type(value) in (bool, int, float)):
-                    raise CommitError(
-                        f"{where}: {key} of parameter group {place} is {reprlib.repr(value)}, this run's "
-                        f"{reprlib.repr(like)}"
-                    )
-            try:
-                self._optimizer.torch_class([torch.zeros(1)], **{key: v for key, v in saved.items() if key in known})
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise CommitError(f"{where}: parameter group {place}: {error}") from error
 
     def _choose(self, name: str | None, allow_older: bool) -> tuple[Commit, Sidecar] | None:
         """A commit and the small tensors beside it."""
@@ -295,53 +289,11 @@ class Checkpoints:
         for key, tensor in self._tensors().items():
             if tensor.pins or tensor.leases:
                 raise CommitError(
-                    f"{key} cannot be taken from the commit while a view of it is in use; let go of it before you "
-                    "resume"
+                    f"{key} cannot be restored while a view of it is in use; delete the view before you resume"
                 )
 
     def _tensors(self) -> dict[str, PagedTensor]:
         return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag not in TRANSIENT}
-
-    def _check_fits(self, commit: Commit, sidecar: Sidecar) -> None:
-        where, state = f"commit {commit.manifest.number}", commit.manifest.state
-        if state["optimizer"] != self._rule_name:
-            raise CommitError(
-                f"{where} was made with {state['optimizer']}, this run has {self._rule_name}; {_OTHER_RUN}"
-            )
-        differing = _first_difference(state["parameters"], self._parameters())
-        if differing is not None:
-            raise CommitError(
-                f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group); {_OTHER_RUN}"
-            )
-        differing = _first_difference(
-            {name: [list(weight.shape), str(TORCH_DTYPES[weight.dtype])] for name, weight in sidecar.weights.items()},
-            {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in self._ordinary_tensors().items()},
-        )
-        if differing is not None:
-            raise CommitError(
-                f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype); "
-                f"{_OTHER_RUN}"
-            )
-        ours = self._tensors()
-        theirs = {stored.key: stored.n_bytes for stored in commit.manifest.tensors}
-        for key, n_bytes in theirs.items():
-            if key not in ours:
-                raise CommitError(
-                    f"{where} has {key}, which this model and optimizer do not have; resume with those it was made with"
-                )
-            if ours[key].n_bytes != n_bytes:
-                raise CommitError(
-                    f"{where} has {key} with {n_bytes} bytes, this model's has {ours[key].n_bytes}; {_OTHER_RUN}"
-                )
-        for key, tensor in ours.items():
-            if key not in theirs and tensor.tag in (Tag.PARAM, Tag.MASTER):
-                raise CommitError(f"{where} has no {key}; resume with the model it was made with")
-        untracked = set(self._tracked) - set(state["tracked"])
-        if untracked:
-            raise CommitError(
-                f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks; name other "
-                "ssd.paths, or track what the commit's run has tracked"
-            )
 
     def _take_over(self, tensor: PagedTensor, commit: Commit) -> None:
         mover, frame = self._store.mover, tensor.frame
@@ -359,23 +311,8 @@ def _without_kernels(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("fused", "foreach")}
 
 
-def _first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
-    """The first key under which two mappings have something else, in words."""
-    for key in sorted({*theirs, *ours}):
-        if theirs.get(key) != ours.get(key):
-            return f"{key}: {theirs.get(key, 'none')} and {ours.get(key, 'none')}"
-    return None
-
-
 def _plain(value: Any) -> Any:
     return value
-
-
-def _kind(value: Any) -> Any:
-    """What a hyper-parameter must be alike in: a number is a number, a pair a pair."""
-    if isinstance(value, (tuple, list)):
-        return [_kind(item) for item in value]
-    return float if type(value) in (int, float) else type(value)
 
 
 def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,17 +66,22 @@ def config_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chan
     ]
 
 
-def hyper_changes(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[Change]:
-    """Hyper-parameters that the parameter groups were given at first then, and are given now; the commit's hold.
+def hyper_changes(
+    then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], *, kept: bool = False
+) -> list[Change]:
+    """Hyper-parameters that the parameter groups were given at first then, and are given now.
 
-    A key whose values changed alike in all groups is told once.
+    A key whose values changed alike in all groups is listed once.
+
+    Args:
+        kept: the run keeps its own; otherwise the commit's hold.
     """
     found: dict[str, list[tuple[Any, Any] | None]] = {}
     for place, (before, after) in enumerate(zip(then, now, strict=True)):
         for key in after:
             if key in before and before[key] != after[key]:
                 found.setdefault(key, [None] * len(now))[place] = before[key], after[key]
-    holds = "the commit's holds; set it in optimizer.param_groups after resume() for another"
+    holds = _NEW if kept else "the commit's holds; set it in optimizer.param_groups after resume() for another"
     changes = []
     for key, pairs in found.items():
         if all(pair == pairs[0] for pair in pairs) and pairs[0] is not None:

@@ -277,9 +277,7 @@ def _resident_now_bytes() -> int:
 
 def check_forecastable(config: Config) -> None:
     """Raise ConfigError for what is not forecast."""
-    missing = [name for name in ("model", "train") if getattr(config, name) is None]
-    if missing:
-        raise ConfigError(f"plan needs the sections {', '.join(missing)} as well")
+    config.require("plan", "model", "train")
     if config.train is not None and config.train.seq is None:
         raise ConfigError(
             "plan needs train.seq: it gives the model two int64 tensors of train.batch rows and train.seq tokens"

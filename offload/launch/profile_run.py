@@ -18,12 +18,12 @@ from rich.console import Console
 
 from offload.config import Config, ConfigError
 from offload.engine import Engine, initialize
-from offload.factories import calls_of, data_factory, model_factory
+from offload.factories import data_factory, model_factory
 from offload.launch.batches import Batches
-from offload.launch.train import check_budget, learning_rate, one_step
+from offload.launch.loop import learning_rate, one_step
+from offload.launch.setup import build, check_budget
 from offload.profiling.html_report import print_profile
 from offload.profiling.profile import REPORT, SUMMARY, TRACE, Profile, check_profile_folder
-from offload.store.deferred_init import deferred_init
 
 #: Steps in which a plan must have been made and followed once; steps that differ from each other never have one.
 WARM_UP_STEPS: Final = 8
@@ -43,28 +43,22 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
     Raises:
         ConfigError: ``steps`` is not positive, a section is missing, or a factory cannot be called.
         RunDirectoryError: ``to`` holds something other than a profile; nothing was changed.
-        BudgetError: ``memory.ram`` is too small; see `offload.launch.train.check_budget`.
+        BudgetError: ``memory.ram`` is too small; see `offload.launch.setup.check_budget`.
         OffloadError: see `offload.Engine`. Nothing is left of the run after any error.
     """
     if steps < 1:
         raise ConfigError(f"--steps is {steps}; it must be at least 1")
-    if config.model is None or config.data is None or config.train is None:
-        missing = [name for name in ("model", "data", "train") if getattr(config, name) is None]
-        raise ConfigError(f"profile needs the sections {', '.join(missing)} as well")
+    config.require("profile", "model", "data", "train")
     check_profile_folder(to)
     with ExitStack() as stack:
         folders = [stack.enter_context(temporary_beside(Path(path))) for path in config.ssd.paths]
         paths = [str(folder / "pages") for folder in folders]
         config = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths}), "output": None})
-        assert config.model is not None and config.data is not None and config.train is not None
+        assert config.model is not None
+        assert config.data is not None
         make_model, make_data = model_factory(config.model), data_factory(config.data, folders[0] / "data", config.seed)
         check_budget(make_model, config, console)
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
-        torch.manual_seed(config.seed)
-        batches = Batches(make_data(), config.data.factory, config.train)
-        with deferred_init(config), calls_of("model.factory", config.model.factory):
-            model = make_model()
+        model, batches = build(config, make_model, make_data, stack)
         with initialize(model, config) as engine:
             profile = _profile(engine, batches, steps, to, console)
     print_profile(profile.summary, console)
@@ -79,7 +73,8 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
 
 def _profile(engine: Engine, batches: Batches, steps: int, to: Path, console: Console) -> Profile:
     config = engine.config
-    assert config.train is not None and config.model is not None
+    assert config.train is not None
+    assert config.model is not None
     reference = config.model.factory
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(config.train))
 

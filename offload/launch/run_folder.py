@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from offload.config import Config
+from offload.launch.metrics_file import FORMATS
 from pagemem.errors import RunDirectoryError, StorageError
 from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.folders.folder_lock import LOCK_NAME, FolderLock
@@ -24,10 +25,10 @@ from pagemem.folders.run_directory import IDENTITY_NAME, folder_use
 from pagemem.folders.small_file import parse_json, read_small
 from pagemem.units import KiB
 
-METRICS: Final = "metrics.jsonl"
 CURVE: Final = "loss_curve.png"
 CONFIG: Final = "config.json"
 DATA: Final = "data"
+_RESULTS: Final = (*(log.file_name for log in FORMATS.values()), CURVE, CONFIG)
 _IDENTITY: Final = "offload-run.json"
 _FORMAT: Final = "offload run 1"
 
@@ -99,11 +100,11 @@ class RunFolder:
         return said
 
     def _set_aside(self) -> str | None:
-        there = [name for name in (METRICS, CURVE, CONFIG) if os.path.lexists(self.path / name)]
-        if METRICS not in there and CURVE not in there:
+        there = [name for name in _RESULTS if os.path.lexists(self.path / name)]
+        if set(there) <= {CONFIG}:
             return None
         number = 1
-        while any(os.path.lexists(self.path / _numbered(name, number)) for name in (METRICS, CURVE, CONFIG)):
+        while any(os.path.lexists(self.path / _numbered(name, number)) for name in _RESULTS):
             number += 1
         try:
             for name in there:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from offload.callbacks import StepMetrics
 from offload.console.tables import print_rows
-from offload.launch.progress import StepMetrics
 from offload.profiling.stats import MemoryReport, Stats
 from pagemem.folders.own_file import replace_file
 from pagemem.units import format_bytes
@@ -62,6 +62,12 @@ class RunSummary:
             else ("tokens/s", self.samples * self.tokens_per_sample)
         )
         return what, f"{n / self.train_s:,.{1 if self.tokens_per_sample is None else 0}f}" if self.train_s else "-"
+
+
+def process_peak_bytes() -> int:
+    """The most RAM that this process has had (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def _loss(run: RunSummary, nats: float | None) -> str:

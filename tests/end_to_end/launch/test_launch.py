@@ -25,7 +25,8 @@ from examples.byte_gpt import ByteGPT, byte_gpt
 from offload.cli import main
 from offload.config import ConfigError, load_config
 from offload.factories import factory_of, resolve
-from offload.launch.train import launch, learning_rate
+from offload.launch.loop import learning_rate
+from offload.launch.train import launch
 from offload.parameters.optimizer_template import template_from
 from pagemem.errors import BudgetError, NonFiniteError, RunDirectoryError
 
@@ -336,7 +337,7 @@ def test_ctrl_c_stops_after_the_step_under_way(raw: dict[str, Any]) -> None:
     assert signal.getsignal(signal.SIGINT) is before
     code, text = run({**raw, "data": {"factory": f"{HERE}:small_text"}})  # All was given back.
     assert (
-        code == 0 and "going on after step 4" in text and [m["step"] for m in metrics(raw)] == list(range(1, STEPS + 1))
+        code == 0 and "continuing after step 4" in text and [m["step"] for m in metrics(raw)] == list(range(1, STEPS + 1))
     )
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from reported_runs import reported
 from rich.console import Console
 
 from offload.config import ConfigError, load_config
 from offload.console.output import Output, OutputClosed
-from offload.launch.progress import ProgressLog, StepMetrics
+from offload.callbacks import StepMetrics
+from offload.launch.metrics_file import FORMATS, MetricsFile
 from offload.launch.run_folder import RunFolder
 from offload.launch.train import launch
 from pagemem.durable.commit_folder import CommitFolder
@@ -101,7 +103,7 @@ def test_ctrl_c_is_committed_by_default_and_the_same_command_goes_on(raw: dict[s
     assert run(signalled)[0] == 130 and committed(raw) == [3]
     code, text = run(raw)
     assert (
-        code == 0 and "going on after step 3" in text and committed(raw) == [3, 6] and steps(raw) == [1, 2, 3, 4, 5, 6]
+        code == 0 and "continuing after step 3" in text and committed(raw) == [3, 6] and steps(raw) == [1, 2, 3, 4, 5, 6]
     )
 
 
@@ -138,7 +140,7 @@ def test_metrics_of_a_run_with_other_page_files_are_not_gone_on_with(raw: dict[s
     run({**second, "train": {**raw["train"], "steps": 2}})
     ours = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     code, text = run(first)  # goes on with its pages, and finds the second one's metrics
-    assert code == 0 and "going on after step 3" in text and "are kept as metrics-2.jsonl" in text
+    assert code == 0 and "continuing after step 3" in text and "are kept as metrics-2.jsonl" in text
     assert (tmp_path / "run" / "metrics-2.jsonl").read_bytes() == ours and steps(raw) == [4, 5, 6]
 
 
@@ -243,11 +245,11 @@ def test_other_commands_end_at_once() -> None:
 def test_a_run_whose_metrics_cannot_be_written_commits_first(
     raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def take(self: ProgressLog, metrics: StepMetrics) -> None:
+    def on_step(self: MetricsFile, metrics: StepMetrics) -> None:
         raise StorageError("metrics.jsonl: writing failed: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ProgressLog, "take", take)
+        patch.setattr(MetricsFile, "on_step", on_step)
         with pytest.raises(StorageError, match="No space left on device"):
             run(raw)
     assert committed(raw) == [1]
@@ -256,9 +258,10 @@ def test_a_run_whose_metrics_cannot_be_written_commits_first(
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     metrics = StepMetrics(1, 2.0, 1e-3, 2.0, 512.0, 1, 1, 1, 1, 0.25)
-    with ProgressLog(tmp_path / "m", Console(file=io.StringIO()), steps=3, log_every=1) as log:
-        log.take(metrics)
-        before, real, left = (tmp_path / "m").read_bytes(), os.pwrite, [7]
+    path = tmp_path / "metrics.jsonl"
+    with reported(tmp_path, MetricsFile(tmp_path, FORMATS["jsonl"])) as reporter:
+        reporter.tell(metrics)
+        before, real, left = path.read_bytes(), os.pwrite, [7]
 
         def full(fd: int, content: Any, offset: int) -> int:
             if not left[0]:
@@ -269,12 +272,12 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "pwrite", full)
             with pytest.raises(
-                DiskFullError, match=rf"writing {tmp_path / 'm'} at offset {len(before) + 7}, .*No space left"
+                DiskFullError, match=rf"writing {path} at offset {len(before) + 7}, .*No space left"
             ):
-                log.take(metrics)
-        assert (tmp_path / "m").read_bytes() == before
-        log.take(metrics)
-    assert (tmp_path / "m").read_bytes() == 2 * before
+                reporter.tell(metrics)
+        assert path.read_bytes() == before
+        reporter.tell(metrics)
+    assert path.read_bytes() == 2 * before
 
 
 # ---- data that are no text -------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from offload.cli import main
 from offload.config import load_config
-from offload.launch.progress import ProgressLog
+from offload.callbacks import RunStarted
+from offload.launch.metrics_file import MetricsFile
 from offload.launch.train import launch
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
@@ -116,7 +117,7 @@ def test_a_killed_run_goes_on(raw: dict[str, Any], tmp_path: Path, uninterrupted
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [step for step, _, _ in trained(raw)] == list(range(1, 8))
     code, text = run(raw)
-    assert code == 0 and any(f"going on after step {step}, from commit" in text for step in (2, 4, 6))
+    assert code == 0 and any(f"continuing after step {step}, from commit" in text for step in (2, 4, 6))
     assert (trained(raw), validation(text)) == uninterrupted
 
 
@@ -125,7 +126,7 @@ def test_ctrl_c_and_the_same_command_again(at: int, raw: dict[str, Any], uninter
     assert run(signalled(raw, at, "SIGINT"))[0] == 130
     assert [step for step, _, _ in trained(raw)] == list(range(1, at + 2))
     code, text = run(raw)
-    assert code == 0 and f"going on after step {at + 1}, from commit" in text
+    assert code == 0 and f"continuing after step {at + 1}, from commit" in text
     assert f" {STEPS}, {STEPS - at - 1} of them in this launch (" in text
     assert (trained(raw), validation(text)) == uninterrupted
 
@@ -188,14 +189,13 @@ def test_metrics_of_the_beginning_are_whole_at_every_moment(raw: dict[str, Any],
         file.write('{"step": 5, "lo')
     seen = []
 
-    class Watching(ProgressLog):
-        def __enter__(self) -> ProgressLog:
-            entered = super().__enter__()
+    class Watching(MetricsFile):
+        def on_start(self, run: RunStarted) -> None:
+            super().on_start(run)
             seen.append(path.read_text())
-            return entered
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("offload.launch.train.ProgressLog", Watching)
+        patch.setattr("offload.launch.train.MetricsFile", Watching)
         assert run(raw)[0] == 0
     assert seen == [before]
     assert [line["step"] for line in metrics(raw)] == list(range(1, STEPS + 1))

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from offload.launch.metrics_file import kept_metrics
-from offload.launch.progress import StepMetrics
+from offload.callbacks import StepMetrics
+from offload.launch.metrics_file import FORMATS, kept_metrics
 
 
 def line(step: int, /, **changed: Any) -> bytes:
-    """As `ProgressLog` writes it."""
+    """As `MetricsFile` writes it."""
     return (
         json.dumps({**asdict(StepMetrics(step, 2.5, 1e-3, 0.1, 100.0, 10, 20, 30, 40, 0.5)), **changed}) + "\n"
     ).encode()
@@ -30,16 +30,16 @@ CASES: dict[str, tuple[bytes, list[int], str | None]] = {
     "torn": (
         WHOLE[:-9],
         [1, 2],
-        "1 of the 3 steps before have no metrics; 1 lines cannot be read, the first: it was cut",
+        "1 of the 3 earlier steps have no metrics; 1 lines cannot be read, the first: it was cut",
     ),
     "block of zeros": (b"\0" * 4096 + line(3), [3], "2 of the 3 .*: it was cut"),
-    "zeros and an end of line": (b"\0" * 900 + b"\n" + line(2) + line(3), [2, 3], "1 of the 3 .*: it is no JSON"),
+    "zeros and an end of line": (b"\0" * 900 + b"\n" + line(2) + line(3), [2, 3], "1 of the 3 .*: it cannot be parsed"),
     "twice, the later counts": (line(1, loss=7.0) + WHOLE, [1, 2, 3], None),
     "out of order": (line(3) + line(1) + line(2), [1, 2, 3], None),
     "empty object": (b"{}\n" + WHOLE, [1, 2, 3], None),
-    "unknown figure": (WHOLE[: -len(line(3))] + line(3, new=2), [1, 2], "'new' is no figure of a step"),
+    "unknown figure": (WHOLE[: -len(line(3))] + line(3, new=2), [1, 2], "'new' is not a metric of a step"),
     "figure missing": (b'{"step": 1}\n', [], "'host_bytes' is missing"),
-    "no JSON": (b'{"step": 1, "loss"}\n', [], "it is no JSON"),
+    "no JSON": (b'{"step": 1, "loss"}\n', [], "it cannot be parsed"),
     "list": (b"[1]\n", [], "it is not an object"),
     "number": (b"3\n", [], "it is not an object"),
     "bool for a number": (line(1, step=True), [], "step is True"),
@@ -50,8 +50,8 @@ CASES: dict[str, tuple[bytes, list[int], str | None]] = {
     "step below 1": (line(0), [], "step is 0"),
     "key twice": (line(1)[:-2] + b', "step": 2}\n', [], "key 'step' is there twice"),
     "deep": (b"[" * 4000 + b"\n", [], "more than 100 deep"),
-    "not UTF-8": (b"\xff\xfe\x00\n", [], "it is no JSON"),
-    "empty file": (b"", [], "3 of the 3 steps before have no metrics$"),
+    "not UTF-8": (b"\xff\xfe\x00\n", [], "it cannot be parsed"),
+    "empty file": (b"", [], "3 of the 3 earlier steps have no metrics$"),
     "one line without end": (b"x" * 100_000, [], "it was cut"),
 }
 
@@ -61,7 +61,7 @@ def test_what_can_be_read_is_kept_and_the_rest_is_said(case: str, tmp_path: Path
     content, steps, note = CASES[case]
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content)
-    kept = kept_metrics(path, 3)
+    kept = kept_metrics(tmp_path, 3, ["jsonl"])
     assert [metrics.step for metrics in kept.metrics] == steps
     assert all(metrics == StepMetrics(**json.loads(line(metrics.step))) for metrics in kept.metrics)
     if note is None:
@@ -84,9 +84,30 @@ def test_what_can_be_read_is_kept_and_the_rest_is_said(case: str, tmp_path: Path
 def test_what_is_no_file_keeps_nothing(put: Callable[[Path], None], what: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     put(path)
-    kept = kept_metrics(path, 2)
+    kept = kept_metrics(tmp_path, 2, ["jsonl"])
     assert kept.metrics == [] and kept.note is not None and what in kept.note
 
 
 def test_nothing_is_asked_for(tmp_path: Path) -> None:
-    assert kept_metrics(tmp_path / "absent", 0).note is None
+    assert kept_metrics(tmp_path / "absent", 0, ["csv"]).note is None
+
+
+def test_rows_of_csv_are_the_same_metrics(tmp_path: Path) -> None:
+    steps = [StepMetrics(step, 0.1 + step, 1e-5, 0.1, 100.0, 10, 20, 30, 40, 1 / 3, validation_loss=loss)
+             for step, loss in ((1, None), (2, 2.5))]  # fmt: skip
+    log = FORMATS["csv"]
+    content = log.header + b"".join(map(log.encode, steps))
+    assert content.decode().splitlines()[0].startswith("step,loss,lr,") and content.endswith(b",0,,2.5\n")
+    (tmp_path / "metrics.csv").write_bytes(content)
+    assert kept_metrics(tmp_path, 2, ["csv"]).metrics == steps
+
+
+def test_the_most_complete_file_counts(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(line(1))
+    (tmp_path / "metrics.csv").write_bytes(b"1,2\n")
+    kept = kept_metrics(tmp_path, 2, ["csv"])
+    assert [metrics.step for metrics in kept.metrics] == [1] and str(kept.note).startswith(str(tmp_path / "metrics.jsonl"))
+    kept = kept_metrics(tmp_path / "absent", 2, ["csv"])
+    assert kept.metrics == [] and "metrics.csv" in str(kept.note)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "it has 2 cells, not 13" in str(kept_metrics(tmp_path, 2, ["csv"]).note)

@@ -9,9 +9,12 @@ import math
 from pathlib import Path
 
 import pytest
+from reported_runs import reported
 from rich.console import Console
 
-from offload.launch.progress import ProgressLog, StepMetrics
+from offload.callbacks import StepMetrics
+from offload.launch.metrics_file import FORMATS, MetricsFile
+from offload.launch.progress import Progress
 from offload.launch.summary import RunSummary, print_summary, save_loss_curve, summary_rows
 from offload.profiling.stats import MemoryReport, Stats, TierUse
 
@@ -155,34 +158,33 @@ def test_a_line_has_every_figure() -> None:
 def test_metrics_are_on_disk_after_each_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("of an earlier run\n")
-    target, _ = console(terminal=False)
-    with ProgressLog(path, target, steps=3, log_every=1) as log:
+    with reported(tmp_path, MetricsFile(tmp_path, FORMATS["jsonl"])) as reporter:
         for step in (1, 2, 3):
-            log.take(metrics(step))
+            reporter.tell(metrics(step))
             lines = path.read_text().splitlines()
             assert len(lines) == step and json.loads(lines[-1]) == dataclasses.asdict(metrics(step))
 
 
 def test_plain_lines_come_every_few_steps_and_at_the_end(tmp_path: Path) -> None:
     target, out = console(terminal=False)
-    with ProgressLog(tmp_path / "m", target, steps=7, log_every=3) as log:
+    with reported(tmp_path, Progress(target, steps=7, log_every=3)) as reporter:
         for step in range(1, 8):
-            log.take(metrics(step))
+            reporter.tell(metrics(step))
     assert [line.split()[1] for line in out.getvalue().splitlines()] == ["3/7", "6/7", "7/7"]
 
 
 def test_a_terminal_gets_one_live_line(tmp_path: Path) -> None:
     target, out = console(terminal=True)
-    with ProgressLog(tmp_path / "m", target, steps=2, log_every=1) as log:
-        log.take(metrics(1))
-        log.take(metrics(2))
+    with reported(tmp_path, Progress(target, steps=2, log_every=1)) as reporter:
+        reporter.tell(metrics(1))
+        reporter.tell(metrics(2))
     assert "step 1/2" not in out.getvalue() and "2/2" in out.getvalue()
     assert "loss 1.0000  512 tokens/s" in out.getvalue()
 
 
 def test_an_error_closes_the_metrics_file(tmp_path: Path) -> None:
-    target, _ = console(terminal=True)
-    with pytest.raises(RuntimeError), ProgressLog(tmp_path / "m", target, steps=2, log_every=1) as log:
-        log.take(metrics(1))
+    files = [MetricsFile(tmp_path, log) for log in FORMATS.values()]
+    with pytest.raises(RuntimeError), reported(tmp_path, *files) as reporter:
+        reporter.tell(metrics(1))
         raise RuntimeError("in the middle")
-    assert len((tmp_path / "m").read_text().splitlines()) == 1
+    assert [len((tmp_path / f"metrics.{end}").read_text().splitlines()) for end in ("jsonl", "csv")] == [1, 2]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from offload.launch import train as launch
+from offload.launch import loop as launch
 from offload.launch.batches import on_device
-from offload.launch.train import one_step
+from offload.launch.loop import one_step
 
 
 class Loss:

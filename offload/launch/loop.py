@@ -1,0 +1,286 @@
+"""The training loop of `offload launch`: steps, evaluations, commits, and what is reported of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from offload.callbacks import CommitBegun, Evaluation, RunStarted, StepMetrics
+from offload.config import TrainConfig
+from offload.engine import Engine
+from offload.factories import calls_of
+from offload.launch.batches import Batches, Pair, evaluated, loss_of, on_device
+from offload.launch.interrupt import Interrupt
+from offload.launch.reporter import Reporter
+from offload.launch.summary import RunSummary, process_peak_bytes
+from pagemem.errors import CommitError
+
+#: The commit of the lowest validation loss, with ``commit.keep_best``.
+BEST: Final = "best"
+_FINAL_LR: Final = 0.1
+
+
+def learning_rate(train: TrainConfig) -> Callable[[int], float]:
+    """What the learning rate is multiplied by at each step, counted from 0."""
+
+    def factor(step: int) -> float:
+        if step < train.warmup_steps:
+            return (step + 1) / train.warmup_steps
+        if train.schedule == "constant":
+            return 1.0
+        done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+        return _FINAL_LR + (1 - _FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return factor
+
+
+def one_step(engine: Engine, batches: Batches, reference: str, step: int, first: Pair | None = None) -> float:
+    """All micro-batches of one optimizer step, of which the first may be at hand; returns their mean loss in nats."""
+    losses, n = [], engine.config.update.accumulation
+    for micro in range(n):
+        x, y = first if first is not None and not micro else batches.batch(step * n + micro)
+        with calls_of("model.factory", f"{reference}: forward(x, y) of step {step + 1}"):
+            output = engine(on_device(x, engine.torch_device), on_device(y, engine.torch_device))
+        loss = loss_of(output, reference, trains=True)
+        losses.append(loss.detach())
+        with calls_of("model.factory", f"{reference}: the backward pass of step {step + 1}"):
+            engine.backward(loss)
+    engine.step()
+    # Not before: reading one waits until a device has come that far, and it would have nothing to do meanwhile.
+    return sum(map(float, losses)) / n
+
+
+def validation_loss(engine: Engine, batches: Batches, reference: str, interrupt: Interrupt) -> float | None:
+    """Mean validation loss in nats, or None when a signal came first."""
+    was_training = engine.model.training
+    engine.model.eval()
+    losses = []
+    for pair in batches.validation():
+        if interrupt.asked:
+            break
+        losses.append(evaluated(engine, pair, reference, engine.torch_device))
+    engine.model.train(was_training)
+    return None if interrupt.asked else sum(losses) / len(losses)
+
+
+@dataclass(slots=True)
+class ValidationRecord:
+    """Validation losses, in nats, that a run must know when it continues; tracked in commits.
+
+    Attributes:
+        before_nats: before training. best_nats: the lowest during training. None: not measured.
+    """
+
+    before_nats: float | None = None
+    best_nats: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the commit."""
+        return {"before_nats": self.before_nats, "best_nats": self.best_nats}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the commit; raises ValueError for what is no loss."""
+        found = [state_dict.get(name) for name in ("before_nats", "best_nats")]
+        for value in found:
+            if value is not None and type(value) not in (int, float):
+                raise ValueError(f"a validation loss is a {type(value).__name__}, not a number")
+        self.before_nats, self.best_nats = found
+
+
+class _Ended(Exception):
+    """An error between two steps, as the cause: it ends the run once the steps made are committed."""
+
+
+@contextmanager
+def _between_steps() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _Ended from error
+
+
+class TrainingLoop:
+    """The steps of one launch. Training thread only.
+
+    Args:
+        record: of earlier launches; kept up to date.
+        metrics: of the steps made by earlier launches.
+
+    Attributes:
+        metrics: of all steps that have any.
+
+    Raises:
+        CommitError: the run continues from a commit that is not of a launched run.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        batches: Batches,
+        reporter: Reporter,
+        interrupt: Interrupt,
+        record: ValidationRecord,
+        metrics: list[StepMetrics],
+        closed: Callable[[], bool],
+    ) -> None:
+        config = engine.config
+        assert config.train is not None
+        assert config.model is not None
+        if engine.steps and any("initial_lr" not in group for group in engine.optimizer.param_groups):
+            raise CommitError(
+                "the commit's parameter groups have no initial_lr, so it is not of a launched run; "
+                "continue it in a loop of your own"
+            )
+        self._engine, self._batches, self._reporter = engine, batches, reporter
+        self._interrupt, self._closed, self._record = interrupt, closed, record
+        self._config, self._train, self._reference = config, config.train, config.model.factory
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            engine.optimizer, learning_rate(config.train), last_epoch=engine.steps - 1
+        )
+        self.metrics = metrics
+        self._first = self._committed = engine.steps
+        self._evaluation: Evaluation | None = None
+        self._last = self._begun = self._stats = engine.stats()
+        self._train_s = 0.0
+        self._after_nats: float | None = None
+
+    def run(self, started: RunStarted, pair: Pair | None) -> None:
+        """All steps from here on, their commits, and the validation after them.
+
+        Args:
+            pair: the first batch, unless a signal came before it.
+
+        Raises:
+            As `offload.launch.train.launch`. What comes between two steps is raised once the steps made are committed.
+        """
+        ended: BaseException | None = None
+        with self._reporter.running(started):
+            started_s = time.perf_counter()
+            try:
+                with _between_steps():
+                    if not self._first and self._record.before_nats is not None:
+                        self._reporter.tell(Evaluation(0, self._record.before_nats, best=False))
+                for step in range(self._first, self._train.steps):
+                    if self._closed() or (self._interrupt.asked and pair is None):
+                        break
+                    self._step(step, pair)
+                    pair = None
+            except _Ended as error:
+                ended = error.__cause__
+            self._commit_at_end(ended)
+            self._train_s = time.perf_counter() - started_s
+            self._stats = self._engine.stats().since(self._begun)
+            if self._train.evaluate_batches and not self._closed():
+                self._validate_after()
+
+    def _step(self, step: int, pair: Pair | None) -> None:
+        """Step number ``step``, counted from 0, its evaluation and its commit."""
+        engine, before, started_s = self._engine, self._last, time.perf_counter()
+        lr = float(self._schedule.get_last_lr()[0])
+        with _between_steps():
+            pair = pair or self._batches.batch(step * self._config.update.accumulation)
+        loss = one_step(engine, self._batches, self._reference, step, pair)
+        self._schedule.step()
+        step_s = time.perf_counter() - started_s
+        self._last = now = engine.stats()
+        tiers = engine.memory_report().tiers
+        samples, tokens = self._train.batch * self._config.update.accumulation, self._batches.tokens_per_sample
+        with _between_steps():
+            self._evaluation = self._evaluated()
+        self.metrics.append(
+            StepMetrics(
+                step=step + 1,
+                loss=loss,
+                lr=lr,
+                step_s=step_s,
+                samples_per_s=samples / step_s,
+                tokens_per_s=None if tokens is None else samples * tokens / step_s,
+                host_bytes=tiers["host"].used_bytes,
+                ssd_bytes=tiers["ssd"].used_bytes,
+                ssd_read_bytes=now.bytes_read - before.bytes_read,
+                ssd_written_bytes=now.bytes_written - before.bytes_written,
+                wait_share=(now.wait_s - before.wait_s) / step_s,
+                staleness=engine.staleness,
+                validation_loss=None if self._evaluation is None else self._evaluation.loss,
+            )
+        )
+        self._report_and_commit()
+
+    def _evaluated(self) -> Evaluation | None:
+        """The evaluation after this step, if it is time for one and no signal comes."""
+        every = self._train.evaluate_every
+        if every is None or self._engine.steps % every:
+            return None
+        nats = validation_loss(self._engine, self._batches, self._reference, self._interrupt)
+        if nats is None:
+            return None
+        self._last = self._engine.stats()  # what it read counts for no step
+        best = self._record.best_nats is None or nats < self._record.best_nats
+        if best:
+            self._record.best_nats = nats
+        return Evaluation(self._engine.steps, nats, best)
+
+    def _report_and_commit(self) -> None:
+        engine, evaluation = self._engine, self._evaluation
+        name = BEST if self._config.commit.keep_best and evaluation is not None and evaluation.best else None
+        due = name is not None or engine.commit_due
+        with _between_steps():
+            self._reporter.tell(self.metrics[-1])
+            if evaluation is not None:
+                self._reporter.tell(evaluation)
+            if due:
+                self._reporter.tell(CommitBegun(engine.steps, name))
+        if name is not None:
+            engine.save(name, wait=False)
+        elif due:
+            engine.save_if_due()
+        self._committed = engine.steps if due else self._committed
+
+    def _commit_at_end(self, ended: BaseException | None) -> None:
+        """Commit what is not committed; raises what ended the run, afterwards."""
+        # In lock-free mode a background commit leaves out what was on its way.
+        committed = self._first if self._config.update.mode == "lock-free" else self._committed
+        if self._config.commit.at_end and self._engine.steps > committed:
+            try:
+                self._reporter.tell(CommitBegun(self._engine.steps, None))
+            except Exception as error:
+                ended = ended or error
+            self._engine.save()
+        if ended is not None:
+            raise ended
+
+    def _validate_after(self) -> None:
+        evaluation = self._evaluation
+        if evaluation is None:
+            nats = validation_loss(self._engine, self._batches, self._reference, self._interrupt)
+            evaluation = None if nats is None else Evaluation(self._engine.steps, nats, best=False)
+            if evaluation is not None:
+                self._reporter.tell(evaluation)
+        self._after_nats = None if evaluation is None else evaluation.loss
+
+    def summary(self) -> RunSummary:
+        """The closing table's content."""
+        engine, batches = self._engine, self._batches
+        made = engine.steps - self._first
+        return RunSummary(
+            n_parameters=sum(p.numel() for p in engine.model.parameters()),
+            steps=engine.steps,
+            made=made,
+            train_s=self._train_s,
+            samples=made * self._train.batch * self._config.update.accumulation,
+            tokens_per_sample=batches.tokens_per_sample,
+            before_nats=self._record.before_nats,
+            after_nats=self._after_nats,
+            unit=batches.unit,
+            unigram_bits=batches.unigram_entropy_bits(),
+            stats=self._stats,
+            memory=engine.memory_report(),
+            planned_step_s=engine.planned_step_s,
+            process_peak_bytes=process_peak_bytes(),
+        )
