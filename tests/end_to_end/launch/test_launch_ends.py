@@ -225,7 +225,7 @@ def test_without_a_reader_the_run_commits_and_ends(after: int, raw: dict[str, An
 
 def test_head_in_a_process_of_its_own(raw: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**raw, "train": {**raw["train"], "steps": 100_000}}))
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support" / "runs")])
     command = f"{sys.executable} -m offload launch {tmp_path / 'config.json'} | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", command], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120

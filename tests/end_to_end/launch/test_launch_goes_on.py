@@ -105,7 +105,7 @@ def uninterrupted(raw: dict[str, Any], tmp_path: Path) -> tuple[list[tuple[int, 
 
 def test_a_killed_run_goes_on(raw: dict[str, Any], tmp_path: Path, uninterrupted: tuple[Any, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(signalled(raw, 7, "SIGKILL")))
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support" / "runs")])
     command = [
         sys.executable,
         "-c",
