@@ -283,7 +283,7 @@ class TrainConfig(_Section):
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, more than steps ({self.steps})")
         if self.evaluate_every is not None and not self.evaluate_batches:
-            raise ValueError(f"evaluate_every is {self.evaluate_every}, but evaluate_batches is 0; set it to at least 1")
+            raise ValueError(f"evaluate_every is {self.evaluate_every}, but evaluate_batches is 0; set both")
         return self
 
 

@@ -29,8 +29,8 @@ import offload.store.make_updater
 from benchmarks import common
 from examples.byte_gpt import byte_gpt, python_source_text
 from offload.config import OptimizerConfig, TrainConfig
-from offload.launch.summary import BITS_PER_NAT
 from offload.launch.loop import learning_rate
+from offload.launch.summary import BITS_PER_NAT
 from optim.lockfree.unit_channel import GradientSum, UnitChannel
 from optim.unit import Slot
 

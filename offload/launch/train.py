@@ -111,7 +111,7 @@ def _resume(engine: Engine, console: Console) -> Resumed | None:
     resumed = engine.resume(keep_hyper_parameters=configured)
     if resumed is None:
         return None
-    text = f"continuing after step {resumed.step}, from commit {resumed.number} of {resumed.created}"
+    text = f"resumes after step {resumed.step}, from commit {resumed.number} of {resumed.created}"
     console.print(text, highlight=False)
     for change in resumed.changed:
         if change.key.startswith("optimizer.") and not configured:

@@ -337,7 +337,7 @@ def test_ctrl_c_stops_after_the_step_under_way(raw: dict[str, Any]) -> None:
     assert signal.getsignal(signal.SIGINT) is before
     code, text = run({**raw, "data": {"factory": f"{HERE}:small_text"}})  # All was given back.
     assert (
-        code == 0 and "continuing after step 4" in text and [m["step"] for m in metrics(raw)] == list(range(1, STEPS + 1))
+        code == 0 and "resumes after step 4" in text and [m["step"] for m in metrics(raw)] == list(range(1, STEPS + 1))
     )
 
 

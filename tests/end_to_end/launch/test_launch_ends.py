@@ -17,9 +17,9 @@ import torch
 from reported_runs import reported
 from rich.console import Console
 
+from offload.callbacks import StepMetrics
 from offload.config import ConfigError, load_config
 from offload.console.output import Output, OutputClosed
-from offload.callbacks import StepMetrics
 from offload.launch.metrics_file import FORMATS, MetricsFile
 from offload.launch.run_folder import RunFolder
 from offload.launch.train import launch
@@ -103,7 +103,7 @@ def test_ctrl_c_is_committed_by_default_and_the_same_command_goes_on(raw: dict[s
     assert run(signalled)[0] == 130 and committed(raw) == [3]
     code, text = run(raw)
     assert (
-        code == 0 and "continuing after step 3" in text and committed(raw) == [3, 6] and steps(raw) == [1, 2, 3, 4, 5, 6]
+        code == 0 and "resumes after step 3" in text and committed(raw) == [3, 6] and steps(raw) == [1, 2, 3, 4, 5, 6]
     )
 
 
@@ -140,7 +140,7 @@ def test_metrics_of_a_run_with_other_page_files_are_not_gone_on_with(raw: dict[s
     run({**second, "train": {**raw["train"], "steps": 2}})
     ours = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     code, text = run(first)  # goes on with its pages, and finds the second one's metrics
-    assert code == 0 and "continuing after step 3" in text and "are kept as metrics-2.jsonl" in text
+    assert code == 0 and "resumes after step 3" in text and "are kept as metrics-2.jsonl" in text
     assert (tmp_path / "run" / "metrics-2.jsonl").read_bytes() == ours and steps(raw) == [4, 5, 6]
 
 
@@ -271,9 +271,7 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "pwrite", full)
-            with pytest.raises(
-                DiskFullError, match=rf"writing {path} at offset {len(before) + 7}, .*No space left"
-            ):
+            with pytest.raises(DiskFullError, match=rf"writing {path} at offset {len(before) + 7}, .*No space left"):
                 reporter.tell(metrics)
         assert path.read_bytes() == before
         reporter.tell(metrics)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from offload.callbacks import RunStarted
 from offload.cli import main
 from offload.config import load_config
-from offload.callbacks import RunStarted
 from offload.launch.metrics_file import MetricsFile
 from offload.launch.train import launch
 from pagemem.durable.commit_folder import CommitFolder
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on(raw: dict[str, Any], tmp_path: Path, uninterrupted
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [step for step, _, _ in trained(raw)] == list(range(1, 8))
     code, text = run(raw)
-    assert code == 0 and any(f"continuing after step {step}, from commit" in text for step in (2, 4, 6))
+    assert code == 0 and any(f"resumes after step {step}, from commit" in text for step in (2, 4, 6))
     assert (trained(raw), validation(text)) == uninterrupted
 
 
@@ -126,7 +126,7 @@ def test_ctrl_c_and_the_same_command_again(at: int, raw: dict[str, Any], uninter
     assert run(signalled(raw, at, "SIGINT"))[0] == 130
     assert [step for step, _, _ in trained(raw)] == list(range(1, at + 2))
     code, text = run(raw)
-    assert code == 0 and f"continuing after step {at + 1}, from commit" in text
+    assert code == 0 and f"resumes after step {at + 1}, from commit" in text
     assert f" {STEPS}, {STEPS - at - 1} of them in this launch (" in text
     assert (trained(raw), validation(text)) == uninterrupted
 

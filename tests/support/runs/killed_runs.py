@@ -92,7 +92,7 @@ def launched(folder: Path, say: Callable[[str], None]) -> None:
     lines = [
         line
         for line in (folder / "said.txt").read_text().splitlines()
-        if "continuing after step" in line or "finished: the newest commit" in line
+        if "resumes after step" in line or "finished: the newest commit" in line
     ]
     say(f"end {code} {lines[0] if lines else 'from the beginning'}")
 

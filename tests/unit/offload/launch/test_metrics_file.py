@@ -106,7 +106,9 @@ def test_the_most_complete_file_counts(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(line(1))
     (tmp_path / "metrics.csv").write_bytes(b"1,2\n")
     kept = kept_metrics(tmp_path, 2, ["csv"])
-    assert [metrics.step for metrics in kept.metrics] == [1] and str(kept.note).startswith(str(tmp_path / "metrics.jsonl"))
+    assert [metrics.step for metrics in kept.metrics] == [1] and str(kept.note).startswith(
+        str(tmp_path / "metrics.jsonl")
+    )
     kept = kept_metrics(tmp_path / "absent", 2, ["csv"])
     assert kept.metrics == [] and "metrics.csv" in str(kept.note)
     (tmp_path / "metrics.jsonl").unlink()
