@@ -1,4 +1,4 @@
-"""Callbacks of a launched run, evaluation during training, the best commit, and hyper-parameters of a run that resumes."""
+"""Callbacks of a launched run, evaluation, the best commit, and the learning rate of a resumed run."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from offload.budget.verdict import Available, decide
 from offload.config import load_config
 from offload.factories import model_factory
 from offload.forecast import forecast
-from offload.launch import train as launch
+from offload.launch import setup as launch
 from pagemem.errors import BudgetError
 
 KIB = 1 << 10
