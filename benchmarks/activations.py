@@ -6,7 +6,8 @@ Four engines with the same budget for states: one as it is, two with a limit on 
 keeps to pages and the second chooses by cost between pages and computing blocks again, and one whose model computes all
 blocks again in the backward pass. The choice is made after six steps and looked at again after twelve; all that is
 warm-up. ``--ssd-limit`` models a slower disk. Tensors are those that a step makes outside of the pages and that are
-alive at once, whatever for: what is saved, gradients on their way, the loss's own.
+alive at once, whatever for: what is saved, gradients on their way, the loss's own. Turns are those of
+`benchmarks.turns`; ratios have a bootstrap 95 % interval.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-import sys
 from typing import Any, Final
 
-from benchmarks import common
+from benchmarks import common, turns
 from benchmarks.common import SIZES, Spread
-from benchmarks.step import Child
+from benchmarks.subjects import ENGINE, Process, options_of
 
 AS_IT_IS, IN_PAGES, CHOSEN, RECOMPUTED = "as it is", "in pages", "chosen by cost", "recomputed"
 #: Steps until the choice is made and has been looked at again, where the first traced step was like the later ones.
@@ -39,59 +39,42 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ssd-limit", type=float, metavar="MB_PER_S", help="ssd.limit_mb_per_s, to model a slower disk"
     )
-    return common.step_arguments(parser, steps=9, batch=1, seq=1024)
+    common.batch_arguments(parser, batch=1, seq=1024)
+    turns.add_arguments(parser, 5)
+    common.common_arguments(parser)
+    a = parser.parse_args()
+    turns.check_arguments(parser, a)
+    return a
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     """Four processes in turns; returns the record."""
     limited = ["--activations", a.activations]
     names = {AS_IT_IS: [], IN_PAGES: [*limited, "--blocks", "never"], CHOSEN: limited, RECOMPUTED: ["--recompute"]}
-    shared = [
-        "--size",
-        a.size,
-        "--ram-share",
-        a.ram_share,
-        "--batch",
-        a.batch,
-        "--seq",
-        a.seq,
-        "--threads",
-        a.threads,
-        "--count-tensors",
-        WARM_UP - 1,
-    ]
-    shared += [] if a.ssd_limit is None else ["--ssd-limit", a.ssd_limit]
+    shared = options_of(a, ("size", "ram_share", "batch", "seq", "threads", "ssd_limit"))
+    shared += ["--count-tensors", WARM_UP - 1]
     folders = {name: f"{a.dir}/{number}" for number, name in enumerate(names)}
     for folder in folders.values():
         shutil.rmtree(f"{folder}/pages", ignore_errors=True)
-    children = {
+    processes = {
         # As `offload launch` starts itself where memory.activations is set.
-        name: Child(
-            "engine", [*map(str, shared), *options, "--dir", folders[name]], joining_heap=name in (IN_PAGES, CHOSEN)
-        )
+        name: Process(ENGINE, [*shared, *options, "--dir", folders[name]], tcache_disabled=name in (IN_PAGES, CHOSEN))
         for name, options in names.items()
     }
-    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for number in range(WARM_UP + a.steps):
-        for name, process in children.items():
-            steps[name].append(process.ask("step"))
-        print(
-            f"step {number + 1}/{WARM_UP + a.steps}",
-            *(f"{n} {v[-1]['step_s']:.3f} s" for n, v in steps.items()),
-            file=sys.stderr,
-        )
-    ends = {name: process.end() for name, process in children.items()}
+    warm_up = {name: [process.step() for _ in range(WARM_UP)] for name, process in processes.items()}
+    made = turns.take(processes, a.turns, a.turn)
+    ends = {name: process.end() for name, process in processes.items()}
     for folder in folders.values():
         shutil.rmtree(f"{folder}/pages", ignore_errors=True)
-    timed = {name: values[WARM_UP:] for name, values in steps.items()}
+    timed = {name: made.timed(name) for name in names}
+    losses = {tuple(step["loss"] for step in [*warm_up[name], *made.all(name)]) for name in names}
 
     def over(name: str, other: str) -> dict[str, float]:
-        pairs = zip(timed[name], timed[other], strict=True)
-        return dataclasses.asdict(Spread.of([one["step_s"] / two["step_s"] for one, two in pairs]))
+        return dataclasses.asdict(Spread.bootstrap(made.ratios(name, other)))
 
     return {
         "benchmark": "activations",
-        "config": {k: v for k, v in vars(a).items() if k not in ("json", "save", "dir")},
+        "config": common.config_of(a),
         "surroundings": common.surroundings(),
         "step_s": {
             name: dataclasses.asdict(Spread.of([step["step_s"] for step in values])) for name, values in timed.items()
@@ -107,9 +90,27 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             name: sum(s["bytes_read"] + s["bytes_written"] for s in values) / len(values)
             for name, values in timed.items()
         },
-        "losses_equal": len({tuple(step["loss"] for step in values) for values in steps.values()}) == 1,
-        "all_steps": steps,
+        "losses_equal": len(losses) == 1,
+        "all_turns": made.steps,
     }
+
+
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each ratio."""
+    config, seconds, peaks = record["config"], record["step_s"], record["rss_bytes"]
+    pairs = {
+        "in_pages_over_recomputed": (IN_PAGES, RECOMPUTED), "in_pages_over_as_it_is": (IN_PAGES, AS_IT_IS),
+        "chosen_over_in_pages": (CHOSEN, IN_PAGES), "chosen_over_recomputed": (CHOSEN, RECOMPUTED),
+    }  # fmt: skip
+    return [
+        common.ratio_row(
+            f"step, activations {ours} / {other}", Spread(**record[key]), model=config["size"],
+            batch=f"{config['batch']}x{config['seq']}", ram_share=config["ram_share"], threads=config["threads"],
+            pairs=config["turns"], steps_per_turn=config["turn"], step_s=seconds[ours]["median"],
+            other_step_s=seconds[other]["median"], peak_rss_bytes=peaks[ours], other_peak_rss_bytes=peaks[other],
+        )
+        for key, (ours, other) in pairs.items()
+    ]  # fmt: skip
 
 
 def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -126,11 +127,9 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("tensors recomputed over as it is", f"{tensors[RECOMPUTED] / tensors[AS_IT_IS]:.3f}"),
     ]
     for name in tensors:
-        said = (
-            f"{Spread(**record['step_s'][name])} s a step, tensors {tensors[name] / 1e6:,.0f} MB, "
-            f"VmHWM {record['rss_bytes'][name] / 1e6:,.0f} MB, {record['moved_bytes'][name] / 1e6:,.0f} MB moved a step"
-        )
-        rows.append((name, said))
+        memory = f"tensors {tensors[name] / 1e6:,.0f} MB, VmHWM {record['rss_bytes'][name] / 1e6:,.0f} MB"
+        moved = f"{record['moved_bytes'][name] / 1e6:,.0f} MB moved a step"
+        rows += [(name, f"{Spread(**record['step_s'][name])} s a step, {memory}, {moved}")]
     rows.append(("losses equal, bit for bit", str(record["losses_equal"])))
     return rows
 
@@ -139,11 +138,11 @@ def main() -> None:
     """Measure and print."""
     a = arguments()
     record = measure(a)
-    common.save(record, a.save)
+    common.save(a, record, csv_rows(record))
     title = (
         f"{a.size}, batch {a.batch} x {a.seq}, RAM for states {a.ram_share:g} of them, {a.activations} of activations"
     )
-    common.show(title, rows_of(record), {k: v for k, v in record.items() if k != "all_steps"}, as_json=a.json)
+    common.show(title, rows_of(record), {k: v for k, v in record.items() if k != "all_turns"}, as_json=a.json)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import json
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from pagemem.units import MiB, format_bytes, parse_bytes
 
 D_MODEL, SEQ, STEPS = 1024, 64, 3
 #: Kept from the cap for the interpreter, torch, thread stacks and the largest gradients' temporaries.
-BASE_BYTES = 720 * MiB
+BASE_BYTES = 740 * MiB
 #: Activations, autograd nodes and module objects of one layer at batch 1 x 64.
 LAYER_BYTES = int(4.8 * MiB)
 
@@ -58,17 +59,22 @@ def child(a: argparse.Namespace) -> None:
     engine: Any = None
     ram = 0
     if a.plain:
-        model = GPT(D_MODEL, a.layers, SEQ)
+        model: torch.nn.Module = GPT(D_MODEL, a.layers, SEQ)
         optimizer = fused_adamw(model.parameters())
     else:
         import offload
 
         ram = a.ram or a.cap - BASE_BYTES - a.layers * LAYER_BYTES
-        config = {"memory": {"ram": ram}, "ssd": {"paths": [f"{a.dir}/pages"], "threads": 3}}
+        config = {
+            "memory": {"ram": ram},
+            "ssd": {
+                "paths": [f"{a.dir}/pages"],
+            },
+        }
         with offload.deferred_init(config):
             model = GPT(D_MODEL, a.layers, SEQ)
         model, optimizer = offload.prepare(model, fused_adamw, config)
-        engine = optimizer.engine
+        engine = optimizer.engine  # type: ignore[attr-defined]
     build_s = time.perf_counter() - started_s
     losses, step_s = [], []
     for number in range(STEPS):
@@ -93,7 +99,7 @@ def child(a: argparse.Namespace) -> None:
 
 def attempt(a: argparse.Namespace, layers: int) -> dict[str, Any] | None:
     """One try in a process of its own; None when it did not get through."""
-    passed_on = [arg for arg in sys.argv[1:] if arg not in ("--json",)]
+    passed_on = [argument for argument in sys.argv[1:] if argument not in ("--json", "--save")]
     command = [sys.executable, "-m", "benchmarks.capacity", *passed_on, "--child", "--layers", str(layers)]
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
     try:
@@ -125,6 +131,25 @@ def search(a: argparse.Namespace) -> tuple[int, dict[str, Any] | None, bool]:
     return low, best, True
 
 
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row, where it got through: the median of its steps."""
+    if not record["passed"]:
+        return []
+    config = record["config"]
+    moved = {
+        f"{way}_bytes_per_step": round(record[f"bytes_{way}"] / STEPS)
+        for way in ("read", "written")
+        if f"bytes_{way}" in record
+    }
+    row = {
+        "ratio_of": f"seconds a step under a cap of {format_bytes(config['cap'])}{', plain PyTorch' * config['plain']}",
+        "model": f"{record['parameters'] / 1e9:.2f}B, {record['layers']} layers", "batch": f"1x{config['seq']}",
+        "threads": config["threads"], "step_s": statistics.median(record["step_s"]),
+        "peak_rss_bytes": record["vm_hwm_bytes"], **moved,
+    }  # fmt: skip
+    return [row]
+
+
 def main() -> None:
     """Search and print."""
     a = arguments()
@@ -135,7 +160,14 @@ def main() -> None:
     n = common.n_parameters(D_MODEL, layers, SEQ)
     record = {
         "benchmark": "capacity",
-        "config": {"cap": a.cap, "plain": a.plain, "d_model": D_MODEL, "seq": SEQ, "steps": STEPS},
+        "config": {
+            "cap": a.cap,
+            "plain": a.plain,
+            "d_model": D_MODEL,
+            "seq": SEQ,
+            "steps": STEPS,
+            "threads": a.threads,
+        },
         "surroundings": common.surroundings(),
         "layers": layers,
         "parameters": n,
@@ -157,7 +189,7 @@ def main() -> None:
             ("steps, s", ", ".join(f"{s:.1f}" for s in result["step_s"])),
             ("losses", ", ".join(map(str, result["losses"]))),
         ]
-    common.save(record, a.save)
+    common.save(a, record, csv_rows(record))
     common.show("plain torch" if a.plain else "engine", rows, record, as_json=a.json)
 
 

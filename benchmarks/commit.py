@@ -130,10 +130,10 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     subject.close()
     return {
         "benchmark": "commit",
-        "config": {k: v for k, v in vars(a).items() if k not in ("json", "save", "dir")},
+        "config": common.config_of(a),
         "parameters": common.n_parameters(*SIZES[a.size], a.seq),
         **_summary(without, commits),
-        "machine": common.surroundings(),
+        "surroundings": common.surroundings(),
         "all": {"without": without, "commits": commits},
     }
 
@@ -156,6 +156,18 @@ def _summary(without: list[list[dict[str, float]]], commits: list[dict[str, Any]
         "dirty_bytes": Spread.of([float(c["dirty_bytes"]) for c in commits]).__dict__,
         "manifest_bytes": commits[-1]["manifest_bytes"],
     }
+
+
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row."""
+    config, stall = record["config"], record["stall_s"]
+    lost = Spread(*(seconds / BETWEEN_S for seconds in (stall["median"], stall["low"], stall["high"])))
+    row = common.ratio_row(
+        "lost by a commit (range) / minute between two", lost, model=config["size"], threads=config["threads"],
+        batch=f"{config['batch']}x{config['seq']}", ram_share=config["ram_share"], pairs=config["commits"],
+        step_s=record["step_s"]["median"], written_bytes_per_step=round(record["step_written_bytes"]),
+    )  # fmt: skip
+    return [row]
 
 
 def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -181,7 +193,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     torch.manual_seed(1)
     record = measure(a)
-    common.save(record, a.save)
+    common.save(a, record, csv_rows(record))
     title = f"commits of {a.size}, batch {a.batch} x {a.seq}, RAM for states {a.ram_share:g} of them"
     common.show(title, rows_of(record), {k: v for k, v in record.items() if k != "all"}, as_json=a.json)
 

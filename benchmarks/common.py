@@ -12,13 +12,16 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -26,10 +29,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import results_csv
+
 SIZES: Final = {"27m": (512, 6), "112m": (768, 14), "357m": (1024, 27)}
 VOCAB: Final = 8192
 HYPER: Final[dict[str, Any]] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 _LANGUAGE: Final = 256
+RESAMPLES: Final = 10_000
 
 
 class _Draw:
@@ -76,7 +82,8 @@ class Block(nn.Module):
         heads = self.qkv(self.ln1(x)).view(rows, tokens, 3, self.heads, 64).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).reshape(rows, tokens, channels))
-        return x + self.out(F.gelu(self.fc(self.ln2(x))))
+        grown: Tensor = self.out(F.gelu(self.fc(self.ln2(x))))
+        return x + grown
 
 
 class GPT(nn.Module):
@@ -98,7 +105,8 @@ class GPT(nn.Module):
         hidden = self.tok(x) + self.pos(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks:
             hidden = checkpoint(block, hidden, use_reentrant=False) if self.recompute else block(hidden)
-        return F.cross_entropy(self.head(self.lnf(hidden)).flatten(0, 1), y.flatten())
+        loss: Tensor = F.cross_entropy(self.head(self.lnf(hidden)).flatten(0, 1), y.flatten())
+        return loss
 
 
 def n_parameters(d_model: int, n_layer: int, seq: int) -> int:
@@ -137,7 +145,7 @@ def disk_bytes() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and range of some runs."""
+    """A median, with the range of the values or an interval for the median."""
 
     median: float
     low: float
@@ -145,7 +153,15 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """Median, least and greatest."""
         return cls(statistics.median(values), min(values), max(values))
+
+    @classmethod
+    def bootstrap(cls, values: Sequence[float]) -> Spread:
+        """Median and its bootstrap 95 % interval, of `RESAMPLES` medians of values drawn anew."""
+        drawn = np.random.default_rng(1).choice(np.asarray(values), (RESAMPLES, len(values)))
+        low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+        return cls(statistics.median(values), float(low), float(high))
 
     def __str__(self) -> str:
         return f"{self.median:.3f} ({self.low:.3f}-{self.high:.3f})"
@@ -196,10 +212,50 @@ def show(title: str, rows: Sequence[tuple[str, str]], record: Mapping[str, Any],
         print(json.dumps(record))
 
 
-def save(record: Mapping[str, Any], path: str | None) -> None:
-    """Keep a result as a file."""
-    if path:
-        Path(path).write_text(json.dumps(record, indent=1) + "\n")
+def save(
+    a: argparse.Namespace, record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], file: Path = results_csv.FILE
+) -> None:
+    """Append ``rows`` to the CSV and keep the whole record as a file, as the options of `common_arguments` ask for.
+
+    Args:
+        rows: fields of `results_csv.Row`; date, commit, machine, benchmark, command and record are added.
+    """
+    keep_record(a, record)
+    if a.save:
+        around, name = record["surroundings"], record["benchmark"]
+        shared: dict[str, Any] = {
+            "date": datetime.date.fromisoformat(around["date"]), "commit": results_csv.commit(),
+            "machine": results_csv.machine(around), "benchmark": name, "command": command_line(sys.argv),
+            "record": Path(a.record).name if a.record else None,
+        }  # fmt: skip
+        results_csv.append([results_csv.Row(**shared, **row) for row in rows], file)
+
+
+def keep_record(a: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    """Keep the whole record as a file if ``--record`` asks for it."""
+    if a.record:
+        Path(a.record).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command of a module that runs as ``python -m``, without the options that say where results and files go."""
+    path = Path(argv[0]).resolve().relative_to(results_csv.RESULTS.parents[1]).with_suffix("")
+    module = ".".join(path.parts).removesuffix(".__main__")
+    kept: list[str] = []
+    given = iter(argv[1:])
+    for option in given:
+        if option in ("--record", "--dir"):
+            next(given, None)
+        elif option not in ("--save", "--json") and not option.startswith(("--record=", "--dir=")):
+            kept.append(option)
+    return shlex.join(["python", "-m", module, *kept])
+
+
+def ratio_row(ratio_of: str, ratio: Spread, **more: Any) -> dict[str, Any]:
+    """Fields of a `results_csv.Row` for one ratio."""
+    return {
+        "ratio_of": ratio_of, "ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high, **more
+    }  # fmt: skip
 
 
 def step_arguments(
@@ -207,9 +263,7 @@ def step_arguments(
 ) -> argparse.Namespace:
     """Options of benchmarks that time training steps, and all that is asked on the command line."""
     parser.add_argument("--steps", type=int, default=steps, help="timed steps each, at least 5 (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--seq", type=int, default=seq)
-    parser.add_argument("--threads", type=int, default=2)
+    batch_arguments(parser, batch, seq)
     common_arguments(parser)
     chosen = parser.parse_args()
     if chosen.steps < 5:
@@ -217,8 +271,26 @@ def step_arguments(
     return chosen
 
 
+def batch_arguments(parser: argparse.ArgumentParser, batch: int = 4, seq: int = 256) -> None:
+    """Rows and tokens of a batch, and compute threads."""
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--seq", type=int, default=seq)
+    parser.add_argument("--threads", type=int, default=2)
+
+
 def common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that every benchmark with rows for the CSV has."""
+    parser.add_argument("--save", action="store_true", help="append the medians to benchmarks/results/results.csv")
+    output_arguments(parser)
+
+
+def output_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that every benchmark has."""
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
-    parser.add_argument("--save", metavar="FILE", help="keep the result as a JSON file")
+    parser.add_argument("--record", metavar="FILE", help="keep everything measured as a JSON file")
     parser.add_argument("--dir", default="runs/benchmark", help="folder for page files (default: %(default)s)")
+
+
+def config_of(a: argparse.Namespace) -> dict[str, Any]:
+    """The options for a record, without those that say where results and files go."""
+    return {key: value for key, value in vars(a).items() if key not in ("json", "save", "record", "dir")}

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import Spread, batch
-from benchmarks.step import WARM_UP, Engine, model_arguments
+from benchmarks.subjects import WARM_UP, Engine, model_arguments
 
 BAR: Final = 0.02
 
@@ -61,10 +61,10 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
     return {
         "benchmark": "profiling",
-        "config": {k: v for k, v in vars(a).items() if k not in ("json", "save", "dir")},
+        "config": common.config_of(a),
         "surroundings": common.surroundings(),
         "ratio": dataclasses.asdict(
-            Spread.of([one / two for one, two in zip(steps_s[True], steps_s[False], strict=True)])
+            Spread.bootstrap([one / two for one, two in zip(steps_s[True], steps_s[False], strict=True)])
         ),
         "profiled_s": dataclasses.asdict(Spread.of(steps_s[True])),
         "unprofiled_s": dataclasses.asdict(Spread.of(steps_s[False])),
@@ -74,11 +74,23 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row."""
+    config = record["config"]
+    row = common.ratio_row(
+        "step with a profile / without", Spread(**record["ratio"]), model=config["size"],
+        batch=f"{config['batch']}x{config['seq']}", ram_share=config["ram_share"], threads=config["threads"],
+        pairs=config["steps"], steps_per_turn=1, step_s=record["profiled_s"]["median"],
+        other_step_s=record["unprofiled_s"]["median"],
+    )  # fmt: skip
+    return [row]
+
+
 def main() -> None:
     """Measure and print."""
     a = arguments()
     record = measure(a)
-    common.save(record, a.save)
+    common.save(a, record, csv_rows(record))
     rows = [
         ("profiled step over another", f"{Spread(**record['ratio'])}, bar {1 + BAR:.2f}"),
         ("profiled, s a step", str(Spread(**record["profiled_s"]))),

@@ -285,7 +285,7 @@ def main() -> None:
         "--kills", type=int, default=60, help="in all, half of them in each update mode (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=1)
-    common.common_arguments(parser)
+    common.output_arguments(parser)
     a = parser.parse_args()
     rng, started_s = random.Random(a.seed), time.perf_counter()
     tallies: dict[str, Any] = {}
@@ -302,8 +302,9 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "modes": tallies,
         "equal": True,
+        "surroundings": common.surroundings(),
     }
-    common.save({**record, "machine": common.surroundings()}, a.save)
+    common.keep_record(a, record)
     rows = [
         (
             f"{mode}: kills",

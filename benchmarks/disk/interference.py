@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -196,6 +196,18 @@ def measure(contestants: Mapping[str, Traffic], way: str, seconds: float, rounds
     return [Row.of(way, name, found) for name, found in pairs.items()]
 
 
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each way and contestant; the interval is the range over the rounds."""
+    settings = record["settings"]
+    return [
+        common.ratio_row(
+            f"product beside {settings['rate_mb_per_s']} MB/s of {row['contestant']}, {row['way']} / alone (range)",
+            Spread(**row["slowdown"]), threads=record["surroundings"]["threads"], pairs=settings["rounds"],
+        )
+        for row in record["rows"]
+    ]  # fmt: skip
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -246,14 +258,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fio": fio_version,
     }
     found = [dataclasses.asdict(row) for row in rows]
-    record = {"benchmark": "interference", **common.surroundings(), "settings": settings, "rows": found}
+    record = {
+        "benchmark": "interference", "surroundings": common.surroundings(), "settings": settings, "rows": found
+    }  # fmt: skip
     common.show(
         f"Seconds of compute lost for each GB moved beside it: median (least-greatest) of {options.rounds} rounds",
         [row.line() for row in rows],
         record,
         as_json=options.json,
     )
-    common.save(record, options.save)
+    common.save(options, record, csv_rows(record))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""The page file against fio on the same file system.
-
-``python -m benchmarks.disk.io [--dir D] [--seconds 0.7] [--json]``
+"""The page file against fio on the same file system: ``python -m benchmarks.disk.io [--dir D] [--seconds 0.7]``.
 
 Reads and writes of 4 MiB with 1, 2 and 4 requests under way, checksums on and off, interleaved with fio's direct I/O
 (libaio) of the same size and depth: how many requests are with the system at a time, for the page file its threads. The
@@ -19,10 +17,8 @@ threads: what it loses to fio is not the page file's doing.
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,18 +27,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from itertools import count, product
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks import common
+from benchmarks.common import Spread
 from benchmarks.disk.fio import Fio, Sample
 from benchmarks.disk.plain_io import PlainLoop
 from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.frames.page import Extent, FrameId
-from pagemem.units import GiB, MiB
+from pagemem.units import MiB
 
 REQUEST_BYTES: Final = 4 * MiB
 FILE_BYTES: Final = 512 * MiB
@@ -95,7 +91,7 @@ class PageFileRun:
 
     def take_over(self, other: PageFileRun) -> None:
         """Go by what the other wrote to the file."""
-        for mine, others in zip(self._routes, other._routes):
+        for mine, others in zip(self._routes, other._routes, strict=True):
             self.files.remember(mine, other.files.sums(others))
 
     def refresh(self) -> None:
@@ -152,22 +148,6 @@ class PageFileRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """Median, least and greatest over the rounds."""
-
-    median: float
-    least: float
-    greatest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(*(round(value, 3) for value in (statistics.median(values), min(values), max(values))))
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.least:.2f}-{self.greatest:.2f})"
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
     """One line of the table: a way and a depth, with one entry a contestant in each dict."""
 
@@ -186,22 +166,21 @@ class Row:
             {name: Spread.of([sample.gb_per_s for sample in found]) for name, found in samples.items()},
             {name: round(statistics.median(s.cpu_s_per_gb for s in found), 3) for name, found in samples.items()},
             {
-                name: Spread.of([our.gb_per_s / fio.gb_per_s for our, fio in zip(samples[name], samples[FIO])])
+                name: Spread.bootstrap(
+                    [our.gb_per_s / fio.gb_per_s for our, fio in zip(samples[name], samples[FIO], strict=True)]
+                )
                 for name in ours
             },
         )
 
-    def cells(self, names: Sequence[str]) -> list[str]:
-        """The row as text, in the order of `headings`."""
-        speeds = [str(self.gb_per_s[name]) for name in names]
-        ratios = [str(ratio) for ratio in self.ratio_to_fio.values()]
-        return [self.way, str(self.depth), *speeds, *ratios, *(f"{self.cpu_s_per_gb[name]:.3f}" for name in names)]
-
-
-def headings(names: Sequence[str]) -> list[str]:
-    """Column titles for these contestants."""
-    ratios = [f"{name} / fio" for name in names if name != FIO and FIO in names]
-    return ["way", "depth", *(f"{name} GB/s" for name in names), *ratios, *(f"{name} cpu s/GB" for name in names)]
+    def lines(self) -> list[tuple[str, str]]:
+        """As text, one line a contestant."""
+        lines = []
+        for name, speed in self.gb_per_s.items():
+            over = f", {self.ratio_to_fio[name]} of fio" if name in self.ratio_to_fio else ""
+            cost = f"{self.cpu_s_per_gb[name]:.3f} processor s/GB"
+            lines.append((f"{self.way}, depth {self.depth}, {name}", f"{speed} GB/s{over}; {cost}"))
+        return lines
 
 
 def measure(
@@ -223,54 +202,31 @@ def measure(
             yield Row.of(way, depth, samples)
 
 
-def show(rows: Sequence[Row], names: Sequence[str]) -> None:
-    """A table on a terminal, tab-separated lines in a pipe."""
-    lines = [row.cells(names) for row in rows]
-    if not sys.stdout.isatty():
-        for line in [headings(names), *lines]:
-            print("\t".join(line))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*headings(names), title=f"{REQUEST_BYTES // MiB} MiB requests: median (least-greatest)")
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
-
-
-def environment(folder: Path, backend: str, fio_version: str | None) -> dict[str, Any]:
-    """What the figures depend on: hardware, system, versions."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0].split(":", 1)[1].strip() if names else platform.machine()
+def file_system(folder: Path) -> str:
+    """What ``folder`` lies on."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     around = [(point, kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]
-    return {
-        "date": date.today().isoformat(),
-        "hardware": {
-            "cpu": cpu,
-            "cores": os.cpu_count(),
-            "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GiB, 1),
-            "file_system": max(around, key=lambda mount: len(mount[0]))[1],
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "kernel": platform.release().split("-")[0],
-            "fio": fio_version,
-            **{name: version(name) for name in ("numpy", "xxhash", "aiofiles")},
-        },
-        "backend": backend,
-    }
+    return max(around, key=lambda mount: len(mount[0]))[1]
+
+
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each way, depth and contestant beside fio."""
+    return [
+        common.ratio_row(
+            f"GB/s, {name}, {row['way']}, depth {row['depth']} / fio", Spread(**ratio),
+            pairs=record["settings"]["rounds"], steps_per_turn=1,
+        )
+        for row in record["rows"]
+        for name, ratio in row["ratio_to_fio"].items()
+    ]  # fmt: skip
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.disk.io", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to put the files (default: here)")
     parser.add_argument("--seconds", type=float, default=0.7, help="of each single measurement (default: 0.7)")
     parser.add_argument("--rounds", type=int, default=21, help="measurements of each figure (default: 21)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="keep the result as a JSON file")
+    common.common_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -279,8 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     fio_version = Fio.version()
     with ExitStack() as stack:
-        if options.dir is not None:
-            Path(options.dir).mkdir(parents=True, exist_ok=True)
+        Path(options.dir).mkdir(parents=True, exist_ok=True)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pagemem-io-", dir=options.dir)))
         directory = stack.enter_context(RunDirectory(folder / "run"))
         runs: dict[tuple[str, int], PageFileRun] = {}
@@ -318,20 +273,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in measure(contestants, prepare, options.seconds, options.rounds):
             rows.append(row)
             print(f"measured {row.way}, depth {row.depth}", file=sys.stderr)
-        result = environment(folder, backend, fio_version)
-    print(f"page file backend: {backend}; bar: {BAR} of fio")
-    show(rows, list(contestants))
+        lies_on = file_system(folder)
     settings = {
-        "request_bytes": REQUEST_BYTES,
-        "file_bytes": FILE_BYTES,
-        "seconds": options.seconds,
-        "rounds": options.rounds,
-    }
-    record = {"benchmark": "io", **result, "settings": settings, "rows": [asdict(row) for row in rows]}
-    if options.save is not None:
-        options.save.write_text(json.dumps(record, indent=1) + "\n")
-    if options.json:
-        print(json.dumps(record))
+        "request_bytes": REQUEST_BYTES, "file_bytes": FILE_BYTES, "seconds": options.seconds, "rounds": options.rounds,
+        "backend": backend, "file_system": lies_on, "fio": fio_version,
+    }  # fmt: skip
+    record = {
+        "benchmark": "io", "surroundings": common.surroundings(), "settings": settings,
+        "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
+    common.save(options, record, csv_rows(record))
+    title = f"{REQUEST_BYTES // MiB} MiB requests, backend {backend}, bar {BAR} of fio: median (range; of ratios, 95 %)"
+    common.show(title, [line for row in rows for line in row.lines()], record, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ class PlainLoop:
         """
         move = os.preadv if way == "read" else os.pwritev
         starts = range(0, len(self._memory), self._request_bytes)
-        numbers, errors, moved_bytes = count(), [], [0] * depth
+        numbers, moved_bytes = count(), [0] * depth
+        errors: list[OSError] = []
         end_s = time.perf_counter() + seconds
 
         def work(thread: int) -> None:

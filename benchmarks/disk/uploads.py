@@ -126,7 +126,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.disk.uploads", description=__doc__.splitlines()[0] if __doc__ else ""
     )
-    parser.add_argument("--dir", required=True, help="where the page file is made and deleted")
     parser.add_argument(
         "--mib", type=int, nargs="+", default=[16, 64, 256], help="sizes of the tensor (default: 16 64 256)"
     )
@@ -137,8 +136,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=["cpu-emulated", "cuda"], default="cpu-emulated")
     parser.add_argument("--limit-mb-per-s", type=float, help="model a slower disk")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
-    parser.add_argument("--save", metavar="FILE", help="keep the result as a JSON file")
+    common.common_arguments(parser)
     chosen = parser.parse_args()
     if any(mib % chosen.page_mib for mib in chosen.mib):
         parser.error("--mib must be multiples of --page-mib")
@@ -147,6 +145,7 @@ def arguments() -> argparse.Namespace:
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     """Time every size; returns the record."""
+    Path(a.dir).mkdir(parents=True, exist_ok=True)
     device: Accelerator = CudaDevice() if a.device == "cuda" else RamDevice()
     found = []
     for mib in a.mib:
@@ -171,23 +170,42 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         )
     return {
         "benchmark": "uploads",
-        "config": {k: v for k, v in vars(a).items() if k not in ("dir", "json", "save")},
+        "config": common.config_of(a),
         "surroundings": common.surroundings(),
         "sizes": found,
     }
+
+
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two rows for each size."""
+    rows = []
+    for size in record["sizes"]:
+        for other, seconds in ((WHOLE, _seconds(size, WHOLE)), ("the slower of read and copy", _slower_leg(size))):
+            ours = _seconds(size, PAGES)
+            ratio = Spread.bootstrap([one / two for one, two in zip(ours, seconds, strict=True)])
+            medians = {"step_s": statistics.median(ours), "other_step_s": statistics.median(seconds)}
+            what = f"upload of {size['mib']} MiB, {PAGES} / {other}"
+            rows.append(common.ratio_row(what, ratio, pairs=len(ours), steps_per_turn=1, **medians))
+    return rows
+
+
+def _seconds(size: dict[str, Any], way: str) -> list[float]:
+    return [found[way] for found in size["rounds"]]
+
+
+def _slower_leg(size: dict[str, Any]) -> list[float]:
+    return [max(found[READ], found[COPY]) for found in size["rounds"]]
 
 
 def main() -> None:
     """Measure and print."""
     a = arguments()
     record = measure(a)
-    common.save(record, a.save)
+    common.save(a, record, csv_rows(record))
     rows = []
     for size in record["sizes"]:
-        rows.extend(
-            (f"{size['mib']} MiB, {way}", f"{Spread.of([1e3 * r[way] for r in size['rounds']])} ms")
-            for way in (READ, COPY, WHOLE, PAGES)
-        )
+        milliseconds = {way: Spread.of([1e3 * r[way] for r in size["rounds"]]) for way in (READ, COPY, WHOLE, PAGES)}
+        rows += [(f"{size['mib']} MiB, {way}", f"{spread} ms") for way, spread in milliseconds.items()]
         floor = [r[PAGES] / max(r[READ], r[COPY]) for r in size["rounds"]]
         rows.append((f"{size['mib']} MiB, page by page / the slower leg", str(Spread.of(floor))))
         rows.append(

@@ -177,7 +177,7 @@ def save(lines: Sequence[Line], a: argparse.Namespace) -> Path:
         "surroundings": common.surroundings(),
         "checks": [line.record() for line in lines],
     }
-    common.save(record, str(path))
+    path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
 

@@ -40,13 +40,13 @@ def arguments() -> argparse.Namespace:
         "--points", nargs="+", metavar="RATIO:BOUND:LR", help="quality: disk, max_staleness, highest learning rate"
     )
     parser.add_argument("--threads", type=int, default=2, help="speed: compute threads (default: %(default)s)")
-    parser.add_argument("--add", action="store_true", help="keep what --save FILE has and this run does not measure")
+    parser.add_argument("--add", action="store_true", help="keep what --record FILE has and this run does not measure")
     parser.add_argument("--picture", metavar="FILE", help="draw the quality part")
-    parser.add_argument("--draw-only", action="store_true", help="measure nothing; table and picture of --save FILE")
+    parser.add_argument("--draw-only", action="store_true", help="measure nothing; table and picture of --record FILE")
     common.common_arguments(parser)
     chosen = parser.parse_args()
-    if (chosen.add or chosen.draw_only) and not chosen.save:
-        parser.error("--add and --draw-only need --save FILE")
+    if (chosen.add or chosen.draw_only) and not chosen.record:
+        parser.error("--add and --draw-only need --record FILE")
     return chosen
 
 
@@ -210,13 +210,23 @@ def _without_steps(value: Any) -> Any:
     return {key: kept for key, kept in value.items() if key != "steps"} if isinstance(value, dict) else value
 
 
+def csv_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the parts that the record has."""
+    rows = []
+    for part, of_part in (("speed", lockfree_speed.csv_rows), ("quality", lockfree_quality.csv_rows)):
+        if part in record:
+            rows += of_part(record[part], record[f"{part}_config"])
+    return rows
+
+
 def main() -> None:
     """Measure, keep, draw and print."""
     a = arguments()
     record = {} if a.draw_only else measure(a)
+    rows = csv_rows(record)
     if a.add or a.draw_only:
-        record = joined(json.loads(Path(a.save).read_text()) if os.path.exists(a.save) else {}, record)
-    common.save(record, a.save)
+        record = joined(json.loads(Path(a.record).read_text()) if os.path.exists(a.record) else {}, record)
+    common.save(a, record, rows)
     if a.picture and "quality" in record:
         draw(record["quality"], record["quality_config"], record["default_max_staleness"], a.picture)
     common.show("lock-free updates on a slow disk", rows_of(record), summary_of(record), as_json=a.json)

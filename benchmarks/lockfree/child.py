@@ -202,7 +202,8 @@ class Child:
     def ask(self, line: str) -> Any:
         """Send a command, wait for its answer."""
         stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None and stdout is not None
+        assert stdin is not None
+        assert stdout is not None
         stdin.write(line + "\n")
         stdin.flush()
         answer = stdout.readline()

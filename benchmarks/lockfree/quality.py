@@ -199,6 +199,22 @@ def against_exact(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def csv_rows(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each point; the interval is the range over seeds."""
+    shared = {"model": f"byte-gpt-{record['parameters'] / 1e6:.1f}m", "threads": config["threads"]}
+    shared["batch"] = f"{config['model']['batch']}x{config['model']['seq']}"
+    return [
+        {
+            "ratio_of": f"validation loss, lock-free (mean, range of seeds) / exact, disk {point['ratio']:g} x compute,"
+            f" max_staleness {point['max_staleness']}, lr {point['lr']:g}",
+            "ratio": 1 + point["mean_excess"], "ratio_low": 1 + min(point["excess"]),
+            "ratio_high": 1 + max(point["excess"]), "pairs": len(point["seeds"]), "step_s": point["step_s"],
+            "other_step_s": record["exact_step_s"][f"{point['ratio']:g}"], **shared,
+        }
+        for point in against_exact(record["runs"])
+    ]  # fmt: skip
+
+
 def _noise(ours: Mapping[str, Any], exact: Mapping[str, Any]) -> float:
     """Standard error of the difference of two runs over the same validation batches, over exact mode's loss."""
     differences = [a - b for a, b in zip(ours["validation_batches"], exact["validation_batches"], strict=True)]

@@ -148,21 +148,32 @@ def _kind(steps: Sequence[Mapping[str, float]], n: int, ram_per_parameter: float
     }
 
 
+def csv_rows(records: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows for each speed of the disk: lock-free over updates off, exact over lock-free."""
+    shared = {"model": f"byte-gpt-{records[0]['parameters'] / 1e6:.1f}m", "threads": config["threads"]}
+    shared["batch"] = f"{config['model']['batch']}x{config['model']['seq']}"
+    rows = []
+    for record in records:
+        for ours, other in (("lock-free", "off"), ("exact", "lock-free"), ("exact, same RAM", "lock-free")):
+            if ours in record:
+                what = (
+                    f"step, {ours} / {'updates off' if other == 'off' else other}, disk {record['ratio']:g} x compute"
+                )
+                seconds = {
+                    key: record[kind]["step_s"]["median"] for key, kind in (("step_s", ours), ("other_step_s", other))
+                }
+                rows.append({"ratio_of": what, "ratio": record[f"{ours} over {other}, median"], **seconds, **shared})
+    return rows
+
+
 def rows_of(records: Sequence[Mapping[str, Any]], tokens_a_step: int) -> list[tuple[str, str]]:
     """The table."""
     rows = []
     for record in records:
         ours = record["lock-free"]
         what = f"disk {record['ratio']:g} x compute: lock-free step over updates off"
-        rows.append(
-            (
-                what,
-                (
-                    f"{record['lock-free over off, median']:.3f} of medians, {record['lock-free over off, mean']:.3f} "
-                    "of means"
-                ),
-            )
-        )
+        over_off = {by: f"{record[f'lock-free over off, {by}']:.3f} of {by}s" for by in ("median", "mean")}
+        rows.append((what, ", ".join(over_off.values())))
         for kind in ("exact", "exact, same RAM"):
             if kind in record:
                 both = (

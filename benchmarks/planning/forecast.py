@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from benchmarks import common
 from benchmarks.common import HYPER, SIZES
-from benchmarks.step import WARM_UP, Child
+from benchmarks.subjects import ENGINE, WARM_UP, Process
 from offload.machine.bench_ssd import check_target, measure
 from offload.machine.facts import PROBE
 
@@ -95,10 +95,10 @@ def run_of(a: argparse.Namespace, size: str, share: float) -> dict[str, Any]:
     ]
     if a.activations is not None:
         options += ["--activations", a.activations]
-    process = Child("engine", [str(option) for option in options], joining_heap=a.activations is not None)
+    process = Process(ENGINE, options, tcache_disabled=a.activations is not None)
     steps = []
     for number in range(WARM_UP + a.steps):
-        steps.append(process.ask("step"))
+        steps.append(process.step())
         print(f"{size}, step {number + 1}/{WARM_UP + a.steps}: {steps[-1]['step_s']:.3f} s", file=sys.stderr)
     summary = process.end()
     shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
@@ -143,6 +143,24 @@ def compare(a: argparse.Namespace, size: str, share: float) -> dict[str, Any]:
     }
 
 
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each thing forecast, of each size."""
+    config = record["config"]
+    return [
+        {
+            "ratio_of": f"forecast / measured, {what}", "ratio": ratio, "model": found["size"],
+            "batch": f"{config['batch']}x{config['seq']}", "ram_share": found["ram_share"],
+            "threads": config["threads"], "step_s": found["plan"]["step_s"], "other_step_s": found["run"]["step_s"],
+            "peak_rss_bytes": found["plan"]["process_bytes"], "other_peak_rss_bytes": found["run"]["peak_rss_bytes"],
+            "read_bytes_per_step": round(found["run"]["read_bytes"]),
+            "written_bytes_per_step": round(found["run"]["written_bytes"]),
+        }
+        for found in record["found"]
+        for what, ratio in found["forecast_over_measured"].items()
+        if ratio is not None
+    ]  # fmt: skip
+
+
 def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The table of one size."""
     plan, run, ratio = found["plan"], found["run"], found["forecast_over_measured"]
@@ -185,11 +203,11 @@ def main() -> None:
     found = [compare(a, size, share) for size in a.sizes for share in a.ram_shares]
     record = {
         "benchmark": "forecast",
-        "config": {k: v for k, v in vars(a).items() if k not in ("json", "save", "dir")},
+        "config": common.config_of(a),
         "surroundings": common.surroundings(),
         "found": found,
     }
-    common.save(record, a.save)
+    common.save(a, record, csv_rows(record))
     for entry in found:
         last = entry is found[-1]
         common.show(

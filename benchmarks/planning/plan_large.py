@@ -1,6 +1,4 @@
-"""Planning a model no machine here could train.
-
-``python -m benchmarks.planning.plan_large [--layers 80] [--json] [--save FILE]``
+"""Planning a model no machine here could train: ``python -m benchmarks.planning.plan_large [--layers 80]``.
 
 `offload plan` of a 70-billion-parameter model of Llama's shape on given hardware (a GPU of 80 GB, 256 GB of RAM, four
 SSDs), in a process of its own: its wall time and its VmHWM, which are to stay below 60 s and 2 GiB, and what it
@@ -20,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.common import save, show, surroundings
+from benchmarks.common import common_arguments, save, show, surroundings
 from pagemem.units import GiB, format_bytes
 
 BAR_S: Final = 60.0
@@ -51,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.planning.plan_large", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--layers", type=int, default=80, help="80 are 70.6 billion parameters (default)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
-    parser.add_argument("--save", metavar="FILE", help="keep the result as a JSON file")
+    common_arguments(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="plan-large-") as folder:
         file = Path(folder) / "run.json"
@@ -67,15 +64,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     forecast = json.loads(done.stdout.splitlines()[-1])
     record = {
         "benchmark": "plan_large",
-        **surroundings(),
+        "surroundings": surroundings(),
         "layers": options.layers,
         "plan_s": took_s,
         "peak_bytes": peak_bytes,
         "rates": list(RATES),
         "forecast": forecast,
     }
-    save(record, options.save)
+    save(options, record, csv_rows(record))
     show(f"offload plan of a model of {options.layers} layers", rows_of(record), record, as_json=options.json)
+
+
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row: seconds and memory of planning."""
+    row = {
+        "ratio_of": "seconds to plan", "model": f"llama-{record['layers']}-layers", "step_s": record["plan_s"],
+        "peak_rss_bytes": record["peak_bytes"],
+    }  # fmt: skip
+    return [row]
 
 
 def rows_of(record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -48,8 +48,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
-    parser.add_argument("--save", metavar="FILE", help="keep the result as a JSON file")
+    common.common_arguments(parser)
     return parser.parse_args()
 
 
@@ -134,18 +133,34 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             )
     return {
         "benchmark": "update_placement",
-        "config": {k: v for k, v in vars(a).items() if k not in ("json", "save")},
+        "config": common.config_of(a),
         "surroundings": common.surroundings(),
         "compute_s": trace.compute_s,
         "plans": found,
     }
 
 
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each share that is put off, at each speed of the disk."""
+    config = record["config"]
+    at_once = {plan["mb_per_s"]: plan["step_s"] for plan in record["plans"] if plan["share"] == 0}
+    return [
+        {
+            "ratio_of": f"planned step, {p['share']:g} of updates put off / none, {p['mb_per_s']} MB/s",
+            "ratio": p["step_s"] / at_once[p["mb_per_s"]], "model": config["size"], "step_s": p["step_s"],
+            "batch": f"{config['batch']}x{config['seq']}", "ram_share": config["ram_share"],
+            "other_step_s": at_once[p["mb_per_s"]],
+        }
+        for p in record["plans"]
+        if p["share"] and p["mb_per_s"] in at_once
+    ]  # fmt: skip
+
+
 def main() -> None:
     """Plan and print."""
     a = arguments()
     record = measure(a)
-    common.save(record, a.save)
+    common.save(a, record, csv_rows(record))
     rows = [("compute", f"{record['compute_s']:.3f} s")]
     for mb_per_s in MB_PER_S:
         steps = [
