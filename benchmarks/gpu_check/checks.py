@@ -39,7 +39,7 @@ import offload
 from benchmarks.common import Block
 from benchmarks.gpu_check.memory_checks import fork, host_memory, pinning, synchronisations, uploads, waiting
 from benchmarks.gpu_check.setting import PLANNED, Outcome, Run, Setting, Status, judged
-from offload.store.page_store import PageStore
+from offload.store.store_parts import StoreParts
 from pagemem.devices.accelerator import Copy, DeviceEvent, RamDevice
 from pagemem.telemetry.intervals import union
 
@@ -98,7 +98,7 @@ def assertion(setting: Setting) -> Outcome:
     """An assertion in a kernel of the fourth step; then close."""
     emulated = FailingDevice()
     if setting.emulated:
-        PageStore._make_accelerator = lambda _: emulated  # type: ignore[assignment,method-assign]
+        StoreParts.accelerator = lambda _: emulated  # type: ignore[assignment,method-assign]
     run = Run(setting, setting.config())
     run.steps(3)
     raised = ""

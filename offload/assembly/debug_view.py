@@ -6,33 +6,26 @@ that train use `Engine` alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from offload.activations.policy import RecomputeChoice
-from offload.checkpoint.checkpoints import Checkpoints
+from offload.assembly.lifetime import EngineState
+from offload.assembly.parts import EngineParts
 from offload.checkpoint.committer import Committer
 from offload.parameters.binder import Binder
 from offload.store.device_tier import DeviceTier
-from offload.store.page_store import PageStore
 from optim.unit import Unit
-from optim.updater import Updater
 from pagemem.files.page_file import PageFiles
 from pagemem.residency.mover import Mover
 from scheduler.execution.driver import Driver
 
 
-@dataclass(frozen=True, slots=True)
 class DebugView:
-    """The parts of one engine, for reading. Training thread only.
+    """The parts of one engine, for reading. Training thread only."""
 
-    Attributes:
-        recompute_choice: None unless ``memory.activations`` is set and ``memory.recompute`` is "auto".
-    """
-
-    store: PageStore
-    updater: Updater
-    checkpoints: Checkpoints
-    recompute_choice: RecomputeChoice | None
+    def __init__(self, parts: EngineParts, state: EngineState) -> None:
+        self.state = state
+        self.store = parts.store
+        self.updater = parts.updater
+        self.checkpoints = parts.checkpoints
+        self.recompute_choice = parts.recompute_choice
 
     @property
     def driver(self) -> Driver:

@@ -246,8 +246,8 @@ def _found(
         busy=times.busy,
         waits_s=times.waits_s,
         limiting=times.limiting,
-        recomputed_blocks=engine.stats().recomputed_blocks,
-        device_units=engine.stats().device_units,
+        recomputed_blocks=engine.engine.stats().recomputed_blocks,
+        device_units=engine.engine.stats().device_units,
         units=len(engine.store.index.units),
         read_bytes=times.read_bytes,
         written_bytes=times.written_bytes,
@@ -316,7 +316,7 @@ def _at_step(engine: Rehearsal) -> Phase:
     plan, mover = engine.store.driver.plan, engine.store.mover
     assert plan is not None
     phase = _phase(engine, plan.peak_frames, engine.peak_gradient_bytes, mover.planned_page_file_frames(plan.stored()))
-    upper = engine.store.device_driver
+    upper = engine.upper
     if upper is None:
         return phase
     assert upper.plan is not None

@@ -30,12 +30,17 @@ from offload.parameters.saved_weights import SavedView, SavedWeights
 from offload.profiling.live_storages import Holder, LiveStorages
 from offload.store.deferred_init import built_into
 from offload.store.page_store import PageStore
+from offload.store.store_parts import StoreParts
 from optim import LossScale, Scaling
 from pagemem.devices.accelerator import Accelerator
 from pagemem.devices.arena import Arena
 from pagemem.errors import OffloadError
 from pagemem.files.page_file import PageFiles
+from pagemem.folders.run_directory import RunDirectory
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.telemetry.events import EventSink
 from scheduler.execution.device_driver import DeviceDriver
 from scheduler.execution.driver import Driver
 from scheduler.planning.lookahead import TierSpec
@@ -144,42 +149,6 @@ class _SavedWeights(SavedWeights):
         )
 
 
-class _Store(PageStore):
-    """The engine's page store without bytes."""
-
-    device: ClassVar[str] = "meta"
-
-    def __init__(self, config: Config, bandwidths: Bandwidths, cost: CostMode) -> None:
-        super().__init__(config)
-
-        def clock() -> float:
-            return cost.seconds
-
-        self.driver = self.host = Clocked(
-            self.mover, self.counters, lambda: (bandwidths.ssd_read, bandwidths.ssd_write)
-        )
-        self.host.clock = clock
-        self.device_driver: ClockedDevice | None = None
-        if self.device_tier is not None:
-            self.device_tier.driver = self.device_driver = ClockedDevice(
-                self.device_tier.mover, self.host, self.counters
-            )
-            self.device_driver.clock, self.device_driver.cost = clock, cost
-            self.device_driver.planning.bandwidth = lambda: (bandwidths.h2d, bandwidths.h2d)
-        self.binder = _Binder(self.host, self.mover)
-        self.binder.torch_device = torch.device("meta")
-        self.binder.owner = self
-
-    def _make_arena(self, n_frames: int) -> Arena:
-        return MetaArena(n_frames, self.page_bytes)
-
-    def _make_accelerator(self) -> Accelerator:
-        return MetaDevice()
-
-    def _make_files(self) -> PageFiles:
-        return NoFiles(len(self.directories), self.page_bytes, self.config.ssd.max_request)
-
-
 class _OutsideBytes:
     """Bytes of tensors that are not in pages: activations, gradients in flight, what ops leave.
 
@@ -208,36 +177,89 @@ class _AllFinite(Scaling):
         return torch.ones(())
 
 
-class Rehearsal(Engine):
-    """An engine that has performed `STEPS` steps without bytes, and has a plan. Made by `rehearsed`."""
+class _Parts(StoreParts):
+    """The parts of the engine's page store without bytes, and with the clock of the rehearsal."""
 
-    def _scaling(self) -> Scaling:
-        asked = super()._scaling()
+    device: ClassVar[str] = "meta"
+    host: Clocked
+    upper: ClockedDevice | None = None
+
+    def __init__(self, config: Config, bandwidths: Bandwidths, cost: CostMode) -> None:
+        super().__init__(config)
+        self._bandwidths = bandwidths
+        self._cost = cost
+
+    def _clock(self) -> float:
+        return self._cost.seconds
+
+    def accelerator(self) -> Accelerator:
+        """None that copies anything."""
+        return MetaDevice()
+
+    def arena(self, n_frames: int, page_bytes: int) -> Arena:
+        """Meta tensors."""
+        return MetaArena(n_frames, page_bytes)
+
+    def page_files(self, directories: Sequence[RunDirectory], page_bytes: int) -> PageFiles:
+        """Files that move nothing."""
+        return NoFiles(len(directories), page_bytes, self.config.ssd.max_request)
+
+    def driver(self, mover: Mover, sink: EventSink) -> Driver:
+        """A clocked one."""
+        rates = self._bandwidths
+        self.host = Clocked(mover, sink, lambda: (rates.ssd_read, rates.ssd_write))
+        self.host.clock = self._clock
+        return self.host
+
+    def device_driver(self, mover: DeviceMover, below: Driver, sink: EventSink) -> DeviceDriver:
+        """A clocked one."""
+        rates = self._bandwidths
+        self.upper = ClockedDevice(mover, below, sink)
+        self.upper.clock, self.upper.cost = self._clock, self._cost
+        self.upper.planning.bandwidth = lambda: (rates.h2d, rates.h2d)
+        return self.upper
+
+    def binder(self, driver: Driver, mover: Mover) -> Binder:
+        """One that knows meta tensors."""
+        binder = _Binder(driver, mover)
+        binder.torch_device = torch.device("meta")
+        return binder
+
+    def saved_weights(self, binder: Binder) -> SavedWeights:
+        """Those that know meta tensors."""
+        return _SavedWeights(binder)
+
+    def scaling(self) -> Scaling:
+        """Without a look at values."""
+        asked = super().scaling()
         # With a loss scale nobody looks at a norm's value but `_AllFinite`.
         scale = LossScale(1.0, dynamic=False) if asked.needs_norm else None
         return _AllFinite(asked.clip_norm, scale)
 
-    def _saved_weights(self, binder: Binder) -> SavedWeights:
-        return _SavedWeights(binder)
 
-    @property
-    def store(self) -> _Store:
-        """Pages, mover and driver."""
-        assert isinstance(self._store, _Store)
-        return self._store
+class Rehearsal:
+    """An engine that has performed `STEPS` steps without bytes, and has a plan. Made by `rehearsed`.
+
+    Attributes:
+        outside: tensors that are not in pages.
+        store, host, upper: of the engine: pages, the driver of host memory, and that of the device, if any.
+    """
+
+    def __init__(self, engine: Engine, parts: _Parts, outside: _OutsideBytes) -> None:
+        self.engine = engine
+        self.outside = outside
+        self.config, self.model, self.store = engine.config, engine.model, engine.debug.store
+        self.host, self.upper = parts.host, parts.upper
 
     @property
     def trace(self) -> Trace:
         """The step that the plan of host memory is made of."""
-        return self.store.driver.trace
-
-    outside: _OutsideBytes
-    """Tensors that are not in pages; set by `rehearsed`."""
+        return self.host.trace
 
     @property
     def peak_gradient_bytes(self) -> int:
         """The most bytes of gradients outside the pages at any time."""
-        return self._updater.peak_direct_bytes
+        return self.engine.debug.updater.peak_direct_bytes
 
     def rehearse(self, rows: int, tokens: int, steps: int | None = None) -> None:
         """Perform the steps, by default as many as it takes to have plans; fewer leave none, but all tensors.
@@ -250,7 +272,8 @@ class Rehearsal(Engine):
         self._perform(rows, tokens, enough if steps is None else steps)
         if steps is None:
             self._check_planned()
-            while self._choice is not None and self._choice.open and self._choice.decide():
+            choice = self.engine.debug.recompute_choice
+            while choice is not None and choice.open and choice.decide():
                 self._perform(rows, tokens, enough)
                 self._check_planned()
 
@@ -260,13 +283,13 @@ class Rehearsal(Engine):
         for _ in range(steps):
             for _ in range(self.config.update.accumulation):
                 with _needs_no_values():
-                    self.scaled(self.model(x, x) / self.config.update.accumulation).backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.store.driver.quiesce()
+                    self.engine.scaled(self.model(x, x) / self.config.update.accumulation).backward()  # type: ignore[no-untyped-call]
+            self.engine.optimizer.step()
+            self.engine.optimizer.zero_grad()
+        self.host.quiesce()
 
     def _check_planned(self) -> None:
-        if any(driver.plan is None for driver in (self.store.host, self.store.device_driver) if driver is not None):
+        if any(driver.plan is None for driver in (self.host, self.upper) if driver is not None):
             raise RehearsalError(
                 "views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise "
                 "memory.ram"
@@ -317,9 +340,8 @@ def rehearsed(
         on_meta: AbstractContextManager[Any] = torch.device("meta")
         outside = _OutsideBytes()
         with _no_collection(), on_meta, AttentionOfCpu(), LiveStorages(outside), cost:
-            with built_into(lambda: _Store(elsewhere, bandwidths, cost)):
+            parts = _Parts(elsewhere, bandwidths, cost)
+            with built_into(lambda: PageStore(elsewhere, parts)):
                 model = make_model()
-            engine = Rehearsal(model, elsewhere)
-            engine.outside = outside
-            with engine:
-                yield engine
+            with Engine(model, elsewhere) as engine:
+                yield Rehearsal(engine, parts, outside)

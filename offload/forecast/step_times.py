@@ -44,11 +44,11 @@ class StepTimes:
     @classmethod
     def of(cls, engine: Rehearsal) -> StepTimes:
         """Of an engine that has rehearsed its steps."""
-        host = engine.store.host
+        host = engine.host
         below = _simulated(host)
         waits_s = _waits_s(host, below)
         compute_s, step_s, h2d_busy_s, h2d_bytes, steady = host.trace.compute_s, below.step_s, None, 0.0, below.steady
-        upper = engine.store.device_driver
+        upper = engine.upper
         if upper is not None:
             above = _simulated(upper)
             waits_s[H2D] = sum(_waits_s(upper, above).values())

@@ -63,7 +63,9 @@ class Place:
         )
 
     def follow(self, parameter: PagedParameter) -> None:
-        """The unit went on in another dtype or on another device: so does the parameter."""
+        """Where the unit went on in another dtype or on another device, so does the parameter."""
+        if (self.placeholder.dtype, self.placeholder.device) == (self.slot.dtype, self.binder.torch_device):
+            return
         self.placeholder = self._nan()
         with _NO_TORCH_FUNCTION():
             parameter.data = self.placeholder

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -21,8 +20,6 @@ from offload.modules.checks import check_values
 from offload.parameters.module_watch import named_parts, watching_modules
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.page_store import PageStore
-
-StoreT = TypeVar("StoreT", bound=PageStore)
 
 
 @contextmanager
@@ -45,7 +42,7 @@ def deferred_init(config: ConfigLike) -> Iterator[PageStore]:
 
 
 @contextmanager
-def built_into(make_store: Callable[[], StoreT]) -> Iterator[StoreT]:
+def built_into(make_store: Callable[[], PageStore]) -> Iterator[PageStore]:
     """What `deferred_init` does, for a store that the caller makes."""
 
     def built(parent: nn.Module, name: str, child: nn.Module) -> None:
@@ -53,7 +50,7 @@ def built_into(make_store: Callable[[], StoreT]) -> Iterator[StoreT]:
         for path, module in named_parts(f"{type(parent).__name__}.{name}", child):
             for key, parameter in module.named_parameters(recurse=False):
                 if not is_lazy(parameter):
-                    check_values(f"{path}.{key}", parameter, store.device)
+                    check_values(f"{path}.{key}", parameter, store.parts.device)
             store.add_module(path, module)
             store.watch_over(module)
 

@@ -6,7 +6,7 @@ SSD --(host plan)--> host pages --(device plan)--> device pages, where compute r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from optim.unit import Unit
@@ -29,18 +29,24 @@ class DeviceTier:
 
     Args:
         device_bytes: the budget, at least one page.
-        page_bytes: as below.
         below: the driver of host memory.
         accelerator: the device.
+        make_driver: makes the driver of the device.
 
     Raises:
         MemoryError: the device has no room for the arena. StorageError: the system starts no more threads.
     """
 
     def __init__(
-        self, device_bytes: int, page_bytes: int, below: Driver, sink: EventSink, accelerator: Accelerator
+        self,
+        device_bytes: int,
+        below: Driver,
+        sink: EventSink,
+        accelerator: Accelerator,
+        make_driver: Callable[[DeviceMover, Driver, EventSink], DeviceDriver],
     ) -> None:
         self.budget = Budget(Tier.DEVICE, device_bytes)
+        page_bytes = below.mover.arena.page_bytes
         n_frames = device_bytes // page_bytes
         reserved = self.budget.reserve(Tag.PARAM, n_frames * page_bytes, "device arena")
         if isinstance(reserved, BudgetShortage):
@@ -51,7 +57,7 @@ class DeviceTier:
             undo.callback(arena.close)
             self.mover = DeviceMover(arena, below.mover, accelerator, sink)
             undo.pop_all()
-        self.driver = DeviceDriver(self.mover, below, sink)
+        self.driver = make_driver(self.mover, below, sink)
 
     def mirror(self, unit: Unit) -> PagedTensor:
         """A unit's parameters on the device.

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-from offload.config import Config
 from offload.store.masters import add_masters
 from offload.store.page_store import PageStore
 from optim.exact.gradient_downloads import GradientDownloadQueue
@@ -25,7 +24,7 @@ from optim.lockfree.state_windows import StateWindows, least_frames
 from optim.lockfree.unit_channel import UnitChannel
 from optim.lockfree.update_thread import UpdateThread, scratch_bytes
 from optim.lockfree.updater import LockFreeUpdater
-from optim.loss_scale import LossScale, Scaling
+from optim.loss_scale import Scaling
 from optim.rules import UpdateRule
 from optim.states import StateAccess
 from optim.unit import Hyper, Slice, Unit
@@ -43,7 +42,7 @@ def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Sc
     """The updater of ``store.config.update``; the arena gets its final size.
 
     Args:
-        scaling: of the gradients, from `scaling_of`.
+        scaling: of the gradients.
 
     Raises:
         BudgetError: the budget cannot hold what the mode needs; names the smallest that can.
@@ -67,18 +66,6 @@ def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Sc
             else GradientDownloadQueue(exact, device, store.budget, on_their_way_bytes, direct_bytes)
         )
     return _make_lock_free(store, rule, hypers, scaling, eager=eager)
-
-
-def scaling_of(config: Config) -> Scaling:
-    """Clipping and loss scaling as a configuration asks for them: dynamic for fp16 unless it says otherwise."""
-    wanted = config.update.loss_scale
-    fp16 = config.model is not None and config.model.dtype == "fp16"
-    loss_scale = None
-    if wanted != "auto":
-        loss_scale = LossScale(float(wanted), dynamic=False)
-    elif fp16:
-        loss_scale = LossScale()
-    return Scaling(config.update.clip_norm, loss_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +143,7 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling:
     if not division.resident:
         for unit in units:
             if unit.slices[0].master is None:
-                add_masters(store, unit)
+                add_masters(store.mover, store.driver, unit)
     store.resize_arena(division.parameter_frames + division.state_frames)
     first_frame = store.mover.set_aside(division.state_frames)
     if division.resident:

@@ -1,54 +1,70 @@
-"""Masters: the fp32 values of units that compute in 16 bits, and of those that lock-free mode updates beside what the
-schedule has."""
+"""Copies of a unit's parameters: fp32 masters (of units that compute in 16 bits, and of those that lock-free mode
+updates beside what the schedule has), another dtype, another unit."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Final
 
 import torch
 
-from optim.unit import Unit
+from optim.unit import Slot, Unit
+from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
+from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
-if TYPE_CHECKING:
-    from offload.store.page_store import PageStore
+#: Elements that are copied from one unit to another at a time, through memory beside the budget.
+_CHUNK_NUMEL: Final = 1 << 16
 
 
-def add_masters(store: PageStore, unit: Unit) -> None:
-    """Give a unit's slices fp32 masters with the values its parameters have. Outside steps."""
+def add_masters(mover: Mover, driver: Driver, unit: Unit) -> None:
+    """Give a unit's slices fp32 masters with the values its parameters have. Outside steps.
+
+    Raises:
+        BudgetError: host memory cannot hold the unit and a master.
+    """
     wide, n_bytes = unit.parameters, unit.dtype.itemsize
-    with store.driver.untraced():
+    with driver.untraced():
         for number, part in enumerate(unit.slices):
-            part.master = store.mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
+            part.master = mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
             accesses = [Access(wide.id, AccessMode.READ), Access(part.master.id, AccessMode.CREATE)]
-            with store.driver.op((OpKind.FORWARD, ("master", unit.index, number)), unit.name, accesses):
+            with driver.op((OpKind.FORWARD, ("master", unit.index, number)), unit.name, accesses):
                 assert wide.frame is not None and part.master.frame is not None
-                values = store.mover.arena.view(wide.frame, part.begin * n_bytes, unit.dtype, part.numel)
-                store.mover.arena.view(part.master.frame, 0, torch.float32, part.numel).copy_(values)
+                values = mover.arena.view(wide.frame, part.begin * n_bytes, unit.dtype, part.numel)
+                mover.arena.view(part.master.frame, 0, torch.float32, part.numel).copy_(values)
     for slot in unit.slots:
         slot.edited = False
 
 
-def narrow(store: PageStore, unit: Unit) -> None:
-    """Give a unit that computes in 16 bits its fp32 masters, with the values as they were built, and go on in them."""
-    wide, dtype = unit.parameters, store.compute_dtype or unit.dtype
-    if dtype is torch.float32:
-        return
-    add_masters(store, unit)
-    if dtype is unit.dtype:
-        return
-    numel = unit.slices[-1].end
-    made = store.mover.create(unit.name, Tag.PARAM, numel * dtype.itemsize)
+def narrow(mover: Mover, driver: Driver, unit: Unit, dtype: torch.dtype) -> PagedTensor:
+    """Copy a unit's parameters, rounded to a 16-bit ``dtype``, into a new paged tensor; returns it. The unit keeps the
+    old one.
+
+    Raises:
+        BudgetError: host memory cannot hold both.
+    """
+    wide, numel = unit.parameters, unit.slices[-1].end
+    made = mover.create(unit.name, Tag.PARAM, numel * dtype.itemsize)
     accesses = [Access(wide.id, AccessMode.READ), Access(made.id, AccessMode.CREATE)]
-    with store.driver.op((OpKind.FORWARD, ("narrow", unit.index)), unit.name, accesses):
+    with driver.untraced(), driver.op((OpKind.FORWARD, ("narrow", unit.index)), unit.name, accesses):
         assert wide.frame is not None and made.frame is not None
-        arena = store.mover.arena
-        arena.view(made.frame, 0, dtype, numel).copy_(arena.view(wide.frame, 0, unit.dtype, numel))
-    store.driver.quiesce()
-    del store.binder.units[wide.id]
-    store.mover.forget(wide)
-    unit.parameters, unit.dtype = made, dtype
-    store.binder.units[made.id] = unit
-    for slot in unit.slots:
-        slot.dtype, slot.edited = dtype, False
+        mover.arena.view(made.frame, 0, dtype, numel).copy_(mover.arena.view(wide.frame, 0, unit.dtype, numel))
+    return made
+
+
+def copy_slot(mover: Mover, driver: Driver, source: Unit, slot: Slot, into: Unit, at: Slot) -> None:
+    """Copy one parameter's values from a unit to another of the same dtype; neither needs room beside the other."""
+    size, arena = slot.dtype.itemsize, mover.arena
+    for begin in range(0, slot.numel, _CHUNK_NUMEL):
+        numel = min(_CHUNK_NUMEL, slot.numel - begin)
+        with driver.op(
+            (OpKind.FORWARD, ("repack", source.index)), source.name, [Access(source.parameters.id, AccessMode.READ)]
+        ):
+            assert source.parameters.frame is not None
+            values = arena.view(source.parameters.frame, (slot.offset + begin) * size, slot.dtype, numel).clone()
+        with driver.op(
+            (OpKind.FORWARD, ("repack", into.index)), into.name, [Access(into.parameters.id, AccessMode.MODIFY)]
+        ):
+            assert into.parameters.frame is not None
+            arena.view(into.parameters.frame, (at.offset + begin) * size, at.dtype, numel).copy_(values)

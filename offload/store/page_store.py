@@ -7,11 +7,9 @@ module's own parameters are never split over units. Made by `offload.deferred_in
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar
 from weakref import WeakSet
 
 import torch
@@ -22,32 +20,27 @@ from offload.budget.need import Sizes
 from offload.commits.run_commits import EarlierCommits
 from offload.config import Config
 from offload.modules.conversions import guard_conversions
-from offload.parameters.binder import Binder
-from offload.parameters.grouping import Group, Neighbours, common_name, own_groups
+from offload.parameters.grouping import Group, Neighbours, own_groups
 from offload.parameters.paged_parameter import PagedParameter
 from offload.parameters.saved_weights import copied_in_state_dict
 from offload.store.device_placement import Candidate, choose_homes
 from offload.store.device_tier import DeviceTier
-from offload.store.masters import narrow
+from offload.store.masters import copy_slot
 from offload.store.page_views import adopt_view
-from offload.store.repack import copy_slot, repack
+from offload.store.store_parts import StoreParts
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
 from pagemem.budget import Budget, BudgetShortage, Reservation
-from pagemem.devices.accelerator import Accelerator, RamDevice
-from pagemem.devices.arena import Arena, HostArena
-from pagemem.devices.cuda import CudaDevice
+from pagemem.devices.arena import HostArena
 from pagemem.errors import BudgetError
-from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.process import forks, interrupts
 from pagemem.process.closing import close_all
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
-from pagemem.residency.paged_tensor import Residency
-from pagemem.telemetry.events import Counters, EventSink
+from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.telemetry.events import Counters
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
-from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 
@@ -56,7 +49,7 @@ class PageStore:
 
     Args:
         config: the resolved configuration.
-        sink: takes all events beside the store's own counters.
+        parts: makes what the store is made of; None: what the configuration asks for.
 
     Raises:
         RunDirectoryError: a page-file path is foreign, locked or not writable; it was not changed.
@@ -64,16 +57,14 @@ class PageStore:
             device.
     """
 
-    #: Where parameters are built.
-    device: ClassVar[str] = "cpu"
-
-    def __init__(self, config: Config, sink: EventSink | None = None) -> None:
+    def __init__(self, config: Config, parts: StoreParts | None = None) -> None:
         self.config = config
+        self.parts = parts or StoreParts(config)
         ram_bytes = config.memory.ram
         sizes = Sizes.of(config)
         self.compute_dtype = sizes.compute_dtype
-        self.counters = Counters(sink)
-        self.accelerator = None if config.device == "cpu" else self._make_accelerator()
+        self.counters = Counters()
+        self.accelerator = None if config.device == "cpu" else self.parts.accelerator()
         self.budget = Budget(Tier.HOST, ram_bytes)
         self.index = UnitIndex()
         self._watched: WeakSet[nn.Module] = WeakSet()
@@ -94,28 +85,19 @@ class PageStore:
             )
             n_frames = ram_bytes // self.page_bytes
             self._arena_bytes = self._reserve(n_frames * self.page_bytes)
-            arena = self._make_arena(n_frames)
+            arena = self.parts.arena(n_frames, self.page_bytes)
             undo.callback(arena.close)
-            self.page_files = self._make_files()
+            self.page_files = self.parts.page_files(self.directories, self.page_bytes)
             undo.callback(self.page_files.close)
             self.mover = Mover(arena, self.page_files, self.counters)
             self.earlier.restore(self.mover.copies)
-            self.driver = Driver(self.mover, self.counters, self.mover.bandwidth)
+            self.driver = self.parts.driver(self.mover, self.counters)
             self.device_tier = self._make_device_tier()
             undo.pop_all()
         self._neighbours = Neighbours(self.page_bytes)
-        self.binder = Binder(self.driver, self.mover)
+        self.binder = self.parts.binder(self.driver, self.mover)
         self.binder.owner = self
         forks.disown_in_children(self)
-
-    def _make_arena(self, n_frames: int) -> Arena:
-        return HostArena(n_frames, self.page_bytes)
-
-    def _make_accelerator(self) -> Accelerator:
-        if self.config.device == "cpu-emulated":
-            return RamDevice()
-        _, _, index = self.config.device.partition(":")
-        return CudaDevice(int(index) if index else None)
 
     @property
     def device_mover(self) -> DeviceMover | None:
@@ -126,22 +108,7 @@ class PageStore:
         device_bytes = self.config.memory.device
         if device_bytes is None or self.accelerator is None:
             return None
-        return DeviceTier(device_bytes, self.page_bytes, self.driver, self.counters, self.accelerator)
-
-    def _make_files(self) -> PageFiles:
-        ssd = self.config.ssd
-        # Where computing takes every core, more threads to wake cost more than they hide: 0.02 of a step at 27M.
-        has_idle_cores = torch.get_num_threads() < len(os.sched_getaffinity(0))
-        return PageFiles(
-            self.directories,
-            page_bytes=self.page_bytes,
-            checksums=ssd.checksums,
-            direct=None if ssd.direct == "auto" else ssd.direct,
-            threads_per_path=ssd.threads,
-            finishing_threads=None if has_idle_cores else 0,
-            max_request_bytes=ssd.max_request,
-            limit_mb_per_s=ssd.limit_mb_per_s,
-        )
+        return DeviceTier(device_bytes, self.driver, self.counters, self.accelerator, self.parts.device_driver)
 
     # ---- parameters --------------------------------------------------------------------------------------------
 
@@ -154,7 +121,7 @@ class PageStore:
         if self.closed:
             raise self.binder.refusal(name)
         for key, parameter in module.named_parameters(recurse=False):
-            adopt_view(self, f"{name}.{key}" if name else key, parameter)
+            adopt_view(self.binder, self.index.units, f"{name}.{key}" if name else key, parameter)
         for group in own_groups(name, module, lambda p: isinstance(p, PagedParameter) or p in self._neighbours):
             for unit in self._neighbours.take(group):
                 self.make_unit(unit)
@@ -196,7 +163,7 @@ class PageStore:
                     if not isinstance(parameter, PagedParameter):
                         flat[slot.offset : slot.end].copy_(parameter.detach().reshape(-1))
             for parameter, slot in paged:
-                copy_slot(self, parameter._place.unit, parameter._place.slot, unit, slot)
+                copy_slot(self.mover, self.driver, parameter._place.unit, parameter._place.slot, unit, slot)
         self.index.units.append(unit)
         self.binder.units[unit.compute.id] = unit
         sources = [parameter._place.unit for parameter, _ in paged]
@@ -204,39 +171,23 @@ class PageStore:
             self.binder.adopt(parameter, unit, slot)
         return unit, sources
 
+    def replace_parameters(self, unit: Unit, made: PagedTensor, dtype: torch.dtype) -> None:
+        """Have a unit go on in ``made``, which holds its values in another dtype; its old pages are given back."""
+        self.driver.quiesce()
+        del self.binder.units[unit.parameters.id]
+        self.mover.forget(unit.parameters)
+        unit.parameters, unit.dtype = made, dtype
+        self.binder.units[made.id] = unit
+        self.narrowed = True
+        for slot in unit.slots:
+            slot.dtype, slot.edited = dtype, False
+
     def updated(self, unit: Unit) -> None:
         """A unit's parameters have changed in host memory."""
         if self.device_tier is not None and unit.device is not None:
             self.device_tier.driver.renewed(unit.device)
 
-    def adopt(self, model: nn.Module) -> None:
-        """Page what is still ordinary in ``model``, which `check_parameters` has seen, name everything as it does, and
-        drop units it does not use.
-
-        Raises:
-            BudgetError: the arena cannot hold a unit.
-        """
-        repack(self, model)
-        self.narrowed = self.compute_dtype is not None
-        for order, (name, parameter) in enumerate(model.named_parameters()):
-            if isinstance(parameter, PagedParameter):
-                parameter._place.slot.name, parameter._place.slot.order = name, order
-        for unit in self.index.units:
-            unit.name = unit.parameters.name = common_name([slot.name for slot in unit.slots])
-            with self.driver.untraced():
-                narrow(self, unit)
-        if self.device_tier is not None:
-            self._compute_on(self.device_tier)
-        for parameter in model.parameters():
-            if isinstance(parameter, PagedParameter):
-                place = parameter._place
-                if (place.placeholder.dtype, place.placeholder.device) != (place.slot.dtype, self.binder.torch_device):
-                    place.follow(parameter)
-            elif self.accelerator is not None:
-                parameter.data = parameter.data.to(self.accelerator.torch_device)
-        _move_buffers(model, self.compute_dtype, None if self.accelerator is None else self.accelerator.torch_device)
-
-    def _compute_on(self, tier: DeviceTier) -> None:
+    def compute_on(self, tier: DeviceTier) -> None:
         """Have compute use the device's copies of all units from now on.
 
         Raises:
@@ -307,19 +258,6 @@ class PageStore:
             *(p.states for p in unit.slices if p.states),
         ]:
             self.mover.forget(tensor)
-
-    def give_back(self, model: nn.Module) -> None:
-        """Make a model whole and ordinary again, which needs as much memory beside the budget.
-
-        Raises:
-            StorageError: some values cannot be read; those parameters are still paged.
-        """
-        for parameter in model.parameters():
-            if isinstance(parameter, PagedParameter):
-                self.binder.give_back(parameter, self.device)
-            else:
-                parameter.data = parameter.data.to(self.device)
-        _move_buffers(model, None, torch.device(self.device))
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 
@@ -434,23 +372,3 @@ class PageStore:
         if not self._given_back:
             self._given_back = True
             interrupts.unguard()
-
-    def is_resident(self, unit: Unit) -> bool:
-        """Whether a unit's parameters are in host memory now."""
-        return unit.parameters.state not in (Residency.ABSENT, Residency.STORED)
-
-
-def _move_buffers(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Have buffers where compute is, and persistent floating-point ones (running means, ...) in the parameters' dtype.
-
-    Others (rotary frequencies, ...) are computed and not trained: they keep the precision that they were made in, as
-    transformers' do.
-    """
-    moved: dict[int, torch.Tensor] = {}  # one buffer may be several modules'
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                if id(buffer) not in moved:
-                    narrows = buffer.is_floating_point() and name not in module._non_persistent_buffers_set
-                    moved[id(buffer)] = buffer.to(device=device, dtype=dtype if narrows else None)
-                module._buffers[name] = moved[id(buffer)]

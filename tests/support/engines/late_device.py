@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from offload.store.page_store import PageStore
+from offload.store.store_parts import StoreParts
 from pagemem.devices.accelerator import Accelerator, Copy, DeviceEvent, RamDevice
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor
@@ -154,7 +154,7 @@ def late_device(patch: pytest.MonkeyPatch, late_s: float = 0.001) -> Iterator[La
     """Engines made inside compute on a `LateDevice` where they are asked for an emulated one."""
     device = LateDevice(late_s)
 
-    def make(_: PageStore) -> Accelerator:
+    def make(_: StoreParts) -> Accelerator:
         return device
 
     def save(self: DeviceMover, source: torch.Tensor, lower: PagedTensor) -> DeviceEvent:
@@ -165,7 +165,7 @@ def late_device(patch: pytest.MonkeyPatch, late_s: float = 0.001) -> Iterator[La
 
     try:
         with patch.context() as patched:
-            patched.setattr(PageStore, "_make_accelerator", make)
+            patched.setattr(StoreParts, "accelerator", make)
             patched.setattr(DeviceMover, "save", save)
             yield device
     finally:

@@ -1,0 +1,201 @@
+"""The parts of an engine, and how they are put together around a model.
+
+The order matters: what may refuse the model comes before anything of it is paged, and states before the device, which
+takes whole units, and before the updater, which divides what is left of the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from offload.activations.blocks import Blocks
+from offload.activations.policy import RecomputeChoice
+from offload.activations.saved import SavedActivations, chunk_bytes
+from offload.assembly.training_step import TrainingStep
+from offload.budget.checks import check_model
+from offload.checkpoint.checkpoints import Checkpoints
+from offload.config import Config
+from offload.factories import described
+from offload.heap import give_back_large_blocks, keep_freed_memory, tcache_disabled
+from offload.modules.checks import check_parameters
+from offload.modules.extra_states import NAME as EXTRA_STATES
+from offload.modules.extra_states import ExtraStates
+from offload.modules.fast_paths import keep_fast_paths
+from offload.modules.structure import Structure
+from offload.parameters.optimizer_template import OptimizerLike, assign_groups, from_section, optimized_by, template_of
+from offload.parameters.paged_parameter import PagedParameter
+from offload.store.adoption import adopt, give_back
+from offload.store.deferred_init import store_of
+from offload.store.make_updater import make_updater
+from offload.store.page_store import PageStore
+from offload.store.page_views import adopt_view, check_unviewed
+from offload.store.plan_file import plan_keepers
+from offload.store.store_parts import StoreParts
+from optim import PagedOptimizer, StateAccess, rule_for
+from optim.exact.updater import is_eager
+from optim.unit import Slot, Unit
+from optim.updater import Updater
+from pagemem.errors import OffloadError
+
+#: What takes a change to the model, or a thread, back.
+Undo = list[Callable[[], None]]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine is made of.
+
+    Attributes:
+        recompute_choice: None unless ``memory.activations`` is set and ``memory.recompute`` is "auto".
+    """
+
+    store: PageStore
+    updater: Updater
+    optimizer: PagedOptimizer
+    checkpoints: Checkpoints
+    step: TrainingStep
+    recompute_choice: RecomputeChoice | None
+
+    @property
+    def recomputed_blocks(self) -> int:
+        """Blocks of the model that are computed again in the backward pass."""
+        return 0 if self.recompute_choice is None else self.recompute_choice.blocks.n_recomputed
+
+
+def built_store(model: nn.Module, config: Config) -> PageStore | None:
+    """The store that a model was built into by `deferred_init`, or None for an ordinary one; the model is checked.
+
+    Raises:
+        ValueError: the model is none, cannot be paged, or was built for another configuration.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"the model is {described(model)}; give a torch.nn.Module first, then the optimizer, then the configuration"
+        )
+    store = store_of(model)
+    if store is not None:
+        for name, parameter in model.named_parameters():
+            adopt_view(store.binder, store.index.units, name, parameter)
+    check_parameters(model, StoreParts.device if store is None else store.parts.device)
+    if store is not None:
+        if (store.config.memory, store.config.ssd) != (config.memory, config.ssd):
+            raise ValueError("the model was built under deferred_init with other memory or ssd settings; use the same")
+        check_unviewed(store.binder, store.index.units, model)
+    return store
+
+
+def build_parts(
+    model: nn.Module, config: Config, optimizer: OptimizerLike, store: PageStore, undo: Undo
+) -> EngineParts:
+    """Page the model and make all parts of its engine.
+
+    Args:
+        undo: what is to be undone, in order, also after an error, is added to it.
+
+    Raises:
+        As `offload.Engine`.
+    """
+    template = template_of(optimizer, config, model)
+    rule = rule_for(template)
+    scaling = store.parts.scaling()
+    check_model(model, optimized_by(template), len(rule.state_names), config)
+    adopt(store, model)
+    states = StateAccess(store.driver, rule.state_names)
+    places: dict[Tensor, tuple[Unit, Slot]] = {
+        p: (p._place.unit, p._place.slot) for p in model.parameters() if isinstance(p, PagedParameter)
+    }
+    assign_groups(template, {parameter: slot for parameter, (_, slot) in places.items()})
+    _make_states(store, states)
+    store.settle_on_device(sums=not is_eager(scaling, config.update.start) or config.update.accumulation > 1)
+    paged_optimizer = PagedOptimizer(template, rule, places, states, store.driver.untraced)
+    updater = make_updater(store, rule, paged_optimizer.hypers, scaling)
+    undo.append(updater.close)
+    keepers = plan_keepers(store)
+    checkpoints = Checkpoints(model, store, paged_optimizer, updater, config)
+    if scaling.loss_scale is not None:
+        checkpoints.track("loss scale", scaling.loss_scale)
+    extra = ExtraStates(model)
+    if extra:
+        checkpoints.track(EXTRA_STATES, extra)
+    choice = _keep_activations(model, config, store, undo)
+    step = TrainingStep(store, updater, scaling.loss_scale, config.update.accumulation, choice, keepers)
+    _bind(model, config, store, updater, undo, only_trainable=from_section(optimizer))
+    paged_optimizer.attach(updater, step.ended, store.binder.check_structure, store.binder.collect_in_hooks)
+    return EngineParts(store, updater, paged_optimizer, checkpoints, step, choice)
+
+
+def _make_states(store: PageStore, states: StateAccess) -> None:
+    """Give units that are optimized their states, and others no masters."""
+    for unit in store.index.units:
+        if unit.trained:
+            states.create(unit)
+            continue
+        for part in unit.slices:
+            if part.master is not None:
+                store.mover.forget(part.master)
+                part.master = None
+
+
+def _keep_activations(model: nn.Module, config: Config, store: PageStore, undo: Undo) -> RecomputeChoice | None:
+    """Keep saved tensors within ``memory.activations``, if it is set."""
+    memory = config.memory
+    if memory.activations is None:
+        return None
+    of_chunk = chunk_bytes(memory.ram, store.page_bytes)
+    saved = SavedActivations(store.driver, memory.activations, of_chunk, store.device_mover)
+    store.binder.activations = saved
+    if memory.recompute != "auto":
+        return None
+    blocks = Blocks(model, lambda: store.driver.position, lambda: saved.bytes.ever_bytes)
+    undo.append(blocks.close)
+    return RecomputeChoice(blocks, store.driver, memory.activations)
+
+
+def _bind(
+    model: nn.Module, config: Config, store: PageStore, updater: Updater, undo: Undo, *, only_trainable: bool
+) -> None:
+    """Have the binder train: the model's calls bring pages, and its gradients go to the updater."""
+    binder, heap = store.binder, config.memory.heap
+    structure = Structure(model)
+    binder.structure_is_known, binder.check_structure = structure.is_known, structure.check
+    binder.only_trainable = only_trainable
+    binder.trims = heap == "trim" or (heap == "auto" and binder.activations is not None and not tcache_disabled())
+    # The process may have been set otherwise by an engine before.
+    (give_back_large_blocks if binder.trims else keep_freed_memory)()
+    saved = store.parts.saved_weights(binder)
+    binder.updater, binder.root, binder.save_hooks = updater, model, saved.scope
+    undo.append(saved.around_forward(model))
+    undo += keep_fast_paths(model, binder)
+    for parameter in model.parameters():
+        if isinstance(parameter, PagedParameter):
+            binder.watch_gradient(parameter)
+    updater.other_gradients = _other_gradients(model, updater)
+    for module in model.modules():
+        store.watch_over(module)
+
+
+def _other_gradients(model: nn.Module, updater: Updater) -> Callable[[], list[tuple[int, Tensor]]]:
+    """Gradients of parameters that are not the updater's, which count in the norm as in
+    ``clip_grad_norm_(model.parameters())``."""
+
+    def mine(parameter: Tensor) -> bool:
+        return isinstance(parameter, PagedParameter) and (parameter._place.slot.group >= 0 or updater.keeps_unoptimized)
+
+    others = [(order, parameter) for order, parameter in enumerate(model.parameters()) if not mine(parameter)]
+    return lambda: [(order, parameter.grad) for order, parameter in others if parameter.grad is not None]
+
+
+def take_apart(store: PageStore, model: nn.Module, error: BaseException) -> None:
+    """After an error while the parts of a plain model's engine were made: make the model ordinary again. Where that
+    is not possible, or its values were rounded, a note of the error says so."""
+    try:
+        give_back(store, model)
+    except OffloadError as lost:
+        error.add_note(f"the model cannot be made whole again ({lost}); build it anew")
+    if store.narrowed:
+        error.add_note(
+            f"the model's parameters have been rounded to {store.compute_dtype}, as model.dtype asks for; build it anew"
+        )

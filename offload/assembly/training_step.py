@@ -1,0 +1,137 @@
+"""The step under way: its micro-batches, its gradients, and how it ends.
+
+NO GRADIENTS --(backward, add_gradient)--> UNDER WAY --(optimizer.step)--> NO GRADIENTS, one step more
+                                           UNDER WAY --(abandon)--> NO GRADIENTS
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from offload.activations.policy import RecomputeChoice
+from offload.parameters.paged_parameter import PagedParameter
+from offload.store.page_store import PageStore
+from offload.store.plan_file import PlanKeeper
+from optim import GradientDownloadQueue, LossScale
+from optim.clip import check_loss
+from optim.unit import Slot, Unit
+from optim.updater import Updater
+from pagemem.process import interrupts
+
+
+class TrainingStep:
+    """Counts micro-batches and steps of one engine, and takes its gradients. Training thread only.
+
+    Args:
+        accumulation: micro-batches in a step of `Engine.step`.
+
+    Attributes:
+        made: optimizer steps made, those before `resume` included.
+        loss_scale: None without loss scaling.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        updater: Updater,
+        loss_scale: LossScale | None,
+        accumulation: int,
+        recompute_choice: RecomputeChoice | None,
+        plan_keepers: Sequence[PlanKeeper],
+    ) -> None:
+        self.made = 0
+        self.loss_scale = loss_scale
+        self._store = store
+        self._updater = updater
+        self._accumulation = accumulation
+        self._recompute_choice = recompute_choice
+        self._plan_keepers = plan_keepers
+        self._micro_batches = 0
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there are gradients since the last step."""
+        return self._micro_batches > 0 or self._updater.step_under_way
+
+    def check_ended(self) -> None:
+        """Raise RuntimeError while a step is under way, whose gradients a commit would miss."""
+        if self.under_way:
+            raise RuntimeError(
+                "a commit between backward and step would miss the gradients of the step under way; call save() and "
+                "export() after optimizer.step() (engine.step() returns True), or give the step up with "
+                "engine.abandon_step()"
+            )
+
+    def take_micro_batches(self) -> bool:
+        """Whether all micro-batches of the step are through; if so, they are counted anew."""
+        if self._micro_batches < self._accumulation:
+            return False
+        self._micro_batches = 0
+        return True
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch; see `Engine.backward`."""
+        if isinstance(self._updater, GradientDownloadQueue) and loss.device == self._store.binder.torch_device:
+            self._updater.expect(loss, self.made + 1)
+        else:
+            check_loss(float(loss.detach()), self.made + 1)
+        if self._accumulation > 1:
+            loss = loss / self._accumulation
+        self.scaled(loss).backward()  # type: ignore[no-untyped-call]
+        self._micro_batches += 1
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, if there is one."""
+        return loss if self.loss_scale is None else loss * self.loss_scale.scale
+
+    def ended(self) -> None:
+        """The optimizer has made the step."""
+        interrupts.renew()
+        self.go_on_from(self.made + 1)
+        if self._recompute_choice is not None:
+            self._recompute_choice.step_ended()
+        for keeper in self._plan_keepers:
+            keeper.keep()
+
+    def go_on_from(self, made: int) -> None:
+        """Between two steps, of which so many were made."""
+        self.made, self._micro_batches = made, 0
+
+    def abandon(self) -> None:
+        """Give the step under way up; see `Engine.abandon_step`."""
+        self.free_failed_backward()
+        self._store.binder.collect_in_hooks(False)
+        self._updater.abandon()
+        self._micro_batches = 0
+
+    def free_failed_backward(self) -> None:
+        """Free what a backward pass that failed has left in autograd's queue, which only another one or the end of the
+        thread empties."""
+        if any(unit.live_views for unit in self._store.index.units) and torch._C._current_graph_task_id() == -1:
+            with torch.inference_mode(False), torch.enable_grad():
+                torch.zeros((), requires_grad=True).clone().backward()  # type: ignore[no-untyped-call]
+
+    def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        """See `Engine.add_gradient`."""
+        unit, slot = self._place_of(parameter)
+        if (gradient.shape, gradient.dtype) != (slot.shape, slot.dtype):
+            raise ValueError(
+                f"{slot.name}: a gradient of shape {tuple(gradient.shape)} and {gradient.dtype} for a parameter of "
+                f"{tuple(slot.shape)} and {slot.dtype}"
+            )
+        self._updater.gradient(unit, slot, gradient.detach().to(self._store.binder.torch_device, copy=True))
+
+    def gradient_ready(self, parameter: Tensor, gradient: Tensor | None) -> None:
+        """See `Engine.gradient_ready`."""
+        place = self._place_of(parameter)
+        if gradient is not None:
+            self.add_gradient(parameter, gradient)
+        self._updater.ready(*place)
+
+    def _place_of(self, parameter: Tensor) -> tuple[Unit, Slot]:
+        if not isinstance(parameter, PagedParameter) or parameter._place.binder is not self._store.binder:
+            raise ValueError("this parameter is not one that the engine has in pages")
+        return parameter._place.unit, parameter._place.slot

@@ -1,0 +1,125 @@
+"""A store takes a finished model over, and gives it back.
+
+While a model is built nobody knows which parameters it will keep, tie or replace, and in which order its modules will
+stand. Units are made then of what is there. Once the model is whole, those of them that differ from the units of the
+finished model are made anew from their pages. So a model has the same units, and needs the same budget, whether it was
+built plainly or under `deferred_init`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import nn
+
+from offload.parameters.grouping import Group, common_name, groups_of, units_of
+from offload.parameters.paged_parameter import PagedParameter
+from offload.store.masters import add_masters, narrow
+from offload.store.page_store import PageStore
+from optim.unit import Unit
+
+
+def adopt(store: PageStore, model: nn.Module) -> None:
+    """Page what is still ordinary in ``model``, which `check_parameters` has seen, name everything as it does, and drop
+    units it does not use.
+
+    Raises:
+        BudgetError: the arena, or the device, cannot hold a unit.
+    """
+    _repack(store, model)
+    for order, (name, parameter) in enumerate(model.named_parameters()):
+        if isinstance(parameter, PagedParameter):
+            parameter._place.slot.name, parameter._place.slot.order = name, order
+    for unit in store.index.units:
+        unit.name = unit.parameters.name = common_name([slot.name for slot in unit.slots])
+        _convert(store, unit, store.compute_dtype or unit.dtype)
+    if store.device_tier is not None:
+        store.compute_on(store.device_tier)
+    device = None if store.accelerator is None else store.accelerator.torch_device
+    for parameter in model.parameters():
+        if isinstance(parameter, PagedParameter):
+            parameter._place.follow(parameter)
+        elif device is not None:
+            parameter.data = parameter.data.to(device)
+    _move_buffers(model, store.compute_dtype, device)
+
+
+def _convert(store: PageStore, unit: Unit, dtype: torch.dtype) -> None:
+    """Give a unit that computes in 16 bits its fp32 masters, with the values as they were built, and go on in them."""
+    if dtype is torch.float32:
+        return
+    add_masters(store.mover, store.driver, unit)
+    if dtype is not unit.dtype:
+        store.replace_parameters(unit, narrow(store.mover, store.driver, unit, dtype), dtype)
+
+
+def give_back(store: PageStore, model: nn.Module) -> None:
+    """Make a model whole and ordinary again, which needs as much memory beside the budget.
+
+    Raises:
+        StorageError: some values cannot be read; those parameters are still paged.
+    """
+    device = store.parts.device
+    for parameter in model.parameters():
+        if isinstance(parameter, PagedParameter):
+            store.binder.give_back(parameter, device)
+        else:
+            parameter.data = parameter.data.to(device)
+    _move_buffers(model, None, torch.device(device))
+
+
+def _repack(store: PageStore, model: nn.Module) -> None:
+    """Have exactly the units of ``model``, in its order; all other pages are given back.
+
+    Raises:
+        BudgetError: the arena cannot hold a unit; what was paged still is.
+    """
+    store.flush()
+    wanted = units_of(groups_of(model.named_modules(), set()), store.page_bytes)
+    left = Counter(
+        parameter._place.unit for group in wanted for _, parameter in group if isinstance(parameter, PagedParameter)
+    )
+    for unit in [unit for unit in store.index.units if unit not in left]:
+        store.forget(unit)
+    units: list[Unit] = []
+    for group in wanted:
+        kept = _unit_of(group)
+        if kept is not None:
+            units.append(kept)
+            continue
+        made, sources = store.make_unit(group)
+        units.append(made)
+        left.subtract(sources)
+        for source in dict.fromkeys(sources):
+            if not left[source]:
+                store.forget(source)
+    store.index.units = units
+    for index, unit in enumerate(units):
+        unit.index = index
+
+
+def _unit_of(group: Group) -> Unit | None:
+    """The unit that has exactly the parameters of ``group``, in order; None where there is none."""
+    places = [parameter._place for _, parameter in group if isinstance(parameter, PagedParameter)]
+    if len(places) < len(group):
+        return None
+    unit = places[0].unit
+    same = [place.slot for place in places] == unit.slots and all(place.unit is unit for place in places)
+    return unit if same else None
+
+
+def _move_buffers(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Have buffers where compute is, and persistent floating-point ones (running means, ...) in the parameters' dtype.
+
+    Others (rotary frequencies, ...) are computed and not trained: they keep the precision that they were made in, as
+    transformers' do.
+    """
+    moved: dict[int, torch.Tensor] = {}  # one buffer may be several modules'
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in moved:
+                    narrows = buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+                    moved[id(buffer)] = buffer.to(device=device, dtype=dtype if narrows else None)
+                module._buffers[name] = moved[id(buffer)]
