@@ -17,13 +17,18 @@ def close_all(*closers: Callable[[], object]) -> None:
     """
     first: BaseException | None = None
     for close in closers:
-        try:
-            finish(close)
-        except BaseException as error:  # whatever it is, the others are to be given back
-            if first is None:
-                first = error
+        for _ in range(2):
+            try:
+                finish(close)
+            except BaseException as error:  # whatever it is, the others are to be given back
+                if first is None:
+                    first = error
+                else:
+                    first.add_note(f"closing failed further: {type(error).__name__}: {error}")
+                if isinstance(error, Exception):
+                    break  # An interrupt may have come before `finish` had begun: it is called once more.
             else:
-                first.add_note(f"closing failed further: {type(error).__name__}: {error}")
+                break
     if first is not None:
         raise first
 
