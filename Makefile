@@ -39,7 +39,7 @@ test-all: lint
 docs: $(VENV)/.installed
 	$(RUN)/python -c "import mkdocs, material, mkdocstrings" || $(RUN)/python -m pip install --quiet --editable ".[docs]"
 	$(RUN)/python docs/configuration_reference.py
-	$(RUN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict
 	$(RUN)/python docs/check_site.py build/site
 
 clean:

@@ -107,6 +107,12 @@ def test_what_is_not_run_is_counted() -> None:
     assert found == NOT_RUN
 
 
+def test_every_page_is_in_the_navigation_and_the_index() -> None:
+    index, settings = (ROOT / "docs" / "index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    names = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert {name for name in names if f"({name})" not in index or f"- {name}\n" not in settings} == set()
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {word for page in PAGES for word in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)}
@@ -115,7 +121,7 @@ def test_make_targets_exist() -> None:
 
 def test_modules_and_files_that_pages_name_exist() -> None:
     lost = set()
-    for page in PAGES:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         text = page.read_text()
         modules = set(re.findall(r"\b(benchmarks(?:\.[a-z]\w*)+)\b(?!/)", text)) - {"benchmarks.md"}
         lost |= {f"{name_of(page)}: {name}" for name in modules if importlib.util.find_spec(name) is None}
