@@ -295,17 +295,20 @@ class Engine:
         self._lifetime.check_owned()
         return memory_report(self._store, self._parts.updater, self._parts.checkpoints.committer)
 
-    def profile(self, folder: str | Path) -> Profile:
+    def profile(self, folder: str | Path, title: str | None = None) -> Profile:
         """Record the steps made inside ``with engine.profile(folder):``; training computes the same bits.
 
         At the end the folder holds report.html, summary.json and trace.json (for ui.perfetto.dev), unless the block
         raised; the value of ``as`` has ``summary``.
 
+        Args:
+            title: of the report; by default ``output.run``, or the name of the model's class.
+
         Raises:
             RunDirectoryError: on entering, the folder holds something else. RuntimeError: a profile is being made.
         """
         self._lifetime.check_running()
-        return Profile(folder, self._store, self.stats, self.memory_report)
+        return Profile(folder, title, self.model, self._store, self.stats, self.memory_report)
 
     def close(self) -> None:
         """End everything the engine owns. Idempotent.

@@ -17,15 +17,16 @@ import torch
 from rich.console import Console
 
 from offload.config import Config, ConfigError
+from offload.console.tables import print_rows
 from offload.engine import Engine, initialize
 from offload.factories import data_factory, model_factory
 from offload.launch.batches import Batches
 from offload.launch.loop import learning_rate, one_step
 from offload.launch.setup import build, check_budget
-from offload.profiling.html_report import print_profile
-from offload.profiling.profile import REPORT, SUMMARY, TRACE, Profile, check_profile_folder
+from offload.profiling.profile import WRITTEN, Profile, check_profile_folder, check_steps
+from offload.profiling.summary import summary_rows
 
-#: Steps in which a plan must have been made and followed once; steps that differ from each other never have one.
+#: Enough to make a plan, to follow it while its ops are timed, and to follow the one that is made with those times.
 WARM_UP_STEPS: Final = 8
 
 
@@ -38,7 +39,7 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[str, Any]:
-    """Train until the plan is followed, then ``steps`` more, and write their profile into ``to``; returns its summary.
+    """Train `WARM_UP_STEPS` steps, then ``steps`` more, and write their profile into ``to``; returns its summary.
 
     Raises:
         ConfigError: ``steps`` is not positive, a section is missing, or a factory cannot be called.
@@ -46,13 +47,13 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
         BudgetError: ``memory.ram`` is too small; see `offload.launch.setup.check_budget`.
         OffloadError: see `offload.Engine`. Nothing is left of the run after any error.
     """
-    if steps < 1:
-        raise ConfigError(f"--steps is {steps}; it must be at least 1")
+    check_steps(steps)
     config.require("profile", "model", "data", "train")
     check_profile_folder(to)
     with ExitStack() as stack:
         folders = [stack.enter_context(temporary_beside(Path(path))) for path in config.ssd.paths]
         paths = [str(folder / "pages") for folder in folders]
+        title = config.model.factory if config.output is None else config.output.run
         config = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths}), "output": None})
         assert config.model is not None
         assert config.data is not None
@@ -60,18 +61,13 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
         check_budget(make_model, config, console)
         model, batches = build(config, make_model, make_data, stack)
         with initialize(model, config) as engine:
-            profile = _profile(engine, batches, steps, to, console)
-    print_profile(profile.summary, console)
-    console.print(
-        f"{REPORT}, {SUMMARY} and {TRACE} (for ui.perfetto.dev) are in {to}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+            profile = _profile(engine, batches, steps, to, title, console)
+    print_rows("Profile", summary_rows(profile.summary), console)
+    console.print(f"{WRITTEN} {to}", highlight=False, markup=False, soft_wrap=True)
     return profile.summary
 
 
-def _profile(engine: Engine, batches: Batches, steps: int, to: Path, console: Console) -> Profile:
+def _profile(engine: Engine, batches: Batches, steps: int, to: Path, title: str, console: Console) -> Profile:
     config = engine.config
     assert config.train is not None
     assert config.model is not None
@@ -83,11 +79,10 @@ def _profile(engine: Engine, batches: Batches, steps: int, to: Path, console: Co
         schedule.step()
         engine.save_if_due()
 
-    while engine.steps < WARM_UP_STEPS and not engine.stats().planned_steps:
+    for _ in range(WARM_UP_STEPS):
         step()
-    followed = "until the plan was followed" if engine.stats().planned_steps else "and the plan was not followed yet"
-    console.print(f"{engine.steps} steps {followed}; recording {steps} more", highlight=False, soft_wrap=True)
-    with engine.profile(to) as profile:
+    console.print(f"{WARM_UP_STEPS} steps made; recording {steps} more", highlight=False)
+    with engine.profile(to, title) as profile:
         for _ in range(steps):
             step()
     return profile

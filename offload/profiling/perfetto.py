@@ -1,52 +1,54 @@
 """A recording as a trace-event file, which ui.perfetto.dev and chrome://tracing open.
 
-One process. Its tracks: steps, ops of the training thread, its waits, updates, waits of other threads, and as many
-tracks for reads and writes as were under way at a time. Counters: bytes of each tier by tag. Times are microseconds
-from the beginning of the recording.
+One process. Its tracks, in this order: steps, ops and waits of the training thread, updates, waits of other threads,
+and as many tracks for reads, writes and copies as were under way at a time. Counters: bytes of each tier by tag. Times
+are microseconds from the beginning of the recording.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from offload.profiling.summary import span
+from offload.profiling.summary import LANES, span
 from pagemem.folders.own_file import replace_file
-from pagemem.telemetry.events import Event, EventKind
-from pagemem.telemetry.intervals import tracks
-from pagemem.telemetry.recorder import Recording, Wait
+from pagemem.telemetry.events import EventKind
+from pagemem.telemetry.intervals import Interval, tracks
+from pagemem.telemetry.recorder import Recording
 
 _PID: Final = 1
-_STEPS, _COMPUTE, _WAITS, _UPDATES, _OTHER_WAITS, _UPLOADS, _READS, _WRITES, _COUNTERS = (
-    1,
-    2,
-    3,
-    100,
-    200,
-    250,
-    300,
-    400,
-    500,
-)
-#: Name and, where several may be under way at a time, room for that many tracks.
-_TITLES: Final = {
-    _STEPS: "steps", _COMPUTE: "compute", _WAITS: "waits", _UPDATES: "updates", _OTHER_WAITS: "waits of other threads",
-    _UPLOADS: "copies to the device", _READS: "read lane", _WRITES: "write lane", _COUNTERS: "bytes held",
-}  # fmt: skip
+#: Room for that many tracks with one title, where several moves may be under way at a time.
+_ROOM: Final = 100
+#: In the order in which they are shown.
+_TITLES: Final = (
+    "steps", "compute", "waits", "updates", "waits of other threads", "copies to the device", "SSD reads", "SSD writes",
+    "bytes held",
+)  # fmt: skip
+_TITLE_OF_LANE: Final = {"update": "updates", "h2d": "copies to the device", "read": "SSD reads", "write": "SSD writes"}
+#: Names of chrome://tracing's palette: grey computes, red waits, as in the report. Perfetto colours by name instead.
+_COLOURS: Final = {"forward": "grey", "backward": "generic_work", "update": "generic_work", "wait": "terrible"}
+
+
+class _Slice(NamedTuple):
+    name: str
+    category: str
+    interval: Interval
+    args: dict[str, Any]
 
 
 def trace_events(recording: Recording) -> list[dict[str, Any]]:
     """Every event of the file; each has ph, ts, pid, tid and name."""
-    events = list(_slices(recording))
-    used = sorted({event["tid"] for event in events} | {_COUNTERS})
-    return [
-        _metadata("process_name", 0, "offload"),
-        *(_thread_name(tid) for tid in used),
-        *events,
-        *_counters(recording),
+    events = [
+        _event(recording, tid + track, piece)
+        for title, pieces in _slices(recording).items()
+        for tid in [_TITLES.index(title) * _ROOM + 1]
+        for piece, track in zip(pieces, tracks([piece.interval for piece in pieces]), strict=True)
     ]
+    points = [*_deviations(recording), *_counters(recording)]
+    used = sorted({event["tid"] for event in (*events, *points)})
+    return [_metadata("process_name", 0, "offload"), *(m for tid in used for m in _track(tid)), *events, *points]
 
 
 def write_trace(path: Path, recording: Recording) -> None:
@@ -55,81 +57,71 @@ def write_trace(path: Path, recording: Recording) -> None:
     replace_file(path, f'{{"displayTimeUnit":"ms","traceEvents":[\n{lines}\n]}}\n'.encode())
 
 
-def _slices(recording: Recording) -> Iterator[dict[str, Any]]:
+def _slices(recording: Recording) -> dict[str, list[_Slice]]:
     begins = [recording.begin_s, *recording.step_ends_s]
-    for number, (begin, end) in enumerate(zip(begins, recording.step_ends_s, strict=False), start=1):
-        yield _slice(recording, _STEPS, f"step {number}", "step", begin, end, {})
-    for op in recording.ops:
-        yield _slice(
-            recording, _COMPUTE, op.name, op.phase, op.start_s, op.end_s, {"phase": op.phase, "bytes": op.n_bytes}
-        )
-    yield from _wait_slices(recording, _WAITS, [wait for wait in recording.waits if wait.training])
-    yield from _wait_slices(recording, _OTHER_WAITS, [wait for wait in recording.waits if not wait.training])
-    kinds = (
-        (_UPDATES, EventKind.UPDATE),
-        (_UPLOADS, EventKind.UPLOAD),
-        (_READS, EventKind.READ),
-        (_WRITES, EventKind.WRITE),
-    )
-    for first, kind in kinds:
-        yield from _event_slices(recording, first, recording.of(kind))
-    for event in recording.of(EventKind.DEVIATION):
-        ts = _us(recording, event.start_s)
-        yield {"name": event.name, "cat": "deviation", "ph": "i", "s": "t", "ts": ts, "pid": _PID, "tid": _COMPUTE}
-
-
-def _event_slices(recording: Recording, first: int, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
-    for event, track in zip(events, tracks([span(event) for event in events]), strict=True):
-        begin, end = span(event)
-        yield _slice(recording, first + track, event.name, event.kind.value, begin, end, {"bytes": event.n_bytes})
-
-
-def _wait_slices(recording: Recording, first: int, waits: Sequence[Wait]) -> Iterator[dict[str, Any]]:
-    for wait, track in zip(waits, tracks([(wait.start_s, wait.end_s) for wait in waits]), strict=True):
+    steps = enumerate(zip(begins, recording.step_ends_s, strict=False), start=1)
+    found: dict[str, list[_Slice]] = {
+        "steps": [_Slice(f"step {number}", "step", interval, {}) for number, interval in steps],
+        "compute": [
+            _Slice(op.name, op.phase, (op.start_s, op.end_s), {"phase": op.phase, "bytes": op.n_bytes})
+            for op in recording.ops
+        ],
+        "waits": [],
+        "waits of other threads": [],
+    }
+    for wait in recording.waits:
         why = {
             "bytes": wait.n_bytes,
             "lane": wait.cause.lane,
             "reason": wait.cause.reason,
             "blocker": wait.cause.blocker,
         }
-        yield _slice(recording, first + track, wait.name, "wait", wait.start_s, wait.end_s, why)
+        title = "waits" if wait.training else "waits of other threads"
+        found[title].append(_Slice(wait.name, "wait", (wait.start_s, wait.end_s), why))
+    for lane, kind in LANES.items():
+        found[_TITLE_OF_LANE[lane]] = [
+            _Slice(event.name, kind.value, span(event), {"bytes": event.n_bytes}) for event in recording.of(kind)
+        ]
+    return found
 
 
-def _slice(
-    recording: Recording, tid: int, name: str, category: str, begin_s: float, end_s: float, args: dict[str, Any]
-) -> dict[str, Any]:
-    begin_s = max(begin_s, recording.begin_s)  # What was under way before is cut.
-    ts, end = _us(recording, begin_s), _us(recording, end_s)
+def _event(recording: Recording, tid: int, piece: _Slice) -> dict[str, Any]:
+    begin_s, end_s = piece.interval
+    ts = _us(recording, max(begin_s, recording.begin_s))  # What was under way before is cut.
+    colour = {"cname": _COLOURS[piece.category]} if piece.category in _COLOURS else {}
     return {
-        "name": name,
-        "cat": category,
-        "ph": "X",
-        "ts": ts,
-        "dur": round(end - ts, 3),
-        "pid": _PID,
-        "tid": tid,
-        "args": args,
-    }
+        "name": piece.name, "cat": piece.category, "ph": "X", "ts": ts, "dur": round(_us(recording, end_s) - ts, 3),
+        "pid": _PID, "tid": tid, "args": piece.args, **colour,
+    }  # fmt: skip
+
+
+def _deviations(recording: Recording) -> Iterator[dict[str, Any]]:
+    tid = _TITLES.index("compute") * _ROOM + 1
+    for event in recording.of(EventKind.DEVIATION):
+        ts = _us(recording, event.start_s)
+        yield {"name": event.name, "cat": "deviation", "ph": "i", "s": "t", "ts": ts, "pid": _PID, "tid": tid}
 
 
 def _counters(recording: Recording) -> Iterable[dict[str, Any]]:
+    tid = _TITLES.index("bytes held") * _ROOM + 1
     for tier in recording.timeline.tiers:
         tags = list(recording.timeline.tag_peaks(tier))
         for sample in recording.timeline.samples(tier):
             values = {tag.value: sample.by_tag.get(tag, 0) for tag in tags}
             ts = _us(recording, sample.time_s)
-            yield {"name": f"{tier.value} bytes", "ph": "C", "ts": ts, "pid": _PID, "tid": _COUNTERS, "args": values}
+            yield {"name": f"{tier.value} bytes", "ph": "C", "ts": ts, "pid": _PID, "tid": tid, "args": values}
 
 
 def _us(recording: Recording, time_s: float) -> float:
     return round((time_s - recording.begin_s) * 1e6, 3)
 
 
-def _metadata(name: str, tid: int, value: str) -> dict[str, Any]:
-    return {"name": name, "ph": "M", "ts": 0, "pid": _PID, "tid": tid, "args": {"name": value}}
+def _metadata(name: str, tid: int, value: str | int) -> dict[str, Any]:
+    kind = "name" if isinstance(value, str) else "sort_index"
+    return {"name": name, "ph": "M", "ts": 0, "pid": _PID, "tid": tid, "args": {kind: value}}
 
 
-def _thread_name(tid: int) -> dict[str, Any]:
-    first = max(start for start in _TITLES if start <= tid)
-    title = _TITLES[first] if first == tid else f"{_TITLES[first]} {tid - first + 1}"
-    return _metadata("thread_name", tid, title)
+def _track(tid: int) -> list[dict[str, Any]]:
+    title, number = _TITLES[tid // _ROOM], tid % _ROOM
+    name = title if number == 1 else f"{title} {number}"
+    return [_metadata("thread_name", tid, name), _metadata("thread_sort_index", tid, tid)]

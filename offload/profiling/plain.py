@@ -21,9 +21,16 @@ from torch import nn
 from offload.config import ConfigError
 from offload.console.tables import print_rows
 from offload.factories import calls_of, factory_of
-from offload.profiling.plain_savings import choices
+from offload.profiling.plain_savings import savings
 from offload.profiling.plain_watch import KEPT, PlainWatch
-from offload.profiling.profile import REPORT, SUMMARY, TRACE, check_profile_folder, open_profile_folder, write_profile
+from offload.profiling.profile import (
+    WRITTEN,
+    check_profile_folder,
+    check_steps,
+    model_name,
+    open_profile_folder,
+    write_profile,
+)  # fmt: skip
 from offload.profiling.summary import Context, summarize
 from pagemem.units import format_bytes
 
@@ -46,8 +53,7 @@ def profile_plain(reference: str, steps: int, to: Path, console: Console) -> dic
         RunDirectoryError: ``to`` holds something other than a profile; nothing was changed.
         Whatever the callable and its steps raise.
     """
-    if steps < 1:
-        raise ConfigError(f"--steps is {steps}; it must be at least 1")
+    check_steps(steps)
     make = factory_of("--plain", reference, {})
     check_profile_folder(to)
     with calls_of("--plain", reference):
@@ -67,16 +73,11 @@ def profile_plain(reference: str, steps: int, to: Path, console: Console) -> dic
             f"--plain {reference}: {steps} steps made {len(recording.step_ends_s)} updates of the optimizer returned; "
             "a step makes one"
         )
-    summary = summarize(recording, Context(PLAIN, 0, {}, None, ()))
-    summary["plain"] = _findings(reference, model, optimizer, watch, unwatched_s)
+    findings = _findings(reference, model, optimizer, watch, unwatched_s)
+    summary = summarize(recording, Context(reference, model_name(model), PLAIN), findings)
     write_profile(to, recording, summary)
     print_rows("Profile", plain_rows(summary), console)
-    console.print(
-        f"{REPORT}, {SUMMARY} and {TRACE} (for ui.perfetto.dev) are in {to}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    console.print(f"{WRITTEN} {to}", highlight=False, markup=False, soft_wrap=True)
     return summary
 
 
@@ -106,7 +107,7 @@ def _findings(
 ) -> dict[str, Any]:
     engine, why_not = [], ""
     try:
-        engine = [asdict(choice) for choice in choices(model, optimizer, watch.at_peak)]
+        engine = [asdict(option) for option in savings(model, optimizer, watch.at_peak)]
     except ValueError as error:
         why_not = str(error)
     return {
@@ -151,7 +152,7 @@ def plain_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"engine, {budget}", f"peak {format_bytes(choice['peak_bytes'])} ({change}), {moved}"))
     if plain["engine_cannot"]:
         rows.append(("the engine", f"cannot train this as it is: {plain['engine_cannot']}"))
-    return rows
+    return [*rows, ("bottleneck", summary["bottleneck"])]
 
 
 def _held(row: dict[str, Any]) -> int:

@@ -30,7 +30,7 @@ _PARAMETER_READS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Saving:
     """A budget and what comes of it.
 
     Attributes:
@@ -49,7 +49,7 @@ class Choice:
     written_bytes: int
 
 
-def choices(model: nn.Module, optimizer: torch.optim.Optimizer, at_peak: Mapping[Tag, int]) -> list[Choice]:
+def savings(model: nn.Module, optimizer: torch.optim.Optimizer, at_peak: Mapping[Tag, int]) -> list[Saving]:
     """Budgets from the smallest that works to one that holds everything, and the quarter with `memory.activations`.
 
     Args:
@@ -81,13 +81,13 @@ def choices(model: nn.Module, optimizer: torch.optim.Optimizer, at_peak: Mapping
     others_bytes = at_peak.get(Tag.ACTIVATION, 0) + at_peak.get(Tag.TEMPORARY, 0)
     whole_bytes = parameter_bytes + state_bytes
 
-    def choice(ram_bytes: int, spared_bytes: int = 0) -> Choice:
+    def saving(ram_bytes: int, spared_bytes: int = 0) -> Saving:
         activations_bytes = at_peak.get(Tag.ACTIVATION, 0) - spared_bytes if spared_bytes else None
         away = max(0, whole_bytes - ram_bytes) / whole_bytes
         read_bytes = away * (_PARAMETER_READS * parameter_bytes + state_bytes) + spared_bytes
         peak_bytes = min(ram_bytes, whole_bytes) + gradient_bytes + others_bytes - spared_bytes
         written_bytes = away * (sum(s.numel * s.dtype.itemsize for s in trained) + state_bytes) + spared_bytes
-        return Choice(
+        return Saving(
             ram_bytes, activations_bytes, peak_bytes, plain_bytes, max(0, whole_bytes - ram_bytes) + spared_bytes,
             round(read_bytes), round(written_bytes),
         )  # fmt: skip
@@ -95,5 +95,5 @@ def choices(model: nn.Module, optimizer: torch.optim.Optimizer, at_peak: Mapping
     budgets = sorted({smallest_bytes, *(max(smallest_bytes, round(share * whole_bytes)) for share in SHARES)})
     quarter_bytes = max(smallest_bytes, round(SHARES[0] * whole_bytes))
     spared_bytes = round((1 - ACTIVATIONS_SHARE) * at_peak.get(Tag.ACTIVATION, 0))
-    found = [choice(ram_bytes) for ram_bytes in budgets]
-    return [*found, choice(quarter_bytes, spared_bytes)] if spared_bytes else found
+    found = [saving(ram_bytes) for ram_bytes in budgets]
+    return [*found, saving(quarter_bytes, spared_bytes)] if spared_bytes else found

@@ -1,14 +1,10 @@
 """Profiling some steps of a running engine: what `Engine.profile` returns.
 
-    NEW --enter--> RECORDING --exit--> WRITTEN
-                   RECORDING --error--> ABANDONED     in the block: nothing is written
-
 Nothing that the engine computes depends on it: it is told what happens, and asks nothing of the engine but sizes.
 """
 
 from __future__ import annotations
 
-import enum
 import errno
 import json
 import os
@@ -18,15 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from torch import nn
+
+from offload.config import ConfigError
 from offload.profiling.html_report import write_report
 from offload.profiling.perfetto import write_trace
-from offload.profiling.stats import MemoryReport, Stats
-from offload.profiling.summary import FORMAT, Context, ModuleBytes, Planned, TierLimits, summarize
+from offload.profiling.stats import MemoryReport, Stats, planned_step_s
+from offload.profiling.summary import FORMAT, Context, ModuleBytes, summarize
 from offload.store.page_store import PageStore
 from pagemem.errors import RunDirectoryError, StorageError
 from pagemem.folders.own_file import draft_of, make_folder, remove_draft, replace_file
 from pagemem.folders.small_file import read_small
-from pagemem.state_machine import StateMachine
 from pagemem.telemetry.events import EventSink, Watcher
 from pagemem.telemetry.recorder import Recorder, Recording
 from pagemem.tier import Tag, Tier
@@ -36,24 +34,18 @@ TRACE: Final = "trace.json"
 REPORT: Final = "report.html"
 SUMMARY: Final = "summary.json"
 _FILES: Final = (TRACE, REPORT, SUMMARY)
+#: Said once the files are written.
+WRITTEN: Final = f"{REPORT}, {SUMMARY} and {TRACE} (for ui.perfetto.dev) are in"
 
 
-class ProfileState(enum.Enum):
-    """See the diagram at the top of this module."""
+def check_steps(steps: int) -> None:
+    """Refuse to record no steps.
 
-    NEW = "new"
-    RECORDING = "recording"
-    WRITTEN = "written"
-    ABANDONED = "abandoned"
-
-
-_MOVES: Final = StateMachine(
-    "profile",
-    {
-        ProfileState.NEW: {ProfileState.RECORDING},
-        ProfileState.RECORDING: {ProfileState.WRITTEN, ProfileState.ABANDONED},
-    },
-)
+    Raises:
+        ConfigError: ``steps`` is not positive.
+    """
+    if steps < 1:
+        raise ConfigError(f"--steps is {steps}; it must be at least 1")
 
 
 def open_profile_folder(folder: Path) -> Path:
@@ -112,10 +104,11 @@ def write_profile(folder: Path, recording: Recording, summary: dict[str, Any]) -
 
 class Profile:
     """Records from its beginning as a context manager to its end, then writes trace, report and summary. Training
-    thread only.
+    thread only; used once.
 
     Args:
         folder: for the files.
+        title: of the report; by default ``output.run``, or the name of the model's class.
         stats, memory_report: the engine's own.
 
     Attributes:
@@ -125,17 +118,21 @@ class Profile:
     def __init__(
         self,
         folder: str | Path,
+        title: str | None,
+        model: nn.Module,
         store: PageStore,
         stats: Callable[[], Stats],
         memory_report: Callable[[], MemoryReport],
     ) -> None:
         self.folder = Path(folder)
-        self.state = ProfileState.NEW
         self.recording: Recording | None = None
         self.summary: dict[str, Any] = {}
+        self._title = title
+        self._model = model
         self._store = store
         self._stats = stats
         self._memory_report = memory_report
+        self._recorder: Recorder | None = None
 
     def __enter__(self) -> Profile:
         """Begin to record.
@@ -146,10 +143,9 @@ class Profile:
         """
         if self._store.driver.watcher is not None:
             raise RuntimeError("this engine is being profiled already; end that profile first")
-        if self.state is not ProfileState.NEW:
+        if self._recorder is not None:
             raise RuntimeError("a profile is used once; call engine.profile() again")
         open_profile_folder(self.folder)
-        self.state = _MOVES.move(self.state, ProfileState.RECORDING)
         self._begun = self._stats()
         self._recorder = Recorder((self._store.device_tier or self._store).driver.causes())
         self._onward = self._store.counters.onward
@@ -160,33 +156,35 @@ class Profile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         attach(self._store, None, self._onward)
-        if error is not None:
-            self.state = _MOVES.move(self.state, ProfileState.ABANDONED)
-            return
-        try:
-            self._write(self._recorder.finish(self._held))
-        except BaseException:
-            self.state = _MOVES.move(self.state, ProfileState.ABANDONED)
-            raise
-        self.state = _MOVES.move(self.state, ProfileState.WRITTEN)
-
-    def _write(self, recording: Recording) -> None:
-        self.recording = recording
-        self.summary = summarize(recording, self._context())
-        write_profile(self.folder, recording, self.summary)
+        if error is None:
+            assert self._recorder is not None
+            self.recording = self._recorder.finish(self._held)
+            self.summary = summarize(self.recording, self._context())
+            write_profile(self.folder, self.recording, self.summary)
 
     def _context(self) -> Context:
-        store, memory = self._store, self._memory_report()
-        since = self._stats().since(self._begun)
-        tiers = {
-            name: TierLimits(tier.budget_bytes, tier.planned_peak_pages, tier.peak_pages, tier.planned_with_commits)
-            for name, tier in memory.tiers.items()
-        }
+        store, since = self._store, self._stats().since(self._begun)
+        plan, config = store.driver.plan, store.config
+        title = self._title or (config.output.run if config.output is not None else type(self._model).__name__)
+        planned = (
+            None
+            if plan is None
+            else {
+                "step_s": planned_step_s(store),
+                "read_bytes": plan.read_bytes / plan.n_steps,
+                "written_bytes": plan.written_bytes / plan.n_steps,
+            }
+        )
         activations = frozenset(tensor.name for tensor in store.mover.tensors.values() if tensor.tag is Tag.ACTIVATION)
         return Context(
-            store.config.update.mode, store.page_bytes, tiers, planned_of(store), modules_of(store), activations,
-            since.planned_steps, since.deviations,
+            title, model_name(self._model), config.update.mode, store.page_bytes, self._memory_report().tiers, planned,
+            modules_of(store), activations, since.planned_steps, since.deviations, config.ssd.limit_mb_per_s,
         )  # fmt: skip
+
+
+def model_name(model: nn.Module) -> str:
+    """The class of a model and how many parameters it has."""
+    return f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
 
 
 def attach(store: PageStore, watcher: Watcher | None, onward: EventSink) -> Mapping[tuple[Tier, Tag], int]:
@@ -213,29 +211,16 @@ def attach(store: PageStore, watcher: Watcher | None, onward: EventSink) -> Mapp
     return held
 
 
-def planned_of(store: PageStore) -> Planned | None:
-    """What the present plan predicts of a step."""
-    plan = store.driver.plan
-    if plan is None:
-        return None
-    return Planned(plan.step_s, plan.compute_s, plan.read_bytes / plan.n_steps, plan.written_bytes / plan.n_steps)
-
-
 def modules_of(store: PageStore) -> list[ModuleBytes]:
     """Every unit of the model."""
     found = []
     for unit in store.index.units:
-        masters = [part.master for part in unit.slices if part.master is not None]
-        states = [part.states for part in unit.slices if part.states is not None]
-        gradients = [] if unit.gradients is None else [unit.gradients]
-        names = [tensor.name for tensor in (unit.parameters, *masters, *states, *gradients)]
-        found.append(
-            ModuleBytes(
-                unit.name,
-                unit.parameters.n_bytes,
-                sum(t.n_bytes for t in masters),
-                sum(t.n_bytes for t in states),
-                names,
-            )
-        )
+        held = {
+            "parameter_bytes": [unit.parameters],
+            "master_bytes": [part.master for part in unit.slices if part.master is not None],
+            "moment_bytes": [part.states for part in unit.slices if part.states is not None],
+        }
+        tensors = [*(tensor for several in held.values() for tensor in several), *filter(None, [unit.gradients])]
+        sums = {what: sum(tensor.n_bytes for tensor in several) for what, several in held.items()}
+        found.append(ModuleBytes(unit.name, sums, [tensor.name for tensor in tensors]))
     return found

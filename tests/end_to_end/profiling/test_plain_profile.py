@@ -24,7 +24,7 @@ import offload
 from offload.cli import main
 from offload.config import ConfigError
 from offload.profiling.plain import Training, plain_rows, profile_plain
-from offload.profiling.plain_savings import choices
+from offload.profiling.plain_savings import savings
 from offload.profiling.plain_watch import OPTIMIZER, PlainWatch
 from pagemem.errors import BudgetError, RunDirectoryError
 from pagemem.tier import Tag, Tier
@@ -187,7 +187,7 @@ def test_second_derivatives_can_still_be_taken() -> None:
 
 def test_the_smallest_budget_is_one_that_works(tmp_path: Path) -> None:
     model, optimizer, step = gpt()
-    found = choices(model, optimizer, watched((model, optimizer, step)).at_peak)
+    found = savings(model, optimizer, watched((model, optimizer, step)).at_peak)
     least = found[0].ram_bytes
     settings: dict[str, Any] = {"ssd": {"paths": [str(tmp_path / "pages")]}, "memory": {"ram": least}}
     with offload.initialize(built(), settings, adamw) as engine:
@@ -203,8 +203,8 @@ def test_the_smallest_budget_is_one_that_works(tmp_path: Path) -> None:
 def test_more_memory_moves_less_and_all_of_it_nothing() -> None:
     model, optimizer, step = gpt()
     watch = watched((model, optimizer, step))
-    found = choices(model, optimizer, watch.at_peak)
-    budgets = [choice for choice in found if choice.activations_bytes is None]
+    found = savings(model, optimizer, watch.at_peak)
+    budgets = [saving for saving in found if saving.activations_bytes is None]
     assert [c.ram_bytes for c in budgets] == sorted({c.ram_bytes for c in budgets})
     assert all(a.peak_bytes < b.peak_bytes and a.read_bytes > b.read_bytes for a, b in itertools.pairwise(budgets))
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -217,8 +217,8 @@ def test_more_memory_moves_less_and_all_of_it_nothing() -> None:
     assert budgets[0].read_bytes == pytest.approx(16 * n_parameters * share) and budgets[
         0
     ].written_bytes == pytest.approx(12 * n_parameters * share)
-    (with_activations,) = [choice for choice in found if choice.activations_bytes is not None]
-    same = next(choice for choice in budgets if choice.ram_bytes == with_activations.ram_bytes)
+    (with_activations,) = [saving for saving in found if saving.activations_bytes is not None]
+    same = next(saving for saving in budgets if saving.ram_bytes == with_activations.ram_bytes)
     assert same.peak_bytes - with_activations.peak_bytes == pytest.approx(2 / 3 * watch.at_peak[Tag.ACTIVATION], abs=1)
 
 

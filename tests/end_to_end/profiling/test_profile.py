@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import defaultdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from parity import adamw
 from small_runs import RAM_BYTES, assert_closed, assert_equal, batches, built, config, engine_of, train, train_plain
 
 import offload
-from offload.profiling.html_report import report_data, summary_rows
-from offload.profiling.profile import Profile, ProfileState
+from offload.profiling.html_report import report_data
+from offload.profiling.profile import Profile
+from offload.profiling.summary import summary_rows
 from pagemem.errors import RunDirectoryError
 from pagemem.frames.allocator import PageAllocator
 from pagemem.telemetry.events import EventKind, NullSink
@@ -236,9 +238,7 @@ def test_in_lock_free_mode_the_updaters_waits_are_not_the_training_threads(tmp_p
         assert wait.training == (not wait.name.startswith(("states", "master"))), wait
         assert wait.cause.lane in ("read", "write", "update", "none")
     assert profile.summary["tiers"]["host"]["peak_bytes"] <= 10 * MIB
-    assert ("of what is moved", "the plan has the training thread's part, not the updater's") in summary_rows(
-        profile.summary
-    )
+    assert "bytes planned" in dict(summary_rows(profile.summary))
     assert_closed(engine)
 
 
@@ -274,7 +274,7 @@ def test_an_error_in_the_block_leaves_no_files_and_a_whole_engine(tmp_path: Path
         with pytest.raises(ZeroDivisionError), engine.profile(tmp_path / "profile") as profile:
             steps(engine, 1, 1)
             raise ZeroDivisionError
-        assert profile.state is ProfileState.ABANDONED and list((tmp_path / "profile").iterdir()) == []
+        assert profile.recording is None and list((tmp_path / "profile").iterdir()) == []
         assert engine.debug.driver.watcher is None
         steps(engine, 2, 1)
         assert_equal(engine.model, plain)
@@ -290,9 +290,9 @@ def test_files_that_cannot_be_written_are_an_error_and_the_folder_can_be_used_ag
     with engine_of(built(), tmp_path) as engine:
         with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
             patched.setattr("offload.profiling.profile.write_trace", full)
-            with engine.profile(tmp_path / "profile") as profile:
+            with engine.profile(tmp_path / "profile"):
                 steps(engine, 0, 1)
-        assert profile.state is ProfileState.ABANDONED and engine.debug.driver.watcher is None
+        assert engine.debug.driver.watcher is None
         with engine.profile(tmp_path / "profile"):
             steps(engine, 1, 1)
         assert {path.name for path in (tmp_path / "profile").iterdir()} == FILES
@@ -305,7 +305,7 @@ def test_one_profile_at_a_time_each_used_once_and_only_of_a_running_engine(tmp_p
             steps(engine, 0, 1)
             with pytest.raises(RuntimeError, match="being profiled already"), engine.profile(tmp_path / "b"):
                 pass
-        assert not (tmp_path / "b").exists() and profile.state is ProfileState.WRITTEN
+        assert not (tmp_path / "b").exists() and profile.recording is not None
         with pytest.raises(RuntimeError, match="used once"), profile:
             pass
         assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
@@ -356,9 +356,9 @@ def test_every_event_of_the_trace_is_whole(tmp_path: Path) -> None:
         assert all(one["ts"] + one["dur"] <= two["ts"] + 0.003 for one, two in itertools.pairwise(track))
     names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert set(by_track) <= set(names) and len(set(names.values())) == len(names)
-    assert {"steps", "compute", "updates", "read lane", "write lane", "bytes held"} <= set(names.values())
+    assert {"steps", "compute", "updates", "SSD reads", "SSD writes", "bytes held"} <= set(names.values())
     assert sum(event["ph"] == "X" and names[event["tid"]] == "compute" for event in events) == len(recording.ops)
-    reads = [event for event in events if event["ph"] == "X" and names[event["tid"]].startswith("read lane")]
+    reads = [event for event in events if event["ph"] == "X" and names[event["tid"]].startswith("SSD reads")]
     assert sum(event["args"]["bytes"] for event in reads) == profile.summary["lanes"]["read"]["bytes"]
     assert [event["name"] for event in events if event["ph"] == "X" and event["tid"] == 1] == [
         f"step {k}" for k in (1, 2, 3, 4)
@@ -397,9 +397,29 @@ def test_the_report_names_no_address_and_holds_the_course_of_every_tag(tmp_path:
     )
     assert profile.recording is not None
     data = report_data(profile.recording, profile.summary, n_buckets=50)
+    assert [tier["name"] for tier in data["tiers"]] == ["host"]
     for tier in data["tiers"]:
         course = list(zip(*tier["tags"].values(), strict=True))
         assert len(course) == 50 and max(map(sum, course)) == profile.summary["tiers"][tier["name"]]["peak_bytes"]
         assert set(tier["tags"]) == set(profile.summary["tiers"][tier["name"]]["tag_peaks"])
     for lane in data["lanes"]:
         assert all(len(part) == 50 and 0 <= min(part) <= max(part) <= 1 for part in lane["parts"].values())
+    elapsed_s, lanes = profile.summary["elapsed_s"], profile.summary["lanes"]
+    assert set(data["rates"]) == {"read", "write"}
+    for lane, course in data["rates"].items():
+        moved = sum(course) * elapsed_s / len(course)
+        assert len(course) == 6 and moved == pytest.approx(lanes[lane]["bytes"], rel=0.05), "each byte is in one place"
+
+
+def test_the_summary_says_of_what_run_and_model_it_is_and_when(tmp_path: Path) -> None:
+    before = datetime.now().astimezone().replace(microsecond=0)
+    with engine_of(built(), tmp_path) as engine:
+        with engine.profile(tmp_path / "profile") as profile:
+            steps(engine, 0, 1)
+        n_parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+        with engine.profile(tmp_path / "profile", "mine") as named:
+            pass
+    assert (profile.summary["title"], named.summary["title"]) == ("GPT", "mine")
+    assert profile.summary["model"] == f"GPT, {n_parameters:,} parameters"
+    assert before <= datetime.fromisoformat(profile.summary["made_at"]) <= datetime.now().astimezone()
+    assert named.summary["bottleneck"] == "No whole step was recorded: record at least one."
