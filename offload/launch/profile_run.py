@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from offload.config import Config, ConfigError
+from offload.config import Config
 from offload.console.tables import print_rows
 from offload.engine import Engine, initialize
 from offload.factories import data_factory, model_factory
@@ -50,10 +50,10 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
     check_steps(steps)
     config.require("profile", "model", "data", "train")
     check_profile_folder(to)
+    output = config.output
     with ExitStack() as stack:
         folders = [stack.enter_context(temporary_beside(Path(path))) for path in config.ssd.paths]
         paths = [str(folder / "pages") for folder in folders]
-        title = config.model.factory if config.output is None else config.output.run
         config = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths}), "output": None})
         assert config.model is not None
         assert config.data is not None
@@ -61,6 +61,7 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
         check_budget(make_model, config, console)
         model, batches = build(config, make_model, make_data, stack)
         with initialize(model, config) as engine:
+            title = config.model.factory if output is None else output.run
             profile = _profile(engine, batches, steps, to, title, console)
     print_rows("Profile", summary_rows(profile.summary), console)
     console.print(f"{WRITTEN} {to}", highlight=False, markup=False, soft_wrap=True)

@@ -156,11 +156,13 @@ def test_pointing_at_the_picture_and_clicking_a_heading(
         picture.dispatchEvent(new MouseEvent("mousemove", {
             clientX: box.left + box.width / 2, clientY: box.top + 40
         }));
-        const heads = [...document.querySelectorAll("#modules th button")], held = heads.find((head) => head.textContent === "parameters");
+        const all = (selector) => [...document.querySelectorAll("#modules " + selector)];
+        const names = () => all("tbody tr").map((row) => row.firstChild.textContent);
+        const held = all("th button").find((head) => head.textContent === "parameters");
         held.click();
-        const down = [...document.querySelectorAll("#modules tbody tr")].map((row) => row.firstChild.textContent);
+        const down = names();
         held.click();
-        document.title = [...document.querySelectorAll("#modules tbody tr")].reverse().every((row, i) => row.firstChild.textContent === down[i]);
+        document.title = names().reverse().every((name, i) => name === down[i]);
         held.click();
     </script></body>""",
         )
@@ -193,7 +195,8 @@ def test_the_picture_is_read_with_the_keyboard(raw: dict[str, Any], tmp_path: Pa
             page.replace(
                 "</body>",
                 """<script>
-        const press = (key) => document.getElementById("chart").dispatchEvent(new KeyboardEvent("keydown", { key: key }));
+        const chart = document.getElementById("chart");
+        const press = (key) => chart.dispatchEvent(new KeyboardEvent("keydown", { key: key }));
         """
                 + presses
                 + "</script></body>",

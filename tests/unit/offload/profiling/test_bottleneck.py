@@ -30,23 +30,32 @@ def summary(compute: float, mode: str = "exact", limit: float | None = None, **w
     [
         (
             summary(0.2, read=0.3, write=0.4),
-            "The disk bounds the step: 70% of the time is waiting, 20% compute; 3.0 MiB are read and 2.0 MiB are "
-            'written in a step, so raise memory.ram above 20.0 MiB, or add a disk to ssd.paths, or set update.mode to "lock-free".',
+            (
+                "The disk bounds the step: 70% of the time is waiting, 20% compute; 3.0 MiB are read and 2.0 MiB are "
+                "written in a step, so raise memory.ram above 20.0 MiB, or add a disk to ssd.paths, or "
+                'set update.mode to "lock-free".'
+            ),
         ),
         (
             summary(0.7, "lock-free", 150, read=0.2),
-            "70% of the time is compute, but 20% goes to waiting for the disk; 3.0 MiB are read and 2.0 MiB are written in "
-            "a step, so raise memory.ram above 20.0 MiB, or raise ssd.limit_mb_per_s above 150.",
+            (
+                "70% of the time is compute, but 20% goes to waiting for the disk; 3.0 MiB are read and 2.0 MiB are "
+                "written in a step, so raise memory.ram above 20.0 MiB, or raise ssd.limit_mb_per_s above 150."
+            ),
         ),
         (
             summary(0.3, "lock-free", update=0.5, read=0.1),
-            "The updater bounds the step: 50% of the time is waiting, 30% compute; raise update.max_staleness, or "
-            "update.threads.",
+            (
+                "The updater bounds the step: 50% of the time is waiting, 30% compute; raise update.max_staleness, or "
+                "update.threads."
+            ),
         ),
         (
             summary(0.3, h2d=0.4),
-            "Copies to the device bound the step: 40% of the time is waiting, 30% compute; raise memory.device, so that "
-            "fewer bytes are copied in a step.",
+            (
+                "Copies to the device bound the step: 40% of the time is waiting, 30% compute; raise memory.device, so "
+                "that fewer bytes are copied in a step."
+            ),
         ),
         (summary(0.97, read=0.01), "Compute bounds the step: 97% of the time, and waits for memory 1.0%; "),
         (
