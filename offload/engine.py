@@ -299,10 +299,7 @@ class Engine:
         """Record the steps made inside ``with engine.profile(folder):``; training computes the same bits.
 
         At the end the folder holds report.html, summary.json and trace.json (for ui.perfetto.dev), unless the block
-        raised; the value of ``as`` has ``summary``.
-
-        Args:
-            title: of the report; by default ``output.run``, or the name of the model's class.
+        raised; the value of ``as`` has ``summary``. Default title: ``output.run``, or the model's class.
 
         Raises:
             RunDirectoryError: on entering, the folder holds something else. RuntimeError: a profile is being made.
