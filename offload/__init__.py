@@ -1,7 +1,7 @@
-"""A hierarchical-memory training engine for PyTorch: models larger than memory train out of RAM and SSD.
+"""Train PyTorch models larger than memory, out of RAM and SSD.
 
-`prepare` wraps a model and an optimizer for a training loop of one's own, `initialize` makes a whole engine, and
-`deferred_init` builds the model in the first place when it does not fit in memory.
+`prepare` wraps a model and its optimizer for your own training loop, `initialize` makes an engine with ``backward`` and
+``step``, and `deferred_init` builds a model that does not fit in RAM.
 """
 
 from __future__ import annotations
