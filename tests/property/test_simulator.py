@@ -76,8 +76,7 @@ def load(tensor: TensorId, frame: int, trigger: int, needed_at: int) -> LoadTask
     return LoadTask(tensor, FrameId(frame), trigger, needed_at)
 
 
-# ---- by hand
-# -----------------------------------------------------------------------------------------------------------
+# ---- by hand --------------------------------------------------------------------------------------------------------
 
 
 def test_what_fits_takes_the_time_of_its_compute() -> None:
@@ -184,8 +183,7 @@ def test_a_plan_that_does_not_hold_and_a_lane_without_bandwidth_are_refused() ->
             run(good, trace, **wrong)
 
 
-# ---- any plan
-# ----------------------------------------------------------------------------------------------------------
+# ---- any plan -------------------------------------------------------------------------------------------------------
 
 
 @st.composite

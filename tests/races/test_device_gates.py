@@ -146,8 +146,7 @@ def test_a_copy_that_fails_is_told_and_leaves_the_tensor_below(tiers: Tiers, mon
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
 
 
-# ---- bytes of the device on their way down
-# ------------------------------------------------------------------------------
+# ---- bytes of the device on their way down --------------------------------------------------------------------------
 
 
 def test_host_pages_that_the_device_fills_are_neither_read_nor_moved_before(tiers: Tiers) -> None:
@@ -249,8 +248,7 @@ def test_a_device_that_fails_to_fill_is_heard_of_and_nobody_waits_for_ever(tiers
     tiers.below.mover.discard(lower)
 
 
-# ---- a device that has failed
-# ------------------------------------------------------------------------------------------
+# ---- a device that has failed ---------------------------------------------------------------------------------------
 
 
 class Broken:

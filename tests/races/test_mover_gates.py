@@ -26,8 +26,7 @@ def gates() -> Iterator[Gates]:
         yield made
 
 
-# ---- a load under way
-# --------------------------------------------------------------------------------------------------
+# ---- a load under way -----------------------------------------------------------------------------------------------
 
 
 def test_a_load_under_way_forbids_changes_stores_and_discards(gates: Gates) -> None:
@@ -116,8 +115,7 @@ def test_a_fresh_load_is_not_read(gates: Gates) -> None:
     assert gates.files.idle() and tensor.state is R.CLEAN and not tensor.ssd_valid
 
 
-# ---- a store under way
-# -------------------------------------------------------------------------------------------------
+# ---- a store under way ----------------------------------------------------------------------------------------------
 
 
 def test_compute_reads_while_a_store_is_under_way_but_nobody_drops_it(gates: Gates) -> None:
@@ -220,8 +218,7 @@ def test_storing_all_waits_for_every_store_and_reports_a_failed_one(gates: Gates
     assert [tensor.state for tensor in tensors] == [R.DIRTY, R.CLEAN, R.CLEAN]
 
 
-# ---- leases
-# ------------------------------------------------------------------------------------------------------------
+# ---- leases ---------------------------------------------------------------------------------------------------------
 
 
 def test_frames_are_not_used_again_before_the_last_alias_is_gone(gates: Gates) -> None:
@@ -265,8 +262,7 @@ def test_no_window_includes_a_tensor_that_is_seen(gates: Gates) -> None:
     assert gates.mover.choose(2, len) is not None
 
 
-# ---- coming to rest
-# ----------------------------------------------------------------------------------------------------
+# ---- coming to rest -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rest", ["settle", "close"])

@@ -64,8 +64,7 @@ def several(gates: Gates, count: int) -> list[PagedTensor]:
     return [gates.dirty(10 + i, frame=i, name=f"t{i}") for i in range(count)]
 
 
-# ---- what is in it
-# -----------------------------------------------------------------------------------------------------
+# ---- what is in it --------------------------------------------------------------------------------------------------
 
 
 def test_what_is_stored_already_costs_nothing(gates: Gates) -> None:
@@ -141,8 +140,7 @@ def test_what_it_has_stays_what_it_was_however_often_the_tensor_is_stored_again(
     assert gates.mover.ssd.used_frames == 1
 
 
-# ---- who waits
-# -----------------------------------------------------------------------------------------------------------
+# ---- who waits ------------------------------------------------------------------------------------------------------
 
 
 def test_a_change_of_an_owed_tensor_waits_exactly_until_it_is_stored(gates: Gates) -> None:
@@ -228,8 +226,7 @@ def test_a_view_that_was_written_to_before_is_stored_though_the_tensor_looks_cle
     assert (tensor.state, tensor.may_be_aliased) == (R.DIRTY, False) and content(gates, snapshot) == {"t": 6}
 
 
-# ---- failures
-# ------------------------------------------------------------------------------------------------------------
+# ---- failures -------------------------------------------------------------------------------------------------------
 
 
 def test_a_store_that_fails_gives_it_up_and_training_and_the_next_one_go_on(gates: Gates) -> None:
@@ -327,8 +324,7 @@ def test_it_can_be_abandoned_while_it_is_made_and_afterwards(gates: Gates) -> No
         again.release()
 
 
-# ---- going on from one
-# ---------------------------------------------------------------------------------------------------
+# ---- going on from one ----------------------------------------------------------------------------------------------
 
 
 def test_a_tensor_goes_on_from_a_commits_copy_and_leaves_it_as_it_is(gates: Gates) -> None:

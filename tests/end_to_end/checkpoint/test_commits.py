@@ -32,8 +32,7 @@ def commits(folder: Path) -> dict[int, tuple[int, str | None]]:
     return {manifest.number: (manifest.step, manifest.name) for manifest in manifests}
 
 
-# ---- bit by bit
-# --------------------------------------------------------------------------------------------------------
+# ---- bit by bit -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -150,8 +149,7 @@ def test_weights_edited_through_views_are_committed(tmp_path: Path) -> None:
         assert torch.equal(run.model.state_dict()["last.weight"], expected)
 
 
-# ---- which are kept
-# ----------------------------------------------------------------------------------------------------
+# ---- which are kept -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -216,8 +214,7 @@ def test_commits_are_due_by_steps_and_by_time(tmp_path: Path) -> None:
     assert [step for step, _ in commits(tmp_path).values()] == [1, 2]
 
 
-# ---- room
-# ----------------------------------------------------------------------------------------------------------------
+# ---- room -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["random", "gpt, bf16", "gpt, lock-free, clipped"])

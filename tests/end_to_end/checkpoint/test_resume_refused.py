@@ -42,8 +42,7 @@ def commit_file(folder: Path, number: int, kind: str) -> Path:
     return folder / "pages" / "commits" / f"commit-{number:08d}.{kind}"
 
 
-# ---- damage
-# ------------------------------------------------------------------------------------------------------------
+# ---- damage ---------------------------------------------------------------------------------------------------------
 
 
 def cut_manifest(folder: Path) -> None:
@@ -141,8 +140,7 @@ def test_a_changed_byte_of_a_page_is_found_when_it_is_read_and_the_commit_before
         assert_same(without_draws(run), states[1])
 
 
-# ---- of something else
-# -------------------------------------------------------------------------------------------------
+# ---- of something else ----------------------------------------------------------------------------------------------
 
 
 class Wider(Random):
@@ -354,8 +352,7 @@ def test_weights_are_not_taken_over_under_a_view_that_is_in_use(tmp_path: Path) 
         assert_same(without_draws(run), expected)
 
 
-# ---- other folders and settings
-# ----------------------------------------------------------------------------------------
+# ---- other folders and settings -------------------------------------------------------------------------------------
 
 
 def test_another_page_size_is_refused_before_anything_is_built(tmp_path: Path) -> None:

@@ -248,8 +248,7 @@ def test_values_edited_and_saved_are_those_of_the_device(tmp_path: Path, monkeyp
         assert_closed(engine)
 
 
-# ---- a device that has failed, and what is held for one
-# -----------------------------------------------------------------
+# ---- a device that has failed, and what is held for one -------------------------------------------------------------
 
 
 def on_late(tmp_path: Path, **memory: object) -> dict[str, object]:

@@ -150,8 +150,7 @@ def test_a_simulated_plan_moves_the_bytes_that_the_engine_moves(n_pages: int, tm
         assert moved.bytes_written / moved.steps == pytest.approx(done.written_bytes, rel=share, abs=0.01)
 
 
-# ---- the forecast by itself
-# --------------------------------------------------------------------------------------------
+# ---- the forecast by itself -----------------------------------------------------------------------------------------
 
 
 def test_pages_do_not_depend_on_the_rates(tmp_path: Path) -> None:
@@ -255,8 +254,7 @@ def test_rehearsing_leaves_random_numbers_files_and_modes_alone(tmp_path: Path) 
     assert torch.empty(1).device.type == "cpu" and list(tmp_path.iterdir()) == []
 
 
-# ---- the command
-# -------------------------------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 SHRUNK = [
     "--set",

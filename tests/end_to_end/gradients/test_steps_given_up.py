@@ -102,8 +102,7 @@ def test_a_step_with_more_passes_than_any_before_is_given_up_by_name(tmp_path: P
     assert_closed(optimizer.engine)
 
 
-# ---- errors in mid-backward
-# --------------------------------------------------------------------------------------------
+# ---- errors in mid-backward -----------------------------------------------------------------------------------------
 
 
 class Breaking(torch.autograd.Function):
@@ -212,8 +211,7 @@ def test_a_step_that_is_given_up_leaves_the_plan_as_it_is(tmp_path: Path) -> Non
     assert_closed(engine)
 
 
-# ---- gradients from elsewhere
-# ------------------------------------------------------------------------------------------
+# ---- gradients from elsewhere ---------------------------------------------------------------------------------------
 
 
 def pipeline(model: nn.Module, optimizer: Any, engine: offload.Engine | None) -> None:

@@ -92,8 +92,7 @@ def within(field: FieldInfo, value: Any) -> bool:
     return all(bounds[type(bound)](bound) for bound in field.metadata if type(bound) in bounds)
 
 
-# ---- configuration files
-# -----------------------------------------------------------------------------------------------
+# ---- configuration files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["launch", "plan"])
@@ -256,8 +255,7 @@ def test_what_is_no_file_is_one_line(tmp_path: Path, refused: Callable[..., str]
             assert name[:9] in refused(command, str(tmp_path / name)) or "null" in name
 
 
-# ---- factories
-# -----------------------------------------------------------------------------------------------------------
+# ---- factories ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["launch", "profile"])

@@ -159,8 +159,7 @@ def test_after_an_error_a_plain_model_has_them_as_before(tmp_path: Path) -> None
     assert_equal(model, plain)
 
 
-# ---- what cannot be paged
-# ----------------------------------------------------------------------------------------------
+# ---- what cannot be paged -------------------------------------------------------------------------------------------
 
 
 def shared_storage() -> nn.Module:

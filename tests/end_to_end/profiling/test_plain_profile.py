@@ -181,8 +181,7 @@ def test_second_derivatives_can_still_be_taken() -> None:
         assert torch.equal(curvature(), plain)
 
 
-# ---- what the engine would save
-# ----------------------------------------------------------------------------------------
+# ---- what the engine would save -------------------------------------------------------------------------------------
 
 
 def test_the_smallest_budget_is_one_that_works(tmp_path: Path) -> None:
@@ -222,8 +221,7 @@ def test_more_memory_moves_less_and_all_of_it_nothing() -> None:
     assert same.peak_bytes - with_activations.peak_bytes == pytest.approx(2 / 3 * watch.at_peak[Tag.ACTIVATION], abs=1)
 
 
-# ---- the command
-# -------------------------------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def run(to: Path, reference: str = f"{__name__}:training", steps: int = 2) -> tuple[dict[str, Any], str]:

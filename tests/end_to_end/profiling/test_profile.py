@@ -69,8 +69,7 @@ def test_with_activations_in_pages_profiled_bits_are_plain_pytorchs(tmp_path: Pa
     assert_closed(engine)
 
 
-# ---- what is recorded is what happened
-# ---------------------------------------------------------------------------------
+# ---- what is recorded is what happened ------------------------------------------------------------------------------
 
 
 def recorded(tmp_path: Path, count: int = 4, **update: Any) -> tuple[Profile, offload.Stats, offload.Engine]:
@@ -242,8 +241,7 @@ def test_in_lock_free_mode_the_updaters_waits_are_not_the_training_threads(tmp_p
     assert_closed(engine)
 
 
-# ---- when nobody profiles
-# ----------------------------------------------------------------------------------------------
+# ---- when nobody profiles -------------------------------------------------------------------------------------------
 
 
 def test_after_the_block_nobody_is_told(tmp_path: Path) -> None:
@@ -334,8 +332,7 @@ def test_a_folder_with_other_files_is_refused_and_left(name: str, tmp_path: Path
     assert {path.name: path.read_text() for path in folder.iterdir()} == {name: "{}"}
 
 
-# ---- the files
-# ---------------------------------------------------------------------------------------------------------
+# ---- the files ------------------------------------------------------------------------------------------------------
 
 
 def test_every_event_of_the_trace_is_whole(tmp_path: Path) -> None:

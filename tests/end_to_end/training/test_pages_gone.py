@@ -34,8 +34,7 @@ def without_draws(of: Run) -> dict[str, Any]:
     return {key: value for key, value in of.state().items() if key not in ("numpy", "python", "torch")}
 
 
-# ---- under a run
-# -------------------------------------------------------------------------------------------------------
+# ---- under a run ----------------------------------------------------------------------------------------------------
 
 
 def replaced(path: Path) -> None:
@@ -85,8 +84,7 @@ def test_a_page_file_that_is_gone_cannot_be_grown(tmp_path: Path) -> None:
         assert path.stat().st_size == 0
 
 
-# ---- at resume
-# -----------------------------------------------------------------------------------------------------------
+# ---- at resume ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checksums", [True, False])
@@ -115,8 +113,7 @@ def test_a_page_file_that_is_gone_or_cut_is_an_error_and_nothing_is_made_in_its_
         assert_same(without_draws(resumed), expected)
 
 
-# ---- for now
-# -------------------------------------------------------------------------------------------------------------
+# ---- for now --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -120,8 +120,7 @@ class Damage:
     do: Callable[[Path], None]
 
 
-# ---- by field
-# ------------------------------------------------------------------------------------------------------------
+# ---- by field -------------------------------------------------------------------------------------------------------
 
 MISSING = object()
 TWICE = object()
@@ -205,8 +204,7 @@ def field_damages(
         yield Damage(file, what, lambda folder, body=body: write(folder, body))
 
 
-# ---- by byte and by kind
-# ---------------------------------------------------------------------------------------------------
+# ---- by byte and by kind --------------------------------------------------------------------------------------------
 
 
 def byte_damages(file: str, find: Callable[[Path], Path], n_bytes: int, draw: random.Random) -> Iterator[Damage]:
@@ -272,8 +270,7 @@ def kind_damages(file: str, find: Callable[[Path], Path]) -> Iterator[Damage]:
     yield Damage(file, "missing", instead(lambda path, folder: None))
 
 
-# ---- all of them
-# -------------------------------------------------------------------------------------------------------------
+# ---- all of them ----------------------------------------------------------------------------------------------------
 
 
 def _side(folder: Path) -> Path:

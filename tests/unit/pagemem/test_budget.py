@@ -35,8 +35,7 @@ def figures(of: Budget) -> tuple[int, int, dict[Tag, int]]:
     return of.used_bytes, of.peak_bytes, of.by_tag()
 
 
-# ---- reserving and releasing
-# -------------------------------------------------------------------------------------------
+# ---- reserving and releasing ----------------------------------------------------------------------------------------
 
 
 def test_reservations_add_up_by_tag() -> None:
@@ -80,8 +79,7 @@ def test_a_reservation_is_true_and_a_shortage_false() -> None:
     assert not host.reserve(Tag.PARAM, 101, "too much")
 
 
-# ---- resizing
-# ----------------------------------------------------------------------------------------------------------
+# ---- resizing -------------------------------------------------------------------------------------------------------
 
 
 def test_resizing_grows_and_shrinks_and_the_peak_remembers() -> None:
@@ -100,8 +98,7 @@ def test_resizing_counts_only_what_is_added() -> None:
     assert host.used_bytes == 100
 
 
-# ---- shortages
-# ---------------------------------------------------------------------------------------------------------
+# ---- shortages ------------------------------------------------------------------------------------------------------
 
 
 def test_a_refused_reservation_changes_nothing_and_names_the_holders_most_first() -> None:
@@ -138,8 +135,7 @@ def test_the_sentence_says_what_is_held_by_whom_and_what_to_change() -> None:
     assert "held by nobody" in refused(budget(0).reserve(Tag.PARAM, 1, "all")).describe()
 
 
-# ---- ends
-# --------------------------------------------------------------------------------------------------------------
+# ---- ends -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use", [Reservation.release, lambda r: r.resize(1)], ids=["release", "resize"])
@@ -192,8 +188,7 @@ def test_sizes_cannot_be_negative() -> None:
     host.close()
 
 
-# ---- threads
-# -----------------------------------------------------------------------------------------------------------
+# ---- threads --------------------------------------------------------------------------------------------------------
 
 
 def test_many_threads_at_once_never_hold_more_than_the_budget_and_end_at_zero() -> None:

@@ -233,8 +233,7 @@ def test_memory_that_cannot_be_pinned_is_used_with_one_warning(monkeypatch: pyte
     assert not any(entry.startswith("unpin") for entry in fake.log)
 
 
-# ---- more than one piece
-# ------------------------------------------------------------------------------------------------
+# ---- more than one piece --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -331,8 +330,7 @@ def test_pinned_memory_is_not_in_a_child(monkeypatch: pytest.MonkeyPatch) -> Non
     plain.close()
 
 
-# ---- threads, and what is left on the device
-# ---------------------------------------------------------------------------
+# ---- threads, and what is left on the device ------------------------------------------------------------------------
 
 
 def test_a_thread_that_works_for_a_device_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,8 +82,7 @@ def test_other_files_in_the_folder_are_neither_read_nor_removed(folder: CommitFo
     assert all((folder.path / name).read_text() == "mine" for name in names)
 
 
-# ---- crashes
-# -----------------------------------------------------------------------------------------------------------
+# ---- crashes --------------------------------------------------------------------------------------------------------
 
 
 def calls_of(run: Callable[[CommitFolder], None], folder: CommitFolder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -154,8 +153,7 @@ def test_what_a_crash_left_is_swept_away(folder: CommitFolder) -> None:
     assert len(os.listdir(folder.path)) == 4 and whole(folder) == [1, 2]
 
 
-# ---- errors and damage
-# -------------------------------------------------------------------------------------------------
+# ---- errors and damage ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "open", "write"])

@@ -45,8 +45,7 @@ def precious(tmp_path: Path) -> Iterator[Path]:
     assert path.read_bytes() == b"x" * 8192 and path.stat().st_nlink in (1, 2)
 
 
-# ---- what lies in the place
-# --------------------------------------------------------------------------------------------
+# ---- what lies in the place -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC])
@@ -107,8 +106,7 @@ def test_a_link_to_a_folder_is_no_folder_of_ours(kind: str, tmp_path: Path) -> N
     assert has_folder(tmp_path / "elsewhere") and not has_folder(tmp_path / "absent")
 
 
-# ---- replacing
-# -----------------------------------------------------------------------------------------------------------
+# ---- replacing ------------------------------------------------------------------------------------------------------
 
 
 def test_a_draft_of_a_crash_is_removed_and_the_file_replaced(tmp_path: Path) -> None:
@@ -145,8 +143,7 @@ def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
     assert (tmp_path / "ours").read_bytes() == b"0123456789"
 
 
-# ---- folders and errors
-# ----------------------------------------------------------------------------------------------------
+# ---- folders and errors ---------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_made_with_its_parents_each_entry_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,8 +99,7 @@ def test_immovable_tenants_are_not_shown_to_the_cost() -> None:
     assert seen == set(tenants("cd"))
 
 
-# ---- against every window there is
-# -------------------------------------------------------------------------------------
+# ---- against every window there is ----------------------------------------------------------------------------------
 
 
 @st.composite
@@ -155,8 +154,7 @@ def test_tenants_are_named_once_each_in_the_order_they_lie(segments: list[Segmen
         assert list(found.tenants) == sorted(set(found.tenants))
 
 
-# ---- near the best tenants
-# ---------------------------------------------------------------------------------------------
+# ---- near the best tenants ------------------------------------------------------------------------------------------
 
 
 def book_of(segments: Sequence[Segment]) -> PageAllocator:

@@ -41,8 +41,7 @@ def planned(of: Rig, *ops: str) -> None:
     assert (of.driver.mode, of.driver.planned_steps, of.driver.deviations) == (Mode.PLANNED, 1, 0)
 
 
-# ---- on demand
-# ---------------------------------------------------------------------------------------------------------
+# ---- on demand ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_frames", [2, 3, 5])
@@ -88,8 +87,7 @@ def test_tensors_of_an_op_that_stand_in_each_others_way_are_placed_side_by_side(
         r.read_all()
 
 
-# ---- checking the plan
-# -------------------------------------------------------------------------------------------------
+# ---- checking the plan ----------------------------------------------------------------------------------------------
 
 
 def test_a_plan_that_does_not_hold_is_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +108,7 @@ def test_a_plan_that_does_not_hold_is_never_followed(monkeypatch: pytest.MonkeyP
         r.read_all()
 
 
-# ---- what does not fit
-# -------------------------------------------------------------------------------------------------
+# ---- what does not fit ----------------------------------------------------------------------------------------------
 
 
 def test_an_op_too_large_is_named_and_loses_nothing() -> None:
@@ -160,8 +157,7 @@ def test_an_op_without_room_beside_its_own_living_view_is_a_budget_error() -> No
         del view
 
 
-# ---- by plan
-# -----------------------------------------------------------------------------------------------------------
+# ---- by plan --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ops", [STEP, PLAIN], ids=["gradients", "plain"])
@@ -200,8 +196,7 @@ def test_a_step_without_ops_is_not_planned() -> None:
         planned(r, "Ar", "Bw")
 
 
-# ---- leaving the plan
-# --------------------------------------------------------------------------------------------------
+# ---- leaving the plan -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_frames", [2, 3, 5])
@@ -254,8 +249,7 @@ def test_a_step_that_goes_on_longer_is_right_and_counted() -> None:
         r.read_all()
 
 
-# ---- interludes
-# --------------------------------------------------------------------------------------------------------
+# ---- interludes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_frames", [2, 3, 5])
@@ -378,8 +372,7 @@ def test_updates_that_an_interlude_made_may_be_missing_from_the_step(n_frames: i
         r.read_all()
 
 
-# ---- emptying host memory
-# ----------------------------------------------------------------------------------------------
+# ---- emptying host memory -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_frames", [2, 5])

@@ -73,8 +73,7 @@ def check(
     return check_bounds(plan, trace, n_bytes, TierSpec(plan.n_frames, PAGE_BYTES, 1e9, 1e9), resident)
 
 
-# ---- what holds
-# --------------------------------------------------------------------------------------------------------
+# ---- what holds -----------------------------------------------------------------------------------------------------
 
 TURNS = trace_of("Aw", "Bw")
 #: One frame for two tensors that change: each is stored and the other one read, every op.
@@ -129,8 +128,7 @@ def test_fixed_tensors_are_counted_and_stay() -> None:
         check(plan_of(trace, 2, {A: 0, B: 1}, (load(C, 0, 1),)), trace, resident=resident)
 
 
-# ---- what does not
-# -----------------------------------------------------------------------------------------------------
+# ---- what does not --------------------------------------------------------------------------------------------------
 
 VIEWED = trace_of("Ar", "Br", "Ar", until={0: 1})
 READ = trace_of("Ar", "Br")

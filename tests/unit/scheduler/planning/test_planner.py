@@ -57,8 +57,7 @@ def loaded(plan: Plan) -> list[str]:
     return [f"{chr(ord('A') + t.tensor)}{'*' * t.fresh}@{t.needed_at % plan.ops_per_step}" for t in plan.loads]
 
 
-# ---- kept for good
-# ----------------------------------------------------------------------------------------------------
+# ---- kept for good --------------------------------------------------------------------------------------------------
 
 
 def test_where_the_disk_is_the_limit_some_tensors_stay_for_good() -> None:
@@ -93,8 +92,7 @@ def test_long_steps_are_walked_twice(n_ops: int, n_walks: int, monkeypatch: pyte
     assert len(walks) == n_walks
 
 
-# ---- spare memory
-# ------------------------------------------------------------------------------------------------------
+# ---- spare memory ---------------------------------------------------------------------------------------------------
 
 
 def test_with_room_for_all_nothing_moves_and_everything_is_there_from_the_start() -> None:
@@ -122,8 +120,7 @@ def test_spare_frames_save_reads() -> None:
     assert reads == [6, 4, 2, 0]
 
 
-# ---- what moves and when
-# -----------------------------------------------------------------------------------------------
+# ---- what moves and when --------------------------------------------------------------------------------------------
 
 
 def test_a_clean_tensor_is_never_stored() -> None:
@@ -172,8 +169,7 @@ def test_one_op_that_needs_all_frames_finds_them_whatever_lay_between() -> None:
     assert plan.peak_frames == 6
 
 
-# ---- what does not fit
-# -------------------------------------------------------------------------------------------------
+# ---- what does not fit ----------------------------------------------------------------------------------------------
 
 
 def test_an_op_too_large_is_named_with_what_it_needs() -> None:
@@ -192,8 +188,7 @@ def test_an_op_that_finds_only_views_in_its_way_is_named() -> None:
     plan_for(trace, n_frames=2)
 
 
-# ---- the plan's parts
-# --------------------------------------------------------------------------------------------------
+# ---- the plan's parts -----------------------------------------------------------------------------------------------
 
 
 def test_a_slow_disk_is_predicted_to_stall_and_a_fast_one_not() -> None:
@@ -221,8 +216,7 @@ def test_what_a_plan_stores() -> None:
     assert plan.ops_per_step == 3
 
 
-# ---- consumed tensors and views in the way
-# -----------------------------------------------------------------------------
+# ---- consumed tensors and views in the way --------------------------------------------------------------------------
 
 
 def test_a_wrapped_load_waits_for_consumed_tensors_in_its_window() -> None:
