@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from broken_device import broken, fails
 from gated_device import GatedDevice, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES, opened
 
@@ -249,28 +250,6 @@ def test_a_device_that_fails_to_fill_is_heard_of_and_nobody_waits_for_ever(tiers
 
 
 # ---- a device that has failed ---------------------------------------------------------------------------------------
-
-
-class Broken:
-    """A mark of a device that failed: whatever is asked of it raises, as of a CUDA device after an assertion in a
-    kernel."""
-
-    def reached(self) -> bool:
-        raise RuntimeError("device-side assert")
-
-    def wait(self) -> None:
-        raise RuntimeError("device-side assert")
-
-    def seconds(self) -> float:
-        raise AssertionError("it has not been waited for")
-
-
-def broken(*_: object) -> Broken:
-    return Broken()
-
-
-def fails(*_: object) -> Broken:
-    raise RuntimeError("device-side assert")
 
 
 def test_a_copy_up_of_a_device_that_failed_ends(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:

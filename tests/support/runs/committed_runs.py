@@ -182,3 +182,20 @@ def assert_same(found: Any, expected: Any, what: str = "state") -> None:
             assert_same(found[key], value, f"{what}: {key}")
     else:
         assert found == expected, f"{what} is {found!r}, not {expected!r}"
+
+
+def committed(folder: Path, setup: Setup = SMALL, steps: tuple[int, ...] = (1, 2)) -> dict[int, dict[str, Any]]:
+    """A run with a commit after each of these steps; returns the state after each."""
+    states = {}
+    with Run(setup, folder, keep=5) as run:
+        for step in range(1, max(steps) + 1):
+            run.step()
+            if step in steps:
+                run.engine.save()
+                states[step] = without_draws(run)
+    return states
+
+
+def without_draws(run: Run) -> dict[str, Any]:
+    """The state, without numbers drawn from the generators."""
+    return {key: value for key, value in run.state().items() if key not in ("numpy", "python", "torch")}

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from parity import adamw
 from small_runs import batches, config
 from torch import Tensor, nn
 
 import offload
+from offload.cli import main
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.durable.manifest import Manifest, StoredTensor
 
@@ -92,3 +94,10 @@ class Tied(nn.Module):
         return nn.functional.cross_entropy(
             self.head(self.again(self.norm(self.embed(x % 64).flatten(0, 1)))), y.flatten() % 64
         )
+
+
+def refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line on stderr and exit code 1."""
+    assert main(["export", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("offload: error: ") and error.count("\n") == 1, error

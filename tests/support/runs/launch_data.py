@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from examples.byte_corpus import ByteCorpus
+from examples.byte_gpt import ByteGPT
 
 SENTENCE = b"the quick brown fox jumps over the lazy dog. "
 
@@ -108,3 +112,72 @@ def kept_text(folder: Path, seed: int, source: str) -> ByteCorpus:
     """The files of a folder, which the corpus keeps in its own."""
     files = sorted(Path(source).iterdir())
     return ByteCorpus.of_files(folder, Path(source), files, seed=seed, validation_share=0.5)
+
+
+class InterruptingText(ByteCorpus):
+    """Presses Ctrl-C while the batch of step number ``at`` is made, ``times`` times."""
+
+    at, times, number = 3, 1, signal.SIGINT
+
+    def batch(self, step: int, rows: int, seq: int) -> tuple[Tensor, Tensor]:
+        """As any corpus, and a signal."""
+        if step == self.at:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+        return super().batch(step, rows, seq)
+
+
+def interrupting_text(folder: Path, seed: int, times: int, name: str = "SIGINT") -> ByteCorpus:
+    """The small text with Ctrl-C, or another signal, in it."""
+    sentence_text(folder, seed)
+    corpus = InterruptingText(folder, seed=seed)
+    corpus.times, corpus.number = times, signal.Signals[name]
+    return corpus
+
+
+class Poisoned(ByteGPT):
+    """Its loss is NaN from the fourth training batch on."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """As any byte GPT, until it is not."""
+        loss = super().forward(x, y)
+        if self.training:
+            self.batches = getattr(self, "batches", 0) + 1
+            loss = loss * (float("nan") if self.batches > 3 else 1.0)
+        return loss
+
+
+def poisoned(d_model: int, n_layer: int, n_head: int, seq: int) -> ByteGPT:
+    """The model that fails."""
+    return Poisoned(d_model, n_layer, n_head, seq, tied=False)
+
+
+class Drawing(ByteGPT):
+    """Initialised with all kinds of random numbers."""
+
+    def __init__(self, *args: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        with torch.no_grad():
+            self.norm.weight.fill_(random.random())
+            self.norm.bias.fill_(float(np.random.rand()))
+
+
+def drawing(d_model: int, n_layer: int, n_head: int, seq: int) -> ByteGPT:
+    """The model that draws."""
+    return Drawing(d_model, n_layer, n_head, seq, tied=False)
+
+
+class Measured(ByteGPT):
+    """Looks at its values while it is built."""
+
+    def __init__(self, *args: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.spread = float(self.tokens.weight.detach().std())
+
+
+def measured(d_model: int, n_layer: int, n_head: int, seq: int) -> ByteGPT:
+    """The model that cannot be built without values."""
+    return Measured(d_model, n_layer, n_head, seq, tied=False)
+
+
+not_callable = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,6 @@ from torch import Tensor, nn
 
 import offload
 from scheduler.planning.trace import OpKind
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[offload.Engine]:
-    """A running engine; afterwards all is consistent and everything is given back."""
-    with engine_of(built(), tmp_path) as engine:
-        yield engine
-    assert_closed(engine)
 
 
 def gpt(engine: offload.Engine) -> GPT:
