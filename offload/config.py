@@ -300,7 +300,7 @@ class OutputConfig(_Section):
 
 
 class Config(_Section):
-    """The whole configuration. ``memory`` and ``ssd`` are needed always; the last four only by `offload launch`."""
+    """The configuration. ``memory`` and ``ssd`` are required; the last four sections are for `offload launch`."""
 
     seed: int = Field(default=1, ge=0, le=(1 << 64) - 1)
     """Seed of torch's generator and of the data order (launch)."""

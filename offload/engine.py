@@ -75,7 +75,7 @@ class Engine:
 
     @property
     def optimizer(self) -> PagedOptimizer:
-        """The optimizer, for a training loop of one's own."""
+        """The optimizer, for your own training loop."""
         return self._parts.optimizer
 
     @left_open
@@ -95,7 +95,7 @@ class Engine:
         self._parts.step.backward(loss)
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss to call ``backward`` on in a loop of one's own: times the loss scale, with fp16 parameters."""
+        """The loss to call ``backward`` on in your own loop: multiplied by the loss scale, with fp16 parameters."""
         return self._parts.step.scaled(loss)
 
     @property
@@ -160,7 +160,7 @@ class Engine:
         self._store.mover.check()
 
     def track(self, name: str, thing: Stateful) -> None:
-        """Have the state of an LR scheduler, a data source or the like in every commit, and restored by `resume`.
+        """Save the state of an LR scheduler, a data source or the like in every commit; `resume` restores it.
 
         Args:
             thing: has ``state_dict()`` and ``load_state_dict()``: Python's plain values and containers, NumPy's numbers
@@ -175,7 +175,7 @@ class Engine:
         """Commit the steps made so far; call it between steps, when everything tracked is up to date.
 
         Args:
-            name: a named commit is never deleted, until a later one takes the name over.
+            name: named commits are never deleted; a later one may take the name over.
             wait: until it is durable; otherwise that happens in the background, and the next call raises its error.
                 Either way the commit's number is returned.
 
@@ -200,7 +200,7 @@ class Engine:
     def save_if_due(self) -> int | None:
         """Commit in the background if ``commit.every_steps`` or ``commit.every_s`` says so; call it between steps.
 
-        In lock-free mode, gradients on their way are not waited for: a run that goes on from such a commit misses them,
+        In lock-free mode, gradients on their way are not waited for: a run that resumes from such a commit misses them,
         at most ``max_staleness`` + 1 of each parameter. `save` has them all.
 
         Returns the commit's number, or None when it is not time, one is still being written, or a step is under way.
@@ -212,7 +212,7 @@ class Engine:
     def resume(
         self, name: str | None = None, *, allow_older: bool = False, keep_hyper_parameters: bool = False
     ) -> Resumed | None:
-        """Go on from the newest commit in ``ssd.paths``, or the one of this name; returns where, or None without one.
+        """Resume from the newest commit in ``ssd.paths``, or the one of this name; returns it, or None without one.
 
         Parameters, optimizer states, buffers, hyper-parameters, random generators and everything tracked are as they
         were. A step under way is given up.
@@ -344,7 +344,7 @@ def initialize(model: nn.Module, config: ConfigLike, optimizer: OptimizerLike = 
 
 
 def prepare(model: nn.Module, optimizer: OptimizerLike, config: ConfigLike) -> tuple[nn.Module, PagedOptimizer]:
-    """The same model, its parameters now paged, and its optimizer, for a loop of one's own: forward,
-    ``loss.backward()``, ``optimizer.step()``. The optimizer's ``engine`` is to be closed at the end."""
+    """The same model, its parameters now paged, and its optimizer, for your own loop: forward, ``loss.backward()``,
+    ``optimizer.step()``. Close ``optimizer.engine`` at the end."""
     engine = Engine(model, config, optimizer)
     return model, engine.optimizer

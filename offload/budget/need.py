@@ -117,7 +117,7 @@ class UnitShape:
 
 @dataclass(frozen=True, slots=True)
 class BudgetNeed:
-    """The least that `memory.ram` may be.
+    """The smallest ``memory.ram`` that works, and why.
 
     Attributes:
         unit: name of the unit that needs most.

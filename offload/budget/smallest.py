@@ -30,10 +30,10 @@ class FactoryError(ValueError):
 
 
 def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, config: ConfigLike) -> BudgetNeed:
-    """The smallest ``memory.ram`` that the model of ``factory`` can be built in by `deferred_init`, and trained.
+    """Find the smallest ``memory.ram`` that builds (under `deferred_init`) and trains a model, without building it.
 
-    The factory is called once, on torch's meta device, with torch's, NumPy's and Python's global random numbers put
-    back afterwards; other things it does outside the model happen.
+    The factory is called once, on torch's meta device; torch's, NumPy's and Python's global random generators are
+    restored afterwards, other side effects are not undone.
 
     Args:
         factory: makes the model.

@@ -18,7 +18,7 @@ _HOLDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A setting with another value now than at the commit; as text, one line.
+    """A setting that differs from the commit's; as text, one line.
 
     Attributes:
         key: of the configuration, or of a parameter group.
@@ -37,12 +37,13 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where a run goes on.
+    """The commit that a run resumed from.
 
     Attributes:
-        step: optimizer steps made. number, name, created: of the commit.
+        step: optimizer steps made.
+        number, name, created: of the commit; the name is None for an unnamed one.
         passed_over: what is wrong with newer commits, which were damaged.
-        changed: what is set otherwise now than when the commit was made, and which value holds.
+        changed: settings that differ from those of the commit, and which value holds.
     """
 
     step: int

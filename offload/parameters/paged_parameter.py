@@ -194,7 +194,7 @@ def _copy_into(parameter: PagedParameter, values: Tensor) -> None:
 
 @contextmanager
 def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
-    """Have whole parameter values at hand, readable and writable in place, inside the block.
+    """Keep whole parameter values in memory inside the block, readable and writable in place.
 
     Args:
         what: a module (all its parameters) or parameters. Ordinary parameters are left as they are.

@@ -25,9 +25,8 @@ class Stats:
         dropped_steps: steps whose gradients were not finite and were not applied (loss scaling, or clipping in
             lock-free mode).
         dropped_gradients: gradients of single units that were not finite and were not applied (lock-free mode).
-        recomputed_blocks: blocks of the model that are computed again in the backward pass now; it is no counter.
-        device_units: units whose parameters and states are on the device for good and are updated there; no counter
-            either.
+        recomputed_blocks: blocks of the model that are recomputed in the backward pass now; not a counter.
+        device_units: device-resident units, which are updated there; not a counter.
     """
 
     steps: int
@@ -86,8 +85,8 @@ class TierUse:
         used_bytes: held now.
         peak_bytes: the most that was held at once, whole pages and gradients in flight.
         peak_pages: distinct pages touched, since the plan took over if there is one.
-        planned_peak_pages: what the plan says ``peak_pages`` is, or None without a plan.
-        planned_with_commits: it is the most that may be needed, because commits keep the pages that they name.
+        planned_peak_pages: ``peak_pages`` as the plan predicts it, or None without a plan.
+        planned_with_commits: the prediction is an upper bound, because commits keep the pages that they name.
     """
 
     budget_bytes: int | None

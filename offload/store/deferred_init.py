@@ -26,13 +26,13 @@ from offload.store.page_store import PageStore
 def deferred_init(config: ConfigLike) -> Iterator[PageStore]:
     """Page the parameters of every module built inside the block, right after its constructor.
 
-    Give the finished model to `offload.prepare` or `offload.initialize` with the same configuration. Modules that are
-    built but never used by that model give their pages back then. If the block raises, or leaves nothing in pages, the
-    store is closed; a model that is never to get an engine is given up by ``close()`` of the store the block yields.
+    Give the finished model to `offload.prepare` or `offload.initialize` with the same configuration. Pages of modules
+    that are built but not part of that model are freed then. If the block raises, or leaves nothing in pages, the store
+    is closed; to discard a model without making an engine, call ``close()`` of the store that the block yields.
 
     Raises:
-        BudgetError: a module's parameters do not fit in the budget; what the error proposes is the least for what has
-            been built so far. `offload.smallest_budget` knows the whole model.
+        BudgetError: a module's parameters do not fit in the budget; the error proposes the smallest budget for what has
+            been built so far. `offload.smallest_budget` covers the whole model.
         RunDirectoryError: a page-file path is unusable.
         RuntimeError: another `deferred_init` block is open.
         ValueError: a parameter is on meta, or of a kind that pages cannot hold.
