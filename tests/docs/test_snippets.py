@@ -94,6 +94,7 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 def test_what_a_page_shows_runs(page: Path, small_world: Path) -> None:
     if name_of(page) in NEEDS:
         pytest.importorskip(NEEDS[name_of(page)])
+        pytest.importorskip("tqdm").tqdm.monitor_interval = 0  # its thread would stay
     run_page(page)
 
 
@@ -128,6 +129,18 @@ def test_modules_and_files_that_pages_name_exist() -> None:
         files = re.findall(r"\b((?:pagemem|scheduler|optim|offload|tests|examples|benchmarks)/[\w/]+\.\w+)", text)
         lost |= {f"{name_of(page)}: {name}" for name in files if not (ROOT / name).exists()}
     assert lost == set()
+
+
+def test_names_in_the_glossary_are_names_in_the_code() -> None:
+    glossary = (ROOT / "docs" / "glossary.md").read_text()
+    named = set(re.findall(r"\| `([A-Za-z_]+)` \|$", glossary, re.MULTILINE))
+    code = {
+        path: path.read_text()
+        for room in ("pagemem", "scheduler", "optim", "offload")
+        for path in (ROOT / room).rglob("*.py")
+    }
+    assert len(named) > 30
+    assert {name for name in named if not any(re.search(rf"\b{name}\b", text) for text in code.values())} == set()
 
 
 def test_links_lead_somewhere() -> None:
