@@ -11,7 +11,8 @@ from typing import Final, NoReturn
 
 import offload
 from offload import starting
-from offload.checkpoint.export import DTYPES, export_run
+from offload.checkpoint.commit_weights import DTYPES
+from offload.checkpoint.export import export_run
 from offload.checkpoint.verify import verify_run
 from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from offload.checkpoint.committer import Committer, Moment
+from offload.checkpoint.committer import CommitContent, Committer
 from offload.checkpoint.compatibility import Contents, check_contents, check_groups
 from offload.checkpoint.resumed import Resumed, config_changes, hyper_changes
 from offload.checkpoint.sidecar import Sidecar
@@ -99,7 +99,7 @@ class Checkpoints:
         self._store.binder.check_structure()
         with self._updater.consistent(whole=whole):
             self._store.bring_down()
-            number = self.committer.begin(Moment(step, name, self._state(), self._beside()))
+            number = self.committer.begin(CommitContent(step, name, self._state(), self._beside()))
         self._last_step, self._last_s = step, time.monotonic()
         return number
 

@@ -1,62 +1,32 @@
-"""Commits: a step made durable in the background, the few that are kept, and going on from one.
-
-    IDLE --begin--> WRITING --written--> IDLE
-                    WRITING --error--> FAILED
-    IDLE | FAILED --close--> CLOSED
+"""Commits: a step made durable in the background, those that are kept, and continuing from one.
 
 `begin` runs on the training thread between two steps: it takes a snapshot of all paged tensors, which costs no copy,
-and the scalars of the moment. A thread of its own waits until the snapshot is whole in the page files, syncs them,
-writes the manifest, and removes the commits that are not kept any more. A failed commit leaves the earlier ones as they
-are; its error is raised on the training thread by the next call.
+and the state beside them. The commit thread waits until the page files have the whole snapshot, syncs them, writes the
+manifest, and removes the commits that are not kept any more. A failed commit leaves the earlier ones as they are; its
+error is raised on the training thread by the next call.
 """
 
 from __future__ import annotations
 
-import enum
-import threading
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any
 
+from offload.checkpoint.commit_thread import CommitThread
 from offload.commits.commit_state import encoded
 from offload.commits.run_commits import Commit, EarlierCommits
 from offload.store.page_store import PageStore
 from pagemem.durable.manifest import Manifest, StoredTensor
 from pagemem.errors import CommitError, DamagedCommitError, StorageError
-from pagemem.files.threads import start_thread
-from pagemem.process import interrupts
+from pagemem.frames.page import TensorId
 from pagemem.residency.disk_versions import DiskVersion
 from pagemem.residency.snapshot import Snapshot, SnapshotState
-from pagemem.residency.wait_lock import WaitLock
-from pagemem.state_machine import StateMachine
 from pagemem.tier import TRANSIENT
-
-#: How often a wait for a commit looks whether somebody has pressed Ctrl-C.
-_LOOK_S: Final = 0.1
-
-
-class CommitterState(enum.Enum):
-    """See the diagram at the top of this module."""
-
-    IDLE = "idle"
-    WRITING = "writing"
-    FAILED = "failed"
-    CLOSED = "closed"
-
-
-_MOVES: Final = StateMachine(
-    "committer",
-    {
-        CommitterState.IDLE: {CommitterState.WRITING, CommitterState.CLOSED},
-        CommitterState.WRITING: {CommitterState.IDLE, CommitterState.FAILED},
-        CommitterState.FAILED: {CommitterState.IDLE, CommitterState.CLOSED},
-    },
-)
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class CommitContent:
     """What a commit has beside the paged tensors.
 
     Attributes:
@@ -78,7 +48,6 @@ class Committer:
     """
 
     def __init__(self, store: PageStore, keep: int) -> None:
-        self.state = CommitterState.IDLE
         self._store = store
         self._keep = keep
         self._earlier: EarlierCommits = store.earlier
@@ -88,13 +57,45 @@ class Committer:
         #: Snapshots of commits that failed when their manifest may have been there already.
         self._doubtful: dict[int, Snapshot] = {}
         self._own_course = not self.commits and not store.earlier.damaged
-        self._failure: BaseException | None = None
-        self._changed = WaitLock()
-        self._job: Callable[[], None] | None = None
         self._snapshot: Snapshot | None = None  # of the commit that is being written
-        self._thread: threading.Thread | None = None
+        self._thread = CommitThread()
 
-    # ---- going on from a commit ---------------------------------------------------------------------------------
+    @property
+    def busy(self) -> bool:
+        """Whether a commit is being written."""
+        return self._thread.busy
+
+    def wait(self) -> None:
+        """Wait for the commit that is being written.
+
+        Raises:
+            BaseException: what it failed of, once; earlier commits are whole, and the next `begin` tries anew.
+            KeyboardInterrupt: Ctrl-C; the commit goes on.
+        """
+        self._thread.wait()
+
+    def check(self) -> None:
+        """Raise what a commit failed of, once. Does not wait."""
+        self._thread.check()
+
+    def close(self) -> None:
+        """Complete the commit that is being written and end the thread. Idempotent. An interrupt abandons the commit.
+
+        Raises:
+            BaseException: what the last commit failed of, if nobody has been told; all is closed then, too.
+        """
+        try:
+            self._thread.close(self._hurry)
+        finally:
+            self._snapshot = None
+
+    def _hurry(self) -> None:
+        """Abandon a commit that still waits for pages; earlier ones are whole."""
+        with self._store.mover.changed:
+            if self._snapshot is not None and self._snapshot.state is SnapshotState.OPEN:
+                self._abandon(self._snapshot)
+
+    # ---- continuing from a commit ---------------------------------------------------------------------------------
 
     def choose(self, name: str | None, *, allow_older: bool) -> Commit | None:
         """The newest commit, or the one with this name; None when the run has none at all. Waits for one being written.
@@ -137,12 +138,7 @@ class Committer:
 
     # ---- making one ---------------------------------------------------------------------------------------------
 
-    @property
-    def busy(self) -> bool:
-        """Whether a commit is being written."""
-        return self.state is CommitterState.WRITING
-
-    def begin(self, moment: Moment) -> int:
+    def begin(self, content: CommitContent) -> int:
         """Begin to commit what the tensors hold now; returns the commit's number. Waits for one that is being written.
 
         Raises:
@@ -157,43 +153,51 @@ class Committer:
                 f"{self._earlier.folder.path} holds commits, and this run did not go on from one; resume from it, or "
                 "name another folder in ssd.paths"
             )
-        self._start_thread()
+        self._thread.start()
         mover = self._store.mover
-        content = [tensor for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT]
+        tensors = [tensor for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT]
         with mover.changed:
-            snapshot = mover.snapshots.begin(content)
+            snapshot = mover.snapshots.begin(tensors)
             try:
-                for tensor in content:
+                for tensor in tensors:
                     if tensor.may_be_aliased:  # A view of it could be written to before it is stored.
                         mover.make_writable(tensor)
             except BaseException:
                 mover.snapshots.abandon(snapshot)
                 raise
         self._snapshot = snapshot
-        names = {tensor.id: (tensor.name, tensor.tag.value, tensor.n_bytes) for tensor in content}
+        names = {tensor.id: (tensor.name, tensor.tag.value, tensor.n_bytes) for tensor in tensors}
         self._number += 1
         number = self._number
-
-        def job() -> None:
-            attempted = False
-            try:
-                self._await(snapshot)
-                self._settle_doubtful()
-                self._store.mover.sync()
-                self._earlier.claim_parts()
-                stored = tuple(self._stored(names[tensor], copy) for tensor, copy in snapshot.copies.items())
-                manifest = self._manifest(number, moment, stored)
-                attempted = True
-                self._earlier.folder.write(manifest, encoded(manifest))
-            except BaseException:
-                self._give_up(number, snapshot, attempted)
-                raise
-            by_key = {tensor.key: copy for tensor, copy in zip(manifest.tensors, snapshot.copies.values(), strict=True)}
-            self.commits[number] = Commit(manifest, by_key)
-            self._retire()
-
-        self._start(job)
+        self._thread.run(lambda: self._write(number, content, snapshot, names))
         return number
+
+    # ---- on the commit thread -----------------------------------------------------------------------------------
+
+    def _write(
+        self, number: int, content: CommitContent, snapshot: Snapshot, names: Mapping[TensorId, tuple[str, str, int]]
+    ) -> None:
+        """Make a commit durable.
+
+        Args:
+            names: name, tag and bytes of each tensor when the snapshot was taken.
+        """
+        attempted = False
+        try:
+            self._await(snapshot)
+            self._settle_doubtful()
+            self._store.mover.sync()
+            self._earlier.claim_parts()
+            stored = tuple(self._stored(names[tensor], copy) for tensor, copy in snapshot.copies.items())
+            manifest = self._manifest(number, content, stored)
+            attempted = True
+            self._earlier.folder.write(manifest, encoded(manifest))
+        except BaseException:
+            self._give_up(number, snapshot, attempted)
+            raise
+        by_key = {tensor.key: copy for tensor, copy in zip(manifest.tensors, snapshot.copies.values(), strict=True)}
+        self.commits[number] = Commit(manifest, by_key)
+        self._retire()
 
     def _stored(self, named: tuple[str, str, int], copy: DiskVersion) -> StoredTensor:
         """What a manifest says of a tensor of this name, tag and size."""
@@ -205,16 +209,16 @@ class Committer:
             tuple(self._store.page_files.sums(copy.route).tolist()),
         )  # fmt: skip
 
-    def _manifest(self, number: int, moment: Moment, stored: tuple[StoredTensor, ...]) -> Manifest:
+    def _manifest(self, number: int, content: CommitContent, stored: tuple[StoredTensor, ...]) -> Manifest:
         """The manifest of a commit; what belongs beside it is written."""
-        state = dict(moment.state)
-        if moment.sidecar:
-            state["sidecar"] = self._earlier.folder.write_sidecar(number, moment.sidecar)
+        state = dict(content.state)
+        if content.sidecar:
+            state["sidecar"] = self._earlier.folder.write_sidecar(number, content.sidecar)
         return Manifest(
             number=number,
-            name=moment.name,
+            name=content.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            step=moment.step,
+            step=content.step,
             page_bytes=self._store.page_bytes,
             run_ids=tuple(directory.run_id for directory in self._store.directories),
             checksums=self._store.config.ssd.checksums,
@@ -294,90 +298,3 @@ class Committer:
         with self._store.mover.changed:
             for stored in commit.copies.values():
                 self._store.mover.copies.let_go(stored)
-
-    # ---- the thread ---------------------------------------------------------------------------------------------
-
-    def _start(self, job: Callable[[], None]) -> None:
-        with self._changed:
-            # One without the other would be waited for without end, so nothing that a signal could interrupt is between
-            # the two.
-            self.state = _MOVES.move(self.state, CommitterState.WRITING)
-            self._job = job
-            self._changed.notify_all()
-
-    def _start_thread(self) -> None:
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name="offload-commit", daemon=True)
-            start_thread(thread)
-            self._thread = thread
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._job is None and self.state is not CommitterState.CLOSED:
-                    self._changed.wait()
-                job, self._job = self._job, None
-            if job is None:
-                return
-            error: BaseException | None = None
-            try:
-                job()
-            except BaseException as raised:  # whatever it is goes to the training thread
-                error = raised
-            with self._changed:
-                self._failure = error
-                self.state = _MOVES.move(self.state, CommitterState.IDLE if error is None else CommitterState.FAILED)
-                self._changed.notify_all()
-
-    def wait(self) -> None:
-        """Wait for the commit that is being written.
-
-        Raises:
-            BaseException: what it failed of, once; earlier commits are whole, and the next `begin` tries anew.
-            KeyboardInterrupt: Ctrl-C; the commit goes on.
-        """
-        with self._changed:
-            while self.state is CommitterState.WRITING:
-                self._changed.wait(_LOOK_S)
-                interrupts.check()
-        self.check()
-
-    def check(self) -> None:
-        """Raise what a commit failed of, once. Does not wait."""
-        with self._changed:
-            if self.state is CommitterState.FAILED:
-                failure, self._failure = self._failure, None
-                self.state = _MOVES.move(self.state, CommitterState.IDLE)
-                assert failure is not None
-                raise failure
-
-    def close(self) -> None:
-        """Complete the commit that is being written and end the thread. Idempotent. An interrupt gives the commit up.
-
-        Raises:
-            BaseException: what the last commit failed of, if nobody has been told; all is closed then, too.
-        """
-        with self._changed:
-            self._changed.notify_all()
-            while self.state is CommitterState.WRITING:
-                try:
-                    self._changed.wait()
-                except BaseException:
-                    self._hurry()
-                    raise
-            failed = self.state is CommitterState.FAILED
-            if self.state is not CommitterState.CLOSED:
-                self.state = _MOVES.move(self.state, CommitterState.CLOSED)
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        failure, self._failure = self._failure, None  # kept here, it would keep its traceback, and so the caller's data
-        self._snapshot = None
-        if failed and failure is not None:
-            raise failure
-
-    def _hurry(self) -> None:
-        """Somebody does not want to wait: give up a commit that has yet to get pages; earlier ones are whole."""
-        with self._store.mover.changed:
-            if self._snapshot is not None and self._snapshot.state is SnapshotState.OPEN:
-                self._abandon(self._snapshot)

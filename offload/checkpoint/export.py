@@ -13,42 +13,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from offload.checkpoint.safetensors_writer import INDEX_NAME, ShardWriter, Weight, index_of, plan_shards, write_failure
-from offload.checkpoint.sidecar import TORCH_DTYPES, Sidecar
+from offload.checkpoint.commit_weights import DTYPES, CommitWeights, ExportError
+from offload.checkpoint.safetensors_writer import INDEX_NAME, ShardWriter, index_of, plan_shards, write_failure
+from offload.checkpoint.sidecar import Sidecar
 from offload.commits.stopped_run import StoppedRun
-from offload.commits.stored_layout import StoredLayout, StoredSlot, StoredUnit
 from offload.console.byte_progress import ByteProgress
 from pagemem.durable.commit_folder import CommitFolder
-from pagemem.durable.manifest import Manifest, StoredTensor
-from pagemem.durable.page_map import file_sizes, impossible
-from pagemem.durable.page_reader import Chunk, PageReader
-from pagemem.errors import ChecksumError, CommitError, DiskFullError, OffloadError
+from pagemem.durable.manifest import Manifest
+from pagemem.durable.page_reader import PageReader
+from pagemem.errors import DiskFullError, OffloadError
 from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.folders.own_file import make_folder, naming, remove_folders, sync_folder
 from pagemem.process import interrupts
-from pagemem.units import KiB, format_bytes
-
-#: dtypes that can be asked for; "keep" is what the parameters were computed in.
-DTYPES: Final[dict[str, torch.dtype | None]] = {
-    "keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-}  # fmt: skip
-#: Elements of a parameter that are in memory at a time.
-PIECE_NUMEL: Final = 256 * KiB
-_NAMES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-Bytes = npt.NDArray[np.uint8]
-
-
-class ExportError(OffloadError):
-    """A commit cannot be exported as asked, or not to that place. Nothing was changed."""
+from pagemem.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,175 +193,3 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
-
-
-# ---- the weights ---------------------------------------------------------------------------------------------------
-
-
-class CommitWeights:
-    """The tensors of a commit, under the names of ``model.state_dict()``, and their bytes piece by piece.
-
-    Args:
-        sidecar: the file beside the manifest, open.
-        dtype: of the paged parameters; None: as they were computed in. Buffers keep their own.
-
-    Attributes:
-        tied: further names, each with the one under which the tensor is.
-
-    Raises:
-        CommitError: the commit names places that cannot be.
-    """
-
-    def __init__(
-        self, folders: Sequence[Path], manifest: Manifest, sidecar: Sidecar, dtype: torch.dtype | None
-    ) -> None:
-        self._manifest = manifest
-        self._beside = sidecar
-        self._dtype = dtype
-        self._layout = StoredLayout.read(manifest.state)
-        self._stored = {stored.key: stored for stored in manifest.tensors}
-        self.tied = {name: kept for name, kept in self._layout.names.items() if name != kept}
-        why = impossible([manifest], file_sizes(folder / PAGE_FILE_NAME for folder in folders))
-        if why:
-            raise CommitError(f"commit {manifest.number} is damaged: {why[manifest.number]}")
-        kept = set(self._layout.names.values())
-        self._paged = {
-            slot.name: (unit, slot) for unit in self._layout.units for slot in unit.slots if slot.name in kept
-        }
-
-    def listed(self) -> list[Weight]:
-        """All of them, in the order of the names.
-
-        Raises:
-            CommitError: the commit does not have one.
-        """
-        found = []
-        for name in dict.fromkeys(self._layout.names.values()):
-            if name in self._paged:
-                unit, slot = self._paged[name]
-                found.append(Weight(name, _NAMES[self._dtype or unit.torch_dtype], slot.shape))
-            elif name in self._beside.weights:
-                found.append(self._beside.weights[name])
-            else:
-                raise CommitError(f"commit {self._manifest.number} has no {name}")
-        return found
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all pieces."""
-        return sum(weight.n_bytes for weight in self.listed())
-
-    def pieces(self, reader: PageReader) -> Iterator[tuple[str, int, memoryview]]:
-        """Name, offset and bytes of each piece.
-
-        Raises:
-            ChecksumError: a page does not hold what was written; names the tensor, the file and the frame.
-            StorageError: a file cannot be read.
-            ExportError: a value cannot be expressed in the dtype.
-        """
-        for name in dict.fromkeys(self._layout.names.values()):
-            if name in self._beside.weights:
-                yield from ((name, offset, memoryview(piece)) for offset, piece in self._beside.pieces(name))
-        buffers = [np.frombuffer(reader.buffer(), dtype=np.uint8) for _ in range(2)]
-        for unit in self._layout.units:
-            yield from self._unit_pieces(unit, reader, buffers)
-
-    def _unit_pieces(
-        self, unit: StoredUnit, reader: PageReader, buffers: Sequence[Bytes]
-    ) -> Iterator[tuple[str, int, memoryview]]:
-        source, target = unit.torch_dtype, self._dtype or unit.torch_dtype
-        size = source.itemsize
-        checksums = self._manifest.checksums
-        values = _Stream(
-            reader, buffers[0], [(0, unit.slots[-1].end * size, self._tensor(unit.parameters))], checksums=checksums
-        )
-        masters = None
-        if target is not source and unit.has_masters:
-            parts = [(part.begin * 4, part.end * 4, self._tensor(part.master or "")) for part in unit.slices]
-            masters = _Stream(reader, buffers[1], parts, checksums=checksums)
-        for slot in unit.slots:
-            if slot.name not in self._paged:
-                continue  # dropped from the model since its unit was made
-            for begin in range(slot.offset, slot.end, PIECE_NUMEL):
-                end = min(begin + PIECE_NUMEL, slot.end)
-                piece = torch.from_numpy(values.take(begin * size, end * size)).view(source)
-                if target is not source:
-                    wide = (
-                        None
-                        if masters is None
-                        else torch.from_numpy(masters.take(begin * 4, end * 4)).view(torch.float32)
-                    )
-                    piece = _converted(slot, piece, wide, target)
-                yield slot.name, (begin - slot.offset) * target.itemsize, piece.view(torch.uint8).numpy().data
-
-    def _tensor(self, key: str) -> StoredTensor:
-        if key not in self._stored:
-            raise CommitError(f"commit {self._manifest.number} has no {key}")
-        return self._stored[key]
-
-
-def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Values in another dtype, from their masters, except where they were edited since those were made."""
-    exact = values
-    if masters is not None:
-        exact = torch.where(masters.to(values.dtype) == values, masters, values.float())
-    if exact.dtype is dtype:
-        return exact
-    converted = exact.to(dtype)
-    if bool((torch.isinf(converted) & torch.isfinite(exact)).any()):
-        raise ExportError(
-            f"{slot.name} has values beyond the largest of {dtype}, {torch.finfo(dtype).max:g}; export as bf16 or fp32"
-        )
-    return converted
-
-
-class _Stream:
-    """Bytes of stored tensors that lie one after another, read once, from front to back, a chunk at a time.
-
-    Args:
-        buffer: as long as a chunk, this stream's alone while it is used.
-        parts: first byte, end, and the tensor that has them from its first byte on.
-    """
-
-    def __init__(
-        self, reader: PageReader, buffer: Bytes, parts: Sequence[tuple[int, int, StoredTensor]], *, checksums: bool
-    ) -> None:
-        self._reader = reader
-        self._checksums = checksums
-        self._buffer = buffer
-        self._begin = self._end = 0
-        self._chunks = _chunks_of(reader, parts)
-
-    def take(self, begin: int, end: int) -> Bytes:
-        """A copy of bytes [begin, end), none of which lies before what was taken last."""
-        taken: Bytes = np.empty(end - begin, dtype=np.uint8)
-        at = begin
-        while at < end:
-            while at >= self._end:
-                self._next()
-            n_bytes = min(end, self._end) - at
-            taken[at - begin : at - begin + n_bytes] = self._buffer[at - self._begin : at - self._begin + n_bytes]
-            at += n_bytes
-        return taken
-
-    def _next(self) -> None:
-        try:
-            self._begin, self._end, stored, chunk = next(self._chunks)
-        except StopIteration:
-            raise CommitError("a tensor of the commit is shorter than its parameters") from None
-        with self._buffer.data as into:
-            wrong = self._reader.read(chunk, into, checksums=self._checksums)
-        if wrong:
-            raise ChecksumError(
-                f"{stored.key}: {wrong[0]}: the disk or another program changed it; export an earlier commit"
-            )
-
-
-def _chunks_of(
-    reader: PageReader, parts: Sequence[tuple[int, int, StoredTensor]]
-) -> Iterator[tuple[int, int, StoredTensor, Chunk]]:
-    """First byte and end of each chunk, its tensor, and the chunk."""
-    for begin, end, stored in parts:
-        for chunk in reader.chunks(stored):
-            start = begin + chunk.begin_bytes
-            yield start, min(end, start + chunk.n_bytes), stored, chunk

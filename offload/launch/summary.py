@@ -1,19 +1,15 @@
-"""What a run leaves to read and to look at: the closing table and the loss curve."""
+"""The table that closes a run."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from offload.callbacks import StepMetrics
 from offload.console.tables import print_rows
 from offload.profiling.stats import MemoryReport, Stats
-from pagemem.folders.own_file import replace_file
 from pagemem.units import format_bytes
 
 BITS_PER_NAT = 1 / math.log(2)
@@ -129,37 +125,3 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
 def print_summary(run: RunSummary, console: Console) -> None:
     """The closing table."""
     print_rows("Run", summary_rows(run), console)
-
-
-def save_loss_curve(path: Path, metrics: Sequence[StepMetrics], run: RunSummary) -> None:
-    """A picture of training and validation loss, in bits where the data say of what, with the unigram entropy as a
-    line.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot([m.step for m in metrics], [run.shown(m.loss) for m in metrics], linewidth=1, label="training")
-    measured = [
-        (s, run.shown(nats)) for s, nats in ((0, run.before_nats), (run.steps, run.after_nats)) if nats is not None
-    ]
-    if measured:
-        axes.plot(*zip(*measured, strict=True), "o", color="tab:red", label="validation")
-    if run.unigram_bits is not None and run.unit is not None:
-        axes.axhline(run.unigram_bits, color="gray", linestyle="--", linewidth=1, label="unigram entropy")
-    axes.set(
-        xlabel="step",
-        ylabel=f"loss, {run.measure}",
-        ylim=(0, None) if all(m.loss >= 0 for m in metrics) else None,
-        title=f"{run.n_parameters / 1e6:.1f}M parameters",
-    )
-    axes.legend()
-    axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    replace_file(path, picture.getvalue())

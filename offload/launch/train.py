@@ -23,12 +23,13 @@ from offload.factories import data_factory, model_factory
 from offload.launch.batches import Batches
 from offload.launch.interrupt import Interrupt, noted
 from offload.launch.loop import TrainingLoop, ValidationRecord, validation_loss
+from offload.launch.loss_curve import save_loss_curve
 from offload.launch.metrics_file import FORMATS, MetricsFile, kept_metrics
 from offload.launch.progress import Progress
 from offload.launch.reporter import Reporter, made_callback
 from offload.launch.run_folder import CURVE, DATA, RunFolder, check_free, removed_unless_begun
 from offload.launch.setup import build, check_budget
-from offload.launch.summary import print_summary, save_loss_curve
+from offload.launch.summary import print_summary
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
 
@@ -156,7 +157,9 @@ def _train(
     loop.run(RunStarted(config, folder.path, first, n_parameters, batches.unit), pair)
     summary = loop.summary()
     print_summary(summary, console)
-    save_loss_curve(folder.path / CURVE, loop.metrics, summary)
+    model = config.model.factory.rpartition(":")[2]
+    title = f"{'/'.join(folder.path.parts[-2:])}: {model}, {n_parameters / 1e6:.1f}M parameters"
+    save_loss_curve(folder.path / CURVE, loop.metrics, summary, title)
     console.print(f"metrics, configuration and loss curve are in {folder.path}", highlight=False)
     if interrupt.asked:
         console.print(f"interrupted after step {engine.steps}", highlight=False)

@@ -22,7 +22,7 @@ from tiny_models import CASES
 from torch import Tensor, nn
 
 import offload
-from offload.checkpoint import export
+from offload.checkpoint import commit_weights
 from offload.checkpoint import safetensors_writer as shards
 from offload.cli import main
 from pagemem.durable import page_reader
@@ -187,7 +187,7 @@ def test_a_tensor_of_any_size_takes_little_memory(tmp_path: Path, monkeypatch: p
     with offload.initialize(model, ram, adamw) as engine:
         engine.save()
     monkeypatch.setattr(page_reader, "CHUNK_BYTES", 128 << 10)
-    monkeypatch.setattr(export, "PIECE_NUMEL", 32 << 10)
+    monkeypatch.setattr(commit_weights, "PIECE_NUMEL", 32 << 10)
     largest, buffers = {"read": 0, "written": 0}, []
     read, pwrite, buffer = PageReader.read, os.pwrite, PageReader.buffer
 

@@ -13,9 +13,10 @@ from reported_runs import reported
 from rich.console import Console
 
 from offload.callbacks import StepMetrics
+from offload.launch.loss_curve import save_loss_curve, smoothed
 from offload.launch.metrics_file import FORMATS, MetricsFile
 from offload.launch.progress import Progress
-from offload.launch.summary import RunSummary, print_summary, save_loss_curve, summary_rows
+from offload.launch.summary import RunSummary, print_summary, summary_rows
 from offload.profiling.stats import MemoryReport, Stats, TierUse
 
 MIB = 1 << 20
@@ -144,9 +145,17 @@ def test_the_table_on_a_terminal_is_framed() -> None:
 @pytest.mark.parametrize("n_steps", [0, 1, 5])
 def test_the_curve_is_a_picture(n_steps: int, tmp_path: Path) -> None:
     run = dataclasses.replace(RUN, after_nats=None if n_steps == 0 else 2.5)
-    save_loss_curve(tmp_path / "curve.png", [metrics(step + 1) for step in range(n_steps)], run)
+    save_loss_curve(tmp_path / "curve.png", [metrics(step + 1) for step in range(n_steps)], run, "run: model")
     content = (tmp_path / "curve.png").read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) > 5000
+
+
+def test_smoothing_is_centred() -> None:
+    line = [float(step) for step in range(200)]
+    assert smoothed(line) == pytest.approx(line) and smoothed([]) == []
+    assert smoothed([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0], "nothing is smoothed of a few steps"
+    losses = [4.0, 2.0] * 100
+    assert smoothed(losses)[0] == 4.0 and smoothed(losses)[100] == pytest.approx(3.0, abs=0.2)
 
 
 def test_a_line_has_every_figure() -> None:
