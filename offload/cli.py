@@ -16,6 +16,7 @@ from offload.checkpoint.export import export_run
 from offload.checkpoint.verify import verify_run
 from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file
+from offload.config_template import config_template
 from offload.console.output import BROKEN_PIPE, Output, OutputClosed
 from offload.doctor import run_doctor
 from offload.forecast.fit import Room, room_here
@@ -32,42 +33,72 @@ from offload.profiling.plain import profile_plain
 from pagemem.errors import OffloadError
 from pagemem.units import parse_bytes
 
-_EXPORT: Final = (
-    "Write the weights of a commit as safetensors files, in the layout of Hugging Face: shards and "
-    "model.safetensors.index.json, names as in model.state_dict(), buffers included, tied weights once. The run must "
-    "not be training; nothing in it is changed."
-)
-_VERIFY: Final = (
-    "Check a run's commits: every manifest, the map of the pages, and the checksum of every page that a commit names. "
-    "The run must not be training; nothing in it is changed. Exit code 1 when anything is wrong."
-)
-_BENCH_SSD: Final = (
-    "Measure what page files reach on folders: GB/s of writing and reading by size of a request and number of threads. "
-    "A temporary folder is made in each and removed again; nothing else there is touched. Ends with a recommendation."
-)
-_DOCTOR: Final = (
-    "Say what this machine offers and what could go wrong, one line for each check. With FILE, its folders and its "
-    "budget as well; without, the current directory as a folder for page files. Exit code 1 when there is a problem."
-)
-_PROFILE: Final = (
-    "Train a few steps of a configuration, from the beginning, and write what they do to memory: report.html (opens "
-    "without a network), trace.json (for ui.perfetto.dev) and summary.json. The page files lie in temporary folders "
-    "beside those of ssd.paths and are removed; a run that is there is neither read nor changed. With --plain, of "
-    "training that does not use the engine: what takes its memory, and what the engine would save."
-)
-_PLAN: Final = (
-    "Say what training with a configuration will take, without training: pages and bytes of each tier, the smallest "
-    "budget, and the predicted step time with the lane that limits it. The model is built without bytes. Exact mode; "
-    "the model is given two int64 tensors of train.batch rows and train.seq tokens."
-)
+#: Each command: what it does, in a line, and in its own help.
+_COMMANDS: Final = {
+    "launch": ("train the model of a configuration file", None),
+    "config": (
+        "print a configuration file with every key at its default",
+        (
+            "Print a configuration file (TOML) with every key, its description and its default, to start from: "
+            "offload config > run.toml"
+        ),
+    ),
+    "profile": (
+        "record a few steps: memory, waits and their causes",
+        (
+            "Train a few steps of a configuration, from the beginning, and write report.html (opens without a network), "
+            "trace.json (for ui.perfetto.dev) and summary.json. Page files lie in temporary folders beside those of "
+            "ssd.paths and are removed; an existing run is neither read nor changed. With --plain, profile training that "
+            "does not use the engine: what takes its memory, and what the engine would save."
+        ),
+    ),
+    "plan": (
+        "estimate memory and step time without training",
+        (
+            "Estimate memory and step time without training: pages and bytes of each tier, the smallest budget, and the "
+            "step time with the lane that limits it. The model is built without bytes. Exact mode only; the model is given "
+            "two int64 tensors of train.batch rows and train.seq tokens."
+        ),
+    ),
+    "export": (
+        "write the weights of a commit as safetensors files",
+        (
+            "Write the weights of a commit as safetensors files in the layout of Hugging Face: shards and "
+            "model.safetensors.index.json, names as in model.state_dict(), buffers included, tied weights once. The run "
+            "must not be training; it is not changed."
+        ),
+    ),
+    "verify": (
+        "read and check every committed page of a run",
+        (
+            "Check a run's commits: every manifest, the page map, and the checksum of every page that a commit names. The "
+            "run must not be training; it is not changed. Exit code 1 if anything is wrong."
+        ),
+    ),
+    "bench-ssd": (
+        "measure the bandwidth of folders for page files",
+        (
+            "Measure the bandwidth of page files in folders: GB/s of writes and reads by request size and number of "
+            "threads, then a recommendation. A temporary folder is made in each and removed again; nothing else there is "
+            "touched."
+        ),
+    ),
+    "doctor": (
+        "check this machine",
+        (
+            "Check this machine, one line per check. With FILE, check its folders and its budget as well; without, the "
+            "current directory as a folder for page files. Exit code 1 if there is a problem."
+        ),
+    ),
+}
 
 
 class _Parser(argparse.ArgumentParser):
     """A wrong command line is one line and exit code 2, as every other error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and where the options are explained."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; {self.prog} --help lists what there is\n")
+        """Print what is wrong and where the options are explained."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; {self.prog} --help lists the options\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,28 +107,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"offload {offload.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_launch(commands.add_parser("launch", help="train the model of a configuration file"))
-    _add_profile(
-        commands.add_parser("profile", help="record what a few steps do to memory, and report it", description=_PROFILE)
-    )
-    _add_plan(
-        commands.add_parser(
-            "plan", help="predict memory, bytes moved and step time of a configuration file", description=_PLAN
-        )
-    )
-    _add_export(
-        commands.add_parser("export", help="write the weights of a commit as safetensors files", description=_EXPORT)
-    )
-    _add_verify(
-        commands.add_parser(
-            "verify", help="read everything that a run's commits name, and say what is wrong", description=_VERIFY
-        )
-    )
-    _add_bench_ssd(commands.add_parser("bench-ssd", help="measure folders for page files", description=_BENCH_SSD))
-    _add_doctor(
-        commands.add_parser("doctor", help="say what this machine offers and what could go wrong", description=_DOCTOR)
-    )
-    for command in commands.choices.values():  # Without a default: what stands before the command holds.
+    add_options = {
+        "launch": _add_launch,
+        "config": _add_config,
+        "profile": _add_profile,
+        "plan": _add_plan,
+        "export": _add_export,
+        "verify": _add_verify,
+        "bench-ssd": _add_bench_ssd,
+        "doctor": _add_doctor,
+    }
+    for name, (line, description) in _COMMANDS.items():
+        add_options[name](commands.add_parser(name, help=line, description=description))
+    for command in commands.choices.values():  # without a default: one before the command holds
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
@@ -107,6 +129,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_launch(command: argparse.ArgumentParser) -> None:
     _add_file(command)
     command.set_defaults(call=_launch)
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(call=_config)
 
 
 def _add_profile(command: argparse.ArgumentParser) -> None:
@@ -357,6 +383,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     with shown(console) as heard:
         found = forecast(config, rates, Question(room, arguments.largest, arguments.depth), heard)
     print_forecast(found, console, as_json=arguments.json)
+    return 0
+
+
+def _config(_arguments: argparse.Namespace) -> int:
+    Output().print(config_template(), soft_wrap=True, highlight=False, markup=False, end="")
     return 0
 
 

@@ -85,7 +85,7 @@ class _Section(BaseModel):
 class MemoryConfig(_Section):
     """Host memory."""
 
-    ram: Size = Field(gt=0)
+    ram: Size = Field(gt=0, examples=["4GiB"])
     """RAM budget of the model's states: parameters, gradients in flight and optimizer states. Activations and the
     interpreter are not part of it."""
     activations: Size | None = Field(default=None, ge=0)
@@ -127,7 +127,7 @@ class MemoryConfig(_Section):
 class SsdConfig(_Section):
     """Page files."""
 
-    paths: list[Folder] = Field(min_length=1)
+    paths: list[Folder] = Field(min_length=1, examples=[["runs/example/pages"]])
     """Folders for the page files, one per disk; pages are striped over them. Each must be new, empty or of an
     earlier run."""
     direct: Annotated[Literal["auto"] | bool, BeforeValidator(_direct)] = "auto"
@@ -239,7 +239,7 @@ class OptimizerConfig(_Section):
 class ModelConfig(_Section):
     """What `offload launch` trains."""
 
-    factory: str = Field(pattern=_FACTORY)
+    factory: str = Field(pattern=_FACTORY, examples=["my_module:make_model"])
     """``module:callable`` that returns the model; called with ``arguments``. Its forward(x, y) returns the loss."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the factory."""
@@ -250,7 +250,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """What `offload launch` trains on."""
 
-    factory: str = Field(pattern=_FACTORY)
+    factory: str = Field(pattern=_FACTORY, examples=["my_module:make_data"])
     """``module:callable`` that returns the data; called with ``folder`` (for its cache), ``seed`` and ``arguments``."""
     arguments: dict[str, Any] = {}
     """Further keyword arguments of the factory."""
@@ -259,9 +259,9 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """How long and how `offload launch` trains."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, examples=[1000])
     """Optimizer steps."""
-    batch: int = Field(ge=1)
+    batch: int = Field(ge=1, examples=[8])
     """Rows per micro-batch."""
     seq: int | None = Field(default=None, ge=1)
     """Length of a row, given to the data as the last argument. None: none is given."""
@@ -290,7 +290,7 @@ class TrainConfig(_Section):
 class OutputConfig(_Section):
     """What `offload launch` leaves behind."""
 
-    run: Folder
+    run: Folder = Field(examples=["runs/example/log"])
     """Folder for metrics, the resolved configuration and the loss curve. Must be new, empty or of an earlier run."""
     log: Annotated[list[Literal["jsonl", "csv"]], BeforeValidator(_as_list), Field(min_length=1)] = ["jsonl"]
     """Files with the metrics of each step, one or a list: "jsonl" writes metrics.jsonl, "csv" metrics.csv."""

@@ -38,7 +38,7 @@ def _unknown_key(parts: list[str], root: type[BaseModel]) -> str:
         section = _section_type(section, name)
     known = sorted(section.model_fields)
     near = difflib.get_close_matches(key, known, n=1)
-    elsewhere = [f"{name}.{key}" for name, type_ in _sections(root).items() if key in type_.model_fields]
+    elsewhere = [f"{name}.{key}" for name, type_ in sections(root).items() if key in type_.model_fields]
     if near:
         hint = f"did you mean {'.'.join([*path, near[0]])!r}?"
     elif elsewhere:
@@ -48,7 +48,7 @@ def _unknown_key(parts: list[str], root: type[BaseModel]) -> str:
     return f"unknown key {'.'.join(parts)!r}; {hint}"
 
 
-def _sections(root: type[BaseModel]) -> dict[str, type[BaseModel]]:
+def sections(root: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """Every section of the configuration by its name."""
     found = {name: _section_type(root, name) for name in root.model_fields}
     return {name: type_ for name, type_ in found.items() if type_ is not None}

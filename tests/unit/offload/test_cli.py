@@ -67,6 +67,7 @@ def test_the_surface() -> None:
         "--version": None,
         "--debug": None,
         "launch": dict.fromkeys(("-h/--help", "FILE", "--set", "--debug")),
+        "config": dict.fromkeys(("-h/--help", "--debug")),
         "profile": dict.fromkeys(("-h/--help", "--debug", "FILE", "--plain", "--set", "--steps", "--to")),
         "plan": dict.fromkeys(
             (
