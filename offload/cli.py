@@ -34,61 +34,47 @@ from pagemem.errors import OffloadError
 from pagemem.units import parse_bytes
 
 #: Each command: what it does, in a line, and in its own help.
-_COMMANDS: Final = {
+_COMMANDS: Final[dict[str, tuple[str, str | None]]] = {
     "launch": ("train the model of a configuration file", None),
     "config": (
         "print a configuration file with every key at its default",
-        (
-            "Print a configuration file (TOML) with every key, its description and its default, to start from: "
-            "offload config > run.toml"
-        ),
+        """Print a configuration file (TOML) with every key, its description and its default, to start from: offload
+        config > run.toml""",
     ),
     "profile": (
         "record a few steps: memory, waits and their causes",
-        (
-            "Train a few steps of a configuration, from the beginning, and write report.html (opens without a network), "
-            "trace.json (for ui.perfetto.dev) and summary.json. Page files lie in temporary folders beside those of "
-            "ssd.paths and are removed; an existing run is neither read nor changed. With --plain, profile training that "
-            "does not use the engine: what takes its memory, and what the engine would save."
-        ),
+        """Train a few steps of a configuration, from the beginning, and write report.html (opens without a network),
+        trace.json (for ui.perfetto.dev) and summary.json. Page files lie in temporary folders beside those of
+        ssd.paths and are removed; an existing run is neither read nor changed. With --plain, profile training that
+        does not use the engine: what takes its memory, and what the engine would save.""",
     ),
     "plan": (
         "estimate memory and step time without training",
-        (
-            "Estimate memory and step time without training: pages and bytes of each tier, the smallest budget, and the "
-            "step time with the lane that limits it. The model is built without bytes. Exact mode only; the model is given "
-            "two int64 tensors of train.batch rows and train.seq tokens."
-        ),
+        """Estimate memory and step time without training: pages and bytes of each tier, the smallest budget, and the
+        step time with the lane that limits it. The model is built without bytes. Exact mode only; the model is
+        given two int64 tensors of train.batch rows and train.seq tokens.""",
     ),
     "export": (
         "write the weights of a commit as safetensors files",
-        (
-            "Write the weights of a commit as safetensors files in the layout of Hugging Face: shards and "
-            "model.safetensors.index.json, names as in model.state_dict(), buffers included, tied weights once. The run "
-            "must not be training; it is not changed."
-        ),
+        """Write the weights of a commit as safetensors files in the layout of Hugging Face: shards and
+        model.safetensors.index.json, names as in model.state_dict(), buffers included, tied weights once. The run
+        must not be training; it is not changed.""",
     ),
     "verify": (
         "read and check every committed page of a run",
-        (
-            "Check a run's commits: every manifest, the page map, and the checksum of every page that a commit names. The "
-            "run must not be training; it is not changed. Exit code 1 if anything is wrong."
-        ),
+        """Check a run's commits: every manifest, the page map, and the checksum of every page that a commit names. The
+        run must not be training; it is not changed. Exit code 1 if anything is wrong.""",
     ),
     "bench-ssd": (
         "measure the bandwidth of folders for page files",
-        (
-            "Measure the bandwidth of page files in folders: GB/s of writes and reads by request size and number of "
-            "threads, then a recommendation. A temporary folder is made in each and removed again; nothing else there is "
-            "touched."
-        ),
+        """Measure the bandwidth of page files in folders: GB/s of writes and reads by request size and number of
+        threads, then a recommendation. A temporary folder is made in each and removed again; nothing else there is
+        touched.""",
     ),
     "doctor": (
         "check this machine",
-        (
-            "Check this machine, one line per check. With FILE, check its folders and its budget as well; without, the "
-            "current directory as a folder for page files. Exit code 1 if there is a problem."
-        ),
+        """Check this machine, one line per check. With FILE, check its folders and its budget as well; without, the
+        current directory as a folder for page files. Exit code 1 if there is a problem.""",
     ),
 }
 
