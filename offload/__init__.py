@@ -44,7 +44,14 @@ for _name in _SIBLINGS:
     interrupts.cover(str(importlib.import_module(_name).__file__))
 interrupts.cover(
     __file__,
-    open_files=("__main__.py", "cli.py", "launch/train.py", "launch/loop.py", "launch/profile_run.py", "doctor.py"),
+    open_files=(
+        "__main__.py",
+        "cli.py",
+        "launch/train.py",
+        "launch/loop.py",
+        "launch/profile_run.py",
+        "machine/doctor.py",
+    ),
 )
 
 from offload.budget.need import BudgetNeed

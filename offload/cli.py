@@ -18,7 +18,6 @@ from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file
 from offload.config_template import config_template
 from offload.console.output import BROKEN_PIPE, Output, OutputClosed
-from offload.doctor import run_doctor
 from offload.forecast.fit import Room, room_here
 from offload.forecast.forecast import Question, check_forecastable, forecast
 from offload.forecast.rates import rates_of
@@ -29,6 +28,7 @@ from offload.launch.profile_run import profile_run
 from offload.launch.train import launch
 from offload.machine.bench_ssd import full_plan
 from offload.machine.bench_ssd_report import run_bench_ssd
+from offload.machine.doctor import run_doctor
 from offload.profiling.plain import profile_plain
 from pagemem.errors import OffloadError
 from pagemem.units import parse_bytes

@@ -6,23 +6,19 @@ with the number of equal layers, so two rehearsals of one step each tell how muc
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from torch import nn
 
-from offload.budget.verdict import Available, commits_at_all
+from offload.budget.verdict import commits_at_all
 from offload.config import Config, ConfigError
 from offload.factories import model_factory
 from offload.forecast.kernels import CostMode, RatedKernels
 from offload.forecast.rehearsal import Bandwidths, Rehearsal, rehearsed
-from offload.machine.facts import memory_fact
+from offload.machine.facts import available_here
 from offload.profiling.stats import commit_frames
-from pagemem.files.page_file import PAGE_FILE_NAME
-from pagemem.folders.own_file import naming
 from pagemem.residency.mover import Mover
 from pagemem.units import format_bytes
 
@@ -107,32 +103,6 @@ class Fit:
     largest_batch: int | None = None
     largest_depth: int | None = None
     depth_argument: str = ""
-
-
-def available_here(config: Config) -> Available:
-    """What this machine has now: RAM that is free, limits, and the free bytes of the file systems that ``ssd.paths``
-    lie on, or would, with the page files that are there already, which the run would use.
-
-    Raises:
-        StorageError: a folder cannot be looked at.
-    """
-    with naming("looking at", ", ".join(config.ssd.paths)):
-        disk_bytes = _disk_bytes(config)
-    memory = memory_fact()
-    limits = {"RLIMIT_DATA": memory.data_limit_bytes, "RLIMIT_AS": memory.address_limit_bytes}
-    known = tuple((name, n_bytes) for name, n_bytes in limits.items() if n_bytes is not None)
-    return Available(memory.usable_bytes, disk_bytes, known)
-
-
-def _disk_bytes(config: Config) -> int:
-    folders = [
-        next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir())
-        for path in config.ssd.paths
-    ]
-    by_device = {folder.stat().st_dev: shutil.disk_usage(folder).free for folder in folders}
-    files = [Path(path) / PAGE_FILE_NAME for path in config.ssd.paths]
-    there_bytes = sum(file.stat().st_blocks * 512 for file in files if file.is_file())
-    return sum(by_device.values()) + there_bytes
 
 
 def room_here(config: Config) -> Room:

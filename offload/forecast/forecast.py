@@ -25,7 +25,6 @@ from offload.forecast.fit import (
     Room,
     Taken,
     advice,
-    available_here,
     commit_pages,
     depth_argument,
     largest_batch,
@@ -36,6 +35,7 @@ from offload.forecast.rates import Rates, kernels_of, threads_of
 from offload.forecast.rehearsal import Rehearsal, rehearsed
 from offload.forecast.step_times import StepTimes
 from offload.heap import give_back_free_pages
+from offload.machine.facts import available_here
 from offload.profiling.stats import commit_frames
 from pagemem.durable.page_reader import CHUNK_BYTES
 

@@ -13,8 +13,8 @@ from torch import nn
 from offload.budget.verdict import verdict_of
 from offload.config import Config
 from offload.factories import calls_of
-from offload.forecast.fit import available_here
 from offload.launch.batches import Batches
+from offload.machine.facts import available_here
 from offload.store.deferred_init import deferred_init
 
 

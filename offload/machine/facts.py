@@ -1,4 +1,4 @@
-"""What this machine offers, as plain facts: gathered here, judged in `offload.doctor`.
+"""What this machine offers, as plain facts: gathered here, judged in `offload.machine.doctor`.
 
 Nothing is changed, but for the temporary folder of a bandwidth probe, see `offload.machine.bench_ssd`.
 """
@@ -22,6 +22,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 import offload
+from offload.budget.verdict import Available
 from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file
 from offload.machine.bench_ssd import (
@@ -36,6 +37,8 @@ from offload.machine.bench_ssd import (
 )
 from pagemem.devices.host_memory import cgroup_limit
 from pagemem.errors import DiskFullError, OffloadError
+from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.folders.own_file import naming
 from pagemem.folders.run_directory import FolderUse, folder_use
 from pagemem.units import MiB, format_bytes
 
@@ -225,6 +228,32 @@ def memory_fact() -> MemoryFact:
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS, resource.RLIMIT_MEMLOCK, resource.RLIMIT_NOFILE)
     limits = [None if soft == resource.RLIM_INFINITY else soft for soft, _ in map(resource.getrlimit, kinds)]
     return MemoryFact(memory.total, memory.available, limits[0], limits[1], limits[2], limits[3], limit, free)
+
+
+def available_here(config: Config) -> Available:
+    """What this machine has now: RAM that is free, limits, and the free bytes of the file systems that ``ssd.paths``
+    lie on, or would, with the page files that are there already, which the run would use.
+
+    Raises:
+        StorageError: a folder cannot be looked at.
+    """
+    with naming("looking at", ", ".join(config.ssd.paths)):
+        disk_bytes = _disk_bytes(config)
+    memory = memory_fact()
+    limits = {"RLIMIT_DATA": memory.data_limit_bytes, "RLIMIT_AS": memory.address_limit_bytes}
+    known = tuple((name, n_bytes) for name, n_bytes in limits.items() if n_bytes is not None)
+    return Available(memory.usable_bytes, disk_bytes, known)
+
+
+def _disk_bytes(config: Config) -> int:
+    folders = [
+        next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir())
+        for path in config.ssd.paths
+    ]
+    by_device = {folder.stat().st_dev: shutil.disk_usage(folder).free for folder in folders}
+    files = [Path(path) / PAGE_FILE_NAME for path in config.ssd.paths]
+    there_bytes = sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+    return sum(by_device.values()) + there_bytes
 
 
 def copy_gb_per_s() -> float:

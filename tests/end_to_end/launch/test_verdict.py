@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import offload
-from offload import cli, doctor
+from offload import cli
 from offload.budget.verdict import Available, decide
 from offload.config import load_config
 from offload.factories import model_factory
 from offload.forecast import forecast
 from offload.launch import setup as launch
+from offload.machine import doctor
 from pagemem.errors import BudgetError
 
 KIB = 1 << 10

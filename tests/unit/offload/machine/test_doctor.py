@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from offload import doctor
 from offload.config import load_config
-from offload.doctor import (
+from offload.machine import doctor
+from offload.machine.bench_ssd import Point, Setting
+from offload.machine.doctor import (
     LEAST_VERSIONS,
     Finding,
     as_record,
@@ -29,7 +30,6 @@ from offload.doctor import (
     judge,
     run_doctor,
 )
-from offload.machine.bench_ssd import Point, Setting
 from offload.machine.facts import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact
 from pagemem.folders.run_directory import FolderUse
 from pagemem.units import GiB, MiB
@@ -124,7 +124,7 @@ def test_a_good_machine_has_only_ok_lines() -> None:
 
 def test_least_versions_are_those_of_the_package() -> None:
     settings = configparser.ConfigParser()
-    settings.read(Path(__file__).parents[3] / "setup.cfg")
+    settings.read(Path(__file__).parents[4] / "setup.cfg")
     required = [
         line.split(">=")
         for line in settings["options"]["install_requires"].split("\n")

@@ -13,9 +13,18 @@ from rich.console import Console
 
 from offload.budget.verdict import Available, Verdict, decide, verdict_of
 from offload.factories import model_factory
-from offload.forecast.fit import available_here
 from offload.machine.bench_ssd import IN_RAM
-from offload.machine.facts import ConfigFact, CpuFact, CudaFact, Facts, FolderFact, MemoryFact, PackageFact, gather
+from offload.machine.facts import (
+    ConfigFact,
+    CpuFact,
+    CudaFact,
+    Facts,
+    FolderFact,
+    MemoryFact,
+    PackageFact,
+    available_here,
+    gather,
+)
 from pagemem.units import GiB, format_bytes
 
 Level = Literal["ok", "warning", "problem"]
