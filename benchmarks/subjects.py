@@ -213,32 +213,20 @@ def _timed_step(subject: PlainTorch | Engine | TorchOffload, number: int, a: arg
     }  # fmt: skip
 
 
-class Process:
-    """A measured process, seen from the measuring one.
+class Pipe:
+    """A process that answers each line with one line of JSON."""
 
-    Args:
-        options: of `model_arguments`, ``--batch``, ``--seq``, ``--threads`` and ``--dir``.
-        tcache_disabled: start it as `offload launch` starts itself with `memory.activations`, see `offload.heap`.
-    """
-
-    def __init__(self, kind: str, options: Sequence[object], *, tcache_disabled: bool = False) -> None:
-        command = [sys.executable, "-m", "benchmarks.subjects", kind, *map(str, options)]
-        environment = without_tcache(os.environ) if tcache_disabled else None
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def step(self) -> dict[str, Any]:
-        """Have it make a step; returns what that took and moved."""
-        return self._ask("step")
+    def ask(self, line: str) -> Any:
+        """Send a line, wait for the answer.
 
-    def end(self) -> dict[str, Any]:
-        """Stop the process; returns its summary."""
-        summary = self._ask("stop")
-        self._process.wait()
-        return summary
-
-    def _ask(self, line: str) -> dict[str, Any]:
+        Raises:
+            SystemExit: the process has ended.
+        """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -247,8 +235,35 @@ class Process:
         answer = stdout.readline()
         if not answer:
             raise SystemExit("a measured process ended early; its error is above")
-        found: dict[str, Any] = json.loads(answer)
-        return found
+        return json.loads(answer)
+
+    def end(self) -> dict[str, Any]:
+        """Stop the process; returns its summary."""
+        summary: dict[str, Any] = self.ask("stop")
+        self._process.wait()
+        return summary
+
+
+class Process:
+    """A measured process of this module, seen from the measuring one.
+
+    Args:
+        options: of `model_arguments`, ``--batch``, ``--seq``, ``--threads`` and ``--dir``.
+        tcache_disabled: start it as `offload launch` starts itself with `memory.activations`, see `offload.heap`.
+    """
+
+    def __init__(self, kind: str, options: Sequence[object], *, tcache_disabled: bool = False) -> None:
+        command = [sys.executable, "-m", "benchmarks.subjects", kind, *map(str, options)]
+        self._pipe = Pipe(command, without_tcache(os.environ) if tcache_disabled else None)
+
+    def step(self) -> dict[str, Any]:
+        """Have it make a step; returns what that took and moved."""
+        answer: dict[str, Any] = self._pipe.ask("step")
+        return answer
+
+    def end(self) -> dict[str, Any]:
+        """Stop the process; returns its summary."""
+        return self._pipe.end()
 
 
 def options_of(a: argparse.Namespace, names: Sequence[str]) -> list[object]:

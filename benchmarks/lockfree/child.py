@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,11 +26,13 @@ import torch
 import offload
 import offload.store.make_updater
 from benchmarks import common
+from benchmarks.subjects import Pipe
 from examples.byte_gpt import byte_gpt, python_source_text
 from offload.config import OptimizerConfig, TrainConfig
 from offload.launch.loop import learning_rate
 from offload.launch.summary import BITS_PER_NAT
 from optim.lockfree.unit_channel import GradientSum, UnitChannel
+from optim.lockfree.updater import LockFreeUpdater
 from optim.unit import Slot
 
 OPTIMIZER: Final = {"name": "adamw", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -133,8 +134,9 @@ class Trainer:
             steps=job.steps, batch=job.batch, seq=job.seq, schedule="cosine", warmup_steps=job.warmup_steps
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.engine.optimizer, learning_rate(train))
-        # What the results say of staleness is read off the mailboxes' clocks; there is no public way to it.
-        mailboxes: dict[Any, UnitChannel] = getattr(self.engine.debug.updater, "_mailboxes", {})
+        # What the results say of staleness is read off the channels' clocks; there is no public way to it.
+        updater = self.engine._updater
+        mailboxes = updater._mailboxes if isinstance(updater, LockFreeUpdater) else {}
         self.clocks = [(sum(slot.numel for slot in unit.slots), mailbox.clock) for unit, mailbox in mailboxes.items()]
         self.made = 0
 
@@ -191,31 +193,9 @@ class Trainer:
         return {"peak_rss_bytes": common.status_bytes("VmHWM"), "memory": dataclasses.asdict(report)}
 
 
-class Child:
-    """One measured process, seen from the measuring one."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        command = [sys.executable, "-m", "benchmarks.lockfree.child", json.dumps(dataclasses.asdict(job))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, line: str) -> Any:
-        """Send a command, wait for its answer."""
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(line + "\n")
-        stdin.flush()
-        answer = stdout.readline()
-        if not answer:
-            raise SystemExit(f"the measured process {self.job.name} ended early; its error is above")
-        return json.loads(answer)
-
-    def end(self) -> dict[str, Any]:
-        """Stop the process; returns its summary."""
-        summary: dict[str, Any] = self.ask("stop")
-        self.process.wait()
-        return summary
+def start(job: Job) -> Pipe:
+    """The job's process, seen from the measuring one."""
+    return Pipe([sys.executable, "-m", "benchmarks.lockfree.child", json.dumps(dataclasses.asdict(job))])
 
 
 def main() -> None:

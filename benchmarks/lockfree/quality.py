@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from benchmarks.lockfree.child import Child, Job
+from benchmarks.lockfree.child import Job, start
 from offload.config import UpdateConfig
 
 WORKERS: Final = 2
@@ -109,7 +109,7 @@ def _calibrate(base: Job) -> dict[str, float]:
     """Seconds of a step with updates off, two runs side by side, and the bytes of one round of all updates."""
 
     def off(number: int) -> list[float]:
-        child = Child(replace(base, name=f"off-{number}", mode="off"))
+        child = start(replace(base, name=f"off-{number}", mode="off"))
         child.ask("run 4")
         steps = [step["step_s"] for step in child.ask("run 40")]
         child.end()
@@ -117,7 +117,7 @@ def _calibrate(base: Job) -> dict[str, float]:
 
     with ThreadPoolExecutor(WORKERS) as pool:
         compute_s = statistics.median(s for steps in pool.map(off, range(WORKERS)) for s in steps)
-    child = Child(replace(base, name="round", mode="lock-free", max_staleness=0))
+    child = start(replace(base, name="round", mode="lock-free", max_staleness=0))
     child.ask("run 4")
     moved = [step["bytes_read"] + step["bytes_written"] for step in child.ask("run 8")]
     child.end()
@@ -126,7 +126,7 @@ def _calibrate(base: Job) -> dict[str, float]:
 
 def _exact_step_s(job: Job) -> float:
     """Median seconds of a step of exact mode with the disk's limit, alone."""
-    child = Child(job)
+    child = start(job)
     child.ask("run 4")
     step_s = float(statistics.median(step["step_s"] for step in child.ask("run 7")))
     child.end()
@@ -135,7 +135,7 @@ def _exact_step_s(job: Job) -> float:
 
 def _train(job: Job, ratio: float, plan: QualityPlan, calibration: Mapping[str, float]) -> dict[str, Any]:
     """One whole run."""
-    child = Child(job)
+    child = start(job)
     steps = child.ask(f"run {plan.steps}")
     bits = child.ask(f"validate {plan.validation[0]} {plan.validation[1]}")
     child.end()

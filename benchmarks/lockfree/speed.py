@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from benchmarks.common import Spread
-from benchmarks.lockfree.child import Child, Job
+from benchmarks.lockfree.child import Job, start
+from benchmarks.subjects import Pipe
 
 STATE_BYTES: Final = 16
 PAGE: Final = "256KiB"
@@ -73,7 +74,7 @@ def measure(plan: SpeedPlan, folder: str, threads: int) -> list[dict[str, Any]]:
         kind: replace(base, name=kind.replace(", ", "-").replace(" ", "-"), ram_bytes=int(share * n))
         for kind, share in plan.ram_per_parameter.items()
     }
-    off = Child(jobs["off"])
+    off = start(jobs["off"])
     off.ask(f"run {TRACED_STEPS}")
     records = []
     for ratio in plan.ratios:
@@ -83,7 +84,7 @@ def measure(plan: SpeedPlan, folder: str, threads: int) -> list[dict[str, Any]]:
         kinds = ["lock-free", "exact", *(["exact, same RAM"] if ratio in plan.same_ram_at else [])]
         for kind in kinds:
             mode = "lock-free" if kind == "lock-free" else "exact"
-            children[kind] = Child(replace(jobs[kind], mode=mode, limit_mb_per_s=limit_mb_per_s))
+            children[kind] = start(replace(jobs[kind], mode=mode, limit_mb_per_s=limit_mb_per_s))
             children[kind].ask(f"run {TRACED_STEPS}")
             children[kind].ask("drain")
         records.append(_ratio(plan, ratio, compute_s, limit_mb_per_s, children, n))
@@ -94,7 +95,7 @@ def measure(plan: SpeedPlan, folder: str, threads: int) -> list[dict[str, Any]]:
 
 
 def _ratio(
-    plan: SpeedPlan, ratio: float, compute_s: float, limit_mb_per_s: float, children: Mapping[str, Child], n: int
+    plan: SpeedPlan, ratio: float, compute_s: float, limit_mb_per_s: float, children: Mapping[str, Pipe], n: int
 ) -> dict[str, Any]:
     """Blocks of all engines in turns at one speed of the disk."""
     steps: dict[str, list[dict[str, float]]] = {kind: [] for kind in children}
