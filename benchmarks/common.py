@@ -226,7 +226,7 @@ def save(
         shared: dict[str, Any] = {
             "date": datetime.date.fromisoformat(around["date"]), "commit": results_csv.commit(),
             "machine": results_csv.machine(around), "benchmark": name, "command": command_line(sys.argv),
-            "record": Path(a.record).name if a.record else None,
+            "record": _name_in_results(a.record),
         }  # fmt: skip
         results_csv.append([results_csv.Row(**shared, **row) for row in rows], file)
 
@@ -235,6 +235,11 @@ def keep_record(a: argparse.Namespace, record: Mapping[str, Any]) -> None:
     """Keep the whole record as a file if ``--record`` asks for it."""
     if a.record:
         Path(a.record).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _name_in_results(record: str | None) -> str | None:
+    path = Path(record or "").resolve()
+    return path.name if record and path.parent == results_csv.RESULTS else None
 
 
 def command_line(argv: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ class Row:
     """One measured ratio.
 
     Attributes:
-        commit: of the code measured, with "+" where the working tree differed. In rows from before 2026-11-30:
+        commit: of the code measured, with "+" where tracked files differed. In rows from before 2026-11-30:
             the commit that added the result.
         machine: processor, cores, RAM.
         ratio_of: "what / over what", in words; without a ratio, what `step_s` is.
@@ -101,12 +101,19 @@ def machine(surroundings: Mapping[str, Any]) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, with "+" where files differ from it; "" outside of a git repository."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=9", "--exclude=*", "--dirty=+"],
-        cwd=RESULTS, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return described.stdout.strip()
+    """The commit that is checked out, with "+" where tracked files other than results differ from it.
+
+    Raises:
+        subprocess.CalledProcessError: this is not a git repository; its message is on stderr.
+    """
+    head = _git("rev-parse", "--short=9", "HEAD").strip()
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+    return f"{head}+" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=RESULTS, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
 
 
 def _cell(value: Any) -> str:

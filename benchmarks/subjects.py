@@ -175,7 +175,7 @@ def _subject(a: argparse.Namespace) -> PlainTorch | Engine | TorchOffload:
 
 
 def _answers(a: argparse.Namespace) -> None:
-    """Step whenever a line comes in; answer each with one JSON line."""
+    """Step whenever a line comes in and answer with one JSON line; the line "stop" and the end of input end it."""
     torch.set_num_threads(a.threads)
     torch.manual_seed(1)
     if a.device == "cuda":
@@ -187,7 +187,9 @@ def _answers(a: argparse.Namespace) -> None:
         ):
             enable(False)
     subject, count = _subject(a), Count()
-    for number, _ in enumerate(iter(sys.stdin.readline, "stop\n")):
+    for number, line in enumerate(sys.stdin):
+        if line == "stop\n":
+            break
         with LiveStorages(count) if number == a.count_tensors else nullcontext():
             print(json.dumps(_timed_step(subject, number, a)), flush=True)
     summary = {"peak_rss_bytes": common.status_bytes("VmHWM"), "tensor_peak_bytes": count.peak_bytes}

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import count, product
@@ -230,10 +230,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, clean up."""
-    options = parse(arguments)
-    fio_version = Fio.version()
+def measure_all(options: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    """Every row, and what it was measured with."""
     with ExitStack() as stack:
         Path(options.dir).mkdir(parents=True, exist_ok=True)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pagemem-io-", dir=options.dir)))
@@ -249,41 +247,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for run in runs.values():
                 run.take_over(writer)
 
-        def contestant(name: str) -> Contestant:
-            return lambda way, depth, seconds: runs[name, depth].run(way, seconds)
-
-        backend = writer.files.backend_name
-        direct = backend == "direct"
-        plain = {
-            depth: PlainLoop(writer.path, FILE_BYTES, REQUEST_BYTES, runs[CHECKED, depth].buffers, direct=direct)
-            for depth in DEPTHS
-        }
-        for loop in plain.values():
-            stack.callback(loop.close)
-        contestants = {
-            PLAIN: lambda way, depth, seconds: plain[depth].run(way, depth, seconds),
-            **{name: contestant(name) for name in (CHECKED, UNCHECKED)},
-        }
-        if fio_version is None:
-            print("fio is not installed: only the page file is measured", file=sys.stderr)
-        else:
-            fio = Fio(writer.path, FILE_BYTES, REQUEST_BYTES, direct=direct)
-            contestants = {FIO: fio.run, **contestants}
         rows: list[Row] = []
-        for row in measure(contestants, prepare, options.seconds, options.rounds):
+        for row in measure(_contestants(runs, stack), prepare, options.seconds, options.rounds):
             rows.append(row)
             print(f"measured {row.way}, depth {row.depth}", file=sys.stderr)
-        lies_on = file_system(folder)
-    settings = {
-        "request_bytes": REQUEST_BYTES, "file_bytes": FILE_BYTES, "seconds": options.seconds, "rounds": options.rounds,
-        "backend": backend, "file_system": lies_on, "fio": fio_version,
-    }  # fmt: skip
+        return rows, {
+            "request_bytes": REQUEST_BYTES,
+            "file_bytes": FILE_BYTES,
+            "seconds": options.seconds,
+            "rounds": options.rounds,
+            "backend": writer.files.backend_name,
+            "file_system": file_system(folder),
+            "fio": Fio.version(),
+        }
+
+
+def _contestants(runs: Mapping[tuple[str, int], PageFileRun], stack: ExitStack) -> dict[str, Contestant]:
+    writer = runs[CHECKED, max(DEPTHS)]
+    direct = writer.files.backend_name == "direct"
+    plain = {
+        depth: PlainLoop(writer.path, FILE_BYTES, REQUEST_BYTES, runs[CHECKED, depth].buffers, direct=direct)
+        for depth in DEPTHS
+    }
+    for loop in plain.values():
+        stack.callback(loop.close)
+
+    def contestant(name: str) -> Contestant:
+        return lambda way, depth, seconds: runs[name, depth].run(way, seconds)
+
+    fio = Fio(writer.path, FILE_BYTES, REQUEST_BYTES, direct=direct)
+    return {
+        **({FIO: fio.run} if Fio.version() is not None else {}),
+        PLAIN: lambda way, depth, seconds: plain[depth].run(way, depth, seconds),
+        **{name: contestant(name) for name in (CHECKED, UNCHECKED)},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, clean up."""
+    options = parse(arguments)
+    if Fio.version() is None:
+        if options.save:
+            raise SystemExit("--save keeps ratios to fio, which is not installed: install fio or leave --save out")
+        print("fio is not installed: only the page file is measured", file=sys.stderr)
+    rows, settings = measure_all(options)
     record = {
         "benchmark": "io", "surroundings": common.surroundings(), "settings": settings,
         "rows": [asdict(row) for row in rows],
     }  # fmt: skip
     common.save(options, record, csv_rows(record))
-    title = f"{REQUEST_BYTES // MiB} MiB requests, backend {backend}, bar {BAR} of fio: median (range; of ratios, 95 %)"
+    what = f"{REQUEST_BYTES // MiB} MiB requests, backend {settings['backend']}, bar {BAR} of fio"
+    title = f"{what}: median (range; of ratios, 95 %)"
     common.show(title, [line for row in rows for line in row.lines()], record, as_json=options.json)
 
 

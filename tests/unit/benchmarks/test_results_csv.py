@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,40 @@ def test_save_appends_a_row_and_keeps_the_record_where_asked(tmp_path: Path, mon
     common.save(a, record, rows, tmp_path / "results.csv")
     (row,) = results_csv.read(tmp_path / "results.csv")
     assert row.command == "python -m benchmarks.planning.forecast --sizes 27m"
-    assert (row.ratio, row.ratio_low, row.ratio_high, row.threads, row.record) == (1.0, 0.5, 2.0, 2, "kept.json")
+    assert (row.ratio, row.ratio_low, row.ratio_high, row.threads, row.record) == (1.0, 0.5, 2.0, 2, None)
     assert row.date == datetime.date.fromisoformat(record["surroundings"]["date"])
-    assert json.loads(kept.read_text()) == record
+    assert json.loads(kept.read_text()) == record, "kept, but not among the results"
+
+
+def test_a_record_among_the_results_is_named_in_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_csv, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "command_line", lambda argv: "python")
+    monkeypatch.setattr(results_csv, "commit", lambda: "7de750db1")
+    record = {"benchmark": "step", "surroundings": common.surroundings()}
+    a = argparse.Namespace(save=True, record=str(tmp_path / "step-27m.json"))
+    common.save(a, record, [{"ratio_of": "step"}], tmp_path / "results.csv")
+    assert results_csv.read(tmp_path / "results.csv")[0].record == "step-27m.json"
+
+
+def test_the_commit_is_that_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        options = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *options, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    for file in (folder / "results.csv", tmp_path / "code.py"):
+        file.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(results_csv, "RESULTS", folder)
+    clean = results_csv.commit()
+    assert re.fullmatch("[0-9a-f]{9}", clean)
+    (folder / "results.csv").write_text("2")
+    assert results_csv.commit() == clean, "rows that were saved before change nothing of what is measured"
+    (tmp_path / "code.py").write_text("2")
+    assert results_csv.commit() == f"{clean}+"
 
 
 def test_nothing_is_kept_unless_asked(tmp_path: Path) -> None:
