@@ -28,7 +28,8 @@ The configuration is one file (TOML, JSON or YAML) or a mapping. Sizes are bytes
 key is an error that names the nearest known one. Only `memory.ram` and `ssd.paths` are required everywhere. The
 sections `model`, `data`, `train` and `output` are for [`offload launch`](launch.md); any engine reads `model.dtype`.
 
-`--set section.key=value` changes one value on the command line and may be repeated.
+`--set section.key=value` changes one value on the command line and may be repeated. `offload config` prints a file with
+every key, its description and its default.
 """
 
 

@@ -13,6 +13,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -65,12 +66,15 @@ def commands_of(block: Block) -> Iterator[list[str]]:
 
 
 def run_command(words: list[str]) -> None:
-    """Run ``offload ...`` or ``python FILE ...`` in this process, which saves the imports.
+    """Run ``offload ...`` or ``python FILE ...`` in this process, which saves the imports; ``> FILE`` takes its output.
 
     Raises:
         AssertionError: the command failed, or is none of the two.
     """
-    if words[0] == "offload":
+    if words[-2:-1] == [">"]:
+        with Path(words[-1]).open("w") as file, redirect_stdout(file):
+            run_command(words[:-2])
+    elif words[0] == "offload":
         assert main(words[1:]) == 0, words
     elif words[0] == "python":
         run_script(words[1:])
