@@ -157,7 +157,7 @@ class Engine:
         self._lifetime.check_running()
         self._parts.updater.drain()
         self._store.driver.quiesce()
-        self._store.mover.check()
+        self._store.mover.monitor.check()
 
     def track(self, name: str, thing: Stateful) -> None:
         """Save the state of an LR scheduler, a data source or the like in every commit; `resume` restores it.

@@ -33,6 +33,7 @@ from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.frames.page import FrameId
 from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.host_mover import HostMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.telemetry.events import NullSink
@@ -53,7 +54,7 @@ class Tiers:
         n_frames = n_bytes // page_bytes
         arena = HostArena(n_frames, page_bytes, device.pin)
         self._undo.callback(arena.close)
-        self.host = Mover(arena, files, NullSink())
+        self.host = HostMover(arena, files, NullSink())
         above = device.make_arena(n_frames, page_bytes)
         self._undo.callback(above.close)
         self.device = DeviceMover(above, self.host, device, NullSink())
@@ -93,7 +94,7 @@ class Tiers:
         self._there(self.device, self.upper)
 
     def _there(self, mover: Mover, tensor: PagedTensor) -> None:
-        mover.wait_until(lambda: tensor.state is Residency.CLEAN, tensor.name)
+        mover.monitor.wait_until(lambda: tensor.state is Residency.CLEAN, tensor.name)
         if tensor is self.upper:
             self.device.follow(tensor)
             self.device.accelerator.mark().wait()
@@ -102,14 +103,14 @@ class Tiers:
         """Fresh random bytes in the page files: zeros can be faster than data."""
         self.host.start_load(self.lower, FrameId(0))
         self.host.touch(self.lower)
-        content: Any = self.host.bytes_of(self.lower).numpy()
+        content: Any = self.host.tenants.bytes_of(self.lower).numpy()
         for start in range(0, len(content), MiB):
             content[start : start + MiB] = np.frombuffer(os.urandom(MiB), np.uint8)
         self.host.store_all()
 
     def _leave(self) -> None:
         """Have nothing of the tensor above the page files."""
-        self.host.settle()
+        self.host.monitor.settle()
         for mover, tensor in ((self.device, self.upper), (self.host, self.lower)):
             if tensor.frame is not None:
                 mover.drop(tensor)

@@ -13,7 +13,7 @@ from offload.parameters.binder import Binder
 from offload.store.device_tier import DeviceTier
 from optim.unit import Unit
 from pagemem.files.page_file import PageFiles
-from pagemem.residency.mover import Mover
+from pagemem.residency.host_mover import HostMover
 from scheduler.execution.driver import Driver
 
 
@@ -33,7 +33,7 @@ class DebugView:
         return self.store.driver
 
     @property
-    def mover(self) -> Mover:
+    def mover(self) -> HostMover:
         """What moves pages between host memory and SSD."""
         return self.store.mover
 

@@ -301,7 +301,7 @@ class Checkpoints:
         mover.resume(tensor, commit.copies.get(f"{tensor.tag.value}: {tensor.name}"))
         if resident and frame is not None:
             mover.start_load(tensor, frame)
-            mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
+            mover.monitor.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
             tensor.resident = True
 
 

@@ -19,7 +19,7 @@ from offload.forecast.kernels import CostMode, RatedKernels
 from offload.forecast.rehearsal import Bandwidths, Rehearsal, rehearsed
 from offload.machine.facts import available_here
 from offload.profiling.stats import commit_frames
-from pagemem.residency.mover import Mover
+from pagemem.residency.host_mover import HostMover
 from pagemem.units import format_bytes
 
 #: Names of a model's argument that counts its layers, where none is given.
@@ -116,7 +116,7 @@ def commits(config: Config) -> bool:
     return config.commit.every_steps is not None or config.commit.every_s is not None
 
 
-def commit_pages(config: Config, mover: Mover) -> int:
+def commit_pages(config: Config, mover: HostMover) -> int:
     """Page-file pages that a run's commits take beside the newest copies."""
     if commits(config):
         return commit_frames(mover, config.commit.keep)

@@ -13,8 +13,7 @@ import torch
 from offload.config import Config, ConfigError
 from offload.forecast.kernels import Kernels, RatedKernels, TimedKernels
 from offload.forecast.rehearsal import Bandwidths
-from pagemem.residency.device_mover import ASSUMED_UPLOAD_BYTES_PER_S
-from pagemem.residency.mover import ASSUMED_BYTES_PER_S
+from pagemem.knobs import ASSUMED_BYTES_PER_S, ASSUMED_UPLOAD_BYTES_PER_S
 from pagemem.units import MiB
 
 _MATRIX: Final = 768

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from offload.checkpoint.committer import Committer
 from offload.store.page_store import PageStore
 from optim.updater import Updater
-from pagemem.residency.mover import Mover
+from pagemem.residency.host_mover import HostMover
 from pagemem.telemetry.events import EventKind
 from pagemem.tier import TRANSIENT
 
@@ -106,7 +106,7 @@ class MemoryReport:
     page_bytes: int
 
 
-def commit_frames(mover: Mover, n_kept: int) -> int:
+def commit_frames(mover: HostMover, n_kept: int) -> int:
     """The most page-file frames that commits may need, of which so many are kept, beside the newest copy of each
     tensor.
 
@@ -132,7 +132,7 @@ def memory_report(store: PageStore, updater: Updater, committer: Committer) -> M
         store.budget.limit_bytes,
         mover.host.used_frames * page_bytes + in_flight,
         mover.host.peak_frames * page_bytes + peak_in_flight,
-        mover.touched_frames,
+        mover.tenants.touched_frames,
         host_planned,
     )
     ssd = TierUse(
@@ -157,7 +157,7 @@ def _device_use(store: PageStore) -> dict[str, TierUse]:
             device.budget.limit_bytes,
             book.used_frames * page_bytes,
             book.peak_frames * page_bytes,
-            device.mover.touched_frames,
+            device.mover.tenants.touched_frames,
             planned,
         )
     }

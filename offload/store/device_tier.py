@@ -16,6 +16,7 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId
 from pagemem.process.closing import close_all
 from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import EventSink
 from pagemem.tier import Tag, Tier
@@ -29,7 +30,7 @@ class DeviceTier:
 
     Args:
         device_bytes: the budget, at least one page.
-        below: the driver of host memory.
+        below: the driver of host memory; ``host`` owns its pages.
         accelerator: the device.
         make_driver: makes the driver of the device.
 
@@ -41,12 +42,13 @@ class DeviceTier:
         self,
         device_bytes: int,
         below: Driver,
+        host: HostMover,
         sink: EventSink,
         accelerator: Accelerator,
         make_driver: Callable[[DeviceMover, Driver, EventSink], DeviceDriver],
     ) -> None:
         self.budget = Budget(Tier.DEVICE, device_bytes)
-        page_bytes = below.mover.arena.page_bytes
+        page_bytes = host.arena.page_bytes
         n_frames = device_bytes // page_bytes
         reserved = self.budget.reserve(Tag.PARAM, n_frames * page_bytes, "device arena")
         if isinstance(reserved, BudgetShortage):
@@ -55,7 +57,7 @@ class DeviceTier:
         arena = accelerator.make_arena(n_frames, page_bytes)
         with ExitStack() as undo:
             undo.callback(arena.close)
-            self.mover = DeviceMover(arena, below.mover, accelerator, sink)
+            self.mover = DeviceMover(arena, host, accelerator, sink)
             undo.pop_all()
         self.driver = make_driver(self.mover, below, sink)
 

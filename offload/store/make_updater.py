@@ -145,7 +145,7 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling:
             if unit.slices[0].master is None:
                 add_masters(store.mover, store.driver, unit)
     store.resize_arena(division.parameter_frames + division.state_frames)
-    first_frame = store.mover.set_aside(division.state_frames)
+    first_frame = store.mover.tenants.set_aside(division.state_frames)
     if division.resident:
         for unit in store.index.units:
             with store.driver.untraced():

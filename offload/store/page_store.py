@@ -36,7 +36,7 @@ from pagemem.folders.run_directory import RunDirectory
 from pagemem.process import forks, interrupts
 from pagemem.process.closing import close_all
 from pagemem.residency.device_mover import DeviceMover
-from pagemem.residency.mover import Mover
+from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import Counters
 from pagemem.tier import Tag, Tier
@@ -89,7 +89,7 @@ class PageStore:
             undo.callback(arena.close)
             self.page_files = self.parts.page_files(self.directories, self.page_bytes)
             undo.callback(self.page_files.close)
-            self.mover = Mover(arena, self.page_files, self.counters)
+            self.mover = HostMover(arena, self.page_files, self.counters)
             self.earlier.restore(self.mover.copies)
             self.driver = self.parts.driver(self.mover, self.counters)
             self.device_tier = self._make_device_tier()
@@ -108,7 +108,9 @@ class PageStore:
         device_bytes = self.config.memory.device
         if device_bytes is None or self.accelerator is None:
             return None
-        return DeviceTier(device_bytes, self.driver, self.counters, self.accelerator, self.parts.device_driver)
+        return DeviceTier(
+            device_bytes, self.driver, self.mover, self.counters, self.accelerator, self.parts.device_driver
+        )
 
     # ---- parameters --------------------------------------------------------------------------------------------
 

@@ -111,12 +111,12 @@ class StateWindows:
             # The training thread may take one away again before all are there: a master whose parameter was edited.
             # What has failed is not tried for ever.
             nonlocal begun
-            if not (begun and self._mover.failed):
+            if not (begun and self._mover.monitor.failed):
                 begun = self._begin(number, needed=True)
             return begun and not any(tensor.state in IN_FLIGHT for tensor in tensors)
 
         with self._mover.changed:
-            self._mover.wait_until(there, name, n_bytes, EventKind.UPDATE_WAIT)
+            self._mover.monitor.wait_until(there, name, n_bytes, EventKind.UPDATE_WAIT)
             if not all(tensor.readable for tensor in tensors):
                 raise StorageError(f"{name} could not be read")
             for tensor in tensors:
@@ -160,9 +160,9 @@ class StateWindows:
         """Have tensors give up their frames, if they can now."""
         if any(tensor.held or tensor.state in IN_FLIGHT for tensor in tensors):
             return False
-        if self._mover.failed:
+        if self._mover.monitor.failed:
             # Nothing is begun after a failed copy until somebody knows: the same could fail for ever.
-            self._mover.check()
+            self._mover.monitor.check()
         stored = True
         for tensor in tensors:
             if tensor.state is Residency.DIRTY:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from pagemem import knobs
 from pagemem.devices.accelerator import Copy, DeviceEvent
 from pagemem.devices.arena import Arena
 from pagemem.errors import DeviceError
@@ -22,8 +23,6 @@ _LOG: Final = logging.getLogger(__name__)
 #: Host memory is registered in pieces of so many bytes: drivers from r580 on refuse 512 GiB in one. A multiple of every
 #: page size.
 PIN_BYTES: Final = 64 * GiB
-#: Of what is free on a device, what pages may take without a warning.
-_TIGHT_SHARE: Final = 0.85
 
 
 class _Window:
@@ -94,12 +93,12 @@ class CudaArena(Arena):
         free_bytes, _ = _CUDA.mem_get_info(self._device)
         # What torch has got and does not use is free, too.
         free_bytes += _CUDA.memory_reserved(self._device) - _CUDA.memory_allocated(self._device)
-        if _TIGHT_SHARE * free_bytes < self.n_bytes <= free_bytes:
+        if knobs.TIGHT_SHARE * free_bytes < self.n_bytes <= free_bytes:
             warnings.warn(
                 f"memory.device is {format_bytes(self.n_bytes)} of {format_bytes(free_bytes)} free on {self._device}: "
                 "little is left for activations and the workspaces of kernels, which are not in it. Lower "
-                f"memory.device to at most {format_bytes(int(_TIGHT_SHARE * free_bytes))} if the device runs out of "
-                "memory",
+                f"memory.device to at most {format_bytes(int(knobs.TIGHT_SHARE * free_bytes))} if the device runs out "
+                "of memory",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
+from pagemem import knobs
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, TensorId
-
-#: With more tenants, windows are looked for near the best ones; and near so many of them at most once there is a
-#: window.
-MANY_TENANTS: Final = 256
-LOOKED_AT: Final = 8
 
 #: One stretch of frames with one owner (None: free): first frame, number of frames, owner.
 Segment = tuple[FrameId, int, TensorId | None]
@@ -100,7 +96,7 @@ def window_near(
     """A cheap window of ``n_frames`` frames: free frames, else one that touches one of the tenants that had best leave.
 
     Where ``preferred`` begins with tenants that suffice alone, as it does where most tensors are of a size, this takes
-    O(log n). No window is cheaper than the one found if that took fewer than `LOOKED_AT` tenants.
+    O(log n). No window is cheaper than the one found if that took fewer than `knobs.LOOKED_AT` tenants.
 
     Args:
         book: a tier of contiguous tensors.
@@ -119,7 +115,7 @@ def window_near(
     for tensor in preferred:
         if not movable(tensor):
             continue
-        if best is not None and (n_looked == LOOKED_AT or not bound(tensor) < best_cost):
+        if best is not None and (n_looked == knobs.LOOKED_AT or not bound(tensor) < best_cost):
             break
         n_looked += 1
         (run,) = book.held(tensor).runs

@@ -11,25 +11,20 @@ it was when it was last brought down, for a commit.
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 
+from pagemem import knobs
 from pagemem.devices.accelerator import Accelerator, DeviceEvent
 from pagemem.devices.arena import Arena
 from pagemem.files.transfer import Completion
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.process.closing import close_all
+from pagemem.residency.host_mover import HostMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.upload_queue import UploadQueue
-from pagemem.telemetry.events import EventKind, EventSink
+from pagemem.telemetry.events import EventSink
 from pagemem.tier import Tier
-from pagemem.units import MiB
-
-#: Bandwidth assumed until copies have moved enough to tell, and how much is enough.
-ASSUMED_UPLOAD_BYTES_PER_S: Final = 5e9
-_TELLING_BYTES: Final = 16 * MiB
 
 
 class DeviceMover(Mover):
@@ -53,8 +48,8 @@ class DeviceMover(Mover):
     tier = Tier.DEVICE
     setting = "memory.device"
 
-    def __init__(self, arena: Arena, below: Mover, accelerator: Accelerator, sink: EventSink) -> None:
-        super().__init__(arena, below.files, sink)
+    def __init__(self, arena: Arena, below: HostMover, accelerator: Accelerator, sink: EventSink) -> None:
+        super().__init__(arena, sink)
         self.below = below
         self.accelerator = accelerator
         self.prefetched_unused: set[TensorId] = set()
@@ -62,7 +57,7 @@ class DeviceMover(Mover):
         self.changed_at_home: dict[TensorId, PagedTensor] = {}
         self._lower: dict[TensorId, PagedTensor] = {}
         self._marks: dict[TensorId, DeviceEvent] = {}  # of copies that compute has not been put behind yet
-        self._copier = UploadQueue(below, accelerator, self.note_failure, sink)
+        self._copier = UploadQueue(below, accelerator, self.monitor.note_failure, sink)
 
     def mirror(self, lower: PagedTensor) -> PagedTensor:
         """A tensor of the device whose content is that of one below."""
@@ -115,7 +110,11 @@ class DeviceMover(Mover):
         except RuntimeError as error:
             done(error)  # the device failed: whoever waits for the copy hears of it as of one that failed
             return
-        self._copier.submit(self._lower[tensor.id], self.bytes_of(tensor), after, given, done)
+        self._copier.submit(self._lower[tensor.id], self.tenants.bytes_of(tensor), after, given, done)
+
+    def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
+        with self.changed:  # the copier tells of copies, from when it made them
+            self._end_load(tensor, error)
 
     def follow(self, tensor: PagedTensor) -> None:
         """Have compute that is given from now on see what was copied. Training thread."""
@@ -161,11 +160,11 @@ class DeviceMover(Mover):
         with self.changed:
             if tensor.state is not Residency.LOADING or not self._copier.take_back(self._lower[tensor.id]):
                 return False
-            self._ended(None)
+            self.monitor.ended(None)
             tensor.become(Residency.STORED)
             self._move_out(tensor)
             self.prefetched_unused.discard(tensor.id)
-            self._notify()
+            self.monitor.notify()
             return True
 
     def take_back_loads(self) -> None:
@@ -182,7 +181,7 @@ class DeviceMover(Mover):
                 (self.changed_at_home if tensor.resident else self.edited)[tensor.id] = tensor
 
     def start_store(self, tensor: PagedTensor, *, background: bool = False) -> None:
-        """Nothing: who edits a tensor writes it back, see `written_back`. Until then it stays dirty and where it is."""
+        """Leave an edited tensor dirty and where it is: who edits one writes it back at once, see `written_back`."""
 
     def written_back(self, tensor: PagedTensor) -> None:
         """The tensor below has the content of an edited one, or of one that may have been."""
@@ -193,7 +192,7 @@ class DeviceMover(Mover):
                 tensor.become(Residency.STORING)
                 tensor.become(Residency.CLEAN)
             tensor.ssd_valid = True
-            self._notify()
+            self.monitor.notify()
 
     def renew(self, tensor: PagedTensor) -> bool:
         """The tensor below has changed: drop what is here of it.
@@ -203,7 +202,7 @@ class DeviceMover(Mover):
         """
         with self.changed:
             self.take_back_load(tensor)
-            self.wait_until(lambda: tensor.state is not Residency.LOADING, tensor.name, tensor.n_bytes)
+            self.monitor.wait_until(lambda: tensor.state is not Residency.LOADING, tensor.name, tensor.n_bytes)
             if tensor.state is Residency.CLEAN and not tensor.held:
                 self.drop(tensor)
             else:
@@ -211,16 +210,13 @@ class DeviceMover(Mover):
             self.prefetched_unused.discard(tensor.id)
             return tensor.frame is None
 
-    def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
-        """Nothing: the copier tells of copies, from when it made them; nothing is written from here."""
-
     # ---- the rest ----------------------------------------------------------------------------------------------
 
     def bandwidth(self) -> tuple[float, float]:
         """Bytes/s of copies up so far, while there were any; nothing goes down by plan."""
         copier = self._copier
-        told = copier.copied_bytes >= _TELLING_BYTES and copier.busy_s > 0
-        up = copier.copied_bytes / copier.busy_s if told else ASSUMED_UPLOAD_BYTES_PER_S
+        told = copier.copied_bytes >= knobs.TELLING_BYTES and copier.busy_s > 0
+        up = copier.copied_bytes / copier.busy_s if told else knobs.ASSUMED_UPLOAD_BYTES_PER_S
         return up, up
 
     def close(self) -> None:

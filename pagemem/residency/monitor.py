@@ -1,6 +1,6 @@
 """Waiting for background copies: one lock, who is told of changes, and the first error.
 
-`CopyMonitor.changed` guards all bookkeeping of whoever builds on it; no I/O is done while it is held. Every change of
+`CopyMonitor.changed` guards all bookkeeping of the mover that has it; no I/O is done while it is held. Every change of
 state notifies it and calls the listeners, which run with the lock held, on the thread that made the change (an I/O
 thread for the end of a copy), and must be cheap. The first error of a background copy is kept and raised by `check`.
 """
@@ -22,17 +22,19 @@ class CopyMonitor:
         sink: takes waits.
 
     Attributes:
+        changed: the lock, which is notified of every change.
+        in_flight: copies under way; changed with the lock held.
         watcher: is told of waits that begin, while somebody profiles.
     """
 
     def __init__(self, sink: EventSink) -> None:
         self.changed = WaitLock()
         self.watcher: Watcher | None = None
-        self._sink = sink
+        self.sink = sink
         self._failure: BaseException | None = None
         self._told = False
         self._listeners: list[Callable[[], None]] = []
-        self._in_flight = 0
+        self.in_flight = 0
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` with the lock held after every change that may let a waiting move go on."""
@@ -78,24 +80,35 @@ class CopyMonitor:
             while not ready():
                 self.check()
                 self.changed.wait()
-        self._sink.emit(Event(kind, why, n_bytes, started_s, time.perf_counter() - started_s))
+        self.sink.emit(Event(kind, why, n_bytes, started_s, time.perf_counter() - started_s))
 
     def settle(self) -> None:
         """Wait until no copy is under way, also after an error."""
         with self.changed:
-            while self._in_flight:
+            while self.in_flight:
                 self.changed.wait()
 
-    def _begun(self) -> None:
-        """A copy is under way. With the lock held."""
-        self._in_flight += 1
+    def close(self) -> None:
+        """Wait until no copy is under way.
 
-    def _ended(self, error: BaseException | None) -> None:
-        """A copy has ended. With the lock held, before `_notify`."""
-        self._in_flight -= 1
+        Raises:
+            StorageError: (or what a background copy raised) if `check` has never raised one before.
+        """
+        self.settle()
+        if not self._told:
+            self.check()
+
+    def ended(self, error: BaseException | None) -> None:
+        """A copy has ended. With the lock held, before `notify`."""
+        self.in_flight -= 1
         self._failure = self._failure or error
 
-    def _notify(self) -> None:
+    def forget_failure(self, error: BaseException) -> None:
+        """The caller raises ``error`` itself: `check` does not. With the lock held."""
+        if self._failure is error:
+            self._failure = None
+
+    def notify(self) -> None:
         """Something changed. With the lock held."""
         try:
             for listener in self._listeners:

@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from pagemem import knobs
 from pagemem.errors import StorageError
 from pagemem.frames.page import TensorId
 from pagemem.residency.disk_versions import DiskVersion, DiskVersions
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.state_machine import StateMachine
-
-#: Stores under way at a time for a snapshot, beside those that training needs.
-STORES_AT_A_TIME: Final = 2
 
 
 class SnapshotState(enum.Enum):
@@ -149,7 +147,7 @@ class Snapshots:
         if self._open is None:
             return
         owing = [self._tensors[tensor] for tensor in self._open.owing]
-        n_more = STORES_AT_A_TIME - sum(tensor.state is Residency.STORING for tensor in owing)
+        n_more = knobs.STORES_AT_A_TIME - sum(tensor.state is Residency.STORING for tensor in owing)
         for tensor in owing:
             if n_more > 0 and tensor.state is Residency.DIRTY:
                 n_more -= 1

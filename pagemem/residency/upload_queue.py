@@ -5,10 +5,6 @@ then whoever asked takes it back. Copies that wait for host pages are overtaken,
 tensor that is being read from the page files, what has come is copied up while the rest is read: SSD, host and device
 are one pipeline.
 
-    WAITING --(bytes are there)--> BEGUN --(all were given to the device, or it failed)--> ENDED
-       ^                             |
-       +------(the load failed)------+
-
 A device makes its copies later than it is given them, up and down. Who asked hears when one is given, with a mark to
 put compute behind. The host pages stay as they are until the copy is made, which a second thread waits for. It must not
 be the first: who asked may be told only after a lock is free whose holder waits for those pages.
@@ -17,14 +13,12 @@ be the first: who asked may be told only after a lock is free whose holder waits
 from __future__ import annotations
 
 import atexit
-import enum
 import os
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -33,82 +27,13 @@ import torch
 from pagemem.devices.accelerator import Accelerator, Copy, DeviceEvent, has_reached
 from pagemem.files.threads import small_stacks
 from pagemem.files.transfer import Completion
-from pagemem.residency.mover import Mover
-from pagemem.residency.paged_tensor import PagedTensor, Residency
-from pagemem.state_machine import StateMachine
+from pagemem.residency.host_mover import HostMover
+from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.residency.upload import Given, Span, Upload, UploadState
 from pagemem.telemetry.events import Event, EventKind, EventSink
-from pagemem.telemetry.intervals import union, without
 
-#: Called with the mark behind a copy once it was given to the device, or with what went wrong.
-Given = Callable[[DeviceEvent | BaseException], None]
 #: How long the end of the program waits for each thread of an engine that nobody closed.
 _EXIT_PATIENCE_S: Final = 10.0
-#: [start, end) of a tensor's bytes.
-Span = tuple[int, int]
-
-
-class UploadState(enum.Enum):
-    """How far a copy up is; see the diagram at the top of this module."""
-
-    WAITING = "waiting"
-    BEGUN = "begun"
-    ENDED = "ended"
-
-
-_MOVES: Final = StateMachine(
-    "copy of",
-    {UploadState.WAITING: {UploadState.BEGUN}, UploadState.BEGUN: {UploadState.ENDED, UploadState.WAITING}},
-)
-
-
-@dataclass(slots=True, eq=False)
-class _Upload:
-    """One copy up. Guarded by the lock of the mover below, but for ``copy``, which is the copier's thread's own.
-
-    Attributes:
-        arrived: spans of the load whose bytes are copied as they come; n_taken: how many of them were.
-        copy: behind what was given to the device so far.
-    """
-
-    tensor: PagedTensor
-    into: torch.Tensor
-    after: DeviceEvent
-    given: Given
-    state: UploadState = UploadState.WAITING
-    arrived: list[Span] = field(default_factory=list)
-    n_taken: int = 0
-    copy: Copy | None = None
-
-    def become(self, state: UploadState) -> None:
-        """Apply one legal move.
-
-        Raises:
-            TransitionError: there is no such move; nothing was changed.
-        """
-        self.state = _MOVES.move(self.state, state, self.tensor.name)
-
-    @property
-    def stale(self) -> bool:
-        """Whether what it has copied so far came by a load that failed."""
-        there = self.tensor.readable or self.tensor.state is Residency.LOADING
-        return self.state is UploadState.BEGUN and not (there and self.arrived is self.tensor.arrived)
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether there is something to do for it."""
-        if self.tensor.readable or self.stale:
-            return True
-        return self.tensor.state is Residency.LOADING and len(self.tensor.arrived) > self.n_taken
-
-    def take(self) -> list[Span]:
-        """What has come since the last time, joined where it is adjacent; all that is left, once all is there."""
-        if self.state is UploadState.WAITING:
-            if self.tensor.readable:
-                return [(0, self.tensor.n_bytes)]
-            self.arrived = self.tensor.arrived
-        before, come = self.arrived[: self.n_taken], self.arrived[self.n_taken :]
-        self.n_taken = len(self.arrived)
-        return without([(0, self.tensor.n_bytes)], before) if self.tensor.readable else union(come)
 
 
 class UploadQueue:
@@ -125,19 +50,19 @@ class UploadQueue:
     """
 
     def __init__(
-        self, below: Mover, accelerator: Accelerator, on_failure: Callable[[BaseException], None], sink: EventSink
+        self, below: HostMover, accelerator: Accelerator, on_failure: Callable[[BaseException], None], sink: EventSink
     ) -> None:
         self._below = below
         self._accelerator = accelerator
         self._sink = sink
         self._on_failure = on_failure
-        self._waiting: list[_Upload] = []  # guarded by below.changed, as are the next four
+        self._waiting: list[Upload] = []  # guarded by below.changed, as are the next four
         self._closing = False
         self._gate = threading.Event()
         self.copied_bytes = 0
         self.busy_s = 0.0
         self._under_way: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        below.on_change(self._look)
+        below.monitor.on_change(self._look)
         below.on_part = self._look
         # Daemons, as I/O threads are: a program that dies without closing its engine must not hang on them.
         self._begins = threading.Thread(target=self._run, name="pagemem-h2d", daemon=True)
@@ -163,7 +88,7 @@ class UploadQueue:
             given: called on the copier's thread.
             end: what ``given`` completes; begun once the copy is certain to be given, or taken back.
         """
-        upload = _Upload(tensor, into, after, given)
+        upload = Upload(tensor, into, after, given)
         with self._below.changed:
             end.begun = True
             self._waiting.append(upload)
@@ -225,7 +150,7 @@ class UploadQueue:
         try:
             self._accelerator.use_in_thread()
         except RuntimeError as failure:
-            self._below.note_failure(failure)
+            self._below.monitor.note_failure(failure)
 
     def _run(self) -> None:
         self._enter_thread()
@@ -257,10 +182,10 @@ class UploadQueue:
             try:
                 finish()
             except BaseException as failure:  # likewise
-                self._below.note_failure(failure)
+                self._below.monitor.note_failure(failure)
             del finish
 
-    def _begin(self, upload: _Upload) -> tuple[torch.Tensor, list[Span]]:
+    def _begin(self, upload: Upload) -> tuple[torch.Tensor, list[Span]]:
         """The bytes of a tensor, and which of them can be copied now; the last ones if its state is ENDED then. With
         the lock held.
 
@@ -271,16 +196,16 @@ class UploadQueue:
             upload.become(UploadState.BEGUN)
             source = self._below.begin_upload(upload.tensor)
         else:
-            source = self._below.bytes_of(upload.tensor)
+            source = self._below.tenants.bytes_of(upload.tensor)
         if upload.tensor.readable:
             self._end(upload)
         return source, spans
 
-    def _end(self, upload: _Upload) -> None:
+    def _end(self, upload: Upload) -> None:
         upload.become(UploadState.ENDED)
         self._waiting.remove(upload)
 
-    def _begin_anew(self, upload: _Upload) -> None:
+    def _begin_anew(self, upload: Upload) -> None:
         """Forget what was copied of a load that failed. With the lock held."""
         upload.become(UploadState.WAITING)
         upload.arrived, upload.n_taken = [], 0
@@ -288,7 +213,7 @@ class UploadQueue:
         # Not here, which would be waiting with the lock held.
         self._under_way.put(partial(self._let_go, upload.tensor, upload.copy))
 
-    def _give(self, upload: _Upload, source: torch.Tensor, spans: Sequence[Span]) -> None:
+    def _give(self, upload: Upload, source: torch.Tensor, spans: Sequence[Span]) -> None:
         """Have bytes copied, and tell who asked when these are the last."""
         error: BaseException | None = None
         try:
@@ -343,7 +268,7 @@ class UploadQueue:
         try:
             wait()
         except BaseException as failure:  # whatever it is, it is over
-            self._below.note_failure(failure)
+            self._below.monitor.note_failure(failure)
 
 
 def _wait_out(copy: Copy, error: BaseException) -> None:

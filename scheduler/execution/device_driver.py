@@ -94,8 +94,8 @@ class DeviceDriver(Driver):
         """
         with self.untraced(), self._below_has([tensor.id], tensor.name):
             self.device.start_load(tensor, frame)
-            self.device.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
-            self.device.check()
+            self.device.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
+            self.device.monitor.check()
             self.device.follow(tensor)
         self.device.prefetched_unused.discard(tensor.id)
         tensor.resident = True
@@ -162,7 +162,7 @@ class DeviceDriver(Driver):
         """Copy what is below into the frames that a tensor has."""
         self.device.accelerator.check()
         with self._below_has([tensor.id], tensor.name):
-            self.device.bytes_of(tensor).copy_(self.below.mover.bytes_of(self.device.lower(tensor.id)))
+            self.device.tenants.bytes_of(tensor).copy_(self.below.mover.tenants.bytes_of(self.device.lower(tensor.id)))
 
     def _write_back(self) -> None:
         for tensor in list(self.device.edited.values()):
@@ -171,7 +171,7 @@ class DeviceDriver(Driver):
     def _written_back(self, tensor: PagedTensor, mode: AccessMode) -> None:
         self.device.accelerator.check()
         with self._below_has([tensor.id], tensor.name, mode):
-            self.below.mover.bytes_of(self.device.lower(tensor.id)).copy_(self.device.bytes_of(tensor))
+            self.below.mover.tenants.bytes_of(self.device.lower(tensor.id)).copy_(self.device.tenants.bytes_of(tensor))
         self.device.written_back(tensor)
 
     def _collect_views(self) -> None:

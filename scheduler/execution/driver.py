@@ -129,7 +129,7 @@ class Driver(Holding):
         if watcher is not None:
             watcher.ends()
         with self.mover.changed:
-            self.mover.check()
+            self.mover.monitor.check()
             self._collect_views()
             if self._recording:
                 if self.mode is Mode.PLANNED:
@@ -179,7 +179,7 @@ class Driver(Holding):
 
     def consume(self, tensor: PagedTensor) -> None:
         """Declare a tensor's content dead, after the op that consumed it has ended."""
-        self.mover.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
+        self.mover.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
         self.mover.discard(tensor)
 
     def end_step(self, *, repeatable: bool) -> None:
@@ -293,7 +293,7 @@ class Driver(Holding):
     def quiesce(self) -> None:
         """Stop reading ahead and wait until no copy is under way, also after an error, and where the tier above fails
         in that."""
-        close_all(*([] if self.above is None else [self.above.quiesce]), self._disturb, self.mover.settle)
+        close_all(*([] if self.above is None else [self.above.quiesce]), self._disturb, self.mover.monitor.settle)
 
     def evict_all(self) -> None:
         """Store what is dirty and give all host frames up.
@@ -341,7 +341,7 @@ class Driver(Holding):
     def _planned_step_ended(self, performed: Trace) -> None:
         """Count a step that followed the plan, and make the plan anew once it is known how long its ops really take."""
         if not self._steps_of_plan:
-            self.mover.reset_touched()
+            self.mover.tenants.reset_touched()
         self._steps_of_plan += 1
         self.planned_steps += 1
         refined = self._durations.add(self._trace, performed)
@@ -405,7 +405,7 @@ class Driver(Holding):
                 or plan.initial.get(tensor.id) == tensor.frame
             ):
                 continue
-            if tensor.frame is not None and tensor.frame < self.mover.n_shared_frames:
+            if tensor.frame is not None and tensor.frame < self.mover.tenants.n_shared_frames:
                 self.mover.drop(tensor)
         first_use = self._first_uses()
         wanted = sorted(plan.initial, key=lambda tensor: first_use.get(tensor, 0))
@@ -441,7 +441,7 @@ class Driver(Holding):
                 return False
             return self._lane.stuck or tensor.id not in self._lane
 
-        self.mover.wait_until(lambda: usable() or hopeless(), tensor.name, tensor.n_bytes)
+        self.mover.monitor.wait_until(lambda: usable() or hopeless(), tensor.name, tensor.n_bytes)
         if usable():
             return
         if self.mode is Mode.PLANNED and self._recording:

@@ -42,11 +42,11 @@ class OnDemand:
             return (tensors[tenant].last_use, 0)
 
         while not tensor.readable:
-            self.mover.check()  # what has failed is not tried for ever
+            self.mover.monitor.check()  # what has failed is not tried for ever
             if tensor.frame is None:
                 self._begin(tensor, name, cost, None if lowest else least_cost, fresh=fresh)
             # Who else has a use for it may have begun to bring it, or take it away again.
-            self.mover.wait_until(lambda: tensor.readable or tensor.frame is None, tensor.name, tensor.n_bytes)
+            self.mover.monitor.wait_until(lambda: tensor.readable or tensor.frame is None, tensor.name, tensor.n_bytes)
 
     def _begin(
         self,
@@ -60,14 +60,14 @@ class OnDemand:
         """Make room for a tensor and begin to bring it in."""
         tensors = self.mover.tensors
         while True:
-            window = self.mover.choose(tensor.n_frames, cost, least_cost)
+            window = self.mover.tenants.choose(tensor.n_frames, cost, least_cost)
             if window is not None:
                 break
             in_flight = [t for t in tensors.values() if t.moving]
             if not in_flight:
                 raise self._shortage(tensor, name)
-            self.mover.settle()
-            self.mover.check()
+            self.mover.monitor.settle()
+            self.mover.monitor.check()
         for tenant in window.tenants:
             if tensors[tenant].state is Residency.DIRTY:
                 self.mover.start_store(tensors[tenant])
@@ -80,16 +80,16 @@ class OnDemand:
         """Give a tensor's host frames up, storing it first when needed."""
         if tensor.frame is None:
             return
-        self.mover.wait_until(lambda: tensor.state is not Residency.ARRIVING, tensor.name, tensor.n_bytes)
+        self.mover.monitor.wait_until(lambda: tensor.state is not Residency.ARRIVING, tensor.name, tensor.n_bytes)
         while tensor.state is not Residency.CLEAN or tensor.uploads:  # dirty again, where a sync failed meanwhile
             if tensor.state is Residency.DIRTY:
                 self.mover.start_store(tensor)
-            self.mover.wait_until(
+            self.mover.monitor.wait_until(
                 lambda: tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads,
                 tensor.name,
                 tensor.n_bytes,
             )
-            self.mover.check()
+            self.mover.monitor.check()
         self.mover.drop(tensor)
 
     def _shortage(self, tensor: PagedTensor, name: str) -> BudgetError:

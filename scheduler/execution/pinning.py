@@ -53,7 +53,7 @@ class Holding(ABC):
             raise
         self._sequence += 1
         for access, tensor in zip(accesses, (self.mover.tensors[a.tensor] for a in accesses), strict=True):
-            self.mover.used(tensor, self._sequence)
+            self.mover.tenants.used(tensor, self._sequence)
             if access.mode in CHANGES:
                 self.mover.touch(tensor)
         return held
@@ -83,7 +83,7 @@ class Holding(ABC):
         return held
 
     def _await_copy(self, tensor: PagedTensor, mode: AccessMode) -> None:
-        self.mover.wait_until(lambda: self._usable(tensor, mode), tensor.name, tensor.n_bytes)
+        self.mover.monitor.wait_until(lambda: self._usable(tensor, mode), tensor.name, tensor.n_bytes)
 
     def _usable(self, tensor: PagedTensor, mode: AccessMode) -> bool:
         if mode in CHANGES:

@@ -26,7 +26,7 @@ class ReadLane:
         self._pumping = False
         self._look_again = False
         self.stuck = False
-        mover.on_change(self.pump)
+        mover.monitor.on_change(self.pump)
 
     def __contains__(self, tensor: TensorId) -> bool:
         return self._waiting[tensor] > 0
@@ -64,7 +64,7 @@ class ReadLane:
             while self._look_again:
                 self._look_again = self.stuck = False
                 # After a failed copy nothing is begun until the training thread knows: the same could fail for ever.
-                while self._tasks and not self._mover.failed and self._start(self._tasks[0]):
+                while self._tasks and not self._mover.monitor.failed and self._start(self._tasks[0]):
                     self._waiting[self._tasks.popleft().tensor] -= 1
         finally:
             self._pumping = False

@@ -40,7 +40,9 @@ class Planning:
     def tier(self, share: float = RELIABLE_SHARE) -> TierSpec:
         """The tier, with a share of the bandwidths."""
         read_bytes_per_s, write_bytes_per_s = (share * bytes_per_s for bytes_per_s in self.bandwidth())
-        return TierSpec(self._mover.n_shared_frames, self._mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s)
+        return TierSpec(
+            self._mover.tenants.n_shared_frames, self._mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s
+        )
 
     def n_bytes(self, trace: Trace) -> dict[TensorId, int]:
         """Sizes of what a step uses and of what is in the tier for good."""

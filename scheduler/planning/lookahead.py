@@ -19,10 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from pagemem import knobs
 from pagemem.errors import BudgetError
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, Shortage, TensorId
-from pagemem.frames.window import MANY_TENANTS, Window, best_window, window_near
+from pagemem.frames.window import Window, best_window, window_near
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
 from scheduler.planning.plan import LoadTask, StoreTask
@@ -158,7 +159,7 @@ class LookaheadReader:
             least = min(least, found)
             return found
 
-        if len(tenants) > MANY_TENANTS and not pack:
+        if len(tenants) > knobs.MANY_TENANTS and not pack:
             self.victims.settle(max(self.read_free_s, need_s - read_s))
             near = window_near(
                 self.frames,

@@ -12,7 +12,7 @@ from pagemem.devices.arena import HostArena
 from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.frames.page import FrameId
-from pagemem.residency.mover import Mover
+from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import IN_FLIGHT
 from pagemem.telemetry.events import EventLog
 from pagemem.tier import Tag
@@ -31,24 +31,24 @@ def moved(folder: Path, at: int, finishing_threads: int) -> bool:
         arena = HostArena(3, PAGE_BYTES)
         # An exception between the opening of a file and the next instruction leaves it open: Python offers no remedy.
         files.grow(6)
-        mover = Mover(arena, files, EventLog())
+        mover = HostMover(arena, files, EventLog())
         tensor = mover.create("t", Tag.PARAM, 3 * PAGE_BYTES)
         mover.start_load(tensor, FrameId(0))
         mover.touch(tensor)
-        mover.bytes_of(tensor).fill_(7)
+        mover.tenants.bytes_of(tensor).fill_(7)
         with raising(at) as instants:
             try:
                 mover.start_store(tensor)
-                mover.wait_until(lambda: not tensor.moving, "store")
+                mover.monitor.wait_until(lambda: not tensor.moving, "store")
                 mover.drop(tensor)
                 mover.start_load(tensor, FrameId(0))
-                mover.wait_until(lambda: not tensor.moving, "load")
+                mover.monitor.wait_until(lambda: not tensor.moving, "load")
             except Raised:
                 pass
-        mover.settle()
-        assert mover._in_flight == 0 and tensor.state not in IN_FLIGHT
+        mover.monitor.settle()
+        assert mover.monitor.in_flight == 0 and tensor.state not in IN_FLIGHT
         if tensor.readable:
-            assert (mover.bytes_of(tensor) == 7).all()
+            assert (mover.tenants.bytes_of(tensor) == 7).all()
         mover.close()
         files.close()  # raises what a completion raised: one that was called twice, say
         assert files.failure is None

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from pagemem.frames.window import MANY_TENANTS
+from pagemem.knobs import MANY_TENANTS
 from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
@@ -100,7 +100,7 @@ def test_the_search_finds_what_is_known() -> None:
 
 @pytest.mark.parametrize(("seed", "many_tenants"), [(1, MANY_TENANTS), (2, MANY_TENANTS), (1, 0)])
 def test_moves_are_near_the_fewest_possible(seed: int, many_tenants: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scheduler.planning.lookahead.MANY_TENANTS", many_tenants)
+    monkeypatch.setattr("pagemem.knobs.MANY_TENANTS", many_tenants)
     rng = random.Random(seed)
     cases = [random_trace(rng) for _ in range(N_TRACES)]
     fewest = [fewest_pages(*case) for case in cases]

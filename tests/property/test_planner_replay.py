@@ -128,7 +128,7 @@ def test_views_that_outlive_their_op_are_respected(work: Work, spare_frames: int
 def test_plans_that_look_for_windows_near_the_best_tenants_hold_too(work: Work, spare_frames: int) -> None:
     """As they do where there are many tenants."""
     try:
-        with patch("scheduler.planning.lookahead.MANY_TENANTS", 0):
+        with patch("pagemem.knobs.MANY_TENANTS", 0):
             plan = work.plan(work.frames_needed() + spare_frames)
     except BudgetError:
         return

@@ -41,7 +41,7 @@ def test_a_copy_waits_for_its_host_pages(tiers: Tiers) -> None:
     tiers.comes(tensor, 0)
     tiers.arrives(tensor)
     assert tiers.holds(tensor, 7)
-    tiers.below.mover.settle()
+    tiers.below.mover.monitor.settle()
     assert tiers.device.lower(tensor.id).uploads == 0
 
 
@@ -63,7 +63,7 @@ def test_a_copy_that_has_not_begun_is_taken_back(tiers: Tiers) -> None:
     assert tiers.device.take_back_load(tensor)
     assert tensor.state is R.STORED and tensor.frame is None and tensor.id not in tiers.device.prefetched_unused
     assert not tiers.device.take_back_load(tensor), "there is none any more"
-    tiers.device.settle()
+    tiers.device.monitor.settle()
     tiers.comes(tensor, 0)
     assert tensor.state is R.STORED, "nobody wants it now"
 
@@ -88,20 +88,20 @@ def test_an_update_drops_the_copy_or_says_that_it_is_in_use(tiers: Tiers) -> Non
     assert not tiers.device.renew(tensor) and tensor.state is R.CLEAN
     tensor.pins -= 1
     assert tiers.device.renew(tensor) and tensor.state is R.STORED
-    tiers.below.mover.settle()
+    tiers.below.mover.monitor.settle()
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
 
 
 def test_host_pages_that_are_being_copied_neither_leave_nor_change(tiers: Tiers) -> None:
     lower = tiers.below.dirty(1)
     source = tiers.below.mover.begin_upload(lower)
-    assert not tiers.below.mover.droppable(lower.id)
+    assert not tiers.below.mover.tenants.droppable(lower.id)
     with pytest.raises(AssertionError, match="cannot discard"):
         tiers.below.mover.discard(lower)
     assert bool((source == 1).all())
     del source
     tiers.below.mover.end_upload(lower)
-    assert tiers.below.mover.droppable(lower.id)
+    assert tiers.below.mover.tenants.droppable(lower.id)
     tiers.below.mover.discard(lower)
 
 
@@ -114,7 +114,7 @@ def test_an_edit_stays_on_the_device_until_it_is_written_back(tiers: Tiers) -> N
     assert tensor.state is R.DIRTY and tensor.id in tiers.device.edited
     tiers.device.written_back(tensor)
     assert tensor.state is R.CLEAN and not tiers.device.edited
-    tiers.below.mover.settle()
+    tiers.below.mover.monitor.settle()
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
 
 
@@ -125,7 +125,7 @@ def test_host_pages_that_cannot_be_read_leave_the_device_as_it_was(tiers: Tiers)
     tiers.below.files.take("read").fail(StorageError("EIO"))
     assert tensor.state is R.LOADING
     with pytest.raises(StorageError, match="EIO"):
-        tiers.below.mover.check()
+        tiers.below.mover.monitor.check()
     assert tiers.device.take_back_load(tensor) and tensor.state is R.STORED
 
 
@@ -143,7 +143,7 @@ def test_a_copy_that_fails_is_told_and_leaves_the_tensor_below(tiers: Tiers, mon
     tiers.device.start_load(tensor, FrameId(0))
     tiers.arrives(tensor)
     assert tiers.holds(tensor, 1), "the thread goes on"
-    tiers.below.mover.settle()
+    tiers.below.mover.monitor.settle()
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
 
 
@@ -152,7 +152,7 @@ def test_a_copy_that_fails_is_told_and_leaves_the_tensor_below(tiers: Tiers, mon
 
 def test_host_pages_that_the_device_fills_are_neither_read_nor_moved_before(tiers: Tiers) -> None:
     lower = tiers.saved(5)
-    assert lower.state is R.ARRIVING and not lower.readable and not tiers.below.mover.droppable(lower.id)
+    assert lower.state is R.ARRIVING and not lower.readable and not tiers.below.mover.tenants.droppable(lower.id)
     tiers.below.mover.validate()
     with pytest.raises(TransitionError, match="arriving -> absent"):
         tiers.below.mover.discard(lower)
@@ -243,8 +243,10 @@ def test_a_device_that_fails_to_fill_is_heard_of_and_nobody_waits_for_ever(tiers
     tiers.down.error = RuntimeError("the device is lost")
     tiers.down.open()
     with pytest.raises(RuntimeError, match="the device is lost"):
-        tiers.below.mover.wait_until(lambda: lower.state is not R.ARRIVING and tiers.below.mover.failed, lower.name)
-        tiers.below.mover.check()
+        tiers.below.mover.monitor.wait_until(
+            lambda: lower.state is not R.ARRIVING and tiers.below.mover.monitor.failed, lower.name
+        )
+        tiers.below.mover.monitor.check()
     assert lower.state is R.DIRTY
     tiers.below.mover.discard(lower)
 
@@ -257,10 +259,10 @@ def test_a_copy_up_of_a_device_that_failed_ends(tiers: Tiers, monkeypatch: pytes
     monkeypatch.setattr(tiers.device.accelerator, "copy_up", broken)
     tiers.device.start_load(tensor, FrameId(0))
     tiers.arrives(tensor)  # it was given: who puts compute behind it hears of the error
-    tiers.below.mover.settle()
+    tiers.below.mover.monitor.settle()
     assert tiers.device.lower(tensor.id).uploads == 0
     with pytest.raises(RuntimeError, match="device-side assert"):
-        tiers.below.mover.check()
+        tiers.below.mover.monitor.check()
     with pytest.raises(RuntimeError, match="device-side assert"):
         tiers.device.follow(tensor)
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
@@ -270,10 +272,10 @@ def test_a_copy_down_of_a_device_that_failed_ends(tiers: Tiers, monkeypatch: pyt
     lower = tiers.below.dirty(0, 0, "saved")
     monkeypatch.setattr(tiers.device.accelerator, "copy_out", broken)
     tiers.device.save(torch.ones(PAGE_BYTES, dtype=torch.uint8), lower)
-    tiers.below.mover.settle()
+    tiers.below.mover.monitor.settle()
     assert lower.state is R.DIRTY
     with pytest.raises(RuntimeError, match="device-side assert"):
-        tiers.below.mover.check()
+        tiers.below.mover.monitor.check()
     tiers.below.mover.discard(lower)
 
 
@@ -281,10 +283,10 @@ def test_a_copy_back_of_a_device_that_failed_ends(tiers: Tiers, monkeypatch: pyt
     lower = tiers.below.dirty(3)
     monkeypatch.setattr(tiers.device.accelerator, "copy_up", broken)
     tiers.device.restore(lower, torch.zeros(PAGE_BYTES, dtype=torch.uint8))
-    tiers.below.mover.settle()
+    tiers.below.mover.monitor.settle()
     assert lower.uploads == 0
     with pytest.raises(RuntimeError, match="device-side assert"):
-        tiers.below.mover.check()
+        tiers.below.mover.monitor.check()
     tiers.below.mover.discard(lower)
 
 
@@ -295,9 +297,9 @@ def test_a_copy_up_that_a_failed_device_takes_no_mark_for_is_none(
     monkeypatch.setattr(tiers.device.accelerator, "mark", fails)
     tiers.device.start_load(tensor, FrameId(0))
     assert tensor.state is R.STORED and tensor.frame is None
-    tiers.device.settle()
+    tiers.device.monitor.settle()
     with pytest.raises(RuntimeError, match="device-side assert"):
-        tiers.device.check()
+        tiers.device.monitor.check()
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
 
 
@@ -315,8 +317,8 @@ def test_a_copy_whose_end_cannot_be_noted_at_once_is_told_of_all_the_same(
     monkeypatch.setattr(tiers.below.mover, "end_upload", ends)
     tiers.device.start_load(tensor, FrameId(0))
     with pytest.raises(StorageError, match="ENOSPC"):
-        tiers.device.wait_until(lambda: tiers.device.failed and tensor.state is R.CLEAN, tensor.name)
-        tiers.device.check()
+        tiers.device.monitor.wait_until(lambda: tiers.device.monitor.failed and tensor.state is R.CLEAN, tensor.name)
+        tiers.device.monitor.check()
     assert tensor.state is R.CLEAN and tiers.holds(tensor, 1)
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
 

@@ -69,8 +69,8 @@ def test_frames_that_a_load_is_filling_are_taken(gates: Gates) -> None:
     with pytest.raises(AssertionError, match=r"^other: frames 1\.\.2 are taken"):
         gates.mover.start_load(other, FrameId(1))
     assert (other.state, other.frame) == (R.ABSENT, None)
-    assert not gates.mover.droppable(tensor.id)
-    window = gates.mover.choose(1, len)
+    assert not gates.mover.tenants.droppable(tensor.id)
+    window = gates.mover.tenants.choose(1, len)
     assert window is not None and window.first != 1
     gates.files.take("read").open()
 
@@ -89,7 +89,7 @@ def test_the_training_thread_waits_for_its_load_and_the_wait_is_recorded(gates: 
 
 def test_what_is_there_is_not_waited_for(gates: Gates) -> None:
     tensor = gates.dirty(1)
-    gates.mover.wait_until(lambda: tensor.readable, "t")
+    gates.mover.monitor.wait_until(lambda: tensor.readable, "t")
     assert gates.log.of(EventKind.WAIT) == []
 
 
@@ -100,7 +100,7 @@ def test_a_load_that_fails_leaves_the_tensor_stored_and_its_frames_free(gates: G
     gates.files.take("read").fail(StorageError("the disk went away"))
     with pytest.raises(StorageError, match="the disk went away"):
         waiting.result(timeout=TIMEOUT_S)
-    gates.mover.check()  # Told once.
+    gates.mover.monitor.check()  # Told once.
     assert (tensor.state, tensor.frame, tensor.ssd_valid) == (R.STORED, None, True)
     assert gates.mover.host.used_frames == 0
     gates.mover.validate()
@@ -127,7 +127,7 @@ def test_compute_reads_while_a_store_is_under_way_but_nobody_drops_it(gates: Gat
         with pytest.raises(TransitionError, match="^t: storing ->"):
             use(tensor)
     assert tensor.state is R.STORING and gates.holds(tensor, 5)
-    assert not gates.mover.droppable(tensor.id)
+    assert not gates.mover.tenants.droppable(tensor.id)
     write.open()
     assert (tensor.state, tensor.ssd_valid) == (R.CLEAN, True)
     gates.mover.drop(tensor)
@@ -153,7 +153,7 @@ def test_a_store_that_fails_keeps_the_tensor_dirty_and_whole(gates: Gates) -> No
     gates.files.take("write").fail(StorageError("no space"))
     with pytest.raises(StorageError, match="no space"):
         waiting.result(timeout=TIMEOUT_S)
-    gates.mover.check()  # Told once.
+    gates.mover.monitor.check()  # Told once.
     assert (tensor.state, tensor.ssd_valid) == (R.DIRTY, False)
     assert gates.holds(tensor, 5)
     gates.mover.validate()
@@ -182,7 +182,7 @@ def test_the_first_of_several_errors_is_the_one_that_is_raised(gates: Gates) -> 
     writes[0].fail(StorageError("second"))
     writes[2].open()
     with pytest.raises(StorageError, match="first"):
-        gates.mover.check()
+        gates.mover.monitor.check()
     assert [tensor.state for tensor in tensors] == [R.DIRTY, R.DIRTY, R.CLEAN]
 
 
@@ -231,7 +231,7 @@ def test_frames_are_not_used_again_before_the_last_alias_is_gone(gates: Gates) -
     for left in (3, 2, 1):
         gc.collect()
         assert gates.mover.collect_leases() == [] and tensor.leases == 1, f"{left} aliases live"
-        assert not gates.mover.droppable(tensor.id)
+        assert not gates.mover.tenants.droppable(tensor.id)
         with pytest.raises(AssertionError, match=r"t is held \(0 pins, 1 leases\)"):
             gates.mover.drop(tensor)
         assert bool((aliases[-1] == 5).all())
@@ -254,12 +254,12 @@ def test_every_lease_of_a_tensor_must_end(gates: Gates) -> None:
 def test_no_window_includes_a_tensor_that_is_seen(gates: Gates) -> None:
     tensors = [gates.dirty(i, frame=i, name=f"t{i}") for i in range(3)]
     view = gates.lease(tensors[1])
-    assert gates.mover.choose(2, len) is None
-    window = gates.mover.choose(1, len)
+    assert gates.mover.tenants.choose(2, len) is None
+    window = gates.mover.tenants.choose(1, len)
     assert window is not None and window.first in (0, 2)
     del view
     gates.mover.collect_leases()
-    assert gates.mover.choose(2, len) is not None
+    assert gates.mover.tenants.choose(2, len) is not None
 
 
 # ---- coming to rest -------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_coming_to_rest_waits_for_every_copy_also_a_failing_one(gates: Gates, re
 def test_listeners_hear_of_every_end_with_the_state_already_changed(gates: Gates) -> None:
     tensor = gates.dirty(5)
     seen: list[Residency] = []
-    gates.mover.on_change(lambda: seen.append(tensor.state))
+    gates.mover.monitor.on_change(lambda: seen.append(tensor.state))
     gates.mover.start_store(tensor)
     gates.files.take("write").open()
     gates.mover.drop(tensor)

@@ -29,7 +29,9 @@ class Coming:
 
     def has(self, page: int) -> bool:
         """Whether the device has a page of it."""
-        return bool((self.tiers.device.bytes_of(self.tensor)[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] == 7).all())
+        return bool(
+            (self.tiers.device.tenants.bytes_of(self.tensor)[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] == 7).all()
+        )
 
     def copied(self, page: int) -> None:
         """Wait until it has."""
@@ -53,7 +55,7 @@ def coming(tiers: Tiers) -> Iterator[Coming]:
     tiers.device.start_load(tensor, FrameId(0))
     tiers.below.mover.start_load(tiers.device.lower(tensor.id), FrameId(0))
     yield Coming(tiers, tensor, tiers.below.files.take("read"))
-    tiers.below.mover.settle()
+    tiers.below.mover.monitor.settle()
     assert tiers.device.lower(tensor.id).uploads == 0
 
 
@@ -85,7 +87,7 @@ def test_each_page_is_copied_once(coming: Coming) -> None:
     coming.read.arrive(1)
     coming.read.open()
     coming.tiers.arrives(coming.tensor)
-    coming.tiers.below.mover.settle()
+    coming.tiers.below.mover.monitor.settle()
     assert coming.tiers.device._copier.copied_bytes == 2 * PAGE_BYTES
     assert next(event.n_bytes for event in coming.tiers.log.events if event.kind is EventKind.UPLOAD) == PAGE_BYTES
 
@@ -107,10 +109,10 @@ def test_a_read_that_fails_half_way_is_forgotten_and_the_next_one_is_copied_whol
     coming.copied(0)
     coming.read.fail(StorageError("EIO"))
     with pytest.raises(StorageError, match="EIO"):
-        below.mover.check()
-    below.mover.settle()
+        below.mover.monitor.check()
+    below.mover.monitor.settle()
     assert coming.lower.state is R.STORED and coming.lower.uploads == 0 and coming.tensor.state is R.LOADING
-    coming.tiers.device.bytes_of(coming.tensor).zero_()
+    coming.tiers.device.tenants.bytes_of(coming.tensor).zero_()
     coming.read.arrive(1)  # the old one, late: nobody listens
     below.mover.start_load(coming.lower, FrameId(1))
     again = below.files.take("read")
@@ -127,8 +129,8 @@ def test_after_a_read_that_fails_half_way_the_copy_can_be_taken_back(coming: Com
     coming.copied(0)
     coming.read.fail(StorageError("EIO"))
     with pytest.raises(StorageError, match="EIO"):
-        coming.tiers.below.mover.check()
-    coming.tiers.below.mover.settle()
+        coming.tiers.below.mover.monitor.check()
+    coming.tiers.below.mover.monitor.settle()
     assert coming.tiers.device.take_back_load(coming.tensor) and coming.tensor.state is R.STORED
 
 
@@ -176,7 +178,7 @@ def test_frames_of_a_copy_that_fails_half_way_are_kept_until_what_was_given_befo
         coming.tiers.arrives(coming.tensor)
     assert getattr(caught.value, "__notes__", []) == lost * ["the copy before it failed, too: the device is lost"]
     assert coming.tensor.state is R.STORED and coming.tensor.frame is None
-    coming.tiers.below.mover.settle()
+    coming.tiers.below.mover.monitor.settle()
     if lost:
         with pytest.raises(RuntimeError, match="the device is lost"):
-            coming.tiers.below.mover.wait_until(lambda: False, "the error, which another thread notes")
+            coming.tiers.below.mover.monitor.wait_until(lambda: False, "the error, which another thread notes")

@@ -11,7 +11,8 @@ from gated_mover import Gates
 from snapshot_steps import R, begin, change, changing, content, several, store_next
 
 from pagemem.frames.page import FrameId
-from pagemem.residency.snapshot import STORES_AT_A_TIME, SnapshotState
+from pagemem.knobs import STORES_AT_A_TIME
+from pagemem.residency.snapshot import SnapshotState
 
 # ---- what is in it --------------------------------------------------------------------------------------------------
 
@@ -173,3 +174,5 @@ def test_a_view_that_was_written_to_before_is_stored_though_the_tensor_looks_cle
     del view
     gates.mover.collect_leases()
     assert (tensor.state, tensor.may_be_aliased) == (R.DIRTY, False) and content(gates, snapshot) == {"t": 6}
+from pagemem.knobs import STORES_AT_A_TIME
+from pagemem.residency.snapshot import SnapshotState

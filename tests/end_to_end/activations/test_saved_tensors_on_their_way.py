@@ -178,7 +178,7 @@ def test_pages_of_a_storage_that_was_not_copied_are_free_again(
             step(engine.model, inputs())
         saved, mover = saved_of(engine), engine.debug.mover
         assert not saved._used and saved.bytes.saved == 0
-        mover.settle()
+        mover.monitor.settle()
         mover.collect_leases()
         left: list[PagedTensor] = [
             tensor

@@ -21,7 +21,7 @@ from torch import nn
 
 import offload
 from pagemem.residency.paged_tensor import Residency
-from pagemem.residency.upload_queue import _Upload
+from pagemem.residency.upload import Upload
 from pagemem.tier import Tier
 
 PAGE_BYTES = 64 << 10
@@ -87,8 +87,8 @@ def test_tensors_that_are_read_in_many_requests_are_copied_as_they_come(
         {"max_request": "8KiB", "limit_mb_per_s": 100.0},
     )
     taken: list[bool] = []
-    take = _Upload.take
-    monkeypatch.setattr(_Upload, "take", lambda upload: (taken.append(not upload.tensor.readable), take(upload))[1])
+    take = Upload.take
+    monkeypatch.setattr(Upload, "take", lambda upload: (taken.append(not upload.tensor.readable), take(upload))[1])
     with late_device(monkeypatch) if late else nullcontext():
         stats = parity.run()
     assert stats.deviations == 0 and any(taken), "some are copied while they are read"

@@ -136,12 +136,12 @@ def test_a_simulated_plan_moves_the_bytes_that_the_engine_moves(n_pages: int, tm
         plan, trace = store.driver.plan, store.driver._trace
         assert plan is not None
         train(plan.n_steps)
-        store.mover.settle()
+        store.mover.monitor.settle()
         before = engine.stats()
         train(2 * plan.n_steps)
-        store.mover.settle()
+        store.mover.monitor.settle()
         moved = engine.stats().since(before)
-        machine = TierSpec(store.mover.n_shared_frames, store.page_bytes, 1e9, 1e9)
+        machine = TierSpec(store.mover.tenants.n_shared_frames, store.page_bytes, 1e9, 1e9)
         done = simulate(plan, trace, {t.id: t.n_bytes for t in store.mover.tensors.values()}, machine)
         assert moved.deviations == 0 and done.steady
         # Where a plan does not close, the driver stores what is in the wrong place only when its frames are wanted.

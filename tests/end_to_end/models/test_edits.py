@@ -48,7 +48,7 @@ def test_an_edit_while_its_page_is_being_written_is_not_lost(tmp_path: Path, mon
         weight.data.fill_(3.0)
         disk.gates["write"].set()
         with mover.changed:
-            while mover._in_flight:
+            while mover.monitor.in_flight:
                 mover.changed.wait(0.01)  # Not `settle`: the end of the copy might not be announced.
         engine.debug.driver.evict_all()
         assert torch.equal(weight, torch.full_like(weight, 3.0))

@@ -107,7 +107,7 @@ def test_a_background_failure_that_nobody_was_told_of_is_raised_by_close(
     dirty = next(t for t in engine.debug.mover.tensors.values() if t.state.value == "dirty")
     disk.errors["write"] = errno.EIO
     engine.debug.mover.start_store(dirty)
-    engine.debug.mover.settle()
+    engine.debug.mover.monitor.settle()
     with pytest.raises(offload.StorageError, match="Input/output error"):
         engine.close()
     assert_closed(engine)

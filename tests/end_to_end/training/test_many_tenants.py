@@ -11,6 +11,7 @@ from pairwise import full_product
 from parity import Parity, smallest_ram, state_bytes
 from tiny_models import CASES
 
+from pagemem import knobs
 from pagemem.residency import tenants
 from scheduler.planning import lookahead as walk
 
@@ -21,6 +22,7 @@ from scheduler.planning import lookahead as walk
 def test_every_step_equals_plain_torch(
     name: str, ram: str, memory: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(knobs, "MANY_TENANTS", 0)
     looked = {tenants: 0, walk: 0}
     for module in looked:
         near = module.window_near
@@ -29,7 +31,6 @@ def test_every_step_equals_plain_torch(
             looked[module] += 1
             return near(*arguments)
 
-        monkeypatch.setattr(module, "MANY_TENANTS", 0)
         monkeypatch.setattr(module, "window_near", counted)
     parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2, None)
     if ram == "smallest":

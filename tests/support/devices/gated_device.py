@@ -62,11 +62,11 @@ class Tiers:
         self.device = DeviceMover(HostArena(2, PAGE_BYTES), below.mover, GatedDevice(), self.log)
 
     def holds(self, tensor: PagedTensor, value: int) -> bool:
-        return bool((self.device.bytes_of(tensor) == value).all())
+        return bool((self.device.tenants.bytes_of(tensor) == value).all())
 
     def arrives(self, tensor: PagedTensor) -> None:
         """Wait until a copy is there."""
-        self.device.wait_until(lambda: tensor.state is R.CLEAN, tensor.name)
+        self.device.monitor.wait_until(lambda: tensor.state is R.CLEAN, tensor.name)
 
     def stored(self, value: int, name: str, n_pages: int = 1) -> PagedTensor:
         """A tensor of the device of which only the page files have anything."""
@@ -87,7 +87,7 @@ class Tiers:
     def is_there(self, lower: PagedTensor) -> None:
         """Let it be filled, and wait for that."""
         self.down.open()
-        self.below.mover.wait_until(lambda: lower.state is not R.ARRIVING, lower.name)
+        self.below.mover.monitor.wait_until(lambda: lower.state is not R.ARRIVING, lower.name)
 
     def comes(self, tensor: PagedTensor, frame: int) -> None:
         """The tensor's pages come into host memory."""

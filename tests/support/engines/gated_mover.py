@@ -12,7 +12,7 @@ from fake_page_files import GatedPageFiles
 from pagemem.devices.arena import HostArena
 from pagemem.errors import StorageError
 from pagemem.frames.page import FrameId
-from pagemem.residency.mover import Mover
+from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import EventLog
 from pagemem.tier import Tag
@@ -28,7 +28,7 @@ class Gates:
     def __init__(self, n_frames: int) -> None:
         self.files = GatedPageFiles()
         self.log = EventLog()
-        self.mover = Mover(HostArena(n_frames, PAGE_BYTES), self.files, self.log)  # type: ignore[arg-type]
+        self.mover = HostMover(HostArena(n_frames, PAGE_BYTES), self.files, self.log)  # type: ignore[arg-type]
         self.training = ThreadPoolExecutor(1, "training")
 
     def view(self, tensor: PagedTensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ class Gates:
 
     def waits(self, until: Callable[[], bool], why: str) -> Future[None]:
         """The training thread waits for something."""
-        return self.training.submit(self.mover.wait_until, until, why)
+        return self.training.submit(self.mover.monitor.wait_until, until, why)
 
     def lease(self, tensor: PagedTensor) -> torch.Tensor:
         assert tensor.frame is not None

@@ -11,7 +11,7 @@ from fake_page_files import ThreadedPageFiles
 
 from pagemem.devices.arena import HostArena
 from pagemem.frames.page import TensorId
-from pagemem.residency.mover import Mover
+from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import EventLog
 from pagemem.tier import Tag
@@ -37,7 +37,7 @@ class Rig:
     def __init__(self, n_frames: int, letters: str = "ABCDE", pages: dict[str, int] | None = None) -> None:
         self.files = ThreadedPageFiles()
         self.log = EventLog()
-        self.mover = Mover(HostArena(n_frames, PAGE_BYTES), self.files, self.log)  # type: ignore[arg-type]
+        self.mover = HostMover(HostArena(n_frames, PAGE_BYTES), self.files, self.log)  # type: ignore[arg-type]
         self.driver = Driver(self.mover, self.log, lambda: (1e9, 1e9))
         self.tensors: dict[str, PagedTensor] = {
             letter: self.mover.create(letter, Tag.PARAM, (pages or {}).get(letter, 1) * PAGE_BYTES)

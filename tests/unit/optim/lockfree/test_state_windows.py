@@ -17,7 +17,7 @@ from optim.lockfree.state_windows import RING_WINDOWS, StateWindows, least_frame
 from pagemem.devices.arena import HostArena
 from pagemem.errors import StorageError
 from pagemem.frames.page import FrameId
-from pagemem.residency.mover import Mover
+from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.telemetry.events import EventKind, EventLog
 from pagemem.tier import Tag
@@ -36,14 +36,14 @@ class Cycle:
 
     def __init__(self, files: FakePageFiles, sizes: Sequence[int | tuple[int, int]], n_frames: int) -> None:
         self.log = EventLog()
-        self.mover = Mover(HostArena(SHARED + n_frames, PAGE_BYTES), files, self.log)  # type: ignore[arg-type]
+        self.mover = HostMover(HostArena(SHARED + n_frames, PAGE_BYTES), files, self.log)  # type: ignore[arg-type]
         self.slices: list[tuple[PagedTensor, ...]] = []
         for number, size in enumerate(sizes):
             pages = size if isinstance(size, tuple) else (size,)
             self.slices.append(
                 tuple(self.mover.create(f"{number}.{k}", Tag.MOMENT, n * PAGE_BYTES) for k, n in enumerate(pages))
             )
-        self.first_frame = self.mover.set_aside(n_frames)
+        self.first_frame = self.mover.tenants.set_aside(n_frames)
         self.windows = StateWindows(self.mover, self.slices, self.first_frame, n_frames)
         self._salts = dict.fromkeys((t.id for tensors in self.slices for t in tensors), 0)
         self._salt = 0
@@ -96,7 +96,7 @@ def streaming(sizes: Sequence[int | tuple[int, int]], n_frames: int) -> Iterator
     try:
         yield cycle, files
     finally:
-        cycle.mover.settle()
+        cycle.mover.monitor.settle()
         files.close()
         cycle.mover.validate()
         cycle.mover.arena.close()
@@ -175,7 +175,7 @@ def test_as_many_slices_as_fit_stay_and_the_others_pass_through(resident: int) -
     with streaming(sizes, frames) as (cycle, files):
         assert cycle.windows.n_resident == resident
         cycle.go_round(4)
-        cycle.mover.settle()
+        cycle.mover.monitor.settle()
         passing = sum(len(tensors) for tensors in cycle.slices[resident:])
         assert files.n_writes == 4 * passing
         # The first time there is nothing to read; at the end one is fetched for a fifth time.
@@ -252,14 +252,14 @@ def test_a_slice_that_is_in_use_or_moving_is_not_stolen(five: Gated) -> None:
 def test_a_tensor_that_the_training_thread_moved_elsewhere_comes_back(dirty: bool, resident: bool) -> None:
     with streaming([(1, 1), 1, 2, 1, 2], 6 + (2 if resident else 0)) as (cycle, _):
         cycle.go_round(2)
-        cycle.mover.settle()
+        cycle.mover.monitor.settle()
         tensor = cycle.slices[0][1]
         if tensor.state is Residency.DIRTY:
             cycle.mover.store_all()
         if tensor.frame is not None:
             cycle.mover.drop(tensor)
         cycle.mover.start_load(tensor, FrameId(1))
-        cycle.mover.settle()
+        cycle.mover.monitor.settle()
         cycle.check(tensor)
         if dirty:
             cycle.mover.touch(tensor)
@@ -276,7 +276,7 @@ def test_a_read_that_fails_is_raised_and_can_be_tried_again(five: Gated) -> None
         visit.result(TIMEOUT_S)
     assert five.cycle.states()[0] == "stored"
     with pytest.raises(StorageError, match="the disk is gone"):
-        five.cycle.mover.check()
+        five.cycle.mover.monitor.check()
     again = five.begin(0)
     five.files.take("read").open()
     again.result(TIMEOUT_S)
@@ -289,7 +289,7 @@ def test_what_is_taken_away_while_another_one_comes_is_brought_again(pairs: Gate
     visit = pairs.begin(0)
     reads = [pairs.files.take("read") for _ in range(2)]
     reads[1].open()
-    mover.wait_until(lambda: quick.state is Residency.CLEAN, quick.name)
+    mover.monitor.wait_until(lambda: quick.state is Residency.CLEAN, quick.name)
     mover.drop(quick)
     reads[0].open()
     pairs.files.take("read").open()

@@ -11,7 +11,8 @@ from tiers import anyone
 
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, TensorId
-from pagemem.frames.window import LOOKED_AT, Segment, Window, best_window, window_near
+from pagemem.frames.window import Segment, Window, best_window, window_near
+from pagemem.knobs import LOOKED_AT
 from pagemem.tier import Tier
 from pagemem.units import KiB
 

@@ -158,7 +158,7 @@ def test_steps_that_repeat_are_planned_and_right(ops: tuple[str, ...], n_frames:
         assert (r.driver.on_demand_steps, r.driver.planned_steps) == (1, 7)
         assert deviations(r) == []
         plan = r.driver.plan
-        assert plan is not None and r.mover.touched_frames <= plan.peak_frames <= n_frames
+        assert plan is not None and r.mover.tenants.touched_frames <= plan.peak_frames <= n_frames
         r.read_all()
 
 

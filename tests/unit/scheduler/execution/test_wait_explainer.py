@@ -151,7 +151,7 @@ class Watched:
         return waiting
 
     def _wait(self, tensor: PagedTensor) -> None:
-        self.gates.mover.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
+        self.gates.mover.monitor.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)
         self.recorder.emit(self.gates.log.of(EventKind.WAIT)[-1])  # The mover's sink is a log here.
 
 
@@ -234,7 +234,7 @@ def test_of_the_device_it_is_the_copy_once_host_memory_has_the_tensor_and_what_t
             assert causes("a") == WaitCause("h2d", COPYING)
             lower.uploads -= 1
         gates.files.take("read").open()
-        device.wait_until(lambda: tensor.readable, "a")
+        device.monitor.wait_until(lambda: tensor.readable, "a")
         assert causes("a") == UNKNOWN_CAUSE and causes("nobody") == UNKNOWN_CAUSE
         device.close()
         arena.close()
