@@ -28,7 +28,7 @@ def test_a_store_that_fails_gives_it_up_and_training_and_the_next_one_go_on(gate
     assert snapshot.state is SnapshotState.RELEASED and "went away" in str(snapshot.error)
     assert not any(tensor.snapshot_pending for tensor in tensors)
     with pytest.raises(StorageError, match="went away"):
-        gates.mover.check()
+        gates.mover.monitor.check()
     third.open()
     change(gates, tensors[1], 99)
     assert gates.files.idle(), "nothing is stored for it any more"
@@ -48,7 +48,7 @@ def test_whoever_waits_goes_on_after_the_failure_and_the_next_op_hears_of_it(gat
     changed.result(timeout=TIMEOUT_S)
     assert snapshot.state is SnapshotState.RELEASED and gates.holds(tensor, 6)
     with pytest.raises(StorageError, match="no space"):
-        gates.mover.check()
+        gates.mover.monitor.check()
 
 
 def test_a_load_that_fails_meanwhile_does_not_stop_it(gates: Gates) -> None:
@@ -64,7 +64,7 @@ def test_a_load_that_fails_meanwhile_does_not_stop_it(gates: Gates) -> None:
         store_next(gates)
     assert snapshot.state is SnapshotState.COMPLETE
     with pytest.raises(StorageError, match="gone"):
-        gates.mover.check()
+        gates.mover.monitor.check()
 
 
 def test_without_room_on_the_disk_it_is_refused_before_anything_is_written(

@@ -273,7 +273,7 @@ def test_coming_to_rest_waits_for_every_copy_also_a_failing_one(gates: Gates, re
     gates.mover.start_load(loading, FrameId(0))
     gates.mover.start_store(storing)
     read, write = gates.files.take("read"), gates.files.take("write")
-    resting = gates.training.submit(getattr(gates.mover, rest))
+    resting = gates.training.submit(getattr(gates.mover.monitor, rest))
     if failing:
         read.fail(StorageError("gone"))
     else:

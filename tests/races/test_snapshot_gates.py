@@ -174,5 +174,3 @@ def test_a_view_that_was_written_to_before_is_stored_though_the_tensor_looks_cle
     del view
     gates.mover.collect_leases()
     assert (tensor.state, tensor.may_be_aliased) == (R.DIRTY, False) and content(gates, snapshot) == {"t": 6}
-from pagemem.knobs import STORES_AT_A_TIME
-from pagemem.residency.snapshot import SnapshotState

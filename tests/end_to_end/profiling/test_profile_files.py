@@ -32,7 +32,11 @@ def test_after_the_block_nobody_is_told(tmp_path: Path) -> None:
             steps(engine, 0, 1)
         store = engine.debug.store
         assert (
-            store.driver.watcher is store.mover.watcher is store.mover.copies.watcher is store.budget._watcher is None
+            store.driver.watcher
+            is store.mover.monitor.watcher
+            is store.mover.copies.watcher
+            is store.budget._watcher
+            is None
         )
         assert isinstance(store.counters.onward, NullSink)
         before = profile._recorder.finish({})
