@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import full_product
 from parity import Parity, adamw, state_bytes
 from small_runs import assert_closed
 from tiny_models import CASES
@@ -30,12 +31,9 @@ def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
 
 
-@pytest.mark.parametrize(("clip_norm", "accumulation"), [(None, 1), (0.5, 3)])
-@pytest.mark.parametrize("limit", [0, "64KiB"])
-@pytest.mark.parametrize("name", CASES)
-def test_steps_equal_plain_torch(
-    name: str, limit: int | str, clip_norm: float | None, accumulation: int, tmp_path: Path
-) -> None:
+@full_product(name=tuple(CASES), limit=[0, "64KiB"], update={"whole": (None, 1), "clipped and accumulated": (0.5, 3)})
+def test_steps_equal_plain_torch(name: str, limit: int | str, update: tuple[float | None, int], tmp_path: Path) -> None:
+    clip_norm, accumulation = update
     parity = Parity(
         CASES[name],
         tmp_path,

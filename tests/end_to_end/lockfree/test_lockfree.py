@@ -14,6 +14,7 @@ from pairwise import full_product
 from parity import Parity, adamw, schedule, smallest_ram, state_bytes
 from small_runs import assert_closed
 from tiny_models import CASES, Case
+from torch import nn
 from updater_gates import UpdaterGates
 
 import offload
@@ -45,20 +46,16 @@ def test_without_staleness_every_step_equals_plain_torch(
         assert stats.planned_steps >= planned.steps - 2
 
 
-def replayed(
+def prepared(
     case: Case,
     folder: Path,
     ram: int,
     max_staleness: int,
-    *,
-    pace: str,
-    steps: int = 10,
-    clip_norm: float | None = None,
-    accumulation: int = 1,
-    dtype: torch.dtype = torch.float32,
-    exact_steps: int = 0,
-) -> tuple[History, offload.Engine]:
-    """Train, do it again in plain PyTorch, compare everything; the engine is closed."""
+    clip_norm: float | None,
+    dtype: torch.dtype,
+    exact_steps: int,
+) -> tuple[nn.Module, nn.Module, Any, offload.Engine]:
+    """A plain model, the same in pages with its optimizer, and the engine."""
     torch.manual_seed(7)
     plain = case.build()
     config = {
@@ -75,6 +72,24 @@ def replayed(
         config["model"] = {"factory": "unused:unused", "dtype": "bf16"}
     model, optimizer = offload.prepare(copy.deepcopy(plain), adamw, config)
     engine: offload.Engine = optimizer.engine  # type: ignore[attr-defined]
+    return plain, model, optimizer, engine
+
+
+def replayed(
+    case: Case,
+    folder: Path,
+    ram: int,
+    max_staleness: int,
+    *,
+    pace: str,
+    steps: int = 10,
+    clip_norm: float | None = None,
+    accumulation: int = 1,
+    dtype: torch.dtype = torch.float32,
+    exact_steps: int = 0,
+) -> tuple[History, offload.Engine]:
+    """Train, do it again in plain PyTorch, compare everything; the engine is closed."""
+    plain, model, optimizer, engine = prepared(case, folder, ram, max_staleness, clip_norm, dtype, exact_steps)
     gates = UpdaterGates(engine)
     history = History(gates, max_staleness)
     scheduled = schedule(optimizer)

@@ -65,7 +65,7 @@ def test_with_freed_blocks_that_join_activations_need_no_trimming(
 ) -> None:
     calls: list[bool] = []
     monkeypatch.setattr(offload.parameters.binder, "give_back_free_pages", lambda: calls.append(True))
-    monkeypatch.setattr(offload.engine, "blocks_join", lambda: True)
+    monkeypatch.setattr("offload.assembly.parts.tcache_disabled", lambda: True)
     settings = config(tmp_path, ram=RAM_BYTES)
     settings["memory"] |= {"activations": 0}
     with offload.initialize(built(), settings, adamw) as engine:

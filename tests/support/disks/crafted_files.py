@@ -11,13 +11,14 @@ import random
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from field_damages import MISSING, changed, fields, values_for
+from damages import Damage, body_of, manifest_of, newest, write_manifest
+from field_damages import field_damages
 from launch_data import sentence_text
+from place_damages import place_damages
 from torch import Tensor, nn
 from xxhash import xxh3_128_hexdigest
 
@@ -25,7 +26,6 @@ from examples.byte_corpus import ByteCorpus
 from offload.config import load_config
 from offload.console.output import Output
 from offload.launch.train import launch
-from pagemem.durable.manifest import FORMAT
 
 
 class Small(nn.Module):
@@ -67,8 +67,8 @@ def small_run(folder: Path, steps: int = 3) -> None:
     """Train it; the page file is cut to what commits name, so that it can be copied often."""
     launch(load_config(settings(folder, steps)), Output(quiet=True))
     reached = max(
-        [first + n for t in _manifest(folder)[1]["tensors"] for first, n in t["runs"]]
-        + [t["tail"][0] + 1 for t in _manifest(folder)[1]["tensors"] if t["tail"]]
+        [first + n for t in manifest_of(folder)[1]["tensors"] for first, n in t["runs"]]
+        + [t["tail"][0] + 1 for t in manifest_of(folder)[1]["tensors"] if t["tail"]]
     )
     others = [first + n for number in (1, 2, 3) for t in _tensors(folder, number) for first, n in t["runs"]]
     tails = [t["tail"][0] + 1 for number in (1, 2, 3) for t in _tensors(folder, number) if t["tail"]]
@@ -84,82 +84,10 @@ def _toml(raw: dict[str, Any]) -> str:
 
 def _tensors(folder: Path, number: int) -> list[Any]:
     path = folder / "pages" / "commits" / f"commit-{number:08d}.json"
-    return _body(path)["tensors"] if path.exists() else []
-
-
-def _body(path: Path) -> Any:
-    return json.loads(path.read_bytes().partition(b"\n")[2])
-
-
-def newest(folder: Path) -> Path:
-    """The newest manifest."""
-    return max((folder / "pages" / "commits").glob("*.json"))
-
-
-def _manifest(folder: Path) -> tuple[Path, Any]:
-    path = newest(folder)
-    return path, _body(path)
-
-
-def write_manifest(path: Path, body: bytes) -> None:
-    """With a header that fits."""
-    path.write_bytes(f"{FORMAT} {len(body)} {xxh3_128_hexdigest(body)}\n".encode() + body)
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One thing that is wrong.
-
-    Attributes:
-        file: which kind of file: "manifest", "side", "identity", "lock", "pages", "plan", "metrics", "run identity",
-            "config".
-        do: does it to a run's folder.
-    """
-
-    file: str
-    what: str
-    do: Callable[[Path], None]
+    return body_of(path)["tensors"] if path.exists() else []
 
 
 # ---- by field -------------------------------------------------------------------------------------------------------
-
-
-def field_damages(
-    root: Any, write: Callable[[Path, bytes], None], file: str, under: tuple[Any, ...] = ()
-) -> Iterator[Damage]:
-    """Each field with each wrong value; a surplus key in each object, and a key twice."""
-    for path, value in fields(root):
-        if not path or path[: len(under)] != under:
-            continue
-        for wrong in values_for(value):
-            body = json.dumps(changed(root, path, wrong)).encode()
-            what = "missing" if wrong is MISSING else repr(wrong)[:30]
-            yield Damage(file, f"{'.'.join(map(str, path))} is {what}", lambda folder, body=body: write(folder, body))
-        if isinstance(value, dict):
-            body = json.dumps(changed(root, (*path, "surplus"), 1)).encode()
-            yield Damage(
-                file, f"{'.'.join(map(str, path))} has a key more", lambda folder, body=body: write(folder, body)
-            )
-    text = json.dumps(root).encode()
-    key, first = next(iter(root.items()))
-    for what, body in {
-        "a key twice": text[:-1] + f", {json.dumps(key)}: {json.dumps(first)}}}".encode(),
-        "NaN": text[:-1] + b', "x": NaN}',
-        "Infinity": text[:-1] + b', "x": -Infinity}',
-        "1e999": text[:-1] + b', "x": 1e999}',
-        "deep lists": b"[" * 100_000,
-        "deep objects": b'{"a":' * 100_000,
-        "closed deep lists": b"[" * 5000 + b"]" * 5000,
-        "empty": b"",
-        "null": b"null",
-        "text": b'"x"',
-        "list": b"[]",
-        "object": b"{}",
-        "not UTF-8": b"\xff\xfe{}",
-        "zeros": bytes(5000),
-        "512 KiB of brackets": b"[" + b"[]," * 170_000 + b"0]",
-    }.items():
-        yield Damage(file, what, lambda folder, body=body: write(folder, body))
 
 
 # ---- by byte and by kind --------------------------------------------------------------------------------------------
@@ -237,7 +165,7 @@ def _side(folder: Path) -> Path:
 
 def _with_side(folder: Path, content: bytes) -> None:
     """Side file of the newest commit, and what its manifest says of it."""
-    path, body = _manifest(folder)
+    path, body = manifest_of(folder)
     body["state"]["sidecar"] = {"n_bytes": len(content), "xxh3": xxh3_128_hexdigest(content)}
     write_manifest(path, json.dumps(body).encode())
     _side(folder).write_bytes(content)
@@ -275,69 +203,6 @@ def _side_damages(folder: Path) -> Iterator[Damage]:
         yield Damage("side", what, lambda folder, made=made: _with_side(folder, made))
     yield Damage("side", "more at its end", lambda folder: _with_side(folder, content + bytes(64)))
     yield Damage("side", "7 bytes", lambda folder: _with_side(folder, content[:7]))
-
-
-def _place_damages(folder: Path) -> Iterator[Damage]:
-    """Frames out of range or used twice, sizes against pages, names that are none."""
-    _, body = _manifest(folder)
-    one = next(place for place, tensor in enumerate(body["tensors"]) if tensor["runs"])
-    other = next(place for place, tensor in enumerate(body["tensors"]) if tensor["runs"] and place != one)
-    tensor, taken = body["tensors"][one], body["tensors"][other]["runs"][0][0]
-    n_frames = tensor["runs"][0][1]
-    for what, entry in {
-        "a frame beyond the file": {"runs": [[10**6, n_frames], *tensor["runs"][1:]]},
-        "10^9 frames": {"runs": [[0, 10**9]]},
-        "10^12 frames and bytes": {"runs": [[0, 10**9]], "n_bytes": 10**9 << 16, "tail": None},
-        "a frame twice": {"runs": [[taken, n_frames], *tensor["runs"][1:]]},
-        "a run of no frames": {"runs": [[0, 0]]},
-        "a tail beyond its page": {"tail": [0, 61440, 8192]},
-        "a tail not in blocks": {"tail": [0, 100, 4096]},
-        "a tail of two numbers": {"tail": [0, 4096]},
-        "a sum less": {"sums": tensor["sums"][1:]},
-        "a sum more": {"sums": [*tensor["sums"], 1]},
-        "a sum beyond 64 bits": {"sums": [2**64, *tensor["sums"][1:]]},
-        "a tag that is none": {"tag": "gradient"},
-        "a size not in blocks": {"n_bytes": tensor["n_bytes"] + 1},
-        "a size of another number of pages": {"n_bytes": tensor["n_bytes"] + (1 << 20)},
-        "a name with a slash": {"name": "../../etc"},
-        "a name with a bell": {"name": "a\a"},
-        "the name of another": {"name": body["tensors"][other]["name"], "tag": body["tensors"][other]["tag"]},
-    }.items():
-        made = json.dumps(changed(body, ("tensors", one), {**tensor, **entry})).encode()
-        yield Damage("manifest", what, lambda folder, made=made: write_manifest(newest(folder), made))
-    for what, path, value in (
-        ("page_bytes that are no power of two", ("page_bytes",), 65537),
-        ("other pages than those before", ("page_bytes",), 131072),
-        ("another number", ("number",), 77),
-        ("another run's id", ("run_ids", 0), "x"),
-        ("two run ids", ("run_ids",), ["x", "y"]),
-        ("no run id", ("run_ids",), []),
-        ("no tensors", ("tensors",), []),
-        ("an optimizer that is none", ("state", "optimizer"), "Lion"),
-        ("a group of another kind", ("state", "groups", 0, "betas"), [0.9]),
-        ("a rate below 0", ("state", "groups", 0, "lr"), -1.0),
-        ("an unknown encoding", ("state", "encoding"), 3),
-        ("random numbers for a generator", ("state", "random", "torch"), "AAAA"),
-        ("a generator of another kind", ("state", "random", "numpy", 0), "PCG64"),
-        ("a position beyond the end", ("state", "random", "numpy", 2), 625),
-        ("no base64", ("state", "random", "torch"), "%%"),
-        ("a slice that ends before it begins", ("state", "units", 0, "slices", 0, "end"), 0),
-        ("a parameter beyond its tensor", ("state", "units", 0, "slots", 0, "offset"), 2**40),
-        ("a dtype that is a module", ("state", "units", 0, "dtype"), "nn"),
-        ("a parameter in a tensor that is not there", ("state", "units", 0, "parameters"), "parameter: none"),
-        ("a shape of 10^30 elements", ("state", "units", 0, "slots", 0, "shape"), [10**15, 10**15]),
-        ("65 dimensions", ("state", "units", 0, "slots", 0, "shape"), [1] * 65),
-        ("a tag that is none", ("state", "tracked", "launch"), {"$type": "object", "v": 1}),
-        (
-            "an array of 10^12 numbers",
-            ("state", "tracked", "launch"),
-            {"$type": "ndarray", "dtype": "<f4", "shape": [10**12], "v": ""},
-        ),
-        ("a state of another kind", ("state", "tracked", "launch"), 7),
-        ("paths with a zero byte", ("state", "config", "ssd", "paths"), ["a\0b"]),
-    ):
-        made = json.dumps(changed(body, path, value)).encode()
-        yield Damage("manifest", what, lambda folder, made=made: write_manifest(newest(folder), made))
 
 
 CONFIGS: dict[str, str] = {
@@ -387,8 +252,8 @@ CONFIGS: dict[str, str] = {
 def all_damages(folder: Path) -> list[Damage]:
     """Everything that is done to the run in ``folder``."""
     draw = random.Random(5)
-    path, body = _manifest(folder)
-    made = list(_place_damages(folder))
+    path, body = manifest_of(folder)
+    made = list(place_damages(folder))
     made += field_damages(body, lambda folder, content: write_manifest(newest(folder), content), "manifest")
     made += byte_damages("manifest", newest, path.stat().st_size, draw)
     made += kind_damages("manifest", lambda folder: folder / "pages" / "commits" / path.name)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+from damages import Damage
 
 MISSING = object()
 TWICE = object()
@@ -48,3 +51,41 @@ def changed(root: Any, path: tuple[Any, ...], value: Any) -> Any:
     else:
         target[path[-1]] = value
     return made
+
+
+def field_damages(
+    root: Any, write: Callable[[Path, bytes], None], file: str, under: tuple[Any, ...] = ()
+) -> Iterator[Damage]:
+    """Each field with each wrong value; a surplus key in each object, and a key twice."""
+    for path, value in fields(root):
+        if not path or path[: len(under)] != under:
+            continue
+        for wrong in values_for(value):
+            body = json.dumps(changed(root, path, wrong)).encode()
+            what = "missing" if wrong is MISSING else repr(wrong)[:30]
+            yield Damage(file, f"{'.'.join(map(str, path))} is {what}", lambda folder, body=body: write(folder, body))
+        if isinstance(value, dict):
+            body = json.dumps(changed(root, (*path, "surplus"), 1)).encode()
+            yield Damage(
+                file, f"{'.'.join(map(str, path))} has a key more", lambda folder, body=body: write(folder, body)
+            )
+    text = json.dumps(root).encode()
+    key, first = next(iter(root.items()))
+    for what, body in {
+        "a key twice": text[:-1] + f", {json.dumps(key)}: {json.dumps(first)}}}".encode(),
+        "NaN": text[:-1] + b', "x": NaN}',
+        "Infinity": text[:-1] + b', "x": -Infinity}',
+        "1e999": text[:-1] + b', "x": 1e999}',
+        "deep lists": b"[" * 100_000,
+        "deep objects": b'{"a":' * 100_000,
+        "closed deep lists": b"[" * 5000 + b"]" * 5000,
+        "empty": b"",
+        "null": b"null",
+        "text": b'"x"',
+        "list": b"[]",
+        "object": b"{}",
+        "not UTF-8": b"\xff\xfe{}",
+        "zeros": bytes(5000),
+        "512 KiB of brackets": b"[" + b"[]," * 170_000 + b"0]",
+    }.items():
+        yield Damage(file, what, lambda folder, body=body: write(folder, body))
