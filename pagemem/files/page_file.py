@@ -14,10 +14,8 @@ under way must not touch the same bytes unless both read.
 from __future__ import annotations
 
 import enum
-import os
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Final
 
 import numpy as np
@@ -25,13 +23,13 @@ import numpy as np
 from pagemem.errors import StorageError
 from pagemem.files.backend import Direction, RawBackend, choose_backend
 from pagemem.files.checksums import DigestArray, ExtentIndex
+from pagemem.files.file_set import FileSet
 from pagemem.files.rate_limit import TokenBucket
 from pagemem.files.requests import Route, plan_requests, tabulate
 from pagemem.files.stats import IoMeter, IoStats
 from pagemem.files.striping import Striping
 from pagemem.files.threads import IoPool
-from pagemem.files.transfer import COMPUTING, Completion, Done, Part, Ticket, TransferServer
-from pagemem.folders.own_file import kind_of, naming, os_failure
+from pagemem.files.transfer import COMPUTING, Completion, Done, Part, Ticket, TransferServer, flat_bytes
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent
 from pagemem.state_machine import StateMachine
@@ -112,8 +110,8 @@ class PageFiles:
         self._close_lock = threading.Lock()
         n_workers = threads_per_path * len(directories)
         folders = [directory.path for directory in directories]
-        self._backend = choose_backend(folders, direct=direct, n_workers=n_workers) if backend is None else backend
-        self._open_files()
+        made = choose_backend(folders, direct=direct, n_workers=n_workers) if backend is None else backend
+        self._files = FileSet(made, self.paths, page_bytes)
         self._started: list[IoPool[Ticket]] = []
         self._pools: dict[tuple[Direction, int], IoPool[Ticket]] = {}
         self._finishing: IoPool[Ticket] | None = None
@@ -121,7 +119,7 @@ class PageFiles:
             finishing_threads = max(1, threads_per_path // 2) * len(directories)
         hand_on = self._hand_on if finishing_threads else None
         self._server = TransferServer(
-            self._backend, self.paths, self._index, self._meter, self.throttle, hand_on, checksums=checksums
+            made, self.paths, self._index, self._meter, self.throttle, hand_on, checksums=checksums
         )
         self._start_threads(threads_per_path, finishing_threads)
 
@@ -135,7 +133,7 @@ class PageFiles:
     @property
     def backend_name(self) -> str:
         """``"direct"`` or ``"aiofiles"``."""
-        return self._backend.name
+        return self._files.backend.name
 
     @property
     def failure(self) -> BaseException | None:
@@ -157,7 +155,7 @@ class PageFiles:
             if n_frames <= self._n_frames:
                 return
             n_frames = ceil_div(n_frames, self._slab_frames) * self._slab_frames
-            self._allocate(self._striping.file_frames(self._n_frames), self._striping.file_frames(n_frames))
+            self._files.lengthen(self._striping.file_frames(self._n_frames), self._striping.file_frames(n_frames))
             self._index.grow(n_frames)
             self._n_frames = n_frames
 
@@ -238,7 +236,7 @@ class PageFiles:
         part: Part | None = None,
     ) -> None:
         route = where if isinstance(where, Route) else self.route(where)
-        flat = _flat(buffer)
+        flat = flat_bytes(buffer)
         if flat.nbytes != route.n_bytes:
             raise ValueError(f"the extents hold {route.n_bytes} bytes, the buffer {flat.nbytes}; they must be equal")
         tickets = self._server.work(direction, route, flat, done, part)
@@ -294,37 +292,6 @@ class PageFiles:
 
     # ---- files -------------------------------------------------------------------------------------------------
 
-    def _open_files(self) -> None:
-        try:
-            for file, path in enumerate(self.paths):
-                with naming("opening", path):
-                    index = self._backend.open(path)
-                if index != file:
-                    raise AssertionError(f"the backend gave {path} the index {index}, not {file}")
-        except BaseException:
-            with suppress(OSError):  # what failed first is what to raise; all are closed
-                self._backend.close()
-            raise
-
-    def _allocate(self, old_frames: Sequence[int], new_frames: Sequence[int]) -> None:
-        """Lengthen all files or none."""
-        grown: list[tuple[int, int]] = []  # those of an earlier run are longer than what has been asked for here
-        for file, path in enumerate(self.paths):
-            old_bytes, new_bytes = old_frames[file] * self.page_bytes, new_frames[file] * self.page_bytes
-            if old_bytes == new_bytes:
-                continue
-            try:
-                size_bytes = self._backend.stat(file).st_size
-                self._backend.allocate(file, old_bytes, new_bytes)
-                grown.append((file, size_bytes))
-            except BaseException as error:
-                for earlier, size_bytes in grown:
-                    with suppress(OSError):  # a longer file harms nobody
-                        self._backend.shrink(earlier, size_bytes)
-                if isinstance(error, OSError):
-                    raise os_failure(error, "growing", path, old_bytes, new_bytes - old_bytes) from error
-                raise
-
     def sync(self) -> None:
         """Make durable every write whose ``done`` was called before, in files that are still those that were opened.
 
@@ -333,34 +300,12 @@ class PageFiles:
                 written since the last sync, and a later one says nothing about that; see
                 `pagemem.residency.disk_versions`.
         """
-        for file, path in enumerate(self.paths):
-            with naming("syncing", path):
-                self._backend.sync(file)
+        self._files.sync()
         self.check()
 
     def check(self) -> None:
-        """Look whether each file is still the one that was opened, under its name, and as long as it was made. Any
-        thread.
-
-        Raises:
-            StorageError: it was removed, replaced or cut while it was used.
-        """
-        n_frames = self._striping.file_frames(self._n_frames)
-        for file, path in enumerate(self.paths):
-            with naming("looking at", path):
-                opened = self._backend.stat(file)
-                named = os.lstat(path) if kind_of(path) is not None else None
-            wanted_bytes = n_frames[file] * self.page_bytes
-            if named is None or not os.path.samestat(named, opened):
-                what = f"was {'removed' if named is None else 'replaced by another file'}"
-            elif opened.st_size < wanted_bytes:
-                what = f"was cut from {wanted_bytes} to {opened.st_size} bytes"
-            else:
-                continue
-            raise StorageError(
-                f"{path} {what} while this run used it, so nothing can be committed any more: take the weights by "
-                "state_dict(), and begin in another folder"
-            )
+        """As `FileSet.check`. Any thread."""
+        self._files.check(self._striping.file_frames(self._n_frames))
 
     def close(self) -> None:
         """Complete what is queued, end and join all threads, close all files. Idempotent; the files stay on the disk.
@@ -377,8 +322,7 @@ class PageFiles:
             for pool in self._started:  # in this order: the last one takes what the others leave to it
                 pool.close()
             try:
-                with naming("closing", ", ".join(self.paths)):
-                    self._backend.close()
+                self._files.close()
             except StorageError as error:
                 self._note_failure(error)
             self._become(FilesState.CLOSED)
@@ -399,18 +343,3 @@ def _check_sizes(page_bytes: int, max_request_bytes: int, threads_per_path: int)
         raise ValueError(f"max_request_bytes must be a positive multiple of {BLOCK_BYTES}, not {max_request_bytes}")
     if threads_per_path < 1:
         raise ValueError(f"threads_per_path must be at least 1, not {threads_per_path}")
-
-
-def _flat(buffer: memoryview) -> memoryview:
-    """The buffer's bytes as a view of our own, which can be released without touching the caller's.
-
-    Raises:
-        ValueError: it is not contiguous or not aligned.
-    """
-    if not buffer.c_contiguous:
-        raise ValueError("the buffer is not contiguous; pass one run of bytes")
-    flat = buffer.cast("B")
-    address = np.frombuffer(flat, dtype=np.uint8).__array_interface__["data"][0] if flat.nbytes else 0
-    if address % BLOCK_BYTES:
-        raise ValueError(f"the buffer's address {address:#x} is not a multiple of {BLOCK_BYTES}; slice an mmap at one")
-    return flat

@@ -31,10 +31,26 @@ from pagemem.files.checksums import DigestArray, ExtentIndex, digests
 from pagemem.files.rate_limit import TokenBucket
 from pagemem.files.requests import Countdown, Request, Route
 from pagemem.files.stats import IoMeter
+from pagemem.units import BLOCK_BYTES
 
 Done = Callable[[BaseException | None], None]
 #: Told of [start, end) in the buffer, on an I/O thread, as often as bytes come.
 Part = Callable[[Sequence[tuple[int, int]]], None]
+
+
+def flat_bytes(buffer: memoryview) -> memoryview:
+    """The buffer's bytes as a view of our own, which can be released without touching the caller's.
+
+    Raises:
+        ValueError: it is not contiguous or not aligned.
+    """
+    if not buffer.c_contiguous:
+        raise ValueError("the buffer is not contiguous; pass one run of bytes")
+    flat = buffer.cast("B")
+    address = np.frombuffer(flat, dtype=np.uint8).__array_interface__["data"][0] if flat.nbytes else 0
+    if address % BLOCK_BYTES:
+        raise ValueError(f"the buffer's address {address:#x} is not a multiple of {BLOCK_BYTES}; slice an mmap at one")
+    return flat
 
 
 class Completion:
