@@ -4,55 +4,13 @@
 ``step``, and `deferred_init` builds a model that does not fit in RAM.
 """
 
-from __future__ import annotations
-
 from offload import starting
 
 starting.begin()  # before the imports that take long
 
-import importlib
-import importlib.util
-from pathlib import Path
-from typing import Final
+from offload import own_packages
 
-#: Top-level packages of this distribution, whose names others use too.
-_SIBLINGS: Final = ("pagemem", "scheduler", "optim")
-
-
-def _check_siblings() -> None:
-    """Make sure that our packages, and not foreign ones of the same name, are what gets imported.
-
-    Raises:
-        ImportError: one resolves to another distribution's file; the message names it and the remedy.
-    """
-    home = Path(__file__).resolve().parent.parent
-    for name in _SIBLINGS:
-        spec = importlib.util.find_spec(name)
-        found = Path(spec.origin).resolve() if spec is not None and spec.origin else None
-        if found is None or found.parent.parent != home:
-            raise ImportError(
-                f"offload needs its own package {name!r} from {home}, but importing it finds {found or 'nothing'}; "
-                f"uninstall the other distribution that provides {name!r}, or put {home} first on sys.path"
-            )
-
-
-_check_siblings()
-
-from pagemem.process import interrupts
-
-for _name in _SIBLINGS:
-    interrupts.cover(str(importlib.import_module(_name).__file__))
-interrupts.cover(
-    __file__,
-    open_files=(
-        "__main__.py",
-        "cli.py",
-        "launch/train.py",
-        "launch/loop.py",
-        "launch/profile_run.py",
-        "machine/doctor.py",
-    ),
-)
+own_packages.find()
 
 from offload.budget.need import BudgetNeed
 from offload.budget.smallest import FactoryError, smallest_budget
