@@ -25,6 +25,7 @@ from offload.modules.extra_states import NAME as EXTRA_STATES
 from offload.modules.extra_states import ExtraStates
 from offload.modules.fast_paths import keep_fast_paths
 from offload.modules.structure import Structure
+from offload.parameters.engine_links import EngineLinks
 from offload.parameters.optimizer_template import OptimizerLike, assign_groups, from_section, optimized_by, template_of
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.adoption import adopt, give_back
@@ -120,9 +121,29 @@ def build_parts(
     extra = ExtraStates(model)
     if extra:
         checkpoints.track(EXTRA_STATES, extra)
-    choice = _keep_activations(model, config, store, undo)
+    activations = _saved_activations(config, store)
+    choice, memory = None, config.memory
+    if activations is not None and memory.activations is not None and memory.recompute == "auto":
+        choice = _recompute_choice(model, activations, memory.activations, store, undo)
     step = TrainingStep(store, updater, scaling.loss_scale, config.update.accumulation, choice, keepers)
-    _bind(model, config, store, updater, undo, only_trainable=from_section(optimizer))
+    saved, structure = store.parts.saved_weights(store.binder), Structure(model)
+    undo.append(saved.around_forward(model))
+    undo += keep_fast_paths(model, store.binder)
+    store.binder.train(
+        EngineLinks(
+            updater,
+            model,
+            saved.scope,
+            structure.is_known,
+            structure.check,
+            activations,
+            only_trainable=from_section(optimizer),
+            trims=_trims(config),
+        )
+    )
+    updater.other_gradients = _other_gradients(model, updater)
+    for module in model.modules():
+        store.watch_over(module)
     paged_optimizer.attach(updater, step.ended, store.binder.check_structure, store.binder.collect_in_hooks)
     return EngineParts(store, updater, paged_optimizer, checkpoints, step, choice)
 
@@ -139,42 +160,30 @@ def _make_states(store: PageStore, states: StateAccess) -> None:
                 part.master = None
 
 
-def _keep_activations(model: nn.Module, config: Config, store: PageStore, undo: Undo) -> RecomputeChoice | None:
-    """Keep saved tensors within ``memory.activations``, if it is set."""
+def _saved_activations(config: Config, store: PageStore) -> SavedActivations | None:
+    """What keeps saved tensors within ``memory.activations``, if it is set."""
     memory = config.memory
     if memory.activations is None:
         return None
     of_chunk = chunk_bytes(memory.ram, store.page_bytes)
-    saved = SavedActivations(store.driver, memory.activations, of_chunk, store.device_mover)
-    store.binder.activations = saved
-    if memory.recompute != "auto":
-        return None
+    return SavedActivations(store.driver, memory.activations, of_chunk, store.device_mover)
+
+
+def _recompute_choice(
+    model: nn.Module, saved: SavedActivations, limit_bytes: int, store: PageStore, undo: Undo
+) -> RecomputeChoice:
     blocks = Blocks(model, lambda: store.driver.position, lambda: saved.bytes.ever_bytes)
     undo.append(blocks.close)
-    return RecomputeChoice(blocks, store.driver, memory.activations)
+    return RecomputeChoice(blocks, store.driver, limit_bytes)
 
 
-def _bind(
-    model: nn.Module, config: Config, store: PageStore, updater: Updater, undo: Undo, *, only_trainable: bool
-) -> None:
-    """Have the binder train: the model's calls bring pages, and its gradients go to the updater."""
-    binder, heap = store.binder, config.memory.heap
-    structure = Structure(model)
-    binder.structure_is_known, binder.check_structure = structure.is_known, structure.check
-    binder.only_trainable = only_trainable
-    binder.trims = heap == "trim" or (heap == "auto" and binder.activations is not None and not tcache_disabled())
+def _trims(config: Config) -> bool:
+    """Whether free pages of the heap are given back in each step; the heap is set accordingly."""
+    heap = config.memory.heap
+    trims = heap == "trim" or (heap == "auto" and config.memory.activations is not None and not tcache_disabled())
     # The process may have been set otherwise by an engine before.
-    (give_back_large_blocks if binder.trims else keep_freed_memory)()
-    saved = store.parts.saved_weights(binder)
-    binder.updater, binder.root, binder.save_hooks = updater, model, saved.scope
-    undo.append(saved.around_forward(model))
-    undo += keep_fast_paths(model, binder)
-    for parameter in model.parameters():
-        if isinstance(parameter, PagedParameter):
-            binder.watch_gradient(parameter)
-    updater.other_gradients = _other_gradients(model, updater)
-    for module in model.modules():
-        store.watch_over(module)
+    (give_back_large_blocks if trims else keep_freed_memory)()
+    return trims
 
 
 def _other_gradients(model: nn.Module, updater: Updater) -> Callable[[], list[tuple[int, Tensor]]]:

@@ -26,6 +26,7 @@ from offload.forecast.cpu_attention import AttentionOfCpu
 from offload.forecast.kernels import CostMode
 from offload.forecast.meta_tier import MetaArena, MetaDevice, NoFiles
 from offload.parameters.binder import Binder
+from offload.parameters.edits import Edits
 from offload.parameters.saved_weights import SavedView, SavedWeights
 from offload.profiling.live_storages import Holder, LiveStorages
 from offload.store.deferred_init import built_into
@@ -122,11 +123,12 @@ class ClockedDevice(Clocked, DeviceDriver):
         self.cost.updates_are_made(on_device=False)
 
 
-class _Binder(Binder):
-    """The engine's binder over a meta arena."""
+class _Edits(Edits):
+    """Edits over a meta arena."""
 
-    def _exposes(self, result: Any) -> bool:
-        arena = self.mover.arena
+    def exposes(self, result: Any) -> bool:
+        """Whether a result is a view of pages."""
+        arena = self._mover.arena
         assert isinstance(arena, MetaArena)
         values = result if isinstance(result, (list, tuple)) else (result,)
         return any(isinstance(v, Tensor) and not v.requires_grad and arena.leased(v) is not None for v in values)
@@ -221,9 +223,7 @@ class _Parts(StoreParts):
 
     def binder(self, driver: Driver, mover: Mover) -> Binder:
         """One that knows meta tensors."""
-        binder = _Binder(driver, mover)
-        binder.torch_device = torch.device("meta")
-        return binder
+        return Binder(driver, mover, _Edits(mover), "meta")
 
     def saved_weights(self, binder: Binder) -> SavedWeights:
         """Those that know meta tensors."""

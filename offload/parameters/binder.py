@@ -6,7 +6,6 @@ Parameters are bound, which is to have views of pages for data, for the length o
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Final
@@ -18,6 +17,8 @@ from torch.compiler import is_compiling
 from offload.activations.saved import SavedActivations
 from offload.compilers import refuse_compilers
 from offload.heap import ForwardEnd, give_back_free_pages
+from offload.parameters.edits import Edits
+from offload.parameters.engine_links import EngineLinks
 from offload.parameters.paged_parameter import PagedParameter, Place
 from offload.parameters.tensor_functions import EXPORTS
 from optim.unit import Slot, Unit, early_use, late_use
@@ -28,10 +29,7 @@ from pagemem.residency.mover import Mover
 from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
-is_functorch_wrapped_tensor, peek_interpreter_stack = (
-    torch._C._functorch.is_functorch_wrapped_tensor,
-    torch._C._functorch.peek_interpreter_stack,
-)
+peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 _NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
 _TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
 #: What gives something out through which torch does not count writes.
@@ -49,27 +47,28 @@ class Binder:
     Args:
         driver: brings the pages that compute uses.
         mover: owner of the arena that they are in.
+        edits: notices edits of them; None: those of that arena.
+        device: where that arena is.
 
     Attributes:
-        torch_device: where that arena is.
-        structure_is_known, check_structure: says, and raises, when the model no longer has the parameters that are in
-            pages.
-        doubted: it had not in the last forward pass; no gradient may be used before that is checked.
-        only_trainable: the optimizer was made from the configuration, for what was trainable then.
+        doubted: the model had other parameters in the last forward pass; no gradient may be used before that is
+            checked.
         pointed: views of what addresses were given out of in the forward pass under way.
     """
 
-    def __init__(self, driver: Driver, mover: Mover) -> None:
+    def __init__(
+        self, driver: Driver, mover: Mover, edits: Edits | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         self.driver = driver
         self.mover = mover
-        self.torch_device = torch.device("cpu")
+        self.edits = edits or Edits(mover)
+        self.torch_device = torch.device(device)
         self.updater: Updater | None = None
         self.root: nn.Module | None = None
         self.activations: SavedActivations | None = None
         self.trims = False
         self.copying = 0
         self.pointed: list[Tensor] = []
-        self._watched: dict[Unit, dict[Slot, Place]] = {}
         self.forwards = 0
         self.closed = self._forked = False
         self.converting = False
@@ -83,20 +82,30 @@ class Binder:
         self.in_hooks: list[Any] = []
         self.owner: object = None
 
-    def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> None:
-        """Make a parameter that is ordinary, or was in another unit, one of ``unit``; its values must already be in the
-        unit's pages."""
+    def compute_on(self, driver: Driver, mover: Mover, device: torch.device, units: Iterable[Unit]) -> None:
+        """Bind ``units`` in another mover's arena from now on, on another device."""
+        self.driver, self.mover, self.torch_device = driver, mover, device
+        self.edits.follow(mover)
+        self.units = {unit.compute.id: unit for unit in units}
+
+    def train(self, links: EngineLinks) -> None:
+        """Calls belong to training from now on, and gradients go to the updater."""
+        self.updater, self.root, self.save_hooks = links.updater, links.root, links.save_hooks
+        self.structure_is_known, self.check_structure = links.structure_is_known, links.check_structure
+        self.only_trainable, self.trims, self.activations = links.only_trainable, links.trims, links.activations
+        for parameter in links.root.parameters():
+            if isinstance(parameter, PagedParameter):
+                self.watch_gradient(parameter)
+
+    def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> PagedParameter:
+        """Make a parameter that is ordinary, or was in another unit, one of ``unit``, whose pages hold its values
+        already. There may be several for one slot, as ``nn.Parameter(paged)`` makes them."""
         place = Place(self, unit, slot)
         with _NO_TORCH_FUNCTION():
             parameter.data = place.placeholder
         parameter.__class__ = PagedParameter
-        parameter._place = place  # type: ignore[attr-defined]
-
-    def alias(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> PagedParameter:
-        """Make an ordinary parameter another one over the memory of the paged one that is there, as
-        ``nn.Parameter(paged)`` is."""
-        self.adopt(parameter, unit, slot)
         assert isinstance(parameter, PagedParameter)
+        parameter._place = place
         return parameter
 
     def call(
@@ -114,19 +123,20 @@ class Binder:
             raise self.refusal(parameters[0]._place.slot.name)
         copying = self.copying and getattr(func, "__name__", "") == "detach"
         with self._scope(), self.bound(parameters):
-            self._before_writes(parameters)
+            self.edits.before_writes(parameters)
             versions = [parameter._version for parameter in parameters]
             result = func(*args, **kwargs)
-            may_be_aliased = func in EXPORTS or (not copying and self._exposes(result))
+            may_be_aliased = func in EXPORTS or (not copying and self.edits.exposes(result))
             if func == Tensor.data_ptr and self.forwards:
                 # Whoever is given an address uses it after this: the pages stay until the forward pass is over.
                 self.pointed += [parameter.detach() for parameter in parameters]
             for parameter, version in zip(parameters, versions, strict=True):
                 if parameter._version != version:
-                    self._check_whole(parameter)
-                    self.note_change(parameter._place)
+                    self.edits.check_whole(parameter)
+                    self.edits.changed(parameter._place)
                 if may_be_aliased:
-                    self._exposed(parameter, counted=func not in _UNCOUNTED)
+                    in_pass = self.forwards > 0 or torch._C._current_graph_task_id() != -1
+                    self.edits.exposed(parameter, counted=func not in _UNCOUNTED, in_pass=in_pass)
             return _detached(result) if copying else result
 
     def _scope(self) -> Any:
@@ -149,15 +159,20 @@ class Binder:
         if all(parameter._place.bound for parameter in parameters):
             yield
             return
-        with self._scope():
+        with self._scope(), self._bound_for_block(parameters):
+            yield
+
+    @contextmanager
+    def _bound_for_block(self, parameters: list[PagedParameter]) -> Iterator[None]:
+        """`bound`, for a block of the user's code."""
+        with _NO_TORCH_FUNCTION():
+            context = self.bound(parameters)
+            context.__enter__()
+        try:
+            yield
+        finally:
             with _NO_TORCH_FUNCTION():
-                context = self.bound(parameters)
-                context.__enter__()
-            try:
-                yield
-            finally:
-                with _NO_TORCH_FUNCTION():
-                    context.__exit__(None, None, None)
+                context.__exit__(None, None, None)
 
     @contextmanager
     def bound(self, parameters: Iterable[PagedParameter]) -> Iterator[None]:
@@ -221,53 +236,16 @@ class Binder:
         tensor.leases += 1
         return self.mover.arena.lease(tensor.id, tensor.frame, offset_bytes, dtype, numel)
 
-    def _exposes(self, result: Any) -> bool:
-        """Whether a result lets its holder write to the pages without our notice."""
-        values = result if isinstance(result, (list, tuple)) else (result,)
-        return any(
-            isinstance(value, Tensor)
-            and not isinstance(value, PagedParameter)
-            and not value.requires_grad
-            and value.layout is torch.strided
-            and not is_functorch_wrapped_tensor(value)
-            and self.mover.arena.locate(value.data_ptr()) is not None
-            for value in values
-        )
+    def takes_nothing(self, parameter: PagedParameter, values: Tensor) -> bool:
+        """Before ``parameter.data = values``: whether they are the parameter's own memory, so that nothing is to be
+        done.
 
-    def _check_whole(self, parameter: PagedParameter) -> None:
-        """Raise when a call gave a bound parameter other memory or another shape (``t_``, ``set_``, ...); its values
-        are as they were."""
-        slot = parameter._place.slot
-        if (
-            parameter.shape != slot.shape
-            or not parameter.is_contiguous()
-            or (slot.numel and self.mover.arena.locate(parameter.data_ptr()) is None)
-        ):
-            raise RuntimeError(
-                f"{slot.name}: a paged parameter keeps its shape and its memory, so it cannot be transposed, resized "
-                "or set in place; write values with parameter.copy_(values)"
-            )
-
-    def holds(self, parameter: PagedParameter, values: Tensor) -> bool:
-        """Whether ``values`` are the parameter's own memory, as it is."""
-        place = parameter._place
-        if (
-            isinstance(values, PagedParameter)
-            or values.shape != place.slot.shape
-            or values.dtype != place.slot.dtype
-            or not values.is_contiguous()
-        ):
-            return False
-        located, tensor = self.mover.arena.locate(values.data_ptr()), place.unit.compute
-        if located is None or tensor.frame is None:
-            return False
-        return (located[0] - tensor.frame) * self.mover.arena.page_bytes + located[
-            1
-        ] == place.slot.offset * place.slot.dtype.itemsize
-
-    def check_unviewed(self, parameter: PagedParameter) -> None:
-        """Raise where somebody has a view of the parameter, or of another one in its unit, which in plain PyTorch would
-        keep the old values."""
+        Raises:
+            RuntimeError: somebody has a view of the parameter, or of another one in its unit, which in plain PyTorch
+                would keep the old values.
+        """
+        if parameter is values or self.edits.holds(parameter, values):
+            return True
         place = parameter._place
         if not self.closed and not place.bound and self.driver.viewed(place.unit.compute):
             raise RuntimeError(
@@ -275,52 +253,25 @@ class Binder:
                 "in use, which would change with it; keep a copy instead (parameter.detach().clone()), or let go of "
                 "the view"
             )
+        return False
 
-    def note_change(self, place: Place) -> None:
-        """A bound parameter was written to."""
-        place.unit.version += 1
-        place.slot.edited = True
-        self.mover.touch(place.unit.compute)
+    @contextmanager
+    def gather(self, parameters: list[PagedParameter]) -> Iterator[None]:
+        """Have parameters bound inside the block, to be read and written in place, outside of steps.
 
-    def _exposed(self, parameter: PagedParameter, *, counted: bool) -> None:
-        """A view was given out that can be written to; with ``counted``, torch counts that as writing to the
-        parameter."""
-        place = parameter._place
-        place.slot.edited = True
-        place.unit.compute.may_be_aliased = True
-        self.mover.touch(place.unit.compute)
-        if counted:
-            if place.seen is None or not place.unit.live_views:
-                place.seen = weakref.ref(parameter), parameter._version
-                self._watched.setdefault(place.unit, {})[place.slot] = place
-        elif not self.forwards and torch._C._current_graph_task_id() == -1:
-            # Nobody will know of writes. What is given out inside of a forward or backward pass is for kernels, which
-            # read.
-            place.unit.version += 1
-
-    def notice_edits(self, unit: Unit) -> None:
-        """Count what was written to a unit's parameters through views: when one is saved, so that it is not held
-        against it, and asked for again."""
-        for place in self._watched.get(unit, {}).values():
-            assert place.seen is not None
-            reference, version = place.seen
-            parameter = reference()
-            if parameter is None:
-                continue
-            with _NO_TORCH_FUNCTION():
-                now = parameter._version
-            if now != version:
-                place.seen = reference, now
-                unit.version += 1
-
-    def _before_writes(self, parameters: Iterable[PagedParameter]) -> None:
-        """Have a commit that waits for the values of parameters get them, where the call may change them or give them
-        out."""
-        for parameter in parameters:
-            if parameter._place.unit.compute.snapshot_pending and not (
-                parameter.requires_grad and torch.is_grad_enabled()
-            ):
-                self.mover.make_writable(parameter._place.unit.compute)
+        Raises:
+            BudgetError: their units do not all fit at once.
+        """
+        if self.closed:
+            raise self.refusal(parameters[0]._place.slot.name)
+        with self.driver.untraced(), self._bound_for_block(parameters):
+            versions = [parameter._version for parameter in parameters]
+            try:
+                yield
+            finally:
+                for parameter, version in zip(parameters, versions, strict=True):
+                    if parameter._version != version:
+                        self.edits.changed(parameter._place)
 
     def _note_early_use(self, unit: Unit, places: Iterable[Place]) -> None:
         """A unit is used outside of a backward pass, perhaps between backward and step, where plain PyTorch has its old

@@ -14,19 +14,16 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from offload.parameters.paged_gradient import PagedGradient
-from offload.parameters.parameter_gradient import ParameterGradient
+from offload.parameters.parameter_gradient import GradientBinder, ParameterGradient
 from offload.parameters.tensor_functions import METADATA
 from optim.unit import Slot, Unit
-
-if TYPE_CHECKING:
-    from offload.parameters.binder import Binder
 
 _NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
 _TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
@@ -35,6 +32,36 @@ _SET_GRAD: Final = _TENSOR.grad.__set__
 _SET_DATA: Final = _TENSOR.data.__set__
 _REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, _TENSOR.requires_grad.__set__})
 _POST_HOOK: Final = Tensor.register_post_accumulate_grad_hook
+
+
+class ParameterBinder(GradientBinder, Protocol):
+    """What binds parameters: `offload.parameters.binder.Binder`.
+
+    Attributes:
+        owner: the page store.
+    """
+
+    owner: object
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[PagedParameter]
+    ) -> Any:
+        """Call ``func`` with ``parameters`` bound."""
+
+    def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> PagedParameter:
+        """Make an ordinary parameter another one over the memory of a paged one."""
+
+    def takes_nothing(self, parameter: PagedParameter, values: Tensor) -> bool:
+        """Before ``parameter.data = values``: whether nothing is to be done."""
+
+    def watch_gradient(self, parameter: PagedParameter, *, changed: bool = False) -> None:
+        """Have the updater take the parameter's gradients from now on."""
+
+    def gather(self, parameters: list[PagedParameter]) -> AbstractContextManager[None]:
+        """Have parameters bound inside the block."""
+
+    def refusal(self, name: str) -> RuntimeError:
+        """The error for a use after the engine's end."""
 
 
 class Place:
@@ -47,7 +74,7 @@ class Place:
 
     __slots__ = ("binder", "bound", "gradient", "placeholder", "seen", "slot", "unit")
 
-    def __init__(self, binder: Binder, unit: Unit, slot: Slot) -> None:
+    def __init__(self, binder: ParameterBinder, unit: Unit, slot: Slot) -> None:
         self.binder = binder
         self.unit = unit
         self.slot = slot
@@ -108,11 +135,8 @@ class PagedParameter(nn.Parameter):
                 parameters[0]._place.gradient.order_hooks(parameters[0])
                 return result
             if func == _SET_DATA:
-                if args[0] is args[1] or parameters[0]._place.binder.holds(
-                    parameters[0], args[1]
-                ):  # As conversions do that change nothing.
-                    return None
-                parameters[0]._place.binder.check_unviewed(parameters[0])
+                if parameters[0]._place.binder.takes_nothing(parameters[0], args[1]):
+                    return None  # As conversions do that change nothing.
                 func = _copy_into
             elif func == Tensor.share_memory_:
                 raise RuntimeError(
@@ -149,7 +173,7 @@ class PagedParameter(nn.Parameter):
                 "make parametrizations (weight_norm, ...) and other changes before prepare, or clone the values "
                 "(nn.Parameter(weight.detach().clone()))"
             )
-        return binder.alias(nn.Parameter(self._place.placeholder), self._place.unit, self._place.slot)
+        return binder.adopt(nn.Parameter(self._place.placeholder), self._place.unit, self._place.slot)
 
     def as_subclass(self, cls: type[Any]) -> Any:
         """A view of the values, as that class."""
@@ -207,19 +231,5 @@ def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
     if not parameters:
         yield
         return
-    binder = parameters[0]._place.binder
-    if binder.closed:
-        raise binder.refusal(parameters[0]._place.slot.name)
-    with binder.driver.untraced():
-        with _NO_TORCH_FUNCTION():
-            context = binder.bound(parameters)
-            context.__enter__()
-        versions = [parameter._version for parameter in parameters]
-        try:
-            yield
-        finally:
-            with _NO_TORCH_FUNCTION():
-                for parameter, version in zip(parameters, versions, strict=True):
-                    if parameter._version != version:
-                        binder.note_change(parameter._place)
-                context.__exit__(None, None, None)
+    with parameters[0]._place.binder.gather(parameters):
+        yield

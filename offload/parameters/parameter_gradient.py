@@ -24,8 +24,8 @@ _GET_GRAD: Final = _TENSOR.grad.__get__
 _SET_GRAD: Final = _TENSOR.grad.__set__
 
 
-class Hands(Protocol):
-    """What all parameters of an engine have in common.
+class GradientBinder(Protocol):
+    """What the gradients of an engine's parameters have in common.
 
     Attributes:
         updater: takes gradients; None before there is one.
@@ -47,8 +47,8 @@ class ParameterGradient:
     """The gradient of one parameter, which every method is given. Training thread, or autograd's in its place, without
     torch functions."""
 
-    def __init__(self, hands: Hands, unit: Unit, slot: Slot) -> None:
-        self._hands = hands
+    def __init__(self, binder: GradientBinder, unit: Unit, slot: Slot) -> None:
+        self._binder = binder
         self._unit = unit
         self._slot = slot
         self._shown: PagedGradient | None = None
@@ -58,9 +58,9 @@ class ParameterGradient:
 
     @property
     def _updater(self) -> Updater | None:
-        """Whose hands the gradient is in; None: it is where autograd puts it."""
-        updater = self._hands.updater
-        if updater is None or self._hands.closed:
+        """What the gradient goes to; None: it stays where autograd puts it."""
+        updater = self._binder.updater
+        if updater is None or self._binder.closed:
             return None
         return updater if self._slot.group >= 0 or updater.keeps_unoptimized else None
 
@@ -74,10 +74,10 @@ class ParameterGradient:
         if self._slot.own is not None or self._slot.grad is Grad.NONE:
             return self._slot.own
         if self._shown is None or not self._shown.is_current:
-            place = GradientPlace(updater, self._unit, self._slot, self._slot.generation, self._hands.save_hooks)
+            place = GradientPlace(updater, self._unit, self._slot, self._slot.generation, self._binder.save_hooks)
             on_device = self._unit.sums_at_home or (self._slot.direct is not None and self._unit.home is not None)
             self._shown = PagedGradient.standing_for(
-                place, self._hands.torch_device if on_device else torch.device("cpu")
+                place, self._binder.torch_device if on_device else torch.device("cpu")
             )
         return self._shown
 
@@ -92,7 +92,7 @@ class ParameterGradient:
             return  # parameter.grad *= 2 assigns what is there
         refuse_foreign(self._slot, value)
         _SET_GRAD(parameter, value)  # which raises where it does not fit
-        if self._updater is not None and not any(one is parameter for one in self._hands.in_hooks):
+        if self._updater is not None and not any(one is parameter for one in self._binder.in_hooks):
             _SET_GRAD(parameter, None)
             self._updater.assign(self._unit, self._slot, value)
 
@@ -135,7 +135,7 @@ class ParameterGradient:
             updater, gradient = self._updater, _GET_GRAD(arrived)
             if updater is None or gradient is None:
                 return
-            self._hands.in_hooks.append(arrived)
+            self._binder.in_hooks.append(arrived)
             self._was_own = self._slot.own is not None
             held = updater.bring_out(self._unit, self._slot)
             self._brought = gradient if held is None else held.add_(gradient)
@@ -147,11 +147,11 @@ class ParameterGradient:
             updater, gradient = self._updater, _GET_GRAD(arrived)
             brought, self._brought = self._brought, None
             if brought is not None:
-                self._hands.in_hooks[:] = [one for one in self._hands.in_hooks if one is not arrived]
+                self._binder.in_hooks[:] = [one for one in self._binder.in_hooks if one is not arrived]
             if updater is None or gradient is None:
                 return
             _SET_GRAD(arrived, None)
-            self._hands.confirm_structure()
+            self._binder.confirm_structure()
             if brought is not None and (self._was_own or gradient is not brought):
                 updater.assign(self._unit, self._slot, gradient)
             else:

@@ -117,7 +117,7 @@ class SavedWeights:
         slot = parameter._place.slot
         if not slot.numel:
             return KeptTensor(parameter._place.placeholder)
-        self._binder.notice_edits(parameter._place.unit)
+        self._binder.edits.notice(parameter._place.unit)
         stride = tuple(math.prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape)))
         return SavedView(parameter._place.unit, slot.offset * slot.dtype.itemsize, slot.shape, stride, slot.dtype)
 
@@ -137,7 +137,7 @@ class SavedWeights:
             if unit is None or unit.compute.frame is None:
                 return saved.clone()
             start = (frame - unit.compute.frame) * mover.arena.page_bytes + offset
-        self._binder.notice_edits(unit)
+        self._binder.edits.notice(unit)
         return SavedView(unit, start, saved.size(), saved.stride(), saved.dtype)
 
     def unpack(self, packed: Packed) -> Tensor:
@@ -155,7 +155,7 @@ class SavedWeights:
         unit = packed.unit
         if self._binder.closed:
             raise self._binder.refusal(unit.name)
-        self._binder.notice_edits(unit)
+        self._binder.edits.notice(unit)
         if unit.version != packed.version:
             raise RuntimeError(
                 f"{unit.name} has been updated or edited since it was saved for this backward pass (version "

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offload.store.exact_division import settle_sizes
 from offload.store.masters import add_masters
 from offload.store.page_store import PageStore
 from optim.exact.gradient_downloads import GradientDownloadQueue
@@ -52,7 +53,7 @@ def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Sc
     if update.mode == "exact":
         device = store.accelerator
         # The largest gradient once as autograd made it, and once on its way down from a device.
-        direct_bytes, on_their_way_bytes = store.settle_sizes(direct=eager, on_their_way=device is not None)
+        direct_bytes, on_their_way_bytes = settle_sizes(store, direct=eager, on_their_way=device is not None)
         # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into,
         # reserved as a whole.
         budget = Budget(Tier.HOST, direct_bytes) if device is not None and device.stages_gradients else store.budget

@@ -40,7 +40,6 @@ from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import Counters
 from pagemem.tier import Tag, Tier
-from pagemem.units import format_bytes
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 
@@ -199,12 +198,7 @@ class PageStore:
         mirrors = {unit: tier.mirror(unit) for unit in self.index.units}
         for unit, mirror in mirrors.items():
             unit.device = mirror
-        self.binder.units = {unit.compute.id: unit for unit in self.index.units}
-        self.binder.driver, self.binder.mover, self.binder.torch_device = (
-            tier.driver,
-            tier.mover,
-            tier.mover.accelerator.torch_device,
-        )
+        self.binder.compute_on(tier.driver, tier.mover, tier.mover.accelerator.torch_device, self.index.units)
 
     def settle_on_device(self, *, sums: bool) -> None:
         """Have as many units at home on the device as have room there beside those that come and go; once all have
@@ -263,40 +257,6 @@ class PageStore:
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 
-    def settle_sizes(self, *, direct: bool, on_their_way: bool = False) -> tuple[int, int]:
-        """Once all units are known: cut the gradients outside the arena out of its share of the budget.
-
-        Args:
-            direct: whether gradients are ever used as autograd made them.
-            on_their_way: whether some are on their way down from a device.
-
-        Returns:
-            Bytes for gradients in use, and for gradients on their way: as many as the largest unit has, or 0 where
-            there is no room for that.
-
-        Raises:
-            BudgetError: the run's commits were made with a larger budget, and this one cannot go on from them.
-        """
-        need_frames, ram_bytes = max(map(self._update_frames, self.index.units)), self.config.memory.ram
-        if need_frames > ram_bytes // self.page_bytes:
-            if not self.earlier.whole:
-                raise AssertionError(f"an update needs {need_frames} pages, which the check of the budget has not seen")
-            smallest_bytes = need_frames * self.page_bytes
-            raise BudgetError(
-                f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the commits in "
-                f"{self.earlier.folder.path} were made with more, and their optimizer states are cut accordingly: "
-                f"going on from them needs at least {smallest_bytes} bytes ({format_bytes(smallest_bytes)})",
-                smallest_bytes,
-            )
-        largest_bytes, left_bytes = max(unit.gradient_bytes for unit in self.index.units), ram_bytes
-        given_bytes: list[int] = []
-        for wanted in (direct, on_their_way):
-            fits = wanted and (left_bytes - largest_bytes) // self.page_bytes >= need_frames
-            given_bytes.append(largest_bytes if fits else 0)
-            left_bytes -= given_bytes[-1]
-        self.resize_arena(left_bytes // self.page_bytes)
-        return given_bytes[0], given_bytes[1]
-
     def resize_arena(self, n_frames: int) -> None:
         """Go on with ``n_frames`` host frames, all empty; the rest of the budget is for what lies outside the arena.
 
@@ -317,11 +277,6 @@ class PageStore:
             assert isinstance(self.mover.arena, HostArena)
             self.mover.arena.pin(pin)
         self.driver.overhead_bytes = self.config.memory.ram - n_frames * self.page_bytes
-
-    def _update_frames(self, unit: Unit) -> int:
-        parts = [sum(t.n_frames for t in (part.states, part.master) if t is not None) for part in unit.slices]
-        gradients = unit.parameters.n_frames if unit.trained else 0
-        return unit.parameters.n_frames + gradients + max(parts)
 
     def _reserve(self, n_bytes: int) -> Reservation:
         reserved = self.budget.reserve(Tag.STAGING, n_bytes, "host arena")

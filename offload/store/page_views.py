@@ -47,7 +47,7 @@ def adopt_view(binder: Binder, units: Sequence[Unit], name: str, parameter: nn.P
             f"{name} is a view of a part of {slot.name}, which is in pages; clone the values: "
             "nn.Parameter(view.clone())"
         )
-    binder.alias(parameter, unit, slot)
+    binder.adopt(parameter, unit, slot)
 
 
 def check_unviewed(binder: Binder, units: Sequence[Unit], model: nn.Module) -> None:
