@@ -151,11 +151,7 @@ class Binder:
 
     @contextmanager
     def using(self, parameters: list[PagedParameter]) -> Iterator[None]:
-        """Have parameters bound inside the block, as for one call that only reads them.
-
-        Raises:
-            As `call`.
-        """
+        """Have parameters bound inside the block, as for one call that only reads them. Raises as `call`."""
         if all(parameter._place.bound for parameter in parameters):
             yield
             return
@@ -257,11 +253,8 @@ class Binder:
 
     @contextmanager
     def gather(self, parameters: list[PagedParameter]) -> Iterator[None]:
-        """Have parameters bound inside the block, to be read and written in place, outside of steps.
-
-        Raises:
-            BudgetError: their units do not all fit at once.
-        """
+        """Have parameters bound inside the block, to be read and written in place, outside of steps. Raises as
+        `call`."""
         if self.closed:
             raise self.refusal(parameters[0]._place.slot.name)
         with self.driver.untraced(), self._bound_for_block(parameters):
