@@ -103,11 +103,6 @@ class Checkpoints:
         self._last_step, self._last_s = step, time.monotonic()
         return number
 
-    @property
-    def last_step(self) -> int:
-        """The step of the last commit, or the one that was resumed; 0 when there was none."""
-        return self._last_step
-
     def due(self, step: int) -> bool:
         """Whether the configuration says that it is time to commit, and none is being written. Raises what the last one
         failed of."""

@@ -21,6 +21,7 @@ from offload.checkpoint.safetensors_writer import INDEX_NAME, ShardWriter, index
 from offload.checkpoint.sidecar import Sidecar
 from offload.commits.stopped_run import StoppedRun
 from offload.console.byte_progress import ByteProgress
+from offload.console.tables import print_line
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.durable.manifest import Manifest
 from pagemem.durable.page_reader import PageReader
@@ -60,22 +61,17 @@ def export_run(
     with StoppedRun(run, paths) as stopped:
         manifest = stopped.choose(commit)
         for error in stopped.damaged_after(manifest):
-            console.print(f"a newer commit is damaged: {error}", soft_wrap=True, highlight=False, markup=False)
+            print_line(console, f"a newer commit is damaged: {error}")
         named = f" ({manifest.name})" if manifest.name else ""
-        console.print(
-            f"commit {manifest.number}{named}, step {manifest.step}, of {manifest.created}"
-            + ("" if manifest.checksums else "; the run kept no checksums, so what is read cannot be verified"),
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
+        unverified = "" if manifest.checksums else "; the run kept no checksums, so what is read cannot be verified"
+        print_line(
+            console,
+            f"commit {manifest.number}{named}, step {manifest.step}, of {manifest.created}{unverified}",
+        )
         exported = export_commit(
             stopped.folders, manifest, to, dtype=dtype, max_shard_bytes=max_shard_bytes, console=console
         )
-    console.print(
-        f"{exported.folder}: {len(exported.files)} files, {format_bytes(exported.n_bytes)}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    print_line(console, f"{exported.folder}: {len(exported.files)} files, {format_bytes(exported.n_bytes)}")
     return exported
 
 

@@ -14,11 +14,11 @@ from queue import SimpleQueue
 from typing import Final
 
 from rich.console import Console
-from rich.table import Table
 
 from offload.checkpoint.sidecar import Sidecar
 from offload.commits.stopped_run import StoppedRun
 from offload.console.byte_progress import ByteProgress
+from offload.console.tables import print_line, print_rows
 from pagemem.durable.manifest import Manifest
 from pagemem.durable.page_map import StoredPlace, all_places, map_faults
 from pagemem.durable.page_reader import Chunk, PageReader
@@ -176,33 +176,17 @@ def _read_all(reader: PageReader, places: Sequence[StoredPlace]) -> Iterator[tup
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Faults, notes and a table of the commits: framed on a terminal, aligned plain text in a pipe."""
+    """Faults, notes and a table of the commits."""
     for number, faults in sorted(report.faults.items()):
         for fault in faults:
-            console.print(f"commit {number}: {fault}", soft_wrap=True, highlight=False, markup=False)
+            print_line(console, f"commit {number}: {fault}")
     for note in report.notes:
-        console.print(note, soft_wrap=True, highlight=False, markup=False)
-    rows = commit_rows(report)
-    if console.is_terminal:
-        table = Table(title="Commits")
-        for heading in rows[0]:
-            table.add_column(heading)
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print(table)
-    else:
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        for row in rows:
-            line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-            console.print(line.rstrip(), soft_wrap=True, highlight=False, markup=False)
+        print_line(console, note)
+    headings, *rows = commit_rows(report)
+    print_rows("Commits", rows, console, headings)
     n_faults = sum(map(len, report.faults.values()))
     verdict = "whole" if report.whole else "1 thing is wrong" if n_faults == 1 else f"{n_faults} things are wrong"
-    console.print(
-        f"{verdict}; {report.n_extents} extents, {format_bytes(report.n_bytes)} read",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    print_line(console, f"{verdict}; {report.n_extents} extents, {format_bytes(report.n_bytes)} read")
 
 
 def commit_rows(report: Report) -> list[tuple[str, ...]]:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import torch
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from torch import Tensor, nn
 
 from optim.unit import Unit
 from pagemem.errors import CommitError
-from pagemem.folders.small_file import Count, Line
+from pagemem.folders.small_file import Count, Line, checked
 from pagemem.tier import Tag
 
 #: Keys of the manifest's state.
@@ -112,11 +112,14 @@ class StoredLayout:
             CommitError: it has none that can be read.
         """
         try:
-            return cls(tuple(_unit(entry) for entry in state[_UNITS]), dict(state[_NAMES]))
-        except (KeyError, TypeError, AttributeError) as error:
+            return checked(_LAYOUT, {name: state[name] for name in (_UNITS, _NAMES)})
+        except (KeyError, ValueError) as error:
             raise CommitError(
                 f"the commit does not say where its parameters lie ({type(error).__name__}: {error})"
             ) from error
+
+
+_LAYOUT: Final = TypeAdapter(StoredLayout)
 
 
 def layout_of(units: Iterable[Unit], model: nn.Module) -> StoredLayout:
@@ -166,10 +169,3 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in kept.items():
             if tensor is not None:
                 yield f"{prefix}.{key}" if prefix else key, tensor
-
-
-def _unit(entry: dict[str, Any]) -> StoredUnit:
-    slots = tuple(StoredSlot(slot["name"], tuple(slot["shape"]), slot["offset"]) for slot in entry["slots"])
-    return StoredUnit(
-        entry["parameters"], entry["dtype"], slots, tuple(StoredSlice(**part) for part in entry["slices"])
-    )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from offload.console.live_bar import LiveBar
+from offload.console.tables import print_line
 from pagemem.units import format_bytes
 
 _PARTS: Final = 10
@@ -38,25 +39,22 @@ class ByteProgress:
         self._task = self._bar.add_task(what, total=total_bytes)
 
     def advance(self, n_bytes: int) -> None:
-        """So many bytes more are done."""
+        """``n_bytes`` more are done."""
         before, self._done_bytes = self._done_bytes, self._done_bytes + n_bytes
-        if self._console.is_terminal:
-            self._bar.move(self._task, completed=self._done_bytes)
-        elif self._part(before) < self._part(self._done_bytes):
+        self._bar.move(self._task, completed=self._done_bytes)
+        if not self._console.is_terminal and self._part(before) < self._part(self._done_bytes):
             share = f"{self._done_bytes * 100 // max(1, self._total_bytes):3d} %"
             done = f"{format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)}"
-            self._console.print(f"{self._what} {share}  {done}", soft_wrap=True, highlight=False, markup=False)
+            print_line(self._console, f"{self._what} {share}  {done}")
 
     def _part(self, n_bytes: int) -> int:
         return n_bytes * _PARTS // max(1, self._total_bytes)
 
     def __enter__(self) -> ByteProgress:
-        if self._console.is_terminal:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
+        self._bar.stop()

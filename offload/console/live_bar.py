@@ -13,7 +13,7 @@ _DRAWN_EVERY_S: Final = 0.1
 
 
 class LiveBar(Progress):
-    """One line that goes when the work is over. Of one thread.
+    """One line that goes when the work is over; nothing where there is no terminal. Of one thread.
 
     Args:
         columns: what the line shows, see `rich.progress`.
@@ -23,10 +23,20 @@ class LiveBar(Progress):
         super().__init__(*columns, console=console, transient=True, auto_refresh=False)
         self._drawn_s = 0.0
 
+    def start(self) -> None:
+        """Begin to draw."""
+        if self.console.is_terminal:
+            super().start()
+
+    def stop(self) -> None:
+        """Remove the line."""
+        if self.console.is_terminal:
+            super().stop()
+
     def move(self, task: TaskID, **fields: Any) -> None:
         """Set what has changed, see `rich.progress.Progress.update`; it is drawn unless that was done a moment ago."""
         self.update(task, **fields)
         now_s = time.monotonic()
-        if now_s - self._drawn_s >= _DRAWN_EVERY_S:
+        if self.console.is_terminal and now_s - self._drawn_s >= _DRAWN_EVERY_S:
             self._drawn_s = now_s
             self.refresh()

@@ -1,4 +1,4 @@
-"""Tables on a terminal, and as plain text where there is none."""
+"""Lines and tables: framed on a terminal, aligned plain text in a pipe."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_rows(title: str, rows: Sequence[tuple[str, str]], console: Console) -> None:
-    """Rows of (what, value): framed on a terminal, aligned plain text in a pipe."""
-    if not console.is_terminal:
-        width = max(len(what) for what, _ in rows)
-        for what, value in rows:
-            console.print(f"{what:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False)
+def print_line(console: Console, line: str, style: str | None = None) -> None:
+    """A line as it is: not wrapped, and nothing in it is taken for markup."""
+    console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
+
+
+def print_rows(title: str, rows: Sequence[Sequence[str]], console: Console, headings: Sequence[str] = ()) -> None:
+    """Rows of as many cells each.
+
+    Args:
+        title: above the frame, on a terminal.
+        headings: of the columns; none: the rows are of (what, value).
+    """
+    if console.is_terminal:
+        table = Table(*headings, title=title, show_header=bool(headings))
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
         return
-    table = Table(title=title, show_header=False)
-    for what, value in rows:
-        table.add_row(what, value)
-    console.print(table)
+    lines = [headings, *rows] if headings else rows
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print_line(console, "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

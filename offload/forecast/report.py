@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import TextColumn, TimeElapsedColumn
 
 from offload.console.live_bar import LiveBar
-from offload.console.tables import print_rows
+from offload.console.tables import print_line, print_rows
 from offload.forecast.fit import Fit
 from offload.forecast.forecast import Forecast
 from offload.forecast.step_times import H2D
@@ -24,13 +24,9 @@ UNDISTURBED: Final = 0.9
 
 @contextmanager
 def shown(console: Console) -> Iterator[Callable[[str], None]]:
-    """Inside, what is told is shown in one line on a terminal, with the time since the beginning, and is gone
-    afterwards."""
+    """Inside, what is being done is shown on a terminal, with the time since the beginning."""
     bar = LiveBar(console, TextColumn("plan"), TextColumn("{task.description}"), TimeElapsedColumn())
     task = bar.add_task("", total=None)
-    if not console.is_terminal:
-        yield lambda _stage: None
-        return
     with bar:
         yield lambda stage: bar.move(task, description=stage)
 
@@ -151,13 +147,11 @@ def fit_rows(fit: Fit) -> list[tuple[str, str]]:
 def print_forecast(found: Forecast, console: Console, *, as_json: bool) -> None:
     """The table, or one JSON object on one line."""
     if as_json:
-        console.print(json.dumps(as_dict(found)), soft_wrap=True, highlight=False, markup=False)
+        print_line(console, json.dumps(as_dict(found)))
         return
     print_rows("Plan", forecast_rows(found), console)
     if not found.steady:
-        console.print(
-            "the plan's cycles did not come to repeat in time: the step is the mean of those simulated", highlight=False
-        )
+        print_line(console, "the plan's cycles did not come to repeat in time: the step is the mean of those simulated")
 
 
 def as_dict(found: Forecast) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from offload.config import Config
-from offload.console.tables import print_rows
+from offload.console.tables import print_line, print_rows
 from offload.engine import Engine, initialize
 from offload.factories import data_factory, model_factory
 from offload.launch.batches import Batches
@@ -64,7 +64,7 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
             title = config.model.factory if output is None else output.run
             profile = _profile(engine, batches, steps, to, title, console)
     print_rows("Profile", summary_rows(profile.summary), console)
-    console.print(f"{WRITTEN} {to}", highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"{WRITTEN} {to}")
     return profile.summary
 
 
@@ -82,7 +82,7 @@ def _profile(engine: Engine, batches: Batches, steps: int, to: Path, title: str,
 
     for _ in range(WARM_UP_STEPS):
         step()
-    console.print(f"{WARM_UP_STEPS} steps made; recording {steps} more", highlight=False)
+    print_line(console, f"{WARM_UP_STEPS} steps made; recording {steps} more")
     with engine.profile(to, title) as profile:
         for _ in range(steps):
             step()

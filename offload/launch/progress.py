@@ -7,6 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 
 from offload.callbacks import Callback, Evaluation, RunEnded, RunStarted, StepMetrics
 from offload.console.live_bar import LiveBar
+from offload.console.tables import print_line
 
 
 class Progress(Callback):
@@ -33,24 +34,22 @@ class Progress(Callback):
 
     def on_start(self, run: RunStarted) -> None:
         """Begin the live line."""
-        if self._console.is_terminal:
-            self._bar.start()
+        self._bar.start()
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Move the live line, or print a plain one when it is time."""
-        if self._console.is_terminal:
-            text = metrics.line(self._steps).split("  ", 1)[1]
-            self._bar.move(self._task, completed=metrics.step, description=text)
-        elif metrics.step % self._log_every == 0 or metrics.step == self._steps:
-            self._console.print(metrics.line(self._steps), soft_wrap=True, highlight=False)
+        line = metrics.line(self._steps)
+        self._bar.move(self._task, completed=metrics.step, description=line.split("  ", 1)[1])
+        is_last = metrics.step == self._steps
+        if not self._console.is_terminal and (is_last or metrics.step % self._log_every == 0):
+            print_line(self._console, line)
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Print the validation loss of an evaluation during training."""
         if 0 < evaluation.step < self._steps:
             text = f"step {evaluation.step}/{self._steps}  validation loss {evaluation.loss:.4f}"
-            self._console.print(text + ("  (best)" if evaluation.best else ""), soft_wrap=True, highlight=False)
+            print_line(self._console, text + ("  (best)" if evaluation.best else ""))
 
     def on_end(self, end: RunEnded) -> None:
         """End the live line."""
-        if self._console.is_terminal:
-            self._bar.stop()
+        self._bar.stop()

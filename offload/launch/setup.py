@@ -12,6 +12,7 @@ from torch import nn
 
 from offload.budget.verdict import verdict_of
 from offload.config import Config
+from offload.console.tables import print_line
 from offload.factories import calls_of
 from offload.launch.batches import Batches
 from offload.machine.facts import available_here
@@ -29,7 +30,7 @@ def check_budget(make_model: Callable[[], nn.Module], config: Config, console: C
     verdict = verdict_of(config, make_model, available_here(config))
     if verdict.need is None:
         text = f"memory.ram is checked only while the model is built, unit by unit: {verdict.unknown}"
-        console.print(text, highlight=False, markup=False)
+        print_line(console, text)
     verdict.check()
 
 

@@ -18,6 +18,7 @@ from offload.callbacks import RunStarted
 from offload.checkpoint.resumed import Resumed
 from offload.config import Config
 from offload.console.output import BROKEN_PIPE, Output, is_closed
+from offload.console.tables import print_line
 from offload.engine import Engine, initialize
 from offload.factories import data_factory, model_factory
 from offload.launch.batches import Batches
@@ -93,7 +94,7 @@ def launch(config: Config, console: Console | None = None) -> int:
         check_free(config.ssd.paths)
         if resumes and (step := _newest_step(config)) >= train.steps:
             text = f"finished: the newest commit is of step {step}, train.steps is {train.steps}; raise it to train on"
-            console.print(text, highlight=False, soft_wrap=True)
+            print_line(console, text)
             return 0
         check_budget(make_model, config, console)
         folder.claim()
@@ -113,13 +114,13 @@ def _resume(engine: Engine, console: Console) -> Resumed | None:
     if resumed is None:
         return None
     text = f"resumes after step {resumed.step}, from commit {resumed.number} of {resumed.created}"
-    console.print(text, highlight=False)
+    print_line(console, text)
     for change in resumed.changed:
         if change.key.startswith("optimizer.") and not configured:
             change = replace(
                 change, holds='the commit\'s value holds; set commit.hyper_parameters = "configuration" for the new one'
             )
-        console.print(f"changed since: {change}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"changed since: {change}")
     return resumed
 
 
@@ -139,7 +140,7 @@ def _train(
     assert config.output is not None
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     text = f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes"
-    console.print(text, highlight=False)
+    print_line(console, text)
     if config.train.evaluate_batches and not engine.steps:
         record.before_nats = validation_loss(engine, batches, config.model.factory, interrupt)
     others = [(reference, made_callback(reference)) for reference in config.output.callbacks]
@@ -149,7 +150,7 @@ def _train(
     kept = kept_metrics(folder.path, first, config.output.log)
     for note in (set_aside, kept.note):
         if note is not None:
-            console.print(note, soft_wrap=True, highlight=False, markup=False)
+            print_line(console, note)
     files = [MetricsFile(folder.path, FORMATS[name], kept.metrics) for name in config.output.log]
     own = [*files, Progress(console, config.train.steps, config.train.log_every)]
     reporter = Reporter([*(("", callback) for callback in own), *others])
@@ -160,6 +161,6 @@ def _train(
     model = config.model.factory.rpartition(":")[2]
     title = f"{'/'.join(folder.path.parts[-2:])}: {model}, {n_parameters / 1e6:.1f}M parameters"
     save_loss_curve(folder.path / CURVE, loop.metrics, summary, title)
-    console.print(f"metrics, configuration and loss curve are in {folder.path}", highlight=False)
+    print_line(console, f"metrics, configuration and loss curve are in {folder.path}")
     if interrupt.asked:
-        console.print(f"interrupted after step {engine.steps}", highlight=False)
+        print_line(console, f"interrupted after step {engine.steps}")

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
-from rich.table import Table
 
 from offload.config import ConfigError
 from offload.console.live_bar import LiveBar
+from offload.console.tables import print_line, print_rows
 from offload.machine.bench_ssd import IN_RAM, Measured, Plan, Point, Target, check_target, measure
 from pagemem.units import KiB, MiB, format_bytes
 
@@ -76,9 +76,9 @@ def run_bench_ssd(paths: Sequence[Path], plan: Plan, console: Console, *, as_jso
         _show(result, console)
     advice = recommend(results)
     for line in advice_lines(advice, n_paths=len(results)):
-        _plain(console, line)
+        print_line(console, line)
     if as_json:
-        _plain(console, json.dumps(as_record(results, plan, advice)))
+        print_line(console, json.dumps(as_record(results, plan, advice)))
     return results
 
 
@@ -155,35 +155,18 @@ def point_cells(point: Point) -> list[str]:
 
 
 def _measure(target: Target, plan: Plan, console: Console) -> Measured:
-    _plain(console, target_line(target, plan))
-    if not console.is_terminal:
-        return measure(target, plan)
+    print_line(console, target_line(target, plan))
     with LiveBar(console, MofNCompleteColumn(), TextColumn("{task.description}")) as bar:
         task = bar.add_task("writing the test file", total=len(plan.settings))
 
         def show(point: Point) -> None:
-            cells = point_cells(point)
-            bar.move(
-                task, advance=1, description=f"{cells[0]}, threads {cells[1]}: write {cells[3]}, read {cells[4]} GB/s"
-            )
+            size, threads, _, write, read = point_cells(point)
+            bar.move(task, advance=1, description=f"{size}, threads {threads}: write {write}, read {read} GB/s")
 
-        bar.refresh()
         return measure(target, plan, show)
 
 
 def _show(result: Measured, console: Console) -> None:
-    rows = [point_cells(point) for point in result.points]
-    if console.is_terminal:
-        table = Table(*_HEADINGS, title=backend_line(result))
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        return
-    _plain(console, backend_line(result))
-    widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
-    for row in (list(_HEADINGS), *rows):
-        _plain(console, "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-
-
-def _plain(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if not console.is_terminal:
+        print_line(console, backend_line(result))
+    print_rows(backend_line(result), [point_cells(point) for point in result.points], console, _HEADINGS)

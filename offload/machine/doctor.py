@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 from rich.console import Console
 
 from offload.budget.verdict import Available, Verdict, decide, verdict_of
+from offload.console.tables import print_line
 from offload.factories import model_factory
 from offload.machine.bench_ssd import IN_RAM
 from offload.machine.facts import (
@@ -64,12 +65,12 @@ def run_doctor(
     findings = judge(facts, verdict)
     for finding in findings:
         style = _COLOURS[finding.level] if console.is_terminal else None
-        console.print(finding.line, style=style, soft_wrap=True, highlight=False, markup=False)
+        print_line(console, finding.line, style)
     counts = Counter(finding.level for finding in findings)
     summary = f"ok: {counts['ok']}, warnings: {counts['warning']}, problems: {counts['problem']}"
-    console.print(summary, soft_wrap=True, highlight=False, markup=False)
+    print_line(console, summary)
     if as_json:
-        console.print(json.dumps(as_record(facts, findings)), soft_wrap=True, highlight=False, markup=False)
+        print_line(console, json.dumps(as_record(facts, findings)))
     return 1 if counts["problem"] else 0
 
 
