@@ -2,7 +2,7 @@
 
     python examples/image_classifier.py --steps 150
 
-Shows `offload.initialize`, batch normalisation, gradient clipping, and evaluation between steps.
+Shows `offload.initialize`, a learning-rate schedule, batch normalisation, gradient clipping, and evaluation.
 """
 
 from __future__ import annotations
@@ -84,14 +84,16 @@ def main() -> None:
             "memory": {"ram": arguments.ram},
             "ssd": {"paths": [f"{folder}/pages"]},
             "update": {"clip_norm": 1.0},
-            "optimizer": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.01, "no_decay": ["1d"]},
+            "optimizer": {"name": "adamw", "lr": 4e-3, "weight_decay": 0.01, "no_decay": ["1d"]},
         }
         with offload.initialize(build_model(arguments.channels), config) as engine:
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(engine.optimizer, arguments.steps)
             for step in range(arguments.steps):
                 x, label = images(arguments.batch, seed=step)
                 loss = nn.functional.cross_entropy(engine(x), label)
                 engine.backward(loss)
                 engine.step()
+                schedule.step()
                 if step % 25 == 0:
                     print(f"step {step:4d}  loss {loss.item():.3f}  gradient norm {engine.grad_norm:.2f}")
             print(f"accuracy on new images: {accuracy(engine.model, 8 * arguments.batch):.1%}")
