@@ -96,7 +96,7 @@ class Tiers:
     def _there(self, mover: Mover, tensor: PagedTensor) -> None:
         mover.monitor.wait_until(lambda: tensor.state is Residency.CLEAN, tensor.name)
         if tensor is self.upper:
-            self.device.follow(tensor)
+            self.device.wait_for(tensor)
             self.device.accelerator.mark().wait()
 
     def _refresh(self) -> None:

@@ -83,8 +83,8 @@ class FailingDevice(RamDevice):
         self._check()
         return self
 
-    def follow(self, mark: DeviceEvent) -> None:
-        """As `Accelerator.follow`."""
+    def wait_for(self, mark: DeviceEvent) -> None:
+        """As `Accelerator.wait_for`."""
         self._check()
 
     def copy_up(self, source: Tensor, into: Tensor, after: DeviceEvent) -> Copy:

@@ -178,7 +178,7 @@ class SavedActivations:
 
     def _follow(self, mark: DeviceEvent) -> None:
         assert self._device is not None
-        self._device.accelerator.follow(mark)
+        self._device.accelerator.wait_for(mark)
 
     def _take(self, n_bytes: int) -> PagedTensor:
         """The first paged tensor of this size that is free, so that like steps use the same ones."""

@@ -16,7 +16,7 @@ from offload.profiling.bottleneck import bottleneck
 from offload.profiling.stats import TierUse
 from pagemem.telemetry.events import Event, EventKind
 from pagemem.telemetry.intervals import Interval, clipped, total_s, without
-from pagemem.telemetry.recorder import Recording, Wait
+from pagemem.telemetry.recorder import Recording, WaitSpan
 from pagemem.tier import Tier
 from pagemem.units import format_bytes
 
@@ -178,7 +178,7 @@ def _lanes(recording: Recording, elapsed_s: float) -> dict[str, Any]:
     return found
 
 
-def _by_cause(waits: Iterable[Wait], *, named: bool) -> list[dict[str, Any]]:
+def _by_cause(waits: Iterable[WaitSpan], *, named: bool) -> list[dict[str, Any]]:
     """Waits of the same cause as one row, also of the same tensor and thread if ``named``; most seconds first."""
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for wait in waits:

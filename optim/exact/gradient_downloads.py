@@ -209,7 +209,7 @@ class GradientDownloadQueue:
         try:
             check_loss(float(loss.value), loss.step)
         except NonFiniteError:
-            self._accelerator.follow(self._last_copy)  # the device's memory of what is dropped is let go of
+            self._accelerator.wait_for(self._last_copy)  # the device's memory of what is dropped is let go of
             # Not checked for good: a gradient of it that autograd delivers in spite of this must not go on either.
             self._waiting = deque(waiting for waiting in self._waiting if waiting.loss is not loss)
             self._hold()

@@ -77,7 +77,7 @@ class Accelerator(Protocol):
     def mark(self) -> DeviceEvent:
         """Behind everything that compute was given so far."""
 
-    def follow(self, mark: DeviceEvent) -> None:
+    def wait_for(self, mark: DeviceEvent) -> None:
         """Have compute that is given from now on begin after ``mark``."""
 
     def stamp(self) -> Any:
@@ -91,7 +91,7 @@ class Accelerator(Protocol):
         """
 
     def check(self) -> None:
-        """Make sure that the calling thread gives its compute where `mark` and `follow` look.
+        """Make sure that the calling thread gives its compute where `mark` and `wait_for` look.
 
         Raises:
             DeviceError: it gives it elsewhere; says what to change.
@@ -161,7 +161,7 @@ class RamDevice:
         """Compute is done when its call returns."""
         return REACHED
 
-    def follow(self, mark: DeviceEvent) -> None:
+    def wait_for(self, mark: DeviceEvent) -> None:
         """Wait: what compute is given begins at once."""
         mark.wait()
 

@@ -25,7 +25,7 @@ _LOG: Final = logging.getLogger(__name__)
 PIN_BYTES: Final = 64 * GiB
 
 
-class _Window:
+class _DeviceBytes:
     """Bytes of an arena as other libraries hand device memory over; torch keeps it as long as a storage made of it
     lives."""
 
@@ -76,7 +76,9 @@ class CudaArena(Arena):
         self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int
     ) -> torch.Tensor:
         """As `Arena.lease`."""
-        window = _Window(self._whole, self.address + frame * self.page_bytes + offset_bytes, numel * dtype.itemsize)
+        window = _DeviceBytes(
+            self._whole, self.address + frame * self.page_bytes + offset_bytes, numel * dtype.itemsize
+        )
         self._watched.watch(window, tensor)
         return torch.as_tensor(window, device=self._device).view(dtype)
 
@@ -238,8 +240,8 @@ class CudaDevice:
         """As `Accelerator.mark`."""
         return CudaMark(self._recorded(self._compute))
 
-    def follow(self, mark: DeviceEvent) -> None:
-        """As `Accelerator.follow`."""
+    def wait_for(self, mark: DeviceEvent) -> None:
+        """As `Accelerator.wait_for`."""
         self._compute.wait_event(_event(mark))
 
     def stamp(self) -> Any:

@@ -18,7 +18,7 @@ from xxhash import xxh3_128_hexdigest
 
 from pagemem.errors import CommitError, DamagedCommitError, UnknownCommitError
 from pagemem.folders.small_file import Count, Flag, Line, checked, parse_json
-from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent, FrameId, Placement, Run, TensorId
+from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent, FrameId, FrameRun, Placement, TensorId
 from pagemem.tier import TRANSIENT, Tag, Tier
 from pagemem.units import BLOCK_BYTES, ceil_div
 
@@ -62,7 +62,7 @@ class StoredTensor:
 
     def placement(self) -> Placement:
         """Its frames, for an allocator; the tensor in it is nobody's."""
-        runs = tuple(Run(FrameId(first), n_frames) for first, n_frames in self.runs)
+        runs = tuple(FrameRun(FrameId(first), n_frames) for first, n_frames in self.runs)
         tail = None if self.tail is None else Extent(FrameId(self.tail[0]), self.tail[1], self.tail[2])
         return Placement(TensorId(-1), Tier.SSD, self.n_bytes, runs, tail)
 

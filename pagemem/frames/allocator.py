@@ -21,7 +21,7 @@ from dataclasses import replace
 from sortedcontainers import SortedDict
 
 from pagemem.frames.free_runs import FreeRuns, SharedPages
-from pagemem.frames.page import MIN_PAGE_BYTES, Extent, FrameId, Placement, Run, Shortage, TensorId
+from pagemem.frames.page import MIN_PAGE_BYTES, Extent, FrameId, FrameRun, Placement, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 
@@ -86,7 +86,7 @@ class PageAllocator:
         start = self.free.best_fit(wanted) if at is None else at
         if start is None or not self.free.holds(start, wanted):
             return Shortage(self.tier, wanted, self.free_frames)
-        return self.put(Placement(tensor, self.tier, n_bytes, (Run(FrameId(start), wanted),)))
+        return self.put(Placement(tensor, self.tier, n_bytes, (FrameRun(FrameId(start), wanted),)))
 
     def _allocate_packed(self, tensor: TensorId, n_bytes: int) -> Placement | Shortage:
         n_whole, tail_bytes = divmod(n_bytes, self.page_bytes)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from sortedcontainers import SortedDict, SortedList
 
-from pagemem.frames.page import Extent, FrameId, Run, TensorId
+from pagemem.frames.page import Extent, FrameId, FrameRun, TensorId
 from pagemem.units import BLOCK_BYTES, round_up
 
 
@@ -68,19 +68,19 @@ class FreeRuns:
         place = self._by_length.bisect_left((length, -1))
         return self._by_length[place][1] if place < len(self._by_length) else None
 
-    def fewest_pieces(self, length: int) -> tuple[Run, ...] | None:
+    def fewest_pieces(self, length: int) -> tuple[FrameRun, ...] | None:
         """Free frames, ``length`` in all, in as few runs as can be, in order of place; None when there are not that
         many."""
         if length > self.n_frames:
             return None
-        pieces: list[Run] = []
+        pieces: list[FrameRun] = []
         while length:
             run_length, run_start = self._by_length[-1 - len(pieces)]
             if run_length >= length:
                 # The best fit comes no later in the index than this run, so it is none of those chosen before.
                 place = self._by_length.bisect_left((length, -1))
                 run_length, run_start = length, self._by_length[place][1]
-            pieces.append(Run(FrameId(run_start), run_length))
+            pieces.append(FrameRun(FrameId(run_start), run_length))
             length -= run_length
         return tuple(sorted(pieces, key=lambda piece: piece.first))
 

@@ -30,7 +30,7 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class FrameRun:
     """``n_frames`` adjacent frames from ``first`` on, all whole pages of one tensor but perhaps the last."""
 
     first: FrameId
@@ -48,7 +48,7 @@ class Placement:
     tensor: TensorId
     tier: Tier
     n_bytes: int
-    runs: tuple[Run, ...]
+    runs: tuple[FrameRun, ...]
     tail: Extent | None = None
 
     @property

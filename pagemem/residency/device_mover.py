@@ -88,7 +88,7 @@ class DeviceMover(Mover):
     def start_load(self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False, background: bool = False) -> None:
         """As `Mover.start_load`; the copy waits until the tensor is in host memory, which nothing here sees to.
 
-        It is there, for compute that is put behind it (`follow`), as soon as the copy was given to the device.
+        It is there, for compute that is put behind it (`wait_for`), as soon as the copy was given to the device.
         """
         with self.changed:
             super().start_load(tensor, frame, fresh=fresh, background=background)
@@ -116,12 +116,12 @@ class DeviceMover(Mover):
         with self.changed:  # the copier tells of copies, from when it made them
             self._end_load(tensor, error)
 
-    def follow(self, tensor: PagedTensor) -> None:
+    def wait_for(self, tensor: PagedTensor) -> None:
         """Have compute that is given from now on see what was copied. Training thread."""
         with self.changed:
             mark = self._marks.pop(tensor.id, None)
         if mark is not None:
-            self.accelerator.follow(mark)
+            self.accelerator.wait_for(mark)
 
     def save(self, source: torch.Tensor, lower: PagedTensor) -> DeviceEvent:
         """Copy bytes that compute has made (uint8, flat) into a dirty tensor of the tier below, which is not moved
@@ -206,7 +206,7 @@ class DeviceMover(Mover):
             if tensor.state is Residency.CLEAN and not tensor.held:
                 self.drop(tensor)
             else:
-                self.follow(tensor)
+                self.wait_for(tensor)
             self.prefetched_unused.discard(tensor.id)
             return tensor.frame is None
 

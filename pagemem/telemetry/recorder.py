@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pagemem.telemetry.events import Event, EventKind
-from pagemem.telemetry.timeline import Change, Timeline
+from pagemem.telemetry.timeline import HeldChange, Timeline
 from pagemem.tier import Tag, Tier
 
 
@@ -38,7 +38,7 @@ _WAITS = frozenset({EventKind.WAIT, EventKind.UPDATE_WAIT})
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class WaitSpan:
     """A wait, of the training thread (or the one that has its place in a backward pass) or another."""
 
     name: str
@@ -78,7 +78,7 @@ class Recording:
     timeline: Timeline
     ops: Sequence[OpSpan]
     events: Sequence[Event]
-    waits: Sequence[Wait]
+    waits: Sequence[WaitSpan]
     step_ends_s: Sequence[float]
     spent_s: float
     training_spent_s: float
@@ -104,7 +104,7 @@ class Recorder:
         self._changes: list[tuple[float, Tier, Tag, int]] = []
         self._ops: list[OpSpan] = []
         self._events: list[Event] = []
-        self._waits: list[Wait] = []
+        self._waits: list[WaitSpan] = []
         self._step_ends_s: list[float] = []
         self._op: tuple[str, str, str, int, float] | None = None
         # Of each thread its own: only that thread writes there.
@@ -128,7 +128,9 @@ class Recorder:
             if begun != event.name:  # Left by a wait that failed.
                 cause = _UPDATER
             end_s = event.start_s + event.duration_s
-            self._waits.append(Wait(event.name, event.n_bytes, event.start_s, end_s, cause, thread in self._training))
+            self._waits.append(
+                WaitSpan(event.name, event.n_bytes, event.start_s, end_s, cause, thread in self._training)
+            )
         else:
             self._events.append(event)
         self._count(now_s)
@@ -181,7 +183,7 @@ class Recorder:
         end_s = time.perf_counter()
         self._end_op(end_s)
         # A thread may be inside a last call: what it adds after this moment is not part of the recording.
-        changes = [Change(*change) for change in list(self._changes) if change[0] <= end_s]
+        changes = [HeldChange(*change) for change in list(self._changes) if change[0] <= end_s]
         spent = dict(self._spent)
         return Recording(
             self._began_s,

@@ -15,7 +15,7 @@ from pagemem.tier import Tag, Tier
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class HeldChange:
     """So many bytes more (or less) are held from ``time_s`` on."""
 
     time_s: float
@@ -47,7 +47,7 @@ class Timeline:
     """
 
     def __init__(
-        self, begin_s: float, end_s: float, held: Mapping[tuple[Tier, Tag], int], changes: Iterable[Change]
+        self, begin_s: float, end_s: float, held: Mapping[tuple[Tier, Tag], int], changes: Iterable[HeldChange]
     ) -> None:
         if end_s < begin_s:
             raise ValueError(f"a timeline cannot end at {end_s} s, before it begins at {begin_s} s")
@@ -62,7 +62,7 @@ class Timeline:
         for change in sorted(changes, key=lambda change: change.time_s):
             self._add(change)
 
-    def _add(self, change: Change) -> None:
+    def _add(self, change: HeldChange) -> None:
         if not self.begin_s <= change.time_s <= self.end_s:
             raise ValueError(f"a change at {change.time_s} s lies outside of {self.begin_s} to {self.end_s} s")
         last = self._samples[change.tier][-1]

@@ -96,7 +96,7 @@ class DeviceDriver(Driver):
             self.device.start_load(tensor, frame)
             self.device.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
             self.device.monitor.check()
-            self.device.follow(tensor)
+            self.device.wait_for(tensor)
         self.device.prefetched_unused.discard(tensor.id)
         tensor.resident = True
 
@@ -196,7 +196,7 @@ class DeviceDriver(Driver):
         with self._below_has([tensor.id], name):
             super()._make_usable(tensor, mode, name)
         self.device.prefetched_unused.discard(tensor.id)
-        self.device.follow(tensor)
+        self.device.wait_for(tensor)
 
     def _hold_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         tensors = [access.tensor for access in accesses if not self.device.tensors[access.tensor].resident]
@@ -204,7 +204,7 @@ class DeviceDriver(Driver):
             held = super()._hold_packed(name, accesses)
         self.device.prefetched_unused.difference_update(tensors)
         for tensor in held:
-            self.device.follow(tensor)
+            self.device.wait_for(tensor)
         return held
 
     def _leave_plan(self, why: str | None) -> None:

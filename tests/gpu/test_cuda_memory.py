@@ -98,7 +98,7 @@ def test_a_copy_up_begins_after_its_mark_and_compute_after_the_copy(
     before = into.clone()
     copy = device.copy_up(source, into, device.mark())
     assert not copy.reached(), "nobody waited for it"
-    device.follow(copy)
+    device.wait_for(copy)
     after = into.clone()
     copy.wait()
     assert copy.seconds() > 0
@@ -112,7 +112,7 @@ def test_a_copy_into_host_memory_has_what_compute_was_given_before_it(device: Cu
     source.add_(3)
     mark = device.copy_out(source, into)
     assert not mark.reached()
-    device.follow(mark)
+    device.wait_for(mark)
     source.fill_(9)  # compute goes on behind the copy
     mark.wait()
     torch.cuda.synchronize()

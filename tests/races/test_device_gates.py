@@ -264,7 +264,7 @@ def test_a_copy_up_of_a_device_that_failed_ends(tiers: Tiers, monkeypatch: pytes
     with pytest.raises(RuntimeError, match="device-side assert"):
         tiers.below.mover.monitor.check()
     with pytest.raises(RuntimeError, match="device-side assert"):
-        tiers.device.follow(tensor)
+        tiers.device.wait_for(tensor)
     tiers.below.mover.discard(tiers.device.lower(tensor.id))
 
 

@@ -46,7 +46,7 @@ def test_close_ends_after_the_device_failed_and_the_first_error_is_told(
             with monkeypatch.context() as patched:
                 for name in {"reached", "wait"} if asked == "reached" else {"wait"}:
                     patched.setattr(LateMark, name, raises)
-                patched.setattr(device, "follow", lambda mark: mark.wait())
+                patched.setattr(device, "wait_for", lambda mark: mark.wait())
                 try:
                     train(engine, 2)
                 finally:

@@ -85,10 +85,10 @@ class LateDevice(RamDevice):
         self._thread = threading.Thread(target=self._run, name="late-device")
         self._thread.start()
 
-    def follow(self, mark: DeviceEvent) -> None:
+    def wait_for(self, mark: DeviceEvent) -> None:
         """Compute begins at once, so that it has to wait here."""
         self.followed += 1
-        super().follow(mark)
+        super().wait_for(mark)
 
     def stamp(self) -> float:
         """For which a real device has an event."""

@@ -37,7 +37,7 @@ def test_a_copy_up_comes_between_the_mark_it_follows_and_its_own(monkeypatch: py
     into: Any = torch.zeros(8, dtype=torch.uint8).as_subclass(Bytes)
     into.log = fake.log
     copy = device.copy_up(torch.ones(8, dtype=torch.uint8), into, device.mark())
-    device.follow(copy)
+    device.wait_for(copy)
     assert fake.log == [
         "event compute 0",
         "up waits for compute 0",
@@ -61,7 +61,7 @@ def test_a_copy_into_host_memory_comes_behind_compute_so_far_and_compute_goes_on
     mark = device.copy_out(torch.ones(8, dtype=torch.uint8), into)
     assert fake.log == ["event compute 0", "down waits for compute 0", "copy", "event down 3"]
     assert bool((into == 1).all()) and not mark.reached()
-    device.follow(mark)
+    device.wait_for(mark)
     assert fake.log[-1] == "compute waits for down 3"
 
 
@@ -77,7 +77,7 @@ def test_marks_of_other_devices_are_none(monkeypatch: pytest.MonkeyPatch) -> Non
     device = device_on(FakeCuda(), monkeypatch)
     assert isinstance(device.mark(), CudaMark)
     with pytest.raises(TypeError, match="no mark of a CUDA device"):
-        device.follow(REACHED)
+        device.wait_for(REACHED)
 
 
 def test_it_is_the_current_device_and_stream_of_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from xxhash import xxh3_128_hexdigest
 
 from pagemem.durable.manifest import FORMAT, Manifest, StoredTensor
 from pagemem.errors import CommitError
-from pagemem.frames.page import Extent, FrameId, Run, TensorId
+from pagemem.frames.page import Extent, FrameId, FrameRun, TensorId
 from pagemem.tier import Tier
 
 NUMBERS = st.integers(1, 2**40 - 1)
@@ -123,6 +123,6 @@ def test_a_stored_tensor_says_where_its_extents_lie() -> None:
     [tensor] = small().tensors
     placed = tensor.placement()
     assert (placed.tier, placed.tensor, placed.n_bytes) == (Tier.SSD, TensorId(-1), 70_000)
-    assert placed.runs == (Run(FrameId(3), 1),) and placed.tail == Extent(FrameId(9), 4096, 8192)
+    assert placed.runs == (FrameRun(FrameId(3), 1),) and placed.tail == Extent(FrameId(9), 4096, 8192)
     assert tensor.key == "parameter: blocks.0"
     assert replace(tensor, tail=None).placement().tail is None

@@ -8,7 +8,7 @@ import pytest
 from tiers import PAGE, every_tier_is_valid_at_the_end, filled, layout, placed, t, tier  # noqa: F401
 
 from pagemem.frames.allocator import PageAllocator
-from pagemem.frames.page import Extent, FrameId, Run, Shortage
+from pagemem.frames.page import Extent, FrameId, FrameRun, Shortage
 from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, KiB
 
@@ -17,19 +17,19 @@ from pagemem.units import BLOCK_BYTES, KiB
 
 def test_whole_pages_go_to_the_run_that_fits_best() -> None:
     frames = filled("A..BC....D...E")
-    assert placed(frames.allocate(t("X"), 3 * PAGE)).runs == (Run(FrameId(10), 3),)
+    assert placed(frames.allocate(t("X"), 3 * PAGE)).runs == (FrameRun(FrameId(10), 3),)
     assert layout(frames) == "A..BC....DXXXE"
 
 
 def test_of_equal_runs_the_lowest_is_taken() -> None:
     frames = filled("A..B..C")
-    assert placed(frames.allocate(t("X"), 2 * PAGE)).runs == (Run(FrameId(1), 2),)
+    assert placed(frames.allocate(t("X"), 2 * PAGE)).runs == (FrameRun(FrameId(1), 2),)
 
 
 def test_without_a_run_long_enough_the_fewest_pieces_are_taken() -> None:
     frames = filled("A..B...C.D..E")
     x = placed(frames.allocate(t("X"), 4 * PAGE))
-    assert x.runs == (Run(FrameId(4), 3), Run(FrameId(8), 1))
+    assert x.runs == (FrameRun(FrameId(4), 3), FrameRun(FrameId(8), 1))
     assert layout(frames) == "A..BXXXCXD..E"
 
 
@@ -56,7 +56,7 @@ def test_a_tail_goes_where_it_leaves_least() -> None:
         frames.allocate(t(name), n_bytes)
     x = placed(frames.allocate(t("X"), 2 * PAGE + 20 * KiB))
     assert x.tail == Extent(FrameId(2), 44 * KiB, 20 * KiB)
-    assert x.runs == (Run(FrameId(3), 2),)
+    assert x.runs == (FrameRun(FrameId(3), 2),)
 
 
 def test_tails_start_on_blocks_and_say_their_exact_length() -> None:
@@ -70,7 +70,7 @@ def test_tails_start_on_blocks_and_say_their_exact_length() -> None:
 def test_a_left_over_that_rounds_up_to_a_page_is_a_whole_page() -> None:
     frames = tier(2)
     a = placed(frames.allocate(t("A"), 2 * PAGE - 1))
-    assert (a.runs, a.tail) == ((Run(FrameId(0), 2),), None)
+    assert (a.runs, a.tail) == ((FrameRun(FrameId(0), 2),), None)
     assert a.extents(PAGE)[-1] == Extent(FrameId(1), 0, PAGE - 1)
 
 
@@ -96,7 +96,7 @@ def test_a_contiguous_tensor_shares_with_nobody() -> None:
     frames = tier(4)
     frames.allocate(t("A"), PAGE // 2)
     x = placed(frames.allocate(t("X"), PAGE + 1, contiguous=True))
-    assert (x.runs, x.tail) == ((Run(FrameId(1), 2),), None)
+    assert (x.runs, x.tail) == ((FrameRun(FrameId(1), 2),), None)
     assert frames.allocate(t("Y"), 2 * PAGE, contiguous=True) == Shortage(Tier.HOST, 2, 1)
 
 
@@ -108,7 +108,7 @@ def test_contiguous_needs_frames_side_by_side() -> None:
 
 def test_at_takes_exactly_those_frames_or_none() -> None:
     frames = filled("A....B")
-    assert placed(frames.allocate(t("X"), 2 * PAGE, at=FrameId(2))).runs == (Run(FrameId(2), 2),)
+    assert placed(frames.allocate(t("X"), 2 * PAGE, at=FrameId(2))).runs == (FrameRun(FrameId(2), 2),)
     assert layout(frames) == "A.XX.B"
     for taken in (0, 1, 3, 4, 6, -1):
         assert frames.allocate(t("Y"), 2 * PAGE, at=FrameId(taken)) == Shortage(Tier.HOST, 2, 2)
@@ -128,7 +128,7 @@ def test_a_shortage_changes_nothing() -> None:
 def test_release_joins_the_neighbours() -> None:
     frames = filled(".AB.")
     released = frames.release(t("A"))
-    assert released.runs == (Run(FrameId(1), 1),)
+    assert released.runs == (FrameRun(FrameId(1), 1),)
     assert frames.placement(t("A")) is None
     assert list(frames.free) == [(0, 2), (3, 1)]
     frames.release(t("B"))

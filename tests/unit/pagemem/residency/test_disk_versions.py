@@ -7,7 +7,7 @@ import pytest
 from fake_page_files import ThreadedPageFiles
 
 from pagemem.errors import DiskFullError
-from pagemem.frames.page import Extent, FrameId, Placement, Run, TensorId
+from pagemem.frames.page import Extent, FrameId, FrameRun, Placement, TensorId
 from pagemem.residency.disk_versions import DiskVersions
 from pagemem.tier import Tag, Tier
 from pagemem.units import KiB
@@ -83,7 +83,7 @@ def test_a_full_disk_changes_nothing(copies: DiskVersions) -> None:
 
 def test_a_restored_copy_keeps_its_frames_and_its_checksums(copies: DiskVersions) -> None:
     placed = Placement(
-        TensorId(-1), Tier.SSD, 2 * PAGE + BLOCK, (Run(FrameId(4), 2),), Extent(FrameId(7), 2 * BLOCK, BLOCK)
+        TensorId(-1), Tier.SSD, 2 * PAGE + BLOCK, (FrameRun(FrameId(4), 2),), Extent(FrameId(7), 2 * BLOCK, BLOCK)
     )
     stored = copies.restore(placed, np.array([5, 6, 7], dtype=np.uint64), Tag.PARAM)
     copies.hold(stored)
@@ -96,9 +96,9 @@ def test_a_restored_copy_keeps_its_frames_and_its_checksums(copies: DiskVersions
 
 
 def test_frames_cannot_be_restored_twice(copies: DiskVersions) -> None:
-    placed = Placement(TensorId(-1), Tier.SSD, 2 * PAGE, (Run(FrameId(0), 2),))
+    placed = Placement(TensorId(-1), Tier.SSD, 2 * PAGE, (FrameRun(FrameId(0), 2),))
     copies.restore(placed, np.array([5, 6], dtype=np.uint64), Tag.PARAM)
-    overlapping = Placement(TensorId(-1), Tier.SSD, PAGE, (Run(FrameId(1), 1),))
+    overlapping = Placement(TensorId(-1), Tier.SSD, PAGE, (FrameRun(FrameId(1), 1),))
     with pytest.raises(AssertionError):
         copies.restore(overlapping, np.array([5], dtype=np.uint64), Tag.PARAM)
 

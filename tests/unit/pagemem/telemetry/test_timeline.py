@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagemem.telemetry.intervals import Interval, clipped, shares, total_s, tracks, union, without
-from pagemem.telemetry.timeline import Change, Timeline
+from pagemem.telemetry.timeline import HeldChange, Timeline
 from pagemem.tier import Tag, Tier
 
 END_S = 32
@@ -26,13 +26,15 @@ INTERVALS = st.lists(
 )
 
 
-def changes_of(held: dict[tuple[Tier, Tag], int], steps: Sequence[tuple[int, Tier, Tag, bool, int]]) -> list[Change]:
+def changes_of(
+    held: dict[tuple[Tier, Tag], int], steps: Sequence[tuple[int, Tier, Tag, bool, int]]
+) -> list[HeldChange]:
     """Changes that never take more than there is, in the order of their times."""
     now, made = dict(held), []
     for at, tier, tag, more, amount in sorted(steps, key=lambda step: step[0]):
         n_bytes = amount if more else -(now.get((tier, tag), 0) * amount // 1000)
         now[tier, tag] = now.get((tier, tag), 0) + n_bytes
-        made.append(Change(float(at), tier, tag, n_bytes))
+        made.append(HeldChange(float(at), tier, tag, n_bytes))
     return made
 
 
@@ -83,7 +85,7 @@ def test_no_peak_is_lost_in_buckets(
 
 
 def test_a_bucket_without_a_change_goes_on_with_what_is_held() -> None:
-    made = Timeline(0.0, 4.0, {}, [Change(0.5, Tier.HOST, Tag.GRAD, 7), Change(3.5, Tier.HOST, Tag.GRAD, -3)])
+    made = Timeline(0.0, 4.0, {}, [HeldChange(0.5, Tier.HOST, Tag.GRAD, 7), HeldChange(3.5, Tier.HOST, Tag.GRAD, -3)])
     assert [bucket.get(Tag.GRAD, 0) for bucket in made.buckets(Tier.HOST, 4)] == [7, 7, 7, 7]
     assert [bucket.get(Tag.GRAD, 0) for bucket in made.buckets(Tier.HOST, 8)] == [0, 7, 7, 7, 7, 7, 7, 4]
     assert made.mean_bytes(Tier.HOST) == (3 * 7 + 0.5 * 4) / 4
@@ -91,11 +93,11 @@ def test_a_bucket_without_a_change_goes_on_with_what_is_held() -> None:
 
 def test_what_cannot_have_happened_is_refused() -> None:
     with pytest.raises(AssertionError, match="host: gradient would hold -1 bytes at 1.0 s"):
-        Timeline(0.0, 2.0, {(Tier.HOST, Tag.GRAD): 3}, [Change(1.0, Tier.HOST, Tag.GRAD, -4)])
+        Timeline(0.0, 2.0, {(Tier.HOST, Tag.GRAD): 3}, [HeldChange(1.0, Tier.HOST, Tag.GRAD, -4)])
     with pytest.raises(AssertionError, match="begins with less than nothing"):
         Timeline(0.0, 2.0, {(Tier.HOST, Tag.GRAD): -1}, [])
     with pytest.raises(ValueError, match="outside of"):
-        Timeline(0.0, 2.0, {}, [Change(2.5, Tier.HOST, Tag.GRAD, 4)])
+        Timeline(0.0, 2.0, {}, [HeldChange(2.5, Tier.HOST, Tag.GRAD, 4)])
     with pytest.raises(ValueError, match="before it begins"):
         Timeline(2.0, 1.0, {}, [])
     with pytest.raises(ValueError, match="n_buckets is 0"):
@@ -103,7 +105,7 @@ def test_what_cannot_have_happened_is_refused() -> None:
 
 
 def test_a_timeline_without_length_has_a_mean_and_buckets() -> None:
-    made = Timeline(1.0, 1.0, {(Tier.SSD, Tag.PARAM): 5}, [Change(1.0, Tier.SSD, Tag.PARAM, 1)])
+    made = Timeline(1.0, 1.0, {(Tier.SSD, Tag.PARAM): 5}, [HeldChange(1.0, Tier.SSD, Tag.PARAM, 1)])
     assert (
         made.mean_bytes(Tier.SSD) == 6
         and [dict(bucket) for bucket in made.buckets(Tier.SSD, 2)] == [{Tag.PARAM: 6}] * 2
