@@ -122,7 +122,7 @@ class Engine:
         return {
             "planned_step_s": self.engine.planned_step_s,
             "device_units": self.engine.stats().device_units,
-            "units": len(self.engine._store.index.units),
+            "units": len(self.engine.debug.units),
             "memory": dataclasses.asdict(self.engine.memory_report()),
         }
 

@@ -104,7 +104,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     cost = CostMode(RatedKernels(a.flops, a.ram_speed * 1e6))
     with rehearsed(lambda: GPT(*SIZES[a.size], a.seq, False), config, cost, Bandwidths(1e9, 1e9, 1e9)) as engine:
         engine.rehearse(a.batch, a.seq)
-        trace, planning = engine.trace, engine.store.host.planning
+        trace, planning = engine.trace, engine.host.planning
         n_bytes, tier = planning.n_bytes(trace), planning.tier()
     found = []
     for mb_per_s in MB_PER_S:
