@@ -7,10 +7,7 @@
 from offload import starting
 
 starting.begin()  # before the imports that take long
-
-from offload import own_packages
-
-own_packages.find()
+starting.find_own_packages()
 
 from offload.budget.need import BudgetNeed
 from offload.budget.smallest import FactoryError, smallest_budget

@@ -1,19 +1,29 @@
-"""Ctrl-C while the ``offload`` command is still being imported: one line and exit code 130, at once.
+"""What comes before the imports of `offload`: Ctrl-C while the command is still being imported, which is one line and
+exit code 130, and a look for packages of others that have names like ours.
 
 Importing torch takes seconds, in which nothing is open and nothing is to be put in order. A KeyboardInterrupt there
-would be a long traceback, or be swallowed by an import in C, which leaves a module half made. Only what Python has
-loaded anyway is imported here.
+would be a long traceback, or be swallowed by an import in C, which leaves a module half made. What is imported here is
+small.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
 _INTERRUPTED: Final = 128 + signal.SIGINT
+#: Top-level packages of this distribution, whose names others use too.
+_NAMES: Final = ("pagemem", "scheduler", "optim")
+#: Modules of `offload` that call the rest, and may be interrupted.
+_OPEN_FILES: Final = (
+    "__main__.py", "cli.py", "launch/train.py", "launch/loop.py", "launch/profile_run.py", "machine/doctor.py",
+)  # fmt: skip
 
 
 def begin() -> None:
@@ -43,3 +53,26 @@ def _is_command() -> bool:
     while frame.f_back is not None:
         frame = frame.f_back
     return frame.f_globals.get("__name__") == "__main__" and "offload.cli" in frame.f_code.co_names
+
+
+def find_own_packages() -> None:
+    """Make sure that our packages, and not foreign ones of the same name, are what gets imported; then have Ctrl-C
+    wait until their code has returned.
+
+    Raises:
+        ImportError: one resolves to another distribution's file; the message names it and the remedy.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in _NAMES:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if found is None or found.parent.parent != home:
+            raise ImportError(
+                f"offload needs its own package {name!r} from {home}, but importing it finds {found or 'nothing'}; "
+                f"uninstall the other distribution that provides {name!r}, or put {home} first on sys.path"
+            )
+    from pagemem.process import interrupts  # not before it is known to be ours
+
+    for name in _NAMES:
+        interrupts.cover(str(importlib.import_module(name).__file__))
+    interrupts.cover(__file__, open_files=_OPEN_FILES)

@@ -32,7 +32,7 @@ _SHARES: Final = 4
 _UNSETTLED_STEPS: Final = 1
 
 
-class Choice(enum.Enum):
+class ChoiceState(enum.Enum):
     """How far the decision is; see the diagram at the top of this module."""
 
     UNDECIDED = "undecided"
@@ -42,7 +42,7 @@ class Choice(enum.Enum):
 
 _MOVES: Final = StateMachine(
     "choice of recomputation",
-    {Choice.UNDECIDED: {Choice.TRIED, Choice.DECIDED}, Choice.TRIED: {Choice.DECIDED}},
+    {ChoiceState.UNDECIDED: {ChoiceState.TRIED, ChoiceState.DECIDED}, ChoiceState.TRIED: {ChoiceState.DECIDED}},
 )
 
 
@@ -56,7 +56,7 @@ class RecomputeChoice:
 
     def __init__(self, blocks: Blocks, driver: Driver, limit_bytes: int) -> None:
         self.blocks = blocks
-        self.state = Choice.UNDECIDED
+        self.state = ChoiceState.UNDECIDED
         self._driver = driver
         self._limit_bytes = limit_bytes
         self._cost_before_s = 0.0
@@ -64,7 +64,7 @@ class RecomputeChoice:
     @property
     def open(self) -> bool:
         """Whether there is anything left to decide."""
-        return self.state is not Choice.DECIDED
+        return self.state is not ChoiceState.DECIDED
 
     def step_ended(self) -> None:
         """Between two steps: decide, once there is a plan made with the times of steps that followed one."""
@@ -80,12 +80,12 @@ class RecomputeChoice:
         """
         plan, trace = self._driver.plan, self._driver.trace
         assert plan is not None
-        if self.state is Choice.TRIED:
-            self._become(Choice.DECIDED)
+        if self.state is ChoiceState.TRIED:
+            self._become(ChoiceState.DECIDED)
             return cost_s(plan) > self._cost_before_s and self._recompute([])
         self._cost_before_s = cost_s(plan)
         chosen = self._cheapest(trace)
-        self._become(Choice.TRIED if chosen else Choice.DECIDED)
+        self._become(ChoiceState.TRIED if chosen else ChoiceState.DECIDED)
         return bool(chosen) and self._recompute(chosen)
 
     def _cheapest(self, trace: Trace) -> list[Block]:
@@ -131,7 +131,7 @@ class RecomputeChoice:
         self._driver.invalidate_plan(_UNSETTLED_STEPS)
         return True
 
-    def _become(self, state: Choice) -> None:
+    def _become(self, state: ChoiceState) -> None:
         self.state = _MOVES.move(self.state, state)
         self.blocks.watching = self.open
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
-class _Op:
+class _Elementwise:
     """An op that autograd's graph tells enough about.
 
     Attributes:
@@ -32,15 +32,17 @@ class _Op:
 
 #: Elementwise, without random numbers, and saving what they read. By names of nodes in autograd's graph.
 _OPS: Final = {
-    "GeluBackward0": _Op(("self",), lambda node: partial(functional.gelu, approximate=node._saved_approximate)),
-    "SiluBackward0": _Op(("self",), lambda _: functional.silu),
-    "MishBackward0": _Op(("self",), lambda _: functional.mish),
-    "HardswishBackward0": _Op(("self",), lambda _: functional.hardswish),
-    "LeakyReluBackward0": _Op(
+    "GeluBackward0": _Elementwise(
+        ("self",), lambda node: partial(functional.gelu, approximate=node._saved_approximate)
+    ),
+    "SiluBackward0": _Elementwise(("self",), lambda _: functional.silu),
+    "MishBackward0": _Elementwise(("self",), lambda _: functional.mish),
+    "HardswishBackward0": _Elementwise(("self",), lambda _: functional.hardswish),
+    "LeakyReluBackward0": _Elementwise(
         ("self",), lambda node: partial(functional.leaky_relu, negative_slope=node._saved_negative_slope)
     ),
-    "PowBackward0": _Op(("self",), lambda node: partial(torch.pow, exponent=node._saved_exponent)),
-    "MulBackward0": _Op(("self", "other"), lambda _: torch.mul),
+    "PowBackward0": _Elementwise(("self",), lambda node: partial(torch.pow, exponent=node._saved_exponent)),
+    "MulBackward0": _Elementwise(("self", "other"), lambda _: torch.mul),
 }
 #: Nodes of ops whose result has its input's storage.
 _VIEWS: Final = frozenset(

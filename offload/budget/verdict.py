@@ -34,7 +34,7 @@ class Available:
 
 
 @dataclass(frozen=True, slots=True)
-class Shortage:
+class Shortfall:
     """Something that is too small: what there is, and what to change."""
 
     said: str
@@ -58,7 +58,7 @@ class Verdict:
 
     need: BudgetNeed | None
     unknown: str
-    shortages: tuple[Shortage, ...]
+    shortages: tuple[Shortfall, ...]
 
     def check(self) -> None:
         """Raise BudgetError for the first shortage."""
@@ -89,11 +89,11 @@ def decide(config: Config, need: BudgetNeed | None, unknown: str, available: Ava
     memory, found = config.memory, []
     ram = f"memory.ram {format_bytes(memory.ram)}"
     if need is not None and need.smallest_bytes > memory.ram:
-        found.append(Shortage(need.said(memory.ram), f"set memory.ram to at least {need.smallest_bytes}"))
+        found.append(Shortfall(need.said(memory.ram), f"set memory.ram to at least {need.smallest_bytes}"))
     for name, limit_bytes in available.limits:
         if memory.ram >= limit_bytes:  # Mapped whole, whatever of it is used.
             found.append(
-                Shortage(f"{ram}, {name} is {format_bytes(limit_bytes)}", "lower memory.ram, or raise the limit")
+                Shortfall(f"{ram}, {name} is {format_bytes(limit_bytes)}", "lower memory.ram, or raise the limit")
             )
     content_bytes = memory.ram if need is None else need.content_bytes
     # For a device all of it is pinned, whatever of it is used.
@@ -103,7 +103,7 @@ def decide(config: Config, need: BudgetNeed | None, unknown: str, available: Ava
             ram if used_bytes == memory.ram else f"{ram}, of which the model's states take {format_bytes(used_bytes)}"
         )
         said = f"{used}, {format_bytes(available.ram_bytes)} of RAM can be had"
-        found.append(Shortage(said, f"set memory.ram to less than {available.ram_bytes}, or end what uses the memory"))
+        found.append(Shortfall(said, f"set memory.ram to less than {available.ram_bytes}, or end what uses the memory"))
     if need is not None:
         stored_bytes = content_bytes if commits_at_all(config) else max(0, content_bytes - memory.ram)
         if stored_bytes > available.disk_bytes:
@@ -111,7 +111,7 @@ def decide(config: Config, need: BudgetNeed | None, unknown: str, available: Ava
                 f"page files take at least {format_bytes(stored_bytes)}, the disks of ssd.paths have room for "
                 f"{format_bytes(available.disk_bytes)}"
             )
-            found.append(Shortage(said, "free some, or name another disk in ssd.paths"))
+            found.append(Shortfall(said, "free some, or name another disk in ssd.paths"))
     return Verdict(need, unknown, tuple(found))
 
 
