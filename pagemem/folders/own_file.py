@@ -89,12 +89,13 @@ def kind_of(path: StrPath) -> str | None:
         OSError: the system does not say.
     """
     try:
-        return _kind(os.lstat(path))
+        return kind_in_words(os.lstat(path))
     except FileNotFoundError:
         return None
 
 
-def _kind(found: os.stat_result) -> str:
+def kind_in_words(found: os.stat_result) -> str:
+    """As `kind_of`."""
     return next((words for is_one, words in _KINDS if is_one(found.st_mode)), "a file")
 
 
@@ -131,7 +132,7 @@ def open_file(path: StrPath, flags: int, *, mode: int = 0o644) -> int:
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise _not_ours(path, f"is {_kind(found)}, not a file")
+            raise _not_ours(path, f"is {kind_in_words(found)}, not a file")
         if found.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
             raise _not_ours(
                 path,

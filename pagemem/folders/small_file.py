@@ -17,6 +17,8 @@ from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from pagemem.folders.own_file import kind_in_words
+
 #: A whole number that counts something: never negative, and far from what 64 bits cannot hold.
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 #: One line of text: a name, a date.
@@ -35,13 +37,6 @@ class Record(BaseModel):
 NO_FILE: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EINVAL, errno.EFBIG})
 #: How deeply lists and objects may lie in each other.
 MAX_DEPTH: Final = 100
-_KINDS: Final = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 def open_regular(path: Path, max_bytes: int, *, follow: bool = False) -> tuple[int, int]:
@@ -68,11 +63,7 @@ def open_regular(path: Path, max_bytes: int, *, follow: bool = False) -> tuple[i
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(
-                errno.EINVAL,
-                f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'of another kind')}, not a regular file",
-                str(path),
-            )
+            raise OSError(errno.EINVAL, f"it is {kind_in_words(found)}, not a regular file", str(path))
         if found.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"it has {found.st_size} bytes; at most {max_bytes} are read", str(path))
     except BaseException:

@@ -2,8 +2,7 @@
 
 A child has copies of their records, but none of the threads that move pages, and locks as somebody held them at that
 moment: whoever waited there would wait for ever. So everything that would is told in the child, before anything else
-    runs there, and
-from then on raises at once. The parent notices nothing.
+runs there, and from then on raises at once. The parent notices nothing.
 """
 
 from __future__ import annotations

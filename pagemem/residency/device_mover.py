@@ -5,7 +5,7 @@ that compute edits is written back at once by the training thread (`scheduler.ex
 are made below, after which the copy is out of date and is dropped. So nothing is ever stored from here, and dropping
 costs nothing.
 
-A tensor that is fixed is at home here: it is changed in its frames, is authoritative, and never leaves. Below is what
+A device-resident tensor is changed in its frames, is authoritative here, and never leaves. Below is what
 it was when it was last brought down, for a commit.
 """
 
@@ -38,8 +38,8 @@ class DeviceMover(Mover):
 
     Attributes:
         prefetched_unused: tensors whose load has begun since their last use.
-        edited: tensors that were changed here and that have not been written back yet. changed_at_home: likewise, of
-            fixed ones, which stay so for many steps.
+        edited: tensors that were changed here and that have not been written back yet.
+        changed_resident: likewise, of device-resident ones, which stay so for many steps.
 
     Raises:
         StorageError: the system starts no more threads.
@@ -54,7 +54,7 @@ class DeviceMover(Mover):
         self.accelerator = accelerator
         self.prefetched_unused: set[TensorId] = set()
         self.edited: dict[TensorId, PagedTensor] = {}
-        self.changed_at_home: dict[TensorId, PagedTensor] = {}
+        self.changed_resident: dict[TensorId, PagedTensor] = {}
         self._lower: dict[TensorId, PagedTensor] = {}
         self._marks: dict[TensorId, DeviceEvent] = {}  # of copies that compute has not been put behind yet
         self._copier = UploadQueue(below, accelerator, self.monitor.note_failure, sink)
@@ -178,7 +178,7 @@ class DeviceMover(Mover):
         with self.changed:
             super().touch(tensor)
             if self.mirrors(tensor):
-                (self.changed_at_home if tensor.resident else self.edited)[tensor.id] = tensor
+                (self.changed_resident if tensor.resident else self.edited)[tensor.id] = tensor
 
     def start_store(self, tensor: PagedTensor, *, background: bool = False) -> None:
         """Leave an edited tensor dirty and where it is: who edits one writes it back at once, see `written_back`."""
@@ -187,7 +187,7 @@ class DeviceMover(Mover):
         """The tensor below has the content of an edited one, or of one that may have been."""
         with self.changed:
             self.edited.pop(tensor.id, None)
-            self.changed_at_home.pop(tensor.id, None)
+            self.changed_resident.pop(tensor.id, None)
             if tensor.state is Residency.DIRTY:
                 tensor.become(Residency.STORING)
                 tensor.become(Residency.CLEAN)

@@ -2,8 +2,7 @@
 
 A tensor has one *current* copy, where it is read from and written to. A copy that a commit names is never written
 again: the next store of its tensor goes to fresh frames (copy on write), and the old copy stays until no commit names
-    it. So a
-commit costs what has changed since the last one, and at most doubles the room that the changing tensors take.
+it. So a commit costs what has changed since the last one, and at most doubles the room that the changing tensors take.
 
 After a failed sync the system may call what it could not write clean: no later sync says anything about it. So all
 copies written since the last good sync are *lost*: their tensors are stored anew, elsewhere.

@@ -41,7 +41,7 @@ class HostMover(Mover):
         self.on_part: Callable[[], None] | None = None
         self.copies = DiskVersions(files, arena.page_bytes)
         self.snapshots = Snapshots(self.tensors, self.copies, lambda tensor: self.start_store(tensor, background=True))
-        self.monitor.on_change(self.snapshots.store_owed)
+        self.monitor.on_change(self.snapshots.store_pending)
 
     @property
     def ssd(self) -> PageAllocator:

@@ -13,7 +13,7 @@ Invariants
     1. In STORED and LOADING the page file is authoritative; in CLEAN both copies are equal; in DIRTY and STORING the
        host copy is authoritative. In ARRIVING the device has the bytes, which whoever had them copied keeps until they
        are here. There is no state in which no copy is whole.
-    2. A tensor that is fixed or has pins or leases keeps its frames: only other CLEAN tensors can be dropped.
+    2. A resident tensor, or one with pins or leases, keeps its frames: only other CLEAN tensors can be dropped.
     3. Only `PagedTensor.become` changes the state, only along `RESIDENCY`.
 """
 
@@ -77,7 +77,7 @@ class PagedTensor:
         dirtied_during_store: compute changed the host copy while it was being stored: the stored copy is stale.
         may_be_aliased: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
         arrived: of the load under way or the last one: [start, end) of the bytes that are there already, in the order
-            in which they came; only where somebody asked for it, see `Mover.on_part`.
+            in which they came; only where somebody asked for it, see `HostMover.on_part`.
         to_store: it is to be stored as soon as what is arriving is there.
         resident: its host frames stay its own for good: it is never moved or dropped.
         pins: uses under way that need the host frames to stay.

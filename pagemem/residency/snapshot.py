@@ -1,10 +1,10 @@
 """What the tensors hold at one moment, made whole in the page files while training goes on.
 
-Tensors whose current copy is whole are in the snapshot at once. The others *owe* it their bytes: they are stored in the
+Tensors whose current copy is whole are in the snapshot at once. The others are *pending*: they are stored in the
 background, a few at a time, and whoever wants to change one before has it stored first and waits. A snapshot is
-complete when nothing is owed. It is given up when a store fails; then nothing is named by it.
+complete when nothing is pending. It is given up when a store fails; then nothing is named by it.
 
-    OPEN --nothing owed--> COMPLETE --release--> RELEASED
+    OPEN --nothing pending--> COMPLETE --release--> RELEASED
     OPEN --a store failed, release--> RELEASED
 
 Guarded by the mover's lock.
@@ -48,12 +48,12 @@ class Snapshot:
 
     Attributes:
         copies: of every tensor that had content, once it is stored.
-        owing: tensors that are yet to be stored, those to be stored soonest first.
+        pending: tensors that are yet to be stored, those to be stored soonest first.
         error: why it was given up.
     """
 
     store: DiskVersions
-    owing: dict[TensorId, None] = field(default_factory=dict)
+    pending: dict[TensorId, None] = field(default_factory=dict)
     copies: dict[TensorId, DiskVersion] = field(default_factory=dict)
     state: SnapshotState = SnapshotState.OPEN
     error: BaseException | None = None
@@ -62,18 +62,18 @@ class Snapshot:
         """The tensor's copy is whole."""
         self.store.hold(stored)
         self.copies[tensor] = stored
-        self.owing.pop(tensor, None)
+        self.pending.pop(tensor, None)
 
-    def settle(self) -> None:
-        """Become COMPLETE if nothing is owed any more."""
-        if self.state is SnapshotState.OPEN and not self.owing:
+    def complete_if_done(self) -> None:
+        """Become COMPLETE if nothing is pending any more."""
+        if self.state is SnapshotState.OPEN and not self.pending:
             self.state = _MOVES.move(self.state, SnapshotState.COMPLETE)
 
     def release(self, error: BaseException | None = None) -> None:
         """Name nothing any more; frames that nobody else names are free."""
         self.state = _MOVES.move(self.state, SnapshotState.RELEASED)
         self.error = error
-        self.owing.clear()
+        self.pending.clear()
         for stored in self.copies.values():
             self.store.let_go(stored)
 
@@ -123,8 +123,8 @@ class Snapshots:
                 tensor.become(Residency.DIRTY)
                 tensor.ssd_valid = False
             tensor.dirtied_during_store |= tensor.may_be_aliased and tensor.state is Residency.STORING
-        owing = [tensor for tensor in whole if tensor.state in (Residency.DIRTY, Residency.STORING)]
-        if any(tensor.pins for tensor in owing):
+        pending = [tensor for tensor in whole if tensor.state in (Residency.DIRTY, Residency.STORING)]
+        if any(tensor.pins for tensor in pending):
             raise AssertionError("a snapshot inside an op")
         # Every copy that it names will have to be written elsewhere once its tensor has changed.
         self._store.reserve(sum(tensor.n_frames for tensor in whole))
@@ -133,43 +133,43 @@ class Snapshots:
             if tensor.ssd_valid:
                 assert tensor.copy is not None
                 snapshot.add(tensor.id, tensor.copy)
-        for tensor in sorted(owing, key=lambda t: t.last_use):
+        for tensor in sorted(pending, key=lambda t: t.last_use):
             tensor.snapshot_pending = True
-            snapshot.owing[tensor.id] = None
-        snapshot.settle()
-        if snapshot.owing:
+            snapshot.pending[tensor.id] = None
+        snapshot.complete_if_done()
+        if snapshot.pending:
             self._open = snapshot
-            self.store_owed()
+            self.store_pending()
         return snapshot
 
-    def store_owed(self) -> None:
+    def store_pending(self) -> None:
         """Have a few stores under way for the open snapshot."""
         if self._open is None:
             return
-        owing = [self._tensors[tensor] for tensor in self._open.owing]
-        n_more = knobs.STORES_AT_A_TIME - sum(tensor.state is Residency.STORING for tensor in owing)
-        for tensor in owing:
+        pending = [self._tensors[tensor] for tensor in self._open.pending]
+        n_more = knobs.STORES_AT_A_TIME - sum(tensor.state is Residency.STORING for tensor in pending)
+        for tensor in pending:
             if n_more > 0 and tensor.state is Residency.DIRTY:
                 n_more -= 1
                 self._start_store(tensor)
 
     def snapshot_done(self, tensor: PagedTensor) -> None:
-        """A tensor's current copy is whole: if it was owed, it is in the snapshot now."""
+        """A tensor's current copy is whole: if it was pending, it is in the snapshot now."""
         snapshot = self._open
         if not tensor.snapshot_pending or snapshot is None:
             return
         assert tensor.copy is not None
         tensor.snapshot_pending = False
         snapshot.add(tensor.id, tensor.copy)
-        snapshot.settle()
-        if not snapshot.owing:
+        snapshot.complete_if_done()
+        if not snapshot.pending:
             self._open = None
 
     def give_up(self, error: BaseException | None) -> None:
-        """Give the open snapshot up, if there is one; nothing is owed any more."""
+        """Give the open snapshot up, if there is one; nothing is pending any more."""
         snapshot, self._open = self._open, None
         if snapshot is not None:
-            for tensor in snapshot.owing:
+            for tensor in snapshot.pending:
                 self._tensors[tensor].snapshot_pending = False
             snapshot.release(error)
 

@@ -95,12 +95,11 @@ class UploadQueue:
             self._look()
 
     def begun(self, tensor: PagedTensor, copy: Copy) -> None:
-        """A copy up from the pages of a tensor, for which `Mover.begin_upload` was called, was given to the device by
-        somebody else."""
+        """Somebody else gave the device a copy up from the pages of a tensor, having called `HostMover.begin_upload`."""
         self._ends_by(partial(self._made_all, tensor, copy), copy)
 
     def arrives(self, tensor: PagedTensor, mark: DeviceEvent) -> None:
-        """A copy down into the pages of a tensor, for which `Mover.begin_arrival` was called, was given to the
+        """A copy down into the pages of a tensor, for which `HostMover.begin_arrival` was called, was given to the
         device."""
         self._ends_by(partial(self._arrived, tensor, mark), mark)
 

@@ -119,7 +119,7 @@ class DeviceDriver(Driver):
             for tensor in list(self.device.tensors.values()):
                 if (
                     tensor.id in self.device.edited
-                    or tensor.id in self.device.changed_at_home
+                    or tensor.id in self.device.changed_resident
                     or (tensor.may_be_aliased and tensor.readable)
                 ):
                     self._written_back(tensor, AccessMode.CREATE)
@@ -135,7 +135,7 @@ class DeviceDriver(Driver):
                 tensor for tensor in self.device.tensors.values() if tensor.resident and self.device.mirrors(tensor)
             ]:
                 self._filled_anew(tensor)
-                if tensor.id in self.device.changed_at_home:
+                if tensor.id in self.device.changed_resident:
                     self.device.written_back(tensor)
 
     def quiesce(self) -> None:
