@@ -19,7 +19,6 @@ from crafted_files import CONFIGS, Damage, all_damages, copied, settings, small_
 
 import offload
 from offload.cli import main
-from offload.store.plan_file import read_plan
 from pagemem.errors import OffloadError
 
 MIB = 1 << 20
@@ -67,12 +66,6 @@ def resume(folder: Path) -> int:
     return 0
 
 
-def plan(folder: Path) -> int:
-    """What a plan's file is read for."""
-    read_plan(folder / "pages" / "plan.json").plan()
-    return 0
-
-
 COMMANDS: dict[str, Callable[[Path, Damage], int]] = {
     "resume": lambda folder, damage: resume(folder),
     "verify": lambda folder, damage: main(["verify", str(folder / "pages")]),
@@ -80,7 +73,6 @@ COMMANDS: dict[str, Callable[[Path, Damage], int]] = {
     "launch": lambda folder, damage: main(
         ["launch", str(folder / (damage.what if damage.what in CONFIGS else "config.toml"))]
     ),
-    "plan": lambda folder, damage: plan(folder),
 }
 READERS = {
     "manifest": ("resume", "verify", "export"),
@@ -88,7 +80,6 @@ READERS = {
     "identity": ("resume", "verify", "export"),
     "pages": ("resume", "verify", "export"),
     "lock": ("resume", "verify"),
-    "plan": ("plan",),
     "metrics": ("launch",),
     "run identity": ("launch",),
     "config": ("launch",),

@@ -263,7 +263,6 @@ def all_damages(folder: Path) -> list[Damage]:
     for file, name in (
         ("identity", "pages/pagemem.json"),
         ("run identity", "log/offload-run.json"),
-        ("plan", "pages/plan.json"),
     ):
         content = (folder / name).read_bytes()
         made += field_damages(
