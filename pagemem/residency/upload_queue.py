@@ -95,7 +95,7 @@ class UploadQueue:
             self._look()
 
     def begun(self, tensor: PagedTensor, copy: Copy) -> None:
-        """Somebody else gave the device a copy up from the pages of a tensor, having called `HostMover.begin_upload`."""
+        """Somebody else gave the device a copy up from a tensor's pages, having called `HostMover.begin_upload`."""
         self._ends_by(partial(self._made_all, tensor, copy), copy)
 
     def arrives(self, tensor: PagedTensor, mark: DeviceEvent) -> None:
