@@ -136,6 +136,7 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.engine.optimizer, learning_rate(train))
         # What the results say of staleness is read off the channels' clocks; there is no public way to it.
         updater = self.engine.debug.updater
+        assert isinstance(updater, LockFreeUpdater) == (job.mode != "exact")
         mailboxes = updater._mailboxes if isinstance(updater, LockFreeUpdater) else {}
         self.clocks = [(sum(slot.numel for slot in unit.slots), mailbox.clock) for unit, mailbox in mailboxes.items()]
         self.made = 0
