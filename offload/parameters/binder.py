@@ -20,6 +20,7 @@ from offload.heap import ForwardEnd, give_back_free_pages
 from offload.parameters.edits import Edits
 from offload.parameters.engine_links import EngineLinks
 from offload.parameters.paged_parameter import PagedParameter, Place
+from offload.parameters.state_copies import StateCopies
 from offload.parameters.tensor_functions import EXPORTS
 from optim.unit import Slot, Unit, early_use, late_use
 from optim.updater import Updater, refusing_updater
@@ -68,6 +69,7 @@ class Binder:
         self.activations: SavedActivations | None = None
         self.trims = False
         self.copying = 0
+        self.state_copies = StateCopies()
         self.pointed: list[Tensor] = []
         self.forwards = 0
         self.closed = self._forked = False
@@ -137,7 +139,7 @@ class Binder:
                 if may_be_aliased:
                     in_pass = self.forwards > 0 or torch._C._current_graph_task_id() != -1
                     self.edits.exposed(parameter, counted=func not in _UNCOUNTED, in_pass=in_pass)
-            return _detached(result) if copying else result
+            return self.state_copies.give(parameters[0]._place.slot.name, _detached(result)) if copying else result
 
     def _scope(self) -> Any:
         """Uses that evaluate, copy, edit or initialise the model do not belong to the traced step."""

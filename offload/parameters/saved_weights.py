@@ -78,14 +78,20 @@ def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callab
     """
 
     def before(*_: Any) -> None:
+        if not binder.copying:
+            binder.state_copies.check()
         binder.copying += 1
 
     def after(*_: Any) -> None:
         binder.copying -= 1
 
+    def loaded(*_: Any) -> None:
+        binder.state_copies.forget()
+
     handles = [
         module.register_state_dict_pre_hook(ModelHook(before)),  # type: ignore[no-untyped-call]
         module.register_state_dict_post_hook(ModelHook(after)),  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(ModelHook(loaded)),  # type: ignore[no-untyped-call]
     ]
     return [handle.remove for handle in handles]
 
@@ -210,6 +216,7 @@ class SavedWeights:
 
         def enter(_module: torch.nn.Module, _args: Any) -> None:
             refuse_compilers(type(module).__name__)
+            self._binder.state_copies.check()
             # torch.func.functional_call has other parameters in the model until the forward pass is over.
             self._binder.doubted = not self._binder.structure_is_known()
             context = self.scope()
