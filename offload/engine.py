@@ -24,8 +24,7 @@ from offload.profiling.profile import Profile
 from offload.profiling.stats import MemoryReport, Stats, memory_report, planned_step_s, stats_of
 from offload.store.page_store import PageStore
 from optim import LossScale, PagedOptimizer
-from optim.optimizer import without_compiler
-from optim.updater import refusing_updater
+from optim.optimizer import refusing_updater, without_compiler
 from pagemem.process import forks, interrupts
 from pagemem.process.closing import close_all
 from pagemem.process.interrupts import left_open

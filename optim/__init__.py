@@ -1,8 +1,8 @@
 """How parameters change: update rules over pages, gradients, clipping, exact updates and the optimizer users hold."""
 
-from optim.exact.gradient_downloads import GradientDownloadQueue
 from optim.exact.gradient_store import GradientStore
 from optim.exact.updater import ExactUpdater, is_eager
+from optim.gradient_downloads import GradientDownloadQueue
 from optim.lockfree.unit_channel import UnitChannel
 from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import LossScale, Scaling

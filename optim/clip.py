@@ -43,6 +43,11 @@ def clip_coefficient(total: torch.Tensor, max_norm: float) -> torch.Tensor:
     return torch.clamp(max_norm / (total + 1e-6), max=1.0)
 
 
+def is_finite(flat: torch.Tensor) -> bool:
+    """Whether every element of a tensor is; one pass in most cases, two when the sum alone overflows."""
+    return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(flat).all())
+
+
 def check_loss(value: float, step: int) -> None:
     """Raise unless a loss is a number.
 

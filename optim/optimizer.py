@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -21,6 +21,7 @@ from optim.rules import UpdateRule
 from optim.states import StateAccess
 from optim.unit import Hyper, Slot, Unit
 from optim.updater import Updater
+from pagemem.process.forks import disowned
 
 
 @contextmanager
@@ -80,8 +81,8 @@ class PagedOptimizer(Optimizer):
         if self._packing:
             return defaultdict(dict)
         raise RuntimeError(
-            "optimizer.state: the states are in pages; read them with optimizer.state_dict(), write or reset them "
-            "with optimizer.load_state_dict()"
+            "optimizer.state: the states are in pages; read them with optimizer.state_dict(), write or reset them with "
+            "optimizer.load_state_dict()"
         )
 
     @state.setter
@@ -246,3 +247,15 @@ class PagedOptimizer(Optimizer):
                 for i, name in enumerate(self._rule.state_names):
                     value = state.get(name)
                     self._states.write(unit, slot, i, torch.zeros(slot.shape) if value is None else value)
+
+
+class _Refusing:
+    """What a forked child has in the place of its parent's updater."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise disowned("this optimizer")
+
+
+def refusing_updater() -> Updater:
+    """Whatever is asked of it raises RuntimeError."""
+    return cast(Updater, _Refusing())

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final, Protocol
 import torch
 from torch import Tensor
 
+from optim import knobs
 from optim.unit import Hyper
 
 
@@ -27,9 +28,6 @@ class Batch:
     states: list[list[Tensor]]
     steps: list[int]
 
-
-#: Adam's learning rate for n steps' mean gradient is n to this power times one step's.
-MERGED_LR_POWER: Final = 0.25
 
 #: Numbers that tell a rule how far a parameter was moved ahead of its last update; none: it was not.
 Lookahead = tuple[float, ...]
@@ -60,8 +58,8 @@ class UpdateRule(Protocol):
         """How far momentum alone takes a parameter in ``n_steps`` steps after its ``n_updates``-th update."""
 
     def lookahead_hyper(self, hyper: Hyper, n_steps: float) -> Hyper | None:
-        """Hyper-parameters with which `apply` ends ``n_steps`` ahead of the update by ``hyper``; None: use
-        `apply_lookahead` after it."""
+        """Hyper-parameters with which `apply` ends that far ahead of the update by ``hyper``; None: `apply_lookahead`
+        is to follow it."""
 
     def apply_lookahead(
         self, lookahead: Lookahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
@@ -134,7 +132,7 @@ class _AdamRule:
         if len(hypers) == 1:
             return list(hypers)
         mean = math.fsum(hyper["lr"] for hyper in hypers) / len(hypers)
-        return [{**hypers[-1], "lr": mean * len(hypers) ** MERGED_LR_POWER}]
+        return [{**hypers[-1], "lr": mean * len(hypers) ** knobs.MERGED_LR_POWER}]
 
     def lookahead(self, hyper: Hyper, n_updates: int, n_steps: float) -> Lookahead:
         """Factor of exp_avg, and what is added to the root of exp_avg_sq; both have the corrections for bias in

@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import torch
 
-from pagemem.errors import StaleGradientError
 from pagemem.process.gone import Gone
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.state_machine import StateMachine
@@ -27,11 +26,6 @@ from scheduler.execution.driver import Driver
 
 SLOT_ALIGN_NUMEL: Final = 64
 SLICE_ALIGN_NUMEL: Final = 1024
-
-#: What to do when steps are not alike.
-START_HINT: Final = 'set update.start = "step" in the configuration'
-#: What to do in a run that is to go on after an error in the middle of a step.
-ABANDON_HINT: Final = "engine.abandon_step() gives this step up"
 
 #: Hyper-parameters of one parameter group as they were at one moment.
 Hyper = Mapping[str, Any]
@@ -133,12 +127,6 @@ class Slot:
             TransitionError: the table has no such move; the state is unchanged.
         """
         self.grad = GRADIENTS.move(self.grad, grad, self.name)
-
-    def is_complete(self, *, foretold: bool) -> bool:
-        """Whether no gradient is to come any more in this step, as was said or as the steps before foretell."""
-        if self.grad is Grad.HELD:
-            return self.final or (foretold and self.arrivals == self.expected)
-        return self.grad is Grad.NONE and (self.final or (foretold and self.expected == 0))
 
     def forget_gradient(self) -> None:
         """The gradient's bytes are used up or thrown away."""
@@ -282,65 +270,6 @@ class UnitIndex:
         """Every optimized parameter with its unit, or every one, in the model's order."""
         found = [(unit, slot) for unit in self.units for slot in unit.slots if slot.group >= 0 or not optimized]
         return sorted(found, key=lambda pair: pair[1].order)
-
-
-def complete(unit: Unit, *, foretold: bool) -> bool:
-    """Whether a unit has gradients, and all of this step, so that its update need not wait for the step's end."""
-    optimized = [slot for slot in unit.slots if slot.group >= 0]
-    there = any(slot.grad is Grad.HELD for slot in optimized) and all(
-        slot.is_complete(foretold=foretold) for slot in optimized
-    )
-    return there and not unit.touched and not unit.live_views
-
-
-def stale_gradient(unit: Unit, slot: Slot) -> StaleGradientError:
-    """The error for a gradient that comes when the one that it is to be added to has been used up."""
-    if not unit.updated:
-        return StaleGradientError(
-            f"{slot.name}: a gradient arrived that plain PyTorch would add to the one of the last step, which was not "
-            f"cleared and has been used up; call optimizer.zero_grad() after each step, or {START_HINT}"
-        )
-    return StaleGradientError(
-        f"{slot.name}: a gradient arrived after the update of this step, which was begun when gradient "
-        f"{slot.arrivals} had arrived, as many as any step before had; for steps with a varying number of backward "
-        f"passes {START_HINT}; {ABANDON_HINT}"
-    )
-
-
-def spent_gradient(slot: Slot) -> RuntimeError:
-    """The error for looking at a gradient, or changing it, that an update has used up."""
-    return RuntimeError(
-        f"{slot.name}: its gradient was used up by its update, which was made during the backward pass; to read, "
-        f"change or clip gradients {START_HINT}, or clip by update.clip_norm alone (transformers: max_grad_norm=0); "
-        f"{ABANDON_HINT}"
-    )
-
-
-def early_use(slot: Slot, *, in_forward: bool) -> Exception:
-    """The error for a parameter that is used between backward and step, when its update of the step has been made
-    already.
-
-    Args:
-        in_forward: it is in one more forward pass of the same step, for all that is known.
-    """
-    if in_forward:
-        return StaleGradientError(
-            f"{slot.name} is used in a forward pass after its update of this step, which was begun when gradient "
-            f"{slot.arrivals} had arrived, as many as any step before had; for steps with a varying number of "
-            f"backward passes, or optimizer.step() after the next forward pass, {START_HINT}; {ABANDON_HINT}"
-        )
-    return RuntimeError(
-        f"{slot.name} is used between backward and step, where plain PyTorch has its old values, but its update of "
-        f"this step has been made already; use it after optimizer.step(), or {START_HINT}; {ABANDON_HINT}"
-    )
-
-
-def late_use(slot: Slot) -> RuntimeError:
-    """The error for a parameter that the backward pass asks for when its values may be those of the next step."""
-    return RuntimeError(
-        f"{slot.name} is used in the backward pass after its gradient was complete, as it was in the step before, and "
-        f"may have been updated; save it for backward (ctx.save_for_backward), or {START_HINT}"
-    )
 
 
 def pieces_of(unit: Unit, part: Slice) -> list[Piece]:

@@ -137,8 +137,8 @@ class Trainer:
         # What the results say of staleness is read off the channels' clocks; there is no public way to it.
         updater = self.engine.debug.updater
         assert isinstance(updater, LockFreeUpdater) == (job.mode != "exact")
-        mailboxes = updater._mailboxes if isinstance(updater, LockFreeUpdater) else {}
-        self.clocks = [(sum(slot.numel for slot in unit.slots), mailbox.clock) for unit, mailbox in mailboxes.items()]
+        channels = updater._channels if isinstance(updater, LockFreeUpdater) else {}
+        self.clocks = [(sum(slot.numel for slot in unit.slots), channel.clock) for unit, channel in channels.items()]
         self.made = 0
 
     def run(self, n_steps: int) -> list[dict[str, float]]:

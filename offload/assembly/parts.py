@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -112,7 +113,7 @@ def build_parts(
     _make_states(store, states)
     store.settle_on_device(sums=not is_eager(scaling, config.update.start) or config.update.accumulation > 1)
     paged_optimizer = PagedOptimizer(template, rule, places, states, store.driver.untraced)
-    updater = make_updater(store, rule, paged_optimizer.hypers, scaling)
+    updater = make_updater(store, rule, paged_optimizer.hypers, scaling, partial(_other_gradients, model))
     undo.append(updater.close)
     keepers = plan_keepers(store)
     checkpoints = Checkpoints(model, store, paged_optimizer, updater, config)
@@ -141,7 +142,6 @@ def build_parts(
             trims=_trims(config),
         )
     )
-    updater.other_gradients = _other_gradients(model, updater)
     for module in model.modules():
         store.watch_over(module)
     paged_optimizer.attach(updater, step.ended, store.binder.check_structure, store.binder.collect_in_hooks)
@@ -186,12 +186,16 @@ def _trims(config: Config) -> bool:
     return trims
 
 
-def _other_gradients(model: nn.Module, updater: Updater) -> Callable[[], list[tuple[int, Tensor]]]:
-    """Gradients of parameters that are not the updater's, which count in the norm as in
-    ``clip_grad_norm_(model.parameters())``."""
+def _other_gradients(model: nn.Module, *, keeps_unoptimized: bool) -> Callable[[], list[tuple[int, Tensor]]]:
+    """Gradients that the updater does not keep, which count in the norm as in
+    ``clip_grad_norm_(model.parameters())``.
+
+    Args:
+        keeps_unoptimized: whether it keeps those of parameters that are not optimized.
+    """
 
     def mine(parameter: Tensor) -> bool:
-        return isinstance(parameter, PagedParameter) and (parameter._place.slot.group >= 0 or updater.keeps_unoptimized)
+        return isinstance(parameter, PagedParameter) and (parameter._place.slot.group >= 0 or keeps_unoptimized)
 
     others = [(order, parameter) for order, parameter in enumerate(model.parameters()) if not mine(parameter)]
     return lambda: [(order, parameter.grad) for order, parameter in others if parameter.grad is not None]

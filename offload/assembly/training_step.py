@@ -15,8 +15,7 @@ from offload.activations.policy import RecomputeChoice
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.page_store import PageStore
 from offload.store.plan_file import PlanKeeper
-from optim import GradientDownloadQueue, LossScale
-from optim.clip import check_loss
+from optim import LossScale
 from optim.unit import Slot, Unit
 from optim.updater import Updater
 from pagemem.process import interrupts
@@ -74,10 +73,7 @@ class TrainingStep:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; see `Engine.backward`."""
-        if isinstance(self._updater, GradientDownloadQueue) and loss.device == self._store.binder.torch_device:
-            self._updater.expect(loss, self.made + 1)
-        else:
-            check_loss(float(loss.detach()), self.made + 1)
+        self._updater.expect(loss, self.made + 1)
         if self._accumulation > 1:
             loss = loss / self._accumulation
         self.scaled(loss).backward()  # type: ignore[no-untyped-call]

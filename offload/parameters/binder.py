@@ -22,8 +22,10 @@ from offload.parameters.engine_links import EngineLinks
 from offload.parameters.paged_parameter import PagedParameter, Place
 from offload.parameters.state_copies import StateCopies
 from offload.parameters.tensor_functions import EXPORTS
-from optim.unit import Slot, Unit, early_use, late_use
-from optim.updater import Updater, refusing_updater
+from optim.gradient_errors import early_use, late_use
+from optim.optimizer import refusing_updater
+from optim.unit import Slot, Unit
+from optim.updater import Updater
 from pagemem.frames.page import TensorId
 from pagemem.process.forks import disowned
 from pagemem.residency.mover import Mover

@@ -18,16 +18,19 @@ import torch
 from offload.store.exact_division import settle_sizes
 from offload.store.masters import add_masters
 from offload.store.page_store import PageStore
-from optim.exact.gradient_downloads import GradientDownloadQueue
 from optim.exact.gradient_store import GradientStore
 from optim.exact.updater import ExactUpdater, is_eager
+from optim.gradient_downloads import GradientDownloadQueue
+from optim.lockfree.batch_update import scratch_bytes
+from optim.lockfree.gradient_budget import GradientBudget
 from optim.lockfree.state_windows import StateWindows, least_frames
 from optim.lockfree.unit_channel import UnitChannel
-from optim.lockfree.update_thread import UpdateThread, scratch_bytes
-from optim.lockfree.updater import LockFreeUpdater
+from optim.lockfree.update_thread import UpdateThread
+from optim.lockfree.updater import LockFreeUpdater, StalenessBound
 from optim.loss_scale import Scaling
 from optim.rules import UpdateRule
 from optim.states import StateAccess
+from optim.training import OtherGradients, Training
 from optim.unit import Hyper, Slice, Unit
 from optim.updater import Updater
 from pagemem.budget import Budget
@@ -39,34 +42,39 @@ from scheduler.planning.trace import Access, AccessMode, OpKind
 Hypers = Callable[[], Sequence[Hyper]]
 
 
-def make_updater(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Scaling) -> Updater:
+def make_updater(
+    store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Scaling, other_gradients: Callable[..., OtherGradients]
+) -> Updater:
     """The updater of ``store.config.update``; the arena gets its final size.
 
     Args:
         scaling: of the gradients.
+        other_gradients: asked with ``keeps_unoptimized``, whether the updater keeps gradients that are not optimized:
+            what gives the gradients that it does not keep.
 
     Raises:
         BudgetError: the budget cannot hold what the mode needs; names the smallest that can.
     """
     update = store.config.update
+    exact = update.mode == "exact"
+    others = other_gradients(keeps_unoptimized=(ExactUpdater if exact else LockFreeUpdater).keeps_unoptimized)
     eager = is_eager(scaling, update.start)
-    if update.mode == "exact":
-        device = store.accelerator
-        # The largest gradient once as autograd made it, and once on its way down from a device.
-        direct_bytes, on_their_way_bytes = settle_sizes(store, direct=eager, on_their_way=device is not None)
-        # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into,
-        # reserved as a whole.
-        budget = Budget(Tier.HOST, direct_bytes) if device is not None and device.stages_gradients else store.budget
-        exact = ExactUpdater(
-            store.driver, store.index, rule, hypers, GradientStore(store.driver, budget, direct_bytes), store.counters,
-            scaling=scaling, start=update.start, updated=store.updated,
-        )  # fmt: skip
-        return (
-            exact
-            if device is None
-            else GradientDownloadQueue(exact, device, store.budget, on_their_way_bytes, direct_bytes)
-        )
-    return _make_lock_free(store, rule, hypers, scaling, eager=eager)
+    training = Training(store.driver, store.index, hypers, others, scaling, eager, store.counters)
+    return _make_exact(store, rule, training) if exact else _make_lock_free(store, rule, training)
+
+
+def _make_exact(store: PageStore, rule: UpdateRule, training: Training) -> Updater:
+    device = store.accelerator
+    # The largest gradient once as autograd made it, and once on its way down from a device.
+    direct_bytes, on_their_way_bytes = settle_sizes(store, direct=training.eager, on_their_way=device is not None)
+    # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into, reserved
+    # as a whole.
+    budget = Budget(Tier.HOST, direct_bytes) if device is not None and device.stages_gradients else store.budget
+    gradients = GradientStore(store.driver, budget, direct_bytes)
+    downloads = None
+    if device is not None:
+        downloads = GradientDownloadQueue(device, store.budget, on_their_way_bytes, direct_bytes)
+    return ExactUpdater(training, rule, gradients, store.updated, downloads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +146,9 @@ def _slice_frames(store: PageStore, part: Slice, *, masters: bool) -> int:
     return frames + (ceil_div(master_bytes, store.page_bytes) if masters else 0)
 
 
-def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling: Scaling, *, eager: bool) -> Updater:
+def _make_lock_free(store: PageStore, rule: UpdateRule, training: Training) -> Updater:
     units = [unit for unit in store.index.units if unit.trained]
-    division = divide(store, units, eager=eager)
+    division = divide(store, units, eager=training.eager)
     if not division.resident:
         for unit in units:
             if unit.slices[0].master is None:
@@ -155,23 +163,9 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, hypers: Hypers, scaling:
                     unit.parameters.resident = True
     slices = [tuple(t for t in (part.states, part.master) if t is not None) for unit in units for part in unit.slices]
     windows = StateWindows(store.mover, slices, first_frame, division.state_frames)
-    mailboxes = [UnitChannel(unit) for unit in units]
+    channels = [UnitChannel(unit) for unit in units]
     update = store.config.update
-    thread = UpdateThread(store.mover, rule, mailboxes, windows, store.counters, n_threads=update.threads)
-    return LockFreeUpdater(
-        store.driver,
-        store.index,
-        thread,
-        mailboxes,
-        StateAccess(store.driver, rule.state_names),
-        hypers,
-        store.budget,
-        division.gradient_bytes,
-        scratch_bytes(units, update.threads),
-        store.counters,
-        scaling=scaling,
-        eager=eager,
-        adopts_after=update.start == "auto",
-        max_staleness=update.max_staleness,
-        exact_steps=update.exact_steps,
-    )
+    thread = UpdateThread(store.mover, rule, channels, windows, store.counters, n_threads=update.threads)
+    budget = GradientBudget(store.budget, division.gradient_bytes, scratch_bytes(units, update.threads))
+    bound = StalenessBound(update.max_staleness, update.exact_steps, adopts_after=update.start == "auto")
+    return LockFreeUpdater(training, thread, channels, StateAccess(store.driver, rule.state_names), budget, bound)

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
-from optim.unit import SLOT_ALIGN_NUMEL, Slot, Unit
+from optim.clip import gradient_norm
+from optim.unit import SLOT_ALIGN_NUMEL, Grad, Slot, Unit
 from pagemem.budget import Budget, BudgetShortage, Reservation
 from pagemem.tier import Tag
 from pagemem.units import round_up
@@ -114,8 +115,12 @@ class GradientStore:
         return unit.home if unit.home is not None and unit.sums_at_home else self._driver
 
     @contextmanager
-    def used(self, unit: Unit, slot: Slot) -> Iterator[torch.Tensor]:
-        """Inside the block: the flat paged sum of one parameter, as an op of its own; what is written to it is kept."""
+    def values(self, unit: Unit, slot: Slot) -> Iterator[torch.Tensor]:
+        """Inside the block: the flat gradient of one parameter; what is written to it is kept. A paged sum is an op of
+        its own."""
+        if slot.direct is not None:
+            yield slot.direct
+            return
         assert unit.gradients is not None
         driver, key = self.driver_of(unit), (OpKind.GRADIENT, (unit.index, slot.order, "used"))
         with driver.op(key, f"gradient of {slot.name}", [Access(unit.gradients.id, AccessMode.READ)]):
@@ -126,6 +131,27 @@ class GradientStore:
             finally:
                 if flat._version != before:
                     driver.mover.touch(unit.gradients)
+
+    def scale(self, unit: Unit, slots: Sequence[Slot], coefficient: torch.Tensor) -> None:
+        """Multiply gradients in place, the user's own tensors among them."""
+        for slot in slots:
+            if slot.own is not None:
+                slot.own.mul_(coefficient.to(slot.own.device))
+                continue
+            with self.values(unit, slot) as flat:
+                flat.mul_(coefficient.to(flat.device))
+            slot.norm = None
+
+    def norm(self, unit: Unit, slot: Slot) -> torch.Tensor | None:
+        """2-norm of a gradient as it is now; None: there is none."""
+        if slot.grad is Grad.ZEROS:
+            return torch.zeros(())
+        if slot.own is not None:
+            return gradient_norm(slot.own.reshape(-1))
+        if slot.grad is Grad.HELD and slot.norm is None:
+            with self.values(unit, slot) as flat:
+                slot.norm = gradient_norm(flat)
+        return slot.norm if slot.grad is Grad.HELD else None
 
     def forget(self, unit: Unit, slots: Sequence[Slot], *, consumed: bool = False) -> None:
         """Gradients of some of a unit's parameters are used up or thrown away.

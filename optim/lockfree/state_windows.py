@@ -21,6 +21,7 @@ from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import IN_FLIGHT, PagedTensor, Residency
 from pagemem.telemetry.events import EventKind
 
+#: In one a slice is read, in one a slice is updated, and in one it is written.
 RING_WINDOWS: Final = 3
 
 #: The paged tensors of one slice, which are always in memory together.
@@ -33,7 +34,7 @@ def least_frames(sizes: Sequence[int]) -> int:
 
 
 @dataclass(slots=True)
-class _Window:
+class _RingWindow:
     first: FrameId
     tenant: int | None = None
 
@@ -59,7 +60,7 @@ class StateWindows:
             if end + size + ring_frames <= first_frame + n_frames:
                 self._home[number] = FrameId(end)
                 end += size
-        self._ring = [_Window(FrameId(end + k * max(sizes))) for k in range(RING_WINDOWS)] if ring_frames else []
+        self._ring = [_RingWindow(FrameId(end + k * max(sizes))) for k in range(RING_WINDOWS)] if ring_frames else []
         self._wanted: set[int] = set()
         self.n_frames = end - first_frame + ring_frames
 
@@ -135,7 +136,7 @@ class StateWindows:
                     if number not in self._home and tensor.state is Residency.DIRTY:
                         self._mover.start_store(tensor, background=True)
 
-    def _free_window(self, *, needed: bool) -> _Window | None:
+    def _free_window(self, *, needed: bool) -> _RingWindow | None:
         """A window whose tenant has left. What was brought in early leaves only for a slice that is needed now."""
         early = [window for window in self._ring if window.tenant in self._wanted]
         others = [window for window in self._ring if window.tenant not in self._wanted]

@@ -1,13 +1,12 @@
 """Hand-off between the training thread and the updater: gradients one way, new parameter versions the other.
 
-Each unit has one `UnitChannel`. The training thread puts a `GradientBatch` of gradients in, the updater takes it;
-whoever has taken a batch out owns it alone. A batch that the updater has not taken when the next step's gradients are
-there is taken back, they are added to it, and it is put in again, so that a unit never has more than one waiting.
-Putting and taking are single operations on a deque, which Python makes atomic: no lock is held while either side works
-on what it owns.
+Each unit has one `UnitChannel`. The training thread puts a `GradientBatch` in, the update thread takes it; whoever has
+taken a batch out owns it alone. A batch that was not taken when the next step's gradients are there is taken back, they
+are added to it, and it is put in again, so that a unit never has more than one waiting. Putting and taking are single
+operations on a deque, which Python makes atomic: no lock is held while either side works on what it owns.
 
-The updater writes new parameters over the gradients they came from and publishes them as a `Version`, whole, by
-assigning one attribute. Step numbers (`optim.lockfree.unit_clock`) tell each side what the other has seen.
+The update thread writes new parameters over the gradients they came from and publishes them as a `Version`, complete,
+by assigning one attribute. Step numbers (`optim.lockfree.unit_clock`) tell each side what the other has seen.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class GradientSum:
     """Gradients of one parameter, added up over one or more steps, and later the parameter's new values in their place.
 
     Attributes:
-        flat: (numel,), in the parameter's dtype; owned by whoever owns the parcel.
+        flat: (numel,), in the parameter's dtype; owned by whoever owns the batch.
         hypers: hyper-parameters of each step in the sum, oldest first.
         coefficient: factor of the sum that is still to be applied (clipping, loss scale), or None.
         lookahead_steps: how many steps ahead each gradient asks the next parameters to be, summed over these.
@@ -146,20 +145,28 @@ class UnitChannel:
         """Hand one step's gradients over; returns the bytes that adding them to waiting ones has freed. Training
         thread."""
         step = self.clock.produced + 1
-        parcel = GradientBatch(step, step, sums)
+        batch = GradientBatch(step, step, sums)
         freed_bytes = 0
         waiting = self._take()
         if waiting is not None:
-            freed_bytes = waiting.add(parcel)
-            parcel = waiting
+            freed_bytes = waiting.add(batch)
+            batch = waiting
         self.clock.produce()
-        self._waiting.append(parcel)
+        self._waiting.append(batch)
         return freed_bytes
 
     def unadopted(self) -> Version | None:
         """The newest version, unless its values are in use already. Training thread."""
         version = self.version
         return version if version is not None and version.last > self.clock.adopted else None
+
+    def lookahead_steps(self, hyper: Hyper) -> int:
+        """How far ahead the parameters after this step's gradient are to be: as far as it was behind, and a step, where
+        it may be behind. Training thread.
+
+        That step is what Nesterov's momentum looks ahead; it also makes up for a step that is missed now and then.
+        """
+        return self.missed + (self.may_miss and not hyper.get("nesterov", False))
 
     # ---- the updater's side ------------------------------------------------------------------------------------
 
@@ -182,17 +189,17 @@ class UnitChannel:
         # The version first, then the clock: one adopted in between is still whole in our hands.
         return {} if version is None or self.clock.adopted >= version.last else version.values
 
-    def publish(self, parcel: GradientBatch) -> None:
-        """Make a parcel, whose gradients have been turned into new values, the newest version. Updater."""
+    def publish(self, batch: GradientBatch) -> None:
+        """Make a batch, whose gradients have been turned into new values, the newest version. Updater."""
         before = self.version
-        values = dict(parcel.sums)
+        values = dict(batch.sums)
         since = self.clock.adopted
         if before is not None and since < before.last:
             # Not adopted as far as we can know: what it has and we have not stays part of the newest version.
             values = {**before.values, **values}
-            self.freed_bytes.append(sum(old.release() for slot, old in before.values.items() if slot in parcel.sums))
-        self.clock.apply(parcel.first, parcel.last)
-        self.version = Version(parcel.last, since, values)
+            self.freed_bytes.append(sum(old.release() for slot, old in before.values.items() if slot in batch.sums))
+        self.clock.apply(batch.first, batch.last)
+        self.version = Version(batch.last, since, values)
 
     def _take(self) -> GradientBatch | None:
         try:

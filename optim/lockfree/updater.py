@@ -1,14 +1,14 @@
 """Lock-free updates: the training thread hands gradients over and goes on; it waits only to keep the staleness bound.
 
-A unit's gradient is handed to the updater when it is complete, which the previous whole step foretells, or, with
-clipping, at the optimizer step. New parameters are adopted (copied into the unit's pages) at most twice a step: before
-the unit's first use, and after its last, when its gradient is complete. In between its parameters do not change, so
-forward, recomputation and backward of a step see the same values. (Where memory for gradients is short, new parameters
-are also adopted between two micro-batches of a step, never between a forward and its backward.)
+A unit's gradient is handed to the update thread when it is complete, which the previous unskipped step foretells, or,
+with clipping, at the optimizer step. New parameters are adopted (copied into the unit's pages) at most twice a step:
+before the unit's first use, and after its last, when its gradient is complete. In between its parameters do not change,
+so forward, recomputation and backward of a step see the same values. (Where memory for gradients is short, new
+parameters are also adopted between two micro-batches of a step, never between a forward and its backward.)
 
 Before a unit's first use in a step, the parameters in use miss at most ``max_staleness`` of the steps before; the
-training thread waits for the updater where they would miss more. With 0 the results are those of exact mode, bit for
-bit, and so are those of the first ``exact_steps`` steps.
+training thread waits for the update thread where they would miss more. With 0 the results are those of exact mode, bit
+for bit, and so are those of the first ``exact_steps`` steps.
 
 Source: Angel-PTM (VLDB 2023), lock-free updating; the bound is that of stale-synchronous training (Ho et al., NeurIPS
 2013), kept for each unit.
@@ -19,45 +19,58 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from optim.clip import gradient_norm, total_norm
+from optim.clip import gradient_norm, is_finite
 from optim.exact.gradient_store import flat_gradient
-from optim.gradient_holder import GradientHolder
-from optim.lockfree.unit_channel import GradientSum, UnitChannel, Version
+from optim.gradient_errors import START_HINT
+from optim.lockfree.adoption import Adoption
+from optim.lockfree.gradient_budget import GradientBudget
+from optim.lockfree.unit_channel import GradientSum, UnitChannel
 from optim.lockfree.update_thread import UpdateThread
-from optim.loss_scale import Scaling
 from optim.states import StateAccess
-from optim.unit import START_HINT, Grad, Hyper, Slot, Unit, UnitIndex, complete
-from pagemem.budget import Budget, BudgetShortage, Reservation
+from optim.training import Training
+from optim.unit import Grad, Hyper, Slot, Unit
+from optim.updater import Updater
 from pagemem.errors import BudgetError
-from pagemem.telemetry.events import Event, EventKind, EventSink
-from pagemem.tier import Tag
-from scheduler.execution.driver import Driver, Mode
-from scheduler.planning.trace import Access, AccessMode, OpKind
+from pagemem.telemetry.events import Event, EventKind
 
 
-class LockFreeUpdater(GradientHolder):
-    """Takes gradients and lets a thread of its own apply them. Methods belong to the training thread.
+@dataclass(frozen=True, slots=True)
+class StalenessBound:
+    """How far parameters may be behind.
 
-    Args:
-        driver: gives host pages and keeps the trace.
-        index: the model's units.
-        thread: the updater, not started yet.
-        mailboxes: one for each unit that is optimized.
-        states: keeps fp32 masters in step with edited parameters.
-        hypers: current hyper-parameters of all groups, asked for whenever a gradient is handed over.
-        budget: the host budget; gradients on their way are reserved in it, tag GRAD.
-        limit_bytes: bytes of gradients on their way at any time.
-        scratch_bytes: what the updater has outside the host arena beside them.
-        scaling: clipping and loss scaling.
-        eager: hand a unit's gradient over as soon as it is complete, not at the optimizer step.
+    Attributes:
+        max_staleness: steps that the parameters in use may miss, >= 0.
+        exact_steps: the first so many steps of a unit's life are made as with ``max_staleness`` 0.
         adopts_after: adopt new parameters after a unit's last use in a step, too, which is when its gradient is
             complete.
-        max_staleness: see above, >= 0.
-        exact_steps: the first so many steps of a unit's life are made as with ``max_staleness`` 0.
+    """
+
+    max_staleness: int
+    exact_steps: int = 0
+    adopts_after: bool = True
+
+    def allowed(self, unit: Unit) -> int:
+        """The steps that a unit's parameters may miss."""
+        # Counts of steps are the updater's, and part of commits; one it is about to raise means one exact step more.
+        young = max(slot.steps for slot in unit.slots) < self.exact_steps
+        return 0 if young else self.max_staleness
+
+
+class LockFreeUpdater(Updater):
+    """Takes gradients and lets a thread of its own apply them.
+
+    Args:
+        training: what is trained, and how.
+        thread: applies gradients; not started yet.
+        channels: one for each unit that is optimized.
+        states: keeps fp32 masters in step with edited parameters.
+        budget: of gradients on their way.
+        bound: how far parameters may be behind.
     """
 
     #: Gradients of parameters that are not optimized stay where autograd puts them.
@@ -65,72 +78,52 @@ class LockFreeUpdater(GradientHolder):
 
     def __init__(
         self,
-        driver: Driver,
-        index: UnitIndex,
+        training: Training,
         thread: UpdateThread,
-        mailboxes: Sequence[UnitChannel],
+        channels: Sequence[UnitChannel],
         states: StateAccess,
-        hypers: Callable[[], Sequence[Hyper]],
-        budget: Budget,
-        limit_bytes: int,
-        scratch_bytes: int,
-        sink: EventSink,
-        *,
-        scaling: Scaling,
-        eager: bool,
-        adopts_after: bool = True,
-        max_staleness: int,
-        exact_steps: int = 0,
+        budget: GradientBudget,
+        bound: StalenessBound,
     ) -> None:
-        super().__init__(driver, index, hypers)
+        super().__init__(training)
         self._thread = thread
-        self._mailboxes = {mailbox.unit: mailbox for mailbox in mailboxes}
+        self._channels = {channel.unit: channel for channel in channels}
         self._states = states
-        self._sink = sink
-        self._scaling = scaling
-        self._eager = eager
-        self._adopts_after = adopts_after
-        self._max_staleness = max_staleness
-        self._exact_steps = exact_steps
-        self._limit_bytes = limit_bytes
-        reserved = budget.reserve(Tag.GRAD, 0, "gradients on their way")
-        assert isinstance(reserved, Reservation)
-        self._reservation = reserved
-        scratch = budget.reserve(Tag.STAGING, scratch_bytes, "the updater's scratch")
-        assert isinstance(scratch, Reservation)
-        self._scratch = scratch
-        self._unused = set(self._mailboxes)
-        self.direct_bytes = 0
-        self.peak_direct_bytes = 0
-        self.dropped_steps = 0
-        self.dropped_gradients = 0
+        self._budget = budget
+        self._bound = bound
+        self._adoption = Adoption(training.driver, self._channels, budget)
+        self._unused = set(self._channels)
         thread.start()
 
     @property
     def staleness(self) -> int:
         """Steps that the parameters in use miss, in the unit that is furthest behind."""
-        return max((mailbox.clock.staleness for mailbox in self._mailboxes.values()), default=0)
+        return max((channel.clock.staleness for channel in self._channels.values()), default=0)
 
     @property
     def state_frames(self) -> int:
-        """Host frames in which the updater keeps optimizer states."""
+        """Host frames in which the update thread keeps optimizer states."""
         return self._thread.windows.n_frames
+
+    @property
+    def direct_bytes(self) -> int:
+        """Bytes of gradients and of new parameters on their way."""
+        return self._budget.n_bytes
+
+    @property
+    def peak_direct_bytes(self) -> int:
+        """Most of them at any time."""
+        return self._budget.peak_bytes
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 
-    def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
-        """Take one gradient from autograd; hands the unit's over when it was the last one it waited for.
-
-        Raises:
-            StaleGradientError: what it is to be added to was handed over; this one is lost, nothing else is.
-            BaseException: what ended the updater.
-        """
+    def _take(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
         self._thread.check()
         flat = flat_gradient(slot, gradient)
-        if not self._arrives(unit, slot, gradient):
+        if not self._arrivals.count(unit, slot, gradient):
             return
         if slot.direct is None:
-            self._take_bytes(flat.numel() * flat.dtype.itemsize)
+            self._make_room(flat.numel() * flat.dtype.itemsize)
             slot.direct = flat
         else:
             slot.direct.add_(flat)
@@ -138,22 +131,22 @@ class LockFreeUpdater(GradientHolder):
         self._complete(unit)
 
     def _complete(self, unit: Unit) -> None:
-        if complete(unit, foretold=self._foretold):
+        if self._arrivals.complete(unit):
             if self._eager:
                 hypers = self._hypers()
                 self._used_hypers = self._used_hypers or hypers
                 unit.updated = True
                 self._hand_over(unit, hypers, None)
-            if self._adopts_after:
+            if self._bound.adopts_after:
                 # Not worth waiting for a commit that has yet to get the old ones.
-                self._adopt(unit, "after", may=self._unseen(unit))
+                self._adoption.adopt(unit, "after", may=self._adoption.is_unseen(unit))
 
     def abandon(self) -> None:
-        """As `GradientHolder.abandon`; gradients that were handed over are applied all the same."""
+        """As `Updater.abandon`; gradients that were handed over are applied all the same."""
         super().abandon()
-        self._unused = set(self._mailboxes)
+        self._unused = set(self._channels)
 
-    def _settled(self, unit: Unit) -> None:
+    def _before_look(self, unit: Unit) -> None:
         self._thread.check()
 
     @contextmanager
@@ -162,35 +155,35 @@ class LockFreeUpdater(GradientHolder):
         yield slot.direct
 
     def _make_zeros(self, unit: Unit, slot: Slot) -> None:
-        self._take_bytes(slot.numel * slot.dtype.itemsize)
+        self._make_room(slot.numel * slot.dtype.itemsize)
         slot.direct = torch.zeros(slot.numel, dtype=slot.dtype)
         slot.become(Grad.HELD)
 
     def _forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
         for slot in slots:
             if slot.direct is not None:
-                self._free_bytes(slot.direct.numel() * slot.direct.dtype.itemsize)
+                self._budget.change(-slot.direct.numel() * slot.direct.dtype.itemsize)
             slot.forget_gradient()
 
     def _hand_over(self, unit: Unit, hypers: Sequence[Hyper], coefficient: torch.Tensor | None) -> None:
-        """Give the updater a unit's gradients of this step; ones that are not finite are dropped and counted."""
+        """Give the update thread a unit's gradients of this step; ones that are not finite are dropped and counted."""
         # An edit had the unit settled: the updater has nothing of it in hand before its next gradient.
         self._states.follow_edits(unit)
         found = [slot for slot in unit.slots if slot.direct is not None]
-        if coefficient is None and not all(_is_finite(slot.direct) for slot in found):
+        if coefficient is None and not all(slot.direct is not None and is_finite(slot.direct) for slot in found):
             self.dropped_gradients += 1
             self._forget(unit, found)
             _spend(found)
             return
         sums: dict[Slot, GradientSum] = {}
-        mailbox = self._mailboxes[unit]
+        channel = self._channels[unit]
         for slot in found:
             assert slot.direct is not None
             hyper = hypers[slot.group]
-            sums[slot] = GradientSum(slot, slot.direct, [hyper], coefficient, _ahead_steps(mailbox, hyper))
+            sums[slot] = GradientSum(slot, slot.direct, [hyper], coefficient, channel.lookahead_steps(hyper))
             slot.forget_gradient()
         _spend(found)
-        self._free_bytes(mailbox.put(sums))
+        self._budget.change(-channel.put(sums))
         self._thread.wake()
 
     # ---- the optimizer step ------------------------------------------------------------------------------------
@@ -203,18 +196,17 @@ class LockFreeUpdater(GradientHolder):
 
         Raises:
             RuntimeError: hyper-parameters changed after gradients of this step were handed over with the old ones.
-            BaseException: what ended the updater.
+            BaseException: what ended the update thread.
         """
         self._thread.check()
-        hypers = self._check_hypers()
-        self._check_cleared()
+        hypers = self._begin_step()
         for unit, slot in self._slots:
             if slot.grad is Grad.ZEROS:
                 self._make_zeros(unit, slot)
             elif slot.own is not None:
-                self._take_bytes(slot.numel * slot.dtype.itemsize)
+                self._make_room(slot.numel * slot.dtype.itemsize)
                 slot.direct = slot.own.detach().reshape(-1).clone()  # The updater writes over what it is given.
-        waiting = [unit for unit in self._mailboxes if any(slot.direct is not None for slot in unit.slots)]
+        waiting = [unit for unit in self._channels if any(slot.direct is not None for slot in unit.slots)]
         coefficient = self._coefficient()
         if self._scaling.needs_norm and waiting and coefficient is None:
             self.dropped_steps += 1
@@ -225,29 +217,23 @@ class LockFreeUpdater(GradientHolder):
         else:
             for unit in waiting:
                 self._hand_over(unit, hypers, coefficient)
-        repeatable = self._foretold
-        self._end_arrivals()
-        self._unused = set(self._mailboxes)
-        self._driver.end_step(repeatable=repeatable)
+        self._unused = set(self._channels)
+        self._end_step()
 
     def _coefficient(self) -> torch.Tensor | None:
         """What this step's gradients are multiplied by; None when nothing is to be done, or their norm is not
         finite."""
         if not self._scaling.needs_norm:
             return None
-        others = self.other_gradients()
+        others = self._other_gradients()
         norms = [(order, torch.linalg.vector_norm(other)) for order, other in others]
         norms += [(slot.order, gradient_norm(slot.direct)) for _, slot in self._slots if slot.direct is not None]
         if not norms:
             return None
-        total = total_norm([norm for _, norm in sorted(norms, key=lambda pair: pair[0])])
-        self.grad_norm = self._scaling.unscaled(total)
-        coefficient = self._scaling.coefficient(total)
+        coefficient = self._scaling.coefficient(self._note_norm(norms))
         if coefficient is not None:
-            for other in [
-                *(other for _, other in others),
-                *(slot.own for _, slot in self._slots if slot.own is not None),
-            ]:
+            own = [slot.own for _, slot in self._slots if slot.own is not None]
+            for other in [*(other for _, other in others), *own]:
                 other.mul_(coefficient.to(other.device))
         return coefficient
 
@@ -259,184 +245,99 @@ class LockFreeUpdater(GradientHolder):
         if unit not in self._unused:
             return
         self._unused.discard(unit)
-        mailbox = self._mailboxes[unit]
-        allowed = self._allowed(unit)
-        late = mailbox.clock.staleness > allowed
+        channel = self._channels[unit]
+        allowed = self._bound.allowed(unit)
+        late = channel.clock.staleness > allowed
         if late:
-            self._await(mailbox, mailbox.clock.produced - allowed)
-        self._adopt(unit, "before", may=late or (unit.live_views == 0 and not unit.parameters.snapshot_pending))
-        mailbox.missed, mailbox.may_miss = mailbox.clock.staleness, allowed > 0
-
-    def _allowed(self, unit: Unit) -> int:
-        """The steps that a unit's parameters may miss."""
-        # Counts of steps are the updater's, and part of commits; one it is about to raise means one exact step more.
-        young = max(slot.steps for slot in unit.slots) < self._exact_steps
-        return 0 if young else self._max_staleness
+            self._await(channel, channel.clock.produced - allowed)
+        may = late or (unit.live_views == 0 and not unit.parameters.snapshot_pending)
+        self._adoption.adopt(unit, "before", may=may)
+        channel.missed, channel.may_miss = channel.clock.staleness, allowed > 0
 
     def settle(self, unit: Unit) -> None:
         """Before a use outside the step (evaluation, copies, edits): adopt all updates of the steps made."""
         self._thread.check()
-        mailbox = self._mailboxes.get(unit)
-        if mailbox is not None and mailbox.clock.staleness:
-            self._await(mailbox, mailbox.clock.produced)
-            self._adopt(unit, "settle")
+        channel = self._channels.get(unit)
+        if channel is not None and channel.clock.staleness:
+            self._await(channel, channel.clock.produced)
+            self._adoption.adopt(unit, "settle")
 
     def drain(self) -> None:
         """Have every update of the steps made, in every unit."""
-        for unit in self._mailboxes:
+        for unit in self._channels:
             self.settle(unit)
 
     @contextmanager
     def consistent(self, *, whole: bool) -> Iterator[None]:
-        """Between two steps: inside the block every unit's parameters and states are of the same updates, and stay so.
-
-        Not ``whole``: the updater rests between two units meanwhile, and gradients on their way are not applied before.
-        Where no staleness is allowed it is always whole.
-        """
+        """See `Updater.consistent`. Not ``whole``: the update thread rests between two units meanwhile, and gradients
+        on their way are not applied before. Where no staleness is allowed it is always whole."""
         self._check_between_steps()
-        if whole or not all(self._allowed(unit) for unit in self._mailboxes):
+        if whole or not all(self._bound.allowed(unit) for unit in self._channels):
             self.drain()
             yield
             return
         with self._thread.paused():
-            for unit, mailbox in self._mailboxes.items():
-                if mailbox.unadopted() is not None:
+            for unit, channel in self._channels.items():
+                if channel.unadopted() is not None:
                     with nullcontext() if unit.parameters.resident else self._driver.untraced():
-                        self._adopt(unit, "commit")
+                        self._adoption.adopt(unit, "commit")
             yield
 
-    def _await(self, mailbox: UnitChannel, step: int) -> None:
+    def _await(self, channel: UnitChannel, step: int) -> None:
         """Wait until the updates up to ``step`` are applied."""
-        if mailbox.clock.applied >= step:
+        if channel.clock.applied >= step:
             return
-        started_s = time.perf_counter()
-        self._thread.want(mailbox)
+        self._thread.want(channel)
         try:
-            self._thread.await_progress(lambda: mailbox.clock.applied >= step)
+            self._wait(lambda: channel.clock.applied >= step, f"update of {channel.unit.name}", 0)
         finally:
             self._thread.want(None)
-        self._sink.emit(
-            Event(EventKind.WAIT, f"update of {mailbox.unit.name}", 0, started_s, time.perf_counter() - started_s)
-        )
 
-    def _adopt(self, unit: Unit, when: str, *, may: bool = True) -> None:
-        """Copy the newest published parameters, if they are newer and ``may`` be used now, into the unit's pages."""
-        self._collect_freed()
-        version = self._mailboxes[unit].unadopted() if may else None
-        if unit.parameters.resident:
-            if version is None:
-                return
-            self._driver.mover.make_writable(unit.parameters)
-            self._copy_in(unit, version)
-            self._driver.mover.touch(unit.parameters)
-        elif version is not None or self._driver.mode is not Mode.PLANNED:
-            # A step that is being traced has the op in any case: a later one may have something to adopt there.
-            accesses = [Access(unit.parameters.id, AccessMode.MODIFY)]
-            with self._driver.op((OpKind.UPDATE, (unit.index, "adopt", when)), f"adoption of {unit.name}", accesses):
-                if version is not None:
-                    self._copy_in(unit, version)
-        if version is not None:
-            self._adopted(unit, version)
-            unit.ended |= when == "after"
-
-    def _adopted(self, unit: Unit, version: Version) -> None:
-        mailbox = self._mailboxes[unit]
-        mailbox.clock.adopt(version.last)
-        unit.version += 1
-        # A version that was published meanwhile has the values that it did not replace: they go when it does.
-        newest = mailbox.version
-        kept = {} if newest is None or newest is version else newest.values
-        self._free_bytes(sum(total.release() for slot, total in version.values.items() if kept.get(slot) is not total))
-
-    def _adopt_in_passing(self) -> bool:
-        """Adopt versions, for the bytes they hold, of units that lie in memory and whose values nobody is to see again;
-        returns whether any.
-
-        Which ones these are differs from step to step, so it is no op of the step: nothing is moved for it.
-        """
-        found = False
-        for unit in self._units_to_adopt():
-            with self._driver.in_passing(unit.parameters) as at_hand:
-                version = self._mailboxes[unit].unadopted()
-                if at_hand and version is not None:
-                    self._copy_in(unit, version)
-                    self._adopted(unit, version)
-                    found = True
-        return found
-
-    def _units_to_adopt(self) -> list[Unit]:
-        """Units with newer parameters than those in use, which nobody is to see again before their next first use."""
-        return [
-            unit for unit, mailbox in self._mailboxes.items()
-            if mailbox.unadopted() is not None and unit.live_views == 0 and not self._driver.viewed(unit.parameters)
-        ]  # fmt: skip
-
-    def _unseen(self, unit: Unit) -> bool:
-        """Whether nobody has a view of a unit's pages, or a commit that has yet to get what they hold."""
-        return not unit.parameters.snapshot_pending and not self._driver.viewed(unit.parameters)
-
-    def _copy_in(self, unit: Unit, version: Version) -> None:
-        assert unit.parameters.frame is not None
-        arena = self._driver.mover.arena
-        for slot, total in version.values.items():
-            view = arena.view(unit.parameters.frame, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel)
-            view.copy_(total.flat)
+    def _wait(self, ready: Callable[[], bool], why: str, n_bytes: int) -> None:
+        started_s = time.perf_counter()
+        self._thread.await_progress(ready)
+        self._sink.emit(Event(EventKind.WAIT, why, n_bytes, started_s, time.perf_counter() - started_s))
 
     # ---- memory ------------------------------------------------------------------------------------------------
 
-    def _take_bytes(self, n_bytes: int) -> None:
-        """Have ``n_bytes`` of the reserved bytes; where they are used up, wait for the updater to give some back."""
-        self._collect_freed()
-        while self.direct_bytes + n_bytes > self._limit_bytes:
-            published = sum(mailbox.clock.applied for mailbox in self._mailboxes.values())
-            if self._adopt_in_passing():
-                continue
-            if not any(mailbox.clock.applied < mailbox.clock.produced for mailbox in self._mailboxes.values()):
-                # The updater has nothing left to do: what is published and not in memory is all there is to give room.
-                waiting = self._units_to_adopt()
-                for unit in waiting:
-                    self._adopt(unit, "short")
-                if waiting:
-                    continue
-                raise BudgetError(
-                    f"gradients on their way to the updater need {self.direct_bytes + n_bytes} bytes, the budget has "
-                    f"{self._limit_bytes} for them; "
-                    f"{START_HINT if self._eager else 'raise memory.ram by the difference'}",
-                    self.direct_bytes + n_bytes,
-                )
-            started_s = time.perf_counter()
-            self._thread.await_progress(
-                lambda: sum(m.clock.applied for m in self._mailboxes.values()) > published  # noqa: B023 - asked at once
+    def _make_room(self, n_bytes: int) -> None:
+        """Take ``n_bytes`` of the budget; where it is used up, wait for the update thread to give some back."""
+        self._adoption.collect_freed()
+        while not self._budget.fits(n_bytes):
+            self._gain_room(n_bytes, self._applied())
+        self._budget.change(n_bytes)
+
+    def _gain_room(self, n_bytes: int, applied: int) -> None:
+        """Have some bytes given back. ``applied``: counted before anything else was looked at."""
+        if self._adoption.adopt_without_moves():
+            return
+        if any(channel.clock.applied < channel.clock.produced for channel in self._channels.values()):
+            self._wait(lambda: self._applied() > applied, "room for gradients", n_bytes)
+            self._adoption.collect_freed()
+            return
+        # The update thread has nothing left to do: what is published and not in memory is all there is to give room.
+        waiting = self._adoption.unseen_units()
+        for unit in waiting:
+            self._adoption.adopt(unit, "short")
+        if not waiting:
+            need_bytes = self.direct_bytes + n_bytes
+            remedy = START_HINT if self._eager else "raise memory.ram by the difference"
+            raise BudgetError(
+                f"gradients on their way to the updater need {need_bytes} bytes, the budget has "
+                f"{self._budget.limit_bytes} for them; {remedy}",
+                need_bytes,
             )
-            self._sink.emit(
-                Event(EventKind.WAIT, "room for gradients", n_bytes, started_s, time.perf_counter() - started_s)
-            )
-            self._collect_freed()
-        self._set_bytes(self.direct_bytes + n_bytes)
 
-    def _collect_freed(self) -> None:
-        for mailbox in self._mailboxes.values():
-            while mailbox.freed_bytes:
-                self._free_bytes(mailbox.freed_bytes.popleft())
-
-    def _free_bytes(self, n_bytes: int) -> None:
-        if n_bytes:
-            self._set_bytes(self.direct_bytes - n_bytes)
-
-    def _set_bytes(self, n_bytes: int) -> None:
-        if isinstance(self._reservation.resize(n_bytes), BudgetShortage):
-            raise AssertionError(f"{n_bytes} bytes of gradients do not fit in what was set aside, {self._limit_bytes}")
-        self.direct_bytes = n_bytes
-        self.peak_direct_bytes = max(self.peak_direct_bytes, n_bytes)
+    def _applied(self) -> int:
+        return sum(channel.clock.applied for channel in self._channels.values())
 
     def close(self) -> None:
-        """End the updater, giving up updates not yet made, and give the reservation back. Idempotent."""
+        """End the update thread, giving up updates not yet made, and give the reservations back. Idempotent."""
         self._thread.stop()
-        for unit in self._mailboxes:
+        for unit in self._channels:
             for slot in unit.slots:
                 slot.forget_gradient()
-        self._reservation.end()
-        self._scratch.end()
+        self._budget.close()
 
 
 def _spend(slots: Sequence[Slot]) -> None:
@@ -444,18 +345,3 @@ def _spend(slots: Sequence[Slot]) -> None:
     for slot in slots:
         if slot.own is None:
             slot.become(Grad.SPENT)
-
-
-def _ahead_steps(mailbox: UnitChannel, hyper: Hyper) -> int:
-    """How far ahead the parameters after this gradient are to be: as far as it was behind, and a step, where it may be
-    behind.
-
-    That step is what Nesterov's momentum looks ahead; it also makes up for a step that is missed now and then.
-    """
-    return mailbox.missed + (mailbox.may_miss and not hyper.get("nesterov", False))
-
-
-def _is_finite(flat: torch.Tensor | None) -> bool:
-    """Whether every element is; one pass in most cases, two when the sum alone overflows."""
-    assert flat is not None
-    return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(flat).all())

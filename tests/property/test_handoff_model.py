@@ -25,12 +25,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from one_unit import mark, unit_of
-from stepped_updater import N, Pages, SavedWeight, SteppedUpdater, WatchedClock, WatchedDeque, WatchedMailbox
+from stepped_updater import N, Pages, SavedWeight, SteppedUpdater, WatchedClock, WatchedDeque, WatchedChannel
 from torch import Tensor
 
+from optim.lockfree.gradient_budget import GradientBudget
 from optim.lockfree.unit_channel import Version
-from optim.lockfree.updater import LockFreeUpdater
+from optim.lockfree.updater import LockFreeUpdater, StalenessBound
 from optim.loss_scale import Scaling
+from optim.training import Training
 from optim.unit import Slot, Unit, UnitIndex
 from pagemem.budget import Budget
 from pagemem.telemetry.events import NullSink
@@ -58,7 +60,7 @@ class HandOff(RuleBasedStateMachine):
         self.busy: str | None = None
         self.events: dict[Unit, list[tuple[str, int]]] = {unit: [] for unit in self.units}
         self.pages = Pages(self.units, self.other_side)
-        self.boxes = [WatchedMailbox(unit, WatchedClock(self.other_side, self.events[unit])) for unit in self.units]
+        self.boxes = [WatchedChannel(unit, WatchedClock(self.other_side, self.events[unit])) for unit in self.units]
         for order, slot in enumerate(self.made):
             slot.order = order
         for box in self.boxes:
@@ -74,11 +76,19 @@ class HandOff(RuleBasedStateMachine):
             in_passing=lambda tensor: nullcontext(tensor.resident),
         )  # fmt: skip
         states = SimpleNamespace(follow_edits=lambda unit: None)
+        run = Training(
+            cast(Any, driver),
+            UnitIndex(self.units),
+            lambda: [{"lr": self.step_number}],
+            tuple,
+            Scaling(),
+            eager,
+            NullSink(),
+        )
+        self.gradients = GradientBudget(self.budget, limit_bytes, 0)
         self.training = LockFreeUpdater(
-            cast(Any, driver), UnitIndex(self.units), cast(Any, self.updater), self.boxes, cast(Any, states),
-            lambda: [{"lr": self.step_number}], self.budget, limit_bytes, 0, NullSink(),
-            scaling=Scaling(), eager=eager, max_staleness=max_staleness,
-        )  # fmt: skip
+            run, cast(Any, self.updater), self.boxes, cast(Any, states), self.gradients, StalenessBound(max_staleness)
+        )
 
     # ---- who moves ---------------------------------------------------------------------------------------------
 
@@ -92,7 +102,7 @@ class HandOff(RuleBasedStateMachine):
         elif self.busy == "updater" and self.acts:
             unit = self.units[self.acts.pop() % len(self.units)]
             with self.side("nested"):
-                self.training._adopt(unit, "after")
+                self.training._adoption.adopt(unit, "after")
 
     @contextmanager
     def side(self, name: str) -> Iterator[None]:
@@ -187,7 +197,7 @@ class HandOff(RuleBasedStateMachine):
                 for item in held
                 for total in (item.values if isinstance(item, Version) else item.sums).values()
             )
-        assert needed <= self.training.direct_bytes <= self.training._limit_bytes
+        assert needed <= self.training.direct_bytes <= self.gradients.limit_bytes
         assert self.budget.by_tag().get(Tag.GRAD, 0) == self.training.direct_bytes
 
     @invariant()
@@ -215,7 +225,7 @@ class HandOff(RuleBasedStateMachine):
                 assert torch.equal(self.pages.of(unit, slot), mark(N, *self.made[slot])), (
                     "a gradient was lost or doubled"
                 )
-        self.training._collect_freed()
+        self.training._adoption.collect_freed()
         assert self.training.direct_bytes == 0, "bytes were not given back, or twice"
         self.training.close()
         self.budget.close()

@@ -138,7 +138,7 @@ def test_gradients_on_their_way_when_the_engine_is_closed_are_waited_for(
             train(engine, 2)
             ((x, y),) = batches(1)
             engine(x, y).backward()
-            waiting = list(engine.debug.updater._waiting)
+            waiting = list(engine.debug.updater._downloads._waiting)
             assert waiting and not waiting[-1].there.reached()
             assert all(one.source is not None for one in waiting if not one.there.reached()), (
                 "the device is still reading them"

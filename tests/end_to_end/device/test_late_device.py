@@ -172,12 +172,12 @@ def test_nobody_waits_for_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         loss = engine(x, y)
         device.late_s = 0.5
         engine.debug.updater.expect(loss, 1)
-        expected = engine.debug.updater._loss
+        expected = engine.debug.updater._downloads._loss
         assert not expected.there.reached()
         device.late_s = 0.0
         loss.backward()
         engine.optimizer.step()
-        assert expected.checked and engine.debug.updater._loss is None
+        assert expected.checked and engine.debug.updater._downloads._loss is None
 
 
 def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_gradients_go_on_when_younger_ones_need_their_room(tmp_path: Path, monke
             updated = engine.debug.store.updated
             with monkeypatch.context() as watched:
                 watched.setattr(
-                    engine.debug.updater._updater,
+                    engine.debug.updater._update,
                     "_updated",
                     lambda unit: (behind.append(engine.debug.updater.direct_bytes), updated(unit)),
                 )

@@ -111,8 +111,8 @@ def replayed(
     engine.drain()
     with gates.updater._thread.paused():
         pass  # The last version is in use before the updater comes to record it.
-    for mailbox in gates.updater._mailboxes.values():
-        assert mailbox.clock.produced == mailbox.clock.applied == mailbox.clock.adopted
+    for channel in gates.updater._channels.values():
+        assert channel.clock.produced == channel.clock.applied == channel.clock.adopted
     assert gates.updater.direct_bytes == 0
     again = Replay(plain, adamw, history, clip_norm=clip_norm, dtype=dtype)
     for mine, its in zip(losses, again.run(every), strict=True):

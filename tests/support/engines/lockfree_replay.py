@@ -35,7 +35,7 @@ class History:
     def __init__(self, gates: UpdaterGates, max_staleness: int) -> None:
         updater = gates.updater
         self.parameters = {
-            unit.name: [slot.name for slot in unit.slots if slot.group >= 0] for unit in updater._mailboxes
+            unit.name: [slot.name for slot in unit.slots if slot.group >= 0] for unit in updater._channels
         }
         self.published: dict[str, list[int]] = {name: [] for name in self.parameters}
         self.used: list[dict[str, int]] = [{}]
@@ -44,15 +44,15 @@ class History:
 
         def published(point: str, unit: Unit) -> None:
             if point == "published":
-                self.published[unit.name].append(updater._mailboxes[unit].clock.applied)
+                self.published[unit.name].append(updater._channels[unit].clock.applied)
 
         def used(unit: Unit) -> None:
-            mailbox = updater._mailboxes.get(unit)
-            if mailbox is not None and unit.name not in self.used[-1] and not updater._allowed(unit):
+            channel = updater._channels.get(unit)
+            if channel is not None and unit.name not in self.used[-1] and not updater._bound.allowed(unit):
                 self.exact[-1].add(unit.name)
             before_use(unit)
-            if mailbox is not None and unit.name not in self.used[-1]:
-                clock = mailbox.clock
+            if channel is not None and unit.name not in self.used[-1]:
+                clock = channel.clock
                 assert 0 <= clock.adopted <= clock.applied <= clock.produced
                 assert clock.staleness <= max_staleness, (
                     f"{unit.name} misses {clock.staleness} steps, {max_staleness} may be"

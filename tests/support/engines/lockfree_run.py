@@ -64,7 +64,7 @@ class Run:
         self.history = History(self.gates, max_staleness)
         self.steps: list[list[Batch]] = []
         self.losses: list[Tensor] = []
-        self.boxes = {box.unit.name: box for box in self.gates.updater._mailboxes.values()}
+        self.boxes = {box.unit.name: box for box in self.gates.updater._channels.values()}
         self.units = list(self.boxes)
         self._generator = torch.Generator().manual_seed(11)
         assert len(self.units) == scale.depth

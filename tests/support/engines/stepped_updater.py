@@ -66,8 +66,8 @@ class WatchedDeque(deque[Any]):
         return item
 
 
-class WatchedMailbox(UnitChannel):
-    """A mailbox that records publications and what was seen of them."""
+class WatchedChannel(UnitChannel):
+    """A channel that records publications and what was seen of them."""
 
     def unadopted(self) -> Version | None:
         """As the real one, recorded."""
@@ -75,10 +75,10 @@ class WatchedMailbox(UnitChannel):
         events.append(("look", self.version.last if self.version is not None else 0))
         return super().unadopted()
 
-    def publish(self, parcel: GradientBatch) -> None:
+    def publish(self, batch: GradientBatch) -> None:
         """As the real one, recorded."""
-        super().publish(parcel)
-        cast(WatchedClock, self.clock).events.append(("publish", parcel.last))
+        super().publish(batch)
+        cast(WatchedClock, self.clock).events.append(("publish", batch.last))
 
 
 class Pages:
@@ -125,16 +125,16 @@ class SteppedUpdater:
             box = self._wanted if self._wanted in busy else busy[self.choice % len(busy)]
             assert box is not None
             yield
-            parcel = box.take()
+            batch = box.take()
             yield
-            if parcel is None:
+            if batch is None:
                 continue
             newest = box.newest_values()
             yield
-            for slot, total in parcel.sums.items():
+            for slot, total in batch.sums.items():
                 self._update(box.unit, slot, total, newest)
                 yield
-            box.publish(parcel)
+            box.publish(batch)
             yield
 
     def _update(self, unit: Unit, slot: Slot, total: GradientSum, newest: dict[Slot, GradientSum]) -> None:

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 
 from offload.store.make_updater import Division, divide
+from optim.lockfree.batch_update import scratch_bytes
 from optim.lockfree.state_windows import least_frames
-from optim.lockfree.update_thread import scratch_bytes
 from optim.unit import Slot, Unit, cut, lay_out
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId

@@ -4,7 +4,7 @@ own."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from gated_device import GatedMark
 
-from optim.exact.gradient_downloads import GradientDownloadQueue
+from optim.gradient_downloads import Download, GradientDownloadQueue
 from pagemem.budget import Budget
 from pagemem.devices.accelerator import RamDevice
 from pagemem.errors import NonFiniteError
@@ -46,35 +46,35 @@ class Device(RamDevice):
 
 
 class Updater:
-    """Notes what it is handed, and keeps it as long as it is told to."""
+    """Notes what it takes from the queue, and keeps it as long as it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, queue: GradientDownloadQueue) -> None:
+        self.queue = queue
         self.taken: list[str] = []
         self.kept: list[torch.Tensor] = []
-        self.keeps = self.closed = False
-        self.direct_bytes = self.peak_direct_bytes = 0
+        self.keeps = False
+        self.unit: Any = SimpleNamespace(home=None)
 
-    def gradient(self, _unit: Any, slot: str, gradient: torch.Tensor) -> None:
-        self.taken.append(slot)
-        if self.keeps:
-            self.kept.append(gradient)
-        assert torch.equal(gradient, values(slot, gradient.shape)) and gradient.is_contiguous()
+    def take(self, downloads: Iterable[Download]) -> None:
+        for download in downloads:
+            slot: Any = download.slot
+            self.taken.append(slot)
+            if self.keeps:
+                self.kept.append(download.gradient)
+            assert torch.equal(download.gradient, values(slot, download.gradient.shape))
+            assert download.gradient.is_contiguous()
+            del download
 
-    def uses_as_it_is(self, _: Any) -> bool:
-        return True
+    def gradient(self, slot: Any, gradient: torch.Tensor) -> None:
+        self.take(self.queue.put(self.unit, slot, gradient, lambda unit, slot: True))
+
+    def expect(self, loss: torch.Tensor, step: int) -> None:
+        self.take(self.queue.expect(loss, step))
 
     def step(self) -> None:
+        self.take(self.queue.take())
+        self.queue.end_step()
         self.kept.clear()
-
-    def close(self) -> None:
-        assert not self.closed, "once"
-        self.closed = True
-
-
-class Named(str):
-    """A slot, for all that is asked of one here: its letter, and no tensor of the user's own for its gradient."""
-
-    own = None
 
 
 def values(slot: str, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
@@ -84,16 +84,14 @@ def values(slot: str, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
 
 class Rig:
     def __init__(self, limit: int = LIMIT) -> None:
-        self.device, self.updater, self.budget = Device(), Updater(), Budget(Tier.HOST, limit + KEPT)
-        updater: Any = self.updater
-        self.gradients = GradientDownloadQueue(updater, self.device, self.budget, limit, KEPT)
-        self.unit: Any = SimpleNamespace(home=None)
+        self.device, self.budget = Device(), Budget(Tier.HOST, limit + KEPT)
+        self.gradients = GradientDownloadQueue(self.device, self.budget, limit, KEPT)
+        self.updater = Updater(self.gradients)
 
     def gives(self, slot: str, *shape: int) -> weakref.ref[torch.Tensor]:
         """Deliver a gradient; returns what says whether the device's memory of it is still held."""
         gradient = values(slot, shape)
-        named: Any = Named(slot)
-        self.gradients.gradient(self.unit, named, gradient)
+        self.updater.gradient(slot, gradient)
         held = self.gradients._waiting[-1].source if self.gradients._waiting else None
         return weakref.ref(gradient if held is None else held)
 
@@ -105,31 +103,30 @@ def rig() -> Iterator[Rig]:
     yield made
     made.gradients.close()
     made.gradients.close()
-    assert made.updater.closed and made.budget.used_bytes == 0
+    assert made.budget.used_bytes == 0
     made.budget.close()
 
 
 def test_older_ones_go_on_when_a_younger_one_needs_their_room(rig: Rig) -> None:
     for slot in "abcd":
         rig.gives(slot, 8, 4)
-    assert not rig.updater.taken and rig.gradients.direct_bytes == LIMIT
+    assert not rig.updater.taken and rig.gradients.host_bytes == LIMIT
     rig.gives("e", 8, 4)
-    assert rig.updater.taken == ["a"] and rig.device.waited == [0] and rig.gradients.direct_bytes == LIMIT
+    assert rig.updater.taken == ["a"] and rig.device.waited == [0] and rig.gradients.host_bytes == LIMIT
     rig.gives("f", 16, 6)
-    assert rig.updater.taken == ["a", "b", "c", "d"] and rig.gradients.direct_bytes == LIMIT
+    assert rig.updater.taken == ["a", "b", "c", "d"] and rig.gradients.host_bytes == LIMIT
     assert rig.budget.by_tag() == {Tag.GRAD: LIMIT + KEPT}, "the buffer neither grows nor shrinks"
-    rig.gradients.step()
-    assert rig.updater.taken == list("abcdef") and rig.gradients.direct_bytes == 0
+    rig.updater.step()
+    assert rig.updater.taken == list("abcdef") and rig.gradients.host_bytes == 0
 
 
 def test_one_that_is_laid_out_otherwise_comes_row_by_row(rig: Rig) -> None:
     gradient = values("a", (4, 8)).t().contiguous().t()
     assert not gradient.is_contiguous()
-    slot: Any = Named("a")
-    rig.gradients.gradient(rig.unit, slot, gradient)
-    rig.gradients.gradient(rig.unit, slot, values("a", ()))
-    rig.gradients.gradient(rig.unit, slot, values("a", (0, 3)))
-    rig.gradients.step()
+    rig.updater.gradient("a", gradient)
+    rig.updater.gradient("a", values("a", ()))
+    rig.updater.gradient("a", values("a", (0, 3)))
+    rig.updater.step()
     assert rig.updater.taken == ["a", "a", "a"]
 
 
@@ -157,7 +154,7 @@ def test_gradients_that_the_updater_keeps_stay_in_the_buffer(rig: Rig) -> None:
     rig.gives("g", 8, 4)
     # More is kept than was foretold: this one waits for the device, in memory of its own.
     assert rig.updater.taken == list("abcdef") and len(rig.device.marks) == 6
-    rig.gradients.step()
+    rig.updater.step()
     assert rig.updater.taken == list("abcdefg")
     rig.gives("h", 16, 8)
     assert len(rig.device.marks) == 7, "the buffer is free again"
@@ -165,24 +162,23 @@ def test_gradients_that_the_updater_keeps_stay_in_the_buffer(rig: Rig) -> None:
 
 @pytest.mark.parametrize("limit", [0, 64])
 def test_without_room_each_waits_for_the_device_and_goes_on_at_once(limit: int) -> None:
-    device, updater, budget = Device(), Updater(), Budget(Tier.HOST, 64)
-    as_updater: Any = updater
-    gradients = GradientDownloadQueue(as_updater, device, budget, limit, 0)
+    device, budget = Device(), Budget(Tier.HOST, 64)
+    gradients = GradientDownloadQueue(device, budget, limit, 0)
+    updater = Updater(gradients)
     for slot in "ab":
-        named: Any = Named(slot)
-        gradients.gradient(SimpleNamespace(home=None), named, values(slot, (8, 4)))  # type: ignore[arg-type]
-    assert updater.taken == ["a", "b"] and not device.marks and gradients.direct_bytes == 0
+        updater.gradient(slot, values(slot, (8, 4)))
+    assert updater.taken == ["a", "b"] and not device.marks and gradients.host_bytes == 0
     gradients.close()
     budget.close()
 
 
 def test_memory_is_not_given_back_before_copies_of_gradients_that_were_dropped(rig: Rig) -> None:
-    rig.gradients.expect(torch.tensor(float("nan")), 1)
+    rig.updater.expect(torch.tensor(float("nan")), 1)
     rig.gives("a", 8)
     rig.gives("b", 8)
     with pytest.raises(NonFiniteError, match="loss of step 1 is nan"):
-        rig.gradients.step()
-    assert not rig.updater.taken and rig.gradients.direct_bytes == 0
+        rig.updater.step()
+    assert not rig.updater.taken and rig.gradients.host_bytes == 0
     assert rig.device.waited == [0, 2], "the loss; and compute goes on behind the copies, whose memory is free then"
     rig.gradients.close()
     assert rig.device.waited == [0, 2, 2], "the last one is behind the others"
@@ -192,14 +188,14 @@ def test_losses_of_many_micro_batches_are_each_looked_at_before_their_gradients(
     """More than the page of losses holds: the oldest ones' gradients go on for it."""
     rig = Rig(100 * 64)
     for number in range(100):
-        rig.gradients.expect(torch.tensor(float(number)), 1)
+        rig.updater.expect(torch.tensor(float(number)), 1)
         rig.gives(chr(ord("a") + number), 1)
         assert len(rig.updater.taken) == max(0, number - 63)
     assert rig.gradients._waiting[0].loss is not None and float(rig.gradients._waiting[0].loss.value) == 36.0
-    rig.gradients.expect(torch.tensor(float("inf")), 1)
+    rig.updater.expect(torch.tensor(float("inf")), 1)
     rig.gives("z", 1)
     with pytest.raises(NonFiniteError, match="loss of step 1 is inf"):
-        rig.gradients.step()
+        rig.updater.step()
     assert len(rig.updater.taken) == 100
     rig.gradients.close()
     rig.budget.close()
@@ -216,6 +212,6 @@ def test_order_and_places_are_the_same_in_every_step(rig: Rig) -> None:
             places.append(
                 rig.gradients._waiting[-1].gradient.data_ptr() if rig.gradients._waiting[-1].source is not None else 0
             )
-        rig.gradients.step()
+        rig.updater.step()
         seen.append((rig.updater.taken[begun:], places))
     assert seen[0] == seen[1] == seen[2]

@@ -1,0 +1,143 @@
+"""The update of one unit in its pages: slice by slice, each slice an op of the step. Training thread only.
+
+Device-resident units are updated on the device, by kernels that run in order with those that compute.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from optim.exact.gradient_store import GradientStore
+from optim.rules import Batch, UpdateRule
+from optim.states import StateAccess, state_view
+from optim.unit import Grad, Pending, Piece, Slice, Slot, Unit, pieces_of
+from pagemem.telemetry.events import Event, EventKind, EventSink
+from scheduler.execution.driver import Driver
+from scheduler.planning.trace import Access, AccessMode, OpKind
+
+
+class UnitUpdate:
+    """Updates units with the gradients in a store.
+
+    Args:
+        driver: gives host pages.
+        rule: what an update does.
+        updated: told of each unit whose parameters were updated.
+    """
+
+    def __init__(
+        self, driver: Driver, rule: UpdateRule, store: GradientStore, sink: EventSink, updated: Callable[[Unit], None]
+    ) -> None:
+        self._driver = driver
+        self._rule = rule
+        self._store = store
+        self._sink = sink
+        self._updated = updated
+        self._states = StateAccess(driver, rule.state_names)
+        self._torn: Unit | None = None
+
+    def check_whole(self) -> None:
+        """Raise where an update was cut off (Ctrl-C, a disk that failed), so that part of its unit has it and part has
+        not."""
+        if self._torn is not None:
+            raise RuntimeError(
+                f"the update of {self._torn.name} was cut off half-way by an error before; go on from the last commit"
+            )
+
+    def run(self, unit: Unit, pending: Pending, *, spent: Sequence[Slot]) -> None:
+        """Update a unit with the gradients of which there are bytes; those of ``spent`` are used up by it."""
+        self._states.follow_edits(unit)
+        used = [slot for slot in unit.slots if slot.group >= 0 and slot.has_bytes]
+        if pending.coefficient is not None and len(spent) < len(used):
+            # Whoever looks at them later, or has more added to them, is to find them clipped.
+            self._store.scale(unit, used, pending.coefficient)
+            pending = Pending(pending.hypers, None)
+        parts = [(number, part, pieces_of(unit, part)) for number, part in enumerate(unit.slices)]
+        parts = [entry for entry in parts if entry[2]]
+        for number, part, pieces in parts:
+            self._run_slice(unit, number, part, pieces, pending, spent, last=part is parts[-1][1])
+        for slot in used:
+            slot.steps += 1
+            slot.norm = None
+        unit.version += 1
+        unit.pending = self._torn = None
+        self._store.forget(unit, spent, consumed=True)
+        for slot in spent:
+            if slot.grad is Grad.HELD:
+                slot.become(Grad.SPENT)
+        self._updated(unit)
+
+    def _run_slice(
+        self, unit: Unit, number: int, part: Slice, pieces: Sequence[Piece], pending: Pending, spent: Sequence[Slot], *,
+        last: bool,
+    ) -> None:  # fmt: skip
+        sums = self._paged_sums(unit, spent if last else ())
+        accesses = [Access(unit.parameters.id, AccessMode.MODIFY)]
+        accesses += [Access(t.id, AccessMode.MODIFY) for t in (part.states, part.master) if t is not None]
+        here = unit.home is None or unit.sums_at_home
+        accesses += sums if here else []
+        with (
+            (unit.home or self._driver).op((OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses),
+            nullcontext() if here or not sums else self._brought_up(unit, number, sums),
+        ):
+            started_s = time.perf_counter()
+            self._torn = unit
+            self._apply(unit, part, pieces, pending, last=last)
+            spent_s = time.perf_counter() - started_s
+        self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
+
+    def _paged_sums(self, unit: Unit, spent: Sequence[Slot]) -> list[Access]:
+        """What an update needs of the unit's paged gradients, of which those of ``spent`` are of no use after it."""
+        paged = [slot for slot in unit.slots if slot.paged]
+        if unit.gradients is None or not any(slot.group >= 0 for slot in paged):
+            return []
+        ends = not unit.sums_at_home and all(slot in spent for slot in paged)
+        return [Access(unit.gradients.id, AccessMode.CONSUME if ends else AccessMode.READ)]
+
+    def _brought_up(self, unit: Unit, number: int, sums: Sequence[Access]) -> AbstractContextManager[None]:
+        """Have paged gradients in host memory for an update on a device."""
+        return self._driver.op((OpKind.GRADIENT, (unit.index, number, "up")), f"gradients of {unit.name}", sums)
+
+    def _apply(self, unit: Unit, part: Slice, pieces: Sequence[Piece], pending: Pending, *, last: bool) -> None:
+        mover = (unit.home or self._driver).mover
+        for group, hyper in enumerate(pending.hypers):
+            chosen = [piece for piece in pieces if piece.slot.group == group]
+            if not chosen:
+                continue
+            batch = Batch([], [], [[] for _ in self._rule.state_names], [])
+            narrow = []
+            for piece in chosen:
+                assert unit.parameters.frame is not None
+                parameter = mover.arena.view(
+                    unit.parameters.frame, piece.begin * unit.dtype.itemsize, unit.dtype, piece.numel
+                )
+                gradient = self._gradient(unit, piece).to(parameter.device)
+                if part.master is not None:
+                    master = state_view(mover, part, part.master, 0, piece.begin, piece.numel)
+                    narrow.append((parameter, master))
+                    parameter, gradient = master, gradient.float()
+                if pending.coefficient is not None:
+                    # Sums that later slices need, too, may be on their way to the page files: what they hold must not
+                    # change.
+                    kept = piece.slot.direct is None and not (last or unit.sums_at_home)
+                    gradient = gradient * pending.coefficient if kept else gradient.mul_(pending.coefficient)
+                batch.params.append(parameter)
+                batch.grads.append(gradient)
+                batch.steps.append(piece.slot.steps)
+                for number, states in enumerate(batch.states):
+                    assert part.states is not None
+                    states.append(state_view(mover, part, part.states, number, piece.begin, piece.numel))
+            self._rule.apply(hyper, batch)
+            for parameter, master in narrow:
+                parameter.copy_(master)
+
+    def _gradient(self, unit: Unit, piece: Piece) -> torch.Tensor:
+        slot, begin = piece.slot, piece.begin - piece.slot.offset
+        flat = slot.own.reshape(-1) if slot.own is not None else slot.direct
+        if flat is None:
+            flat = self._store.view(unit, slot)
+        return flat[begin : begin + piece.numel]

@@ -1,0 +1,39 @@
+"""What an updater must know of the training run that it serves. Data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from optim.loss_scale import Scaling
+from optim.unit import Hyper, UnitIndex
+from pagemem.telemetry.events import EventSink
+from scheduler.execution.driver import Driver
+
+#: Place among the model's parameters, and gradient, of each parameter whose gradient the updater does not keep.
+OtherGradients = Callable[[], Sequence[tuple[int, torch.Tensor]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The training run of one engine.
+
+    Attributes:
+        driver: gives host pages and keeps the trace; device-resident units have a driver of their own.
+        index: the model's units.
+        hypers: current hyper-parameters of all groups, asked for whenever an update is decided on.
+        other_gradients: gradients that the updater does not keep, but that count in the norm.
+        scaling: clipping and loss scaling.
+        eager: whether a unit is updated as soon as its gradients are complete, not at the optimizer step.
+        sink: takes updates and waits.
+    """
+
+    driver: Driver
+    index: UnitIndex
+    hypers: Callable[[], Sequence[Hyper]]
+    other_gradients: OtherGradients
+    scaling: Scaling
+    eager: bool
+    sink: EventSink
