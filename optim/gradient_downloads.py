@@ -60,10 +60,12 @@ class Download:
 
     @property
     def n_bytes(self) -> int:
+        """Of the gradient."""
         return self.gradient.numel() * self.gradient.dtype.itemsize
 
     @property
     def host_bytes(self) -> int:
+        """Of the gradient, where it is or comes into host memory."""
         return 0 if self.there is None else self.n_bytes
 
 
