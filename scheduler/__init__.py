@@ -1,7 +1,8 @@
 """When things happen: the trace of a step, the plan made from it, its check and simulation, and the driver that follows
 it."""
 
-from scheduler.execution.driver import Driver, Mode
+from scheduler.execution.driver import Driver
+from scheduler.execution.plan_follower import Mode
 from scheduler.planning.bounds import BoundsReport, PlanError, check_bounds
 from scheduler.planning.gathers import Link, ShardedPlan, plan_sharded
 from scheduler.planning.lookahead import TierSpec

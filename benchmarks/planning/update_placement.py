@@ -104,8 +104,8 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     cost = CostMode(RatedKernels(a.flops, a.ram_speed * 1e6))
     with rehearsed(lambda: GPT(*SIZES[a.size], a.seq, False), config, cost, Bandwidths(1e9, 1e9, 1e9)) as engine:
         engine.rehearse(a.batch, a.seq)
-        trace, planning = engine.trace, engine.host.planning
-        n_bytes, tier = planning.n_bytes(trace), planning.tier()
+        trace, planner = engine.trace, engine.host.planner
+        n_bytes, tier = planner.n_bytes(trace), planner.tier()
     found = []
     for mb_per_s in MB_PER_S:
         disk = TierSpec(tier.n_frames, tier.page_bytes, mb_per_s * 1e6, mb_per_s * 1e6)

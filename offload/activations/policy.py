@@ -120,10 +120,10 @@ class RecomputeChoice:
         return read_bytes + max(call.saved_bytes for block in blocks for call in block.past) <= self._limit_bytes
 
     def _cost_s(self, trace: Trace, blocks: list[Block]) -> float:
-        planning = self._driver.planning
+        planner = self._driver.planner
         with self._driver.mover.changed:
             parts = [part for block in blocks for part in _parts(block)]
-            return planning.cost_s(recomputed(trace, parts, planning.n_bytes(trace)))
+            return planner.cost_s(recomputed(trace, parts, planner.n_bytes(trace)))
 
     def _recompute(self, chosen: list[Block]) -> bool:
         for block in self.blocks:

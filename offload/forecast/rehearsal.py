@@ -44,7 +44,7 @@ from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import EventSink
 from scheduler.execution.device_driver import DeviceDriver
 from scheduler.execution.driver import Driver
-from scheduler.planning.lookahead import TierSpec
+from scheduler.execution.lower_tier import LowerTier
 from scheduler.planning.trace import Access, OpKey, Trace
 
 #: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything
@@ -65,62 +65,37 @@ class RehearsalError(OffloadError):
     """A model whose step cannot be performed on torch's meta device; says why."""
 
 
-class Clocked(Driver):
-    """A driver whose ops last as long as ``clock`` says, and which stops at the plan.
+class _CostClock:
+    """Tells what kernels take, in place of the time; see `scheduler.planning.trace.Clock`."""
 
-    Attributes:
-        clock: seconds that the ops so far take; to be set before the first.
-    """
+    def __init__(self, cost: CostMode) -> None:
+        self._cost = cost
 
-    clock: Callable[[], float]
+    def stamp(self) -> float:
+        """The seconds of all kernels so far."""
+        return self._cost.seconds
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._began_at_s: list[float] = []
-
-    def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        """Begin an op and note when."""
-        if self.in_step:
-            self._began_at_s.append(self.clock())
-        return super().begin(key, name, accesses)
-
-    def end_step(self, *, repeatable: bool) -> None:
-        """End a step and note when."""
-        self._began_at_s.append(self.clock())
-        super().end_step(repeatable=repeatable)
-        self._began_at_s = []
-
-    def _adopt(self, trace: Trace) -> None:
-        times_s = self._began_at_s
-        if len(times_s) != len(trace.ops) + 1:
-            raise AssertionError(f"{len(trace.ops)} ops began at {len(times_s) - 1} times")
-        for op, begin_s, end_s in zip(trace.ops, times_s, times_s[1:], strict=False):
-            op.duration_s = end_s - begin_s
-        super()._adopt(trace)
-
-    def tier(self) -> TierSpec:
-        """What the plan was made for, at the whole bandwidth."""
-        return self.planning.tier(share=1)
+    def seconds(self, begun: float, ended: float) -> float:
+        """The difference."""
+        return ended - begun
 
 
-class ClockedDevice(Clocked, DeviceDriver):
-    """The engine's driver of the device, clocked.
+class _OnDevice(Driver):
+    """The engine's driver of the device, which says that updates inside of its ops are made there."""
 
-    Attributes:
-        cost: of kernels; is told of updates that are made on the device.
-    """
-
-    cost: CostMode
+    def __init__(self, cost: CostMode, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._cost = cost
 
     def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         """Begin an op there."""
-        self.cost.updates_are_made(on_device=True)
+        self._cost.updates_are_made(on_device=True)
         return super().begin(key, name, accesses)
 
     def end(self, held: Sequence[PagedTensor]) -> None:
         """End an op there."""
         super().end(held)
-        self.cost.updates_are_made(on_device=False)
+        self._cost.updates_are_made(on_device=False)
 
 
 class _Edits(Edits):
@@ -183,16 +158,13 @@ class _Parts(StoreParts):
     """The parts of the engine's page store without bytes, and with the clock of the rehearsal."""
 
     device: ClassVar[str] = "meta"
-    host: Clocked
-    upper: ClockedDevice | None = None
+    host: Driver
+    upper: Driver | None = None
 
     def __init__(self, config: Config, bandwidths: Bandwidths, cost: CostMode) -> None:
         super().__init__(config)
         self._bandwidths = bandwidths
         self._cost = cost
-
-    def _clock(self) -> float:
-        return self._cost.seconds
 
     def accelerator(self) -> Accelerator:
         """None that copies anything."""
@@ -207,19 +179,17 @@ class _Parts(StoreParts):
         return NoFiles(len(directories), page_bytes, self.config.ssd.max_request)
 
     def driver(self, mover: Mover, sink: EventSink) -> Driver:
-        """A clocked one."""
+        """One that times ops by the cost of their kernels."""
         rates = self._bandwidths
-        self.host = Clocked(mover, sink, lambda: (rates.ssd_read, rates.ssd_write))
-        self.host.clock = self._clock
+        self.host = Driver(mover, sink, lambda: (rates.ssd_read, rates.ssd_write), clock=_CostClock(self._cost))
         return self.host
 
     def device_driver(self, mover: DeviceMover, below: Driver, sink: EventSink) -> DeviceDriver:
-        """A clocked one."""
-        rates = self._bandwidths
-        self.upper = ClockedDevice(mover, below, sink)
-        self.upper.clock, self.upper.cost = self._clock, self._cost
-        self.upper.planning.bandwidth = lambda: (rates.h2d, rates.h2d)
-        return self.upper
+        """Likewise."""
+        h2d, lower = self._bandwidths.h2d, LowerTier(mover, below)
+        clock = _CostClock(self._cost)
+        self.upper = _OnDevice(self._cost, mover, sink, lambda: (h2d, h2d), clock=clock, lower=lower)
+        return DeviceDriver(mover, self.upper, lower)
 
     def binder(self, driver: Driver, mover: Mover) -> Binder:
         """One that knows meta tensors."""

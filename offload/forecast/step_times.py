@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from offload.forecast.rehearsal import Clocked, Rehearsal
+from offload.forecast.rehearsal import Rehearsal
+from scheduler.execution.driver import Driver
 from scheduler.planning.simulator import Lane, Simulation, simulate
 
 #: The lane of copies from host memory to the device.
@@ -67,13 +68,13 @@ class StepTimes:
         return max(self.busy, key=lambda lane: self.busy[lane])
 
 
-def _simulated(driver: Clocked) -> Simulation:
+def _simulated(driver: Driver) -> Simulation:
     assert driver.plan is not None
     n_bytes = {tensor.id: tensor.n_bytes for tensor in driver.mover.tensors.values()}
-    return simulate(driver.plan, driver.trace, n_bytes, driver.tier(), driver.planning.resident())
+    return simulate(driver.plan, driver.trace, n_bytes, driver.planner.tier(share=1), driver.planner.resident())
 
 
-def _waits_s(driver: Clocked, simulated: Simulation) -> dict[str, float]:
+def _waits_s(driver: Driver, simulated: Simulation) -> dict[str, float]:
     """Seconds of a step waited, by lane."""
     assert driver.plan is not None
     found = {Lane.SSD_READ.value: 0.0, Lane.SSD_WRITE.value: 0.0}

@@ -59,7 +59,9 @@ class DeviceTier:
             undo.callback(arena.close)
             self.mover = DeviceMover(arena, host, accelerator, sink)
             undo.pop_all()
-        self.driver = make_driver(self.mover, below, sink)
+        self.upkeep = make_driver(self.mover, below, sink)
+        self.driver = self.upkeep.driver
+        below.put_above(self.driver)
 
     def mirror(self, unit: Unit) -> PagedTensor:
         """A unit's parameters on the device.
@@ -95,7 +97,7 @@ class DeviceTier:
         for unit in units:
             assert unit.device is not None
             unit.parameters, unit.device, unit.home = unit.device, None, self.driver
-            self.driver.settle(unit.parameters, FrameId(frame))
+            self.upkeep.place(unit.parameters, FrameId(frame))
             frame += unit.parameters.n_frames
             for part in unit.slices:
                 if part.states is not None:
@@ -106,13 +108,13 @@ class DeviceTier:
                     frame += part.master.n_frames
             if sums:
                 unit.gradients = self.mover.create(f"gradients of {unit.name}", Tag.GRAD, unit.parameters.n_bytes)
-                self.driver.settle_empty(unit.gradients, FrameId(frame))
+                self.upkeep.place_empty(unit.gradients, FrameId(frame))
                 frame += unit.gradients.n_frames
 
     def _settled(self, lower: PagedTensor, frame: int) -> PagedTensor:
         """The device's own in place of a tensor of host memory."""
         tensor = self.mover.mirror(lower)
-        self.driver.settle(tensor, FrameId(frame))
+        self.upkeep.place(tensor, FrameId(frame))
         return tensor
 
     def close(self) -> None:

@@ -186,7 +186,7 @@ class PageStore:
     def updated(self, unit: Unit) -> None:
         """A unit's parameters have changed in host memory."""
         if self.device_tier is not None and unit.device is not None:
-            self.device_tier.driver.renewed(unit.device)
+            self.device_tier.upkeep.renewed(unit.device)
 
     def compute_on(self, tier: DeviceTier) -> None:
         """Have compute use the device's copies of all units from now on.
@@ -229,7 +229,7 @@ class PageStore:
             StorageError: a page file failed; the device has everything.
         """
         if self.device_tier is not None:
-            self.device_tier.driver.bring_down()
+            self.device_tier.upkeep.bring_down()
 
     def bring_up(self) -> None:
         """Between two steps: parameters and states below have changed, so what is at home on the device is made alike.
@@ -238,7 +238,7 @@ class PageStore:
             StorageError: one cannot be read.
         """
         if self.device_tier is not None:
-            self.device_tier.driver.bring_up()
+            self.device_tier.upkeep.bring_up()
 
     def forget(self, unit: Unit) -> None:
         """Give the pages of a unit back, which nobody has a view of. Using its parameters raises from now on."""
@@ -276,7 +276,7 @@ class PageStore:
             check_lockable(self.config.memory.ram)
             assert isinstance(self.mover.arena, HostArena)
             self.mover.arena.pin(pin)
-        self.driver.overhead_bytes = self.config.memory.ram - n_frames * self.page_bytes
+        self.driver.set_overhead(self.config.memory.ram - n_frames * self.page_bytes)
 
     def _reserve(self, n_bytes: int) -> Reservation:
         reserved = self.budget.reserve(Tag.STAGING, n_bytes, "host arena")

@@ -22,6 +22,7 @@ from pagemem.residency.mover import Mover
 from pagemem.telemetry.events import EventSink
 from scheduler.execution.device_driver import DeviceDriver
 from scheduler.execution.driver import Driver
+from scheduler.execution.lower_tier import LowerTier
 
 
 class StoreParts:
@@ -74,7 +75,9 @@ class StoreParts:
 
     def device_driver(self, mover: DeviceMover, below: Driver, sink: EventSink) -> DeviceDriver:
         """The driver of the device."""
-        return DeviceDriver(mover, below, sink)
+        lower = LowerTier(mover, below)
+        driver = Driver(mover, sink, mover.bandwidth, clock=mover.accelerator, lower=lower)
+        return DeviceDriver(mover, driver, lower)
 
     def binder(self, driver: Driver, mover: Mover) -> Binder:
         """What binds parameters."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from optim.lockfree.gradient_budget import GradientBudget
 from optim.lockfree.unit_channel import UnitChannel, Version
 from optim.unit import Unit
-from scheduler.execution.driver import Driver, Mode
+from scheduler.execution.driver import Driver
+from scheduler.execution.plan_follower import Mode
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 

@@ -1,69 +1,97 @@
-"""Having the tensors of one op at hand together: each made usable and pinned, or all of them placed anew, side by side.
-
-Who brings a tensor that is not there, by plan or on demand, is the driver's business.
-"""
+"""Pinning the tensors of one op: each made usable, or all of them placed anew, side by side."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pagemem.errors import BudgetError
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from scheduler.execution.lower_tier import LowerTier
 from scheduler.execution.on_demand import OnDemand
+from scheduler.execution.read_lane import ReadLane
 from scheduler.planning.trace import CHANGES, Access, AccessMode
 
 
-class Holding(ABC):
-    """What a driver pins. Training thread only, with the mover's lock held (waiting gives it up).
+def is_usable(tensor: PagedTensor, mode: AccessMode) -> bool:
+    """Whether an op may use a tensor in this way now."""
+    if mode in CHANGES:
+        return tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads
+    return tensor.readable
+
+
+class Pinner:
+    """Pins tensors for ops. Training thread only, with the mover's lock held (waiting gives it up).
 
     Args:
         mover: owner of all residency.
-        overhead_bytes: what the budget holds beside the arena; part of the budget that an error proposes.
+        on_demand: moves tensors that stand in each other's way.
+        bring: makes one tensor usable for an op, which is called by name.
+        lane: planned loads, which may wait for what is unpinned.
+        lower: the tier that tensors are copied up from; None above page files.
     """
 
-    def __init__(self, mover: Mover, overhead_bytes: int) -> None:
-        self.mover = mover
-        self._on_demand = OnDemand(mover, overhead_bytes)
+    def __init__(
+        self,
+        mover: Mover,
+        on_demand: OnDemand,
+        bring: Callable[[PagedTensor, AccessMode, str], None],
+        lane: ReadLane,
+        lower: LowerTier | None,
+    ) -> None:
+        self._mover = mover
+        self._on_demand = on_demand
+        self._bring = bring
+        self._lane = lane
+        self._lower = lower
         self._sequence = 0
 
-    @abstractmethod
-    def _make_usable(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
-        """Have a tensor at hand for an op, which is called ``name``."""
-
-    @abstractmethod
-    def end(self, held: Sequence[PagedTensor]) -> None:
-        """Unpin tensors."""
-
-    def _hold(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+    def pin(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         """Pin the tensors of an op once they are usable."""
         held: list[PagedTensor] = []
         try:
             for access in accesses:
-                tensor = self.mover.tensors[access.tensor]
-                self._make_usable(tensor, access.mode, name)
+                tensor = self._mover.tensors[access.tensor]
+                self._bring(tensor, access.mode, name)
                 tensor.pins += 1
                 held.append(tensor)
         except BudgetError:
-            self.end(held)
-            held = self._hold_packed(name, accesses)
+            self.unpin(held)
+            held = self._pin_packed(name, accesses)
         except BaseException:
-            self.end(held)
+            self.unpin(held)
             raise
         self._sequence += 1
-        for access, tensor in zip(accesses, (self.mover.tensors[a.tensor] for a in accesses), strict=True):
-            self.mover.tenants.used(tensor, self._sequence)
+        for access in accesses:
+            tensor = self._mover.tensors[access.tensor]
+            self._mover.used(tensor, self._sequence)
             if access.mode in CHANGES:
-                self.mover.touch(tensor)
+                self._mover.touch(tensor)
         return held
 
-    def _hold_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+    def unpin(self, held: Sequence[PagedTensor]) -> None:
+        """Tensors may move again, unless views of them live on."""
+        for tensor in held:
+            tensor.pins -= 1
+        if self._lane.stuck:
+            self._lane.pump()
+
+    def _pin_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        if self._lower is None:
+            return self._pack(name, accesses)
+        tensors = self._mover.tensors
+        streamed = [access.tensor for access in accesses if not tensors[access.tensor].resident]
+        with self._lower.holds(streamed, name):
+            held = self._pack(name, accesses)
+        self._lower.copied(held)
+        return held
+
+    def _pack(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         """Pin tensors that stood in each other's way: move them out and place them anew, side by side.
 
         Those of which a view lives stay where they are.
         """
-        own = [self.mover.tensors[access.tensor] for access in accesses]
+        own = [self._mover.tensors[access.tensor] for access in accesses]
         for tensor in own:
             if not tensor.held:
                 self._on_demand.move_out(tensor)
@@ -78,14 +106,9 @@ class Holding(ABC):
                 tensor.pins += 1
                 held.append(tensor)
         except BaseException:
-            self.end(held)
+            self.unpin(held)
             raise
         return held
 
     def _await_copy(self, tensor: PagedTensor, mode: AccessMode) -> None:
-        self.mover.monitor.wait_until(lambda: self._usable(tensor, mode), tensor.name, tensor.n_bytes)
-
-    def _usable(self, tensor: PagedTensor, mode: AccessMode) -> bool:
-        if mode in CHANGES:
-            return tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads
-        return tensor.readable
+        self._mover.wait_until(lambda: is_usable(tensor, mode), tensor.name, tensor.n_bytes)

@@ -20,7 +20,7 @@ from scheduler.planning.trace import Trace
 RELIABLE_SHARE: Final = 0.7
 
 
-class Planning:
+class TierPlanner:
     """Makes plans for a mover's tier. Training thread only, with the mover's lock held.
 
     Args:
@@ -34,7 +34,7 @@ class Planning:
 
     def __init__(self, mover: Mover, bandwidth: Callable[[], tuple[float, float]], *, single_step_cycle: bool) -> None:
         self._mover = mover
-        self._alike = single_step_cycle
+        self._single_step_cycle = single_step_cycle
         self.bandwidth = bandwidth
 
     def tier(self, share: float = RELIABLE_SHARE) -> TierSpec:
@@ -57,7 +57,7 @@ class Planning:
             PlanError: it does not hold, which is a defect.
         """
         tier, n_bytes, resident = self.tier(), self.n_bytes(trace), self.resident()
-        plan = make_plan(trace, n_bytes, tier, resident, single_step_cycle=self._alike)
+        plan = make_plan(trace, n_bytes, tier, resident, single_step_cycle=self._single_step_cycle)
         check_bounds(plan, trace, n_bytes, tier, resident)
         return plan
 
@@ -67,7 +67,12 @@ class Planning:
         try:
             return cost_s(
                 make_plan(
-                    trace, self.n_bytes(trace), self.tier(), self.resident(), single_step_cycle=self._alike, fast=True
+                    trace,
+                    self.n_bytes(trace),
+                    self.tier(),
+                    self.resident(),
+                    single_step_cycle=self._single_step_cycle,
+                    fast=True,
                 )
             )
         except BudgetError:

@@ -37,7 +37,7 @@ from optim.unit import Slot, Unit, UnitIndex
 from pagemem.budget import Budget
 from pagemem.telemetry.events import NullSink
 from pagemem.tier import Tag, Tier
-from scheduler.execution.driver import Mode
+from scheduler.execution.plan_follower import Mode
 
 
 class HandOff(RuleBasedStateMachine):

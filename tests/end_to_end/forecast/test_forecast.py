@@ -133,7 +133,7 @@ def test_a_simulated_plan_moves_the_bytes_that_the_engine_moves(n_pages: int, tm
                 engine.step()
 
         train(3 + MEASURED_STEPS)  # The plan is made anew then, with the times of these steps.
-        plan, trace = store.driver.plan, store.driver._trace
+        plan, trace = store.driver.plan, store.driver.trace
         assert plan is not None
         train(plan.n_steps)
         store.mover.monitor.settle()

@@ -15,7 +15,7 @@ from pagemem.errors import BudgetError
 from pagemem.residency.paged_tensor import Residency
 from pagemem.telemetry.events import EventKind
 from scheduler.execution import tier_planner as planning_module
-from scheduler.execution.driver import Mode
+from scheduler.execution.plan_follower import Mode
 from scheduler.planning.bounds import PlanError
 from scheduler.planning.plan import Plan
 from scheduler.planning.planner import make_plan
