@@ -94,7 +94,7 @@ def _refuse(group: Hyper, name: str, *unsupported: str) -> None:
         )
 
 
-class _AdamRule:
+class _AdamFamily:
     """Adam and AdamW share states and arguments; the kernel differs in where weight decay enters."""
 
     state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
@@ -157,7 +157,7 @@ class _AdamRule:
         torch.addcdiv(parameter, states[0], scratch.add_(eps), value=-sign * reach, out=out)
 
 
-class AdamWRule(_AdamRule):
+class AdamWRule(_AdamFamily):
     """`torch.optim.AdamW(fused=True)`. Decoupled weight decay: Loshchilov and Hutter, ICLR 2019, algorithm 2."""
 
     torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
@@ -171,7 +171,7 @@ class AdamWRule(_AdamRule):
         return {**further, "weight_decay": hyper["weight_decay"] * (hyper["lr"] / further["lr"])}
 
 
-class AdamRule(_AdamRule):
+class AdamRule(_AdamFamily):
     """`torch.optim.Adam(fused=True)`. Kingma and Ba, ICLR 2015, algorithm 1."""
 
     torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam

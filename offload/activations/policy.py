@@ -22,7 +22,7 @@ from pagemem.state_machine import StateMachine
 from pagemem.units import ceil_div
 from scheduler.execution.driver import Driver
 from scheduler.planning.planner import cost_s
-from scheduler.planning.recomputation import Part, pages, recomputed
+from scheduler.planning.recomputation import ForwardPart, pages, recomputed
 from scheduler.planning.trace import Trace
 
 #: As much cheaper a step has to be by plan, for the steps without a plan that a change costs.
@@ -136,5 +136,5 @@ class RecomputeChoice:
         self.blocks.watching = self.open
 
 
-def _parts(block: Block) -> list[Part]:
-    return [Part(call.ops, call.input_bytes) for call in block.past]
+def _parts(block: Block) -> list[ForwardPart]:
+    return [ForwardPart(call.ops, call.input_bytes) for call in block.past]

@@ -72,7 +72,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchPlan:
     """What to measure: a file of ``size_bytes``, ``seconds`` for each direction of each setting.
 
     Raises:
@@ -102,11 +102,11 @@ class Plan:
         return round_up(self.size_bytes, max(setting.request_bytes for setting in self.settings))
 
 
-def full_plan(size_bytes: int, seconds: float) -> Plan:
+def full_plan(size_bytes: int, seconds: float) -> BenchPlan:
     """Every size with every number of threads, as the engine has it by default, and the usual ones without
     checksums."""
     grid = [Setting(request_bytes, threads) for request_bytes in REQUEST_BYTES for threads in THREADS]
-    return Plan(size_bytes, seconds, (*grid, Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS, checksums=False)))
+    return BenchPlan(size_bytes, seconds, (*grid, Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS, checksums=False)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def _remove(folder: Path) -> None:
         raise
 
 
-def measure(target: Target, plan: Plan, measured: Callable[[Point], None] = lambda point: None) -> Measured:
+def measure(target: Target, plan: BenchPlan, measured: Callable[[Point], None] = lambda point: None) -> Measured:
     """Measure all settings of a plan, one after another, writing before reading. On the calling thread and I/O threads.
 
     Args:
@@ -230,7 +230,7 @@ def measure(target: Target, plan: Plan, measured: Callable[[Point], None] = lamb
 class _Memory:
     """Random bytes that are written over and over, and room to read into, in huge pages as the engine's arenas."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BenchPlan) -> None:
         largest = max(setting.request_bytes for setting in plan.settings)
         n_read_bytes = max(setting.request_bytes * setting.threads for setting in plan.settings) * _AHEAD
         self.source = _mapped(round_up(min(_SOURCE_BYTES, plan.file_bytes), largest))

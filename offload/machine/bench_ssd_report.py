@@ -14,7 +14,7 @@ from rich.progress import MofNCompleteColumn, TextColumn
 from offload.config import ConfigError
 from offload.console.live_bar import LiveBar
 from offload.console.tables import print_line, print_rows
-from offload.machine.bench_ssd import IN_RAM, Measured, Plan, Point, Target, check_target, measure
+from offload.machine.bench_ssd import IN_RAM, Measured, BenchPlan, Point, Target, check_target, measure
 from pagemem.units import KiB, MiB, format_bytes
 
 #: A setting this near the best one is as good.
@@ -56,7 +56,7 @@ def recommend(results: Sequence[Measured]) -> Recommendation:
     return Recommendation(page_bytes, threads, slowest[threads, page_bytes])
 
 
-def run_bench_ssd(paths: Sequence[Path], plan: Plan, console: Console, *, as_json: bool = False) -> list[Measured]:
+def run_bench_ssd(paths: Sequence[Path], plan: BenchPlan, console: Console, *, as_json: bool = False) -> list[Measured]:
     """Measure the folders one after another and print what came of it; with ``as_json`` the last line is one JSON
     object.
 
@@ -82,7 +82,7 @@ def run_bench_ssd(paths: Sequence[Path], plan: Plan, console: Console, *, as_jso
     return results
 
 
-def as_record(results: Sequence[Measured], plan: Plan, advice: Recommendation) -> dict[str, Any]:
+def as_record(results: Sequence[Measured], plan: BenchPlan, advice: Recommendation) -> dict[str, Any]:
     """All of it as JSON values; rates in 10^9 bytes a second, not rounded."""
     return {
         "command": "bench-ssd",
@@ -107,7 +107,7 @@ def _point_record(point: Point) -> dict[str, Any]:
     return {**asdict(point.setting), "write_gb_per_s": point.write_gb_per_s, "read_gb_per_s": point.read_gb_per_s}
 
 
-def target_line(target: Target, plan: Plan) -> str:
+def target_line(target: Target, plan: BenchPlan) -> str:
     """What is about to be measured."""
     line = (
         f"{target.path}: {target.file_system}, {format_bytes(target.free_bytes)} free, test file of "
@@ -154,7 +154,7 @@ def point_cells(point: Point) -> list[str]:
     return [config_size(setting.request_bytes), str(setting.threads), checksums, *rates]
 
 
-def _measure(target: Target, plan: Plan, console: Console) -> Measured:
+def _measure(target: Target, plan: BenchPlan, console: Console) -> Measured:
     print_line(console, target_line(target, plan))
     with LiveBar(console, MofNCompleteColumn(), TextColumn("{task.description}")) as bar:
         task = bar.add_task("writing the test file", total=len(plan.settings))

@@ -28,7 +28,7 @@ from offload.config_file import apply_changes, read_config_file
 from offload.machine.bench_ssd import (
     DEFAULT_THREADS,
     USUAL_REQUEST_BYTES,
-    Plan,
+    BenchPlan,
     Point,
     Setting,
     check_target,
@@ -47,7 +47,7 @@ COPY_BYTES: Final = 64 * MiB
 _COPIES: Final = 5
 _PINNED_BYTES: Final = MiB
 #: The engine's default setting, briefly.
-PROBE: Final = Plan(64 * MiB, 0.2, (Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS),))
+PROBE: Final = BenchPlan(64 * MiB, 0.2, (Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS),))
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,6 @@ class UpdateThread:
         self._wanted: UnitChannel | None = None
         self._work = threading.Event()
         self._progress = WaitLock()
-        self._n_published = 0
         self._stopping = False
         self._pausing = False
         self._resting = False
@@ -228,7 +227,6 @@ class UpdateThread:
         self._at("applied", channel.unit)
         channel.publish(batch)
         with self._progress:
-            self._n_published += 1
             self._progress.notify_all()
         self._at("published", channel.unit)
 

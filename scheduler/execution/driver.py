@@ -39,8 +39,8 @@ class Driver:
         bandwidth: current bandwidths (read, write) of what is below in bytes/s, asked for when a plan is made.
         overhead_bytes: what the budget holds beside the arena; part of the budget that an error proposes.
         clock: times ops; None: the training thread's own.
-        lower: the tier that tensors are copied up from; None above page files. With one, every planned step has the same
-            moves, so that what is asked for below is the same in each.
+        lower: the tier that tensors are copied up from; None above page files. With one, every planned step has the
+            same moves, so that what is asked for below is the same in each.
 
     Attributes:
         watcher: is told of ops and steps, while somebody profiles.
@@ -181,8 +181,7 @@ class Driver:
 
     @contextmanager
     def in_passing(self, tensor: PagedTensor) -> Iterator[bool]:
-        """Outside of any op, and without moving anything: yields whether a tensor is in memory and may be changed in the
-        block."""
+        """Without an op and without moves: yields whether a tensor is in memory and may be changed in the block."""
         with self.mover.changed:
             free = tensor.readable and not tensor.snapshot_pending and not tensor.uploads
             if free:

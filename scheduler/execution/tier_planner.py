@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Final
 
 from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.mover import Mover
+from scheduler import knobs
 from scheduler.planning.bounds import check_bounds
 from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import Plan
 from scheduler.planning.planner import cost_s, make_plan
 from scheduler.planning.trace import Trace
-
-#: Of the bandwidths seen so far, what a plan relies on: what a disk gives beside computing varies. In simulation such
-#: plans wait as little at the full bandwidth and less at half of it; in runs no difference was measured.
-RELIABLE_SHARE: Final = 0.7
 
 
 class TierPlanner:
@@ -37,8 +33,9 @@ class TierPlanner:
         self._single_step_cycle = single_step_cycle
         self.bandwidth = bandwidth
 
-    def tier(self, share: float = RELIABLE_SHARE) -> TierSpec:
-        """The tier, with a share of the bandwidths."""
+    def tier(self, share: float | None = None) -> TierSpec:
+        """The tier, with a share of the bandwidths; None: with as much as a plan relies on."""
+        share = knobs.RELIABLE_SHARE if share is None else share
         read_bytes_per_s, write_bytes_per_s = (share * bytes_per_s for bytes_per_s in self.bandwidth())
         return TierSpec(
             self._mover.tenants.n_shared_frames, self._mover.arena.page_bytes, read_bytes_per_s, write_bytes_per_s

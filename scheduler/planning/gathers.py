@@ -1,11 +1,11 @@
-"""Phase 2 of the schedule: where the whole of what is sharded over ranks is put together, and how early. Pure.
+"""Phase 2 of the schedule: where sharded tensors are all-gathered, and how early. Pure.
 
 Each of some ranks has a *shard* of every sharded tensor, an equal part, in its pages; phase 1 moves shards. An op needs
-the *whole*: an all-gather makes it, in frames of its own. It is a copy: dropped when its frames are wanted, gathered
-once more for its next use, out of date once its shards are updated. That is what copies on a device are to host pages,
-so the same reader plans them, at the pace of the link and in the memory that phase 1 does not have. How much that is to
-be, it finds by trying: what the neediest op takes, and multiples of it, in which gathers run ahead of their ops; phase
-1 has less then to keep what it saves moves by. The quickest by prediction is taken.
+the *unsharded* tensor: an all-gather makes it, in frames of its own. It is a copy: dropped when its frames are wanted,
+gathered once more for its next use, out of date once its shards are updated. That is what copies on a device are to
+host pages, so the same reader plans them, at the pace of the link and in the memory that phase 1 does not have. How
+much that is to be, it finds by trying: what the neediest op takes, and multiples of it, in which gathers run ahead of
+their ops; phase 1 has less then to keep what it saves moves by. The quickest by prediction is taken.
 
 Ranks that gather in different orders wait for each other for ever. A plan depends on its arguments alone: ranks that
 are given the same step, sizes and figures have the same plan. The engine is one process so far, which has nothing to
@@ -29,7 +29,7 @@ from scheduler.planning.plan import Plan
 from scheduler.planning.planner import cost_s, make_plan
 from scheduler.planning.trace import ENDS, Access, AccessMode, Op, Trace
 
-#: Rooms for wholes that are tried, in multiples of what the neediest op takes; beside them, room for all wholes.
+#: Rooms for unsharded tensors that are tried, in multiples of what the neediest op takes; beside them, room for all.
 ROOMS: Final = (1, 2, 3, 4, 6)
 
 
@@ -53,8 +53,8 @@ class Link:
             )
 
     @property
-    def whole_bytes_per_s(self) -> float:
-        """Bytes of wholes gathered in a second: a rank receives all but its own shard."""
+    def unsharded_bytes_per_s(self) -> float:
+        """Unsharded bytes gathered in a second: a rank receives all but its own shard."""
         return self.bytes_per_s * self.n_ranks / (self.n_ranks - 1)
 
 
@@ -81,20 +81,20 @@ class ShardedPlan:
 def plan_sharded(
     trace: Trace, shards: Mapping[TensorId, TensorId], n_bytes: Mapping[TensorId, int], tier: TierSpec, link: Link
 ) -> ShardedPlan:
-    """Plan one rank's step: the moves of its shards, and the gathers of wholes.
+    """Plan one rank's step: the moves of its shards, and the gathers of unsharded tensors.
 
     Args:
-        trace: ops read wholes, and read or change shards and any other tensors.
-        shards: the shard of each whole.
-        n_bytes: of wholes, shards and all other tensors.
+        trace: ops read unsharded tensors, and read or change shards and any other tensors.
+        shards: the shard of each unsharded tensor.
+        n_bytes: of unsharded tensors, shards and all other tensors.
         tier: of one rank; its bandwidths are of page files.
 
     Returns:
         The plan, both parts checked; together they need no more frames than there are.
 
     Raises:
-        BudgetError: the wholes of one op and the shards of another do not fit together.
-        ValueError: a whole is changed: updates change shards.
+        BudgetError: the unsharded tensors of one op and the shards of another do not fit together.
+        ValueError: an unsharded tensor is changed: updates change shards.
     """
     below, above = shard_trace(trace, shards), gather_trace(trace, shards)
     found: list[ShardedPlan] = []
@@ -111,41 +111,41 @@ def plan_sharded(
 
 
 def gather_trace(trace: Trace, shards: Mapping[TensorId, TensorId]) -> Trace:
-    """The step as wholes see it: an op that changes a shard makes its whole out of date.
+    """The step as unsharded tensors see it: an op that changes a shard makes the tensor gathered from it out of date.
 
     Raises:
-        ValueError: an op changes a whole.
+        ValueError: an op changes an unsharded tensor.
     """
-    wholes = {shard: whole for whole, shard in shards.items()}
+    unsharded = {shard: tensor for tensor, shard in shards.items()}
 
     def seen(op: Op) -> Iterator[Access]:
         for access in op.accesses:
             if access.tensor in shards:
                 if access.mode is not AccessMode.READ:
                     raise ValueError(
-                        f"{op.name}: a whole is only read, updates change its shards; it is to {access.mode.value} "
+                        f"{op.name}: an unsharded tensor is only read, updates change its shards; it is to {access.mode.value} "
                         f"{access.tensor}"
                     )
                 yield access
-            elif access.tensor in wholes and access.mode is not AccessMode.READ:
-                yield Access(wholes[access.tensor], AccessMode.RENEW)
+            elif access.tensor in unsharded and access.mode is not AccessMode.READ:
+                yield Access(unsharded[access.tensor], AccessMode.RENEW)
 
     return Trace(tuple(replace(op, accesses=tuple(seen(op))) for op in trace.ops))
 
 
 def shard_trace(trace: Trace, shards: Mapping[TensorId, TensorId]) -> Trace:
-    """The step as shards see it: an op that reads a whole reads its shard, which is free again when the whole is
-    there."""
+    """The step as shards see it: an op that reads an unsharded tensor reads its shard, which is free again when the
+    gather is done."""
     made = []
     for index, op in enumerate(trace.ops):
         accesses = [Access(shards.get(access.tensor, access.tensor), access.mode) for access in op.accesses]
-        only_wholes = all(access.tensor in shards for access in op.accesses)
-        made.append(replace(op, accesses=tuple(dict.fromkeys(accesses)), until=index if only_wholes else op.until))
+        only_unsharded = all(access.tensor in shards for access in op.accesses)
+        made.append(replace(op, accesses=tuple(dict.fromkeys(accesses)), until=index if only_unsharded else op.until))
     return Trace(tuple(made))
 
 
 def _rooms(above: Trace, n_bytes: Mapping[TensorId, int], page_bytes: int) -> list[int]:
-    """Numbers of frames for wholes that are worth trying, the least first."""
+    """Numbers of frames for unsharded tensors that are worth trying, the least first."""
 
     def frames(tensor: TensorId) -> int:
         return ceil_div(n_bytes[tensor], page_bytes)
@@ -158,11 +158,11 @@ def _rooms(above: Trace, n_bytes: Mapping[TensorId, int], page_bytes: int) -> li
 def _with_room(
     below: Trace, above: Trace, n_bytes: Mapping[TensorId, int], tier: TierSpec, link: Link, room: int
 ) -> ShardedPlan:
-    """The plan with at least so many frames for wholes; they get what phase 1 leaves beside."""
+    """The plan with at least so many frames for unsharded tensors; they get what phase 1 leaves beside."""
     if room > tier.n_frames:
         need_bytes = room * tier.page_bytes
         raise BudgetError(
-            f"the wholes of one op need {need_bytes} bytes of pages at once, the budget holds "
+            f"the unsharded tensors of one op need {need_bytes} bytes of pages at once, the budget holds "
             f"{tier.n_frames * tier.page_bytes}; raise memory.ram",
             need_bytes,
         )
@@ -171,7 +171,7 @@ def _with_room(
     check_bounds(shards, below, n_bytes, first)
     placed = [*shards.initial.items(), *((load.tensor, load.frame) for load in shards.loads)]
     first_frame = max((frame + ceil_div(n_bytes[tensor], tier.page_bytes) for tensor, frame in placed), default=0)
-    rate = link.whole_bytes_per_s
+    rate = link.unsharded_bytes_per_s
     left = TierSpec(tier.n_frames - first_frame, tier.page_bytes, rate, rate)
     gathers = make_plan(above, n_bytes, left, single_step_cycle=True)
     check_bounds(gathers, above, n_bytes, left)

@@ -1,11 +1,10 @@
-"""The reader that walks a cyclic trace ahead of compute and chooses a window of host frames for every load. Pure.
+"""The reader that runs through a cyclic trace ahead of compute and chooses host frames for every load. Pure.
 
 For each access whose tensor is not in host memory it chooses a window of adjacent frames: among those that cost no
 stall the one whose tenants are needed last (Belady's rule; all next uses are known), clean before dirty on ties. The
 load is triggered by the first op at which every tenant of its window has had its last use; a dirty tenant is copied out
 right after its last change. Memory that no load needs keeps what it holds, so spare memory serves first what is used
-soonest
-again: parameters between forward and backward, then optimizer states.
+soonest again: parameters between forward and backward, then optimizer states.
 
 Source: Angel-PTM (VLDB 2023), unified scheduling; victims after L. A. Belady, IBM Systems Journal 5(2), 1966.
 """
@@ -26,17 +25,15 @@ from pagemem.frames.page import FrameId, Shortage, TensorId
 from pagemem.frames.window import Window, best_window, window_near
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
+from scheduler import knobs
 from scheduler.planning.plan import LoadTask, StoreTask
 from scheduler.planning.trace import CHANGES, Access, AccessMode, Op, Trace
 from scheduler.planning.victims import Victims
 
 #: The op until which a tensor that is never moved is in use.
 FOR_GOOD: Final = sys.maxsize
-#: Stalls are compared in steps of this: below it the predicted clock is not to be trusted.
-STALL_QUANTUM_S: Final = 0.0005
-
 #: The cost of a window that is not taken.
-_DEAR: Final = (math.inf, math.inf, 0)
+_TOO_DEAR: Final = (math.inf, math.inf, 0)
 
 #: Tensor, first frame, dirtiness and deadness of everything in host memory, sorted.
 Placed = tuple[tuple[TensorId, FrameId, bool, bool], ...]
@@ -73,7 +70,7 @@ class LookaheadReader:
     Attributes:
         resident: tensors that are in host memory for good, in the trace or not, and their first frames.
         loads: what was brought, in order. stores: what was copied out, and the op for whose sake it had to leave.
-        op_end_s: when each op walked over ends.
+        op_end_s: when each op read so far ends.
     """
 
     trace: Trace
@@ -127,10 +124,10 @@ class LookaheadReader:
         """The best window for a load needed at op ``now``; tenants in ``staying`` are not moved. ``pack``: the
         lowest."""
         need_s = self.op_end_s[now - 1] if now else 0.0
-        least = _DEAR
+        least = _TOO_DEAR
 
         def stall(start_s: float) -> float:
-            return max(0.0, start_s + read_s - need_s) // STALL_QUANTUM_S
+            return max(0.0, start_s + read_s - need_s) // knobs.STALL_QUANTUM_S
 
         least_stall = stall(self.read_free_s)
         tenants = self.tenants
@@ -149,7 +146,7 @@ class LookaheadReader:
                     soonest = next_use
                     # Most windows are out of the question early: what is left to add cannot make them cheaper.
                     if least[0] == least_stall and -soonest > least[1]:
-                        return _DEAR
+                        return _TOO_DEAR
             start_s, dirty_bytes = self.read_free_s, 0
             for tensor in tensors:
                 tenant = tenants[tensor]
@@ -252,10 +249,10 @@ class LookaheadReader:
             ready_s = max(ready_s, there_s)
         return ready_s
 
-    # ---- the walk ----------------------------------------------------------------------------------------------
+    # ---- reading ----------------------------------------------------------------------------------------------
 
-    def walk_step(self, cycle: int) -> None:
-        """Let the reader and the predicted clock pass over one more step."""
+    def read_step(self, cycle: int) -> None:
+        """Pass over one more step, with the predicted clock."""
         n_ops = len(self.trace.ops)
         for index, op in enumerate(self.trace.ops):
             now = cycle * n_ops + index

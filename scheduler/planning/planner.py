@@ -1,13 +1,13 @@
 """Phase 1 of the schedule: which page moves to make, when, and into which frames. A pure function of the trace.
 
-A reader walks the cyclic trace and chooses frames for every load (`scheduler.planning.lookahead`). The walk repeats the
-step. When the placement at a step's end equals that of an earlier one, the steps in between are the plan's cycle, and
-it closes by itself. In a tight budget placements wander instead; then the cycle is the stretch of steps whose two ends
-differ least, and the driver restores the first placement once per cycle. Frames are part of the plan: at run time
-nothing is allocated, fragmented or compacted.
+A reader runs ahead through the cyclic trace and chooses frames for every load (`scheduler.planning.lookahead`). When
+the placement at a step's end equals that of an earlier one, the steps in between are the plan's cycle, and it closes by
+itself. In a tight budget placements wander instead; then the cycle is the run of steps whose two ends differ least, and
+the driver restores the first placement once per cycle. Frames are part of the plan: at run time nothing is allocated,
+fragmented or compacted.
 
 The reader avoids each stall as it comes and pays with moves. Where the disk is what limits a step, those moves are the
-next stalls. So there are several walks: one with all tensors on the move, and some in which a part of the frames is
+next stalls. So several plans are made: one in which every tensor may move, and some in which a part of the frames is
 given for good to the tensors that are used most often. The quickest is taken; moves count as the processor time that
 they take, too.
 
@@ -17,6 +17,7 @@ Source: Angel-PTM (VLDB 2023), unified scheduling.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from pagemem.errors import BudgetError
@@ -24,28 +25,19 @@ from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
+from scheduler import knobs
 from scheduler.planning.lookahead import LookaheadReader, Placed, TierSpec
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.planning.trace import CHANGES, AccessMode, Trace
 
-#: Steps walked at most, steps at the beginning that are left out (the walk begins with empty host memory), and the
-#: shortest stretch that is worth restoring a placement for.
+#: Steps read ahead at most, steps at the beginning that are left out (the reader begins with empty host memory), and
+#: the shortest cycle that is worth restoring a placement for.
 MAX_STEPS: Final = 12
 WARM_UP_STEPS: Final = 2
 MIN_CYCLE_STEPS: Final = 5
-#: As many steps at most, and as short a stretch, where a step has more than so many ops: it is long enough for
-#: restoring a placement to be a small part of it, and walking it takes seconds.
-VERY_MANY_OPS: Final = 2500
+#: The same for steps of very many ops, and for plans that only compare steps.
 FEW_STEPS: Final = 5
 SHORT_CYCLE_STEPS: Final = 2
-#: Shares of the frames that are given to tensors for good, one walk each.
-KEPT_SHARES: Final = (0.4, 0.55, 0.65, 0.75, 0.82)
-#: The one share that is tried where a step has more than so many ops: a walk takes seconds then.
-ONE_SHARE: Final = 0.75
-MANY_OPS: Final = 1000
-#: What a byte moved beside computing adds to a step: I/O threads take a core for 0.2 s a GB, checksums included, and
-#: the threads that compute wait for the one that is held up (measured on two cores, docs/schedule.md).
-MOVE_S_PER_BYTE: Final = 2e-10
 
 #: What a step must do with a tensor that can be kept: its content is the same tensor's from step to step.
 _LASTING: Final = frozenset({AccessMode.READ, AccessMode.MODIFY})
@@ -68,7 +60,7 @@ def make_plan(
         tier: host frames and page-file bandwidths.
         resident: tensors that are in host memory for good, in the trace or not, and their first frames.
         single_step_cycle: every step has the same moves, at the price of restoring the placement when a step begins.
-        fast: in a tenth to a third of the time, for comparing steps: one short walk.
+        fast: in a tenth to a third of the time, for comparing steps: one short reader.
 
     Returns:
         A plan whose moves never need more than ``tier.n_frames`` frames. That of a step without ops moves nothing.
@@ -111,7 +103,7 @@ def _idle(n_bytes: Mapping[TensorId, int], tier: TierSpec, resident: Mapping[Ten
 
 def cost_s(plan: Plan) -> float:
     """Seconds that a step is charged for in comparing plans: as predicted, and what its moves take from compute."""
-    return plan.step_s + MOVE_S_PER_BYTE * plan.moved_bytes
+    return plan.step_s + knobs.MOVE_S_PER_BYTE * plan.moved_bytes
 
 
 def _kept_sets(
@@ -127,7 +119,7 @@ def _kept_sets(
                 passing.add(access.tensor)
     wanted = sorted((tensor for tensor in n_uses if tensor not in passing), key=lambda tensor: -n_uses[tensor])
     before: dict[TensorId, FrameId] = {}
-    for share in KEPT_SHARES if len(trace.ops) <= MANY_OPS else (ONE_SHARE,):
+    for share in knobs.KEPT_SHARES if len(trace.ops) <= knobs.MANY_OPS else (knobs.ONE_SHARE,):
         frames = PageAllocator(Tier.HOST, tier.page_bytes, tier.n_frames)
         for tensor, frame in resident.items():
             frames.allocate(tensor, n_bytes[tensor], contiguous=True, at=frame)
@@ -153,36 +145,23 @@ def _plan_with(
     single_step_cycle: bool,
     fast: bool,
 ) -> Plan:
-    """The plan of one walk."""
-    walk = LookaheadReader(trace, n_bytes, tier, resident)
+    """The plan that one reader finds."""
+    reader = LookaheadReader(trace, n_bytes, tier, resident)
     n_ops = len(trace.ops)
-    most_steps, shortest = (
-        (FEW_STEPS, SHORT_CYCLE_STEPS) if fast or n_ops > VERY_MANY_OPS else (MAX_STEPS, MIN_CYCLE_STEPS)
-    )
-    placements = [walk.placement()]
-    seen = slice(-2, -1) if single_step_cycle else slice(0, -1)
-    while len(placements) <= most_steps and (len(placements) < 2 or placements[-1] not in placements[seen]):
-        walk.walk_step(len(placements) - 1)
-        placements.append(walk.placement())
-    last = len(placements) - 1
-    closed = placements[-1] in placements[seen]
-    first = last - 1 if single_step_cycle else placements.index(placements[-1])
-    if not closed:
-        first, last = _least_different(
-            placements, n_bytes, range(1, 2) if single_step_cycle else range(shortest, most_steps + 1)
-        )
+    cycle = _find_cycle(reader, n_bytes, n_ops, single_step_cycle=single_step_cycle, fast=fast)
+    first, last, closed = cycle.first, cycle.last, cycle.closed
     start, end = first * n_ops, last * n_ops
-    loads = [task for task in walk.loads if start <= task.needed_at < end]
+    loads = [task for task in reader.loads if start <= task.needed_at < end]
     numbered = _numbered_from(start, end - start, loads, closed=closed)
     stores = dict.fromkeys(
         StoreTask(task.tensor, (task.trigger - start) % (end - start))
-        for evicted_at, task in walk.stores
+        for evicted_at, task in reader.stores
         if start <= evicted_at < end
     )
     read_bytes, written_bytes = 0, 0
     if not closed:
-        stores |= dict.fromkeys(_unseen_stores(trace, placements[first], placements[last], loads, start, end))
-        read_bytes, written_bytes = _restored_bytes(placements[first], placements[last], n_bytes)
+        stores |= dict.fromkeys(_unseen_stores(trace, cycle.begins, cycle.ends, loads, start, end))
+        read_bytes, written_bytes = _restored_bytes(cycle.begins, cycle.ends, n_bytes)
     restore_s = max(read_bytes / tier.read_bytes_per_s, written_bytes / tier.write_bytes_per_s)
     read_bytes += sum(n_bytes[task.tensor] for task in loads if not task.fresh)
     written_bytes += sum(n_bytes[task.tensor] for task in stores)
@@ -191,8 +170,8 @@ def _plan_with(
         for t in numbered
         if t.needed_at >= end - start
     )
-    before_s = walk.op_end_s[start - 1] if start else 0.0
-    initial = {tensor: frame for tensor, frame, _, dead in placements[first] if not dead}
+    before_s = reader.op_end_s[start - 1] if start else 0.0
+    initial = {tensor: frame for tensor, frame, _, dead in cycle.begins if not dead}
     return Plan(
         keys=trace.keys * (last - first),
         n_steps=last - first,
@@ -205,11 +184,43 @@ def _plan_with(
         peak_frames=_peak_frames(initial, loads, n_bytes, tier.page_bytes),
         read_bytes=read_bytes,
         written_bytes=written_bytes,
-        step_s=(walk.op_end_s[end - 1] - before_s + restore_s) / (last - first),
+        step_s=(reader.op_end_s[end - 1] - before_s + restore_s) / (last - first),
         compute_s=trace.compute_s,
         loads_at=by_trigger(numbered),
         stores_at=by_trigger(tuple(stores)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Cycle:
+    """The steps that a plan repeats: from step ``first`` to step ``last``, and the placements at both ends, which are
+    equal if it is ``closed``."""
+
+    first: int
+    last: int
+    closed: bool
+    begins: Placed
+    ends: Placed
+
+
+def _find_cycle(
+    reader: LookaheadReader, n_bytes: Mapping[TensorId, int], n_ops: int, *, single_step_cycle: bool, fast: bool
+) -> _Cycle:
+    """Have the reader pass over steps until a placement comes again, or there are enough to choose from."""
+    few = fast or n_ops > knobs.VERY_MANY_OPS
+    most_steps, shortest = (FEW_STEPS, SHORT_CYCLE_STEPS) if few else (MAX_STEPS, MIN_CYCLE_STEPS)
+    placements = [reader.placement()]
+    seen = slice(-2, -1) if single_step_cycle else slice(0, -1)
+    while len(placements) <= most_steps and (len(placements) < 2 or placements[-1] not in placements[seen]):
+        reader.read_step(len(placements) - 1)
+        placements.append(reader.placement())
+    last = len(placements) - 1
+    closed = placements[-1] in placements[seen]
+    first = last - 1 if single_step_cycle else placements.index(placements[-1])
+    if not closed:
+        lengths = range(1, 2) if single_step_cycle else range(shortest, most_steps + 1)
+        first, last = _least_different(placements, n_bytes, lengths)
+    return _Cycle(first, last, closed, placements[first], placements[last])
 
 
 def _restored_bytes(first: Placed, last: Placed, n_bytes: Mapping[TensorId, int]) -> tuple[int, int]:
@@ -241,24 +252,24 @@ def _numbered_from(start: int, n_ops: int, loads: Sequence[LoadTask], *, closed:
 
 def _least_different(placements: Sequence[Placed], n_bytes: Mapping[TensorId, int], lengths: range) -> tuple[int, int]:
     """Two steps so many steps apart with the most bytes in the same place."""
-    stretches = [
+    candidates = [
         (first, first + length)
         for first in range(WARM_UP_STEPS, len(placements))
         for length in lengths
         if first + length < len(placements)
     ]
 
-    def bytes_in_place(stretch: tuple[int, int]) -> int:
-        here, there = ({(tensor, frame) for tensor, frame, _, _ in placements[end]} for end in stretch)
+    def bytes_in_place(cycle: tuple[int, int]) -> int:
+        here, there = ({(tensor, frame) for tensor, frame, _, _ in placements[end]} for end in cycle)
         return sum(n_bytes[tensor] for tensor, _ in here & there)
 
-    return max(stretches, key=bytes_in_place)
+    return max(candidates, key=bytes_in_place)
 
 
 def _unseen_stores(
     trace: Trace, first: Placed, last: Placed, loads: Sequence[LoadTask], start: int, end: int
 ) -> list[StoreTask]:
-    """Stores of a cycle that does not close, which the walk did not see because it went on where the cycle begins anew.
+    """Stores of a cycle that does not close, which the reader did not see because it went on there.
 
     A tensor may be in the same frames at both ends, clean at the beginning and dirty at the end. If it then leaves
     before it is changed again, it has to be stored after the last change of the cycle before.

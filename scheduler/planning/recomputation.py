@@ -20,7 +20,7 @@ from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ForwardPart:
     """A part of a forward pass.
 
     Attributes:
@@ -33,7 +33,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class _Change:
+class _RecomputedPart:
     """What becomes of one part: ops that are gone, and those that come once more, with what they read, before op
     ``before``."""
 
@@ -43,7 +43,7 @@ class _Change:
     before: int = -1
 
 
-def pages(trace: Trace, part: Part) -> dict[TensorId, int]:
+def pages(trace: Trace, part: ForwardPart) -> dict[TensorId, int]:
     """What a part saves in pages, and the ops that create it, in order.
 
     Copies are made when the next op that uses weights is about to begin. So the first ones in a part are another one's,
@@ -59,7 +59,7 @@ def pages(trace: Trace, part: Part) -> dict[TensorId, int]:
     return {tensor: index for tensor, index in found if tensor is not None}
 
 
-def recomputed(trace: Trace, parts: Sequence[Part], n_bytes: Mapping[TensorId, int]) -> Trace:
+def recomputed(trace: Trace, parts: Sequence[ForwardPart], n_bytes: Mapping[TensorId, int]) -> Trace:
     """The step in which some parts are computed again instead of having what they save in pages.
 
     Args:
@@ -71,7 +71,7 @@ def recomputed(trace: Trace, parts: Sequence[Part], n_bytes: Mapping[TensorId, i
     changes = [_change(trace, part, n_bytes) for part in parts]
     gone = {index for change in changes for index in change.gone}
     moved = {index for change in changes for index in change.brought}
-    inserted: dict[int, list[_Change]] = defaultdict(list)
+    inserted: dict[int, list[_RecomputedPart]] = defaultdict(list)
     for change in changes:
         if change.before >= 0:
             inserted[change.before].append(change)
@@ -97,8 +97,8 @@ def recomputed(trace: Trace, parts: Sequence[Part], n_bytes: Mapping[TensorId, i
     return Trace(tuple(made))
 
 
-def _change(trace: Trace, part: Part, n_bytes: Mapping[TensorId, int]) -> _Change:
-    change, kept_bytes = _Change(), 0
+def _change(trace: Trace, part: ForwardPart, n_bytes: Mapping[TensorId, int]) -> _RecomputedPart:
+    change, kept_bytes = _RecomputedPart(), 0
     saved = pages(trace, part)
     stays: set[TensorId] = set()
     for tensor, index in saved.items():

@@ -33,10 +33,6 @@ MAX_CYCLES: Final = 24
 _NS: Final = 1_000_000_000
 
 
-def _whole_ns(seconds: float) -> int:
-    return math.ceil(round(seconds * _NS, 3))  # Without what binary fractions add to decimal ones.
-
-
 class Lane(enum.Enum):
     """What can be busy."""
 
@@ -46,7 +42,7 @@ class Lane(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class SimulatedWait:
     """An op that began later than the one before it ended.
 
     Attributes:
@@ -80,7 +76,7 @@ class Simulation:
     n_cycles: int
     steady: bool
     busy: Mapping[Lane, float]
-    waits: tuple[Wait, ...]
+    waits: tuple[SimulatedWait, ...]
     peak_frames: int
     read_bytes: float
     written_bytes: float
@@ -114,27 +110,27 @@ def simulate(
     if min(tier.read_bytes_per_s, tier.write_bytes_per_s) <= 0 or latency_s < 0:
         raise ValueError(f"bandwidths must be above 0 and the latency not below, not {tier} and {latency_s}")
     check_bounds(plan, trace, n_bytes, tier, resident)
-    run = _Run(plan, trace, n_bytes, tier, latency_s)
-    marks: list[_Mark] = []
-    found: _Mark | None = None
-    while found is None and len(marks) < MAX_CYCLES:
+    run = _SimulatedLanes(plan, trace, n_bytes, tier, latency_s)
+    ends: list[_CycleEnd] = []
+    found: _CycleEnd | None = None
+    while found is None and len(ends) < MAX_CYCLES:
         run.cycle()
-        mark = run.mark()
-        found = next((earlier for earlier in reversed(marks) if earlier.state == mark.state), None)
-        marks.append(mark)
-    return _summary(run, marks, found)
+        end = run.cycle_end()
+        found = next((earlier for earlier in reversed(ends) if earlier.state == end.state), None)
+        ends.append(end)
+    return _summary(run, ends, found)
 
 
-def _summary(run: _Run, marks: list[_Mark], found: _Mark | None) -> Simulation:
-    last, n_steps = marks[-1], run.plan.n_steps
+def _summary(run: _SimulatedLanes, ends: list[_CycleEnd], found: _CycleEnd | None) -> Simulation:
+    last, n_steps = ends[-1], run.plan.n_steps
     run_ns = max(run.now_ns, *run.free_ns.values())
-    began = found or _Mark((), 0, dict.fromkeys(Lane, 0), (0, 0))
-    cycles = len(marks) - (marks.index(found) + 1 if found else 0)
+    began = found or _CycleEnd((), 0, dict.fromkeys(Lane, 0), (0, 0))
+    cycles = len(ends) - (ends.index(found) + 1 if found else 0)
     spent_ns = last.at_ns - began.at_ns if found else run_ns
     return Simulation(
         step_s=spent_ns / (cycles * n_steps) / _NS,
         run_s=run_ns / _NS,
-        n_cycles=len(marks),
+        n_cycles=len(ends),
         steady=found is not None,
         busy={lane: (last.busy_ns[lane] - began.busy_ns[lane]) / spent_ns if spent_ns else 0.0 for lane in Lane},
         waits=tuple(run.waits),
@@ -145,7 +141,7 @@ def _summary(run: _Run, marks: list[_Mark], found: _Mark | None) -> Simulation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Mark:
+class _CycleEnd:
     """The end of a cycle: everything that the next one depends on, relative to its time."""
 
     state: tuple[object, ...]
@@ -156,7 +152,7 @@ class _Mark:
 
 @dataclass(slots=True)
 class _Tensor:
-    """A tensor's times. ``by`` is the lane that a time is owed to."""
+    """A tensor's times. ``by`` is the lane that made ``ready_ns`` as late as it is."""
 
     frame: FrameId | None = None
     dirty: bool = False
@@ -165,8 +161,12 @@ class _Tensor:
     stored_ns: int = 0
 
 
+def _ceil_ns(seconds: float) -> int:
+    return math.ceil(round(seconds * _NS, 3))  # Without what binary fractions add to decimal ones.
+
+
 @dataclass(slots=True)
-class _Run:
+class _SimulatedLanes:
     """The three lanes and the clock of the training thread."""
 
     plan: Plan
@@ -184,7 +184,7 @@ class _Run:
     window_by: Lane = Lane.SSD_READ
     dying: dict[TensorId, int] = field(default_factory=dict)
     frame_changes: list[tuple[int, int]] = field(default_factory=list)
-    waits: list[Wait] = field(default_factory=list)
+    waits: list[SimulatedWait] = field(default_factory=list)
     read_bytes: int = 0
     written_bytes: int = 0
 
@@ -193,7 +193,7 @@ class _Run:
         self.owners = [None] * self.plan.n_frames
         self.free_ns, self.busy_ns = dict.fromkeys(Lane, 0), dict.fromkeys(Lane, 0)
         for tensor, frame in self.plan.initial.items():
-            self.take(tensor, frame, 0)
+            self.occupy(tensor, frame, 0)
         for load in self.plan.carried:
             self.load(load)
 
@@ -203,14 +203,14 @@ class _Run:
         """Frames of a tensor."""
         return ceil_div(self.n_bytes[tensor], self.tier.page_bytes)
 
-    def take(self, tensor: TensorId, frame: FrameId, at_ns: int) -> None:
+    def occupy(self, tensor: TensorId, frame: FrameId, at_ns: int) -> None:
         """Give free frames to a tensor."""
         size = self.size(tensor)
         self.owners[frame : frame + size] = [tensor] * size
         self.tensors[tensor].frame = frame
         self.frame_changes.append((at_ns, size))
 
-    def leave(self, tensor: TensorId, at_ns: int) -> None:
+    def free(self, tensor: TensorId, at_ns: int) -> None:
         """Take a tensor's frames back."""
         record, size = self.tensors[tensor], self.size(tensor)
         assert record.frame is not None
@@ -231,7 +231,7 @@ class _Run:
     def serve(self, lane: Lane, tensor: TensorId, from_ns: int) -> int:
         """Move a tensor over a lane, at ``from_ns`` or once the lane is free; returns when that is over."""
         bytes_per_s = self.tier.read_bytes_per_s if lane is Lane.SSD_READ else self.tier.write_bytes_per_s
-        takes_ns = _whole_ns(self.latency_s + self.n_bytes[tensor] / bytes_per_s)
+        takes_ns = _ceil_ns(self.latency_s + self.n_bytes[tensor] / bytes_per_s)
         self.free_ns[lane] = max(self.free_ns[lane], from_ns) + takes_ns
         self.busy_ns[lane] += takes_ns
         return self.free_ns[lane]
@@ -260,9 +260,9 @@ class _Run:
             if self.tensors[tenant].stored_ns > window_ns:
                 window_ns, by = self.tensors[tenant].stored_ns, Lane.SSD_WRITE
         for tenant in tenants:
-            self.leave(tenant, window_ns)
+            self.free(tenant, window_ns)
         self.window_ns, self.window_by = window_ns, by
-        self.take(task.tensor, task.frame, window_ns)
+        self.occupy(task.tensor, task.frame, window_ns)
         record.dirty, record.ready_ns, record.by = False, window_ns, by
         if not task.fresh:
             if self.free_ns[Lane.SSD_READ] > window_ns:
@@ -272,21 +272,18 @@ class _Run:
 
     def restore(self) -> None:
         """Begin a cycle of a plan that does not close: put every tensor where it begins."""
-        misplaced = sorted(
-            t for t, r in self.tensors.items() if r.frame is not None and self.plan.initial.get(t) != r.frame
-        )
+        initial = self.plan.initial
+        misplaced = sorted(t for t, r in self.tensors.items() if r.frame is not None and initial.get(t) != r.frame)
         for tensor in misplaced:
             self.store(tensor)
         for tensor in misplaced:
             record = self.tensors[tensor]
-            self.leave(tensor, max(self.now_ns, record.stored_ns))
+            self.free(tensor, max(self.now_ns, record.stored_ns))
             if record.stored_ns > max(self.window_ns, self.now_ns):
                 self.window_ns, self.window_by = record.stored_ns, Lane.SSD_WRITE
-        first_use = {
-            t: i for i, op in reversed(list(enumerate(self.trace.ops))) for t in (a.tensor for a in op.accesses)
-        }
-        for tensor in sorted(self.plan.initial, key=lambda t: (first_use.get(t, 0), t)):
-            self.load(LoadTask(tensor, self.plan.initial[tensor], 0, 0))
+        first_use = {a.tensor: i for i, op in reversed(list(enumerate(self.trace.ops))) for a in op.accesses}
+        for tensor in sorted(initial, key=lambda t: (first_use.get(t, 0), t)):
+            self.load(LoadTask(tensor, initial[tensor], 0, 0))
         for load in self.plan.carried:
             self.load(load)
 
@@ -308,7 +305,7 @@ class _Run:
             self.now += 1
             for tensor in [t for t, until in self.dying.items() if until < self.now]:
                 del self.dying[tensor]
-                self.leave(tensor, self.now_ns)
+                self.free(tensor, self.now_ns)
 
     def perform(self, op: Op, position: int, until: int) -> None:
         """Wait for an op's tensors and let it run."""
@@ -322,8 +319,8 @@ class _Run:
                 if ready_ns > begin_ns:
                     begin_ns, cause, by = ready_ns, access.tensor, lane
         if cause is not None:
-            self.waits.append(Wait(position, op.name, (begin_ns - self.now_ns) / _NS, cause, by))
-        takes_ns = _whole_ns(op.duration_s)
+            self.waits.append(SimulatedWait(position, op.name, (begin_ns - self.now_ns) / _NS, cause, by))
+        takes_ns = _ceil_ns(op.duration_s)
         self.busy_ns[Lane.COMPUTE] += takes_ns
         self.now_ns = begin_ns + takes_ns
         for access in op.accesses:
@@ -334,7 +331,7 @@ class _Run:
                 record.dirty = False
                 self.dying[access.tensor] = max(until, self.dying.get(access.tensor, until))
 
-    def mark(self) -> _Mark:
+    def cycle_end(self) -> _CycleEnd:
         """The end of a cycle. Times that are past all count as now: nobody will wait for them."""
 
         def left_ns(at_ns: int) -> int:
@@ -345,7 +342,7 @@ class _Run:
             for tensor, r in sorted(self.tensors.items())
         )
         lanes = tuple(left_ns(self.free_ns[lane]) for lane in Lane)
-        return _Mark(
+        return _CycleEnd(
             (records, lanes, left_ns(self.window_ns)),
             self.now_ns,
             dict(self.busy_ns),

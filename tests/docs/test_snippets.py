@@ -19,7 +19,7 @@ import torch
 from snippets import RUN, SHOWN, blocks_of, run_page
 
 from offload import cli
-from offload.machine.bench_ssd import Plan, Setting
+from offload.machine.bench_ssd import BenchPlan, Setting
 from pagemem.units import KiB, MiB
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     file = tmp_path / "examples" / "byte_gpt.toml"
     file.write_text(small_toml(file))
-    plan = Plan(4 * MiB, 0.01, (Setting(256 * KiB, 1), Setting(MiB, 2)))
+    plan = BenchPlan(4 * MiB, 0.01, (Setting(256 * KiB, 1), Setting(MiB, 2)))
     monkeypatch.setattr(cli, "full_plan", lambda size_bytes, seconds: plan)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -49,7 +49,7 @@ def training_step(rng: random.Random) -> tuple[Trace, dict[TensorId, int], TierS
 def test_the_cycle_holds_also_where_it_does_not_close_by_itself(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among these are steps (30 and 65) that leave a tensor dirty where the cycle begins with it clean, and then move
     it."""
-    monkeypatch.setattr("scheduler.planning.planner.KEPT_SHARES", ())  # with tensors kept for good, most cycles close
+    monkeypatch.setattr("scheduler.knobs.KEPT_SHARES", ())  # with tensors kept for good, most cycles close
     n_open = 0
     for seed in range(part, N_STEPS, 4):
         trace, n_bytes, machine = training_step(random.Random(seed))

@@ -1,4 +1,4 @@
-"""Plans of a rank whose tensors are sharded: moves of shards and gathers of wholes, in one memory."""
+"""Plans of a rank whose tensors are sharded: moves of shards and gathers of unsharded tensors, in one memory."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def training_step(sizes: list[int], n_ranks: int, op_s: float = 1.0, *, clipped:
     return Trace(tuple(ops)), shards, n_bytes
 
 
-def whole_pages(plan: ShardedPlan, n_bytes: dict[TensorId, int]) -> float:
-    """Pages of wholes gathered in a step."""
+def unsharded_pages(plan: ShardedPlan, n_bytes: dict[TensorId, int]) -> float:
+    """Unsharded pages gathered in a step."""
     return sum(n_bytes[load.tensor] for load in plan.gathers.loads) / PAGE_BYTES / plan.gathers.n_steps
 
 
@@ -84,7 +84,7 @@ def test_both_parts_fit_and_hold(
     first, second = replace(machine, n_frames=plan.first_frame), replace(machine, n_frames=n_frames - plan.first_frame)
     check_bounds(replace(plan.shards, n_frames=plan.first_frame), below, n_bytes, first)
     report = check_bounds(plan.gathers, above, n_bytes, second)
-    assert report.written_bytes == 0 and not plan.gathers.stores, "a whole is a copy"
+    assert report.written_bytes == 0 and not plan.gathers.stores, "an unsharded tensor is a copy"
     assert plan.shards.keys[: len(trace.ops)] == plan.gathers.keys == trace.keys
     assert plan.step_s >= trace.compute_s - 1e-9
 
@@ -99,7 +99,7 @@ def test_ranks_with_the_same_figures_gather_in_the_same_order(sizes: list[int], 
 def test_gathers_run_ahead_in_the_memory_that_is_left() -> None:
     """A layer is gathered while the one before it computes; with room for one alone each is waited for."""
     trace, shards, n_bytes = training_step([2] * 6, 2)
-    link = Link(2, 2.0 * PAGE_BYTES)  # a page a second received, two of a whole gathered: half an op each
+    link = Link(2, 2.0 * PAGE_BYTES)  # a page a second received, two of an unsharded tensor gathered: half an op each
 
     def planned(n_frames: int) -> ShardedPlan:
         return plan_sharded(trace, shards, n_bytes, TierSpec(n_frames, PAGE_BYTES, 1e12, 1e12), link)
@@ -107,15 +107,15 @@ def test_gathers_run_ahead_in_the_memory_that_is_left() -> None:
     tight, roomy = planned(2 + 3), planned(60)
     waits_s = [plan.gathers.step_s - plan.gathers.compute_s for plan in (tight, roomy)]
     assert waits_s[0] > 4 * waits_s[1], "six layers, of which each but the last is gathered twice"
-    assert whole_pages(tight, n_bytes) == 2 * 11 and whole_pages(roomy, n_bytes) == 2 * 6, (
+    assert unsharded_pages(tight, n_bytes) == 2 * 11 and unsharded_pages(roomy, n_bytes) == 2 * 6, (
         "with room for all, once after each update"
     )
-    machine = TierSpec(60 - roomy.first_frame, PAGE_BYTES, link.whole_bytes_per_s, link.whole_bytes_per_s)
+    machine = TierSpec(60 - roomy.first_frame, PAGE_BYTES, link.unsharded_bytes_per_s, link.unsharded_bytes_per_s)
     simulated = simulate(roomy.gathers, gather_trace(trace, shards), n_bytes, machine)
     assert simulated.step_s == pytest.approx(roomy.gathers.step_s)
 
 
-def test_a_whole_is_gathered_after_its_update_and_not_before() -> None:
+def test_an_unsharded_tensor_is_gathered_after_its_update_and_not_before() -> None:
     trace, shards, n_bytes = training_step([1] * 4, 4, clipped=True)
     plan = plan_sharded(trace, shards, n_bytes, TierSpec(40, PAGE_BYTES, 1e12, 1e12), Link(4, 1e12))
     updated_at = {op.name: index for index, op in enumerate(trace.ops) if op.kind is OpKind.UPDATE}
@@ -124,7 +124,7 @@ def test_a_whole_is_gathered_after_its_update_and_not_before() -> None:
 
 
 def test_memory_goes_to_whichever_part_it_saves_more_for() -> None:
-    """A slow disk and a fast link: wholes have the least room; a fast disk and a slow link: shards."""
+    """A slow disk and a fast link: unsharded tensors have the least room; a fast disk and a slow link: shards."""
     trace, shards, n_bytes = training_step([4] * 8, 4)
     slow, fast = 1.0 * PAGE_BYTES, 1e12
     rooms = {}
@@ -135,8 +135,8 @@ def test_memory_goes_to_whichever_part_it_saves_more_for() -> None:
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(2, 4))
-def test_an_op_that_reads_a_whole_reads_its_shard(sizes: list[int], n_ranks: int) -> None:
-    """And what is not of wholes stays as it is; with room for all of it the plan of that holds."""
+def test_an_op_that_reads_an_unsharded_tensor_reads_its_shard(sizes: list[int], n_ranks: int) -> None:
+    """And what is not unsharded stays as it is; with room for all of it the plan of that holds."""
     trace, shards, n_bytes = training_step(sizes, n_ranks)
     below = shard_trace(trace, shards)
     machine = TierSpec(sum(ceil_div(n, PAGE_BYTES) for n in n_bytes.values()), PAGE_BYTES, 1e9, 1e9)
@@ -151,7 +151,7 @@ def test_what_cannot_be_is_refused() -> None:
         plan_sharded(trace, shards, n_bytes, TierSpec(2, PAGE_BYTES, 1e9, 1e9), Link(2, 1e9))
     assert caught.value.smallest_bytes == 3 * PAGE_BYTES
     changed = Trace((Op((OpKind.FORWARD, 0), "edit", (Access(TensorId(0), AccessMode.MODIFY),)),))
-    with pytest.raises(ValueError, match="edit: a whole is only read"):
+    with pytest.raises(ValueError, match="edit: an unsharded tensor is only read"):
         gather_trace(changed, shards)
     for n_ranks, bytes_per_s in ((1, 1e9), (2, 0.0), (2, float("nan"))):
         with pytest.raises(ValueError, match="two or more ranks"):

@@ -15,7 +15,7 @@ from scheduler.planning.bounds import PlanError, check_bounds
 from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
 from scheduler.planning.planner import make_plan
-from scheduler.planning.simulator import Lane, Simulation, Wait, simulate
+from scheduler.planning.simulator import Lane, SimulatedWait, Simulation, simulate
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 PAGE_BYTES = 64 * KiB
@@ -93,7 +93,10 @@ def test_one_frame_for_two_tensors_reads_between_all_ops() -> None:
     plan = plan_of(trace, 1, {A: 0}, (load(A, 0, 0, 0), load(B, 0, 1, 1)))
     done = run(plan, trace)
     assert done.step_s == 0.007 and done.steady
-    assert done.waits == (Wait(0, "Ar", 0.001, A, Lane.SSD_READ), Wait(1, "Br", 0.001, B, Lane.SSD_READ))
+    assert done.waits == (
+        SimulatedWait(0, "Ar", 0.001, A, Lane.SSD_READ),
+        SimulatedWait(1, "Br", 0.001, B, Lane.SSD_READ),
+    )
     assert done.busy == {**SHARES, Lane.COMPUTE: 5 / 7, Lane.SSD_READ: 2 / 7}
     assert done.read_bytes == 2 * PAGE_BYTES and done.peak_frames == 1
     # At a quarter of the bandwidth each read takes 4 ms, and with half a millisecond for each request 4.5.
@@ -106,11 +109,14 @@ def test_two_frames_hide_what_fits_behind_compute() -> None:
     # A stays. B and C take turns in frame 1: C is read while A is used (2 ms), B only while C is not (no time).
     trace = trace_of("Br", "Ar", "Cr", ms=(1.0, 2.0, 3.0))
     plan = plan_of(trace, 2, {A: 0, B: 1}, (load(B, 1, 0, 0), load(C, 1, 1, 2)))
-    assert run(plan, trace).waits == (Wait(0, "Br", 0.001, B, Lane.SSD_READ),)
+    assert run(plan, trace).waits == (SimulatedWait(0, "Br", 0.001, B, Lane.SSD_READ),)
     assert run(plan, trace).step_s == 0.007
     done = run(plan, trace, read=0.25)  # Each read takes 4 ms: 4 + 1 + max(2, 4) + 3.
     assert done.step_s == 0.012
-    assert done.waits == (Wait(0, "Br", 0.004, B, Lane.SSD_READ), Wait(2, "Cr", 0.002, C, Lane.SSD_READ))
+    assert done.waits == (
+        SimulatedWait(0, "Br", 0.004, B, Lane.SSD_READ),
+        SimulatedWait(2, "Cr", 0.002, C, Lane.SSD_READ),
+    )
 
 
 def test_a_load_waits_until_its_frames_are_stored_and_the_lane_says_so() -> None:
@@ -119,7 +125,10 @@ def test_a_load_waits_until_its_frames_are_stored_and_the_lane_says_so() -> None
     plan = plan_of(trace, 1, {A: 0}, (load(A, 0, 0, 0), load(B, 0, 1, 1)), (StoreTask(B, 0), StoreTask(A, 1)))
     done = run(plan, trace, write=0.5)
     assert done.step_s == 0.008 and done.steady
-    assert done.waits == (Wait(0, "Aw", 0.003, A, Lane.SSD_WRITE), Wait(1, "Bw", 0.003, B, Lane.SSD_WRITE))
+    assert done.waits == (
+        SimulatedWait(0, "Aw", 0.003, A, Lane.SSD_WRITE),
+        SimulatedWait(1, "Bw", 0.003, B, Lane.SSD_WRITE),
+    )
     assert (
         done.busy == {Lane.COMPUTE: 0.25, Lane.SSD_READ: 0.25, Lane.SSD_WRITE: 0.5} and done.limiting is Lane.SSD_WRITE
     )
@@ -129,9 +138,9 @@ def test_a_load_waits_until_its_frames_are_stored_and_the_lane_says_so() -> None
 def test_a_change_waits_for_the_copy_out_and_a_reading_does_not() -> None:
     changed, read = trace_of("Aw", "Aw", ms=1.0), trace_of("Aw", "Ar", ms=1.0)
     done = run(plan_of(changed, 1, {A: 0}, (), (StoreTask(A, 1),)), changed, write=0.25)
-    assert done.waits == (Wait(1, "Aw", 0.004, A, Lane.SSD_WRITE),) and done.step_s == 0.006
+    assert done.waits == (SimulatedWait(1, "Aw", 0.004, A, Lane.SSD_WRITE),) and done.step_s == 0.006
     done = run(plan_of(read, 1, {A: 0}, (), (StoreTask(A, 1),)), read, write=0.25)
-    assert done.waits == (Wait(0, "Aw", 0.003, A, Lane.SSD_WRITE),) and done.step_s == 0.005
+    assert done.waits == (SimulatedWait(0, "Aw", 0.003, A, Lane.SSD_WRITE),) and done.step_s == 0.005
 
 
 def test_loads_are_served_one_after_the_other() -> None:
@@ -140,7 +149,10 @@ def test_loads_are_served_one_after_the_other() -> None:
     plan = plan_of(trace, 2, {A: 0, B: 1}, (load(A, 0, 0, 0), load(B, 1, 0, 0), load(C, 0, 1, 1), load(d, 1, 1, 1)))
     done = run(plan, trace, read=0.5)
     assert done.step_s == 0.01
-    assert done.waits == (Wait(0, "Ar Br", 0.004, B, Lane.SSD_READ), Wait(1, "Cr Dr", 0.004, d, Lane.SSD_READ))
+    assert done.waits == (
+        SimulatedWait(0, "Ar Br", 0.004, B, Lane.SSD_READ),
+        SimulatedWait(1, "Cr Dr", 0.004, d, Lane.SSD_READ),
+    )
 
 
 def test_a_load_runs_ahead_over_the_end_of_the_step() -> None:
@@ -148,10 +160,10 @@ def test_a_load_runs_ahead_over_the_end_of_the_step() -> None:
     trace = trace_of("Ar", "Cr", "Br", ms=(1.0, 2.0, 1.0))
     plan = plan_of(trace, 2, {C: 0, B: 1}, (load(C, 0, 1, 1), load(A, 0, 2, 3)))
     done = run(plan, trace)
-    assert done.waits == (Wait(1, "Cr", 0.001, C, Lane.SSD_READ),) and done.step_s == 0.005
+    assert done.waits == (SimulatedWait(1, "Cr", 0.001, C, Lane.SSD_READ),) and done.step_s == 0.005
     done = run(plan, trace, read=0.5)
     assert (
-        done.waits == (Wait(0, "Ar", 0.001, A, Lane.SSD_READ), Wait(1, "Cr", 0.002, C, Lane.SSD_READ))
+        done.waits == (SimulatedWait(0, "Ar", 0.001, A, Lane.SSD_READ), SimulatedWait(1, "Cr", 0.002, C, Lane.SSD_READ))
         and done.step_s == 0.007
     )
 
@@ -169,7 +181,10 @@ def test_a_plan_that_does_not_close_is_restored_in_its_time() -> None:
     plan = replace(plan_of(trace, 1, {A: 0}, (load(B, 0, 1, 1),)), closed=False)
     done = run(plan, trace)
     assert done.steady and done.step_s == 0.005
-    assert done.waits == (Wait(0, "Ar", 0.002, A, Lane.SSD_WRITE), Wait(1, "Bw", 0.001, B, Lane.SSD_READ))
+    assert done.waits == (
+        SimulatedWait(0, "Ar", 0.002, A, Lane.SSD_WRITE),
+        SimulatedWait(1, "Bw", 0.001, B, Lane.SSD_READ),
+    )
     assert (done.read_bytes, done.written_bytes) == (2 * PAGE_BYTES, PAGE_BYTES)
 
 

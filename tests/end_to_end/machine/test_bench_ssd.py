@@ -19,8 +19,8 @@ from offload.config import ConfigError
 from offload.machine import bench_ssd
 from offload.machine.bench_ssd import (
     FOLDER_PREFIX,
+    BenchPlan,
     Measured,
-    Plan,
     Point,
     Setting,
     check_target,
@@ -37,7 +37,7 @@ from pagemem.folders.run_directory import RunDirectory, folder_use
 from pagemem.units import KiB, MiB
 
 #: Both directions, several sizes and threads, and no checksums, in a file of 3 MiB.
-PLAN = Plan(
+PLAN = BenchPlan(
     5 * MiB // 2,
     0.01,
     (Setting(64 * KiB, 1), Setting(256 * KiB, 2), Setting(MiB, 1), Setting(256 * KiB, 2, checksums=False)),
@@ -262,7 +262,7 @@ def test_ctrl_c_ends_it_at_once_and_leaves_nothing(
     if not direct:
         monkeypatch.setattr(pagemem_io, "accepts_direct", lambda folder: False)
     monkeypatch.setattr(bench_ssd._Traffic, "_ended", signal_at)
-    monkeypatch.setattr(cli, "full_plan", lambda size_bytes, seconds: Plan(3 * MiB, 600.0, PLAN.settings))
+    monkeypatch.setattr(cli, "full_plan", lambda size_bytes, seconds: BenchPlan(3 * MiB, 600.0, PLAN.settings))
     before = content(disk)
     before_handler = signal.signal(
         signal.SIGINT, signal.default_int_handler

@@ -13,8 +13,8 @@ from offload.machine.bench_ssd import (
     REQUEST_BYTES,
     THREADS,
     USUAL_REQUEST_BYTES,
+    BenchPlan,
     Measured,
-    Plan,
     Point,
     Setting,
     Target,
@@ -90,11 +90,11 @@ def test_a_plan_that_cannot_be_measured_is_refused() -> None:
     assert full_plan(128 * MiB + 1, 0.5).file_bytes == 144 * MiB
     for seconds in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="--seconds"):
-            Plan(MiB, seconds, (Setting(64 * KiB, 1),))
+            BenchPlan(MiB, seconds, (Setting(64 * KiB, 1),))
 
 
 def test_lines_by_hand() -> None:
-    plan = Plan(MiB, 0.5, (Setting(64 * KiB, 1),))
+    plan = BenchPlan(MiB, 0.5, (Setting(64 * KiB, 1),))
     assert target_line(TARGET, plan) == "/disk: ext4, 3.0 GiB free, test file of 1.0 MiB"
     assert "process 12" in target_line(Target(Path("/disk"), "ext4", GiB, "12"), plan)
     assert target_line(Target(Path("/disk"), "tmpfs", GiB, None), plan).endswith("; this is RAM, not a disk")

@@ -11,10 +11,11 @@ import pytest
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.units import KiB
+from scheduler import knobs
 from scheduler.planning.bounds import Replay
 from scheduler.planning.lookahead import LookaheadReader, TierSpec
 from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
-from scheduler.planning.planner import KEPT_SHARES, make_plan
+from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 PAGE_BYTES = 64 * KiB
@@ -78,7 +79,7 @@ def test_what_dies_or_begins_in_a_step_is_not_kept() -> None:
     assert not {tensor("A"), tensor("F")} & set(plan.initial)
 
 
-@pytest.mark.parametrize(("n_ops", "n_walks"), [(900, 1 + len(KEPT_SHARES)), (1200, 2)])
+@pytest.mark.parametrize(("n_ops", "n_walks"), [(900, 1 + len(knobs.KEPT_SHARES)), (1200, 2)])
 def test_long_steps_are_walked_twice(n_ops: int, n_walks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     walks: list[LookaheadReader] = []
 

@@ -10,7 +10,7 @@ from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import check_bounds
 from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.planner import make_plan
-from scheduler.planning.recomputation import Part, pages, recomputed
+from scheduler.planning.recomputation import ForwardPart, pages, recomputed
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 PAGE_BYTES = 1 << 16
@@ -53,14 +53,14 @@ STEP = "fPr fAc fPr fBc fCc fQr fDc fQr fEc fFc fHr bHr bFx bEx bQr bDx uQw bCx 
 
 def test_saved_tensors_of_a_part_are_those_copied_after_its_first_op_up_to_the_next_ones() -> None:
     trace = step(STEP)
-    assert pages(trace, Part(range(3), 0)) == {tensor("A"): 1, tensor("B"): 3, tensor("C"): 4}
-    assert pages(trace, Part(range(3, 8), 0)) == {tensor("D"): 6, tensor("E"): 8, tensor("F"): 9}
-    assert pages(trace, Part(range(10, 11), 0)) == {}
+    assert pages(trace, ForwardPart(range(3), 0)) == {tensor("A"): 1, tensor("B"): 3, tensor("C"): 4}
+    assert pages(trace, ForwardPart(range(3, 8), 0)) == {tensor("D"): 6, tensor("E"): 8, tensor("F"): 9}
+    assert pages(trace, ForwardPart(range(10, 11), 0)) == {}
 
 
 def test_a_part_is_computed_once_more_before_the_first_of_what_it_had_saved() -> None:
     trace = step(STEP)
-    both = [Part(range(3), PAGE_BYTES), Part(range(3, 8), PAGE_BYTES)]
+    both = [ForwardPart(range(3), PAGE_BYTES), ForwardPart(range(3, 8), PAGE_BYTES)]
     assert names(recomputed(trace, both[:1], sizes(trace))) == (
         "fPr fAc fPr fQr fDc fQr fEc fFc fHr bHr bFx bEx bQr bDx uQw bAx fPr fPr bPr bPr uPw"
     )
@@ -73,13 +73,13 @@ def test_a_part_is_computed_once_more_before_the_first_of_what_it_had_saved() ->
 
 def test_a_part_that_saves_nothing_but_what_it_reads_stays_as_it_is() -> None:
     trace = step("fPr fAc fQr bAx bPr")
-    assert recomputed(trace, [Part(range(1), PAGE_BYTES)], sizes(trace)) == trace
-    assert recomputed(trace, [Part(range(0), 0)], sizes(trace)) == trace
+    assert recomputed(trace, [ForwardPart(range(1), PAGE_BYTES)], sizes(trace)) == trace
+    assert recomputed(trace, [ForwardPart(range(0), 0)], sizes(trace)) == trace
 
 
 def test_what_is_computed_after_a_copy_back_stays_when_the_copy_goes() -> None:
     trace = step("fPr fAc fBc fHr bHr bBx bAx bPr", {"fBc": 0.25, "bBx": 2.0, "bAx": 3.0})
-    made = recomputed(trace, [Part(range(1), PAGE_BYTES)], sizes(trace))
+    made = recomputed(trace, [ForwardPart(range(1), PAGE_BYTES)], sizes(trace))
     assert [(op.name, op.duration_s) for op in made.ops] == [
         ("fPr", 1.0), ("fAc", 1.0), ("fHr", 1.0), ("bHr", 1.0), ("bAx", 1.0), ("fPr", 1.0 + 1.75 + 2.0), ("bPr", 1.0),
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_what_is_computed_after_a_copy_back_stays_when_the_copy_goes() -> None:
 
 def test_views_live_as_long_as_before() -> None:
     trace = step(STEP, until={"bQr": 16, "fHr": 12, "bFx": 13})
-    made = recomputed(trace, [Part(range(3), PAGE_BYTES), Part(range(3, 8), PAGE_BYTES)], sizes(trace))
+    made = recomputed(trace, [ForwardPart(range(3), PAGE_BYTES), ForwardPart(range(3, 8), PAGE_BYTES)], sizes(trace))
     place = {op.name: index for index, op in enumerate(made.ops)}
     assert made.ops[place["bQr"]].until == place["uQw"]
     assert made.ops[place["fHr"]].until >= place["bHr"]
@@ -95,10 +95,10 @@ def test_views_live_as_long_as_before() -> None:
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[Trace, list[Part], dict[TensorId, int]]:
+def steps(draw: st.DrawFn) -> tuple[Trace, list[ForwardPart], dict[TensorId, int]]:
     """Blocks that save some tensors each, of which the first may be what they read, and their ranges of ops."""
     ops: list[Op] = []
-    parts: list[Part] = []
+    parts: list[ForwardPart] = []
     saved: list[list[TensorId]] = []
     n_bytes: dict[TensorId, int] = {}
 
@@ -123,7 +123,7 @@ def steps(draw: st.DrawFn) -> tuple[Trace, list[Part], dict[TensorId, int]]:
         for chunk in own[:early]:
             add(OpKind.FORWARD, chunk, AccessMode.CREATE)
         add(OpKind.FORWARD, weight, AccessMode.READ)
-        parts.append(Part(range(begin, len(ops)), draw(st.integers(0, 1)) * 2 * PAGE_BYTES))
+        parts.append(ForwardPart(range(begin, len(ops)), draw(st.integers(0, 1)) * 2 * PAGE_BYTES))
         for chunk in own[early:]:
             add(OpKind.FORWARD, chunk, AccessMode.CREATE)
         saved.append([weight, *own])
@@ -138,7 +138,7 @@ def steps(draw: st.DrawFn) -> tuple[Trace, list[Part], dict[TensorId, int]]:
 
 @given(steps(), st.integers(3, 12))
 def test_the_step_can_be_planned_and_takes_what_it_took_less_the_copies_and_with_the_forward_ops_again(
-    made: tuple[Trace, list[Part], dict[TensorId, int]], n_frames: int
+    made: tuple[Trace, list[ForwardPart], dict[TensorId, int]], n_frames: int
 ) -> None:
     trace, parts, n_bytes = made
     other = recomputed(trace, parts, n_bytes)

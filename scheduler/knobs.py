@@ -1,0 +1,28 @@
+"""Numbers of this package that were found by measuring on one machine (two cores of an EPYC, one virtual disk;
+docs/schedule.md). Read at each use, so a test overrides one by ``monkeypatch.setattr(knobs, "KEPT_SHARES", ())``.
+"""
+
+from __future__ import annotations
+
+#: Share of the bandwidths seen so far that a plan relies on: what a disk gives beside computing varies. Origin:
+#: such plans wait as little at the full bandwidth, and less at half of it, in simulation; in runs no difference was
+#: measured.
+RELIABLE_SHARE: float = 0.7
+
+#: Seconds that a byte moved beside computing adds to a step. Origin: I/O threads take a core for 0.2 s a GB, checksums
+#: included, and the threads that compute wait for the one that is held up.
+MOVE_S_PER_BYTE: float = 2e-10
+
+#: Seconds in steps of which stalls are compared: below it the predicted clock is not to be trusted.
+STALL_QUANTUM_S: float = 0.0005
+
+#: Shares of the frames that are given to tensors for good, one plan for each.
+KEPT_SHARES: tuple[float, ...] = (0.4, 0.55, 0.65, 0.75, 0.82)
+
+#: The one share that is tried where a step has more ops than `MANY_OPS`: reading its trace ahead takes seconds then.
+ONE_SHARE: float = 0.75
+MANY_OPS: int = 1000
+
+#: Ops from which on a step is long enough for restoring a placement to be a small part of it, so that few steps are
+#: read ahead.
+VERY_MANY_OPS: int = 2500
