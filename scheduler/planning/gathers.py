@@ -123,8 +123,8 @@ def gather_trace(trace: Trace, shards: Mapping[TensorId, TensorId]) -> Trace:
             if access.tensor in shards:
                 if access.mode is not AccessMode.READ:
                     raise ValueError(
-                        f"{op.name}: an unsharded tensor is only read, updates change its shards; it is to {access.mode.value} "
-                        f"{access.tensor}"
+                        f"{op.name}: an unsharded tensor is only read, updates change its shards; it is to "
+                        f"{access.mode.value} {access.tensor}"
                     )
                 yield access
             elif access.tensor in unsharded and access.mode is not AccessMode.READ:
