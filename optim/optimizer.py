@@ -61,7 +61,7 @@ class PagedOptimizer(Optimizer):
         self._rule = rule
         self._places = places
         self._states = states
-        self._interlude = untraced
+        self._untraced = untraced
         self._updater: Updater | None = None
         self._closed = False
         self._packing = True
@@ -205,7 +205,7 @@ class PagedOptimizer(Optimizer):
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
-        with self.updater.consistent(whole=True), self._interlude():
+        with self.updater.consistent(whole=True), self._untraced():
             yield
 
     def state_dict(self) -> dict[str, Any]:

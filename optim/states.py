@@ -29,7 +29,7 @@ class StateAccess:
     """Reads and writes whole per-parameter states (exp_avg, ..., master) of units through their slices.
 
     Args:
-        driver: gives host pages; units that are at home on a device have a driver of their own.
+        driver: gives host pages; device-resident units have a driver of their own.
     """
 
     def __init__(self, driver: Driver, state_names: tuple[str, ...]) -> None:

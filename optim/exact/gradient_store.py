@@ -60,7 +60,7 @@ class GradientStore:
     def keep(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> bool:
         """Keep a final gradient as it is; False when the reserved bytes do not suffice (then `add` it).
 
-        That of a unit that is at home on a device is there, among what autograd has, and not in the host's budget.
+        That of a device-resident unit is on the device, among what autograd has, and not in the host's budget.
         """
         flat = flat_gradient(slot, gradient)
         n_bytes = _host_bytes(unit, flat)

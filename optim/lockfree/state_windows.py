@@ -54,11 +54,11 @@ class StateWindows:
         self._slices = list(slices)
         sizes = [sum(tensor.n_frames for tensor in tensors) for tensors in slices]
         ring_frames = 0 if sum(sizes) <= n_frames else RING_WINDOWS * max(sizes)
-        self._home: dict[int, FrameId] = {}
+        self._resident: dict[int, FrameId] = {}
         end = first_frame
         for number, size in enumerate(sizes):
             if end + size + ring_frames <= first_frame + n_frames:
-                self._home[number] = FrameId(end)
+                self._resident[number] = FrameId(end)
                 end += size
         self._ring = [_RingWindow(FrameId(end + k * max(sizes))) for k in range(RING_WINDOWS)] if ring_frames else []
         self._wanted: set[int] = set()
@@ -67,7 +67,7 @@ class StateWindows:
     @property
     def n_resident(self) -> int:
         """Slices that stay in memory for good."""
-        return len(self._home)
+        return len(self._resident)
 
     def prefetch(self, number: int) -> None:
         """Begin to bring in a slice that will be needed soon, if a window is free.
@@ -81,9 +81,9 @@ class StateWindows:
         """Begin to bring a slice in, if a window is free; returns whether it is there or under way."""
         tensors = self._slices[number]
         with self._mover.changed:
-            home = self._home.get(number)
-            if home is not None:
-                return self._place(tensors, home)
+            resident = self._resident.get(number)
+            if resident is not None:
+                return self._place(tensors, resident)
             window = next((w for w in self._ring if w.tenant == number), None) or self._free_window(needed=needed)
             if window is None:
                 return False
@@ -133,7 +133,7 @@ class StateWindows:
                 self._wanted.discard(number)
                 for tensor in tensors:
                     tensor.pins -= 1
-                    if number not in self._home and tensor.state is Residency.DIRTY:
+                    if number not in self._resident and tensor.state is Residency.DIRTY:
                         self._mover.start_store(tensor, background=True)
 
     def _free_window(self, *, needed: bool) -> _RingWindow | None:

@@ -167,7 +167,7 @@ class LockFreeUpdater(Updater):
 
     def _hand_over(self, unit: Unit, hypers: Sequence[Hyper], coefficient: torch.Tensor | None) -> None:
         """Give the update thread a unit's gradients of this step; ones that are not finite are dropped and counted."""
-        # An edit had the unit settled: the updater has nothing of it in hand before its next gradient.
+        # An edit had the unit settled: the update thread holds nothing of it before its next gradient.
         self._states.follow_edits(unit)
         found = [slot for slot in unit.slots if slot.direct is not None]
         if coefficient is None and not all(slot.direct is not None and is_finite(slot.direct) for slot in found):

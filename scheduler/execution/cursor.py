@@ -60,7 +60,7 @@ class Cursor:
         if self.restoring and self._position % plan.ops_per_step == 0:
             self._position = 0
         first = last = self._position
-        # Updates that an interlude has already made are missing here; their moves still have to be.
+        # Updates already made outside of the step (`Driver.untraced`) are missing here; their moves still have to be.
         while last < n_ops and plan.keys[last] != key and plan.keys[last][0] is OpKind.UPDATE:
             last += 1
         if last == n_ops or plan.keys[last] != key:

@@ -138,10 +138,10 @@ class Replay:
             (plan.loads_at, plan.stores_at) == (by_trigger(plan.loads), by_trigger(plan.stores)),
             "the moves by op are not those of the plan",
         )
-        for tensor, fixed_frame in self.resident.items():
+        for tensor, resident_frame in self.resident.items():
             self.require(
-                plan.initial.get(tensor) == fixed_frame,
-                f"{tensor} is fixed at frame {fixed_frame} and not planned there",
+                plan.initial.get(tensor) == resident_frame,
+                f"{tensor} is resident at frame {resident_frame} and not planned there",
             )
             self.locked_until[tensor] = _FOR_GOOD
         for tensor, frame in plan.initial.items():

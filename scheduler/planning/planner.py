@@ -109,7 +109,7 @@ def cost_s(plan: Plan) -> float:
 def _kept_sets(
     trace: Trace, n_bytes: Mapping[TensorId, int], tier: TierSpec, resident: Mapping[TensorId, FrameId]
 ) -> Iterator[dict[TensorId, FrameId]]:
-    """What each further walk keeps beside ``resident``: tensors by number of ops that use them, then in step order."""
+    """What each further plan keeps beside ``resident``: tensors by number of ops that use them, then in step order."""
     n_uses: dict[TensorId, int] = {}
     passing: set[TensorId] = set(resident)
     for op in trace.ops:

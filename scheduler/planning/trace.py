@@ -69,7 +69,7 @@ class Op:
     """One operation of a trace.
 
     Attributes:
-        duration_s: from its tensors being at hand to the next op's beginning; waits are not part of it.
+        duration_s: from when its tensors are usable to the next op's beginning; waits are not part of it.
         until: index of the last op during which a view that this op handed out was still alive (its own index when
             nothing outlived it). The tensors cannot move before.
     """

@@ -122,7 +122,7 @@ def test_fixed_tensors_are_counted_and_stay() -> None:
     trace, resident = trace_of("Br", "Cr"), {A: FrameId(0)}
     plan = plan_of(trace, 2, {A: 0, B: 1}, (load(B, 1, 0), load(C, 1, 1)))
     assert check(plan, trace, resident=resident).frames_at_op == (2, 2)
-    with pytest.raises(PlanError, match="^op 0: 0 is fixed at frame 0 and not planned there$"):
+    with pytest.raises(PlanError, match="^op 0: 0 is resident at frame 0 and not planned there$"):
         check(plan_of(trace, 2, {B: 1}, (load(C, 0, 1),)), trace, resident=resident)
     with pytest.raises(PlanError, match="^op 1: 0 leaves while a view of it lives$"):
         check(plan_of(trace, 2, {A: 0, B: 1}, (load(C, 0, 1),)), trace, resident=resident)
