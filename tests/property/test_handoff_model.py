@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from one_unit import mark, unit_of
-from stepped_updater import N, Pages, SavedWeight, SteppedUpdater, WatchedClock, WatchedDeque, WatchedChannel
+from stepped_updater import N, Pages, SavedWeight, SteppedUpdater, WatchedChannel, WatchedClock, WatchedDeque
 from torch import Tensor
 
 from optim.lockfree.gradient_budget import GradientBudget

@@ -73,7 +73,7 @@ def test_close_ends_where_an_edit_cannot_be_written_back(
             if calls > done:
                 raise RuntimeError("the device is lost")
 
-        monkeypatch.setattr(driver, "_write_back", fails)
+        monkeypatch.setattr(driver._lower, "write_back_edited", fails)
         with pytest.raises(RuntimeError, match="the device is lost"):
             train(engine, 1)
         assert driver.planned_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from training_rig import Rig
 
-from scheduler.execution.driver import Mode
+from scheduler.execution.plan_follower import Mode
 
 #: Forward, backward, and updates with a gradient that is made and consumed, over five tensors.
 STEP = ("Ar", "Br", "Cr", "Cr Ec", "Ew Br", "Ar Ex", "u: Aw", "u: Bw Dw", "u: Cw")
