@@ -47,8 +47,8 @@ class DeviceDriver:
         """
         with self.driver.untraced(), self._lower.holds([tensor.id], tensor.name):
             self._device.start_load(tensor, frame)
-            self._device.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
-            self._device.check()
+            self._device.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
+            self._device.monitor.check()
             self._lower.copied([tensor])
         tensor.resident = True
 

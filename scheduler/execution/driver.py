@@ -153,7 +153,7 @@ class Driver:
             watcher.ends()
         follower = self._follower
         with self.mover.changed:
-            self.mover.check()
+            self.mover.monitor.check()
             self._collect_views()
             if self._recording:
                 if follower.mode is Mode.PLANNED:
@@ -203,7 +203,7 @@ class Driver:
 
     def consume(self, tensor: PagedTensor) -> None:
         """Declare a tensor's content dead, after the op that consumed it has ended."""
-        self.mover.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
+        self.mover.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
         self.mover.discard(tensor)
 
     # ---- steps -------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ class Driver:
             *([] if self._lower is None else [self._collect_views_locked]),
             *([] if self.above is None else [self.above.quiesce]),
             self._follower.disturb,
-            self.mover.settle,
+            self.mover.monitor.settle,
         )
 
     def evict_all(self) -> None:
@@ -341,7 +341,7 @@ class Driver:
                 return False
             return self._lane.stuck or tensor.id not in self._lane
 
-        self.mover.wait_until(lambda: usable() or hopeless(), tensor.name, tensor.n_bytes)
+        self.mover.monitor.wait_until(lambda: usable() or hopeless(), tensor.name, tensor.n_bytes)
         if usable():
             return
         if self.mode is Mode.PLANNED and self._recording:

@@ -86,7 +86,9 @@ class LowerTier:
         """Copy what is below into the frames that a tensor has."""
         self._device.accelerator.check()
         with self.holds([tensor.id], tensor.name):
-            self._device.bytes_of(tensor).copy_(self._below.mover.bytes_of(self._device.lower(tensor.id)))
+            self._device.tenants.bytes_of(tensor).copy_(
+                self._below.mover.tenants.bytes_of(self._device.lower(tensor.id))
+            )
 
     def write_back(self, tensor: PagedTensor, mode: AccessMode) -> None:
         """Copy a tensor down.
@@ -96,7 +98,9 @@ class LowerTier:
         """
         self._device.accelerator.check()
         with self.holds([tensor.id], tensor.name, mode):
-            self._below.mover.bytes_of(self._device.lower(tensor.id)).copy_(self._device.bytes_of(tensor))
+            self._below.mover.tenants.bytes_of(self._device.lower(tensor.id)).copy_(
+                self._device.tenants.bytes_of(tensor)
+            )
         self._device.written_back(tensor)
 
     def write_back_edited(self) -> None:

@@ -64,7 +64,7 @@ class Pinner:
         self._sequence += 1
         for access in accesses:
             tensor = self._mover.tensors[access.tensor]
-            self._mover.used(tensor, self._sequence)
+            self._mover.tenants.used(tensor, self._sequence)
             if access.mode in CHANGES:
                 self._mover.touch(tensor)
         return held
@@ -111,4 +111,4 @@ class Pinner:
         return held
 
     def _await_copy(self, tensor: PagedTensor, mode: AccessMode) -> None:
-        self._mover.wait_until(lambda: is_usable(tensor, mode), tensor.name, tensor.n_bytes)
+        self._mover.monitor.wait_until(lambda: is_usable(tensor, mode), tensor.name, tensor.n_bytes)

@@ -129,7 +129,7 @@ class PlanFollower:
             self._recorder.begin(op.key, op.name, op.accesses)
         performed = self._recorder.finish(timed=self.durations.wanted)
         if not self._steps_of_plan:
-            self._mover.reset_touched()
+            self._mover.tenants.reset_touched()
         self._steps_of_plan += 1
         self.planned_steps += 1
         refined = self.durations.add(self.trace, performed)
@@ -187,7 +187,7 @@ class PlanFollower:
             movable = tensor.state is Residency.CLEAN and not tensor.held and not tensor.uploads
             if not movable or plan.initial.get(tensor.id) == tensor.frame:
                 continue
-            if tensor.frame is not None and tensor.frame < self._mover.n_shared_frames:
+            if tensor.frame is not None and tensor.frame < self._mover.tenants.n_shared_frames:
                 self._mover.drop(tensor)
         first_use: dict[TensorId, int] = {}
         for index, op in enumerate(self.trace.ops):

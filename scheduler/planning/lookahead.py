@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pagemem import knobs
+from pagemem import knobs as pagemem_knobs
 from pagemem.errors import BudgetError
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, Shortage, TensorId
@@ -156,7 +156,7 @@ class LookaheadReader:
             least = min(least, found)
             return found
 
-        if len(tenants) > knobs.MANY_TENANTS and not pack:
+        if len(tenants) > pagemem_knobs.MANY_TENANTS and not pack:
             self.victims.settle(max(self.read_free_s, need_s - read_s))
             near = window_near(
                 self.frames,
