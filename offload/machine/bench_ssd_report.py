@@ -14,7 +14,7 @@ from rich.progress import MofNCompleteColumn, TextColumn
 from offload.config import ConfigError
 from offload.console.live_bar import LiveBar
 from offload.console.tables import print_line, print_rows
-from offload.machine.bench_ssd import IN_RAM, Measured, BenchPlan, Point, Target, check_target, measure
+from offload.machine.bench_ssd import IN_RAM, BenchPlan, Measured, Point, Target, check_target, measure
 from pagemem.units import KiB, MiB, format_bytes
 
 #: A setting this near the best one is as good.
