@@ -21,7 +21,6 @@ def test_a_folder_has_few_files() -> None:
     assert {relative(f): n for f in sorted(folders) if (n := len(list(f.glob("*.py")))) > MAX_FILES} == {}
 
 
-@pytest.mark.xfail(strict=True, reason="take this mark away once the rule holds")
 def test_a_file_is_short() -> None:
     lengths = {
         relative(path): len(path.read_text().splitlines()) for path in files_of(*PACKAGES, "tests", "benchmarks")
