@@ -68,7 +68,7 @@ class DeviceDriver:
         """
         with self.driver.untraced():
             for tensor in list(self._device.tensors.values()):
-                changed = tensor.id in self._device.edited or tensor.id in self._device.changed_at_home
+                changed = tensor.id in self._device.edited or tensor.id in self._device.changed_resident
                 if changed or (tensor.may_be_aliased and tensor.readable):
                     self._lower.write_back(tensor, AccessMode.CREATE)
 
@@ -82,5 +82,5 @@ class DeviceDriver:
             for tensor in list(self._device.tensors.values()):
                 if tensor.resident and self._device.mirrors(tensor):
                     self._lower.fill(tensor)
-                    if tensor.id in self._device.changed_at_home:
+                    if tensor.id in self._device.changed_resident:
                         self._device.written_back(tensor)

@@ -80,7 +80,7 @@ class LowerTier:
         """Tensors are being copied up and are used now: compute waits for the copies."""
         for tensor in tensors:
             self._device.prefetched_unused.discard(tensor.id)
-            self._device.follow(tensor)
+            self._device.wait_for(tensor)
 
     def fill(self, tensor: PagedTensor) -> None:
         """Copy what is below into the frames that a tensor has."""
