@@ -38,7 +38,6 @@ def test_a_function_is_short() -> None:
     assert long == {}
 
 
-@pytest.mark.xfail(strict=True, reason="take this mark away once the rule holds")
 def test_no_two_public_classes_have_one_name() -> None:
     named = defaultdict(list)
     for path, tree in parsed().items():
