@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +12,12 @@ import pytest
 import torch
 from pairwise import full_product
 from parity import Parity, adamw, state_bytes
-from small_runs import assert_closed
 from tiny_models import CASES
 from torch import Tensor, nn
+from towers import paged, saved_by
 
 import offload
 from offload.activations import saved as activations
-from offload.activations.saved import SavedActivations
 from pagemem.tier import Tag
 
 BATCH, WIDTH, DEPTH = 64, 64, 4
@@ -79,20 +77,8 @@ def tower(folder: Path, limit: int | None) -> Iterator[tuple[offload.Engine, nn.
     """An engine, the same model without one, and a batch."""
     torch.manual_seed(7)
     plain = Tower()
-    config: dict[str, Any] = {
-        "memory": {"ram": "1MiB", "page": "64KiB", "activations": limit},
-        "ssd": {"paths": [str(folder / "pages")]},
-    }
-    engine = offload.initialize(copy.deepcopy(plain), config, adamw)
-    yield engine, plain, torch.randn(BATCH, WIDTH)
-    assert_closed(engine)
-
-
-def saved_by(engine: offload.Engine) -> SavedActivations:
-    """What keeps an engine's saved tensors."""
-    found = engine.debug.binder.activations
-    assert found is not None
-    return found
+    with paged(plain, folder, limit) as engine:
+        yield engine, plain, torch.randn(BATCH, WIDTH)
 
 
 def test_no_more_than_the_limit_stays(tmp_path: Path) -> None:

@@ -3,23 +3,20 @@ is paged."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from parity import adamw
-from small_runs import assert_closed
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from towers import paged, saved_by
 
 import offload
 from offload.activations import saved as activations
-from offload.activations.saved import SavedActivations
 
 ROWS, WIDTH, DEPTH = 32, 64, 4
 RESULT_BYTES = ROWS * WIDTH * 4
@@ -70,20 +67,8 @@ def tower(folder: Path, between: Between, limit: int) -> Iterator[tuple[offload.
     """An engine, the same model without one, and a batch."""
     torch.manual_seed(7)
     plain = Tower(between)
-    config: dict[str, Any] = {
-        "memory": {"ram": "1MiB", "page": "64KiB", "activations": limit},
-        "ssd": {"paths": [str(folder / "pages")]},
-    }
-    engine = offload.initialize(copy.deepcopy(plain), config, adamw)
-    yield engine, plain, torch.randn(ROWS, WIDTH)
-    assert_closed(engine)
-
-
-def saved_by(engine: offload.Engine) -> SavedActivations:
-    """What keeps an engine's saved tensors."""
-    found = engine.debug.binder.activations
-    assert found is not None
-    return found
+    with paged(plain, folder, limit) as engine:
+        yield engine, plain, torch.randn(ROWS, WIDTH)
 
 
 @pytest.mark.parametrize("name", BETWEEN)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from folder_content import content
+from launched_runs import small_launch, threads_put_back
 from reported_runs import reported
 from rich.console import Console
 
@@ -34,20 +35,9 @@ STEPS = 6
 @pytest.fixture
 def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """A short run that says nothing about commits."""
-    threads = torch.get_num_threads()
-    yield {
-        "seed": 5,
-        "memory": {"ram": "768KiB", "page": "64KiB"},
-        "ssd": {"paths": [str(tmp_path / "pages")], "threads": 1},
-        "model": {
-            "factory": "examples.byte_gpt:byte_gpt",
-            "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32},
-        },
-        "data": {"factory": "launch_data:sentence_text"},
-        "train": {"steps": STEPS, "batch": 2, "seq": 32, "evaluate_batches": 0, "threads": 1},
-        "output": {"run": str(tmp_path / "run")},
-    }
-    torch.set_num_threads(threads)
+    made = small_launch(tmp_path, STEPS)
+    with threads_put_back():
+        yield made
 
 
 def run(raw: dict[str, Any], console: Console | None = None) -> tuple[int, str]:
@@ -67,11 +57,6 @@ def steps(raw: dict[str, Any]) -> list[int]:
     return [
         json.loads(line)["step"] for line in (Path(raw["output"]["run"]) / "metrics.jsonl").read_text().splitlines()
     ]
-
-
-def content(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file below a folder."""
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("update", [{}, {"mode": "lock-free", "exact_steps": 0}], ids=["exact", "lock-free"])

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from folder_content import content
+from launched_runs import small_launch, threads_put_back
 from rich.console import Console
 
 from offload.callbacks import RunStarted
@@ -30,31 +31,11 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """A run that commits every other step, on one compute thread."""
-    threads = torch.get_num_threads()
-    yield {
-        "seed": 5,
-        "memory": {"ram": "768KiB", "page": "64KiB"},
-        "ssd": {"paths": [str(tmp_path / "pages")], "threads": 1},
-        "optimizer": {"lr": 3e-3, "no_decay": ["1d"]},
-        "commit": {"every_steps": 2},
-        "model": {
-            "factory": "examples.byte_gpt:byte_gpt",
-            "arguments": {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32},
-        },
-        "data": {"factory": "launch_data:sentence_text"},
-        "train": {
-            "steps": STEPS,
-            "batch": 2,
-            "seq": 32,
-            "evaluate_batches": 2,
-            "schedule": "cosine",
-            "warmup_steps": 2,
-            "threads": 1,
-        },
-        "output": {"run": str(tmp_path / "run")},
-    }
-    torch.set_num_threads(threads)
+    """A run that commits every other step."""
+    made = small_launch(tmp_path, STEPS, commit={"every_steps": 2}, optimizer={"lr": 3e-3, "no_decay": ["1d"]})
+    made["train"] |= {"evaluate_batches": 2, "schedule": "cosine", "warmup_steps": 2}
+    with threads_put_back():
+        yield made
 
 
 def signalled(raw: dict[str, Any], at: int, name: str) -> dict[str, Any]:
@@ -76,11 +57,6 @@ def run(raw: dict[str, Any]) -> tuple[int, str]:
 def metrics(raw: dict[str, Any]) -> list[dict[str, Any]]:
     lines = (Path(raw["output"]["run"]) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
-
-
-def content(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file below a folder."""
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 def trained(raw: dict[str, Any]) -> list[tuple[int, float, float]]:

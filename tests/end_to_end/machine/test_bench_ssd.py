@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folder_content import content
 from rich.console import Console
 
 from offload import cli
@@ -42,17 +43,6 @@ PLAN = BenchPlan(
     0.01,
     (Setting(64 * KiB, 1), Setting(256 * KiB, 2), Setting(MiB, 1), Setting(256 * KiB, 2, checksums=False)),
 )
-
-
-def content(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file's bytes and time of change, and every folder."""
-    return {
-        str(path.relative_to(folder)): (
-            path.read_bytes() if path.is_file() else b"",
-            path.stat().st_mtime_ns if path.is_file() else 0,
-        )
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture

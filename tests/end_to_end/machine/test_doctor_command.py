@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from finished_runs import finished, settings
+from folder_content import content
 from rich.console import Console
 from small_runs import built
 
@@ -23,17 +24,6 @@ from pagemem.folders.run_directory import RunDirectory, folder_use
 from pagemem.units import MiB
 
 ROOT = Path(__file__).parents[3]
-
-
-def content(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file's bytes and time of change, and every folder."""
-    return {
-        str(path.relative_to(folder)): (
-            path.read_bytes() if path.is_file() else b"",
-            path.stat().st_mtime_ns if path.is_file() else 0,
-        )
-        for path in folder.rglob("*")
-    }
 
 
 def write_config(folder: Path, *paths: Path, ram: str = "16MiB") -> Path:

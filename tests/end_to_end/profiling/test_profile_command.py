@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from folder_content import content
 from profile_runs import profile
 from rich.console import Console
 
@@ -21,11 +22,6 @@ from offload.launch.train import launch
 from pagemem.errors import BudgetError, RunDirectoryError
 
 FILES = {"trace.json", "report.html", "summary.json"}
-
-
-def content(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file."""
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_with_commits_is_left_as_it_is_and_nothing_else_is_left(

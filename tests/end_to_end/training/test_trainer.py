@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
     reason="transformers or accelerate is not installed",
 )
 def test_a_trainer_clips_logs_and_accumulates_with_the_bits_of_plain_pytorch(tmp_path: Path) -> None:
-    script = ROOT / "tests" / "support" / "runs" / "trainer_run.py"
+    script = ROOT / "tests" / "support" / "models" / "trainer_run.py"
     ran = subprocess.run(
         [sys.executable, str(script), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
