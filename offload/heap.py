@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from offload import knobs
 from pagemem.frames.page import TensorId
 from pagemem.units import MiB
 
@@ -48,8 +49,6 @@ TRAINING_BYTES: Final = 32 * MiB
 #: glibc reads it when a process starts: freed blocks join their neighbours at once instead of being cached.
 TUNABLE: Final = "glibc.malloc.tcache_count=0"
 TUNABLES_VARIABLE: Final = "GLIBC_TUNABLES"
-#: With less than this free, the heap is left as it is: mapping the pages anew costs a small model more than a percent.
-WORTH_BYTES: Final = 96 * MiB
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -61,14 +60,15 @@ class _Mallinfo2(ctypes.Structure):
     ]  # fmt: skip
 
 
-def give_back_free_pages(worth_bytes: int = WORTH_BYTES) -> None:
-    """Give the system every whole page that is free in the heap, if at least ``worth_bytes`` are."""
+def give_back_free_pages(worth_bytes: int | None = None) -> None:
+    """Give the system every whole page that is free in the heap, if at least ``worth_bytes`` are; by default
+    `knobs.WORTH_TRIMMING_BYTES`."""
     libc = ctypes.CDLL(None)
     info, trim = getattr(libc, "mallinfo2", None), getattr(libc, "malloc_trim", None)
     if info is None or trim is None:
         return
     info.restype = _Mallinfo2
-    if info().fordblks >= worth_bytes:
+    if info().fordblks >= (knobs.WORTH_TRIMMING_BYTES if worth_bytes is None else worth_bytes):
         trim(0)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import enum
 from typing import Final
 
+from offload import knobs
 from offload.activations.blocks import Block, Blocks
 from pagemem.state_machine import StateMachine
 from pagemem.units import ceil_div
@@ -25,9 +26,6 @@ from scheduler.planning.planner import cost_s
 from scheduler.planning.recomputation import ForwardPart, pages, recomputed
 from scheduler.planning.trace import Trace
 
-#: As much cheaper a step has to be by plan, for the steps without a plan that a change costs.
-LEAST_GAIN: Final = 0.01
-_SHARES: Final = 4
 #: The first pass after a change still goes by what the one before it has saved.
 _UNSETTLED_STEPS: Final = 1
 
@@ -94,8 +92,9 @@ class RecomputeChoice:
         chosen: list[Block] = []
         if not eligible or not self._holds(eligible[:1]):
             return chosen
-        least_s = (1 - LEAST_GAIN) * self._cost_s(trace, [])
-        for n_blocks in dict.fromkeys(ceil_div(len(eligible) * share, _SHARES) for share in range(1, _SHARES + 1)):
+        least_s = (1 - knobs.LEAST_RECOMPUTE_GAIN) * self._cost_s(trace, [])
+        shares = knobs.RECOMPUTE_SHARES
+        for n_blocks in dict.fromkeys(ceil_div(len(eligible) * share, shares) for share in range(1, shares + 1)):
             first = eligible[:n_blocks]
             if not self._holds(first):
                 break

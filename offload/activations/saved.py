@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from typing import Final
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from offload import knobs
 from offload.activations.recipes import Layout, recipe_of
 from offload.activations.saved_bytes import Counted, SavedBytes
 from offload.activations.saved_storage import KeptTensor, Leaving, OffloadedActivation, SavedStorage, changed_in_place
@@ -39,17 +39,10 @@ from pagemem.tier import Tag
 from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
-#: Smaller storages stay: they cost more than they free.
-LEAST_BYTES: Final = 1 << 16
-_CHUNK_BYTES: Final = 1 << 22
-#: Of the limit, what storages on their way down from a device may take: enough to copy one while compute makes the next
-#: ones.
-_LEAVING_SHARE: Final = 4
-
 
 def chunk_bytes(ram_bytes: int, page_bytes: int) -> int:
     """Bytes of storage in one paged tensor: whole pages, and a small part of the budget."""
-    return max(page_bytes, min(_CHUNK_BYTES, ram_bytes // 64 // page_bytes * page_bytes))
+    return max(page_bytes, min(knobs.MOST_CHUNK_BYTES, ram_bytes // 64 // page_bytes * page_bytes))
 
 
 def _graph_is_kept() -> bool:
@@ -71,7 +64,7 @@ class SavedActivations:
     def __init__(self, driver: Driver, limit_bytes: int, chunk_bytes: int, device: DeviceMover | None = None) -> None:
         self._driver = driver
         self._device = device
-        self._leaving_limit_bytes = 0 if device is None else limit_bytes // _LEAVING_SHARE
+        self._leaving_limit_bytes = 0 if device is None else limit_bytes // knobs.LEAVING_SHARE
         self._limit_bytes = limit_bytes - self._leaving_limit_bytes
         self._chunk_bytes = chunk_bytes
         self._leaving: deque[Leaving] = deque()
@@ -87,7 +80,7 @@ class SavedActivations:
     def pack(self, saved: Tensor) -> KeptTensor | OffloadedActivation:
         """What to hold of a dense saved tensor that is not a weight."""
         storage = saved.untyped_storage()
-        if type(saved) is not Tensor or storage.nbytes() < LEAST_BYTES:
+        if type(saved) is not Tensor or storage.nbytes() < knobs.LEAST_SAVED_BYTES:
             return KeptTensor(saved)
         # The weak reference keeps the address from being another storage's.
         reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]

@@ -12,23 +12,16 @@ from typing import Final
 
 import torch
 
+from offload import knobs
 from offload.config import Config, resolve_page_bytes
 from offload.parameters.grouping import Group, common_name
 from optim.unit import largest_slice, lay_out
 from pagemem.errors import BudgetError
 from pagemem.frames.page import MIN_PAGE_BYTES
-from pagemem.units import GiB, ceil_div, format_bytes
+from pagemem.units import ceil_div, format_bytes
 
 #: What parameters become; None: they stay as they are built.
 COMPUTE_DTYPES: Final[dict[str, torch.dtype | None]] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: Bounds of the parameters (in elements) that one slice of optimizer states covers, by update mode: in lock-free mode
-#: several slices are in memory at a time, beside all gradients.
-SLICE_NUMEL: Final = {"exact": (1 << 14, 1 << 20), "lock-free": (1 << 14, 1 << 18)}
-#: Budgets that hold more than a thousand of the largest slices have larger ones, in proportion from here on and at most
-#: so many times as large: each slice is an op, and a step of a hundred thousand ops is planned for hours to gain
-#: nothing.
-LARGE_BUDGET_BYTES: Final = 4 * GiB
-MOST_GROWTH: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +38,8 @@ class Sizes:
         """Sizes for the configuration's budget, or for another one."""
         ram_bytes = config.memory.ram if ram_bytes is None else ram_bytes
         page = config.memory.page
-        least, most = SLICE_NUMEL[config.update.mode]
-        most *= min(1 << max(0, (ram_bytes // LARGE_BUDGET_BYTES).bit_length() - 1), MOST_GROWTH)
+        least, most = knobs.SLICE_NUMEL[config.update.mode]
+        most *= min(1 << max(0, (ram_bytes // knobs.LARGE_BUDGET_BYTES).bit_length() - 1), knobs.MOST_SLICE_GROWTH)
         return cls(
             ram_bytes,
             resolve_page_bytes(ram_bytes) if page == "auto" else int(page),

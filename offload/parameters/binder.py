@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from offload.activations.saved import SavedActivations
-from offload.compilers import refuse_compilers
 from offload.heap import ForwardEnd, give_back_free_pages
+from offload.hooks.compilers import refuse_compilers
 from offload.parameters.edits import Edits
 from offload.parameters.engine_links import EngineLinks
 from offload.parameters.paged_parameter import PagedParameter, Place

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from offload.activations.saved_storage import KeptTensor, OffloadedActivation
-from offload.compilers import refuse_compilers
-from offload.model_hooks import ModelHook
+from offload.hooks.compilers import refuse_compilers
+from offload.hooks.model_hooks import ModelHook
 from offload.parameters.binder import Binder
 from offload.parameters.paged_parameter import PagedParameter
 from optim.unit import Unit

@@ -11,13 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
+from offload import knobs
 from optim.unit import Unit
-
-#: How many times the largest of the units that come and go is left for them: one in use, and the next ones on their
-#: way.
-WORKING_UNITS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +41,7 @@ def choose_homes(units: Sequence[Candidate], n_frames: int) -> list[int]:
 
     The first ones come first: in the backward pass they are the last to be updated, and the next forward pass begins
     with them, so that copies of them are the ones that nothing hides. Those that come and go keep room for
-    `WORKING_UNITS` times the largest of them, or for all of them.
+    `knobs.WORKING_UNITS` times the largest of them, or for all of them.
     """
     chosen: list[int] = []
     taken_frames = 0
@@ -59,7 +55,7 @@ def choose_homes(units: Sequence[Candidate], n_frames: int) -> list[int]:
             rest.pop()
         largest = next((other for other in reversed(rest) if other != index and other not in gone), None)
         largest_frames = 0 if largest is None else units[largest].parameter_frames
-        working_frames = min(rest_frames - unit.parameter_frames, WORKING_UNITS * largest_frames)
+        working_frames = min(rest_frames - unit.parameter_frames, knobs.WORKING_UNITS * largest_frames)
         if taken_frames + unit.home_frames + working_frames <= n_frames:
             chosen.append(index)
             gone.add(index)

@@ -15,7 +15,7 @@ from small_runs import assert_closed, batches, built, config
 from torch import Tensor, nn
 
 import offload
-from offload.activations import saved as activations
+from offload import knobs
 
 STEPS = 8
 
@@ -151,7 +151,7 @@ def test_a_run_goes_on_from_a_commit(tmp_path: Path) -> None:
 def test_saved_tensors_go_to_host_pages_and_come_back(
     limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
     plain, made = Plain(built(), None), on_cuda(tmp_path)
     with offload.initialize(built(), made | {"memory": made["memory"] | {"activations": limit}}, adamw) as engine:
         saved = engine.debug.binder.activations
@@ -225,7 +225,7 @@ def test_a_saved_tensor_that_is_changed_while_it_is_copied_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in plain PyTorch: the copy is not ordered with the change."""
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
 
     class Edits(nn.Module):
         """Changes what its second layer has saved, long before the device comes to copying it."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from towers import paged, saved_by
 
 import offload
-from offload.activations import saved as activations
+from offload import knobs
 from pagemem.tier import Tag
 
 BATCH, WIDTH, DEPTH = 64, 64, 4
@@ -26,7 +26,7 @@ LAYER_BYTES = BATCH * WIDTH * 4
 
 @pytest.fixture(autouse=True)
 def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
 
 
 @full_product(name=tuple(CASES), limit=[0, "64KiB"], update={"whole": (None, 1), "clipped and accumulated": (0.5, 3)})

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from towers import paged, saved_by
 
 import offload
-from offload.activations import saved as activations
+from offload import knobs
 
 ROWS, WIDTH, DEPTH = 32, 64, 4
 RESULT_BYTES = ROWS * WIDTH * 4
@@ -44,7 +44,7 @@ BETWEEN: dict[str, tuple[Between, bool]] = {
 
 @pytest.fixture(autouse=True)
 def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
 
 
 class Tower(nn.Module):

@@ -18,7 +18,7 @@ from tiny_models import GPT, VOCAB
 from torch import Tensor, nn
 
 import offload
-from offload.activations import saved as activations
+from offload import knobs
 from offload.activations.policy import ChoiceState
 from offload.forecast import report as forecast_report
 from offload.forecast.forecast import forecast
@@ -32,7 +32,7 @@ DECIDING_STEPS, CHECKING_STEPS = 6, 6
 
 @pytest.fixture(autouse=True)
 def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
 
 
 def config_of(folder: Path, **memory: Any) -> dict[str, Any]:

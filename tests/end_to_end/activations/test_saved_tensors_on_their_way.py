@@ -13,7 +13,7 @@ from small_runs import assert_closed, assert_equal, config
 from torch import Tensor, nn
 
 import offload
-from offload.activations import saved as activations
+from offload import knobs
 from offload.activations.saved import SavedActivations
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor
@@ -94,7 +94,7 @@ def test_a_tensor_changed_while_it_is_copied_is_an_error_as_in_plain_torch(
     device: LateDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy is not ordered with the change: nobody knows which values it has."""
-    monkeypatch.setattr(activations, "_LEAVING_SHARE", 1)
+    monkeypatch.setattr(knobs, "LEAVING_SHARE", 1)
     x, plain = inputs(), Tower()
     plain.edit = True
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

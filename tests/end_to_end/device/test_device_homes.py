@@ -16,7 +16,7 @@ from small_runs import assert_closed, assert_equal, built, config, train, train_
 from tiny_models import CASES
 
 import offload
-from offload.activations import saved as activations
+from offload import knobs
 from pagemem.errors import StorageError
 from pagemem.files.page_file import PageFiles
 from pagemem.tier import Tag
@@ -48,7 +48,7 @@ def test_on_a_late_device_every_step_equals_plain_torch(
 def test_saved_tensors_go_to_host_pages_beside_units_at_home(
     name: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
     parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), steps=10, each_step=False)
     parity.memory = {"device": device, "activations": "64KiB"}
     with late_device(monkeypatch) as late:

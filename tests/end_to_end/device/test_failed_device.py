@@ -15,7 +15,7 @@ from parity import adamw
 from small_runs import assert_closed, assert_equal, batches, built, config, train
 
 import offload
-from offload.activations import saved as activations
+from offload import knobs
 from offload.budget import checks as budget_checks
 
 
@@ -31,7 +31,7 @@ def test_close_ends_after_the_device_failed_and_the_first_error_is_told(
     asked: str, memory: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an assertion in a kernel every call of CUDA raises, the question whether a copy is made included."""
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
 
     def raises(_: LateMark) -> bool:
         raise RuntimeError(f"device-side assert, seen by {asked}")

@@ -14,7 +14,7 @@ from small_runs import assert_closed, assert_equal, batches, built, config, trai
 from tiny_models import CASES
 
 import offload
-from offload.activations import saved as activations
+from offload import knobs
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
@@ -36,7 +36,7 @@ def test_every_step_equals_plain_torch(
 def test_saved_tensors_go_down_and_come_back_late(
     name: str, limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
     accumulation = 3 if name == "gpt" else 1
     parity = Parity(CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), None, accumulation, steps=9)
     parity.memory = {"device": "1MiB", "activations": limit}
@@ -56,7 +56,7 @@ def test_compute_goes_on_behind_what_is_on_its_way_down_only_for_its_room(
         "device": "cpu-emulated",
         "memory": made["memory"] | {"device": "8MiB", "activations": "128KiB", "recompute": "never"},
     }
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
     most_bytes = 0
     with late_device(monkeypatch, late_s=0.002) as device, offload.initialize(built(), made, adamw) as engine:
         saved = engine.debug.binder.activations
@@ -79,7 +79,7 @@ def test_a_device_that_fails_to_copy_a_saved_tensor_is_heard_of(
 ) -> None:
     made = config(tmp_path, ram=4 << 20)
     made |= {"device": "cpu-emulated", "memory": made["memory"] | {"device": "8MiB", "activations": 0}}
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
     with late_device(monkeypatch) as device, offload.initialize(built(), made, adamw) as engine:
         train(engine, 1)
         copy_out = device.copy_out

@@ -14,12 +14,12 @@ import torch
 from offload.heap import (
     TUNABLE,
     TUNABLES_VARIABLE,
-    WORTH_BYTES,
     ForwardEnd,
     give_back_free_pages,
     large_blocks_mapped,
     without_tcache,
 )  # fmt: skip
+from offload.knobs import WORTH_TRIMMING_BYTES
 from pagemem.frames.page import TensorId
 from pagemem.units import MiB
 
@@ -79,11 +79,11 @@ def test_free_pages_between_living_blocks_leave_the_process() -> None:
         pytest.skip("needs glibc")
     with large_blocks_mapped():
         pass  # From here on blocks of one MiB lie in the heap.
-    blocks = [torch.ones(MiB, dtype=torch.uint8) for _ in range(2 * (WORTH_BYTES // MiB + 32))]
+    blocks = [torch.ones(MiB, dtype=torch.uint8) for _ in range(2 * (WORTH_TRIMMING_BYTES // MiB + 32))]
     del blocks[::2]
     before = resident_bytes()
     give_back_free_pages()
-    assert before - resident_bytes() >= WORTH_BYTES
+    assert before - resident_bytes() >= WORTH_TRIMMING_BYTES
     assert all(bool((block == 1).all()) for block in blocks)
 
 

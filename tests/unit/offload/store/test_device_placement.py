@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.store.device_placement import WORKING_UNITS, Candidate, choose_homes
+from offload.knobs import WORKING_UNITS
+from offload.store.device_placement import Candidate, choose_homes
 
 UNITS = st.lists(
     st.builds(

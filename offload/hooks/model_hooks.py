@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from offload.compilers import raise_refusal
+from offload.hooks.compilers import raise_refusal
 
 
 def _do_nothing(*_: Any) -> None:
