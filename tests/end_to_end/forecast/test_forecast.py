@@ -114,7 +114,7 @@ def test_the_ops_and_their_accesses_are_those_of_the_engine(tmp_path: Path) -> N
         assert engine.trace.keys == plan.keys[: plan.ops_per_step]
         longest = max(op.until - index for index, op in enumerate(engine.trace.ops))
         assert longest > 0  # The views of a weight that outlive their op have been seen.
-        assert engine.stats().deviations == 0 and engine.stats().planned_steps == 1
+        assert (engine.host.deviations, engine.host.planned_steps) == (0, 1)
 
 
 @pytest.mark.parametrize("n_pages", [24, 36, 56])
