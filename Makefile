@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
+# Where test-all writes what its long tests counted.
+TALLY ?= benchmarks/results/test-all-$(shell date +%F).csv
 RUN = $(VENV)/bin
 
 .PHONY: train test test-all lint docs clean
@@ -30,10 +32,9 @@ lint: $(VENV)/.installed
 test: lint
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not long" --numprocesses $(WORKERS) --dist worksteal
 
-# "=": a path on its own would be taken for a folder of tests.
+# "--tally=": a path on its own would be taken for a folder of tests.
 test-all: lint
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
-		--tally=benchmarks/results/test-all-$(shell date +%F).csv
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --tally=$(TALLY)
 
 # Nothing in the built pages loads anything from outside.
 docs: $(VENV)/.installed
