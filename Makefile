@@ -1,5 +1,6 @@
 # make train: train the byte-level GPT out of RAM and SSD.   make test: all checks of a change.   make test-all: the long
-# ones, too (full products, kills, faults), with a CSV of counts.   make docs: the site, in build/site.   All need only Python 3.11 or 3.12.
+# ones, too (full products, kills, faults), with a CSV of counts.   make docs: the site, in build/site.
+# All need only Python 3.11 or 3.12.
 PYTHON ?= python3
 VENV ?= .venv
 # The CPU build of torch; another one: make TORCH=torch==2.13.0 TORCH_INDEX=<index of that build>
