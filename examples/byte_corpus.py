@@ -63,7 +63,7 @@ class ByteCorpus:
         if _digest_in(described) != digest:
             if not has_folder(folder):
                 make_folder(folder)
-            remove_file(described)  # Until both files are whole, nothing vouches for them.
+            remove_file(described)  # Until both files are complete, the folder is no corpus.
             held_out = [_share_of(name) < validation_share for name in names]
             _write(folder / "train.bin", (f for f, out in zip(files, held_out, strict=True) if not out))
             _write(folder / "validation.bin", (f for f, out in zip(files, held_out, strict=True) if out))

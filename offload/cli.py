@@ -1,4 +1,4 @@
-"""The ``offload`` command. The configuration file is the interface; the command says what to do with it."""
+"""The ``offload`` command. The configuration file is the interface; the command names what to do with it."""
 
 from __future__ import annotations
 
@@ -366,8 +366,8 @@ def _plan(arguments: argparse.Namespace) -> int:
             device_bytes,
         )
     console = Output()
-    with shown(console) as heard:
-        found = forecast(config, rates, Question(room, arguments.largest, arguments.depth), heard)
+    with shown(console) as progress:
+        found = forecast(config, rates, Question(room, arguments.largest, arguments.depth), progress)
     print_forecast(found, console, as_json=arguments.json)
     return 0
 
@@ -422,8 +422,8 @@ def _size(option: str, text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM where that stops
-    a run in good order, 141 when nobody reads the output any more (2, by argparse, for a wrong command line).
+    """Run the command; returns the exit code: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM where that ends
+    a run cleanly, 141 when the output's reader has gone (2, by argparse, for a wrong command line).
 
     What a caller can put right is one line on stderr; any other exception is a defect and keeps its traceback.
     """

@@ -15,7 +15,7 @@ from offload.assembly.debug_view import DebugView
 from offload.assembly.lifetime import Lifetime
 from offload.assembly.parts import build_parts, built_store, take_apart
 from offload.checkpoint.checkpoints import Stateful
-from offload.checkpoint.export import check_alike, check_request, export_commit
+from offload.checkpoint.export import check_exportable, check_request, export_commit
 from offload.checkpoint.resumed import Resumed
 from offload.commits.stored_layout import unlike_state_dict
 from offload.config import ConfigLike, load_config, load_optimizer
@@ -248,7 +248,7 @@ class Engine:
         folders = [directory.path for directory in self._store.directories]
         shard_bytes = parse_bytes(max_shard)
         to = check_request(folders, Path(folder), dtype=dtype, max_shard_bytes=shard_bytes)
-        check_alike(unlike_state_dict(self.model))
+        check_exportable(unlike_state_dict(self.model))
         manifest = self._parts.checkpoints.committer.commits[self.save()].manifest
         return export_commit(
             folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True)

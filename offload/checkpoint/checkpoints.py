@@ -1,4 +1,4 @@
-"""What makes up a moment of training beside the paged tensors, and bringing it back: `Checkpoints` of one engine.
+"""Saving and restoring the complete state of training: `Checkpoints` of one engine.
 
 Counters, hyper-parameters, random generators and the states of tracked objects (LR schedulers, data) are JSON in the
 manifest; buffers and ordinary parameters are a safetensors file beside it. No pickle is written or read.
@@ -80,11 +80,11 @@ class Checkpoints:
     # ---- saving ------------------------------------------------------------------------------------------------
 
     def save(self, step: int, name: str | None = None, *, whole: bool = True) -> int:
-        """Begin to commit the moment after ``step`` steps; returns the commit's number. See `Committer.begin`.
+        """Begin to commit the state after ``step`` steps; returns the commit's number. See `Committer.begin`.
 
         Args:
             whole: with every update of these steps. Otherwise gradients that are on their way to the updater of
-                lock-free mode are left out, and training does not wait for them; a run that goes on from there misses
+                lock-free mode are left out, and training does not wait for them; a run that resumes from there misses
                 them.
 
         Raises:
@@ -99,13 +99,12 @@ class Checkpoints:
         self._store.binder.check_structure()
         with self._updater.consistent(whole=whole):
             self._store.bring_down()
-            number = self.committer.begin(CommitContent(step, name, self._state(), self._beside()))
+            number = self.committer.begin(CommitContent(step, name, self._state(), self._sidecar()))
         self._last_step, self._last_s = step, time.monotonic()
         return number
 
     def due(self, step: int) -> bool:
-        """Whether the configuration says that it is time to commit, and none is being written. Raises what the last one
-        failed of."""
+        """Whether a commit is due by the configuration, and none is being written. Raises the error of the last one."""
         self.committer.check()
         due = self._config.commit
         by_step = due.every_steps is not None and step - self._last_step >= due.every_steps
@@ -145,7 +144,7 @@ class Checkpoints:
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
         }
 
-    def _beside(self) -> bytes:
+    def _sidecar(self) -> bytes:
         tensors = self._ordinary_tensors()
         return (
             save_tensors({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()})
@@ -169,7 +168,7 @@ class Checkpoints:
         return self._optimizer.torch_class.__name__
 
     def _parameters(self) -> dict[str, Any]:
-        """What must be alike where a run goes on: shape, dtype and parameter group of each paged parameter, as JSON has
+        """What must be equal where a run resumes: shape, dtype and parameter group of each paged parameter, as JSON has
         it."""
         return {slot.name: [list(slot.shape), str(slot.dtype), slot.group] for slot in self._slots()}
 
@@ -229,7 +228,7 @@ class Checkpoints:
         return Resumed(manifest.step, manifest.number, manifest.name, manifest.created, tuple(newer), tuple(changed))
 
     def _set_counters(self, state: Mapping[str, Any]) -> None:
-        """What the commit says of each parameter beside its values."""
+        """Restore the counters of each parameter."""
         for slot in self._slots():
             slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]
             # Exact mode continues from where lock-free mode had the parameters; commits of format 1 may lack the entry.
@@ -279,7 +278,7 @@ class Checkpoints:
         return None
 
     def _check_unused(self) -> None:
-        """Raise unless nobody has a view of a paged tensor."""
+        """Raise CommitError where a view of a paged tensor is in use."""
         self._store.mover.collect_leases()
         for key, tensor in self._tensors().items():
             if tensor.pins or tensor.leases:

@@ -21,7 +21,7 @@ from pagemem.errors import ChecksumError, CommitError, OffloadError
 from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.units import KiB
 
-#: dtypes that can be asked for; "keep" is what the parameters were computed in.
+#: Supported dtypes; "keep" is what the parameters were computed in.
 DTYPES: Final[dict[str, torch.dtype | None]] = {
     "keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
@@ -54,7 +54,7 @@ class CommitWeights:
         self, folders: Sequence[Path], manifest: Manifest, sidecar: Sidecar, dtype: torch.dtype | None
     ) -> None:
         self._manifest = manifest
-        self._beside = sidecar
+        self._sidecar = sidecar
         self._dtype = dtype
         self._layout = StoredLayout.read(manifest.state)
         self._stored = {stored.key: stored for stored in manifest.tensors}
@@ -78,8 +78,8 @@ class CommitWeights:
             if name in self._paged:
                 unit, slot = self._paged[name]
                 found.append(Weight(name, _NAMES[self._dtype or unit.torch_dtype], slot.shape))
-            elif name in self._beside.weights:
-                found.append(self._beside.weights[name])
+            elif name in self._sidecar.weights:
+                found.append(self._sidecar.weights[name])
             else:
                 raise CommitError(f"commit {self._manifest.number} has no {name}")
         return found
@@ -98,8 +98,8 @@ class CommitWeights:
             ExportError: a value cannot be expressed in the dtype.
         """
         for name in dict.fromkeys(self._layout.names.values()):
-            if name in self._beside.weights:
-                yield from ((name, offset, memoryview(piece)) for offset, piece in self._beside.pieces(name))
+            if name in self._sidecar.weights:
+                yield from ((name, offset, memoryview(piece)) for offset, piece in self._sidecar.pieces(name))
         buffers = [np.frombuffer(reader.buffer(), dtype=np.uint8) for _ in range(2)]
         for unit in self._layout.units:
             yield from self._unit_pieces(unit, reader, buffers)

@@ -70,7 +70,7 @@ class Committer:
 
         Raises:
             BaseException: what it failed of, once; earlier commits are whole, and the next `begin` tries anew.
-            KeyboardInterrupt: Ctrl-C; the commit goes on.
+            KeyboardInterrupt: Ctrl-C; the commit continues.
         """
         self._thread.wait()
 
@@ -82,7 +82,7 @@ class Committer:
         """Complete the commit that is being written and end the thread. Idempotent. An interrupt abandons the commit.
 
         Raises:
-            BaseException: what the last commit failed of, if nobody has been told; all is closed then, too.
+            BaseException: what the last commit failed of, unless that was raised before; all is closed then, too.
         """
         try:
             self._thread.close(self._hurry)
@@ -121,7 +121,7 @@ class Committer:
                 else "no other one is whole"
             )
             raise CommitError(
-                f"{self.damaged[max(later)]}. {older}; allow_older=True goes on from the newest whole one"
+                f"{self.damaged[max(later)]}. {older}; allow_older=True resumes from the newest whole one"
             )
         return self.commits[newest] if newest else None
 
@@ -131,8 +131,7 @@ class Committer:
         return self._earlier.damaged
 
     def follow(self, commit: Commit) -> None:
-        """The run goes on from ``commit``: later unnamed ones are of a course that was left, and go with the next
-        commit."""
+        """The run resumes from ``commit``: the next commit removes later unnamed ones."""
         self._own_course = True
         self._left = [n for n, c in self.commits.items() if n > commit.manifest.number and c.manifest.name is None]
 
@@ -243,7 +242,7 @@ class Committer:
     def _settle_doubtful(self) -> None:
         """Remove what failed commits may have left; nothing is committed while that cannot be done.
 
-        Where it is uncertain for good whether one is there, its frames stay as they are until the run ends.
+        Where it stays uncertain whether there is one, its frames stay as they are until the run ends.
         """
         folder = self._earlier.folder
         for number in [number for number in self._doubtful if number not in folder.uncertain]:
@@ -262,7 +261,7 @@ class Committer:
             while snapshot.state is SnapshotState.OPEN:
                 mover.changed.wait()
         if snapshot.state is SnapshotState.RELEASED:
-            raise CommitError(f"the commit was given up, earlier ones are whole: {snapshot.error}") from snapshot.error
+            raise CommitError(f"the commit was abandoned, earlier ones are whole: {snapshot.error}") from snapshot.error
 
     def _retire(self) -> None:
         """Remove what is not kept any more; its frames are free once that is durable.

@@ -117,7 +117,7 @@ def _first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str
 
 
 def _kind(value: Any) -> Any:
-    """What a hyper-parameter must be alike in: a number is a number, a pair a pair."""
+    """The type of a hyper-parameter, with int and float as one."""
     if isinstance(value, (tuple, list)):
         return [_kind(item) for item in value]
     return float if type(value) in (int, float) else type(value)

@@ -52,7 +52,7 @@ def export_run(
     max_shard_bytes: int,
     console: Console,
 ) -> Exported:
-    """Export a commit of a run that nobody trains in. See `offload export --help`.
+    """Export a commit of a stopped run. See `offload export --help`.
 
     Raises:
         RunDirectoryError: the run cannot be used. CommitError: the commit cannot. ExportError: not like this.
@@ -78,7 +78,7 @@ def export_run(
 def export_commit(
     folders: Sequence[Path], manifest: Manifest, to: Path, *, dtype: str, max_shard_bytes: int, console: Console
 ) -> Exported:
-    """Export a commit whose frames nobody reuses meanwhile.
+    """Export a commit whose frames are not reused meanwhile.
 
     Args:
         folders: the run directories, in order.
@@ -88,7 +88,7 @@ def export_commit(
         As `check_request` and `export_run`.
     """
     to = check_request(folders, to, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    check_alike(manifest.state.get("unlike"))
+    check_exportable(manifest.state.get("unlike"))
     with Sidecar(CommitFolder(folders[0]), manifest.number, manifest.state.get("sidecar")) as sidecar:
         weights = CommitWeights(folders, manifest, sidecar, DTYPES[dtype])
         shards = plan_shards(weights.listed(), max_shard_bytes, weights.tied)
@@ -113,10 +113,10 @@ def export_commit(
 
 
 def check_request(folders: Sequence[Path], to: Path, *, dtype: str, max_shard_bytes: int) -> Path:
-    """Whether this can be asked for: returns the place, links resolved.
+    """Check the arguments of an export; returns the folder with links resolved.
 
     Raises:
-        ValueError: ``dtype`` or ``max_shard_bytes`` is none.
+        ValueError: ``dtype`` is unknown or ``max_shard_bytes`` below 1.
         ExportError: ``to`` is neither new nor empty, or inside the run.
     """
     if dtype not in DTYPES:
@@ -135,7 +135,7 @@ def check_request(folders: Sequence[Path], to: Path, *, dtype: str, max_shard_by
     return to
 
 
-def check_alike(unlike: str | None) -> None:
+def check_exportable(unlike: str | None) -> None:
     """Raise ExportError where ``model.state_dict()`` has something else than the parameters and buffers of a commit."""
     if unlike is not None:
         raise ExportError(
@@ -176,7 +176,7 @@ def _new_folder(to: Path, n_bytes: int) -> Iterator[Path]:
 
 
 def _remove(folder: Path, failure: BaseException) -> None:
-    """Remove what there is of an export; where that cannot be done either, the failure says so."""
+    """Remove an unfinished export; where that fails too, add it to the error."""
     try:
         shutil.rmtree(folder)
     except OSError as error:

@@ -1,5 +1,4 @@
-"""Where a run goes on, and what is set otherwise now than when the commit was made: pure comparison of what both were
-given."""
+"""What a resumed run resumed from, and which settings differ from those of the commit."""
 
 from __future__ import annotations
 

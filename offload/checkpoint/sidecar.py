@@ -45,7 +45,7 @@ class Sidecar:
     """The small tensors of a commit; a context manager that holds the file open. Closed at once where there is none.
 
     Args:
-        told: what the manifest says of the file, or None: there is none.
+        entry: of the manifest for the file; None: there is no file.
 
     Attributes:
         weights: what is in it, by name.
@@ -54,16 +54,16 @@ class Sidecar:
         CommitError: it is not what was written, or not a whole safetensors file; nothing is left open.
     """
 
-    def __init__(self, folder: CommitFolder, number: int, told: Mapping[str, Any] | None) -> None:
+    def __init__(self, folder: CommitFolder, number: int, entry: Mapping[str, Any] | None) -> None:
         self.weights: dict[str, Weight] = {}
         self._places: dict[str, int] = {}
         self._fd: int | None = None
-        if told is None:
+        if entry is None:
             return
-        self._fd = folder.open_sidecar(number, told)
+        self._fd = folder.open_sidecar(number, entry)
         self._path = folder.sidecar(number)
         try:
-            self._read_header(int(told["n_bytes"]))
+            self._read_header(int(entry["n_bytes"]))
         except ValueError as error:
             self.close()
             raise CommitError(f"{self._path} is damaged: {error}") from error

@@ -57,7 +57,7 @@ class Report:
 
 
 def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console: Console) -> Report:
-    """Verify all commits of a run that nobody trains in, or one; prints what is found. See `offload verify --help`.
+    """Verify all commits of a stopped run, or one of them, and print the findings. See `offload verify --help`.
 
     Raises:
         RunDirectoryError: the run cannot be used. CommitError: there is no such commit.
@@ -70,7 +70,7 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
             for number, error in sorted(stopped.damaged.items()):
                 report.add([number], str(error))
         for manifest in report.commits:
-            _check_beside(stopped, manifest, report)
+            _check_sidecar(stopped, manifest, report)
         _note_leftovers(stopped, report)
         if report.commits:
             page_bytes = report.commits[-1].page_bytes
@@ -86,7 +86,7 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
     return report
 
 
-def _check_beside(stopped: StoppedRun, manifest: Manifest, report: Report) -> None:
+def _check_sidecar(stopped: StoppedRun, manifest: Manifest, report: Report) -> None:
     try:
         Sidecar(stopped.commits, manifest.number, manifest.state.get("sidecar")).close()
     except CommitError as error:

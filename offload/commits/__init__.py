@@ -1,1 +1,1 @@
-"""What a commit says of the model, and the commits a run's folders hold."""
+"""The content of commits, and the commits in a run's folders."""

@@ -1,4 +1,4 @@
-"""What a commit's manifest says beside its tensors: every field looked at before any is used.
+"""The state in a commit's manifest: every field is checked before any is used.
 
 A manifest is read by engines, `offload verify` and `offload export` through `read_commit`: what it returns can be
 believed as far as one file can tell. Whether it fits the model, and whether pages hold what they should, is looked at
@@ -90,7 +90,7 @@ def read_commit(folder: CommitFolder, number: int) -> Manifest:
     """One commit's manifest, checked.
 
     Raises:
-        CommitError: it is damaged, or says something that cannot be; names the file, the field and the value.
+        CommitError: it is damaged or impossible; names the file, the field and the value.
     """
     manifest = folder.read(number)
     try:

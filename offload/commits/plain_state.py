@@ -42,7 +42,7 @@ _MAPPINGS: Final[dict[type, str]] = {dict: "dict", Counter: "Counter", OrderedDi
 
 
 class UnknownState(ValueError):
-    """A state that cannot be written down; says where in it and why."""
+    """A state that cannot be committed; the message names the place and the reason."""
 
 
 def encode(state: Any, name: str) -> Any:

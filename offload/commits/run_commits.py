@@ -58,7 +58,7 @@ class EarlierCommits:
 
     Raises:
         ConfigError: the directories are not those, in their order, that the commits in one of them name.
-        CommitError: what a commit names cannot be told, now or by this version, or a page file is gone. No reason to
+        CommitError: a commit cannot be read now or by this version, or a page file is gone. No reason to
             remove it.
     """
 
@@ -134,7 +134,7 @@ class EarlierCommits:
                 )
 
     def claim_parts(self) -> None:
-        """Before a commit names page files in several directories: have each of them say so, durably."""
+        """Mark the other directories as parts of this run, durably, before a commit names their page files."""
         first = self._directories[0]
         for directory in self._directories[1:]:
             path = directory.file(_PART_OF)

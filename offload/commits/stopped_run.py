@@ -1,4 +1,4 @@
-"""A run that nobody trains in, opened for reading: its folders, held against engines that would start, and its commits.
+"""A stopped run, opened for reading: its folders, locked against engines, and its commits.
 
 Nothing in the folders is changed, but for a lock file where there was none, which is removed at the end. So no engine
 can reuse frames of a commit that is being read.

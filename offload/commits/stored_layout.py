@@ -1,5 +1,4 @@
-"""What a commit says of its parameters: which bytes of its paged tensors they are, and the names the model has for
-them.
+"""Where a commit has its parameters: which bytes of which paged tensors, and the names the model has for them.
 
 `Checkpoints` writes it into the manifest, `offload export` reads it, so that weights are found without the model's
 code.

@@ -1,4 +1,4 @@
-"""Where the commands print to: a console that knows when nobody reads it any more."""
+"""Where the commands print to: a console that notices when its reader has gone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-#: Exit code of a command whose output nobody reads any more, as of a program that SIGPIPE ends.
+#: Exit code of a command whose output's reader has gone, as of a program that SIGPIPE ends.
 BROKEN_PIPE: Final = 141
 
 
@@ -20,27 +20,27 @@ class Output(Console):
     """Standard output.
 
     Args:
-        goes_on: whether work continues without a reader, who is then noted in ``closed``; otherwise `OutputClosed` is
-            raised.
+        outlives_reader: whether work continues when the reader has gone, which sets ``closed``; otherwise
+            `OutputClosed` is raised.
     """
 
-    def __init__(self, *, goes_on: bool = False, **options: Any) -> None:
+    def __init__(self, *, outlives_reader: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self._is_stdout = options.get("file") is None
-        self._goes_on = goes_on
+        self._outlives_reader = outlives_reader
         self.closed = False
 
     def on_broken_pipe(self) -> None:
-        """Nobody reads: print no more, and leave nothing for Python to complain about when it flushes at its end."""
+        """Print no more, and leave nothing that Python would fail to flush at its end."""
         self.quiet = self.closed = True
         if self._is_stdout:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
-        if not self._goes_on:
+        if not self._outlives_reader:
             raise OutputClosed
 
 
 def is_closed(console: Console) -> bool:
-    """Whether what is printed on a console reaches nobody any more."""
+    """Whether the console's reader has gone."""
     return isinstance(console, Output) and console.closed

@@ -72,7 +72,7 @@ class Forecast:
         busy: share of the step that each lane is busy. waits_s: of a step, by the lane that was waited for.
         limiting: the lane that is busy most.
         recomputed_blocks: of the model, computed again in the backward pass instead of having what they save in pages.
-        device_units: of all units, those whose parameters and states are on the device for good and are updated there.
+        device_units: of all units, those that keep parameters and states on the device and are updated there.
         read_bytes, written_bytes: of the page files per step; h2d_bytes: copied to the device.
         tensor_bytes: the most that tensors outside of the pages take in a step: activations, gradients in flight,
             results.
@@ -139,12 +139,12 @@ class Question:
     depth: str | None = None
 
 
-def _unheard(_stage: str) -> None:
-    """Nobody watches."""
+def _no_progress(_stage: str) -> None:
+    """Show nothing."""
 
 
 def forecast(
-    config: Config, rates: Rates, question: Question = Question(), heard: Callable[[str], None] = _unheard
+    config: Config, rates: Rates, question: Question = Question(), progress: Callable[[str], None] = _no_progress
 ) -> Forecast:
     """Rehearse and simulate the run of a configuration.
 
@@ -152,10 +152,10 @@ def forecast(
         config: exact mode, with the sections model and train, with or without a device; the model takes two int64
             tensors of ``train.batch`` rows and ``train.seq`` tokens.
         rates: of the machine.
-        heard: told what is being done, again and again.
+        progress: called with what is being done.
 
     Raises:
-        ConfigError: the configuration is another one; says what is not forecast.
+        ConfigError: the configuration is not supported by forecasts; names the key.
         BudgetError: ``memory.ram`` is too small; names the smallest that works.
         RehearsalError, FactoryError: the model cannot be built, or its step not be performed, without values.
     """
@@ -163,26 +163,26 @@ def forecast(
     assert config.model is not None and config.train is not None and config.train.seq is not None
     make_model = model_factory(config.model)
     argument = depth_argument(config, question.depth)
-    heard("the model without bytes")
+    progress("the model without bytes")
     need = smallest_budget(make_model, None, config)
     need.check(config.memory.ram)
     base_bytes = _resident_now_bytes()
     kernels = kernels_of(rates)
     if isinstance(kernels, TimedKernels):
         timed = kernels
-        timed.heard = lambda: heard(f"a step, kernel by kernel: {timed.n_timed + 1} timed")
-    heard("a step without bytes")
+        timed.progress = lambda: progress(f"a step, kernel by kernel: {timed.n_timed + 1} timed")
+    progress("a step without bytes")
     with threads_of(config), rehearsed(make_model, config, CostMode(kernels), rates.bandwidths) as engine:
         start = _at_start(engine)
         engine.rehearse(config.train.batch, config.train.seq)
         here = available_here(config)
         room = question.room or Room(here.ram_bytes, here.disk_bytes)
-        heard("the plan, followed on paper")
+        progress("the plan, followed on paper")
         found = _found(engine, rates, kernels, start, need, base_bytes, room, () if question.room else here.limits)
     if not question.largest:
         return found
     room, taken = found.fit.room, found.fit.taken
-    heard("the largest batch and depth")
+    progress("the largest batch and depth")
     fit = replace(
         found.fit, largest_batch=largest_batch(config, room, taken, base_bytes), depth_argument=argument,
         largest_depth=largest_depth(config, room, taken, base_bytes, argument) if argument else None,

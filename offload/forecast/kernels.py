@@ -87,7 +87,7 @@ class TimedKernels:
 
     Attributes:
         n_timed: kernels that were timed. spent_s: what that took. n_others: those asked of ``otherwise``.
-        heard: told after each kernel that was timed, for whoever shows progress.
+        progress: called after each kernel that was timed.
     """
 
     def __init__(self, otherwise: Kernels) -> None:
@@ -96,7 +96,7 @@ class TimedKernels:
         self.n_timed = 0
         self.n_others = 0
         self.spent_s = 0.0
-        self.heard: Callable[[], None] = lambda: None
+        self.progress: Callable[[], None] = lambda: None
         self._ran_s = self._on_processor_s = 0.0
 
     @property
@@ -139,7 +139,7 @@ class TimedKernels:
                 took_s.append(_once_s(lambda: func(*real_args, **real_kwargs)))
                 self._on_processor_s += time.thread_time() - on_processor_s
         self._ran_s += sum(took_s)
-        self.heard()
+        self.progress()
         self.spent_s += time.perf_counter() - began_s
         return statistics.median(took_s)
 

@@ -1,6 +1,6 @@
 """What holds bytes in an engine, without any: an arena and a device of meta tensors, and page files that move nothing.
 
-They keep everything else that the real ones do, so that whoever uses them does what it does with bytes.
+Everything else is as in the real ones, so their users run unchanged.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MetaArena(Arena):
         return self._scratch
 
     def view(self, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor:
-        """A flat tensor without bytes; nobody counts it."""
+        """A flat tensor without bytes, which is not counted."""
         with _disable_current_modes():
             return torch.empty(numel, dtype=dtype, device="meta")
 
@@ -62,7 +62,7 @@ class MetaArena(Arena):
         return None if found is None else (found[1], found[2] + int(tensor.storage_offset()) * tensor.element_size())
 
     def resized(self, n_frames: int) -> MetaArena:
-        """As many frames as asked for, without bytes."""
+        """``n_frames`` frames without bytes."""
         return MetaArena(n_frames, self.page_bytes)
 
     def close(self) -> None:

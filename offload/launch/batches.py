@@ -142,7 +142,7 @@ def loss_of(output: Any, reference: str, *, trains: bool) -> Tensor:
         trains: whether it is to be differentiated.
 
     Raises:
-        ConfigError: it is something else; says what.
+        ConfigError: it is something else.
     """
     expected = "it must return the loss of a batch, a tensor with one floating-point number"
     if not isinstance(output, Tensor):
@@ -161,7 +161,7 @@ def loss_of(output: Any, reference: str, *, trains: bool) -> Tensor:
 
 
 def on_device(batch: Tensor, device: torch.device) -> Tensor:
-    """A batch where compute is, on its way there: nobody waits for it but a device."""
+    """A batch where compute is; copies to a device are asynchronous."""
     return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
 
 

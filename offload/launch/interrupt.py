@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in the `offload` command: asked for once, a run ends after its step; asked for again, where it is.
+"""Ctrl-C and SIGTERM in the `offload` command: the first ends a run after its step, the second at once.
 
 In a process of its own the command raises one exception for a burst of signals: a key held down must not interrupt the
 ending that it has asked for, nor take its exit code from it. All on the main thread.
@@ -53,7 +53,7 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, 0 where nobody has asked."""
+        """130 after Ctrl-C, 143 after SIGTERM, 0 without a signal."""
         return 0 if self._number is None else 128 + self._number
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -71,7 +71,7 @@ def validation_loss(engine: Engine, batches: Batches, reference: str, interrupt:
 
 @dataclass(slots=True)
 class ValidationRecord:
-    """Validation losses, in nats, that a run must know when it continues; tracked in commits.
+    """Validation losses, in nats, that a run needs when it resumes; tracked in commits.
 
     Attributes:
         before_nats: before training. best_nats: the lowest during training. None: not measured.
@@ -116,7 +116,7 @@ class TrainingLoop:
         metrics: of all steps that have any.
 
     Raises:
-        CommitError: the run continues from a commit that is not of a launched run.
+        CommitError: the run resumes from a commit of another kind of loop.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from pagemem.errors import StorageError
 from pagemem.folders.own_file import naming, open_file, replace_file, write_all
 from pagemem.folders.small_file import open_regular, parse_json
 
-#: A longer line is none of ours.
+#: A longer line was not written by this package.
 MAX_LINE_BYTES: Final = 4096
 _MAX_STEP: Final = 2**53
 _TYPES: Final = {field.name: field.type for field in fields(StepMetrics)}
@@ -127,7 +127,7 @@ class KeptMetrics:
     """What earlier launches of the run have left.
 
     Attributes:
-        metrics: of the steps asked for that have a whole line, ascending, one each: the last line of a step counts.
+        metrics: ascending by step, of those with a complete line; the last line of a step counts.
         note: what is missing and why, in one line, or None: there is one for every step.
     """
 

@@ -34,7 +34,7 @@ _FORMAT: Final = "offload run 1"
 
 
 class RunFolder:
-    """The folder of ``output.run``, from construction to `close` nobody else's.
+    """The folder of ``output.run``, locked from construction to `close`.
 
     Attributes:
         begun: whether a run has begun in it, see `begin`.
@@ -80,12 +80,12 @@ class RunFolder:
             self._claimed = True
         return self.path / DATA
 
-    def begin(self, config: Config, pages_id: str, *, goes_on: bool) -> str | None:
+    def begin(self, config: Config, pages_id: str, *, resumes: bool) -> str | None:
         """From here on the run's own: the configuration is written, and results of another run are set aside.
 
         Args:
             pages_id: identity of the run's page files.
-            goes_on: the run goes on from a commit in them, so results that were made with them are its own.
+            resumes: the run resumes from a commit in them, so results that were made with them are its own.
 
         Returns:
             What was set aside, in one line, or None.
@@ -93,11 +93,11 @@ class RunFolder:
         Raises:
             RunDirectoryError: something cannot be written.
         """
-        said = None if goes_on and self._owner in (None, pages_id) else self._set_aside()
+        set_aside = None if resumes and self._owner in (None, pages_id) else self._set_aside()
         self._write(_IDENTITY, json.dumps({"format": _FORMAT, "pages": pages_id}) + "\n")
         self._write(CONFIG, config.dumped())
         self.begun, self._claimed, self._made = True, False, []
-        return said
+        return set_aside
 
     def _set_aside(self) -> str | None:
         there = [name for name in _RESULTS if os.path.lexists(self.path / name)]
@@ -145,7 +145,7 @@ class RunFolder:
 
 
 def _owner(identity: Path) -> str | None:
-    """Of whose page files the results in a folder are; None where it does not say.
+    """The identity of the page files that the results in a folder were made with; None where it is not recorded.
 
     Raises:
         RunDirectoryError: the file is not an identity of a run. OSError: it cannot be read.
@@ -170,7 +170,7 @@ def _owner(identity: Path) -> str | None:
 
 
 def check_free(paths: Sequence[str]) -> None:
-    """Before anything is made: whether folders for page files can be had. The engine's lock on them says the last word.
+    """Check that folders for page files can be used, before anything is made; the engine's lock on them decides.
 
     Raises:
         RunDirectoryError: one is in use, something else's, or cannot be read.

@@ -3,7 +3,7 @@
 Training is the engine's: nothing here knows of pages. The first Ctrl-C, or a SIGTERM, ends the run cleanly after the
 step under way: metrics, table and picture are of the steps made, and the exit code is 130 or 143. The end of a run is
 committed, unless an error of a step ends it. The same command again continues from there, or says that the run is
-finished. A run folder that holds anything not of an earlier run is refused and left as it is.
+finished. A run folder that contains anything else is refused and left as it is.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def _newest_step(config: Config) -> int:
 
 
 def launch(config: Config, console: Console | None = None) -> int:
-    """Train as ``config`` says, on the main thread, which alone hears signals.
+    """Train as ``config`` says, on the main thread, which alone receives signals.
 
     All that can be found wrong beforehand is found before anything in ``output.run`` or ``ssd.paths`` is changed;
     folders that were made for a run that then could not begin are removed again.
 
     Returns:
-        The exit code: 0, 130 after Ctrl-C, 143 after SIGTERM, 141 when nobody reads the output any more. The steps made
+        The exit code: 0, 130 after Ctrl-C, 143 after SIGTERM, 141 when the output's reader has gone. The steps made
         are committed in all four cases, unless ``commit.at_end`` is false.
 
     Raises:
@@ -84,7 +84,7 @@ def launch(config: Config, console: Console | None = None) -> int:
     assert config.data is not None
     assert config.train is not None
     assert config.output is not None
-    console = console or Output(goes_on=True)
+    console = console or Output(outlives_reader=True)
     train, run = config.train, Path(config.output.run)
     make_model, make_data = model_factory(config.model), data_factory(config.data, run / DATA, config.seed)
     resumes = _resumes(config)
@@ -145,7 +145,7 @@ def _train(
         record.before_nats = validation_loss(engine, batches, config.model.factory, interrupt)
     others = [(reference, made_callback(reference)) for reference in config.output.callbacks]
     pair = None if interrupt.asked else batches.batch(engine.steps * config.update.accumulation)
-    set_aside = folder.begin(config, engine.run_id, goes_on=resumed)
+    set_aside = folder.begin(config, engine.run_id, resumes=resumed)
     first = engine.steps
     kept = kept_metrics(folder.path, first, config.output.log)
     for note in (set_aside, kept.note):

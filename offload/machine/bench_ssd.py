@@ -304,7 +304,7 @@ class _Traffic:
                 self._files.write(self._routes[frame], self._memory.source[start : start + self._page_bytes], done)
         except (
             Exception
-        ) as error:  # also that they are closed; from an I/O thread it has no other way to the one that waits
+        ) as error:  # also where they are closed: only this hands it from an I/O thread to the waiting one
             self._note(0, error)
 
     def _ended(

@@ -241,7 +241,7 @@ def check_config(fact: ConfigFact, memory: MemoryFact, verdict: Verdict | None =
     """The file, and whether its run can begin here.
 
     Args:
-        verdict: what `plan` and `launch` say as well; None: what the file alone tells.
+        verdict: as of `plan` and `launch`; None: judged by the file alone.
     """
     if fact.config is None:
         yield from (
@@ -318,7 +318,7 @@ def _check_use(folder: FolderFact, what: str) -> Finding:
             "warning", what, f"in use by process {use.holder}", "a second run there is refused until that one ends"
         )
     if use.kind == "run":
-        return Finding("ok", what, f"holds a run, {use.detail}, that nobody trains in")
+        return Finding("ok", what, f"holds a stopped run, {use.detail}")
     if use.kind == "foreign":
         return Finding("ok", what, "holds other things: name a new folder in it in ssd.paths")
     return Finding("ok", what, "empty" if use.kind == "empty" else f"new, would be made below {folder.existing}")

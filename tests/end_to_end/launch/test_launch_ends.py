@@ -202,7 +202,7 @@ class Gone(io.StringIO):
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_without_a_reader_the_run_commits_and_ends(after: int, raw: dict[str, Any]) -> None:
-    console = Output(goes_on=True, file=Gone(after), width=200)
+    console = Output(outlives_reader=True, file=Gone(after), width=200)
     assert launch(load_config(raw), console) == 141
     assert committed(raw) == ([after] if after else []) and steps(raw) == list(range(1, after + 1))
     assert run(raw)[0] == 0 and steps(raw) == list(range(1, STEPS + 1))

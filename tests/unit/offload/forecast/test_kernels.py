@@ -121,7 +121,7 @@ def test_rates_count_views_and_empty_tensors_as_nothing() -> None:
 def test_the_share_of_time_with_a_processor_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     timed, told = TimedKernels(Asked()), []
     assert timed.undisturbed_share == 1.0
-    timed.heard = lambda: told.append(timed.n_timed)
+    timed.progress = lambda: told.append(timed.n_timed)
     now_s = iter(range(1000))
     monkeypatch.setattr(kernels, "_once_s", lambda work: 4.0)
     monkeypatch.setattr(kernels.time, "thread_time", lambda: float(next(now_s)))
