@@ -157,61 +157,40 @@ def _add_file(
     )  # fmt: skip
 
 
+_ASSUMED_DISK: Final = "default: ssd.limit_mb_per_s, or else what the engine assumes of an unknown disk"
+#: Options of `offload plan` with a value: its type, its name, and what it is.
+_PLAN_OPTIONS: Final[dict[str, tuple[type, str, str]]] = {
+    "--ram": (str, "SIZE", "instead of memory.ram, e.g. 64GiB"),
+    "--ssd-read": (float, "MB/S", f"read bandwidth of the page files; {_ASSUMED_DISK}"),
+    "--ssd-write": (float, "MB/S", f"write bandwidth of the page files; {_ASSUMED_DISK}"),
+    "--flops": (
+        float,
+        "F",
+        "floating-point operations/s of matrix products, e.g. 2e11; default: kernels are timed here",
+    ),
+    "--ram-speed": (
+        float,
+        "MB/S",
+        "memory bandwidth of other kernels; if only one of the two is given, the other is measured",
+    ),
+    "--device-ram-speed": (float, "MB/S", "as --ram-speed, of kernels on the device; the optimizer updates in RAM"),
+    "--h2d": (float, "MB/S", "bandwidth from RAM to the device; default: what the engine assumes of an unknown one"),
+    "--machine-ram": (str, "SIZE", "RAM that the process can have, e.g. 64GiB; default: what is free here"),
+    "--machine-disk": (str, "SIZE", "room for page files, e.g. 2TB; default: what is free on the disks of ssd.paths"),
+    "--machine-device": (str, "SIZE", "memory of the device, e.g. 80GB, for its pages and what kernels allocate"),
+    "--depth": (
+        str,
+        "NAME",
+        "the model's argument that counts its layers, for --largest; default: n_layer or the like",
+    ),
+}
+
+
 def _add_plan(command: argparse.ArgumentParser) -> None:
     _add_file(command)
-    command.add_argument("--ram", metavar="SIZE", help="instead of memory.ram, e.g. 64GiB")
-    assumed = "default: ssd.limit_mb_per_s, or else what the engine assumes of a disk it does not know"
-    command.add_argument("--ssd-read", type=float, metavar="MB/S", help=f"read bandwidth of the page files; {assumed}")
-    command.add_argument(
-        "--ssd-write", type=float, metavar="MB/S", help=f"write bandwidth of the page files; {assumed}"
-    )
-    command.add_argument(
-        "--flops",
-        type=float,
-        metavar="F",
-        help="floating-point operations a second of matrix products, e.g. 2e11; default: each kernel is timed here",
-    )
-    command.add_argument(
-        "--ram-speed",
-        type=float,
-        metavar="MB/S",
-        help="bytes a second that other kernels read and write; if only one of the two is given, the other is measured",
-    )
-    command.add_argument(
-        "--device-ram-speed",
-        type=float,
-        metavar="MB/S",
-        help="as --ram-speed, of kernels on the device; the optimizer's updates are made in RAM",
-    )
-    command.add_argument(
-        "--h2d",
-        type=float,
-        metavar="MB/S",
-        help="bandwidth from RAM to the device; default: what the engine assumes of one it does not know",
-    )
-    command.add_argument(
-        "--machine-ram", metavar="SIZE", help="RAM that the process can have, e.g. 64GiB; default: what is free here"
-    )
-    command.add_argument(
-        "--machine-disk",
-        metavar="SIZE",
-        help="room for page files, e.g. 2TB; default: what is free on the disks of ssd.paths",
-    )
-    command.add_argument(
-        "--machine-device",
-        metavar="SIZE",
-        help="memory of the device, e.g. 80GB: its pages and what kernels make are there, not in RAM",
-    )
-    command.add_argument(
-        "--largest",
-        action="store_true",
-        help="look for the largest batch and depth that fit as well, which takes some rehearsals more",
-    )
-    command.add_argument(
-        "--depth",
-        metavar="NAME",
-        help="the model's argument that counts its layers, for --largest; default: n_layer or the like",
-    )
+    for option, (kind, name, text) in _PLAN_OPTIONS.items():
+        command.add_argument(option, type=kind, metavar=name, help=text)
+    command.add_argument("--largest", action="store_true", help="also find the largest batch and depth that fit")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     command.set_defaults(call=_plan)
 

@@ -178,7 +178,8 @@ def forecast(
         here = available_here(config)
         room = question.room or Room(here.ram_bytes, here.disk_bytes)
         progress("the plan, followed on paper")
-        found = _found(engine, rates, kernels, start, need, base_bytes, room, () if question.room else here.limits)
+        machine = _Machine(base_bytes, room, () if question.room else here.limits)
+        found = _found(engine, rates, kernels, start, need, machine)
     if not question.largest:
         return found
     room, taken = found.fit.room, found.fit.taken
@@ -190,42 +191,29 @@ def forecast(
     return replace(found, fit=fit)
 
 
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """What a run is to fit into; ``limits`` are those on this process, where the room is this machine's."""
+
+    base_bytes: int
+    room: Room
+    limits: tuple[tuple[str, int], ...]
+
+
 def _found(
-    engine: Rehearsal,
-    rates: Rates,
-    kernels: Kernels,
-    start: Phase,
-    need: BudgetNeed,
-    base_bytes: int,
-    room: Room,
-    limits: tuple[tuple[str, int], ...],
+    engine: Rehearsal, rates: Rates, kernels: Kernels, start: Phase, need: BudgetNeed, machine: _Machine
 ) -> Forecast:
-    """What an engine that has rehearsed its steps tells; ``limits`` are those on this process, where the room is this
-    machine's."""
     config, mover = engine.config, engine.store.mover
     step, commit = _at_step(engine), _at_commit(engine)
     times = StepTimes.of(engine)
     timed = kernels if isinstance(kernels, TimedKernels) else None
     busy_cores = torch.get_num_threads() >= len(os.sched_getaffinity(0))
     moving_s = MOVING_S_PER_BYTE * (times.read_bytes + times.written_bytes) if timed and busy_cores else 0.0
-    if timed:
-        base_bytes = max(base_bytes, _resident_now_bytes())
-    pages_bytes = step.host_pages * mover.arena.page_bytes
-    disk_bytes = step.ssd_bytes + commit_pages(config, mover) * mover.arena.page_bytes
-    taken = Taken.of(
-        base_bytes,
-        (pages_bytes, step.device_bytes),
-        engine.outside.peak_bytes,
-        engine.peak_gradient_bytes,
-        disk_bytes,
-        room,
-    )
-    lacks = tuple(
-        shortage.line
-        for shortage in decide(config, need, "", Available(room.ram_bytes, room.disk_bytes, limits)).shortages
-    )
+    base_bytes = max(machine.base_bytes, _resident_now_bytes()) if timed else machine.base_bytes
+    fit = _fit(engine, step, need, replace(machine, base_bytes=base_bytes))
+    parameters, stats = list(engine.model.parameters()), engine.engine.stats()
     return Forecast(
-        parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
+        parameters=sum(parameter.numel() for parameter in parameters),
         ram_bytes=config.memory.ram,
         page_bytes=mover.arena.page_bytes,
         smallest_ram_bytes=need.smallest_bytes,
@@ -237,7 +225,7 @@ def _found(
         commits_kept=config.commit.keep,
         resume=Phase(0, 0, commit.ssd_pages, commit.ssd_bytes),
         export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
-        export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()),
+        export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         ops=len(engine.trace.ops),
         step_s=times.step_s + moving_s,
         compute_s=times.compute_s,
@@ -246,27 +234,40 @@ def _found(
         busy=times.busy,
         waits_s=times.waits_s,
         limiting=times.limiting,
-        recomputed_blocks=engine.engine.stats().recomputed_blocks,
-        device_units=engine.engine.stats().device_units,
+        recomputed_blocks=stats.recomputed_blocks,
+        device_units=stats.device_units,
         units=len(engine.store.index.units),
         read_bytes=times.read_bytes,
         written_bytes=times.written_bytes,
         h2d_bytes=times.h2d_bytes,
         tensor_bytes=engine.outside.peak_bytes,
         base_bytes=base_bytes,
-        process_bytes=taken.ram_bytes,
+        process_bytes=fit.taken.ram_bytes,
         kernels_timed=timed.n_timed if timed else 0,
         kernels_timed_s=timed.spent_s if timed else 0.0,
         undisturbed_share=timed.undisturbed_share if timed else 1.0,
         kernels_rated=timed.n_others if timed else 0,
-        fit=Fit(
-            room,
-            taken,
-            taken.within(room) and not lacks,
-            advice(config, room, taken, pages_bytes, need.smallest_bytes) or lacks,
-        ),
+        fit=fit,
         rates=rates,
     )
+
+
+def _fit(engine: Rehearsal, step: Phase, need: BudgetNeed, machine: _Machine) -> Fit:
+    """Whether the run fits the room, and what to change if not."""
+    config, room, page_bytes = engine.config, machine.room, engine.store.mover.arena.page_bytes
+    pages_bytes = step.host_pages * page_bytes
+    taken = Taken.of(
+        machine.base_bytes,
+        (pages_bytes, step.device_bytes),
+        engine.outside.peak_bytes,
+        engine.peak_gradient_bytes,
+        step.ssd_bytes + commit_pages(config, engine.store.mover) * page_bytes,
+        room,
+    )
+    available = Available(room.ram_bytes, room.disk_bytes, machine.limits)
+    lacks = tuple(shortage.line for shortage in decide(config, need, "", available).shortages)
+    changes = advice(config, room, taken, pages_bytes, need.smallest_bytes) or lacks
+    return Fit(room, taken, taken.within(room) and not lacks, changes)
 
 
 def _resident_now_bytes() -> int:

@@ -33,7 +33,6 @@ def shown(console: Console) -> Iterator[Callable[[str], None]]:
 
 def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
     """The table as (what, value) pairs."""
-    rates = found.rates
     rows = [
         ("parameters", f"{found.parameters:,}"),
         ("memory.ram", f"{format_bytes(found.ram_bytes)}, pages of {format_bytes(found.page_bytes)}"),
@@ -60,10 +59,14 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
             f"RAM {format_bytes(found.export_ram_bytes)} of buffers; files of {format_bytes(found.export_bytes)}",
         )
     )
-    rows += [*memory_rows(found), *fit_rows(found.fit)]
+    return [*rows, *memory_rows(found), *fit_rows(found.fit), *step_rows(found), *rate_rows(found)]
+
+
+def step_rows(found: Forecast) -> list[tuple[str, str]]:
+    """The predicted step and what it moves, as (what, value) pairs."""
     moving = f"; {found.moving_s:.3f} s by which moves slow it down" if found.moving_s else ""
     ops = f"{found.ops} ops" + (" of host memory" if found.step.device_pages else "")
-    rows += [
+    rows = [
         ("step, predicted", f"{found.step_s:.3f} s, of which compute {found.compute_s:.3f} s, in {ops}{moving}"),
         ("busy", ", ".join(f"{lane} {share:.0%}" for lane, share in found.busy.items())),
         ("limited by", found.limiting),
@@ -84,6 +87,12 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         )
     if H2D in found.busy:
         rows.append(("bytes copied to the device a step", format_bytes(found.h2d_bytes)))
+    return rows
+
+
+def rate_rows(found: Forecast) -> list[tuple[str, str]]:
+    """The rates behind the prediction, as (what, value) pairs."""
+    rates = found.rates
     disk = f"SSD read {rates.ssd_read / 1e6:,.0f} MB/s, write {rates.ssd_write / 1e6:,.0f} MB/s"
     if rates.flops is None or rates.ram is None:
         compute = f"{found.kernels_timed} kernels timed here in {found.kernels_timed_s:.1f} s"
@@ -93,7 +102,7 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
     if rates.device_ram is not None:
         compute += f", the device's {rates.device_ram / 1e6:,.0f} MB/s"
     up = f", to the device {rates.h2d / 1e6:,.0f} MB/s" if H2D in found.busy else ""
-    rows.append(("at these rates", f"{compute}, {disk}{up}"))
+    rows = [("at these rates", f"{compute}, {disk}{up}")]
     if found.undisturbed_share < UNDISTURBED:
         said = (
             f"kernels had a processor for {found.undisturbed_share:.0%} of the time in which they were timed: "
