@@ -38,6 +38,7 @@ from offload.store.plan_file import plan_keepers
 from offload.store.store_parts import StoreParts
 from optim import PagedOptimizer, StateAccess, rule_for
 from optim.exact.updater import is_eager
+from optim.loss_scale import Scaling
 from optim.unit import Slot, Unit
 from optim.updater import Updater
 from pagemem.errors import OffloadError
@@ -117,11 +118,7 @@ def build_parts(
     undo.append(updater.close)
     keepers = plan_keepers(store)
     checkpoints = Checkpoints(model, store, paged_optimizer, updater, config)
-    if scaling.loss_scale is not None:
-        checkpoints.track("loss scale", scaling.loss_scale)
-    extra = ExtraStates(model)
-    if extra:
-        checkpoints.track(EXTRA_STATES, extra)
+    _track_own_states(checkpoints, model, scaling)
     activations = _saved_activations(config, store)
     choice, memory = None, config.memory
     if activations is not None and memory.activations is not None and memory.recompute == "auto":
@@ -130,22 +127,23 @@ def build_parts(
     saved, structure = store.parts.saved_weights(store.binder), Structure(model)
     undo.append(saved.around_forward(model))
     undo += keep_fast_paths(model, store.binder)
+    trainable, trims = from_section(optimizer), _trims(config)
     store.binder.train(
-        EngineLinks(
-            updater,
-            model,
-            saved.scope,
-            structure.is_known,
-            structure.check,
-            activations,
-            only_trainable=from_section(optimizer),
-            trims=_trims(config),
-        )
+        EngineLinks(updater, model, saved.scope, structure.is_known, structure.check, activations, trainable, trims)
     )
     for module in model.modules():
         store.watch_over(module)
     paged_optimizer.attach(updater, step.ended, store.binder.check_structure, store.binder.collect_in_hooks)
     return EngineParts(store, updater, paged_optimizer, checkpoints, step, choice)
+
+
+def _track_own_states(checkpoints: Checkpoints, model: nn.Module, scaling: Scaling) -> None:
+    """Have commits hold what the engine and the model's modules keep beside tensors."""
+    if scaling.loss_scale is not None:
+        checkpoints.track("loss scale", scaling.loss_scale)
+    extra = ExtraStates(model)
+    if extra:
+        checkpoints.track(EXTRA_STATES, extra)
 
 
 def _make_states(store: PageStore, states: StateAccess) -> None:

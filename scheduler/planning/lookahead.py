@@ -147,11 +147,8 @@ class LookaheadReader:
                     # Most windows are out of the question early: what is left to add cannot make them cheaper.
                     if least[0] == least_stall and -soonest > least[1]:
                         return _TOO_DEAR
-            start_s, dirty_bytes = self.read_free_s, 0
-            for tensor in tensors:
-                tenant = tenants[tensor]
-                start_s = max(start_s, self.released_s(tenant))
-                dirty_bytes += self.n_bytes[tensor] * tenant.dirty
+            start_s = max([self.read_free_s, *(self.released_s(tenants[tensor]) for tensor in tensors)])
+            dirty_bytes = sum(self.n_bytes[tensor] * tenants[tensor].dirty for tensor in tensors)
             found = (stall(start_s), -soonest, dirty_bytes)
             least = min(least, found)
             return found

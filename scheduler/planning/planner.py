@@ -147,9 +147,15 @@ def _plan_with(
 ) -> Plan:
     """The plan that one reader finds."""
     reader = LookaheadReader(trace, n_bytes, tier, resident)
-    n_ops = len(trace.ops)
-    cycle = _find_cycle(reader, n_bytes, n_ops, single_step_cycle=single_step_cycle, fast=fast)
-    first, last, closed = cycle.first, cycle.last, cycle.closed
+    cycle = _find_cycle(reader, n_bytes, len(trace.ops), single_step_cycle=single_step_cycle, fast=fast)
+    return _plan_of(cycle, reader, trace, n_bytes, tier)
+
+
+def _plan_of(
+    cycle: _Cycle, reader: LookaheadReader, trace: Trace, n_bytes: Mapping[TensorId, int], tier: TierSpec
+) -> Plan:
+    """What the reader did in the steps of a cycle, as tasks with triggers in it."""
+    n_ops, first, last, closed = len(trace.ops), cycle.first, cycle.last, cycle.closed
     start, end = first * n_ops, last * n_ops
     loads = [task for task in reader.loads if start <= task.needed_at < end]
     numbered = _numbered_from(start, end - start, loads, closed=closed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 
-import pytest
 from sources import PACKAGES, ROOT, files_of, functions, parsed, public_classes, public_definitions, relative
 
 #: Files in one folder.
@@ -28,7 +27,6 @@ def test_a_file_is_short() -> None:
     assert {path: n for path, n in lengths.items() if n > MAX_FILE_LINES and path not in LONG_FILES} == {}
 
 
-@pytest.mark.xfail(strict=True, reason="take this mark away once the rule holds")
 def test_a_function_is_short() -> None:
     long = {}
     for path in files_of(*PACKAGES, "tests", "benchmarks"):
