@@ -15,6 +15,7 @@ from typing import Final
 from weakref import WeakSet
 
 from pagemem.errors import RunDirectoryError, StorageError
+from pagemem.folders.descriptor import Descriptor
 from pagemem.folders.own_file import kind_of, naming, open_file, os_failure, remove_file, write_all
 
 LOCK_NAME: Final = "pagemem.lock"
@@ -42,17 +43,21 @@ class FolderLock:
         self._name = folder / name
         self._remove = True
         self._read_only = False
-        self._fd: int | None = None
-        while self._fd is None:
-            fd = self._open(folder, keep)
+        self._file = self._locked(folder, keep, whose)
+        _held.add(self)
+
+    def _locked(self, folder: Path, keep: bool, whose: str) -> Descriptor:
+        while True:
+            file = Descriptor(self._open(folder, keep))
+            taken = False
             try:
-                if self._take(fd, f"{whose}{folder}"):
-                    self._fd = fd
+                taken = self._take(file.fileno(), f"{whose}{folder}")
+                if taken:
+                    return file
             finally:
                 # The holder let go between our open and our flock and took the name away: what we locked is no lock.
-                if self._fd is None:
-                    os.close(fd)
-        _held.add(self)
+                if not taken:
+                    file.close()
 
     def _open(self, folder: Path, keep: bool) -> int:
         try:
@@ -97,36 +102,36 @@ class FolderLock:
     @property
     def held(self) -> bool:
         """Whether it is this process's: not after `close`, and not in a forked child."""
-        return self._fd is not None
+        return not self._file.closed
 
     def close(self) -> None:
-        """Remove the file and let go of the lock. Idempotent.
+        """Remove the file and let go of the lock. Idempotent; can be called again wherever it was interrupted.
 
         Raises:
             StorageError: the file cannot be removed, which is all that is left: the lock is free.
         """
-        fd, self._fd = self._fd, None
-        if fd is None:
-            return
-        try:
-            # Removed while it is still locked: whoever opens the name afterwards makes a new file, see `_take`.
-            if self._remove and self._is_ours(fd):
-                remove_file(self._name)
-        finally:
+        if not self._file.closed:
             try:
-                with naming("unlocking", self._name):
-                    fcntl.flock(
-                        fd, fcntl.LOCK_UN
-                    )  # explicitly, as a child forked past Python may share the description
-            finally:
-                os.close(fd)
-                _held.discard(self)
+                # Removed while it is still locked: whoever opens the name afterwards makes a new file, see `_take`.
+                if self._remove and self._is_ours(self._file.fileno()):
+                    remove_file(self._name)
+            except Exception:  # not an interrupt, after which all of this is done again
+                self._let_go()
+                raise
+            self._let_go()
+        _held.discard(self)
+
+    def _let_go(self) -> None:
+        try:
+            with naming("unlocking", self._name):
+                # Explicitly, as a child forked past Python may share the description.
+                fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)
+        finally:
+            self._file.close()
 
     def _forget(self) -> None:
         """In a forked child: the lock is the parent's."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+        self._file.close()
 
 
 def holder_of(folder: Path, name: str = LOCK_NAME) -> str | None:

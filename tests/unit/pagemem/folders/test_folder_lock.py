@@ -80,8 +80,7 @@ def test_a_forked_child_has_no_lock_and_frees_none(tmp_path: Path) -> None:
     os.read(there, 1)
     for fd in (reading, there, is_there):
         os.close(fd)
-    os.close(lock._fd or -1)  # as if the parent had been killed
-    lock._fd = None
+    lock._file.close()  # as if the parent had been killed
     assert holder_of(tmp_path) is None
     os.close(writing)
     os.waitpid(child, 0)
