@@ -1,9 +1,10 @@
-"""What holds for every test: no thread and no descriptor outlives it, and hypothesis is reproducible."""
+"""What holds for every test: no thread, descriptor or handler of a signal outlives it; hypothesis is reproducible."""
 
 from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 settings.load_profile("suite")
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 #: Descriptors that libraries open once and keep: code and data of installed packages, and the system's own devices.
 _KEPT_BY_LIBRARIES = (
     "/site-packages/",
@@ -80,10 +82,16 @@ def _descriptors() -> set[tuple[str, str]]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    """Fail a test after which a thread runs, or a descriptor is open, that was not before."""
+    """Fail a test after which a thread runs, a descriptor is open, or a signal is handled, that was not before."""
     threads, descriptors = set(threading.enumerate()), _descriptors()
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     yield
     _collect()
+    changed = [number.name for number in _SIGNALS if signal.getsignal(number) != handlers[number]]
+    for number, handler in handlers.items():
+        if handler is not None:
+            signal.signal(number, handler)
+    assert not changed, f"handlers of signals left changed: {changed}"
     left = [thread.name for thread in threading.enumerate() if thread not in threads]
     assert not left, f"threads left running: {left}"
     opened = sorted(_descriptors() - descriptors)

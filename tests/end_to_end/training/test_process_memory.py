@@ -87,6 +87,8 @@ def test_launch_starts_itself_anew_where_the_heap_would_be_trimmed(
     started: list[tuple[str, list[str], dict[str, str]]] = []
     monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
     monkeypatch.setattr(offload.cli, "launch", lambda config: 0)
+    monkeypatch.setattr(offload.cli, "own_process", lambda: None)
+    monkeypatch.setattr(offload.cli, "only_exit_is_left", lambda: None)
     settings = config(tmp_path)
     settings["memory"] |= memory
     (tmp_path / "config.json").write_text(json.dumps(settings))
