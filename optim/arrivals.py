@@ -57,7 +57,7 @@ class Arrivals:
     def complete(self, unit: Unit) -> bool:
         """Whether a unit has gradients, and all of this step, so that its update need not wait for the step's end."""
         optimized = [slot for slot in unit.slots if slot.group >= 0]
-        there = any(slot.grad is Grad.HELD for slot in optimized) and all(map(self._has_all, optimized))
+        there = Grad.HELD in [slot.grad for slot in optimized] and all(map(self._has_all, optimized))
         return there and not unit.touched and not unit.live_views
 
     def _has_all(self, slot: Slot) -> bool:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 
+from pagemem.folders.descriptor import close_last
 from pagemem.folders.own_file import open_file, sync_folder
 
 
@@ -60,7 +61,7 @@ def close_all(fds: list[int], close: Callable[[int], None] = os.close) -> None:
     failure: OSError | None = None
     while fds:
         try:
-            close(fds.pop())
+            close_last(fds, close)
         except OSError as error:
             failure = failure or error
     if failure is not None:

@@ -1,9 +1,19 @@
-"""An open descriptor that is closed once, whatever interrupts."""
+"""Open descriptors that are closed once, whatever interrupts."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections.abc import Callable
+
+
+def close_last(fds: list[int], close: Callable[[int], None] = os.close) -> None:
+    """Take the last descriptor out of a list and close it: in one call from C, within which no signal's handler runs,
+    so it is neither lost nor closed twice.
+
+    Raises:
+        OSError: it could not be closed; the system has let go of it, too. IndexError: there is none.
+    """
+    next(map(close, iter(fds.pop, None)))
 
 
 class Descriptor:
@@ -11,7 +21,7 @@ class Descriptor:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._open: deque[int | None] = deque([fd, None])
+        self._open = [fd]
 
     def fileno(self) -> int:
         """The descriptor's number, which is another file's after `close`."""
@@ -20,10 +30,9 @@ class Descriptor:
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
-        return len(self._open) < 2
+        return not self._open
 
     def close(self) -> None:
         """Close it. Idempotent."""
         if self._open:
-            # Taken out and closed by one call from C, within which no handler runs: neither lost nor closed twice.
-            list(map(os.close, iter(self._open.popleft, None)))
+            close_last(self._open)

@@ -26,7 +26,11 @@ def test_a_run_that_is_killed_again_and_again_goes_on_from_its_last_commit(
     """In exact mode, and lock-free with no staleness, to the bits of a run that never was, with one line of metrics a
     step."""
     script = ROOT / "tests" / "support" / "runs" / "killed_runs.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{script.parent}"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
     command = [sys.executable, str(script), kind, str(KILLS[kind]), "1", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
