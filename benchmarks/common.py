@@ -129,6 +129,19 @@ def fused_adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(list(parameters), fused=True, **HYPER)
 
 
+def plain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None, x: Tensor, y: Tensor
+) -> float:
+    """One training step as any PyTorch program makes it; returns the loss."""
+    loss = model(x, y)
+    loss.backward()
+    if clip_norm:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
 def status_bytes(key: str) -> int:
     """A field of /proc/self/status in bytes: VmHWM is the peak resident set, VmData the private mappings."""
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from benchmarks import common
-from benchmarks.common import GPT, SIZES, batch, fused_adamw
+from benchmarks.common import GPT, SIZES, batch, fused_adamw, plain_step
 from offload.heap import give_back_large_blocks, keep_freed_memory, without_tcache
 from offload.profiling.live_storages import Holder, LiveStorages
 
@@ -73,13 +73,7 @@ class PlainTorch:
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
         """One training step; returns the loss."""
-        loss = self.model(x, y)
-        loss.backward()
-        if self.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
+        return plain_step(self.model, self.optimizer, self.clip_norm, x, y)
 
     def counters(self) -> dict[str, float]:
         """Nothing of its own."""
@@ -107,11 +101,7 @@ class Engine:
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
         """One training step; returns the loss."""
-        loss = self.model(x, y)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
+        return plain_step(self.model, self.optimizer, None, x, y)  # the engine clips by its configuration
 
     def counters(self) -> dict[str, float]:
         """The engine's counters."""

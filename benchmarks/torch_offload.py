@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-from benchmarks.common import GPT, fused_adamw
+from benchmarks.common import GPT, fused_adamw, plain_step
 
 
 class TorchOffload:
@@ -45,13 +45,7 @@ class TorchOffload:
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
         """One training step; returns the loss."""
-        loss = self.model(x, y)
-        loss.backward()
-        if self.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
+        return plain_step(self.model, self.optimizer, self.clip_norm, x, y)
 
     def counters(self) -> dict[str, float]:
         """Nothing of its own."""

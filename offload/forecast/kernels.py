@@ -130,6 +130,8 @@ class TimedKernels:
             try:
                 func(*real_args, **real_kwargs)
             except (RuntimeError, ValueError, IndexError, NotImplementedError):
+                # It wants other values than ones, or has no CPU kernel. Rated by flops and bytes instead, and counted:
+                # the table says how many kernels were.
                 return None
             took_s: list[float] = []
             flush = torch.zeros(_FLUSH_BYTES // 4)

@@ -273,6 +273,7 @@ def _needs_no_values() -> Iterator[None]:
     except OffloadError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        # What torch raises where a model's code asks a meta tensor for values: it depends on the op.
         reason = (str(error) or type(error).__name__).partition("\n")[0]
         raise RehearsalError(
             f"the model's step cannot be performed without values, on torch's meta device: {reason}"
