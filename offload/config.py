@@ -11,11 +11,11 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from offload.config_errors import described_error
+from offload.config_errors import described_errors
 from offload.config_file import ConfigError as ConfigError
 from offload.config_file import read_config_file
 from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES
@@ -64,6 +64,8 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+#: The module of the example factories, which a user replaces.
+PLACEHOLDER: Final = "my_module"
 _FACTORY: Final = r"^[\w.]+:[\w.]+$"
 Size = Annotated[int, BeforeValidator(_size)]
 Folder = Annotated[str, AfterValidator(_folder)]
@@ -71,15 +73,14 @@ Folder = Annotated[str, AfterValidator(_folder)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-#: Lines of an error at the most.
-_MOST_LINES: Final = 20
-
-
 class _Section(BaseModel):
     # Strict: a number in quotes or a yes for a true is a slip of the pen, not a value.
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+_AnySection = TypeVar("_AnySection", bound=_Section)
 
 
 class MemoryConfig(_Section):
@@ -239,7 +240,7 @@ class OptimizerConfig(_Section):
 class ModelConfig(_Section):
     """What `offload launch` trains."""
 
-    factory: str = Field(pattern=_FACTORY, examples=["my_module:make_model"])
+    factory: str = Field(pattern=_FACTORY, examples=[f"{PLACEHOLDER}:make_model"])
     """``module:callable`` that returns the model; called with ``arguments``. Its forward(x, y) returns the loss."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the factory."""
@@ -250,7 +251,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """What `offload launch` trains on."""
 
-    factory: str = Field(pattern=_FACTORY, examples=["my_module:make_data"])
+    factory: str = Field(pattern=_FACTORY, examples=[f"{PLACEHOLDER}:make_data"])
     """``module:callable`` that returns the data; called with ``folder`` (for its cache), ``seed`` and ``arguments``."""
     arguments: dict[str, Any] = {}
     """Further keyword arguments of the factory."""
@@ -281,7 +282,9 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, more than steps ({self.steps})")
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, more than steps ({self.steps}); lower it or raise steps"
+            )
         if self.evaluate_every is not None and not self.evaluate_batches:
             raise ValueError(f"evaluate_every is {self.evaluate_every}, but evaluate_batches is 0; set both")
         return self
@@ -391,15 +394,9 @@ def load_config(source: ConfigLike, where: str = "configuration") -> Config:
             f"the configuration is a {type(source).__name__}; give a mapping of sections, the name of a file, or a "
             "Config"
         )
-    raw = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        where = where if isinstance(source, Mapping) else str(source)
-        lines = list(dict.fromkeys(described_error(entry, Config) for entry in error.errors()[:_MOST_LINES]))
-        if error.error_count() > _MOST_LINES:
-            lines.append(f"and {error.error_count() - _MOST_LINES} things more")
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+    if not isinstance(source, Mapping):
+        source, where = read_config_file(Path(source)), str(source)
+    return _checked(Config, source, where)
 
 
 def load_optimizer(raw: Mapping[str, Any]) -> OptimizerConfig:
@@ -408,8 +405,12 @@ def load_optimizer(raw: Mapping[str, Any]) -> OptimizerConfig:
     Raises:
         ConfigError: as `load_config`.
     """
+    return _checked(OptimizerConfig, raw, "configuration", "optimizer")
+
+
+def _checked(section: type[_AnySection], raw: Mapping[str, Any], where: str, *name: str) -> _AnySection:
     try:
-        return OptimizerConfig.model_validate(dict(raw))
+        return section.model_validate(dict(raw))
     except ValidationError as error:
-        lines = [described_error({**entry, "loc": ("optimizer", *entry["loc"])}, Config) for entry in error.errors()]
-        raise ConfigError("\n".join(f"configuration: {line}" for line in dict.fromkeys(lines))) from None
+        lines = described_errors(error, Config, name)
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None

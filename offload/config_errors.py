@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+
+#: Lines of an error at the most.
+_MOST_LINES: Final = 20
 
 
-def described_error(entry: Any, root: type[BaseModel]) -> str:
+def described_errors(error: ValidationError, root: type[BaseModel], path: Sequence[str] = ()) -> list[str]:
+    """A line for each thing that is wrong, misspelt names first. A key that is missing because its name is misspelt is
+    not wrong twice.
+
+    Args:
+        path: the section of ``root`` that was validated.
+    """
+    entries: list[Any] = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+    lines: list[str] = []
+    for entry in entries:
+        line = _described([*path, *map(str, entry["loc"])], entry, root)
+        meant = f"did you mean {line.removesuffix(' is missing')!r}?"
+        if line not in lines and not any(found.endswith(meant) for found in lines):
+            lines.append(line)
+    more = len(lines) - _MOST_LINES
+    return lines if more <= 0 else [*lines[:_MOST_LINES], f"and {more} things more"]
+
+
+def _described(parts: list[str], entry: Any, root: type[BaseModel]) -> str:
     """One line for one of pydantic's errors."""
-    parts = [str(part) for part in entry["loc"]]
     where, kind = ".".join(parts), entry["type"]
     if kind == "extra_forbidden":
         return _unknown_key(parts, root)

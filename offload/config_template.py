@@ -14,9 +14,10 @@ from offload.config_errors import sections
 from pagemem.units import MiB
 
 _HEAD: Final = """\
-Every key of a configuration file, at its default. Keys without a default have example values: change them.
-In a training loop of your own only memory.ram and ssd.paths are required; leave the sections model, data, train and
-output out there, they are for `offload launch`.\
+Every key of a configuration file, at its default. Edit the lines that end in "required": they have no default, their
+values are examples. model.factory and data.factory name functions of your own, in a file of the current folder or an
+installed module. In a training loop of your own only memory.ram and ssd.paths are required; leave the sections model,
+data, train and output out there, they are for `offload launch`.\
 """
 
 

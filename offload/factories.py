@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,57 +14,64 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from offload.config import ConfigError, DataConfig, ModelConfig
+from offload.config import PLACEHOLDER, ConfigError, DataConfig, ModelConfig
 from pagemem.errors import OffloadError
 
 
-def resolve(reference: str) -> Callable[..., Any]:
-    """The object that ``module:callable`` names.
+def resolve(key: str, reference: str) -> Callable[..., Any]:
+    """The object that ``module:callable`` names; errors name ``key``, which it stands at.
 
     Raises:
         ConfigError: the module cannot be imported or has no such callable.
     """
     module_name, _, path = reference.partition(":")
     if not all(name.isidentifier() for name in [*module_name.split("."), *path.split(".")]):
-        raise ConfigError(f"factory {reference!r} is not written as module:callable")
+        raise ConfigError(f"{key}: {reference!r} is not written as module:callable")
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # Importing runs whatever is in the module.
-        raise ConfigError(f"factory {reference!r}: {_of_import(error)}") from error
+        raise ConfigError(f"{key}: {reference!r}: {_of_import(error, module_name)}") from error
     try:
         for name in path.split("."):
             found = getattr(found, name)
     except AttributeError as error:
-        raise ConfigError(f"factory {reference!r}: {error}") from error
+        near = difflib.get_close_matches(name, dir(found), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{key}: {reference!r}: {error}{hint}") from error
     if not callable(found):
-        raise ConfigError(f"factory {reference!r} is a {type(found).__name__}, not callable")
+        raise ConfigError(f"{key}: {reference!r} is a {type(found).__name__}, not callable")
     callable_: Callable[..., Any] = found
     return callable_
 
 
 def factory_of(key: str, reference: str, arguments: dict[str, Any]) -> Callable[[], Any]:
-    """The factory ``reference``, named by the section ``key``, with its arguments.
+    """The factory ``reference`` with its arguments.
+
+    Args:
+        key: what names it, ``section.factory`` or the like.
 
     Raises:
         ConfigError: there is no such factory, or it does not take these arguments.
     """
-    factory = resolve(reference)
+    factory = resolve(key, reference)
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
-        raise ConfigError(f"{key}.arguments: {reference}: {error}") from error
+        raise ConfigError(f"{key.removesuffix('.factory')}.arguments: {reference}: {error}") from error
     except ValueError:  # It has no signature, as some of C: whether it takes them shows when it is called.
         pass
     return partial(factory, **arguments)
 
 
-def _of_import(error: Exception) -> str:
+def _of_import(error: Exception, module_name: str) -> str:
     said = " ".join(str(error).split())
-    return (
-        said
-        if isinstance(error, ImportError)
-        else f"importing it fails: {type(error).__name__}: {said} (--debug shows where)"
-    )
+    if not isinstance(error, ImportError):
+        return f"importing it fails: {type(error).__name__}: {said} (--debug shows where)"
+    if not isinstance(error, ModuleNotFoundError) or not f"{module_name}.".startswith(f"{error.name}."):
+        return said  # of an import inside the module
+    if module_name == PLACEHOLDER:
+        return f"{said}: this is the placeholder of `offload config`; name a function of yours"
+    return f"{said} in the current folder ({os.getcwd()}) or elsewhere on sys.path"
 
 
 @contextmanager
@@ -103,7 +112,7 @@ def model_factory(section: ModelConfig) -> Callable[[], nn.Module]:
         ConfigError: there is no such factory, or it does not take these arguments. So does what is returned, when it
             makes something that cannot be trained; what the factory raises itself passes as it is.
     """
-    make = factory_of("model", section.factory, section.arguments)
+    make = factory_of("model.factory", section.factory, section.arguments)
 
     def made() -> nn.Module:
         model = make()
@@ -128,7 +137,7 @@ def model_factory(section: ModelConfig) -> Callable[[], nn.Module]:
 def data_factory(section: DataConfig, folder: Path, seed: int) -> Callable[[], Any]:
     """The factory of the configuration's data, called with ``folder``, ``seed`` and its arguments; see
     `model_factory`."""
-    make = factory_of("data", section.factory, {"folder": folder, "seed": seed, **section.arguments})
+    make = factory_of("data.factory", section.factory, {"folder": folder, "seed": seed, **section.arguments})
 
     def made() -> Any:
         with calls_of("data.factory", section.factory):

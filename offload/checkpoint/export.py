@@ -71,7 +71,9 @@ def export_run(
         exported = export_commit(
             stopped.folders, manifest, to, dtype=dtype, max_shard_bytes=max_shard_bytes, console=console
         )
-    print_line(console, f"{exported.folder}: {len(exported.files)} files, {format_bytes(exported.n_bytes)}")
+    n_files = len(exported.files)
+    text = f"{exported.folder}: {n_files} file{'s' if n_files > 1 else ''}, {format_bytes(exported.n_bytes)}"
+    print_line(console, text)
     return exported
 
 

@@ -222,7 +222,7 @@ def test_output_in_a_pipe_is_plain_lines(run: FinishedRun, tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     lines = done.stdout.splitlines()
     assert lines[0].startswith("commit 2, step 2, of ") and lines[-2].startswith("exporting 100 %  ")
-    assert lines[-1].startswith(f"{tmp_path / 'out'}: 1 files, ") and done.stderr == ""
+    assert lines[-1].startswith(f"{tmp_path / 'out'}: 1 file, ") and done.stderr == ""
     assert done.stdout.replace("\n", "").isprintable() and 3 <= len(lines) <= 12
 
 

@@ -30,7 +30,7 @@ def test_tensors_outside_of_the_pages_are_those_of_a_real_step(case: str, tmp_pa
     config = gpt_config(tmp_path, LITTLE_RAM, **CASES[case])
     assert config.model is not None
     with offload.deferred_init(config):
-        model = factory_of("model", config.model.factory, config.model.arguments)()
+        model = factory_of("model.factory", config.model.factory, config.model.arguments)()
     now = peak = 0
 
     def changed(_holder: Holder, more_bytes: int) -> None:
@@ -153,7 +153,7 @@ def test_a_run_that_goes_on_has_nothing_in_ram_at_first_and_its_export_is_as_lar
     for going_on in (False, True):
         assert config.model is not None
         with offload.deferred_init(config):
-            model = factory_of("model", config.model.factory, config.model.arguments)()
+            model = factory_of("model.factory", config.model.factory, config.model.arguments)()
         with offload.initialize(model, config) as engine:
             if going_on:
                 engine.resume()

@@ -105,7 +105,7 @@ def test_the_ops_and_their_accesses_are_those_of_the_engine(tmp_path: Path) -> N
     _, _, plan = trained(config)
     assert config.model is not None
     with rehearsed(
-        factory_of("model", config.model.factory, {}),
+        factory_of("model.factory", config.model.factory, {}),
         config,
         CostMode(RatedKernels(1e9, 1e9)),
         Bandwidths(1e9, 1e9, 1e9),
@@ -122,7 +122,7 @@ def test_a_simulated_plan_moves_the_bytes_that_the_engine_moves(n_pages: int, tm
     config = gpt_config(tmp_path, n_pages * PAGE_BYTES)
     assert config.model is not None
     torch.manual_seed(1)
-    model = factory_of("model", config.model.factory, config.model.arguments)()
+    model = factory_of("model.factory", config.model.factory, config.model.arguments)()
     x = torch.randint(0, 256, (ROWS, TOKENS))
     with offload.initialize(model, config) as engine:
         store = engine.debug.store

@@ -194,9 +194,9 @@ def test_the_learning_rate_worked_by_hand() -> None:
 
 
 def test_a_factory_may_be_an_attribute_of_a_class() -> None:
-    assert resolve("examples.byte_corpus:ByteCorpus.of_files") == ByteCorpus.of_files
+    assert resolve("data.factory", "examples.byte_corpus:ByteCorpus.of_files") == ByteCorpus.of_files
 
 
 def test_what_a_factory_raises_itself_passes_through() -> None:
     with pytest.raises(ValueError, match="multiple"):
-        factory_of("model", "examples.byte_gpt:byte_gpt", {"d_model": 60, "n_head": 7})()
+        factory_of("model.factory", "examples.byte_gpt:byte_gpt", {"d_model": 60, "n_head": 7})()

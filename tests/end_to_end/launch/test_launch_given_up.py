@@ -81,7 +81,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     ("change", "said"),
     [
         ({"memory": {"ram": "64KiB"}}, "memory.ram"),
-        ({"model": {"factory": "offload.nowhere:x"}}, "factory 'offload.nowhere:x': No module named 'offload.nowhere'"),
+        (
+            {"model": {"factory": "offload.nowhere:x"}},
+            "model.factory: 'offload.nowhere:x': No module named 'offload.nowhere'",
+        ),
         ({"model": {"factory": "examples.byte_gpt:nothing"}}, "has no attribute 'nothing'"),
         ({"model": {"factory": f"{HERE}:not_callable"}}, "is a int, not callable"),
         (

@@ -98,7 +98,7 @@ def trained(config: Config, steps: int = STEPS) -> tuple[offload.MemoryReport, i
     assert config.model is not None
     torch.manual_seed(1)
     with offload.deferred_init(config):
-        model = factory_of("model", config.model.factory, config.model.arguments)()
+        model = factory_of("model.factory", config.model.factory, config.model.arguments)()
     with offload.initialize(model, config) as engine:
         start = engine.debug.mover.ssd.used_frames
         for _ in range(steps):

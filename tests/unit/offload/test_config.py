@@ -104,6 +104,25 @@ def test_an_unknown_key_names_the_nearest_one(name: str, value: Any, said: str) 
 
 
 @pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"memroy": SMALL["memory"], "ssd": SMALL["ssd"]}, "unknown key 'memroy'; did you mean 'memory'?"),
+        ({"memory": {"rma": 1}, "ssd": SMALL["ssd"]}, "unknown key 'memory.rma'; did you mean 'memory.ram'?"),
+        (
+            {"ssd": SMALL["ssd"], "train": {"step": 1, "batch": 1}},
+            "unknown key 'train.step'; did you mean 'train.steps'?",
+        ),
+    ],
+)
+def test_a_misspelt_name_comes_first_and_is_not_missing_besides(raw: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(raw)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"configuration: {said}" and all("memory is missing" in line for line in lines[1:])
+    assert len(lines) == (2 if "memory" not in raw and "memroy" not in raw else 1)
+
+
+@pytest.mark.parametrize(
     ("name", "value", "said"),
     [
         ("memory", 5, "memory must be a section with keys of its own, not 5"),
@@ -151,7 +170,7 @@ def test_page_files_may_lie_in_the_run_folder() -> None:
 def test_every_mistake_has_its_line() -> None:
     lines = complaint(("memory.page", "x"), ("ssd.threads", 0), ("optimiser", {})).splitlines()
     assert len(lines) == 3
-    assert lines[-1] == "configuration: unknown key 'optimiser'; did you mean 'optimizer'?"
+    assert lines[0] == "configuration: unknown key 'optimiser'; did you mean 'optimizer'?"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -232,15 +233,37 @@ def test_a_model_that_is_none(name: str, said: str) -> None:
 
 @pytest.mark.parametrize("reference", [":x", "a:", "a..b:c", "a:b..c", "1:2", ".:.", "..a:b"])
 def test_a_reference_that_is_none(reference: str) -> None:
-    assert complaint(lambda: resolve(reference)) == f"factory {reference!r} is not written as module:callable"
+    assert (
+        complaint(lambda: resolve("--plain", reference)) == f"--plain: {reference!r} is not written as module:callable"
+    )
 
 
 def test_a_module_that_fails_when_it_is_imported(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_module.py").write_text("x = [][1]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert complaint(lambda: resolve("broken_module:x")) == (
-        "factory 'broken_module:x': importing it fails: IndexError: list index out of range (--debug shows where)"
+    assert complaint(lambda: resolve("model", "broken_module:x")) == (
+        "model: 'broken_module:x': importing it fails: IndexError: list index out of range (--debug shows where)"
     )
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("my_module:make_model", "No module named 'my_module': this is the placeholder of `offload config`"),
+        ("elsewhere.deep:x", f"No module named 'elsewhere' in the current folder ({os.getcwd()}) or elsewhere on sys."),
+        ("importing_module:x", "No module named 'elsewhere'"),
+        ("os:getcwt", "module 'os' has no attribute 'getcwt'; did you mean 'getcwd'?"),
+        ("os:path.zzzzzz", "module 'posixpath' has no attribute 'zzzzzz'"),
+    ],
+)
+def test_a_name_that_is_not_found_says_where_it_was_looked_for(
+    reference: str, said: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "importing_module.py").write_text("import elsewhere\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    message = complaint(lambda: resolve("model.factory", reference))
+    assert message.startswith(f"model.factory: {reference!r}: {said}")
+    assert ("current folder" in message) == reference.startswith("elsewhere")
 
 
 def test_long_values_are_described_in_few_words() -> None:
