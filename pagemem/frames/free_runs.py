@@ -88,18 +88,6 @@ class FreeRuns:
         """All runs as (start, length), in order of place."""
         return iter(self._by_start.items())
 
-    def validate(self) -> None:
-        """Raise AssertionError when the two indices differ or runs touch."""
-        if sorted((length, start) for start, length in self._by_start.items()) != list(self._by_length):
-            raise AssertionError("free runs: the index by length is not that by place")
-        if sum(self._by_start.values()) != self.n_frames:
-            raise AssertionError(f"free runs: {self.n_frames} frames counted, {sum(self._by_start.values())} listed")
-        end = -1
-        for start, length in self._by_start.items():
-            if start <= end or length <= 0:
-                raise AssertionError(f"free runs: ({start}, {length}) touches the run before it or is empty")
-            end = start + length
-
     def _run_at(self, frame: int) -> tuple[int, int] | None:
         """The run that begins at or last before ``frame``."""
         place = self._by_start.bisect_right(frame) - 1
@@ -174,22 +162,6 @@ class SharedPages:
         self._tails[tail.frame] = tuple(entry for entry in there if entry != (tail, tensor))
         self._room.add((self._gap(tail.frame)[1], tail.frame))
         return False
-
-    def validate(self) -> None:
-        """Raise AssertionError when a frame holds no, more than two or overlapping tails, or the index of room is
-        wrong."""
-        for frame, there in self._tails.items():
-            if not 1 <= len(there) <= 2 or (len(there) == 2 and _overlap(there[0][0], there[1][0])):
-                raise AssertionError(f"frame {frame} cannot hold {there}")
-            for tail, tensor in there:
-                inside = tail.offset_bytes >= 0 and tail.offset_bytes + tail.length_bytes <= self._page_bytes
-                if len(there) == 2 and all(other.offset_bytes for other, _ in there):
-                    raise AssertionError(f"neither of {there} begins at the start of frame {frame}")
-                if tail.frame != frame or not inside or tail.length_bytes <= 0 or tail.offset_bytes % BLOCK_BYTES:
-                    raise AssertionError(f"{tail} of tensor {tensor} is not a block-aligned part of frame {frame}")
-        room = sorted((self._gap(frame)[1], frame) for frame, there in self._tails.items() if len(there) == 1)
-        if room != list(self._room):
-            raise AssertionError("the index of room in shared frames is not that of their tails")
 
     def _gap(self, frame: int) -> tuple[int, int]:
         """Offset and length of the room beside a frame's only tail, in whole blocks: one of two tails begins at 0."""

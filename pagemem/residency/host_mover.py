@@ -246,12 +246,6 @@ class HostMover(Mover):
             new = [self.tensors[t] for t in dict.fromkeys(stored) if self.tensors[t].copy is None]
             return self.copies.used_frames_after(tensor.n_bytes for tensor in new)
 
-    def validate(self) -> None:
-        """As `Mover.validate`."""
-        with self.changed:
-            super().validate()
-            self.ssd.validate()
-
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _take_frames(self, tensor: PagedTensor) -> DiskVersion:

@@ -334,15 +334,3 @@ class Mover(ABC):
     def close(self) -> None:
         """Wait until no copy is under way; as `CopyMonitor.close`. Idempotent."""
         self.monitor.close()
-
-    def validate(self) -> None:
-        """Check every cross reference between records and allocators.
-
-        Raises:
-            AssertionError: one does not hold.
-        """
-        with self.changed:
-            self.tenants.validate()
-            for tensor in self.tensors.values():
-                if tensor.state is Residency.STORED and not tensor.ssd_valid:
-                    raise AssertionError(f"{tensor.name}: stored, but the tier below does not hold it")

@@ -15,7 +15,7 @@ from pagemem.devices.arena import Arena
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, Shortage, TensorId
 from pagemem.frames.window import Comparable, Window, best_window, window_near
-from pagemem.residency.paged_tensor import IN_FLIGHT, PagedTensor, Residency
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.tier import Tier
 
 
@@ -136,18 +136,3 @@ class Tenants:
         self.host.release(tensor.id)
         self._by_use.pop(tensor.id, None)
         tensor.frame = None
-
-    def validate(self) -> None:
-        """Check every cross reference between records and the allocator.
-
-        Raises:
-            AssertionError: one does not hold.
-        """
-        self.host.validate()
-        for tensor in self._tensors.values():
-            placed = self.host.placement(tensor.id)
-            if (placed is None) != (tensor.frame is None):
-                raise AssertionError(f"{tensor.name}: frame {tensor.frame} but host placement {placed}")
-            in_host = tensor.readable or tensor.state in IN_FLIGHT
-            if in_host != (tensor.frame is not None):
-                raise AssertionError(f"{tensor.name}: {tensor.state.value} with frame {tensor.frame}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 
+from cross_references import check_frames
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -117,7 +118,7 @@ class AllocatorAgainstByteMap(RuleBasedStateMachine):
     @invariant()
     def the_numbers_are_those_of_the_model(self) -> None:
         frames = self.frames
-        frames.validate()
+        check_frames(frames)
         used = sum(not self.is_free(frame) for frame in range(self.n_frames))
         self.peak = max(self.peak, used)
         assert (frames.n_frames, frames.used_frames, frames.free_frames) == (self.n_frames, used, self.n_frames - used)

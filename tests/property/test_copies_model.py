@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from cross_references import check_frames
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -176,7 +177,7 @@ class CopiesModel(RuleBasedStateMachine):
 
     @invariant()
     def every_copy_in_use_is_counted_once(self) -> None:
-        self.copies.book.validate()
+        check_frames(self.copies.book)
         named = [stored for commit in self.commits for stored, _ in commit.named]
         used = {id(stored): stored for stored in [*named, *(t.copy for t in self.tensors if t.copy is not None)]}
         assert len(self.copies.book.tensors()) == len(used)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from broken_device import broken, fails
+from cross_references import check_mover
 from gated_device import GatedDevice, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES, opened
 
@@ -153,7 +154,7 @@ def test_a_copy_that_fails_is_told_and_leaves_the_tensor_below(tiers: Tiers, mon
 def test_host_pages_that_the_device_fills_are_neither_read_nor_moved_before(tiers: Tiers) -> None:
     lower = tiers.saved(5)
     assert lower.state is R.ARRIVING and not lower.readable and not tiers.below.mover.tenants.droppable(lower.id)
-    tiers.below.mover.validate()
+    check_mover(tiers.below.mover)
     with pytest.raises(TransitionError, match="arriving -> absent"):
         tiers.below.mover.discard(lower)
     with pytest.raises(TransitionError, match="arriving -> storing"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
+from cross_references import check_mover
 from fake_page_files import TIMEOUT_S
 from gated_mover import PAGE_BYTES, Gates, opened
 
@@ -37,7 +38,7 @@ def test_a_load_under_way_forbids_changes_stores_and_discards(gates: Gates) -> N
         with pytest.raises(TransitionError, match="^t: loading ->"):
             use(tensor)
         assert tensor.state is R.LOADING
-    gates.mover.validate()
+    check_mover(gates.mover)
     assert not tensor.readable
     read.open()
     assert tensor.state is R.CLEAN and gates.holds(tensor, 7)
@@ -103,7 +104,7 @@ def test_a_load_that_fails_leaves_the_tensor_stored_and_its_frames_free(gates: G
     gates.mover.monitor.check()  # Told once.
     assert (tensor.state, tensor.frame, tensor.ssd_valid) == (R.STORED, None, True)
     assert gates.mover.host.used_frames == 0
-    gates.mover.validate()
+    check_mover(gates.mover)
     gates.mover.start_load(tensor, FrameId(2))
     gates.files.take("read").open()
     assert gates.holds(tensor, 7), "the page file's copy was whole all the time"
@@ -156,7 +157,7 @@ def test_a_store_that_fails_keeps_the_tensor_dirty_and_whole(gates: Gates) -> No
     gates.mover.monitor.check()  # Told once.
     assert (tensor.state, tensor.ssd_valid) == (R.DIRTY, False)
     assert gates.holds(tensor, 5)
-    gates.mover.validate()
+    check_mover(gates.mover)
     gates.mover.start_store(tensor)
     gates.files.take("write").open()
     assert tensor.state is R.CLEAN

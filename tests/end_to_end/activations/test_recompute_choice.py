@@ -11,6 +11,7 @@ from typing import Any
 import forecast_runs
 import pytest
 import torch
+from cross_references import check_mover
 from forecast_runs import gpt_config, trained
 from parity import adamw, compare
 from small_runs import assert_closed
@@ -84,7 +85,7 @@ class Pair:
     def end(self) -> offload.Stats:
         """Compare every bit and close; returns the engine's counters."""
         compare(self.plain, self._optimizer, self.engine.model, self.engine.optimizer, "at the end")
-        self.engine.debug.mover.validate()
+        check_mover(self.engine.debug.mover)
         stats = self.engine.stats()
         assert stats.deviations == 0
         assert_closed(self.engine)

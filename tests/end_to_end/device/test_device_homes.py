@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross_references import check_mover
 from late_device import late_device
 from pairwise import full_product
 from parity import Parity, adamw, state_bytes
@@ -197,7 +198,7 @@ def test_states_are_reported_where_they_are(tmp_path: Path) -> None:
         train(engine, 4)
         device = engine.debug.device_tier
         assert device is not None
-        device.mover.validate()
+        check_mover(device.mover)
         held = {tensor.tag for tensor in device.mover.tensors.values() if tensor.frame is not None}
         assert held == {Tag.PARAM, Tag.MOMENT, Tag.GRAD}
         with engine.profile(tmp_path / "profile") as profile:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross_references import check_mover
 from edits import EDITS
 from late_device import late_device
 from pairwise import full_product
@@ -173,7 +174,7 @@ def test_what_is_on_the_device_is_reported_and_within_its_budget(tmp_path: Path)
         assert use.peak_pages == use.planned_peak_pages
         device = engine.debug.device_tier
         assert device is not None and device.mover.tier is Tier.DEVICE
-        device.mover.validate()
+        check_mover(device.mover)
         with torch.no_grad():
             engine(*batches(1)[0])
         n_on_device = sum(t.state is Residency.CLEAN for t in device.mover.tensors.values())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cross_references import check_mover
 from small_runs import assert_closed
 from tiny_models import Block
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def trained(
         assert updates == {steps} or all(1 <= made <= steps for made in updates), (
             "merged updates are fewer, none is lost"
         )
-        engine.debug.mover.validate()
+        check_mover(engine.debug.mover)
     assert_closed(engine)
     return {"resident": resident, "late": deviations[-1] - deviations[WARM_UP], "planned": stats.planned_steps}
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cross_references import check_mover
 from parity import adamw, compare
 from small_runs import assert_closed, assert_equal, built, config
 from tiny_models import CASES, GPT
@@ -183,7 +184,7 @@ def test_units_values_and_training_are_those_of_a_plain_build(name: str, dtype: 
             )
         }
         assert set(mover.tensors) == kept, "what the model does not use has given its pages back"
-        mover.validate()
+        check_mover(mover)
         if dtype == "fp32":
             optimizer = adamw(plain.parameters())
             train(case, (plain, optimizer), (model, engine.optimizer))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross_references import check_mover
 from parity import compare
 from small_runs import assert_closed, config
 from torch import Tensor, nn
@@ -269,7 +270,7 @@ def equal_when_trained(name: str, how: str, folder: Path) -> str | None:
             compare(plain, plain_optimizer, model, engine.optimizer, f"{name} {how}")
         except AssertionError as error:
             return str(error)
-        engine.debug.mover.validate()
+        check_mover(engine.debug.mover)
     assert_closed(engine)
     return None
 

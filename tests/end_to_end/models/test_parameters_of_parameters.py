@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cross_references import check_mover
 from parity import adamw, compare
 from small_runs import assert_closed, assert_equal, config
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ def test_built_with_them_a_model_has_plain_bits(name: str, how: str, tmp_path: P
         with torch.no_grad():
             x, y = torch.randn(4, 64), torch.randint(0, 10, (4,))
             assert torch.equal(model.eval()(x, y), plain.eval()(x, y))
-        engine.debug.mover.validate()
+        check_mover(engine.debug.mover)
     assert_closed(engine)
 
 

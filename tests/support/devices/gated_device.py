@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from cross_references import check_mover
 from gated_mover import PAGE_BYTES, Gates, opened
 
 from pagemem.devices.accelerator import RamDevice
@@ -104,5 +105,5 @@ def opened_tiers() -> Iterator[Tiers]:
             yield made
         finally:
             made.device.close()
-            made.device.validate()
+            check_mover(made.device)
             made.device.arena.close()

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import torch
+from cross_references import check_mover
 from fake_page_files import GatedPageFiles
 
 from pagemem.devices.arena import HostArena
@@ -83,5 +84,5 @@ def opened(n_frames: int = N_FRAMES) -> Iterator[Gates]:
         made.training.shutdown()
         with suppress(StorageError):
             made.mover.close()
-        made.mover.validate()
+        check_mover(made.mover)
         made.mover.arena.close()

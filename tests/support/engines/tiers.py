@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from cross_references import check_frames
 
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import FrameId, Placement, Shortage, TensorId
@@ -25,7 +26,7 @@ def every_tier_is_valid_at_the_end() -> Iterator[None]:
     made.clear()
     yield
     for frames in made:
-        frames.validate()
+        check_frames(frames)
 
 
 def tier(n_frames: int) -> PageAllocator:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from cross_references import check_mover
 from fake_page_files import ThreadedPageFiles
 
 from pagemem.devices.arena import HostArena
@@ -98,7 +99,7 @@ class Rig:
         for text in ops:
             self.op(text)
         self.driver.end_step(repeatable=repeatable)
-        self.mover.validate()
+        check_mover(self.mover)
 
     def read_all(self) -> None:
         """Check the content of every tensor that was not consumed, between steps."""
@@ -111,7 +112,7 @@ class Rig:
         self.driver.quiesce()
         self.mover.close()
         self.files.close()
-        self.mover.validate()
+        check_mover(self.mover)
         self.mover.arena.close()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cross_references import check_mover
 from tiny_models import Case
 from torch import Tensor, nn
 
@@ -73,7 +74,7 @@ class Parity:
         try:
             self._train(plain, model, optimizer)
             store = engine.debug.store
-            store.mover.validate()
+            check_mover(store.mover)
             return engine.stats()
         finally:
             engine.close()

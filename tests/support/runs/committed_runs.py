@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cross_references import check_mover
 from parity import Factory, adamw, schedule
 from tiny_models import CASES, Case
 from torch import Tensor, nn
@@ -160,7 +161,7 @@ class Run:
     ) -> None:
         if error is None:
             self.engine.drain()
-            self.engine.debug.mover.validate()
+            check_mover(self.engine.debug.mover)
         self.engine.close()
 
 

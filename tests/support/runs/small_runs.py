@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cross_references import check_mover
 from parity import adamw
 from tiny_models import CASES, GPT
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def assert_untouched(model: nn.Module) -> None:
 
 def assert_closed(engine: offload.Engine) -> None:
     """Closing works, twice, and gives every byte back; threads and descriptors are looked at after each test."""
-    engine.debug.mover.validate()
+    check_mover(engine.debug.mover)
     engine.close()
     engine.close()
     engine.debug.store.budget.close()

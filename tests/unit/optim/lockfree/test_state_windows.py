@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cross_references import check_mover
 from fake_page_files import TIMEOUT_S, FakePageFiles, GatedPageFiles, ThreadedPageFiles
 from torch import Tensor
 from training_rig import PAGE_BYTES, pattern
@@ -81,7 +82,7 @@ class Cycle:
         for _ in range(times):
             for number in range(count):
                 self.visit(number, (number + 1) % count)
-                self.mover.validate()
+                check_mover(self.mover)
 
     def states(self) -> list[str]:
         """Where each slice's first tensor is."""
@@ -98,7 +99,7 @@ def streaming(sizes: Sequence[int | tuple[int, int]], n_frames: int) -> Iterator
     finally:
         cycle.mover.monitor.settle()
         files.close()
-        cycle.mover.validate()
+        check_mover(cycle.mover)
         cycle.mover.arena.close()
 
 
@@ -127,7 +128,7 @@ class Gated:
         """Let everything end."""
         self.files.fail_all(StorageError("the test is over"))
         self._updater.shutdown()
-        self.cycle.mover.validate()
+        check_mover(self.cycle.mover)
         self.cycle.mover.arena.close()
 
 
@@ -188,7 +189,7 @@ def test_any_order_of_visits_is_served() -> None:
     with streaming([1, (1, 2), 3, 2, 1, 1], 3 * RING_WINDOWS) as (cycle, _):
         for number in [5, 0, 2, 2, 1, 5, 4, 3, 0, 0, 1, 2, 4, 5, 3, 1]:
             cycle.visit(number, (number * 2) % 6)
-            cycle.mover.validate()
+            check_mover(cycle.mover)
 
 
 def test_a_slice_without_states_takes_no_window() -> None:

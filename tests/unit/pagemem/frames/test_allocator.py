@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from cross_references import check_frames
 from tiers import PAGE, every_tier_is_valid_at_the_end, filled, layout, placed, t, tier  # noqa: F401
 
 from pagemem.frames.allocator import PageAllocator
@@ -198,10 +199,10 @@ def test_validate_finds_every_broken_cross_reference() -> None:
     def broken(change: Callable[[PageAllocator], None], message: str) -> None:
         frames = PageAllocator(Tier.HOST, PAGE, 4)
         frames.allocate(t("A"), PAGE + KiB)
-        frames.validate()
+        check_frames(frames)
         change(frames)
         with pytest.raises(AssertionError, match=message):
-            frames.validate()
+            check_frames(frames)
 
     broken(lambda frames: frames.free.add(0, 1), "two owners or none")
     broken(lambda frames: frames.free.take(3, 1), "accounted for|two owners or none")

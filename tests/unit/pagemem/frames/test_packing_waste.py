@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cross_references import check_frames
 from model_shapes import MODELS, Leaf, n_parameters
 from small_runs import PAGE_BYTES as SMALL_PAGE_BYTES
 from small_runs import RAM_BYTES, assert_closed, built, engine_of, train
@@ -65,7 +66,7 @@ def waste(name: str, dtype: str, page_bytes: int) -> float:
     frames = PageAllocator(Tier.SSD, page_bytes, sum(ceil_div(n_bytes, page_bytes) for n_bytes in odd))
     for number, n_bytes in enumerate(odd):
         frames.allocate(TensorId(number), n_bytes)
-    frames.validate()
+    check_frames(frames)
     return (frames.used_frames * page_bytes - sum(odd)) / sum(sizes)
 
 
