@@ -5,23 +5,18 @@ budget: what does not fit is refused with a `BudgetShortage`, which names the ho
 is true, and nothing changes.
 
 Invariants, whenever the budget's lock is free
-    1. 0 <= used_bytes <= limit_bytes, and used_bytes <= peak_bytes <= limit_bytes.
-    2. used_bytes is the sum of the sizes of all HELD reservations, in all and tag by tag.
-    3. A reservation that is not HELD has size 0.
-
-A reservation begins HELD; `Reservation.release` makes it RELEASED, for good.
+    1. 0 <= used_bytes <= peak_bytes <= limit_bytes.
+    2. used_bytes is the sum of the sizes of all reservations, in all and tag by tag.
+    3. A released reservation has size 0, for good.
 """
 
 from __future__ import annotations
 
-import enum
 import threading
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Literal
+from typing import Literal
 
 from pagemem.errors import TransitionError
-from pagemem.state_machine import StateMachine
 from pagemem.telemetry.events import Watcher
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
@@ -57,40 +52,22 @@ class BudgetShortage:
         )
 
 
-class ReservationState(enum.Enum):
-    """HELD from `Budget.reserve` on, RELEASED after its end."""
-
-    HELD = "held"
-    RELEASED = "released"
-
-
-_MOVES: Final = StateMachine("reservation", {ReservationState.HELD: {ReservationState.RELEASED}})
-
-
 class Reservation:
     """Bytes of one budget held under one tag. Made by `Budget.reserve`; methods may be called on any thread.
 
-    As a context manager it is released at the end of the block.
+    Attributes:
+        n_bytes: held now; 0 once it has ended. Written under the budget's lock only, as is ``released``.
+        holder: named in errors.
     """
 
-    __slots__ = ("_budget", "_n_bytes", "_state", "holder", "tag")
+    __slots__ = ("_budget", "holder", "n_bytes", "released", "tag")
 
     def __init__(self, budget: Budget, tag: Tag, holder: str) -> None:
         self._budget = budget
-        self._n_bytes = 0  # This and the state are written under the budget's lock only.
-        self._state = ReservationState.HELD
+        self.n_bytes = 0
+        self.released = False
         self.tag = tag
         self.holder = holder
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes held now; 0 once it has ended."""
-        return self._n_bytes
-
-    @property
-    def state(self) -> ReservationState:
-        """Whether it is held, and if not how it ended."""
-        return self._state
 
     def resize(self, n_bytes: int) -> Reservation | BudgetShortage:
         """Hold ``n_bytes`` from now on.
@@ -101,7 +78,10 @@ class Reservation:
         Raises:
             ValueError: the size is negative. TransitionError: the reservation has ended.
         """
-        return self._budget._resize(self, n_bytes)
+        with self._budget._lock:
+            if self.released:
+                raise TransitionError(f"reservation {self.holder!r} was released before; it cannot be resized")
+            return self._budget._change(self, n_bytes)
 
     def release(self) -> None:
         """Hold nothing any more.
@@ -109,23 +89,17 @@ class Reservation:
         Raises:
             TransitionError: it has ended before: two owners believe that it is theirs.
         """
-        self._budget._release(self)
+        with self._budget._lock:
+            if self.released:
+                raise TransitionError(f"reservation {self.holder!r} was released before; it cannot be released again")
+            self.released = True
+            self._budget._change(self, 0)
+            self._budget._held.remove(self)
 
     def end(self) -> None:
         """Hold nothing any more, if it has not ended before: for those who may be closed twice."""
-        if self._state is ReservationState.HELD:
+        if not self.released:
             self.release()
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-    def __repr__(self) -> str:
-        return f"<Reservation {self.holder!r} {self.tag.value} {self._n_bytes} bytes {self._state.value}>"
 
 
 class Budget:
@@ -134,6 +108,10 @@ class Budget:
     Args:
         tier: named in shortages and errors.
         limit_bytes: what may be held at any instant.
+
+    Attributes:
+        used_bytes: held now.
+        peak_bytes: most bytes held at any instant so far.
 
     Raises:
         ValueError: the limit is negative.
@@ -145,8 +123,7 @@ class Budget:
         self.tier = tier
         self.limit_bytes = limit_bytes
         self._lock = threading.Lock()  # guards all below, and size and state of every reservation
-        self._used_bytes = 0
-        self._peak_bytes = 0
+        self.used_bytes = self.peak_bytes = 0
         self._by_tag = dict.fromkeys(Tag, 0)
         self._held: set[Reservation] = set()
         self._watcher: Watcher | None = None
@@ -158,23 +135,11 @@ class Budget:
             ValueError: the size is negative.
         """
         made = Reservation(self, tag, holder)
-        _check_size(made, n_bytes)
         with self._lock:
-            shortage = self._change(made, n_bytes)
-            if shortage is not None:
-                return shortage
-            self._held.add(made)
-            return made
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes held now."""
-        return self._used_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes held at any instant so far."""
-        return self._peak_bytes
+            found = self._change(made, n_bytes)
+            if found:
+                self._held.add(made)
+            return found
 
     def by_tag(self) -> dict[Tag, int]:
         """Bytes held under each tag that holds any, all at one instant."""
@@ -198,39 +163,18 @@ class Budget:
         if left:
             raise AssertionError(f"{self.tier.value}: reservations never released: {', '.join(left)}")
 
-    def _change(self, reservation: Reservation, n_bytes: int) -> BudgetShortage | None:
+    def _change(self, reservation: Reservation, n_bytes: int) -> Reservation | BudgetShortage:
         """Resize with the lock held."""
-        more_bytes = n_bytes - reservation._n_bytes
-        if self._used_bytes + more_bytes > self.limit_bytes:
+        if n_bytes < 0:
+            raise ValueError(f"reservation {reservation.holder!r}: a size cannot be negative: {n_bytes}")
+        more_bytes = n_bytes - reservation.n_bytes
+        if self.used_bytes + more_bytes > self.limit_bytes:
             holders = sorted(((tag, n) for tag, n in self._by_tag.items() if n), key=lambda held: -held[1])
-            return BudgetShortage(self.tier, more_bytes, self._used_bytes, self.limit_bytes, tuple(holders))
-        reservation._n_bytes = n_bytes
-        self._used_bytes += more_bytes
+            return BudgetShortage(self.tier, more_bytes, self.used_bytes, self.limit_bytes, tuple(holders))
+        reservation.n_bytes = n_bytes
+        self.used_bytes += more_bytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         self._by_tag[reservation.tag] += more_bytes
-        self._peak_bytes = max(self._peak_bytes, self._used_bytes)
         if self._watcher is not None:
             self._watcher.held(self.tier, reservation.tag, more_bytes)
-        return None
-
-    def _resize(self, reservation: Reservation, n_bytes: int) -> Reservation | BudgetShortage:
-        _check_size(reservation, n_bytes)
-        with self._lock:
-            if reservation._state is not ReservationState.HELD:
-                raise TransitionError(f"reservation {reservation.holder!r} was released before; it cannot be resized")
-            shortage = self._change(reservation, n_bytes)
-            return reservation if shortage is None else shortage
-
-    def _release(self, reservation: Reservation) -> None:
-        with self._lock:
-            reservation._state = _MOVES.move(reservation._state, ReservationState.RELEASED, repr(reservation.holder))
-            n_bytes, reservation._n_bytes = reservation._n_bytes, 0
-            self._held.remove(reservation)
-            self._used_bytes -= n_bytes
-            self._by_tag[reservation.tag] -= n_bytes
-            if self._watcher is not None:
-                self._watcher.held(self.tier, reservation.tag, -n_bytes)
-
-
-def _check_size(reservation: Reservation, n_bytes: int) -> None:
-    if n_bytes < 0:
-        raise ValueError(f"reservation {reservation.holder!r}: a size cannot be negative: {n_bytes}")
+        return reservation

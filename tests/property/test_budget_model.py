@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pagemem.budget import Budget, Reservation, ReservationState
+from pagemem.budget import Budget, Reservation
 from pagemem.errors import TransitionError
 from pagemem.tier import Tag, Tier
 
@@ -82,7 +82,7 @@ class BudgetModel(RuleBasedStateMachine):
         assert self.budget.by_tag() == {tag: n_bytes for tag, n_bytes in by_tag.items() if n_bytes}
         for entry in self.entries:
             assert entry.reservation.n_bytes == entry.n_bytes
-            assert (entry.reservation.state is not ReservationState.HELD) is entry.ended
+            assert entry.reservation.released is entry.ended
 
     def teardown(self) -> None:
         for entry in self.entries:
