@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -20,9 +21,9 @@ from typing import Final
 from pagemem.durable.manifest import StoredTensor
 from pagemem.files.backend import Direction, transfer
 from pagemem.files.checksums import digests
-from pagemem.files.raw_file import close_all
 from pagemem.files.requests import ExtentTable, plan_requests, tabulate
 from pagemem.files.striping import Striping
+from pagemem.folders.descriptor import close_fds
 from pagemem.folders.own_file import naming
 from pagemem.folders.small_file import open_regular
 from pagemem.frames.page import Extent
@@ -30,57 +31,6 @@ from pagemem.units import MiB
 
 #: Bytes read at a time, where pages are not larger.
 CHUNK_BYTES: Final = 4 * MiB
-
-
-class _ReadOnlyFiles:
-    """Files opened for reading; see `pagemem.files.backend.RawBackend`. What would change a file is refused."""
-
-    def __init__(self) -> None:
-        self._fds: list[int] = []
-        self.name = "direct"
-
-    def open(self, path: str) -> int:
-        """Open an existing regular file; returns its index."""
-        fd, _ = open_regular(Path(path), 2**62)
-        self._fds.append(fd)
-        try:
-            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self.name = "page cache"
-        return len(self._fds) - 1
-
-    def sizes(self) -> list[int]:
-        """Bytes of each file."""
-        return [self.stat(file).st_size for file in range(len(self._fds))]
-
-    def stat(self, file: int) -> os.stat_result:
-        """fstat."""
-        return os.fstat(self._fds[file])
-
-    def read_into(self, file: int, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
-        """One preadv; returns the number of bytes read."""
-        return os.preadv(self._fds[file], buffers, offset_bytes)
-
-    def write_from(self, file: int, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
-        """Refused."""
-        raise AssertionError("these files are only read")
-
-    def allocate(self, file: int, old_bytes: int, new_bytes: int) -> None:
-        """Refused."""
-        raise AssertionError("these files are only read")
-
-    def shrink(self, file: int, n_bytes: int) -> None:
-        """Refused."""
-        raise AssertionError("these files are only read")
-
-    def sync(self, file: int) -> None:
-        """Nothing was written."""
-
-    def close(self) -> None:
-        """Close the files. Idempotent."""
-        close_all(self._fds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +72,8 @@ class PageReader:
 
     Attributes:
         chunk_bytes: most bytes in a chunk.
+        file_bytes: of each file.
+        backend_name: ``"direct"`` or ``"page cache"``.
 
     Raises:
         StorageError: a file cannot be opened; none is left open.
@@ -132,22 +84,28 @@ class PageReader:
         self.page_bytes = page_bytes
         self.chunk_bytes = max(CHUNK_BYTES, page_bytes)
         self._striping = Striping(len(paths))
-        self._files = _ReadOnlyFiles()
+        self.backend_name = "direct"
+        self.file_bytes: list[int] = []
+        self._fds: list[int] = []
         try:
             for path in self.paths:
                 with naming("opening", path):
-                    self._files.open(path)
-            with naming("looking at", ", ".join(self.paths)):
-                self.file_bytes = self._files.sizes()
+                    self._open(path)
         except BaseException:
             with suppress(OSError):  # what failed first is what to raise; all are closed
-                self._files.close()
+                close_fds(self._fds)
             raise
 
-    @property
-    def backend_name(self) -> str:
-        """``"direct"`` or ``"page cache"``."""
-        return self._files.name
+    def _open(self, path: str) -> None:
+        fd, n_bytes = open_regular(Path(path), 2**62)
+        self._fds.append(fd)
+        self.file_bytes.append(n_bytes)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.backend_name = "page cache"
 
     @property
     def n_frames(self) -> int:
@@ -206,9 +164,8 @@ class PageReader:
         for request in plan_requests(table, len(self.paths), self.page_bytes, self.chunk_bytes):
             buffers = [into[start:end] for start, end in request.spans]
             try:
-                transfer(
-                    self._files, Direction.READ, request.path, self.paths[request.path], request.position_bytes, buffers
-                )
+                call = partial(self._read_once, request.path)
+                transfer(call, Direction.READ, self.paths[request.path], request.position_bytes, buffers)
             finally:
                 for buffer in buffers:  # of an error: its traceback would keep them
                     buffer.release()
@@ -221,12 +178,15 @@ class PageReader:
             if expected != is_now
         ]
 
+    def _read_once(self, file: int, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
+        return os.preadv(self._fds[file], buffers, offset_bytes)
+
     def _wrong(self, chunk: Chunk, table: ExtentTable, row: int, what: str) -> WrongExtent:
         return WrongExtent(chunk.extents[row], self.paths[int(table.paths[row])], int(table.positions[row]), what)
 
     def close(self) -> None:
         """Close the files. Idempotent."""
-        self._files.close()
+        close_fds(self._fds)
 
     def __enter__(self) -> PageReader:
         return self

@@ -30,11 +30,9 @@ class FileSet:
         self._paths = paths
         self._page_bytes = page_bytes
         try:
-            for file, path in enumerate(paths):
+            for path in paths:
                 with naming("opening", path):
-                    index = backend.open(path)
-                if index != file:
-                    raise AssertionError(f"the backend gave {path} the index {index}, not {file}")
+                    backend.open(path)
         except BaseException:
             with suppress(OSError):  # what failed first is what to raise; all are closed
                 backend.close()

@@ -21,6 +21,7 @@ from __future__ import annotations
 import enum
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -255,8 +256,9 @@ class TransferServer:
         try:
             if self._throttle is not None:
                 self._throttle.take(request.n_bytes)
+            call = self._backend.read_into if direction is Direction.READ else self._backend.write_from
             path = self._paths[request.path]
-            transfer(self._backend, direction, request.path, path, request.position_bytes, buffers)
+            transfer(partial(call, request.path), direction, path, request.position_bytes, buffers)
             moved_bytes = request.n_bytes
         finally:
             self._meter.end(direction, moved_bytes)

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 
-def close_last(fds: list[int], close: Callable[[int], None] = os.close) -> None:
+def close_last(fds: list[int]) -> None:
     """Take the last descriptor out of a list and close it: in one call from C, within which no signal's handler runs,
     so it is neither lost nor closed twice.
 
     Raises:
         OSError: it could not be closed; the system has let go of it, too. IndexError: there is none.
     """
-    next(map(close, iter(fds.pop, None)))
+    next(map(os.close, iter(fds.pop, None)))
+
+
+def close_fds(fds: list[int]) -> None:
+    """Close descriptors, all of them, and empty the list.
+
+    Raises:
+        OSError: the first one that could not be closed; the system has let go of it, too.
+    """
+    failure: OSError | None = None
+    while fds:
+        try:
+            close_last(fds)
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 class Descriptor:

@@ -185,7 +185,7 @@ def test_no_room_after_all_is_an_error_and_nothing_stays(disk: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     before = content(disk)
-    monkeypatch.setattr("pagemem.files.raw_file.os.posix_fallocate", full)
+    monkeypatch.setattr("pagemem.files.backend.os.posix_fallocate", full)
     with pytest.raises(DiskFullError):
         run([disk])
     assert content(disk) == before

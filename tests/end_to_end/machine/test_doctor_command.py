@@ -174,7 +174,7 @@ def test_a_disk_that_fails_is_a_problem_and_nothing_stays(
     def fail(fd: int, offset: int, length: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("pagemem.files.raw_file.os.posix_fallocate", fail)
+    monkeypatch.setattr("pagemem.files.backend.os.posix_fallocate", fail)
     code, record, _ = run(capsys, write_config(tmp_path, tmp_path / "pages"))
     assert code == 1 and any(
         "Input/output error" in line for level, line in said(record, f"ssd {tmp_path / 'pages'}") if level == "problem"
