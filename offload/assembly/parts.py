@@ -36,9 +36,11 @@ from offload.store.page_store import PageStore
 from offload.store.page_views import adopt_view, check_unviewed
 from offload.store.plan_file import plan_keepers
 from offload.store.store_parts import StoreParts
-from optim import PagedOptimizer, StateAccess, rule_for
 from optim.exact.updater import is_eager
 from optim.loss_scale import Scaling
+from optim.optimizer import PagedOptimizer
+from optim.rules import rule_for
+from optim.states import StateAccess
 from optim.unit import Slot, Unit
 from optim.updater import Updater
 from pagemem.errors import OffloadError

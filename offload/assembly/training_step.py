@@ -15,7 +15,7 @@ from offload.activations.policy import RecomputeChoice
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.page_store import PageStore
 from offload.store.plan_file import PlanKeeper
-from optim import LossScale
+from optim.loss_scale import LossScale
 from optim.unit import Slot, Unit
 from optim.updater import Updater
 from pagemem.process import interrupts

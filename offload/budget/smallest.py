@@ -22,7 +22,7 @@ from offload.modules.checks import check_parameters
 from offload.parameters.grouping import Group, groups_of, units_of
 from offload.parameters.module_watch import named_parts, watching_modules
 from offload.parameters.optimizer_template import OptimizerLike, optimized_by, template_of
-from optim import rule_for
+from optim.rules import rule_for
 
 
 class FactoryError(ValueError):

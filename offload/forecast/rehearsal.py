@@ -32,7 +32,7 @@ from offload.profiling.live_storages import Holder, LiveStorages
 from offload.store.deferred_init import built_into
 from offload.store.page_store import PageStore
 from offload.store.store_parts import StoreParts
-from optim import LossScale, Scaling
+from optim.loss_scale import LossScale, Scaling
 from pagemem.devices.accelerator import Accelerator
 from pagemem.devices.arena import Arena
 from pagemem.errors import OffloadError

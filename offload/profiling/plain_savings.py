@@ -17,7 +17,7 @@ from offload.budget.need import UnitShape, budget_need
 from offload.config import Config
 from offload.parameters.grouping import groups_of, units_of
 from offload.parameters.optimizer_template import optimized_by
-from optim import rule_for
+from optim.rules import rule_for
 from pagemem.tier import Tag
 
 #: Parts of the states that a budget is shown for, beside the smallest that works.

@@ -11,7 +11,7 @@ import torch
 from offload.config import Config
 from offload.parameters.binder import Binder
 from offload.parameters.saved_weights import SavedWeights
-from optim import LossScale, Scaling
+from optim.loss_scale import LossScale, Scaling
 from pagemem.devices.accelerator import Accelerator, RamDevice
 from pagemem.devices.arena import Arena, HostArena
 from pagemem.devices.cuda import CudaDevice

@@ -1,4 +1,4 @@
-"""Phase 1 of the schedule: which page moves to make, when, and into which frames. A pure function of the trace.
+"""Plans page moves: which, when, and into which frames. A pure function of the trace.
 
 A reader runs ahead through the cyclic trace and chooses frames for every load (`scheduler.planning.lookahead`). When
 the placement at a step's end equals that of an earlier one, the steps in between are the plan's cycle, and it closes by
