@@ -14,7 +14,6 @@ import time
 from typing import Final
 
 from pagemem.errors import BudgetError
-from pagemem.frames.page import TensorId
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import Residency
 from pagemem.state_machine import StateMachine
@@ -189,11 +188,8 @@ class PlanFollower:
                 continue
             if tensor.frame is not None and tensor.frame < self._mover.tenants.n_shared_frames:
                 self._mover.drop(tensor)
-        first_use: dict[TensorId, int] = {}
-        for index, op in enumerate(self.trace.ops):
-            for access in op.accesses:
-                first_use.setdefault(access.tensor, index)
-        wanted = sorted(plan.initial, key=lambda tensor: first_use.get(tensor, 0))
+        first_uses = self.trace.first_uses()
+        wanted = sorted(plan.initial, key=lambda tensor: first_uses.get(tensor, 0))
         self._lane.submit([LoadTask(tensor, plan.initial[tensor], 0, 0) for tensor in wanted])
         self._lane.submit(plan.carried)
 

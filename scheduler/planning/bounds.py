@@ -1,6 +1,7 @@
 """Checks a plan frame by frame, knowing nothing of how it was made, and stops at the first thing that cannot be.
 
-Copies take no time here: a move is over when its trigger op begins. Contents are version numbers: the one compute wrote
+Copies take no time here: a move is over when its trigger op begins (but `scheduler.planning.lanes` may be told of all
+moves and ops, to say how long they take). Contents are version numbers: the one compute wrote
 last, the one in host memory, and the one in the page files must agree whenever an op looks. Shares no code with the
 planner, only the types that both read.
 """
@@ -8,11 +9,12 @@ planner, only the types that both read.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
+from scheduler.planning.lanes import SimulatedLanes
 from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import LoadTask, Plan, by_trigger
 from scheduler.planning.trace import AccessMode, Op, Trace
@@ -28,29 +30,13 @@ class PlanError(AssertionError):
     mistake."""
 
 
-@dataclass(frozen=True, slots=True)
-class BoundsReport:
-    """What a plan that holds takes.
-
-    Attributes:
-        frames_at_op: host frames in use while each op of the cycle runs, the most of all cycles performed.
-        peak_frames: distinct host frames that were ever in use.
-        read_bytes, written_bytes: moved per step, in the last cycle performed.
-    """
-
-    frames_at_op: tuple[int, ...]
-    peak_frames: int
-    read_bytes: float
-    written_bytes: float
-
-
 def check_bounds(
     plan: Plan,
     trace: Trace,
     n_bytes: Mapping[TensorId, int],
     tier: TierSpec,
     resident: Mapping[TensorId, FrameId] | None = None,
-) -> BoundsReport:
+) -> None:
     """Perform a plan for some cycles and prove that it can be followed.
 
     Proven for every op: its tensors are whole in host frames when it begins, and of the newest version; no frame has
@@ -63,24 +49,13 @@ def check_bounds(
     Raises:
         PlanError: something does not hold; names the first op and tensor.
     """
-    replay = Replay(trace, plan, n_bytes, tier.page_bytes, dict(resident or {}))
+    replay = Replay(trace, plan, n_bytes, tier.page_bytes, resident or {})
     replay.require(plan.n_frames <= tier.n_frames, f"the plan has {plan.n_frames} frames, the tier {tier.n_frames}")
-    frames_at_op = [0] * len(plan.keys)
-    moved = (0, 0)
-    for number in range(CYCLES):
-        moved = replay.bytes_read, replay.bytes_written
-        if number and not plan.closed:
-            replay.restore()
-        frames_at_op = list(map(max, frames_at_op, replay.cycle()))
+    for _ in range(CYCLES):
+        replay.cycle()
     replay.require(
         plan.peak_frames >= len(replay.touched),
         f"{len(replay.touched)} frames are touched, the plan says {plan.peak_frames}",
-    )
-    return BoundsReport(
-        tuple(frames_at_op),
-        len(replay.touched),
-        (replay.bytes_read - moved[0]) / plan.n_steps,
-        (replay.bytes_written - moved[1]) / plan.n_steps,
     )
 
 
@@ -90,6 +65,7 @@ class Replay:
 
     Attributes:
         resident: tensors that are in host memory for good, and their first frames.
+        lanes: is told of every move and op.
         frames: owner of each frame.
         where: first frame of what is in host memory.
         locked_until: last op during which a view of the tensor lives.
@@ -104,6 +80,7 @@ class Replay:
     n_bytes: Mapping[TensorId, int]
     page_bytes: int
     resident: Mapping[TensorId, FrameId] = field(default_factory=dict)
+    lanes: SimulatedLanes | None = None
     frames: list[TensorId | None] = field(init=False)
     where: dict[TensorId, int] = field(default_factory=dict)
     locked_until: dict[TensorId, int] = field(init=False)
@@ -112,7 +89,6 @@ class Replay:
     filed: dict[TensorId, int] = field(init=False)
     dead: set[TensorId] = field(default_factory=set)
     touched: set[int] = field(default_factory=set)
-    used_frames: int = 0
     versions: int = 0
     now: int = 0
     bytes_read: int = 0
@@ -178,22 +154,23 @@ class Replay:
                 raise PlanError(f"op {self.now}: {tensor} overlaps {taken}")
         self.frames[frame : frame + size] = [tensor] * size
         self.where[tensor] = frame
-        self.used_frames += size
         self.touched.update(range(frame, frame + size))
 
-    def leave(self, tensor: TensorId) -> None:
-        """Make a tenant give its frames up; nothing may be lost by that."""
-        self.require(self.locked_until[tensor] < self.now, f"{tensor} leaves while a view of it lives")
-        clean = self.host[tensor] in (None, self.filed[tensor])
-        self.require(clean or tensor in self.dead, f"{tensor} leaves dirty: it was not stored after its last change")
-        self.free(tensor)
+    def leave(self, tenants: Collection[TensorId]) -> None:
+        """Make tenants give their frames up; nothing may be lost by that."""
+        for tensor in tenants:
+            self.require(self.locked_until[tensor] < self.now, f"{tensor} leaves while a view of it lives")
+            lost = self.is_dirty(tensor) and tensor not in self.dead
+            self.require(not lost, f"{tensor} leaves dirty: it was not stored after its last change")
+            self.free(tensor)
+        if self.lanes is not None:
+            self.lanes.leave(tenants)
 
     def free(self, tensor: TensorId) -> None:
         """Take a tensor's frames back."""
         size = self.size(tensor)
         first = self.where.pop(tensor)
         self.frames[first : first + size] = [None] * size
-        self.used_frames -= size
 
     # ---- tasks -------------------------------------------------------------------------------------------------
 
@@ -206,55 +183,67 @@ class Replay:
         )
         if self.where.get(tensor) == task.frame:
             return
-        if tensor in self.where:
-            self.leave(tensor)
         self.require(task.frame >= 0, f"{tensor} has no frames {task.frame}")
-        for tenant in {t for t in self.frames[self.window(tensor, task.frame)] if t is not None}:
-            self.leave(tenant)
-        self.place(tensor, task.frame)
-        self.host[tensor] = None if task.fresh else self.filed[tensor]
-        self.bytes_read += 0 if task.fresh else self.n_bytes[tensor]
+        tenants = {t for t in self.frames[self.window(tensor, task.frame)] if t is not None}
+        self.leave(tenants | ({tensor} & self.where.keys()))
+        self.bring(tensor, task.frame, fresh=task.fresh)
+
+    def bring(self, tensor: TensorId, frame: int, *, fresh: bool) -> None:
+        """Bring a tensor into free frames."""
+        self.place(tensor, frame)
+        self.host[tensor] = None if fresh else self.filed[tensor]
+        self.bytes_read += 0 if fresh else self.n_bytes[tensor]
+        if self.lanes is not None:
+            self.lanes.load(tensor, fresh=fresh)
+
+    def is_dirty(self, tensor: TensorId) -> bool:
+        """Whether a tensor has content that is not in the page files."""
+        return tensor in self.where and self.host[tensor] not in (None, self.filed[tensor])
 
     def store(self, tensor: TensorId) -> None:
         """Copy a tensor to the page files if it has changed."""
         version = self.host[tensor]
-        if tensor in self.where and version is not None and version != self.filed[tensor]:
+        if version is not None and self.is_dirty(tensor):
             self.filed[tensor] = version
             self.bytes_written += self.n_bytes[tensor]
+            if self.lanes is not None:
+                self.lanes.store(tensor)
 
     def restore(self) -> None:
         """Between two cycles of a plan that does not close: put every tensor where a cycle begins."""
-        misplaced = [t for t, frame in self.where.items() if self.plan.initial.get(t) != frame]
+        initial = self.plan.initial
+        misplaced = sorted(tensor for tensor, frame in self.where.items() if initial.get(tensor) != frame)
         for tensor in misplaced:
             self.store(tensor)
-            self.leave(tensor)
-        for tensor, frame in self.plan.initial.items():
+        self.leave(misplaced)
+        first_uses = self.trace.first_uses()
+        for tensor in sorted(initial, key=lambda tensor: (first_uses.get(tensor, 0), tensor)):
             if tensor not in self.where:
-                self.place(tensor, frame)
-                self.host[tensor] = self.filed[tensor]
-                self.bytes_read += self.n_bytes[tensor]
+                self.bring(tensor, initial[tensor], fresh=False)
         for load in self.plan.carried:
             self.load(load)
 
     # ---- ops ---------------------------------------------------------------------------------------------------
 
-    def cycle(self) -> list[int]:
-        """Perform all ops of one cycle; returns the frames in use during each."""
+    def cycle(self) -> None:
+        """Perform all ops of one cycle, after having restored its first placement where the one before ended with
+        another."""
+        if self.now and not self.plan.closed:
+            self.restore()
         n_ops = len(self.trace.ops)
-        used: list[int] = []
         for position in range(len(self.plan.keys)):
             for store in self.plan.stores_at.get(position, ()):
                 self.store(store.tensor)
             for load in self.plan.loads_at.get(position, ()):
                 self.load(load)
-            used.append(self.used_frames)
             op = self.trace.ops[position % n_ops]
             self.perform(op, until=self.now - position % n_ops + op.until)
+            if self.lanes is not None:
+                self.lanes.perform(op, position)
             self.now += 1
             for tensor in [t for t in self.dead if self.locked_until[t] < self.now]:
                 self.dead.remove(tensor)
                 self.free(tensor)
-        return used
 
     def perform(self, op: Op, until: int) -> None:
         """Let an op look at its tensors and change them."""

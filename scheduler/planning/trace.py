@@ -109,9 +109,17 @@ class Trace:
                 return
             op.duration_s = op.duration_s or before.duration_s
 
+    def first_uses(self) -> dict[TensorId, int]:
+        """Every tensor accessed, in order of first use, and the op of that."""
+        found: dict[TensorId, int] = {}
+        for index, op in enumerate(self.ops):
+            for access in op.accesses:
+                found.setdefault(access.tensor, index)
+        return found
+
     def tensors(self) -> list[TensorId]:
         """Every tensor accessed, in order of first use."""
-        return list(dict.fromkeys(access.tensor for op in self.ops for access in op.accesses))
+        return list(self.first_uses())
 
 
 class Clock(Protocol):

@@ -46,8 +46,6 @@ def plan_for(trace: Trace, n_frames: int, pages: dict[str, int] | None = None) -
         moved = replay.bytes_read, replay.bytes_written
         replay.cycle()
         assert not plan.closed or replay.where == began
-        if not plan.closed:
-            replay.restore()
     assert plan.peak_frames == len(replay.touched)
     assert (replay.bytes_read - moved[0], replay.bytes_written - moved[1]) == (plan.read_bytes, plan.written_bytes)
     return plan
