@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pagemem.errors import TransitionError
-from pagemem.telemetry.events import Watcher
+from pagemem.telemetry.recorder import Recorder
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
 
@@ -126,7 +126,7 @@ class Budget:
         self.used_bytes = self.peak_bytes = 0
         self._by_tag = dict.fromkeys(Tag, 0)
         self._held: set[Reservation] = set()
-        self._watcher: Watcher | None = None
+        self._watcher: Recorder | None = None
 
     def reserve(self, tag: Tag, n_bytes: int, holder: str) -> Reservation | BudgetShortage:
         """Hold ``n_bytes`` bytes; ``holder`` is named in errors.
@@ -146,7 +146,7 @@ class Budget:
         with self._lock:
             return {tag: n_bytes for tag, n_bytes in self._by_tag.items() if n_bytes}
 
-    def watch(self, watcher: Watcher | None) -> dict[Tag, int]:
+    def watch(self, watcher: Recorder | None) -> dict[Tag, int]:
         """Tell ``watcher`` (None: nobody) of every change from now on; returns `by_tag` of that instant."""
         with self._lock:
             self._watcher = watcher

@@ -16,6 +16,9 @@ ASSUMED_UPLOAD_BYTES_PER_S: Final = 5e9
 #: Bytes moved before a bandwidth is taken for measured: four requests of 4 MiB.
 TELLING_BYTES: Final = 16 * MiB
 
+#: Seconds' worth of bytes that a limit on bandwidth lets through at once after idling. Chosen.
+BURST_S: Final = 0.05
+
 #: Stores under way at a time for a snapshot, beside those that training needs. Chosen.
 STORES_AT_A_TIME: Final = 2
 

@@ -25,7 +25,7 @@ from offload.store.page_store import PageStore
 from pagemem.errors import RunDirectoryError, StorageError
 from pagemem.folders.own_file import draft_of, make_folder, remove_draft, replace_file
 from pagemem.folders.small_file import read_small
-from pagemem.telemetry.events import EventSink, Watcher
+from pagemem.telemetry.events import EventSink
 from pagemem.telemetry.recorder import Recorder, Recording
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
@@ -187,7 +187,7 @@ def model_name(model: nn.Module) -> str:
     return f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
 
 
-def attach(store: PageStore, watcher: Watcher | None, onward: EventSink) -> Mapping[tuple[Tier, Tag], int]:
+def attach(store: PageStore, watcher: Recorder | None, onward: EventSink) -> Mapping[tuple[Tier, Tag], int]:
     """Tell ``watcher`` (None: nobody) and ``onward`` what happens in a store from now on; returns bytes held at that
     moment.
 

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from pagemem.errors import StorageError
-from pagemem.files.backend import Direction, RawBackend, choose_backend
+from pagemem.files.backend import Direction, choose_backend
 from pagemem.files.checksums import DigestArray, ExtentIndex
 from pagemem.files.file_set import FileSet
 from pagemem.files.rate_limit import TokenBucket
@@ -31,9 +31,9 @@ from pagemem.files.striping import Striping
 from pagemem.files.threads import IoPool
 from pagemem.files.transfer import COMPUTING, Completion, Done, Part, Ticket, TransferServer, flat_bytes
 from pagemem.folders.run_directory import RunDirectory
-from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent
+from pagemem.frames.page import Extent
 from pagemem.state_machine import StateMachine
-from pagemem.units import BLOCK_BYTES, MiB, ceil_div
+from pagemem.units import MiB, ceil_div
 
 PAGE_FILE_NAME: Final = "pages.bin"
 SLAB_BYTES: Final = 64 * MiB
@@ -70,12 +70,15 @@ class PageFiles:
         max_request_bytes: longest single request to the system, a multiple of 4096. Each one wakes a thread or two.
         limit_mb_per_s: caps reads and writes together, in 10^6 bytes a second, to model a slower disk.
         slab_bytes: the step by which the tier grows, over all paths together.
-        backend: takes the place of the probed one, for tests that inject faults; it is closed by `close`.
 
     Raises:
-        ValueError: an argument is out of its range.
         StorageError: a page file cannot be opened, O_DIRECT is forced and refused, or the system starts no more
             threads. No thread and no descriptor is left then.
+
+    Attributes:
+        n_frames: frames that have their room on the disk.
+        backend_name: ``"direct"`` or ``"aiofiles"``.
+        failure: the first exception a ``done`` callback raised; also raised by `close`.
     """
 
     def __init__(
@@ -90,27 +93,26 @@ class PageFiles:
         max_request_bytes: int = 16 * MiB,
         limit_mb_per_s: float | None = None,
         slab_bytes: int = SLAB_BYTES,
-        backend: RawBackend | None = None,
     ) -> None:
-        _check_sizes(page_bytes, max_request_bytes, threads_per_path)
         self._striping = Striping(len(directories))
-        self.throttle = None if limit_mb_per_s is None else TokenBucket(limit_mb_per_s * 1e6)
+        self._throttle = None if limit_mb_per_s is None else TokenBucket(limit_mb_per_s * 1e6)
         self.page_bytes = page_bytes
         self.paths = [str(directory.file(PAGE_FILE_NAME)) for directory in directories]
         self._max_request_bytes = max_request_bytes
         self.checksums = checksums
         self._slab_frames = max(1, slab_bytes // page_bytes)
-        self._n_frames = 0
+        self.n_frames = 0
         self._index = ExtentIndex()
         self._meter = IoMeter()
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._state = FilesState.OPEN
-        self._state_lock = threading.Lock()  # guards _state, _failure, and that nothing is queued once CLOSING
+        self._state_lock = threading.Lock()  # guards _state, failure, and that nothing is queued once CLOSING
         self._grow_lock = threading.Lock()
         self._close_lock = threading.Lock()
         n_workers = threads_per_path * len(directories)
         folders = [directory.path for directory in directories]
-        made = choose_backend(folders, direct=direct, n_workers=n_workers) if backend is None else backend
+        made = choose_backend(folders, direct=direct, n_workers=n_workers)
+        self.backend_name = made.name
         self._files = FileSet(made, self.paths, page_bytes)
         self._started: list[IoPool[Ticket]] = []
         self._pools: dict[tuple[Direction, int], IoPool[Ticket]] = {}
@@ -119,26 +121,11 @@ class PageFiles:
             finishing_threads = max(1, threads_per_path // 2) * len(directories)
         hand_on = self._hand_on if finishing_threads else None
         self._server = TransferServer(
-            made, self.paths, self._index, self._meter, self.throttle, hand_on, checksums=checksums
+            made, self.paths, self._index, self._meter, self._throttle, hand_on, checksums=checksums
         )
         self._start_threads(threads_per_path, finishing_threads)
 
     # ---- what there is -----------------------------------------------------------------------------------------
-
-    @property
-    def n_frames(self) -> int:
-        """Frames that have their room on the disk."""
-        return self._n_frames
-
-    @property
-    def backend_name(self) -> str:
-        """``"direct"`` or ``"aiofiles"``."""
-        return self._files.backend.name
-
-    @property
-    def failure(self) -> BaseException | None:
-        """The first exception a ``done`` callback raised; also raised by `close`."""
-        return self._failure
 
     def stats(self) -> IoStats:
         """What was moved so far, and how long it took."""
@@ -152,12 +139,12 @@ class PageFiles:
             StorageError: a file cannot be lengthened for another reason; the same holds.
         """
         with self._grow_lock:
-            if n_frames <= self._n_frames:
+            if n_frames <= self.n_frames:
                 return
             n_frames = ceil_div(n_frames, self._slab_frames) * self._slab_frames
-            self._files.lengthen(self._striping.file_frames(self._n_frames), self._striping.file_frames(n_frames))
+            self._files.lengthen(self._striping.file_frames(self.n_frames), self._striping.file_frames(n_frames))
             self._index.grow(n_frames)
-            self._n_frames = n_frames
+            self.n_frames = n_frames
 
     # ---- transfers ---------------------------------------------------------------------------------------------
 
@@ -167,7 +154,7 @@ class PageFiles:
         Raises:
             ValueError: an extent is empty, not aligned, or outside its page or the frames there are.
         """
-        table = tabulate(extents, self._striping, self.page_bytes, self._n_frames)
+        table = tabulate(extents, self._striping, self.page_bytes, self.n_frames)
         requests = plan_requests(table, len(self.paths), self.page_bytes, self._max_request_bytes)
         return Route(table, tuple(requests), int(table.lengths.sum()))
 
@@ -270,11 +257,11 @@ class PageFiles:
 
     def _note_failure(self, failure: BaseException) -> None:
         with self._state_lock:
-            self._failure = self._failure or failure
+            self.failure = self.failure or failure
 
     def _start_threads(self, threads_per_path: int, finishing_threads: int) -> None:
         # A thread that waits for tokens has taken them already: whoever comes next waits behind it.
-        n_background = 1 if self.throttle is not None else max(1, threads_per_path // 2)
+        n_background = 1 if self._throttle is not None else max(1, threads_per_path // 2)
         try:
             for direction in Direction:
                 for path in range(len(self.paths)):
@@ -305,7 +292,7 @@ class PageFiles:
 
     def check(self) -> None:
         """As `FileSet.check`. Any thread."""
-        self._files.check(self._striping.file_frames(self._n_frames))
+        self._files.check(self._striping.file_frames(self.n_frames))
 
     def close(self) -> None:
         """Complete what is queued, end and join all threads, close all files. Idempotent; the files stay on the disk.
@@ -326,20 +313,9 @@ class PageFiles:
             except StorageError as error:
                 self._note_failure(error)
             self._become(FilesState.CLOSED)
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
     def _become(self, state: FilesState) -> None:
         with self._state_lock:
             self._state = _MOVES.move(self._state, state)
-
-
-def _check_sizes(page_bytes: int, max_request_bytes: int, threads_per_path: int) -> None:
-    if not MIN_PAGE_BYTES <= page_bytes <= MAX_PAGE_BYTES or page_bytes & (page_bytes - 1):
-        raise ValueError(
-            f"page_bytes must be a power of two from {MIN_PAGE_BYTES} to {MAX_PAGE_BYTES}, not {page_bytes}"
-        )
-    if max_request_bytes < BLOCK_BYTES or max_request_bytes % BLOCK_BYTES:
-        raise ValueError(f"max_request_bytes must be a positive multiple of {BLOCK_BYTES}, not {max_request_bytes}")
-    if threads_per_path < 1:
-        raise ValueError(f"threads_per_path must be at least 1, not {threads_per_path}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+
+from pagemem import knobs
 
 
 class TokenBucket:
@@ -16,47 +17,23 @@ class TokenBucket:
 
     Args:
         bytes_per_s: the rate, > 0.
-        burst_s: how many seconds' worth of tokens idling can gather.
-        clock: monotonic seconds.
-        sleep: blocks the calling thread for a number of seconds.
     """
 
-    def __init__(
-        self,
-        bytes_per_s: float,
-        *,
-        burst_s: float = 0.05,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        if not bytes_per_s > 0:
-            raise ValueError(f"a rate must be positive, not {bytes_per_s} bytes/s; use None for no limit")
-        if burst_s < 0:
-            raise ValueError(f"a burst cannot be negative: {burst_s} s")
+    def __init__(self, bytes_per_s: float) -> None:
         self.bytes_per_s = bytes_per_s
-        self.burst_bytes = bytes_per_s * burst_s
-        self._clock = clock
-        self._sleep = sleep
+        self.burst_bytes = bytes_per_s * knobs.BURST_S
         self._lock = threading.Lock()
         self._balance_bytes = self.burst_bytes
-        self._counted_to_s = clock()
-        self._taken_bytes = 0
-
-    @property
-    def taken_bytes(self) -> int:
-        """Bytes asked for since the start."""
-        with self._lock:
-            return self._taken_bytes
+        self._counted_to_s = time.monotonic()
 
     def take(self, n_bytes: int) -> float:
         """Wait until ``n_bytes`` may pass; any thread. Returns the seconds slept."""
         with self._lock:
-            now_s = self._clock()
+            now_s = time.monotonic()
             earned = (now_s - self._counted_to_s) * self.bytes_per_s
             self._balance_bytes = min(self.burst_bytes, self._balance_bytes + earned) - n_bytes
             self._counted_to_s = now_s
-            self._taken_bytes += n_bytes
             wait_s = max(0.0, -self._balance_bytes / self.bytes_per_s)
         if wait_s > 0:
-            self._sleep(wait_s)
+            time.sleep(wait_s)
         return wait_s

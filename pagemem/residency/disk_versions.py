@@ -19,7 +19,7 @@ from pagemem.files.page_file import PageFiles
 from pagemem.files.requests import Route
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import Placement, Shortage, TensorId
-from pagemem.telemetry.events import Watcher
+from pagemem.telemetry.recorder import Recorder
 from pagemem.tier import Tag, Tier
 
 
@@ -54,7 +54,7 @@ class DiskVersions:
 
     def __init__(self, files: PageFiles, page_bytes: int) -> None:
         self.book = PageAllocator(Tier.SSD, page_bytes, files.n_frames)
-        self.watcher: Watcher | None = None
+        self.watcher: Recorder | None = None
         self._files = files
         self._next = 0
         self._unsynced: set[DiskVersion] = set()

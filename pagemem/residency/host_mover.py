@@ -19,7 +19,8 @@ from pagemem.residency.disk_versions import DiskVersion, DiskVersions
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.snapshot import Snapshots
-from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
+from pagemem.telemetry.events import Event, EventKind, EventSink
+from pagemem.telemetry.recorder import Recorder
 from pagemem.tier import Tag, Tier
 
 
@@ -48,7 +49,7 @@ class HostMover(Mover):
         """Who holds which frame of the page files."""
         return self.copies.book
 
-    def watch(self, watcher: Watcher | None) -> dict[tuple[Tier, Tag], int]:
+    def watch(self, watcher: Recorder | None) -> dict[tuple[Tier, Tag], int]:
         """As `Mover.watch`."""
         with self.changed:
             self.copies.watcher = watcher

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from pagemem.errors import OffloadError
 from pagemem.residency.wait_lock import WaitLock
-from pagemem.telemetry.events import Event, EventKind, EventSink, Watcher
+from pagemem.telemetry.events import Event, EventKind, EventSink
+from pagemem.telemetry.recorder import Recorder
 
 
 class CopyMonitor:
@@ -29,7 +30,7 @@ class CopyMonitor:
 
     def __init__(self, sink: EventSink) -> None:
         self.changed = WaitLock()
-        self.watcher: Watcher | None = None
+        self.watcher: Recorder | None = None
         self.sink = sink
         self._failure: BaseException | None = None
         self._told = False

@@ -25,7 +25,8 @@ from pagemem.process.gone import Gone
 from pagemem.residency.monitor import CopyMonitor
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.tenants import Tenants
-from pagemem.telemetry.events import EventSink, Watcher
+from pagemem.telemetry.events import EventSink
+from pagemem.telemetry.recorder import Recorder
 from pagemem.tier import Tag, Tier
 
 
@@ -62,7 +63,7 @@ class Mover(ABC):
         with self.changed:
             self._use(self.tenants.resized(n_frames))
 
-    def watch(self, watcher: Watcher | None) -> dict[tuple[Tier, Tag], int]:
+    def watch(self, watcher: Recorder | None) -> dict[tuple[Tier, Tag], int]:
         """Tell ``watcher`` (None: nobody) of every change of what tensors hold from now on; returns what they hold
         then.
 

@@ -1,19 +1,16 @@
 """Records of what the engine does, and the sinks that take them.
 
-A sink is called on whichever thread did the thing, must be cheap, and must not call back into the engine. `NullSink`
-costs one call; `Counters` adds up what a run report needs; `EventLog` keeps everything for tests. A `Watcher` is told
-more, but only while there is one: otherwise that costs one look at an attribute.
+A sink is called on whichever thread did the thing, must be cheap, and must not call back into the engine. A
+`pagemem.telemetry.recorder.Recorder` is told more, but only while there is one: otherwise that costs one look at an
+attribute.
 """
 
 from __future__ import annotations
 
 import enum
 import threading
-from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
-
-from pagemem.tier import Tag, Tier
 
 
 class EventKind(enum.Enum):
@@ -50,26 +47,6 @@ class EventSink(Protocol):
         """Take one record."""
 
 
-class Watcher(EventSink, Protocol):
-    """Watches an engine while it is profiled. Any thread; some calls come with the caller's lock held."""
-
-    def held(self, tier: Tier, tag: Tag, more_bytes: int) -> None:
-        """So many bytes more (or less) are held; called under the lock that guards them, in the order of the
-        changes."""
-
-    def waits(self, why: str) -> None:
-        """The calling thread is about to wait; called with the mover's lock held. The wait's own event follows it."""
-
-    def begins(self, phase: str, name: str, tensor: str, n_bytes: int) -> None:
-        """An op has its tensors at hand, of which ``tensor`` is the first; it lasts until `ends`."""
-
-    def ends(self) -> None:
-        """What the training thread was doing is over, if it was doing anything."""
-
-    def step_ends(self) -> None:
-        """The optimizer step is made."""
-
-
 class NullSink:
     """Forgets everything."""
 
@@ -77,51 +54,21 @@ class NullSink:
         """Forget ``event``."""
 
 
-class EventLog:
-    """Keeps every event, in the order of their ends."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        """Keep ``event``; list.append is atomic."""
-        self.events.append(event)
-
-    def of(self, kind: EventKind) -> list[Event]:
-        """All events of one kind."""
-        return [event for event in self.events if event.kind is kind]
-
-
 class Counters:
-    """Adds up count, bytes and seconds by kind, and passes each event on.
+    """Adds up seconds by kind, and passes each event on.
 
     Attributes:
         onward: who takes them; may be exchanged at any time.
+        seconds: of all events of a kind so far; concurrent events add up.
     """
 
-    def __init__(self, onward: EventSink | None = None) -> None:
-        self.onward: EventSink = onward or NullSink()
+    def __init__(self) -> None:
+        self.onward: EventSink = NullSink()
+        self.seconds = dict.fromkeys(EventKind, 0.0)
         self._lock = threading.Lock()
-        self._count: Counter[EventKind] = Counter()
-        self._bytes: Counter[EventKind] = Counter()
-        self._seconds: dict[EventKind, float] = dict.fromkeys(EventKind, 0.0)
 
     def emit(self, event: Event) -> None:
         """Add ``event`` up and pass it on."""
         with self._lock:
-            self._count[event.kind] += 1
-            self._bytes[event.kind] += event.n_bytes
-            self._seconds[event.kind] += event.duration_s
+            self.seconds[event.kind] += event.duration_s
         self.onward.emit(event)
-
-    def count(self, kind: EventKind) -> int:
-        """Events of ``kind`` so far."""
-        return self._count[kind]
-
-    def n_bytes(self, kind: EventKind) -> int:
-        """Bytes of all events of ``kind`` so far."""
-        return self._bytes[kind]
-
-    def seconds(self, kind: EventKind) -> float:
-        """Seconds of all events of ``kind`` so far; concurrent events add up."""
-        return self._seconds[kind]

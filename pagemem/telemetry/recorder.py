@@ -90,7 +90,8 @@ class Recording:
 
 
 class Recorder:
-    """A `pagemem.telemetry.events.Watcher` that keeps everything. Made and finished on the training thread.
+    """Watches an engine while it is profiled, and keeps everything. Made and finished on the training thread; told of
+    things on any, sometimes with the caller's lock held.
 
     Args:
         explain: what a wait for the tensor of a name has to wait for; called with the mover's lock held.
@@ -115,7 +116,8 @@ class Recorder:
     # ---- what the engine calls ---------------------------------------------------------------------------------
 
     def held(self, tier: Tier, tag: Tag, more_bytes: int) -> None:
-        """Note a change of bytes held."""
+        """Note that so many bytes more (or less) are held; called under the lock that guards them, in the order of the
+        changes."""
         now_s = time.perf_counter()
         self._changes.append((now_s, tier, tag, more_bytes))
         self._count(now_s)
@@ -136,27 +138,27 @@ class Recorder:
         self._count(now_s)
 
     def waits(self, why: str) -> None:
-        """Note what a wait that begins has to wait for."""
+        """Note what the calling thread is about to wait for, with the mover's lock held. The wait's event follows."""
         now_s = time.perf_counter()
         self._causes[threading.get_ident()] = why, self._explain(why)
         self._count(now_s)
 
     def begins(self, phase: str, name: str, tensor: str, n_bytes: int) -> None:
-        """Note the beginning of an op."""
+        """Note that an op has its tensors at hand, of which ``tensor`` is the first; it lasts until `ends`."""
         now_s = time.perf_counter()
         self._training.add(threading.get_ident())
         self._op = (phase, name, tensor, n_bytes, now_s)
         self._count(now_s)
 
     def ends(self) -> None:
-        """Note the end of the op under way."""
+        """Note that what the training thread was doing is over, if it was doing anything."""
         now_s = time.perf_counter()
         self._training.add(threading.get_ident())
         self._end_op(now_s)
         self._count(now_s)
 
     def step_ends(self) -> None:
-        """Note the end of a step."""
+        """Note that the optimizer step is made."""
         now_s = time.perf_counter()
         self._end_op(now_s)
         self._step_ends_s.append(now_s)

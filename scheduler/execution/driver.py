@@ -17,8 +17,8 @@ from contextlib import contextmanager, nullcontext
 from pagemem.process.closing import close_all
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from pagemem.telemetry.events import EventSink, Watcher
-from pagemem.telemetry.recorder import WaitCause
+from pagemem.telemetry.events import EventSink
+from pagemem.telemetry.recorder import Recorder, WaitCause
 from scheduler.execution.lower_tier import LowerTier
 from scheduler.execution.on_demand import OnDemand
 from scheduler.execution.pinning import Pinner, is_usable
@@ -59,7 +59,7 @@ class Driver:
     ) -> None:
         self.mover = mover
         self.on_demand_steps = 0
-        self.watcher: Watcher | None = None
+        self.watcher: Recorder | None = None
         self.above: Driver | None = None
         self.planner = TierPlanner(mover, bandwidth, single_step_cycle=lower is not None)
         self._lower = lower

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from event_log import EventLog
 from raising_signal import Raised, raising
 
 from pagemem.devices.arena import HostArena
@@ -14,7 +15,6 @@ from pagemem.folders.run_directory import RunDirectory
 from pagemem.frames.page import FrameId
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import IN_FLIGHT
-from pagemem.telemetry.events import EventLog
 from pagemem.tier import Tag
 from pagemem.units import KiB
 

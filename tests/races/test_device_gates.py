@@ -12,6 +12,7 @@ import pytest
 import torch
 from broken_device import broken, fails
 from cross_references import check_mover
+from event_log import EventLog
 from gated_device import GatedDevice, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES, opened
 
@@ -21,7 +22,6 @@ from pagemem.frames.page import FrameId
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.upload_queue import _close_at_exit
-from pagemem.telemetry.events import EventLog
 from scheduler.execution.read_lane import ReadLane
 from scheduler.planning.plan import LoadTask
 

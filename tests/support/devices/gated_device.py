@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from cross_references import check_mover
+from event_log import EventLog
 from gated_mover import PAGE_BYTES, Gates, opened
 
 from pagemem.devices.accelerator import RamDevice
@@ -15,7 +16,6 @@ from pagemem.devices.arena import HostArena
 from pagemem.frames.page import FrameId
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from pagemem.telemetry.events import EventLog
 
 R = Residency
 

@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pagemem.files.backend import RawBackend, choose_backend
 from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
@@ -136,11 +138,10 @@ class Bench:
         directories = [self.stack.enter_context(RunDirectory(self.folder / f"ssd{i}")) for i in range(n_paths)]
         folders = [directory.path for directory in directories]
         self.backend = FaultyBackend(choose_backend(folders, direct=self.direct, n_workers=4))
-        self.files = PageFiles(
-            directories,
-            backend=self.backend,
-            **{"page_bytes": PAGE_BYTES, "slab_bytes": MiB, "max_request_bytes": REQUEST_PAGES * PAGE_BYTES, **options},
-        )
+        sizes = {"page_bytes": PAGE_BYTES, "slab_bytes": MiB, "max_request_bytes": REQUEST_PAGES * PAGE_BYTES}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pagemem.files.page_file.choose_backend", lambda folders, **_: self.backend)
+            self.files = PageFiles(directories, **{**sizes, **options})
         self.stack.callback(self.files.close)
         self.files.grow(N_PAGES)
         return self.files

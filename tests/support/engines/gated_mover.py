@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 from cross_references import check_mover
+from event_log import EventLog
 from fake_page_files import GatedPageFiles
 
 from pagemem.devices.arena import HostArena
@@ -15,7 +16,6 @@ from pagemem.errors import StorageError
 from pagemem.frames.page import FrameId
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
-from pagemem.telemetry.events import EventLog
 from pagemem.tier import Tag
 from pagemem.units import KiB
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import torch
 from cross_references import check_mover
+from event_log import EventLog
 from fake_page_files import ThreadedPageFiles
 
 from pagemem.devices.arena import HostArena
 from pagemem.frames.page import TensorId
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
-from pagemem.telemetry.events import EventLog
 from pagemem.tier import Tag
 from pagemem.units import KiB
 from scheduler.execution.driver import Driver

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cross_references import check_mover
+from event_log import EventLog
 from fake_page_files import TIMEOUT_S, FakePageFiles, GatedPageFiles, ThreadedPageFiles
 from torch import Tensor
 from training_rig import PAGE_BYTES, pattern
@@ -20,7 +21,7 @@ from pagemem.errors import StorageError
 from pagemem.frames.page import FrameId
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from pagemem.telemetry.events import EventKind, EventLog
+from pagemem.telemetry.events import EventKind
 from pagemem.tier import Tag
 
 #: Frames below the updater's, which the training thread uses.
