@@ -92,14 +92,14 @@ class NoFiles(PageFiles):
         self._striping = Striping(n_paths)
         self._max_request_bytes = max_request_bytes
         self._slab_frames = max(1, SLAB_BYTES // page_bytes)
-        self._n_frames = 0
+        self.n_frames = 0
         self._meter = IoMeter()
         self._nowhere = tabulate([Extent(FrameId(0), 0, page_bytes)], self._striping, page_bytes, 1)
 
     def grow(self, n_frames: int) -> None:
         """Have at least so many frames, in whole slabs."""
-        if n_frames > self._n_frames:
-            self._n_frames = ceil_div(n_frames, self._slab_frames) * self._slab_frames
+        if n_frames > self.n_frames:
+            self.n_frames = ceil_div(n_frames, self._slab_frames) * self._slab_frames
 
     def route(self, extents: Sequence[Extent]) -> Route:
         """Requests that move nothing, whatever the extents."""
