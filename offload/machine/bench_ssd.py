@@ -24,6 +24,7 @@ from typing import Final
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
+from offload.config_file import ConfigError
 from pagemem.errors import DiskFullError, StorageError
 from pagemem.files.backend import Direction
 from pagemem.files.checksums import digests
@@ -76,7 +77,7 @@ class BenchPlan:
     """What to measure: a file of ``size_bytes``, ``seconds`` for each direction of each setting.
 
     Raises:
-        ValueError: the file is too small to keep as many requests under way as are asked for, or the time is not above
+        ConfigError: the file is too small to keep as many requests under way as are asked for, or the time is not above
             0.
     """
 
@@ -86,11 +87,11 @@ class BenchPlan:
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds is {self.seconds:g}; it must be above 0")
+            raise ConfigError(f"--seconds is {self.seconds:g}; it must be above 0")
         least = max(self.settings, key=lambda setting: setting.request_bytes * setting.threads)
         n_ahead = _AHEAD * least.threads
         if self.size_bytes < least.request_bytes * n_ahead:
-            raise ValueError(
+            raise ConfigError(
                 f"--size is {format_bytes(self.size_bytes)}, but {n_ahead} requests of "
                 f"{format_bytes(least.request_bytes)} are under way at a time; give at least "
                 f"{format_bytes(least.request_bytes * n_ahead)}"
