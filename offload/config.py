@@ -357,9 +357,22 @@ class Config(_Section):
         if missing:
             raise ConfigError(f"{command} needs the sections {', '.join(missing)} as well")
 
+    def for_training(self, command: str, *more: str) -> TrainingConfig:
+        """The same, with all that is trained; raises ConfigError where one of these sections is missing."""
+        self.require(command, "model", "data", "train", *more)
+        return TrainingConfig.model_construct(**{name: getattr(self, name) for name in Config.model_fields})
+
     def dumped(self) -> str:
         """The resolved configuration as the text of a JSON file."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+class TrainingConfig(Config):
+    """A configuration with the sections of a training; ``output`` is for `offload launch` alone."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
 
 
 def resolve_page_bytes(ram_bytes: int) -> int:

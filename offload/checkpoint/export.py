@@ -20,7 +20,7 @@ from offload.checkpoint.commit_weights import DTYPES, CommitWeights, ExportError
 from offload.checkpoint.safetensors_writer import INDEX_NAME, ShardWriter, index_of, plan_shards, write_failure
 from offload.checkpoint.sidecar import Sidecar
 from offload.commits.stopped_run import StoppedRun
-from offload.console.byte_progress import ByteProgress
+from offload.console.byte_progress import byte_progress
 from offload.console.tables import print_line
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.durable.manifest import Manifest
@@ -99,13 +99,13 @@ def export_commit(
         with (
             PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader,
             _new_folder(to, total_bytes) as draft,
-            ByteProgress(console, "exporting", weights.n_bytes) as progress,
+            byte_progress(console, "exporting", weights.n_bytes) as advance,
             ShardWriter(draft, shards) as writer,
         ):
             for name, offset_bytes, data in weights.pieces(reader):
                 interrupts.check()  # it may take long, and leaves nothing
                 writer.write(name, offset_bytes, data)
-                progress.advance(data.nbytes)
+                advance(data.nbytes)
             writer.write_file(INDEX_NAME, index)
             writer.finish()
     return Exported(to, tuple(shard.file_name for shard in shards), total_bytes, manifest)

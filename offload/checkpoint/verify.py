@@ -17,7 +17,7 @@ from rich.console import Console
 
 from offload.checkpoint.sidecar import Sidecar
 from offload.commits.stopped_run import StoppedRun
-from offload.console.byte_progress import ByteProgress
+from offload.console.byte_progress import byte_progress
 from offload.console.tables import print_line, print_rows
 from pagemem.durable.manifest import Manifest
 from pagemem.durable.page_map import StoredPlace, all_places, map_faults
@@ -120,13 +120,13 @@ def _check_pages(reader: PageReader, manifests: Sequence[Manifest], report: Repo
             "their content not verified"
         )
     total_bytes = sum(place.stored.n_bytes for place in sound)
-    with ByteProgress(console, "verifying", total_bytes) as progress:
+    with byte_progress(console, "verifying", total_bytes) as advance:
         for place, chunk, wrong in _read_all(reader, sound):
             for what in wrong:
                 report.add(place.commits, f"{place.stored.key}: {what}")
             report.n_extents += len(chunk.extents)
             report.n_bytes += chunk.n_bytes
-            progress.advance(chunk.n_bytes)
+            advance(chunk.n_bytes)
 
 
 def _note_room(reader: PageReader, places: Sequence[StoredPlace], report: Report) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from rich.console import Console
@@ -15,46 +16,26 @@ from pagemem.units import format_bytes
 _PARTS: Final = 10
 
 
-class ByteProgress:
-    """Shows bytes done; a context manager. Of one thread.
+@contextmanager
+def byte_progress(console: Console, what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show bytes done; yields what is called with how many more are. Of one thread.
 
     Args:
         what: the work, e.g. "exporting".
         total_bytes: how many there are.
     """
+    columns = (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    done_bytes = 0
+    with LiveBar(console, TextColumn(what), BarColumn(bar_width=24), *columns) as bar:
+        task = bar.add_task(what, total=total_bytes)
 
-    def __init__(self, console: Console, what: str, total_bytes: int) -> None:
-        self._console = console
-        self._what = what
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-        self._bar = LiveBar(
-            console,
-            TextColumn(what),
-            BarColumn(bar_width=24),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._task = self._bar.add_task(what, total=total_bytes)
+        def advance(n_bytes: int) -> None:
+            nonlocal done_bytes
+            before = done_bytes * _PARTS // max(1, total_bytes)
+            done_bytes += n_bytes
+            bar.move(task, completed=done_bytes)
+            if not console.is_terminal and before < done_bytes * _PARTS // max(1, total_bytes):
+                done = f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
+                print_line(console, f"{what} {done_bytes * 100 // max(1, total_bytes):3d} %  {done}")
 
-    def advance(self, n_bytes: int) -> None:
-        """``n_bytes`` more are done."""
-        before, self._done_bytes = self._done_bytes, self._done_bytes + n_bytes
-        self._bar.move(self._task, completed=self._done_bytes)
-        if not self._console.is_terminal and self._part(before) < self._part(self._done_bytes):
-            share = f"{self._done_bytes * 100 // max(1, self._total_bytes):3d} %"
-            done = f"{format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)}"
-            print_line(self._console, f"{self._what} {share}  {done}")
-
-    def _part(self, n_bytes: int) -> int:
-        return n_bytes * _PARTS // max(1, self._total_bytes)
-
-    def __enter__(self) -> ByteProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        yield advance

@@ -20,23 +20,13 @@ class LiveBar(Progress):
     """
 
     def __init__(self, console: Console, *columns: ProgressColumn) -> None:
-        super().__init__(*columns, console=console, transient=True, auto_refresh=False)
+        is_shown = console.is_terminal
+        super().__init__(*columns, console=console, transient=True, auto_refresh=False, disable=not is_shown)
         self._drawn_s = 0.0
-
-    def start(self) -> None:
-        """Begin to draw."""
-        if self.console.is_terminal:
-            super().start()
-
-    def stop(self) -> None:
-        """Remove the line."""
-        if self.console.is_terminal:
-            super().stop()
 
     def move(self, task: TaskID, **fields: Any) -> None:
         """Set what has changed, see `rich.progress.Progress.update`; it is drawn unless that was done a moment ago."""
-        self.update(task, **fields)
         now_s = time.monotonic()
-        if self.console.is_terminal and now_s - self._drawn_s >= _DRAWN_EVERY_S:
-            self._drawn_s = now_s
-            self.refresh()
+        is_due = now_s - self._drawn_s >= _DRAWN_EVERY_S
+        self.update(task, refresh=is_due, **fields)
+        self._drawn_s = now_s if is_due else self._drawn_s

@@ -12,11 +12,12 @@ from typing import Any, Final
 import torch
 
 from offload.callbacks import CommitBegun, Evaluation, RunStarted, StepMetrics
-from offload.config import TrainConfig
+from offload.config import TrainConfig, TrainingConfig
 from offload.engine import Engine
 from offload.factories import calls_of
 from offload.launch.batches import Batches, Pair, evaluated, loss_of, on_device
 from offload.launch.interrupt import Interrupt
+from offload.launch.progress import Progress
 from offload.launch.reporter import Reporter
 from offload.launch.summary import RunSummary, process_peak_bytes
 from pagemem.errors import CommitError
@@ -56,15 +57,19 @@ def one_step(engine: Engine, batches: Batches, reference: str, step: int, first:
     return sum(map(float, losses)) / n
 
 
-def validation_loss(engine: Engine, batches: Batches, reference: str, interrupt: Interrupt) -> float | None:
-    """Mean validation loss in nats, or None when a signal came first."""
+def validation_loss(
+    engine: Engine, batches: Batches, reference: str, interrupt: Interrupt, tell: Callable[[int], None]
+) -> float | None:
+    """Mean validation loss in nats, or None when a signal came first; ``tell`` hears how many batches are done."""
     was_training = engine.model.training
     engine.model.eval()
-    losses = []
+    losses: list[float] = []
+    tell(0)
     for pair in batches.validation():
         if interrupt.asked:
             break
         losses.append(evaluated(engine, pair, reference, engine.torch_device))
+        tell(len(losses))
     engine.model.train(was_training)
     return None if interrupt.asked else sum(losses) / len(losses)
 
@@ -114,6 +119,7 @@ class TrainingLoop:
 
     Attributes:
         metrics: of all steps that have any.
+        committed: step of the newest commit, 0 without one.
 
     Raises:
         CommitError: the run resumes from a commit of another kind of loop.
@@ -122,29 +128,28 @@ class TrainingLoop:
     def __init__(
         self,
         engine: Engine,
+        config: TrainingConfig,
         batches: Batches,
         reporter: Reporter,
         interrupt: Interrupt,
         record: ValidationRecord,
         metrics: list[StepMetrics],
+        progress: Progress,
         closed: Callable[[], bool],
     ) -> None:
-        config = engine.config
-        assert config.train is not None
-        assert config.model is not None
         if engine.steps and any("initial_lr" not in group for group in engine.optimizer.param_groups):
             raise CommitError(
                 "the commit's parameter groups have no initial_lr, so it is not of a launched run; "
                 "continue it in a loop of your own"
             )
         self._engine, self._batches, self._reporter = engine, batches, reporter
-        self._interrupt, self._closed, self._record = interrupt, closed, record
+        self._interrupt, self._closed, self._record, self._progress = interrupt, closed, record, progress
         self._config, self._train, self._reference = config, config.train, config.model.factory
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             engine.optimizer, learning_rate(config.train), last_epoch=engine.steps - 1
         )
         self.metrics = metrics
-        self._first = self._committed = engine.steps
+        self._first = self.committed = engine.steps
         self._evaluation: Evaluation | None = None
         self._last = self._begun = self._stats = engine.stats()
         self._train_s = 0.0
@@ -217,7 +222,7 @@ class TrainingLoop:
         every = self._train.evaluate_every
         if every is None or self._engine.steps % every:
             return None
-        nats = validation_loss(self._engine, self._batches, self._reference, self._interrupt)
+        nats = self._validation_loss()
         if nats is None:
             return None
         self._last = self._engine.stats()  # what it read counts for no step
@@ -225,6 +230,10 @@ class TrainingLoop:
         if best:
             self._record.best_nats = nats
         return Evaluation(self._engine.steps, nats, best)
+
+    def _validation_loss(self) -> float | None:
+        tell = self._progress.validating
+        return validation_loss(self._engine, self._batches, self._reference, self._interrupt, tell)
 
     def _report_and_commit(self) -> None:
         engine, evaluation = self._engine, self._evaluation
@@ -240,25 +249,26 @@ class TrainingLoop:
             engine.save(name, wait=False)
         elif due:
             engine.save_if_due()
-        self._committed = engine.steps if due else self._committed
+        self.committed = engine.steps if due else self.committed
 
     def _commit_at_end(self, ended: BaseException | None) -> None:
         """Commit what is not committed; raises what ended the run, afterwards."""
         # In lock-free mode a background commit leaves out what was on its way.
-        committed = self._first if self._config.update.mode == "lock-free" else self._committed
+        committed = self._first if self._config.update.mode == "lock-free" else self.committed
         if self._config.commit.at_end and self._engine.steps > committed:
             try:
                 self._reporter.tell(CommitBegun(self._engine.steps, None))
             except Exception as error:
                 ended = ended or error
             self._engine.save()
+            self.committed = self._engine.steps
         if ended is not None:
             raise ended
 
     def _validate_after(self) -> None:
         evaluation = self._evaluation
         if evaluation is None:
-            nats = validation_loss(self._engine, self._batches, self._reference, self._interrupt)
+            nats = self._validation_loss()
             evaluation = None if nats is None else Evaluation(self._engine.steps, nats, best=False)
             if evaluation is not None:
                 self._reporter.tell(evaluation)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from offload.config import Config
+from offload.config import Config, TrainingConfig
 from offload.console.tables import print_line, print_rows
 from offload.engine import Engine, initialize
 from offload.factories import data_factory, model_factory
@@ -48,35 +48,31 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
         OffloadError: see `offload.Engine`. Nothing is left of the run after any error.
     """
     check_steps(steps)
-    config.require("profile", "model", "data", "train")
+    config = config.for_training("profile")
     check_profile_folder(to)
     output = config.output
     with ExitStack() as stack:
         folders = [stack.enter_context(temporary_beside(Path(path))) for path in config.ssd.paths]
         paths = [str(folder / "pages") for folder in folders]
         config = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths}), "output": None})
-        assert config.model is not None
-        assert config.data is not None
         make_model, make_data = model_factory(config.model), data_factory(config.data, folders[0] / "data", config.seed)
         check_budget(make_model, config, console)
         model, batches = build(config, make_model, make_data, stack)
         with initialize(model, config) as engine:
             title = config.model.factory if output is None else output.run
-            profile = _profile(engine, batches, steps, to, title, console)
+            profile = _profile(engine, config, batches, steps, to, title, console)
     print_rows("Profile", summary_rows(profile.summary), console)
     print_line(console, f"{WRITTEN} {to}")
     return profile.summary
 
 
-def _profile(engine: Engine, batches: Batches, steps: int, to: Path, title: str, console: Console) -> Profile:
-    config = engine.config
-    assert config.train is not None
-    assert config.model is not None
-    reference = config.model.factory
+def _profile(
+    engine: Engine, config: TrainingConfig, batches: Batches, steps: int, to: Path, title: str, console: Console
+) -> Profile:
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(config.train))
 
     def step() -> None:
-        one_step(engine, batches, reference, engine.steps)
+        one_step(engine, batches, config.model.factory, engine.steps)
         schedule.step()
         engine.save_if_due()
 

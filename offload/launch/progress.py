@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from typing import Final
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from offload.callbacks import Callback, Evaluation, RunEnded, RunStarted, StepMetrics
+from offload.config import TrainConfig
 from offload.console.live_bar import LiveBar
 from offload.console.tables import print_line
 
+#: Seconds between two plain lines of an evaluation.
+_VALIDATING_EVERY_S: Final = 5.0
+
 
 class Progress(Callback):
-    """Shows the steps on a console.
+    """Shows steps and evaluations on a console."""
 
-    Args:
-        steps: steps in all.
-        log_every: steps between two plain lines.
-    """
-
-    def __init__(self, console: Console, steps: int, log_every: int) -> None:
-        self._console = console
-        self._steps = steps
-        self._log_every = log_every
+    def __init__(self, console: Console, train: TrainConfig) -> None:
+        self._console, self._train, self._steps = console, train, train.steps
+        self._told_s = 0.0
         self._bar = LiveBar(
             console,
             TextColumn("step"),
@@ -30,7 +31,7 @@ class Progress(Callback):
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
         )
-        self._task = self._bar.add_task("starting", total=steps)
+        self._task = self._bar.add_task("starting", total=train.steps)
 
     def on_start(self, run: RunStarted) -> None:
         """Begin the live line."""
@@ -41,8 +42,17 @@ class Progress(Callback):
         line = metrics.line(self._steps)
         self._bar.move(self._task, completed=metrics.step, description=line.split("  ", 1)[1])
         is_last = metrics.step == self._steps
-        if not self._console.is_terminal and (is_last or metrics.step % self._log_every == 0):
+        if not self._console.is_terminal and (is_last or metrics.step % self._train.log_every == 0):
             print_line(self._console, line)
+
+    def validating(self, done: int) -> None:
+        """Show how many validation batches are evaluated; also before `on_start`."""
+        text = f"validating, {done} of {self._train.evaluate_batches} batches"
+        if self._bar.live.is_started:
+            self._bar.move(self._task, description=text)
+        elif not done or time.monotonic() - self._told_s >= _VALIDATING_EVERY_S:
+            print_line(self._console, text)
+            self._told_s = time.monotonic()
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Print the validation loss of an evaluation during training."""

@@ -7,13 +7,14 @@ another run that lie there are set aside under a number, never written over.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
+
+from pydantic import TypeAdapter
 
 from offload.config import Config
 from offload.launch.metrics_file import FORMATS
@@ -21,8 +22,8 @@ from pagemem.errors import RunDirectoryError, StorageError
 from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.folders.folder_lock import LOCK_NAME, FolderLock
 from pagemem.folders.own_file import kind_of, make_folder, naming, remove_file, remove_folders, replace_file
-from pagemem.folders.run_directory import IDENTITY_NAME, folder_use
-from pagemem.folders.small_file import parse_json, read_small
+from pagemem.folders.run_directory import IDENTITY_NAME, folder_use, read_run_id
+from pagemem.folders.small_file import Count, Line, Record, checked, parse_json, read_small
 from pagemem.units import KiB
 
 CURVE: Final = "loss_curve.png"
@@ -31,6 +32,19 @@ DATA: Final = "data"
 _RESULTS: Final = (*(log.file_name for log in FORMATS.values()), CURVE, CONFIG)
 _IDENTITY: Final = "offload-run.json"
 _FORMAT: Final = "offload run 1"
+
+
+class _Identity(Record):
+    """What tells that a folder is a run's.
+
+    Attributes:
+        pages: identity of the page files that its results were made with, once there are any.
+        validated_step: the last step of the run, once the validation after it is made.
+    """
+
+    format: Literal["offload run 1"]
+    pages: Line | None = None
+    validated_step: Count | None = None
 
 
 class RunFolder:
@@ -58,7 +72,7 @@ class RunFolder:
                 raise RunDirectoryError(
                     f"output.run: {path} holds files that are not of a run; name a new or empty folder"
                 )
-            self._owner = _owner(path / _IDENTITY) if names else None
+            self._identity = _read_identity(path / _IDENTITY) if names else _Identity(format=_FORMAT)
             self._lock = FolderLock(path)
         except (OSError, StorageError) as error:
             remove_folders(made)
@@ -76,7 +90,7 @@ class RunFolder:
         with naming("looking for", self.path / _IDENTITY):
             there = kind_of(self.path / _IDENTITY) is not None
         if not there:
-            self._write(_IDENTITY, json.dumps({"format": _FORMAT}) + "\n")
+            self._write_identity(_Identity(format=_FORMAT))
             self._claimed = True
         return self.path / DATA
 
@@ -93,11 +107,19 @@ class RunFolder:
         Raises:
             RunDirectoryError: something cannot be written.
         """
-        set_aside = None if resumes and self._owner in (None, pages_id) else self._set_aside()
-        self._write(_IDENTITY, json.dumps({"format": _FORMAT, "pages": pages_id}) + "\n")
+        set_aside = None if resumes and self._identity.pages in (None, pages_id) else self._set_aside()
+        self._write_identity(_Identity(format=_FORMAT, pages=pages_id))
         self._write(CONFIG, config.dumped())
         self.begun, self._claimed, self._made = True, False, []
         return set_aside
+
+    def note_validation(self, step: int) -> None:
+        """The validation after step ``step``, the last one, is made and reported."""
+        self._write_identity(self._identity.model_copy(update={"validated_step": step}))
+
+    def lacks_validation(self, pages: Path, step: int) -> bool:
+        """Whether the run of the page files in ``pages`` made step ``step`` here, and no validation after it."""
+        return self._identity.pages == read_run_id(pages) and self._identity.validated_step != step
 
     def _set_aside(self) -> str | None:
         there = [name for name in _RESULTS if os.path.lexists(self.path / name)]
@@ -114,6 +136,10 @@ class RunFolder:
         return (
             f"results of another run in {self.path} are kept as {', '.join(_numbered(name, number) for name in there)}"
         )
+
+    def _write_identity(self, identity: _Identity) -> None:
+        self._write(_IDENTITY, identity.model_dump_json(exclude_none=True) + "\n")
+        self._identity = identity
 
     def _write(self, name: str, text: str) -> None:
         """A file, whole or not at all."""
@@ -144,29 +170,17 @@ class RunFolder:
         self.close()
 
 
-def _owner(identity: Path) -> str | None:
-    """The identity of the page files that the results in a folder were made with; None where it is not recorded.
-
-    Raises:
-        RunDirectoryError: the file is not an identity of a run. OSError: it cannot be read.
-    """
+def _read_identity(path: Path) -> _Identity:
+    """Raises RunDirectoryError where the file cannot be read, or is not an identity of a run."""
     try:
-        found = parse_json(read_small(identity, 64 * KiB))
+        return checked(TypeAdapter(_Identity), parse_json(read_small(path, 64 * KiB)))
     except OSError as error:
-        raise RunDirectoryError(
-            f"output.run: {identity} cannot be used: {error.strerror}. Nothing was changed"
-        ) from error
+        raise RunDirectoryError(f"output.run: {path} cannot be used: {error.strerror}. Nothing was changed") from error
     except ValueError as error:
         raise RunDirectoryError(
-            f"output.run: {identity} is not the identity of a run: {error}. Nothing was changed; name another folder"
+            f"output.run: {path} is not the identity of a run of this version: {error}. Nothing was changed; name "
+            "another folder"
         ) from error
-    owner = found.get("pages") if isinstance(found, dict) else None
-    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(owner, (str, type(None))):
-        raise RunDirectoryError(
-            f"output.run: {identity} is not the identity of a run of this version. Nothing was changed; name another "
-            "folder"
-        )
-    return owner
 
 
 def check_free(paths: Sequence[str]) -> None:

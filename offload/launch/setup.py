@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from offload.budget.verdict import verdict_of
-from offload.config import Config
+from offload.config import Config, TrainingConfig
 from offload.console.tables import print_line
 from offload.factories import calls_of
 from offload.launch.batches import Batches
@@ -35,7 +35,7 @@ def check_budget(make_model: Callable[[], nn.Module], config: Config, console: C
 
 
 def build(
-    config: Config, make_model: Callable[[], nn.Module], make_data: Callable[[], Any], stack: ExitStack
+    config: TrainingConfig, make_model: Callable[[], nn.Module], make_data: Callable[[], Any], stack: ExitStack
 ) -> tuple[nn.Module, Batches]:
     """Set threads and seed, make the data, then the model in pages.
 
@@ -46,9 +46,6 @@ def build(
         ConfigError: a factory fails, or the data lack a method.
         OffloadError: see `offload.deferred_init`.
     """
-    assert config.model is not None
-    assert config.data is not None
-    assert config.train is not None
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)

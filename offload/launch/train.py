@@ -16,7 +16,7 @@ from rich.console import Console
 
 from offload.callbacks import RunStarted
 from offload.checkpoint.resumed import Resumed
-from offload.config import Config
+from offload.config import Config, TrainingConfig
 from offload.console.output import BROKEN_PIPE, Output, is_closed
 from offload.console.tables import print_line
 from offload.engine import Engine, initialize
@@ -50,13 +50,17 @@ def _resumes(config: Config) -> bool:
     return bool(folder.numbers())
 
 
-def _newest_step(config: Config) -> int:
-    """The step of the newest commit; 0 where it cannot be read, which resuming will report."""
-    folder = CommitFolder(Path(config.ssd.paths[0]))
+def _finished_step(config: TrainingConfig, folder: RunFolder) -> int | None:
+    """The step of the newest commit where nothing is left to do: all steps are made, and validated. Also None where
+    the commit cannot be read, which resuming will report."""
+    pages = Path(config.ssd.paths[0])
+    commits = CommitFolder(pages)
     try:
-        return folder.read(folder.numbers()[-1]).step
+        step = commits.read(commits.numbers()[-1]).step
     except CommitError:
-        return 0
+        return None
+    stopped = step == config.train.steps and config.train.evaluate_batches and folder.lacks_validation(pages, step)
+    return None if step < config.train.steps or stopped else step
 
 
 def launch(config: Config, console: Console | None = None) -> int:
@@ -79,22 +83,19 @@ def launch(config: Config, console: Console | None = None) -> int:
         KeyboardInterrupt: a second Ctrl-C, or one before the first step. SystemExit: SIGTERM after another signal.
             Everything is closed.
     """
-    config.require("launch", "model", "data", "train", "output")
-    assert config.model is not None
-    assert config.data is not None
-    assert config.train is not None
+    config = config.for_training("launch", "output")
     assert config.output is not None
     console = console or Output(outlives_reader=True)
-    train, run = config.train, Path(config.output.run)
+    run = Path(config.output.run)
     make_model, make_data = model_factory(config.model), data_factory(config.data, run / DATA, config.seed)
     resumes = _resumes(config)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(run))
         stack.enter_context(removed_unless_begun(folder, config.ssd.paths))
         check_free(config.ssd.paths)
-        if resumes and (step := _newest_step(config)) >= train.steps:
-            text = f"finished: the newest commit is of step {step}, train.steps is {train.steps}; raise it to train on"
-            print_line(console, text)
+        if resumes and (step := _finished_step(config, folder)) is not None:
+            text = f"finished: the newest commit is of step {step}, train.steps is {config.train.steps}; raise it to "
+            print_line(console, text + "train on")
             return 0
         check_budget(make_model, config, console)
         folder.claim()
@@ -103,7 +104,7 @@ def launch(config: Config, console: Console | None = None) -> int:
             record = ValidationRecord()
             engine.track("launch", record)
             resumed = _resume(engine, console) if resumes else None
-            _train(engine, batches, folder, console, interrupt, record, resumed is not None)
+            _train(engine, config, batches, folder, console, interrupt, record, resumed is not None)
         return interrupt.exit_code or (BROKEN_PIPE if is_closed(console) else 0)
 
 
@@ -126,6 +127,7 @@ def _resume(engine: Engine, console: Console) -> Resumed | None:
 
 def _train(
     engine: Engine,
+    config: TrainingConfig,
     batches: Batches,
     folder: RunFolder,
     console: Console,
@@ -134,33 +136,47 @@ def _train(
     resumed: bool,
 ) -> None:
     """All steps from here on, and the summary."""
-    config = engine.config
-    assert config.model is not None
-    assert config.train is not None
     assert config.output is not None
-    n_parameters = sum(p.numel() for p in engine.model.parameters())
-    text = f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes"
-    print_line(console, text)
-    if config.train.evaluate_batches and not engine.steps:
-        record.before_nats = validation_loss(engine, batches, config.model.factory, interrupt)
-    others = [(reference, made_callback(reference)) for reference in config.output.callbacks]
-    pair = None if interrupt.asked else batches.batch(engine.steps * config.update.accumulation)
-    set_aside = folder.begin(config, engine.run_id, resumes=resumed)
     first = engine.steps
+    n_parameters = sum(p.numel() for p in engine.model.parameters())
+    print_line(console, f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes")
+    progress = Progress(console, config.train)
+    if config.train.evaluate_batches and not first:
+        record.before_nats = validation_loss(engine, batches, config.model.factory, interrupt, progress.validating)
+    others = [(reference, made_callback(reference)) for reference in config.output.callbacks]
+    ready = not interrupt.asked and first < config.train.steps
+    pair = batches.batch(first * config.update.accumulation) if ready else None
+    set_aside = folder.begin(config, engine.run_id, resumes=resumed)
     kept = kept_metrics(folder.path, first, config.output.log)
     for note in (set_aside, kept.note):
         if note is not None:
             print_line(console, note)
     files = [MetricsFile(folder.path, FORMATS[name], kept.metrics) for name in config.output.log]
-    own = [*files, Progress(console, config.train.steps, config.train.log_every)]
-    reporter = Reporter([*(("", callback) for callback in own), *others])
-    loop = TrainingLoop(engine, batches, reporter, interrupt, record, kept.metrics, lambda: is_closed(console))
+    reporter = Reporter([*(("", callback) for callback in (*files, progress)), *others])
+    loop = TrainingLoop(
+        engine, config, batches, reporter, interrupt, record, kept.metrics, progress, lambda: is_closed(console)
+    )
     loop.run(RunStarted(config, folder.path, first, n_parameters, batches.unit), pair)
     summary = loop.summary()
     print_summary(summary, console)
     model = config.model.factory.rpartition(":")[2]
     title = f"{'/'.join(folder.path.parts[-2:])}: {model}, {n_parameters / 1e6:.1f}M parameters"
     save_loss_curve(folder.path / CURVE, loop.metrics, summary, title)
+    if summary.after_nats is not None:
+        folder.note_validation(engine.steps)
     print_line(console, f"metrics, configuration and loss curve are in {folder.path}")
     if interrupt.asked:
-        print_line(console, f"interrupted after step {engine.steps}")
+        print_line(console, _interrupted(config, engine.steps, loop.committed))
+
+
+def _interrupted(config: TrainingConfig, steps: int, committed: int) -> str:
+    """What is kept of a run that a signal has ended, and how it continues."""
+    if not steps:
+        return "interrupted before the first step"
+    said, where = f"interrupted after step {steps}", config.ssd.paths[0]
+    if not committed:
+        return f"{said}; nothing is committed (commit.at_end is false); the same command starts over"
+    if committed < steps:
+        return f"{said}; the same command resumes after step {committed}, committed in {where}"
+    to_do = "resumes from there" if steps < config.train.steps else "makes the validation that is missing"
+    return f"{said}, which is committed in {where}; the same command {to_do}"

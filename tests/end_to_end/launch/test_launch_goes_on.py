@@ -107,6 +107,39 @@ def test_ctrl_c_and_the_same_command_again(at: int, raw: dict[str, Any], uninter
     assert (trained(raw), validation(text)) == uninterrupted
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_in_the_last_validation_and_the_same_command_again(
+    name: str, code: int, raw: dict[str, Any], tmp_path: Path, uninterrupted: tuple[Any, Any]
+) -> None:
+    data = {"factory": "launch_data:signalled_validation", "arguments": {"at": 1, "name": name}}
+    stopped, said = run({**raw, "data": data})
+    assert stopped == code and validation(said)[1] == "measured" and trained(raw) == uninterrupted[0]
+    assert said.splitlines()[-1] == (
+        f"interrupted after step {STEPS}, which is committed in {tmp_path / 'pages'}; the same command makes the "
+        "validation that is missing"
+    )
+    again, said = run(raw)
+    assert again == 0 and f"resumes after step {STEPS}" in said and f"{STEPS}, 0 of them in this launch" in said
+    assert (trained(raw), validation(said)) == uninterrupted
+    assert run(raw)[1].startswith("finished: ")
+
+
+def test_a_stopped_run_says_what_is_kept(raw: dict[str, Any], tmp_path: Path) -> None:
+    pages = tmp_path / "pages"
+    assert run(signalled(raw, 2, "SIGINT"))[1].splitlines()[-1] == (
+        f"interrupted after step 3, which is committed in {pages}; the same command resumes from there"
+    )
+    raw["commit"]["at_end"] = False
+    assert run(signalled(raw, 3, "SIGINT"))[1].splitlines()[-1] == (
+        f"interrupted after step 4; the same command resumes after step 3, committed in {pages}"
+    )
+    new = elsewhere(signalled(raw, 0, "SIGINT"), tmp_path / "new")
+    (tmp_path / "new").mkdir()
+    assert run(new)[1].splitlines()[-1] == (
+        "interrupted after step 1; nothing is committed (commit.at_end is false); the same command starts over"
+    )
+
+
 def test_stopped_again_and_again(raw: dict[str, Any], uninterrupted: tuple[Any, Any]) -> None:
     for at in (0, 1, 2, 3, 6):
         assert run(signalled(raw, at, "SIGINT"))[0] == 130

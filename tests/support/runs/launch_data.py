@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,29 @@ def signalling_text(folder: Path, seed: int, at: int, name: str) -> ByteCorpus:
     """The sentence, with a signal in it."""
     sentence_text(folder, seed)
     corpus = SignallingText(folder, seed=seed)
+    corpus.at, corpus.number = at, signal.Signals[name].value
+    return corpus
+
+
+class SignalledValidation(ByteCorpus):
+    """Sends its own process a signal in the middle of validation number ``at``, counted from 0."""
+
+    at, number, made = 0, 0, 0
+
+    def validation_batches(self, count: int, rows: int, seq: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As any corpus, and a signal after the first batch."""
+        batches = super().validation_batches(count, rows, seq)
+        yield next(batches)
+        if self.made == self.at:
+            os.kill(os.getpid(), self.number)
+        self.made += 1
+        yield from batches
+
+
+def signalled_validation(folder: Path, seed: int, at: int, name: str) -> ByteCorpus:
+    """The sentence, with a signal in its validation."""
+    sentence_text(folder, seed)
+    corpus = SignalledValidation(folder, seed=seed)
     corpus.at, corpus.number = at, signal.Signals[name].value
     return corpus
 

@@ -13,6 +13,7 @@ from reported_runs import reported
 from rich.console import Console
 
 from offload.callbacks import StepMetrics
+from offload.config import TrainConfig
 from offload.launch.loss_curve import save_loss_curve, smoothed
 from offload.launch.metrics_file import FORMATS, MetricsFile
 from offload.launch.progress import Progress
@@ -176,7 +177,7 @@ def test_metrics_are_on_disk_after_each_step(tmp_path: Path) -> None:
 
 def test_plain_lines_come_every_few_steps_and_at_the_end(tmp_path: Path) -> None:
     target, out = console(terminal=False)
-    with reported(tmp_path, Progress(target, steps=7, log_every=3)) as reporter:
+    with reported(tmp_path, Progress(target, TrainConfig(steps=7, batch=1, log_every=3))) as reporter:
         for step in range(1, 8):
             reporter.tell(metrics(step))
     assert [line.split()[1] for line in out.getvalue().splitlines()] == ["3/7", "6/7", "7/7"]
@@ -184,11 +185,27 @@ def test_plain_lines_come_every_few_steps_and_at_the_end(tmp_path: Path) -> None
 
 def test_a_terminal_gets_one_live_line(tmp_path: Path) -> None:
     target, out = console(terminal=True)
-    with reported(tmp_path, Progress(target, steps=2, log_every=1)) as reporter:
+    with reported(tmp_path, Progress(target, TrainConfig(steps=2, batch=1))) as reporter:
         reporter.tell(metrics(1))
         reporter.tell(metrics(2))
     assert "step 1/2" not in out.getvalue() and "2/2" in out.getvalue()
     assert "loss 1.0000  512 tokens/s" in out.getvalue()
+
+
+def test_a_long_validation_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, out = console(terminal=False)
+    progress = Progress(target, TrainConfig(steps=2, batch=1, evaluate_batches=3))
+    progress.validating(0)
+    progress.validating(1)
+    assert out.getvalue() == "validating, 0 of 3 batches\n"
+    monkeypatch.setattr("offload.launch.progress._VALIDATING_EVERY_S", 0.0)
+    progress.validating(2)
+    assert out.getvalue().splitlines()[1:] == ["validating, 2 of 3 batches"]
+    target, out = console(terminal=True)
+    progress = Progress(target, TrainConfig(steps=2, batch=1, evaluate_batches=3))
+    with reported(tmp_path, progress):
+        progress.validating(1)
+    assert "validating, 1 of 3 batches" in out.getvalue() and "\nvalidating" not in out.getvalue()
 
 
 def test_an_error_closes_the_metrics_file(tmp_path: Path) -> None:
