@@ -67,7 +67,7 @@ class RecomputeChoice:
     def step_ended(self) -> None:
         """Between two steps: decide, once there is a plan made with the times of steps that followed one."""
         self.blocks.step_ended()
-        if self.open and self._driver.timed:
+        if self.open and self._driver.follower.durations.complete:
             self.decide()
 
     def decide(self) -> bool:
@@ -76,7 +76,7 @@ class RecomputeChoice:
         Returns:
             Whether the next steps have other ops than those until now.
         """
-        plan, trace = self._driver.plan, self._driver.trace
+        plan, trace = self._driver.follower.plan, self._driver.follower.trace
         assert plan is not None
         if self.state is ChoiceState.TRIED:
             self._become(ChoiceState.DECIDED)

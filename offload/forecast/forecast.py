@@ -313,16 +313,15 @@ def _at_start(engine: Rehearsal) -> Phase:
 
 
 def _at_step(engine: Rehearsal) -> Phase:
-    plan, mover = engine.store.driver.plan, engine.store.mover
+    plan, mover = engine.store.driver.follower.plan, engine.store.mover
     assert plan is not None
     phase = _phase(engine, plan.peak_frames, engine.peak_gradient_bytes, mover.planned_page_file_frames(plan.stored()))
     upper = engine.upper
     if upper is None:
         return phase
-    assert upper.plan is not None
-    return replace(
-        phase, device_pages=upper.plan.peak_frames, device_bytes=upper.plan.peak_frames * engine.store.page_bytes
-    )
+    above = upper.follower.plan
+    assert above is not None
+    return replace(phase, device_pages=above.peak_frames, device_bytes=above.peak_frames * engine.store.page_bytes)
 
 
 def _at_commit(engine: Rehearsal) -> Phase:

@@ -224,7 +224,7 @@ class Rehearsal:
     @property
     def trace(self) -> Trace:
         """The step that the plan of host memory is made of."""
-        return self.host.trace
+        return self.host.follower.trace
 
     @property
     def peak_gradient_bytes(self) -> int:
@@ -259,7 +259,7 @@ class Rehearsal:
         self.host.quiesce()
 
     def _check_planned(self) -> None:
-        if any(driver.plan is None for driver in (self.host, self.upper) if driver is not None):
+        if any(driver.follower.plan is None for driver in (self.host, self.upper) if driver is not None):
             raise RehearsalError(
                 "views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise "
                 "memory.ram"

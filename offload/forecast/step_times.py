@@ -49,12 +49,13 @@ class StepTimes:
         host = engine.host
         below = _simulated(host)
         waits_s = _waits_s(host, below)
-        compute_s, step_s, h2d_busy_s, h2d_bytes, steady = host.trace.compute_s, below.step_s, None, 0.0, below.steady
+        compute_s, step_s, steady = host.follower.trace.compute_s, below.step_s, below.steady
+        h2d_busy_s, h2d_bytes = None, 0.0
         upper = engine.upper
         if upper is not None:
             above = _simulated(upper)
             waits_s[H2D] = sum(_waits_s(upper, above).values())
-            compute_s = upper.trace.compute_s
+            compute_s = upper.follower.trace.compute_s
             step_s = compute_s + sum(waits_s.values())
             h2d_busy_s, h2d_bytes = above.busy[_UP] * above.step_s, above.read_bytes
             steady = steady and above.steady
@@ -70,15 +71,15 @@ class StepTimes:
 
 
 def _simulated(driver: Driver) -> Simulation:
-    assert driver.plan is not None
-    n_bytes = {tensor.id: tensor.n_bytes for tensor in driver.mover.tensors.values()}
-    return simulate(driver.plan, driver.trace, n_bytes, driver.planner.tier(share=1), driver.planner.resident())
+    plan, trace, planner = driver.follower.plan, driver.follower.trace, driver.planner
+    assert plan is not None
+    return simulate(plan, trace, planner.n_bytes(trace), planner.tier(share=1), planner.resident())
 
 
 def _waits_s(driver: Driver, simulated: Simulation) -> dict[str, float]:
     """Seconds of a step waited, by lane."""
-    assert driver.plan is not None
+    assert driver.follower.plan is not None
     found = {Lane.SSD_READ.value: 0.0, Lane.SSD_WRITE.value: 0.0}
     for wait in simulated.waits:
-        found[wait.lane.value] += wait.seconds / driver.plan.n_steps
+        found[wait.lane.value] += wait.seconds / driver.follower.plan.n_steps
     return found

@@ -164,7 +164,7 @@ class Profile:
 
     def _context(self) -> Context:
         store, since = self._store, self._stats().since(self._begun)
-        plan, config = store.driver.plan, store.config
+        plan, config = store.driver.follower.plan, store.config
         title = self._title or (config.output.run if config.output is not None else type(self._model).__name__)
         planned = (
             None

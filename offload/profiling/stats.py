@@ -52,10 +52,10 @@ def stats_of(store: PageStore, updater: Updater, recomputed_blocks: int) -> Stat
     """The counters of a running engine."""
     driver, counters, files = store.driver, store.counters, store.page_files.stats()
     return Stats(
-        steps=driver.planned_steps + driver.on_demand_steps,
-        planned_steps=driver.planned_steps,
+        steps=driver.follower.planned_steps + driver.on_demand_steps,
+        planned_steps=driver.follower.planned_steps,
         on_demand_steps=driver.on_demand_steps,
-        deviations=driver.deviations,
+        deviations=driver.follower.deviations,
         bytes_read=files.bytes_read,
         bytes_written=files.bytes_written,
         wait_s=counters.seconds[EventKind.WAIT],
@@ -69,7 +69,7 @@ def stats_of(store: PageStore, updater: Updater, recomputed_blocks: int) -> Stat
 
 def planned_step_s(store: PageStore) -> float | None:
     """Seconds of a step as the plans predict them; None while one is missing. A step waits for both tiers."""
-    plans = [driver.plan for driver in (store.driver, store.driver.above) if driver is not None]
+    plans = [driver.follower.plan for driver in (store.driver, store.driver.above) if driver is not None]
     made = [plan for plan in plans if plan is not None]
     if len(made) < len(plans):
         return None
@@ -117,7 +117,7 @@ def commit_frames(mover: HostMover, n_kept: int) -> int:
 
 def memory_report(store: PageStore, updater: Updater, committer: Committer) -> MemoryReport:
     """Bytes per tier of a running engine."""
-    mover, page_bytes, plan = store.mover, store.page_bytes, store.driver.plan
+    mover, page_bytes, plan = store.mover, store.page_bytes, store.driver.follower.plan
     commits = store.config.commit
     committing = bool(commits.every_steps or commits.every_s or committer.commits)
     host_planned = ssd_planned = None
@@ -150,7 +150,7 @@ def _device_use(store: PageStore) -> dict[str, TierUse]:
     device = store.device_tier
     if device is None:
         return {}
-    book, plan, page_bytes = device.mover.host, device.driver.plan, store.page_bytes
+    book, plan, page_bytes = device.mover.host, device.driver.follower.plan, store.page_bytes
     planned = None if plan is None else plan.peak_frames
     return {
         "device": TierUse(

@@ -30,7 +30,7 @@ def plan_content(driver: Driver, plan: Plan) -> dict[str, Any]:
     ``names`` and ``tensor_bytes`` are by the tensor's number; ``ops`` are those of one step, and a cycle is ``steps``
     of them; ``initial`` is the first frame of each tensor when a cycle begins. Ops of tasks are numbers of the cycle.
     """
-    mover, trace = driver.mover, driver.trace
+    mover, trace = driver.mover, driver.follower.trace
     loaded = {task.tensor for task in (*plan.loads, *plan.carried)}
     known = loaded | {task.tensor for task in plan.stores} | {*plan.initial, *trace.tensors()}
     tensors = {tensor.id: tensor for tensor in mover.tensors.values()}
@@ -71,7 +71,7 @@ class PlanKeeper:
     def keep(self) -> None:
         """Between two steps: write the plan if it is another one than before. Where that cannot be done, warn and leave
         the file that is there."""
-        plan = self._driver.plan
+        plan = self._driver.follower.plan
         if plan is None or plan is self._kept:
             return
         self._kept = plan

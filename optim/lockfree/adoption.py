@@ -36,7 +36,7 @@ class Adoption:
             self._driver.mover.make_writable(unit.parameters)
             self._copy_in(unit, version)
             self._driver.mover.touch(unit.parameters)
-        elif version is not None or self._driver.mode is not Mode.PLANNED:
+        elif version is not None or self._driver.follower.mode is not Mode.PLANNED:
             # A step that is being traced has the op in any case: a later one may have something to adopt there.
             accesses = [Access(unit.parameters.id, AccessMode.MODIFY)]
             with self._driver.op((OpKind.UPDATE, (unit.index, "adopt", when)), f"adoption of {unit.name}", accesses):

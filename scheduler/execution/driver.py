@@ -26,8 +26,7 @@ from scheduler.execution.plan_follower import Mode, PlanFollower
 from scheduler.execution.read_lane import ReadLane
 from scheduler.execution.tier_planner import TierPlanner
 from scheduler.execution.wait_explainer import WaitExplainer
-from scheduler.planning.plan import Plan
-from scheduler.planning.trace import CHANGES, Access, AccessMode, Clock, HostClock, OpKey, Trace, TraceRecorder
+from scheduler.planning.trace import CHANGES, Access, AccessMode, Clock, HostClock, OpKey, TraceRecorder
 
 
 class Driver:
@@ -37,7 +36,6 @@ class Driver:
         mover: owner of all residency in the tier.
         sink: takes waits and deviations.
         bandwidth: current bandwidths (read, write) of what is below in bytes/s, asked for when a plan is made.
-        overhead_bytes: what the budget holds beside the arena; part of the budget that an error proposes.
         clock: times ops; None: the training thread's own.
         lower: the tier that tensors are copied up from; None above page files. With one, every planned step has the
             same moves, so that what is asked for below is the same in each.
@@ -46,6 +44,7 @@ class Driver:
         watcher: is told of ops and steps, while somebody profiles.
         above: the driver of the tier above, whose steps end when this one's do.
         planner: makes plans for this tier.
+        follower: has the present plan, and says how ops get their tensors.
     """
 
     def __init__(
@@ -53,7 +52,6 @@ class Driver:
         mover: Mover,
         sink: EventSink,
         bandwidth: Callable[[], tuple[float, float]],
-        overhead_bytes: int = 0,
         clock: Clock | None = None,
         lower: LowerTier | None = None,
     ) -> None:
@@ -65,10 +63,10 @@ class Driver:
         self._lower = lower
         self._lane = ReadLane(mover)
         self._recorder = TraceRecorder(clock or HostClock())
-        self._on_demand = OnDemand(mover, overhead_bytes)
+        self._on_demand = OnDemand(mover)
         bring = self._bring if lower is None else self._bring_from_below
         self._pinner = Pinner(mover, self._on_demand, bring, self._lane, lower)
-        self._follower = PlanFollower(mover, self._lane, self._recorder, self.planner, sink, lower)
+        self.follower = PlanFollower(mover, self._lane, self._recorder, self.planner, sink, lower)
         self._unsettled_steps = 0
         self._recording = True
 
@@ -84,36 +82,6 @@ class Driver:
     def overhead_bytes(self) -> int:
         """What the budget holds beside the arena."""
         return self._on_demand.overhead_bytes
-
-    @property
-    def mode(self) -> Mode:
-        """How ops get their tensors now."""
-        return self._follower.mode
-
-    @property
-    def plan(self) -> Plan | None:
-        """The present plan."""
-        return self._follower.plan
-
-    @property
-    def planned_steps(self) -> int:
-        """Steps that followed a plan."""
-        return self._follower.planned_steps
-
-    @property
-    def deviations(self) -> int:
-        """Times that a step left its plan."""
-        return self._follower.deviations
-
-    @property
-    def trace(self) -> Trace:
-        """The step that the plan was made for, with the durations it was made with; empty without a plan."""
-        return self._follower.trace if self.plan is not None else Trace(())
-
-    @property
-    def timed(self) -> bool:
-        """Whether the plan was made with the times of steps that followed one."""
-        return self.plan is not None and self._follower.durations.complete
 
     @property
     def position(self) -> int:
@@ -151,19 +119,18 @@ class Driver:
             self._recorder.pause()
         if watcher is not None:
             watcher.ends()
-        follower = self._follower
         with self.mover.changed:
             self.mover.monitor.check()
             self._collect_views()
             if self._recording:
-                if follower.mode is Mode.PLANNED:
-                    follower.follow(key)
+                if self.follower.mode is Mode.PLANNED:
+                    self.follower.follow(key)
                 self._recorder.begin(key, name, accesses)
             held = self._pinner.pin(name, [access for access in accesses if access.mode is not AccessMode.RENEW])
         if watcher is not None:
             watcher.begins(key[0].value, name, held[0].name if held else "", sum(tensor.n_bytes for tensor in held))
         # A plan that is to stay needs no times, and a device takes two events for each.
-        if self._recording and (follower.mode is Mode.ON_DEMAND or follower.durations.wanted):
+        if self._recording and (self.follower.mode is Mode.ON_DEMAND or self.follower.durations.wanted):
             self._recorder.go_on()
         return held
 
@@ -223,24 +190,24 @@ class Driver:
         replanned_above = self.above is not None and self._end_step_above(self.above, repeatable=repeatable)
         with self.mover.changed:
             self._collect_views()
-            if self._follower.end_planned_step():
+            if self.follower.end_planned_step():
                 if replanned_above:
-                    self._follower.leave(None)
+                    self.follower.leave(None)
                 return
             self.on_demand_steps += 1
             trace = self._recorder.finish(timed=repeatable)
-            if repeatable and self.plan is not None:
-                trace.take_durations(self._follower.trace)  # of ops that followed the plan before this step left it
+            if repeatable:
+                trace.take_durations(self.follower.trace)  # of ops that followed the plan before this step left it
             # A step may ask nothing of this tier, where all it needs is resident above.
-            asked = trace.ops or (self.above is not None and self.above.plan is not None)
+            asked = trace.ops or (self.above is not None and self.above.follower.plan is not None)
             if repeatable and not replanned_above and asked:
-                self._follower.adopt(trace)
+                self.follower.adopt(trace)
 
     def _end_step_above(self, above: Driver, *, repeatable: bool) -> bool:
         """End the step of the tier above; returns whether it has another plan now, so that it asks for other things."""
-        plan = above.plan
+        plan = above.follower.plan
         above.end_step(repeatable=repeatable)
-        return above.plan is not plan
+        return above.follower.plan is not plan
 
     def abandon_step(self) -> None:
         """Forget the ops since the last step's end. The next op is the first one of a step again."""
@@ -252,7 +219,7 @@ class Driver:
             self._collect_views()
             if self._recorder.ops:
                 self._recorder.finish(timed=False)
-                self._follower.abandon_step()
+                self.follower.abandon_step()
 
     def invalidate_plan(self, steps: int) -> None:
         """Between two steps: the next ones have other ops. The first ``steps`` of them do not repeat yet; they are
@@ -261,7 +228,7 @@ class Driver:
             self.above.invalidate_plan(steps)
         with self.mover.changed:
             self._unsettled_steps = steps
-            self._follower.invalidate()
+            self.follower.invalidate()
 
     @contextmanager
     def untraced(self) -> Iterator[None]:
@@ -270,7 +237,7 @@ class Driver:
             recording, computing = self._recording, self._recorder.computing
             if recording:
                 self._recorder.pause()
-                self._follower.disturb()
+                self.follower.disturb()
             self._recording = False
             try:
                 yield
@@ -285,7 +252,7 @@ class Driver:
         close_all(
             *([] if self._lower is None else [self._collect_views_locked]),
             *([] if self.above is None else [self.above.quiesce]),
-            self._follower.disturb,
+            self.follower.disturb,
             self.mover.monitor.settle,
         )
 
@@ -344,7 +311,7 @@ class Driver:
         self.mover.monitor.wait_until(lambda: usable() or hopeless(), tensor.name, tensor.n_bytes)
         if usable():
             return
-        if self.mode is Mode.PLANNED and self._recording:
-            self._follower.leave(f"{name}: the plan has not brought {tensor.name}")
+        if self.follower.mode is Mode.PLANNED and self._recording:
+            self.follower.leave(f"{name}: the plan has not brought {tensor.name}")
         if not is_usable(tensor, mode):
             self._on_demand.fetch(tensor, name, fresh=mode is AccessMode.CREATE)

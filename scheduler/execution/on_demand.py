@@ -21,12 +21,14 @@ class OnDemand:
 
     Args:
         mover: owner of all residency.
+
+    Attributes:
         overhead_bytes: what the budget holds beside the arena; part of the budget that an error proposes.
     """
 
-    def __init__(self, mover: Mover, overhead_bytes: int) -> None:
+    def __init__(self, mover: Mover) -> None:
         self.mover = mover
-        self.overhead_bytes = overhead_bytes
+        self.overhead_bytes = 0
 
     def fetch(self, tensor: PagedTensor, name: str, *, fresh: bool, lowest: bool = False) -> None:
         """Bring one tensor in now, in place of the least recently used ones, and wait for it."""

@@ -49,8 +49,10 @@ class PlanFollower:
         lower: the tier that tensors are copied up from; None above page files.
 
     Attributes:
-        plan: the present plan, if there is one. trace: the step that it was made for.
-        durations: of the ops of steps that followed it.
+        plan: the present plan, if there is one.
+        trace: the step that it was made for, with the durations it was made with; empty without a plan.
+        durations: of the ops of steps that followed it; once complete, the plan was made with them.
+        planned_steps: that followed a plan. deviations: times that a step left its plan.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class PlanFollower:
         Where views in use leave the planner no window, steps stay on demand; that is counted and emitted.
         """
         if self.plan is None or self.plan.keys[: self.plan.ops_per_step] != trace.keys:
-            self.plan, self.durations = None, Durations()
+            self._forget_plan()
             self._plan_for(trace)
             if self.plan is None:
                 return
@@ -159,7 +161,10 @@ class PlanFollower:
         """Give the plan up; nobody's deviation."""
         if self.mode is Mode.PLANNED:
             self.leave(None)
-        self.plan = None
+        self._forget_plan()
+
+    def _forget_plan(self) -> None:
+        self.plan, self.trace, self.durations = None, Trace(()), Durations()
 
     def _plan_for(self, trace: Trace) -> None:
         """Make a plan and take it for the next step on; where there is none, the present one stays.

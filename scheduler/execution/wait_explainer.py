@@ -7,6 +7,7 @@ first obstacle has gone, is not looked at.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 from pagemem.residency.device_mover import DeviceMover
@@ -29,6 +30,7 @@ COMING_DOWN: Final = "the device was still copying it down"
 COMMITTING: Final = "a commit had yet to store it"
 
 
+@dataclass(slots=True)
 class WaitExplainer:
     """Knows tensors by their names; called with the name of one that is waited for, or that of a commit of it.
 
@@ -36,11 +38,9 @@ class WaitExplainer:
         mover: owner of all residency. lane: the queue of planned loads.
     """
 
-    def __init__(self, mover: Mover, lane: ReadLane) -> None:
-        self._mover = mover
-        self._lane = lane
-        with mover.changed:
-            self._named = {tensor.name: tensor for tensor in mover.tensors.values()}
+    _mover: Mover
+    _lane: ReadLane
+    _named: dict[str, PagedTensor] = field(default_factory=dict)
 
     def __call__(self, name: str) -> WaitCause:
         """What a wait for the tensor named ``name`` has to wait for now. With the mover's lock held."""
@@ -62,9 +62,8 @@ class WaitExplainer:
     def _find(self, name: str) -> PagedTensor | None:
         known = self._named.get(name)
         if known is None or self._mover.tensors.get(known.id) is not known:
-            known = next((tensor for tensor in self._mover.tensors.values() if tensor.name == name), None)
-            if known is not None:
-                self._named[name] = known
+            self._named = {tensor.name: tensor for tensor in self._mover.tensors.values()}
+            known = self._named.get(name)
         return known
 
 

@@ -202,7 +202,7 @@ def test_training_goes_on_after_a_state_dict_that_raised(engine: offload.Engine)
     train(engine, 4)
     train_plain(plain, adamw(plain.parameters()), 4)
     assert_equal(engine.model, plain)
-    plan = engine.debug.driver.plan
+    plan = engine.debug.driver.follower.plan
     assert plan is not None and any(kind is OpKind.FORWARD for kind, _ in plan.keys), "forward passes were not traced"
 
 

@@ -76,7 +76,7 @@ def test_close_ends_where_an_edit_cannot_be_written_back(
         monkeypatch.setattr(driver._lower, "write_back_edited", fails)
         with pytest.raises(RuntimeError, match="the device is lost"):
             train(engine, 1)
-        assert driver.planned_steps
+        assert driver.follower.planned_steps
         with pytest.raises(RuntimeError, match="the device is lost"):
             engine.close()
         assert_closed(engine)

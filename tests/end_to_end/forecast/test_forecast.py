@@ -114,7 +114,7 @@ def test_the_ops_and_their_accesses_are_those_of_the_engine(tmp_path: Path) -> N
         assert engine.trace.keys == plan.keys[: plan.ops_per_step]
         longest = max(op.until - index for index, op in enumerate(engine.trace.ops))
         assert longest > 0  # The views of a weight that outlive their op have been seen.
-        assert (engine.host.deviations, engine.host.planned_steps) == (0, 1)
+        assert (engine.host.follower.deviations, engine.host.follower.planned_steps) == (0, 1)
 
 
 @pytest.mark.parametrize("n_pages", [24, 36, 56])
@@ -133,7 +133,7 @@ def test_a_simulated_plan_moves_the_bytes_that_the_engine_moves(n_pages: int, tm
                 engine.step()
 
         train(3 + MEASURED_STEPS)  # The plan is made anew then, with the times of these steps.
-        plan, trace = store.driver.plan, store.driver.trace
+        plan, trace = store.driver.follower.plan, store.driver.follower.trace
         assert plan is not None
         train(plan.n_steps)
         store.mover.monitor.settle()

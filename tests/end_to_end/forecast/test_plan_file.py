@@ -65,15 +65,15 @@ def test_the_file_is_the_plan_that_is_followed(more: dict[str, Any], tmp_path: P
     def look(engine: offload.Engine) -> None:
         for driver, name in zip(drivers(engine), (PLAN_NAME, DEVICE_PLAN_NAME)):
             content = read(tmp_path / "pages" / name)
-            plan = driver.plan
+            plan = driver.follower.plan
             assert plan is not None and plan.loads, "not everything fits"
             assert_is(content, plan)
             assert content["page_bytes"] == driver.mover.arena.page_bytes
             assert [(op["kind"], op["name"], op["seconds"]) for op in content["ops"]] == [
-                (op.key[0].value, op.name, op.duration_s) for op in driver.trace.ops
+                (op.key[0].value, op.name, op.duration_s) for op in driver.follower.trace.ops
             ]
             assert json.dumps([op["key"] for op in content["ops"]]) == json.dumps(
-                [op.key[1] for op in driver.trace.ops]
+                [op.key[1] for op in driver.follower.trace.ops]
             )
             for number, tensor_name in content["names"].items():
                 known = driver.mover.tensors[TensorId(int(number))]
@@ -91,8 +91,8 @@ def test_a_plan_made_anew_replaces_the_file(tmp_path: Path) -> None:
             step(engine, 1)
             if path.read_bytes() not in seen:
                 seen.append(path.read_bytes())
-        assert engine.debug.driver.plan is not None
-        assert_is(read(path), engine.debug.driver.plan)
+        assert engine.debug.driver.follower.plan is not None
+        assert_is(read(path), engine.debug.driver.follower.plan)
 
     train(config_of(tmp_path), look, steps=3)
     assert len(seen) == 2, "that of the second step, and that with durations measured since"

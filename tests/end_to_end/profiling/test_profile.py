@@ -186,7 +186,7 @@ def test_modules_hold_the_models_bytes_and_have_all_that_is_moved(tmp_path: Path
 def test_the_plans_bytes_are_those_that_move_where_every_step_is_alike(tmp_path: Path) -> None:
     with engine_of(built(), tmp_path) as engine:
         steps(engine, 0, 8)
-        plan = engine.debug.driver.plan
+        plan = engine.debug.driver.follower.plan
         assert plan is not None
         with engine.profile(tmp_path / "profile") as profile:
             steps(engine, 8, 5 * plan.n_steps)

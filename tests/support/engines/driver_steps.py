@@ -15,4 +15,5 @@ def planned(of: Rig, *ops: str) -> None:
     """Bring a rig to where it follows a plan for these ops."""
     of.step(*ops)
     of.step(*ops)
-    assert (of.driver.mode, of.driver.planned_steps, of.driver.deviations) == (Mode.PLANNED, 1, 0)
+    follower = of.driver.follower
+    assert (follower.mode, follower.planned_steps, follower.deviations) == (Mode.PLANNED, 1, 0)

@@ -108,7 +108,7 @@ def trained(config: Config, steps: int = STEPS) -> tuple[offload.MemoryReport, i
             engine.optimizer.step()
             engine.optimizer.zero_grad()
         engine.debug.driver.quiesce()
-        plan = engine.debug.driver.plan
+        plan = engine.debug.driver.follower.plan
         assert plan is not None and engine.stats().deviations == 0
         return engine.memory_report(), start, plan
 

@@ -27,7 +27,7 @@ def deviations(of: Rig) -> list[str]:
 
 
 def mode(of: Rig) -> Mode:
-    return of.driver.mode
+    return of.driver.follower.mode
 
 
 # ---- on demand ------------------------------------------------------------------------------------------------------
@@ -39,8 +39,9 @@ def test_on_demand_every_op_finds_what_was_written_last(n_frames: int) -> None:
         for _ in range(3):
             r.step(*STEP, repeatable=False)
         r.read_all()
-        assert (r.driver.mode, r.driver.on_demand_steps, r.driver.planned_steps) == (Mode.ON_DEMAND, 3, 0)
-        assert r.driver.plan is None
+        follower = r.driver.follower
+        assert (follower.mode, r.driver.on_demand_steps, follower.planned_steps) == (Mode.ON_DEMAND, 3, 0)
+        assert follower.plan is None
 
 
 def test_on_demand_the_least_recently_used_tensor_leaves() -> None:
@@ -93,7 +94,7 @@ def test_a_plan_that_does_not_hold_is_never_followed(monkeypatch: pytest.MonkeyP
         for number in (1, 2):
             with pytest.raises(PlanError, match="leaves dirty: it was not stored after its last change$"):
                 r.step(*PLAIN)
-            assert (r.driver.mode, r.driver.plan, len(made)) == (Mode.ON_DEMAND, None, number)
+            assert (r.driver.follower.mode, r.driver.follower.plan, len(made)) == (Mode.ON_DEMAND, None, number)
         r.read_all()
 
 
@@ -155,9 +156,9 @@ def test_steps_that_repeat_are_planned_and_right(ops: tuple[str, ...], n_frames:
     with rig(n_frames) as r:
         for _ in range(8):
             r.step(*ops)
-        assert (r.driver.on_demand_steps, r.driver.planned_steps) == (1, 7)
+        assert (r.driver.on_demand_steps, r.driver.follower.planned_steps) == (1, 7)
         assert deviations(r) == []
-        plan = r.driver.plan
+        plan = r.driver.follower.plan
         assert plan is not None and r.mover.tenants.touched_frames <= plan.peak_frames <= n_frames
         r.read_all()
 
@@ -174,14 +175,14 @@ def test_with_room_for_all_planned_steps_move_nothing() -> None:
 def test_a_step_that_is_not_repeatable_is_not_planned() -> None:
     with rig(3) as r:
         r.step("Ac", "Bc", repeatable=False)
-        assert (r.driver.mode, r.driver.plan) == (Mode.ON_DEMAND, None)
+        assert (r.driver.follower.mode, r.driver.follower.plan) == (Mode.ON_DEMAND, None)
         planned(r, "Ar", "Bw")
 
 
 def test_a_step_without_ops_is_not_planned() -> None:
     with rig(1) as r:
         r.step()
-        assert (r.driver.mode, r.driver.plan) == (Mode.ON_DEMAND, None)
+        assert (r.driver.follower.mode, r.driver.follower.plan) == (Mode.ON_DEMAND, None)
         planned(r, "Ar", "Bw")
 
 
@@ -201,10 +202,10 @@ def test_a_step_that_differs_is_right_and_becomes_the_next_plan(n_frames: int, p
         (why,) = deviations(r)
         assert why.endswith(f" was {PLAIN[place]!r} in the trace and is 'Er Cw' now")
         r.step(*other[place + 1 :])
-        assert mode(r) is Mode.PLANNED and r.driver.plan is not None
-        assert r.driver.plan.keys[: len(other)] == tuple((OpKind.FORWARD, text) for text in other)
+        assert mode(r) is Mode.PLANNED and r.driver.follower.plan is not None
+        assert r.driver.follower.plan.keys[: len(other)] == tuple((OpKind.FORWARD, text) for text in other)
         r.step(*other)
-        assert (r.driver.deviations, r.driver.planned_steps, r.driver.on_demand_steps) == (1, 2, 2)
+        assert (r.driver.follower.deviations, r.driver.follower.planned_steps, r.driver.on_demand_steps) == (1, 2, 2)
         r.read_all()
 
 
@@ -212,7 +213,7 @@ def test_going_to_and_fro_between_two_steps_is_right() -> None:
     with rig(2) as r:
         for turn in range(8):
             r.step(*(PLAIN if turn % 2 else STEP))
-        assert r.driver.deviations == 7 and r.driver.planned_steps == 0
+        assert r.driver.follower.deviations == 7 and r.driver.follower.planned_steps == 0
         r.read_all()
 
 
@@ -224,7 +225,7 @@ def test_a_step_that_ends_early_is_right_and_counted(length: int) -> None:
         assert deviations(r) == ["the step ended early"]
         for _ in range(3):
             r.step(*PLAIN)
-        assert (r.driver.mode, r.driver.deviations) == (Mode.PLANNED, 2)
+        assert (r.driver.follower.mode, r.driver.follower.deviations) == (Mode.PLANNED, 2)
         r.read_all()
 
 
@@ -232,7 +233,7 @@ def test_a_step_that_goes_on_longer_is_right_and_counted() -> None:
     with rig(2) as r:
         planned(r, *PLAIN)
         r.step(*PLAIN, "Er")
-        assert r.driver.deviations == 1
+        assert r.driver.follower.deviations == 1
         r.step(*PLAIN, "Er")
-        assert (r.driver.deviations, r.driver.planned_steps) == (1, 2)
+        assert (r.driver.follower.deviations, r.driver.follower.planned_steps) == (1, 2)
         r.read_all()

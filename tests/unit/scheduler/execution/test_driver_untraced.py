@@ -27,14 +27,14 @@ def test_ops_between_steps_leave_the_plan_as_it_is(n_frames: int) -> None:
         planned(r, *STEP)
         for _ in range(MEASURED_STEPS + 1):
             r.step(*STEP)
-        plan = r.driver.plan
+        plan = r.driver.follower.plan
         for turn in range(4):
             with r.driver.untraced():
                 for text in ("Dr", "Ar Br", "Cr", "Dw")[: turn + 1]:
                     r.op(text)
             r.step(*STEP)
-        assert r.driver.plan is plan
-        assert (r.driver.deviations, r.driver.planned_steps) == (0, 5 + MEASURED_STEPS + 1)
+        assert r.driver.follower.plan is plan
+        assert (r.driver.follower.deviations, r.driver.follower.planned_steps) == (0, 5 + MEASURED_STEPS + 1)
         r.read_all()
 
 
@@ -57,11 +57,11 @@ def test_the_plan_is_made_once_more_with_the_times_of_planned_steps(
         )
         for steps in range(1, 4 + MEASURED_STEPS):
             r.step(*STEP)
-            assert (len(made), r.driver.planned_steps) == (1 if steps < 2 + MEASURED_STEPS else 2, steps - 1)
+            assert (len(made), r.driver.follower.planned_steps) == (1 if steps < 2 + MEASURED_STEPS else 2, steps - 1)
         assert made == pytest.approx([9.0, 2.0]), "the first planned step is left out; of the others the median counts"
         for _ in range(2 * MAX_STEPS):
             r.step(*STEP)
-        assert len(made) == 2 and r.driver.deviations == 0
+        assert len(made) == 2 and r.driver.follower.deviations == 0
         r.read_all()
 
 
@@ -87,18 +87,22 @@ def lasting(trace: Trace, step_s: float) -> Trace:
 def test_ops_amid_a_step_are_right_and_the_next_step_is_planned_again(n_frames: int, place: int) -> None:
     with rig(n_frames) as r:
         planned(r, *PLAIN)
-        plan = r.driver.plan
+        plan = r.driver.follower.plan
         for text in PLAIN[:place]:
             r.op(text)
         with r.driver.untraced():
             for text in ("Ew", "Cr Dr"):
                 r.op(text)
         r.step(*PLAIN[place:])
-        assert (r.driver.mode, r.driver.deviations) == (Mode.PLANNED, 0), "not a deviation: the step did not change"
-        assert r.driver.plan is plan
+        # Not a deviation: the step did not change.
+        assert (r.driver.follower.mode, r.driver.follower.deviations) == (
+            Mode.PLANNED,
+            0,
+        )  # not a deviation: the step did not change
+        assert r.driver.follower.plan is plan
         for _ in range(3):
             r.step(*PLAIN)
-        assert (r.driver.deviations, r.driver.on_demand_steps) == (0, 2)
+        assert (r.driver.follower.deviations, r.driver.on_demand_steps) == (0, 2)
         r.read_all()
 
 
@@ -110,7 +114,7 @@ def test_an_interlude_inside_another_ends_with_the_outer_one() -> None:
                 r.op("Er")
             r.op("Dr")
         r.step(*PLAIN)
-        assert (r.driver.deviations, r.driver.planned_steps) == (0, 2)
+        assert (r.driver.follower.deviations, r.driver.follower.planned_steps) == (0, 2)
 
 
 def test_an_interlude_that_raises_still_ends() -> None:
@@ -120,7 +124,7 @@ def test_an_interlude_that_raises_still_ends() -> None:
             r.op("Er")
             raise KeyError
         r.step(*PLAIN)
-        assert (r.driver.deviations, r.driver.planned_steps) == (0, 2)
+        assert (r.driver.follower.deviations, r.driver.follower.planned_steps) == (0, 2)
 
 
 @pytest.mark.parametrize("n_frames", [2, 3, 5])
@@ -137,7 +141,7 @@ def test_updates_that_an_interlude_made_may_be_missing_from_the_step(n_frames: i
             for text in ("u: Cw", "u: Dw"):
                 r.op(text)
         r.step(*ops)
-        assert (r.driver.deviations, r.driver.planned_steps) == (0, 4)
+        assert (r.driver.follower.deviations, r.driver.follower.planned_steps) == (0, 4)
         r.read_all()
 
 
@@ -156,7 +160,7 @@ def test_all_host_memory_can_be_given_up_anywhere_between_ops(n_frames: int, pla
         assert all(tensor.state in (Residency.STORED, Residency.ABSENT) for tensor in r.tensors.values())
         r.step(*PLAIN[place:])
         r.step(*PLAIN)
-        assert (r.driver.mode, r.driver.deviations) == (Mode.PLANNED, 0)
+        assert (r.driver.follower.mode, r.driver.follower.deviations) == (Mode.PLANNED, 0)
         r.read_all()
 
 
