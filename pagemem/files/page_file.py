@@ -29,7 +29,7 @@ from pagemem.files.requests import Route, plan_requests, tabulate
 from pagemem.files.stats import IoMeter, IoStats
 from pagemem.files.striping import Striping
 from pagemem.files.threads import IoPool
-from pagemem.files.transfer import COMPUTING, Completion, Done, Part, Ticket, TransferServer, flat_bytes
+from pagemem.files.transfer import Completion, Done, Job, Part, Ticket, TransferServer, flat_bytes
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.frames.page import Extent
 from pagemem.state_machine import StateMachine
@@ -242,7 +242,7 @@ class PageFiles:
         """Queue jobs, perhaps for the second time."""
         for ticket in list(tickets):
             for under_way, request, job in ticket:
-                if self._finishing is not None and job in COMPUTING:
+                if self._finishing is not None and job is not Job.MOVE:
                     self._finishing.submit(ticket)
                 else:
                     self._pools[under_way.direction, request.path].submit(ticket, background=background)

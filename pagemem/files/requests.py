@@ -7,7 +7,6 @@ above the limit is cut. What a request does when its turn comes is `pagemem.file
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -63,20 +62,6 @@ def tabulate(extents: Sequence[Extent], striping: Striping, page_bytes: int, n_f
     positions = file_frames * page_bytes + offsets
     keys = ExtentKeys.of(frames, offsets, lengths)
     return ExtentTable(frames, offsets, lengths, ends - lengths, paths, positions, keys)
-
-
-class Countdown:
-    """Tells the last of several parts, on any threads, that it is the last."""
-
-    def __init__(self, n_parts: int) -> None:
-        self._lock = threading.Lock()
-        self._left = n_parts
-
-    def is_last(self) -> bool:
-        """Count one part off."""
-        with self._lock:
-            self._left -= 1
-            return self._left == 0
 
 
 @dataclass(frozen=True, slots=True)

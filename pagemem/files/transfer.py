@@ -22,7 +22,6 @@ import enum
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from pagemem.errors import ChecksumError, StorageError
 from pagemem.files.backend import Direction, RawBackend, transfer
 from pagemem.files.checksums import DigestArray, ExtentIndex, digests
 from pagemem.files.rate_limit import TokenBucket
-from pagemem.files.requests import Countdown, Request, Route
+from pagemem.files.requests import Request, Route
 from pagemem.files.stats import IoMeter
 from pagemem.units import BLOCK_BYTES
 
@@ -79,13 +78,12 @@ class Completion:
 
 
 class Job(enum.Enum):
-    """What is to be done with one request: READ or WRITE its bytes, FINISH what was moved, DIGEST what is written."""
+    """What is to be done with one request: MOVE its bytes, FINISH what was moved, DIGEST what is written."""
 
     # Members are single: enum's own hash, of the name, is a Python call.
     __hash__ = object.__hash__
 
-    READ = "read"
-    WRITE = "write"
+    MOVE = "move"
     FINISH = "finish"
     DIGEST = "digest"
 
@@ -109,13 +107,18 @@ class Transfer:
         self.part = part
         self.sums: DigestArray = np.zeros(len(route.table), dtype=np.uint64)
         self.error: BaseException | None = None
-        self._error_lock = threading.Lock()
-        self._left = Countdown(n_jobs)
-        self._cut = {int(r.rows[0]): Countdown(r.n_parts) for r in route.requests if r.n_parts > 1 and r.leads}
+        self._lock = threading.Lock()  # guards what is left, and the error
+        self._jobs_left = n_jobs
+        self._parts_left = {int(r.rows[0]): r.n_parts for r in route.requests if r.n_parts > 1 and r.leads}
 
     def whole(self, request: Request) -> bool:
         """Note that a request's bytes are there; returns whether all bytes of its extents are."""
-        return request.n_parts == 1 or self._cut[int(request.rows[0])].is_last()
+        if request.n_parts == 1:
+            return True
+        row = int(request.rows[0])
+        with self._lock:
+            self._parts_left[row] -= 1
+            return self._parts_left[row] == 0
 
     def tell_part(self, request: Request) -> None:
         """Say which bytes are there, after the last of a request's parts."""
@@ -130,18 +133,15 @@ class Transfer:
 
     def job_ended(self, error: BaseException | None) -> bool:
         """Note a job's end, keep the first error; returns whether it was the last one."""
-        if error is not None:
-            with self._error_lock:
-                self.error = self.error or error
-        return self._left.is_last()
+        with self._lock:
+            self.error = self.error or error
+            self._jobs_left -= 1
+            return self._jobs_left == 0
 
 
 Work = tuple[Transfer, Request, Job]
 #: One job, until somebody takes it out: queued twice, it is done once.
 Ticket = list[Work]
-
-#: Jobs of a processor rather than of a disk.
-COMPUTING: Final = frozenset({Job.DIGEST, Job.FINISH})
 
 
 class TransferServer:
@@ -179,8 +179,7 @@ class TransferServer:
         self, direction: Direction, route: Route, buffer: memoryview, done: Done, part: Part | None = None
     ) -> list[Ticket]:
         """A new transfer's jobs, to be served in this order or beside each other."""
-        move = Job.READ if direction is Direction.READ else Job.WRITE
-        jobs = [(request, move) for request in route.requests]
+        jobs = [(request, Job.MOVE) for request in route.requests]
         if direction is Direction.WRITE and self._checksums and self._hand_on is not None:
             jobs += [(request, Job.DIGEST) for request in route.requests if request.leads]
         under_way = Transfer(direction, route, buffer, done, len(jobs), part)
@@ -198,7 +197,7 @@ class TransferServer:
         if under_way.error is None:
             try:
                 self._do(under_way, request, job)
-                if job not in COMPUTING:
+                if job is Job.MOVE:
                     if self._hand_on is not None and self._hand_on([(under_way, request, Job.FINISH)]):
                         return  # the job goes on elsewhere
                     self._finish(under_way, request)
@@ -208,16 +207,14 @@ class TransferServer:
             self._complete(under_way)
 
     def _do(self, under_way: Transfer, request: Request, job: Job) -> None:
-        if job is Job.READ:
-            self._move(under_way, request)
-        elif job is Job.WRITE:
-            if self._checksums and self._hand_on is None and request.leads:
-                self._do(under_way, request, Job.DIGEST)
-            self._move(under_way, request)
-        elif job is Job.DIGEST:
-            under_way.sums[request.rows] = self._digests(under_way, request)
-        else:
+        if job is Job.FINISH:
             self._finish(under_way, request)
+            return
+        with_sums = under_way.direction is Direction.WRITE and self._checksums and self._hand_on is None
+        if job is Job.DIGEST or (with_sums and request.leads):
+            under_way.sums[request.rows] = self._digests(under_way, request)
+        if job is Job.MOVE:
+            self._move(under_way, request)
 
     def _finish(self, under_way: Transfer, request: Request) -> None:
         # The parts of a cut extent end in any order: the last one sees all its bytes.

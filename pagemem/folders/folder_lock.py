@@ -12,16 +12,14 @@ import fcntl
 import os
 from pathlib import Path
 from typing import Final
-from weakref import WeakSet
 
 from pagemem.errors import RunDirectoryError, StorageError
-from pagemem.folders.descriptor import Descriptor
+from pagemem.folders.descriptor import close_fds
 from pagemem.folders.own_file import kind_of, naming, open_file, os_failure, remove_file, write_all
+from pagemem.process.forks import disown_in_children
 
 LOCK_NAME: Final = "pagemem.lock"
 _PID_BYTES: Final = 32
-
-_held: WeakSet[FolderLock] = WeakSet()
 
 
 class FolderLock:
@@ -43,21 +41,21 @@ class FolderLock:
         self._name = folder / name
         self._remove = True
         self._read_only = False
-        self._file = self._locked(folder, keep, whose)
-        _held.add(self)
+        self._fds = self._locked(folder, keep, whose)  # the lock's file, or nothing
+        disown_in_children(self)
 
-    def _locked(self, folder: Path, keep: bool, whose: str) -> Descriptor:
+    def _locked(self, folder: Path, keep: bool, whose: str) -> list[int]:
         while True:
-            file = Descriptor(self._open(folder, keep))
+            fds = [self._open(folder, keep)]
             taken = False
             try:
-                taken = self._take(file.fileno(), f"{whose}{folder}")
+                taken = self._take(fds[0], f"{whose}{folder}")
                 if taken:
-                    return file
+                    return fds
             finally:
                 # The holder let go between our open and our flock and took the name away: what we locked is no lock.
                 if not taken:
-                    file.close()
+                    close_fds(fds)
 
     def _open(self, folder: Path, keep: bool) -> int:
         try:
@@ -92,17 +90,16 @@ class FolderLock:
         return True
 
     def _is_ours(self, fd: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(fd), os.lstat(self._name))
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise os_failure(error, "looking for", self._name) from error
+        with naming("looking for", self._name):
+            try:
+                return os.path.samestat(os.fstat(fd), os.lstat(self._name))
+            except FileNotFoundError:
+                return False
 
     @property
     def held(self) -> bool:
         """Whether it is this process's: not after `close`, and not in a forked child."""
-        return not self._file.closed
+        return bool(self._fds)
 
     def close(self) -> None:
         """Remove the file and let go of the lock. Idempotent; can be called again wherever it was interrupted.
@@ -110,28 +107,27 @@ class FolderLock:
         Raises:
             StorageError: the file cannot be removed, which is all that is left: the lock is free.
         """
-        if not self._file.closed:
+        if self._fds:
             try:
                 # Removed while it is still locked: whoever opens the name afterwards makes a new file, see `_take`.
-                if self._remove and self._is_ours(self._file.fileno()):
+                if self._remove and self._is_ours(self._fds[0]):
                     remove_file(self._name)
             except Exception:  # not an interrupt, after which all of this is done again
                 self._let_go()
                 raise
             self._let_go()
-        _held.discard(self)
 
     def _let_go(self) -> None:
         try:
             with naming("unlocking", self._name):
                 # Explicitly, as a child forked past Python may share the description.
-                fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)
+                fcntl.flock(self._fds[0], fcntl.LOCK_UN)
         finally:
-            self._file.close()
+            close_fds(self._fds)
 
-    def _forget(self) -> None:
+    def disown(self) -> None:
         """In a forked child: the lock is the parent's."""
-        self._file.close()
+        close_fds(self._fds)
 
 
 def holder_of(folder: Path, name: str = LOCK_NAME) -> str | None:
@@ -175,12 +171,3 @@ def _way_out(holder: str) -> str:
             "call that engine's close() (optimizer.engine.close() after offload.prepare), or name another folder."
         )
     return ". Nothing was changed; wait for that run to end, close its engine, or name another folder."
-
-
-def _forget_all() -> None:
-    for lock in list(_held):
-        lock._forget()
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_forget_all)

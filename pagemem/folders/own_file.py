@@ -241,12 +241,8 @@ def remove_file(path: StrPath) -> None:
     Raises:
         StorageError: it cannot be removed.
     """
-    try:
+    with naming("removing", path), suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise os_failure(error, "removing", path) from error
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------

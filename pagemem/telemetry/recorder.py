@@ -102,7 +102,7 @@ class Recorder:
         # The training thread, and a thread of autograd that performs ops in its place: a device's backward pass has
         # one.
         self._training = {threading.get_ident()}
-        self._changes: list[tuple[float, Tier, Tag, int]] = []
+        self._changes: list[HeldChange] = []
         self._ops: list[OpSpan] = []
         self._events: list[Event] = []
         self._waits: list[WaitSpan] = []
@@ -185,7 +185,7 @@ class Recorder:
         end_s = time.perf_counter()
         self._end_op(end_s)
         # A thread may be inside a last call: what it adds after this moment is not part of the recording.
-        changes = [HeldChange(*change) for change in list(self._changes) if change[0] <= end_s]
+        changes = [change for change in list(self._changes) if change[0] <= end_s]
         spent = dict(self._spent)
         return Recording(
             self._began_s,

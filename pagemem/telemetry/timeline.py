@@ -8,20 +8,15 @@ A timeline is made of what was held at its beginning and of every change since. 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pagemem.tier import Tag, Tier
 
-
-@dataclass(frozen=True, slots=True)
-class HeldChange:
-    """So many bytes more (or less) are held from ``time_s`` on."""
-
-    time_s: float
-    tier: Tier
-    tag: Tag
-    more_bytes: int
+#: So many bytes more (or less) are held of a tier under a tag, from a time in seconds on.
+HeldChange = tuple[float, Tier, Tag, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,39 +37,27 @@ class Timeline:
         changes: since then, in the order in which each tag of each tier changed; sorted by time here.
 
     Raises:
-        ValueError: the end comes before the beginning, or a change lies outside.
         AssertionError: a tag would hold less than nothing: the changes are not all, or not in order.
     """
 
     def __init__(
         self, begin_s: float, end_s: float, held: Mapping[tuple[Tier, Tag], int], changes: Iterable[HeldChange]
     ) -> None:
-        if end_s < begin_s:
-            raise ValueError(f"a timeline cannot end at {end_s} s, before it begins at {begin_s} s")
         self.begin_s = begin_s
         self.end_s = end_s
         self._samples: dict[Tier, list[Sample]] = {}
         for tier in Tier:
             at_first = {tag: held[tier, tag] for tag in Tag if held.get((tier, tag))}
-            if any(n_bytes < 0 for n_bytes in at_first.values()):
-                raise AssertionError(f"{tier.value}: a timeline begins with less than nothing: {at_first}")
             self._samples[tier] = [Sample(begin_s, sum(at_first.values()), at_first)]
-        for change in sorted(changes, key=lambda change: change.time_s):
-            self._add(change)
-
-    def _add(self, change: HeldChange) -> None:
-        if not self.begin_s <= change.time_s <= self.end_s:
-            raise ValueError(f"a change at {change.time_s} s lies outside of {self.begin_s} to {self.end_s} s")
-        last = self._samples[change.tier][-1]
-        n_bytes = last.by_tag.get(change.tag, 0) + change.more_bytes
-        if n_bytes < 0:
-            raise AssertionError(
-                f"{change.tier.value}: {change.tag.value} would hold {n_bytes} bytes at {change.time_s} s"
-            )
-        by_tag = {**last.by_tag, change.tag: n_bytes}
-        if not n_bytes:
-            del by_tag[change.tag]
-        self._samples[change.tier].append(Sample(change.time_s, last.total_bytes + change.more_bytes, by_tag))
+        for time_s, tier, tag, more_bytes in sorted(changes, key=lambda change: change[0]):
+            last = self._samples[tier][-1]
+            n_bytes = last.by_tag.get(tag, 0) + more_bytes
+            if n_bytes < 0:
+                raise AssertionError(f"{tier.value}: {tag.value} would hold {n_bytes} bytes at {time_s} s")
+            by_tag = {**last.by_tag, tag: n_bytes}
+            if not n_bytes:
+                del by_tag[tag]
+            self._samples[tier].append(Sample(time_s, last.total_bytes + more_bytes, by_tag))
 
     @property
     def tiers(self) -> list[Tier]:
@@ -111,29 +94,13 @@ class Timeline:
 
     def buckets(self, tier: Tier, n_buckets: int) -> list[Mapping[Tag, int]]:
         """For each of ``n_buckets`` equal parts of the time, the tags of its greatest total: no peak is lost in a
-        picture.
-
-        Raises:
-            ValueError: there is no bucket.
-        """
-        if n_buckets < 1:
-            raise ValueError(f"n_buckets is {n_buckets}; it must be positive")
-        width_s = (self.end_s - self.begin_s) / n_buckets
-        found: list[Sample | None] = [None] * n_buckets
-        for sample in self._samples[tier]:
-            bucket = min(int((sample.time_s - self.begin_s) / width_s), n_buckets - 1) if width_s else 0
-            known = found[bucket]
-            if known is None or sample.total_bytes > known.total_bytes:
-                found[bucket] = sample
-        return self._filled(tier, found, width_s)
-
-    def _filled(self, tier: Tier, greatest: Sequence[Sample | None], width_s: float) -> list[Mapping[Tag, int]]:
-        """With what was held when each bucket began, where that is more."""
-        samples, place = self._samples[tier], 0
-        filled: list[Mapping[Tag, int]] = []
-        for bucket, own in enumerate(greatest):
-            while place + 1 < len(samples) and samples[place + 1].time_s <= self.begin_s + bucket * width_s:
-                place += 1
-            before = samples[place]
-            filled.append((own if own is not None and own.total_bytes >= before.total_bytes else before).by_tag)
-        return filled
+        picture."""
+        samples, width_s = self._samples[tier], (self.end_s - self.begin_s) / n_buckets
+        times_s = [sample.time_s for sample in samples]
+        begins_s = [self.begin_s + bucket * width_s for bucket in range(n_buckets)]
+        starts = [*(bisect_left(times_s, begin_s) for begin_s in begins_s), len(samples)]
+        found: list[Mapping[Tag, int]] = []
+        for begin_s, (start, end) in zip(begins_s, pairwise(starts), strict=True):
+            before = samples[bisect_right(times_s, begin_s) - 1]
+            found.append(max([*samples[start:end], before], key=lambda sample: sample.total_bytes).by_tag)
+        return found

@@ -10,6 +10,7 @@ import pytest
 from counted_calls import CountedCalls, Fault
 
 from pagemem.errors import RunDirectoryError, StorageError
+from pagemem.folders.descriptor import close_fds
 from pagemem.folders.folder_lock import LOCK_NAME, FolderLock, holder_of
 from pagemem.folders.run_directory import IDENTITY_NAME, RunDirectory, folder_use
 
@@ -80,7 +81,7 @@ def test_a_forked_child_has_no_lock_and_frees_none(tmp_path: Path) -> None:
     os.read(there, 1)
     for fd in (reading, there, is_there):
         os.close(fd)
-    lock._file.close()  # as if the parent had been killed
+    close_fds(lock._fds)  # as if the parent had been killed
     assert holder_of(tmp_path) is None
     os.close(writing)
     os.waitpid(child, 0)
