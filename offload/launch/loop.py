@@ -293,4 +293,5 @@ class TrainingLoop:
             memory=engine.memory_report(),
             planned_step_s=engine.planned_step_s,
             process_peak_bytes=process_peak_bytes(),
+            page_files_bytes=engine.debug.page_files.n_frames * engine.memory_report().page_bytes,
         )

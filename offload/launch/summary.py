@@ -39,6 +39,7 @@ class RunSummary:
     memory: MemoryReport
     planned_step_s: float | None
     process_peak_bytes: int
+    page_files_bytes: int
 
     @property
     def measure(self) -> str:
@@ -112,6 +113,9 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
         if tier.planned_with_commits and tier.planned_peak_pages is not None:
             planned = f"at most {planned}, with the commits that are kept"
         rows.append((f"{name} pages touched", f"{tier.peak_pages} of {format_bytes(run.memory.page_bytes)}, {planned}"))
+    kept = run.memory.tiers["ssd"].planned_with_commits
+    room = ", with room for the versions that commits keep" if kept else ""
+    rows.append(("page files on disk", f"{format_bytes(run.page_files_bytes)}{room}"))
     if run.made:
         for what, n_bytes in (("read", stats.bytes_read), ("written", stats.bytes_written)):
             a_step = n_bytes / run.made

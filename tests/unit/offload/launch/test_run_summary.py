@@ -45,6 +45,7 @@ RUN = RunSummary(
     memory=MEMORY,
     planned_step_s=1.9,
     process_peak_bytes=300 * MIB,
+    page_files_bytes=64 * MIB,
 )
 
 
@@ -85,6 +86,7 @@ def test_the_table_worked_by_hand() -> None:
         "host pages touched": "48 of 64.0 KiB, 48 planned",
         "ssd peak of budget": "1.0 MiB of no limit",
         "ssd pages touched": "16 of 64.0 KiB, no plan",
+        "page files on disk": "64.0 MiB",
         "SSD bytes read a step": "15.6 KiB (16.0 a parameter)",
         "SSD bytes written a step": "11.7 KiB (12.0 a parameter)",
         "process peak (VmHWM), activations and interpreter included": "300.0 MiB",
@@ -106,6 +108,13 @@ def test_counters_of_this_launch_are_of_its_own_steps() -> None:
     assert rows == {what: value for what, value in fresh.items() if what != "steps"}
     nothing = dict(summary_rows(dataclasses.replace(RUN, steps=60, made=0, samples=0, train_s=0.0)))
     assert "SSD bytes read a step" not in nothing and "step, mean against planned" not in nothing
+
+
+def test_page_files_say_what_commits_add() -> None:
+    ssd = dataclasses.replace(MEMORY.tiers["ssd"], planned_with_commits=True)
+    memory = dataclasses.replace(MEMORY, tiers={**MEMORY.tiers, "ssd": ssd})
+    rows = dict(summary_rows(dataclasses.replace(RUN, memory=memory)))
+    assert rows["page files on disk"] == "64.0 MiB, with room for the versions that commits keep"
 
 
 def test_a_run_stopped_before_its_first_step_has_a_table() -> None:
