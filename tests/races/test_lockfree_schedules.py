@@ -140,10 +140,11 @@ def evaluate(run: Run) -> None:
     run.model.train()
 
 
+@pytest.mark.parametrize("examples", [10, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize("scale", [RESIDENT, SMALL], ids=["all_in_ram", "streaming"])
-def test_every_schedule_keeps_the_bound_and_gives_what_it_says(scale: Scale) -> None:
+def test_every_schedule_keeps_the_bound_and_gives_what_it_says(scale: Scale, examples: int) -> None:
     # Making a failing schedule smaller would take longer than a test may.
-    @settings(max_examples=25, phases=[Phase.explicit, Phase.generate])
+    @settings(max_examples=examples, phases=[Phase.explicit, Phase.generate])
     @given(max_staleness=st.integers(0, 3), plan=actions(scale.depth))
     def follow(max_staleness: int, plan: list[Action]) -> None:
         with tempfile.TemporaryDirectory() as folder, running(Path(folder), max_staleness, scale) as run:

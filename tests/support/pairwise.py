@@ -1,8 +1,8 @@
-"""Products of parameters, of which `make test` runs a part in which every two values meet, and `make test-all` all."""
+"""Products of parameters, of which `make test` runs a part, and `make test-all` all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -24,17 +24,46 @@ def pairwise(sizes: Sequence[int]) -> set[Choice]:
     return chosen
 
 
+def each_once(sizes: Sequence[int]) -> set[Choice]:
+    """Choices in which every index of every place occurs: the largest place counts up, the others are the digits of
+    that number."""
+    largest = max(range(len(sizes)), key=lambda place: sizes[place])
+    missing = {(place, index) for place, size in enumerate(sizes) for index in range(size)}
+    chosen: set[Choice] = set()
+    while missing:
+        number = digits = len(chosen)
+        choice = []
+        for place, size in enumerate(sizes):
+            choice.append(number % size if place == largest else digits % size)
+            digits = digits if place == largest else digits // size
+        chosen.add(tuple(choice))
+        missing -= set(enumerate(choice))
+    return chosen
+
+
 def full_product(**parameters: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
     """Parametrize a test over the product of three or more parameters; combinations that pairs do not need are `long`.
 
     Args:
         parameters: values by argument name, as a sequence or, to name them in the test's id, by that name.
     """
+    return _parametrized(parameters, pairwise)
+
+
+def each_value(**parameters: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """As `full_product`, for tests that train for long, or over two parameters: `make test` has every value, not every
+    pair."""
+    return _parametrized(parameters, each_once)
+
+
+def _parametrized(
+    parameters: Mapping[str, Sequence[Any] | Mapping[str, Any]], part: Callable[[Sequence[int]], set[Choice]]
+) -> pytest.MarkDecorator:
     named = [
         list(values.items()) if isinstance(values, Mapping) else [(_label(value), value) for value in values]
         for values in parameters.values()
     ]
-    short = pairwise([len(values) for values in named])
+    short = part([len(values) for values in named])
     cases = []
     for choice in product(*(range(len(values)) for values in named)):
         labels, values = zip(*(named[place][index] for place, index in enumerate(choice)), strict=True)

@@ -95,8 +95,12 @@ class Pair:
 
 @pytest.mark.parametrize(
     ("device", "update"),
-    [(False, {}), (False, {"clip_norm": 0.5}), (False, {"accumulation": 2}), (True, {"accumulation": 2})],
-    ids=["eager", "clipped", "accumulated", "three tiers"],
+    [
+        pytest.param(False, {}, id="eager"),
+        pytest.param(False, {"clip_norm": 0.5}, id="clipped", marks=pytest.mark.long),
+        pytest.param(False, {"accumulation": 2}, id="accumulated", marks=pytest.mark.long),
+        pytest.param(True, {"accumulation": 2}, id="three tiers"),
+    ],
 )
 def test_where_the_disk_is_slow_blocks_are_computed_again(device: bool, update: dict[str, Any], tmp_path: Path) -> None:
     config = {**config_of(tmp_path), "update": update}

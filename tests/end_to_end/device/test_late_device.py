@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from late_device import late_device
+from pairwise import each_value
 from parity import Parity, adamw, state_bytes
 from small_runs import assert_closed, assert_equal, batches, built, config, train, train_plain
 from tiny_models import CASES
@@ -17,8 +18,7 @@ import offload
 from offload import knobs
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("name", CASES)
+@each_value(name=tuple(CASES), clip_norm=[None, 0.5])
 def test_every_step_equals_plain_torch(
     name: str, clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -31,8 +31,7 @@ def test_every_step_equals_plain_torch(
     assert stats.deviations == 0 and stats.planned_steps >= parity.steps - 4
 
 
-@pytest.mark.parametrize("limit", [0, "64KiB"])
-@pytest.mark.parametrize("name", CASES)
+@each_value(name=tuple(CASES), limit=[0, "64KiB"])
 def test_saved_tensors_go_down_and_come_back_late(
     name: str, limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

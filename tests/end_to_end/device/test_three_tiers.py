@@ -14,7 +14,7 @@ import torch
 from cross_references import check_mover
 from edits import EDITS
 from late_device import late_device
-from pairwise import full_product
+from pairwise import each_value, full_product
 from parity import Parity, adamw, smallest_ram, state_bytes
 from small_runs import assert_closed, assert_equal, batches, built, config, train, train_plain
 from tiny_models import CASES
@@ -42,7 +42,7 @@ def smallest_device(parity: Parity) -> int:
     raise AssertionError("no device budget works")
 
 
-@full_product(
+@each_value(
     name=tuple(CASES), device=["smallest", "all parameters", "some states", "all states"], clip_norm=[None, 0.5]
 )
 def test_every_step_equals_plain_torch(name: str, device: str, clip_norm: float | None, tmp_path: Path) -> None:
@@ -54,8 +54,7 @@ def test_every_step_equals_plain_torch(name: str, device: str, clip_norm: float 
     assert parity.run().steps == parity.steps
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("name", CASES)
+@each_value(name=tuple(CASES), clip_norm=[None, 0.5])
 def test_host_memory_may_be_as_small_as_without_a_device(name: str, clip_norm: float | None, tmp_path: Path) -> None:
     parity = Parity(CASES[name], tmp_path, 0, clip_norm, each_step=False)
     parity.ram = smallest_ram(dataclasses.replace(parity, steps=2))
@@ -64,8 +63,7 @@ def test_host_memory_may_be_as_small_as_without_a_device(name: str, clip_norm: f
     assert stats.bytes_read > 0 and stats.bytes_written > 0
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("name", CASES)
+@each_value(name=tuple(CASES), clip_norm=[None, 0.5])
 def test_both_plans_are_followed(name: str, clip_norm: float | None, tmp_path: Path) -> None:
     parity = Parity(
         CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, each_step=False, steps=10

@@ -11,7 +11,7 @@ import forecast_runs
 import pytest
 import torch
 from forecast_runs import CASES, HERE, LITTLE_RAM, PAGE_BYTES, RATES, ROWS, STEPS, TOKENS, gpt_config, trained
-from pairwise import full_product
+from pairwise import each_value
 from torch import nn
 
 import offload
@@ -31,8 +31,7 @@ from scheduler.planning.simulator import simulate
 EXAMPLE = Path(__file__).parents[3] / "examples" / "byte_gpt.toml"
 
 
-@pytest.mark.parametrize("ram", [LITTLE_RAM, 64 << 20], ids=["little RAM", "much RAM"])
-@pytest.mark.parametrize("case", CASES)
+@each_value(case=tuple(CASES), ram={"little RAM": LITTLE_RAM, "much RAM": 64 << 20})
 def test_ops_and_pages_are_those_of_the_engine(case: str, ram: int, tmp_path: Path) -> None:
     """RAM to the page. What a plan never stores needs no room on the SSD, and what it stores depends on the times it
     was made with."""
@@ -50,7 +49,7 @@ def test_ops_and_pages_are_those_of_the_engine(case: str, ram: int, tmp_path: Pa
         assert ssd.peak_pages == ssd.planned_peak_pages
 
 
-@full_product(
+@each_value(
     case=["plain", "bf16", "clipped", "accumulated", "tied", "views", "recomputed"],
     device={"little": 6 * PAGE_BYTES, "some": 20 * PAGE_BYTES, "more": 60 * PAGE_BYTES, "much": 8 << 20},
     states=["auto", "never"],
@@ -78,8 +77,7 @@ def test_with_a_device_too(case: str, device: int, states: str, tmp_path: Path) 
     assert found.step_s == pytest.approx(found.compute_s + sum(found.waits_s.values()), rel=0.02)
 
 
-@pytest.mark.parametrize("activations", ["64KiB", "1MiB", "3MiB"])
-@pytest.mark.parametrize("case", ["plain", "bf16", "clipped", "recomputed"])
+@each_value(case=["plain", "bf16", "clipped", "recomputed"], activations=["64KiB", "1MiB", "3MiB"])
 def test_with_saved_tensors_in_pages_too(
     case: str, activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

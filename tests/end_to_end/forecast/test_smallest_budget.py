@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_shapes import MODELS as SHAPES
+from pairwise import each_value
 from parity import adamw
 from small_runs import PAGE_BYTES, assert_closed, assert_untouched, built, config
 from tiny_models import CASES, GPT, Case
@@ -102,8 +103,7 @@ def refused(case: Case, settings: dict[str, Any], optimizer: Callable[..., Any],
     return caught.value.smallest_bytes
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "borrower"])
+@each_value(name=[name for name in MODELS if name != "borrower"], step=tuple(STEPS))
 def test_the_smallest_budget_works_and_a_page_less_does_not(name: str, step: str, tmp_path: Path) -> None:
     case, optimizer = MODELS[name], momentum_free if step == "without states" else adamw
     need = offload.smallest_budget(case.build, optimizer, raw(tmp_path, PAGE_BYTES, **STEPS[step]))

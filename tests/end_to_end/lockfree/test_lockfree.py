@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lockfree_replay import History, Replay, assert_replayed
-from pairwise import full_product
+from pairwise import each_value, full_product
 from parity import Parity, adamw, schedule, smallest_ram, state_bytes
 from small_runs import assert_closed
 from tiny_models import CASES, Case
@@ -27,9 +27,7 @@ def resident_ram(case: Case) -> int:
     return 3 * state_bytes(case) + (8 << 20)
 
 
-@full_product(
-    name=tuple(CASES), residency=["all_in_ram", "smallest_budget"], clip_norm=[None, 0.5], accumulation=[1, 3]
-)
+@each_value(name=tuple(CASES), residency=["all_in_ram", "smallest_budget"], clip_norm=[None, 0.5], accumulation=[1, 3])
 def test_without_staleness_every_step_equals_plain_torch(
     name: str, residency: str, clip_norm: float | None, accumulation: int, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_disk import FaultyDisk
-from pairwise import full_product
+from pairwise import each_value
 from parity import adamw, state_bytes
 from small_runs import PAGE_BYTES, assert_closed, batches, built, config, engine_of, train
 from tiny_models import CASES
@@ -43,7 +43,7 @@ def assert_adds_up(report: MemoryReport, ram: int) -> None:
     assert 0 < ssd.used_bytes <= ssd.peak_bytes == ssd.peak_pages * PAGE_BYTES
 
 
-@full_product(name=tuple(LITTLE), share=["little", 0.7, 2.0], clip_norm=[None, 0.5])
+@each_value(name=tuple(LITTLE), share=["little", 0.7, 2.0], clip_norm=[None, 0.5])
 def test_planned_peaks_are_the_measured_ones(
     name: str, share: str | float, clip_norm: float | None, tmp_path: Path
 ) -> None:
