@@ -20,9 +20,7 @@ from scheduler.planning.trace import Access, AccessMode, OpKind
 
 def state_view(mover: Mover, part: Slice, tensor: PagedTensor, number: int, begin: int, numel: int) -> torch.Tensor:
     """Elements [begin, begin + numel) of the ``number``-th fp32 state in a slice; its pages must be pinned."""
-    assert tensor.frame is not None
-    offset = (number * part.numel + begin - part.begin) * torch.float32.itemsize
-    return mover.arena.view(tensor.frame, offset, torch.float32, numel)
+    return mover.tenants.view(tensor, torch.float32, number * part.numel + begin - part.begin, numel)
 
 
 class StateAccess:
@@ -83,9 +81,7 @@ class StateAccess:
                 accesses = [Access(unit.parameters.id, AccessMode.READ), Access(part.master.id, AccessMode.MODIFY)]
                 driver = unit.home or self._driver
                 with driver.op(key, f"master of {slot.name}", accesses):
-                    assert unit.parameters.frame is not None
-                    arena, size = driver.mover.arena, unit.dtype.itemsize
-                    value = arena.view(unit.parameters.frame, begin * size, unit.dtype, end - begin)
+                    value = driver.mover.tenants.view(unit.parameters, unit.dtype, begin, end - begin)
                     master = state_view(driver.mover, part, part.master, 0, begin, end - begin)
                     master.copy_(torch.where(master.to(unit.dtype) == value, master, value.float()))
 

@@ -139,7 +139,7 @@ class SavedActivations:
                     (OpKind.FORWARD, ("save", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CREATE)]
                 ):
                     if self._device is None:
-                        self._view(chunk)[: part.numel()].copy_(part)
+                        self._driver.mover.tenants.bytes_of(chunk)[: part.numel()].copy_(part)
                     else:
                         mark = self._device.save(part, chunk)
         except BaseException:
@@ -233,7 +233,7 @@ class SavedActivations:
                     (OpKind.BACKWARD, ("saved", chunk.id)), chunk.name, [Access(chunk.id, AccessMode.CONSUME)]
                 ):
                     if self._device is None:
-                        part.copy_(self._view(chunk)[: part.numel()])
+                        part.copy_(self._driver.mover.tenants.bytes_of(chunk)[: part.numel()])
                     else:
                         mark = self._device.restore(chunk, part)
                 if for_good:
@@ -246,7 +246,3 @@ class SavedActivations:
             self._used.difference_update(storage.chunks)
             storage.chunks.clear()
         return flat
-
-    def _view(self, chunk: PagedTensor) -> Tensor:
-        assert chunk.frame is not None
-        return self._driver.mover.arena.view(chunk.frame, 0, torch.uint8, chunk.n_bytes)

@@ -24,15 +24,14 @@ def add_masters(mover: Mover, driver: Driver, unit: Unit) -> None:
     Raises:
         BudgetError: host memory cannot hold the unit and a master.
     """
-    wide, n_bytes = unit.parameters, unit.dtype.itemsize
+    wide, view = unit.parameters, mover.tenants.view
     with driver.untraced():
         for number, part in enumerate(unit.slices):
             part.master = mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
             accesses = [Access(wide.id, AccessMode.READ), Access(part.master.id, AccessMode.CREATE)]
             with driver.op((OpKind.FORWARD, ("master", unit.index, number)), unit.name, accesses):
-                assert wide.frame is not None and part.master.frame is not None
-                values = mover.arena.view(wide.frame, part.begin * n_bytes, unit.dtype, part.numel)
-                mover.arena.view(part.master.frame, 0, torch.float32, part.numel).copy_(values)
+                values = view(wide, unit.dtype, part.begin, part.numel)
+                view(part.master, torch.float32, 0, part.numel).copy_(values)
     for slot in unit.slots:
         slot.edited = False
 
@@ -48,23 +47,20 @@ def narrow(mover: Mover, driver: Driver, unit: Unit, dtype: torch.dtype) -> Page
     made = mover.create(unit.name, Tag.PARAM, numel * dtype.itemsize)
     accesses = [Access(wide.id, AccessMode.READ), Access(made.id, AccessMode.CREATE)]
     with driver.untraced(), driver.op((OpKind.FORWARD, ("narrow", unit.index)), unit.name, accesses):
-        assert wide.frame is not None and made.frame is not None
-        mover.arena.view(made.frame, 0, dtype, numel).copy_(mover.arena.view(wide.frame, 0, unit.dtype, numel))
+        mover.tenants.view(made, dtype, 0, numel).copy_(mover.tenants.view(wide, unit.dtype, 0, numel))
     return made
 
 
 def copy_slot(mover: Mover, driver: Driver, source: Unit, slot: Slot, into: Unit, at: Slot) -> None:
     """Copy one parameter's values from a unit to another of the same dtype; neither needs room beside the other."""
-    size, arena = slot.dtype.itemsize, mover.arena
+    view = mover.tenants.view
     for begin in range(0, slot.numel, _CHUNK_NUMEL):
         numel = min(_CHUNK_NUMEL, slot.numel - begin)
         with driver.op(
             (OpKind.FORWARD, ("repack", source.index)), source.name, [Access(source.parameters.id, AccessMode.READ)]
         ):
-            assert source.parameters.frame is not None
-            values = arena.view(source.parameters.frame, (slot.offset + begin) * size, slot.dtype, numel).clone()
+            values = view(source.parameters, slot.dtype, slot.offset + begin, numel).clone()
         with driver.op(
             (OpKind.FORWARD, ("repack", into.index)), into.name, [Access(into.parameters.id, AccessMode.MODIFY)]
         ):
-            assert into.parameters.frame is not None
-            arena.view(into.parameters.frame, (at.offset + begin) * size, at.dtype, numel).copy_(values)
+            view(into.parameters, at.dtype, at.offset + begin, numel).copy_(values)

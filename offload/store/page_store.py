@@ -157,8 +157,7 @@ class PageStore:
         paged = [(parameter, slot) for parameter, slot in pairs if isinstance(parameter, PagedParameter)]
         with self.driver.untraced():
             with self.driver.op((OpKind.FORWARD, ("place", number)), unit.name, [Access(tensor.id, AccessMode.CREATE)]):
-                assert tensor.frame is not None
-                flat = self.mover.arena.view(tensor.frame, 0, dtype, layout.numel)
+                flat = self.mover.tenants.view(tensor, dtype, 0, layout.numel)
                 flat.zero_()
                 for parameter, slot in pairs:
                     if not isinstance(parameter, PagedParameter):

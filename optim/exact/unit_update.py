@@ -111,10 +111,7 @@ class UnitUpdate:
             batch = Batch([], [], [[] for _ in self._rule.state_names], [])
             narrow = []
             for piece in chosen:
-                assert unit.parameters.frame is not None
-                parameter = mover.arena.view(
-                    unit.parameters.frame, piece.begin * unit.dtype.itemsize, unit.dtype, piece.numel
-                )
+                parameter = mover.tenants.view(unit.parameters, unit.dtype, piece.begin, piece.numel)
                 gradient = self._gradient(unit, piece).to(parameter.device)
                 if part.master is not None:
                     master = state_view(mover, part, part.master, 0, piece.begin, piece.numel)

@@ -91,8 +91,6 @@ class Adoption:
         )
 
     def _copy_in(self, unit: Unit, version: Version) -> None:
-        assert unit.parameters.frame is not None
-        arena = self._driver.mover.arena
         for slot, total in version.values.items():
-            view = arena.view(unit.parameters.frame, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel)
+            view = self._driver.mover.tenants.view(unit.parameters, slot.dtype, slot.offset, slot.numel)
             view.copy_(total.flat)

@@ -131,9 +131,7 @@ class BatchUpdate:
         known = self._newest.get(piece.slot)
         if known is not None:
             return known.flat[piece.begin - piece.slot.offset : piece.end - piece.slot.offset]
-        unit = self._unit
-        assert unit.parameters.frame is not None
-        return self._mover.arena.view(unit.parameters.frame, piece.begin * 4, unit.dtype, piece.numel)
+        return self._mover.tenants.view(self._unit.parameters, self._unit.dtype, piece.begin, piece.numel)
 
     def _states(self, part: Slice, piece: Piece) -> list[Tensor]:
         if part.states is None:

@@ -115,8 +115,12 @@ class Tenants:
 
     def bytes_of(self, tensor: PagedTensor) -> torch.Tensor:
         """The bytes of a tensor that has frames, uint8, flat."""
+        return self.view(tensor, torch.uint8, 0, tensor.n_bytes)
+
+    def view(self, tensor: PagedTensor, dtype: torch.dtype, begin: int, numel: int) -> torch.Tensor:
+        """Elements [begin, begin + numel) of a tensor that has frames, flat, for use while they are pinned."""
         assert tensor.frame is not None
-        return self.arena.view(tensor.frame, 0, torch.uint8, tensor.n_bytes)
+        return self.arena.view(tensor.frame, begin * dtype.itemsize, dtype, numel)
 
     def move_in(self, tensor: PagedTensor, frame: FrameId) -> None:
         """Make a tensor the tenant of the free frames from ``frame`` on.
