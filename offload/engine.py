@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from offload.assembly.debug_view import DebugView
 from offload.assembly.lifetime import Lifetime
-from offload.assembly.parts import build_parts, built_store, take_apart
+from offload.assembly.parts import EngineParts, build_parts, built_store, take_apart
 from offload.checkpoint.checkpoints import Stateful
 from offload.checkpoint.export import check_exportable, check_request, export_commit
 from offload.checkpoint.resumed import Resumed
@@ -73,6 +73,12 @@ class Engine:
             raise
 
     @property
+    def _running(self) -> EngineParts:
+        """The engine's parts; raises RuntimeError unless it is running."""
+        self._lifetime.check_running()
+        return self._parts
+
+    @property
     def optimizer(self) -> PagedOptimizer:
         """The optimizer, for your own training loop."""
         return self._parts.optimizer
@@ -90,8 +96,7 @@ class Engine:
             NonFiniteError: the loss is NaN or infinite; no parameter was changed by it, and its gradients are dropped.
                 On a device nobody waits for the loss: the next forward pass or `step` may be what raises.
         """
-        self._lifetime.check_running()
-        self._parts.step.backward(loss)
+        self._running.step.backward(loss)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward`` on in your own loop: multiplied by the loss scale, with fp16 parameters."""
@@ -104,8 +109,7 @@ class Engine:
 
     def step(self) -> bool:
         """Make the optimizer step once ``update.accumulation`` micro-batches are through; returns whether it did."""
-        self._lifetime.check_running()
-        if not self._parts.step.take_micro_batches():
+        if not self._running.step.take_micro_batches():
             return False
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -117,8 +121,7 @@ class Engine:
         Gradients that no update has used are dropped, updates that were made stay (``update.start = "step"``: none).
         Raises RuntimeError if the error cut the update of a unit off half-way; only a commit leads on.
         """
-        self._lifetime.check_running()
-        self._parts.step.abandon()
+        self._running.step.abandon()
 
     def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add to ``parameter.grad``, as a backward pass does; for code that computes gradients outside of one.
@@ -130,8 +133,7 @@ class Engine:
             ValueError: the parameter is not in pages, or the gradient does not fit.
             StaleGradientError: the parameter's update of this step has been made.
         """
-        self._lifetime.check_running()
-        self._parts.step.add_gradient(parameter, gradient)
+        self._running.step.add_gradient(parameter, gradient)
 
     def gradient_ready(self, parameter: Tensor, gradient: Tensor | None = None) -> None:
         """Say that no gradient of a parameter comes any more in this step, so that its update need not wait for as
@@ -141,8 +143,7 @@ class Engine:
             gradient: the last one, added as `add_gradient` does, with its errors; None: it is there already, or there
                 is none.
         """
-        self._lifetime.check_running()
-        self._parts.step.gradient_ready(parameter, gradient)
+        self._running.step.gradient_ready(parameter, gradient)
 
     @property
     def grad_norm(self) -> float | None:
@@ -153,8 +154,7 @@ class Engine:
 
     def drain(self) -> None:
         """Make every update that has been decided on, and wait until no page moves. Raises as `close`."""
-        self._lifetime.check_running()
-        self._parts.updater.drain()
+        self._running.updater.drain()
         self._store.driver.quiesce()
         self._store.mover.monitor.check()
 
@@ -183,8 +183,7 @@ class Engine:
             CommitError, StorageError, OSError: it could not be made; earlier ones are whole.
             RuntimeError: backward has been called since the last step; nothing was begun.
         """
-        self._lifetime.check_running()
-        self._parts.step.check_ended()
+        self._running.step.check_ended()
         number = self._parts.checkpoints.save(self._parts.step.made, name)
         if wait:
             self._parts.checkpoints.committer.wait()
@@ -193,8 +192,7 @@ class Engine:
     @property
     def commit_due(self) -> bool:
         """Whether `save_if_due` would commit now. Raises what went wrong with a background commit."""
-        self._lifetime.check_running()
-        return self._parts.checkpoints.due(self._parts.step.made) and not self._parts.step.under_way
+        return self._running.checkpoints.due(self._parts.step.made) and not self._parts.step.under_way
 
     def save_if_due(self) -> int | None:
         """Commit in the background if ``commit.every_steps`` or ``commit.every_s`` says so; call it between steps.
@@ -205,7 +203,6 @@ class Engine:
         Returns the commit's number, or None when it is not time, one is still being written, or a step is under way.
         Raises as `save`, also for a background commit that failed.
         """
-        self._lifetime.check_running()
         return self._parts.checkpoints.save(self._parts.step.made, whole=False) if self.commit_due else None
 
     def resume(
@@ -223,8 +220,7 @@ class Engine:
         Raises:
             CommitError: it is damaged, missing, or of another model, optimizer or precision; nothing was changed.
         """
-        self._lifetime.check_running()
-        if self._parts.step.under_way:
+        if self._running.step.under_way:
             self.abandon_step()
         resumed = self._parts.checkpoints.resume(name, allow_older=allow_older, keep_hypers=keep_hyper_parameters)
         if resumed is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from offload.hooks.model_hooks import MethodHook
+from offload.hooks import MethodHook
 
 _LISTS: Final = (nn.ModuleList, nn.Sequential)
 

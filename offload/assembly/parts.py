@@ -26,7 +26,6 @@ from offload.modules.extra_states import NAME as EXTRA_STATES
 from offload.modules.extra_states import ExtraStates
 from offload.modules.fast_paths import keep_fast_paths
 from offload.modules.structure import Structure
-from offload.parameters.engine_links import EngineLinks
 from offload.parameters.optimizer_template import OptimizerLike, assign_groups, from_section, optimized_by, template_of
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.adoption import adopt, give_back
@@ -127,15 +126,13 @@ def build_parts(
         choice = _recompute_choice(model, activations, memory.activations, store, undo)
     step = TrainingStep(store, updater, scaling.loss_scale, config.update.accumulation, choice, keepers)
     saved, structure = store.parts.saved_weights(store.binder), Structure(model)
-    undo.append(saved.around_forward(model))
+    undo += saved.around_forward(model, structure.is_known)
     undo += keep_fast_paths(model, store.binder)
-    trainable, trims = from_section(optimizer), _trims(config)
-    store.binder.train(
-        EngineLinks(updater, model, saved.scope, structure.is_known, structure.check, activations, trainable, trims)
-    )
+    trainable, trims, binder = from_section(optimizer), _trims(config), store.binder
+    binder.train(model, updater, activations, saved.scope, structure.check, only_trainable=trainable, trims=trims)
     for module in model.modules():
         store.watch_over(module)
-    paged_optimizer.attach(updater, step.ended, store.binder.check_structure, store.binder.collect_in_hooks)
+    paged_optimizer.attach(updater, step.ended, structure.check, binder.collect_in_hooks)
     return EngineParts(store, updater, paged_optimizer, checkpoints, step, choice)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from offload.hooks.model_hooks import MethodHook
+from offload.hooks import MethodHook
 from offload.parameters.binder import Binder
 from offload.parameters.paged_parameter import PagedParameter
 

@@ -16,9 +16,8 @@ from torch.compiler import is_compiling
 
 from offload.activations.saved import SavedActivations
 from offload.heap import ForwardEnd, give_back_free_pages
-from offload.hooks.compilers import refuse_compilers
+from offload.hooks import refuse_compilers
 from offload.parameters.edits import Edits
-from offload.parameters.engine_links import EngineLinks
 from offload.parameters.paged_parameter import PagedParameter, Place
 from offload.parameters.state_copies import StateCopies
 from offload.parameters.tensor_functions import EXPORTS
@@ -79,7 +78,6 @@ class Binder:
         self.save_hooks: Callable[[], Any] = nullcontext
         self.forward_end = ForwardEnd(self._at_forward_end)
         self.units: dict[TensorId, Unit] = {}
-        self.structure_is_known: Callable[[], bool] = lambda: True
         self.check_structure: Callable[[], None] = lambda: None
         self.doubted = False
         self.only_trainable = False
@@ -92,12 +90,29 @@ class Binder:
         self.edits.follow(mover)
         self.units = {unit.compute.id: unit for unit in units}
 
-    def train(self, links: EngineLinks) -> None:
-        """Calls belong to training from now on, and gradients go to the updater."""
-        self.updater, self.root, self.save_hooks = links.updater, links.root, links.save_hooks
-        self.structure_is_known, self.check_structure = links.structure_is_known, links.check_structure
-        self.only_trainable, self.trims, self.activations = links.only_trainable, links.trims, links.activations
-        for parameter in links.root.parameters():
+    def train(
+        self,
+        model: nn.Module,
+        updater: Updater,
+        activations: SavedActivations | None,
+        save_hooks: Callable[[], Any],
+        check_structure: Callable[[], None],
+        *,
+        only_trainable: bool,
+        trims: bool,
+    ) -> None:
+        """Calls belong to training from now on, and gradients go to the updater.
+
+        Args:
+            save_hooks: saved-tensor hooks for one call.
+            check_structure: raises when the model no longer has the parameters that are in pages.
+            only_trainable: the optimizer was made from the configuration, for what was trainable then.
+            trims: free pages of the heap are given back at the end of forward passes.
+        """
+        self.root, self.updater, self.activations = model, updater, activations
+        self.save_hooks, self.check_structure = save_hooks, check_structure
+        self.only_trainable, self.trims = only_trainable, trims
+        for parameter in model.parameters():
             if isinstance(parameter, PagedParameter):
                 self.watch_gradient(parameter)
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from offload.activations.saved_storage import KeptTensor, OffloadedActivation
-from offload.hooks.compilers import refuse_compilers
-from offload.hooks.model_hooks import ModelHook
+from offload.hooks import ModelHook, refuse_compilers
 from offload.parameters.binder import Binder
 from offload.parameters.paged_parameter import PagedParameter
 from optim.unit import Unit
@@ -206,8 +205,13 @@ class SavedWeights:
         """The hooks as a context."""
         return torch.autograd.graph.saved_tensors_hooks(_Marked(self, self.pack), self.unpack)
 
-    def around_forward(self, module: torch.nn.Module) -> Callable[[], None]:
+    def around_forward(
+        self, module: torch.nn.Module, structure_is_known: Callable[[], bool]
+    ) -> list[Callable[[], None]]:
         """Have the hooks active during the forward of the whole model, for views of parameters that outlive their call.
+
+        Args:
+            structure_is_known: whether the model has the parameters that are in pages.
 
         Returns:
             What removes them again.
@@ -218,7 +222,7 @@ class SavedWeights:
             refuse_compilers(type(module).__name__)
             self._binder.state_copies.check()
             # torch.func.functional_call has other parameters in the model until the forward pass is over.
-            self._binder.doubted = not self._binder.structure_is_known()
+            self._binder.doubted = not structure_is_known()
             context = self.scope()
             context.__enter__()
             stack.append(context)
@@ -236,9 +240,4 @@ class SavedWeights:
             module.register_forward_pre_hook(ModelHook(enter)),
             module.register_forward_hook(ModelHook(leave), always_call=True),
         ]
-
-        def remove() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return remove
+        return [handle.remove for handle in handles]
