@@ -20,7 +20,7 @@ from offload.hooks import refuse_compilers
 from offload.parameters.edits import Edits
 from offload.parameters.paged_parameter import PagedParameter, Place
 from offload.parameters.state_copies import StateCopies
-from offload.parameters.tensor_functions import EXPORTS
+from offload.parameters.tensor_functions import EXPORTS, GET_DATA, no_torch_function
 from optim.gradient_errors import early_use, late_use
 from optim.optimizer import refusing_updater
 from optim.unit import Slot, Unit
@@ -32,10 +32,8 @@ from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
-_NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
-_TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
 #: What gives something out through which torch does not count writes.
-_UNCOUNTED: Final = EXPORTS | {_TENSOR.data.__get__}
+_UNCOUNTED: Final = EXPORTS | {GET_DATA}
 
 
 def _detached(values: Tensor) -> Tensor:
@@ -120,7 +118,7 @@ class Binder:
         """Make a parameter that is ordinary, or was in another unit, one of ``unit``, whose pages hold its values
         already. There may be several for one slot, as ``nn.Parameter(paged)`` makes them."""
         place = Place(self, unit, slot)
-        with _NO_TORCH_FUNCTION():
+        with no_torch_function():
             parameter.data = place.placeholder
         parameter.__class__ = PagedParameter
         assert isinstance(parameter, PagedParameter)
@@ -180,13 +178,13 @@ class Binder:
     @contextmanager
     def _bound_for_block(self, parameters: list[PagedParameter]) -> Iterator[None]:
         """`bound`, for a block of the user's code."""
-        with _NO_TORCH_FUNCTION():
+        with no_torch_function():
             context = self.bound(parameters)
             context.__enter__()
         try:
             yield
         finally:
-            with _NO_TORCH_FUNCTION():
+            with no_torch_function():
                 context.__exit__(None, None, None)
 
     @contextmanager
@@ -331,7 +329,7 @@ class Binder:
     def collect_in_hooks(self, wanted: bool) -> None:
         """Take gradients over that hooks which failed have left behind, or throw them away if they are not
         ``wanted``."""
-        with _NO_TORCH_FUNCTION():
+        with no_torch_function():
             while self.in_hooks:
                 parameter = self.in_hooks.pop()
                 parameter._place.gradient.collect(parameter, wanted=wanted)
@@ -342,7 +340,7 @@ class Binder:
         Raises:
             StorageError: they cannot be read; the parameter is still paged.
         """
-        with _NO_TORCH_FUNCTION():
+        with no_torch_function():
             with self.driver.untraced(), self.bound([parameter]):
                 values = parameter.detach().to(device, copy=True)
             parameter.data = values

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from offload.parameters.paged_parameter import PagedParameter, Place
+from offload.parameters.tensor_functions import no_torch_function
 from optim.unit import Slot, Unit
 from pagemem.residency.mover import Mover
 
 is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
-_NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
 
 
 class Edits:
@@ -113,7 +113,7 @@ class Edits:
             parameter = reference()
             if parameter is None:
                 continue
-            with _NO_TORCH_FUNCTION():
+            with no_torch_function():
                 now = parameter._version
             if now != version:
                 place.seen = reference, now

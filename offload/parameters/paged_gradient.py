@@ -17,18 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from offload.parameters.tensor_functions import EXPORTS, METADATA
+from offload.parameters.tensor_functions import METADATA, REQUIRES_GRAD, SET_DATA, among, no_torch_function
 from optim.unit import Slot, Unit
 from optim.updater import Updater
 
-_NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
-_TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
-_SET_DATA: Final = _TENSOR.data.__set__
 _LISTS: Final = ("_foreach_", "_amp_foreach_")
 #: What these return is a copy: somebody else's array, pickle or deep copy.
-_COPIED: Final[frozenset[Any]] = frozenset({_TENSOR.numpy, Tensor.__array__, Tensor.__reduce_ex__, Tensor.__deepcopy__})
+_COPIED: Final[tuple[Any, ...]] = (Tensor.numpy, Tensor.__array__, Tensor.__reduce_ex__, Tensor.__deepcopy__)
 
-_REFUSED: Final = EXPORTS - _COPIED - {_TENSOR.apply_, _TENSOR.map_}
+_REFUSED: Final = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ class PagedGradient(Tensor):
     def standing_for(cls, place: GradientPlace, device: torch.device) -> PagedGradient:
         """A tensor for a gradient that is there."""
         dtype, size = (place.slot.dtype, place.slot.shape) if place.view is None else place.view[:2]
-        with _NO_TORCH_FUNCTION():
+        with no_torch_function():
             made = torch.full((), float("nan")).to(device, dtype).expand(size).as_subclass(cls)
         made._place = place
         return made
@@ -98,7 +95,7 @@ class PagedGradient(Tensor):
         """Bind every gradient among the arguments for the length of the call."""
         named = dict(kwargs or {})
         if func in METADATA:
-            with _NO_TORCH_FUNCTION():
+            with no_torch_function():
                 return func(*args, **named)
         first = args[0] if args and isinstance(args[0], PagedGradient) else None
         if first is not None:
@@ -109,25 +106,16 @@ class PagedGradient(Tensor):
                 func is Tensor.requires_grad_ and not (args[1] if len(args) > 1 else named.get("requires_grad", True))
             ):
                 return first
-            if func in _REFUSED or func in (Tensor.requires_grad_, _TENSOR.requires_grad.__set__):
+            if func in _REFUSED or func in REQUIRES_GRAD:
                 name = getattr(func, "__name__", "this")
                 raise RuntimeError(
                     f"{first._place.slot.name}: {name} of a gradient in pages; copy it first, with .grad.clone()"
                 )
-            if func == _SET_DATA:
+            if func == SET_DATA:
                 func = Tensor.copy_
         if getattr(func, "__name__", "").startswith(_LISTS):
             return _one_by_one(func, args, named)
         return _call(func, args, named)
-
-
-def _gradients(values: Iterable[Any]) -> Iterator[PagedGradient]:
-    """Gradients among arguments, lists and tuples of arguments."""
-    for value in values:
-        if isinstance(value, PagedGradient):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _gradients(value)
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -155,7 +143,7 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     """Call ``func`` with the values of gradients; views of them that it returns are gradients again."""
     bound: dict[int, tuple[PagedGradient, Tensor, Tensor]] = {}
     with ExitStack() as stack:
-        for gradient in [*_gradients(args), *_gradients(kwargs.values())]:
+        for gradient in [*among(PagedGradient, args), *among(PagedGradient, kwargs.values())]:
             if id(gradient) not in bound:
                 flat, view = stack.enter_context(gradient._place.bound())
                 bound[id(gradient)] = gradient, flat, view.clone() if func in _COPIED else view

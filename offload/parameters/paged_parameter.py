@@ -22,15 +22,17 @@ from torch import Tensor, nn
 
 from offload.parameters.paged_gradient import PagedGradient
 from offload.parameters.parameter_gradient import GradientBinder, ParameterGradient
-from offload.parameters.tensor_functions import METADATA
+from offload.parameters.tensor_functions import (
+    GET_GRAD,
+    METADATA,
+    REQUIRES_GRAD,
+    SET_DATA,
+    SET_GRAD,
+    among,
+    no_torch_function,
+)
 from optim.unit import Slot, Unit
 
-_NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
-_TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
-_GET_GRAD: Final = _TENSOR.grad.__get__
-_SET_GRAD: Final = _TENSOR.grad.__set__
-_SET_DATA: Final = _TENSOR.data.__set__
-_REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, _TENSOR.requires_grad.__set__})
 _POST_HOOK: Final = Tensor.register_post_accumulate_grad_hook
 
 
@@ -94,7 +96,7 @@ class Place:
         if (self.placeholder.dtype, self.placeholder.device) == (self.slot.dtype, self.binder.torch_device):
             return
         self.placeholder = self._nan()
-        with _NO_TORCH_FUNCTION():
+        with no_torch_function():
             parameter.data = self.placeholder
 
 
@@ -113,17 +115,17 @@ class PagedParameter(nn.Parameter):
     ) -> Any:
         """Bind every paged parameter among the arguments for the length of the call."""
         named = dict(kwargs or {})
-        if PagedGradient in types and func != _SET_GRAD:
+        if PagedGradient in types and func != SET_GRAD:
             return NotImplemented  # It comes next, and then again to us, without gradients.
-        with _NO_TORCH_FUNCTION():
+        with no_torch_function():
             if func in METADATA:
                 return func(*args, **named)
-            parameters = list(_paged(args)) + list(_paged(named.values()))
-            if func == _SET_GRAD:
+            parameters = [*among(PagedParameter, args), *among(PagedParameter, named.values())]
+            if func == SET_GRAD:
                 return parameters[0]._place.gradient.set(parameters[0], args[1])
-            if func == _GET_GRAD:
+            if func == GET_GRAD:
                 return parameters[0]._place.gradient.get(parameters[0])
-            if func in _REQUIRES_GRAD:
+            if func in REQUIRES_GRAD:
                 before = parameters[0].requires_grad
                 result = func(*args, **named)
                 parameters[0]._place.binder.watch_gradient(
@@ -134,7 +136,7 @@ class PagedParameter(nn.Parameter):
                 result = func(*args, **named)
                 parameters[0]._place.gradient.order_hooks(parameters[0])
                 return result
-            if func == _SET_DATA:
+            if func == SET_DATA:
                 if parameters[0]._place.binder.takes_nothing(parameters[0], args[1]):
                     return None  # As conversions do that change nothing.
                 func = _copy_into
@@ -187,15 +189,6 @@ class PagedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(f"{self._place.slot.name}: a paged parameter cannot be pickled; use model.state_dict()")
-
-
-def _paged(values: Iterable[Any]) -> Iterator[PagedParameter]:
-    """Paged parameters among arguments, lists and tuples of arguments."""
-    for value in values:
-        if isinstance(value, PagedParameter):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _paged(value)
 
 
 def _copy_into(parameter: PagedParameter, values: Tensor) -> None:

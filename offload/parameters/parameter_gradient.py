@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from offload.parameters.paged_gradient import GradientPlace, PagedGradient, refuse_foreign
+from offload.parameters.tensor_functions import GET_GRAD, SET_GRAD, no_torch_function
 from optim.unit import Grad, Slot, Unit
 from optim.updater import Updater
-
-_NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
-_TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
-_GET_GRAD: Final = _TENSOR.grad.__get__
-_SET_GRAD: Final = _TENSOR.grad.__set__
 
 
 class GradientBinder(Protocol):
@@ -66,7 +62,7 @@ class ParameterGradient:
 
     def get(self, parameter: nn.Parameter) -> Tensor | None:
         """``parameter.grad``."""
-        found: Tensor | None = _GET_GRAD(parameter)
+        found: Tensor | None = GET_GRAD(parameter)
         updater = self._updater
         if found is not None or updater is None:
             return found  # inside hooks
@@ -91,15 +87,15 @@ class ParameterGradient:
         if value is not None and value is self._shown and self._shown.is_current:
             return  # parameter.grad *= 2 assigns what is there
         refuse_foreign(self._slot, value)
-        _SET_GRAD(parameter, value)  # which raises where it does not fit
+        SET_GRAD(parameter, value)  # which raises where it does not fit
         if self._updater is not None and not any(one is parameter for one in self._binder.in_hooks):
-            _SET_GRAD(parameter, None)
+            SET_GRAD(parameter, None)
             self._updater.assign(self._unit, self._slot, value)
 
     def collect(self, parameter: nn.Parameter, *, wanted: bool) -> None:
         """Take over what autograd's place has, or throw it away."""
-        there = _GET_GRAD(parameter)
-        _SET_GRAD(parameter, None)
+        there = GET_GRAD(parameter)
+        SET_GRAD(parameter, None)
         self._brought = None
         if wanted and there is not None:
             self.set(parameter, there)
@@ -110,7 +106,7 @@ class ParameterGradient:
         """Take what there is, and from now on what autograd delivers, if the parameter requires it. Idempotent."""
         if self._updater is None or self._hook_ids:
             return
-        with _NO_TORCH_FUNCTION():
+        with no_torch_function():
             self.collect(parameter, wanted=True)
             if parameter.requires_grad:
                 self._hook_ids = [parameter.register_post_accumulate_grad_hook(self._take).id]  # type: ignore[no-untyped-call]
@@ -131,26 +127,26 @@ class ParameterGradient:
 
     def _bring(self, arrived: nn.Parameter) -> None:
         """Before the user's hooks."""
-        with _NO_TORCH_FUNCTION():
-            updater, gradient = self._updater, _GET_GRAD(arrived)
+        with no_torch_function():
+            updater, gradient = self._updater, GET_GRAD(arrived)
             if updater is None or gradient is None:
                 return
             self._binder.in_hooks.append(arrived)
             self._was_own = self._slot.own is not None
             held = updater.bring_out(self._unit, self._slot)
             self._brought = gradient if held is None else held.add_(gradient)
-            _SET_GRAD(arrived, self._brought)
+            SET_GRAD(arrived, self._brought)
 
     def _take(self, arrived: nn.Parameter) -> None:
         """After the user's hooks."""
-        with _NO_TORCH_FUNCTION():
-            updater, gradient = self._updater, _GET_GRAD(arrived)
+        with no_torch_function():
+            updater, gradient = self._updater, GET_GRAD(arrived)
             brought, self._brought = self._brought, None
             if brought is not None:
                 self._binder.in_hooks[:] = [one for one in self._binder.in_hooks if one is not arrived]
             if updater is None or gradient is None:
                 return
-            _SET_GRAD(arrived, None)
+            SET_GRAD(arrived, None)
             self._binder.confirm_structure()
             if brought is not None and (self._was_own or gradient is not brought):
                 updater.assign(self._unit, self._slot, gradient)

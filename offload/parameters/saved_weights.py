@@ -51,22 +51,30 @@ class SavedView:
         return 1 + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
 
 
+#: A pack and an unpack hook.
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Foreign:
-    """What the hooks around ours made of a saved tensor."""
+    """What a pack hook around ours made of a saved tensor, and the unpack hook beside it."""
 
     packed: Any
+    unpack_hook: Callable[[Any], Tensor]
+
+    def unpack(self) -> Tensor:
+        return self.unpack_hook(self.packed)
 
 
 @dataclass(frozen=True, slots=True)
-class _Marked:
-    """A pack hook that is told from others' by whose it is."""
+class _PackHook:
+    """A pack hook that is told from others' by whose it is; ``around``: the hooks that it stands before."""
 
     of: SavedWeights
-    pack: Callable[[Tensor], Any]
+    around: Hooks | None
 
-    def __call__(self, saved: Tensor) -> Any:
-        return self.pack(saved)
+    def __call__(self, saved: Tensor) -> Packed:
+        return self.of.pack(saved, self.around)
 
 
 def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callable[[], None]]:
@@ -96,7 +104,7 @@ def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callab
 
 
 #: What autograd holds of a saved tensor.
-Packed = KeptTensor | OffloadedActivation | SavedView
+Packed = KeptTensor | OffloadedActivation | SavedView | _Foreign
 
 
 class SavedWeights:
@@ -105,23 +113,29 @@ class SavedWeights:
     def __init__(self, binder: Binder) -> None:
         self._binder = binder
 
-    def pack(self, saved: Tensor) -> Packed:
-        """A place for views of pages and for what is to go there, the tensor itself for everything else."""
-        if isinstance(saved, PagedParameter) and saved._place.binder is self._binder:
-            return self._whole(saved)
-        if not self._dense(saved):
-            return KeptTensor(saved)
-        place = self._place(saved)
-        if place is not None:
-            return place if isinstance(place, SavedView) else KeptTensor(place)
-        activations = self._binder.activations
-        return KeptTensor(saved) if activations is None else activations.pack(saved)
+    def pack(self, saved: Tensor, around: Hooks | None = None) -> Packed:
+        """A place for views of pages and for what is to go there, the tensor itself for everything else.
 
-    def _whole(self, parameter: PagedParameter) -> SavedView | KeptTensor:
+        Args:
+            around: others' hooks, which get everything but weights.
+        """
+        if isinstance(saved, PagedParameter) and saved._place.binder is self._binder:
+            if saved._place.slot.numel:
+                return self._whole(saved)
+            saved = saved._place.placeholder
+        dense = self._dense(saved)
+        place = self._place(saved) if dense else None
+        if isinstance(place, SavedView):
+            return place
+        kept = saved if place is None else place
+        if around is not None:
+            return _Foreign(around[0](kept), around[1])
+        activations = self._binder.activations
+        return KeptTensor(kept) if activations is None or kept is not saved or not dense else activations.pack(kept)
+
+    def _whole(self, parameter: PagedParameter) -> SavedView:
         """Where a whole parameter is, also while it is not bound (an `autograd.Function` saves what it was given)."""
         slot = parameter._place.slot
-        if not slot.numel:
-            return KeptTensor(parameter._place.placeholder)
         self._binder.edits.notice(parameter._place.unit)
         stride = tuple(math.prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape)))
         return SavedView(parameter._place.unit, slot.offset * slot.dtype.itemsize, slot.shape, stride, slot.dtype)
@@ -151,7 +165,7 @@ class SavedWeights:
         Raises:
             RuntimeError: it has changed since it was saved, so the gradient would be wrong.
         """
-        if isinstance(packed, KeptTensor):
+        if isinstance(packed, (KeptTensor, _Foreign)):
             return packed.unpack()
         if isinstance(packed, OffloadedActivation):
             if self._binder.closed or self._binder.activations is None:
@@ -181,29 +195,9 @@ class SavedWeights:
         if not torch.is_grad_enabled():
             return nullcontext()
         around: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if around is None:
-            return self.hooks()
-        return nullcontext() if getattr(around[0], "of", None) is self else self._inside(*around)
-
-    def _inside(
-        self, outer_pack: Callable[[Tensor], Any], outer_unpack: Callable[[Any], Tensor]
-    ) -> AbstractContextManager[Any]:
-        def pack(saved: Tensor) -> SavedView | _Foreign:
-            if isinstance(saved, PagedParameter) and saved._place.binder is self._binder and saved._place.slot.numel:
-                whole = self._whole(saved)
-                assert isinstance(whole, SavedView)
-                return whole
-            place = self._place(saved) if self._dense(saved) else None
-            return place if isinstance(place, SavedView) else _Foreign(outer_pack(saved if place is None else place))
-
-        def unpack(packed: SavedView | _Foreign) -> Tensor:
-            return self.unpack(packed) if isinstance(packed, SavedView) else outer_unpack(packed.packed)
-
-        return torch.autograd.graph.saved_tensors_hooks(_Marked(self, pack), unpack)
-
-    def hooks(self) -> AbstractContextManager[Any]:
-        """The hooks as a context."""
-        return torch.autograd.graph.saved_tensors_hooks(_Marked(self, self.pack), self.unpack)
+        if around is not None and getattr(around[0], "of", None) is self:
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(_PackHook(self, around), self.unpack)
 
     def around_forward(
         self, module: torch.nn.Module, structure_is_known: Callable[[], bool]

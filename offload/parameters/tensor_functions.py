@@ -3,7 +3,8 @@ does with it."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,28 +45,21 @@ _METHODS: Final = (
 )  # fmt: skip
 
 
-def _metadata_functions() -> frozenset[Any]:
-    found: set[Any] = set()
-    for name in _ATTRIBUTES:
-        descriptor: Any = getattr(Tensor, name, None)
-        if hasattr(descriptor, "__get__"):
-            found.add(descriptor.__get__)
-    found.update(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name))
-    found.update(
-        {
-            torch.is_floating_point,
-            torch.is_complex,
-            torch.numel,
-            torch.is_tensor,
-            torch._has_compatible_shallow_copy_type,
-        }
-    )
-    return frozenset(found)
-
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
+_TENSOR: Any = Tensor  # Its attributes are descriptors here, which its type stub does not say.
 
 #: Torch functions that need no values: a tensor whose values are elsewhere answers them as it is.
-METADATA: Final = _metadata_functions()
-_TENSOR: Any = Tensor  # Some of its methods are not in its type stub.
+METADATA: Final[frozenset[Any]] = frozenset(
+    {getattr(Tensor, name).__get__ for name in _ATTRIBUTES if hasattr(Tensor, name)}
+    | {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
+    | {
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+        torch.is_tensor,
+        torch._has_compatible_shallow_copy_type,
+    }
+)
 #: Functions after which values may change without the tensor's version saying so.
 EXPORTS: Final[frozenset[Any]] = frozenset(
     {
@@ -79,3 +73,20 @@ EXPORTS: Final[frozenset[Any]] = frozenset(
         _TENSOR.map_,
     }
 )
+GET_DATA: Final = _TENSOR.data.__get__
+SET_DATA: Final = _TENSOR.data.__set__
+GET_GRAD: Final = _TENSOR.grad.__get__
+SET_GRAD: Final = _TENSOR.grad.__set__
+REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, _TENSOR.requires_grad.__set__})
+
+#: Context in which tensors of our classes are tensors like all others.
+no_torch_function: Final = torch._C.DisableTorchFunctionSubclass
+
+
+def among(kind: type[AnyTensor], values: Iterable[Any]) -> Iterator[AnyTensor]:
+    """Tensors of a class among arguments, and lists and tuples of arguments."""
+    for value in values:
+        if isinstance(value, kind):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from among(kind, value)
