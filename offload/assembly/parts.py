@@ -162,8 +162,8 @@ def _saved_activations(config: Config, store: PageStore) -> SavedActivations | N
     memory = config.memory
     if memory.activations is None:
         return None
-    of_chunk = chunk_bytes(memory.ram, store.page_bytes)
-    return SavedActivations(store.driver, memory.activations, of_chunk, store.device_mover)
+    device_mover = None if store.device_tier is None else store.device_tier.mover
+    return SavedActivations(store.driver, memory.activations, chunk_bytes(memory.ram, store.page_bytes), device_mover)
 
 
 def _recompute_choice(

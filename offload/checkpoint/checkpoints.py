@@ -98,7 +98,8 @@ class Checkpoints:
             )
         self._store.binder.check_structure()
         with self._updater.consistent(whole=whole):
-            self._store.bring_down()
+            if self._store.device_tier is not None:
+                self._store.device_tier.upkeep.bring_down()
             number = self.committer.begin(CommitContent(step, name, self._state(), self._sidecar()))
         self._last_step, self._last_s = step, time.monotonic()
         return number
@@ -210,7 +211,8 @@ class Checkpoints:
                 self._take_over(tensor, commit)
             for unit in self._store.index.units:
                 self._store.updated(unit)
-            self._store.bring_up()
+            if self._store.device_tier is not None:
+                self._store.device_tier.upkeep.bring_up()
         self._set_counters(state)
         self._set_hypers(groups, keep=keep_hypers)
         with torch.no_grad():

@@ -63,7 +63,7 @@ def stats_of(store: PageStore, updater: Updater, recomputed_blocks: int) -> Stat
         dropped_steps=updater.dropped_steps,
         dropped_gradients=updater.dropped_gradients,
         recomputed_blocks=recomputed_blocks,
-        device_units=store.device_units,
+        device_units=sum(unit.home is not None for unit in store.index.units),
     )
 
 

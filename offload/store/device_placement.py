@@ -45,16 +45,14 @@ def choose_homes(units: Sequence[Candidate], n_frames: int) -> list[int]:
     """
     chosen: list[int] = []
     taken_frames = 0
-    rest = sorted(range(len(units)), key=lambda index: units[index].parameter_frames)
+    largest_first = sorted(range(len(units)), key=lambda index: -units[index].parameter_frames)
     rest_frames = sum(unit.parameter_frames for unit in units)
     gone: set[int] = set()
     for index, unit in enumerate(units):
         if unit.home_frames is None:
             continue
-        while rest and rest[-1] in gone:
-            rest.pop()
-        largest = next((other for other in reversed(rest) if other != index and other not in gone), None)
-        largest_frames = 0 if largest is None else units[largest].parameter_frames
+        others = (units[other].parameter_frames for other in largest_first if other != index and other not in gone)
+        largest_frames = next(others, 0)
         working_frames = min(rest_frames - unit.parameter_frames, knobs.WORKING_UNITS * largest_frames)
         if taken_frames + unit.home_frames + working_frames <= n_frames:
             chosen.append(index)

@@ -29,13 +29,12 @@ from offload.store.masters import copy_slot
 from offload.store.page_views import adopt_view
 from offload.store.store_parts import StoreParts
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
-from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.budget import Budget, BudgetShortage
 from pagemem.devices.arena import HostArena
 from pagemem.errors import BudgetError
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.process import forks, interrupts
 from pagemem.process.closing import close_all
-from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import Counters
@@ -49,6 +48,9 @@ class PageStore:
     Args:
         config: the resolved configuration.
         parts: makes what the store is made of; None: what the configuration asks for.
+
+    Attributes:
+        given_back: `close` has come to its end.
 
     Raises:
         RunDirectoryError: a page-file path is foreign, locked or not writable; it was not changed.
@@ -68,7 +70,7 @@ class PageStore:
         self.index = UnitIndex()
         self._watched: WeakSet[nn.Module] = WeakSet()
         self._unhook: list[Callable[[], None]] = []
-        self.closed = self.has_engine = self.narrowed = self._given_back = False
+        self.closed = self.has_engine = self.narrowed = self.given_back = False
         interrupts.guard()
         with ExitStack() as undo:
             undo.callback(interrupts.unguard)
@@ -83,7 +85,10 @@ class PageStore:
                 sizes.page_bytes, sizes.slice_numel, config.memory.page, checksums=config.ssd.checksums
             )
             n_frames = ram_bytes // self.page_bytes
-            self._arena_bytes = self._reserve(n_frames * self.page_bytes)
+            reserved = self.budget.reserve(Tag.STAGING, n_frames * self.page_bytes, "host arena")
+            if isinstance(reserved, BudgetShortage):
+                raise BudgetError(reserved.describe(), n_frames * self.page_bytes)
+            self._arena_bytes = reserved
             arena = self.parts.arena(n_frames, self.page_bytes)
             undo.callback(arena.close)
             self.page_files = self.parts.page_files(self.directories, self.page_bytes)
@@ -91,25 +96,21 @@ class PageStore:
             self.mover = HostMover(arena, self.page_files, self.counters)
             self.earlier.restore(self.mover.copies)
             self.driver = self.parts.driver(self.mover, self.counters)
-            self.device_tier = self._make_device_tier()
+            self.device_tier: DeviceTier | None = None
+            if self.accelerator is not None and config.memory.device is not None:
+                self.device_tier = DeviceTier(
+                    config.memory.device,
+                    self.driver,
+                    self.mover,
+                    self.counters,
+                    self.accelerator,
+                    self.parts.device_driver,
+                )
             undo.pop_all()
         self._neighbours = Neighbours(self.page_bytes)
         self.binder = self.parts.binder(self.driver, self.mover)
         self.binder.owner = self
         forks.disown_in_children(self)
-
-    @property
-    def device_mover(self) -> DeviceMover | None:
-        """What copies between host pages and the device; None without one."""
-        return None if self.device_tier is None else self.device_tier.mover
-
-    def _make_device_tier(self) -> DeviceTier | None:
-        device_bytes = self.config.memory.device
-        if device_bytes is None or self.accelerator is None:
-            return None
-        return DeviceTier(
-            device_bytes, self.driver, self.mover, self.counters, self.accelerator, self.parts.device_driver
-        )
 
     # ---- parameters --------------------------------------------------------------------------------------------
 
@@ -216,29 +217,6 @@ class PageStore:
         chosen = choose_homes([Candidate.of(unit, sums=sums) for unit in units], tier.mover.arena.n_frames)
         tier.settle([units[index] for index in chosen], sums=sums)
 
-    @property
-    def device_units(self) -> int:
-        """Units that are at home on the device."""
-        return sum(unit.home is not None for unit in self.index.units)
-
-    def bring_down(self) -> None:
-        """Between two steps: have in host memory, or on SSD, what has changed on the device.
-
-        Raises:
-            StorageError: a page file failed; the device has everything.
-        """
-        if self.device_tier is not None:
-            self.device_tier.upkeep.bring_down()
-
-    def bring_up(self) -> None:
-        """Between two steps: parameters and states below have changed, so what is at home on the device is made alike.
-
-        Raises:
-            StorageError: one cannot be read.
-        """
-        if self.device_tier is not None:
-            self.device_tier.upkeep.bring_up()
-
     def forget(self, unit: Unit) -> None:
         """Give the pages of a unit back, which nobody has a view of. Using its parameters raises from now on."""
         unit.forgotten = True
@@ -277,12 +255,6 @@ class PageStore:
             self.mover.arena.pin(pin)
         self.driver.set_overhead(self.config.memory.ram - n_frames * self.page_bytes)
 
-    def _reserve(self, n_bytes: int) -> Reservation:
-        reserved = self.budget.reserve(Tag.STAGING, n_bytes, "host arena")
-        if isinstance(reserved, BudgetShortage):
-            raise BudgetError(reserved.describe(), n_bytes)
-        return reserved
-
     def bytes_by_tag(self, direct_gradient_bytes: int) -> dict[str, int]:
         """Bytes of host memory by what they are held for; gradients outside the arena are given."""
         found: dict[str, int] = {Tag.GRAD.value: direct_gradient_bytes} if direct_gradient_bytes else {}
@@ -297,7 +269,7 @@ class PageStore:
         Raises:
             StorageError: a background copy had failed and nobody has been told; everything is closed all the same.
         """
-        if self._given_back:
+        if self.given_back:
             return
         self.closed = True
         self.binder.close()
@@ -314,17 +286,12 @@ class PageStore:
             self._end,
         )
 
-    @property
-    def given_back(self) -> bool:
-        """Whether `close` has come to its end."""
-        return self._given_back
-
     def disown(self) -> None:
         """In a forked child: everything is the parent's."""
-        self.closed = self._given_back = True
+        self.closed = self.given_back = True
         self.binder.disown()
 
     def _end(self) -> None:
-        if not self._given_back:
-            self._given_back = True
+        if not self.given_back:
+            self.given_back = True
             interrupts.unguard()
