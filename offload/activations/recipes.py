@@ -70,21 +70,12 @@ class Layout:
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
+    contiguous: bool
 
     @staticmethod
     def of(tensor: Tensor) -> Layout:
         """A tensor's."""
-        return Layout(tensor.dtype, tensor.size(), tensor.stride())
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether elements follow each other in the order of their indices."""
-        expected = 1
-        for size, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
+        return Layout(tensor.dtype, tensor.size(), tensor.stride(), tensor.is_contiguous())
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +127,8 @@ def _inputs(node: Any, names: Sequence[str]) -> tuple[Any, ...] | None:
 
 def _fills(saved: Tensor, layouts: Sequence[Layout | None]) -> bool:
     """Whether an elementwise op of contiguous inputs like these makes exactly the storage of ``saved``."""
-    sizes = []
-    for layout in layouts:
-        if layout is None or layout.dtype != saved.dtype or not layout.contiguous:
-            return False
-        sizes.append(layout.size)
-    result: torch.Size = torch.broadcast_shapes(*sizes)  # type: ignore[no-untyped-call]
+    fitting = [layout.size for layout in layouts if layout and layout.dtype == saved.dtype and layout.contiguous]
+    if len(fitting) < len(layouts):
+        return False
+    result: torch.Size = torch.broadcast_shapes(*fitting)  # type: ignore[no-untyped-call]
     return saved.untyped_storage().nbytes() == result.numel() * saved.dtype.itemsize

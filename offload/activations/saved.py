@@ -29,8 +29,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload import knobs
 from offload.activations.recipes import Layout, recipe_of
-from offload.activations.saved_bytes import Counted, SavedBytes
-from offload.activations.saved_storage import KeptTensor, Leaving, OffloadedActivation, SavedStorage, changed_in_place
+from offload.activations.saved_storage import (
+    ByteCounts,
+    KeptTensor,
+    Leaving,
+    OffloadedActivation,
+    SavedBytes,
+    SavedStorage,
+    changed_in_place,
+)
 from pagemem.devices.accelerator import DeviceEvent, has_reached
 from pagemem.process.gone import Gone
 from pagemem.residency.device_mover import DeviceMover
@@ -87,13 +94,15 @@ class SavedActivations:
         known = self._storages.get(reference.cdata)
         if known is None or known.version != saved._version:
             recipe = recipe_of(saved, self._layout_of)
-            excess_bytes, repeatable_bytes = self.bytes.excess(self._limit_bytes)
-            repeat = recipe is not None and self.bytes.recomputed < excess_bytes
-            paged = recipe is None and self.bytes.paged < excess_bytes - repeatable_bytes
-            known = SavedStorage(self, saved, reference, paged=paged, recipe=recipe if repeat else None)
-            self.bytes.count(
-                known, Counted(known.n_bytes, repeatable=recipe is not None, recomputed=repeat, paged=paged)
+            now, expected = self.bytes.now, self.bytes.expected  # nothing is known of a first pass: all that can goes
+            repeat = recipe is not None and (expected is None or now.recomputed < expected.saved - self._limit_bytes)
+            paged = recipe is None and (
+                expected is None or now.paged < expected.saved - self._limit_bytes - expected.repeatable
             )
+            known = SavedStorage(self, saved, reference, paged=paged, recipe=recipe if repeat else None)
+            n_bytes = known.n_bytes
+            counted = ByteCounts(n_bytes, n_bytes * (recipe is not None), n_bytes * repeat, n_bytes * paged)
+            self.bytes.count(known, counted)
             self._unused.watch(known, known.chunks)
             self._driver.mover.expire_with(known, known.chunks)
             if known.recipe is not None:
@@ -178,10 +187,8 @@ class SavedActivations:
         for chunks in self._unused.take():
             self._used.difference_update(chunks)
         pool = self._pool[n_bytes]
-        for chunk in pool:
-            if chunk not in self._used:
-                break
-        else:
+        chunk = next((chunk for chunk in pool if chunk not in self._used), None)
+        if chunk is None:
             chunk = self._driver.mover.create(
                 f"saved tensor {sum(map(len, self._pool.values()))}", Tag.ACTIVATION, n_bytes
             )

@@ -1,5 +1,5 @@
-"""Tensors that autograd has saved for the backward pass, and the storages behind them: what is known of each, and how
-far it is gone.
+"""Tensors that autograd has saved for the backward pass, and the storages behind them: what is known of each, how far
+it is gone, and how many bytes there are.
 
 Who keeps which of them, and why, is `offload.activations.saved`'.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from operator import add, sub
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.activations.recipes import Layout, Recipe
 from pagemem.devices.accelerator import DeviceEvent
+from pagemem.process.gone import Gone
 from pagemem.residency.paged_tensor import PagedTensor
 
 
@@ -140,3 +143,45 @@ class Leaving:
         storage = self.storage()
         if storage is not None and self.original._version != storage.version:
             storage.spoiled = True
+
+
+class ByteCounts(NamedTuple):
+    """Bytes of storages: of all that are saved; of those for which there is a recipe; of what is let go of and computed
+    again; of what goes to pages."""
+
+    saved: int = 0
+    repeatable: int = 0
+    recomputed: int = 0
+    paged: int = 0
+
+
+class SavedBytes:
+    """Counts the storages of one engine. Training thread only; they may end on any, at any moment.
+
+    Attributes:
+        ever_bytes: of all that was ever counted.
+        expected: when most were saved in the pass before; None in the first one.
+    """
+
+    def __init__(self) -> None:
+        self.ever_bytes = 0
+        self.expected: ByteCounts | None = None
+        self._now = self._peak = ByteCounts()
+        self._gone: Gone[ByteCounts] = Gone()
+
+    @property
+    def now(self) -> ByteCounts:
+        """Of the storages that are not gone."""
+        for counted in self._gone.take():
+            self._now = ByteCounts(*map(sub, self._now, counted))
+            if not self._now.saved:
+                self.expected, self._peak = self._peak, ByteCounts()
+        return self._now
+
+    def count(self, storage: object, counted: ByteCounts) -> None:
+        """Count a storage until it is gone."""
+        self._now = ByteCounts(*map(add, self.now, counted))
+        self._gone.watch(storage, counted)
+        self.ever_bytes += counted.saved
+        if self._now.saved > self._peak.saved:
+            self._peak = self._now

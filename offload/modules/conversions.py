@@ -8,7 +8,7 @@ are reads no page.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -23,52 +23,55 @@ from offload.parameters.paged_parameter import PagedParameter
 Conversion = Callable[[Tensor], Tensor]
 
 
-class _Guard(MethodHook):
-    """Stands before the ``_apply`` of one module."""
+def guard_conversions(module: nn.Module, binder: Binder, waits: Callable[[nn.Parameter], bool]) -> Callable[[], None]:
+    """Refuse conversions of a module that its paged parameters cannot follow: they raise RuntimeError then, and convert
+    nothing.
 
-    def __init__(self, module: nn.Module, binder: Binder, waits: Callable[[nn.Parameter], bool]) -> None:
-        super().__init__(self.convert, module, "_apply")
-        self._binder = binder
-        self._waits = waits
+    Args:
+        waits: whether an ordinary parameter is to be paged soon.
 
-    def convert(self, fn: Conversion, recurse: bool = True) -> nn.Module:
-        """`torch.nn.Module._apply`.
+    Returns:
+        What makes the module convertible again.
+    """
 
-        Raises:
-            RuntimeError: it would change what a paged parameter is; nothing was converted.
-        """
-        plain = MethodType(type(self._module)._apply, self._module)
-        if self._binder.converting:  # The module around this one has asked already.
-            return plain(fn, recurse)  # type: ignore[no-any-return]
-        keeps = self._check(fn, recurse)
-        self._binder.converting = True
+    def convert(fn: Conversion, recurse: bool = True) -> Any:
+        plain = MethodType(type(module)._apply, module)
+        if binder.converting:  # The module around this one has asked already.
+            return plain(fn, recurse)
+        keeps = _keeps(fn, _paged_parameters(module, waits, recurse=recurse))
+        binder.converting = True
         try:
-            kept = (lambda tensor: tensor if isinstance(tensor, PagedParameter) else fn(tensor)) if keeps else fn
-            return plain(kept, recurse)  # type: ignore[no-any-return]
+            return plain((lambda t: t if isinstance(t, PagedParameter) else fn(t)) if keeps else fn, recurse)
         finally:
-            self._binder.converting = False
+            binder.converting = False
 
-    def _check(self, fn: Conversion, recurse: bool) -> bool:
-        """Whether ``fn`` leaves every paged parameter as it is. It is tried on small tensors of the same kind."""
-        kinds: dict[tuple[Any, ...], bool] = {}
-        for name, parameter in self._named(recurse):
-            size = [min(length, 2) for length in parameter.shape]
-            kind = (*size, parameter.dtype, parameter.device)
-            if kind not in kinds:
-                with torch.no_grad():
-                    before = torch.zeros(size, dtype=parameter.dtype, device=parameter.device)
-                    stride = before.stride()
-                    after = fn(before)
-                _refuse_change(name, before, stride, after)
-                kinds[kind] = after is before
-        return all(kinds.values())
+    return MethodHook(convert, module, "_apply").undo
 
-    def _named(self, recurse: bool) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self._module.named_parameters(recurse=recurse):
-            if isinstance(parameter, PagedParameter):
-                yield parameter._place.slot.name, parameter
-            elif self._waits(parameter):
-                yield f"{type(self._module).__name__}.{name}", parameter
+
+def _paged_parameters(
+    module: nn.Module, waits: Callable[[nn.Parameter], bool], *, recurse: bool
+) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in module.named_parameters(recurse=recurse):
+        if isinstance(parameter, PagedParameter):
+            yield parameter._place.slot.name, parameter
+        elif waits(parameter):
+            yield f"{type(module).__name__}.{name}", parameter
+
+
+def _keeps(fn: Conversion, parameters: Iterable[tuple[str, nn.Parameter]]) -> bool:
+    """Whether ``fn`` leaves every parameter as it is. It is tried on small tensors of the same kind."""
+    kinds: dict[tuple[Any, ...], bool] = {}
+    for name, parameter in parameters:
+        size = [min(length, 2) for length in parameter.shape]
+        kind = (*size, parameter.dtype, parameter.device)
+        if kind not in kinds:
+            with torch.no_grad():
+                before = torch.zeros(size, dtype=parameter.dtype, device=parameter.device)
+                stride = before.stride()
+                after = fn(before)
+            _refuse_change(name, before, stride, after)
+            kinds[kind] = after is before
+    return all(kinds.values())
 
 
 def _refuse_change(name: str, before: Tensor, stride: tuple[int, ...], after: Tensor) -> None:
@@ -94,15 +97,3 @@ def _refuse_change(name: str, before: Tensor, stride: tuple[int, ...], after: Te
             f"{name}: a parameter that lives in pages cannot be shared with other processes; share "
             "model.state_dict(). Nothing was converted"
         )
-
-
-def guard_conversions(module: nn.Module, binder: Binder, waits: Callable[[nn.Parameter], bool]) -> Callable[[], None]:
-    """Refuse conversions of a module that its paged parameters cannot follow.
-
-    Args:
-        waits: whether an ordinary parameter is to be paged soon.
-
-    Returns:
-        What makes the module convertible again.
-    """
-    return _Guard(module, binder, waits).undo

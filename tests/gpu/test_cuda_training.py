@@ -158,12 +158,12 @@ def test_saved_tensors_go_to_host_pages_and_come_back(
         assert saved is not None
         for number, (x, y) in enumerate(batches(STEPS + 6)):
             loss = engine(x.cuda(), y.cuda())
-            assert limit or saved.bytes.paged
+            assert limit or saved.bytes.now.paged
             engine.backward(loss)
             engine.step()
             assert torch.equal(loss.detach(), plain.step(x, y)), f"step {number}"
         assert_same(engine.model, plain.model)
-        assert engine.stats().deviations == 0 and saved.bytes.saved == 0
+        assert engine.stats().deviations == 0 and saved.bytes.now.saved == 0
     assert_closed(engine)
 
 

@@ -87,13 +87,13 @@ def test_no_more_than_the_limit_stays(tmp_path: Path) -> None:
         saved = saved_by(engine)
         for step in range(5):
             result = engine(x)
-            assert saved.bytes.saved == DEPTH * LAYER_BYTES + LAYER_BYTES, "the input and each layer's result, once"
-            kept = saved.bytes.saved - saved.bytes.paged
+            assert saved.bytes.now.saved == DEPTH * LAYER_BYTES + LAYER_BYTES, "the input and each layer's result, once"
+            kept = saved.bytes.now.saved - saved.bytes.now.paged
             assert kept <= limit
             assert step == 0 or kept == limit, "more than the limit asks for went to pages"
             result.sum().backward()
             del result
-            assert (saved.bytes.saved, saved.bytes.paged) == (0, 0)
+            assert (saved.bytes.now.saved, saved.bytes.now.paged) == (0, 0)
             engine.optimizer.step()
             engine.optimizer.zero_grad()
         assert engine.stats().deviations == 0
@@ -114,7 +114,7 @@ def test_a_graph_that_is_kept_can_be_used_twice(tmp_path: Path) -> None:
         optimizer = adamw(plain.parameters())
         optimizer.step()
         assert all(torch.equal(value, plain.state_dict()[name]) for name, value in engine.model.state_dict().items())
-        assert saved_by(engine).bytes.saved == 0
+        assert saved_by(engine).bytes.now.saved == 0
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -153,7 +153,7 @@ def test_a_backward_pass_that_fails_while_bytes_come_back_never_gives_wrong_grad
                 loss.backward()
         del loss
         gc.collect()
-        assert saved_by(engine).bytes.saved == 0
+        assert saved_by(engine).bytes.now.saved == 0
 
 
 def test_a_graph_that_is_dropped_gives_its_pages_back(tmp_path: Path) -> None:
@@ -161,10 +161,10 @@ def test_a_graph_that_is_dropped_gives_its_pages_back(tmp_path: Path) -> None:
         saved = saved_by(engine)
         for _ in range(3):
             result = engine(x)
-            assert saved.bytes.paged
+            assert saved.bytes.now.paged
             del result
             gc.collect()
-            assert (saved.bytes.saved, saved.bytes.paged) == (0, 0)
+            assert (saved.bytes.now.saved, saved.bytes.now.paged) == (0, 0)
         for _ in range(3):
             engine(x).sum().backward()
         assert sum(map(len, saved._pool.values())) == DEPTH + 1, "pages that were given back are not used again"

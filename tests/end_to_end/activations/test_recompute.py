@@ -79,7 +79,7 @@ def test_steps_equal_plain_torch(name: str, tmp_path: Path) -> None:
         for _ in range(4):
             loss, same = engine(x).square().mean(), plain(x).square().mean()
             assert torch.equal(loss, same)
-            recomputed = saved_by(engine).bytes.recomputed
+            recomputed = saved_by(engine).bytes.now.recomputed
             # The square of the end is computed of what nothing else has saved.
             assert recomputed >= (DEPTH - 1) * RESULT_BYTES if repeatable else recomputed == 0
             loss.backward()
@@ -89,7 +89,7 @@ def test_steps_equal_plain_torch(name: str, tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             del loss, same
-            assert (saved_by(engine).bytes.saved, saved_by(engine).bytes.recomputed) == (0, 0)
+            assert (saved_by(engine).bytes.now.saved, saved_by(engine).bytes.now.recomputed) == (0, 0)
         assert all(torch.equal(value, plain.state_dict()[key]) for key, value in engine.model.state_dict().items())
         assert engine.stats().deviations == 0
 
@@ -102,10 +102,10 @@ def test_what_can_be_computed_again_goes_before_what_would_be_paged(tmp_path: Pa
             for step in range(3):
                 result = engine(x)
                 saved = saved_by(engine)
-                assert saved.bytes.saved == everything
+                assert saved.bytes.now.saved == everything
                 if step:
-                    assert saved.bytes.recomputed == min(missing, DEPTH - 1) * RESULT_BYTES
-                    assert saved.bytes.paged == max(0, missing - (DEPTH - 1)) * RESULT_BYTES
+                    assert saved.bytes.now.recomputed == min(missing, DEPTH - 1) * RESULT_BYTES
+                    assert saved.bytes.now.paged == max(0, missing - (DEPTH - 1)) * RESULT_BYTES
                 result.sum().backward()
                 del result
                 engine.optimizer.step()
@@ -116,7 +116,7 @@ def test_nothing_is_computed_again_below_the_limit(tmp_path: Path) -> None:
     with tower(tmp_path, functional.gelu, 1 << 30) as (engine, _, x):
         for step in range(3):
             result = engine(x)
-            assert step == 0 or saved_by(engine).bytes.recomputed == 0
+            assert step == 0 or saved_by(engine).bytes.now.recomputed == 0
             result.sum().backward()
             engine.optimizer.step()
             engine.optimizer.zero_grad()
@@ -132,7 +132,7 @@ def test_a_graph_that_is_kept_can_be_used_twice(tmp_path: Path) -> None:
         adamw(plain.parameters()).step()
         assert all(torch.equal(value, plain.state_dict()[key]) for key, value in engine.model.state_dict().items())
         del loss
-        assert saved_by(engine).bytes.saved == 0
+        assert saved_by(engine).bytes.now.saved == 0
 
 
 def test_an_input_that_was_changed_is_an_error_as_in_plain_torch(tmp_path: Path) -> None:

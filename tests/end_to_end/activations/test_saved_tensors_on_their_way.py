@@ -150,7 +150,7 @@ def test_a_storage_whose_copy_down_fails_midway_is_whole_and_tried_again(
         assert_equal(engine.model, plain)
         saved = saved_of(engine)
         del loss
-        assert not saved._waiting and not saved._used and saved.bytes.saved == 0
+        assert not saved._waiting and not saved._used and saved.bytes.now.saved == 0
     assert_closed(engine)
 
 
@@ -177,7 +177,7 @@ def test_pages_of_a_storage_that_was_not_copied_are_free_again(
         with pytest.raises(offload.BudgetError, match="no pages for a test"):
             step(engine.model, inputs())
         saved, mover = saved_of(engine), engine.debug.mover
-        assert not saved._used and saved.bytes.saved == 0
+        assert not saved._used and saved.bytes.now.saved == 0
         mover.monitor.settle()
         mover.collect_leases()
         left: list[PagedTensor] = [
