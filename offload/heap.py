@@ -109,20 +109,13 @@ class ForwardEnd:
 
 def keep_freed_memory() -> None:
     """From here on nothing that is freed leaves the process by itself."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER})
 
 
 def give_back_large_blocks() -> None:
     """From here on freed blocks of `TRAINING_BYTES` or more leave the process at once; undoes `keep_freed_memory`."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, _MAPPED_BLOCKS)
-        mallopt(_M_MMAP_THRESHOLD, TRAINING_BYTES)
-        # glibc's own trimming gives back what the next step maps again; `ForwardEnd` has the better moment.
-        mallopt(_M_TRIM_THRESHOLD, 8 * TRAINING_BYTES)
+    # glibc's own trimming gives back what the next step maps again; `ForwardEnd` has the better moment.
+    _set({_M_MMAP_MAX: _MAPPED_BLOCKS, _M_MMAP_THRESHOLD: TRAINING_BYTES, _M_TRIM_THRESHOLD: 8 * TRAINING_BYTES})
 
 
 @contextmanager
@@ -132,17 +125,18 @@ def large_blocks_mapped() -> Iterator[None]:
 
     It replaces glibc's rule of learning thresholds from what is freed, before and after.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        yield
-        return
-    mallopt(_M_MMAP_MAX, _MAPPED_BLOCKS)
-    mallopt(_M_MMAP_THRESHOLD, BUILDING_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, 2 * BUILDING_BYTES)
+    _set({_M_MMAP_MAX: _MAPPED_BLOCKS, _M_MMAP_THRESHOLD: BUILDING_BYTES, _M_TRIM_THRESHOLD: 2 * BUILDING_BYTES})
     try:
         yield
     finally:
         give_back_large_blocks()
+
+
+def _set(options: Mapping[int, int]) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in options.items():
+            mallopt(option, value)
 
 
 def without_tcache(environment: Mapping[str, str]) -> dict[str, str] | None:

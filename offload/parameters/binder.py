@@ -67,7 +67,6 @@ class Binder:
         self.root: nn.Module | None = None
         self.activations: SavedActivations | None = None
         self.trims = False
-        self.copying = 0
         self.state_copies = StateCopies()
         self.pointed: list[Tensor] = []
         self.forwards = 0
@@ -138,7 +137,7 @@ class Binder:
             refuse_compilers(parameters[0]._place.slot.name)
         if self.closed:
             raise self.refusal(parameters[0]._place.slot.name)
-        copying = self.copying and getattr(func, "__name__", "") == "detach"
+        copying = self.state_copies.copying and getattr(func, "__name__", "") == "detach"
         with self._scope(), self.bound(parameters):
             self.edits.before_writes(parameters)
             versions = [parameter._version for parameter in parameters]
@@ -158,7 +157,7 @@ class Binder:
 
     def _scope(self) -> Any:
         """Uses that evaluate, copy, edit or initialise the model do not belong to the traced step."""
-        if self.updater is None or self.copying:
+        if self.updater is None or self.state_copies.copying:
             return self.driver.untraced()
         if not self.forwards and not torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             return self.driver.untraced()
@@ -204,7 +203,7 @@ class Binder:
             if self.updater is not None:
                 (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
                 if (
-                    unit.updated or self.copying or not torch.is_grad_enabled()
+                    unit.updated or self.state_copies.copying or not torch.is_grad_enabled()
                 ) and torch._C._current_graph_task_id() == -1:
                     self._note_early_use(unit, places)
         if self.activations is not None:
@@ -292,7 +291,8 @@ class Binder:
         """
         if unit.updated:
             slot = next(place.slot for place in places if place.unit is unit)
-            copying, self.copying = self.copying, 0  # A state_dict() that raises does not come to its end.
+            copying = self.state_copies.copying
+            self.state_copies.copying = 0  # A state_dict() that raises does not come to its end.
             raise early_use(slot, in_forward=torch.is_grad_enabled() and self.forwards > 0 and not copying)
         if any(slot.arrivals for slot in unit.slots):
             unit.touched = True  # Whoever does so in one step is going to in the next one.

@@ -183,15 +183,3 @@ def _view_of(place: GradientPlace, flat: Tensor, result: Tensor) -> PagedGradien
     return PagedGradient.standing_for(
         replace(place, view=(result.dtype, result.size(), result.stride(), first)), result.device
     )
-
-
-def refuse_foreign(slot: Slot, value: Any) -> None:
-    """A gradient that is in pages cannot be two parameters', or a view of itself.
-
-    Raises:
-        RuntimeError: ``value`` is one.
-    """
-    if isinstance(value, PagedGradient):
-        raise RuntimeError(
-            f"{slot.name}: .grad is assigned another gradient that is in pages; assign a copy of it, with .grad.clone()"
-        )

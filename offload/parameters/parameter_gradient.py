@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from offload.parameters.paged_gradient import GradientPlace, PagedGradient, refuse_foreign
+from offload.parameters.paged_gradient import GradientPlace, PagedGradient
 from offload.parameters.tensor_functions import GET_GRAD, SET_GRAD, no_torch_function
 from optim.unit import Grad, Slot, Unit
 from optim.updater import Updater
@@ -86,7 +86,11 @@ class ParameterGradient:
         """
         if value is not None and value is self._shown and self._shown.is_current:
             return  # parameter.grad *= 2 assigns what is there
-        refuse_foreign(self._slot, value)
+        if isinstance(value, PagedGradient):
+            raise RuntimeError(
+                f"{self._slot.name}: .grad is assigned another gradient that is in pages; assign a copy of it, with "
+                ".grad.clone()"
+            )
         SET_GRAD(parameter, value)  # which raises where it does not fit
         if self._updater is not None and not any(one is parameter for one in self._binder.in_hooks):
             SET_GRAD(parameter, None)

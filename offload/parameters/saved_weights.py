@@ -77,32 +77,6 @@ class _PackHook:
         return self.of.pack(saved, self.around)
 
 
-def copied_in_state_dict(module: torch.nn.Module, binder: Binder) -> list[Callable[[], None]]:
-    """Have a module's ``state_dict()`` return copies, not views that keep their pages in host memory.
-
-    Returns:
-        What removes the hooks again.
-    """
-
-    def before(*_: Any) -> None:
-        if not binder.copying:
-            binder.state_copies.check()
-        binder.copying += 1
-
-    def after(*_: Any) -> None:
-        binder.copying -= 1
-
-    def loaded(*_: Any) -> None:
-        binder.state_copies.forget()
-
-    handles = [
-        module.register_state_dict_pre_hook(ModelHook(before)),  # type: ignore[no-untyped-call]
-        module.register_state_dict_post_hook(ModelHook(after)),  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_post_hook(ModelHook(loaded)),  # type: ignore[no-untyped-call]
-    ]
-    return [handle.remove for handle in handles]
-
-
 #: What autograd holds of a saved tensor.
 Packed = KeptTensor | OffloadedActivation | SavedView | _Foreign
 
@@ -222,7 +196,7 @@ class SavedWeights:
             stack.append(context)
             self._binder.forwards += 1
             self._binder.pointed.clear()
-            self._binder.copying = 0  # A state_dict() that raised did not come to its end.
+            self._binder.state_copies.copying = 0  # A state_dict() that raised did not come to its end.
 
         def leave(_module: torch.nn.Module, _args: Any, _result: Any) -> None:
             if stack:

@@ -7,10 +7,14 @@ writes, also when the tensor is gone by then: ``model.state_dict()[name].copy_(v
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from offload.hooks import ModelHook
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +29,36 @@ class _Given:
 
 @dataclass(slots=True)
 class StateCopies:
-    """The copies that may have been written to since the last `check`. Training thread only."""
+    """The copies that may have been written to since the last `check`. Training thread only.
 
+    Attributes:
+        copying: calls of ``state_dict()`` under way, one inside another.
+    """
+
+    copying: int = 0
     _given: list[_Given] = field(default_factory=list)
+
+    def watch(self, module: nn.Module) -> list[Callable[[], None]]:
+        """Have a module's ``state_dict()`` return copies, not views that keep their pages in host memory.
+
+        Returns:
+            What removes the hooks again.
+        """
+
+        def before(*_: Any) -> None:
+            if not self.copying:
+                self.check()
+            self.copying += 1
+
+        def after(*_: Any) -> None:
+            self.copying -= 1
+
+        handles = [
+            module.register_state_dict_pre_hook(ModelHook(before)),  # type: ignore[no-untyped-call]
+            module.register_state_dict_post_hook(ModelHook(after)),  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_post_hook(ModelHook(lambda *_: self.forget())),  # type: ignore[no-untyped-call]
+        ]
+        return [handle.remove for handle in handles]
 
     def give(self, name: str, copy: Tensor) -> Tensor:
         """Note a copy of the parameter of a name; returns it."""

@@ -22,7 +22,6 @@ from offload.config import Config
 from offload.modules.conversions import guard_conversions
 from offload.parameters.grouping import Group, Neighbours, own_groups
 from offload.parameters.paged_parameter import PagedParameter
-from offload.parameters.saved_weights import copied_in_state_dict
 from offload.store.device_placement import Candidate, choose_homes
 from offload.store.device_tier import DeviceTier
 from offload.store.masters import copy_slot
@@ -138,7 +137,7 @@ class PageStore:
         Idempotent."""
         if module not in self._watched:
             self._watched.add(module)
-            self._unhook += copied_in_state_dict(module, self.binder)
+            self._unhook += self.binder.state_copies.watch(module)
             self._unhook.append(guard_conversions(module, self.binder, self._neighbours.__contains__))
 
     def make_unit(self, named: Group) -> tuple[Unit, list[Unit]]:
