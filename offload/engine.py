@@ -11,9 +11,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from offload.assembly.debug_view import DebugView
 from offload.assembly.lifetime import Lifetime
-from offload.assembly.parts import EngineParts, build_parts, built_store, take_apart
+from offload.assembly.parts import DebugView, EngineParts, build_parts, built_store, take_apart
 from offload.checkpoint.checkpoints import Stateful
 from offload.checkpoint.export import check_exportable, check_request, export_commit
 from offload.checkpoint.resumed import Resumed
@@ -267,7 +266,7 @@ class Engine:
 
     @property
     def debug(self) -> DebugView:
-        """The engine's parts, for tests and bug reports; unstable, see `offload.assembly.debug_view`."""
+        """The engine's parts, for tests and bug reports; unstable, see `offload.assembly.parts.DebugView`."""
         return DebugView(self._parts, self._lifetime.state)
 
     @property
@@ -283,7 +282,7 @@ class Engine:
     def stats(self) -> Stats:
         """Counters since the engine was made."""
         self._lifetime.check_owned()
-        return stats_of(self._store, self._parts.updater, self._parts.recomputed_blocks)
+        return stats_of(self._store, self._parts.updater, self._parts.recompute_choice)
 
     def memory_report(self) -> MemoryReport:
         """Bytes per tier now, at their peak, and as planned."""

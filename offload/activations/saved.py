@@ -117,9 +117,9 @@ class SavedActivations:
         )
 
     def _layout_of(self, packed: object) -> Layout | None:
-        if isinstance(packed, KeptTensor) or (isinstance(packed, OffloadedActivation) and packed.storage.kept_by(self)):
-            return packed.layout
-        return None
+        if isinstance(packed, KeptTensor):
+            return Layout.of(packed.saved)
+        return packed.layout if isinstance(packed, OffloadedActivation) and packed.storage.keeper is self else None
 
     def flush(self) -> None:
         """Copy what waits into pages; called between two ops.

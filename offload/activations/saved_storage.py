@@ -25,7 +25,7 @@ class SavedStorage:
     """The bytes behind one or more saved tensors.
 
     Attributes:
-        original: one of the tensors, while they are to go to pages and are not there yet.
+        keeper: whose it is. original: one of the tensors, while they are to go to pages and are not there yet.
         spoiled: they were changed before they got there.
         chunks: paged tensors that hold them, in order.
         consumed: they are being, or have been, brought back from paged tensors for good.
@@ -35,10 +35,10 @@ class SavedStorage:
 
     __slots__ = (
         "__weakref__",
-        "_keeper",
         "chunks",
         "consumed",
         "device",
+        "keeper",
         "n_bytes",
         "n_views",
         "original",
@@ -52,7 +52,7 @@ class SavedStorage:
     def __init__(
         self, keeper: object, saved: Tensor, reference: StorageWeakRef, *, paged: bool, recipe: Recipe | None
     ) -> None:
-        self._keeper = keeper
+        self.keeper = keeper
         self.reference = reference
         self.version = saved._version
         self.n_bytes = saved.untyped_storage().nbytes()
@@ -64,10 +64,6 @@ class SavedStorage:
         self.recipe = recipe
         self.restored: Tensor | None = None
         self.n_views = 0
-
-    def kept_by(self, keeper: object) -> bool:
-        """Whether it is this engine's."""
-        return self._keeper is keeper
 
     @property
     def paged(self) -> bool:
@@ -97,11 +93,6 @@ class KeptTensor:
         self.saved = saved.detach()
         self.storage = storage
         self.version = saved._version
-
-    @property
-    def layout(self) -> Layout:
-        """How it lies in its storage."""
-        return Layout.of(self.saved)
 
     def unpack(self) -> Tensor:
         """The tensor.

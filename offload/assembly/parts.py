@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from offload.activations.blocks import Blocks
 from offload.activations.policy import RecomputeChoice
 from offload.activations.saved import SavedActivations, chunk_bytes
+from offload.assembly.lifetime import EngineState
 from offload.assembly.training_step import TrainingStep
 from offload.budget.checks import check_model
 from offload.checkpoint.checkpoints import Checkpoints
@@ -22,8 +24,6 @@ from offload.config import Config
 from offload.factories import described
 from offload.heap import give_back_large_blocks, keep_freed_memory, tcache_disabled
 from offload.modules.checks import check_parameters
-from offload.modules.extra_states import NAME as EXTRA_STATES
-from offload.modules.extra_states import ExtraStates
 from offload.modules.fast_paths import keep_fast_paths
 from offload.modules.structure import Structure
 from offload.parameters.optimizer_template import OptimizerLike, assign_groups, from_section, optimized_by, template_of
@@ -63,10 +63,50 @@ class EngineParts:
     step: TrainingStep
     recompute_choice: RecomputeChoice | None
 
-    @property
-    def recomputed_blocks(self) -> int:
-        """Blocks of the model that are computed again in the backward pass."""
-        return 0 if self.recompute_choice is None else self.recompute_choice.blocks.n_recomputed
+
+class DebugView:
+    """A look inside an engine for tests, benchmarks and bug reports, `Engine.debug`. Training thread only.
+
+    Unstable: it follows the engine's parts and changes with them, in any version and without notice. Programs that
+    train use `Engine` alone.
+
+    Attributes:
+        driver, mover: of host memory. page_files: the SSD tier. device_tier: None where compute runs in host memory.
+        binder: binds parameters for each call. committer: makes commits durable.
+        units: all of them, in the model's order.
+    """
+
+    def __init__(self, parts: EngineParts, state: EngineState) -> None:
+        self.state = state
+        self.store = store = parts.store
+        self.driver, self.mover = store.driver, store.mover
+        self.page_files, self.device_tier = store.page_files, store.device_tier
+        self.binder, self.units = store.binder, store.index.units
+        self.updater, self.recompute_choice = parts.updater, parts.recompute_choice
+        self.checkpoints, self.committer = parts.checkpoints, parts.checkpoints.committer
+
+
+class ExtraStates:
+    """What a model's modules keep beside parameters and buffers (`torch.nn.Module.get_extra_state`), by the modules'
+    names, as one thing that commits track; false where no module has any."""
+
+    def __init__(self, model: nn.Module) -> None:
+        plain = nn.Module.get_extra_state
+        self._modules = {
+            name: module for name, module in model.named_modules() if type(module).get_extra_state is not plain
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self._modules)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of them."""
+        return {name: module.get_extra_state() for name, module in self._modules.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give each module its own back."""
+        for name, module in self._modules.items():
+            module.set_extra_state(state_dict[name])
 
 
 def built_store(model: nn.Module, config: Config) -> PageStore | None:
@@ -142,7 +182,7 @@ def _track_own_states(checkpoints: Checkpoints, model: nn.Module, scaling: Scali
         checkpoints.track("loss scale", scaling.loss_scale)
     extra = ExtraStates(model)
     if extra:
-        checkpoints.track(EXTRA_STATES, extra)
+        checkpoints.track("extra states of modules", extra)
 
 
 def _make_states(store: PageStore, states: StateAccess) -> None:

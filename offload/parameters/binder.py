@@ -36,11 +36,6 @@ peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 _UNCOUNTED: Final = EXPORTS | {GET_DATA}
 
 
-def _detached(values: Tensor) -> Tensor:
-    """A copy for a ``state_dict()``, in host memory where the device's need not hold all parameters."""
-    return values.cpu() if values.device.type == "cuda" else values.clone()
-
-
 class Binder:
     """Binds paged parameters for the calls that use them. Training thread only.
 
@@ -153,7 +148,11 @@ class Binder:
                 if may_be_aliased:
                     in_pass = self.forwards > 0 or torch._C._current_graph_task_id() != -1
                     self.edits.exposed(parameter, counted=func not in _UNCOUNTED, in_pass=in_pass)
-            return self.state_copies.give(parameters[0]._place.slot.name, _detached(result)) if copying else result
+            if not copying:
+                return result
+            # In host memory where the device's need not hold all parameters.
+            copy = result.cpu() if result.device.type == "cuda" else result.clone()
+            return self.state_copies.give(parameters[0]._place.slot.name, copy)
 
     def _scope(self) -> Any:
         """Uses that evaluate, copy, edit or initialise the model do not belong to the traced step."""

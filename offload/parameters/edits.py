@@ -19,8 +19,6 @@ from offload.parameters.tensor_functions import no_torch_function
 from optim.unit import Slot, Unit
 from pagemem.residency.mover import Mover
 
-is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
-
 
 class Edits:
     """Notices edits of one engine's parameters. Training thread only; autograd's in its place.
@@ -45,7 +43,7 @@ class Edits:
             and not isinstance(value, PagedParameter)
             and not value.requires_grad
             and value.layout is torch.strided
-            and not is_functorch_wrapped_tensor(value)
+            and not torch._C._functorch.is_functorch_wrapped_tensor(value)
             and self._mover.arena.locate(value.data_ptr()) is not None
             for value in values
         )

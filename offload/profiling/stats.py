@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from offload.activations.policy import RecomputeChoice
 from offload.checkpoint.committer import Committer
 from offload.store.page_store import PageStore
 from optim.updater import Updater
@@ -48,7 +49,7 @@ class Stats:
         return Stats(**{**added, "recomputed_blocks": self.recomputed_blocks, "device_units": self.device_units})
 
 
-def stats_of(store: PageStore, updater: Updater, recomputed_blocks: int) -> Stats:
+def stats_of(store: PageStore, updater: Updater, choice: RecomputeChoice | None) -> Stats:
     """The counters of a running engine."""
     driver, counters, files = store.driver, store.counters, store.page_files.stats()
     return Stats(
@@ -62,7 +63,7 @@ def stats_of(store: PageStore, updater: Updater, recomputed_blocks: int) -> Stat
         update_s=counters.seconds[EventKind.UPDATE],
         dropped_steps=updater.dropped_steps,
         dropped_gradients=updater.dropped_gradients,
-        recomputed_blocks=recomputed_blocks,
+        recomputed_blocks=0 if choice is None else choice.blocks.n_recomputed,
         device_units=sum(unit.home is not None for unit in store.index.units),
     )
 

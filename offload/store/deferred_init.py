@@ -9,7 +9,7 @@ works as on ordinary ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -22,8 +22,7 @@ from offload.parameters.paged_parameter import PagedParameter
 from offload.store.page_store import PageStore
 
 
-@contextmanager
-def deferred_init(config: ConfigLike) -> Iterator[PageStore]:
+def deferred_init(config: ConfigLike) -> AbstractContextManager[PageStore]:
     """Page the parameters of every module built inside the block, right after its constructor.
 
     Give the finished model to `offload.prepare` or `offload.initialize` with the same configuration. Pages of modules
@@ -37,8 +36,7 @@ def deferred_init(config: ConfigLike) -> Iterator[PageStore]:
         RuntimeError: another `deferred_init` block is open.
         ValueError: a parameter is on meta, or of a kind that pages cannot hold.
     """
-    with built_into(lambda: PageStore(load_config(config))) as store:
-        yield store
+    return built_into(lambda: PageStore(load_config(config)))
 
 
 @contextmanager
