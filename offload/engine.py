@@ -267,7 +267,7 @@ class Engine:
     @property
     def debug(self) -> DebugView:
         """The engine's parts, for tests and bug reports; unstable, see `offload.assembly.parts.DebugView`."""
-        return DebugView(self._parts, self._lifetime.state)
+        return DebugView(self._parts, closed=self._lifetime.closed)
 
     @property
     def planned_step_s(self) -> float | None:

@@ -6,20 +6,18 @@ run.
 
 With a limit on saved tensors, those of the earliest blocks go to pages, and what that costs depends on the rest of the
 step: nothing but copies where RAM has room, a wait where the disk is what limits it. So steps in which the first
-    quarter, half, three quarters or all of
-these blocks are computed again are planned as well, from the times of the step as it is, and the cheapest is tried.
+quarter, half, three quarters or all of these blocks are computed again are planned as well, from the times of the step
+as it is, and the cheapest is tried.
 
 Source: Angel-PTM (VLDB 2023), unified scheduling; the trade after T. Chen et al., arXiv:1604.06174, 2016.
 """
 
 from __future__ import annotations
 
-import enum
 from typing import Final
 
 from offload import knobs
 from offload.activations.blocks import Block, Blocks
-from pagemem.state_machine import StateMachine
 from pagemem.units import ceil_div
 from scheduler.execution.driver import Driver
 from scheduler.planning.planner import cost_s
@@ -30,39 +28,23 @@ from scheduler.planning.trace import Trace
 _UNSETTLED_STEPS: Final = 1
 
 
-class ChoiceState(enum.Enum):
-    """How far the decision is; see the diagram at the top of this module."""
-
-    UNDECIDED = "undecided"
-    TRIED = "tried"
-    DECIDED = "decided"
-
-
-_MOVES: Final = StateMachine(
-    "choice of recomputation",
-    {ChoiceState.UNDECIDED: {ChoiceState.TRIED, ChoiceState.DECIDED}, ChoiceState.TRIED: {ChoiceState.DECIDED}},
-)
-
-
 class RecomputeChoice:
     """Decides for one engine. Training thread only.
 
     Args:
         driver: of host memory, where saved tensors have pages.
         limit_bytes: of saved tensors that stay.
+
+    Attributes:
+        open: something is left to decide. tried: steps in which some blocks are computed again were found cheaper.
     """
 
     def __init__(self, blocks: Blocks, driver: Driver, limit_bytes: int) -> None:
         self.blocks = blocks
-        self.state = ChoiceState.UNDECIDED
+        self.open, self.tried = True, False
         self._driver = driver
         self._limit_bytes = limit_bytes
         self._cost_before_s = 0.0
-
-    @property
-    def open(self) -> bool:
-        """Whether there is anything left to decide."""
-        return self.state is not ChoiceState.DECIDED
 
     def step_ended(self) -> None:
         """Between two steps: decide, once there is a plan made with the times of steps that followed one."""
@@ -78,13 +60,13 @@ class RecomputeChoice:
         """
         plan, trace = self._driver.follower.plan, self._driver.follower.trace
         assert plan is not None
-        if self.state is ChoiceState.TRIED:
-            self._become(ChoiceState.DECIDED)
+        if self.tried:
+            self.open = self.blocks.watching = False
             return cost_s(plan) > self._cost_before_s and self._recompute([])
         self._cost_before_s = cost_s(plan)
         chosen = self._cheapest(trace)
-        self._become(ChoiceState.TRIED if chosen else ChoiceState.DECIDED)
-        return bool(chosen) and self._recompute(chosen)
+        self.tried = self.open = self.blocks.watching = bool(chosen)
+        return self.tried and self._recompute(chosen)
 
     def _cheapest(self, trace: Trace) -> list[Block]:
         """The blocks to compute again so that a step costs least; none where that is not enough less."""
@@ -129,10 +111,6 @@ class RecomputeChoice:
             block.recomputes = block in chosen
         self._driver.invalidate_plan(_UNSETTLED_STEPS)
         return True
-
-    def _become(self, state: ChoiceState) -> None:
-        self.state = _MOVES.move(self.state, state)
-        self.blocks.watching = self.open
 
 
 def _parts(block: Block) -> list[ForwardPart]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from offload.activations.blocks import Blocks
 from offload.activations.policy import RecomputeChoice
 from offload.activations.saved import SavedActivations, chunk_bytes
-from offload.assembly.lifetime import EngineState
 from offload.assembly.training_step import TrainingStep
 from offload.budget.checks import check_model
 from offload.checkpoint.checkpoints import Checkpoints
@@ -76,8 +75,8 @@ class DebugView:
         units: all of them, in the model's order.
     """
 
-    def __init__(self, parts: EngineParts, state: EngineState) -> None:
-        self.state = state
+    def __init__(self, parts: EngineParts, *, closed: bool) -> None:
+        self.closed = closed
         self.store = store = parts.store
         self.driver, self.mover = store.driver, store.mover
         self.page_files, self.device_tier = store.page_files, store.device_tier

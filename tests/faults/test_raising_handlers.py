@@ -19,7 +19,6 @@ from raising_signal import Raised, raising
 from small_runs import batches, built, config
 
 import offload
-from offload.assembly.lifetime import EngineState
 from offload.checkpoint.committer import Committer
 from pagemem.errors import OffloadError
 
@@ -119,7 +118,7 @@ def test_ctrl_c_in_close_is_raised_when_all_is_closed(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Committer, "close", pressed)
     with pytest.raises(KeyboardInterrupt):
         engine.close()
-    assert engine.debug.state is EngineState.CLOSED and engine.debug.store.given_back
+    assert engine.debug.closed and engine.debug.store.given_back
     assert not list(tmp_path.rglob("pagemem.lock"))
     assert [path.name for path in (tmp_path / "pages" / "commits").iterdir()] == ["commit-00000001.json"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

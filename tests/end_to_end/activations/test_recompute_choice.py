@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import offload
 from offload import knobs
-from offload.activations.policy import ChoiceState
 from offload.forecast import report as forecast_report
 from offload.forecast.forecast import forecast
 from offload.forecast.rates import Rates
@@ -108,10 +107,10 @@ def test_where_the_disk_is_slow_blocks_are_computed_again(device: bool, update: 
         config = {**config, "device": "cpu-emulated"}
         config["memory"] |= {"device": "1MiB"}
     pair = Pair(config)
-    while pair.choice.state is ChoiceState.UNDECIDED:
+    while pair.choice.open and not pair.choice.tried:
         pair.train(1)
         assert pair.engine.steps <= DECIDING_STEPS + 2 * device
-    assert pair.choice.state is ChoiceState.TRIED and pair.engine.planned_step_s is None
+    assert pair.choice.open and pair.choice.tried and pair.engine.planned_step_s is None
     paged_before = len(pair.engine.debug.driver.mover.tensors)
     n_recomputed = pair.engine.stats().recomputed_blocks
     assert n_recomputed >= BLOCKS // 2
@@ -129,7 +128,7 @@ def test_where_the_disk_is_slow_blocks_are_computed_again(device: bool, update: 
 def test_a_choice_that_turns_out_dearer_is_taken_back(tmp_path: Path) -> None:
     pair = Pair(config_of(tmp_path))
     pair.train(DECIDING_STEPS)
-    assert pair.choice.state is ChoiceState.TRIED and pair.choice.blocks.n_recomputed
+    assert pair.choice.open and pair.choice.tried and pair.choice.blocks.n_recomputed
     pair.choice._cost_before_s = 0.0
     pair.train(CHECKING_STEPS)
     assert not pair.choice.open and pair.engine.stats().recomputed_blocks == 0
@@ -154,7 +153,7 @@ def test_where_it_saves_nothing_none_are(
 ) -> None:
     pair = Pair(config_of(tmp_path, **memory), build)
     pair.train(DECIDING_STEPS + 1)
-    assert pair.choice.state is ChoiceState.DECIDED
+    assert not pair.choice.open
     assert pair.end().recomputed_blocks == 0
 
 
@@ -178,7 +177,7 @@ class Convolutions(nn.Module):
 def test_blocks_whose_forward_changes_buffers_are_left_alone(tmp_path: Path) -> None:
     pair = Pair(config_of(tmp_path, ram="1MiB", activations="128KiB"), Convolutions)
     pair.train(DECIDING_STEPS + 1)
-    assert pair.choice.state is ChoiceState.DECIDED and all(block.has_side_effects for block in pair.choice.blocks)
+    assert not pair.choice.open and all(block.has_side_effects for block in pair.choice.blocks)
     assert pair.end().recomputed_blocks == 0
 
 
