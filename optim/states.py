@@ -79,7 +79,7 @@ class StateAccess:
                     continue
                 key = (OpKind.UPDATE, (unit.index, index, "edit", slot.order))
                 accesses = [Access(unit.parameters.id, AccessMode.READ), Access(part.master.id, AccessMode.MODIFY)]
-                driver = unit.home or self._driver
+                driver = unit.resident_driver or self._driver
                 with driver.op(key, f"master of {slot.name}", accesses):
                     value = driver.mover.tenants.view(unit.parameters, unit.dtype, begin, end - begin)
                     master = state_view(driver.mover, part, part.master, 0, begin, end - begin)
@@ -94,6 +94,6 @@ class StateAccess:
             if begin >= end or tensor is None:
                 continue
             key = (OpKind.UPDATE, (unit.index, index, "state", number, slot.order))
-            driver = unit.home or self._driver
+            driver = unit.resident_driver or self._driver
             with driver.op(key, f"states of {slot.name}", [Access(tensor.id, mode)]):
                 visit(state_view(driver.mover, part, tensor, number or 0, begin, end - begin), begin - slot.offset)

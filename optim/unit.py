@@ -162,8 +162,8 @@ class Unit:
 
     Attributes:
         device: the copy of ``parameters`` that compute uses, where it does not use them in host memory.
-        home: the driver of the device, where parameters, masters and states are the device's own tensors, in its pages
-            for good, and are updated there; None: updates are made in host memory.
+        resident_driver: the driver of the device, of a unit whose parameters, masters and states stay in its pages and
+            are updated there; None: updates are made in host memory.
         views: weights saved by autograd that may still be asked for.
         version: updates and edits so far; a saved weight of another version must not be used.
         updated: whether the update of the step under way has been made, before the step's end.
@@ -180,7 +180,7 @@ class Unit:
     slices: list[Slice]
     gradients: PagedTensor | None = None
     device: PagedTensor | None = None
-    home: Driver | None = None
+    resident_driver: Driver | None = None
     views: Gone[None] = field(default_factory=Gone)
     version: int = 0
     updated: bool = False
@@ -201,9 +201,9 @@ class Unit:
         return self.device or self.parameters
 
     @property
-    def sums_at_home(self) -> bool:
+    def sums_resident(self) -> bool:
         """Whether paged gradients have pages on the device that are theirs for good."""
-        return self.home is not None and self.gradients is not None and self.gradients.resident
+        return self.resident_driver is not None and self.gradients is not None and self.gradients.resident
 
     @property
     def trained(self) -> bool:

@@ -97,7 +97,7 @@ class Tiers:
         mover.monitor.wait_until(lambda: tensor.state is Residency.CLEAN, tensor.name)
         if tensor is self.upper:
             self.device.wait_for(tensor)
-            self.device.accelerator.mark().wait()
+            self.device.accelerator.record_event().wait()
 
     def _refresh(self) -> None:
         """Fresh random bytes in the page files: zeros can be faster than data."""

@@ -66,24 +66,24 @@ class FailingDevice(RamDevice):
             raise RuntimeError("device-side assert (emulated)")
 
     def reached(self) -> bool:
-        """As a mark: of anything."""
+        """As an event: of anything."""
         self._check()
         return True
 
     def wait(self) -> None:
-        """As a mark."""
+        """As an event."""
         self._check()
 
     def seconds(self, *_: Any) -> float:
         """As a copy, and as a clock."""
         return 1e-6
 
-    def mark(self) -> DeviceEvent:
-        """As `Accelerator.mark`."""
+    def record_event(self) -> DeviceEvent:
+        """As `Accelerator.record_event`."""
         self._check()
         return self
 
-    def wait_for(self, mark: DeviceEvent) -> None:
+    def wait_for(self, event: DeviceEvent) -> None:
         """As `Accelerator.wait_for`."""
         self._check()
 

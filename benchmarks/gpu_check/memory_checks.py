@@ -54,7 +54,7 @@ def fork(setting: Setting) -> Outcome:
     os.close(ready)
     source.fill_(2)
     taken_bytes = before_bytes - usable_bytes()
-    copy = device.copy_up(source, into, device.mark())
+    copy = device.copy_up(source, into, device.record_event())
     copy.wait()
     right = int((into == 2).sum())
     os.close(release)
@@ -124,7 +124,7 @@ def uploads(setting: Setting) -> Outcome:
     source.random_()
     rates = []
     for _ in range(11):
-        copy = device.copy_up(source, into, device.mark())
+        copy = device.copy_up(source, into, device.record_event())
         copy.wait()
         rates.append(arena.n_bytes / copy.seconds() / 1e9)
     same = torch.equal(into.cpu(), source)
@@ -137,16 +137,16 @@ def uploads(setting: Setting) -> Outcome:
 
 
 def waiting(setting: Setting) -> Outcome:
-    """A thread that waits for a mark behind a long kernel."""
+    """A thread that waits for an event behind a long kernel."""
     device = setting.accelerator()
     found: list[float] = []
     torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]  # about a second
-    mark = device.mark()
+    event = device.record_event()
 
     def wait() -> None:
         device.use_in_thread()
         began_s, began_cpu_s = time.perf_counter(), time.thread_time()
-        mark.wait()
+        event.wait()
         found.append((time.thread_time() - began_cpu_s) / (time.perf_counter() - began_s))
 
     thread = threading.Thread(target=wait)

@@ -138,7 +138,7 @@ class SavedActivations:
             storage.original, storage.spoiled = None, True
             return
         flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(original.untyped_storage())
-        mark: DeviceEvent | None = None
+        event: DeviceEvent | None = None
         try:
             for begin in range(0, storage.n_bytes, self._chunk_bytes):
                 part = flat[begin : begin + self._chunk_bytes]
@@ -150,14 +150,14 @@ class SavedActivations:
                     if self._device is None:
                         self._driver.mover.tenants.bytes_of(chunk)[: part.numel()].copy_(part)
                     else:
-                        mark = self._device.save(part, chunk)
+                        event = self._device.save(part, chunk)
         except BaseException:
             self._give_back(storage)
-            if mark is not None:  # what is under way is behind it; the memory may be let go of now
-                self._follow(mark)
+            if event is not None:  # what is under way is behind it; the memory may be let go of now
+                self._follow(event)
             raise
-        if mark is not None and not has_reached(mark):
-            self._leaving.append(Leaving(original, weakref.ref(storage), mark))
+        if event is not None and not has_reached(event):
+            self._leaving.append(Leaving(original, weakref.ref(storage), event))
         storage.original = None
         self._let_go(self._leaving_limit_bytes)
 
@@ -174,13 +174,13 @@ class SavedActivations:
         leaving_bytes = sum(leaving.n_bytes for leaving in self._leaving)
         while leaving_bytes > limit_bytes:
             leaving = self._leaving.popleft()
-            self._follow(leaving.mark)
+            self._follow(leaving.event)
             leaving.check()
             leaving_bytes -= leaving.n_bytes
 
-    def _follow(self, mark: DeviceEvent) -> None:
+    def _follow(self, event: DeviceEvent) -> None:
         assert self._device is not None
-        self._device.accelerator.wait_for(mark)
+        self._device.accelerator.wait_for(event)
 
     def _take(self, n_bytes: int) -> PagedTensor:
         """The first paged tensor of this size that is free, so that like steps use the same ones."""
@@ -232,7 +232,7 @@ class SavedActivations:
             )
         for_good = not _graph_is_kept()
         flat = torch.empty(storage.n_bytes, dtype=torch.uint8, device=storage.device)
-        mark: DeviceEvent | None = None
+        event: DeviceEvent | None = None
         try:
             for number, chunk in enumerate(storage.chunks):
                 part = flat[number * self._chunk_bytes :][: self._chunk_bytes]
@@ -242,13 +242,13 @@ class SavedActivations:
                     if self._device is None:
                         part.copy_(self._driver.mover.tenants.bytes_of(chunk)[: part.numel()])
                     else:
-                        mark = self._device.restore(chunk, part)
+                        event = self._device.restore(chunk, part)
                 if for_good:
                     storage.consumed = True
                     self._driver.mover.discard_soon(chunk)
         finally:
-            if mark is not None:  # also where a later chunk failed: the memory is not another's before
-                self._follow(mark)
+            if event is not None:  # also where a later chunk failed: the memory is not another's before
+                self._follow(event)
         if for_good:
             self._used.difference_update(storage.chunks)
             storage.chunks.clear()

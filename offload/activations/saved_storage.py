@@ -122,7 +122,7 @@ class Leaving:
 
     original: Tensor
     storage: weakref.ref[SavedStorage]
-    mark: DeviceEvent
+    event: DeviceEvent
 
     @property
     def n_bytes(self) -> int:

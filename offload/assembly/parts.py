@@ -152,7 +152,7 @@ def build_parts(
     }
     assign_groups(template, {parameter: slot for parameter, (_, slot) in places.items()})
     _make_states(store, states)
-    store.settle_on_device(sums=not is_eager(scaling, config.update.start) or config.update.accumulation > 1)
+    store.make_resident(sums=not is_eager(scaling, config.update.start) or config.update.accumulation > 1)
     paged_optimizer = PagedOptimizer(template, rule, places, states, store.driver.untraced)
     updater = make_updater(store, rule, paged_optimizer.hypers, scaling, partial(_other_gradients, model))
     undo.append(updater.close)

@@ -1,4 +1,4 @@
-"""Paged parameters: `nn.Parameter`s whose values come and go; a `Binder` brings them for each use.
+"""Paged parameters: `nn.Parameter`s whose values are streamed; a `Binder` brings them for each use.
 
 A released parameter keeps its shape, dtype, identity and hooks, but its data is one NaN seen through zero strides.
 Every torch function called with it goes through `PagedParameter.__torch_function__`, which asks the binder to bind it:

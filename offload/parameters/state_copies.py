@@ -18,7 +18,7 @@ from offload.hooks import ModelHook
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
+class _Copy:
     """A copy: a tensor without memory that shares its count of writes, and the count when it was given out."""
 
     name: str
@@ -36,7 +36,7 @@ class StateCopies:
     """
 
     copying: int = 0
-    _given: list[_Given] = field(default_factory=list)
+    _copies: list[_Copy] = field(default_factory=list)
 
     def watch(self, module: nn.Module) -> list[Callable[[], None]]:
         """Have a module's ``state_dict()`` return copies, not views that keep their pages in host memory.
@@ -66,12 +66,12 @@ class StateCopies:
             with torch._C.DisableTorchFunctionSubclass():
                 counter = copy.detach()
                 counter.data = copy.new_empty(0)
-            self._given.append(_Given(name, weakref.ref(copy), counter, counter._version))
+            self._copies.append(_Copy(name, weakref.ref(copy), counter, counter._version))
         return copy
 
     def forget(self) -> None:
         """The model is given all its values anew, perhaps out of these copies."""
-        self._given.clear()
+        self._copies.clear()
 
     def check(self) -> None:
         """Forget the copies that nobody has any more.
@@ -79,9 +79,9 @@ class StateCopies:
         Raises:
             RuntimeError: one was written to, which has not changed the model; it is forgotten.
         """
-        given, self._given = self._given, []
-        self._given = [one for one in given if one.counter._version == one.version and one.copy() is not None]
-        for one in given:
+        copies, self._copies = self._copies, []
+        self._copies = [one for one in copies if one.counter._version == one.version and one.copy() is not None]
+        for one in copies:
             if one.counter._version != one.version:
                 raise RuntimeError(
                     f"{one.name}: a tensor of state_dict() was written to, which changes the parameter in plain "

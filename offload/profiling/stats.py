@@ -64,7 +64,7 @@ def stats_of(store: PageStore, updater: Updater, choice: RecomputeChoice | None)
         dropped_steps=updater.dropped_steps,
         dropped_gradients=updater.dropped_gradients,
         recomputed_blocks=0 if choice is None else choice.blocks.n_recomputed,
-        device_units=sum(unit.home is not None for unit in store.index.units),
+        device_units=sum(unit.resident_driver is not None for unit in store.index.units),
     )
 
 

@@ -1,7 +1,7 @@
 """The device tier of one engine: a budget, an arena, and who moves what in it, above the host tier.
 
 SSD --(host plan)--> host pages --(device plan)--> device pages, where compute runs
-                         ^-- updates, on the CPU      ^-- updates of units that are at home there, on the device
+                         ^-- updates, on the CPU      ^-- updates of device-resident units
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scheduler.execution.driver import Driver
 
 
 class DeviceTier:
-    """Device pages for the parameters that compute uses, and for units that are at home there. Training thread only.
+    """Device pages for the parameters that compute uses, and for device-resident units. Training thread only.
 
     Args:
         device_bytes: the budget, at least one page.
@@ -80,7 +80,7 @@ class DeviceTier:
             )
         return self.mover.mirror(tensor)
 
-    def settle(self, units: Sequence[Unit], *, sums: bool) -> None:
+    def make_resident(self, units: Sequence[Unit], *, sums: bool) -> None:
         """Have units with their masters and states on the device for good, from its first frames on; updates of them
         are made there.
 
@@ -96,22 +96,22 @@ class DeviceTier:
         frame = 0
         for unit in units:
             assert unit.device is not None
-            unit.parameters, unit.device, unit.home = unit.device, None, self.driver
+            unit.parameters, unit.device, unit.resident_driver = unit.device, None, self.driver
             self.upkeep.place(unit.parameters, FrameId(frame))
             frame += unit.parameters.n_frames
             for part in unit.slices:
                 if part.states is not None:
-                    part.states = self._settled(part.states, frame)
+                    part.states = self._resident(part.states, frame)
                     frame += part.states.n_frames
                 if part.master is not None:
-                    part.master = self._settled(part.master, frame)
+                    part.master = self._resident(part.master, frame)
                     frame += part.master.n_frames
             if sums:
                 unit.gradients = self.mover.create(f"gradients of {unit.name}", Tag.GRAD, unit.parameters.n_bytes)
                 self.upkeep.place_empty(unit.gradients, FrameId(frame))
                 frame += unit.gradients.n_frames
 
-    def _settled(self, lower: PagedTensor, frame: int) -> PagedTensor:
+    def _resident(self, lower: PagedTensor, frame: int) -> PagedTensor:
         """The device's own in place of a tensor of host memory."""
         tensor = self.mover.mirror(lower)
         self.upkeep.place(tensor, FrameId(frame))

@@ -3,7 +3,7 @@
 Exact mode: gradients in flight, and those on their way down from a device | arena.
 Lock-free mode: gradients on their way | the updater's scratch | arena, of which the schedule has the lower frames, for
 parameters, and the updater the upper ones, for optimizer states. Where the schedule's frames hold all parameters, they
-stay in them for good, and fp32 parameters are their own masters. Otherwise parameters come and go by plan, and the
+stay in them for good, and fp32 parameters are their own masters. Otherwise parameters are streamed by plan, and the
 updater keeps fp32 masters among the states, so that it never waits for what the schedule has in memory.
 """
 

@@ -22,7 +22,7 @@ from offload.config import Config
 from offload.modules.conversions import guard_conversions
 from offload.parameters.grouping import Group, Neighbours, own_groups
 from offload.parameters.paged_parameter import PagedParameter
-from offload.store.device_placement import Candidate, choose_homes
+from offload.store.device_placement import Candidate, choose_resident
 from offload.store.device_tier import DeviceTier
 from offload.store.masters import copy_slot
 from offload.store.page_views import adopt_view
@@ -199,22 +199,21 @@ class PageStore:
             unit.device = mirror
         self.binder.compute_on(tier.driver, tier.mover, tier.mover.accelerator.torch_device, self.index.units)
 
-    def settle_on_device(self, *, sums: bool) -> None:
-        """Have as many units at home on the device as have room there beside those that come and go; once all have
-        their states.
+    def make_resident(self, *, sums: bool) -> None:
+        """Make as many units device-resident as have room beside those that are streamed; once all have their states.
 
         Args:
             sums: whether gradients are added up before they are used: clipped, scaled, or of several backward passes.
 
         Raises:
-            As `DeviceTier.settle`.
+            As `DeviceTier.make_resident`.
         """
         tier = self.device_tier
         if tier is None or self.config.memory.device_states == "never":
             return
         units = self.index.units
-        chosen = choose_homes([Candidate.of(unit, sums=sums) for unit in units], tier.mover.arena.n_frames)
-        tier.settle([units[index] for index in chosen], sums=sums)
+        chosen = choose_resident([Candidate.of(unit, sums=sums) for unit in units], tier.mover.arena.n_frames)
+        tier.make_resident([units[index] for index in chosen], sums=sums)
 
     def forget(self, unit: Unit) -> None:
         """Give the pages of a unit back, which nobody has a view of. Using its parameters raises from now on."""

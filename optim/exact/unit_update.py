@@ -78,10 +78,12 @@ class UnitUpdate:
         sums = self._paged_sums(unit, spent if last else ())
         accesses = [Access(unit.parameters.id, AccessMode.MODIFY)]
         accesses += [Access(t.id, AccessMode.MODIFY) for t in (part.states, part.master) if t is not None]
-        here = unit.home is None or unit.sums_at_home
+        here = unit.resident_driver is None or unit.sums_resident
         accesses += sums if here else []
         with (
-            (unit.home or self._driver).op((OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses),
+            (unit.resident_driver or self._driver).op(
+                (OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses
+            ),
             nullcontext() if here or not sums else self._brought_up(unit, number, sums),
         ):
             started_s = time.perf_counter()
@@ -95,7 +97,7 @@ class UnitUpdate:
         paged = [slot for slot in unit.slots if slot.paged]
         if unit.gradients is None or not any(slot.group >= 0 for slot in paged):
             return []
-        ends = not unit.sums_at_home and all(slot in spent for slot in paged)
+        ends = not unit.sums_resident and all(slot in spent for slot in paged)
         return [Access(unit.gradients.id, AccessMode.CONSUME if ends else AccessMode.READ)]
 
     def _brought_up(self, unit: Unit, number: int, sums: Sequence[Access]) -> AbstractContextManager[None]:
@@ -103,7 +105,7 @@ class UnitUpdate:
         return self._driver.op((OpKind.GRADIENT, (unit.index, number, "up")), f"gradients of {unit.name}", sums)
 
     def _apply(self, unit: Unit, part: Slice, pieces: Sequence[Piece], pending: Pending, *, last: bool) -> None:
-        mover = (unit.home or self._driver).mover
+        mover = (unit.resident_driver or self._driver).mover
         for group, hyper in enumerate(pending.hypers):
             chosen = [piece for piece in pieces if piece.slot.group == group]
             if not chosen:
@@ -120,7 +122,7 @@ class UnitUpdate:
                 if pending.coefficient is not None:
                     # Sums that later slices need, too, may be on their way to the page files: what they hold must not
                     # change.
-                    kept = piece.slot.direct is None and not (last or unit.sums_at_home)
+                    kept = piece.slot.direct is None and not (last or unit.sums_resident)
                     gradient = gradient * pending.coefficient if kept else gradient.mul_(pending.coefficient)
                 batch.params.append(parameter)
                 batch.grads.append(gradient)

@@ -89,9 +89,9 @@ class ExactUpdater(Updater):
 
     def _viewed(self, unit: Unit) -> bool:
         """Whether somebody has a view of what an update would change: the backward pass may ask for it again."""
-        if unit.device is not None and unit.home is None:
+        if unit.device is not None and unit.resident_driver is None:
             return False  # Compute has a copy, which is not changed.
-        return (unit.home or self._driver).viewed(unit.compute)
+        return (unit.resident_driver or self._driver).viewed(unit.compute)
 
     def _forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
         # What only a first step leaves to be cleared is not part of the plan of later ones.

@@ -1,12 +1,12 @@
 """What computes out of a device's memory, and how bytes get there and back: the seam between the tiers and a kind of
 device.
 
-A device works through what it is given in order, and long after it was given. A `DeviceEvent` is a place in that order.
-Whoever copies asks for marks instead of waiting: a copy up begins after the mark of what last used its frames, and
-compute goes on after the mark of the copies that it needs, all on the device. The training thread waits for none of
+A device works through what is enqueued on it in order, and long after that. A `DeviceEvent` is a point in its queue.
+Whoever copies asks for events instead of waiting: a copy up begins after the event of what last used its frames, and
+compute goes on after the event of the copies that it needs, all on the device. The training thread waits for none of
 them.
 
-`RamDevice` is a device of ordinary memory, which has done everything by the time it was given it.
+`RamDevice` is a device of ordinary memory, which has done everything by the time it is enqueued.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOG: Final = logging.getLogger(__name__)
 
 
 class DeviceEvent(Protocol):
-    """A place in what a device was given. Any thread."""
+    """A point in a device's queue. Any thread."""
 
     def reached(self) -> bool:
         """Whether everything before it is done."""
@@ -38,7 +38,7 @@ class DeviceEvent(Protocol):
 
 
 class Copy(DeviceEvent, Protocol):
-    """A mark behind a copy."""
+    """An event behind a copy."""
 
     def seconds(self) -> float:
         """How long the copy itself took; once it is reached."""
@@ -74,14 +74,14 @@ class Accelerator(Protocol):
             MemoryError: it has no room; the message says how much there is.
         """
 
-    def mark(self) -> DeviceEvent:
-        """Behind everything that compute was given so far."""
+    def record_event(self) -> DeviceEvent:
+        """An event behind all compute that is enqueued so far."""
 
-    def wait_for(self, mark: DeviceEvent) -> None:
-        """Have compute that is given from now on begin after ``mark``."""
+    def wait_for(self, event: DeviceEvent) -> None:
+        """Have compute that is enqueued from now on begin after ``event``."""
 
     def stamp(self) -> Any:
-        """The moment when compute has done everything that it was given so far. Does not wait for it."""
+        """The moment when all compute that is enqueued so far is done. Does not wait for it."""
 
     def seconds(self, begun: Any, ended: Any) -> float:
         """From one stamp to a later one; waits until compute has come to that.
@@ -91,10 +91,10 @@ class Accelerator(Protocol):
         """
 
     def check(self) -> None:
-        """Make sure that the calling thread gives its compute where `mark` and `wait_for` look.
+        """Make sure that the calling thread enqueues its compute where `record_event` and `wait_for` look.
 
         Raises:
-            DeviceError: it gives it elsewhere; says what to change.
+            DeviceError: it enqueues it elsewhere; says what to change.
         """
 
     def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: DeviceEvent) -> Copy:
@@ -105,13 +105,13 @@ class Accelerator(Protocol):
         """
 
     def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> DeviceEvent:
-        """Copy bytes (uint8, flat, of one size) of the device into given host memory, as they are when compute has done
-        everything that it was given so far. Does not wait for it: neither is to be changed or let go of before compute
-        is put behind the mark."""
+        """Copy bytes (uint8, flat, of one size) of the device into host memory, as they are when all compute that is
+        enqueued so far is done. Does not wait for it: neither is to be changed or let go of before compute is put
+        behind the event."""
 
 
 class _Reached:
-    """A mark that needs no waiting for."""
+    """An event that needs no waiting for."""
 
     def reached(self) -> bool:
         return True
@@ -123,12 +123,12 @@ class _Reached:
 REACHED: Final[DeviceEvent] = _Reached()
 
 
-def has_reached(mark: DeviceEvent) -> bool:
-    """Whether a mark is known to be reached. One of a device that failed is not; who waits for it hears why."""
+def has_reached(event: DeviceEvent) -> bool:
+    """Whether an event is known to be reached. One of a device that failed is not; who waits for it hears why."""
     try:
-        return mark.reached()
+        return event.reached()
     except RuntimeError as error:
-        _LOG.debug("a mark cannot be asked for: %s", error)
+        _LOG.debug("an event cannot be asked for: %s", error)
         return False
 
 
@@ -157,13 +157,13 @@ class RamDevice:
         """Frames in RAM."""
         return HostArena(n_frames, page_bytes)
 
-    def mark(self) -> DeviceEvent:
+    def record_event(self) -> DeviceEvent:
         """Compute is done when its call returns."""
         return REACHED
 
-    def wait_for(self, mark: DeviceEvent) -> None:
-        """Wait: what compute is given begins at once."""
-        mark.wait()
+    def wait_for(self, event: DeviceEvent) -> None:
+        """Wait: enqueued compute begins at once."""
+        event.wait()
 
     def stamp(self) -> float:
         """Now."""
@@ -174,7 +174,7 @@ class RamDevice:
         return ended - begun
 
     def check(self) -> None:
-        """Compute is given in one place only."""
+        """There is one queue only."""
 
     def copy_up(self, source: torch.Tensor, into: torch.Tensor, after: DeviceEvent) -> Copy:
         """Copy on the calling thread alone; torch would start a team of its own beside the one that computes."""

@@ -106,7 +106,7 @@ class CudaArena(Arena):
             )
 
 
-class CudaMark:
+class CudaEvent:
     """An event of a stream (`torch.cuda.Event`)."""
 
     def __init__(self, event: Any) -> None:
@@ -121,7 +121,7 @@ class CudaMark:
         self.event.synchronize()
 
 
-class CudaCopy(CudaMark):
+class CudaCopy(CudaEvent):
     """An event behind a copy, and the one before it."""
 
     def __init__(self, begun: Any, ended: Any) -> None:
@@ -134,7 +134,7 @@ class CudaCopy(CudaMark):
 
 
 class CudaDevice:
-    """One CUDA device, whose compute is given on the stream that is current when this is made; see `Accelerator`.
+    """One CUDA device, whose compute is enqueued on the stream that is current when this is made; see `Accelerator`.
 
     Args:
         index: of the device; None: the current one.
@@ -236,13 +236,13 @@ class CudaDevice:
             # What went wrong is in the warning; anything worse fails again at once.
             _LOG.debug("after a refused pinning: %s", error)
 
-    def mark(self) -> DeviceEvent:
-        """As `Accelerator.mark`."""
-        return CudaMark(self._recorded(self._compute))
+    def record_event(self) -> DeviceEvent:
+        """As `Accelerator.record_event`."""
+        return CudaEvent(self._recorded(self._compute))
 
-    def wait_for(self, mark: DeviceEvent) -> None:
+    def wait_for(self, event: DeviceEvent) -> None:
         """As `Accelerator.wait_for`."""
-        self._compute.wait_event(_event(mark))
+        self._compute.wait_event(_event(event))
 
     def stamp(self) -> Any:
         """As `Accelerator.stamp`: an event of the stream that computes."""
@@ -275,7 +275,7 @@ class CudaDevice:
         self._down.wait_event(self._recorded(self._compute))
         with _CUDA.stream(self._down):
             self._copy(source, into, into)
-        return CudaMark(self._recorded(self._down))
+        return CudaEvent(self._recorded(self._down))
 
     def _copy(self, source: torch.Tensor, into: torch.Tensor, host: torch.Tensor) -> None:
         """Copy flat bytes, of which ``host`` are those in host memory, in pieces: CUDA refuses a copy that is of two
@@ -295,7 +295,7 @@ class CudaDevice:
         return event
 
 
-def _event(mark: DeviceEvent) -> Any:
-    if not isinstance(mark, CudaMark):
-        raise TypeError(f"{mark!r} is no mark of a CUDA device")
-    return mark.event
+def _event(event: DeviceEvent) -> Any:
+    if not isinstance(event, CudaEvent):
+        raise TypeError(f"{event!r} is no event of a CUDA device")
+    return event.event

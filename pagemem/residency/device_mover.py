@@ -34,7 +34,7 @@ class DeviceMover(Mover):
     Args:
         arena: the device's frames.
         below: owner of the host pages.
-        accelerator: makes the copies, and says what compute has been given.
+        accelerator: makes the copies, and says what compute is enqueued.
 
     Attributes:
         prefetched_unused: tensors whose load has begun since their last use.
@@ -56,7 +56,7 @@ class DeviceMover(Mover):
         self.edited: dict[TensorId, PagedTensor] = {}
         self.changed_resident: dict[TensorId, PagedTensor] = {}
         self._lower: dict[TensorId, PagedTensor] = {}
-        self._marks: dict[TensorId, DeviceEvent] = {}  # of copies that compute has not been put behind yet
+        self._events: dict[TensorId, DeviceEvent] = {}  # of copies that compute has not been put behind yet
         self._copier = UploadQueue(below, accelerator, self.monitor.note_failure, sink)
 
     def mirror(self, lower: PagedTensor) -> PagedTensor:
@@ -79,7 +79,7 @@ class DeviceMover(Mover):
     def forget(self, tensor: PagedTensor) -> None:
         """As `Mover.forget`."""
         super().forget(tensor)
-        self._marks.pop(tensor.id, None)
+        self._events.pop(tensor.id, None)
         self._lower.pop(tensor.id, None)
         self.prefetched_unused.discard(tensor.id)
 
@@ -88,67 +88,67 @@ class DeviceMover(Mover):
     def start_load(self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False, background: bool = False) -> None:
         """As `Mover.start_load`; the copy waits until the tensor is in host memory, which nothing here sees to.
 
-        It is there, for compute that is put behind it (`wait_for`), as soon as the copy was given to the device.
+        It is there, for compute that is put behind it (`wait_for`), as soon as the copy is enqueued on the device.
         """
         with self.changed:
             super().start_load(tensor, frame, fresh=fresh, background=background)
             self.prefetched_unused.add(tensor.id)
 
     def _read(self, tensor: PagedTensor, done: Completion, *, background: bool) -> None:
-        def given(result: DeviceEvent | BaseException) -> None:
+        def enqueued(result: DeviceEvent | BaseException) -> None:
             if isinstance(result, BaseException):
                 done(result)
                 return
             with self.changed:
-                self._marks[tensor.id] = result
+                self._events[tensor.id] = result
                 done(None)
 
         try:
-            # What compute has been given until now may use the frames: nobody holds them any more, so nothing later
+            # Compute that is enqueued until now may use the frames: nobody holds them any more, so nothing later
             # does.
-            after = self.accelerator.mark()
+            after = self.accelerator.record_event()
         except RuntimeError as error:
             done(error)  # the device failed: whoever waits for the copy hears of it as of one that failed
             return
-        self._copier.submit(self._lower[tensor.id], self.tenants.bytes_of(tensor), after, given, done)
+        self._copier.submit(self._lower[tensor.id], self.tenants.bytes_of(tensor), after, enqueued, done)
 
     def _loaded(self, tensor: PagedTensor, started_s: float, error: BaseException | None) -> None:
         with self.changed:  # the copier tells of copies, from when it made them
             self._end_load(tensor, error)
 
     def wait_for(self, tensor: PagedTensor) -> None:
-        """Have compute that is given from now on see what was copied. Training thread."""
+        """Have compute that is enqueued from now on see what was copied. Training thread."""
         with self.changed:
-            mark = self._marks.pop(tensor.id, None)
-        if mark is not None:
-            self.accelerator.wait_for(mark)
+            event = self._events.pop(tensor.id, None)
+        if event is not None:
+            self.accelerator.wait_for(event)
 
     def save(self, source: torch.Tensor, lower: PagedTensor) -> DeviceEvent:
         """Copy bytes that compute has made (uint8, flat) into a dirty tensor of the tier below, which is not moved
         before they are there.
 
         Returns:
-            A mark, behind which ``source`` may be let go of. Training thread.
+            An event, behind which ``source`` may be let go of. Training thread.
         """
         into = self.below.begin_arrival(lower)[: source.numel()]
         try:
-            mark = self.accelerator.copy_out(source, into)
+            event = self.accelerator.copy_out(source, into)
         except BaseException:
             self.below.end_arrival(lower)
             raise
-        self._copier.arrives(lower, mark)
-        return mark
+        self._copier.arrives(lower, event)
+        return event
 
     def restore(self, lower: PagedTensor, into: torch.Tensor) -> DeviceEvent:
         """Copy bytes of a readable tensor of the tier below into memory of the device that compute has just got (uint8,
         flat).
 
         Returns:
-            The mark that compute has to be put behind before it reads them. Training thread.
+            The event that compute has to be put behind before it reads them. Training thread.
         """
         source = self.below.begin_upload(lower)[: into.numel()]
         try:
-            copy = self.accelerator.copy_up(source, into, self.accelerator.mark())
+            copy = self.accelerator.copy_up(source, into, self.accelerator.record_event())
         except BaseException:
             self.below.end_upload(lower)
             raise

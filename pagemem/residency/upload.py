@@ -1,6 +1,6 @@
 """One copy from host pages to the device, which may begin while the bytes are still being read from the page files.
 
-WAITING --(bytes are there)--> BEGUN --(all were given to the device, or it failed)--> ENDED
+WAITING --(bytes are there)--> BEGUN --(all are enqueued on the device, or it failed)--> ENDED
    ^                             |
    +------(the load failed)------+
 """
@@ -19,8 +19,8 @@ from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.state_machine import StateMachine
 from pagemem.telemetry.intervals import union, without
 
-#: Called with the mark behind a copy once it was given to the device, or with what went wrong.
-Given = Callable[[DeviceEvent | BaseException], None]
+#: Called with the event behind a copy once it is enqueued on the device, or with what went wrong.
+OnEnqueued = Callable[[DeviceEvent | BaseException], None]
 #: [start, end) of a tensor's bytes.
 Span = tuple[int, int]
 
@@ -45,13 +45,13 @@ class Upload:
 
     Attributes:
         arrived: spans of the load whose bytes are copied as they come; n_taken: how many of them were.
-        copy: behind what was given to the device so far.
+        copy: behind what is enqueued on the device so far.
     """
 
     tensor: PagedTensor
     into: torch.Tensor
     after: DeviceEvent
-    given: Given
+    on_enqueued: OnEnqueued
     state: UploadState = UploadState.WAITING
     arrived: list[Span] = field(default_factory=list)
     n_taken: int = 0

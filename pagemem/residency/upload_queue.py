@@ -5,7 +5,7 @@ then whoever asked takes it back. Copies that wait for host pages are overtaken,
 tensor that is being read from the page files, what has come is copied up while the rest is read: SSD, host and device
 are one pipeline.
 
-A device makes its copies later than it is given them, up and down. Who asked hears when one is given, with a mark to
+A device makes its copies later than they are enqueued, up and down. Who asked hears when one is, with an event to
 put compute behind. The host pages stay as they are until the copy is made, which a second thread waits for. It must not
 be the first: who asked may be told only after a lock is free whose holder waits for those pages.
 """
@@ -29,7 +29,7 @@ from pagemem.files.threads import small_stacks
 from pagemem.files.transfer import Completion
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
-from pagemem.residency.upload import Given, Span, Upload, UploadState
+from pagemem.residency.upload import OnEnqueued, Span, Upload, UploadState
 from pagemem.telemetry.events import Event, EventKind, EventSink
 
 #: How long the end of the program waits for each thread of an engine that nobody closed.
@@ -37,12 +37,12 @@ _EXIT_PATIENCE_S: Final = 10.0
 
 
 class UploadQueue:
-    """Copies tensors of one mover into given device memory.
+    """Copies tensors of one mover into device memory.
 
     Args:
         below: whose host pages are read.
         accelerator: makes the copies.
-        on_failure: called on the first thread with what a ``given`` raised; the thread goes on.
+        on_failure: called on the first thread with what an ``on_enqueued`` raised; the thread goes on.
         sink: takes an UPLOAD for each copy.
 
     Raises:
@@ -78,17 +78,17 @@ class UploadQueue:
         atexit.register(self._at_exit)
 
     def submit(
-        self, tensor: PagedTensor, into: torch.Tensor, after: DeviceEvent, given: Given, end: Completion
+        self, tensor: PagedTensor, into: torch.Tensor, after: DeviceEvent, on_enqueued: OnEnqueued, end: Completion
     ) -> None:
         """Copy ``tensor`` into device memory once it is in host memory. Never blocks.
 
         Args:
             into: bytes, flat, as many as the tensor has.
             after: behind what used that memory last.
-            given: called on the copier's thread.
-            end: what ``given`` completes; begun once the copy is certain to be given, or taken back.
+            on_enqueued: called on the copier's thread.
+            end: what ``on_enqueued`` completes; begun once the copy is certain to be enqueued, or taken back.
         """
-        upload = Upload(tensor, into, after, given)
+        upload = Upload(tensor, into, after, on_enqueued)
         with self._below.changed:
             end.begun = True
             self._waiting.append(upload)
@@ -98,17 +98,17 @@ class UploadQueue:
         """Somebody else gave the device a copy up from a tensor's pages, having called `HostMover.begin_upload`."""
         self._ends_by(partial(self._made_all, tensor, copy), copy)
 
-    def arrives(self, tensor: PagedTensor, mark: DeviceEvent) -> None:
-        """A copy down into the pages of a tensor, for which `HostMover.begin_arrival` was called, was given to the
+    def arrives(self, tensor: PagedTensor, event: DeviceEvent) -> None:
+        """A copy down into the pages of a tensor, for which `HostMover.begin_arrival` was called, is enqueued on the
         device."""
-        self._ends_by(partial(self._arrived, tensor, mark), mark)
+        self._ends_by(partial(self._arrived, tensor, event), event)
 
-    def _ends_by(self, finish: Callable[[], None], mark: DeviceEvent) -> None:
+    def _ends_by(self, finish: Callable[[], None], event: DeviceEvent) -> None:
         """Have a copy's end noted, whatever happens: now, where it is made already, else by the thread that waits for
         it (or for an error)."""
         made = False
         try:
-            made = has_reached(mark)
+            made = has_reached(event)
         finally:
             if not made:
                 self._under_way.put(finish)
@@ -236,7 +236,7 @@ class UploadQueue:
             else:
                 self._ends_by(partial(self._let_go, upload.tensor, upload.copy), upload.copy)
         finally:
-            upload.given(result)
+            upload.on_enqueued(result)
 
     def _made(self, tensor: PagedTensor, n_bytes: int, copy: Copy) -> None:
         """Wait until a copy is made, and tell of it."""
@@ -257,9 +257,9 @@ class UploadQueue:
         self._over(copy.wait)
         self._below.end_upload(tensor)
 
-    def _arrived(self, tensor: PagedTensor, mark: DeviceEvent) -> None:
+    def _arrived(self, tensor: PagedTensor, event: DeviceEvent) -> None:
         """Wait until a copy down is made; its host pages may be read and stored then."""
-        self._over(mark.wait)
+        self._over(event.wait)
         self._below.end_arrival(tensor)
 
     def _over(self, wait: Callable[[], None]) -> None:

@@ -295,7 +295,7 @@ def test_a_copy_up_that_a_failed_device_takes_no_mark_for_is_none(
     tiers: Tiers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensor = tiers.device.mirror(tiers.below.dirty(1))
-    monkeypatch.setattr(tiers.device.accelerator, "mark", fails)
+    monkeypatch.setattr(tiers.device.accelerator, "record_event", fails)
     tiers.device.start_load(tensor, FrameId(0))
     assert tensor.state is R.STORED and tensor.frame is None
     tiers.device.monitor.settle()

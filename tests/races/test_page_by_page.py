@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from fake_page_files import Held
-from gated_device import GatedMark, Tiers, opened_tiers
+from gated_device import GatedEvent, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES
 
 from pagemem.errors import StorageError
@@ -154,10 +154,10 @@ def test_frames_of_a_copy_that_fails_half_way_are_kept_until_what_was_given_befo
     lost: bool, coming: Coming, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compute may have them next, and the device would write what it was given over that."""
-    given = GatedMark()
+    given = GatedEvent()
     copies = iter([given])
 
-    def copy_up(*_: object) -> GatedMark:
+    def copy_up(*_: object) -> GatedEvent:
         for copy in copies:
             begun.set()
             return copy

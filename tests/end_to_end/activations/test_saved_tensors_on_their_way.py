@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from late_device import LateDevice, LateMark, late_device
+from late_device import LateDevice, LateEvent, late_device
 from small_runs import assert_closed, assert_equal, config
 from torch import Tensor, nn
 
@@ -103,27 +103,27 @@ def test_a_tensor_changed_while_it_is_copied_is_an_error_as_in_plain_torch(
         saved_of(engine)._leaving_limit_bytes = 1 << 20
         engine.model.edit = True
         loss = step(engine.model, x)
-        assert any(not leaving.mark.reached() for leaving in saved_of(engine)._leaving)
+        assert any(not leaving.event.reached() for leaving in saved_of(engine)._leaving)
         with pytest.raises(RuntimeError, match="was changed by an inplace operation after it was saved"):
             engine.backward(loss)
         del loss
     assert_closed(engine)
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> list[LateMark]:
-    """Have a move of `DeviceMover` fail once, the ``at``-th time; returns the marks of those before."""
-    marks: list[LateMark] = []
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> list[LateEvent]:
+    """Have a move of `DeviceMover` fail once, the ``at``-th time; returns the events of those before."""
+    events: list[LateEvent] = []
     move = getattr(DeviceMover, name)
 
     def maybe(self: DeviceMover, *arguments: Any) -> Any:
-        if len(marks) == at:
-            marks.append(LateMark())
+        if len(events) == at:
+            events.append(LateEvent())
             raise offload.BudgetError("no pages for a test", 1)
-        marks.append(move(self, *arguments))
-        return marks[-1]
+        events.append(move(self, *arguments))
+        return events[-1]
 
     monkeypatch.setattr(DeviceMover, name, maybe)
-    return marks
+    return events
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -133,11 +133,11 @@ def test_a_storage_whose_copy_down_fails_midway_is_whole_and_tried_again(
     x, plain = inputs(), Tower()
     optimizer = adamw(plain.parameters())
     with engine_of(Again(), tmp_path) as engine:
-        marks = failing(monkeypatch, "save", at)
+        events = failing(monkeypatch, "save", at)
         for number in range(4):
             loss = step(engine.model, x)
             if not number:
-                assert len(marks) > at + 1 and all(mark.reached() for mark in marks[:at]), (
+                assert len(events) > at + 1 and all(event.reached() for event in events[:at]), (
                     "compute went on behind what was under way"
                 )
             engine.backward(loss)
@@ -161,10 +161,10 @@ def test_memory_of_a_storage_whose_copy_up_fails_midway_is_nobodys_before_the_co
     x = inputs()
     with engine_of(Tower(), tmp_path) as engine:
         loss = step(engine.model, x)
-        marks = failing(monkeypatch, "restore", at)
+        events = failing(monkeypatch, "restore", at)
         with pytest.raises(offload.BudgetError, match="no pages for a test"):
             engine.backward(loss)
-        assert len(marks) == at + 1 and all(mark.reached() for mark in marks[:at])
+        assert len(events) == at + 1 and all(event.reached() for event in events[:at])
         del loss
     assert_closed(engine)
 

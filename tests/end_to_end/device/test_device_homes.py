@@ -1,4 +1,4 @@
-"""Units that are at home on the device: nothing of them moves in a step, and everything else about them is as
+"""Device-resident units: nothing of them moves in a step, and everything else about them is as
 anywhere."""
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from late_device import LateMark, late_device
+from late_device import LateEvent, late_device
 from parity import adamw
 from small_runs import assert_closed, assert_equal, batches, built, config, train
 
@@ -33,7 +33,7 @@ def test_close_ends_after_the_device_failed_and_the_first_error_is_told(
     """After an assertion in a kernel every call of CUDA raises, the question whether a copy is made included."""
     monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
 
-    def raises(_: LateMark) -> bool:
+    def raises(_: LateEvent) -> bool:
         raise RuntimeError(f"device-side assert, seen by {asked}")
 
     with late_device(monkeypatch) as device:
@@ -45,8 +45,8 @@ def test_close_ends_after_the_device_failed_and_the_first_error_is_told(
             device.die()
             with monkeypatch.context() as patched:
                 for name in {"reached", "wait"} if asked == "reached" else {"wait"}:
-                    patched.setattr(LateMark, name, raises)
-                patched.setattr(device, "wait_for", lambda mark: mark.wait())
+                    patched.setattr(LateEvent, name, raises)
+                patched.setattr(device, "wait_for", lambda event: event.wait())
                 try:
                     train(engine, 2)
                 finally:

@@ -68,14 +68,14 @@ def test_copies_that_nobody_has_are_forgotten_and_weigh_nothing(tmp_path: Path) 
     with engine_of(built(), tmp_path) as engine:
         kept = engine.model.state_dict()
         copies = engine.debug.store.binder.state_copies
-        assert len(copies._given) == len(kept)
-        assert all(one.counter.untyped_storage().nbytes() == 0 for one in copies._given)
+        assert len(copies._copies) == len(kept)
+        assert all(one.counter.untyped_storage().nbytes() == 0 for one in copies._copies)
         for _ in range(3):
             engine.model.state_dict()
-        assert len(copies._given) == 2 * len(kept), "the last one's are not looked at yet"
+        assert len(copies._copies) == 2 * len(kept), "the last one's are not looked at yet"
         del kept
         train(engine, 1)
-        assert copies._given == []
+        assert copies._copies == []
         with torch.inference_mode():
             engine.model.state_dict()
-        assert copies._given == []
+        assert copies._copies == []

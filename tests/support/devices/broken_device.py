@@ -1,10 +1,10 @@
-"""A device whose marks fail."""
+"""A device whose events fail."""
 
 from __future__ import annotations
 
 
 class Broken:
-    """A mark of a device that failed: whatever is asked of it raises, as of a CUDA device after an assertion in a
+    """An event of a device that failed: whatever is asked of it raises, as of a CUDA device after an assertion in a
     kernel."""
 
     def reached(self) -> bool:

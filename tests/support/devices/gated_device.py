@@ -20,7 +20,7 @@ from pagemem.residency.paged_tensor import PagedTensor, Residency
 R = Residency
 
 
-class GatedMark:
+class GatedEvent:
     """A place that a device comes to when the test lets it."""
 
     def __init__(self) -> None:
@@ -46,12 +46,12 @@ class GatedDevice(RamDevice):
     """Bytes go down when the test lets them."""
 
     def __init__(self) -> None:
-        self.mark_down = GatedMark()
+        self.event_down = GatedEvent()
 
-    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> GatedMark:
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> GatedEvent:
         """Now, which nobody may see before the gate is open."""
         into.copy_(source)
-        return self.mark_down
+        return self.event_down
 
 
 class Tiers:
@@ -74,10 +74,10 @@ class Tiers:
         return self.device.mirror(self.below.stored(value, name, n_pages))
 
     @property
-    def down(self) -> GatedMark:
-        """The mark behind what goes down."""
+    def down(self) -> GatedEvent:
+        """The event behind what goes down."""
         assert isinstance(self.device.accelerator, GatedDevice)
-        return self.device.accelerator.mark_down
+        return self.device.accelerator.event_down
 
     def saved(self, value: int, frame: int = 0) -> PagedTensor:
         """A tensor of host memory that the device is filling."""

@@ -1,6 +1,6 @@
 """A device of ordinary memory that makes its copies later than they are asked for, in order, on a thread of its own.
 
-Compute, which the training thread does at once, sees a copy only if it was put behind its mark: until then there is
+Compute, which the training thread does at once, sees a copy only if it was put behind its event: until then there is
 NaN.
 """
 
@@ -24,7 +24,7 @@ from pagemem.residency.paged_tensor import PagedTensor
 
 
 @dataclass
-class LateMark:
+class LateEvent:
     """Behind one copy of a `LateDevice`."""
 
     made: threading.Event = field(default_factory=threading.Event)
@@ -79,16 +79,16 @@ class LateDevice(RamDevice):
         self.followed = self.brought = self.saved = self.timed = self.stamped = 0
         self.fails: BaseException | None = None
         self._dead = False
-        self._asked: queue.SimpleQueue[tuple[torch.Tensor | Lying, torch.Tensor, DeviceEvent, LateMark] | None] = (
+        self._asked: queue.SimpleQueue[tuple[torch.Tensor | Lying, torch.Tensor, DeviceEvent, LateEvent] | None] = (
             queue.SimpleQueue()
         )
         self._thread = threading.Thread(target=self._run, name="late-device")
         self._thread.start()
 
-    def wait_for(self, mark: DeviceEvent) -> None:
+    def wait_for(self, event: DeviceEvent) -> None:
         """Compute begins at once, so that it has to wait here."""
         self.followed += 1
-        super().wait_for(mark)
+        super().wait_for(event)
 
     def stamp(self) -> float:
         """For which a real device has an event."""
@@ -110,16 +110,16 @@ class LateDevice(RamDevice):
         """Later, from the memory where it lies now, which is nobody's any more if whoever asked has let go of it."""
         self.brought += 1
         into.fill_(255)
-        return self._later(Lying(source), into, self.mark())
+        return self._later(Lying(source), into, self.record_event())
 
-    def _later(self, source: torch.Tensor | Lying, into: torch.Tensor, after: DeviceEvent) -> LateMark:
-        mark = LateMark()
-        self._asked.put((source, into, after, mark))
-        return mark
+    def _later(self, source: torch.Tensor | Lying, into: torch.Tensor, after: DeviceEvent) -> LateEvent:
+        event = LateEvent()
+        self._asked.put((source, into, after, event))
+        return event
 
     def _run(self) -> None:
         while (asked := self._asked.get()) is not None:
-            source, into, after, mark = asked
+            source, into, after, event = asked
             after.wait()
             time.sleep(self.late_s)
             error, self.fails = self.fails, None
@@ -132,16 +132,16 @@ class LateDevice(RamDevice):
                 into.copy_(lying)
             # They are views of arenas: not kept once somebody knows of the copy, nor while waiting for the next.
             del asked, source, into, after, lying
-            mark.error = error
-            mark.made.set()
-            del mark
+            event.error = error
+            event.made.set()
+            del event
 
     def die(self) -> None:
         """Make no copy any more, neither of those asked for nor of later ones; no thread waits here for ever."""
         self._dead = True
         nothing = torch.zeros(1, dtype=torch.uint8)
         with suppress(RuntimeError):
-            self._later(nothing, nothing, self.mark()).wait()
+            self._later(nothing, nothing, self.record_event()).wait()
 
     def close(self) -> None:
         """End the thread."""

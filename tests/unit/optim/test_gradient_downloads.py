@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gated_device import GatedMark
+from gated_device import GatedEvent
 
 from optim.gradient_downloads import Download, GradientDownloadQueue
 from pagemem.budget import Budget
@@ -27,22 +27,22 @@ class Device(RamDevice):
     stages_gradients = True
 
     def __init__(self) -> None:
-        self.marks: list[GatedMark] = []
+        self.events: list[GatedEvent] = []
         self.waited: list[int] = []
 
-    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> GatedMark:
+    def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> GatedEvent:
         into.copy_(source)
-        mark, number = GatedMark(), len(self.marks)
-        wait = mark.wait
+        event, number = GatedEvent(), len(self.events)
+        wait = event.wait
 
         def waits() -> None:
             self.waited.append(number)
-            mark.open()
+            event.open()
             wait()
 
-        mark.wait = waits  # type: ignore[method-assign]
-        self.marks.append(mark)
-        return mark
+        event.wait = waits  # type: ignore[method-assign]
+        self.events.append(event)
+        return event
 
 
 class Updater:
@@ -53,7 +53,7 @@ class Updater:
         self.taken: list[str] = []
         self.kept: list[torch.Tensor] = []
         self.keeps = False
-        self.unit: Any = SimpleNamespace(home=None)
+        self.unit: Any = SimpleNamespace(resident_driver=None)
 
     def take(self, downloads: Iterable[Download]) -> None:
         for download in downloads:
@@ -133,13 +133,13 @@ def test_one_that_is_laid_out_otherwise_comes_row_by_row(rig: Rig) -> None:
 def test_the_devices_memory_is_held_until_the_copy_is_made_and_no_longer(rig: Rig) -> None:
     first, second, third = rig.gives("a", 8), rig.gives("b", 8), rig.gives("c", 8)
     assert all(held() is not None for held in (first, second, third))
-    rig.device.marks[0].open()
-    rig.device.marks[2].open()
+    rig.device.events[0].open()
+    rig.device.events[2].open()
     rig.gives("d", 8)
     assert first() is None and second() is not None and third() is not None, (
         "copies are made in order: later ones are not asked for"
     )
-    rig.device.marks[1].open()
+    rig.device.events[1].open()
     rig.gives("e", 8)
     assert second() is None and third() is None
 
@@ -149,15 +149,15 @@ def test_gradients_that_the_updater_keeps_stay_in_the_buffer(rig: Rig) -> None:
     for slot in "abcde":
         rig.gives(slot, 8, 4)
     rig.gives("f", 8, 4)
-    assert rig.updater.taken == ["a", "b"] and len(rig.device.marks) == 6, "room for those that are kept, too"
+    assert rig.updater.taken == ["a", "b"] and len(rig.device.events) == 6, "room for those that are kept, too"
     assert all(torch.equal(kept, values(slot, kept.shape)) for slot, kept in zip("ab", rig.updater.kept, strict=True))
     rig.gives("g", 8, 4)
     # More is kept than was foretold: this one waits for the device, in memory of its own.
-    assert rig.updater.taken == list("abcdef") and len(rig.device.marks) == 6
+    assert rig.updater.taken == list("abcdef") and len(rig.device.events) == 6
     rig.updater.step()
     assert rig.updater.taken == list("abcdefg")
     rig.gives("h", 16, 8)
-    assert len(rig.device.marks) == 7, "the buffer is free again"
+    assert len(rig.device.events) == 7, "the buffer is free again"
 
 
 @pytest.mark.parametrize("limit", [0, 64])
@@ -167,7 +167,7 @@ def test_without_room_each_waits_for_the_device_and_goes_on_at_once(limit: int) 
     updater = Updater(gradients)
     for slot in "ab":
         updater.gradient(slot, values(slot, (8, 4)))
-    assert updater.taken == ["a", "b"] and not device.marks and gradients.host_bytes == 0
+    assert updater.taken == ["a", "b"] and not device.events and gradients.host_bytes == 0
     gradients.close()
     budget.close()
 

@@ -14,7 +14,7 @@ from fake_cuda import PAGE_BYTES, FakeCuda, Stream, device_on
 from pagemem.devices import cuda
 from pagemem.devices.accelerator import REACHED
 from pagemem.devices.arena import HostArena
-from pagemem.devices.cuda import CudaCopy, CudaDevice, CudaMark
+from pagemem.devices.cuda import CudaCopy, CudaDevice, CudaEvent
 from pagemem.errors import DeviceError
 from pagemem.frames.page import FrameId
 from pagemem.units import format_bytes
@@ -36,7 +36,7 @@ def test_a_copy_up_comes_between_the_mark_it_follows_and_its_own(monkeypatch: py
     device = device_on(fake, monkeypatch)
     into: Any = torch.zeros(8, dtype=torch.uint8).as_subclass(Bytes)
     into.log = fake.log
-    copy = device.copy_up(torch.ones(8, dtype=torch.uint8), into, device.mark())
+    copy = device.copy_up(torch.ones(8, dtype=torch.uint8), into, device.record_event())
     device.wait_for(copy)
     assert fake.log == [
         "event compute 0",
@@ -58,10 +58,10 @@ def test_a_copy_into_host_memory_comes_behind_compute_so_far_and_compute_goes_on
     device = device_on(fake, monkeypatch)
     into: Any = torch.zeros(8, dtype=torch.uint8).as_subclass(Bytes)
     into.log = fake.log
-    mark = device.copy_out(torch.ones(8, dtype=torch.uint8), into)
+    event = device.copy_out(torch.ones(8, dtype=torch.uint8), into)
     assert fake.log == ["event compute 0", "down waits for compute 0", "copy", "event down 3"]
-    assert bool((into == 1).all()) and not mark.reached()
-    device.wait_for(mark)
+    assert bool((into == 1).all()) and not event.reached()
+    device.wait_for(event)
     assert fake.log[-1] == "compute waits for down 3"
 
 
@@ -75,8 +75,8 @@ def test_compute_is_timed_where_it_is_given_and_waited_for_when_somebody_asks(mo
 
 def test_marks_of_other_devices_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     device = device_on(FakeCuda(), monkeypatch)
-    assert isinstance(device.mark(), CudaMark)
-    with pytest.raises(TypeError, match="no mark of a CUDA device"):
+    assert isinstance(device.record_event(), CudaEvent)
+    with pytest.raises(TypeError, match="no event of a CUDA device"):
         device.wait_for(REACHED)
 
 
@@ -171,7 +171,7 @@ def test_a_copy_of_two_pieces_is_two_copies(up: bool, monkeypatch: pytest.Monkey
         host = arena.view(FrameId(frames[0]), 0, torch.uint8, frames[1] * PAGE_BYTES)
         there = torch.empty_like(host)
         if up:
-            device.copy_up(host, there, device.mark())
+            device.copy_up(host, there, device.record_event())
         else:
             device.copy_out(there, host)
         assert copied == [(n * PAGE_BYTES, n * PAGE_BYTES) for n in expected], frames
