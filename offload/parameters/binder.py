@@ -156,13 +156,11 @@ class Binder:
 
     def _scope(self) -> Any:
         """Uses that evaluate, copy, edit or initialise the model do not belong to the traced step."""
-        if self.updater is None or self.state_copies.copying:
+        if self.root is None or self.state_copies.copying:
             return self.driver.untraced()
-        if not self.forwards and not torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-            return self.driver.untraced()
-        if self.root is not None and not self.root.training and not torch.is_grad_enabled():
-            return self.driver.untraced()
-        return nullcontext()
+        in_pass = self.forwards > 0 or torch._C._current_graph_task_id() != -1
+        evaluates = not torch.is_grad_enabled() and not (in_pass and self.root.training)
+        return self.driver.untraced() if evaluates else nullcontext()
 
     @contextmanager
     def using(self, parameters: list[PagedParameter]) -> Iterator[None]:
@@ -190,6 +188,7 @@ class Binder:
         """Have parameters bound inside the block, as one op."""
         places = [parameter._place for parameter in parameters]
         units = list(dict.fromkeys(place.unit for place in places))
+        in_backward = torch._C._current_graph_task_id() != -1
         for unit in units:
             if unit.forgotten:
                 raise RuntimeError(
@@ -197,22 +196,20 @@ class Binder:
                     "made for, so its pages were given back; build what the engine does not train outside of that "
                     "block"
                 )
-            if unit.ended and torch._C._current_graph_task_id() != -1:
+            if unit.ended and in_backward:
                 self._refuse_late_use(unit, places)
             if self.updater is not None:
                 (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
-                if (
-                    unit.updated or self.state_copies.copying or not torch.is_grad_enabled()
-                ) and torch._C._current_graph_task_id() == -1:
+                looks = unit.updated or self.state_copies.copying or not torch.is_grad_enabled()
+                if looks and not in_backward:
                     self._note_early_use(unit, places)
         if self.activations is not None:
             self.activations.flush()
-        kind = OpKind.FORWARD if torch._C._current_graph_task_id() == -1 else OpKind.BACKWARD
-        if kind is OpKind.BACKWARD:
+        if in_backward:
             self.forward_end.backward_use()
         elif self.forwards and torch.is_grad_enabled():
             self.forward_end.forward_use([unit.compute.id for unit in units], self.units)
-        key = (kind, tuple(unit.index for unit in units))
+        key = (OpKind.BACKWARD if in_backward else OpKind.FORWARD, tuple(unit.index for unit in units))
         held = self.driver.begin(key, units[0].name, [Access(unit.compute.id, AccessMode.READ) for unit in units])
         taken: list[tuple[PagedParameter, Place]] = []
         try:
