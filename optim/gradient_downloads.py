@@ -25,7 +25,7 @@ import torch
 
 from optim.clip import check_loss
 from optim.unit import Slot, Unit
-from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.budget import Budget, Reservation
 from pagemem.devices.accelerator import REACHED, Accelerator, DeviceEvent, has_reached
 from pagemem.devices.staging import StagingBuffer
 from pagemem.errors import NonFiniteError
@@ -91,8 +91,6 @@ class GradientDownloadQueue:
         self._limit_bytes = limit_bytes
         buffer_bytes = limit_bytes + kept_bytes if accelerator.stages_gradients else 0
         reserved = budget.reserve(Tag.GRAD, buffer_bytes, "gradients on their way down")
-        if isinstance(reserved, BudgetShortage):
-            raise AssertionError(reserved.describe())
         self._reservation: Reservation | None = reserved
         self._buffer: StagingBuffer | None = None
         self._losses: StagingBuffer | None = None  # a page, like the losses themselves in no budget
@@ -255,7 +253,5 @@ class GradientDownloadQueue:
         assert self._reservation is not None
         self._waiting_bytes = sum(waiting.n_bytes for waiting in self._waiting)
         self.host_bytes = sum(waiting.host_bytes for waiting in self._waiting)
-        if self._buffer is None:
-            held = self._reservation.resize(self.host_bytes)
-            if isinstance(held, BudgetShortage):
-                raise AssertionError(held.describe())
+        if self._buffer is None and not self._reservation.resize(self.host_bytes):
+            raise AssertionError(f"{self.host_bytes} bytes of gradients on their way do not fit in the budget")

@@ -1,8 +1,7 @@
 """Bytes of a tier that somebody holds, by tag. The only place where such bytes are counted.
 
 A `Reservation` stands for bytes held; it can be resized, and must end. The sum of all never exceeds the
-budget: what does not fit is refused with a `BudgetShortage`, which names the holders and is false where a reservation
-is true, and nothing changes.
+budget: what does not fit is refused, and nothing changes.
 
 Invariants, whenever the budget's lock is free
     1. 0 <= used_bytes <= peak_bytes <= limit_bytes.
@@ -13,43 +12,11 @@ Invariants, whenever the budget's lock is free
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from typing import Literal
 
-from pagemem.errors import TransitionError
+from pagemem.errors import BudgetError, TransitionError
 from pagemem.telemetry.recorder import Recorder
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetShortage:
-    """A refused request; always false.
-
-    Attributes:
-        asked_bytes: bytes wanted beyond those held.
-        used_bytes: bytes held by all at that moment.
-        limit_bytes: the budget.
-        holders: bytes held under each tag that holds any, most first.
-    """
-
-    tier: Tier
-    asked_bytes: int
-    used_bytes: int
-    limit_bytes: int
-    holders: tuple[tuple[Tag, int], ...]
-
-    def __bool__(self) -> Literal[False]:
-        return False
-
-    def describe(self) -> str:
-        """The error sentence, with what to change."""
-        held = ", ".join(f"{tag.value} {format_bytes(n)}" for tag, n in self.holders) or "nobody"
-        return (
-            f"{self.tier.value}: {format_bytes(self.asked_bytes)} more do not fit, {format_bytes(self.used_bytes)} of "
-            f"{format_bytes(self.limit_bytes)} are held by {held}; raise the budget by "
-            f"{format_bytes(self.used_bytes + self.asked_bytes - self.limit_bytes)}"
-        )
 
 
 class Reservation:
@@ -69,11 +36,8 @@ class Reservation:
         self.tag = tag
         self.holder = holder
 
-    def resize(self, n_bytes: int) -> Reservation | BudgetShortage:
-        """Hold ``n_bytes`` from now on.
-
-        Returns:
-            This reservation (true), or the shortage (false); the size is as it was then.
+    def resize(self, n_bytes: int) -> bool:
+        """Hold ``n_bytes`` from now on, if they fit; returns whether they do. If not, the size is as it was.
 
         Raises:
             ValueError: the size is negative. TransitionError: the reservation has ended.
@@ -128,18 +92,26 @@ class Budget:
         self._held: set[Reservation] = set()
         self._watcher: Recorder | None = None
 
-    def reserve(self, tag: Tag, n_bytes: int, holder: str) -> Reservation | BudgetShortage:
+    def reserve(self, tag: Tag, n_bytes: int, holder: str) -> Reservation:
         """Hold ``n_bytes`` bytes; ``holder`` is named in errors.
 
         Raises:
+            BudgetError: they do not fit; says what is held under which tags.
             ValueError: the size is negative.
         """
         made = Reservation(self, tag, holder)
         with self._lock:
-            found = self._change(made, n_bytes)
-            if found:
-                self._held.add(made)
-            return found
+            if not self._change(made, n_bytes):
+                most_first = sorted(((n, tag.value) for tag, n in self._by_tag.items() if n), reverse=True)
+                held = ", ".join(f"{name} {format_bytes(n)}" for n, name in most_first) or "nobody"
+                raise BudgetError(
+                    f"{self.tier.value}: {format_bytes(n_bytes)} more do not fit, {format_bytes(self.used_bytes)} of "
+                    f"{format_bytes(self.limit_bytes)} are held by {held}; raise the budget by "
+                    f"{format_bytes(self.used_bytes + n_bytes - self.limit_bytes)}",
+                    self.used_bytes + n_bytes,
+                )
+            self._held.add(made)
+        return made
 
     def by_tag(self) -> dict[Tag, int]:
         """Bytes held under each tag that holds any, all at one instant."""
@@ -163,18 +135,17 @@ class Budget:
         if left:
             raise AssertionError(f"{self.tier.value}: reservations never released: {', '.join(left)}")
 
-    def _change(self, reservation: Reservation, n_bytes: int) -> Reservation | BudgetShortage:
-        """Resize with the lock held."""
+    def _change(self, reservation: Reservation, n_bytes: int) -> bool:
+        """Resize with the lock held, if it fits."""
         if n_bytes < 0:
             raise ValueError(f"reservation {reservation.holder!r}: a size cannot be negative: {n_bytes}")
         more_bytes = n_bytes - reservation.n_bytes
         if self.used_bytes + more_bytes > self.limit_bytes:
-            holders = sorted(((tag, n) for tag, n in self._by_tag.items() if n), key=lambda held: -held[1])
-            return BudgetShortage(self.tier, more_bytes, self.used_bytes, self.limit_bytes, tuple(holders))
+            return False
         reservation.n_bytes = n_bytes
         self.used_bytes += more_bytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         self._by_tag[reservation.tag] += more_bytes
         if self._watcher is not None:
             self._watcher.held(self.tier, reservation.tag, more_bytes)
-        return reservation
+        return True

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from optim.unit import Unit
-from pagemem.budget import Budget, BudgetShortage
+from pagemem.budget import Budget
 from pagemem.devices.accelerator import Accelerator
 from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId
@@ -50,10 +50,7 @@ class DeviceTier:
         self.budget = Budget(Tier.DEVICE, device_bytes)
         page_bytes = host.arena.page_bytes
         n_frames = device_bytes // page_bytes
-        reserved = self.budget.reserve(Tag.PARAM, n_frames * page_bytes, "device arena")
-        if isinstance(reserved, BudgetShortage):
-            raise AssertionError(reserved.describe())
-        self._reserved = reserved
+        self._reserved = self.budget.reserve(Tag.PARAM, n_frames * page_bytes, "device arena")
         arena = accelerator.make_arena(n_frames, page_bytes)
         with ExitStack() as undo:
             undo.callback(arena.close)

@@ -28,9 +28,8 @@ from offload.store.masters import copy_slot
 from offload.store.page_views import adopt_view
 from offload.store.store_parts import StoreParts
 from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
-from pagemem.budget import Budget, BudgetShortage
+from pagemem.budget import Budget
 from pagemem.devices.arena import HostArena
-from pagemem.errors import BudgetError
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.process import forks, interrupts
 from pagemem.process.closing import close_all
@@ -84,10 +83,7 @@ class PageStore:
                 sizes.page_bytes, sizes.slice_numel, config.memory.page, checksums=config.ssd.checksums
             )
             n_frames = ram_bytes // self.page_bytes
-            reserved = self.budget.reserve(Tag.STAGING, n_frames * self.page_bytes, "host arena")
-            if isinstance(reserved, BudgetShortage):
-                raise BudgetError(reserved.describe(), n_frames * self.page_bytes)
-            self._arena_bytes = reserved
+            self._arena_bytes = self.budget.reserve(Tag.STAGING, n_frames * self.page_bytes, "host arena")
             arena = self.parts.arena(n_frames, self.page_bytes)
             undo.callback(arena.close)
             self.page_files = self.parts.page_files(self.directories, self.page_bytes)

@@ -16,7 +16,7 @@ import torch
 
 from optim.clip import gradient_norm
 from optim.unit import SLOT_ALIGN_NUMEL, Grad, Slot, Unit
-from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.budget import Budget
 from pagemem.tier import Tag
 from pagemem.units import round_up
 from scheduler.execution.driver import Driver
@@ -51,9 +51,7 @@ class GradientStore:
     def __init__(self, driver: Driver, budget: Budget, limit_bytes: int) -> None:
         self._driver = driver
         self._limit_bytes = limit_bytes
-        reserved = budget.reserve(Tag.GRAD, 0, "gradients in flight")
-        assert isinstance(reserved, Reservation)
-        self._reservation = reserved
+        self._reservation = budget.reserve(Tag.GRAD, 0, "gradients in flight")
         self.direct_bytes = 0
         self.peak_direct_bytes = 0
 
@@ -66,7 +64,7 @@ class GradientStore:
         n_bytes = _host_bytes(unit, flat)
         if self.direct_bytes + n_bytes > self._limit_bytes:
             return False
-        if isinstance(self._reservation.resize(self.direct_bytes + n_bytes), BudgetShortage):
+        if not self._reservation.resize(self.direct_bytes + n_bytes):
             return False
         self.direct_bytes += n_bytes
         self.peak_direct_bytes = max(self.peak_direct_bytes, self.direct_bytes)

@@ -5,7 +5,7 @@ New parameters are written over the gradients they came from, so both are the sa
 
 from __future__ import annotations
 
-from pagemem.budget import Budget, BudgetShortage, Reservation
+from pagemem.budget import Budget
 from pagemem.tier import Tag
 
 
@@ -20,16 +20,10 @@ class GradientBudget:
 
     def __init__(self, budget: Budget, limit_bytes: int, scratch_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._used = self._reserve(budget, Tag.GRAD, 0, "gradients on their way")
-        self._scratch = self._reserve(budget, Tag.STAGING, scratch_bytes, "the updater's scratch")
+        self._used = budget.reserve(Tag.GRAD, 0, "gradients on their way")
+        self._scratch = budget.reserve(Tag.STAGING, scratch_bytes, "the updater's scratch")
         self.n_bytes = 0
         self.peak_bytes = 0
-
-    def _reserve(self, budget: Budget, tag: Tag, n_bytes: int, holder: str) -> Reservation:
-        reserved = budget.reserve(tag, n_bytes, holder)
-        if isinstance(reserved, BudgetShortage):
-            raise AssertionError(reserved.describe())
-        return reserved
 
     def fits(self, n_bytes: int) -> bool:
         """Whether so many more bytes are left."""
@@ -40,7 +34,7 @@ class GradientBudget:
         if not delta_bytes:
             return
         n_bytes = self.n_bytes + delta_bytes
-        if isinstance(self._used.resize(n_bytes), BudgetShortage):
+        if not self._used.resize(n_bytes):
             raise AssertionError(f"{n_bytes} bytes of gradients do not fit in what was set aside, {self.limit_bytes}")
         self.n_bytes = n_bytes
         self.peak_bytes = max(self.peak_bytes, n_bytes)

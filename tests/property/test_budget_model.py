@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pagemem.budget import Budget, Reservation
-from pagemem.errors import TransitionError
+from pagemem.errors import BudgetError, TransitionError
 from pagemem.tier import Tag, Tier
 
 LIMIT_BYTES = 50
@@ -43,10 +43,13 @@ class BudgetModel(RuleBasedStateMachine):
 
     @rule(tag=st.sampled_from(TAGS), n_bytes=SIZES)
     def reserve(self, tag: Tag, n_bytes: int) -> None:
-        found = self.budget.reserve(tag, n_bytes, f"number {len(self.entries)}")
-        assert bool(found) == (self.used_bytes() + n_bytes <= LIMIT_BYTES)
-        if isinstance(found, Reservation):
-            self.entries.append(Entry(found, n_bytes))
+        fits = self.used_bytes() + n_bytes <= LIMIT_BYTES
+        try:
+            self.entries.append(Entry(self.budget.reserve(tag, n_bytes, f"number {len(self.entries)}"), n_bytes))
+        except BudgetError:
+            assert not fits
+        else:
+            assert fits
 
     @precondition(lambda self: self.entries)
     @rule(data=st.data(), n_bytes=SIZES)
@@ -58,7 +61,7 @@ class BudgetModel(RuleBasedStateMachine):
             assert entry.ended
             return
         assert not entry.ended
-        assert bool(found) == (self.used_bytes() - entry.n_bytes + n_bytes <= LIMIT_BYTES)
+        assert found == (self.used_bytes() - entry.n_bytes + n_bytes <= LIMIT_BYTES)
         if found:
             entry.n_bytes = n_bytes
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
-from pagemem.budget import Budget, BudgetShortage, Reservation
-from pagemem.errors import TransitionError
+from pagemem.budget import Budget, Reservation
+from pagemem.errors import BudgetError, TransitionError
 from pagemem.tier import Tag, Tier
 from pagemem.units import MiB
 
@@ -17,18 +18,8 @@ def budget(limit_bytes: int = 100) -> Budget:
     return Budget(Tier.HOST, limit_bytes)
 
 
-def held(found: Reservation | BudgetShortage) -> Reservation:
-    assert isinstance(found, Reservation), found.describe()
-    return found
-
-
-def refused(found: Reservation | BudgetShortage) -> BudgetShortage:
-    assert isinstance(found, BudgetShortage)
-    return found
-
-
 def take(of: Budget, n_bytes: int, tag: Tag = Tag.PARAM, holder: str = "someone") -> Reservation:
-    return held(of.reserve(tag, n_bytes, holder))
+    return of.reserve(tag, n_bytes, holder)
 
 
 def figures(of: Budget) -> tuple[int, int, dict[Tag, int]]:
@@ -50,7 +41,8 @@ def test_reservations_add_up_by_tag() -> None:
 def test_a_budget_can_be_filled_to_the_last_byte() -> None:
     host = budget()
     reservation = take(host, 100)
-    assert not host.reserve(Tag.PARAM, 1, "one more")
+    with pytest.raises(BudgetError):
+        host.reserve(Tag.PARAM, 1, "one more")
     assert (reservation.n_bytes, host.used_bytes) == (100, 100)
 
 
@@ -64,12 +56,6 @@ def test_released_bytes_can_be_held_again_and_the_peak_stays() -> None:
     assert host.peak_bytes == 100
 
 
-def test_a_reservation_is_true_and_a_shortage_false() -> None:
-    host = budget()
-    assert host.reserve(Tag.PARAM, 0, "nothing yet")
-    assert not host.reserve(Tag.PARAM, 101, "too much")
-
-
 # ---- resizing -------------------------------------------------------------------------------------------------------
 
 
@@ -77,7 +63,7 @@ def test_resizing_grows_and_shrinks_and_the_peak_remembers() -> None:
     host = budget()
     reservation = take(host, 10, Tag.GRAD)
     for n_bytes in (40, 15, 100, 0, 7):
-        assert reservation.resize(n_bytes) is reservation
+        assert reservation.resize(n_bytes)
         assert (reservation.n_bytes, host.used_bytes) == (n_bytes, n_bytes)
     assert figures(host) == (7, 100, {Tag.GRAD: 7})
 
@@ -85,7 +71,7 @@ def test_resizing_grows_and_shrinks_and_the_peak_remembers() -> None:
 def test_resizing_counts_only_what_is_added() -> None:
     host = budget()
     reservation = take(host, 90)
-    held(reservation.resize(100))
+    assert reservation.resize(100)
     assert host.used_bytes == 100
 
 
@@ -98,8 +84,9 @@ def test_a_refused_reservation_changes_nothing_and_names_the_holders_most_first(
     take(host, 50, Tag.MOMENT)
     take(host, 0, Tag.TEMPORARY)
     before = figures(host)
-    shortage = refused(host.reserve(Tag.ACTIVATION, 31, "layer 3"))
-    assert shortage == BudgetShortage(Tier.HOST, 31, 70, 100, ((Tag.MOMENT, 50), (Tag.GRAD, 20)))
+    with pytest.raises(BudgetError, match="held by moment 50 B, gradient 20 B;") as error:
+        host.reserve(Tag.ACTIVATION, 31, "layer 3")
+    assert error.value.smallest_bytes == 101
     assert figures(host) == before
     assert take(host, 30, Tag.ACTIVATION).n_bytes == 30
 
@@ -109,21 +96,22 @@ def test_a_refused_resize_leaves_the_size_as_it_was() -> None:
     take(host, 60, Tag.PARAM)
     reservation = take(host, 30, Tag.STAGING)
     before = figures(host)
-    shortage = refused(reservation.resize(41))
-    assert (shortage.asked_bytes, shortage.used_bytes) == (11, 90)
+    assert not reservation.resize(41)
     assert reservation.n_bytes == 30 and not reservation.released
     assert figures(host) == before
-    held(reservation.resize(40))
+    assert reservation.resize(40)
 
 
 def test_the_sentence_says_what_is_held_by_whom_and_what_to_change() -> None:
     host = budget(10 * MiB)
     take(host, 8 * MiB, Tag.MOMENT)
-    sentence = refused(host.reserve(Tag.PARAM, 3 * MiB, "embedding")).describe()
-    assert sentence == (
+    with pytest.raises(BudgetError) as error:
+        host.reserve(Tag.PARAM, 3 * MiB, "embedding")
+    assert str(error.value) == (
         "host: 3.0 MiB more do not fit, 8.0 MiB of 10.0 MiB are held by moment 8.0 MiB; raise the budget by 1.0 MiB"
     )
-    assert "held by nobody" in refused(budget(0).reserve(Tag.PARAM, 1, "all")).describe()
+    with pytest.raises(BudgetError, match="held by nobody"):
+        budget(0).reserve(Tag.PARAM, 1, "all")
 
 
 # ---- ends -----------------------------------------------------------------------------------------------------------
@@ -189,8 +177,8 @@ def test_many_threads_at_once_never_hold_more_than_the_budget_and_end_at_zero() 
         try:
             start.wait(timeout=30)
             for turn in range(300):
-                reservation = host.reserve(tag, 1 + turn % 3, f"{tag.value} {turn}")
-                if isinstance(reservation, Reservation):
+                with suppress(BudgetError):
+                    reservation = host.reserve(tag, 1 + turn % 3, f"{tag.value} {turn}")
                     reservation.resize(turn % 5)
                     reservation.release()
                 assert 0 <= host.used_bytes <= 7 and host.peak_bytes <= 7
