@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from offload.hooks import MethodHook
 from offload.parameters.binder import Binder
 from offload.parameters.paged_parameter import PagedParameter
+from offload.parameters.tensor_functions import among
 
 _LAYERS: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -34,18 +35,14 @@ def keep_fast_paths(model: nn.Module, binder: Binder) -> list[Callable[[], None]
     undo: list[Callable[[], None]] = []
     for module in model.modules():
         if isinstance(module, _LAYERS):
-            undo.append(_wrapped(module, _paged(module), binder, binds=True))
+            undo.append(_wrapped(module, module, binder, binds=True))
         elif isinstance(module, nn.TransformerEncoder) and len(module.layers):
-            undo.append(_wrapped(module, _paged(module.layers[0]), binder, binds=False))
+            undo.append(_wrapped(module, module.layers[0], binder, binds=False))
     return undo
 
 
-def _paged(module: nn.Module) -> list[PagedParameter]:
-    return [parameter for parameter in module.parameters() if isinstance(parameter, PagedParameter)]
-
-
-def _wrapped(module: nn.Module, parameters: list[PagedParameter], binder: Binder, *, binds: bool) -> Callable[[], None]:
-    inner = module.forward
+def _wrapped(module: nn.Module, owner: nn.Module, binder: Binder, *, binds: bool) -> Callable[[], None]:
+    inner, parameters = module.forward, list(among(PagedParameter, owner.parameters()))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         _look(parameters, PagedParameter)  # The encoder around this layer may have made them look ordinary.

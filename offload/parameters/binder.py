@@ -20,7 +20,7 @@ from offload.hooks import refuse_compilers
 from offload.parameters.edits import Edits
 from offload.parameters.paged_parameter import PagedParameter, Place
 from offload.parameters.state_copies import StateCopies
-from offload.parameters.tensor_functions import EXPORTS, GET_DATA, no_torch_function
+from offload.parameters.tensor_functions import EXPORTS, GET_DATA, among, no_torch_function
 from optim.gradient_errors import early_use, late_use
 from optim.optimizer import refusing_updater
 from optim.unit import Slot, Unit
@@ -104,9 +104,8 @@ class Binder:
         self.root, self.updater, self.activations = model, updater, activations
         self.save_hooks, self.check_structure = save_hooks, check_structure
         self.only_trainable, self.trims = only_trainable, trims
-        for parameter in model.parameters():
-            if isinstance(parameter, PagedParameter):
-                self.watch_gradient(parameter)
+        for parameter in among(PagedParameter, model.parameters()):
+            self.watch_gradient(parameter)
 
     def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> PagedParameter:
         """Make a parameter that is ordinary, or was in another unit, one of ``unit``, whose pages hold its values

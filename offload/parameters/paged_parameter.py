@@ -219,8 +219,7 @@ def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
     Raises:
         BudgetError: their units do not all fit in host memory at once; gather fewer.
     """
-    tensors = list(what.parameters()) if isinstance(what, nn.Module) else list(what)
-    parameters = [tensor for tensor in tensors if isinstance(tensor, PagedParameter)]
+    parameters = list(among(PagedParameter, what.parameters() if isinstance(what, nn.Module) else what))
     if not parameters:
         yield
         return

@@ -19,6 +19,7 @@ from offload.heap import large_blocks_mapped
 from offload.modules.checks import check_values
 from offload.parameters.module_watch import named_parts, watching_modules
 from offload.parameters.paged_parameter import PagedParameter
+from offload.parameters.tensor_functions import among
 from offload.store.page_store import PageStore
 
 
@@ -71,22 +72,18 @@ def store_of(model: nn.Module) -> PageStore | None:
     Raises:
         ValueError: the model has an engine, or the store is closed: the parameters' values are gone.
     """
-    for parameter in model.parameters():
-        if isinstance(parameter, PagedParameter):
-            store = parameter._place.binder.owner
-            if not isinstance(store, PageStore):
-                return None
-            if store.closed:
-                raise ValueError(
-                    f"{parameter._place.slot.name}: the engine that held this model is closed, and the model's values "
-                    "went with it; build the model anew, and load a state_dict() taken before, or resume() from a "
-                    "commit"
-                )
-            if store.has_engine:
-                raise ValueError(
-                    f"{parameter._place.slot.name}: this model has an engine already; go on with that one (what "
-                    "initialize returned, or the optimizer's .engine), or close() it, build the model anew and "
-                    "prepare that"
-                )
-            return store
-    return None
+    parameter = next(among(PagedParameter, model.parameters()), None)
+    store = None if parameter is None else parameter._place.binder.owner
+    if parameter is None or not isinstance(store, PageStore):
+        return None
+    if store.closed:
+        raise ValueError(
+            f"{parameter._place.slot.name}: the engine that held this model is closed, and the model's values went "
+            "with it; build the model anew, and load a state_dict() taken before, or resume() from a commit"
+        )
+    if store.has_engine:
+        raise ValueError(
+            f"{parameter._place.slot.name}: this model has an engine already; go on with that one (what initialize "
+            "returned, or the optimizer's .engine), or close() it, build the model anew and prepare that"
+        )
+    return store

@@ -219,11 +219,8 @@ class PageStore:
         self.driver.quiesce()
         self.mover.collect_leases()
         del self.binder.units[unit.compute.id]
-        for tensor in [
-            unit.parameters,
-            *(p.master for p in unit.slices if p.master),
-            *(p.states for p in unit.slices if p.states),
-        ]:
+        states = [tensor for part in unit.slices for tensor in (part.master, part.states) if tensor is not None]
+        for tensor in [unit.parameters, *states]:
             self.mover.forget(tensor)
 
     # ---- sizes -------------------------------------------------------------------------------------------------
@@ -238,9 +235,8 @@ class PageStore:
         """
         self.driver.evict_all()
         pin = None if self.accelerator is None else self.accelerator.pin
-        if (
-            n_frames != self.mover.arena.n_frames or pin is not None
-        ):  # what was touched until now is given back before all of it is locked
+        # What was touched until now is given back before all of it is locked.
+        if n_frames != self.mover.arena.n_frames or pin is not None:
             self.mover.resize_arena(n_frames)
             self._arena_bytes.resize(self.mover.arena.n_bytes)
         if pin is not None:
