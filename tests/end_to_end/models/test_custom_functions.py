@@ -198,10 +198,10 @@ def trained_side_by_side(build: Callable[[], Net], settings: dict[str, Any], ste
             del loss
             OTHERS.clear()
             compare(plain, plain_optimizer, model, optimizer, f"step {step}")
-            for mover in (store.mover, store.device_mover):
-                if mover is not None:
-                    mover.collect_leases()
-                    held = [tensor.name for tensor in mover.tensors.values() if tensor.pins or tensor.leases]
+            for tier in (store, store.device_tier):
+                if tier is not None:
+                    tier.mover.collect_leases()
+                    held = [tensor.name for tensor in tier.mover.tensors.values() if tensor.pins or tensor.leases]
                     assert not held, f"step {step}: {held} are still held"
             assert not any(unit.live_views for unit in store.index.units), f"step {step}"
     finally:
