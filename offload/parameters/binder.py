@@ -232,16 +232,10 @@ class Binder:
     def _bind(self, parameter: PagedParameter, place: Place) -> None:
         slot = place.slot
         if not place.bound and slot.numel:
-            flat = self.lease(place.unit, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel)
+            offset_bytes = slot.offset * slot.dtype.itemsize
+            flat = self.mover.lease(place.unit.compute, offset_bytes, slot.dtype, slot.numel)
             parameter.data = flat.view(slot.shape)
         place.bound += 1
-
-    def lease(self, unit: Unit, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor:
-        """A flat view of a unit's pages, which stay where they are until its last alias is gone. The unit is pinned."""
-        tensor = unit.compute
-        assert tensor.frame is not None
-        tensor.leases += 1
-        return self.mover.arena.lease(tensor.id, tensor.frame, offset_bytes, dtype, numel)
 
     def takes_nothing(self, parameter: PagedParameter, values: Tensor) -> bool:
         """Before ``parameter.data = values``: whether they are the parameter's own memory, so that nothing is to be

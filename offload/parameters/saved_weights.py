@@ -159,7 +159,7 @@ class SavedWeights:
         key = (OpKind.BACKWARD, (unit.index,))
         held = driver.begin(key, unit.name, [Access(unit.compute.id, AccessMode.READ)])
         try:
-            flat = self._binder.lease(unit, packed.offset_bytes, packed.dtype, packed.span)
+            flat = self._binder.mover.lease(unit.compute, packed.offset_bytes, packed.dtype, packed.span)
             return flat.as_strided(packed.size, packed.stride)
         finally:
             driver.end(held)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import ClassVar
 
+import torch
+
 from pagemem.devices.arena import Arena
 from pagemem.errors import TransitionError
 from pagemem.files.transfer import Completion
@@ -194,6 +196,12 @@ class Mover(ABC):
         with self.changed:
             self.discard(tensor)
             del self.tensors[tensor.id]
+
+    def lease(self, tensor: PagedTensor, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        """A flat view of a pinned tensor, which stays where it is until the view's last alias is gone."""
+        assert tensor.frame is not None
+        tensor.leases += 1
+        return self.arena.lease(tensor.id, tensor.frame, offset_bytes, dtype, numel)
 
     def collect_leases(self) -> list[PagedTensor]:
         """Count ended leases off and discard what has expired; returns tensors that nobody has views of, or a use for,

@@ -66,9 +66,7 @@ class Gates:
         return self.training.submit(self.mover.monitor.wait_until, until, why)
 
     def lease(self, tensor: PagedTensor) -> torch.Tensor:
-        assert tensor.frame is not None
-        tensor.leases += 1
-        return self.mover.arena.lease(tensor.id, tensor.frame, 0, torch.uint8, tensor.n_bytes)
+        return self.mover.lease(tensor, 0, torch.uint8, tensor.n_bytes)
 
 
 @contextmanager

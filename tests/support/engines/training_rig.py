@@ -71,10 +71,7 @@ class Rig:
 
     def lease(self, letter: str) -> torch.Tensor:
         """A view of a resident tensor's first bytes that keeps it where it is."""
-        tensor = self.tensors[letter]
-        assert tensor.frame is not None
-        tensor.leases += 1
-        return self.mover.arena.lease(tensor.id, tensor.frame, 0, torch.int32, 16)
+        return self.mover.lease(self.tensors[letter], 0, torch.int32, 16)
 
     def op(self, text: str) -> None:
         """Perform one op, checking what it reads."""
