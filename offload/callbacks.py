@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from offload.config import Config
 from pagemem.units import format_bytes
@@ -51,6 +53,8 @@ class StepMetrics:
         tokens_per_s: where the data say how many tokens a sample has.
         validation_loss: mean loss of the validation batches after the step; None where it was not evaluated.
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     step: int
     loss: float
@@ -126,25 +130,20 @@ class RunEnded:
     error: BaseException | None
 
 
-class Callback(Protocol):
+class Callback:
     """What ``output.callbacks`` makes; derive from it, its methods do nothing."""
 
     def on_start(self, run: RunStarted) -> None:
         """Before the first step. `on_end` is called later where this returns."""
-        return
 
     def on_step(self, metrics: StepMetrics) -> None:
         """After each optimizer step, and its evaluation where there is one."""
-        return
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """After each evaluation: before training, every ``train.evaluate_every`` steps, and after training."""
-        return
 
     def on_commit(self, commit: CommitBegun) -> None:
         """Before each commit."""
-        return
 
     def on_end(self, end: RunEnded) -> None:
         """At the end, also after an error."""
-        return

@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,15 +50,11 @@ def _toml(text: str) -> Any:
     return tomllib.loads(text)
 
 
-def _yaml(text: str) -> Any:
-    return yaml.load(text, _YamlLoader)
-
-
 _READERS: Final[Mapping[str, Callable[[str], Any]]] = {
     ".toml": _toml,
     ".json": parse_json,
-    ".yaml": _yaml,
-    ".yml": _yaml,
+    ".yaml": partial(yaml.load, Loader=_YamlLoader),
+    ".yml": partial(yaml.load, Loader=_YamlLoader),
 }
 
 

@@ -6,24 +6,24 @@ Reading never decides whether a run may continue: what can be read is kept, and 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
+
+from pydantic import TypeAdapter, ValidationError
 
 from offload.callbacks import Callback, CommitBegun, RunEnded, RunStarted, StepMetrics
 from pagemem.errors import StorageError
 from pagemem.folders.own_file import naming, open_file, replace_file, write_all
-from pagemem.folders.small_file import open_regular, parse_json
+from pagemem.folders.small_file import first_fault, open_regular
 
 #: A longer line was not written by this package.
 MAX_LINE_BYTES: Final = 4096
-_MAX_STEP: Final = 2**53
-_TYPES: Final = {field.name: field.type for field in fields(StepMetrics)}
-_REQUIRED: Final = {field.name for field in fields(StepMetrics) if field.default is MISSING}
+_NAMES: Final = [field.name for field in fields(StepMetrics)]
+_METRICS: Final = TypeAdapter(StepMetrics)
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------
@@ -36,13 +36,13 @@ class LogFormat:
     Attributes:
         header: the file's first line, or empty.
         encode: one step as a line, with its end.
-        decode: the values of a line by name; raises ValueError.
+        decode: the step of a line; raises ValueError.
     """
 
     file_name: str
     header: bytes
     encode: Callable[[StepMetrics], bytes]
-    decode: Callable[[bytes], object]
+    decode: Callable[[bytes], StepMetrics]
 
 
 def _json_line(metrics: StepMetrics) -> bytes:
@@ -54,17 +54,17 @@ def _csv_line(metrics: StepMetrics) -> bytes:
     return (",".join(cells) + "\n").encode()
 
 
-def _csv_values(line: bytes) -> object:
+def _csv_metrics(line: bytes) -> StepMetrics:
     cells = line.decode().rstrip("\n").split(",")
-    if len(cells) != len(_TYPES):
-        raise ValueError(f"it has {len(cells)} cells, not {len(_TYPES)}")
-    return {name: parse_json((cell or "null").encode()) for name, cell in zip(_TYPES, cells, strict=True)}
+    if len(cells) != len(_NAMES):
+        raise ValueError(f"it has {len(cells)} cells, not {len(_NAMES)}")
+    return _METRICS.validate_strings({name: cell for name, cell in zip(_NAMES, cells, strict=True) if cell})
 
 
 #: By their names in ``output.log``.
 FORMATS: Final[Mapping[str, LogFormat]] = {
-    "jsonl": LogFormat("metrics.jsonl", b"", _json_line, parse_json),
-    "csv": LogFormat("metrics.csv", (",".join(_TYPES) + "\n").encode(), _csv_line, _csv_values),
+    "jsonl": LogFormat("metrics.jsonl", b"", _json_line, _METRICS.validate_json),
+    "csv": LogFormat("metrics.csv", (",".join(_NAMES) + "\n").encode(), _csv_line, _csv_metrics),
 }
 
 
@@ -174,7 +174,11 @@ def _kept_in(path: Path, log_format: LogFormat, steps: int) -> KeptMetrics:
     kept = [found[step] for step in sorted(found)]
     if len(kept) == steps:
         return KeptMetrics(kept, None)
-    unreadable = f"; {n_unreadable} lines cannot be read, the first: {why}" if n_unreadable else ""
+    unreadable = (
+        f"; {n_unreadable} line{'s' if n_unreadable > 1 else ''} cannot be read, the first: {why}"
+        if n_unreadable
+        else ""
+    )
     return KeptMetrics(kept, f"{path}: {steps - len(kept)} of the {steps} earlier steps have no metrics{unreadable}")
 
 
@@ -187,24 +191,9 @@ def _metrics(line: bytes, log_format: LogFormat) -> StepMetrics:
     if not line.endswith(b"\n"):
         raise ValueError("it was cut")
     try:
-        entry = log_format.decode(line)
-    except ValueError as error:
-        raise ValueError(f"it cannot be parsed ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(entry, dict):
-        raise ValueError("it is not an object")
-    if not set(entry) >= _REQUIRED or not set(entry) <= set(_TYPES):
-        missing, unknown = sorted(_REQUIRED - set(entry)), sorted(set(entry) - set(_TYPES))
-        raise ValueError(f"{missing[0]!r} is missing" if missing else f"{unknown[0][:40]!r} is not a metric of a step")
-    for name, value in entry.items():
-        if value is None and _TYPES[name] == "float | None":
-            continue
-        whole = _TYPES[name] == "int"
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not _in_range(value):
-            raise ValueError(f"{name} is {str(value)[:40]}")
-    if entry["step"] < 1:
-        raise ValueError(f"step is {entry['step']}")
-    return StepMetrics(**entry)
-
-
-def _in_range(value: int | float) -> bool:
-    return math.isfinite(value) if isinstance(value, float) else abs(value) <= _MAX_STEP
+        metrics = log_format.decode(line)
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from None
+    if metrics.step < 1:
+        raise ValueError(f"step is {metrics.step}")
+    return metrics

@@ -6,9 +6,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
-from offload.console.tables import print_rows
 from offload.profiling.stats import MemoryReport, Stats
 from pagemem.units import format_bytes
 
@@ -76,10 +73,6 @@ def _steps(run: RunSummary) -> str:
     return f"{run.steps} {how}" if run.made == run.steps else f"{run.steps}, {run.made} of them in this launch {how}"
 
 
-def _per(unit: str | None) -> str:
-    return "" if unit is None else f" per {unit}"
-
-
 def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
     """The table as (what, value) pairs."""
     stats = run.stats
@@ -88,14 +81,12 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
         ("steps", _steps(run)),
         (f"validation before, {run.measure}", _loss(run, run.before_nats)),
         (f"validation after, {run.measure}", _loss(run, run.after_nats)),
-        *(
-            []
-            if run.unigram_bits is None
-            else [(f"unigram entropy of the validation text, bits{_per(run.unit)}", f"{run.unigram_bits:.3f}")]
-        ),
-        run.speed,
-        ("waiting for pages", f"{stats.wait_s / run.train_s:.1%} of the time" if run.train_s else "-"),
     ]
+    if run.unigram_bits is not None:
+        unit = "" if run.unit is None else f" per {run.unit}"
+        rows.append((f"unigram entropy of the validation text, bits{unit}", f"{run.unigram_bits:.3f}"))
+    waiting = f"{stats.wait_s / run.train_s:.1%} of the time" if run.train_s else "-"
+    rows += [run.speed, ("waiting for pages", waiting)]
     if stats.dropped_steps or stats.dropped_gradients:
         rows.append(
             ("dropped, not finite", f"{stats.dropped_steps} steps, {stats.dropped_gradients} gradients of units")
@@ -124,8 +115,3 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
             )
     rows.append(("process peak (VmHWM), activations and interpreter included", format_bytes(run.process_peak_bytes)))
     return rows
-
-
-def print_summary(run: RunSummary, console: Console) -> None:
-    """The closing table."""
-    print_rows("Run", summary_rows(run), console)

@@ -18,7 +18,7 @@ from offload.callbacks import RunStarted
 from offload.checkpoint.resumed import Resumed
 from offload.config import Config, TrainingConfig
 from offload.console.output import BROKEN_PIPE, Output, is_closed
-from offload.console.tables import print_line
+from offload.console.tables import print_line, print_rows
 from offload.engine import Engine, initialize
 from offload.factories import data_factory, model_factory
 from offload.launch.batches import Batches
@@ -30,7 +30,7 @@ from offload.launch.progress import Progress
 from offload.launch.reporter import Reporter, made_callback
 from offload.launch.run_folder import CURVE, DATA, RunFolder, check_free, removed_unless_begun
 from offload.launch.setup import build, check_budget
-from offload.launch.summary import print_summary
+from offload.launch.summary import summary_rows
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
 
@@ -158,7 +158,7 @@ def _train(
     )
     loop.run(RunStarted(config, folder.path, first, n_parameters, batches.unit), pair)
     summary = loop.summary()
-    print_summary(summary, console)
+    print_rows("Run", summary_rows(summary), console)
     model = config.model.factory.rpartition(":")[2]
     title = f"{'/'.join(folder.path.parts[-2:])}: {model}, {n_parameters / 1e6:.1f}M parameters"
     save_loss_curve(folder.path / CURVE, loop.metrics, summary, title)

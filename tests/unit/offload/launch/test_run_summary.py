@@ -14,10 +14,11 @@ from rich.console import Console
 
 from offload.callbacks import StepMetrics
 from offload.config import TrainConfig
+from offload.console.tables import print_rows
 from offload.launch.loss_curve import save_loss_curve, smoothed
 from offload.launch.metrics_file import FORMATS, MetricsFile
 from offload.launch.progress import Progress
-from offload.launch.summary import RunSummary, print_summary, summary_rows
+from offload.launch.summary import RunSummary, summary_rows
 from offload.profiling.stats import MemoryReport, Stats, TierUse
 
 MIB = 1 << 20
@@ -138,7 +139,7 @@ def test_a_run_stopped_before_its_first_step_has_a_table() -> None:
 
 def test_the_table_in_a_pipe_is_aligned_plain_text() -> None:
     target, out = console(terminal=False)
-    print_summary(RUN, target)
+    print_rows("Run", summary_rows(RUN), target)
     lines = out.getvalue().splitlines()
     rows = summary_rows(RUN)
     assert len(lines) == len(rows) and "\x1b" not in out.getvalue()
@@ -147,7 +148,7 @@ def test_the_table_in_a_pipe_is_aligned_plain_text() -> None:
 
 def test_the_table_on_a_terminal_is_framed() -> None:
     target, out = console(terminal=True)
-    print_summary(RUN, target)
+    print_rows("Run", summary_rows(RUN), target)
     assert "┃" in out.getvalue() or "│" in out.getvalue()
     assert all(value in out.getvalue() for _, value in summary_rows(RUN))
 
