@@ -1,6 +1,5 @@
-"""What the engine puts in a model's modules, hooks and methods, and how a copy of the model is rid of them; and the
-refusal of torch's compilers and transforms, which would keep what a paged parameter holds while nobody uses it: no
-values."""
+"""Hooks and methods that the engine puts on a model's modules, which copies of the model do without; and the refusal of
+torch's compilers and transforms, which would keep the placeholder of an unbound parameter instead of its values."""
 
 from __future__ import annotations
 

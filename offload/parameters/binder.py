@@ -1,4 +1,4 @@
-"""The binder: brings the values of paged parameters for each call that uses them, and keeps what the call changed.
+"""The binder: binds paged parameters to their pages for each call that uses them, and notes what the call changed.
 
 Parameters are bound, which is to have views of pages for data, for the length of a call
 (`offload.parameters.paged_parameter` says why).

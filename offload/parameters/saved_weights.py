@@ -45,11 +45,6 @@ class SavedView:
         self.version = unit.version
         unit.views.watch(self, None)
 
-    @property
-    def span(self) -> int:
-        """Elements from the first to the last one the view reaches."""
-        return 1 + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
-
 
 #: A pack and an unpack hook.
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
@@ -159,7 +154,8 @@ class SavedWeights:
         key = (OpKind.BACKWARD, (unit.index,))
         held = driver.begin(key, unit.name, [Access(unit.compute.id, AccessMode.READ)])
         try:
-            flat = self._binder.mover.lease(unit.compute, packed.offset_bytes, packed.dtype, packed.span)
+            reach = 1 + sum((size - 1) * stride for size, stride in zip(packed.size, packed.stride, strict=True))
+            flat = self._binder.mover.lease(unit.compute, packed.offset_bytes, packed.dtype, reach)
             return flat.as_strided(packed.size, packed.stride)
         finally:
             driver.end(held)

@@ -102,11 +102,9 @@ def _repack(store: PageStore, model: nn.Module) -> None:
 def _unit_of(group: Group) -> Unit | None:
     """The unit that has exactly the parameters of ``group``, in order; None where there is none."""
     places = [parameter._place for _, parameter in group if isinstance(parameter, PagedParameter)]
-    if len(places) < len(group):
+    if len(places) < len(group) or [place.slot for place in places] != places[0].unit.slots:
         return None
-    unit = places[0].unit
-    same = [place.slot for place in places] == unit.slots and all(place.unit is unit for place in places)
-    return unit if same else None
+    return places[0].unit
 
 
 def _move_buffers(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:

@@ -110,17 +110,25 @@ class Accelerator(Protocol):
         behind the event."""
 
 
-class _Reached:
-    """An event that needs no waiting for."""
+class TimedCopy:
+    """A copy that was made when it was asked for; an event that needs no waiting for."""
+
+    def __init__(self, spent_s: float) -> None:
+        self._spent_s = spent_s
 
     def reached(self) -> bool:
+        """It is."""
         return True
 
     def wait(self) -> None:
         """Nothing to wait for."""
 
+    def seconds(self) -> float:
+        """What it took."""
+        return self._spent_s
 
-REACHED: Final[DeviceEvent] = _Reached()
+
+REACHED: Final[DeviceEvent] = TimedCopy(0.0)
 
 
 def has_reached(event: DeviceEvent) -> bool:
@@ -130,17 +138,6 @@ def has_reached(event: DeviceEvent) -> bool:
     except RuntimeError as error:
         _LOG.debug("an event cannot be asked for: %s", error)
         return False
-
-
-class TimedCopy(_Reached):
-    """A copy that was made when it was asked for."""
-
-    def __init__(self, spent_s: float) -> None:
-        self._spent_s = spent_s
-
-    def seconds(self) -> float:
-        """What it took."""
-        return self._spent_s
 
 
 class RamDevice:
