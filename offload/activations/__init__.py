@@ -1,1 +1,1 @@
-"""Saved activations: in pages, computed again, or left alone."""
+"""Saved activations: offloaded, recomputed, or kept."""

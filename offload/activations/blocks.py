@@ -1,11 +1,10 @@
-"""The blocks of a model, and which of them are computed again in the backward pass instead of having what they save
-kept.
+"""The blocks of a model, and which of them are recomputed in the backward pass instead of keeping what they save.
 
 A block is an entry of a `nn.ModuleList` or `nn.Sequential` with others of its class: a layer of a transformer, a stage
-of a tower. Its ``forward`` is wrapped, which costs nothing worth telling while it is not computed again; if it is, by
-`torch.utils.checkpoint`. Blocks whose forward pass leaves something behind (it changes a buffer, as batch norm does, or
-draws Python's or NumPy's random numbers) are never computed again: that would happen twice, and with other numbers.
-Torch's own random numbers are the same again.
+of a tower. Its ``forward`` is wrapped, at no measurable cost; if the block is recomputed, by `torch.utils.checkpoint`.
+Blocks whose forward pass has side effects (it changes a buffer, as batch norm does, or draws Python's or NumPy's random
+numbers) are never recomputed: the effect would happen twice, and with other numbers. Torch's own random numbers are
+restored.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Block:
     """One block of a model.
 
     Attributes:
-        recomputes: it is computed again in the backward pass.
+        recomputes: it is recomputed in the backward pass.
         calls: in the step under way, in order. past: in the step before.
         has_side_effects: a forward pass has changed a buffer or the state of random generators that are not torch's.
     """
@@ -83,7 +82,7 @@ class Blocks:
         saved_bytes: of all that was saved for a backward pass so far; only ever more.
 
     Attributes:
-        watching: whether it matters what forward passes leave behind.
+        watching: whether side effects of forward passes are looked for.
     """
 
     def __init__(self, model: nn.Module, position: Callable[[], int], saved_bytes: Callable[[], int]) -> None:
@@ -98,7 +97,7 @@ class Blocks:
 
     @property
     def n_recomputed(self) -> int:
-        """Blocks that are computed again."""
+        """Blocks that are recomputed."""
         return sum(block.recomputes for block in self._blocks)
 
     def step_ended(self) -> None:

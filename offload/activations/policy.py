@@ -1,13 +1,13 @@
-"""Which blocks are computed again because that costs less than having what they save in pages. Decided once, early in a
+"""Chooses the blocks that are recomputed because that costs less than paging what they save. Decided once, early in a
 run.
 
     UNDECIDED --(cheaper by plan)--> TRIED --(the plan of such steps is cheaper, or is not: taken back)--> DECIDED
         \\-----(nothing is cheaper)----------------------------------------------------------------------> DECIDED
 
 With a limit on saved tensors, those of the earliest blocks go to pages, and what that costs depends on the rest of the
-step: nothing but copies where RAM has room, a wait where the disk is what limits it. So steps in which the first
-quarter, half, three quarters or all of these blocks are computed again are planned as well, from the times of the step
-as it is, and the cheapest is tried.
+step: nothing but copies where RAM has room, a wait where the disk is the bottleneck. So steps in which the first
+quarter, half, three quarters or all of these blocks are recomputed are planned as well, from the times of the step as
+it is, and the cheapest is tried.
 
 Source: Angel-PTM (VLDB 2023), unified scheduling; the trade after T. Chen et al., arXiv:1604.06174, 2016.
 """
@@ -24,7 +24,7 @@ from scheduler.planning.planner import cost_s
 from scheduler.planning.recomputation import ForwardPart, pages, recomputed
 from scheduler.planning.trace import Trace
 
-#: The first pass after a change still goes by what the one before it has saved.
+#: The first pass after a change is still sized by what the one before it has saved.
 _UNSETTLED_STEPS: Final = 1
 
 
@@ -36,7 +36,7 @@ class RecomputeChoice:
         limit_bytes: of saved tensors that stay.
 
     Attributes:
-        open: something is left to decide. tried: steps in which some blocks are computed again were found cheaper.
+        open: something is left to decide. tried: recomputing some blocks was found cheaper.
     """
 
     def __init__(self, blocks: Blocks, driver: Driver, limit_bytes: int) -> None:
@@ -69,7 +69,7 @@ class RecomputeChoice:
         return self.tried and self._recompute(chosen)
 
     def _cheapest(self, trace: Trace) -> list[Block]:
-        """The blocks to compute again so that a step costs least; none where that is not enough less."""
+        """The blocks to recompute so that a step costs least; none where the gain is too small."""
         eligible = [block for block in self.blocks if self._may_be_recomputed(block, trace)]
         chosen: list[Block] = []
         if not eligible or not self._holds(eligible[:1]):
@@ -96,7 +96,7 @@ class RecomputeChoice:
 
     def _holds(self, blocks: list[Block]) -> bool:
         """Whether the limit has room for what the blocks read and for all that one of them saves, while that is
-        computed again."""
+        recomputed."""
         read_bytes = sum(max(call.input_bytes for call in block.past) for block in blocks)
         return read_bytes + max(call.saved_bytes for block in blocks for call in block.past) <= self._limit_bytes
 

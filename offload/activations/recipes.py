@@ -1,7 +1,7 @@
-"""Saved tensors that cost less to compute again than to keep: results of elementwise ops whose inputs are saved anyway.
+"""Saved tensors that are cheaper to recompute than to keep: results of elementwise ops whose inputs are saved anyway.
 
 A linear layer saves its input. Where that is ``gelu(x)``, the activation's own backward saves ``x``; the result can
-then go and be computed again from ``x`` when the backward asks for it, by the same kernel and so with the same bits.
+be freed and recomputed from ``x`` when the backward asks for it, by the same kernel and so with the same bits.
 
 What an op was and what it saved is read off autograd's graph (``grad_fn``), while the graph is whole: in the pack hook.
 """
@@ -80,7 +80,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to compute the contents of a storage again.
+    """How to recompute the contents of a storage.
 
     Attributes:
         again: the op. inputs: what the pack hook made of each of its inputs.
@@ -100,7 +100,7 @@ def recipe_of(saved: Tensor, layout_of: Callable[[Any], Layout | None]) -> Recip
 
     Args:
         saved: as autograd hands it to a pack hook: strided, not empty.
-        layout_of: of what the pack hook made of an input; None for what must not be asked for again.
+        layout_of: of what the pack hook made of an input; None for what cannot be unpacked a second time.
     """
     node: Any = saved.grad_fn
     if node is None or saved._version:  # changed in place since the op

@@ -1,18 +1,18 @@
-"""What autograd saves for the backward pass, kept within a number of bytes: the earliest saved tensors go.
+"""Keeps what autograd saves for the backward pass within a number of bytes: the tensors saved first are recomputed or
+offloaded.
 
-    saved ---- has a recipe ---------------------------> forgotten --unpack--> computed again -----------> gone
-       |------ else, of the first ones of a forward pass -> waiting --flush--> in pages --unpack--> restored --> gone
-       \\------ others: kept as it is until the backward pass has used it ----------------------------------> gone
+    saved ---- has a recipe ---------------------------> freed --unpack--> recomputed -----------> freed
+       |------ else, the first of a forward pass ------> waiting --flush--> in pages --unpack--> restored --> freed
+       \\------ others: kept until the backward pass has used them ----------------------------------> freed
 
-What can be computed again from what is saved anyway (`offload.activations.recipes`) costs least and goes first, as many
-of the earliest as are needed. If that is not enough, others go to pages. A storage that does is copied into paged
-tensors of a few pages each, before the next layer's weights are used. From there on the plan treats them like
-everything else: they leave for the SSD after their only use in the forward pass and come back before their only use in
-the backward pass. The earliest saved are needed last, so they are those that go.
+Tensors with a recipe (`offload.activations.recipes`) cost least and are freed first, as many of the earliest as needed.
+If that is not enough, others go to pages: their storage is copied into paged tensors of a few pages each, before the
+next layer's weights are used. From there on the plan treats them like everything else: they leave for the SSD after
+their only use in the forward pass and come back before their only use in the backward pass. What is saved first is
+needed last, which is why it goes.
 
-On a device storages are copied down into host pages and up again, and nobody waits for that but the device: a storage
-is let go of once compute is behind its copy down, which is when younger ones need the room that storages on their way
-may take.
+On a device, storages are downloaded to host pages and uploaded again without synchronising the host: a storage is freed
+once compute is ordered behind its download, when younger downloads need the room.
 
 How many bytes have to go is known from the pass before: the most that was saved at once, less the limit, and how much
 of it had recipes. In the first pass everything goes that can.
@@ -53,8 +53,7 @@ def chunk_bytes(ram_bytes: int, page_bytes: int) -> int:
 
 
 def _graph_is_kept() -> bool:
-    """Whether what is saved may be asked for again after the backward pass under way: its graph is kept, or there is no
-    such pass."""
+    """Whether another backward pass may need what is saved: the graph is kept, or no backward pass is under way."""
     return torch._C._current_graph_task_id() == -1 or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -63,7 +62,7 @@ class SavedActivations:
 
     Args:
         driver: of host memory, where the pages are.
-        limit_bytes: of saved tensors to keep as they are, on a device those on their way down included.
+        limit_bytes: of saved tensors to keep as they are, including those being downloaded from a device.
         chunk_bytes: of one paged tensor.
         device: what copies between the device and host pages; None: compute is in host memory.
     """
@@ -153,7 +152,7 @@ class SavedActivations:
                         event = self._device.save(part, chunk)
         except BaseException:
             self._give_back(storage)
-            if event is not None:  # what is under way is behind it; the memory may be let go of now
+            if event is not None:  # the copies under way are behind it; the memory may be freed now
                 self._follow(event)
             raise
         if event is not None and not has_reached(event):
@@ -162,15 +161,15 @@ class SavedActivations:
         self._let_go(self._leaving_limit_bytes)
 
     def _give_back(self, storage: SavedStorage) -> None:
-        """Nobody needs the chunks of a storage any more."""
+        """Discard the chunks of a storage."""
         for chunk in storage.chunks:
             self._used.discard(chunk)
             self._driver.mover.discard_soon(chunk)
         storage.chunks.clear()
 
     def _let_go(self, limit_bytes: int) -> None:
-        """Of storages on their way down, keep the youngest, so many bytes of them; compute goes on behind the copies of
-        the others."""
+        """Free storages being downloaded, oldest first, until at most ``limit_bytes`` are left; compute waits for their
+        downloads."""
         leaving_bytes = sum(leaving.n_bytes for leaving in self._leaving)
         while leaving_bytes > limit_bytes:
             leaving = self._leaving.popleft()
@@ -200,7 +199,7 @@ class SavedActivations:
     # ---- backward ----------------------------------------------------------------------------------------------
 
     def unpack(self, packed: OffloadedActivation) -> Tensor:
-        """The saved tensor again, with the values that it had when it was saved.
+        """The saved tensor, with the values that it had when it was saved.
 
         Raises:
             RuntimeError: it was changed before it was there.

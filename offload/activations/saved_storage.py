@@ -28,8 +28,8 @@ class SavedStorage:
         keeper: whose it is. original: one of the tensors, while they are to go to pages and are not there yet.
         spoiled: they were changed before they got there.
         chunks: paged tensors that hold them, in order.
-        consumed: they are being, or have been, brought back from paged tensors for good.
-        recipe: how to compute them again, if that is what is to be done.
+        consumed: they are being, or have been, restored and their pages discarded.
+        recipe: how to recompute them; None if they are not to be.
         n_views: saved tensors, and inputs of recipes, that the backward has not asked for yet.
     """
 
@@ -106,7 +106,7 @@ class KeptTensor:
 
 
 class OffloadedActivation:
-    """A saved tensor's place in a storage that is let go of: it goes to pages or is computed again."""
+    """A saved tensor's place in a storage that is freed: it goes to pages or is recomputed."""
 
     __slots__ = ("layout", "offset", "storage")
 
@@ -118,7 +118,7 @@ class OffloadedActivation:
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """A storage on its way down from a device, and one of the tensors in it."""
+    """A storage that is being downloaded from a device, and one of the tensors in it."""
 
     original: Tensor
     storage: weakref.ref[SavedStorage]
@@ -130,15 +130,14 @@ class Leaving:
         return self.original.untyped_storage().nbytes()
 
     def check(self) -> None:
-        """Once compute is behind the copy: had it been changed before, then nobody knows what was copied."""
+        """Once compute is ordered behind the copy: if the storage was changed before, the copy cannot be trusted."""
         storage = self.storage()
         if storage is not None and self.original._version != storage.version:
             storage.spoiled = True
 
 
 class ByteCounts(NamedTuple):
-    """Bytes of storages: of all that are saved; of those for which there is a recipe; of what is let go of and computed
-    again; of what goes to pages."""
+    """Bytes of storages: of all saved ones, those with a recipe, those freed and recomputed, those that go to pages."""
 
     saved: int = 0
     repeatable: int = 0

@@ -100,7 +100,7 @@ class Edits:
                 place.seen = weakref.ref(parameter), parameter._version
                 self._watched.setdefault(place.unit, {})[place.slot] = place
         elif not in_pass:
-            place.unit.version += 1  # Nobody will know of writes.
+            place.unit.version += 1  # Writes will go unnoticed.
 
     def notice(self, unit: Unit) -> None:
         """Count what was written to a unit's parameters through views: when one is saved, so that it is not held

@@ -1,5 +1,5 @@
-"""Which torch functions need no values of a tensor, and which hand its memory to somebody who does not tell us what he
-does with it."""
+"""Torch functions of parameters: which need no values of a tensor, and which hand out its memory so that torch counts
+no writes to it."""
 
 from __future__ import annotations
 

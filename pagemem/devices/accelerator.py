@@ -2,9 +2,8 @@
 device.
 
 A device works through what is enqueued on it in order, and long after that. A `DeviceEvent` is a point in its queue.
-Whoever copies asks for events instead of waiting: a copy up begins after the event of what last used its frames, and
-compute goes on after the event of the copies that it needs, all on the device. The training thread waits for none of
-them.
+Copies are ordered by events, on the device alone: an upload begins after the event of what last used its frames, and
+compute goes on after the events of the copies that it needs. The training thread waits for none of them.
 
 `RamDevice` is a device of ordinary memory, which has done everything by the time it is enqueued.
 """
@@ -132,7 +131,7 @@ REACHED: Final[DeviceEvent] = TimedCopy(0.0)
 
 
 def has_reached(event: DeviceEvent) -> bool:
-    """Whether an event is known to be reached. One of a device that failed is not; who waits for it hears why."""
+    """Whether an event is known to be reached. One of a device that failed is not; waiting for it raises."""
     try:
         return event.reached()
     except RuntimeError as error:
