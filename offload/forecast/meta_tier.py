@@ -61,10 +61,6 @@ class MetaArena(Arena):
         found = self._leases.get(tensor.untyped_storage()._cdata)
         return None if found is None else (found[1], found[2] + int(tensor.storage_offset()) * tensor.element_size())
 
-    def resized(self, n_frames: int) -> MetaArena:
-        """``n_frames`` frames without bytes."""
-        return MetaArena(n_frames, self.page_bytes)
-
     def close(self) -> None:
         """Nothing is to be given back."""
 

@@ -237,7 +237,7 @@ class PageStore:
         pin = None if self.accelerator is None else self.accelerator.pin
         # What was touched until now is given back before all of it is locked.
         if n_frames != self.mover.arena.n_frames or pin is not None:
-            self.mover.resize_arena(n_frames)
+            self.mover.replace_arena(lambda: self.parts.arena(n_frames, self.page_bytes))
             self._arena_bytes.resize(self.mover.arena.n_bytes)
         if pin is not None:
             check_lockable(self.config.memory.ram)

@@ -55,14 +55,6 @@ class Arena(ABC):
         """A flat tensor whose last alias's death is reported by `ended_leases`. The caller counts it as begun."""
 
     @abstractmethod
-    def resized(self, n_frames: int) -> Arena:
-        """Another arena of this kind, not pinned.
-
-        Raises:
-            MemoryError: there is no room for it.
-        """
-
-    @abstractmethod
     def close(self) -> None:
         """Give the memory back, at once when no lease lives, else when the last one ends. Idempotent."""
 
@@ -137,10 +129,6 @@ class HostArena(Arena):
         window = self._bytes[start : start + numel * dtype.itemsize]
         self._watched.watch(window, tensor)
         return torch.frombuffer(window, dtype=dtype, count=numel)
-
-    def resized(self, n_frames: int) -> HostArena:
-        """As `Arena.resized`."""
-        return HostArena(n_frames, self.page_bytes)
 
     def close(self) -> None:
         """As `Arena.close`; no copy by a device may be under way.

@@ -82,10 +82,6 @@ class CudaArena(Arena):
         self._watched.watch(window, tensor)
         return torch.as_tensor(window, device=self._device).view(dtype)
 
-    def resized(self, n_frames: int) -> CudaArena:
-        """As `Arena.resized`."""
-        return CudaArena(n_frames, self.page_bytes, self._device)
-
     def close(self) -> None:
         """As `Arena.close`; asks nothing of the device, which may have failed. Views made from here on are of
         nothing."""

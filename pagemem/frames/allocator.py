@@ -21,7 +21,7 @@ from dataclasses import replace
 from sortedcontainers import SortedDict
 
 from pagemem.frames.free_runs import FreeRuns, SharedPages
-from pagemem.frames.page import MIN_PAGE_BYTES, Extent, FrameId, FrameRun, Placement, Shortage, TensorId
+from pagemem.frames.page import Extent, FrameId, FrameRun, Placement, Shortage, TensorId
 from pagemem.tier import Tier
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
 
@@ -39,22 +39,18 @@ class PageAllocator:
     Attributes:
         free: the free runs; to be changed by methods of this class only.
         shared: the pages that hold tails; likewise.
+        placements: what each tensor owns here; likewise.
         peak_frames: most frames in use at any time.
-
-    Raises:
-        ValueError: the page size or the number of frames is out of range.
     """
 
     def __init__(self, tier: Tier, page_bytes: int, n_frames: int) -> None:
-        if page_bytes < MIN_PAGE_BYTES or page_bytes & (page_bytes - 1):
-            raise ValueError(f"page_bytes is {page_bytes}; it must be a power of two and at least {MIN_PAGE_BYTES}")
         self.tier = tier
         self.page_bytes = page_bytes
         self.n_frames = 0
         self.peak_frames = 0
         self.free = FreeRuns()
         self.shared = SharedPages(page_bytes)
-        self._placements: dict[TensorId, Placement] = {}
+        self.placements: dict[TensorId, Placement] = {}
         # Start of every run -> its length and owner. Runs of frames only; shared pages are apart.
         self._runs: SortedDict[int, tuple[int, TensorId]] = SortedDict()
         self.grow(n_frames)
@@ -78,7 +74,7 @@ class PageAllocator:
         """
         if n_bytes <= 0:
             raise ValueError(f"tensor {tensor}: n_bytes is {n_bytes}; it must be positive")
-        if tensor in self._placements:
+        if tensor in self.placements:
             raise ValueError(f"tensor {tensor} has frames in the {self.tier.value} tier already; release it first")
         if not contiguous and at is None:
             return self._allocate_packed(tensor, n_bytes)
@@ -113,16 +109,16 @@ class PageAllocator:
         for run in placed.runs:
             self.free.take(run.first, run.n_frames)
             self._runs[run.first] = (run.n_frames, placed.tensor)
-        self._placements[placed.tensor] = replace(placed, tail=None)
+        self.placements[placed.tensor] = replace(placed, tail=None)
         self.peak_frames = max(self.peak_frames, self.used_frames)
         return placed if placed.tail is None else self._put_tail(placed.tensor, placed.tail)
 
     def _put_tail(self, tensor: TensorId, tail: Extent) -> Placement:
         """Add the tail to the runs that a tensor was given."""
-        if tail.frame not in self.shared:
+        if tail.frame not in self.shared.tails:
             self.free.take(tail.frame, 1)
         self.shared.add(tail, tensor)
-        placed = self._placements[tensor] = replace(self._placements[tensor], tail=tail)
+        placed = self.placements[tensor] = replace(self.placements[tensor], tail=tail)
         self.peak_frames = max(self.peak_frames, self.used_frames)
         return placed
 
@@ -132,8 +128,7 @@ class PageAllocator:
         Raises:
             KeyError: the tensor has no frames here.
         """
-        placed = self.held(tensor)
-        del self._placements[tensor]
+        placed = self.placements.pop(tensor)
         for run in placed.runs:
             del self._runs[run.first]
             self.free.add(run.first, run.n_frames)
@@ -142,49 +137,17 @@ class PageAllocator:
         return placed
 
     def grow(self, n_frames: int) -> None:
-        """Add ``n_frames`` free frames at the end.
-
-        Raises:
-            ValueError: the number is negative; a tier never shrinks.
-        """
-        if n_frames < 0:
-            raise ValueError(f"n_frames is {n_frames}; it cannot be negative")
+        """Add ``n_frames`` free frames at the end; a tier never shrinks."""
         if n_frames:
             self.free.add(self.n_frames, n_frames)
             self.n_frames += n_frames
 
     # ---- looking -----------------------------------------------------------------------------------------------
 
-    def placement(self, tensor: TensorId) -> Placement | None:
-        """What the tensor owns here, or None."""
-        return self._placements.get(tensor)
-
-    def held(self, tensor: TensorId) -> Placement:
-        """What the tensor owns here.
-
-        Raises:
-            KeyError: nothing.
-        """
-        placed = self._placements.get(tensor)
-        if placed is None:
-            raise KeyError(f"tensor {tensor} has no frames in the {self.tier.value} tier")
-        return placed
-
-    def __contains__(self, tensor: TensorId) -> bool:
-        return tensor in self._placements
-
-    def __len__(self) -> int:
-        return len(self._placements)
-
-    def tensors(self) -> list[TensorId]:
-        """Every tensor with frames here. O(tensors)."""
-        return list(self._placements)
-
     def owner(self, frame: int) -> TensorId | None:
         """The tensor in a frame (of two in a shared page the one that came first), or None when it is free."""
-        tails = self.shared.tails(frame)
-        if tails:
-            return tails[0][1]
+        if frame in self.shared.tails:
+            return self.shared.tails[frame][0][1]
         place = self._runs.bisect_right(frame) - 1
         if place < 0:
             return None
@@ -218,9 +181,9 @@ class PageAllocator:
         `segments`."""
         last = self.n_frames if end is None else end
         runs = self._taken_runs(begin, last)
-        if not self.shared:
+        if not self.shared.tails:
             return runs
-        shared = [(frame, 1, self.shared.tails(frame)[0][1]) for frame in self.shared if begin <= frame < last]
+        shared = [(frame, 1, tails[0][1]) for frame, tails in self.shared.tails.items() if begin <= frame < last]
         return heapq.merge(runs, sorted(shared))
 
     def _taken_runs(self, begin: int, end: int) -> Iterator[tuple[int, int, TensorId]]:

@@ -6,8 +6,6 @@ allocator's decision (`pagemem.frames.allocator`); here are only integers and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from sortedcontainers import SortedDict, SortedList
 
 from pagemem.frames.page import Extent, FrameId, FrameRun, TensorId
@@ -18,7 +16,7 @@ class FreeRuns:
     """Maximal runs of adjacent free frames; neighbours are joined as soon as they touch. Not thread safe."""
 
     def __init__(self) -> None:
-        self._by_start: SortedDict[int, int] = SortedDict()
+        self.by_start: SortedDict[int, int] = SortedDict()
         self._by_length: SortedList[tuple[int, int]] = SortedList()
         self.n_frames = 0
 
@@ -28,9 +26,9 @@ class FreeRuns:
         Raises:
             AssertionError: one of them is free already; nothing was changed.
         """
-        place = self._by_start.bisect_left(start)
-        after = self._by_start.peekitem(place) if place < len(self._by_start) else None
-        before = self._by_start.peekitem(place - 1) if place else None
+        place = self.by_start.bisect_left(start)
+        after = self.by_start.peekitem(place) if place < len(self.by_start) else None
+        before = self.by_start.peekitem(place - 1) if place else None
         if (after is not None and after[0] < start + length) or (before is not None and sum(before) > start):
             raise AssertionError(f"frames {start}..{start + length - 1} are partly free already")
         self.n_frames += length
@@ -84,21 +82,17 @@ class FreeRuns:
             length -= run_length
         return tuple(sorted(pieces, key=lambda piece: piece.first))
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """All runs as (start, length), in order of place."""
-        return iter(self._by_start.items())
-
     def _run_at(self, frame: int) -> tuple[int, int] | None:
         """The run that begins at or last before ``frame``."""
-        place = self._by_start.bisect_right(frame) - 1
-        return self._by_start.peekitem(place) if place >= 0 else None
+        place = self.by_start.bisect_right(frame) - 1
+        return self.by_start.peekitem(place) if place >= 0 else None
 
     def _insert(self, start: int, length: int) -> None:
-        self._by_start[start] = length
+        self.by_start[start] = length
         self._by_length.add((length, start))
 
     def _remove(self, start: int, length: int) -> None:
-        del self._by_start[start]
+        del self.by_start[start]
         self._by_length.remove((length, start))
 
 
@@ -107,27 +101,16 @@ class SharedPages:
 
     Args:
         page_bytes: size of a frame.
+
+    Attributes:
+        tails: what each of these frames holds, the first come first; to be changed by methods of this class only.
     """
 
     def __init__(self, page_bytes: int) -> None:
         self._page_bytes = page_bytes
-        self._tails: dict[int, tuple[tuple[Extent, TensorId], ...]] = {}
+        self.tails: dict[int, tuple[tuple[Extent, TensorId], ...]] = {}
         # (bytes beside the only tail, frame); frames with two tails are not in it.
         self._room: SortedList[tuple[int, int]] = SortedList()
-
-    def __contains__(self, frame: int) -> bool:
-        return frame in self._tails
-
-    def __iter__(self) -> Iterator[int]:
-        """All frames with a tail, in no order."""
-        return iter(self._tails)
-
-    def __len__(self) -> int:
-        return len(self._tails)
-
-    def tails(self, frame: int) -> tuple[tuple[Extent, TensorId], ...]:
-        """What a frame holds, the first come first; empty when it is not one of these frames."""
-        return self._tails.get(frame, ())
 
     def find_room(self, length_bytes: int) -> Extent | None:
         """The place beside a tail that fits ``length_bytes`` most closely, or None. Takes nothing."""
@@ -143,29 +126,29 @@ class SharedPages:
         Raises:
             AssertionError: the frame holds two tails, or one that overlaps; nothing was changed.
         """
-        there = self.tails(tail.frame)
+        there = self.tails.get(tail.frame, ())
         if len(there) > 1 or any(_overlap(tail, other) for other, _ in there):
             raise AssertionError(f"{tail} of tensor {tensor} does not fit beside {there}")
         if there:
             self._room.remove((self._gap(tail.frame)[1], tail.frame))
-        self._tails[tail.frame] = (*there, (tail, tensor))
+        self.tails[tail.frame] = (*there, (tail, tensor))
         if not there:
             self._room.add((self._gap(tail.frame)[1], tail.frame))
 
     def remove(self, tail: Extent, tensor: TensorId) -> bool:
         """Forget a tail; True when its frame is empty now, and none of these any more."""
-        there = self._tails[tail.frame]
+        there = self.tails[tail.frame]
         if len(there) == 1:
             self._room.remove((self._gap(tail.frame)[1], tail.frame))
-            del self._tails[tail.frame]
+            del self.tails[tail.frame]
             return True
-        self._tails[tail.frame] = tuple(entry for entry in there if entry != (tail, tensor))
+        self.tails[tail.frame] = tuple(entry for entry in there if entry != (tail, tensor))
         self._room.add((self._gap(tail.frame)[1], tail.frame))
         return False
 
     def _gap(self, frame: int) -> tuple[int, int]:
         """Offset and length of the room beside a frame's only tail, in whole blocks: one of two tails begins at 0."""
-        ((tail, _),) = self._tails[frame]
+        ((tail, _),) = self.tails[frame]
         if tail.offset_bytes:
             return 0, tail.offset_bytes
         end_bytes = round_up(tail.length_bytes, BLOCK_BYTES)

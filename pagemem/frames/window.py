@@ -118,7 +118,7 @@ def window_near(
         if best is not None and (n_looked == knobs.LOOKED_AT or not bound(tensor) < best_cost):
             break
         n_looked += 1
-        (run,) = book.held(tensor).runs
+        (run,) = book.placements[tensor].runs
         if run.n_frames >= n_frames and run.first + n_frames <= end:
             found: Window | None = Window(run.first, n_frames, (tensor,))  # no cheaper with another tenant
         else:

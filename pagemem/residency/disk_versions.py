@@ -11,7 +11,7 @@ copies written since the last good sync are *lost*: their tensors are stored ane
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pagemem.files.checksums import DigestArray
@@ -64,7 +64,7 @@ class DiskVersions:
         """Bytes of all copies by what they hold. O(copies)."""
         found: dict[Tag, int] = {}
         for key, tag in self._tags.items():
-            found[tag] = found.get(tag, 0) + self.book.held(key).n_bytes
+            found[tag] = found.get(tag, 0) + self.book.placements[key].n_bytes
         return found
 
     def take(self, n_bytes: int, tag: Tag) -> DiskVersion:
@@ -134,10 +134,6 @@ class DiskVersions:
         for size in sizes:
             tried.allocate(self._key(), size)
         return tried.used_frames
-
-    def sums(self, stored: Sequence[DiskVersion]) -> list[DigestArray]:
-        """Checksums of each copy's extents, as they were written."""
-        return [self._files.sums(one.route) for one in stored]
 
     def wrote(self, stored: DiskVersion) -> None:
         """The copy has been written, whole; it is durable once a sync has succeeded that begins now or later."""

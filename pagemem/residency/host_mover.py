@@ -13,7 +13,6 @@ from pagemem.devices.arena import Arena
 from pagemem.errors import OffloadError, StorageError
 from pagemem.files.page_file import PageFiles
 from pagemem.files.transfer import Completion
-from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import TensorId
 from pagemem.residency.disk_versions import DiskVersion, DiskVersions
 from pagemem.residency.mover import Mover
@@ -30,7 +29,7 @@ class HostMover(Mover):
     Attributes:
         on_part: called with the lock held, on an I/O thread, when bytes of a load are there before all are; see
             `PagedTensor.arrived`. None: nobody wants to know.
-        copies: the tensors' bytes in the page files. snapshots: what commits are made of.
+        copies: the tensors' bytes in the page files; ``ssd`` is their allocator. snapshots: what commits are made of.
     """
 
     tier = Tier.HOST
@@ -41,13 +40,9 @@ class HostMover(Mover):
         self.files = files
         self.on_part: Callable[[], None] | None = None
         self.copies = DiskVersions(files, arena.page_bytes)
+        self.ssd = self.copies.book
         self.snapshots = Snapshots(self.tensors, self.copies, lambda tensor: self.start_store(tensor, background=True))
         self.monitor.on_change(self.snapshots.store_pending)
-
-    @property
-    def ssd(self) -> PageAllocator:
-        """Who holds which frame of the page files."""
-        return self.copies.book
 
     def watch(self, watcher: Recorder | None) -> dict[tuple[Tier, Tag], int]:
         """As `Mover.watch`."""

@@ -60,10 +60,18 @@ class Mover(ABC):
     def _use(self, tenants: Tenants) -> None:
         self.tenants, self.arena, self.host = tenants, tenants.arena, tenants.host
 
-    def resize_arena(self, n_frames: int) -> None:
-        """Go on with an empty arena of another size; as `Tenants.resized`."""
+    def replace_arena(self, make: Callable[[], Arena]) -> None:
+        """Go on with an empty arena of another size; the one before is closed. Every tensor must be stored or absent.
+
+        Raises:
+            AssertionError: a tensor still holds frames; nothing was changed.
+            MemoryError: the arena cannot be mapped; there is none then.
+        """
         with self.changed:
-            self._use(self.tenants.resized(n_frames))
+            if self.host.used_frames:
+                raise AssertionError(f"{self.host.used_frames} host frames are still in use")
+            self.arena.close()  # first: a limit on memory need not hold both
+            self._use(Tenants(make(), self.tier, self.tensors))
 
     def watch(self, watcher: Recorder | None) -> dict[tuple[Tier, Tag], int]:
         """Tell ``watcher`` (None: nobody) of every change of what tensors hold from now on; returns what they hold
@@ -163,10 +171,7 @@ class Mover(ABC):
         with self.changed:
             if tensor.state is Residency.ABSENT:
                 return
-            if tensor.held or tensor.uploads:
-                raise AssertionError(
-                    f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot discard it"
-                )
+            _refuse_held(tensor, "discard")
             tensor.become(Residency.ABSENT)
             tensor.ssd_valid = False
             if tensor.frame is not None:
@@ -180,10 +185,7 @@ class Mover(ABC):
             TransitionError: it is not clean; AssertionError: it is held. Nothing was changed.
         """
         with self.changed:
-            if tensor.held or tensor.uploads:
-                raise AssertionError(
-                    f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot drop it"
-                )
+            _refuse_held(tensor, "drop")
             if tensor.state is not Residency.CLEAN:
                 raise TransitionError(
                     f"{tensor.name}: {tensor.state.value} -> dropped is not a legal move: it is not clean"
@@ -343,3 +345,8 @@ class Mover(ABC):
     def close(self) -> None:
         """Wait until no copy is under way; as `CopyMonitor.close`. Idempotent."""
         self.monitor.close()
+
+
+def _refuse_held(tensor: PagedTensor, what: str) -> None:
+    if tensor.held or tensor.uploads:
+        raise AssertionError(f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot {what} it")

@@ -38,19 +38,6 @@ class Tenants:
         self._n_set_aside = 0
         self._by_use: dict[TensorId, None] = {}  # tenants, the least recently used first
 
-    def resized(self, n_frames: int) -> Tenants:
-        """The same for an empty arena of another size; this one's is closed. Every tensor must be stored or absent.
-
-        Raises:
-            AssertionError: a tensor still holds frames; nothing was changed.
-            MemoryError: the arena cannot be mapped; there is none then.
-        """
-        if self.host.used_frames:
-            raise AssertionError(f"{self.host.used_frames} host frames are still in use")
-        # The old one goes first: a limit on memory need not hold both.
-        self.arena.close()
-        return Tenants(self.arena.resized(n_frames), self.host.tier, self._tensors)
-
     def droppable(self, tensor_id: TensorId) -> bool:
         """Whether the tensor's host frames can be given up after at most one store."""
         tensor = self._tensors[tensor_id]
@@ -68,7 +55,7 @@ class Tenants:
             bound: what a window with this tenant costs at least, more for those used later; given, windows are looked
                 for near the least recently used tenants if there are very many.
         """
-        if bound is not None and len(self.host) > knobs.MANY_TENANTS:
+        if bound is not None and len(self.host.placements) > knobs.MANY_TENANTS:
             near = window_near(self.host, n_frames, self._by_use, self.droppable, cost, bound, self.n_shared_frames)
             if near is not None:
                 return near

@@ -96,12 +96,13 @@ class UploadQueue:
 
     def begun(self, tensor: PagedTensor, copy: Copy) -> None:
         """Somebody else gave the device a copy up from a tensor's pages, having called `HostMover.begin_upload`."""
-        self._ends_by(partial(self._made_all, tensor, copy), copy)
+        made = partial(self._made, tensor, tensor.n_bytes, copy)
+        self._ends_by(partial(self._over, made, partial(self._below.end_upload, tensor)), copy)
 
     def arrives(self, tensor: PagedTensor, event: DeviceEvent) -> None:
         """A copy down into the pages of a tensor, for which `HostMover.begin_arrival` was called, is enqueued on the
         device."""
-        self._ends_by(partial(self._arrived, tensor, event), event)
+        self._ends_by(partial(self._over, event.wait, partial(self._below.end_arrival, tensor)), event)
 
     def _ends_by(self, finish: Callable[[], None], event: DeviceEvent) -> None:
         """Have a copy's end noted, whatever happens: now, where it is made already, else by the thread that waits for
@@ -210,7 +211,7 @@ class UploadQueue:
         upload.arrived, upload.n_taken = [], 0
         assert upload.copy is not None
         # Not here, which would be waiting with the lock held.
-        self._under_way.put(partial(self._let_go, upload.tensor, upload.copy))
+        self._under_way.put(self._let_go(upload.tensor, upload.copy))
 
     def _give(self, upload: Upload, source: torch.Tensor, spans: Sequence[Span]) -> None:
         """Have bytes copied, and tell who asked when these are the last."""
@@ -234,7 +235,7 @@ class UploadQueue:
             if upload.copy is None:
                 self._below.end_upload(upload.tensor)
             else:
-                self._ends_by(partial(self._let_go, upload.tensor, upload.copy), upload.copy)
+                self._ends_by(self._let_go(upload.tensor, upload.copy), upload.copy)
         finally:
             upload.on_enqueued(result)
 
@@ -247,27 +248,17 @@ class UploadQueue:
             self.busy_s += spent_s
         self._sink.emit(Event(EventKind.UPLOAD, tensor.name, n_bytes, time.perf_counter() - spent_s, spent_s))
 
-    def _made_all(self, tensor: PagedTensor, copy: Copy) -> None:
-        """As `_made` of all of a tensor, whose host pages may be changed then."""
-        self._over(partial(self._made, tensor, tensor.n_bytes, copy))
-        self._below.end_upload(tensor)
-
-    def _let_go(self, tensor: PagedTensor, copy: Copy) -> None:
-        """Wait until a copy is made; the host pages may be changed then."""
-        self._over(copy.wait)
-        self._below.end_upload(tensor)
-
-    def _arrived(self, tensor: PagedTensor, event: DeviceEvent) -> None:
-        """Wait until a copy down is made; its host pages may be read and stored then."""
-        self._over(event.wait)
-        self._below.end_arrival(tensor)
-
-    def _over(self, wait: Callable[[], None]) -> None:
-        """Wait; what goes wrong is noted before anybody is told that it is over, and looks."""
+    def _over(self, wait: Callable[[], None], tell: Callable[[], None]) -> None:
+        """Wait and tell that it is over; what goes wrong is noted before, so that whoever is told sees it."""
         try:
             wait()
         except BaseException as failure:  # whatever it is, it is over
             self._below.monitor.note_failure(failure)
+        tell()
+
+    def _let_go(self, tensor: PagedTensor, copy: Copy) -> Callable[[], None]:
+        """What waits until a copy is made; the host pages may be changed then."""
+        return partial(self._over, copy.wait, partial(self._below.end_upload, tensor))
 
 
 def _wait_out(copy: Copy, error: BaseException) -> None:

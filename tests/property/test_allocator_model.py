@@ -123,8 +123,8 @@ class AllocatorAgainstByteMap(RuleBasedStateMachine):
         self.peak = max(self.peak, used)
         assert (frames.n_frames, frames.used_frames, frames.free_frames) == (self.n_frames, used, self.n_frames - used)
         assert frames.peak_frames == self.peak
-        assert max((length for _, length in frames.free), default=0) == self.longest_free_run()
-        assert sorted(frames.tensors()) == sorted(self.sizes)
+        assert max((length for _, length in frames.free.by_start.items()), default=0) == self.longest_free_run()
+        assert sorted(frames.placements) == sorted(self.sizes)
 
     @invariant()
     def frames_have_the_owners_of_the_model(self) -> None:
@@ -207,12 +207,12 @@ class AllocatorAgainstByteMap(RuleBasedStateMachine):
         return longest
 
     def placement(self, tensor: TensorId) -> Placement:
-        placed = self.frames.placement(tensor)
+        placed = self.frames.placements.get(tensor)
         assert placed is not None
         return placed
 
     def layout(self) -> dict[TensorId, Placement]:
-        return {tensor: self.placement(tensor) for tensor in self.frames.tensors()}
+        return {tensor: self.placement(tensor) for tensor in self.frames.placements}
 
     def check_shortage(self, found: Shortage) -> None:
         assert (found.tier, found.free_frames) == (Tier.HOST, self.n_free())

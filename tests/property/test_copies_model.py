@@ -153,7 +153,7 @@ class CopiesModel(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         """The process was killed: the next one knows the commits alone, and what they say of their copies."""
-        sums = {id(stored): self.copies.sums([stored])[0] for commit in self.commits for stored, _ in commit.named}
+        sums = {id(stored): self.disk.sums(stored.route) for commit in self.commits for stored, _ in commit.named}
         self.disk.n_frames, self.disk.sums_of = 0, {}
         self.copies = DiskVersions(self.disk, PAGE)  # type: ignore[arg-type]
         restored: dict[int, DiskVersion] = {}
@@ -180,7 +180,7 @@ class CopiesModel(RuleBasedStateMachine):
         check_frames(self.copies.book)
         named = [stored for commit in self.commits for stored, _ in commit.named]
         used = {id(stored): stored for stored in [*named, *(t.copy for t in self.tensors if t.copy is not None)]}
-        assert len(self.copies.book.tensors()) == len(used)
+        assert len(self.copies.book.placements) == len(used)
         for stored in used.values():
             assert stored.commits == sum(one is stored for one in named)
             assert stored.current == any(tensor.copy is stored for tensor in self.tensors)

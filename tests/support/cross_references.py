@@ -18,7 +18,7 @@ def check_mover(mover: Mover) -> None:
         if isinstance(mover, HostMover):
             check_frames(mover.ssd)
         for tensor in mover.tensors.values():
-            placed = mover.host.placement(tensor.id)
+            placed = mover.host.placements.get(tensor.id)
             if (placed is None) != (tensor.frame is None):
                 raise AssertionError(f"{tensor.name}: frame {tensor.frame} but host placement {placed}")
             in_host = tensor.readable or tensor.state in IN_FLIGHT
@@ -33,18 +33,18 @@ def check_frames(book: PageAllocator) -> None:
     _check_free(book.free)
     _check_shared(book.shared)
     end = 0
-    for start, length in sorted([*book.free, *((start, length) for start, length, _ in book.taken())]):
+    for start, length in sorted([*book.free.by_start.items(), *((start, length) for start, length, _ in book.taken())]):
         if start != end or length <= 0:
             raise AssertionError(f"frames {min(start, end)}..{max(start, end)} have two owners or none")
         end = start + length
     if end != book.n_frames:
         raise AssertionError(f"{end} frames are accounted for, there are {book.n_frames}")
-    for tensor, placed in book._placements.items():
+    for tensor, placed in book.placements.items():
         _check_placement(book, tensor, placed)
-    n_tails = sum(len(book.shared.tails(frame)) for frame in book.shared)
-    if sum(len(placed.runs) for placed in book._placements.values()) != len(book._runs):
+    n_tails = sum(len(tails) for tails in book.shared.tails.values())
+    if sum(len(placed.runs) for placed in book.placements.values()) != len(book._runs):
         raise AssertionError("a run belongs to a tensor that does not know it")
-    if sum(placed.tail is not None for placed in book._placements.values()) != n_tails:
+    if sum(placed.tail is not None for placed in book.placements.values()) != n_tails:
         raise AssertionError("a tail belongs to a tensor that does not know it")
     if book.peak_frames < book.used_frames:
         raise AssertionError(f"{book.used_frames} frames are used, more than the peak of {book.peak_frames}")
@@ -56,7 +56,7 @@ def _check_placement(book: PageAllocator, tensor: TensorId, placed: Placement) -
     for run in placed.runs:
         if book._runs.get(run.first) != (run.n_frames, tensor):
             raise AssertionError(f"tensor {tensor}: {run} is not in the index of runs")
-    if placed.tail is not None and (placed.tail, tensor) not in book.shared.tails(placed.tail.frame):
+    if placed.tail is not None and (placed.tail, tensor) not in book.shared.tails.get(placed.tail.frame, ()):
         raise AssertionError(f"tensor {tensor}: {placed.tail} is not in the index of shared pages")
     tail_bytes = placed.tail.length_bytes if placed.tail is not None else 0
     n_whole = sum(run.n_frames for run in placed.runs)
@@ -65,19 +65,19 @@ def _check_placement(book: PageAllocator, tensor: TensorId, placed: Placement) -
 
 
 def _check_free(runs: FreeRuns) -> None:
-    if sorted((length, start) for start, length in runs._by_start.items()) != list(runs._by_length):
+    if sorted((length, start) for start, length in runs.by_start.items()) != list(runs._by_length):
         raise AssertionError("free runs: the index by length is not that by place")
-    if sum(runs._by_start.values()) != runs.n_frames:
-        raise AssertionError(f"free runs: {runs.n_frames} frames counted, {sum(runs._by_start.values())} listed")
+    if sum(runs.by_start.values()) != runs.n_frames:
+        raise AssertionError(f"free runs: {runs.n_frames} frames counted, {sum(runs.by_start.values())} listed")
     end = -1
-    for start, length in runs._by_start.items():
+    for start, length in runs.by_start.items():
         if start <= end or length <= 0:
             raise AssertionError(f"free runs: ({start}, {length}) touches the run before it or is empty")
         end = start + length
 
 
 def _check_shared(pages: SharedPages) -> None:
-    for frame, there in pages._tails.items():
+    for frame, there in pages.tails.items():
         if not 1 <= len(there) <= 2 or (len(there) == 2 and _overlap(there[0][0], there[1][0])):
             raise AssertionError(f"frame {frame} cannot hold {there}")
         for tail, tensor in there:
@@ -86,6 +86,6 @@ def _check_shared(pages: SharedPages) -> None:
                 raise AssertionError(f"neither of {there} begins at the start of frame {frame}")
             if tail.frame != frame or not inside or tail.length_bytes <= 0 or tail.offset_bytes % BLOCK_BYTES:
                 raise AssertionError(f"{tail} of tensor {tensor} is not a block-aligned part of frame {frame}")
-    room = sorted((pages._gap(frame)[1], frame) for frame, there in pages._tails.items() if len(there) == 1)
+    room = sorted((pages._gap(frame)[1], frame) for frame, there in pages.tails.items() if len(there) == 1)
     if room != list(pages._room):
         raise AssertionError("the index of room in shared frames is not that of their tails")

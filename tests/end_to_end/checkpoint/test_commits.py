@@ -242,7 +242,7 @@ def assert_no_frame_is_lost(run: Run) -> None:
     used = {id(tensor.copy): tensor.copy for tensor in mover.tensors.values() if tensor.copy is not None}
     for commit in run.engine.debug.committer.commits.values():
         used |= {id(stored): stored for stored in commit.copies.values()}
-    assert len(mover.ssd.tensors()) == len(used)
+    assert len(mover.ssd.placements) == len(used)
 
 
 def test_a_commit_writes_what_is_dirty_and_no_more(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_modules_that_the_model_does_not_use_give_their_pages_back(tmp_path: Pat
         model = built()
     with offload.initialize(model, config(tmp_path), adamw) as engine:
         mover = engine.debug.mover
-        placed = [mover.ssd.placement(tensor) for tensor in mover.ssd.tensors()]
+        placed = [mover.ssd.placements.get(tensor) for tensor in mover.ssd.placements]
         assert (
             sum(place.n_bytes for place in placed if place is not None)
             < sum(p.nbytes for p in model.parameters()) + 8 * 4096

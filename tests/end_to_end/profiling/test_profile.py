@@ -58,7 +58,7 @@ def test_with_activations_in_pages_profiled_bits_are_plain_pytorchs(tmp_path: Pa
 
 
 def stored_bytes(book: PageAllocator) -> int:
-    return sum(book.held(tensor).n_bytes for tensor in book.tensors())
+    return sum(book.placements[tensor].n_bytes for tensor in book.placements)
 
 
 @pytest.mark.parametrize("update", [{}, {"clip_norm": 0.5}])

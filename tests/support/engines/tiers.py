@@ -49,7 +49,7 @@ def placed(found: Placement | Shortage) -> Placement:
 
 def layout(frames: PageAllocator) -> str:
     shown = ["."] * frames.n_frames
-    for tensor in frames.tensors():
+    for tensor in frames.placements:
         for extent in placed_of(frames, tensor).extents(PAGE):
             tail = placed_of(frames, tensor).tail
             letter = chr(tensor).lower() if extent == tail else chr(tensor)
@@ -59,7 +59,7 @@ def layout(frames: PageAllocator) -> str:
 
 
 def placed_of(frames: PageAllocator, tensor: TensorId) -> Placement:
-    found = frames.placement(tensor)
+    found = frames.placements.get(tensor)
     assert found is not None
     return found
 

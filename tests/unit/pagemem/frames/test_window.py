@@ -186,7 +186,7 @@ def test_looking_near_the_best_tenants_finds_what_looking_everywhere_finds(
     def dearest(leaving: Sequence[TensorId]) -> int:
         return max((weights[tensor] for tensor in leaving), default=-1)
 
-    preferred = sorted(book.tensors(), key=lambda tensor: weights[tensor])
+    preferred = sorted(book.placements, key=lambda tensor: weights[tensor])
     found = window_near(book, n_frames, preferred, movable, dearest, lambda tensor: weights[tensor], end)
     best = best_window(list(book.segments(0, end)), n_frames, movable, dearest)
     if best is None:
@@ -213,10 +213,10 @@ def test_it_looks_no_further_than_it_must() -> None:
         seen.update(leaving)
         return 1000 - min(leaving)
 
-    first = min(book.tensors())
-    assert window_near(book, 1, sorted(book.tensors()), anyone, cost, lambda tensor: tensor) == Window(
+    first = min(book.placements)
+    assert window_near(book, 1, sorted(book.placements), anyone, cost, lambda tensor: tensor) == Window(
         FrameId(0), 1, (first,)
     )
     assert seen == {first}
-    assert window_near(book, 1, sorted(book.tensors()), anyone, stalled, lambda tensor: 0) is not None
+    assert window_near(book, 1, sorted(book.placements), anyone, stalled, lambda tensor: 0) is not None
     assert len(seen) == LOOKED_AT
