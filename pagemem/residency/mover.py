@@ -171,7 +171,7 @@ class Mover(ABC):
         with self.changed:
             if tensor.state is Residency.ABSENT:
                 return
-            _refuse_held(tensor, "discard")
+            tensor.refuse_held("discard")
             tensor.become(Residency.ABSENT)
             tensor.ssd_valid = False
             if tensor.frame is not None:
@@ -185,7 +185,7 @@ class Mover(ABC):
             TransitionError: it is not clean; AssertionError: it is held. Nothing was changed.
         """
         with self.changed:
-            _refuse_held(tensor, "drop")
+            tensor.refuse_held("drop")
             if tensor.state is not Residency.CLEAN:
                 raise TransitionError(
                     f"{tensor.name}: {tensor.state.value} -> dropped is not a legal move: it is not clean"
@@ -345,8 +345,3 @@ class Mover(ABC):
     def close(self) -> None:
         """Wait until no copy is under way; as `CopyMonitor.close`. Idempotent."""
         self.monitor.close()
-
-
-def _refuse_held(tensor: PagedTensor, what: str) -> None:
-    if tensor.held or tensor.uploads:
-        raise AssertionError(f"{tensor.name} is held ({tensor.pins} pins, {tensor.leases} leases), cannot {what} it")

@@ -129,6 +129,11 @@ class PagedTensor:
         """Whether the host frames must stay where they are."""
         return self.pins > 0 or self.leases > 0 or self.resident
 
+    def refuse_held(self, what: str) -> None:
+        """Raise AssertionError unless the host frames can be given up; ``what`` names why they should be."""
+        if self.held or self.uploads:
+            raise AssertionError(f"{self.name} is held ({self.pins} pins, {self.leases} leases), cannot {what} it")
+
     def become(self, state: Residency) -> None:
         """Apply one legal move.
 
