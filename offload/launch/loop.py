@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import torch
@@ -17,7 +17,6 @@ from offload.engine import Engine
 from offload.factories import calls_of
 from offload.launch.batches import Batches, Pair, evaluated, loss_of, on_device
 from offload.launch.interrupt import Interrupt
-from offload.launch.progress import Progress
 from offload.launch.reporter import Reporter
 from offload.launch.summary import RunSummary, process_peak_bytes
 from pagemem.errors import CommitError
@@ -87,7 +86,7 @@ class ValidationRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """For the commit."""
-        return {"before_nats": self.before_nats, "best_nats": self.best_nats}
+        return asdict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the commit; raises ValueError for what is no loss."""
@@ -116,6 +115,8 @@ class TrainingLoop:
     Args:
         record: of earlier launches; kept up to date.
         metrics: of the steps made by earlier launches.
+        validate: returns the validation loss, see `validation_loss`.
+        closed: whether nobody reads the output any more.
 
     Attributes:
         metrics: of all steps that have any.
@@ -134,7 +135,7 @@ class TrainingLoop:
         interrupt: Interrupt,
         record: ValidationRecord,
         metrics: list[StepMetrics],
-        progress: Progress,
+        validate: Callable[[], float | None],
         closed: Callable[[], bool],
     ) -> None:
         if engine.steps and any("initial_lr" not in group for group in engine.optimizer.param_groups):
@@ -143,7 +144,7 @@ class TrainingLoop:
                 "continue it in a loop of your own"
             )
         self._engine, self._batches, self._reporter = engine, batches, reporter
-        self._interrupt, self._closed, self._record, self._progress = interrupt, closed, record, progress
+        self._interrupt, self._closed, self._record, self._validate = interrupt, closed, record, validate
         self._config, self._train, self._reference = config, config.train, config.model.factory
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             engine.optimizer, learning_rate(config.train), last_epoch=engine.steps - 1
@@ -222,7 +223,7 @@ class TrainingLoop:
         every = self._train.evaluate_every
         if every is None or self._engine.steps % every:
             return None
-        nats = self._validation_loss()
+        nats = self._validate()
         if nats is None:
             return None
         self._last = self._engine.stats()  # what it read counts for no step
@@ -230,10 +231,6 @@ class TrainingLoop:
         if best:
             self._record.best_nats = nats
         return Evaluation(self._engine.steps, nats, best)
-
-    def _validation_loss(self) -> float | None:
-        tell = self._progress.validating
-        return validation_loss(self._engine, self._batches, self._reference, self._interrupt, tell)
 
     def _report_and_commit(self) -> None:
         engine, evaluation = self._engine, self._evaluation
@@ -268,7 +265,7 @@ class TrainingLoop:
     def _validate_after(self) -> None:
         evaluation = self._evaluation
         if evaluation is None:
-            nats = self._validation_loss()
+            nats = self._validate()
             evaluation = None if nats is None else Evaluation(self._engine.steps, nats, best=False)
             if evaluation is not None:
                 self._reporter.tell(evaluation)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -141,8 +142,9 @@ def _train(
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     print_line(console, f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes")
     progress = Progress(console, config.train)
+    validate = partial(validation_loss, engine, batches, config.model.factory, interrupt, progress.validating)
     if config.train.evaluate_batches and not first:
-        record.before_nats = validation_loss(engine, batches, config.model.factory, interrupt, progress.validating)
+        record.before_nats = validate()
     others = [(reference, made_callback(reference)) for reference in config.output.callbacks]
     ready = not interrupt.asked and first < config.train.steps
     pair = batches.batch(first * config.update.accumulation) if ready else None
@@ -154,7 +156,7 @@ def _train(
     files = [MetricsFile(folder.path, FORMATS[name], kept.metrics) for name in config.output.log]
     reporter = Reporter([*(("", callback) for callback in (*files, progress)), *others])
     loop = TrainingLoop(
-        engine, config, batches, reporter, interrupt, record, kept.metrics, progress, lambda: is_closed(console)
+        engine, config, batches, reporter, interrupt, record, kept.metrics, validate, lambda: is_closed(console)
     )
     loop.run(RunStarted(config, folder.path, first, n_parameters, batches.unit), pair)
     summary = loop.summary()
