@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from offload.config import Config
 from pagemem.units import format_bytes
@@ -56,7 +56,7 @@ class StepMetrics:
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    step: int
+    step: Annotated[int, Field(ge=1)]
     loss: float
     lr: float
     step_s: float

@@ -38,9 +38,7 @@ from pagemem.units import parse_bytes
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    config = _read_config(arguments)
-    _start_anew_if_worth_it(arguments, config)
-    return launch(config)
+    return launch(_training_config(arguments))
 
 
 def _config(_arguments: argparse.Namespace) -> int:
@@ -54,15 +52,14 @@ def _profile(arguments: argparse.Namespace) -> int:
             raise ConfigError("--set changes a FILE; --plain has none")
         profile_plain(arguments.plain, arguments.steps, arguments.to, Output())
         return 0
-    config = _read_config(arguments)
-    _start_anew_if_worth_it(arguments, config)
-    profile_run(config, arguments.steps, arguments.to, Output())
+    profile_run(_training_config(arguments), arguments.steps, arguments.to, Output())
     return 0
 
 
-def _start_anew_if_worth_it(arguments: argparse.Namespace, config: Config) -> None:
-    """Replace this process by one like it whose heap needs no trimming, see `offload.heap`, where memory is to be
-    saved."""
+def _training_config(arguments: argparse.Namespace) -> Config:
+    """The configuration to train. Where it saves memory, this process is replaced by one like it whose heap needs no
+    trimming, see `offload.heap`."""
+    config = _read_config(arguments)
     environment = without_tcache(os.environ)
     if (
         arguments.owns_process
@@ -71,6 +68,7 @@ def _start_anew_if_worth_it(arguments: argparse.Namespace, config: Config) -> No
         and environment is not None
     ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    return config
 
 
 def _read_config(arguments: argparse.Namespace, *more: str) -> Config:

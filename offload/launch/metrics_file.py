@@ -191,9 +191,6 @@ def _metrics(line: bytes, log_format: LogFormat) -> StepMetrics:
     if not line.endswith(b"\n"):
         raise ValueError("it was cut")
     try:
-        metrics = log_format.decode(line)
+        return log_format.decode(line)
     except ValidationError as error:
         raise ValueError(first_fault(error)) from None
-    if metrics.step < 1:
-        raise ValueError(f"step is {metrics.step}")
-    return metrics

@@ -46,7 +46,7 @@ CASES: dict[str, tuple[bytes, list[int], str | None]] = {
     "text": (line(1, loss="2"), [], "loss: Input should be a valid number, not '2'"),
     "NaN": (line(1, loss=float("nan")), [], "loss: Input should be a finite number"),
     "infinite": (line(1, loss=0).replace(b'"loss": 0', b'"loss": 1e999'), [], "loss: Input should be a finite number"),
-    "step below 1": (line(0), [], "step is 0"),
+    "step below 1": (line(0), [], "step: Input should be greater than or equal to 1, not 0"),
     "deep": (b"[" * 4000 + b"\n", [], "recursion limit exceeded"),
     "not UTF-8": (b"\xff\xfe\x00\n", [], "Invalid JSON"),
     "empty file": (b"", [], "3 of the 3 earlier steps have no metrics$"),
