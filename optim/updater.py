@@ -17,10 +17,12 @@ import torch
 
 from optim import gradient_errors
 from optim.arrivals import Arrivals
-from optim.clip import check_loss, total_norm
+from optim.clip import check_finite, check_loss, total_norm
+from optim.gradient_budget import GradientBudget
 from optim.gradient_downloads import Download, GradientDownloadQueue
 from optim.training import Training
 from optim.unit import Grad, Hyper, Slot, Unit
+from pagemem.process.closing import close_all
 
 
 class Updater(ABC):
@@ -28,7 +30,9 @@ class Updater(ABC):
 
     Args:
         training: what is trained, and how.
+        budget: of gradients outside the host arena.
         downloads: queue of gradients on their way from a device; None where gradients are in host memory.
+        state_frames: host frames that the updater has for itself, outside the plan.
 
     Attributes:
         grad_norm: global norm of the gradients of the last step; None where nobody needed it.
@@ -39,7 +43,13 @@ class Updater(ABC):
     #: Whether gradients of parameters that are not optimized are to be delivered, too.
     keeps_unoptimized: ClassVar[bool]
 
-    def __init__(self, training: Training, downloads: GradientDownloadQueue | None = None) -> None:
+    def __init__(
+        self,
+        training: Training,
+        budget: GradientBudget,
+        downloads: GradientDownloadQueue | None = None,
+        state_frames: int = 0,
+    ) -> None:
         self._driver = training.driver
         self._index = training.index
         self._hypers = training.hypers
@@ -47,7 +57,9 @@ class Updater(ABC):
         self._eager = training.eager
         self._sink = training.sink
         self._other_gradients = training.other_gradients
+        self._budget = budget
         self._downloads = downloads
+        self.state_frames = state_frames
         self._slots = training.index.slots()
         self._arrivals = Arrivals(training.index)
         self._used_hypers: Sequence[Hyper] | None = None
@@ -70,10 +82,6 @@ class Updater(ABC):
         """A unit is about to be looked at or edited: it must have every update of the steps made."""
 
     @abstractmethod
-    def drain(self) -> None:
-        """Have every update of the steps made, in every unit."""
-
-    @abstractmethod
     def consistent(self, *, whole: bool) -> AbstractContextManager[None]:
         """Between two steps: inside the block every unit's parameters and states are of the same updates, and stay so.
 
@@ -81,30 +89,6 @@ class Updater(ABC):
             whole: with every update of the steps made; otherwise gradients on their way may be missing, so that
                 training waits for no more than the unit being updated.
         """
-
-    @abstractmethod
-    def close(self) -> None:
-        """End what works in the background and give memory back. Idempotent."""
-
-    @property
-    @abstractmethod
-    def staleness(self) -> int:
-        """Steps that the parameters in use miss, in the unit that is furthest behind."""
-
-    @property
-    @abstractmethod
-    def state_frames(self) -> int:
-        """Host frames that the updater has for itself, outside the plan."""
-
-    @property
-    @abstractmethod
-    def direct_bytes(self) -> int:
-        """Bytes of gradients outside the host arena now, those on their way included."""
-
-    @property
-    @abstractmethod
-    def peak_direct_bytes(self) -> int:
-        """Most of them at any time."""
 
     @abstractmethod
     def _take(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
@@ -129,6 +113,37 @@ class Updater(ABC):
     @abstractmethod
     def _make_zeros(self, unit: Unit, slot: Slot) -> None:
         """Have bytes for a gradient that is ZEROS: it is HELD then."""
+
+    # ---- what they have in common -----------------------------------------------------------------------------
+
+    @property
+    def staleness(self) -> int:
+        """Steps that the parameters in use miss, in the unit that is furthest behind."""
+        return 0
+
+    @property
+    def direct_bytes(self) -> int:
+        """Bytes of gradients outside the host arena now, those on their way and new parameters included."""
+        return self._budget.n_bytes + (0 if self._downloads is None else self._downloads.host_bytes)
+
+    @property
+    def peak_direct_bytes(self) -> int:
+        """Most of them at any time."""
+        return max(self._peak_bytes, self._budget.peak_bytes)
+
+    def drain(self) -> None:
+        """Have every update of the steps made, in every unit."""
+        self.catch_up(None)
+        for unit in self._index.units:
+            self.settle(unit)
+
+    def close(self) -> None:
+        """End what works in the background and give memory back, once gradients on their way are copied. Idempotent.
+
+        Raises:
+            RuntimeError: the device failed; everything is given back all the same.
+        """
+        close_all(*([] if self._downloads is None else [self._downloads.close]), self._budget.close)
 
     # ---- arrivals ----------------------------------------------------------------------------------------------
 
@@ -335,11 +350,40 @@ class Updater(ABC):
                 raise gradient_errors.uncleared_gradient(slot)
         return hypers
 
-    def _note_norm(self, norms: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        """Combine the norms of all gradients, each with its place in the model, as plain PyTorch does."""
+    def _use_hypers(self) -> Sequence[Hyper]:
+        """The present hyper-parameters, with which an update of the step under way is made before the step's end."""
+        hypers = self._hypers()
+        self._used_hypers = self._used_hypers or hypers
+        return hypers
+
+    def _coefficient(self, norms: list[tuple[int, torch.Tensor]], *, raises: bool) -> torch.Tensor | None:
+        """What this step's gradients are multiplied by; those that are not kept here are, by this.
+
+        Args:
+            norms: of the gradients kept here, each with its parameter's place in the model. All are combined as plain
+                PyTorch does.
+            raises: drop the gradients and raise NonFiniteError where the global norm is not finite.
+
+        Returns:
+            None where there are no gradients, or the norm is not finite.
+        """
+        others = self._other_gradients()
+        norms = [*norms, *((order, torch.linalg.vector_norm(other)) for order, other in others)]
+        if not norms:
+            return None
         total = total_norm([norm for _, norm in sorted(norms, key=lambda pair: pair[0])])
         self.grad_norm = self._scaling.unscaled(total)
-        return total
+        if raises:
+            try:
+                check_finite(total)
+            except BaseException:
+                self.clear()
+                raise
+        coefficient = self._scaling.coefficient(total)
+        if coefficient is not None:
+            for _, other in others:
+                other.mul_(coefficient.to(other.device))
+        return coefficient
 
     def _end_step(self) -> None:
         repeatable = self._arrivals.foretold

@@ -17,11 +17,10 @@ import torch
 
 from offload.store.masters import add_masters
 from offload.store.page_store import PageStore
-from optim.exact.gradient_store import GradientStore
 from optim.exact.updater import ExactUpdater, is_eager
+from optim.gradient_budget import GradientBudget
 from optim.gradient_downloads import GradientDownloadQueue
 from optim.lockfree.batch_update import scratch_bytes
-from optim.lockfree.gradient_budget import GradientBudget
 from optim.lockfree.state_windows import StateWindows, least_frames
 from optim.lockfree.unit_channel import UnitChannel
 from optim.lockfree.update_thread import UpdateThread
@@ -69,7 +68,7 @@ def _make_exact(store: PageStore, rule: UpdateRule, training: Training) -> Updat
     # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into, reserved
     # as a whole.
     budget = Budget(Tier.HOST, direct_bytes) if device is not None and device.stages_gradients else store.budget
-    gradients = GradientStore(store.driver, budget, direct_bytes)
+    gradients = GradientBudget(budget, direct_bytes)
     downloads = None
     if device is not None:
         downloads = GradientDownloadQueue(device, store.budget, on_their_way_bytes, direct_bytes)

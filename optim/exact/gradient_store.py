@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import torch
 
 from optim.clip import gradient_norm
+from optim.gradient_budget import GradientBudget
 from optim.unit import SLOT_ALIGN_NUMEL, Grad, Slot, Unit
-from pagemem.budget import Budget
 from pagemem.tier import Tag
 from pagemem.units import round_up
 from scheduler.execution.driver import Driver
@@ -36,7 +36,7 @@ def flat_gradient(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
 
 def _host_bytes(unit: Unit, gradient: torch.Tensor) -> int:
     """What of the host's budget a gradient takes as autograd made it."""
-    return 0 if unit.resident_driver is not None else gradient.numel() * gradient.dtype.itemsize
+    return 0 if unit.home is not None else gradient.numel() * gradient.dtype.itemsize
 
 
 class GradientStore:
@@ -44,16 +44,12 @@ class GradientStore:
 
     Args:
         driver: gives host pages.
-        budget: the host budget; direct gradients are reserved in it, tag GRAD.
-        limit_bytes: bytes of direct gradients at any time; more go to pages.
+        budget: of direct gradients; what does not fit goes to pages.
     """
 
-    def __init__(self, driver: Driver, budget: Budget, limit_bytes: int) -> None:
+    def __init__(self, driver: Driver, budget: GradientBudget) -> None:
         self._driver = driver
-        self._limit_bytes = limit_bytes
-        self._reservation = budget.reserve(Tag.GRAD, 0, "gradients in flight")
-        self.direct_bytes = 0
-        self.peak_direct_bytes = 0
+        self._budget = budget
 
     def keep(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> bool:
         """Keep a final gradient as it is; False when the reserved bytes do not suffice (then `add` it).
@@ -61,13 +57,8 @@ class GradientStore:
         That of a device-resident unit is on the device, among what autograd has, and not in the host's budget.
         """
         flat = flat_gradient(slot, gradient)
-        n_bytes = _host_bytes(unit, flat)
-        if self.direct_bytes + n_bytes > self._limit_bytes:
+        if not self._budget.take(_host_bytes(unit, flat)):
             return False
-        if not self._reservation.resize(self.direct_bytes + n_bytes):
-            return False
-        self.direct_bytes += n_bytes
-        self.peak_direct_bytes = max(self.peak_direct_bytes, self.direct_bytes)
         slot.direct = flat
         return True
 
@@ -99,17 +90,17 @@ class GradientStore:
         slot.paged = True
         if kept is not None:
             slot.direct = None
-            self.direct_bytes -= _host_bytes(unit, kept)
-            self._reservation.resize(self.direct_bytes)
+            self._budget.release(_host_bytes(unit, kept))
 
     def view(self, unit: Unit, slot: Slot) -> torch.Tensor:
         """The flat paged sum of one parameter; its pages must be pinned by the op under way."""
-        assert unit.gradients is not None
-        return self.driver_of(unit).mover.tenants.view(unit.gradients, slot.dtype, slot.offset, slot.numel)
+        assert unit.gradients is not None and unit.gradients.frame is not None
+        arena = self.driver_of(unit).mover.arena
+        return arena.view(unit.gradients.frame, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel)
 
     def driver_of(self, unit: Unit) -> Driver:
         """Who gives the pages of the unit's sums."""
-        return unit.resident_driver if unit.resident_driver is not None and unit.sums_resident else self._driver
+        return unit.home if unit.home is not None and unit.sums_at_home else self._driver
 
     @contextmanager
     def values(self, unit: Unit, slot: Slot) -> Iterator[torch.Tensor]:
@@ -160,12 +151,12 @@ class GradientStore:
         had_pages = any(slot.paged for slot in slots)
         for slot in slots:
             if slot.direct is not None:
-                self.direct_bytes -= _host_bytes(unit, slot.direct)
+                self._budget.release(_host_bytes(unit, slot.direct))
             slot.forget_gradient()
         if (
             had_pages
             and unit.gradients is not None
-            and not unit.sums_resident
+            and not unit.sums_at_home
             and not any(slot.paged for slot in unit.slots)
         ):
             if not consumed:
@@ -173,8 +164,3 @@ class GradientStore:
                 with self._driver.op(key, f"gradients of {unit.name}", [Access(unit.gradients.id, AccessMode.RENEW)]):
                     pass
             self._driver.consume(unit.gradients)
-        self._reservation.resize(self.direct_bytes)
-
-    def close(self) -> None:
-        """Give the reservation back. Idempotent."""
-        self._reservation.end()

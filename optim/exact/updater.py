@@ -17,16 +17,16 @@ from typing import ClassVar, Literal
 
 import torch
 
-from optim.clip import check_finite, gradient_norm
+from optim.clip import gradient_norm
 from optim.exact.gradient_store import GradientStore
 from optim.exact.unit_update import UnitUpdate
+from optim.gradient_budget import GradientBudget
 from optim.gradient_downloads import GradientDownloadQueue
 from optim.loss_scale import Scaling
 from optim.rules import UpdateRule
 from optim.training import Training
 from optim.unit import Grad, Pending, Slot, Unit
 from optim.updater import Updater
-from pagemem.process.closing import close_all
 
 Start = Literal["auto", "step"]
 
@@ -42,7 +42,7 @@ class ExactUpdater(Updater):
     Args:
         training: what is trained, and how.
         rule: what an update does.
-        store: keeps gradients.
+        budget: of gradients that are kept as autograd made them.
         updated: told of each unit whose parameters were updated.
         downloads: queue of gradients on their way from a device; None where gradients are in host memory.
     """
@@ -54,13 +54,13 @@ class ExactUpdater(Updater):
         self,
         training: Training,
         rule: UpdateRule,
-        store: GradientStore,
+        budget: GradientBudget,
         updated: Callable[[Unit], None],
         downloads: GradientDownloadQueue | None = None,
     ) -> None:
-        super().__init__(training, downloads)
-        self._store = store
-        self._update = UnitUpdate(training.driver, rule, store, training.sink, updated)
+        super().__init__(training, budget, downloads)
+        self._store = GradientStore(training.driver, budget)
+        self._update = UnitUpdate(training.driver, rule, self._store, training.sink, updated)
         self._every_slot = training.index.slots(optimized=False)
 
     # ---- gradients ---------------------------------------------------------------------------------------------
@@ -81,8 +81,7 @@ class ExactUpdater(Updater):
 
     def _complete(self, unit: Unit) -> None:
         if self._eager and self._arrivals.complete(unit) and not self._viewed(unit):
-            hypers = self._hypers()
-            self._used_hypers = self._used_hypers or hypers
+            hypers = self._use_hypers()
             used = [slot for slot in unit.slots if slot.group >= 0 and slot.grad is Grad.HELD]
             self._update.run(unit, Pending(hypers, None), spent=used)
             unit.updated = unit.ended = True
@@ -137,7 +136,7 @@ class ExactUpdater(Updater):
         waiting = [
             u for u in self._index.units if any(s.group >= 0 and s.grad in (Grad.HELD, Grad.OWN) for s in u.slots)
         ]
-        coefficient = self._coefficient() if self._scaling.needs_norm else None
+        coefficient = self._decide_coefficient() if self._scaling.needs_norm else None
         if self._scaling.needs_norm and waiting and coefficient is None:
             self.dropped_steps += 1
         else:
@@ -168,28 +167,12 @@ class ExactUpdater(Updater):
         self._update.check_whole()
         super().abandon()
 
-    def _coefficient(self) -> torch.Tensor | None:
-        """What this step's gradients are multiplied by; None when there are none, or they overflowed under loss
-        scaling."""
-        others = self._other_gradients()
-        norms = [(order, torch.linalg.vector_norm(other)) for order, other in others]
-        for unit, slot in self._every_slot:
-            norm = self._store.norm(unit, slot)
-            if norm is not None:
-                norms.append((slot.order, norm))
-        if not norms:
-            return None
-        total = self._note_norm(norms)
-        if self._scaling.loss_scale is None:
-            try:
-                check_finite(total)
-            except BaseException:
-                self.clear()
-                raise
-        coefficient = self._scaling.coefficient(total)
+    def _decide_coefficient(self) -> torch.Tensor | None:
+        """As `Updater._coefficient`; gradients of parameters that are not optimized are multiplied here."""
+        found = [(slot.order, self._store.norm(unit, slot)) for unit, slot in self._every_slot]
+        norms = [(order, norm) for order, norm in found if norm is not None]
+        coefficient = self._coefficient(norms, raises=self._scaling.loss_scale is None)
         if coefficient is not None:
-            for _, other in others:
-                other.mul_(coefficient.to(other.device))
             for unit, slot in self._every_slot:
                 if slot.group < 0 and slot.grad in (Grad.HELD, Grad.OWN):
                     self._store.scale(unit, [slot], coefficient)
@@ -213,12 +196,6 @@ class ExactUpdater(Updater):
             cleared = [slot for slot in unit.slots if slot.has_bytes and slot.grad in (Grad.NONE, Grad.ZEROS)]
             self._update.run(unit, unit.pending, spent=cleared)
 
-    def drain(self) -> None:
-        """Make every update that was decided on."""
-        self.catch_up(None)
-        for unit in self._index.units:
-            self._make_pending(unit)
-
     @contextmanager
     def consistent(self, *, whole: bool) -> Iterator[None]:
         """Between two steps: inside the block every update of the steps made is in parameters and states."""
@@ -227,31 +204,3 @@ class ExactUpdater(Updater):
         self._check_between_steps()
         self.drain()
         yield
-
-    def close(self) -> None:
-        """Give the gradients' memory back, once those on their way are copied. Idempotent.
-
-        Raises:
-            RuntimeError: the device failed; everything is given back all the same.
-        """
-        close_all(*([] if self._downloads is None else [self._downloads.close]), self._store.close)
-
-    @property
-    def staleness(self) -> int:
-        """Updates of all steps are made before a use."""
-        return 0
-
-    @property
-    def state_frames(self) -> int:
-        """States come and go by the plan."""
-        return 0
-
-    @property
-    def direct_bytes(self) -> int:
-        """Bytes of gradients outside the host arena now, those on their way included."""
-        return self._store.direct_bytes + (0 if self._downloads is None else self._downloads.host_bytes)
-
-    @property
-    def peak_direct_bytes(self) -> int:
-        """Most of them at any time."""
-        return max(self._peak_bytes, self._store.peak_direct_bytes)

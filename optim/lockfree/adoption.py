@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from optim.lockfree.gradient_budget import GradientBudget
+from optim.gradient_budget import GradientBudget
 from optim.lockfree.unit_channel import UnitChannel, Version
 from optim.unit import Unit
 from scheduler.execution.driver import Driver
@@ -77,7 +77,7 @@ class Adoption:
         """Release the bytes of versions that newer ones have replaced."""
         for channel in self._channels.values():
             while channel.freed_bytes:
-                self._budget.change(-channel.freed_bytes.popleft())
+                self._budget.release(channel.freed_bytes.popleft())
 
     def _adopted(self, unit: Unit, version: Version) -> None:
         channel = self._channels[unit]
@@ -86,8 +86,8 @@ class Adoption:
         # A version that was published meanwhile has the values that it did not replace: they go when it does.
         newest = channel.version
         kept = {} if newest is None or newest is version else newest.values
-        self._budget.change(
-            -sum(total.release() for slot, total in version.values.items() if kept.get(slot) is not total)
+        self._budget.release(
+            sum(total.release() for slot, total in version.values.items() if kept.get(slot) is not total)
         )
 
     def _copy_in(self, unit: Unit, version: Version) -> None:

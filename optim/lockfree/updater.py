@@ -26,9 +26,9 @@ import torch
 
 from optim.clip import gradient_norm, is_finite
 from optim.exact.gradient_store import flat_gradient
+from optim.gradient_budget import GradientBudget
 from optim.gradient_errors import START_HINT
 from optim.lockfree.adoption import Adoption
-from optim.lockfree.gradient_budget import GradientBudget
 from optim.lockfree.unit_channel import GradientSum, UnitChannel
 from optim.lockfree.update_thread import UpdateThread
 from optim.states import StateAccess
@@ -85,11 +85,10 @@ class LockFreeUpdater(Updater):
         budget: GradientBudget,
         bound: StalenessBound,
     ) -> None:
-        super().__init__(training)
+        super().__init__(training, budget, state_frames=thread.windows.n_frames)
         self._thread = thread
         self._channels = {channel.unit: channel for channel in channels}
         self._states = states
-        self._budget = budget
         self._bound = bound
         self._adoption = Adoption(training.driver, self._channels, budget)
         self._unused = set(self._channels)
@@ -99,21 +98,6 @@ class LockFreeUpdater(Updater):
     def staleness(self) -> int:
         """Steps that the parameters in use miss, in the unit that is furthest behind."""
         return max((channel.clock.staleness for channel in self._channels.values()), default=0)
-
-    @property
-    def state_frames(self) -> int:
-        """Host frames in which the update thread keeps optimizer states."""
-        return self._thread.windows.n_frames
-
-    @property
-    def direct_bytes(self) -> int:
-        """Bytes of gradients and of new parameters on their way."""
-        return self._budget.n_bytes
-
-    @property
-    def peak_direct_bytes(self) -> int:
-        """Most of them at any time."""
-        return self._budget.peak_bytes
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 
@@ -133,10 +117,8 @@ class LockFreeUpdater(Updater):
     def _complete(self, unit: Unit) -> None:
         if self._arrivals.complete(unit):
             if self._eager:
-                hypers = self._hypers()
-                self._used_hypers = self._used_hypers or hypers
                 unit.updated = True
-                self._hand_over(unit, hypers, None)
+                self._hand_over(unit, self._use_hypers(), None)
             if self._bound.adopts_after:
                 # Not worth waiting for a commit that has yet to get the old ones.
                 self._adoption.adopt(unit, "after", may=self._adoption.is_unseen(unit))
@@ -162,7 +144,7 @@ class LockFreeUpdater(Updater):
     def _forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
         for slot in slots:
             if slot.direct is not None:
-                self._budget.change(-slot.direct.numel() * slot.direct.dtype.itemsize)
+                self._budget.release(slot.direct.numel() * slot.direct.dtype.itemsize)
             slot.forget_gradient()
 
     def _hand_over(self, unit: Unit, hypers: Sequence[Hyper], coefficient: torch.Tensor | None) -> None:
@@ -183,7 +165,7 @@ class LockFreeUpdater(Updater):
             sums[slot] = GradientSum(slot, slot.direct, [hyper], coefficient, channel.lookahead_steps(hyper))
             slot.forget_gradient()
         _spend(found)
-        self._budget.change(-channel.put(sums))
+        self._budget.release(channel.put(sums))
         self._thread.wake()
 
     # ---- the optimizer step ------------------------------------------------------------------------------------
@@ -207,7 +189,7 @@ class LockFreeUpdater(Updater):
                 self._make_room(slot.numel * slot.dtype.itemsize)
                 slot.direct = slot.own.detach().reshape(-1).clone()  # The updater writes over what it is given.
         waiting = [unit for unit in self._channels if any(slot.direct is not None for slot in unit.slots)]
-        coefficient = self._coefficient()
+        coefficient = self._decide_coefficient() if self._scaling.needs_norm else None
         if self._scaling.needs_norm and waiting and coefficient is None:
             self.dropped_steps += 1
             for unit in waiting:
@@ -220,21 +202,14 @@ class LockFreeUpdater(Updater):
         self._unused = set(self._channels)
         self._end_step()
 
-    def _coefficient(self) -> torch.Tensor | None:
-        """What this step's gradients are multiplied by; None when nothing is to be done, or their norm is not
-        finite."""
-        if not self._scaling.needs_norm:
-            return None
-        others = self._other_gradients()
-        norms = [(order, torch.linalg.vector_norm(other)) for order, other in others]
-        norms += [(slot.order, gradient_norm(slot.direct)) for _, slot in self._slots if slot.direct is not None]
-        if not norms:
-            return None
-        coefficient = self._scaling.coefficient(self._note_norm(norms))
+    def _decide_coefficient(self) -> torch.Tensor | None:
+        """As `Updater._coefficient`; the user's own tensors are multiplied here."""
+        norms = [(slot.order, gradient_norm(slot.direct)) for _, slot in self._slots if slot.direct is not None]
+        coefficient = self._coefficient(norms, raises=False)
         if coefficient is not None:
-            own = [slot.own for _, slot in self._slots if slot.own is not None]
-            for other in [*(other for _, other in others), *own]:
-                other.mul_(coefficient.to(other.device))
+            for _, slot in self._slots:
+                if slot.own is not None:
+                    slot.own.mul_(coefficient.to(slot.own.device))
         return coefficient
 
     # ---- parameters --------------------------------------------------------------------------------------------
@@ -261,11 +236,6 @@ class LockFreeUpdater(Updater):
         if channel is not None and channel.clock.staleness:
             self._await(channel, channel.clock.produced)
             self._adoption.adopt(unit, "settle")
-
-    def drain(self) -> None:
-        """Have every update of the steps made, in every unit."""
-        for unit in self._channels:
-            self.settle(unit)
 
     @contextmanager
     def consistent(self, *, whole: bool) -> Iterator[None]:
@@ -303,9 +273,8 @@ class LockFreeUpdater(Updater):
     def _make_room(self, n_bytes: int) -> None:
         """Take ``n_bytes`` of the budget; where it is used up, wait for the update thread to give some back."""
         self._adoption.collect_freed()
-        while not self._budget.fits(n_bytes):
+        while not self._budget.take(n_bytes):
             self._gain_room(n_bytes, self._applied())
-        self._budget.change(n_bytes)
 
     def _gain_room(self, n_bytes: int, applied: int) -> None:
         """Have some bytes given back. ``applied``: counted before anything else was looked at."""
@@ -337,7 +306,7 @@ class LockFreeUpdater(Updater):
         for unit in self._channels:
             for slot in unit.slots:
                 slot.forget_gradient()
-        self._budget.close()
+        super().close()
 
 
 def _spend(slots: Sequence[Slot]) -> None:

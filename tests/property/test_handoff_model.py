@@ -28,7 +28,7 @@ from one_unit import mark, unit_of
 from stepped_updater import N, Pages, SavedWeight, SteppedUpdater, WatchedChannel, WatchedClock, WatchedDeque
 from torch import Tensor
 
-from optim.lockfree.gradient_budget import GradientBudget
+from optim.gradient_budget import GradientBudget
 from optim.lockfree.unit_channel import Version
 from optim.lockfree.updater import LockFreeUpdater, StalenessBound
 from optim.loss_scale import Scaling

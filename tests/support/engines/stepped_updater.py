@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -105,6 +106,7 @@ class SteppedUpdater:
         self._boxes, self._pages = boxes, pages
         self._wanted: UnitChannel | None = None
         self._at: Iterator[None] = self._serve()
+        self.windows = SimpleNamespace(n_frames=0)
         self.moving = False
         self.choice = 0
         self.waits = 0
