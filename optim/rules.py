@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ Lookahead = tuple[float, ...]
 class UpdateRule(Protocol):
     """What an optimizer must say of itself to run on pages. Stateless; called on whichever thread updates."""
 
-    torch_class: ClassVar[type[torch.optim.Optimizer]]
+    torch_class: type[torch.optim.Optimizer]
     state_names: tuple[str, ...]
     hyper_names: ClassVar[tuple[str, ...]]
     keeps_step: ClassVar[bool]
@@ -94,19 +94,25 @@ def _refuse(group: Hyper, name: str, *unsupported: str) -> None:
         )
 
 
-class _AdamFamily:
-    """Adam and AdamW share states and arguments; the kernel differs in where weight decay enters."""
+class AdamRule:
+    """`torch.optim.AdamW(fused=True)` or `torch.optim.Adam(fused=True)`, which differ in where weight decay enters.
+
+    Kingma and Ba, ICLR 2015, algorithm 1; decoupled weight decay: Loshchilov and Hutter, ICLR 2019, algorithm 2.
+    """
 
     state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     hyper_names: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay", "maximize")
     keeps_step: ClassVar[bool] = True
-    torch_class: ClassVar[type[torch.optim.Optimizer]]
-    _kernel: ClassVar[Any]
+
+    def __init__(self, torch_class: type[torch.optim.AdamW | torch.optim.Adam]) -> None:
+        self.torch_class: type[torch.optim.Optimizer] = torch_class
+        self._decoupled = torch_class is torch.optim.AdamW
 
     def check(self, group: Hyper) -> None:
-        """Raise ValueError for amsgrad, capturable, differentiable, tensors as numbers, or a kernel that is not
-        fused."""
-        _refuse(group, self.torch_class.__name__, "amsgrad", "capturable", "differentiable")
+        """Raise ValueError for amsgrad, capturable, differentiable, tensors as numbers, a kernel that is not fused, or
+        Adam with AdamW's weight decay."""
+        not_adam = () if self._decoupled else ("decoupled_weight_decay",)
+        _refuse(group, self.torch_class.__name__, "amsgrad", "capturable", "differentiable", *not_adam)
 
     def apply(self, hyper: Hyper, batch: Batch) -> None:
         """One fused call over all pieces."""
@@ -116,7 +122,8 @@ class _AdamFamily:
             for step, parameter in zip(batch.steps, batch.params, strict=True)
         ]
         beta1, beta2 = hyper["betas"]
-        type(self)._kernel(
+        kernel = torch._fused_adamw_ if self._decoupled else torch._fused_adam_
+        kernel(
             batch.params, batch.grads, batch.states[0], batch.states[1], [], steps,
             lr=hyper["lr"], beta1=beta1, beta2=beta2, weight_decay=hyper["weight_decay"], eps=hyper["eps"],
             amsgrad=False, maximize=hyper["maximize"], grad_scale=None, found_inf=None,
@@ -145,8 +152,12 @@ class _AdamFamily:
         return reach * root / (1 - beta1**n_updates), hyper["eps"] * root
 
     def lookahead_hyper(self, hyper: Hyper, n_steps: float) -> Hyper | None:
-        """A higher learning rate: the update and the way ahead have one direction, the new exp_avg over its root."""
-        return {**hyper, "lr": hyper["lr"] * (1 + _decays(hyper["betas"][0], n_steps))}
+        """A higher learning rate: the update and the way ahead have one direction, the new exp_avg over its root.
+        Decoupled, weights decay as far as the update alone would have them."""
+        further = {**hyper, "lr": hyper["lr"] * (1 + _decays(hyper["betas"][0], n_steps))}
+        if self._decoupled and further["lr"]:
+            further["weight_decay"] = hyper["weight_decay"] * (hyper["lr"] / further["lr"])
+        return further
 
     def apply_lookahead(
         self, lookahead: Lookahead, sign: int, parameter: Tensor, states: Sequence[Tensor], scratch: Tensor, out: Tensor
@@ -157,36 +168,10 @@ class _AdamFamily:
         torch.addcdiv(parameter, states[0], scratch.add_(eps), value=-sign * reach, out=out)
 
 
-class AdamWRule(_AdamFamily):
-    """`torch.optim.AdamW(fused=True)`. Decoupled weight decay: Loshchilov and Hutter, ICLR 2019, algorithm 2."""
-
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
-    _kernel = torch._fused_adamw_
-
-    def lookahead_hyper(self, hyper: Hyper, n_steps: float) -> Hyper | None:
-        """As Adam; weights decay as far as the update alone would have them."""
-        further = super().lookahead_hyper(hyper, n_steps)
-        if further is None or not further["lr"]:
-            return further
-        return {**further, "weight_decay": hyper["weight_decay"] * (hyper["lr"] / further["lr"])}
-
-
-class AdamRule(_AdamFamily):
-    """`torch.optim.Adam(fused=True)`. Kingma and Ba, ICLR 2015, algorithm 1."""
-
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
-    _kernel = torch._fused_adam_
-
-    def check(self, group: Hyper) -> None:
-        """As AdamW; decoupled weight decay is AdamW's."""
-        super().check(group)
-        _refuse(group, "Adam", "decoupled_weight_decay")
-
-
 class SGDRule:
     """`torch.optim.SGD(fused=True)`, with or without momentum."""
 
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
+    torch_class: type[torch.optim.Optimizer] = torch.optim.SGD
     hyper_names: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     keeps_step: ClassVar[bool] = False
 
@@ -242,9 +227,6 @@ def _take(tensors: Sequence[Tensor], chosen: Sequence[int]) -> list[Tensor]:
     return [tensors[i] for i in chosen]
 
 
-RULES: Final = (AdamWRule, AdamRule, SGDRule)
-
-
 def rule_for(template: torch.optim.Optimizer) -> UpdateRule:
     """The rule that does what ``template`` would do.
 
@@ -252,15 +234,12 @@ def rule_for(template: torch.optim.Optimizer) -> UpdateRule:
         ValueError: its class or one of its options cannot run on pages; the message lists what can.
     """
     rule: UpdateRule
-    if type(template) is torch.optim.AdamW:
-        rule = AdamWRule()
-    elif type(template) is torch.optim.Adam:
-        rule = AdamRule()
+    if isinstance(template, torch.optim.Adam) and type(template) in (torch.optim.AdamW, torch.optim.Adam):
+        rule = AdamRule(type(template))
     elif type(template) is torch.optim.SGD:
         rule = SGDRule(momentum=any(group["momentum"] for group in template.param_groups))
     else:
-        known = ", ".join(rule_class.torch_class.__name__ for rule_class in RULES)
-        raise ValueError(f"{type(template).__name__} does not run on pages; use one of torch.optim's {known}")
+        raise ValueError(f"{type(template).__name__} does not run on pages; use one of torch.optim's AdamW, Adam, SGD")
     for group in template.param_groups:
         rule.check(group)
     return rule

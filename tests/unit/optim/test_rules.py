@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from optim.rules import AdamRule, AdamWRule, Batch, SGDRule, UpdateRule, rule_for
+from optim.rules import AdamRule, Batch, SGDRule, UpdateRule, rule_for
 from optim.unit import SLICE_ALIGN_NUMEL, cut
 
 Parameters = list[torch.nn.Parameter]
@@ -88,8 +88,9 @@ def test_pieces_with_different_numbers_of_updates_share_a_batch(name: str) -> No
 
 def test_each_optimizer_has_its_rule() -> None:
     weights = [torch.nn.Parameter(torch.zeros(3))]
-    assert type(rule_for(torch.optim.AdamW(weights, fused=True))) is AdamWRule
-    assert type(rule_for(torch.optim.Adam(weights, fused=True))) is AdamRule
+    for torch_class in (torch.optim.AdamW, torch.optim.Adam):
+        rule = rule_for(torch_class(weights, fused=True))
+        assert type(rule) is AdamRule and rule.torch_class is torch_class
     without, having = (rule_for(torch.optim.SGD(weights, momentum=momentum, fused=True)) for momentum in (0.0, 0.5))
     assert isinstance(without, SGDRule) and without.state_names == ()
     assert isinstance(having, SGDRule) and having.state_names == ("momentum_buffer",)
