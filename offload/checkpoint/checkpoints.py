@@ -99,7 +99,7 @@ class Checkpoints:
         self._store.binder.check_structure()
         with self._updater.consistent(whole=whole):
             if self._store.device_tier is not None:
-                self._store.device_tier.upkeep.bring_down()
+                self._store.device_tier.bring_down()
             number = self.committer.begin(CommitContent(step, name, self._state(), self._sidecar()))
         self._last_step, self._last_s = step, time.monotonic()
         return number
@@ -212,7 +212,7 @@ class Checkpoints:
             for unit in self._store.index.units:
                 self._store.updated(unit)
             if self._store.device_tier is not None:
-                self._store.device_tier.upkeep.bring_up()
+                self._store.device_tier.bring_up()
         self._set_counters(state)
         self._set_hypers(groups, keep=keep_hypers)
         with torch.no_grad():

@@ -42,7 +42,6 @@ from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import EventSink
-from scheduler.execution.device_driver import DeviceDriver
 from scheduler.execution.driver import Driver
 from scheduler.execution.lower_tier import LowerTier
 from scheduler.planning.trace import Access, OpKey, Trace
@@ -184,12 +183,11 @@ class _Parts(StoreParts):
         self.host = Driver(mover, sink, lambda: (rates.ssd_read, rates.ssd_write), clock=_CostClock(self._cost))
         return self.host
 
-    def device_driver(self, mover: DeviceMover, below: Driver, sink: EventSink) -> DeviceDriver:
+    def device_driver(self, mover: DeviceMover, lower: LowerTier, sink: EventSink) -> Driver:
         """Likewise."""
-        h2d, lower = self._bandwidths.h2d, LowerTier(mover, below)
-        clock = _CostClock(self._cost)
+        h2d, clock = self._bandwidths.h2d, _CostClock(self._cost)
         self.upper = _OnDevice(self._cost, mover, sink, lambda: (h2d, h2d), clock=clock, lower=lower)
-        return DeviceDriver(mover, self.upper, lower)
+        return self.upper
 
     def binder(self, driver: Driver, mover: Mover) -> Binder:
         """One that knows meta tensors."""

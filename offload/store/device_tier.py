@@ -21,8 +21,9 @@ from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import EventSink
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
-from scheduler.execution.device_driver import DeviceDriver
 from scheduler.execution.driver import Driver
+from scheduler.execution.lower_tier import LowerTier
+from scheduler.planning.trace import Access, AccessMode, OpKind
 
 
 class DeviceTier:
@@ -45,7 +46,7 @@ class DeviceTier:
         host: HostMover,
         sink: EventSink,
         accelerator: Accelerator,
-        make_driver: Callable[[DeviceMover, Driver, EventSink], DeviceDriver],
+        make_driver: Callable[[DeviceMover, LowerTier, EventSink], Driver],
     ) -> None:
         self.budget = Budget(Tier.DEVICE, device_bytes)
         page_bytes = host.arena.page_bytes
@@ -56,8 +57,8 @@ class DeviceTier:
             undo.callback(arena.close)
             self.mover = DeviceMover(arena, host, accelerator, sink)
             undo.pop_all()
-        self.upkeep = make_driver(self.mover, below, sink)
-        self.driver = self.upkeep.driver
+        self._lower = LowerTier(self.mover, below)
+        self.driver = make_driver(self.mover, self._lower, sink)
         below.put_above(self.driver)
 
     def mirror(self, unit: Unit) -> PagedTensor:
@@ -94,7 +95,7 @@ class DeviceTier:
         for unit in units:
             assert unit.device is not None
             unit.parameters, unit.device, unit.resident_driver = unit.device, None, self.driver
-            self.upkeep.place(unit.parameters, FrameId(frame))
+            self._place(unit.parameters, FrameId(frame))
             frame += unit.parameters.n_frames
             for part in unit.slices:
                 if part.states is not None:
@@ -105,14 +106,69 @@ class DeviceTier:
                     frame += part.master.n_frames
             if sums:
                 unit.gradients = self.mover.create(f"gradients of {unit.name}", Tag.GRAD, unit.parameters.n_bytes)
-                self.upkeep.place_empty(unit.gradients, FrameId(frame))
+                self._place_empty(unit.gradients, FrameId(frame))
                 frame += unit.gradients.n_frames
 
     def _resident(self, lower: PagedTensor, frame: int) -> PagedTensor:
         """The device's own in place of a tensor of host memory."""
         tensor = self.mover.mirror(lower)
-        self.upkeep.place(tensor, FrameId(frame))
+        self._place(tensor, FrameId(frame))
         return tensor
+
+    def renewed(self, tensor: PagedTensor) -> None:
+        """An update has changed what lies below: what the device has of it is dropped, or copied anew where views are
+        in use."""
+        key = (OpKind.UPDATE, ("renewed", tensor.id))
+        with self.driver.op(key, tensor.name, [Access(tensor.id, AccessMode.RENEW)]):
+            if not self.mover.renew(tensor):
+                self._lower.fill(tensor)
+
+    def _place(self, tensor: PagedTensor, frame: FrameId) -> None:
+        """Make a tensor device-resident, as it is below, in the free frames from ``frame`` on. Updates of it are made
+        on the device from then on.
+
+        Raises:
+            StorageError: it cannot be read, or the device fails; the tensor is intact below.
+        """
+        with self.driver.untraced(), self._lower.holds([tensor.id], tensor.name):
+            self.mover.start_load(tensor, frame)
+            self.mover.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
+            self.mover.monitor.check()
+            self._lower.copied([tensor])
+        tensor.resident = True
+
+    def _place_empty(self, tensor: PagedTensor, frame: FrameId) -> None:
+        """Make a new tensor device-resident, of which there is nothing below and never will be."""
+        self.mover.start_load(tensor, frame, fresh=True)
+        self.mover.prefetched_unused.discard(tensor.id)
+        tensor.resident = True
+
+    def bring_down(self) -> None:
+        """Between two steps: have below what has changed in device-resident tensors, and what may have through views in
+        use.
+
+        Raises:
+            StorageError: a page file failed, or has no room for what has to leave. DeviceError: the calling thread's
+                compute goes where this would not be ordered with it. The device has everything.
+        """
+        with self.driver.untraced():
+            for tensor in list(self.mover.tensors.values()):
+                changed = tensor.id in self.mover.edited or tensor.id in self.mover.changed_resident
+                if changed or (tensor.may_be_aliased and tensor.readable):
+                    self._lower.write_back(tensor, AccessMode.CREATE)
+
+    def bring_up(self) -> None:
+        """Between two steps: device-resident tensors are to be what lies below of them.
+
+        Raises:
+            StorageError: one cannot be read; DeviceError: as `bring_down`. It and those after it are as they were.
+        """
+        with self.driver.untraced():
+            for tensor in list(self.mover.tensors.values()):
+                if tensor.resident and self.mover.mirrors(tensor):
+                    self._lower.fill(tensor)
+                    if tensor.id in self.mover.changed_resident:
+                        self.mover.written_back(tensor)
 
     def close(self) -> None:
         """Stop all copies, end the threads, give the arena back. Idempotent."""

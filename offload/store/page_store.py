@@ -181,7 +181,7 @@ class PageStore:
     def updated(self, unit: Unit) -> None:
         """A unit's parameters have changed in host memory."""
         if self.device_tier is not None and unit.device is not None:
-            self.device_tier.upkeep.renewed(unit.device)
+            self.device_tier.renewed(unit.device)
 
     def compute_on(self, tier: DeviceTier) -> None:
         """Have compute use the device's copies of all units from now on.

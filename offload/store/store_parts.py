@@ -20,7 +20,6 @@ from pagemem.folders.run_directory import RunDirectory
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
 from pagemem.telemetry.events import EventSink
-from scheduler.execution.device_driver import DeviceDriver
 from scheduler.execution.driver import Driver
 from scheduler.execution.lower_tier import LowerTier
 
@@ -73,11 +72,9 @@ class StoreParts:
         """The driver of host memory."""
         return Driver(mover, sink, mover.bandwidth)
 
-    def device_driver(self, mover: DeviceMover, below: Driver, sink: EventSink) -> DeviceDriver:
+    def device_driver(self, mover: DeviceMover, lower: LowerTier, sink: EventSink) -> Driver:
         """The driver of the device."""
-        lower = LowerTier(mover, below)
-        driver = Driver(mover, sink, mover.bandwidth, clock=mover.accelerator, lower=lower)
-        return DeviceDriver(mover, driver, lower)
+        return Driver(mover, sink, mover.bandwidth, clock=mover.accelerator, lower=lower)
 
     def binder(self, driver: Driver, mover: Mover) -> Binder:
         """What binds parameters."""

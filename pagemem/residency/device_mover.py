@@ -1,7 +1,7 @@
 """Residency in the device arena: whole tensors of host pages, copied up, and dropped when their frames are wanted.
 
 What is on the device is a copy: the tier below is authoritative, and may for its part have the bytes on SSD. A tensor
-that compute edits is written back at once by the training thread (`scheduler.execution.device_driver`); updates of it
+that compute edits is written back at once by the training thread (`scheduler.execution.lower_tier`); updates of it
 are made below, after which the copy is out of date and is dropped. So nothing is ever stored from here, and dropping
 costs nothing.
 

@@ -3,6 +3,10 @@
 The first use of a tensor after a load is an op of the driver below, too, which reads the tensor there: so the plan
 below has it in host memory by then, mostly long before, and the copy, which waits for nothing else, is made as early.
 What the device keeps from one use to the next asks for nothing below, and neither do device-resident tensors.
+
+Two drivers, one above the other, each have a trace and a plan of their own. For both traces to be the same in every
+step, each planned step of the device has the same moves (`single_step_cycle`). Its ops are timed by the device's own
+clock: the training thread is ahead of it.
 """
 
 from __future__ import annotations
