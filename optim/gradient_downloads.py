@@ -25,7 +25,7 @@ import torch
 
 from optim.clip import check_loss
 from optim.unit import Slot, Unit
-from pagemem.budget import Budget, Reservation
+from pagemem.budget import Budget
 from pagemem.devices.accelerator import REACHED, Accelerator, DeviceEvent, has_reached
 from pagemem.devices.staging import StagingBuffer
 from pagemem.errors import NonFiniteError
@@ -91,7 +91,7 @@ class GradientDownloadQueue:
         self._limit_bytes = limit_bytes
         buffer_bytes = limit_bytes + kept_bytes if accelerator.stages_gradients else 0
         reserved = budget.reserve(Tag.GRAD, buffer_bytes, "gradients on their way down")
-        self._reservation: Reservation | None = reserved
+        self._reservation = reserved
         self._buffer: StagingBuffer | None = None
         self._losses: StagingBuffer | None = None  # a page, like the losses themselves in no budget
         with ExitStack() as undo:
@@ -182,17 +182,11 @@ class GradientDownloadQueue:
         Raises:
             RuntimeError: the device failed; everything is given back all the same.
         """
-        reservation, self._reservation = self._reservation, None
-        if reservation is not None:
+        if not self._reservation.released:
+            buffers = [buffer.close for buffer in (self._buffer, self._losses) if buffer is not None]
             # Copies follow one another: behind the last one nothing is written to the buffer, for gradients that were
             # dropped either.
-            close_all(self._last_copy.wait, self._forget, reservation.release)
-
-    def _forget(self) -> None:
-        self._loss = None
-        self._waiting.clear()
-        self._waiting_bytes = self.host_bytes = 0
-        close_all(*(buffer.close for buffer in (self._buffer, self._losses) if buffer is not None))
+            close_all(self._last_copy.wait, self.drop, *buffers, self._reservation.release)
 
     def _begin_copy(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> Generator[Download, None, Download]:
         """A gradient on its way into host memory."""
@@ -250,7 +244,6 @@ class GradientDownloadQueue:
         loss.checked = True
 
     def _reserve_waiting(self) -> None:
-        assert self._reservation is not None
         self._waiting_bytes = sum(waiting.n_bytes for waiting in self._waiting)
         self.host_bytes = sum(waiting.host_bytes for waiting in self._waiting)
         if self._buffer is None and not self._reservation.resize(self.host_bytes):

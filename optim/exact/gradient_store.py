@@ -100,7 +100,7 @@ class GradientStore:
 
     def driver_of(self, unit: Unit) -> Driver:
         """Who gives the pages of the unit's sums."""
-        return unit.home if unit.home is not None and unit.sums_at_home else self._driver
+        return unit.home if unit.home is not None and unit.sums_resident else self._driver
 
     @contextmanager
     def values(self, unit: Unit, slot: Slot) -> Iterator[torch.Tensor]:
@@ -156,7 +156,7 @@ class GradientStore:
         if (
             had_pages
             and unit.gradients is not None
-            and not unit.sums_at_home
+            and not unit.sums_resident
             and not any(slot.paged for slot in unit.slots)
         ):
             if not consumed:

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Final
 
 import torch
@@ -96,11 +96,8 @@ class UpdateThread:
         self._n_threads = n_threads
         self._piece_numel = piece_numel((channel.unit for channel in channels), n_threads)
         self._gate: Callable[[str, Unit], None] | None = None  # where tests hold the thread
-        self._first_slice: dict[Unit, int] = {}
-        number = 0
-        for channel in self._channels:
-            self._first_slice[channel.unit] = number
-            number += len(channel.unit.slices)
+        first_slices = accumulate((len(channel.unit.slices) for channel in channels), initial=0)
+        self._first_slice = {channel.unit: first for channel, first in zip(channels, first_slices, strict=False)}
         self._wanted: UnitChannel | None = None
         self._work = threading.Event()
         self._progress = WaitLock()

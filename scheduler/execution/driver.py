@@ -289,7 +289,7 @@ class Driver:
     def _bring_from_below(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
         lower = self._lower
         assert lower is not None
-        if lower.owes(tensor) or not is_usable(tensor, mode) or tensor.id in self._lane:
+        if lower.must_be_op_below(tensor) or not is_usable(tensor, mode) or tensor.id in self._lane:
             with lower.holds([tensor.id], name):
                 self._bring(tensor, mode, name)
             lower.copied([tensor])

@@ -76,7 +76,7 @@ class LowerTier:
         key = (self._kind, (mode.value, *(tensor.id for tensor in lower)))
         return self._below.op(key, name, [Access(tensor.id, mode) for tensor in lower])
 
-    def owes(self, tensor: PagedTensor) -> bool:
+    def must_be_op_below(self, tensor: PagedTensor) -> bool:
         """Whether the next use of a tensor has to be an op below, too."""
         return tensor.id in self._device.prefetched_unused
 
