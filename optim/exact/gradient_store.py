@@ -36,7 +36,7 @@ def flat_gradient(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
 
 def _host_bytes(unit: Unit, gradient: torch.Tensor) -> int:
     """What of the host's budget a gradient takes as autograd made it."""
-    return 0 if unit.home is not None else gradient.numel() * gradient.dtype.itemsize
+    return 0 if unit.resident_driver is not None else gradient.numel() * gradient.dtype.itemsize
 
 
 class GradientStore:
@@ -100,7 +100,7 @@ class GradientStore:
 
     def driver_of(self, unit: Unit) -> Driver:
         """Who gives the pages of the unit's sums."""
-        return unit.home if unit.home is not None and unit.sums_resident else self._driver
+        return unit.resident_driver if unit.resident_driver is not None and unit.sums_resident else self._driver
 
     @contextmanager
     def values(self, unit: Unit, slot: Slot) -> Iterator[torch.Tensor]:
