@@ -94,9 +94,8 @@ class GradientStore:
 
     def view(self, unit: Unit, slot: Slot) -> torch.Tensor:
         """The flat paged sum of one parameter; its pages must be pinned by the op under way."""
-        assert unit.gradients is not None and unit.gradients.frame is not None
-        arena = self.driver_of(unit).mover.arena
-        return arena.view(unit.gradients.frame, slot.offset * slot.dtype.itemsize, slot.dtype, slot.numel)
+        assert unit.gradients is not None
+        return self.driver_of(unit).mover.tenants.view(unit.gradients, slot.dtype, slot.offset, slot.numel)
 
     def driver_of(self, unit: Unit) -> Driver:
         """Who gives the pages of the unit's sums."""
