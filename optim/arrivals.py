@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from optim.gradient_errors import stale_gradient
+from optim.gradient_errors import stale_gradient, torn_step
 from optim.unit import Grad, Slot, Unit, UnitIndex
 
 
@@ -67,6 +67,12 @@ class Arrivals:
 
     def __bool__(self) -> bool:
         return any(slot.arrivals for unit in self._index.units for slot in unit.slots)
+
+    def check_between_steps(self) -> None:
+        """Raise where a unit has its update of the step under way already."""
+        for unit in self._index.units:
+            if unit.updated:
+                raise torn_step(unit)
 
     def forget(self) -> None:
         """No gradient of the step under way has arrived."""

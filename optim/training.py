@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from optim.clip import total_norm
 from optim.loss_scale import Scaling
 from optim.unit import Hyper, UnitIndex
 from pagemem.telemetry.events import EventSink
@@ -37,3 +38,28 @@ class Training:
     scaling: Scaling
     eager: bool
     sink: EventSink
+
+    def coefficient(
+        self, norms: list[tuple[int, torch.Tensor]], found: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor | None:
+        """What this step's gradients are multiplied by; those that the updater does not keep are, by this.
+
+        Args:
+            norms: of the gradients that it keeps, each with its parameter's place in the model. All are combined as
+                plain PyTorch does.
+            found: is told of the global norm, and may refuse it.
+
+        Returns:
+            None where there are no gradients, or the norm is not finite.
+        """
+        others = self.other_gradients()
+        norms = [*norms, *((order, torch.linalg.vector_norm(other)) for order, other in others)]
+        if not norms:
+            return None
+        total = total_norm([norm for _, norm in sorted(norms, key=lambda pair: pair[0])])
+        found(total)
+        coefficient = self.scaling.coefficient(total)
+        if coefficient is not None:
+            for _, other in others:
+                other.mul_(coefficient.to(other.device))
+        return coefficient

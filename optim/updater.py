@@ -17,7 +17,7 @@ import torch
 
 from optim import gradient_errors
 from optim.arrivals import Arrivals
-from optim.clip import check_finite, check_loss, total_norm
+from optim.clip import check_loss
 from optim.gradient_budget import GradientBudget
 from optim.gradient_downloads import Download, GradientDownloadQueue
 from optim.training import Training
@@ -32,38 +32,29 @@ class Updater(ABC):
         training: what is trained, and how.
         budget: of gradients outside the host arena.
         downloads: queue of gradients on their way from a device; None where gradients are in host memory.
-        state_frames: host frames that the updater has for itself, outside the plan.
 
     Attributes:
+        state_frames: host frames that the updater has for itself, outside the plan.
         grad_norm: global norm of the gradients of the last step; None where nobody needed it.
-        dropped_steps: steps whose gradients were not finite, and so not applied. dropped_gradients: likewise, gradients
-            of single units.
+        dropped_steps: whose gradients were not finite, and so not applied; dropped_gradients: of single units.
     """
 
     #: Whether gradients of parameters that are not optimized are to be delivered, too.
     keeps_unoptimized: ClassVar[bool]
 
     def __init__(
-        self,
-        training: Training,
-        budget: GradientBudget,
-        downloads: GradientDownloadQueue | None = None,
-        state_frames: int = 0,
+        self, training: Training, budget: GradientBudget, downloads: GradientDownloadQueue | None = None
     ) -> None:
+        self._training = training
         self._driver = training.driver
         self._index = training.index
-        self._hypers = training.hypers
-        self._scaling = training.scaling
         self._eager = training.eager
-        self._sink = training.sink
-        self._other_gradients = training.other_gradients
         self._budget = budget
         self._downloads = downloads
-        self.state_frames = state_frames
         self._slots = training.index.slots()
         self._arrivals = Arrivals(training.index)
         self._used_hypers: Sequence[Hyper] | None = None
-        self._peak_bytes = 0
+        self.state_frames = self._peak_bytes = 0
         self.grad_norm: torch.Tensor | None = None
         self.dropped_steps = self.dropped_gradients = 0
 
@@ -113,8 +104,6 @@ class Updater(ABC):
     @abstractmethod
     def _make_zeros(self, unit: Unit, slot: Slot) -> None:
         """Have bytes for a gradient that is ZEROS: it is HELD then."""
-
-    # ---- what they have in common -----------------------------------------------------------------------------
 
     @property
     def staleness(self) -> int:
@@ -307,11 +296,6 @@ class Updater(ABC):
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _check_between_steps(self) -> None:
-        for unit in self._index.units:
-            if unit.updated:
-                raise gradient_errors.torn_step(unit)
-
     def _check_unspent(self, unit: Unit, slot: Slot) -> None:
         if slot.grad is Grad.SPENT and unit.updated:
             raise self._spent(slot)
@@ -342,7 +326,7 @@ class Updater(ABC):
             RuntimeError: hyper-parameters changed after updates of this step had used them, or a gradient of an earlier
                 step was used up, but not cleared, so that plain PyTorch would use it again.
         """
-        hypers = self._hypers()
+        hypers = self._training.hypers()
         if self._used_hypers is not None and list(self._used_hypers) != list(hypers):
             raise gradient_errors.changed_hypers()
         for unit, slot in self._slots:
@@ -352,38 +336,12 @@ class Updater(ABC):
 
     def _use_hypers(self) -> Sequence[Hyper]:
         """The present hyper-parameters, with which an update of the step under way is made before the step's end."""
-        hypers = self._hypers()
+        hypers = self._training.hypers()
         self._used_hypers = self._used_hypers or hypers
         return hypers
 
-    def _coefficient(self, norms: list[tuple[int, torch.Tensor]], *, raises: bool) -> torch.Tensor | None:
-        """What this step's gradients are multiplied by; those that are not kept here are, by this.
-
-        Args:
-            norms: of the gradients kept here, each with its parameter's place in the model. All are combined as plain
-                PyTorch does.
-            raises: drop the gradients and raise NonFiniteError where the global norm is not finite.
-
-        Returns:
-            None where there are no gradients, or the norm is not finite.
-        """
-        others = self._other_gradients()
-        norms = [*norms, *((order, torch.linalg.vector_norm(other)) for order, other in others)]
-        if not norms:
-            return None
-        total = total_norm([norm for _, norm in sorted(norms, key=lambda pair: pair[0])])
-        self.grad_norm = self._scaling.unscaled(total)
-        if raises:
-            try:
-                check_finite(total)
-            except BaseException:
-                self.clear()
-                raise
-        coefficient = self._scaling.coefficient(total)
-        if coefficient is not None:
-            for _, other in others:
-                other.mul_(coefficient.to(other.device))
-        return coefficient
+    def _note_norm(self, total: torch.Tensor) -> None:
+        self.grad_norm = self._training.scaling.unscaled(total)
 
     def _end_step(self) -> None:
         repeatable = self._arrivals.foretold

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from optim.clip import gradient_norm
+from optim.clip import check_finite, gradient_norm
 from optim.exact.gradient_store import GradientStore
 from optim.exact.unit_update import UnitUpdate
 from optim.gradient_budget import GradientBudget
@@ -72,7 +72,7 @@ class ExactUpdater(Updater):
         final = self._arrivals.is_final(slot)
 
         def note_norm(flat: torch.Tensor) -> None:
-            slot.norm = gradient_norm(flat) if final and self._scaling.needs_norm else None
+            slot.norm = gradient_norm(flat) if final and self._training.scaling.needs_norm else None
 
         if not (final and self._uses_in_place(unit, slot) and self._store.keep(unit, slot, gradient)):
             self._store.add(unit, slot, gradient, note_norm)
@@ -136,8 +136,8 @@ class ExactUpdater(Updater):
         waiting = [
             u for u in self._index.units if any(s.group >= 0 and s.grad in (Grad.HELD, Grad.OWN) for s in u.slots)
         ]
-        coefficient = self._decide_coefficient() if self._scaling.needs_norm else None
-        if self._scaling.needs_norm and waiting and coefficient is None:
+        coefficient = self._coefficient() if self._training.scaling.needs_norm else None
+        if self._training.scaling.needs_norm and waiting and coefficient is None:
             self.dropped_steps += 1
         else:
             for unit in waiting:
@@ -167,11 +167,20 @@ class ExactUpdater(Updater):
         self._update.check_whole()
         super().abandon()
 
-    def _decide_coefficient(self) -> torch.Tensor | None:
-        """As `Updater._coefficient`; gradients of parameters that are not optimized are multiplied here."""
+    def _note_norm(self, total: torch.Tensor) -> None:
+        super()._note_norm(total)
+        if self._training.scaling.loss_scale is None:
+            try:
+                check_finite(total)
+            except BaseException:
+                self.clear()
+                raise
+
+    def _coefficient(self) -> torch.Tensor | None:
+        """As `Training.coefficient`; gradients of parameters that are not optimized are multiplied here."""
         found = [(slot.order, self._store.norm(unit, slot)) for unit, slot in self._every_slot]
         norms = [(order, norm) for order, norm in found if norm is not None]
-        coefficient = self._coefficient(norms, raises=self._scaling.loss_scale is None)
+        coefficient = self._training.coefficient(norms, self._note_norm)
         if coefficient is not None:
             for unit, slot in self._every_slot:
                 if slot.group < 0 and slot.grad in (Grad.HELD, Grad.OWN):
@@ -201,6 +210,6 @@ class ExactUpdater(Updater):
         """Between two steps: inside the block every update of the steps made is in parameters and states."""
         self.catch_up(None)
         self._update.check_whole()
-        self._check_between_steps()
+        self._arrivals.check_between_steps()
         self.drain()
         yield

@@ -85,7 +85,8 @@ class LockFreeUpdater(Updater):
         budget: GradientBudget,
         bound: StalenessBound,
     ) -> None:
-        super().__init__(training, budget, state_frames=thread.windows.n_frames)
+        super().__init__(training, budget)
+        self.state_frames = thread.windows.n_frames
         self._thread = thread
         self._channels = {channel.unit: channel for channel in channels}
         self._states = states
@@ -189,8 +190,8 @@ class LockFreeUpdater(Updater):
                 self._make_room(slot.numel * slot.dtype.itemsize)
                 slot.direct = slot.own.detach().reshape(-1).clone()  # The updater writes over what it is given.
         waiting = [unit for unit in self._channels if any(slot.direct is not None for slot in unit.slots)]
-        coefficient = self._decide_coefficient() if self._scaling.needs_norm else None
-        if self._scaling.needs_norm and waiting and coefficient is None:
+        coefficient = self._coefficient() if self._training.scaling.needs_norm else None
+        if self._training.scaling.needs_norm and waiting and coefficient is None:
             self.dropped_steps += 1
             for unit in waiting:
                 found = [slot for slot in unit.slots if slot.direct is not None]
@@ -202,10 +203,10 @@ class LockFreeUpdater(Updater):
         self._unused = set(self._channels)
         self._end_step()
 
-    def _decide_coefficient(self) -> torch.Tensor | None:
-        """As `Updater._coefficient`; the user's own tensors are multiplied here."""
+    def _coefficient(self) -> torch.Tensor | None:
+        """As `Training.coefficient`; the user's own tensors are multiplied here."""
         norms = [(slot.order, gradient_norm(slot.direct)) for _, slot in self._slots if slot.direct is not None]
-        coefficient = self._coefficient(norms, raises=False)
+        coefficient = self._training.coefficient(norms, self._note_norm)
         if coefficient is not None:
             for _, slot in self._slots:
                 if slot.own is not None:
@@ -241,7 +242,7 @@ class LockFreeUpdater(Updater):
     def consistent(self, *, whole: bool) -> Iterator[None]:
         """See `Updater.consistent`. Not ``whole``: the update thread rests between two units meanwhile, and gradients
         on their way are not applied before. Where no staleness is allowed it is always whole."""
-        self._check_between_steps()
+        self._arrivals.check_between_steps()
         if whole or not all(self._bound.allowed(unit) for unit in self._channels):
             self.drain()
             yield
@@ -266,7 +267,7 @@ class LockFreeUpdater(Updater):
     def _wait(self, ready: Callable[[], bool], why: str, n_bytes: int) -> None:
         started_s = time.perf_counter()
         self._thread.await_progress(ready)
-        self._sink.emit(Event(EventKind.WAIT, why, n_bytes, started_s, time.perf_counter() - started_s))
+        self._training.sink.emit(Event(EventKind.WAIT, why, n_bytes, started_s, time.perf_counter() - started_s))
 
     # ---- memory ------------------------------------------------------------------------------------------------
 
