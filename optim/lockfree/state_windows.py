@@ -64,11 +64,6 @@ class StateWindows:
         self._wanted: set[int] = set()
         self.n_frames = end - first_frame + ring_frames
 
-    @property
-    def n_resident(self) -> int:
-        """Slices that stay in memory for good."""
-        return len(self._resident)
-
     def prefetch(self, number: int) -> None:
         """Begin to bring in a slice that will be needed soon, if a window is free.
 

@@ -31,9 +31,6 @@ class ReadLane:
     def __contains__(self, tensor: TensorId) -> bool:
         return self._waiting[tensor] > 0
 
-    def __len__(self) -> int:
-        return len(self._tasks)
-
     @property
     def first(self) -> LoadTask | None:
         """The load that the others wait behind, if one waits."""

@@ -220,9 +220,9 @@ def test_a_load_into_the_frames_that_a_tensor_is_about_to_lose_waits_for_that(ti
     tiers.below.mover.begin_upload(lower)
     tiers.below.mover.discard_soon(lower)
     lane.submit([LoadTask(lower.id, FrameId(0), 0, 1, fresh=True)])
-    assert len(lane) == 1 and not lane.stuck
+    assert lane.first is not None and not lane.stuck
     tiers.below.mover.end_upload(lower)
-    assert len(lane) == 0 and lower.state is R.CLEAN and lower.frame == 0
+    assert lane.first is None and lower.state is R.CLEAN and lower.frame == 0
     tiers.below.mover.drop(lower)
 
 
@@ -235,7 +235,7 @@ def test_what_is_waited_for_to_go_is_not_taken_for_what_is_to_come(tiers: Tiers)
     assert not gone.done()
     tiers.below.mover.end_upload(lower)
     gone.result(30)
-    assert len(lane) == 0 and lower.state is R.CLEAN and lower.frame == 0
+    assert lane.first is None and lower.state is R.CLEAN and lower.frame == 0
     tiers.below.mover.drop(lower)
 
 

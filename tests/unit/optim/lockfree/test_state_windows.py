@@ -164,7 +164,7 @@ def test_least_frames(sizes: list[int], frames: int) -> None:
 
 def test_where_all_slices_fit_nothing_is_ever_copied() -> None:
     with streaming([1, 2, (1, 1), 3], 8) as (cycle, files):
-        assert cycle.windows.n_resident == 4
+        assert len(cycle.windows._resident) == 4
         cycle.go_round(3)
         assert files.n_reads == files.n_writes == 0
         assert cycle.states() == ["dirty"] * 4
@@ -175,7 +175,7 @@ def test_as_many_slices_as_fit_stay_and_the_others_pass_through(resident: int) -
     sizes: list[int | tuple[int, int]] = [2, 1, (1, 1), 2, 1, (1, 1), 2]
     frames = RING_WINDOWS * 2 + sum(sum(s) if isinstance(s, tuple) else s for s in sizes[:resident])
     with streaming(sizes, frames) as (cycle, files):
-        assert cycle.windows.n_resident == resident
+        assert len(cycle.windows._resident) == resident
         cycle.go_round(4)
         cycle.mover.monitor.settle()
         passing = sum(len(tensors) for tensors in cycle.slices[resident:])
