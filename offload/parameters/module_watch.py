@@ -1,4 +1,4 @@
-"""Watches the modules of a model while they are built."""
+"""Calls back for every module that is registered in another one while a model is built."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def watching_modules(by: str, built: Callable[[nn.Module, str, nn.Module], None]
     """Have ``built`` called with parent, name and module for every module registered in a parent inside the block.
 
     Args:
-        by: who watches, for the error.
+        by: the caller's name, for the error.
 
     Raises:
-        RuntimeError: somebody watches already; two would not see what the other one does to the modules.
+        RuntimeError: another block is open; neither would see what the other does to the modules.
     """
     global _watched_by
     if _watched_by is not None:

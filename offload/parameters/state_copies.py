@@ -1,7 +1,7 @@
-"""Tensors that ``state_dict()`` has given out: copies, where plain PyTorch gives the parameters' own memory.
+"""``state_dict()`` returns copies, where plain PyTorch returns the parameters' own memory.
 
-So what is written to one of them would reach the model there, and does not here. That is noticed by torch's count of
-writes, also when the tensor is gone by then: ``model.state_dict()[name].copy_(value)``.
+A write to one of them would reach the model there, and does not here. It is noticed by torch's version counter, even if
+the tensor itself no longer exists: ``model.state_dict()[name].copy_(value)``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from offload.hooks import ModelHook
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A copy: a tensor without memory that shares its count of writes, and the count when it was given out."""
+    """A copy: a tensor without memory that shares its version counter, and the version when it was returned."""
 
     name: str
     copy: weakref.ref[Tensor]
@@ -74,7 +74,7 @@ class StateCopies:
         self._copies.clear()
 
     def check(self) -> None:
-        """Forget the copies that nobody has any more.
+        """Forget the copies that no longer exist.
 
         Raises:
             RuntimeError: one was written to, which has not changed the model; it is forgotten.

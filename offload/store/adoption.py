@@ -1,9 +1,9 @@
 """A store takes a finished model over, and gives it back.
 
-While a model is built nobody knows which parameters it will keep, tie or replace, and in which order its modules will
-stand. Units are made then of what is there. Once the model is whole, those of them that differ from the units of the
-finished model are made anew from their pages. So a model has the same units, and needs the same budget, whether it was
-built plainly or under `deferred_init`.
+While a model is built it is not known which parameters it will keep, tie or replace, nor the order of its modules, so
+units are made of what there is. Once the model is complete, units that differ from those of the finished model are
+rebuilt from their pages. So a model has the same units, and needs the same budget, whether it was built plainly or
+under `deferred_init`.
 """
 
 from __future__ import annotations

@@ -79,8 +79,7 @@ class DeviceTier:
         return self.mover.mirror(tensor)
 
     def make_resident(self, units: Sequence[Unit], *, sums: bool) -> None:
-        """Have units with their masters and states on the device for good, from its first frames on; updates of them
-        are made there.
+        """Keep units with their masters and states on the device, from its first frames on; they are updated there.
 
         Between two steps, once all of them have their states. They must fit.
 

@@ -212,7 +212,7 @@ class PageStore:
         tier.make_resident([units[index] for index in chosen], sums=sums)
 
     def forget(self, unit: Unit) -> None:
-        """Give the pages of a unit back, which nobody has a view of. Using its parameters raises from now on."""
+        """Free the pages of a unit, of which there must be no views. Using its parameters raises from now on."""
         unit.forgotten = True
         if unit in self.index.units:
             self.index.units.remove(unit)
@@ -257,7 +257,7 @@ class PageStore:
         """Stop all moves, end all threads, close and unlock the page files, give the arena back. Idempotent.
 
         Raises:
-            StorageError: a background copy had failed and nobody has been told; everything is closed all the same.
+            StorageError: a background copy had failed, unreported so far; everything is closed all the same.
         """
         if self.given_back:
             return

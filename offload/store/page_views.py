@@ -51,7 +51,7 @@ def adopt_view(binder: Binder, units: Sequence[Unit], name: str, parameter: nn.P
 
 
 def check_unviewed(binder: Binder, units: Sequence[Unit], model: nn.Module) -> None:
-    """Raise ValueError where somebody has a view of a parameter: it would not see what becomes of the parameter."""
+    """Raise ValueError where a view of a parameter is in use: it would not follow the parameter."""
     binder.mover.collect_leases()
     names = {
         p._place.unit: name for name, p in reversed(list(model.named_parameters())) if isinstance(p, PagedParameter)
