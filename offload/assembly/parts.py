@@ -19,13 +19,13 @@ from offload.activations.saved import SavedActivations, chunk_bytes
 from offload.assembly.training_step import TrainingStep
 from offload.budget.checks import check_model
 from offload.checkpoint.checkpoints import Checkpoints
-from offload.config import Config
+from offload.config import Config, OptimizerConfig
 from offload.factories import described
 from offload.heap import give_back_large_blocks, keep_freed_memory, tcache_disabled
 from offload.modules.checks import check_parameters
 from offload.modules.fast_paths import keep_fast_paths
 from offload.modules.structure import Structure
-from offload.parameters.optimizer_template import OptimizerLike, assign_groups, from_section, optimized_by, template_of
+from offload.parameters.optimizer_template import OptimizerLike, assign_groups, optimized_by, template_of
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.adoption import adopt, give_back
 from offload.store.deferred_init import store_of
@@ -167,7 +167,8 @@ def build_parts(
     saved, structure = store.parts.saved_weights(store.binder), Structure(model)
     undo += saved.around_forward(model, structure.is_known)
     undo += keep_fast_paths(model, store.binder)
-    trainable, trims, binder = from_section(optimizer), _trims(config), store.binder
+    trainable = optimizer is None or isinstance(optimizer, OptimizerConfig)
+    trims, binder = _trims(config), store.binder
     binder.train(model, updater, activations, saved.scope, structure.check, only_trainable=trainable, trims=trims)
     for module in model.modules():
         store.watch_over(module)

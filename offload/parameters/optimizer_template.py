@@ -24,25 +24,17 @@ _TORCH_CLASSES: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {
 }
 
 
-def from_section(optimizer: OptimizerLike) -> bool:
-    """Whether an optimizer section is what is asked for, and not a factory of the user's."""
-    return optimizer is None or isinstance(optimizer, (OptimizerConfig, Mapping))
-
-
 def template_of(optimizer: OptimizerLike, config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """The torch optimizer that is asked for, over a model's parameters.
 
     Raises:
         ValueError: it is neither a factory nor a section, or the factory gives something else than a new optimizer.
     """
-    if not from_section(optimizer):
-        return _made_by(optimizer, model)
-    section = config.optimizer
-    if isinstance(optimizer, OptimizerConfig):
-        section = optimizer
-    elif isinstance(optimizer, Mapping):
-        section = load_optimizer(optimizer)
-    return template_from(section, model)
+    if isinstance(optimizer, Mapping):
+        optimizer = load_optimizer(optimizer)
+    if optimizer is None or isinstance(optimizer, OptimizerConfig):
+        return template_from(optimizer or config.optimizer, model)
+    return _made_by(optimizer, model)
 
 
 def _made_by(factory: Any, model: nn.Module) -> torch.optim.Optimizer:
