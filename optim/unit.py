@@ -35,8 +35,8 @@ class Grad(enum.Enum):
     """What ``parameter.grad`` is in plain PyTorch, and what there is of it here.
 
     NONE: it is None. HELD: the sum of what arrived, in bytes of ours. OWN: the tensor that the user assigned to it.
-        ZEROS: zeros, of
-    which there are no bytes. SPENT: not None, but its bytes were used up by the update that was made of it.
+    ZEROS: zeros, of which there are no bytes. SPENT: not None, but its bytes were used up by the update that was made
+    of it.
     """
 
     # Members are single: enum's own hash, of the name, is a Python call.
