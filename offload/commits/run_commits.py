@@ -86,7 +86,7 @@ class EarlierCommits:
                     "ssd.paths, which are not those given now; give the same folders in the same order, or others"
                 )
             self._manifests[number] = manifest
-        file_bytes = file_sizes(directory.file(PAGE_FILE_NAME) for directory in directories)
+        file_bytes = file_sizes(directory.path / PAGE_FILE_NAME for directory in directories)
         for number, why in impossible(list(self._manifests.values()), file_bytes).items():
             self._refuse_lost_pages(self._manifests[number], file_bytes)
             del self._manifests[number]
@@ -100,7 +100,7 @@ class EarlierCommits:
             n_bytes, wanted_bytes = file_bytes[path], frames * manifest.page_bytes
             if n_bytes < wanted_bytes and (not n_bytes or not manifest.checksums):
                 raise CommitError(
-                    f"{self._directories[path].file(PAGE_FILE_NAME)} "
+                    f"{self._directories[path].path / PAGE_FILE_NAME} "
                     f"{f'has {n_bytes} bytes' if n_bytes else 'is gone or empty'}, and commit {manifest.number} names "
                     f"{wanted_bytes} bytes of it. Nothing was changed; put the file back, or move "
                     f"{self.folder.manifest(manifest.number)} away to go on without that commit"
@@ -115,7 +115,7 @@ class EarlierCommits:
                     "folders in their order"
                 )
         for directory in self._directories:
-            path = directory.file(_PART_OF)
+            path = directory.path / _PART_OF
             try:
                 part_of = checked(_PART, parse_json(read_small(path, _MAX_PART_BYTES)))
             except FileNotFoundError:
@@ -137,7 +137,7 @@ class EarlierCommits:
         """Mark the other directories as parts of this run, durably, before a commit names their page files."""
         first = self._directories[0]
         for directory in self._directories[1:]:
-            path = directory.file(_PART_OF)
+            path = directory.path / _PART_OF
             with naming("looking for", path):
                 claimed = kind_of(path) is not None
             if not claimed:

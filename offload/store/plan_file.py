@@ -85,7 +85,7 @@ class PlanKeeper:
 def plan_keepers(store: PageStore) -> list[PlanKeeper]:
     """A keeper for the plan of each tier that has one."""
     folder = store.directories[0]
-    keepers = [PlanKeeper(store.driver, folder.file(PLAN_NAME))]
+    keepers = [PlanKeeper(store.driver, folder.path / PLAN_NAME)]
     if store.device_tier is not None:
-        keepers.append(PlanKeeper(store.device_tier.driver, folder.file(DEVICE_PLAN_NAME)))
+        keepers.append(PlanKeeper(store.device_tier.driver, folder.path / DEVICE_PLAN_NAME))
     return keepers

@@ -141,12 +141,9 @@ class HostArena(Arena):
             if unpin is not None:
                 unpin()
         finally:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        self._bytes.release()
-        try:
-            self._map.close()
-        except BufferError:
-            # A lease still exports the mapping: its views stay valid and the last one's end unmaps it.
-            self._map.madvise(mmap.MADV_NORMAL)
+            self._bytes.release()
+            try:
+                self._map.close()
+            except BufferError:
+                # A lease still exports the mapping: its views stay valid and the last one's end unmaps it.
+                self._map.madvise(mmap.MADV_NORMAL)

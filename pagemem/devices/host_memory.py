@@ -3,7 +3,6 @@ allow. Read anew each time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -22,18 +21,9 @@ def usable_bytes() -> int:
     return available_bytes if left_bytes is None else min(available_bytes, left_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Controller:
-    """Where a version of cgroup has what it knows of memory."""
-
-    folder: str
-    limit: str
-    used: str
-    reclaimable: str
-
-
-_V2: Final = _Controller("", "memory.max", "memory.current", "inactive_file")
-_V1: Final = _Controller("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+#: Of a version of cgroup: the folder, and the names of the limit, of what is used, and of what can be reclaimed.
+_V2: Final = ("", "memory.max", "memory.current", "inactive_file")
+_V1: Final = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 #: v1 writes no limit as the largest number of whole pages.
 _NO_LIMIT_BYTES: Final = 1 << 62
 
@@ -49,18 +39,16 @@ def cgroup_limit(own: Path, root: Path) -> tuple[int | None, int | None]:
         number, controllers, name = line.split(":", 2)
         if number != "0" and "memory" not in controllers.split(","):
             continue
-        controller = _V2 if number == "0" else _V1
-        top = root / controller.folder
+        controller, limit, used, reclaimable = _V2 if number == "0" else _V1
+        top = root / controller
         group = top / name.lstrip("/")
         for folder in (group, *group.parents):
             if not folder.is_relative_to(top):
                 break
-            text = (folder / controller.limit).read_text().strip() if (folder / controller.limit).exists() else "max"
+            text = (folder / limit).read_text().strip() if (folder / limit).exists() else "max"
             if text != "max" and int(text) < _NO_LIMIT_BYTES:
                 limits.append(int(text))
-                used_bytes = int((folder / controller.used).read_text()) - _reclaimable_bytes(
-                    folder / "memory.stat", controller.reclaimable
-                )
+                used_bytes = int((folder / used).read_text()) - _reclaimable_bytes(folder / "memory.stat", reclaimable)
                 left.append(max(0, int(text) - used_bytes))
     return min(limits, default=None), min(left, default=None)
 

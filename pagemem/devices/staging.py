@@ -40,12 +40,7 @@ class StagingBuffer:
         """A free span (uint8, flat, aligned), the first that is long enough; None: there is none now.
 
         Where it lies depends on the sizes and ends of spans before, and on nothing else.
-
-        Raises:
-            ValueError: it is empty.
         """
-        if n_bytes < 1:
-            raise ValueError(f"a span of {n_bytes} bytes")
         for ended in self._arena.ended_leases():
             del self._taken[ended]
         start = 0

@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from pagemem.durable.manifest import StoredTensor
@@ -132,23 +131,15 @@ class PageReader:
             yield chunk
             begin_bytes += chunk.n_bytes
 
-    def locate(self, chunk: Chunk) -> ExtentTable:
-        """Where in the files a chunk's extents are.
-
-        Raises:
-            ValueError: one is empty, not aligned, or not inside a page.
-        """
-        beyond = max(extent.frame for extent in chunk.extents) + 1
-        return tabulate(chunk.extents, self._striping, self.page_bytes, beyond)
-
     def read(self, chunk: Chunk, into: memoryview, *, checksums: bool) -> list[WrongExtent]:
         """Read a chunk to the start of ``into``; returns what is wrong with it, extent by extent.
 
         Raises:
-            ValueError: see `locate`.
+            ValueError: an extent is empty, not aligned, or not inside a page.
             StorageError: the system failed.
         """
-        table = self.locate(chunk)
+        beyond = max(extent.frame for extent in chunk.extents) + 1
+        table = tabulate(chunk.extents, self._striping, self.page_bytes, beyond)
         ends = table.positions + table.lengths
         cut = [row for row in range(len(table)) if ends[row] > self.file_bytes[int(table.paths[row])]]
         if cut:
@@ -191,7 +182,5 @@ class PageReader:
     def __enter__(self) -> PageReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -97,7 +97,7 @@ class PageFiles:
         self._striping = Striping(len(directories))
         self._throttle = None if limit_mb_per_s is None else TokenBucket(limit_mb_per_s * 1e6)
         self.page_bytes = page_bytes
-        self.paths = [str(directory.file(PAGE_FILE_NAME)) for directory in directories]
+        self.paths = [str(directory.path / PAGE_FILE_NAME) for directory in directories]
         self._max_request_bytes = max_request_bytes
         self.checksums = checksums
         self._slab_frames = max(1, slab_bytes // page_bytes)
@@ -114,7 +114,6 @@ class PageFiles:
         made = choose_backend(folders, direct=direct, n_workers=n_workers)
         self.backend_name = made.name
         self._files = FileSet(made, self.paths, page_bytes)
-        self._started: list[IoPool[Ticket]] = []
         self._pools: dict[tuple[Direction, int], IoPool[Ticket]] = {}
         self._finishing: IoPool[Ticket] | None = None
         if finishing_threads is None:
@@ -266,16 +265,13 @@ class PageFiles:
             for direction in Direction:
                 for path in range(len(self.paths)):
                     name = f"pagemem-{direction.name.lower()}-{path}"
-                    self._pools[direction, path] = self._start(name, threads_per_path, n_background)
+                    pool = IoPool(name, threads_per_path, self._server, self._note_failure, n_background)
+                    self._pools[direction, path] = pool
             if finishing_threads:
-                self._finishing = self._start("pagemem-finish", finishing_threads, 1)
+                self._finishing = IoPool("pagemem-finish", finishing_threads, self._server, self._note_failure)
         except BaseException:
             self.close()
             raise
-
-    def _start(self, name: str, n_threads: int, n_background: int) -> IoPool[Ticket]:
-        self._started.append(IoPool(name, n_threads, self._server, self._note_failure, n_background))
-        return self._started[-1]
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -288,10 +284,6 @@ class PageFiles:
                 `pagemem.residency.disk_versions`.
         """
         self._files.sync()
-        self.check()
-
-    def check(self) -> None:
-        """As `FileSet.check`. Any thread."""
         self._files.check(self._striping.file_frames(self.n_frames))
 
     def close(self) -> None:
@@ -306,8 +298,9 @@ class PageFiles:
                 return
             if self._state is FilesState.OPEN:  # else a signal's handler raised in an earlier call
                 self._become(FilesState.CLOSING)
-            for pool in self._started:  # in this order: the last one takes what the others leave to it
-                pool.close()
+            for pool in (*self._pools.values(), self._finishing):  # the last one takes what the others leave to it
+                if pool is not None:
+                    pool.close()
             try:
                 self._files.close()
             except StorageError as error:

@@ -111,21 +111,24 @@ class RunDirectory:
                 remove_folders(made)
                 raise
         except (OSError, StorageError) as error:
-            raise _unusable(self.path, error) from error
+            what = str(error) if isinstance(error, StorageError) else error.strerror or str(error)
+            raise RunDirectoryError(
+                f"{self.path} cannot be used as a run directory: {what}. Name a folder on a local disk that this user "
+                "can create and write."
+            ) from error
 
     def _identity(self) -> str:
         """The folder's run id; a new one where it has none."""
-        if kind_of(self.path / IDENTITY_NAME) is not None:
+        path, run_id = self.path / IDENTITY_NAME, str(uuid.uuid4())
+        if kind_of(path) is not None:
             return read_run_id(self.path)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            return _write_identity(self.path)
+            replace_file(path, json.dumps({"format": FORMAT, "run_id": run_id, "created": created}).encode())
         except BaseException:
-            remove_draft(draft_of(self.path / IDENTITY_NAME))
+            remove_draft(draft_of(path))
             raise
-
-    def file(self, name: str) -> Path:
-        """Where a file of this name lies in the folder; nothing is created."""
-        return self.path / name
+        return run_id
 
     def close(self) -> None:
         """Remove and release the lock; the folder stays ours and can be opened again. Idempotent.
@@ -184,19 +187,3 @@ def read_run_id(path: Path) -> str:
         raise RunDirectoryError(
             f"{name} is not an identity file of this engine ({why}). Nothing was changed; name an empty or new folder."
         ) from error
-
-
-def _write_identity(path: Path) -> str:
-    """Publish a new identity in one step, durably; returns its run id. The lock must be held."""
-    run_id = str(uuid.uuid4())
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    replace_file(path / IDENTITY_NAME, json.dumps({"format": FORMAT, "run_id": run_id, "created": created}).encode())
-    return run_id
-
-
-def _unusable(path: Path, error: OSError | StorageError) -> RunDirectoryError:
-    what = str(error) if isinstance(error, StorageError) else error.strerror or str(error)
-    return RunDirectoryError(
-        f"{path} cannot be used as a run directory: {what}. Name a folder on a local disk that this user can create "
-        "and write."
-    )

@@ -51,11 +51,6 @@ class Placement:
     runs: tuple[FrameRun, ...]
     tail: Extent | None = None
 
-    @property
-    def n_frames(self) -> int:
-        """Frames touched, a shared one counted once."""
-        return sum(run.n_frames for run in self.runs) + (self.tail is not None)
-
     def extents(self, page_bytes: int) -> list[Extent]:
         """The tensor's bytes in order, one extent a page."""
         found: list[Extent] = []

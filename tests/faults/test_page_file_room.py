@@ -62,8 +62,8 @@ def test_no_room_for_a_write_is_a_full_disk(bench: Bench) -> None:
 def test_a_page_file_that_cannot_be_opened_leaves_nothing_behind(tmp_path: Path, direct: bool | None) -> None:
     threads, descriptors = set(threading.enumerate()), os.listdir("/proc/self/fd")
     with RunDirectory(tmp_path / "a") as first, RunDirectory(tmp_path / "b") as second:
-        second.file(PAGE_FILE_NAME).mkdir()
-        with pytest.raises(StorageError, match=rf"{second.file(PAGE_FILE_NAME)} is a folder, not a file of this run"):
+        (second.path / PAGE_FILE_NAME).mkdir()
+        with pytest.raises(StorageError, match=rf"{second.path / PAGE_FILE_NAME} is a folder, not a file of this run"):
             PageFiles([first, second], page_bytes=PAGE_BYTES, direct=direct)
     assert set(threading.enumerate()) == threads
     assert len(os.listdir("/proc/self/fd")) == len(descriptors)

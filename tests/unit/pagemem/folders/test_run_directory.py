@@ -40,10 +40,10 @@ def test_a_new_folder_is_made_with_its_parents_and_identified(tmp_path: Path) ->
 
 def test_our_own_folder_opens_again_with_its_content_and_id(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as first:
-        first.file("pages.bin").write_bytes(b"left over")
+        (first.path / "pages.bin").write_bytes(b"left over")
     with RunDirectory(tmp_path) as second:
         assert second.run_id == first.run_id
-        assert second.file("pages.bin").read_bytes() == b"left over"
+        assert (second.path / "pages.bin").read_bytes() == b"left over"
 
 
 def test_a_foreign_folder_is_refused_and_unchanged(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path: Path)
         holder.communicate()
     assert (tmp_path / LOCK_NAME).exists(), "killed: nobody removed the lock file"
     with RunDirectory(tmp_path) as directory:
-        assert directory.file(LOCK_NAME).read_text().strip() == str(os.getpid())
+        assert (directory.path / LOCK_NAME).read_text().strip() == str(os.getpid())
 
 
 def test_a_claim_cut_short_by_a_crash_is_taken_over(tmp_path: Path) -> None:
