@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,6 +82,18 @@ def _descriptors() -> set[tuple[str, str]]:
     return found
 
 
+def _left_behind(
+    threads: set[threading.Thread], descriptors: set[tuple[str, str]]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Threads (with where each is) and descriptors that there are now and were not before."""
+    frames, left = sys._current_frames(), []
+    for thread in threading.enumerate():
+        if thread not in threads:
+            frame = frames.get(thread.ident or 0)
+            left.append(thread.name + ("" if frame is None else "".join(traceback.format_stack(frame, limit=3))))
+    return left, sorted(_descriptors() - descriptors)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Fail a test after which a thread runs, a descriptor is open, or a signal is handled, that was not before."""
@@ -92,7 +106,12 @@ def nothing_is_left_behind() -> Iterator[None]:
         if handler is not None:
             signal.signal(number, handler)
     assert not changed, f"handlers of signals left changed: {changed}"
-    left = [thread.name for thread in threading.enumerate() if thread not in threads]
+    left, opened = _left_behind(threads, descriptors)
+    for _ in range(20):  # A thread may be at its last instruction: what is still there after a second stays.
+        if not left and not opened:
+            break
+        time.sleep(0.05)
+        _collect()
+        left, opened = _left_behind(threads, descriptors)
     assert not left, f"threads left running: {left}"
-    opened = sorted(_descriptors() - descriptors)
     assert not opened, f"descriptors left open: {opened}"

@@ -35,7 +35,21 @@ def commits(folder: Path) -> dict[int, tuple[int, str | None]]:
 # ---- bit by bit -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SETUPS)
+#: Each has something of several others.
+OFTEN = {
+    "random, clipped, micro-batches",
+    "gpt, tied, least RAM",
+    "gpt, fp16, clipped",
+    "conv, momentum",
+    "partly trained",
+    "random, lock-free",
+    "gpt, lock-free, bf16",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.long) for name in SETUPS]
+)
 def test_a_run_that_stopped_goes_on_to_the_same_bits(name: str, tmp_path: Path) -> None:
     """Commits of every second step, in the background; the run ends in the step after one; the next process draws
     otherwise."""

@@ -80,13 +80,13 @@ def test_where_all_are_at_home_nothing_moves(
     assert_closed(engine)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("made_with", "goes_on_with"), [(ALL, ALL), (ALL, "1MiB"), ("1MiB", ALL), (SOME, "cpu"), ("cpu", SOME)]
+@each_value(
+    devices=[(ALL, ALL), (ALL, "1MiB"), ("1MiB", ALL), (SOME, "cpu"), ("cpu", SOME)],
+    dtype=["fp32", "bf16"],
 )
-def test_a_commit_does_not_say_where_units_were_at_home(
-    made_with: str, goes_on_with: str, dtype: str, tmp_path: Path
-) -> None:
+def test_a_commit_does_not_say_where_units_were_at_home(devices: tuple[str, str], dtype: str, tmp_path: Path) -> None:
+    made_with, goes_on_with = devices
+
     def of(device: str) -> dict[str, Any]:
         made = homes(tmp_path, dtype=dtype)
         if device == "cpu":
