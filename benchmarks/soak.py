@@ -82,7 +82,7 @@ def live(folder: Path, mode: str, every_steps: int, seed: int, say: Callable[[st
     torch.manual_seed(seed if commits.numbers() else 1)
     if commits.numbers():
         report = verify_run(folder, paths=[], commit=None, console=Console(quiet=True))
-        if not report.whole:
+        if report.faults:
             raise AssertionError(f"damaged commits: {report.faults}")
     say("verified")
     settings = config(folder, mode, every_steps)

@@ -13,7 +13,7 @@ from offload.budget.need import BudgetNeed
 from offload.budget.smallest import FactoryError, smallest_budget
 from offload.callbacks import Callback
 from offload.checkpoint.commit_weights import ExportError
-from offload.checkpoint.resumed import Change, Resumed
+from offload.checkpoint.compatibility import Change, Resumed
 from offload.config import Config, ConfigError, load_config
 from offload.engine import Engine, initialize, prepare
 from offload.parameters.paged_parameter import PagedParameter, gathered

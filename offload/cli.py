@@ -12,6 +12,7 @@ from typing import Any, Final, NoReturn
 
 import offload
 from offload import starting
+from offload.budget.verdict import Available
 from offload.checkpoint.commit_weights import DTYPES
 from offload.checkpoint.export import export_run
 from offload.checkpoint.verify import verify_run
@@ -19,8 +20,7 @@ from offload.config import Config, ConfigError, load_config
 from offload.config_file import apply_changes, read_config_file
 from offload.config_template import config_template
 from offload.console.output import BROKEN_PIPE, Output, OutputClosed
-from offload.forecast.fit import Room, room_here
-from offload.forecast.forecast import Question, check_forecastable, forecast
+from offload.forecast.forecast import check_forecastable, forecast
 from offload.forecast.rates import rates_of
 from offload.forecast.report import print_forecast, shown
 from offload.heap import without_tcache
@@ -30,6 +30,7 @@ from offload.launch.train import launch
 from offload.machine.bench_ssd import full_plan
 from offload.machine.bench_ssd_report import run_bench_ssd
 from offload.machine.doctor import run_doctor
+from offload.machine.facts import available_here
 from offload.profiling.plain import profile_plain
 from pagemem.errors import OffloadError
 from pagemem.units import parse_bytes
@@ -92,15 +93,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     ram_bytes, disk_bytes, device_bytes = arguments.machine_ram, arguments.machine_disk, arguments.machine_device
     room = None
     if not ram_bytes is disk_bytes is device_bytes is None:
-        here = room_here(config)
-        room = Room(
+        here = available_here(config)
+        room = Available(
             here.ram_bytes if ram_bytes is None else ram_bytes,
             here.disk_bytes if disk_bytes is None else disk_bytes,
             device_bytes,
         )
     console = Output()
     with shown(console) as progress:
-        found = forecast(config, rates, Question(room, arguments.largest, arguments.depth), progress)
+        found = forecast(config, rates, room, largest=arguments.largest, depth=arguments.depth, progress=progress)
     print_forecast(found, console, as_json=arguments.json)
     return 0
 
@@ -135,7 +136,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     report = verify_run(arguments.run, paths=arguments.paths, commit=arguments.commit, console=Output())
-    return 0 if report.whole else 1
+    return 0 if not report.faults else 1
 
 
 def _bench_ssd(arguments: argparse.Namespace) -> int:

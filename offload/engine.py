@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from offload.assembly.lifetime import Lifetime
 from offload.assembly.parts import DebugView, EngineParts, build_parts, built_store, take_apart
 from offload.checkpoint.checkpoints import Stateful
+from offload.checkpoint.compatibility import Resumed
 from offload.checkpoint.export import check_exportable, check_request, export_commit
-from offload.checkpoint.resumed import Resumed
 from offload.commits.stored_layout import unlike_state_dict
 from offload.config import ConfigLike, load_config, load_optimizer
 from offload.parameters.optimizer_template import OptimizerLike
@@ -245,9 +245,8 @@ class Engine:
         to = check_request(folders, Path(folder), dtype=dtype, max_shard_bytes=shard_bytes)
         check_exportable(unlike_state_dict(self.model))
         manifest = self._parts.checkpoints.committer.commits[self.save()].manifest
-        return export_commit(
-            folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True)
-        ).folder
+        export_commit(folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True))
+        return to
 
     @property
     def torch_device(self) -> torch.device:

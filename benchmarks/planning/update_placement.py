@@ -21,7 +21,8 @@ from benchmarks import common
 from benchmarks.common import GPT, SIZES
 from offload.config import load_config
 from offload.forecast.kernels import CostMode, RatedKernels
-from offload.forecast.rehearsal import Bandwidths, rehearsed
+from offload.forecast.rates import Rates
+from offload.forecast.rehearsal import rehearsed
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from scheduler.planning.bounds import check_bounds
@@ -102,9 +103,9 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     n_parameters = common.n_parameters(*SIZES[a.size], a.seq)
     config = load_config({"memory": {"ram": int(a.ram_share * 12 * n_parameters)}, "ssd": {"paths": ["rehearsed"]}})
     cost = CostMode(RatedKernels(a.flops, a.ram_speed * 1e6))
-    with rehearsed(lambda: GPT(*SIZES[a.size], a.seq, False), config, cost, Bandwidths(1e9, 1e9, 1e9)) as engine:
+    with rehearsed(lambda: GPT(*SIZES[a.size], a.seq, False), config, cost, Rates(1e9, 1e9, 1e9, 1e9, 1e9)) as engine:
         engine.rehearse(a.batch, a.seq)
-        trace, planner = engine.trace, engine.host.planner
+        trace, planner = engine.host.follower.trace, engine.host.planner
         n_bytes, tier = planner.n_bytes(trace), planner.tier()
     found = []
     for mb_per_s in MB_PER_S:

@@ -17,7 +17,7 @@ from offload.activations.blocks import Blocks
 from offload.activations.policy import RecomputeChoice
 from offload.activations.saved import SavedActivations, chunk_bytes
 from offload.assembly.training_step import TrainingStep
-from offload.budget.checks import check_model
+from offload.budget.need import check_model
 from offload.checkpoint.checkpoints import Checkpoints
 from offload.config import Config, OptimizerConfig
 from offload.factories import described
@@ -27,6 +27,7 @@ from offload.modules.fast_paths import keep_fast_paths
 from offload.modules.structure import Structure
 from offload.parameters.optimizer_template import OptimizerLike, assign_groups, optimized_by, template_of
 from offload.parameters.paged_parameter import PagedParameter
+from offload.parameters.saved_weights import SavedWeights
 from offload.store.adoption import adopt, give_back
 from offload.store.deferred_init import store_of
 from offload.store.make_updater import make_updater
@@ -164,7 +165,7 @@ def build_parts(
     if activations is not None and memory.activations is not None and memory.recompute == "auto":
         choice = _recompute_choice(model, activations, memory.activations, store, undo)
     step = TrainingStep(store, updater, scaling.loss_scale, config.update.accumulation, choice, keepers)
-    saved, structure = store.parts.saved_weights(store.binder), Structure(model)
+    saved, structure = SavedWeights(store.binder), Structure(model)
     undo += saved.around_forward(model, structure.is_known)
     undo += keep_fast_paths(model, store.binder)
     trainable = optimizer is None or isinstance(optimizer, OptimizerConfig)

@@ -6,16 +6,18 @@ smallest one that works is the first that holds what a unit needs at that budget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import nn
 
 from offload import knobs
 from offload.config import Config, resolve_page_bytes
-from offload.parameters.grouping import Group, common_name
+from offload.parameters.grouping import Group, common_name, groups_of, units_of
 from optim.unit import largest_slice, lay_out
+from pagemem.devices.host_memory import usable_bytes
 from pagemem.errors import BudgetError
 from pagemem.frames.page import MIN_PAGE_BYTES
 from pagemem.units import ceil_div, format_bytes
@@ -141,6 +143,22 @@ class BudgetNeed:
         )
 
 
+def shapes_of(
+    model: nn.Module, optimized: Collection[int], dropped: Sequence[Group] = ()
+) -> Callable[[int], list[UnitShape]]:
+    """The units of a model for a page size in bytes.
+
+    Args:
+        optimized: ``id`` of every parameter that the optimizer has.
+        dropped: parameters that are built and not kept, which need pages until the model is whole.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = groups_of(model.named_modules(), set())
+    return lambda page_bytes: [
+        UnitShape.of(group, names, optimized) for group in [*units_of(groups, page_bytes), *dropped]
+    ]
+
+
 def budget_need(
     units_at: Callable[[int], Iterable[UnitShape]], n_states: int, config: Config, from_bytes: int = MIN_PAGE_BYTES
 ) -> BudgetNeed:
@@ -161,3 +179,61 @@ def budget_need(
             content_bytes = sum(unit.content_bytes(sizes.compute_dtype, n_states) for unit in units)
             return BudgetNeed(unit.name, unit.numel * unit.dtype.itemsize, ram_bytes, content_bytes)
         ram_bytes = need_bytes
+
+
+# ---- before and while parameters are paged ---------------------------------------------------------------------------
+
+
+def check_model(model: nn.Module, optimized: Collection[int], n_states: int, config: Config) -> None:
+    """Before the engine pages anything: make sure that the largest unit will fit, also in its update.
+
+    Args:
+        optimized: ``id`` of every parameter that the optimizer has.
+        n_states: states that the optimizer keeps for each element.
+
+    Raises:
+        BudgetError: it will not; names the unit and the smallest budget that works.
+    """
+    units_at = shapes_of(model, optimized)
+    if units_at(1):
+        budget_need(units_at, n_states, config, config.memory.ram).check(config.memory.ram)
+
+
+def check_built(named: Group, config: Config, page_bytes: int) -> None:
+    """While a model is built, of which only what has been built so far is known: make sure that a group of parameters
+    fits.
+
+    Raises:
+        BudgetError: it does not; names it, and what it needs.
+    """
+    ram_bytes, names = config.memory.ram, {id(parameter): name for name, parameter in named}
+    if UnitShape.of(named, names, ()).built_frames(page_bytes) * page_bytes <= ram_bytes:
+        return
+
+    def need_of(unit: UnitShape) -> BudgetNeed:
+        return budget_need(lambda _: [unit], config.optimizer.n_states, config, ram_bytes)
+
+    built, trained = need_of(UnitShape.of(named, {}, ())), need_of(UnitShape.of(named, names, names))
+    raise BudgetError(
+        f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but {trained.unit}, which is being built, "
+        f"needs at least {built.smallest_bytes} bytes ({format_bytes(built.smallest_bytes)}) for its parameters "
+        f"alone, and {trained.smallest_bytes} bytes ({format_bytes(trained.smallest_bytes)}) if the optimizer of the "
+        "configuration trains it. Modules not built yet may need more: offload.smallest_budget(factory, optimizer, "
+        "config) says what the whole model needs",
+        built.smallest_bytes,
+    )
+
+
+def check_lockable(ram_bytes: int) -> None:
+    """Before all of ``memory.ram`` is locked in RAM: the system would end this process, or another, for want of it.
+
+    Raises:
+        MemoryError: there is less left than that.
+    """
+    left_bytes = usable_bytes()
+    if ram_bytes > left_bytes:
+        raise MemoryError(
+            f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), all of it to be locked in RAM for copies "
+            f"by the device, but this machine, or the cgroup's memory.max, has {left_bytes} bytes "
+            f"({format_bytes(left_bytes)}) left; lower memory.ram below that"
+        )

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from offload.budget.need import BudgetNeed, UnitShape, budget_need
+from offload.budget.need import BudgetNeed, budget_need, shapes_of
 from offload.config import ConfigError, ConfigLike, load_config
 from offload.factories import described
 from offload.modules.checks import check_parameters
-from offload.parameters.grouping import Group, groups_of, units_of
+from offload.parameters.grouping import Group, groups_of
 from offload.parameters.module_watch import named_parts, watching_modules
 from offload.parameters.optimizer_template import OptimizerLike, optimized_by, template_of
 from optim.rules import rule_for
@@ -53,15 +53,9 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
     model, built = _built_on_meta(factory)
     check_parameters(model, "meta")
     template = template_of(optimizer, config, model)
-    names, optimized = {id(p): name for name, p in model.named_parameters()}, optimized_by(template)
-    groups = groups_of(model.named_modules(), set())
-    # What is built and then not kept needs pages until the model is whole.
-    dropped = [group for group in built if not any(id(parameter) in names for _, parameter in group)]
-    return budget_need(
-        lambda page_bytes: [UnitShape.of(group, names, optimized) for group in units_of(groups, page_bytes) + dropped],
-        len(rule_for(template).state_names),
-        config,
-    )
+    kept = {id(parameter) for parameter in model.parameters()}
+    dropped = [group for group in built if not any(id(parameter) in kept for _, parameter in group)]
+    return budget_need(shapes_of(model, optimized_by(template), dropped), len(rule_for(template).state_names), config)
 
 
 def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Group]]:

@@ -21,15 +21,18 @@ from pagemem.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class Available:
-    """What a machine has for a run's states, in bytes.
+    """What a machine has for a run, in bytes.
 
     Attributes:
         ram_bytes: that the process can have. disk_bytes: for page files, those that are there already included.
+        device_bytes: for the pages there and for what kernels make; None: a device is a part of RAM, as
+            ``cpu-emulated`` is.
         limits: on the memory of this process, by their names.
     """
 
     ram_bytes: int
     disk_bytes: int
+    device_bytes: int | None = None
     limits: tuple[tuple[str, int], ...] = ()
 
 

@@ -16,14 +16,17 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from offload.checkpoint.committer import CommitContent, Committer
-from offload.checkpoint.compatibility import Contents, check_contents, check_groups
-from offload.checkpoint.resumed import Resumed, config_changes, hyper_changes
-from offload.checkpoint.sidecar import Sidecar
-from offload.commits.commit_state import ENCODING
+from offload.checkpoint.compatibility import (
+    Resumed,
+    check_contents,
+    check_groups,
+    config_changes,
+    hyper_changes,
+)
+from offload.commits.commit_state import ENCODING, random_states, read_sidecar, set_random_states
 from offload.commits.plain_state import UnknownState, decode, encode
-from offload.commits.random_states import random_states, set_random_states
 from offload.commits.run_commits import Commit
-from offload.commits.stored_layout import layout_of, unlike_state_dict
+from offload.commits.stored_layout import names_of, stored_units, unlike_state_dict
 from offload.config import Config
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.page_store import PageStore
@@ -35,6 +38,8 @@ from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import TRANSIENT
 
 _MAX_NAME: Final = 200
+#: How torch computes updates: the engine has one way, which commits once did not name.
+_KERNEL_KEYS: Final = ("fused", "foreach")
 
 
 class Stateful(Protocol):
@@ -61,7 +66,7 @@ class Checkpoints:
         self._tracked: dict[str, Stateful] = {}
         #: Hyper-parameters that the groups were given, by whoever made the optimizer: here, or where the commit was
         #: made.
-        self._given = [_without_parameters(group) for group in optimizer.param_groups]
+        self._given = [_without(group, "params") for group in optimizer.param_groups]
         self.committer = Committer(store, config.commit.keep)
         self._last_step = 0
         self._last_s = time.monotonic()
@@ -119,7 +124,7 @@ class Checkpoints:
             }
             groups, given = (
                 [
-                    encode(_without_parameters(group), f"optimizer.param_groups[{place}]")
+                    encode(_without(group, "params"), f"optimizer.param_groups[{place}]")
                     for place, group in enumerate(groups)
                 ]
                 for groups in (self._optimizer.param_groups, self._given)
@@ -129,12 +134,13 @@ class Checkpoints:
         return {
             "slice_numel": self._store.slice_numel,
             "staleness": self._updater.staleness,
-            "optimizer": self._rule_name,
+            "optimizer": self._optimizer.torch_class.__name__,
             "parameters": self._parameters(),
             "update_steps": {slot.name: slot.steps for slot in self._slots()},
             "lookahead": {slot.name: list(slot.lookahead) for slot in self._slots() if slot.lookahead},
             "edited": [slot.name for slot in self._slots() if slot.edited],
-            **layout_of(self._store.index.units, self._model).describe(),
+            "units": stored_units(self._store.index.units),
+            "names": names_of(self._model),
             "unlike": unlike_state_dict(self._model),
             "encoding": ENCODING,
             "groups": groups,
@@ -164,10 +170,6 @@ class Checkpoints:
                     found[f"{prefix}.{key}" if prefix else key] = buffer
         return found
 
-    @property
-    def _rule_name(self) -> str:
-        return self._optimizer.torch_class.__name__
-
     def _parameters(self) -> dict[str, Any]:
         """What must be equal where a run resumes: shape, dtype and parameter group of each paged parameter, as JSON has
         it."""
@@ -193,14 +195,20 @@ class Checkpoints:
         found = self._choose(name, allow_older)
         if found is None:
             return None
-        commit, sidecar = found
+        commit, ordinary = found
         manifest, where = commit.manifest, f"commit {commit.manifest.number}"
         state = manifest.state
-        with sidecar:
-            check_contents(commit, sidecar, self._contents())
-            ordinary = {name: sidecar.tensor(name) for name in sidecar.weights}
-        read = decode if "encoding" in state else _plain
-        groups = [_without_kernels(read(group)) for group in state["groups"]]
+        check_contents(
+            commit,
+            ordinary,
+            optimizer=self._optimizer.torch_class.__name__,
+            parameters=self._parameters(),
+            ordinary=self._ordinary_tensors(),
+            tensors=self._tensors(),
+            tracked=set(self._tracked),
+        )
+        read = decode if "encoding" in state else lambda value: value
+        groups = [_without(read(group), *_KERNEL_KEYS) for group in state["groups"]]
         check_groups(where, groups, self._optimizer)
         self._updater.drain()
         self._store.driver.quiesce()
@@ -223,7 +231,7 @@ class Checkpoints:
         self._last_step, self._last_s = manifest.step, time.monotonic()
         changed = config_changes(state["config"], self._config.model_dump(mode="json"))
         if state.get("given") is not None:
-            given = [_without_kernels(read(group)) for group in state["given"]]
+            given = [_without(read(group), *_KERNEL_KEYS) for group in state["given"]]
             changed += hyper_changes(given, self._given, kept=keep_hypers)
             self._given = self._given if keep_hypers else given
         newer = [str(error) for number, error in sorted(self.committer.damaged.items()) if number > manifest.number]
@@ -246,15 +254,6 @@ class Checkpoints:
             elif "initial_lr" in saved:
                 group.setdefault("initial_lr", group["lr"])
 
-    def _contents(self) -> Contents:
-        return Contents(
-            self._rule_name,
-            self._parameters(),
-            {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in self._ordinary_tensors().items()},
-            self._tensors(),
-            set(self._tracked),
-        )
-
     def _load_tracked(self, where: str, states: Mapping[str, Any]) -> None:
         """Have everything that is tracked take its state over, or nothing of it."""
         before: dict[str, Any] = {}
@@ -267,12 +266,12 @@ class Checkpoints:
                 self._tracked[name].load_state_dict(own)
             raise CommitError(f"{where}: {name!r} does not take its state: {type(error).__name__}: {error}") from error
 
-    def _choose(self, name: str | None, allow_older: bool) -> tuple[Commit, Sidecar] | None:
+    def _choose(self, name: str | None, allow_older: bool) -> tuple[Commit, dict[str, Tensor]] | None:
         """A commit and the small tensors beside it."""
         while (commit := self.committer.choose(name, allow_older=allow_older)) is not None:
             number = commit.manifest.number
             try:
-                return commit, Sidecar(self._store.earlier.folder, number, commit.manifest.state.get("sidecar"))
+                return commit, read_sidecar(self._store.earlier.folder, number, commit.manifest.state)
             except CommitError as error:
                 if name is not None or not allow_older:
                     raise
@@ -301,15 +300,5 @@ class Checkpoints:
             tensor.resident = True
 
 
-def _without_kernels(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A commit's parameter group without what says how torch computes updates: the engine has one way, which commits
-    once did not name."""
-    return {key: value for key, value in group.items() if key not in ("fused", "foreach")}
-
-
-def _plain(value: Any) -> Any:
-    return value
-
-
-def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
+def _without(group: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in keys}

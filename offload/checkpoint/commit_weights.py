@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -11,15 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from offload.checkpoint.safetensors_writer import Weight
-from offload.checkpoint.sidecar import TORCH_DTYPES, Sidecar
-from offload.commits.stored_layout import StoredLayout, StoredSlot, StoredUnit
+from offload.checkpoint.safetensors_writer import DTYPE_NAMES, Weight
+from offload.commits.commit_state import state_of
+from offload.commits.stored_layout import StoredSlot, StoredUnit
 from pagemem.durable.manifest import Manifest, StoredTensor
 from pagemem.durable.page_map import file_sizes, impossible
 from pagemem.durable.page_reader import Chunk, PageReader
 from pagemem.errors import ChecksumError, CommitError, OffloadError
 from pagemem.files.page_file import PAGE_FILE_NAME
-from pagemem.units import KiB
+from pagemem.units import KiB, MiB
 
 #: Supported dtypes; "keep" is what the parameters were computed in.
 DTYPES: Final[dict[str, torch.dtype | None]] = {
@@ -27,7 +27,8 @@ DTYPES: Final[dict[str, torch.dtype | None]] = {
 }  # fmt: skip
 #: Elements of a parameter that are in memory at a time.
 PIECE_NUMEL: Final = 256 * KiB
-_NAMES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+#: Bytes of a small tensor that are handed on at a time.
+_PIECE_BYTES: Final = 4 * MiB
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -40,7 +41,7 @@ class CommitWeights:
     """The tensors of a commit, under the names of ``model.state_dict()``, and their bytes piece by piece.
 
     Args:
-        sidecar: the file beside the manifest, open.
+        sidecar: the small tensors beside the manifest.
         dtype: of the paged parameters; None: as they were computed in. Buffers keep their own.
 
     Attributes:
@@ -51,20 +52,20 @@ class CommitWeights:
     """
 
     def __init__(
-        self, folders: Sequence[Path], manifest: Manifest, sidecar: Sidecar, dtype: torch.dtype | None
+        self, folders: Sequence[Path], manifest: Manifest, sidecar: Mapping[str, Tensor], dtype: torch.dtype | None
     ) -> None:
         self._manifest = manifest
         self._sidecar = sidecar
         self._dtype = dtype
-        self._layout = StoredLayout.read(manifest.state)
+        self._state = state_of(manifest)
         self._stored = {stored.key: stored for stored in manifest.tensors}
-        self.tied = {name: kept for name, kept in self._layout.names.items() if name != kept}
+        self.tied = {name: kept for name, kept in self._state.names.items() if name != kept}
         why = impossible([manifest], file_sizes(folder / PAGE_FILE_NAME for folder in folders))
         if why:
             raise CommitError(f"commit {manifest.number} is damaged: {why[manifest.number]}")
-        kept = set(self._layout.names.values())
+        kept = set(self._state.names.values())
         self._paged = {
-            slot.name: (unit, slot) for unit in self._layout.units for slot in unit.slots if slot.name in kept
+            slot.name: (unit, slot) for unit in self._state.units for slot in unit.slots if slot.name in kept
         }
 
     def listed(self) -> list[Weight]:
@@ -74,20 +75,15 @@ class CommitWeights:
             CommitError: the commit does not have one.
         """
         found = []
-        for name in dict.fromkeys(self._layout.names.values()):
+        for name in dict.fromkeys(self._state.names.values()):
             if name in self._paged:
                 unit, slot = self._paged[name]
-                found.append(Weight(name, _NAMES[self._dtype or unit.torch_dtype], slot.shape))
-            elif name in self._sidecar.weights:
-                found.append(self._sidecar.weights[name])
+                found.append(Weight(name, self._dtype or unit.torch_dtype, slot.shape))
+            elif name in self._sidecar and self._sidecar[name].dtype in DTYPE_NAMES:
+                found.append(Weight(name, self._sidecar[name].dtype, tuple(self._sidecar[name].shape)))
             else:
-                raise CommitError(f"commit {self._manifest.number} has no {name}")
+                raise CommitError(f"commit {self._manifest.number} has no {name} that can be exported")
         return found
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all pieces."""
-        return sum(weight.n_bytes for weight in self.listed())
 
     def pieces(self, reader: PageReader) -> Iterator[tuple[str, int, memoryview]]:
         """Name, offset and bytes of each piece.
@@ -97,11 +93,13 @@ class CommitWeights:
             StorageError: a file cannot be read.
             ExportError: a value cannot be expressed in the dtype.
         """
-        for name in dict.fromkeys(self._layout.names.values()):
-            if name in self._sidecar.weights:
-                yield from ((name, offset, memoryview(piece)) for offset, piece in self._sidecar.pieces(name))
+        for name in dict.fromkeys(self._state.names.values()):
+            if name in self._sidecar:
+                flat = self._sidecar[name].reshape(-1).view(torch.uint8)
+                for begin in range(0, flat.numel(), _PIECE_BYTES):
+                    yield name, begin, flat[begin : begin + _PIECE_BYTES].numpy().data
         buffers = [np.frombuffer(reader.buffer(), dtype=np.uint8) for _ in range(2)]
-        for unit in self._layout.units:
+        for unit in self._state.units:
             yield from self._unit_pieces(unit, reader, buffers)
 
     def _unit_pieces(

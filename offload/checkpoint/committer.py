@@ -52,6 +52,8 @@ class Committer:
         self._keep = keep
         self._earlier: EarlierCommits = store.earlier
         self.commits: dict[int, Commit] = dict(store.earlier.whole)
+        #: What is wrong with commits that cannot be used, by number.
+        self.damaged = store.earlier.damaged
         self._number = store.earlier.last_number
         self._left: list[int] = []
         #: Snapshots of commits that failed when their manifest may have been there already.
@@ -124,11 +126,6 @@ class Committer:
                 f"{self.damaged[max(later)]}. {older}; allow_older=True resumes from the newest whole one"
             )
         return self.commits[newest] if newest else None
-
-    @property
-    def damaged(self) -> dict[int, CommitError]:
-        """What is wrong with commits that cannot be used, by number."""
-        return self._earlier.damaged
 
     def follow(self, commit: Commit) -> None:
         """The run resumes from ``commit``: the next commit removes later unnamed ones."""

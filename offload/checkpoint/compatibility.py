@@ -1,4 +1,4 @@
-"""Whether a commit fits the model and optimizer that resume from it; nothing is changed here."""
+"""Whether a commit fits the model and optimizer that resume from it, and which settings differ. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
-from offload.checkpoint.sidecar import TORCH_DTYPES, Sidecar
 from offload.commits.run_commits import Commit
 from optim.optimizer import PagedOptimizer
 from pagemem.errors import CommitError
@@ -23,58 +23,57 @@ _OTHER_RUN: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What a run's commits hold.
+def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}
 
-    Attributes:
+
+def check_contents(
+    commit: Commit,
+    sidecar: Mapping[str, Tensor],
+    *,
+    optimizer: str,
+    parameters: Mapping[str, Any],
+    ordinary: Mapping[str, Tensor],
+    tensors: Mapping[str, PagedTensor],
+    tracked: Set[str],
+) -> None:
+    """Raise CommitError where a commit holds something else than the run; names the first difference.
+
+    Args:
+        sidecar: the commit's buffers and parameters that are not paged.
         optimizer: name of torch's class.
         parameters: shape, dtype and parameter group of each paged parameter, as JSON has them.
-        ordinary: shape and dtype of buffers and parameters that are not paged.
+        ordinary: buffers and parameters that are not paged.
         tensors: paged tensors by `StoredTensor.key`.
         tracked: names of what `Engine.track` was given.
     """
-
-    optimizer: str
-    parameters: Mapping[str, Any]
-    ordinary: Mapping[str, Any]
-    tensors: Mapping[str, PagedTensor]
-    tracked: Set[str]
-
-
-def check_contents(commit: Commit, sidecar: Sidecar, run: Contents) -> None:
-    """Raise CommitError where a commit holds something else than the run; names the first difference."""
     where, state = f"commit {commit.manifest.number}", commit.manifest.state
-    if state["optimizer"] != run.optimizer:
-        raise CommitError(f"{where} was made with {state['optimizer']}, this run has {run.optimizer}; {_OTHER_RUN}")
-    differing = _first_difference(state["parameters"], run.parameters)
+    if state["optimizer"] != optimizer:
+        raise CommitError(f"{where} was made with {state['optimizer']}, this run has {optimizer}; {_OTHER_RUN}")
+    differing = _first_difference(state["parameters"], parameters)
     if differing is not None:
         raise CommitError(
             f"{where} and this run differ in parameter {differing} (shape, dtype, parameter group); {_OTHER_RUN}"
         )
-    differing = _first_difference(
-        {name: [list(weight.shape), str(TORCH_DTYPES[weight.dtype])] for name, weight in sidecar.weights.items()},
-        run.ordinary,
-    )
+    differing = _first_difference(_shapes_of(sidecar), _shapes_of(ordinary))
     if differing is not None:
         raise CommitError(
             f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype); {_OTHER_RUN}"
         )
-    ours = run.tensors
     theirs = {stored.key: stored.n_bytes for stored in commit.manifest.tensors}
     for key, n_bytes in theirs.items():
-        if key not in ours:
+        if key not in tensors:
             raise CommitError(
                 f"{where} has {key}, which this model and optimizer do not have; resume with those it was made with"
             )
-        if ours[key].n_bytes != n_bytes:
+        if tensors[key].n_bytes != n_bytes:
             raise CommitError(
-                f"{where} has {key} with {n_bytes} bytes, this model's has {ours[key].n_bytes}; {_OTHER_RUN}"
+                f"{where} has {key} with {n_bytes} bytes, this model's has {tensors[key].n_bytes}; {_OTHER_RUN}"
             )
-    for key, tensor in ours.items():
+    for key, tensor in tensors.items():
         if key not in theirs and tensor.tag in (Tag.PARAM, Tag.MASTER):
             raise CommitError(f"{where} has no {key}; resume with the model it was made with")
-    untracked = run.tracked - set(state["tracked"])
+    untracked = tracked - set(state["tracked"])
     if untracked:
         raise CommitError(
             f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks; name other "
@@ -121,3 +120,106 @@ def _kind(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_kind(item) for item in value]
     return float if type(value) in (int, float) else type(value)
+
+
+# ---- what a run resumed from ----------------------------------------------------------------------------------------
+
+
+_NEW: Final = "the new one holds"
+#: What holds, where it is not the new value.
+_HOLDS: Final = {
+    "seed": "random generators go on as the commit has them; the new one is for data that asks for it",
+    "memory.page": "pages stay as the commit has them",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that differs from the commit's; as text, one line.
+
+    Attributes:
+        key: of the configuration, or of a parameter group.
+        then, now: the values.
+        holds: which of them holds from here on, in words.
+    """
+
+    key: str
+    then: Any
+    now: Any
+    holds: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {reprlib.repr(self.then)} -> {reprlib.repr(self.now)}; {self.holds}"
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The commit that a run resumed from.
+
+    Attributes:
+        step: optimizer steps made.
+        number, name, created: of the commit; the name is None for an unnamed one.
+        passed_over: what is wrong with newer commits, which were damaged.
+        changed: settings that differ from those of the commit, and which value holds.
+    """
+
+    step: int
+    number: int
+    name: str | None
+    created: str
+    passed_over: tuple[str, ...] = ()
+    changed: tuple[Change, ...] = ()
+
+
+def config_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Keys that two resolved configurations (`Config.model_dump`) both have, with other values.
+
+    What the optimizer was given is compared by `hyper_changes`: it need not be the configuration's.
+    """
+    before, after = _flat(then), _flat(now)
+    return [
+        Change(key, before[key], after[key], _HOLDS.get(key, _NEW))
+        for key in after
+        if key in before and before[key] != after[key] and not key.startswith("optimizer.")
+    ]
+
+
+def hyper_changes(
+    then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], *, kept: bool = False
+) -> list[Change]:
+    """Hyper-parameters that the parameter groups were given at first then, and are given now.
+
+    A key whose values changed alike in all groups is listed once.
+
+    Args:
+        kept: the run keeps its own; otherwise the commit's hold.
+    """
+    found: dict[str, list[tuple[Any, Any] | None]] = {}
+    for place, (before, after) in enumerate(zip(then, now, strict=True)):
+        for key in after:
+            if key in before and before[key] != after[key]:
+                found.setdefault(key, [None] * len(now))[place] = before[key], after[key]
+    holds = _NEW if kept else "the commit's holds; set it in optimizer.param_groups after resume() for another"
+    changes = []
+    for key, pairs in found.items():
+        if all(pair == pairs[0] for pair in pairs) and pairs[0] is not None:
+            changes.append(Change(f"optimizer.{key}", *pairs[0], holds))
+        else:
+            changes += [
+                Change(f"optimizer.{key} of group {place}", *pair, holds)
+                for place, pair in enumerate(pairs)
+                if pair is not None
+            ]
+    return changes
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted names; a section that is not there is the value None."""
+    found: dict[str, Any] = {}
+    for name, section in config.items():
+        if not isinstance(section, Mapping):
+            found[name] = section
+            continue
+        found[name] = "given"
+        found.update((f"{name}.{key}", value) for key, value in section.items())
+    return found

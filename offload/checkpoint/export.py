@@ -11,14 +11,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from offload.checkpoint.commit_weights import DTYPES, CommitWeights, ExportError
 from offload.checkpoint.safetensors_writer import INDEX_NAME, ShardWriter, index_of, plan_shards, write_failure
-from offload.checkpoint.sidecar import Sidecar
+from offload.commits.commit_state import read_sidecar
 from offload.commits.stopped_run import StoppedRun
 from offload.console.byte_progress import byte_progress
 from offload.console.tables import print_line
@@ -32,16 +31,6 @@ from pagemem.process import interrupts
 from pagemem.units import format_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """What was written: names of the files with tensors, their bytes, and the commit."""
-
-    folder: Path
-    files: tuple[str, ...]
-    n_bytes: int
-    manifest: Manifest
-
-
 def export_run(
     run: Path,
     to: Path,
@@ -51,7 +40,7 @@ def export_run(
     dtype: str,
     max_shard_bytes: int,
     console: Console,
-) -> Exported:
+) -> None:
     """Export a commit of a stopped run. See `offload export --help`.
 
     Raises:
@@ -60,26 +49,21 @@ def export_run(
     """
     with StoppedRun(run, paths) as stopped:
         manifest = stopped.choose(commit)
-        for error in stopped.damaged_after(manifest):
-            print_line(console, f"a newer commit is damaged: {error}")
+        for number, error in sorted(stopped.damaged.items()):
+            if number > manifest.number:
+                print_line(console, f"a newer commit is damaged: {error}")
         named = f" ({manifest.name})" if manifest.name else ""
         unverified = "" if manifest.checksums else "; the run kept no checksums, so what is read cannot be verified"
         print_line(
             console,
             f"commit {manifest.number}{named}, step {manifest.step}, of {manifest.created}{unverified}",
         )
-        exported = export_commit(
-            stopped.folders, manifest, to, dtype=dtype, max_shard_bytes=max_shard_bytes, console=console
-        )
-    n_files = len(exported.files)
-    text = f"{exported.folder}: {n_files} file{'s' if n_files > 1 else ''}, {format_bytes(exported.n_bytes)}"
-    print_line(console, text)
-    return exported
+        export_commit(stopped.folders, manifest, to, dtype=dtype, max_shard_bytes=max_shard_bytes, console=console)
 
 
 def export_commit(
     folders: Sequence[Path], manifest: Manifest, to: Path, *, dtype: str, max_shard_bytes: int, console: Console
-) -> Exported:
+) -> None:
     """Export a commit whose frames are not reused meanwhile.
 
     Args:
@@ -91,24 +75,25 @@ def export_commit(
     """
     to = check_request(folders, to, dtype=dtype, max_shard_bytes=max_shard_bytes)
     check_exportable(manifest.state.get("unlike"))
-    with Sidecar(CommitFolder(folders[0]), manifest.number, manifest.state.get("sidecar")) as sidecar:
-        weights = CommitWeights(folders, manifest, sidecar, DTYPES[dtype])
-        shards = plan_shards(weights.listed(), max_shard_bytes, weights.tied)
-        index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
-        total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
-        with (
-            PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader,
-            _new_folder(to, total_bytes) as draft,
-            byte_progress(console, "exporting", weights.n_bytes) as advance,
-            ShardWriter(draft, shards) as writer,
-        ):
-            for name, offset_bytes, data in weights.pieces(reader):
-                interrupts.check()  # it may take long, and leaves nothing
-                writer.write(name, offset_bytes, data)
-                advance(data.nbytes)
-            writer.write_file(INDEX_NAME, index)
-            writer.finish()
-    return Exported(to, tuple(shard.file_name for shard in shards), total_bytes, manifest)
+    sidecar = read_sidecar(CommitFolder(folders[0]), manifest.number, manifest.state)
+    weights = CommitWeights(folders, manifest, sidecar, DTYPES[dtype])
+    listed = weights.listed()
+    shards = plan_shards(listed, max_shard_bytes, weights.tied)
+    index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
+    total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
+    with (
+        PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader,
+        _new_folder(to, total_bytes) as draft,
+        byte_progress(console, "exporting", sum(weight.n_bytes for weight in listed)) as advance,
+        ShardWriter(draft, shards) as writer,
+    ):
+        for name, offset_bytes, data in weights.pieces(reader):
+            interrupts.check()  # it may take long, and leaves nothing
+            writer.write(name, offset_bytes, data)
+            advance(data.nbytes)
+        writer.write_file(INDEX_NAME, index)
+        writer.finish()
+    print_line(console, f"{to}: {len(shards)} file{'s' if len(shards) > 1 else ''}, {format_bytes(total_bytes)}")
 
 
 # ---- the place -----------------------------------------------------------------------------------------------------

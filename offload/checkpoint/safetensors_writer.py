@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+import torch
 from safetensors import safe_open
 
 from pagemem.errors import StorageError
@@ -24,10 +25,12 @@ from pagemem.folders.own_file import open_file, os_failure, write_all
 from pagemem.units import round_up
 
 INDEX_NAME: Final = "model.safetensors.index.json"
-#: Bytes of one element, by the names that safetensors has for dtypes.
-ITEM_BYTES: Final = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+#: What safetensors calls the dtypes.
+DTYPE_NAMES: Final = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _ALIGN_BYTES: Final = 8
 #: What to do where an export finds no room.
@@ -36,16 +39,16 @@ REMEDY: Final = "Nothing is left of the export; free some, or name another folde
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor to be written; ``dtype`` as safetensors names it."""
+    """A tensor to be written."""
 
     name: str
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def n_bytes(self) -> int:
         """Its bytes."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ def plan_shards(weights: Sequence[Weight], max_bytes: int, tied: Mapping[str, st
 
 def _shard(file_name: str, weights: Sequence[Weight], tied: Mapping[str, str]) -> Shard:
     # The widest first, so that each tensor begins at a multiple of its element's size.
-    ordered = tuple(sorted(weights, key=lambda weight: -ITEM_BYTES[weight.dtype]))
+    ordered = tuple(sorted(weights, key=lambda weight: -weight.dtype.itemsize))
     here = {weight.name for weight in ordered}
     entries: dict[str, Any] = {
         "__metadata__": {"format": "pt", **{name: kept for name, kept in tied.items() if kept in here}}
@@ -98,7 +101,7 @@ def _shard(file_name: str, weights: Sequence[Weight], tied: Mapping[str, str]) -
     for weight in ordered:
         offsets[weight.name], end = end, end + weight.n_bytes
         entries[weight.name] = {
-            "dtype": weight.dtype,
+            "dtype": DTYPE_NAMES[weight.dtype],
             "shape": list(weight.shape),
             "data_offsets": [offsets[weight.name], end],
         }
@@ -204,7 +207,7 @@ def check_readable(path: Path, shard: Shard) -> None:
             }
     except Exception as error:  # the library raises its own class, which is no OSError
         raise StorageError(f"{path} cannot be read back: {error}") from error
-    if found != {weight.name: (weight.dtype, weight.shape) for weight in shard.weights}:
+    if found != {weight.name: (DTYPE_NAMES[weight.dtype], weight.shape) for weight in shard.weights}:
         raise StorageError(f"{path} reads back with other tensors than were written")
 
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from rich.console import Console
 
-from offload.checkpoint.sidecar import Sidecar
+from offload.commits.commit_state import read_sidecar
 from offload.commits.stopped_run import StoppedRun
 from offload.console.byte_progress import byte_progress
 from offload.console.tables import print_line, print_rows
@@ -45,11 +45,6 @@ class Report:
     n_extents: int = 0
     n_bytes: int = 0
 
-    @property
-    def whole(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.faults
-
     def add(self, numbers: Sequence[int], what: str) -> None:
         """Something is wrong with these commits."""
         for number in numbers:
@@ -70,7 +65,10 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
             for number, error in sorted(stopped.damaged.items()):
                 report.add([number], str(error))
         for manifest in report.commits:
-            _check_sidecar(stopped, manifest, report)
+            try:
+                read_sidecar(stopped.commits, manifest.number, manifest.state)
+            except CommitError as error:
+                report.add([manifest.number], str(error))
         _note_leftovers(stopped, report)
         if report.commits:
             page_bytes = report.commits[-1].page_bytes
@@ -84,13 +82,6 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
                 _check_pages(reader, [m for m in report.commits if m.page_bytes == page_bytes], report, console)
     print_report(report, console)
     return report
-
-
-def _check_sidecar(stopped: StoppedRun, manifest: Manifest, report: Report) -> None:
-    try:
-        Sidecar(stopped.commits, manifest.number, manifest.state.get("sidecar")).close()
-    except CommitError as error:
-        report.add([manifest.number], str(error))
 
 
 def _note_leftovers(stopped: StoppedRun, report: Report) -> None:
@@ -185,7 +176,7 @@ def print_report(report: Report, console: Console) -> None:
     headings, *rows = commit_rows(report)
     print_rows("Commits", rows, console, headings)
     n_faults = sum(map(len, report.faults.values()))
-    verdict = "whole" if report.whole else "1 thing is wrong" if n_faults == 1 else f"{n_faults} things are wrong"
+    verdict = "whole" if not report.faults else "1 thing is wrong" if n_faults == 1 else f"{n_faults} things are wrong"
     print_line(console, f"{verdict}; {report.n_extents} extents, {format_bytes(report.n_bytes)} read")
 
 

@@ -1,4 +1,4 @@
-"""The state in a commit's manifest: every field is checked before any is used.
+"""The state in a commit's manifest, and the tensors beside it: every field is checked before any is used.
 
 A manifest is read by engines, `offload verify` and `offload export` through `read_commit`: what it returns can be
 believed as far as one file can tell. Whether it fits the model, and whether pages hold what they should, is looked at
@@ -7,15 +7,21 @@ later.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import os
 import random
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field, TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from offload.commits.plain_state import decode
-from offload.commits.random_states import numpy_state, python_state, state_tensor
 from offload.commits.stored_layout import StoredUnit
 from optim.unit import SLICE_ALIGN_NUMEL
 from pagemem.durable.commit_folder import CommitFolder
@@ -86,6 +92,11 @@ class CommitState(Record):
 _ADAPTER: Final = TypeAdapter(CommitState)
 
 
+def state_of(manifest: Manifest) -> CommitState:
+    """The state of a commit that `read_commit` returned, or that this process made."""
+    return _ADAPTER.validate_python(manifest.state)
+
+
 def read_commit(folder: CommitFolder, number: int) -> Manifest:
     """One commit's manifest, checked.
 
@@ -145,6 +156,27 @@ def check_commit(manifest: Manifest) -> None:
                 raise ValueError(f"state.{key}: {error}") from None
 
 
+def read_sidecar(folder: CommitFolder, number: int, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The small tensors of a commit by name, mapped from their file: bytes take memory while they are used.
+
+    Args:
+        state: of the commit's manifest; it may say that there is no file.
+
+    Raises:
+        CommitError: the file is not what was written, or not a whole safetensors file.
+    """
+    entry = state.get("sidecar")
+    if entry is None:
+        return {}
+    fd = folder.open_sidecar(number, entry)
+    try:
+        return load_file(f"/proc/self/fd/{fd}")  # opened without following a link, and verified
+    except SafetensorError as error:
+        raise CommitError(f"{folder.sidecar(number)} is damaged: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        os.close(fd)
+
+
 def encoded(manifest: Manifest) -> bytes:
     """The content of a manifest's file, which `read_commit` will take.
 
@@ -201,3 +233,58 @@ def _check_random(states: _Random) -> None:
             raise ValueError(
                 f"state.random.{kind}: no state of a generator: {str(error).splitlines()[0][:120]}"
             ) from None
+
+
+# ---- random generators ----------------------------------------------------------------------------------------------
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's global generators, as JSON has it."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": _text_of(torch.get_rng_state()),
+        **({"cuda": _text_of(torch.cuda.get_rng_state(device))} if device.type == "cuda" else {}),
+        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Put the global generators where `random_states` found them; the device's only if it was of that kind then."""
+    torch.set_rng_state(state_tensor(states["torch"]))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(state_tensor(states["cuda"]), device)
+    np.random.set_state(numpy_state(states["numpy"]))
+    random.setstate(python_state(states["python"]))
+
+
+def _text_of(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def state_tensor(text: str) -> torch.Tensor:
+    """Bytes in base64 as torch's generators have them.
+
+    Raises:
+        ValueError: it is no base64.
+    """
+    try:
+        content = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(str(error)) from None
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
+
+
+def numpy_state(saved: Any) -> Any:
+    """What `numpy.random.set_state` takes."""
+    name, keys, position, has_gauss, gauss = saved
+    if name != "MT19937" or len(keys) != 624 or position > 624:
+        raise ValueError(f"{name[:20]!r} with {len(keys)} numbers at {position}; it is 'MT19937' with 624")
+    return name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss
+
+
+def python_state(saved: Any) -> Any:
+    """What `random.setstate` takes."""
+    version, internal, gauss_next = saved
+    return version, tuple(internal), gauss_next

@@ -55,6 +55,7 @@ class EarlierCommits:
     Attributes:
         whole: the commits that can be used, by number.
         damaged: what is wrong with the others, by number.
+        last_number: the greatest in use, damaged or not; 0 when there is none.
 
     Raises:
         ConfigError: the directories are not those, in their order, that the commits in one of them name.
@@ -91,6 +92,7 @@ class EarlierCommits:
             self._refuse_lost_pages(self._manifests[number], file_bytes)
             del self._manifests[number]
             self.damaged[number] = CommitError(f"{self.folder.manifest(number)} is damaged: {why}")
+        self.last_number = max([0, *self._manifests, *self.damaged])
 
     def _refuse_lost_pages(self, manifest: Manifest, file_bytes: Sequence[int]) -> None:
         """Raise where a page file is gone, or was cut and nothing could tell: it would be made anew, and its zeros pass
@@ -142,11 +144,6 @@ class EarlierCommits:
                 claimed = kind_of(path) is not None
             if not claimed:
                 replace_file(path, json.dumps({"run_id": first.run_id, "path": str(first.path)}).encode())
-
-    @property
-    def last_number(self) -> int:
-        """The greatest number in use, damaged or not; 0 when there is none."""
-        return max([0, *self._manifests, *self.damaged])
 
     def sizes(self, page_bytes: int, slice_numel: int, asked: int | str, *, checksums: bool) -> tuple[int, int]:
         """Page and slice size to go on with: the newest commit's, if there is one.

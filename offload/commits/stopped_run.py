@@ -28,7 +28,7 @@ class StoppedRun:
         paths: others of its folders. Where they are not named, those in the run's configuration are tried.
 
     Attributes:
-        folders: in the order of the page files' striping.
+        folders, page_files: in the order of their striping.
         commits: reads what lies beside the manifests.
         whole: the commits that can be used, by number.
         damaged: what is wrong with the others, by number.
@@ -47,14 +47,10 @@ class StoppedRun:
             self.commits = CommitFolder(self.path)
             self._read_commits()
             self.folders = self._find_folders(known)
+            self.page_files = [folder / PAGE_FILE_NAME for folder in self.folders]
             for folder in self.folders[1:]:
                 self._locks.callback(FolderLock(folder, keep=True).close)
             undo.pop_all()
-
-    @property
-    def page_files(self) -> list[Path]:
-        """Where the pages are, in the order of their striping."""
-        return [folder / PAGE_FILE_NAME for folder in self.folders]
 
     def choose(self, wanted: str | None) -> Manifest:
         """The newest whole commit, or the one of this number or, where no commit has it for its number, name.
@@ -77,10 +73,6 @@ class StoppedRun:
             )
             raise CommitError(f"{self.path} has no commit {wanted!r}; whole ones are: {there}")
         return self.whole[number if number in self.whole else max(named)]
-
-    def damaged_after(self, manifest: Manifest) -> list[CommitError]:
-        """What is wrong with commits newer than this one."""
-        return [error for number, error in sorted(self.damaged.items()) if number > manifest.number]
 
     def close(self) -> None:
         """Let engines use the folders again. Idempotent."""

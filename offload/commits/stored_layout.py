@@ -9,19 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor, nn
 
 from optim.unit import Unit
-from pagemem.errors import CommitError
-from pagemem.folders.small_file import Count, Line, checked
+from pagemem.folders.small_file import Count, Line
 from pagemem.tier import Tag
-
-#: Keys of the manifest's state.
-_UNITS, _NAMES = "units", "names"
 
 
 def _dtype(name: str) -> str:
@@ -87,44 +83,10 @@ class StoredUnit:
         return all(part.master is not None for part in self.slices)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredLayout:
-    """All units, and for each name in ``model.state_dict()``, in its order, the name under which the commit has the
-    tensor.
-
-    The two names differ where several names are of one tensor (tied weights, shared modules): the first of them is
-    kept.
-    """
-
-    units: tuple[StoredUnit, ...]
-    names: dict[str, str]
-
-    def describe(self) -> dict[str, Any]:
-        """For the manifest's state."""
-        return {_UNITS: [asdict(unit) for unit in self.units], _NAMES: self.names}
-
-    @classmethod
-    def read(cls, state: dict[str, Any]) -> StoredLayout:
-        """From a manifest's state.
-
-        Raises:
-            CommitError: it has none that can be read.
-        """
-        try:
-            return checked(_LAYOUT, {name: state[name] for name in (_UNITS, _NAMES)})
-        except (KeyError, ValueError) as error:
-            raise CommitError(
-                f"the commit does not say where its parameters lie ({type(error).__name__}: {error})"
-            ) from error
-
-
-_LAYOUT: Final = TypeAdapter(StoredLayout)
-
-
-def layout_of(units: Iterable[Unit], model: nn.Module) -> StoredLayout:
-    """The layout of a model whose parameters are in ``units``."""
-    return StoredLayout(
-        tuple(
+def stored_units(units: Iterable[Unit]) -> list[dict[str, Any]]:
+    """Units for the manifest's state, from which pydantic makes `StoredUnit` again."""
+    return [
+        asdict(
             StoredUnit(
                 f"{Tag.PARAM.value}: {unit.parameters.name}",
                 str(unit.dtype).removeprefix("torch."),
@@ -136,15 +98,14 @@ def layout_of(units: Iterable[Unit], model: nn.Module) -> StoredLayout:
                     for part in unit.slices
                 ),
             )
-            for unit in units
-        ),
-        names_of(model),
-    )
+        )
+        for unit in units
+    ]
 
 
 def names_of(model: nn.Module) -> dict[str, str]:
-    """Every parameter and persistent buffer by name, in the order of ``model.state_dict()``, and the first name of the
-    same tensor."""
+    """Every parameter and persistent buffer by name, in the order of ``model.state_dict()``, and the name under which
+    the commit has it: the first one of the same tensor (tied weights, shared modules)."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in _named_tensors(model)}
 

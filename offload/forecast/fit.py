@@ -12,34 +12,21 @@ from typing import Any, Final
 
 from torch import nn
 
-from offload.budget.verdict import commits_at_all
+from offload.budget.verdict import Available, commits_at_all
 from offload.config import Config, ConfigError
 from offload.factories import model_factory
 from offload.forecast.kernels import CostMode, RatedKernels
-from offload.forecast.rehearsal import Bandwidths, Rehearsal, rehearsed
-from offload.machine.facts import available_here
+from offload.forecast.rates import Rates
+from offload.forecast.rehearsal import rehearsed
 from offload.profiling.stats import commit_frames
 from pagemem.residency.host_mover import HostMover
+from pagemem.residency.mover import Mover
 from pagemem.units import format_bytes
 
 #: Names of a model's argument that counts its layers, where none is given.
 DEPTHS: Final = ("n_layer", "n_layers", "num_layers", "num_hidden_layers", "layers", "depth")
 #: Steps by which a batch found by arithmetic is corrected by rehearsing it.
 _CORRECTIONS: Final = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What a machine has for a run: RAM for its process, disk for its page files, and memory of a device, in bytes.
-
-    Attributes:
-        device_bytes: for the pages there and for what kernels make; None: a device is a part of RAM, as
-            ``cpu-emulated`` is.
-    """
-
-    ram_bytes: int
-    disk_bytes: int
-    device_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +45,7 @@ class Taken:
         tensor_bytes: int,
         gradient_bytes: int,
         disk_bytes: int,
-        room: Room,
+        room: Available,
     ) -> Taken:
         """By the parts of a process.
 
@@ -73,11 +60,7 @@ class Taken:
             return cls(base_bytes + host_bytes + device_bytes + tensor_bytes, disk_bytes)
         return cls(base_bytes + host_bytes + gradient_bytes, disk_bytes, device_bytes + tensor_bytes)
 
-    def within(self, room: Room) -> bool:
-        """Whether there is room for it."""
-        return self.missing_bytes(room) <= 0 and self.disk_bytes <= room.disk_bytes
-
-    def missing_bytes(self, room: Room) -> int:
+    def missing_bytes(self, room: Available) -> int:
         """Memory by which the room is exceeded, of RAM or of the device, whichever lacks more; below 0: what is
         left."""
         on_device = (
@@ -96,19 +79,13 @@ class Fit:
         largest_depth: of the model's argument ``depth_argument``; likewise.
     """
 
-    room: Room
+    room: Available
     taken: Taken
     fits: bool
     advice: tuple[str, ...]
     largest_batch: int | None = None
     largest_depth: int | None = None
     depth_argument: str = ""
-
-
-def room_here(config: Config) -> Room:
-    """What this machine has now, see `available_here`."""
-    here = available_here(config)
-    return Room(here.ram_bytes, here.disk_bytes)
 
 
 def commits(config: Config) -> bool:
@@ -123,7 +100,7 @@ def commit_pages(config: Config, mover: HostMover) -> int:
     return commit_frames(mover, 0) if commits_at_all(config) else 0
 
 
-def taken_by(config: Config, base_bytes: int, room: Room) -> Taken:
+def taken_by(config: Config, base_bytes: int, room: Available) -> Taken:
     """What one step of a configuration takes, by rehearsing it.
 
     Args:
@@ -132,27 +109,25 @@ def taken_by(config: Config, base_bytes: int, room: Room) -> Taken:
     """
     assert config.model is not None and config.train is not None and config.train.seq is not None
     make_model: Callable[[], nn.Module] = model_factory(config.model)
-    with rehearsed(make_model, config, CostMode(RatedKernels(1.0, 1.0)), Bandwidths(1.0, 1.0, 1.0)) as engine:
+    with rehearsed(make_model, config, CostMode(RatedKernels(1.0, 1.0)), Rates(1.0, 1.0, 1.0, 1.0, 1.0)) as engine:
         engine.rehearse(config.train.batch, config.train.seq, steps=1)
-        mover = engine.store.mover
-        frames = sum(tensor.n_frames for tensor in mover.tensors.values())
-        pages_bytes = min(mover.arena.n_frames, frames) * engine.store.page_bytes
-        disk_bytes = (frames + commit_pages(config, mover)) * engine.store.page_bytes
-        pages = pages_bytes, device_pages(engine) * engine.store.page_bytes
-        return Taken.of(base_bytes, pages, engine.outside.peak_bytes, engine.peak_gradient_bytes, disk_bytes, room)
+        store, tier = engine.store, engine.store.device_tier
+        on_device = 0 if tier is None else _pages_used(tier.mover)
+        disk_pages = _pages_of(store.mover) + commit_pages(config, store.mover)
+        pages = _pages_used(store.mover) * store.page_bytes, on_device * store.page_bytes
+        gradient_bytes, disk_bytes = engine.peak_gradient_bytes, disk_pages * store.page_bytes
+        return Taken.of(base_bytes, pages, engine.outside.peak_bytes, gradient_bytes, disk_bytes, room)
 
 
-def device_pages(engine: Rehearsal) -> int:
-    """Pages of the device that a run fills."""
-    tier = engine.store.device_tier
-    return (
-        0
-        if tier is None
-        else min(tier.mover.arena.n_frames, sum(tensor.n_frames for tensor in tier.mover.tensors.values()))
-    )
+def _pages_of(mover: Mover) -> int:
+    return sum(tensor.n_frames for tensor in mover.tensors.values())
 
 
-def advice(config: Config, room: Room, taken: Taken, pages_bytes: int, smallest_ram_bytes: int) -> tuple[str, ...]:
+def _pages_used(mover: Mover) -> int:
+    return min(mover.arena.n_frames, _pages_of(mover))
+
+
+def advice(config: Config, room: Available, taken: Taken, pages_bytes: int, smallest_ram_bytes: int) -> tuple[str, ...]:
     """What would make a run fit.
 
     Args:
@@ -185,7 +160,11 @@ def advice(config: Config, room: Room, taken: Taken, pages_bytes: int, smallest_
     return tuple(found)
 
 
-def largest_batch(config: Config, room: Room, taken: Taken, base_bytes: int) -> int:
+def _changed(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def largest_batch(config: Config, room: Available, taken: Taken, base_bytes: int) -> int:
     """The most rows of ``train.batch`` that fit; 0 where none does.
 
     Args:
@@ -195,9 +174,7 @@ def largest_batch(config: Config, room: Room, taken: Taken, base_bytes: int) -> 
     rows = config.train.batch
 
     def missing_bytes(n: int) -> int:
-        assert config.train is not None
-        more = config.model_copy(update={"train": config.train.model_copy(update={"batch": n})})
-        return taken_by(more, base_bytes, room).missing_bytes(room)
+        return taken_by(_changed(config, "train", batch=n), base_bytes, room).missing_bytes(room)
 
     if taken.disk_bytes > room.disk_bytes:
         return 0
@@ -229,23 +206,19 @@ def depth_argument(config: Config, named: str | None) -> str:
     return named
 
 
-def largest_depth(config: Config, room: Room, taken: Taken, base_bytes: int, argument: str) -> int:
+def largest_depth(config: Config, room: Available, taken: Taken, base_bytes: int, argument: str) -> int:
     """The most layers that fit, by what one more takes; 0 where none does.
 
     Args:
         taken: by the configuration as it is.
     """
     assert config.model is not None
-    layers = int(config.model.arguments[argument])
+    given = config.model.arguments
+    layers = int(given[argument])
 
     def at(n: int) -> Taken:
-        assert config.model is not None
-        arguments = {**config.model.arguments, argument: n}
-        return taken_by(
-            config.model_copy(update={"model": config.model.model_copy(update={"arguments": arguments})}),
-            base_bytes,
-            room,
-        )
+        arguments = {**given, argument: n}
+        return taken_by(_changed(config, "model", arguments=arguments), base_bytes, room)
 
     one, more = at(layers), at(layers + 1)
     by_memory = -taken.missing_bytes(room) // max(1, more.missing_bytes(room) - one.missing_bytes(room))

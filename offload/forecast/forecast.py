@@ -22,7 +22,6 @@ from offload.config import Config, ConfigError
 from offload.factories import model_factory
 from offload.forecast.fit import (
     Fit,
-    Room,
     Taken,
     advice,
     commit_pages,
@@ -124,27 +123,14 @@ class Forecast:
     rates: Rates
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked beyond the run as it is configured.
-
-    Attributes:
-        room: the machine's; None: this one's.
-        largest: whether to look for the largest batch and depth that fit.
-        depth: name of the model's argument that counts its layers; None: a usual one.
-    """
-
-    room: Room | None = None
-    largest: bool = False
-    depth: str | None = None
-
-
-def _no_progress(_stage: str) -> None:
-    """Show nothing."""
-
-
 def forecast(
-    config: Config, rates: Rates, question: Question = Question(), progress: Callable[[str], None] = _no_progress
+    config: Config,
+    rates: Rates,
+    room: Available | None = None,
+    *,
+    largest: bool = False,
+    depth: str | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> Forecast:
     """Rehearse and simulate the run of a configuration.
 
@@ -152,6 +138,9 @@ def forecast(
         config: exact mode, with the sections model and train, with or without a device; the model takes two int64
             tensors of ``train.batch`` rows and ``train.seq`` tokens.
         rates: of the machine.
+        room: what the run is to fit into; None: what this machine has, with the limits on this process.
+        largest: whether to look for the largest batch and depth that fit.
+        depth: name of the model's argument that counts its layers; None: a usual one.
         progress: called with what is being done.
 
     Raises:
@@ -162,27 +151,23 @@ def forecast(
     check_forecastable(config)
     assert config.model is not None and config.train is not None and config.train.seq is not None
     make_model = model_factory(config.model)
-    argument = depth_argument(config, question.depth)
+    argument = depth_argument(config, depth)
     progress("the model without bytes")
     need = smallest_budget(make_model, None, config)
     need.check(config.memory.ram)
     base_bytes = _resident_now_bytes()
-    kernels = kernels_of(rates)
-    if isinstance(kernels, TimedKernels):
-        timed = kernels
-        timed.progress = lambda: progress(f"a step, kernel by kernel: {timed.n_timed + 1} timed")
+    kernels = kernels_of(rates, lambda n_timed: progress(f"a step, kernel by kernel: {n_timed} timed"))
     progress("a step without bytes")
-    with threads_of(config), rehearsed(make_model, config, CostMode(kernels), rates.bandwidths) as engine:
-        start = _at_start(engine)
+    with threads_of(config), rehearsed(make_model, config, CostMode(kernels), rates) as engine:
+        mover = engine.store.mover
+        start = _phase(engine, mover.host.used_frames, mover.ssd.used_frames)
         engine.rehearse(config.train.batch, config.train.seq)
-        here = available_here(config)
-        room = question.room or Room(here.ram_bytes, here.disk_bytes)
         progress("the plan, followed on paper")
-        machine = _Machine(base_bytes, room, () if question.room else here.limits)
-        found = _found(engine, rates, kernels, start, need, machine)
-    if not question.largest:
+        room = room or available_here(config)
+        found = _found(engine, rates, kernels, start, need, base_bytes, room)
+    if not largest:
         return found
-    room, taken = found.fit.room, found.fit.taken
+    taken = found.fit.taken
     progress("the largest batch and depth")
     fit = replace(
         found.fit, largest_batch=largest_batch(config, room, taken, base_bytes), depth_argument=argument,
@@ -191,26 +176,23 @@ def forecast(
     return replace(found, fit=fit)
 
 
-@dataclass(frozen=True, slots=True)
-class _Machine:
-    """What a run is to fit into; ``limits`` are those on this process, where the room is this machine's."""
-
-    base_bytes: int
-    room: Room
-    limits: tuple[tuple[str, int], ...]
-
-
 def _found(
-    engine: Rehearsal, rates: Rates, kernels: Kernels, start: Phase, need: BudgetNeed, machine: _Machine
+    engine: Rehearsal,
+    rates: Rates,
+    kernels: Kernels,
+    start: Phase,
+    need: BudgetNeed,
+    base_bytes: int,
+    room: Available,
 ) -> Forecast:
     config, mover = engine.config, engine.store.mover
-    step, commit = _at_step(engine), _at_commit(engine)
+    step, commit = _at_step(engine), _at_step(engine, commit_frames(mover, config.commit.keep))
     times = StepTimes.of(engine)
     timed = kernels if isinstance(kernels, TimedKernels) else None
     busy_cores = torch.get_num_threads() >= len(os.sched_getaffinity(0))
     moving_s = MOVING_S_PER_BYTE * (times.read_bytes + times.written_bytes) if timed and busy_cores else 0.0
-    base_bytes = max(machine.base_bytes, _resident_now_bytes()) if timed else machine.base_bytes
-    fit = _fit(engine, step, need, replace(machine, base_bytes=base_bytes))
+    base_bytes = max(base_bytes, _resident_now_bytes()) if timed else base_bytes
+    fit = _fit(engine, step, need, base_bytes, room)
     parameters, stats = list(engine.model.parameters()), engine.engine.stats()
     return Forecast(
         parameters=sum(parameter.numel() for parameter in parameters),
@@ -226,7 +208,7 @@ def _found(
         resume=Phase(0, 0, commit.ssd_pages, commit.ssd_bytes),
         export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
         export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        ops=len(engine.trace.ops),
+        ops=len(engine.host.follower.trace.ops),
         step_s=times.step_s + moving_s,
         compute_s=times.compute_s,
         moving_s=moving_s,
@@ -252,22 +234,23 @@ def _found(
     )
 
 
-def _fit(engine: Rehearsal, step: Phase, need: BudgetNeed, machine: _Machine) -> Fit:
+def _fit(engine: Rehearsal, step: Phase, need: BudgetNeed, base_bytes: int, room: Available) -> Fit:
     """Whether the run fits the room, and what to change if not."""
-    config, room, page_bytes = engine.config, machine.room, engine.store.mover.arena.page_bytes
+    config, page_bytes = engine.config, engine.store.page_bytes
     pages_bytes = step.host_pages * page_bytes
     taken = Taken.of(
-        machine.base_bytes,
+        base_bytes,
         (pages_bytes, step.device_bytes),
         engine.outside.peak_bytes,
         engine.peak_gradient_bytes,
         step.ssd_bytes + commit_pages(config, engine.store.mover) * page_bytes,
         room,
     )
-    available = Available(room.ram_bytes, room.disk_bytes, machine.limits)
-    lacks = tuple(shortage.line for shortage in decide(config, need, "", available).shortages)
+    lacks = tuple(shortage.line for shortage in decide(config, need, "", room).shortages)
     changes = advice(config, room, taken, pages_bytes, need.smallest_bytes) or lacks
-    return Fit(room, taken, taken.within(room) and not lacks, changes)
+    return Fit(
+        room, taken, taken.missing_bytes(room) <= 0 and taken.disk_bytes <= room.disk_bytes and not lacks, changes
+    )
 
 
 def _resident_now_bytes() -> int:
@@ -293,38 +276,25 @@ def check_forecastable(config: Config) -> None:
 # ---- tiers ----------------------------------------------------------------------------------------------------------
 
 
-def _phase(engine: Rehearsal, host_pages: int, gradient_bytes: int, ssd_pages: int) -> Phase:
+def _phase(engine: Rehearsal, host_pages: int, ssd_pages: int, device_pages: int = 0, gradient_bytes: int = 0) -> Phase:
     page_bytes = engine.store.page_bytes
-    return Phase(host_pages, host_pages * page_bytes + gradient_bytes, ssd_pages, ssd_pages * page_bytes)
+    host_bytes = host_pages * page_bytes + gradient_bytes
+    return Phase(host_pages, host_bytes, ssd_pages, ssd_pages * page_bytes, device_pages, device_pages * page_bytes)
 
 
 def _resident_bytes(engine: Rehearsal) -> int:
     mover = engine.store.mover
-    used = set(engine.trace.tensors())
+    used = set(engine.host.follower.trace.tensors())
     return (
         sum(t.n_frames for t in mover.tensors.values() if t.id in used) * mover.arena.page_bytes
         + engine.store.driver.overhead_bytes
     )
 
 
-def _at_start(engine: Rehearsal) -> Phase:
-    mover = engine.store.mover
-    return _phase(engine, mover.host.used_frames, 0, mover.ssd.used_frames)
-
-
-def _at_step(engine: Rehearsal) -> Phase:
-    plan, mover = engine.store.driver.follower.plan, engine.store.mover
+def _at_step(engine: Rehearsal, commits_pages: int = 0) -> Phase:
+    """The most during the steps, with pages that commits keep."""
+    plan, upper, mover = engine.store.driver.follower.plan, engine.upper, engine.store.mover
     assert plan is not None
-    phase = _phase(engine, plan.peak_frames, engine.peak_gradient_bytes, mover.planned_page_file_frames(plan.stored()))
-    upper = engine.upper
-    if upper is None:
-        return phase
-    above = upper.follower.plan
-    assert above is not None
-    return replace(phase, device_pages=above.peak_frames, device_bytes=above.peak_frames * engine.store.page_bytes)
-
-
-def _at_commit(engine: Rehearsal) -> Phase:
-    step = _at_step(engine)
-    ssd_pages = step.ssd_pages + commit_frames(engine.store.mover, engine.config.commit.keep)
-    return replace(step, ssd_pages=ssd_pages, ssd_bytes=ssd_pages * engine.store.page_bytes)
+    device_pages = 0 if upper is None or upper.follower.plan is None else upper.follower.plan.peak_frames
+    ssd_pages = mover.planned_page_file_frames(plan.stored()) + commits_pages
+    return _phase(engine, plan.peak_frames, ssd_pages, device_pages, engine.peak_gradient_bytes)

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cache
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -41,13 +41,6 @@ _FLUSH_BYTES: Final = 48 << 20
 _MEMORY_SHARE: Final = 0.5
 
 
-class Kernels(Protocol):
-    """Tells what a kernel takes."""
-
-    def seconds(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> float:
-        """Of one call of ``func``, which returned ``result``."""
-
-
 class RatedKernels:
     """Kernels at rates.
 
@@ -68,7 +61,7 @@ class RatedKernels:
         self.updates_on_device = False
 
     def seconds(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> float:
-        """See `Kernels`."""
+        """Of one call of ``func``, which returned ``result``."""
         packet = func._overloadpacket
         if packet in FUSED:
             return 2 * bytes_of(args) / (self._bytes_per_s if self.updates_on_device else self._update_bytes_per_s)
@@ -84,19 +77,19 @@ class TimedKernels:
     Args:
         otherwise: asked about kernels that cannot be run here: their tensors would not fit in this machine's free
             memory, or they do not take the values they would be run with.
+        progress: called with the number of kernels after each that was timed.
 
     Attributes:
         n_timed: kernels that were timed. spent_s: what that took. n_others: those asked of ``otherwise``.
-        progress: called after each kernel that was timed.
     """
 
-    def __init__(self, otherwise: Kernels) -> None:
+    def __init__(self, otherwise: RatedKernels, progress: Callable[[int], None] = lambda n_timed: None) -> None:
         self._otherwise = otherwise
+        self._progress = progress
         self._known: dict[Hashable, float] = {}
         self.n_timed = 0
         self.n_others = 0
         self.spent_s = 0.0
-        self.progress: Callable[[], None] = lambda: None
         self._ran_s = self._on_processor_s = 0.0
 
     @property
@@ -106,7 +99,7 @@ class TimedKernels:
         return min(1.0, self._on_processor_s / self._ran_s) if self._ran_s else 1.0
 
     def seconds(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> float:
-        """See `Kernels`."""
+        """Of one call of ``func``, which returned ``result``."""
         if func._overloadpacket in _UNTOUCHED:
             return 0.0
         key = self._key(func, args, kwargs)
@@ -141,7 +134,7 @@ class TimedKernels:
                 took_s.append(_once_s(lambda: func(*real_args, **real_kwargs)))
                 self._on_processor_s += time.thread_time() - on_processor_s
         self._ran_s += sum(took_s)
-        self.progress()
+        self._progress(self.n_timed + 1)
         self.spent_s += time.perf_counter() - began_s
         return statistics.median(took_s)
 
@@ -163,6 +156,9 @@ def _real(value: Any) -> Any:
         )
         return torch.ones(numel, dtype=value.dtype, device="cpu").as_strided(value.shape, value.stride())
     return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+Kernels = RatedKernels | TimedKernels
 
 
 class CostMode(TorchDispatchMode):  # type: ignore[no-untyped-call]

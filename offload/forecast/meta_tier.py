@@ -1,15 +1,19 @@
 """What holds bytes in an engine, without any: an arena and a device of meta tensors, and page files that move nothing.
 
-Everything else is as in the real ones, so their users run unchanged.
+Everything else is as in the real ones, so their users run unchanged. And attention of meta tensors as a CPU computes
+it: in one kernel, where torch would take it apart into a dozen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pagemem.devices.accelerator import Copy, DeviceEvent, RamDevice, TimedCopy
@@ -22,13 +26,15 @@ from pagemem.files.transfer import Done, Part
 from pagemem.frames.page import Extent, FrameId, TensorId
 from pagemem.units import ceil_div
 
+_ATTENTION: Final = functional.scaled_dot_product_attention
+
 
 class MetaArena(Arena):
     """Frames without bytes: every view is a meta tensor of its own, and a lease is known by its storage."""
 
     def __init__(self, n_frames: int, page_bytes: int) -> None:
         super().__init__(n_frames, page_bytes)
-        self._leases: dict[int, tuple[StorageWeakRef, TensorId, int]] = {}
+        self._leases: WeakKeyDictionary[torch.UntypedStorage, tuple[FrameId, int]] = WeakKeyDictionary()
         self._scratch = memoryview(bytearray(1))
 
     def buffer(self, frame: FrameId, n_bytes: int) -> memoryview:
@@ -43,23 +49,18 @@ class MetaArena(Arena):
     def lease(self, tensor: TensorId, frame: FrameId, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor:
         """A flat tensor without bytes whose storage is watched."""
         flat = self.view(frame, offset_bytes, dtype, numel)
-        watch = StorageWeakRef(flat.untyped_storage())  # type: ignore[no-untyped-call]
-        self._leases[watch.cdata] = (watch, tensor, offset_bytes)
+        self._watched.watch(flat.untyped_storage(), tensor)
+        self._leases[flat.untyped_storage()] = frame, offset_bytes
         return flat
 
-    def ended_leases(self) -> list[TensorId]:
-        """Tensors of the leases whose storage is gone."""
-        ended = [(key, tensor) for key, (watch, tensor, _) in self._leases.items() if watch.expired()]  # type: ignore[no-untyped-call]
-        for key, _ in ended:
-            del self._leases[key]
-        return [tensor for _, tensor in ended]
-
-    def leased(self, tensor: Tensor) -> tuple[TensorId, int] | None:
-        """Whose lease a meta tensor is a view of, and the bytes from that one's beginning to the view's; or None."""
-        if tensor.device.type != "meta" or tensor.layout is not torch.strided:
+    def locate(self, tensor: Tensor) -> tuple[FrameId, int] | None:
+        """As `Arena.locate`, of views of what is leased."""
+        leased = self._leases.get(tensor.untyped_storage()) if tensor.layout is torch.strided else None
+        if leased is None:
             return None
-        found = self._leases.get(tensor.untyped_storage()._cdata)
-        return None if found is None else (found[1], found[2] + int(tensor.storage_offset()) * tensor.element_size())
+        frame, offset_bytes = leased
+        offset_bytes += int(tensor.storage_offset()) * tensor.element_size()
+        return FrameId(frame + offset_bytes // self.page_bytes), offset_bytes % self.page_bytes
 
     def close(self) -> None:
         """Nothing is to be given back."""
@@ -121,3 +122,45 @@ class NoFiles(PageFiles):
 
     def close(self) -> None:
         """Nothing is to be given back."""
+
+
+class AttentionOfCpu:
+    """While it is entered, attention is dispatched as torch's kernel for CPUs wherever torch would choose that on a
+    CPU.
+
+    For callers of ``torch.nn.functional.scaled_dot_product_attention`` by that name, in the whole process: a mode of
+    torch's would be off in what backward recomputes.
+    """
+
+    def __enter__(self) -> None:
+        functional.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        functional.scaled_dot_product_attention = _ATTENTION
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    if attn_mask is not None or dropout_p or options.get("enable_gqa") or not _in_one_kernel(query, key, value):
+        return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    result: Tensor = kernel(query, key, value, dropout_p, is_causal, scale=options.get("scale"))[0]
+    return result
+
+
+def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """What torch asks for (aten/src/ATen/native/transformers/sdp_utils_cpp.cpp), for tensors without a mask."""
+    enabled: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    alike = all(
+        t.dim() == 4 and t.stride(-1) == 1 and t.size(-1) == query.size(-1) and t.numel() for t in (query, key, value)
+    )
+    return alike and query.shape[:2] == key.shape[:2] == value.shape[:2] and enabled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +11,10 @@ import torch
 
 from offload.config import Config, ConfigError
 from offload.forecast.kernels import Kernels, RatedKernels, TimedKernels
-from offload.forecast.rehearsal import Bandwidths
+from offload.machine.facts import best_s, copy_gb_per_s
 from pagemem.knobs import ASSUMED_BYTES_PER_S, ASSUMED_UPLOAD_BYTES_PER_S
-from pagemem.units import MiB
 
 _MATRIX: Final = 768
-_COPY_BYTES: Final = 64 * MiB
-_REPEATS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +34,6 @@ class Rates:
     ssd_write: float
     h2d: float = ASSUMED_UPLOAD_BYTES_PER_S
     device_ram: float | None = None
-
-    @property
-    def bandwidths(self) -> Bandwidths:
-        """Of what moves pages."""
-        return Bandwidths(self.ssd_read, self.ssd_write, self.h2d)
 
 
 def rates_of(
@@ -88,31 +79,20 @@ def rates_of(
         )
 
 
-def _best_s(run: Callable[[], object]) -> float:
-    """The shortest of some runs: what disturbs them only makes them longer."""
-    took_s = []
-    for _ in range(_REPEATS):
-        started_s = time.perf_counter()
-        run()
-        took_s.append(time.perf_counter() - started_s)
-    return min(took_s)
-
-
 def _measured_flops() -> float:
     a = torch.ones(_MATRIX, _MATRIX)
-    return 2.0 * _MATRIX**3 / _best_s(lambda: a @ a)
+    return 2.0 * _MATRIX**3 / best_s(lambda: a @ a)
 
 
 def _measured_copy() -> float:
-    source, target = torch.ones(_COPY_BYTES // 4), torch.empty(_COPY_BYTES // 4)
-    return 2.0 * _COPY_BYTES / _best_s(lambda: target.copy_(source))
+    return 2e9 * copy_gb_per_s()
 
 
-def kernels_of(rates: Rates) -> Kernels:
-    """What tells the time of kernels: the rates, or this machine."""
+def kernels_of(rates: Rates, progress: Callable[[int], None] = lambda n_timed: None) -> Kernels:
+    """What tells the time of kernels: the rates, or this machine; ``progress`` is told how many it has timed."""
     if rates.flops is not None and rates.ram is not None:
         return RatedKernels(rates.flops, rates.device_ram or rates.ram, rates.ram)
-    return TimedKernels(RatedKernels(_measured_flops(), _measured_copy()))
+    return TimedKernels(RatedKernels(_measured_flops(), _measured_copy()), progress)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -22,12 +21,9 @@ from torch import Tensor, nn
 
 from offload.config import Config
 from offload.engine import Engine
-from offload.forecast.cpu_attention import AttentionOfCpu
 from offload.forecast.kernels import CostMode
-from offload.forecast.meta_tier import MetaArena, MetaDevice, NoFiles
-from offload.parameters.binder import Binder
-from offload.parameters.edits import Edits
-from offload.parameters.saved_weights import SavedView, SavedWeights
+from offload.forecast.meta_tier import AttentionOfCpu, MetaArena, MetaDevice, NoFiles
+from offload.forecast.rates import Rates
 from offload.profiling.live_storages import Holder, LiveStorages
 from offload.store.deferred_init import built_into
 from offload.store.page_store import PageStore
@@ -44,20 +40,11 @@ from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import EventSink
 from scheduler.execution.driver import Driver
 from scheduler.execution.lower_tier import LowerTier
-from scheduler.planning.trace import Access, OpKey, Trace
+from scheduler.planning.trace import Access, OpKey
 
 #: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything
 #: anew. With a device one more is recorded: what it asks of host memory by plan.
 STEPS: Final = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Bandwidths:
-    """Bytes/s of the page files and of copies from host memory to the device."""
-
-    ssd_read: float
-    ssd_write: float
-    h2d: float
 
 
 class RehearsalError(OffloadError):
@@ -97,34 +84,6 @@ class _OnDevice(Driver):
         self._cost.updates_are_made(on_device=False)
 
 
-class _Edits(Edits):
-    """Edits over a meta arena."""
-
-    def exposes(self, result: Any) -> bool:
-        """Whether a result is a view of pages."""
-        arena = self._mover.arena
-        assert isinstance(arena, MetaArena)
-        values = result if isinstance(result, (list, tuple)) else (result,)
-        return any(isinstance(v, Tensor) and not v.requires_grad and arena.leased(v) is not None for v in values)
-
-
-class _SavedWeights(SavedWeights):
-    """The engine's saved weights over a meta arena."""
-
-    def _dense(self, saved: Tensor) -> bool:
-        return saved.layout is torch.strided and saved.numel() > 0
-
-    def _place(self, saved: Tensor) -> SavedView | None:
-        arena = self._binder.mover.arena
-        assert isinstance(arena, MetaArena)
-        leased = arena.leased(saved)
-        return (
-            None
-            if leased is None
-            else SavedView(self._binder.units[leased[0]], leased[1], saved.size(), saved.stride(), saved.dtype)
-        )
-
-
 class _OutsideBytes:
     """Bytes of tensors that are not in pages: activations, gradients in flight, what ops leave.
 
@@ -160,9 +119,9 @@ class _Parts(StoreParts):
     host: Driver
     upper: Driver | None = None
 
-    def __init__(self, config: Config, bandwidths: Bandwidths, cost: CostMode) -> None:
+    def __init__(self, config: Config, rates: Rates, cost: CostMode) -> None:
         super().__init__(config)
-        self._bandwidths = bandwidths
+        self._rates = rates
         self._cost = cost
 
     def accelerator(self) -> Accelerator:
@@ -179,23 +138,15 @@ class _Parts(StoreParts):
 
     def driver(self, mover: Mover, sink: EventSink) -> Driver:
         """One that times ops by the cost of their kernels."""
-        rates = self._bandwidths
+        rates = self._rates
         self.host = Driver(mover, sink, lambda: (rates.ssd_read, rates.ssd_write), clock=_CostClock(self._cost))
         return self.host
 
     def device_driver(self, mover: DeviceMover, lower: LowerTier, sink: EventSink) -> Driver:
         """Likewise."""
-        h2d, clock = self._bandwidths.h2d, _CostClock(self._cost)
+        h2d, clock = self._rates.h2d, _CostClock(self._cost)
         self.upper = _OnDevice(self._cost, mover, sink, lambda: (h2d, h2d), clock=clock, lower=lower)
         return self.upper
-
-    def binder(self, driver: Driver, mover: Mover) -> Binder:
-        """One that knows meta tensors."""
-        return Binder(driver, mover, _Edits(mover), "meta")
-
-    def saved_weights(self, binder: Binder) -> SavedWeights:
-        """Those that know meta tensors."""
-        return _SavedWeights(binder)
 
     def scaling(self) -> Scaling:
         """Without a look at values."""
@@ -218,11 +169,6 @@ class Rehearsal:
         self.outside = outside
         self.config, self.model, self.store = engine.config, engine.model, engine.debug.store
         self.host, self.upper = parts.host, parts.upper
-
-    @property
-    def trace(self) -> Trace:
-        """The step that the plan of host memory is made of."""
-        return self.host.follower.trace
 
     @property
     def peak_gradient_bytes(self) -> int:
@@ -249,9 +195,17 @@ class Rehearsal:
         x = torch.empty((rows, tokens), dtype=torch.int64)
         self.outside.restart()
         for _ in range(steps):
-            for _ in range(self.config.update.accumulation):
-                with _needs_no_values():
+            try:
+                for _ in range(self.config.update.accumulation):
                     self.engine.scaled(self.model(x, x) / self.config.update.accumulation).backward()  # type: ignore[no-untyped-call]
+            except OffloadError:
+                raise
+            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+                # What torch raises where a model's code asks a meta tensor for values: it depends on the op.
+                reason = (str(error) or type(error).__name__).partition("\n")[0]
+                raise RehearsalError(
+                    f"the model's step cannot be performed without values, on torch's meta device: {reason}"
+                ) from error
             self.engine.optimizer.step()
             self.engine.optimizer.zero_grad()
         self.host.quiesce()
@@ -262,20 +216,6 @@ class Rehearsal:
                 "views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise "
                 "memory.ram"
             )
-
-
-@contextmanager
-def _needs_no_values() -> Iterator[None]:
-    try:
-        yield
-    except OffloadError:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        # What torch raises where a model's code asks a meta tensor for values: it depends on the op.
-        reason = (str(error) or type(error).__name__).partition("\n")[0]
-        raise RehearsalError(
-            f"the model's step cannot be performed without values, on torch's meta device: {reason}"
-        ) from error
 
 
 @contextmanager
@@ -291,14 +231,12 @@ def _no_collection() -> Iterator[None]:
 
 
 @contextmanager
-def rehearsed(
-    make_model: Callable[[], nn.Module], config: Config, cost: CostMode, bandwidths: Bandwidths
-) -> Iterator[Rehearsal]:
+def rehearsed(make_model: Callable[[], nn.Module], config: Config, cost: CostMode, rates: Rates) -> Iterator[Rehearsal]:
     """An engine without bytes for the model of a factory, built as `deferred_init` builds it; closed at the end.
 
     Args:
         cost: what kernels take.
-        bandwidths: of the page files, and of copies to the device.
+        rates: of the page files, and of copies to the device.
 
     Raises:
         BudgetError, ConfigError, ValueError: as `offload.Engine`.
@@ -309,7 +247,7 @@ def rehearsed(
         on_meta: AbstractContextManager[Any] = torch.device("meta")
         outside = _OutsideBytes()
         with _no_collection(), on_meta, AttentionOfCpu(), LiveStorages(outside), cost:
-            parts = _Parts(elsewhere, bandwidths, cost)
+            parts = _Parts(elsewhere, rates, cost)
             with built_into(lambda: PageStore(elsewhere, parts)):
                 model = make_model()
             with Engine(model, elsewhere) as engine:

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from offload.callbacks import RunStarted
-from offload.checkpoint.resumed import Resumed
+from offload.checkpoint.compatibility import Resumed
 from offload.config import Config, TrainingConfig
 from offload.console.output import BROKEN_PIPE, Output, is_closed
 from offload.console.tables import print_line, print_rows

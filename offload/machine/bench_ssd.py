@@ -7,18 +7,18 @@ pages whose checksums are known, and what it writes changes nothing.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Final
 
 import numpy as np
@@ -141,10 +141,9 @@ def check_target(path: Path, file_bytes: int) -> Target:
         StorageError: there is no such folder, or it cannot be written.
         DiskFullError: it has no room for the test file.
     """
-    if not os.path.exists(path):
-        raise StorageError(f"{path}: there is no such folder; name one on the disk to be measured")
     if not os.path.isdir(path):
-        raise StorageError(f"{path} is not a folder; name one on the disk to be measured")
+        what = " is not a folder" if os.path.exists(path) else ": there is no such folder"
+        raise StorageError(f"{path}{what}; name one on the disk to be measured")
     if not os.access(path, os.W_OK | os.X_OK):
         raise StorageError(f"{path}: this user cannot write there; name a folder of its own on that disk")
     free_bytes = shutil.disk_usage(path).free
@@ -267,57 +266,39 @@ class _Traffic:
         files.remember(files.route(extents), np.resize(sums, self._n_frames))
         self._routes: Sequence[Route] = [files.route([extent]) for extent in extents]
         self._starts = starts.tolist()
-        self._changed = threading.Condition()  # guards what follows
-        self._under_way = 0
-        self._moved_bytes = 0
-        self._error: BaseException | None = None
 
     def run(self, direction: Direction, seconds: float | None) -> float:
-        """GB/s over so many seconds, or over every frame once. After an interrupt, transfers go on until the page files
-        are closed."""
+        """GB/s over so many seconds, or over every frame once. After an error or an interrupt, transfers continue until
+        the page files are closed."""
         started_s = time.perf_counter()
-        end_s = None if seconds is None else started_s + seconds
-        self._moved_bytes = 0
+        end_s = math.inf if seconds is None else started_s + seconds
+        own = [range(slot, self._n_frames, self._n_slots) for slot in range(self._n_slots)]
+        left = [iter(frames) if seconds is None else cycle(frames) for frames in own]
+        ended: SimpleQueue[tuple[int, BaseException | None]] = SimpleQueue()
         for slot in range(self._n_slots):
-            own = range(slot, self._n_frames, self._n_slots)
-            self._begin(direction, slot, iter(own) if end_s is None else cycle(own), end_s)
-        with self._changed:
-            self._changed.wait_for(lambda: self._under_way == 0)
-        if self._error is not None:
-            raise self._error
-        return self._moved_bytes / (time.perf_counter() - started_s) / 1e9
-
-    def _begin(self, direction: Direction, slot: int, frames: Iterator[int], end_s: float | None) -> None:
-        """Begin the slot's next transfer, unless the time is up, its frames are done or something failed."""
-        with self._changed:
-            over = self._error is not None or (end_s is not None and time.perf_counter() >= end_s)
-            frame = None if over else next(frames, None)
+            ended.put((slot, None))
+        n_begun, n_busy = 0, self._n_slots
+        while n_busy:
+            slot, error = ended.get()
+            if error is not None:
+                raise error
+            frame = next(left[slot], None) if time.perf_counter() < end_s else None
             if frame is None:
-                return
-            self._under_way += 1
-        done = partial(self._ended, direction=direction, slot=slot, frames=frames, end_s=end_s)
-        try:
-            if direction is Direction.READ:
-                start = slot * self._page_bytes
-                self._files.read(self._routes[frame], self._memory.into[start : start + self._page_bytes], done)
+                n_busy -= 1
             else:
-                start = self._starts[frame]
-                self._files.write(self._routes[frame], self._memory.source[start : start + self._page_bytes], done)
-        except (
-            Exception
-        ) as error:  # also where they are closed: only this hands it from an I/O thread to the waiting one
-            self._note(0, error)
+                self._begin(direction, slot, frame, ended)
+                n_begun += 1
+        return n_begun * self._page_bytes / (time.perf_counter() - started_s) / 1e9
 
-    def _ended(
-        self, error: BaseException | None, direction: Direction, slot: int, frames: Iterator[int], end_s: float | None
+    def _begin(
+        self, direction: Direction, slot: int, frame: int, ended: SimpleQueue[tuple[int, BaseException | None]]
     ) -> None:
-        if error is None:
-            self._begin(direction, slot, frames, end_s)
-        self._note(self._page_bytes, error)
+        def done(error: BaseException | None) -> None:
+            ended.put((slot, error))
 
-    def _note(self, moved_bytes: int, error: BaseException | None) -> None:
-        with self._changed:
-            self._moved_bytes += moved_bytes
-            self._under_way -= 1
-            self._error = self._error or error
-            self._changed.notify_all()
+        if direction is Direction.READ:
+            start = slot * self._page_bytes
+            self._files.read(self._routes[frame], self._memory.into[start : start + self._page_bytes], done)
+        else:
+            start = self._starts[frame]
+            self._files.write(self._routes[frame], self._memory.source[start : start + self._page_bytes], done)

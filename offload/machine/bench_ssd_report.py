@@ -73,7 +73,9 @@ def run_bench_ssd(paths: Sequence[Path], plan: BenchPlan, console: Console, *, a
     targets = [check_target(path, plan.file_bytes) for path in paths]
     results = [_measure(target, plan, console) for target in targets]
     for result in results:
-        _show(result, console)
+        if not console.is_terminal:
+            print_line(console, backend_line(result))
+        print_rows(backend_line(result), [point_cells(point) for point in result.points], console, _HEADINGS)
     advice = recommend(results)
     for line in advice_lines(advice, n_paths=len(results)):
         print_line(console, line)
@@ -95,16 +97,19 @@ def as_record(results: Sequence[Measured], plan: BenchPlan, advice: Recommendati
                 "free_bytes": result.target.free_bytes,
                 "in_use_by": result.target.holder,
                 "backend": result.backend,
-                "points": [_point_record(point) for point in result.points],
+                "points": [
+                    {
+                        **asdict(point.setting),
+                        "write_gb_per_s": point.write_gb_per_s,
+                        "read_gb_per_s": point.read_gb_per_s,
+                    }
+                    for point in result.points
+                ],
             }
             for result in results
         ],
         "recommendation": {**asdict(advice), "config": "\n".join(advice.config_lines)},
     }
-
-
-def _point_record(point: Point) -> dict[str, Any]:
-    return {**asdict(point.setting), "write_gb_per_s": point.write_gb_per_s, "read_gb_per_s": point.read_gb_per_s}
 
 
 def target_line(target: Target, plan: BenchPlan) -> str:
@@ -164,9 +169,3 @@ def _measure(target: Target, plan: BenchPlan, console: Console) -> Measured:
             bar.move(task, advance=1, description=f"{size}, threads {threads}: write {write}, read {read} GB/s")
 
         return measure(target, plan, show)
-
-
-def _show(result: Measured, console: Console) -> None:
-    if not console.is_terminal:
-        print_line(console, backend_line(result))
-    print_rows(backend_line(result), [point_cells(point) for point in result.points], console, _HEADINGS)

@@ -11,7 +11,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.metadata import packages_distributions, version
@@ -44,7 +44,7 @@ from pagemem.units import MiB, format_bytes
 
 PACKAGES: Final = ("pagemem", "scheduler", "optim", "offload")
 COPY_BYTES: Final = 64 * MiB
-_COPIES: Final = 5
+_RUNS: Final = 5
 _PINNED_BYTES: Final = MiB
 #: The engine's default setting, briefly.
 PROBE: Final = BenchPlan(64 * MiB, 0.2, (Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS),))
@@ -88,11 +88,14 @@ class MemoryFact:
     @property
     def usable_bytes(self) -> int:
         """What a new process can have of RAM."""
-        return (
-            self.available_bytes
-            if self.cgroup_free_bytes is None
-            else min(self.available_bytes, self.cgroup_free_bytes)
-        )
+        free_bytes = self.available_bytes if self.cgroup_free_bytes is None else self.cgroup_free_bytes
+        return min(self.available_bytes, free_bytes)
+
+    @property
+    def limits(self) -> tuple[tuple[str, int], ...]:
+        """Limits that count what is mapped, by their names."""
+        known = (("RLIMIT_DATA", self.data_limit_bytes), ("RLIMIT_AS", self.address_limit_bytes))
+        return tuple((name, n_bytes) for name, n_bytes in known if n_bytes is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +243,7 @@ def available_here(config: Config) -> Available:
     with naming("looking at", ", ".join(config.ssd.paths)):
         disk_bytes = _disk_bytes(config)
     memory = memory_fact()
-    limits = {"RLIMIT_DATA": memory.data_limit_bytes, "RLIMIT_AS": memory.address_limit_bytes}
-    known = tuple((name, n_bytes) for name, n_bytes in limits.items() if n_bytes is not None)
-    return Available(memory.usable_bytes, disk_bytes, known)
+    return Available(memory.usable_bytes, disk_bytes, limits=memory.limits)
 
 
 def _disk_bytes(config: Config) -> int:
@@ -256,16 +257,21 @@ def _disk_bytes(config: Config) -> int:
     return sum(by_device.values()) + there_bytes
 
 
+def best_s(run: Callable[[], object]) -> float:
+    """The shortest of five runs: what disturbs them only makes them longer."""
+    took_s = []
+    for _ in range(_RUNS):
+        started_s = time.perf_counter()
+        run()
+        took_s.append(time.perf_counter() - started_s)
+    return min(took_s)
+
+
 def copy_gb_per_s() -> float:
     """Bytes a second, in 10^9, of a copy in RAM on torch's threads: the best of five."""
     source = torch.ones(COPY_BYTES // 4)
     target = torch.zeros_like(source)
-    best_s = float("inf")
-    for _ in range(_COPIES):
-        started_s = time.perf_counter()
-        target.copy_(source)
-        best_s = min(best_s, time.perf_counter() - started_s)
-    return COPY_BYTES / best_s / 1e9
+    return COPY_BYTES / best_s(lambda: target.copy_(source)) / 1e9
 
 
 def cuda_facts() -> tuple[CudaFact, ...]:

@@ -51,12 +51,10 @@ class Binder:
         pointed: views of what addresses were given out of in the forward pass under way.
     """
 
-    def __init__(
-        self, driver: Driver, mover: Mover, edits: Edits | None = None, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, driver: Driver, mover: Mover, device: str = "cpu") -> None:
         self.driver = driver
         self.mover = mover
-        self.edits = edits or Edits(mover)
+        self.edits = Edits(mover)
         self.torch_device = torch.device(device)
         self.updater: Updater | None = None
         self.root: nn.Module | None = None

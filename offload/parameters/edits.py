@@ -44,7 +44,7 @@ class Edits:
             and not value.requires_grad
             and value.layout is torch.strided
             and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-            and self._mover.arena.locate(value.data_ptr()) is not None
+            and self._mover.arena.locate(value) is not None
             for value in values
         )
 
@@ -55,7 +55,7 @@ class Edits:
         if (
             parameter.shape != slot.shape
             or not parameter.is_contiguous()
-            or (slot.numel and self._mover.arena.locate(parameter.data_ptr()) is None)
+            or (slot.numel and self._mover.arena.locate(parameter) is None)
         ):
             raise RuntimeError(
                 f"{slot.name}: a paged parameter keeps its shape and its memory, so it cannot be transposed, resized "
@@ -72,7 +72,7 @@ class Edits:
             or not values.is_contiguous()
         ):
             return False
-        located, tensor = self._mover.arena.locate(values.data_ptr()), place.unit.compute
+        located, tensor = self._mover.arena.locate(values), place.unit.compute
         if located is None or tensor.frame is None:
             return False
         begin = (located[0] - tensor.frame) * self._mover.arena.page_bytes + located[1]

@@ -115,7 +115,7 @@ class SavedWeights:
     def _place(self, saved: Tensor) -> SavedView | Tensor | None:
         """Where a weight is; a copy of what else is in pages, which is a gradient; None for everything else."""
         mover = self._binder.mover
-        located = mover.arena.locate(saved.data_ptr())
+        located = mover.arena.locate(saved)
         if located is None:
             return None
         frame, offset = located

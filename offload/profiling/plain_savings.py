@@ -13,9 +13,8 @@ from typing import Final
 import torch
 from torch import nn
 
-from offload.budget.need import UnitShape, budget_need
+from offload.budget.need import budget_need, shapes_of
 from offload.config import Config
-from offload.parameters.grouping import groups_of, units_of
 from offload.parameters.optimizer_template import optimized_by
 from optim.rules import rule_for
 from pagemem.tier import Tag
@@ -59,14 +58,7 @@ def savings(model: nn.Module, optimizer: torch.optim.Optimizer, at_peak: Mapping
         ValueError: the engine has no rule for this optimizer or its options, or the model nothing to page.
     """
     n_states = len(rule_for(optimizer).state_names)
-    names, optimized = {id(p): name for name, p in model.named_parameters()}, optimized_by(optimizer)
-
-    def units(page_bytes: int) -> list[UnitShape]:
-        return [
-            UnitShape.of(group, names, optimized)
-            for group in units_of(groups_of(model.named_modules(), set()), page_bytes)
-        ]
-
+    units = shapes_of(model, optimized_by(optimizer))
     config = Config.model_validate({"memory": {"ram": "1GiB"}, "ssd": {"paths": ["pages"]}})
     shapes = units(1)
     if not shapes:

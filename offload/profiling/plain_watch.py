@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -26,14 +25,6 @@ from scheduler.planning.trace import OpKind
 OPTIMIZER: Final = "optimizer"
 #: Followed as what a module keeps, rather than what its ops left over.
 KEPT: Final = (Tag.PARAM, Tag.GRAD, Tag.MOMENT, Tag.ACTIVATION)
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """A tensor that autograd saved, and the module that was computing."""
-
-    kept: KeptTensor
-    module: str
 
 
 class PlainWatch:
@@ -100,22 +91,20 @@ class PlainWatch:
         self._within.pop()
         self._compute(OpKind.FORWARD if self._within else None, self._within[-1] if self._within else "")
 
-    def _pack(self, tensor: Tensor) -> _Saved:
+    def _pack(self, tensor: Tensor) -> tuple[KeptTensor, str]:
         module = self._within[-1] if self._within else self._modules[0][0]
         self._hold_unless_kept(tensor, Tag.ACTIVATION, module)
-        return _Saved(KeptTensor(tensor), module)
+        return KeptTensor(tensor), module
 
-    def _unpack(self, saved: _Saved) -> Tensor:
-        if not self._within and self._computing != saved.module:
-            self._compute(OpKind.BACKWARD, saved.module)
-        return saved.kept.unpack()
+    def _unpack(self, saved: tuple[KeptTensor, str]) -> Tensor:
+        kept, module = saved
+        if not self._within and self._computing != module:
+            self._compute(OpKind.BACKWARD, module)
+        return kept.unpack()
 
     def _has_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self._storages.hold(parameter.grad, Tag.GRAD, self._owners[id(parameter)][0])
-
-    def _updates(self, *_: Any) -> None:
-        self._compute(OpKind.UPDATE, OPTIMIZER)
 
     def _updated(self, *_: Any) -> None:
         self._hold_states()
@@ -155,7 +144,9 @@ class PlainWatch:
             for _, parameter in self._owners.values():
                 if parameter.requires_grad and parameter.is_leaf:
                     undo.callback(parameter.register_post_accumulate_grad_hook(self._has_gradient).remove)
-            undo.callback(self._optimizer.register_step_pre_hook(self._updates).remove)
+            undo.callback(
+                self._optimizer.register_step_pre_hook(lambda *_: self._compute(OpKind.UPDATE, OPTIMIZER)).remove
+            )
             undo.callback(self._optimizer.register_step_post_hook(self._updated).remove)
             undo.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
             undo.enter_context(self._storages)

@@ -15,11 +15,11 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from offload.budget.checks import check_built, check_lockable
-from offload.budget.need import Sizes
+from offload.budget.need import Sizes, check_built, check_lockable
 from offload.commits.run_commits import EarlierCommits
 from offload.config import Config
 from offload.modules.conversions import guard_conversions
+from offload.parameters.binder import Binder
 from offload.parameters.grouping import Group, Neighbours, own_groups
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.device_placement import Candidate, choose_resident
@@ -103,7 +103,7 @@ class PageStore:
                 )
             undo.pop_all()
         self._neighbours = Neighbours(self.page_bytes)
-        self.binder = self.parts.binder(self.driver, self.mover)
+        self.binder = Binder(self.driver, self.mover, self.parts.device)
         self.binder.owner = self
         forks.disown_in_children(self)
 

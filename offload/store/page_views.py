@@ -28,7 +28,7 @@ def adopt_view(binder: Binder, units: Sequence[Unit], name: str, parameter: nn.P
     ):
         return
     arena = binder.mover.arena
-    located = arena.locate(parameter.data_ptr())
+    located = arena.locate(parameter)
     if located is None:
         return
     frame, offset = located

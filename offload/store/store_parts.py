@@ -9,8 +9,6 @@ from typing import ClassVar
 import torch
 
 from offload.config import Config
-from offload.parameters.binder import Binder
-from offload.parameters.saved_weights import SavedWeights
 from optim.loss_scale import LossScale, Scaling
 from pagemem.devices.accelerator import Accelerator, RamDevice
 from pagemem.devices.arena import Arena, HostArena
@@ -75,14 +73,6 @@ class StoreParts:
     def device_driver(self, mover: DeviceMover, lower: LowerTier, sink: EventSink) -> Driver:
         """The driver of the device."""
         return Driver(mover, sink, mover.bandwidth, clock=mover.accelerator, lower=lower)
-
-    def binder(self, driver: Driver, mover: Mover) -> Binder:
-        """What binds parameters."""
-        return Binder(driver, mover)
-
-    def saved_weights(self, binder: Binder) -> SavedWeights:
-        """What autograd keeps of weights."""
-        return SavedWeights(binder)
 
     def scaling(self) -> Scaling:
         """Clipping and loss scaling: the latter dynamic for fp16 parameters unless the configuration says otherwise."""

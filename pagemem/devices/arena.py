@@ -62,9 +62,9 @@ class Arena(ABC):
         """Tensors of the leases that ended since the last call, once per lease."""
         return self._watched.take()
 
-    def locate(self, address: int) -> tuple[FrameId, int] | None:
-        """Frame and offset in it of a memory address, or None when it lies outside the arena."""
-        distance = address - self.address
+    def locate(self, tensor: torch.Tensor) -> tuple[FrameId, int] | None:
+        """Frame and offset in it of a tensor's first element, or None when it lies outside the arena."""
+        distance = tensor.data_ptr() - self.address
         if 0 <= distance < self.n_bytes:
             return FrameId(distance // self.page_bytes), distance % self.page_bytes
         return None

@@ -50,8 +50,8 @@ def test_a_view_and_a_lease_are_the_same_bytes(arena: CudaArena) -> None:
     view.fill_(2.5)
     assert lease.device.type == "cuda" and lease.dtype is torch.float32
     assert bool((lease == 2.5).all()) and lease.data_ptr() == view.data_ptr()
-    assert arena.locate(lease.data_ptr()) == (FrameId(3), 128)
-    assert arena.locate(torch.ones(1, device="cuda").data_ptr()) is None
+    assert arena.locate(lease) == (FrameId(3), 128)
+    assert arena.locate(torch.ones(1, device="cuda")) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

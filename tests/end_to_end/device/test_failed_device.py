@@ -16,7 +16,7 @@ from small_runs import assert_closed, assert_equal, batches, built, config, trai
 
 import offload
 from offload import knobs
-from offload.budget import checks as budget_checks
+from offload.budget import need as budget_need
 
 
 def on_late(tmp_path: Path, **memory: object) -> dict[str, object]:
@@ -150,7 +150,7 @@ def test_gradients_on_their_way_when_the_engine_is_closed_are_waited_for(
 
 
 def test_a_budget_that_cannot_be_locked_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget_checks, "usable_bytes", lambda: (4 << 20) - 1)
+    monkeypatch.setattr(budget_need, "usable_bytes", lambda: (4 << 20) - 1)
     plain, model = built(), built()
     with late_device(monkeypatch) as device:
         with offload.initialize(built(), on_late(tmp_path), adamw) as engine:

@@ -14,12 +14,13 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
+from offload.budget.verdict import Available
 from offload.cli import main
 from offload.config import ConfigError
 from offload.factories import factory_of
-from offload.forecast.cpu_attention import AttentionOfCpu
-from offload.forecast.fit import Room, Taken, advice, taken_by
-from offload.forecast.forecast import Question, forecast
+from offload.forecast.fit import Taken, advice, taken_by
+from offload.forecast.forecast import forecast
+from offload.forecast.meta_tier import AttentionOfCpu
 from offload.forecast.rates import rates_of
 from offload.forecast.report import fit_rows, forecast_rows, shown
 from offload.profiling.live_storages import Holder, LiveStorages
@@ -98,11 +99,11 @@ def test_without_rates_kernels_are_timed_here(tmp_path: Path) -> None:
 def test_what_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
     config = gpt_config(tmp_path, 64 << 20, commit={"every_steps": 10, "keep": 3})
     taken, mib = Taken(100 << 20, 50 << 20), 1 << 20
-    assert advice(config, Room(100 * mib, 50 * mib), taken, 10 * mib, mib) == ()
-    assert advice(config, Room(98 * mib, 50 * mib), taken, 10 * mib, mib) == (
+    assert advice(config, Available(100 * mib, 50 * mib), taken, 10 * mib, mib) == ()
+    assert advice(config, Available(98 * mib, 50 * mib), taken, 10 * mib, mib) == (
         "set memory.ram to 8388608 (8.0 MiB) or less",
     )
-    far = advice(config, Room(50 * mib, 49 * mib), taken, 10 * mib, mib)
+    far = advice(config, Available(50 * mib, 49 * mib), taken, 10 * mib, mib)
     assert far[0].startswith(
         "lower memory.ram (the smallest that works is 1048576) is not enough by itself: 50.0 MiB are missing"
     )
@@ -118,8 +119,8 @@ def test_a_device_of_its_own_is_another_thing_to_fit_in(tmp_path: Path) -> None:
         tmp_path, LITTLE_RAM, device="cpu-emulated", memory={"ram": LITTLE_RAM, "page": PAGE_BYTES, "device": 1 << 20}
     )
     much = 1 << 40
-    shared = forecast(config, RATES, Question(Room(much, much)))
-    own = forecast(config, RATES, Question(Room(much, much, much), largest=True))
+    shared = forecast(config, RATES, Available(much, much))
+    own = forecast(config, RATES, Available(much, much, much), largest=True)
     in_device = shared.step.device_bytes + shared.tensor_bytes
     assert own.process_bytes == own.base_bytes + own.step.host_bytes, "copies of the device's gradients are in RAM"
     assert own.step.host_bytes > own.step.host_pages * own.page_bytes
@@ -127,11 +128,9 @@ def test_a_device_of_its_own_is_another_thing_to_fit_in(tmp_path: Path) -> None:
     assert "device, in a step" in dict(forecast_rows(own)) and "device, in a step" not in dict(forecast_rows(shared))
     largest = own.fit.largest_batch
     assert largest is not None and largest > 1000
-    small = forecast(
-        config, RATES, Question(Room(much, much, own.fit.taken.device_bytes + (1 << 20)), largest=True)
-    ).fit
+    small = forecast(config, RATES, Available(much, much, own.fit.taken.device_bytes + (1 << 20)), largest=True).fit
     assert small.fits and small.largest_batch is not None and ROWS < small.largest_batch < largest
-    none = forecast(config, RATES, Question(Room(much, much, 1 << 16), largest=True)).fit
+    none = forecast(config, RATES, Available(much, much, 1 << 16), largest=True).fit
     assert not none.fits and none.advice[0].startswith("the device lacks ") and none.largest_batch == 0
     assert dict(fit_rows(none))["fits"].startswith("no: device ")
 
@@ -141,7 +140,7 @@ def test_this_machine_is_what_a_run_is_to_fit_in_unless_another_is_given(tmp_pat
     here = forecast(config, RATES)
     assert here.fit.fits and here.fit.room.disk_bytes > 1 << 30 and here.fit.taken.ram_bytes == here.process_bytes
     assert here.fit.taken.disk_bytes == here.step.ssd_bytes
-    other = forecast(config, RATES, Question(Room(1 << 20, 1 << 40))).fit
+    other = forecast(config, RATES, Available(1 << 20, 1 << 40)).fit
     assert not other.fits and other.advice and dict(fit_rows(other))["fits"].startswith("no: RAM ")
     committing = forecast(gpt_config(tmp_path, LITTLE_RAM, commit={"every_s": 60}), RATES)
     assert committing.fit.taken.disk_bytes == committing.commit.ssd_bytes > committing.step.ssd_bytes
@@ -173,8 +172,8 @@ def test_a_run_that_goes_on_has_nothing_in_ram_at_first_and_its_export_is_as_lar
 def test_the_largest_batch_fits_and_one_row_more_does_not(tmp_path: Path) -> None:
     config = gpt_config(tmp_path, LITTLE_RAM)
     taken = forecast(config, RATES).fit.taken
-    room = Room(taken.ram_bytes + (16 << 20), taken.disk_bytes)
-    found = forecast(config, RATES, Question(room, largest=True))
+    room = Available(taken.ram_bytes + (16 << 20), taken.disk_bytes)
+    found = forecast(config, RATES, room, largest=True)
     largest = found.fit.largest_batch
     assert largest is not None and largest > ROWS and config.train is not None
     for rows, fits in ((largest, True), (largest + 1, False)):
@@ -186,16 +185,16 @@ def test_the_largest_depth_is_what_memory_and_disk_allow(tmp_path: Path) -> None
     config = gpt_config(tmp_path, LITTLE_RAM)
     taken = forecast(config, RATES).fit.taken
     much = 1 << 40
-    by_disk = forecast(config, RATES, Question(Room(much, 2 * taken.disk_bytes), largest=True)).fit
+    by_disk = forecast(config, RATES, Available(much, 2 * taken.disk_bytes), largest=True).fit
     assert by_disk.depth_argument == "n_layer" and by_disk.largest_depth is not None and 6 <= by_disk.largest_depth <= 9
-    none = forecast(config, RATES, Question(Room(1, 1), largest=True)).fit
+    none = forecast(config, RATES, Available(1, 1), largest=True).fit
     assert (none.largest_batch, none.largest_depth) == (0, 0)
     unnamed = forecast(
-        gpt_config(tmp_path, LITTLE_RAM, model=f"{HERE}:Viewed"), RATES, Question(Room(much, much), largest=True)
+        gpt_config(tmp_path, LITTLE_RAM, model=f"{HERE}:Viewed"), RATES, Available(much, much), largest=True
     ).fit
     assert (unnamed.depth_argument, unnamed.largest_depth) == ("", None)
     with pytest.raises(ConfigError, match="--depth width: model.arguments has"):
-        forecast(config, RATES, Question(depth="width"))
+        forecast(config, RATES, depth="width")
 
 
 def test_timings_on_a_busy_machine_are_said_to_be_disturbed(tmp_path: Path) -> None:
@@ -210,7 +209,7 @@ def test_timings_on_a_busy_machine_are_said_to_be_disturbed(tmp_path: Path) -> N
 
 def test_progress_is_shown_on_a_terminal_alone(tmp_path: Path) -> None:
     config, stages = gpt_config(tmp_path, LITTLE_RAM), []
-    forecast(config, RATES, Question(Room(1 << 40, 1 << 40), largest=True), stages.append)
+    forecast(config, RATES, Available(1 << 40, 1 << 40), largest=True, progress=stages.append)
     assert stages == [
         "the model without bytes",
         "a step without bytes",

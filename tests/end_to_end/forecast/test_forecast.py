@@ -21,7 +21,7 @@ from offload.factories import factory_of
 from offload.forecast.forecast import Forecast, forecast
 from offload.forecast.kernels import CostMode, RatedKernels
 from offload.forecast.rates import Rates, kernels_of, rates_of
-from offload.forecast.rehearsal import Bandwidths, RehearsalError, rehearsed
+from offload.forecast.rehearsal import RehearsalError, rehearsed
 from offload.forecast.report import forecast_rows
 from pagemem.errors import BudgetError
 from scheduler.planning.durations import MEASURED_STEPS
@@ -107,11 +107,11 @@ def test_the_ops_and_their_accesses_are_those_of_the_engine(tmp_path: Path) -> N
         factory_of("model.factory", config.model.factory, {}),
         config,
         CostMode(RatedKernels(1e9, 1e9)),
-        Bandwidths(1e9, 1e9, 1e9),
+        Rates(1e9, 1e9, 1e9, 1e9, 1e9),
     ) as engine:
         engine.rehearse(ROWS, TOKENS)
-        assert engine.trace.keys == plan.keys[: plan.ops_per_step]
-        longest = max(op.until - index for index, op in enumerate(engine.trace.ops))
+        assert engine.host.follower.trace.keys == plan.keys[: plan.ops_per_step]
+        longest = max(op.until - index for index, op in enumerate(engine.host.follower.trace.ops))
         assert longest > 0  # The views of a weight that outlive their op have been seen.
         assert (engine.host.follower.deviations, engine.host.follower.planned_steps) == (0, 1)
 

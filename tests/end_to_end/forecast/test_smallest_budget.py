@@ -20,7 +20,7 @@ from tiny_models import CASES, GPT, Case
 from torch import Tensor, nn
 
 import offload
-from offload.budget.checks import check_model
+from offload.budget.need import check_model
 from offload.config import load_config
 from offload.parameters.optimizer_template import optimized_by
 

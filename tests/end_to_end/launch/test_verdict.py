@@ -101,7 +101,7 @@ def test_machines_around_the_smallest(
         available = {
             "ram": Available(there, 1 << 40),
             "disk": Available(1 << 40, there),
-            "limit": Available(1 << 40, 1 << 40, (("RLIMIT_DATA", there),)),
+            "limit": Available(1 << 40, 1 << 40, limits=(("RLIMIT_DATA", there),)),
         }[what]
         for module in (doctor, forecast, launch):
             monkeypatch.setattr(module, "available_here", lambda config, available=available: available)

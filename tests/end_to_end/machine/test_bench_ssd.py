@@ -239,19 +239,17 @@ def test_ctrl_c_ends_it_at_once_and_leaves_nothing(
     when: int, direct: bool, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The signal comes while transfers are under way: in the first round of writing, and later."""
-    ended, count, lock = bench_ssd._Traffic._ended, [0], threading.Lock()
+    begin, count = bench_ssd._Traffic._begin, [0]
 
-    def signal_at(self: Any, error: BaseException | None, **named: Any) -> None:
-        with lock:
-            count[0] += 1
-            reached = count[0] == when
-        if reached:
+    def signal_at(self: Any, *arguments: Any) -> None:
+        count[0] += 1
+        if count[0] == when:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        ended(self, error, **named)
+        begin(self, *arguments)
 
     if not direct:
         monkeypatch.setattr(pagemem_io, "accepts_direct", lambda folder: False)
-    monkeypatch.setattr(bench_ssd._Traffic, "_ended", signal_at)
+    monkeypatch.setattr(bench_ssd._Traffic, "_begin", signal_at)
     monkeypatch.setattr(cli, "full_plan", lambda size_bytes, seconds: BenchPlan(3 * MiB, 600.0, PLAN.settings))
     before = content(disk)
     before_handler = signal.signal(

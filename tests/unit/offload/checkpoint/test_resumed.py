@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from offload.checkpoint.resumed import config_changes, hyper_changes
+from offload.checkpoint.compatibility import config_changes, hyper_changes
 from offload.config import load_config
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from offload.forecast import kernels
-from offload.forecast.kernels import CostMode, Kernels, RatedKernels, TimedKernels, flops_of
+from offload.forecast.kernels import CostMode, RatedKernels, TimedKernels, flops_of
 
 ATEN = torch.ops.aten
 
 
-class Asked(Kernels):
+class Asked:
     """Answers that every kernel takes so long, and counts."""
 
     def __init__(self) -> None:
@@ -119,11 +119,11 @@ def test_rates_count_views_and_empty_tensors_as_nothing() -> None:
 
 
 def test_the_share_of_time_with_a_processor_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, told = TimedKernels(Asked()), []
+    told: list[int] = []
+    timed = TimedKernels(Asked(), told.append)
     assert timed.undisturbed_share == 1.0
-    timed.progress = lambda: told.append(timed.n_timed)
     now_s = iter(range(1000))
     monkeypatch.setattr(kernels, "_once_s", lambda work: 4.0)
     monkeypatch.setattr(kernels.time, "thread_time", lambda: float(next(now_s)))
     run(timed, lambda: torch.empty(8, 8) @ torch.empty(8, 8))
-    assert timed.undisturbed_share == 0.25 and len(told) == 1
+    assert timed.undisturbed_share == 0.25 and told == [1]
