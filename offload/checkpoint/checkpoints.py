@@ -152,12 +152,8 @@ class Checkpoints:
         }
 
     def _sidecar(self) -> bytes:
-        tensors = self._ordinary_tensors()
-        return (
-            save_tensors({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()})
-            if tensors
-            else b""
-        )
+        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in self._ordinary_tensors().items()}
+        return save_tensors(tensors) if tensors else b""
 
     def _ordinary_tensors(self) -> dict[str, Tensor]:
         """Persistent buffers, and parameters that are not paged."""

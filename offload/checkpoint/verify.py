@@ -7,8 +7,9 @@ first thing that is wrong: all of it is listed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
@@ -26,6 +27,8 @@ from pagemem.errors import CommitError, StorageError
 from pagemem.units import format_bytes
 
 _READERS: Final = 4
+#: Chunks that are handed to the readers at a time.
+_BATCH: Final = 8 * _READERS
 
 
 @dataclass(slots=True)
@@ -140,12 +143,13 @@ def _note_room(reader: PageReader, places: Sequence[StoredPlace], report: Report
 
 
 def _read_all(reader: PageReader, places: Sequence[StoredPlace]) -> Iterator[tuple[StoredPlace, Chunk, list[str]]]:
-    """Read every chunk on a few threads; gives each with what is wrong with it, in no certain order."""
+    """Read every chunk on a few threads; gives each, in order, with what is wrong with it."""
     buffers: SimpleQueue[memoryview] = SimpleQueue()
     for _ in range(_READERS):
         buffers.put(memoryview(reader.buffer()))
 
-    def read(place: StoredPlace, chunk: Chunk) -> tuple[StoredPlace, Chunk, list[str]]:
+    def read(placed: tuple[StoredPlace, Chunk]) -> tuple[StoredPlace, Chunk, list[str]]:
+        place, chunk = placed
         buffer = buffers.get()
         try:
             wrong = reader.read(chunk, buffer, checksums=place.checksums)
@@ -155,15 +159,10 @@ def _read_all(reader: PageReader, places: Sequence[StoredPlace]) -> Iterator[tup
         finally:
             buffers.put(buffer)
 
-    under_way: set[Future[tuple[StoredPlace, Chunk, list[str]]]] = set()
+    work = ((place, chunk) for place in places for chunk in reader.chunks(place.stored))
     with ThreadPoolExecutor(_READERS, thread_name_prefix="offload-verify") as pool:
-        for place in places:
-            for chunk in reader.chunks(place.stored):
-                if len(under_way) >= 2 * _READERS:
-                    done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                    yield from (one.result() for one in done)
-                under_way.add(pool.submit(read, place, chunk))
-        yield from (one.result() for one in under_way)
+        while batch := list(islice(work, _BATCH)):
+            yield from pool.map(read, batch)
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -8,7 +8,7 @@ engine's; times are as good as the rates they are computed from.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -66,13 +66,9 @@ class Forecast:
             resume: when a run has gone on from one, before its first step.
         export_ram_bytes: buffers of `offload export`, beside what Python and its libraries take. export_bytes: of the
             files it writes.
-        ops: of one step. step_s: predicted; compute_s of it without any wait, moving_s: by which moves slow compute
-            down.
-        busy: share of the step that each lane is busy. waits_s: of a step, by the lane that was waited for.
-        limiting: the lane that is busy most.
+        ops: of one step. times: predicted. moving_s: of them, by which moves slow compute down.
         recomputed_blocks: of the model, computed again in the backward pass instead of having what they save in pages.
         device_units: of all units, those that keep parameters and states on the device and are updated there.
-        read_bytes, written_bytes: of the page files per step; h2d_bytes: copied to the device.
         tensor_bytes: the most that tensors outside of the pages take in a step: activations, gradients in flight,
             results.
         base_bytes: RAM that Python and its libraries take: of this process; with the kernels' own buffers where they
@@ -99,19 +95,11 @@ class Forecast:
     export_ram_bytes: int
     export_bytes: int
     ops: int
-    step_s: float
-    compute_s: float
+    times: StepTimes
     moving_s: float
-    steady: bool
-    busy: Mapping[str, float]
-    waits_s: Mapping[str, float]
-    limiting: str
     recomputed_blocks: int
     device_units: int
     units: int
-    read_bytes: float
-    written_bytes: float
-    h2d_bytes: float
     tensor_bytes: int
     base_bytes: int
     process_bytes: int
@@ -209,19 +197,11 @@ def _found(
         export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
         export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         ops=len(engine.host.follower.trace.ops),
-        step_s=times.step_s + moving_s,
-        compute_s=times.compute_s,
+        times=replace(times, step_s=times.step_s + moving_s),
         moving_s=moving_s,
-        steady=times.steady,
-        busy=times.busy,
-        waits_s=times.waits_s,
-        limiting=times.limiting,
         recomputed_blocks=stats.recomputed_blocks,
         device_units=stats.device_units,
         units=len(engine.store.index.units),
-        read_bytes=times.read_bytes,
-        written_bytes=times.written_bytes,
-        h2d_bytes=times.h2d_bytes,
         tensor_bytes=engine.outside.peak_bytes,
         base_bytes=base_bytes,
         process_bytes=fit.taken.ram_bytes,

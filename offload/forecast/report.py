@@ -64,13 +64,17 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
 
 def step_rows(found: Forecast) -> list[tuple[str, str]]:
     """The predicted step and what it moves, as (what, value) pairs."""
+    times = found.times
     moving = f"; {found.moving_s:.3f} s by which moves slow it down" if found.moving_s else ""
     ops = f"{found.ops} ops" + (" of host memory" if found.step.device_pages else "")
     rows = [
-        ("step, predicted", f"{found.step_s:.3f} s, of which compute {found.compute_s:.3f} s, in {ops}{moving}"),
-        ("busy", ", ".join(f"{lane} {share:.0%}" for lane, share in found.busy.items())),
-        ("limited by", found.limiting),
-        ("waits a step", ", ".join(f"{lane} {seconds:.3f} s" for lane, seconds in found.waits_s.items())),
+        (
+            "step, predicted",
+            f"{times.step_s:.3f} s, of which compute {times.compute_s:.3f} s, in {ops}{moving}",
+        ),
+        ("busy", ", ".join(f"{lane} {share:.0%}" for lane, share in times.busy.items())),
+        ("limited by", times.limiting),
+        ("waits a step", ", ".join(f"{lane} {seconds:.3f} s" for lane, seconds in times.waits_s.items())),
     ]
     if found.recomputed_blocks:
         rows.append(
@@ -81,12 +85,12 @@ def step_rows(found: Forecast) -> list[tuple[str, str]]:
         )
     if found.device_units:
         rows.append(("updated on the device, where their states are", f"{found.device_units} of {found.units} units"))
-    for what, n_bytes in (("read", found.read_bytes), ("written", found.written_bytes)):
+    for what, n_bytes in (("read", times.read_bytes), ("written", times.written_bytes)):
         rows.append(
             (f"SSD bytes {what} a step", f"{format_bytes(n_bytes)} ({n_bytes / found.parameters:.1f} a parameter)")
         )
-    if H2D in found.busy:
-        rows.append(("bytes copied to the device a step", format_bytes(found.h2d_bytes)))
+    if H2D in times.busy:
+        rows.append(("bytes copied to the device a step", format_bytes(times.h2d_bytes)))
     return rows
 
 
@@ -101,7 +105,7 @@ def rate_rows(found: Forecast) -> list[tuple[str, str]]:
         compute = f"{rates.flops / 1e9:,.1f} GFLOP/s, RAM {rates.ram / 1e6:,.0f} MB/s"
     if rates.device_ram is not None:
         compute += f", the device's {rates.device_ram / 1e6:,.0f} MB/s"
-    up = f", to the device {rates.h2d / 1e6:,.0f} MB/s" if H2D in found.busy else ""
+    up = f", to the device {rates.h2d / 1e6:,.0f} MB/s" if H2D in found.times.busy else ""
     rows = [("at these rates", f"{compute}, {disk}{up}")]
     if found.undisturbed_share < UNDISTURBED:
         said = (
@@ -159,14 +163,16 @@ def print_forecast(found: Forecast, console: Console, *, as_json: bool) -> None:
         print_line(console, json.dumps(as_dict(found)))
         return
     print_rows("Plan", forecast_rows(found), console)
-    if not found.steady:
+    if not found.times.steady:
         print_line(console, "the plan's cycles did not come to repeat in time: the step is the mean of those simulated")
 
 
 def as_dict(found: Forecast) -> dict[str, Any]:
     """Plain values, with the bytes moved per parameter beside those per step."""
     return {
-        **asdict(found),
-        "read_bytes_per_parameter": found.read_bytes / found.parameters,
-        "written_bytes_per_parameter": found.written_bytes / found.parameters,
+        **{key: value for key, value in asdict(found).items() if key != "times"},
+        **asdict(found.times),
+        "limiting": found.times.limiting,
+        "read_bytes_per_parameter": found.times.read_bytes / found.parameters,
+        "written_bytes_per_parameter": found.times.written_bytes / found.parameters,
     }

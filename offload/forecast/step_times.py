@@ -28,7 +28,7 @@ class StepTimes:
     """A step's seconds and moves.
 
     Attributes:
-        compute_s: of step_s, without any wait.
+        step_s: predicted. compute_s: of it, without any wait.
         busy: share of the step that each lane is busy. waits_s: of a step, by the lane that was waited for.
         steady: whether the moves repeat from step to step.
         read_bytes, written_bytes: of the page files, per step; h2d_bytes: copied to the device.

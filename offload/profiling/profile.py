@@ -48,8 +48,8 @@ def check_steps(steps: int) -> None:
         raise ConfigError(f"--steps is {steps}; it must be at least 1")
 
 
-def open_profile_folder(folder: Path) -> Path:
-    """A folder for a profile: new, empty, or of an earlier profile, which is removed.
+def open_profile_folder(folder: Path) -> None:
+    """Have a folder for a profile: new, empty, or of an earlier profile, which is removed.
 
     Raises:
         RunDirectoryError: it holds something else, or cannot be made; nothing in it was changed.
@@ -59,11 +59,9 @@ def open_profile_folder(folder: Path) -> Path:
         make_folder(folder)
         for name in sorted(os.listdir(folder)):
             remove_draft(folder / name)
-    except OSError as error:
-        raise RunDirectoryError(f"{folder} cannot be used for a profile: {error.strerror}") from error
-    except StorageError as error:
-        raise RunDirectoryError(f"{folder} cannot be used for a profile: {error}") from error
-    return folder
+    except (OSError, StorageError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RunDirectoryError(f"{folder} cannot be used for a profile: {why}") from error
 
 
 def check_profile_folder(folder: Path) -> None:

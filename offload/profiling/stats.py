@@ -148,17 +148,14 @@ def memory_report(store: PageStore, updater: Updater, committer: Committer) -> M
 
 
 def _device_use(store: PageStore) -> dict[str, TierUse]:
-    device = store.device_tier
-    if device is None:
+    if (device := store.device_tier) is None:
         return {}
-    book, plan, page_bytes = device.mover.host, device.driver.follower.plan, store.page_bytes
-    planned = None if plan is None else plan.peak_frames
-    return {
-        "device": TierUse(
-            device.budget.limit_bytes,
-            book.used_frames * page_bytes,
-            book.peak_frames * page_bytes,
-            device.mover.tenants.touched_frames,
-            planned,
-        )
-    }
+    plan, page_bytes, book = device.driver.follower.plan, store.page_bytes, device.mover.host
+    use = TierUse(
+        device.budget.limit_bytes,
+        book.used_frames * page_bytes,
+        book.peak_frames * page_bytes,
+        device.mover.tenants.touched_frames,
+        None if plan is None else plan.peak_frames,
+    )
+    return {"device": use}

@@ -92,7 +92,7 @@ def test_without_rates_kernels_are_timed_here(tmp_path: Path) -> None:
     assert (
         (found.rates.flops, found.rates.ram) == (None, None) and found.kernels_timed > 20 and found.kernels_rated == 0
     )
-    assert found.step_s >= found.compute_s > 0
+    assert found.times.step_s >= found.times.compute_s > 0
     assert f"{found.kernels_timed} kernels timed here in " in dict(forecast_rows(found))["at these rates"]
 
 

@@ -71,10 +71,10 @@ def test_with_a_device_too(case: str, device: int, states: str, tmp_path: Path) 
     assert found.step.device_pages == on_device.planned_peak_pages == on_device.peak_pages
     assert (found.device_units > 0) is (states == "auto" and device >= 20 * PAGE_BYTES)
     if found.device_units == found.units:
-        assert found.h2d_bytes == found.read_bytes == found.written_bytes == found.ops == 0
+        assert found.times.h2d_bytes == found.times.read_bytes == found.times.written_bytes == found.ops == 0
     else:
-        assert found.h2d_bytes > 0 and 0 < found.busy["h2d"] < 1 and found.waits_s["h2d"] >= 0
-    assert found.step_s == pytest.approx(found.compute_s + sum(found.waits_s.values()), rel=0.02)
+        assert found.times.h2d_bytes > 0 and 0 < found.times.busy["h2d"] < 1 and found.times.waits_s["h2d"] >= 0
+    assert found.times.step_s == pytest.approx(found.times.compute_s + sum(found.times.waits_s.values()), rel=0.02)
 
 
 @each_value(case=["plain", "bf16", "clipped", "recomputed"], activations=["64KiB", "1MiB", "3MiB"])
@@ -156,9 +156,9 @@ def test_pages_do_not_depend_on_the_rates(tmp_path: Path) -> None:
     config = gpt_config(tmp_path, 2 << 20)
     slow, fast = (forecast(config, Rates(flops, flops, 4e8, 4e8)) for flops in (2e7, 2e12))
     assert (slow.start, slow.step, slow.commit) == (fast.start, fast.step, fast.commit)
-    assert slow.limiting == "compute" and fast.limiting in ("ssd_read", "ssd_write")
-    assert slow.step_s > fast.step_s >= fast.read_bytes / 4e8
-    assert sum(fast.waits_s.values()) > 0
+    assert slow.times.limiting == "compute" and fast.times.limiting in ("ssd_read", "ssd_write")
+    assert slow.times.step_s > fast.times.step_s >= fast.times.read_bytes / 4e8
+    assert sum(fast.times.waits_s.values()) > 0
     assert not (tmp_path / "pages").exists()
 
 
@@ -200,7 +200,7 @@ def test_with_the_ram_from_which_nothing_moves_nothing_moves_and_with_a_page_les
 def test_the_smallest_budget_is_forecast_and_one_byte_less_is_refused(tmp_path: Path) -> None:
     smallest = forecast(gpt_config(tmp_path, 2 << 20), RATES).smallest_ram_bytes
     found = forecast(gpt_config(tmp_path, smallest), RATES)
-    assert found.ram_bytes == smallest and found.step.host_bytes <= smallest and found.read_bytes > 0
+    assert found.ram_bytes == smallest and found.step.host_bytes <= smallest and found.times.read_bytes > 0
     with pytest.raises(BudgetError, match=f"set memory.ram to at least {smallest}$") as caught:
         forecast(gpt_config(tmp_path, smallest - 1), RATES)
     assert caught.value.smallest_bytes == smallest
