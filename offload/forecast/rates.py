@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 from offload.config import Config, ConfigError
 from offload.forecast.kernels import Kernels, RatedKernels, TimedKernels
-from offload.machine.facts import best_s, copy_gb_per_s
+from offload.machine.facts import copy_gb_per_s
 from pagemem.knobs import ASSUMED_BYTES_PER_S, ASSUMED_UPLOAD_BYTES_PER_S
 
 _MATRIX: Final = 768
@@ -81,7 +82,7 @@ def rates_of(
 
 def _measured_flops() -> float:
     a = torch.ones(_MATRIX, _MATRIX)
-    return 2.0 * _MATRIX**3 / best_s(lambda: a @ a)
+    return 2.0 * _MATRIX**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
 
 
 def _measured_copy() -> float:

@@ -40,7 +40,7 @@ from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import EventSink
 from scheduler.execution.driver import Driver
 from scheduler.execution.lower_tier import LowerTier
-from scheduler.planning.trace import Access, OpKey
+from scheduler.planning.trace import Access, HostClock, OpKey
 
 #: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything
 #: anew. With a device one more is recorded: what it asks of host memory by plan.
@@ -49,21 +49,6 @@ STEPS: Final = 3
 
 class RehearsalError(OffloadError):
     """A model whose step cannot be performed on torch's meta device; says why."""
-
-
-class _CostClock:
-    """Tells what kernels take, in place of the time; see `scheduler.planning.trace.Clock`."""
-
-    def __init__(self, cost: CostMode) -> None:
-        self._cost = cost
-
-    def stamp(self) -> float:
-        """The seconds of all kernels so far."""
-        return self._cost.seconds
-
-    def seconds(self, begun: float, ended: float) -> float:
-        """The difference."""
-        return ended - begun
 
 
 class _OnDevice(Driver):
@@ -139,12 +124,14 @@ class _Parts(StoreParts):
     def driver(self, mover: Mover, sink: EventSink) -> Driver:
         """One that times ops by the cost of their kernels."""
         rates = self._rates
-        self.host = Driver(mover, sink, lambda: (rates.ssd_read, rates.ssd_write), clock=_CostClock(self._cost))
+        self.host = Driver(
+            mover, sink, lambda: (rates.ssd_read, rates.ssd_write), clock=HostClock(lambda: self._cost.seconds)
+        )
         return self.host
 
     def device_driver(self, mover: DeviceMover, lower: LowerTier, sink: EventSink) -> Driver:
         """Likewise."""
-        h2d, clock = self._rates.h2d, _CostClock(self._cost)
+        h2d, clock = self._rates.h2d, HostClock(lambda: self._cost.seconds)
         self.upper = _OnDevice(self._cost, mover, sink, lambda: (h2d, h2d), clock=clock, lower=lower)
         return self.upper
 

@@ -46,23 +46,19 @@ class StepTimes:
     @classmethod
     def of(cls, engine: Rehearsal) -> StepTimes:
         """Of an engine that has rehearsed its steps."""
-        host = engine.host
+        host, upper = engine.host, engine.upper
         below = _simulated(host)
-        waits_s = _waits_s(host, below)
-        compute_s, step_s, steady = host.follower.trace.compute_s, below.step_s, below.steady
-        h2d_busy_s, h2d_bytes = None, 0.0
-        upper = engine.upper
-        if upper is not None:
-            above = _simulated(upper)
-            waits_s[H2D] = sum(_waits_s(upper, above).values())
-            compute_s = upper.follower.trace.compute_s
-            step_s = compute_s + sum(waits_s.values())
-            h2d_busy_s, h2d_bytes = above.busy[_UP] * above.step_s, above.read_bytes
-            steady = steady and above.steady
-        busy = {lane.value: share * below.step_s / step_s for lane, share in below.busy.items()}
-        if h2d_busy_s is not None:
-            busy[H2D] = h2d_busy_s / step_s
-        return cls(step_s, compute_s, busy, waits_s, steady, below.read_bytes, below.written_bytes, h2d_bytes)
+        waits_s, busy = _waits_s(host, below), {lane.value: share for lane, share in below.busy.items()}
+        moved = below.read_bytes, below.written_bytes
+        if upper is None:
+            return cls(below.step_s, host.follower.trace.compute_s, busy, waits_s, below.steady, *moved, 0.0)
+        above = _simulated(upper)
+        waits_s[H2D] = sum(_waits_s(upper, above).values())
+        compute_s = upper.follower.trace.compute_s
+        step_s = compute_s + sum(waits_s.values())
+        busy = {lane: share * below.step_s / step_s for lane, share in busy.items()}
+        busy[H2D] = above.busy[_UP] * above.step_s / step_s
+        return cls(step_s, compute_s, busy, waits_s, below.steady and above.steady, *moved, above.read_bytes)
 
     @property
     def limiting(self) -> str:

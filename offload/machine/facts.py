@@ -10,8 +10,8 @@ import platform
 import resource
 import shutil
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+import timeit
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.metadata import packages_distributions, version
@@ -44,7 +44,6 @@ from pagemem.units import MiB, format_bytes
 
 PACKAGES: Final = ("pagemem", "scheduler", "optim", "offload")
 COPY_BYTES: Final = 64 * MiB
-_RUNS: Final = 5
 _PINNED_BYTES: Final = MiB
 #: The engine's default setting, briefly.
 PROBE: Final = BenchPlan(64 * MiB, 0.2, (Setting(USUAL_REQUEST_BYTES, DEFAULT_THREADS),))
@@ -257,21 +256,11 @@ def _disk_bytes(config: Config) -> int:
     return sum(by_device.values()) + there_bytes
 
 
-def best_s(run: Callable[[], object]) -> float:
-    """The shortest of five runs: what disturbs them only makes them longer."""
-    took_s = []
-    for _ in range(_RUNS):
-        started_s = time.perf_counter()
-        run()
-        took_s.append(time.perf_counter() - started_s)
-    return min(took_s)
-
-
 def copy_gb_per_s() -> float:
     """Bytes a second, in 10^9, of a copy in RAM on torch's threads: the best of five."""
     source = torch.ones(COPY_BYTES // 4)
     target = torch.zeros_like(source)
-    return COPY_BYTES / best_s(lambda: target.copy_(source)) / 1e9
+    return COPY_BYTES / min(timeit.repeat(lambda: target.copy_(source), number=1, repeat=5)) / 1e9
 
 
 def cuda_facts() -> tuple[CudaFact, ...]:
