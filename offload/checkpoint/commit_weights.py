@@ -109,11 +109,11 @@ class CommitWeights:
         size = source.itemsize
         checksums = self._manifest.checksums
         values = _Stream(
-            reader, buffers[0], [(0, unit.slots[-1].end * size, self._tensor(unit.parameters))], checksums=checksums
+            reader, buffers[0], [(0, unit.slots[-1].end * size, self._stored[unit.parameters])], checksums=checksums
         )
         masters = None
-        if target is not source and unit.has_masters:
-            parts = [(part.begin * 4, part.end * 4, self._tensor(part.master or "")) for part in unit.slices]
+        if target is not source and all(part.master is not None for part in unit.slices):
+            parts = [(part.begin * 4, part.end * 4, self._stored[part.master or ""]) for part in unit.slices]
             masters = _Stream(reader, buffers[1], parts, checksums=checksums)
         for slot in unit.slots:
             if slot.name not in self._paged:
@@ -129,11 +129,6 @@ class CommitWeights:
                     )
                     piece = _converted(slot, piece, wide, target)
                 yield slot.name, (begin - slot.offset) * target.itemsize, piece.view(torch.uint8).numpy().data
-
-    def _tensor(self, key: str) -> StoredTensor:
-        if key not in self._stored:
-            raise CommitError(f"commit {self._manifest.number} has no {key}")
-        return self._stored[key]
 
 
 def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -181,10 +176,7 @@ class _Stream:
         return taken
 
     def _next(self) -> None:
-        try:
-            self._begin, self._end, stored, chunk = next(self._chunks)
-        except StopIteration:
-            raise CommitError("a tensor of the commit is shorter than its parameters") from None
+        self._begin, self._end, stored, chunk = next(self._chunks)  # long enough: see `check_commit`
         with self._buffer.data as into:
             wrong = self._reader.read(chunk, into, checksums=self._checksums)
         if wrong:

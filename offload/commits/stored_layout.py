@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from optim.unit import Unit
-from pagemem.folders.small_file import Count, Line
+from pagemem.folders.small_file import Count, Line, Record
 from pagemem.tier import Tag
 
 
@@ -26,29 +25,20 @@ def _dtype(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True, slots=True)
-class StoredSlot:
+class StoredSlot(Record):
     """One parameter's place: ``offset`` is its first element in the unit's layout."""
 
     name: Line
     shape: Annotated[tuple[Count, ...], Field(max_length=64)]
     offset: Count
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    @property
-    def numel(self) -> int:
-        """Elements of the parameter."""
-        return math.prod(self.shape)
-
     @property
     def end(self) -> int:
         """One past the last element in the unit's layout."""
-        return self.offset + self.numel
+        return self.offset + math.prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredSlice:
+class StoredSlice(Record):
     """Elements [begin, end) of a unit's layout, and the key of the stored tensor with their fp32 master, if they have
     one."""
 
@@ -56,11 +46,8 @@ class StoredSlice:
     end: Count
     master: Line | None
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
-
-@dataclass(frozen=True, slots=True)
-class StoredUnit:
+class StoredUnit(Record):
     """A unit as a commit has it. ``parameters`` is the key of the stored tensor with its values, in ``dtype``."""
 
     parameters: Line
@@ -68,37 +55,29 @@ class StoredUnit:
     slots: tuple[StoredSlot, ...]
     slices: tuple[StoredSlice, ...]
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of its values."""
-        found = getattr(torch, self.dtype)
-        assert isinstance(found, torch.dtype)
+        found: torch.dtype = getattr(torch, self.dtype)
         return found
-
-    @property
-    def has_masters(self) -> bool:
-        """Whether every element has an fp32 master."""
-        return all(part.master is not None for part in self.slices)
 
 
 def stored_units(units: Iterable[Unit]) -> list[dict[str, Any]]:
-    """Units for the manifest's state, from which pydantic makes `StoredUnit` again."""
+    """Units for the manifest's state, as `StoredUnit` has them."""
     return [
-        asdict(
-            StoredUnit(
-                f"{Tag.PARAM.value}: {unit.parameters.name}",
-                str(unit.dtype).removeprefix("torch."),
-                tuple(StoredSlot(slot.name, tuple(slot.shape), slot.offset) for slot in unit.slots),
-                tuple(
-                    StoredSlice(
-                        part.begin, part.end, None if part.master is None else f"{Tag.MASTER.value}: {part.master.name}"
-                    )
-                    for part in unit.slices
-                ),
-            )
-        )
+        {
+            "parameters": f"{Tag.PARAM.value}: {unit.parameters.name}",
+            "dtype": str(unit.dtype).removeprefix("torch."),
+            "slots": [{"name": slot.name, "shape": list(slot.shape), "offset": slot.offset} for slot in unit.slots],
+            "slices": [
+                {
+                    "begin": part.begin,
+                    "end": part.end,
+                    "master": None if part.master is None else f"{Tag.MASTER.value}: {part.master.name}",
+                }
+                for part in unit.slices
+            ],
+        }
         for unit in units
     ]
 
