@@ -194,15 +194,7 @@ class Checkpoints:
         commit, ordinary = found
         manifest, where = commit.manifest, f"commit {commit.manifest.number}"
         state = manifest.state
-        check_contents(
-            commit,
-            ordinary,
-            optimizer=self._optimizer.torch_class.__name__,
-            parameters=self._parameters(),
-            ordinary=self._ordinary_tensors(),
-            tensors=self._tensors(),
-            tracked=set(self._tracked),
-        )
+        self._check_contents(commit, ordinary)
         read = decode if "encoding" in state else lambda value: value
         groups = [_without(read(group), *_KERNEL_KEYS) for group in state["groups"]]
         check_groups(where, groups, self._optimizer)
@@ -249,6 +241,17 @@ class Checkpoints:
                 group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
             elif "initial_lr" in saved:
                 group.setdefault("initial_lr", group["lr"])
+
+    def _check_contents(self, commit: Commit, ordinary: Mapping[str, Tensor]) -> None:
+        check_contents(
+            commit,
+            ordinary,
+            optimizer=self._optimizer.torch_class.__name__,
+            parameters=self._parameters(),
+            ordinary=self._ordinary_tensors(),
+            tensors=self._tensors(),
+            tracked=set(self._tracked),
+        )
 
     def _load_tracked(self, where: str, states: Mapping[str, Any]) -> None:
         """Have everything that is tracked take its state over, or nothing of it."""

@@ -41,11 +41,9 @@ def check_contents(
 
     Args:
         sidecar: the commit's buffers and parameters that are not paged.
-        optimizer: name of torch's class.
+        optimizer: name of torch's class. tracked: names of what `Engine.track` was given.
         parameters: shape, dtype and parameter group of each paged parameter, as JSON has them.
-        ordinary: buffers and parameters that are not paged.
-        tensors: paged tensors by `StoredTensor.key`.
-        tracked: names of what `Engine.track` was given.
+        ordinary: buffers and parameters that are not paged. tensors: paged tensors by `StoredTensor.key`.
     """
     where, state = f"commit {commit.manifest.number}", commit.manifest.state
     if state["optimizer"] != optimizer:

@@ -125,11 +125,10 @@ def forecast(
     Args:
         config: exact mode, with the sections model and train, with or without a device; the model takes two int64
             tensors of ``train.batch`` rows and ``train.seq`` tokens.
-        rates: of the machine.
+        rates: of the machine. progress: called with what is being done.
         room: what the run is to fit into; None: what this machine has, with the limits on this process.
         largest: whether to look for the largest batch and depth that fit.
         depth: name of the model's argument that counts its layers; None: a usual one.
-        progress: called with what is being done.
 
     Raises:
         ConfigError: the configuration is not supported by forecasts; names the key.
