@@ -120,8 +120,7 @@ def page_file_traffic(run: PageFileRun) -> Traffic:
                 errors.append(error)
 
         def total_bytes() -> int:
-            stats = run.files.stats()
-            return stats.bytes_read + stats.bytes_written
+            return run.files.reads.n_bytes + run.files.writes.n_bytes
 
         before_bytes = total_bytes()
         thread = threading.Thread(target=drive, name="traffic")

@@ -90,7 +90,7 @@ class NoFiles(PageFiles):
         self._max_request_bytes = max_request_bytes
         self._slab_frames = max(1, SLAB_BYTES // page_bytes)
         self.n_frames = 0
-        self._meter = IoMeter()
+        self.reads, self.writes = IoMeter(), IoMeter()
         self._nowhere = tabulate([Extent(FrameId(0), 0, page_bytes)], self._striping, page_bytes, 1)
 
     def grow(self, n_frames: int) -> None:

@@ -51,14 +51,14 @@ class Stats:
 
 def stats_of(store: PageStore, updater: Updater, choice: RecomputeChoice | None) -> Stats:
     """The counters of a running engine."""
-    driver, counters, files = store.driver, store.counters, store.page_files.stats()
+    driver, counters, files = store.driver, store.counters, store.page_files
     return Stats(
         steps=driver.follower.planned_steps + driver.on_demand_steps,
         planned_steps=driver.follower.planned_steps,
         on_demand_steps=driver.on_demand_steps,
         deviations=driver.follower.deviations,
-        bytes_read=files.bytes_read,
-        bytes_written=files.bytes_written,
+        bytes_read=files.reads.n_bytes,
+        bytes_written=files.writes.n_bytes,
         wait_s=counters.seconds[EventKind.WAIT],
         update_s=counters.seconds[EventKind.UPDATE],
         dropped_steps=updater.dropped_steps,

@@ -26,7 +26,7 @@ from pagemem.files.checksums import DigestArray, ExtentIndex
 from pagemem.files.file_set import FileSet
 from pagemem.files.rate_limit import TokenBucket
 from pagemem.files.requests import Route, plan_requests, tabulate
-from pagemem.files.stats import IoMeter, IoStats
+from pagemem.files.stats import IoMeter
 from pagemem.files.striping import Striping
 from pagemem.files.threads import IoPool
 from pagemem.files.transfer import Completion, Done, Job, Part, Ticket, TransferServer, flat_bytes
@@ -56,7 +56,7 @@ class PageFiles:
     """The page files of one SSD tier, striped over run directories.
 
     `read` and `write` may be called on any thread, also from ``done``; the others on any but an I/O thread, except
-    `grow`, `stats` and the properties, which are free of that limit too.
+    `grow`, which is free of that limit too.
 
     Args:
         directories: one per path, open for as long as this is; they are not closed here.
@@ -79,6 +79,7 @@ class PageFiles:
         n_frames: frames that have their room on the disk.
         backend_name: ``"direct"`` or ``"aiofiles"``.
         failure: the first exception a ``done`` callback raised; also raised by `close`.
+        reads, writes: what was moved so far, and how long it took.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class PageFiles:
         self._slab_frames = max(1, slab_bytes // page_bytes)
         self.n_frames = 0
         self._index = ExtentIndex()
-        self._meter = IoMeter()
+        self.reads, self.writes = IoMeter(), IoMeter()
         self.failure: BaseException | None = None
         self._state = FilesState.OPEN
         self._state_lock = threading.Lock()  # guards _state, failure, and that nothing is queued once CLOSING
@@ -119,16 +120,13 @@ class PageFiles:
         if finishing_threads is None:
             finishing_threads = max(1, threads_per_path // 2) * len(directories)
         hand_on = self._hand_on if finishing_threads else None
+        meters = {Direction.READ: self.reads, Direction.WRITE: self.writes}
         self._server = TransferServer(
-            made, self.paths, self._index, self._meter, self._throttle, hand_on, checksums=checksums
+            made, self.paths, self._index, meters, self._throttle, hand_on, checksums=checksums
         )
         self._start_threads(threads_per_path, finishing_threads)
 
     # ---- what there is -----------------------------------------------------------------------------------------
-
-    def stats(self) -> IoStats:
-        """What was moved so far, and how long it took."""
-        return self._meter.stats()
 
     def grow(self, n_frames: int) -> None:
         """Have at least ``n_frames`` frames in all, rounded up to whole slabs.

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -161,7 +161,7 @@ class TransferServer:
         backend: RawBackend,
         paths: Sequence[str],
         index: ExtentIndex,
-        meter: IoMeter,
+        meters: Mapping[Direction, IoMeter],
         throttle: TokenBucket | None,
         hand_on: Callable[[Ticket], bool] | None,
         *,
@@ -170,7 +170,7 @@ class TransferServer:
         self._backend = backend
         self._paths = paths
         self._index = index
-        self._meter = meter
+        self._meters = meters
         self._throttle = throttle
         self._hand_on = hand_on
         self._checksums = checksums
@@ -249,7 +249,7 @@ class TransferServer:
     def _move(self, under_way: Transfer, request: Request) -> None:
         direction, moved_bytes = under_way.direction, 0
         buffers = [under_way.buffer[start:end] for start, end in request.spans]
-        self._meter.begin(direction)
+        self._meters[direction].begin()
         try:
             if self._throttle is not None:
                 self._throttle.take(request.n_bytes)
@@ -258,7 +258,7 @@ class TransferServer:
             transfer(partial(call, request.path), direction, path, request.position_bytes, buffers)
             moved_bytes = request.n_bytes
         finally:
-            self._meter.end(direction, moved_bytes)
+            self._meters[direction].end(moved_bytes)
             for buffer in buffers:  # released by hand: an error's traceback would keep them, and so the caller's memory
                 buffer.release()
 

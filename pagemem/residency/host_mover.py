@@ -12,6 +12,7 @@ from pagemem import knobs
 from pagemem.devices.arena import Arena
 from pagemem.errors import OffloadError, StorageError
 from pagemem.files.page_file import PageFiles
+from pagemem.files.stats import IoMeter
 from pagemem.files.transfer import Completion
 from pagemem.frames.page import TensorId
 from pagemem.residency.disk_versions import DiskVersion, DiskVersions
@@ -233,8 +234,7 @@ class HostMover(Mover):
 
     def bandwidth(self) -> tuple[float, float]:
         """Bytes/s of the page files so far while they were reading, and while they were writing."""
-        stats = self.files.stats()
-        return _bytes_per_s(stats.bytes_read, stats.read_busy_s), _bytes_per_s(stats.bytes_written, stats.write_busy_s)
+        return _bytes_per_s(self.files.reads), _bytes_per_s(self.files.writes)
 
     def planned_page_file_frames(self, stored: Iterable[TensorId]) -> int:
         """Page-file frames in use once every tensor of ``stored`` has been stored, for the first time in that order."""
@@ -256,5 +256,6 @@ class HostMover(Mover):
         self.monitor.sink.emit(Event(kind, tensor.name, tensor.n_bytes, started_s, time.perf_counter() - started_s))
 
 
-def _bytes_per_s(n_bytes: int, busy_s: float) -> float:
-    return n_bytes / busy_s if n_bytes >= knobs.TELLING_BYTES and busy_s else knobs.ASSUMED_BYTES_PER_S
+def _bytes_per_s(meter: IoMeter) -> float:
+    busy_s = meter.busy_s
+    return meter.n_bytes / busy_s if meter.n_bytes >= knobs.TELLING_BYTES and busy_s else knobs.ASSUMED_BYTES_PER_S

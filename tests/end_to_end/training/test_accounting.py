@@ -68,9 +68,9 @@ def test_bytes_moved_are_those_the_system_moved(
         for _ in range(5):
             train(engine, 2)
             engine.drain()
-            stats, files = engine.stats(), engine.debug.page_files.stats()
+            stats, files = engine.stats(), engine.debug.page_files
             moved = disk.moved_bytes["read"], disk.moved_bytes["write"]
-            assert (stats.bytes_read, stats.bytes_written) == (files.bytes_read, files.bytes_written) == moved
+            assert (stats.bytes_read, stats.bytes_written) == (files.reads.n_bytes, files.writes.n_bytes) == moved
         assert min(moved) > 0
         before = engine.stats()
         train(engine, 1)

@@ -134,9 +134,8 @@ def test_adjacent_pages_are_coalesced_and_counted(opened: Opener) -> None:
     source = Buffer(4 * MiB)
     write(files, pages(*range(64)), source.view)
     read(files, pages(*range(8), *range(32, 40)))
-    stats = files.stats()
-    assert (stats.bytes_written, stats.bytes_read) == (4 * MiB, 16 * PAGE_BYTES)
-    assert stats.write_busy_s > 0 and stats.read_busy_s > 0
+    assert (files.writes.n_bytes, files.reads.n_bytes) == (4 * MiB, 16 * PAGE_BYTES)
+    assert files.writes.busy_s > 0 and files.reads.busy_s > 0
     assert [len(files.route(pages(*frames)).requests) for frames in (range(64), [*range(8), *range(32, 40)])] == [4, 2]
 
 
