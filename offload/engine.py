@@ -38,7 +38,8 @@ class Engine:
     thread.
 
     Args:
-        model: on the CPU, built plainly or under `deferred_init` with the same configuration. Changed in place.
+        model: on the CPU, built plainly or under `deferred_init` with the same configuration. Changed in place. One on
+            meta has no values: load, resume or initialise them before they are used.
         config: the configuration, or a file or mapping that holds it.
         optimizer: factory or optimizer section; None takes the configuration's.
 

@@ -145,14 +145,17 @@ def build_parts(
     template = template_of(optimizer, config, model)
     rule = rule_for(template)
     scaling = store.parts.scaling()
-    check_model(model, optimized_by(template), len(rule.state_names), config)
-    adopt(store, model)
+    optimized = optimized_by(template)
+    check_model(model, optimized, len(rule.state_names), config)
+    adopt(store, model, optimized)
     states = StateAccess(store.driver, rule.state_names)
     places: dict[Tensor, tuple[Unit, Slot]] = {
         p: (p._place.unit, p._place.slot) for p in model.parameters() if isinstance(p, PagedParameter)
     }
     assign_groups(template, {parameter: slot for parameter, (_, slot) in places.items()})
-    _make_states(store, states)
+    for unit in store.index.units:
+        if unit.trained:
+            states.create(unit)
     store.make_resident(sums=not is_eager(scaling, config.update.start) or config.update.accumulation > 1)
     paged_optimizer = PagedOptimizer(template, rule, places, states, store.driver.untraced)
     updater = make_updater(store, rule, paged_optimizer.hypers, scaling, partial(_other_gradients, model))
@@ -184,18 +187,6 @@ def _track_own_states(checkpoints: Checkpoints, model: nn.Module, scaling: Scali
     extra = ExtraStates(model)
     if extra:
         checkpoints.track("extra states of modules", extra)
-
-
-def _make_states(store: PageStore, states: StateAccess) -> None:
-    """Give units that are optimized their states, and others no masters."""
-    for unit in store.index.units:
-        if unit.trained:
-            states.create(unit)
-            continue
-        for part in unit.slices:
-            if part.master is not None:
-                store.mover.forget(part.master)
-                part.master = None
 
 
 def _saved_activations(config: Config, store: PageStore) -> SavedActivations | None:

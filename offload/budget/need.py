@@ -89,7 +89,7 @@ class UnitShape:
             return built
         dtype = sizes.compute_dtype or self.dtype
         part_numel = largest_slice(self.numel, sizes.slice_numel)
-        master = ceil_div(part_numel * 4, sizes.page_bytes) * (dtype is not torch.float32)
+        master = ceil_div(part_numel * 4, sizes.page_bytes) * (self.trained and dtype is not torch.float32)
         states = ceil_div(part_numel * 4 * n_states, sizes.page_bytes)
         computed = ceil_div(self.numel * dtype.itemsize, sizes.page_bytes)
         needs = [built + master]

@@ -35,6 +35,7 @@ from optim.unit import Slot
 from optim.updater import Updater
 from pagemem.errors import CommitError
 from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.sources.source_files import Origin
 from pagemem.tier import TRANSIENT
 
 _MAX_NAME: Final = 200
@@ -102,6 +103,7 @@ class Checkpoints:
                 f"a commit's name is one line of 1 to {_MAX_NAME} characters, not {name[: _MAX_NAME + 1]!r}"
             )
         self._store.binder.check_structure()
+        self._store.binder.without_values.check(self._slots())
         with self._updater.consistent(whole=whole):
             if self._store.device_tier is not None:
                 self._store.device_tier.bring_down()
@@ -198,17 +200,14 @@ class Checkpoints:
         read = decode if "encoding" in state else lambda value: value
         groups = [_without(read(group), *_KERNEL_KEYS) for group in state["groups"]]
         check_groups(where, groups, self._optimizer)
+        files = [file.find(self._store.sources.reader.files) for file in manifest.files]
+        origins = {tensor.key: tensor.origin(files) for tensor in manifest.referenced}
         self._updater.drain()
         self._store.driver.quiesce()
         with self._store.binder.driver.untraced():
             self._check_unused()
             self._load_tracked(where, {name: read(state["tracked"][name]) for name in self._tracked})
-            for tensor in self._tensors().values():
-                self._take_over(tensor, commit)
-            for unit in self._store.index.units:
-                self._store.updated(unit)
-            if self._store.device_tier is not None:
-                self._store.device_tier.bring_up()
+            self._take_all_over(commit, origins)
         self._set_counters(state)
         self._set_hypers(groups, keep=keep_hypers)
         with torch.no_grad():
@@ -289,10 +288,23 @@ class Checkpoints:
     def _tensors(self) -> dict[str, PagedTensor]:
         return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag not in TRANSIENT}
 
-    def _take_over(self, tensor: PagedTensor, commit: Commit) -> None:
-        mover, frame = self._store.mover, tensor.frame
+    def _take_all_over(self, commit: Commit, origins: Mapping[str, Origin]) -> None:
+        """Have pages hold what a commit does."""
+        for tensor in self._tensors().values():
+            self._take_over(tensor, commit, origins)
+        for unit in self._store.index.units:
+            self._store.updated(unit)
+        if self._store.device_tier is not None:
+            self._store.device_tier.bring_up()
+        self._store.binder.without_values.discard(self._slots())
+
+    def _take_over(self, tensor: PagedTensor, commit: Commit, origins: Mapping[str, Origin]) -> None:
+        mover, frame, key = self._store.mover, tensor.frame, f"{tensor.tag.value}: {tensor.name}"
         resident, tensor.resident = tensor.resident, False
-        mover.resume(tensor, commit.copies.get(f"{tensor.tag.value}: {tensor.name}"))
+        if key in origins:
+            mover.originate(tensor, origins[key])
+        else:
+            mover.resume(tensor, commit.copies.get(key))
         if resident and frame is not None:
             mover.start_load(tensor, frame)
             mover.monitor.wait_until(lambda: tensor.readable, tensor.name, tensor.n_bytes)

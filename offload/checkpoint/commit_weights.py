@@ -19,6 +19,8 @@ from pagemem.durable.page_map import file_sizes, impossible
 from pagemem.durable.page_reader import Chunk, PageReader
 from pagemem.errors import ChecksumError, CommitError, OffloadError
 from pagemem.files.page_file import PAGE_FILE_NAME
+from pagemem.sources.source_files import Origin
+from pagemem.sources.source_reader import SourceReader
 from pagemem.units import KiB, MiB
 
 #: Supported dtypes; "keep" is what the parameters were computed in.
@@ -42,23 +44,32 @@ class CommitWeights:
 
     Args:
         sidecar: the small tensors beside the manifest.
+        sources: reads what lies in files of others.
         dtype: of the paged parameters; None: as they were computed in. Buffers keep their own.
 
     Attributes:
         tied: further names, each with the one under which the tensor is.
 
     Raises:
-        CommitError: the commit names places that cannot be.
+        CommitError: the commit names places that cannot be, or a file of others that is not there as it was.
     """
 
     def __init__(
-        self, folders: Sequence[Path], manifest: Manifest, sidecar: Mapping[str, Tensor], dtype: torch.dtype | None
+        self,
+        folders: Sequence[Path],
+        manifest: Manifest,
+        sidecar: Mapping[str, Tensor],
+        sources: SourceReader,
+        dtype: torch.dtype | None,
     ) -> None:
         self._manifest = manifest
         self._sidecar = sidecar
         self._dtype = dtype
         self._state = state_of(manifest)
         self._stored = {stored.key: stored for stored in manifest.tensors}
+        self._referenced = {tensor.key: tensor for tensor in manifest.referenced}
+        self._files = [file.find() for file in manifest.files]
+        self._sources = sources
         self.tied = {name: kept for name, kept in self._state.names.items() if name != kept}
         why = impossible([manifest], file_sizes(folder / PAGE_FILE_NAME for folder in folders))
         if why:
@@ -108,9 +119,12 @@ class CommitWeights:
         source, target = unit.torch_dtype, self._dtype or unit.torch_dtype
         size = source.itemsize
         checksums = self._manifest.checksums
-        values = _Stream(
-            reader, buffers[0], [(0, unit.slots[-1].end * size, self._stored[unit.parameters])], checksums=checksums
-        )
+        values: _Stream | _SourceStream
+        if unit.parameters in self._referenced:
+            values = _SourceStream(self._sources, self._referenced[unit.parameters].origin(self._files))
+        else:
+            parts = [(0, unit.slots[-1].end * size, self._stored[unit.parameters])]
+            values = _Stream(reader, buffers[0], parts, checksums=checksums)
         masters = None
         if target is not source and all(part.master is not None for part in unit.slices):
             parts = [(part.begin * 4, part.end * 4, self._stored[part.master or ""]) for part in unit.slices]
@@ -144,6 +158,20 @@ def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: 
             f"{slot.name} has values beyond the largest of {dtype}, {torch.finfo(dtype).max:g}; export as bf16 or fp32"
         )
     return converted
+
+
+class _SourceStream:
+    """Bytes of a tensor that lies in files of others."""
+
+    def __init__(self, reader: SourceReader, origin: Origin) -> None:
+        self._reader = reader
+        self._origin = origin
+
+    def take(self, begin: int, end: int) -> Bytes:
+        """A copy of bytes [begin, end)."""
+        taken: Bytes = np.zeros(end - begin, dtype=np.uint8)
+        self._reader.fill(self._origin.part(begin, end), taken)
+        return taken
 
 
 class _Stream:

@@ -18,6 +18,7 @@ from offload.commits.commit_state import encoded
 from offload.commits.run_commits import Commit, EarlierCommits
 from offload.store.page_store import PageStore
 from pagemem.durable.manifest import Manifest, StoredTensor
+from pagemem.durable.references import ReferencedFile, ReferencedTensor, refer_to
 from pagemem.errors import CommitError, DamagedCommitError, StorageError
 from pagemem.frames.page import TensorId
 from pagemem.residency.disk_versions import DiskVersion
@@ -156,7 +157,9 @@ class Committer:
             snapshot = mover.snapshots.begin(tensors)
             try:
                 for tensor in tensors:
-                    if tensor.may_be_aliased:  # A view of it could be written to before it is stored.
+                    if (
+                        tensor.may_be_aliased or tensor.written is not None
+                    ):  # A view of it could be written to before it is stored.
                         mover.make_writable(tensor)
             except BaseException:
                 mover.snapshots.abandon(snapshot)
@@ -185,7 +188,8 @@ class Committer:
             self._store.mover.sync()
             self._earlier.claim_parts()
             stored = tuple(self._stored(names[tensor], copy) for tensor, copy in snapshot.copies.items())
-            manifest = self._manifest(number, content, stored)
+            referenced = refer_to((names[tensor], origin) for tensor, origin in snapshot.origins.items())
+            manifest = self._manifest(number, content, stored, referenced)
             attempted = True
             self._earlier.folder.write(manifest, encoded(manifest))
         except BaseException:
@@ -205,7 +209,13 @@ class Committer:
             tuple(self._store.page_files.sums(copy.route).tolist()),
         )  # fmt: skip
 
-    def _manifest(self, number: int, content: CommitContent, stored: tuple[StoredTensor, ...]) -> Manifest:
+    def _manifest(
+        self,
+        number: int,
+        content: CommitContent,
+        stored: tuple[StoredTensor, ...],
+        referenced: tuple[tuple[ReferencedFile, ...], tuple[ReferencedTensor, ...]],
+    ) -> Manifest:
         """The manifest of a commit; what belongs beside it is written."""
         state = dict(content.state)
         if content.sidecar:
@@ -220,6 +230,8 @@ class Committer:
             checksums=self._store.config.ssd.checksums,
             tensors=stored,
             state=state,
+            files=referenced[0],
+            referenced=referenced[1],
         )
 
     def _give_up(self, number: int, snapshot: Snapshot, attempted: bool) -> None:

@@ -58,7 +58,7 @@ def check_contents(
         raise CommitError(
             f"{where} and this model differ in the buffer or unpaged parameter {differing} (shape, dtype); {_OTHER_RUN}"
         )
-    theirs = {stored.key: stored.n_bytes for stored in commit.manifest.tensors}
+    theirs = commit.manifest.sizes
     for key, n_bytes in theirs.items():
         if key not in tensors:
             raise CommitError(

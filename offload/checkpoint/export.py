@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +28,7 @@ from pagemem.errors import DiskFullError, OffloadError
 from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.folders.own_file import make_folder, naming, remove_folders, sync_folder
 from pagemem.process import interrupts
+from pagemem.sources.source_reader import SourceReader
 from pagemem.units import format_bytes
 
 
@@ -76,12 +77,14 @@ def export_commit(
     to = check_request(folders, to, dtype=dtype, max_shard_bytes=max_shard_bytes)
     check_exportable(manifest.state.get("unlike"))
     sidecar = read_sidecar(CommitFolder(folders[0]), manifest.number, manifest.state)
-    weights = CommitWeights(folders, manifest, sidecar, DTYPES[dtype])
+    sources = SourceReader()
+    weights = CommitWeights(folders, manifest, sidecar, sources, DTYPES[dtype])
     listed = weights.listed()
     shards = plan_shards(listed, max_shard_bytes, weights.tied)
     index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
     total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
     with (
+        closing(sources),
         PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader,
         _new_folder(to, total_bytes) as draft,
         byte_progress(console, "exporting", sum(weight.n_bytes for weight in listed)) as advance,

@@ -23,6 +23,7 @@ from offload.console.tables import print_line, print_rows
 from pagemem.durable.manifest import Manifest
 from pagemem.durable.page_map import StoredPlace, all_places, map_faults
 from pagemem.durable.page_reader import Chunk, PageReader
+from pagemem.durable.references import ReferencedFile
 from pagemem.errors import CommitError, StorageError
 from pagemem.units import format_bytes
 
@@ -72,6 +73,7 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
                 read_sidecar(stopped.commits, manifest.number, manifest.state)
             except CommitError as error:
                 report.add([manifest.number], str(error))
+        _check_files(report)
         _note_leftovers(stopped, report)
         if report.commits:
             page_bytes = report.commits[-1].page_bytes
@@ -85,6 +87,24 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
                 _check_pages(reader, [m for m in report.commits if m.page_bytes == page_bytes], report, console)
     print_report(report, console)
     return report
+
+
+def _check_files(report: Report) -> None:
+    """Look whether the files of others are there in which commits have left parameters, and as they were."""
+    numbers: dict[ReferencedFile, list[int]] = {}
+    for manifest in report.commits:
+        for file in manifest.files:
+            numbers.setdefault(file, []).append(manifest.number)
+    for file, commits in numbers.items():
+        try:
+            file.find()
+        except (CommitError, StorageError) as error:
+            report.add(commits, str(error))
+    if numbers:
+        report.notes.append(
+            f"parameters lie in {len(numbers)} {'file' if len(numbers) == 1 else 'files'} of others, known by size and "
+            f"samples, not read: {', '.join(sorted({str(Path(file.path).parent) for file in numbers}))}"
+        )
 
 
 def _note_leftovers(stopped: StoppedRun, report: Report) -> None:

@@ -124,7 +124,7 @@ def check_commit(manifest: Manifest) -> None:
     if state.slice_numel % SLICE_ALIGN_NUMEL:
         raise ValueError(f"state.slice_numel: {state.slice_numel} is no multiple of {SLICE_ALIGN_NUMEL}")
     _check_random(state.random)
-    stored = {tensor.key: tensor.n_bytes for tensor in manifest.tensors}
+    stored = manifest.sizes
     slots: dict[str, list[Any]] = {}
     for place, unit in enumerate(state.units):
         _check_unit(f"state.units.{place}", unit, stored)

@@ -6,7 +6,7 @@ it: in one kernel, where torch would take it apart into a dozen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -24,6 +24,8 @@ from pagemem.files.stats import IoMeter
 from pagemem.files.striping import Striping
 from pagemem.files.transfer import Done, Part
 from pagemem.frames.page import Extent, FrameId, TensorId
+from pagemem.sources.source_files import Origin, SourceFile
+from pagemem.sources.source_transfers import SourceFiles
 from pagemem.units import ceil_div
 
 _ATTENTION: Final = functional.scaled_dot_product_attention
@@ -91,6 +93,7 @@ class NoFiles(PageFiles):
         self._slab_frames = max(1, SLAB_BYTES // page_bytes)
         self.n_frames = 0
         self.reads, self.writes = IoMeter(), IoMeter()
+        self.throttle = None
         self._nowhere = tabulate([Extent(FrameId(0), 0, page_bytes)], self._striping, page_bytes, 1)
 
     def grow(self, n_frames: int) -> None:
@@ -122,6 +125,19 @@ class NoFiles(PageFiles):
 
     def close(self) -> None:
         """Nothing is to be given back."""
+
+
+class NoSources(SourceFiles):
+    """Source files of which nothing is read; loads are over when they begin."""
+
+    def open(self, files: Iterable[SourceFile]) -> None:
+        """Nothing."""
+
+    def read(
+        self, origin: Origin, into: memoryview, done: Done, *, background: bool = False, part: Part | None = None
+    ) -> None:
+        """Done, without parts."""
+        done(None)
 
 
 class AttentionOfCpu:

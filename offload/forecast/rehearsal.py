@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from offload.config import Config
 from offload.engine import Engine
 from offload.forecast.kernels import CostMode
-from offload.forecast.meta_tier import AttentionOfCpu, MetaArena, MetaDevice, NoFiles
+from offload.forecast.meta_tier import AttentionOfCpu, MetaArena, MetaDevice, NoFiles, NoSources
 from offload.forecast.rates import Rates
 from offload.profiling.live_storages import Holder, LiveStorages
 from offload.store.deferred_init import built_into
@@ -37,6 +37,7 @@ from pagemem.folders.run_directory import RunDirectory
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.sources.source_transfers import SourceFiles
 from pagemem.telemetry.events import EventSink
 from scheduler.execution.driver import Driver
 from scheduler.execution.lower_tier import LowerTier
@@ -120,6 +121,10 @@ class _Parts(StoreParts):
     def page_files(self, directories: Sequence[RunDirectory], page_bytes: int) -> PageFiles:
         """Files that move nothing."""
         return NoFiles(len(directories), page_bytes, self.config.ssd.max_request)
+
+    def source_files(self, page_files: PageFiles) -> SourceFiles:
+        """Files that nothing is read from."""
+        return NoSources(page_files.reads)
 
     def driver(self, mover: Mover, sink: EventSink) -> Driver:
         """One that times ops by the cost of their kernels."""

@@ -30,6 +30,12 @@ def check_parameters(model: nn.Module, device: str = "cpu") -> None:
                 "made"
             )
         check_values(name, parameter, device)
+    for name, buffer in model.named_buffers():
+        if buffer.device.type == "meta" and device != "meta":
+            raise ValueError(
+                f"the buffer {name} is on meta and has no values, and nothing says what they were to be; build it on "
+                "the CPU, or the whole model (under deferred_init)"
+            )
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         raise ValueError("the model has no floating-point parameters to page")
     _check_separate(model)
@@ -57,13 +63,9 @@ def _check_uncompiled(model: nn.Module) -> None:
 
 
 def check_values(name: str, parameter: Tensor, device: str) -> None:
-    """Raise ValueError unless a parameter has values, of a kind that pages can hold, on ``device``."""
-    if parameter.device.type == "meta" and device != "meta":
-        raise ValueError(
-            f"{name} is on meta and has no values; build the model on the CPU (transformers' from_pretrained builds "
-            "on meta: call it outside deferred_init and give the model to prepare)"
-        )
-    if parameter.device.type != device and not isinstance(parameter, PagedParameter):
+    """Raise ValueError unless a parameter is of a kind that pages can hold, and on ``device`` or, without values, on
+    meta."""
+    if parameter.device.type not in (device, "meta") and not isinstance(parameter, PagedParameter):
         raise ValueError(f"{name} is on {parameter.device}; build the model on the CPU (or under deferred_init)")
     if parameter.is_complex():
         raise ValueError(

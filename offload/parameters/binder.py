@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from offload.hooks import refuse_compilers
 from offload.parameters.edits import Edits
 from offload.parameters.paged_parameter import PagedParameter, Place
 from offload.parameters.state_copies import StateCopies
-from offload.parameters.tensor_functions import EXPORTS, GET_DATA, among, no_torch_function
+from offload.parameters.tensor_functions import EXPORTS, UNCOUNTED, among, no_torch_function
+from offload.parameters.without_values import WithoutValues, assign
 from optim.gradient_errors import early_use, late_use
 from optim.optimizer import refusing_updater
 from optim.unit import Slot, Unit
@@ -32,8 +33,6 @@ from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
-#: What gives something out through which torch does not count writes.
-_UNCOUNTED: Final = EXPORTS | {GET_DATA}
 
 
 class Binder:
@@ -59,11 +58,11 @@ class Binder:
         self.updater: Updater | None = None
         self.root: nn.Module | None = None
         self.activations: SavedActivations | None = None
-        self.trims = False
         self.state_copies = StateCopies()
+        self.without_values = WithoutValues()
         self.pointed: list[Tensor] = []
         self.forwards = 0
-        self.closed = self._forked = False
+        self.closed = self._forked = self.trims = False
         self.converting = False
         self.save_hooks: Callable[[], Any] = nullcontext
         self.forward_end = ForwardEnd(self._at_forward_end)
@@ -109,8 +108,7 @@ class Binder:
         """Make a parameter that is ordinary, or was in another unit, one of ``unit``, whose pages hold its values
         already. There may be several for one slot, as ``nn.Parameter(paged)`` makes them."""
         place = Place(self, unit, slot)
-        with no_torch_function():
-            parameter.data = place.placeholder
+        assign(parameter, place.placeholder)
         parameter.__class__ = PagedParameter
         assert isinstance(parameter, PagedParameter)
         parameter._place = place
@@ -133,7 +131,8 @@ class Binder:
         with self._scope(), self.bound(parameters):
             self.edits.before_writes(parameters)
             versions = [parameter._version for parameter in parameters]
-            result = func(*args, **kwargs)
+            called = self.without_values.guarding(func, parameters, copying) if self.without_values else func
+            result = called(*args, **kwargs)
             may_be_aliased = func in EXPORTS or (not copying and self.edits.exposes(result))
             if func == Tensor.data_ptr and self.forwards:
                 # Whoever is given an address uses it after this: the pages stay until the forward pass is over.
@@ -144,7 +143,7 @@ class Binder:
                     self.edits.changed(parameter._place)
                 if may_be_aliased:
                     in_pass = self.forwards > 0 or torch._C._current_graph_task_id() != -1
-                    self.edits.exposed(parameter, counted=func not in _UNCOUNTED, in_pass=in_pass)
+                    self.edits.exposed(parameter, counted=func not in UNCOUNTED, in_pass=in_pass)
             if not copying:
                 return result
             # In host memory where the device's need not hold all parameters.
@@ -165,6 +164,7 @@ class Binder:
         if all(parameter._place.bound for parameter in parameters):
             yield
             return
+        self.without_values.check(parameter._place.slot for parameter in parameters)
         with self._scope(), self._bound_for_block(parameters):
             yield
 
@@ -327,12 +327,12 @@ class Binder:
         Raises:
             StorageError: they cannot be read; the parameter is still paged.
         """
-        with no_torch_function():
-            with self.driver.untraced(), self.bound([parameter]):
-                values = parameter.detach().to(device, copy=True)
-            parameter.data = values
-            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-            del parameter._place
+        device = "meta" if parameter._place.slot in self.without_values else device
+        with no_torch_function(), self.driver.untraced(), self.bound([parameter]):
+            values = parameter.detach().to(device, copy=True)
+        assign(parameter, values)
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+        del parameter._place
 
     def close(self) -> None:
         """Using any of the parameters raises from now on."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,23 @@ from offload.parameters.paged_parameter import PagedParameter, Place
 from offload.parameters.tensor_functions import no_torch_function
 from optim.unit import Slot, Unit
 from pagemem.residency.mover import Mover
+
+
+@dataclass(slots=True)
+class _Lent:
+    """Parameters of a unit of which views are in use, each with its count of writes when the first was given out."""
+
+    versions: dict[Slot, tuple[weakref.ref[PagedParameter], int]] = field(default_factory=dict)
+
+    def __call__(self) -> bool:
+        """Whether one was written to."""
+        found = False
+        for slot, (reference, version) in self.versions.items():
+            parameter = reference()
+            with no_torch_function():
+                if parameter is None or parameter._version != version:
+                    slot.edited = found = True
+        return found
 
 
 class Edits:
@@ -91,10 +109,16 @@ class Edits:
             counted: whether torch counts that as writing to the parameter.
             in_pass: whether it is inside of a forward or backward pass: for kernels, which read.
         """
-        place = parameter._place
-        place.slot.edited = True
-        place.unit.compute.may_be_aliased = True
-        self._mover.touch(place.unit.compute)
+        place, tensor = parameter._place, parameter._place.unit.compute
+        if counted and not parameter.requires_grad:
+            # Frozen weights are looked at through views, in each step by some modules, and hardly ever written to.
+            lent = tensor.written if isinstance(tensor.written, _Lent) else _Lent()
+            lent.versions.setdefault(place.slot, (weakref.ref(parameter), parameter._version))
+            tensor.written = lent
+        else:
+            place.slot.edited = True
+            tensor.may_be_aliased = True
+            self._mover.touch(tensor)
         if counted:
             if place.seen is None or not place.unit.live_views:
                 place.seen = weakref.ref(parameter), parameter._version

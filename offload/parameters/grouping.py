@@ -1,4 +1,5 @@
-"""Which parameters share a unit: a module's own of one dtype always do, small neighbours up to one page.
+"""Which parameters share a unit: a module's own of one dtype that are all trained, or all frozen, always do, small
+neighbours up to one page.
 
 Asked by the page store, which makes the units, and by those who want to know them before there is a store.
 """
@@ -16,16 +17,19 @@ Group = list[tuple[str, nn.Parameter]]
 
 
 def own_groups(name: str, module: nn.Module, known: Callable[[nn.Parameter], bool]) -> list[Group]:
-    """A module's own parameters that belong into pages, by dtype, in order. Of integers and truth values, none does.
+    """A module's own parameters that belong into pages, those of one dtype that are trained, or frozen, in order. Of
+    integers and truth values, none does.
 
     Args:
         name: the module's, to begin its parameters' names with.
         known: whether a parameter is in a unit already, or waits for one.
     """
-    groups: dict[torch.dtype, Group] = {}
+    groups: dict[tuple[torch.dtype, bool], Group] = {}
     for key, parameter in module.named_parameters(recurse=False):
         if not known(parameter) and not is_lazy(parameter) and parameter.is_floating_point():
-            groups.setdefault(parameter.dtype, []).append((f"{name}.{key}" if name else key, parameter))
+            groups.setdefault((parameter.dtype, parameter.requires_grad), []).append(
+                (f"{name}.{key}" if name else key, parameter)
+            )
     return list(groups.values())
 
 
@@ -44,7 +48,8 @@ def groups_of(modules: Iterable[tuple[str, nn.Module]], seen: set[int]) -> list[
 
 
 class Neighbours:
-    """Parameters of small modules, waiting for others to make a unit with.
+    """Parameters of small modules, waiting for others to make a unit with: trained ones for trained ones, and frozen
+    ones for frozen ones, whose pages do not change and which have no states.
 
     Args:
         page_bytes: how large units of several modules become.
@@ -52,35 +57,41 @@ class Neighbours:
 
     def __init__(self, page_bytes: int) -> None:
         self._page_bytes = page_bytes
-        self._waiting: Group = []
+        self._waiting: dict[bool, Group] = {}  # by whether they are trained, as all below
+        self._n_bytes = {True: 0, False: 0}
         self._ids: set[int] = set()
-        self._n_bytes = 0
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._ids
 
     def take(self, group: Group) -> list[Group]:
         """Let a group wait; returns the units that are complete with it, in order."""
+        trained = group[0][1].requires_grad
         n_bytes = sum(parameter.numel() * parameter.element_size() for _, parameter in group)
-        complete = []
-        if self._waiting and (
-            self._n_bytes + n_bytes > self._page_bytes or self._waiting[0][1].dtype != group[0][1].dtype
+        waiting, complete = self._waiting.get(trained), []
+        if waiting and (
+            self._n_bytes[trained] + n_bytes > self._page_bytes or waiting[0][1].dtype != group[0][1].dtype
         ):
-            complete += self.flush()
-        self._waiting += group
+            complete += self._complete(trained)
+        self._waiting.setdefault(trained, []).extend(group)
         self._ids.update(id(parameter) for _, parameter in group)
-        self._n_bytes += n_bytes
-        if self._n_bytes >= self._page_bytes:
-            complete += self.flush()
+        self._n_bytes[trained] += n_bytes
+        if self._n_bytes[trained] >= self._page_bytes:
+            complete += self._complete(trained)
         return complete
 
     def flush(self) -> list[Group]:
-        """The units of what waits: one, unless some were given another dtype meanwhile; nothing waits any more."""
-        waiting: dict[torch.dtype, Group] = {}
-        for name, parameter in self._waiting:
-            waiting.setdefault(parameter.dtype, []).append((name, parameter))
-        self._waiting, self._ids, self._n_bytes = [], set(), 0
-        return list(waiting.values())
+        """The units of what waits, the one that began first; nothing waits any more."""
+        return [unit for trained in list(self._waiting) for unit in self._complete(trained)]
+
+    def _complete(self, trained: bool) -> list[Group]:
+        """One unit, unless some were given another dtype meanwhile."""
+        by_dtype: dict[torch.dtype, Group] = {}
+        for name, parameter in self._waiting.pop(trained):
+            by_dtype.setdefault(parameter.dtype, []).append((name, parameter))
+            self._ids.discard(id(parameter))
+        self._n_bytes[trained] = 0
+        return list(by_dtype.values())
 
 
 def units_of(groups: Iterable[Group], page_bytes: int) -> list[Group]:

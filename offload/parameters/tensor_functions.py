@@ -74,6 +74,8 @@ EXPORTS: Final[frozenset[Any]] = frozenset(
     }
 )
 GET_DATA: Final = _TENSOR.data.__get__
+#: What gives something out through which torch does not count writes.
+UNCOUNTED: Final = EXPORTS | {GET_DATA}
 SET_DATA: Final = _TENSOR.data.__set__
 GET_GRAD: Final = _TENSOR.grad.__get__
 SET_GRAD: Final = _TENSOR.grad.__set__

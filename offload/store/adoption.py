@@ -9,6 +9,7 @@ under `deferred_init`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,24 +17,32 @@ from torch import nn
 from offload.parameters.grouping import Group, common_name, groups_of, units_of
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.masters import add_masters, narrow
+from offload.store.new_units import Sources, pieces_in_unit
 from offload.store.page_store import PageStore
-from optim.unit import Unit
+from optim.unit import Slot, Unit
+from pagemem.sources.source_files import Origin, SourcePiece
 
 
-def adopt(store: PageStore, model: nn.Module) -> None:
+def adopt(store: PageStore, model: nn.Module, optimized: Collection[int]) -> None:
     """Page what is still ordinary in ``model``, which `check_parameters` has seen, name everything as it does, and drop
     units it does not use.
+
+    Args:
+        optimized: ``id`` of every parameter that the optimizer has; units without any get no masters.
 
     Raises:
         BudgetError: the arena, or the device, cannot hold a unit.
     """
     _repack(store, model)
+    trained: set[Unit] = set()
     for order, (name, parameter) in enumerate(model.named_parameters()):
         if isinstance(parameter, PagedParameter):
             parameter._place.slot.name, parameter._place.slot.order = name, order
+            if id(parameter) in optimized:
+                trained.add(parameter._place.unit)
     for unit in store.index.units:
         unit.name = unit.parameters.name = common_name([slot.name for slot in unit.slots])
-        _convert(store, unit, store.compute_dtype or unit.dtype)
+        _convert(store, unit, store.compute_dtype or unit.dtype, trained=unit in trained)
     if store.device_tier is not None:
         store.compute_on(store.device_tier)
     device = None if store.accelerator is None else store.accelerator.torch_device
@@ -45,11 +54,71 @@ def adopt(store: PageStore, model: nn.Module) -> None:
     _move_buffers(model, store.compute_dtype, device)
 
 
-def _convert(store: PageStore, unit: Unit, dtype: torch.dtype) -> None:
-    """Give a unit that computes in 16 bits its fp32 masters, with the values as they were built, and go on in them."""
-    if dtype is torch.float32:
-        return
-    add_masters(store.mover, store.driver, unit)
+def page_model(store: PageStore, model: nn.Module, sources: Sources) -> None:
+    """Move all parameters of a model on meta to pages, in the units that the engine wants. Nothing is read.
+
+    Args:
+        sources: where the values are. Parameters that are not in it have none until they are written whole.
+
+    Raises:
+        As `UnitMaker.make`.
+    """
+    for module in model.modules():
+        store.watch_over(module)
+    for group in units_of(groups_of(model.named_modules(), set()), store.page_bytes):
+        store.maker.make(group, sources)
+
+
+def give_sources(store: PageStore, sources: Sources) -> list[PagedParameter]:
+    """Have parameters that are in pages take values of files for theirs, between two steps; nothing is read.
+
+    Args:
+        sources: where the values are, in the parameters' dtypes.
+
+    Returns:
+        Those that must be written to instead: others of their unit are not in ``sources``, or views of them are in
+        use, or they stay in memory for good.
+
+    Raises:
+        StorageError: a file cannot be opened, or is not as it was, or an update or a commit under way fails; what was
+            taken until then stays so.
+        ValueError: pieces do not fit a parameter; names it.
+    """
+    if store.binder.updater is not None:
+        store.binder.updater.drain()
+    store.driver.quiesce()
+    store.mover.collect_leases()
+    paged = [parameter for parameter in sources if isinstance(parameter, PagedParameter)]
+    slots = {parameter._place.slot: parameter for parameter in paged}
+    pieces = {slot: pieces_in_unit(parameter, slot, sources[parameter]) for slot, parameter in slots.items()}
+    units = dict.fromkeys(parameter._place.unit for parameter in paged)
+    taken = {unit for unit in units if _take(store, unit, pieces)}
+    store.binder.state_copies.forget()
+    return [parameter for parameter in paged if parameter._place.unit not in taken]
+
+
+def _take(store: PageStore, unit: Unit, pieces: Mapping[Slot, Sequence[SourcePiece]]) -> bool:
+    tensor = unit.parameters
+    on_device = unit.device is not None and unit.device.held
+    if tensor.held or on_device or unit.resident_driver is not None or not all(slot in pieces for slot in unit.slots):
+        return False
+    store.mover.make_writable(tensor)
+    in_files = [piece for slot in unit.slots for piece in pieces[slot]]
+    if in_files:
+        store.mover.originate(tensor, Origin.of(in_files, tensor.n_bytes))
+    unit.version += 1
+    for slot in unit.slots:
+        slot.edited = True
+    store.binder.without_values.discard(unit.slots)
+    store.updated(unit)
+    return True
+
+
+def _convert(store: PageStore, unit: Unit, dtype: torch.dtype, *, trained: bool) -> None:
+    """Have a unit go on in ``dtype``; one that is trained in 16 bits gets fp32 masters, with the values as they were
+    built."""
+    if trained and dtype is not torch.float32:
+        add_masters(store.mover, store.driver, unit)
     if dtype is not unit.dtype:
         store.replace_parameters(unit, narrow(store.mover, store.driver, unit, dtype), dtype)
 
@@ -88,10 +157,10 @@ def _repack(store: PageStore, model: nn.Module) -> None:
         if kept is not None:
             units.append(kept)
             continue
-        made, sources = store.make_unit(group)
+        made, owners = store.maker.make(group)
         units.append(made)
-        left.subtract(sources)
-        for source in dict.fromkeys(sources):
+        left.subtract(owners)
+        for source in dict.fromkeys(owners):
             if not left[source]:
                 store.forget(source)
     store.index.units = units

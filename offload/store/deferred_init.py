@@ -48,6 +48,11 @@ def built_into(make_store: Callable[[], PageStore]) -> Iterator[PageStore]:
         store.watch_over(parent)
         for path, module in named_parts(f"{type(parent).__name__}.{name}", child):
             for key, parameter in module.named_parameters(recurse=False):
+                if parameter.device.type == "meta" and store.parts.device != "meta":
+                    raise ValueError(
+                        f"{path}.{key} is on meta and has no values; build the model on the CPU (transformers' "
+                        "from_pretrained builds on meta: call it outside deferred_init and give the model to prepare)"
+                    )
                 if not is_lazy(parameter):
                     check_values(f"{path}.{key}", parameter, store.parts.device)
             store.add_module(path, module)

@@ -152,6 +152,7 @@ class DeviceTier:
         """
         with self.driver.untraced():
             for tensor in list(self.mover.tensors.values()):
+                tensor.note_writes()
                 changed = tensor.id in self.mover.edited or tensor.id in self.mover.changed_resident
                 if changed or (tensor.may_be_aliased and tensor.readable):
                     self._lower.write_back(tensor, AccessMode.CREATE)

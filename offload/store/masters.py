@@ -8,8 +8,10 @@ from typing import Final
 import torch
 
 from optim.unit import Slot, Unit
+from pagemem.residency.host_mover import HostMover
 from pagemem.residency.mover import Mover
-from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.sources.source_files import converted
 from pagemem.tier import Tag
 from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
@@ -28,6 +30,8 @@ def add_masters(mover: Mover, driver: Driver, unit: Unit) -> None:
     with driver.untraced():
         for number, part in enumerate(unit.slices):
             part.master = mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
+            if wide.state is Residency.ABSENT:  # without values yet, and so is the master
+                continue
             accesses = [Access(wide.id, AccessMode.READ), Access(part.master.id, AccessMode.CREATE)]
             with driver.op((OpKind.FORWARD, ("master", unit.index, number)), unit.name, accesses):
                 values = view(wide, unit.dtype, part.begin, part.numel)
@@ -36,15 +40,20 @@ def add_masters(mover: Mover, driver: Driver, unit: Unit) -> None:
         slot.edited = False
 
 
-def narrow(mover: Mover, driver: Driver, unit: Unit, dtype: torch.dtype) -> PagedTensor:
+def narrow(mover: HostMover, driver: Driver, unit: Unit, dtype: torch.dtype) -> PagedTensor:
     """Copy a unit's parameters, rounded to a 16-bit ``dtype``, into a new paged tensor; returns it. The unit keeps the
-    old one.
+    old one. What lies in files of others is not copied: it will be rounded when it is read.
 
     Raises:
         BudgetError: host memory cannot hold both.
     """
     wide, numel = unit.parameters, unit.slices[-1].end
     made = mover.create(unit.name, Tag.PARAM, numel * dtype.itemsize)
+    if wide.state is Residency.ABSENT:
+        return made
+    if wide.origin is not None and (origin := converted(wide.origin, dtype, made.n_bytes)) is not None:
+        mover.originate(made, origin)
+        return made
     accesses = [Access(wide.id, AccessMode.READ), Access(made.id, AccessMode.CREATE)]
     with driver.untraced(), driver.op((OpKind.FORWARD, ("narrow", unit.index)), unit.name, accesses):
         mover.tenants.view(made, dtype, 0, numel).copy_(mover.tenants.view(wide, unit.dtype, 0, numel))

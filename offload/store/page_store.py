@@ -15,19 +15,19 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from offload.budget.need import Sizes, check_built, check_lockable
+from offload.budget.need import Sizes, check_lockable
 from offload.commits.run_commits import EarlierCommits
 from offload.config import Config
 from offload.modules.conversions import guard_conversions
 from offload.parameters.binder import Binder
-from offload.parameters.grouping import Group, Neighbours, own_groups
+from offload.parameters.grouping import Neighbours, own_groups
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.device_placement import Candidate, choose_resident
 from offload.store.device_tier import DeviceTier
-from offload.store.masters import copy_slot
+from offload.store.new_units import UnitMaker
 from offload.store.page_views import adopt_view
 from offload.store.store_parts import StoreParts
-from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
+from optim.unit import Unit, UnitIndex
 from pagemem.budget import Budget
 from pagemem.devices.arena import HostArena
 from pagemem.folders.run_directory import RunDirectory
@@ -37,7 +37,6 @@ from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import Counters
 from pagemem.tier import Tag, Tier
-from scheduler.planning.trace import Access, AccessMode, OpKind
 
 
 class PageStore:
@@ -88,23 +87,22 @@ class PageStore:
             undo.callback(arena.close)
             self.page_files = self.parts.page_files(self.directories, self.page_bytes)
             undo.callback(self.page_files.close)
-            self.mover = HostMover(arena, self.page_files, self.counters)
+            self.sources = self.parts.source_files(self.page_files)
+            self.mover = HostMover(arena, self.page_files, self.counters, self.sources)
             self.earlier.restore(self.mover.copies)
             self.driver = self.parts.driver(self.mover, self.counters)
             self.device_tier: DeviceTier | None = None
             if self.accelerator is not None and config.memory.device is not None:
                 self.device_tier = DeviceTier(
-                    config.memory.device,
-                    self.driver,
-                    self.mover,
-                    self.counters,
-                    self.accelerator,
+                    config.memory.device, self.driver, self.mover, self.counters, self.accelerator,
                     self.parts.device_driver,
-                )
+                )  # fmt: skip
             undo.pop_all()
         self._neighbours = Neighbours(self.page_bytes)
         self.binder = Binder(self.driver, self.mover, self.parts.device)
         self.binder.owner = self
+        made_here = self.mover, self.driver, self.binder, self.index, self.sources
+        self.maker = UnitMaker(config, self.page_bytes, self.slice_numel, *made_here, self.parts.device)
         forks.disown_in_children(self)
 
     # ---- parameters --------------------------------------------------------------------------------------------
@@ -121,12 +119,12 @@ class PageStore:
             adopt_view(self.binder, self.index.units, f"{name}.{key}" if name else key, parameter)
         for group in own_groups(name, module, lambda p: isinstance(p, PagedParameter) or p in self._neighbours):
             for unit in self._neighbours.take(group):
-                self.make_unit(unit)
+                self.maker.make(unit)
 
     def flush(self) -> None:
         """Make a unit of the parameters that wait for neighbours."""
         for unit in self._neighbours.flush():
-            self.make_unit(unit)
+            self.maker.make(unit)
 
     def watch_over(self, module: nn.Module) -> None:
         """Until the store is closed, a module's ``state_dict()`` returns copies, and `guard_conversions` holds for it.
@@ -135,37 +133,6 @@ class PageStore:
             self._watched.add(module)
             self._unhook += self.binder.state_copies.watch(module)
             self._unhook.append(guard_conversions(module, self.binder, self._neighbours.__contains__))
-
-    def make_unit(self, named: Group) -> tuple[Unit, list[Unit]]:
-        """Make a unit of parameters, which are ordinary or in other units; returns it, and whose those were.
-
-        Raises:
-            BudgetError: the arena cannot hold it; the parameters are as they were.
-        """
-        dtype = named[0][1].dtype
-        check_built(named, self.config, self.page_bytes)
-        layout = lay_out([(name, parameter.shape) for name, parameter in named])
-        number = len(self.index.units)
-        tensor = self.mover.create(named[0][0], Tag.PARAM, layout.numel * dtype.itemsize)
-        slots = [Slot(name, shape, dtype, offset) for name, shape, offset in layout.slots]
-        unit = Unit(number, named[0][0], dtype, tensor, slots, cut(layout.numel, self.slice_numel))
-        pairs = [(parameter, slot) for (_, parameter), slot in zip(named, slots, strict=True)]
-        paged = [(parameter, slot) for parameter, slot in pairs if isinstance(parameter, PagedParameter)]
-        with self.driver.untraced():
-            with self.driver.op((OpKind.FORWARD, ("place", number)), unit.name, [Access(tensor.id, AccessMode.CREATE)]):
-                flat = self.mover.tenants.view(tensor, dtype, 0, layout.numel)
-                flat.zero_()
-                for parameter, slot in pairs:
-                    if not isinstance(parameter, PagedParameter):
-                        flat[slot.offset : slot.end].copy_(parameter.detach().reshape(-1))
-            for parameter, slot in paged:
-                copy_slot(self.mover, self.driver, parameter._place.unit, parameter._place.slot, unit, slot)
-        self.index.units.append(unit)
-        self.binder.units[unit.compute.id] = unit
-        sources = [parameter._place.unit for parameter, _ in paged]
-        for parameter, slot in pairs:
-            self.binder.adopt(parameter, unit, slot)
-        return unit, sources
 
     def replace_parameters(self, unit: Unit, made: PagedTensor, dtype: torch.dtype) -> None:
         """Have a unit go on in ``made``, which holds its values in another dtype; its old pages are given back."""
@@ -269,6 +236,7 @@ class PageStore:
             self.driver.quiesce,
             *([] if self.device_tier is None else [self.device_tier.close]),
             self.mover.close,
+            self.sources.close,
             self.page_files.close,
             *(directory.close for directory in reversed(self.directories)),
             self._arena_bytes.end,

@@ -17,6 +17,8 @@ from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
+from pagemem.sources.source_reader import CHUNK_BYTES
+from pagemem.sources.source_transfers import SourceFiles
 from pagemem.telemetry.events import EventSink
 from scheduler.execution.driver import Driver
 from scheduler.execution.lower_tier import LowerTier
@@ -64,6 +66,13 @@ class StoreParts:
             finishing_threads=None if has_idle_cores else 0,
             max_request_bytes=ssd.max_request,
             limit_mb_per_s=ssd.limit_mb_per_s,
+        )
+
+    def source_files(self, page_files: PageFiles) -> SourceFiles:
+        """Files of others, for parameters that are read where they lie."""
+        chunk_bytes = min(CHUNK_BYTES, page_files.page_bytes)
+        return SourceFiles(
+            page_files.reads, page_files.throttle, n_threads=self.config.ssd.threads, chunk_bytes=chunk_bytes
         )
 
     def driver(self, mover: Mover, sink: EventSink) -> Driver:

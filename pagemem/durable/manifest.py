@@ -11,14 +11,17 @@ import json
 import re
 import reprlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from xxhash import xxh3_128_hexdigest
 
+from pagemem.durable.references import ReferencedFile, ReferencedTensor
 from pagemem.errors import CommitError, DamagedCommitError, UnknownCommitError
 from pagemem.folders.small_file import Count, Flag, Line, checked, parse_json
 from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES, Extent, FrameId, FrameRun, Placement, TensorId
+from pagemem.sources.source_files import SourceFile
 from pagemem.tier import TRANSIENT, Tag, Tier
 from pagemem.units import BLOCK_BYTES, ceil_div
 
@@ -105,6 +108,7 @@ class Manifest:
         run_ids: identities of the run directories with the page files, in order of their paths.
         checksums: whether ``sums`` mean anything.
         state: what else makes up the moment (counters, random generators, ...), as JSON has it.
+        files: of others, in which the ``referenced`` tensors lie.
     """
 
     number: Annotated[int, Field(strict=True, gt=0, lt=2**53)]
@@ -116,8 +120,16 @@ class Manifest:
     checksums: Flag
     tensors: tuple[StoredTensor, ...]
     state: dict[str, Any]
+    files: tuple[ReferencedFile, ...] = ()
+    referenced: tuple[ReferencedTensor, ...] = ()
 
     __pydantic_config__ = ConfigDict(extra="forbid")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor, wherever it lies, by its key."""
+        stored = {tensor.key: tensor.n_bytes for tensor in self.tensors}
+        return stored | {tensor.key: tensor.n_bytes for tensor in self.referenced}
 
     def encode(self) -> bytes:
         """The file's content.
@@ -166,10 +178,13 @@ class Manifest:
         if len(set(self.run_ids)) < len(self.run_ids):
             raise ValueError(f"run_ids: one is there twice: {', '.join(self.run_ids)}")
         keys: set[str] = set()
-        for stored in self.tensors:
-            if stored.key in keys:
-                raise ValueError(f"tensors: {stored.key} is there twice")
-            keys.add(stored.key)
+        files = [SourceFile(Path(file.path), file.n_bytes, 0, 0, 0) for file in self.files]
+        for tensor in self.referenced:
+            tensor.origin(files)
+        for key in [*(stored.key for stored in self.tensors), *(tensor.key for tensor in self.referenced)]:
+            if key in keys:
+                raise ValueError(f"tensors: {key} is there twice")
+            keys.add(key)
 
 
 _ADAPTER: Final = TypeAdapter(Manifest)

@@ -79,7 +79,8 @@ class PageFiles:
         n_frames: frames that have their room on the disk.
         backend_name: ``"direct"`` or ``"aiofiles"``.
         failure: the first exception a ``done`` callback raised; also raised by `close`.
-        reads, writes: what was moved so far, and how long it took.
+        reads, writes: what was moved so far, and how long it took; source files count here, too.
+        throttle: limits what is moved; source files have the same.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class PageFiles:
         slab_bytes: int = SLAB_BYTES,
     ) -> None:
         self._striping = Striping(len(directories))
-        self._throttle = None if limit_mb_per_s is None else TokenBucket(limit_mb_per_s * 1e6)
+        self.throttle = None if limit_mb_per_s is None else TokenBucket(limit_mb_per_s * 1e6)
         self.page_bytes = page_bytes
         self.paths = [str(directory.path / PAGE_FILE_NAME) for directory in directories]
         self._max_request_bytes = max_request_bytes
@@ -122,7 +123,7 @@ class PageFiles:
         hand_on = self._hand_on if finishing_threads else None
         meters = {Direction.READ: self.reads, Direction.WRITE: self.writes}
         self._server = TransferServer(
-            made, self.paths, self._index, meters, self._throttle, hand_on, checksums=checksums
+            made, self.paths, self._index, meters, self.throttle, hand_on, checksums=checksums
         )
         self._start_threads(threads_per_path, finishing_threads)
 
@@ -258,7 +259,7 @@ class PageFiles:
 
     def _start_threads(self, threads_per_path: int, finishing_threads: int) -> None:
         # A thread that waits for tokens has taken them already: whoever comes next waits behind it.
-        n_background = 1 if self._throttle is not None else max(1, threads_per_path // 2)
+        n_background = 1 if self.throttle is not None else max(1, threads_per_path // 2)
         try:
             for direction in Direction:
                 for path in range(len(self.paths)):

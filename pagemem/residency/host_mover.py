@@ -19,6 +19,8 @@ from pagemem.residency.disk_versions import DiskVersion, DiskVersions
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.snapshot import Snapshots
+from pagemem.sources.source_files import Origin
+from pagemem.sources.source_transfers import SourceFiles
 from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.telemetry.recorder import Recorder
 from pagemem.tier import Tag, Tier
@@ -26,6 +28,9 @@ from pagemem.tier import Tag, Tier
 
 class HostMover(Mover):
     """Owns the residency of every paged tensor of one host arena and one set of page files. Threads as `Mover`.
+
+    Args:
+        sources: files of others that tensors may come from; None: there are none, see `originate`.
 
     Attributes:
         on_part: called with the lock held, on an I/O thread, when bytes of a load are there before all are; see
@@ -36,9 +41,10 @@ class HostMover(Mover):
     tier = Tier.HOST
     setting = "memory.ram"
 
-    def __init__(self, arena: Arena, files: PageFiles, sink: EventSink) -> None:
+    def __init__(self, arena: Arena, files: PageFiles, sink: EventSink, sources: SourceFiles | None = None) -> None:
         super().__init__(arena, sink)
         self.files = files
+        self.sources = sources
         self.on_part: Callable[[], None] | None = None
         self.copies = DiskVersions(files, arena.page_bytes)
         self.ssd = self.copies.book
@@ -62,12 +68,15 @@ class HostMover(Mover):
 
     def _read(self, tensor: PagedTensor, done: Completion, *, background: bool) -> None:
         """Begin to fill a tensor's frames from the tier below."""
-        assert tensor.copy is not None and tensor.frame is not None
+        assert tensor.frame is not None
         buffer = self.arena.buffer(tensor.frame, tensor.n_bytes)
-        read: Callable[..., None] = self.files.read
-        if self.on_part is not None:
-            read = partial(read, part=partial(self._part_arrived, tensor.arrived))
-        read(tensor.copy.route, buffer, done, background=background)
+        part = None if self.on_part is None else partial(self._part_arrived, tensor.arrived)
+        if tensor.origin is not None:
+            assert self.sources is not None
+            self.sources.read(tensor.origin, buffer, done, background=background, part=part)
+            return
+        assert tensor.copy is not None
+        self.files.read(tensor.copy.route, buffer, done, background=background, part=part)
 
     def _part_arrived(self, arrived: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> None:
         with self.changed:
@@ -83,7 +92,8 @@ class HostMover(Mover):
                     f"{tensor.name} was written before a sync of the page files failed, and without ssd.checksums "
                     "nothing tells whether the disk has it: go on from the last commit"
                 )
-            self._end_load(tensor, error, rewrite=lost)  # its checksum was right, so here it is whole
+            # A lost one's checksum was right, so here it is whole; and of two places the one with fewer bytes is read.
+            self._end_load(tensor, error, rewrite=lost or _shrinks(tensor.origin))
         self._emit(EventKind.READ, tensor, started_s)
 
     def take_back_load(self, tensor: PagedTensor) -> bool:
@@ -150,6 +160,23 @@ class HostMover(Mover):
                 stored.current = True
                 tensor.copy, tensor.ssd_valid = stored, True
                 tensor.become(Residency.STORED)
+
+    def originate(self, tensor: PagedTensor, origin: Origin) -> None:
+        """Take pieces of other programs' files for the content of a tensor that nobody holds; nothing is read yet.
+
+        From there it is loaded, as often as it is wanted, until it is changed.
+
+        Raises:
+            StorageError: a file cannot be opened, or is not as it was; nothing was changed.
+            AssertionError: it is held, or has another size; likewise.
+        """
+        if self.sources is None or origin.n_bytes != tensor.n_bytes:
+            raise AssertionError(f"{tensor.name}: {origin.n_bytes} bytes of sources for {tensor.n_bytes}")
+        self.sources.open(origin.files)
+        with self.changed:
+            self.resume(tensor, None)
+            tensor.origin, tensor.ssd_valid = origin, True
+            tensor.become(Residency.STORED)
 
     def begin_upload(self, tensor: PagedTensor) -> torch.Tensor:
         """The bytes of a tensor, uint8, which stay as they are until `end_upload`; of one that is being loaded those
@@ -254,6 +281,11 @@ class HostMover(Mover):
 
     def _emit(self, kind: EventKind, tensor: PagedTensor, started_s: float) -> None:
         self.monitor.sink.emit(Event(kind, tensor.name, tensor.n_bytes, started_s, time.perf_counter() - started_s))
+
+
+def _shrinks(origin: Origin | None) -> bool:
+    """Whether a load from there reads more than the tensor has."""
+    return origin is not None and origin.read_bytes > origin.n_bytes
 
 
 def _bytes_per_s(meter: IoMeter) -> float:

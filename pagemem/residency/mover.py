@@ -220,10 +220,11 @@ class Mover(ABC):
                 tensor.leases -= 1
                 if tensor.leases == 0:
                     freed.append(tensor)
+                    tensor.note_writes()
                     if tensor.may_be_aliased and tensor.readable:
                         self.make_writable(tensor)
                         self.touch(tensor)
-                    tensor.may_be_aliased = False
+                    tensor.may_be_aliased, tensor.written = False, None
             return freed
 
     # ---- moves -------------------------------------------------------------------------------------------------
@@ -243,7 +244,8 @@ class Mover(ABC):
             if fresh or tensor.state is Residency.ABSENT:
                 if not fresh:
                     self.tenants.bytes_of(tensor).zero_()
-                tensor.ssd_valid = tensor.ssd_valid and not fresh
+                if fresh:
+                    tensor.ssd_valid, tensor.origin = False, None
                 tensor.become(Residency.CLEAN)
                 self.monitor.notify()
                 return

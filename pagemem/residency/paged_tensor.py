@@ -7,24 +7,28 @@
     DIRTY   --fill--> ARRIVING --> DIRTY           a device copies its own bytes into the host frames
     CLEAN   --drop-->  STORED | ABSENT             host frames given up
     ABSENT  --resume--> STORED                     an earlier run's commit has the content
+    ABSENT  --originate--> STORED                  files of others have the content, until it is changed
     any resident --discard--> ABSENT               the content is dead (a consumed gradient)
 
 Invariants
-    1. In STORED and LOADING the page file is authoritative; in CLEAN both copies are equal; in DIRTY and STORING the
-       host copy is authoritative. In ARRIVING the device has the bytes, which whoever had them copied keeps until they
-       are here. There is no state in which no copy is whole.
+    1. In STORED and LOADING the page file, or the origin, is authoritative; in CLEAN both copies are equal; in DIRTY
+       and STORING the host copy is authoritative. In ARRIVING the device has the bytes, which whoever had them copied
+       keeps until they are here. There is no state in which no copy is whole.
     2. A resident tensor, or one with pins or leases, keeps its frames: only other CLEAN tensors can be dropped.
-    3. Only `PagedTensor.become` changes the state, only along `RESIDENCY`.
+    3. A tensor with an origin has no copy in the page files; once changed, it has none any more.
+    4. Only `PagedTensor.become` changes the state, only along `RESIDENCY`.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.disk_versions import DiskVersion
+from pagemem.sources.source_files import Origin
 from pagemem.state_machine import StateMachine
 from pagemem.tier import Tag
 from pagemem.units import BLOCK_BYTES, ceil_div, round_up
@@ -61,6 +65,8 @@ RESIDENCY: Final = StateMachine(
 
 #: States in which compute may read the host frames.
 READABLE: Final = frozenset({_R.CLEAN, _R.DIRTY, _R.STORING})
+#: Reached by a change of the content, which its origin does not have.
+ENDS_ORIGIN: Final = frozenset({_R.DIRTY, _R.ABSENT})
 #: States that end by themselves: a copy is under way.
 IN_FLIGHT: Final = frozenset({_R.LOADING, _R.STORING, _R.ARRIVING})
 
@@ -72,10 +78,14 @@ class PagedTensor:
     Attributes:
         n_bytes: size, a multiple of the I/O block.
         frame: first host frame while one is held, else None.
-        copy: its page-file frames, kept for re-use once taken; ``ssd_valid`` says whether they hold its content.
+        copy: its page-file frames, kept for re-use once taken; ``ssd_valid`` says whether they hold its content,
+            or the origin does.
+        origin: pieces of other programs' files that are its content; None: it has none, or was changed since.
         snapshot_pending: a snapshot that is being made has yet to get the content: store it before it is changed.
         dirtied_during_store: compute changed the host copy while it was being stored: the stored copy is stale.
         may_be_aliased: a view that can be written to without our notice was handed out; see `Mover.collect_leases`.
+        written: tells whether somebody wrote through views that were handed out and may still be in use; None: it knows
+            of none.
         arrived: of the load under way or the last one: [start, end) of the bytes that are there already, in the order
             in which they came; only where somebody asked for it, see `HostMover.on_part`.
         to_store: it is to be stored as soon as what is arriving is there.
@@ -95,10 +105,12 @@ class PagedTensor:
     state: Residency = Residency.ABSENT
     frame: FrameId | None = None
     copy: DiskVersion | None = None
+    origin: Origin | None = None
     ssd_valid: bool = False
     snapshot_pending: bool = False
     dirtied_during_store: bool = False
     may_be_aliased: bool = False
+    written: Callable[[], bool] | None = None
     arrived: list[tuple[int, int]] = field(default_factory=list)
     to_store: bool = False
     resident: bool = False
@@ -134,6 +146,11 @@ class PagedTensor:
         if self.held or self.uploads:
             raise AssertionError(f"{self.name} is held ({self.pins} pins, {self.leases} leases), cannot {what} it")
 
+    def note_writes(self) -> None:
+        """Count it as aliased where somebody wrote through a view."""
+        if self.written is not None and self.written():
+            self.may_be_aliased = True
+
     def become(self, state: Residency) -> None:
         """Apply one legal move.
 
@@ -142,4 +159,6 @@ class PagedTensor:
         """
         here = self.state
         self.state = RESIDENCY.move(here, state, self.name, self.history)
+        if state in ENDS_ORIGIN:
+            self.origin = None
         self.history = [*self.history[-5:], here]

@@ -22,6 +22,7 @@ from pagemem.errors import StorageError
 from pagemem.frames.page import TensorId
 from pagemem.residency.disk_versions import DiskVersion, DiskVersions
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.sources.source_files import Origin
 from pagemem.state_machine import StateMachine
 
 
@@ -48,6 +49,7 @@ class Snapshot:
 
     Attributes:
         copies: of every tensor that had content, once it is stored.
+        origins: of every tensor that other programs' files have the content of.
         pending: tensors that are yet to be stored, those to be stored soonest first.
         error: why it was given up.
     """
@@ -55,6 +57,7 @@ class Snapshot:
     store: DiskVersions
     pending: dict[TensorId, None] = field(default_factory=dict)
     copies: dict[TensorId, DiskVersion] = field(default_factory=dict)
+    origins: dict[TensorId, Origin] = field(default_factory=dict)
     state: SnapshotState = SnapshotState.OPEN
     error: BaseException | None = None
 
@@ -119,6 +122,7 @@ class Snapshots:
                 "(engine.resume)"
             )
         for tensor in whole:
+            tensor.note_writes()
             if tensor.may_be_aliased and tensor.state is Residency.CLEAN:
                 tensor.become(Residency.DIRTY)
                 tensor.ssd_valid = False
@@ -127,10 +131,12 @@ class Snapshots:
         if any(tensor.pins for tensor in pending):
             raise AssertionError("a snapshot inside an op")
         # Every copy that it names will have to be written elsewhere once its tensor has changed.
-        self._store.reserve(sum(tensor.n_frames for tensor in whole))
+        self._store.reserve(sum(tensor.n_frames for tensor in whole if tensor.origin is None))
         snapshot = Snapshot(self._store)
         for tensor in whole:
-            if tensor.ssd_valid:
+            if tensor.origin is not None:
+                snapshot.origins[tensor.id] = tensor.origin
+            elif tensor.ssd_valid:
                 assert tensor.copy is not None
                 snapshot.add(tensor.id, tensor.copy)
         for tensor in sorted(pending, key=lambda t: t.last_use):

@@ -26,6 +26,10 @@ def check_mover(mover: Mover) -> None:
                 raise AssertionError(f"{tensor.name}: {tensor.state.value} with frame {tensor.frame}")
             if tensor.state is Residency.STORED and not tensor.ssd_valid:
                 raise AssertionError(f"{tensor.name}: stored, but the tier below does not hold it")
+            if tensor.origin is not None and (tensor.copy is not None or not tensor.ssd_valid):
+                raise AssertionError(
+                    f"{tensor.name}: {tensor.state.value} with an origin and a copy, or a stale origin"
+                )
 
 
 def check_frames(book: PageAllocator) -> None:

@@ -182,6 +182,12 @@ def on_meta() -> nn.Module:
         return nn.Linear(8, 8)
 
 
+def buffer_on_meta() -> nn.Module:
+    """Buffers without values, too."""
+    with torch.device("meta"):
+        return nn.BatchNorm1d(8)
+
+
 def complex_numbers() -> nn.Module:
     """A complex parameter beside others."""
     model = nn.Linear(8, 8)
@@ -195,7 +201,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"0\.weight and 1\.weight are different tensors over the same memory, .* tie them as one nn\.Parameter",
     ),
     "buffer": (shared_with_a_buffer, "weight and row are different tensors over the same memory"),
-    "meta": (on_meta, "weight is on meta and has no values; build the model on the CPU .*from_pretrained"),
+    "meta": (buffer_on_meta, "the buffer running_mean is on meta and has no values, .* build it on the CPU"),
     "complex": (complex_numbers, "phase is torch.complex64, which pages cannot hold"),
     "lazy": (lambda: nn.LazyLinear(4), "weight is not initialised yet .* run the model's forward once"),
     "integers": (lambda: nn.Embedding.from_pretrained(torch.ones(2, 2).int()), "no floating-point parameters to page"),

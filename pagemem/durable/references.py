@@ -1,0 +1,134 @@
+"""What a commit says of tensors that lie in files of others: which bytes of which files, and how to know these again.
+
+A file may have been moved, or copied to another machine, since: it is known by its size and by
+`SourceFile.digest`, not by when it was written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Final
+
+import torch
+from pydantic import ConfigDict, Field
+
+from pagemem.errors import CommitError, StorageError
+from pagemem.folders.own_file import naming
+from pagemem.folders.small_file import Count, Line
+from pagemem.sources.source_files import Origin, SourceFile, SourcePiece
+
+_DTYPES: Final = {
+    "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+_NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
+_Dtype = Annotated[str, Field(strict=True, pattern=f"^({'|'.join(_DTYPES)})$")]
+#: Number of the file, offset and bytes in it, first byte in the tensor, dtype in the file and in the tensor.
+_Piece = tuple[Count, Count, Count, Count, _Dtype, _Dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencedFile:
+    """A file of others. ``path`` is where it was then."""
+
+    path: Annotated[str, Field(strict=True, max_length=4096, pattern=r"^[^\x00]+$")]
+    n_bytes: Count
+    digest: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{32}$")]
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    @classmethod
+    def of(cls, file: SourceFile) -> ReferencedFile:
+        """Of a file that must be there, as it was.
+
+        Raises:
+            StorageError: it is not.
+        """
+        with naming("looking at", file.path):
+            file.check(os.stat(file.path))
+        return cls(str(file.path), file.n_bytes, digest_of(file))
+
+    def find(self, known: Iterable[SourceFile] = ()) -> SourceFile:
+        """The file, where it was then or among those that are known.
+
+        Raises:
+            CommitError: it is neither; names its folder.
+        """
+        why = "there is another file now"
+        try:
+            there = [SourceFile.of(self.path)]
+        except StorageError as error:
+            there, why = [], str(error)
+        for file in [*there, *known]:
+            if file.n_bytes == self.n_bytes and digest_of(file) == self.digest:
+                return file
+        path = Path(self.path)
+        raise CommitError(
+            f"frozen or unchanged parameters were left in {path}, {self.n_bytes} bytes, when this was committed, and "
+            f"that cannot be found: {why}. Put it back, or build the model from where it is now: "
+            f"offload.from_pretrained(a copy of {path.parent}, ...)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencedTensor:
+    """One tensor's bytes in files of others."""
+
+    name: Line
+    tag: Annotated[str, Field(strict=True, max_length=100)]
+    n_bytes: Count
+    pieces: tuple[_Piece, ...]
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    @property
+    def key(self) -> str:
+        """What tells tensors of one run apart."""
+        return f"{self.tag}: {self.name}"
+
+    def origin(self, files: Sequence[SourceFile]) -> Origin:
+        """Where its bytes are, in files in the order of the commit's.
+
+        Raises:
+            ValueError: (one line) a piece is none.
+        """
+        pieces = []
+        for number, offset_bytes, n_bytes, at_bytes, source, dtype in self.pieces:
+            if number >= len(files):
+                raise ValueError(f"{self.key}: it is said to be in file {number} of {len(files)}")
+            pieces.append(SourcePiece(files[number], offset_bytes, n_bytes, at_bytes, _DTYPES[source], _DTYPES[dtype]))
+        try:
+            return Origin.of(pieces, self.n_bytes)
+        except ValueError as error:
+            raise ValueError(f"{self.key}: {error}") from None
+
+
+def refer_to(
+    origins: Iterable[tuple[tuple[str, str, int], Origin]],
+) -> tuple[tuple[ReferencedFile, ...], tuple[ReferencedTensor, ...]]:
+    """Files and tensors for a manifest, of origins with name, tag and bytes of their tensor.
+
+    Raises:
+        StorageError: a file is not there, or not as it was.
+    """
+    numbers: dict[SourceFile, int] = {}
+    tensors = []
+    for (name, tag, n_bytes), origin in origins:
+        pieces = tuple(
+            (
+                numbers.setdefault(piece.file, len(numbers)), piece.offset_bytes, piece.n_bytes, piece.at_bytes,
+                _NAMES[piece.source_dtype], _NAMES[piece.dtype],
+            )
+            for piece in origin.pieces
+        )  # fmt: skip
+        tensors.append(ReferencedTensor(name, tag, n_bytes, pieces))
+    return tuple(ReferencedFile.of(file) for file in numbers), tuple(tensors)
+
+
+@lru_cache(maxsize=1024)
+def digest_of(file: SourceFile) -> str:
+    """As `SourceFile.digest`, read once for a file as it is."""
+    return file.digest()

@@ -1,0 +1,1 @@
+"""Files of other programs that are only read, and tensors whose content lies in them."""
