@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,7 @@ from pagemem.durable.page_map import file_sizes, impossible
 from pagemem.durable.page_reader import Chunk, PageReader
 from pagemem.errors import ChecksumError, CommitError, OffloadError
 from pagemem.files.page_file import PAGE_FILE_NAME
-from pagemem.sources.source_files import Origin
+from pagemem.sources.source_files import Origin, SourcePiece
 from pagemem.sources.source_reader import SourceReader
 from pagemem.units import KiB, MiB
 
@@ -119,16 +120,14 @@ class CommitWeights:
         source, target = unit.torch_dtype, self._dtype or unit.torch_dtype
         size = source.itemsize
         checksums = self._manifest.checksums
-        values: _Stream | _SourceStream
-        if unit.parameters in self._referenced:
-            values = _SourceStream(self._sources, self._referenced[unit.parameters].origin(self._files))
-        else:
-            parts = [(0, unit.slots[-1].end * size, self._stored[unit.parameters])]
-            values = _Stream(reader, buffers[0], parts, checksums=checksums)
+        values = _Stream(
+            reader, self._sources, buffers[0], [(0, unit.slots[-1].end * size, self._place(unit.parameters))],
+            checksums=checksums,
+        )  # fmt: skip
         masters = None
         if target is not source and all(part.master is not None for part in unit.slices):
-            parts = [(part.begin * 4, part.end * 4, self._stored[part.master or ""]) for part in unit.slices]
-            masters = _Stream(reader, buffers[1], parts, checksums=checksums)
+            parts = [(part.begin * 4, part.end * 4, self._place(part.master or "")) for part in unit.slices]
+            masters = _Stream(reader, self._sources, buffers[1], parts, checksums=checksums)
         for slot in unit.slots:
             if slot.name not in self._paged:
                 continue  # dropped from the model since its unit was made
@@ -143,6 +142,11 @@ class CommitWeights:
                     )
                     piece = _converted(slot, piece, wide, target)
                 yield slot.name, (begin - slot.offset) * target.itemsize, piece.view(torch.uint8).numpy().data
+
+    def _place(self, key: str) -> StoredTensor | Origin:
+        """Where a tensor lies: in page files, or in files of others."""
+        referenced = self._referenced.get(key)
+        return self._stored[key] if referenced is None else referenced.origin(self._files)
 
 
 def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -160,36 +164,29 @@ def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: 
     return converted
 
 
-class _SourceStream:
-    """Bytes of a tensor that lies in files of others."""
-
-    def __init__(self, reader: SourceReader, origin: Origin) -> None:
-        self._reader = reader
-        self._origin = origin
-
-    def take(self, begin: int, end: int) -> Bytes:
-        """A copy of bytes [begin, end)."""
-        taken: Bytes = np.zeros(end - begin, dtype=np.uint8)
-        self._reader.fill(self._origin.part(begin, end), taken)
-        return taken
-
-
 class _Stream:
-    """Bytes of stored tensors that lie one after another, read once, from front to back, a chunk at a time.
+    """Bytes of tensors that lie one after another, read once, from front to back, a chunk at a time.
 
     Args:
         buffer: as long as a chunk, this stream's alone while it is used.
-        parts: first byte, end, and the tensor that has them from its first byte on.
+        parts: first byte, end, and where the tensor lies that has them from its first byte on.
     """
 
     def __init__(
-        self, reader: PageReader, buffer: Bytes, parts: Sequence[tuple[int, int, StoredTensor]], *, checksums: bool
+        self,
+        reader: PageReader,
+        sources: SourceReader,
+        buffer: Bytes,
+        parts: Sequence[tuple[int, int, StoredTensor | Origin]],
+        *,
+        checksums: bool,
     ) -> None:
         self._reader = reader
+        self._sources = sources
         self._checksums = checksums
         self._buffer = buffer
         self._begin = self._end = 0
-        self._chunks = _chunks_of(reader, parts)
+        self._chunks = self._chunks_of(parts)
 
     def take(self, begin: int, end: int) -> Bytes:
         """A copy of bytes [begin, end), none of which lies before what was taken last."""
@@ -197,27 +194,35 @@ class _Stream:
         at = begin
         while at < end:
             while at >= self._end:
-                self._next()
+                self._begin, self._end, read = next(self._chunks)  # long enough: see `check_commit`
+                read()
             n_bytes = min(end, self._end) - at
             taken[at - begin : at - begin + n_bytes] = self._buffer[at - self._begin : at - self._begin + n_bytes]
             at += n_bytes
         return taken
 
-    def _next(self) -> None:
-        self._begin, self._end, stored, chunk = next(self._chunks)  # long enough: see `check_commit`
+    def _chunks_of(
+        self, parts: Sequence[tuple[int, int, StoredTensor | Origin]]
+    ) -> Iterator[tuple[int, int, Callable[[], None]]]:
+        """First byte and end of each chunk, and what reads it."""
+        for begin, end, place in parts:
+            if isinstance(place, Origin):
+                for start in range(begin, end, len(self._buffer)):
+                    stop = min(end, start + len(self._buffer))
+                    yield start, stop, partial(self._read_sources, place.part(start - begin, stop - begin))
+                continue
+            for chunk in self._reader.chunks(place):
+                start = begin + chunk.begin_bytes
+                yield start, min(end, start + chunk.n_bytes), partial(self._read_pages, place, chunk)
+
+    def _read_sources(self, pieces: Sequence[SourcePiece]) -> None:
+        self._buffer[:] = 0
+        self._sources.fill(pieces, self._buffer)
+
+    def _read_pages(self, stored: StoredTensor, chunk: Chunk) -> None:
         with self._buffer.data as into:
             wrong = self._reader.read(chunk, into, checksums=self._checksums)
         if wrong:
             raise ChecksumError(
                 f"{stored.key}: {wrong[0]}: the disk or another program changed it; export an earlier commit"
             )
-
-
-def _chunks_of(
-    reader: PageReader, parts: Sequence[tuple[int, int, StoredTensor]]
-) -> Iterator[tuple[int, int, StoredTensor, Chunk]]:
-    """First byte and end of each chunk, its tensor, and the chunk."""
-    for begin, end, stored in parts:
-        for chunk in reader.chunks(stored):
-            start = begin + chunk.begin_bytes
-            yield start, min(end, start + chunk.n_bytes), stored, chunk
