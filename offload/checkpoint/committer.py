@@ -157,9 +157,8 @@ class Committer:
             snapshot = mover.snapshots.begin(tensors)
             try:
                 for tensor in tensors:
-                    if (
-                        tensor.may_be_aliased or tensor.written is not None
-                    ):  # A view of it could be written to before it is stored.
+                    # A view of it could be written to before it is stored.
+                    if tensor.may_be_aliased or tensor.written is not None:
                         mover.make_writable(tensor)
             except BaseException:
                 mover.snapshots.abandon(snapshot)

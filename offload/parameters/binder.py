@@ -164,7 +164,8 @@ class Binder:
         if all(parameter._place.bound for parameter in parameters):
             yield
             return
-        self.without_values.check(parameter._place.slot for parameter in parameters)
+        if self.without_values:
+            self.without_values.check(parameter._place.slot for parameter in parameters)
         with self._scope(), self._bound_for_block(parameters):
             yield
 

@@ -60,9 +60,8 @@ class StateCopies:
         ]
         return [handle.remove for handle in handles]
 
-    def give(self, name: str, values: Tensor) -> Tensor:
-        """A copy of the parameter of a name, in host memory where the device's need not hold all parameters."""
-        copy = values.cpu() if values.device.type == "cuda" else values.clone()
+    def give(self, name: str, copy: Tensor) -> Tensor:
+        """Note a copy of the parameter of a name; returns it."""
         if not copy.is_inference():  # Those cannot be written to, and have no count.
             with torch._C.DisableTorchFunctionSubclass():
                 counter = copy.detach()

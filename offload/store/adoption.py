@@ -99,11 +99,12 @@ def give_sources(store: PageStore, sources: Sources) -> list[PagedParameter]:
 
 def _take(store: PageStore, unit: Unit, pieces: Mapping[Slot, Sequence[SourcePiece]]) -> bool:
     tensor = unit.parameters
-    on_device = unit.device is not None and unit.device.held
-    if tensor.held or on_device or unit.resident_driver is not None or not all(slot in pieces for slot in unit.slots):
+    covered = all(pieces.get(slot) or not slot.numel for slot in unit.slots)
+    on_device = unit.resident_driver is not None or (unit.device is not None and unit.device.held)
+    if not covered or tensor.held or on_device:
         return False
     store.mover.make_writable(tensor)
-    in_files = [piece for slot in unit.slots for piece in pieces[slot]]
+    in_files = [piece for slot in unit.slots for piece in pieces.get(slot, ())]
     if in_files:
         store.mover.originate(tensor, Origin.of(in_files, tensor.n_bytes))
     unit.version += 1
