@@ -118,7 +118,7 @@ class SourceReader:
     def _fill(self, read: SourceRead, fd: int, begin_bytes: int, into: memoryview) -> None:
         """Have the bytes from ``begin_bytes`` to the read's end in ``into``; behind the file's end there are none."""
         wanted_bytes = read.end_bytes - begin_bytes
-        length_bytes, moved_bytes = round_up(wanted_bytes, BLOCK_BYTES), 0
+        length_bytes, moved_bytes, tried_direct = round_up(wanted_bytes, BLOCK_BYTES), 0, True
         while moved_bytes < wanted_bytes:
             with into[moved_bytes:length_bytes] as left:
                 try:
@@ -126,7 +126,9 @@ class SourceReader:
                 except InterruptedError:
                     continue
                 except OSError as error:
-                    if error.errno == errno.EINVAL and _leave_direct(fd):
+                    if error.errno == errno.EINVAL and tried_direct:
+                        tried_direct = False
+                        _leave_direct(fd)
                         continue
                     raise os_failure(error, "reading", read.file.path, begin_bytes + moved_bytes, len(left)) from error
             if moved_bytes + n_bytes < wanted_bytes:
@@ -146,11 +148,9 @@ class SourceReader:
             close_fds(self._open)
 
 
-def _leave_direct(fd: int) -> bool:
+def _leave_direct(fd: int) -> None:
     """Go on through the page cache where a file system takes O_DIRECT and then refuses to read by it."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-    return bool(flags & os.O_DIRECT)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
 
 
 def put(piece: SourcePiece, values: Bytes, into: Bytes) -> None:
