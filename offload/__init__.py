@@ -19,6 +19,8 @@ from offload.engine import Engine, initialize, prepare
 from offload.parameters.paged_parameter import PagedParameter, gathered
 from offload.profiling.stats import MemoryReport, Stats, TierUse
 from offload.store.deferred_init import deferred_init
+from offload.weights.load import load_weights
+from offload.weights.pretrained import from_pretrained
 from pagemem.errors import (
     BudgetError,
     ChecksumError,
@@ -59,9 +61,11 @@ __all__ = [
     "StorageError",
     "TierUse",
     "deferred_init",
+    "from_pretrained",
     "gathered",
     "initialize",
     "load_config",
+    "load_weights",
     "prepare",
     "smallest_budget",
 ]

@@ -16,11 +16,12 @@ from pathlib import Path
 from rich.console import Console
 
 from offload.checkpoint.commit_weights import DTYPES, CommitWeights, ExportError
-from offload.checkpoint.safetensors_writer import INDEX_NAME, ShardWriter, index_of, plan_shards, write_failure
+from offload.checkpoint.safetensors_writer import ShardWriter, index_of, plan_shards, write_failure
 from offload.commits.commit_state import read_sidecar
 from offload.commits.stopped_run import StoppedRun
 from offload.console.byte_progress import byte_progress
 from offload.console.tables import print_line
+from offload.sources.checkpoint_index import INDEX_NAME
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.durable.manifest import Manifest
 from pagemem.durable.page_reader import PageReader

@@ -20,18 +20,13 @@ from typing import Any, Final
 import torch
 from safetensors import safe_open
 
+from offload.sources.safetensors_file import DTYPES
 from pagemem.errors import StorageError
 from pagemem.folders.own_file import open_file, os_failure, write_all
 from pagemem.units import round_up
 
-INDEX_NAME: Final = "model.safetensors.index.json"
 #: What safetensors calls the dtypes.
-DTYPE_NAMES: Final = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
+DTYPE_NAMES: Final = {dtype: kind for kind, dtype in DTYPES.items()}
 _ALIGN_BYTES: Final = 8
 #: What to do where an export finds no room.
 REMEDY: Final = "Nothing is left of the export; free some, or name another folder."

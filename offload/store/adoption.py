@@ -134,7 +134,7 @@ def give_back(store: PageStore, model: nn.Module) -> None:
     for parameter in model.parameters():
         if isinstance(parameter, PagedParameter):
             store.binder.give_back(parameter, device)
-        else:
+        elif not parameter.is_meta:
             parameter.data = parameter.data.to(device)
     _move_buffers(model, None, torch.device(device))
 

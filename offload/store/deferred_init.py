@@ -21,6 +21,7 @@ from offload.parameters.module_watch import named_parts, watching_modules
 from offload.parameters.paged_parameter import PagedParameter
 from offload.parameters.tensor_functions import among
 from offload.store.page_store import PageStore
+from offload.store.set_later import SetLater
 
 
 def deferred_init(config: ConfigLike) -> AbstractContextManager[PageStore]:
@@ -30,12 +31,15 @@ def deferred_init(config: ConfigLike) -> AbstractContextManager[PageStore]:
     that are built but not part of that model are freed then. If the block raises, or leaves nothing in pages, the store
     is closed; to discard a model without making an engine, call ``close()`` of the store that the block yields.
 
+    Modules that are built on meta wait: their parameters go to pages when they are set, as transformers'
+    ``from_pretrained`` does. What that reads from safetensors files stays there until it is changed.
+
     Raises:
         BudgetError: a module's parameters do not fit in the budget; the error proposes the smallest budget for what has
             been built so far. `offload.smallest_budget` covers the whole model.
         RunDirectoryError: a page-file path is unusable.
         RuntimeError: another `deferred_init` block is open.
-        ValueError: a parameter is on meta, or of a kind that pages cannot hold.
+        ValueError: a parameter is of a kind that pages cannot hold.
     """
     return built_into(lambda: PageStore(load_config(config)))
 
@@ -46,23 +50,22 @@ def built_into(make_store: Callable[[], PageStore]) -> Iterator[PageStore]:
 
     def built(parent: nn.Module, name: str, child: nn.Module) -> None:
         store.watch_over(parent)
+        later.flush()
         for path, module in named_parts(f"{type(parent).__name__}.{name}", child):
             for key, parameter in module.named_parameters(recurse=False):
-                if parameter.device.type == "meta" and store.parts.device != "meta":
-                    raise ValueError(
-                        f"{path}.{key} is on meta and has no values; build the model on the CPU (transformers' "
-                        "from_pretrained builds on meta: call it outside deferred_init and give the model to prepare)"
-                    )
-                if not is_lazy(parameter):
+                if not is_lazy(parameter) and not store.awaits_values(parameter):
                     check_values(f"{path}.{key}", parameter, store.parts.device)
             store.add_module(path, module)
             store.watch_over(module)
+            later.built(path, module)
 
     with watching_modules("deferred_init", built):
         store = make_store()
+        later = SetLater(store)
         try:
-            with large_blocks_mapped():
+            with large_blocks_mapped(), later:
                 yield store
+                later.flush()
                 store.flush()
             if not store.index.units:
                 store.close()

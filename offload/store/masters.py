@@ -7,12 +7,13 @@ from typing import Final
 
 import torch
 
-from optim.unit import Slot, Unit
+from optim.unit import Slice, Slot, Unit
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from pagemem.sources.source_files import converted
+from pagemem.sources.source_files import Origin, converted
 from pagemem.tier import Tag
+from pagemem.units import BLOCK_BYTES, round_up
 from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
@@ -20,7 +21,7 @@ from scheduler.planning.trace import Access, AccessMode, OpKind
 _CHUNK_NUMEL: Final = 1 << 16
 
 
-def add_masters(mover: Mover, driver: Driver, unit: Unit) -> None:
+def add_masters(mover: HostMover, driver: Driver, unit: Unit) -> None:
     """Give a unit's slices fp32 masters with the values its parameters have. Outside steps.
 
     Raises:
@@ -32,12 +33,28 @@ def add_masters(mover: Mover, driver: Driver, unit: Unit) -> None:
             part.master = mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
             if wide.state is Residency.ABSENT:  # without values yet, and so is the master
                 continue
+            if _originated(mover, wide, part, unit.dtype):
+                continue
             accesses = [Access(wide.id, AccessMode.READ), Access(part.master.id, AccessMode.CREATE)]
             with driver.op((OpKind.FORWARD, ("master", unit.index, number)), unit.name, accesses):
                 values = view(wide, unit.dtype, part.begin, part.numel)
                 view(part.master, torch.float32, 0, part.numel).copy_(values)
     for slot in unit.slots:
         slot.edited = False
+
+
+def _originated(mover: HostMover, wide: PagedTensor, part: Slice, dtype: torch.dtype) -> bool:
+    """Have a master's values come from the files that the parameters' do; returns whether they can, to the bit."""
+    if wide.origin is None or part.master is None:
+        return False
+    pieces = wide.origin.part(part.begin * dtype.itemsize, part.end * dtype.itemsize)
+    if not pieces:
+        return True  # a gap: zeros
+    size_bytes = round_up(part.numel * dtype.itemsize, BLOCK_BYTES)
+    origin = converted(Origin.of(pieces, size_bytes), torch.float32, part.master.n_bytes)
+    if origin is not None:
+        mover.originate(part.master, origin)
+    return origin is not None
 
 
 def narrow(mover: HostMover, driver: Driver, unit: Unit, dtype: torch.dtype) -> PagedTensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from offload.budget.need import Sizes, check_lockable
 from offload.commits.run_commits import EarlierCommits
@@ -117,9 +117,15 @@ class PageStore:
             raise self.binder.refusal(name)
         for key, parameter in module.named_parameters(recurse=False):
             adopt_view(self.binder, self.index.units, f"{name}.{key}" if name else key, parameter)
-        for group in own_groups(name, module, lambda p: isinstance(p, PagedParameter) or p in self._neighbours):
+        for group in own_groups(
+            name, module, lambda p: isinstance(p, PagedParameter) or p in self._neighbours or self.awaits_values(p)
+        ):
             for unit in self._neighbours.take(group):
                 self.maker.make(unit)
+
+    def awaits_values(self, parameter: Tensor) -> bool:
+        """Whether a parameter was left on meta, to be set later."""
+        return parameter.is_meta and self.parts.device != "meta"
 
     def flush(self) -> None:
         """Make a unit of the parameters that wait for neighbours."""

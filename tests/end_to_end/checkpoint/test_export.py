@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import offload
 from offload.checkpoint import commit_weights
-from offload.checkpoint import safetensors_writer as shards
 from offload.cli import main
+from offload.sources.checkpoint_index import INDEX_NAME
 from pagemem.durable import page_reader
 from pagemem.durable.page_reader import Chunk, PageReader
 
@@ -32,7 +32,7 @@ from pagemem.durable.page_reader import Chunk, PageReader
 def loaded(folder: Path) -> dict[str, Tensor]:
     """What the shards hold, by the names of ``model.state_dict()``: tied ones, which are written once, under each
     name."""
-    index = json.loads((folder / shards.INDEX_NAME).read_text())
+    index = json.loads((folder / INDEX_NAME).read_text())
     found: dict[str, Tensor] = {}
     for file_name in dict.fromkeys(index["weight_map"].values()):
         found |= load_file(folder / file_name)
@@ -77,7 +77,7 @@ def test_tied_tensors_are_written_once_and_their_names_are_kept(tmp_path: Path) 
         f"again.{name}": f"norm.{name}"
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     }
-    index = json.loads((tmp_path / "out" / shards.INDEX_NAME).read_text())
+    index = json.loads((tmp_path / "out" / INDEX_NAME).read_text())
     assert (
         index["metadata"]["tied"] == tied
         and index["metadata"]["step"] == 1
@@ -106,7 +106,7 @@ def test_shards_are_no_larger_than_asked_but_for_single_tensors(
         assert (
             file.stat().st_size - sum(value.nbytes for value in held.values())
         ) % 8 == 0  # whole words of header: tensors are aligned
-    index = json.loads((tmp_path / "out" / shards.INDEX_NAME).read_text())
+    index = json.loads((tmp_path / "out" / INDEX_NAME).read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in run.weights.values())
 
 

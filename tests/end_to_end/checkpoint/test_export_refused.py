@@ -13,8 +13,8 @@ import pytest
 from finished_runs import FinishedRun, finished, refused, settings
 from small_runs import built, engine_of, train
 
-from offload.checkpoint import safetensors_writer as shards
 from offload.cli import main
+from offload.sources.checkpoint_index import INDEX_NAME
 
 
 def test_a_folder_with_anything_in_it_is_left_alone(
@@ -31,7 +31,7 @@ def test_a_folder_with_anything_in_it_is_left_alone(
 def test_an_empty_folder_is_taken(run: FinishedRun, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert main(["export", str(run.folder), "--to", str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors", shards.INDEX_NAME]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors", INDEX_NAME]
 
 
 def test_a_link_to_an_empty_folder_is_followed(run: FinishedRun, tmp_path: Path) -> None:

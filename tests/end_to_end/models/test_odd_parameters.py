@@ -238,12 +238,11 @@ def test_lazy_modules_may_be_built_out_of_pages_and_are_paged_once_they_have_a_s
     assert_closed(engine)
 
 
-def test_modules_on_meta_are_refused_inside_the_block(tmp_path: Path) -> None:
-    with (
-        pytest.raises(
-            ValueError, match="Sequential.0.weight is on meta and has no values; .*from_pretrained"
-        ) as caught,
-        offload.deferred_init(config(tmp_path)),
-    ):
-        nn.Sequential(on_meta())
-    assert "\n" not in str(caught.value)
+def test_modules_on_meta_wait_for_their_values_inside_the_block(tmp_path: Path) -> None:
+    with offload.deferred_init(config(tmp_path)):
+        model = nn.Sequential(on_meta(), nn.Linear(8, 8))
+        model[0].weight = nn.Parameter(torch.ones(model[0].weight.shape))
+        model[0].bias = nn.Parameter(torch.zeros(model[0].bias.shape))
+    assert all(isinstance(parameter, offload.PagedParameter) for parameter in model.parameters())
+    assert model[0].weight.sum() == model[0].weight.numel()
+    offload.initialize(model, config(tmp_path), adamw).close()

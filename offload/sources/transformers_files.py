@@ -1,0 +1,105 @@
+"""Has transformers' loader open safetensors files through us, so that it moves tensors that have not been read.
+
+transformers maps a file into memory and reads ahead of what it assigns, in threads: the whole checkpoint may be in RAM
+at once, beside every budget. transformers itself is never imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from torch import Tensor
+
+from offload.sources.safetensors_file import FileTensor, read_header
+from offload.sources.unread import Source, UnreadTensor
+
+_LOADER: Final = "transformers.modeling_utils"
+_OPENER: Final = "safe_open"
+#: What keeps the loader from reading ahead of what it assigns.
+_NO_THREADS: Final = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+class OpenedFile:
+    """What `safetensors.safe_open` gives for a file on the CPU, as far as transformers' loader uses it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = read_header(Path(path))
+
+    def keys(self) -> list[str]:
+        """Names of the tensors, in order."""
+        return list(self._file.tensors)
+
+    def metadata(self) -> Mapping[str, str]:
+        """What the header says beside tensors."""
+        return self._file.metadata
+
+    def get_slice(self, name: str) -> OpenedTensor:
+        """A tensor, to be cut."""
+        return OpenedTensor(self._file.tensors[name])
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A tensor."""
+        return OpenedTensor(self._file.tensors[name])[...]
+
+    def __enter__(self) -> OpenedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class OpenedTensor:
+    """What ``get_slice`` gives."""
+
+    def __init__(self, stored: FileTensor) -> None:
+        self._stored = stored
+
+    def get_dtype(self) -> str:
+        """The dtype, as safetensors names it."""
+        return self._stored.kind
+
+    def get_shape(self) -> list[int]:
+        """The shape."""
+        return list(self._stored.shape)
+
+    def __getitem__(self, what: Any) -> Tensor:
+        unread = UnreadTensor(Source(self._stored, self._stored.dtype))
+        return unread if what is Ellipsis else unread[what]
+
+
+class FilesOfTransformers:
+    """Replaces the function with which transformers opens files, from `take_over` until `give_back`."""
+
+    def __init__(self) -> None:
+        self._module: ModuleType | None = None
+        self._theirs: Callable[..., Any] | None = None
+        self._setting: str | None = None
+
+    def take_over(self) -> None:
+        """Once transformers is imported, and has begun to build a model. Idempotent."""
+        module = sys.modules.get(_LOADER)
+        if self._module is None and module is not None and hasattr(module, _OPENER):
+            self._module, self._theirs = module, getattr(module, _OPENER)
+            self._setting = os.environ.get(_NO_THREADS)
+            os.environ[_NO_THREADS] = "1"
+            setattr(module, _OPENER, self._open)
+
+    def give_back(self) -> None:
+        """Have transformers open files as before. Idempotent."""
+        if self._module is not None:
+            setattr(self._module, _OPENER, self._theirs)
+            self._module = None
+            del os.environ[_NO_THREADS]
+            if self._setting is not None:
+                os.environ[_NO_THREADS] = self._setting
+
+    def _open(self, path: str | Path, framework: str = "pt", device: str = "cpu", **options: Any) -> Any:
+        if framework == "pt" and str(device) == "cpu":
+            return OpenedFile(path)
+        assert self._theirs is not None
+        return self._theirs(path, framework=framework, device=device, **options)

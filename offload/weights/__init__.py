@@ -1,0 +1,1 @@
+"""Weights into models: matching names, `load_weights` and `from_pretrained`."""
