@@ -209,7 +209,12 @@ class PagedOptimizer(Optimizer):
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's format, with every state gathered into an ordinary fp32 tensor (so it needs RAM for all of them)."""
+        """torch's format, with every state gathered into an ordinary fp32 tensor; the bytes of large ones are in files
+        of their own beside the page files, so that they take no RAM.
+
+        Raises:
+            DiskFullError: there is no room for one there.
+        """
         with self._by_torch():
             packed = super().state_dict()
         names = self._rule.state_names

@@ -7,10 +7,12 @@ returns is an ordinary one. Training thread only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from optim.unit import Slice, Slot, Unit
+from pagemem.files.spilled import SpilledTensor
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
@@ -28,11 +30,13 @@ class StateAccess:
 
     Args:
         driver: gives host pages; device-resident units have a driver of their own.
+        spill_folder: where the files of large states that are read are, beside the budget; None: they are in RAM.
     """
 
-    def __init__(self, driver: Driver, state_names: tuple[str, ...]) -> None:
+    def __init__(self, driver: Driver, state_names: tuple[str, ...], spill_folder: Path | None = None) -> None:
         self._driver = driver
         self.state_names = state_names
+        self._spill_folder = spill_folder
 
     def create(self, unit: Unit) -> None:
         """Give every slice of a unit its states, which read as zeros and hold no bytes yet."""
@@ -42,14 +46,14 @@ class StateAccess:
                 part.states = self._driver.mover.create(f"states {number} of {unit.name}", Tag.MOMENT, n_bytes)
 
     def read(self, unit: Unit, slot: Slot, number: int) -> torch.Tensor:
-        """A new fp32 tensor, shaped like the parameter, with its ``number``-th state."""
-        whole = torch.empty(slot.numel, dtype=torch.float32)
+        """A new fp32 tensor, shaped like the parameter, with its ``number``-th state.
 
-        def copy(view: torch.Tensor, begin: int) -> None:
-            whole[begin : begin + view.numel()].copy_(view)
-
-        self._visit(unit, slot, AccessMode.READ, number, copy)
-        return whole.view(slot.shape)
+        Raises:
+            DiskFullError, StorageError: there is no room for it, or a page file failed.
+        """
+        whole = SpilledTensor(self._spill_folder, slot.shape, torch.float32)
+        self._visit(unit, slot, AccessMode.READ, number, lambda view, begin: whole.put(begin, view))
+        return whole.tensor
 
     def write(self, unit: Unit, slot: Slot, number: int, value: torch.Tensor) -> None:
         """Set the ``number``-th state of a parameter.

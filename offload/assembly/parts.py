@@ -148,7 +148,7 @@ def build_parts(
     optimized = optimized_by(template)
     check_model(model, optimized, len(rule.state_names), config)
     adopt(store, model, optimized)
-    states = StateAccess(store.driver, rule.state_names)
+    states = StateAccess(store.driver, rule.state_names, store.parts.spill_folder)
     places: dict[Tensor, tuple[Unit, Slot]] = {
         p: (p._place.unit, p._place.slot) for p in model.parameters() if isinstance(p, PagedParameter)
     }

@@ -50,7 +50,9 @@ class Binder:
         pointed: views of what addresses were given out of in the forward pass under way.
     """
 
-    def __init__(self, driver: Driver, mover: Mover, device: str = "cpu") -> None:
+    def __init__(
+        self, driver: Driver, mover: Mover, device: str = "cpu", state_copies: StateCopies | None = None
+    ) -> None:
         self.driver = driver
         self.mover = mover
         self.edits = Edits(mover)
@@ -58,7 +60,7 @@ class Binder:
         self.updater: Updater | None = None
         self.root: nn.Module | None = None
         self.activations: SavedActivations | None = None
-        self.state_copies = StateCopies()
+        self.state_copies = state_copies or StateCopies()
         self.without_values = WithoutValues()
         self.pointed: list[Tensor] = []
         self.forwards = 0
@@ -144,11 +146,7 @@ class Binder:
                 if may_be_aliased:
                     in_pass = self.forwards > 0 or torch._C._current_graph_task_id() != -1
                     self.edits.exposed(parameter, counted=func not in UNCOUNTED, in_pass=in_pass)
-            if not copying:
-                return result
-            # In host memory where the device's need not hold all parameters.
-            copy = result.cpu() if result.device.type == "cuda" else result.clone()
-            return self.state_copies.give(parameters[0]._place.slot.name, copy)
+            return self.state_copies.give(parameters[0]._place.slot.name, result) if copying else result
 
     def _scope(self) -> Any:
         """Uses that evaluate, copy, edit or initialise the model do not belong to the traced step."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offload.hooks import ModelHook
+from pagemem.files.spilled import spilled_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,11 @@ class StateCopies:
     """The copies that may have been written to since the last `check`. Training thread only.
 
     Attributes:
+        spill_folder: where the files of large copies are; None: they are in RAM.
         copying: calls of ``state_dict()`` under way, one inside another.
     """
 
+    spill_folder: Path | None = None
     copying: int = 0
     _copies: list[_Copy] = field(default_factory=list)
 
@@ -60,8 +64,14 @@ class StateCopies:
         ]
         return [handle.remove for handle in handles]
 
-    def give(self, name: str, copy: Tensor) -> Tensor:
-        """Note a copy of the parameter of a name; returns it."""
+    def give(self, name: str, values: Tensor) -> Tensor:
+        """A copy of the parameter of a name; of a large one in a file of its own, so that neither RAM nor a device
+        need hold all parameters.
+
+        Raises:
+            DiskFullError, StorageError: there is no room for the file.
+        """
+        copy = values.clone() if values.is_meta else spilled_copy(self.spill_folder, values)
         if not copy.is_inference():  # Those cannot be written to, and have no count.
             with torch._C.DisableTorchFunctionSubclass():
                 counter = copy.detach()

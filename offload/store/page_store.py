@@ -22,6 +22,7 @@ from offload.modules.conversions import guard_conversions
 from offload.parameters.binder import Binder
 from offload.parameters.grouping import Neighbours, own_groups
 from offload.parameters.paged_parameter import PagedParameter
+from offload.parameters.state_copies import StateCopies
 from offload.store.device_placement import Candidate, choose_resident
 from offload.store.device_tier import DeviceTier
 from offload.store.new_units import UnitMaker
@@ -99,7 +100,7 @@ class PageStore:
                 )  # fmt: skip
             undo.pop_all()
         self._neighbours = Neighbours(self.page_bytes)
-        self.binder = Binder(self.driver, self.mover, self.parts.device)
+        self.binder = Binder(self.driver, self.mover, self.parts.device, StateCopies(self.parts.spill_folder))
         self.binder.owner = self
         made_here = self.mover, self.driver, self.binder, self.index, self.sources
         self.maker = UnitMaker(config, self.page_bytes, self.slice_numel, *made_here, self.parts.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -32,6 +33,11 @@ class StoreParts:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    @property
+    def spill_folder(self) -> Path | None:
+        """Where large copies of parameters and states are, as ``state_dict()`` returns them."""
+        return Path(self.config.ssd.paths[0]) if self.config.ssd.paths else None
 
     def accelerator(self) -> Accelerator:
         """The device of a configuration that has one.
