@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from offload.assembly.lifetime import Lifetime
 from offload.assembly.parts import DebugView, EngineParts, build_parts, built_store, take_apart
+from offload.assembly.training_step import HasLoss
 from offload.checkpoint.checkpoints import Stateful
 from offload.checkpoint.compatibility import Resumed
 from offload.checkpoint.export import check_exportable, check_request, export_commit
+from offload.checkpoint.model_files import write_model_files
 from offload.commits.stored_layout import unlike_state_dict
 from offload.config import ConfigLike, load_config, load_optimizer
 from offload.parameters.optimizer_template import OptimizerLike
@@ -89,8 +92,9 @@ class Engine:
         return self.model(*args, **kwargs)
 
     @left_open
-    def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-batch; its loss is divided by ``update.accumulation``.
+    def backward(self, loss: Tensor | HasLoss) -> None:
+        """Backward of one micro-batch: of its loss, or of a model's output with one, divided by
+        ``update.accumulation``.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite; no parameter was changed by it, and its gradients are dropped.
@@ -230,6 +234,9 @@ class Engine:
     def export(self, folder: str | Path, *, dtype: str = "keep", max_shard: str | int = "5GB") -> Path:
         """Commit the steps made so far, and write their weights as safetensors files; see `offload export --help`.
 
+        With them, for models that have such: config.json, generation_config.json, and the tokenizer's files of the
+        folder that the model was loaded from.
+
         Args:
             folder: new or empty; it appears whole or not at all. Returned.
             dtype: "keep", "fp32" (the masters, where there are any), "bf16" or "fp16".
@@ -246,7 +253,8 @@ class Engine:
         to = check_request(folders, Path(folder), dtype=dtype, max_shard_bytes=shard_bytes)
         check_exportable(unlike_state_dict(self.model))
         manifest = self._parts.checkpoints.committer.commits[self.save()].manifest
-        export_commit(folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=Console(quiet=True))
+        beside, console = partial(write_model_files, self.model, dtype=dtype), Console(quiet=True)
+        export_commit(folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=console, beside=beside)
         return to
 
     @property

@@ -7,6 +7,7 @@ NO GRADIENTS --(backward, add_gradient)--> UNDER WAY --(optimizer.step)--> NO GR
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,23 @@ from optim.loss_scale import LossScale
 from optim.unit import Slot, Unit
 from optim.updater import Updater
 from pagemem.process import interrupts
+
+
+class HasLoss(Protocol):
+    """The output of a model that computes its loss itself, as those of transformers do when they are given labels."""
+
+    loss: Any
+
+
+def _loss_in(output: Tensor | HasLoss) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"backward is given a {type(output).__name__} without a loss; give the loss, or call the model with labels"
+        )
+    return loss
 
 
 class TrainingStep:
@@ -71,8 +89,9 @@ class TrainingStep:
         self._micro_batches = 0
         return True
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, output: Tensor | HasLoss) -> None:
         """Backward of one micro-batch; see `Engine.backward`."""
+        loss = _loss_in(output)
         self._updater.expect(loss, self.made + 1)
         if self._accumulation > 1:
             loss = loss / self._accumulation

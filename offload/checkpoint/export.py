@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from pagemem.durable.manifest import Manifest
 from pagemem.durable.page_reader import PageReader
 from pagemem.errors import DiskFullError, OffloadError
 from pagemem.files.page_file import PAGE_FILE_NAME
-from pagemem.folders.own_file import make_folder, naming, remove_folders, sync_folder
+from pagemem.folders.own_file import make_folder, naming, remove_folders, sync_files, sync_folder
 from pagemem.process import interrupts
 from pagemem.sources.source_reader import SourceReader
 from pagemem.units import format_bytes
@@ -64,13 +64,21 @@ def export_run(
 
 
 def export_commit(
-    folders: Sequence[Path], manifest: Manifest, to: Path, *, dtype: str, max_shard_bytes: int, console: Console
+    folders: Sequence[Path],
+    manifest: Manifest,
+    to: Path,
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+    console: Console,
+    beside: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Export a commit whose frames are not reused meanwhile.
 
     Args:
         folders: the run directories, in order.
         to: a new or empty folder.
+        beside: writes small files that belong beside the weights into the folder that it is given.
 
     Raises:
         As `check_request` and `export_run`.
@@ -97,6 +105,8 @@ def export_commit(
             advance(data.nbytes)
         writer.write_file(INDEX_NAME, index)
         writer.finish()
+        beside(draft)
+        sync_files(draft)
     print_line(console, f"{to}: {len(shards)} file{'s' if len(shards) > 1 else ''}, {format_bytes(total_bytes)}")
 
 

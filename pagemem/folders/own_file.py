@@ -262,6 +262,21 @@ def sync_folder(path: StrPath) -> None:
             os.close(fd)
 
 
+def sync_files(folder: Path) -> None:
+    """Make what the files of a folder hold durable.
+
+    Raises:
+        StorageError: one cannot be synced.
+    """
+    for path in folder.iterdir():
+        with naming("syncing", path):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
 def make_folder(path: Path) -> list[Path]:
     """Have a folder and its parents, durably; returns those that were made, the deepest first.
 

@@ -1,0 +1,98 @@
+"""transformers' Trainer over a paged model: checkpoints whose optimizer states never leave their pages.
+
+The Trainer trains a model and an optimizer of `offload.prepare` as they are. Its own checkpoints hold the optimizer's
+states as a pickle of their full size. With ``save_only_model=True`` and this callback they are in a commit instead,
+which copies nothing, and from which ``train(resume_from_checkpoint=...)`` goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import transformers
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from optim.optimizer import PagedOptimizer
+from pagemem.errors import CommitError
+
+if TYPE_CHECKING:
+    from offload.engine import Engine
+
+#: In a checkpoint's folder: which commit belongs to it.
+COMMIT_FILE: Final = "offload_commit.json"
+_SCHEDULER: Final = "transformers.lr_scheduler"
+
+
+class OffloadCallback(transformers.TrainerCallback):  # type: ignore[misc]
+    """Makes a commit with every checkpoint of a Trainer, and goes on from it when the Trainer does.
+
+    With ``save_total_limit`` as many commits are kept, and one more; otherwise all, as of checkpoints. Training thread.
+
+    Raises:
+        ValueError: (when training begins) the Trainer's optimizer is not one of `offload.prepare`.
+        CommitError: (when it goes on) the checkpoint's commit is not in the run's folder any more.
+    """
+
+    def __init__(self) -> None:
+        self._saved = 0
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        engine = _engine_of(optimizer)
+        engine.track(_SCHEDULER, lr_scheduler)
+        if state.global_step:
+            folder = _folder(args, state.global_step)
+            commit = _commit_of(folder, engine.run_id)
+            self._saved = commit["saved"]
+            resumed = engine.resume(commit["name"])
+            if resumed is None or resumed.number != commit["number"]:
+                raise CommitError(
+                    f"{folder} belongs to commit {commit['number']}, and the run has a later one in its place; train "
+                    "on from a newer checkpoint, or without resume_from_checkpoint in a new ssd.paths"
+                )
+
+    def on_save(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
+        engine = _engine_of(optimizer)
+        self._saved += 1
+        kept = args.save_total_limit
+        name = f"trainer {self._saved % (kept + 1) if kept else self._saved}"
+        number = engine.save(name)
+        content = {"run": engine.run_id, "name": name, "number": number, "saved": self._saved}
+        path = _folder(args, state.global_step) / COMMIT_FILE
+        draft = path.with_suffix(".new")
+        draft.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(draft, path)
+
+
+def _engine_of(optimizer: Any) -> Engine:
+    own = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if not isinstance(own, PagedOptimizer):
+        raise ValueError(
+            f"the Trainer's optimizer is a {type(own).__name__}; give it the one of offload.prepare: "
+            "Trainer(model=model, optimizers=(optimizer, None), ...)"
+        )
+    engine: Engine = own.engine  # type: ignore[attr-defined]
+    return engine
+
+
+def _folder(args: Any, step: int) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _commit_of(folder: Path, run_id: str) -> dict[str, Any]:
+    path = folder / COMMIT_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        commit = {"name": str(found["name"]), "number": int(found["number"]), "saved": int(found["saved"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CommitError(
+            f"{path} cannot be read ({error}), so the optimizer's states of that checkpoint are not known; was it "
+            "saved with OffloadCallback?"
+        ) from error
+    if found.get("run") != run_id:
+        raise CommitError(f"{path} names a commit of run {found.get('run')}, and ssd.paths has run {run_id}")
+    return commit
