@@ -42,12 +42,12 @@ def write_model_files(model: nn.Module, folder: Path, dtype: str) -> None:
     Raises:
         OSError: a file cannot be read or written.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "save_pretrained"):
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "save_pretrained"):
         return
     saved_dtype = DTYPES[dtype] or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     _as_saved(config, type(model).__name__, saved_dtype).save_pretrained(folder)
-    generation = getattr(model, "generation_config", None)
+    generation: Any = getattr(model, "generation_config", None)
     if hasattr(generation, "save_pretrained"):
         generation.save_pretrained(folder)
     for source in _tokenizer_files(config):

@@ -26,7 +26,7 @@ COMMIT_FILE: Final = "offload_commit.json"
 _SCHEDULER: Final = "transformers.lr_scheduler"
 
 
-class OffloadCallback(transformers.TrainerCallback):  # type: ignore[misc]
+class OffloadCallback(transformers.TrainerCallback):
     """Makes a commit with every checkpoint of a Trainer, and goes on from it when the Trainer does.
 
     With ``save_total_limit`` as many commits are kept, and one more; otherwise all, as of checkpoints. Training thread.
@@ -42,6 +42,7 @@ class OffloadCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
     ) -> None:
+        """Go on from the commit of the checkpoint that the Trainer goes on from, if it does."""
         engine = _engine_of(optimizer)
         engine.track(_SCHEDULER, lr_scheduler)
         if state.global_step:
@@ -56,6 +57,7 @@ class OffloadCallback(transformers.TrainerCallback):  # type: ignore[misc]
                 )
 
     def on_save(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
+        """Commit, and note in the checkpoint's folder which commit it is."""
         engine = _engine_of(optimizer)
         self._saved += 1
         kept = args.save_total_limit

@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[3]
     any(importlib.util.find_spec(name) is None for name in ("transformers", "accelerate")),
     reason="transformers or accelerate is not installed",
 )
-def test_a_trainer_clips_logs_and_accumulates_with_the_bits_of_plain_pytorch(tmp_path: Path) -> None:
-    script = ROOT / "tests" / "support" / "models" / "trainer_run.py"
+@pytest.mark.parametrize("script", ["trainer_run.py", "trainer_resume.py"])
+def test_a_trainer_has_the_bits_of_plain_pytorch(tmp_path: Path, script: str) -> None:
     ran = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, str(ROOT / "tests" / "support" / "models" / script), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
