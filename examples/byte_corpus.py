@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from offload.integrations.token_batches import TokenBatches
 from pagemem.folders.own_file import has_folder, kind_of, make_folder, naming, remove_file, replace_file
 from pagemem.folders.small_file import read_small
 from pagemem.units import KiB
@@ -25,21 +24,16 @@ from pagemem.units import KiB
 _FORMAT: Final = "offload byte corpus 1"
 
 
-class ByteCorpus:
+class ByteCorpus(TokenBatches):
     """Training and validation bytes, and batches drawn from them.
 
     Args:
         folder: holds train.bin, validation.bin and corpus.json.
-        seed: batches depend on it and on the step alone, so a resumed run reads on where it stopped.
     """
 
-    #: What losses are a mean over, see `offload.launch.batches`.
-    unit: Final = "byte"
-
     def __init__(self, folder: Path, *, seed: int) -> None:
-        self.seed = seed
-        self.train = np.memmap(folder / "train.bin", dtype=np.uint8, mode="r")
-        self.validation = np.memmap(folder / "validation.bin", dtype=np.uint8, mode="r")
+        train, validation = (np.memmap(folder / name, np.uint8, "r") for name in ("train.bin", "validation.bin"))
+        super().__init__(train, validation, seed, unit="byte")
 
     @classmethod
     def of_standard_library(cls, folder: Path, *, seed: int, validation_share: float) -> ByteCorpus:
@@ -70,33 +64,6 @@ class ByteCorpus:
             replace_file(described, json.dumps({"format": _FORMAT, "digest": digest, "files": len(files)}).encode())
         return cls(folder, seed=seed)
 
-    def batch(self, step: int, rows: int, seq: int) -> tuple[Tensor, Tensor]:
-        """Training batch number ``step``: inputs and the bytes after them, int64, (rows, seq) each.
-
-        Raises:
-            ValueError: the text is shorter than a row.
-        """
-        _check_length("training", self.train, seq)
-        drawn = np.random.default_rng((self.seed, step)).integers(0, len(self.train) - seq, size=rows)
-        return _rows(self.train, drawn, seq)
-
-    def validation_batches(self, count: int, rows: int, seq: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """``count`` validation batches, spread evenly over the validation text; the same ones every time.
-
-        Raises:
-            ValueError: the text is shorter than a row.
-        """
-        _check_length("validation", self.validation, seq)
-        starts = np.linspace(0, len(self.validation) - seq - 1, count * rows).astype(np.int64)
-        for number in range(count):
-            yield _rows(self.validation, starts[number * rows : (number + 1) * rows], seq)
-
-    def unigram_entropy_bits(self) -> float:
-        """Entropy of the validation text's byte frequencies: bits per byte of the best model without context."""
-        counts = np.bincount(self.validation, minlength=256).astype(np.float64)
-        shares = counts[counts > 0] / counts.sum()
-        return float(-(shares * np.log2(shares)).sum())
-
 
 def _python_files(root: Path) -> Iterator[Path]:
     for folder, below, names in os.walk(root):
@@ -117,13 +84,6 @@ def _digest_in(described: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _check_length(what: str, text: np.memmap[tuple[int], np.dtype[np.uint8]], seq: int) -> None:
-    if len(text) <= seq:
-        raise ValueError(
-            f"the {what} text has {len(text)} bytes, a row needs {seq + 1}; take a smaller train.seq or more text"
-        )
-
-
 def _share_of(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
@@ -136,8 +96,3 @@ def _write(path: Path, files: Iterable[Path]) -> None:
             f"no text for {path.name}: too few source files, or a validation share that leaves one side empty"
         )
     replace_file(path, text)
-
-
-def _rows(text: np.memmap[tuple[int], np.dtype[np.uint8]], starts: Iterable[int], seq: int) -> tuple[Tensor, Tensor]:
-    cut = torch.from_numpy(np.stack([text[start : start + seq + 1] for start in starts]).astype(np.int64))
-    return cut[:, :-1].contiguous(), cut[:, 1:].contiguous()
