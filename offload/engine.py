@@ -234,8 +234,7 @@ class Engine:
     def export(self, folder: str | Path, *, dtype: str = "keep", max_shard: str | int = "5GB") -> Path:
         """Commit the steps made so far, and write their weights as safetensors files; see `offload export --help`.
 
-        With them, for models that have such: config.json, generation_config.json, and the tokenizer's files of the
-        folder that the model was loaded from.
+        With them, for models that have such: config.json, generation_config.json, and the tokenizer's files.
 
         Args:
             folder: new or empty; it appears whole or not at all. Returned.

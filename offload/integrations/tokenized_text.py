@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from rich.console import Console
 
-from offload.console.byte_progress import ByteProgress
+from offload.console.byte_progress import byte_progress
 from offload.integrations.token_batches import TokenBatches
 from pagemem.folders.own_file import has_folder, kind_of, make_folder, naming, remove_file, replace_file
 from pagemem.folders.small_file import read_small
@@ -91,21 +91,21 @@ def tokenize(
         raise ValueError(f"{folder} holds a tokens file that was not made here; name a new folder")
     remove_file(described)  # until the tokens are complete
     dtype = np.dtype(np.uint16 if n_vocabulary <= 1 << 16 else np.uint32)
-    with ByteProgress(Console(), "tokenising", sum(sizes)) as progress:
-        replace_file(folder / "tokens.bin", _tokens(paths, encode, end, column, dtype, progress))
+    with byte_progress(Console(), "tokenising", sum(sizes)) as advance:
+        replace_file(folder / "tokens.bin", _tokens(paths, encode, end, column, dtype, advance))
     replace_file(
         described, json.dumps({"format": _FORMAT, "digest": digest, "dtype": dtype.name, "sources": sources}).encode()
     )
 
 
 def _tokens(
-    paths: Sequence[Path], encode: Encode, end: int, column: str, dtype: np.dtype[Any], progress: ByteProgress
+    paths: Sequence[Path], encode: Encode, end: int, column: str, dtype: np.dtype[Any], advance: Callable[[int], None]
 ) -> Iterator[bytes]:
     for path in paths:
         for text, n_bytes in _pieces(path, column):
             ids = encode([text])[0] if text else [end]
             yield np.asarray(ids, dtype=dtype).tobytes()
-            progress.advance(n_bytes)
+            advance(n_bytes)
 
 
 def _pieces(path: Path, column: str) -> Pieces:

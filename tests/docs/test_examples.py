@@ -26,7 +26,11 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "resume_after_crash.py": ("--steps 8 --crash-at 6", "are equal bit for bit: True"),
     "lock_free.py": ("--width 64 --steps 6 --ram 4MiB --disk 1000", "lock-free  "),
     "profile_plain_loop.py": ("--steps 1 --to plain-profile", "engine, memory.ram "),
+    "hf_trainer.py": ("--hidden 32 --steps 4 --ram 2MiB", "equal to those of the Trainer without pages: True"),
+    "accelerate_loop.py": ("--width 64 --ram 512KiB", "equal to those without pages: True"),
 }
+#: What some of them need beside the engine.
+NEEDS = {"hf_trainer.py": ("transformers", "accelerate"), "accelerate_loop.py": ("accelerate",)}
 FACTORIES = {"byte_gpt.py", "byte_corpus.py", "tensorboard_callback.py"}
 
 
@@ -43,6 +47,8 @@ def one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_example_runs_and_prints_what_it_promises(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for module in NEEDS.get(name, ()):
+        pytest.importorskip(module)
     arguments, promised = PROGRAMS[name]
     run_script([str(ROOT / "examples" / name), *arguments.split()])
     assert promised in capfd.readouterr().out
