@@ -93,8 +93,7 @@ class Engine:
 
     @left_open
     def backward(self, loss: Tensor | HasLoss) -> None:
-        """Backward of one micro-batch: of its loss, or of a model's output with one, divided by
-        ``update.accumulation``.
+        """Backward of a micro-batch: of its loss, or an output with ``.loss``, divided by ``update.accumulation``.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite; no parameter was changed by it, and its gradients are dropped.
@@ -234,7 +233,7 @@ class Engine:
     def export(self, folder: str | Path, *, dtype: str = "keep", max_shard: str | int = "5GB") -> Path:
         """Commit the steps made so far, and write their weights as safetensors files; see `offload export --help`.
 
-        With them, for models that have such: config.json, generation_config.json, and the tokenizer's files.
+        Models of transformers get their config.json, generation_config.json and tokenizer's files beside them.
 
         Args:
             folder: new or empty; it appears whole or not at all. Returned.
