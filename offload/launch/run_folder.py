@@ -21,7 +21,7 @@ from offload.launch.metrics_file import FORMATS
 from pagemem.errors import RunDirectoryError, StorageError
 from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.folders.folder_lock import LOCK_NAME, FolderLock
-from pagemem.folders.own_file import kind_of, make_folder, naming, remove_file, remove_folders, replace_file
+from pagemem.folders.own_file import draft_of, kind_of, make_folder, naming, remove_file, remove_folders, replace_file
 from pagemem.folders.run_directory import IDENTITY_NAME, folder_use, read_run_id
 from pagemem.folders.small_file import Count, Line, Record, checked, parse_json, read_small
 from pagemem.units import KiB
@@ -32,6 +32,8 @@ DATA: Final = "data"
 _RESULTS: Final = (*(log.file_name for log in FORMATS.values()), CURVE, CONFIG)
 _IDENTITY: Final = "offload-run.json"
 _FORMAT: Final = "offload run 1"
+#: What a crash can leave of the first use of a folder that was empty before.
+_UNFINISHED_CLAIM: Final = frozenset({LOCK_NAME, draft_of(Path(_IDENTITY)).name})
 
 
 class _Identity(Record):
@@ -67,7 +69,7 @@ class RunFolder:
         made: list[Path] = []
         try:
             made = make_folder(path)
-            names = set(os.listdir(path)) - {LOCK_NAME}
+            names = set(os.listdir(path)) - _UNFINISHED_CLAIM
             if names and _IDENTITY not in names:
                 raise RunDirectoryError(
                     f"output.run: {path} holds files that are not of a run; name a new or empty folder"

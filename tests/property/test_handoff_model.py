@@ -70,7 +70,10 @@ class HandOff(RuleBasedStateMachine):
         sizes = [unit.gradient_bytes for unit in self.units]
         limit_bytes = sum(sizes) + room * max(sizes) + (0 if eager or not room else sum(sizes))
         self.budget = Budget(Tier.HOST, limit_bytes)
-        mover = SimpleNamespace(arena=self.pages, touch=lambda tensor: None, make_writable=lambda tensor: None)
+        tenants = SimpleNamespace(
+            view=lambda tensor, dtype, begin, numel: self.pages.view(tensor.frame, begin * dtype.itemsize, dtype, numel)
+        )
+        mover = SimpleNamespace(tenants=tenants, touch=lambda tensor: None, make_writable=lambda tensor: None)
         driver = SimpleNamespace(
             mover=mover, mode=Mode.ON_DEMAND, end_step=lambda repeatable: None, viewed=lambda tensor: False,
             in_passing=lambda tensor: nullcontext(tensor.resident),

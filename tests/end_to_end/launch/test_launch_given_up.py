@@ -131,6 +131,14 @@ def test_a_foreign_run_folder_is_refused_and_left_alone(raw: dict[str, Any], tmp
     assert not (tmp_path / "pages").exists()
 
 
+def test_a_run_folder_of_which_a_crash_left_the_beginning_is_used(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "offload-run.json.new").write_text('{"form')
+    run(raw)
+    assert (tmp_path / "run" / "offload-run.json").exists()
+    assert not (tmp_path / "run" / "offload-run.json.new").exists()
+
+
 def test_a_run_folder_that_is_a_file_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run").write_text("precious")
     with pytest.raises(RunDirectoryError, match="cannot be used: .*run: Not a directory"):
