@@ -23,9 +23,10 @@ from offload.checkpoint.compatibility import (
     config_changes,
     hyper_changes,
 )
-from offload.commits.commit_state import ENCODING, random_states, read_sidecar, set_random_states
+from offload.commits.commit_state import ENCODING, random_states, set_random_states
 from offload.commits.plain_state import UnknownState, decode, encode
 from offload.commits.run_commits import Commit
+from offload.commits.sidecar import read_sidecar
 from offload.commits.stored_layout import names_of, stored_units, unlike_state_dict
 from offload.config import Config
 from offload.parameters.paged_parameter import PagedParameter

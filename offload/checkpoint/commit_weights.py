@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from offload.checkpoint.safetensors_writer import DTYPE_NAMES, Weight
+from offload.checkpoint.safetensors_writer import Weight
 from offload.commits.commit_state import state_of
+from offload.commits.sidecar import Sidecar
 from offload.commits.stored_layout import StoredSlot, StoredUnit
 from pagemem.durable.manifest import Manifest, StoredTensor
 from pagemem.durable.page_map import file_sizes, impossible
@@ -22,7 +23,7 @@ from pagemem.errors import ChecksumError, CommitError, OffloadError
 from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.sources.source_files import Origin, SourcePiece
 from pagemem.sources.source_reader import SourceReader
-from pagemem.units import KiB, MiB
+from pagemem.units import KiB
 
 #: Supported dtypes; "keep" is what the parameters were computed in.
 DTYPES: Final[dict[str, torch.dtype | None]] = {
@@ -30,8 +31,6 @@ DTYPES: Final[dict[str, torch.dtype | None]] = {
 }  # fmt: skip
 #: Elements of a parameter that are in memory at a time.
 PIECE_NUMEL: Final = 256 * KiB
-#: Bytes of a small tensor that are handed on at a time.
-_PIECE_BYTES: Final = 4 * MiB
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,7 +43,7 @@ class CommitWeights:
     """The tensors of a commit, under the names of ``model.state_dict()``, and their bytes piece by piece.
 
     Args:
-        sidecar: the small tensors beside the manifest.
+        sidecar: the small tensors beside the manifest; open as long as this is used.
         sources: reads what lies in files of others.
         dtype: of the paged parameters; None: as they were computed in. Buffers keep their own.
 
@@ -59,7 +58,7 @@ class CommitWeights:
         self,
         folders: Sequence[Path],
         manifest: Manifest,
-        sidecar: Mapping[str, Tensor],
+        sidecar: Sidecar,
         sources: SourceReader,
         dtype: torch.dtype | None,
     ) -> None:
@@ -91,8 +90,8 @@ class CommitWeights:
             if name in self._paged:
                 unit, slot = self._paged[name]
                 found.append(Weight(name, self._dtype or unit.torch_dtype, slot.shape))
-            elif name in self._sidecar and self._sidecar[name].dtype in DTYPE_NAMES:
-                found.append(Weight(name, self._sidecar[name].dtype, tuple(self._sidecar[name].shape)))
+            elif (small := self._sidecar.tensors.get(name)) is not None:
+                found.append(Weight(name, small.dtype, tuple(small.shape)))
             else:
                 raise CommitError(f"commit {self._manifest.number} has no {name} that can be exported")
         return found
@@ -106,10 +105,9 @@ class CommitWeights:
             ExportError: a value cannot be expressed in the dtype.
         """
         for name in dict.fromkeys(self._state.names.values()):
-            if name in self._sidecar:
-                flat = self._sidecar[name].reshape(-1).view(torch.uint8)
-                for begin in range(0, flat.numel(), _PIECE_BYTES):
-                    yield name, begin, flat[begin : begin + _PIECE_BYTES].numpy().data
+            if name in self._sidecar.tensors:
+                for begin, piece in self._sidecar.pieces(name):
+                    yield name, begin, piece
         buffers = [np.frombuffer(reader.buffer(), dtype=np.uint8) for _ in range(2)]
         for unit in self._state.units:
             yield from self._unit_pieces(unit, reader, buffers)

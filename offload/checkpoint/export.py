@@ -17,7 +17,7 @@ from rich.console import Console
 
 from offload.checkpoint.commit_weights import DTYPES, CommitWeights, ExportError
 from offload.checkpoint.safetensors_writer import ShardWriter, index_of, plan_shards, write_failure
-from offload.commits.commit_state import read_sidecar
+from offload.commits.sidecar import Sidecar
 from offload.commits.stopped_run import StoppedRun
 from offload.console.byte_progress import byte_progress
 from offload.console.tables import print_line
@@ -85,28 +85,27 @@ def export_commit(
     """
     to = check_request(folders, to, dtype=dtype, max_shard_bytes=max_shard_bytes)
     check_exportable(manifest.state.get("unlike"))
-    sidecar = read_sidecar(CommitFolder(folders[0]), manifest.number, manifest.state)
     sources = SourceReader()
-    weights = CommitWeights(folders, manifest, sidecar, sources, DTYPES[dtype])
-    listed = weights.listed()
-    shards = plan_shards(listed, max_shard_bytes, weights.tied)
-    index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
-    total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
-    with (
-        closing(sources),
-        PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader,
-        _new_folder(to, total_bytes) as draft,
-        byte_progress(console, "exporting", sum(weight.n_bytes for weight in listed)) as advance,
-        ShardWriter(draft, shards) as writer,
-    ):
-        for name, offset_bytes, data in weights.pieces(reader):
-            interrupts.check()  # it may take long, and leaves nothing
-            writer.write(name, offset_bytes, data)
-            advance(data.nbytes)
-        writer.write_file(INDEX_NAME, index)
-        writer.finish()
-        beside(draft)
-        sync_files(draft)
+    with closing(sources), Sidecar(CommitFolder(folders[0]), manifest.number, manifest.state) as sidecar:
+        weights = CommitWeights(folders, manifest, sidecar, sources, DTYPES[dtype])
+        listed = weights.listed()
+        shards = plan_shards(listed, max_shard_bytes, weights.tied)
+        index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
+        total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
+        with (
+            PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader,
+            _new_folder(to, total_bytes) as draft,
+            byte_progress(console, "exporting", sum(weight.n_bytes for weight in listed)) as advance,
+            ShardWriter(draft, shards) as writer,
+        ):
+            for name, offset_bytes, data in weights.pieces(reader):
+                interrupts.check()  # it may take long, and leaves nothing
+                writer.write(name, offset_bytes, data)
+                advance(data.nbytes)
+            writer.write_file(INDEX_NAME, index)
+            writer.finish()
+            beside(draft)
+            sync_files(draft)
     print_line(console, f"{to}: {len(shards)} file{'s' if len(shards) > 1 else ''}, {format_bytes(total_bytes)}")
 
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from rich.console import Console
 
-from offload.commits.commit_state import read_sidecar
+from offload.commits.sidecar import Sidecar
 from offload.commits.stopped_run import StoppedRun
 from offload.console.byte_progress import byte_progress
 from offload.console.tables import print_line, print_rows
@@ -70,7 +70,7 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
                 report.add([number], str(error))
         for manifest in report.commits:
             try:
-                read_sidecar(stopped.commits, manifest.number, manifest.state)
+                Sidecar(stopped.commits, manifest.number, manifest.state).close()
             except CommitError as error:
                 report.add([manifest.number], str(error))
         _check_files(report)

@@ -1,4 +1,4 @@
-"""The state in a commit's manifest, and the tensors beside it: every field is checked before any is used.
+"""The state in a commit's manifest: every field is checked before any is used.
 
 A manifest is read by engines, `offload verify` and `offload export` through `read_commit`: what it returns can be
 believed as far as one file can tell. Whether it fits the model, and whether pages hold what they should, is looked at
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import random
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
@@ -17,9 +16,6 @@ from typing import Annotated, Any, Final
 import numpy as np
 import torch
 from pydantic import BaseModel, Field, TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from offload.commits.plain_state import decode
 from offload.commits.stored_layout import StoredUnit
@@ -156,27 +152,6 @@ def check_commit(manifest: Manifest) -> None:
                 raise ValueError(f"state.{key}: {error}") from None
 
 
-def read_sidecar(folder: CommitFolder, number: int, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The small tensors of a commit by name, mapped from their file: bytes take memory while they are used.
-
-    Args:
-        state: of the commit's manifest; it may say that there is no file.
-
-    Raises:
-        CommitError: the file is not what was written, or not a whole safetensors file.
-    """
-    entry = state.get("sidecar")
-    if entry is None:
-        return {}
-    fd = folder.open_sidecar(number, entry)
-    try:
-        return load_file(f"/proc/self/fd/{fd}")  # opened without following a link, and verified
-    except SafetensorError as error:
-        raise CommitError(f"{folder.sidecar(number)} is damaged: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        os.close(fd)
-
-
 def encoded(manifest: Manifest) -> bytes:
     """The content of a manifest's file, which `read_commit` will take.
 
@@ -259,7 +234,7 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(python_state(states["python"]))
 
 
-def _text_of(state: Tensor) -> str:
+def _text_of(state: torch.Tensor) -> str:
     return base64.b64encode(state.numpy().tobytes()).decode()
 
 

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from offload.callbacks import Callback, CommitBegun, RunEnded, RunStarted, StepMetrics
 from pagemem.errors import StorageError
 from pagemem.folders.own_file import naming, open_file, replace_file, write_all
-from pagemem.folders.small_file import first_fault, open_regular
+from pagemem.folders.small_file import first_fault, open_regular, parse_json
 
 #: A longer line was not written by this package.
 MAX_LINE_BYTES: Final = 4096
@@ -49,6 +49,11 @@ def _json_line(metrics: StepMetrics) -> bytes:
     return (json.dumps(asdict(metrics)) + "\n").encode()
 
 
+def _json_metrics(line: bytes) -> StepMetrics:
+    parse_json(line)  # pydantic takes the last of two values of a key
+    return _METRICS.validate_json(line)
+
+
 def _csv_line(metrics: StepMetrics) -> bytes:
     cells = ("" if value is None else json.dumps(value) for value in asdict(metrics).values())
     return (",".join(cells) + "\n").encode()
@@ -63,7 +68,7 @@ def _csv_metrics(line: bytes) -> StepMetrics:
 
 #: By their names in ``output.log``.
 FORMATS: Final[Mapping[str, LogFormat]] = {
-    "jsonl": LogFormat("metrics.jsonl", b"", _json_line, _METRICS.validate_json),
+    "jsonl": LogFormat("metrics.jsonl", b"", _json_line, _json_metrics),
     "csv": LogFormat("metrics.csv", (",".join(_NAMES) + "\n").encode(), _csv_line, _csv_metrics),
 }
 

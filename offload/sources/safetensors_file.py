@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pagemem.errors import StorageError
 from pagemem.folders.own_file import os_failure
-from pagemem.folders.small_file import Count, Record, checked, open_regular, parse_json, read_small
+from pagemem.folders.small_file import Count, Line, Record, checked, open_regular, parse_json, read_small
 from pagemem.sources.source_files import SourceFile, SourcePiece
 from pagemem.sources.source_reader import SourceReader
 
@@ -34,6 +34,8 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 MAX_HEADER_BYTES: Final = 32 << 20
 _MAX_FILE_BYTES: Final = 1 << 60
 _LENGTH_BYTES: Final = 8
+#: What strides of a tensor without elements may come to, with room for the element's size.
+_MAX_NUMEL: Final = 1 << 59
 
 
 class _Header(Record):
@@ -46,7 +48,7 @@ class _Header(Record):
     data_offsets: tuple[Count, Count]
 
 
-_HEADERS: Final = TypeAdapter(dict[str, _Header])
+_HEADERS: Final = TypeAdapter(dict[Line, _Header])
 _METADATA: Final = TypeAdapter(dict[Annotated[str, Field(strict=True)], Annotated[str, Field(strict=True)]])
 
 
@@ -109,32 +111,34 @@ def read_header(path: Path) -> SafetensorsFile:
         StorageError: (one line) it cannot be read, or is no safetensors file.
     """
     try:
-        fd, file_bytes = open_regular(path, _MAX_FILE_BYTES, follow=True)
+        fd, _ = open_regular(path, _MAX_FILE_BYTES, follow=True)
         try:
-            length_bytes = int.from_bytes(os.pread(fd, _LENGTH_BYTES, 0), "little")
-            room_bytes = file_bytes - _LENGTH_BYTES
-            if room_bytes < 0 or not 0 < length_bytes <= min(room_bytes, MAX_HEADER_BYTES):
-                raise ValueError(
-                    f"its header has {length_bytes} bytes by its first eight, in a file of {file_bytes}; at most "
-                    f"{MAX_HEADER_BYTES} are read"
-                )
-            file = SourceFile.opened(Path(os.path.realpath(path)), os.fstat(fd))
-            content = bytearray(length_bytes)
-            _fill(fd, _LENGTH_BYTES, memoryview(content))
+            return header_of(fd, Path(os.path.realpath(path)))
         finally:
             os.close(fd)
     except OSError as error:
         raise os_failure(error, "reading", path) from error
     except ValueError as error:
-        raise _no_weights(path, error) from error
-    try:
-        return SafetensorsFile(*_parse(file, bytes(content), _LENGTH_BYTES + length_bytes))
-    except ValueError as error:
-        raise _no_weights(path, error) from error
+        raise StorageError(f"{path} is no safetensors file: {error}") from error
 
 
-def _no_weights(path: Path, error: ValueError) -> StorageError:
-    return StorageError(f"{path} is no safetensors file: {error}")
+def header_of(fd: int, path: Path) -> SafetensorsFile:
+    """What an open file holds that lies at ``path``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: (one line) it is no safetensors file.
+    """
+    file = SourceFile.opened(path, os.fstat(fd))
+    length_bytes = int.from_bytes(os.pread(fd, _LENGTH_BYTES, 0), "little")
+    if not 0 < length_bytes <= min(file.n_bytes - _LENGTH_BYTES, MAX_HEADER_BYTES):
+        raise ValueError(
+            f"its header has {length_bytes} bytes by its first eight, in a file of {file.n_bytes}; at most "
+            f"{MAX_HEADER_BYTES} are read"
+        )
+    content = bytearray(length_bytes)
+    fill(fd, _LENGTH_BYTES, memoryview(content))
+    return SafetensorsFile(*_parse(file, bytes(content), _LENGTH_BYTES + length_bytes))
 
 
 def _parse(file: SourceFile, content: bytes, start_bytes: int) -> tuple[dict[str, FileTensor], dict[str, str]]:
@@ -153,6 +157,8 @@ def _parse(file: SourceFile, content: bytes, start_bytes: int) -> tuple[dict[str
             raise ValueError(
                 f"{name[:200]!r} has {end_bytes - begin_bytes} bytes, but its shape and dtype make {wanted_bytes}"
             )
+        if math.prod(max(size, 1) for size in header.shape) > _MAX_NUMEL:
+            raise ValueError(f"{name[:200]!r} has shape {header.shape[:8]}, larger than any tensor's")
         if begin_bytes != reached_bytes:
             raise ValueError(f"{name[:200]!r} begins at byte {begin_bytes}, where the one before ends at "
                              f"{reached_bytes}")  # fmt: skip
@@ -165,7 +171,13 @@ def _parse(file: SourceFile, content: bytes, start_bytes: int) -> tuple[dict[str
     return tensors, metadata
 
 
-def _fill(fd: int, offset_bytes: int, target: memoryview) -> None:
+def fill(fd: int, offset_bytes: int, target: memoryview) -> None:
+    """Read until ``target`` is full.
+
+    Raises:
+        OSError: that cannot be read.
+        ValueError: the file ends before.
+    """
     done = 0
     while done < len(target):
         n_bytes = os.preadv(fd, [target[done:]], offset_bytes + done)

@@ -158,4 +158,5 @@ def first_fault(error: ValidationError) -> str:
         "" if first["type"] in ("missing", "unexpected_keyword_argument") else f", not {reprlib.repr(first['input'])}"
     )
     others = f" (and {len(more)} more)" if more else ""
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}{found}{others}".replace("\n", " ")
+    text = f"{where}: {first['msg'].removeprefix('Value error, ')}{found}{others}".replace("\n", " ")
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
