@@ -37,6 +37,7 @@ def causal_lm(
         ValueError, OSError: the folder holds no such checkpoint. ImportError: peft is missing.
     """
     model: Any
+    _check_folder(folder, "config.json")
     if torch.get_default_device().type == "meta":  # asked for its sizes alone
         made = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         auto: Any = transformers.AutoModelForCausalLM
@@ -49,6 +50,12 @@ def causal_lm(
         model = _with_lora(model, dict(lora))
     model.train()
     return _as_trained(model)
+
+
+def _check_folder(folder: str, name: str) -> None:
+    """Say that a checkpoint is missing before transformers asks the network for it."""
+    if not Path(folder, name).is_file():
+        raise ValueError(f"{folder} is no folder of a checkpoint, it has no {name} (looked in {Path.cwd()})")
 
 
 def _with_lora(model: nn.Module, arguments: dict[str, Any]) -> nn.Module:
@@ -95,6 +102,7 @@ def text(
     Raises:
         ValueError: the files or the tokenizer do not fit. StorageError: the folder cannot be used.
     """
+    _check_folder(tokenizer, "tokenizer_config.json")
     made: Any = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     if made.eos_token_id is None:
         raise ValueError(f"the tokenizer in {tokenizer} has no end-of-text token, which is to follow each document")

@@ -77,6 +77,15 @@ def test_lora_trains_adapters_alone(checkpoint: Path) -> None:
     assert len(found) == TRAIN["steps"] and found[-1] < found[0]
 
 
+def test_a_checkpoint_that_is_not_there_is_one_clear_error(checkpoint: Path) -> None:
+    from offload.integrations.recipes import causal_lm, text
+
+    with pytest.raises(ValueError, match=r"none is no folder of a checkpoint, it has no config\.json"):
+        causal_lm("none")
+    with pytest.raises(ValueError, match=r"none is no folder of a checkpoint, it has no tokenizer_config\.json"):
+        text(Path("tokens"), 1, ["text/*.txt"], "none")
+
+
 def test_the_same_text_is_tokenised_once(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from offload.integrations.recipes import text
 
