@@ -14,7 +14,6 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field
 
 from offload.config import Config
-from pagemem.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,8 @@ class StepMetrics:
 
     Attributes:
         step: counted from 1.
-        loss: mean training loss of the step's micro-batches, in nats where the model returns a cross entropy.
+        loss: mean training loss of the step's micro-batches as the model returns it: nats of a cross entropy, also
+            where the console shows bits.
         lr: learning rate of the step, of the first parameter group.
         step_s: seconds from asking for the batch to having the loss.
         samples_per_s: rows per second.
@@ -74,19 +74,6 @@ class StepMetrics:
     def ssd_mb_per_s(self) -> float:
         """SSD traffic, both directions, 10^6 bytes/s."""
         return (self.ssd_read_bytes + self.ssd_written_bytes) / self.step_s / 1e6
-
-    def line(self, steps: int) -> str:
-        """As the progress line shows it."""
-        speed = (
-            f"{self.samples_per_s:,.1f} samples/s"
-            if self.tokens_per_s is None
-            else f"{self.tokens_per_s:,.0f} tokens/s"
-        )
-        return (
-            f"step {self.step}/{steps}  loss {self.loss:.4f}  {speed}  RAM {format_bytes(self.host_bytes)}  "
-            f"SSD {format_bytes(self.ssd_bytes)}  {self.ssd_mb_per_s:,.0f} MB/s  waiting {self.wait_share:.1%}"
-            + (f"  staleness {self.staleness}" if self.staleness else "")
-        )
 
 
 @dataclass(frozen=True, slots=True)

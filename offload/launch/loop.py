@@ -60,17 +60,19 @@ def validation_loss(
     engine: Engine, batches: Batches, reference: str, interrupt: Interrupt, tell: Callable[[int], None]
 ) -> float | None:
     """Mean validation loss in nats, or None when a signal came first; ``tell`` hears how many batches are done."""
+    if interrupt.asked():
+        return None
     was_training = engine.model.training
     engine.model.eval()
     losses: list[float] = []
     tell(0)
     for pair in batches.validation():
-        if interrupt.asked:
+        if interrupt.asked():
             break
         losses.append(evaluated(engine, pair, reference, engine.torch_device))
         tell(len(losses))
     engine.model.train(was_training)
-    return None if interrupt.asked else sum(losses) / len(losses)
+    return None if interrupt.asked() else sum(losses) / len(losses)
 
 
 @dataclass(slots=True)
@@ -121,6 +123,8 @@ class TrainingLoop:
     Attributes:
         metrics: of all steps that have any.
         committed: step of the newest commit, 0 without one.
+        ended: the last step is made, and all steps are committed unless ``commit.at_end`` is false. What `run` raises
+            from then on loses none of them.
 
     Raises:
         CommitError: the run resumes from a commit of another kind of loop.
@@ -151,6 +155,7 @@ class TrainingLoop:
         )
         self.metrics = metrics
         self._first = self.committed = engine.steps
+        self.ended = False
         self._evaluation: Evaluation | None = None
         self._last = self._begun = self._stats = engine.stats()
         self._train_s = 0.0
@@ -173,7 +178,7 @@ class TrainingLoop:
                     if not self._first and self._record.before_nats is not None:
                         self._reporter.tell(Evaluation(0, self._record.before_nats, best=False))
                 for step in range(self._first, self._train.steps):
-                    if self._closed() or (self._interrupt.asked and pair is None):
+                    if self._closed() or (self._interrupt.asked() and pair is None):
                         break
                     self._step(step, pair)
                     pair = None
@@ -232,9 +237,14 @@ class TrainingLoop:
             self._record.best_nats = nats
         return Evaluation(self._engine.steps, nats, best)
 
+    def _commit_name(self) -> str | None:
+        """The name of a commit of the steps made: `BEST` where their evaluation is the best so far."""
+        evaluation = self._evaluation
+        is_best = evaluation is not None and evaluation.best and evaluation.step == self._engine.steps
+        return BEST if self._config.commit.keep_best and is_best else None
+
     def _report_and_commit(self) -> None:
-        engine, evaluation = self._engine, self._evaluation
-        name = BEST if self._config.commit.keep_best and evaluation is not None and evaluation.best else None
+        engine, evaluation, name = self._engine, self._evaluation, self._commit_name()
         due = name is not None or engine.commit_due
         with _between_steps():
             self._reporter.tell(self.metrics[-1])
@@ -253,12 +263,15 @@ class TrainingLoop:
         # In lock-free mode a background commit leaves out what was on its way.
         committed = self._first if self._config.update.mode == "lock-free" else self.committed
         if self._config.commit.at_end and self._engine.steps > committed:
+            # The commit holds the best loss so far. Where a callback raised before the commit of that name, it is this.
+            name = self._commit_name()
             try:
-                self._reporter.tell(CommitBegun(self._engine.steps, None))
+                self._reporter.tell(CommitBegun(self._engine.steps, name))
             except Exception as error:
                 ended = ended or error
-            self._engine.save()
+            self._engine.save(name)
             self.committed = self._engine.steps
+        self.ended = True
         if ended is not None:
             raise ended
 

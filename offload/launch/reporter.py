@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Final
@@ -78,11 +79,20 @@ def made_callback(reference: str) -> Callback:
     """The callback of a ``module:callable`` factory, which is called without arguments.
 
     Raises:
-        ConfigError: the factory cannot be found or fails, or returns something else than a callback.
+        ConfigError: the factory cannot be found or fails, or returns something else than a callback, or one with a
+            method ``on_...`` that is none of a callback's.
     """
     with calls_of("output.callbacks", reference):
         made: Callback = factory_of("output.callbacks", reference, {})()
-    missing = [method for method in _METHODS.values() if not callable(getattr(made, method, None))]
+    known = _METHODS.values()
+    unknown = [name for name in dir(made) if name.startswith("on_") and name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(known)}"
+        raise ConfigError(
+            f"output.callbacks: {reference} returns {described(made)}, whose {unknown[0]} is never called; {hint}"
+        )
+    missing = [method for method in known if not callable(getattr(made, method, None))]
     if missing:
         raise ConfigError(
             f"output.callbacks: {reference} returns {described(made)}, which has no method {missing[0]}; derive it "

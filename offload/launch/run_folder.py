@@ -125,7 +125,7 @@ class RunFolder:
 
     def _set_aside(self) -> str | None:
         there = [name for name in _RESULTS if os.path.lexists(self.path / name)]
-        if set(there) <= {CONFIG}:
+        if set(there) <= {CONFIG, *self._without_steps(there)}:
             return None
         number = 1
         while any(os.path.lexists(self.path / _numbered(name, number)) for name in _RESULTS):
@@ -138,6 +138,11 @@ class RunFolder:
         return (
             f"results of another run in {self.path} are kept as {', '.join(_numbered(name, number) for name in there)}"
         )
+
+    def _without_steps(self, names: Sequence[str]) -> list[str]:
+        """Metrics files of these that have no step in them: of a run that ended in its first one."""
+        empty_bytes = {log.file_name: len(log.header) for log in FORMATS.values()}
+        return [name for name in names if os.lstat(self.path / name).st_size == empty_bytes.get(name)]
 
     def _write_identity(self, identity: _Identity) -> None:
         self._write(_IDENTITY, identity.model_dump_json(exclude_none=True) + "\n")

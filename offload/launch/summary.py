@@ -12,6 +12,16 @@ from pagemem.units import format_bytes
 BITS_PER_NAT = 1 / math.log(2)
 
 
+def measure_of(unit: str | None) -> str:
+    """What losses are shown in, by ``unit`` of the data."""
+    return "nats" if unit is None else f"bits per {unit}"
+
+
+def in_measure(nats: float, unit: str | None) -> float:
+    """A loss in what `measure_of` names."""
+    return nats if unit is None else nats * BITS_PER_NAT
+
+
 @dataclass(frozen=True, slots=True)
 class RunSummary:
     """Everything the closing table shows. Losses are validation losses, None when not measured.
@@ -41,11 +51,11 @@ class RunSummary:
     @property
     def measure(self) -> str:
         """What losses are shown in."""
-        return "nats" if self.unit is None else f"bits per {self.unit}"
+        return measure_of(self.unit)
 
     def shown(self, nats: float) -> float:
         """A loss in `measure`."""
-        return nats if self.unit is None else nats * BITS_PER_NAT
+        return in_measure(nats, self.unit)
 
     @property
     def speed(self) -> tuple[str, str]:
@@ -83,8 +93,8 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
         (f"validation after, {run.measure}", _loss(run, run.after_nats)),
     ]
     if run.unigram_bits is not None:
-        unit = "" if run.unit is None else f" per {run.unit}"
-        rows.append((f"unigram entropy of the validation text, bits{unit}", f"{run.unigram_bits:.3f}"))
+        unigram = run.shown(run.unigram_bits / BITS_PER_NAT)
+        rows.append((f"unigram entropy of the validation text, {run.measure}", f"{unigram:.3f}"))
     waiting = f"{stats.wait_s / run.train_s:.1%} of the time" if run.train_s else "-"
     rows += [run.speed, ("waiting for pages", waiting)]
     if stats.dropped_steps or stats.dropped_gradients:

@@ -101,7 +101,7 @@ def launch(config: Config, console: Console | None = None) -> int:
         check_budget(make_model, config, console)
         folder.claim()
         model, batches = build(config, make_model, make_data, stack)
-        with initialize(model, config) as engine, noted() as interrupt:
+        with initialize(model, config) as engine, noted(commits=config.commit.at_end) as interrupt:
             record = ValidationRecord()
             engine.track("launch", record)
             resumed = _resume(engine, console) if resumes else None
@@ -141,13 +141,16 @@ def _train(
     first = engine.steps
     n_parameters = sum(p.numel() for p in engine.model.parameters())
     print_line(console, f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes")
-    progress = Progress(console, config.train)
+    progress = Progress(console, config.train, batches.unit)
     validate = partial(validation_loss, engine, batches, config.model.factory, interrupt, progress.validating)
     if config.train.evaluate_batches and not first:
         record.before_nats = validate()
+    if interrupt.asked() or is_closed(console):  # Nothing has begun: what lies in the folder stays as it is.
+        if interrupt.asked():
+            print_line(console, _kept(config, "interrupted", first, first))
+        return
     others = [(reference, made_callback(reference)) for reference in config.output.callbacks]
-    ready = not interrupt.asked and first < config.train.steps
-    pair = batches.batch(first * config.update.accumulation) if ready else None
+    pair = batches.batch(first * config.update.accumulation) if first < config.train.steps else None
     set_aside = folder.begin(config, engine.run_id, resumes=resumed)
     kept = kept_metrics(folder.path, first, config.output.log)
     for note in (set_aside, kept.note):
@@ -158,7 +161,12 @@ def _train(
     loop = TrainingLoop(
         engine, config, batches, reporter, interrupt, record, kept.metrics, validate, lambda: is_closed(console)
     )
-    loop.run(RunStarted(config, folder.path, first, n_parameters, batches.unit), pair)
+    try:
+        loop.run(RunStarted(config, folder.path, first, n_parameters, batches.unit), pair)
+    except Exception:
+        if loop.ended:
+            print_line(console, _kept(config, "ended by an error", engine.steps, loop.committed))
+        raise
     summary = loop.summary()
     print_rows("Run", summary_rows(summary), console)
     model = config.model.factory.rpartition(":")[2]
@@ -167,18 +175,29 @@ def _train(
     if summary.after_nats is not None:
         folder.note_validation(engine.steps)
     print_line(console, f"metrics, configuration and loss curve are in {folder.path}")
-    if interrupt.asked:
-        print_line(console, _interrupted(config, engine.steps, loop.committed))
+    if interrupt.asked():
+        validated = summary.after_nats is not None
+        print_line(console, _kept(config, "interrupted", engine.steps, loop.committed, validated=validated))
 
 
-def _interrupted(config: TrainingConfig, steps: int, committed: int) -> str:
-    """What is kept of a run that a signal has ended, and how it continues."""
+def _kept(config: TrainingConfig, how: str, steps: int, committed: int, *, validated: bool = False) -> str:
+    """What is kept of a run that has ended early, and how it continues.
+
+    Args:
+        how: it has ended.
+        validated: whether the steps made are.
+    """
     if not steps:
-        return "interrupted before the first step"
-    said, where = f"interrupted after step {steps}", config.ssd.paths[0]
+        return f"{how} before the first step"
+    said, where = f"{how} after step {steps}", config.ssd.paths[0]
     if not committed:
         return f"{said}; nothing is committed (commit.at_end is false); the same command starts over"
     if committed < steps:
         return f"{said}; the same command resumes after step {committed}, committed in {where}"
-    to_do = "resumes from there" if steps < config.train.steps else "makes the validation that is missing"
-    return f"{said}, which is committed in {where}; the same command {to_do}"
+    if steps < config.train.steps:
+        to_do = "the same command resumes from there"
+    elif config.train.evaluate_batches and not validated:
+        to_do = "the same command makes the validation that is missing"
+    else:
+        to_do = "it was the last one, nothing is left to do"
+    return f"{said}, which is committed in {where}; {to_do}"

@@ -52,11 +52,38 @@ class Failing(Listening):
             raise ZeroDivisionError("by 3")
 
 
+class FailingAtBest(Listening):
+    """Raises in the method ``at`` for the best evaluation, of step 4."""
+
+    at = ""
+
+    def _fail(self, method: str, step: int) -> None:
+        if method == self.at and step == 4:
+            raise ZeroDivisionError(method)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self._fail("on_step", metrics.step)
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        self._fail("on_evaluation", evaluation.step)
+
+    def on_commit(self, commit: CommitBegun) -> None:
+        super().on_commit(commit)
+        self._fail("on_commit", commit.step)
+
+
 class FailingAtEnd(Listening):
     """Raises when it is ended."""
 
     def on_end(self, end: RunEnded) -> None:
         raise ZeroDivisionError("at the end")
+
+
+class Misspelt(Callback):
+    """Would never be called."""
+
+    def on_stepp(self, metrics: StepMetrics) -> None:
+        """Nothing."""
 
 
 class Half:
@@ -117,7 +144,8 @@ def test_a_callback_is_told_of_everything_in_order(raw: dict[str, Any]) -> None:
     lines = metrics(raw)
     assert [asdict(record) for record in heard if isinstance(record, StepMetrics)] == lines
     assert [line["validation_loss"] for line in lines] == [evaluations.get(step) for step in range(1, STEPS + 1)]
-    assert f"step 2/{STEPS}  validation loss {evaluations[2]:.4f}" in text
+    assert f"step 2/{STEPS}  validation loss {evaluations[2]:.4f} nats" in text
+    assert [line.split()[1] for line in text.splitlines() if "validation loss" in line] == ["0/6", "2/6", "4/6", "6/6"]
 
 
 def test_evaluation_changes_no_loss(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -152,11 +180,15 @@ def test_csv_alone_is_continued(raw: dict[str, Any]) -> None:
     assert not path.with_suffix(".jsonl").exists()
 
 
-def test_an_error_of_a_callback_is_raised_once_the_steps_are_committed(raw: dict[str, Any]) -> None:
+def test_an_error_of_a_callback_is_raised_once_the_steps_are_committed(
+    raw: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     raw["output"]["callbacks"] = [f"{HERE}:Failing", f"{HERE}:Listening"]
     with pytest.raises(ConfigError, match=f"output.callbacks: {HERE}:Failing: on_step fails: ZeroDivisionError: by 3"):
-        run(raw)
+        launch(load_config(raw), Console(width=300))
     assert commits(raw) == {3: None}
+    kept = f"ended by an error after step 3, which is committed in {raw['ssd']['paths'][0]}; the same command resumes"
+    assert kept in capsys.readouterr().out
     ends = [record for record in heard if isinstance(record, RunEnded)]
     assert [(end.step, type(end.error)) for end in ends] == [(3, ConfigError)] * 2
     raw["output"]["callbacks"] = []
@@ -174,6 +206,7 @@ def test_an_error_at_the_end_is_raised_when_all_callbacks_have_ended(raw: dict[s
     ("reference", "text"),
     [
         (f"{HERE}:Half", "returns a Half, which has no method on_step; derive it from offload.Callback"),
+        (f"{HERE}:Misspelt", "returns a Misspelt, whose on_stepp is never called; did you mean 'on_step'?"),
         (f"{HERE}:nothing", "has no attribute 'nothing'"),
         (f"{HERE}:heard", "is a list, not callable"),
     ],
@@ -201,10 +234,36 @@ def test_the_lowest_validation_loss_is_kept_by_name(raw: dict[str, Any], monkeyp
         (4, "best"),
         (6, None),
     ]
-    assert f"step 4/{STEPS}  validation loss 3.0000  (best)" in text
+    assert f"step 4/{STEPS}  validation loss 3.0000 nats  (best)" in text
     losses = iter([3.5, 2.0])
     raw["train"]["steps"] = 10
     assert run(raw)[0] == 0 and commits(raw) == {6: None, 10: "best"}, "the best so far is known after resuming"
+
+
+@pytest.mark.parametrize("method", ["on_step", "on_evaluation", "on_commit"])
+def test_the_best_commit_has_its_name_also_where_a_callback_fails_before_it(
+    method: str, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([9.0, 5.0, 3.0, 4.0])
+    monkeypatch.setattr("offload.launch.loop.validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr("offload.launch.train.validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(FailingAtBest, "at", method)
+    raw |= {"commit": {"keep_best": True}, "output": {**raw["output"], "callbacks": [f"{HERE}:FailingAtBest"]}}
+    with pytest.raises(ConfigError, match=f"{method} fails"):
+        run(raw)
+    assert commits(raw) == {4: "best"}
+    assert [(record.step, record.name) for record in heard if isinstance(record, CommitBegun)][-1] == (4, "best")
+    raw["output"]["callbacks"] = []
+    assert run(raw)[0] == 0 and commits(raw) == {4: "best", 6: None}
+
+
+def test_the_whole_commit_at_the_end_takes_the_name_over_in_lock_free_mode(raw: dict[str, Any]) -> None:
+    raw |= {"commit": {"keep_best": True}, "update": {"mode": "lock-free", "exact_steps": 0}}
+    raw["memory"]["ram"] = "8MiB"
+    raw["train"] |= {"steps": 2}
+    assert run(raw)[0] == 0
+    assert [(record.step, record.name) for record in heard if isinstance(record, CommitBegun)] == [(2, "best")] * 2
+    assert commits(raw) == {2: "best"}
 
 
 @pytest.mark.parametrize(

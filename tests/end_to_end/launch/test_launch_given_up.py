@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import signal
 import threading
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +50,83 @@ def test_sigterm_stops_as_ctrl_c_does(raw: dict[str, Any]) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All signals after the first come two seconds later."""
+    clock = chain([0.0], repeat(2.0))
+    monkeypatch.setattr("offload.launch.interrupt.time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_burst_of_signals_is_one_and_is_answered_at_once(
+    raw: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    raw["data"] = {"factory": f"{HERE}:interrupting_text", "arguments": {"times": 3, "name": name}}
+    assert run_command(raw, tmp_path) == 128 + signal.Signals[name]
+    said = capfd.readouterr()
+    assert said.out.splitlines()[-2:] == [
+        f"metrics, configuration and loss curve are in {tmp_path / 'run'}",
+        f"interrupted after step 4, which is committed in {tmp_path / 'pages'}; the same command resumes from there",
+    ]
+    again = "Ctrl-C" if name == "SIGINT" else name
+    assert said.err == (
+        f"offload: stopping after this step or validation batch, committing; {again} again, more than 1 s later, stops "
+        "at once, without a commit\n"
+    )
+
+
+def test_the_answer_says_when_nothing_will_be_committed(raw: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    raw["data"] = {"factory": f"{HERE}:interrupting_text", "arguments": {"times": 1}}
+    raw["commit"] = {"at_end": False}
+    assert run(raw)[0] == 130
+    assert "validation batch, without a commit (commit.at_end is false); Ctrl-C again" in capfd.readouterr().err
+
+
+def signalled_validation(raw: dict[str, Any], at: int) -> dict[str, Any]:
+    """The run with Ctrl-C in a validation."""
+    return {**raw, "data": {"factory": f"{HERE}:signalled_validation", "arguments": {"at": at, "name": "SIGINT"}}}
+
+
+def test_of_a_run_without_a_step_nothing_is_left(raw: dict[str, Any], tmp_path: Path) -> None:
+    for _ in range(2):
+        code, text = run(signalled_validation(raw, 0))
+        assert code == 130 and text.splitlines()[-1] == "interrupted before the first step"
+        assert "validating" not in text and not table(text) and "kept as" not in text
+        assert sorted(path.name for path in tmp_path.rglob("*")) == [
+            "data", "offload-run.json", "run", "train.bin", "validation.bin",
+        ]  # fmt: skip
+    run(raw)
+    before = content(tmp_path)
+    assert run(elsewhere_pages(signalled_validation(raw, 0), tmp_path))[0] == 130 and content(tmp_path) == before
+
+
+def elsewhere_pages(raw: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The same run folder, other page files."""
+    return {**raw, "ssd": {**raw["ssd"], "paths": [str(tmp_path / "others")]}}
+
+
+def test_metrics_without_a_step_are_not_set_aside(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["output"]["log"] = ["jsonl", "csv"]
+    failing = {**raw, "model": {**raw["model"], "factory": f"{HERE}:poisoned_at_once"}}
+    with pytest.raises(NonFiniteError):
+        run(failing)
+    code, text = run(raw)
+    assert code == 0 and "kept as" not in text and not list((tmp_path / "run").glob("*-1.*"))
+
+
+def test_ctrl_c_in_the_last_step_says_that_nothing_is_missing(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["train"] |= {"steps": 4, "evaluate_every": 4}
+    raw["output"]["callbacks"] = [f"{HERE}:Interrupting"]
+    code, text = run(raw)
+    assert code == 130 and table(text)["validation after, bits per byte"] != "not measured"
+    assert text.splitlines()[-1] == (
+        f"interrupted after step 4, which is committed in {tmp_path / 'pages'}; it was the last one, nothing is "
+        "left to do"
+    )
+    assert run(raw)[1].startswith("finished: ")
+
+
+@pytest.mark.usefixtures("apart")
 def test_a_second_sigterm_does_not_wait(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["data"] = {"factory": f"{HERE}:interrupting_text", "arguments": {"times": 2, "name": "SIGTERM"}}
     with pytest.raises(SystemExit) as ended:
@@ -55,6 +134,7 @@ def test_a_second_sigterm_does_not_wait(raw: dict[str, Any], tmp_path: Path) -> 
     assert ended.value.code == 143 and len(metrics(raw)) == 3
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("times", [2, 6])
 def test_a_second_ctrl_c_does_not_wait(
     raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], times: int

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from examples.byte_corpus import ByteCorpus
 from examples.byte_gpt import ByteGPT
+from offload import Callback
+from offload.callbacks import Evaluation
 
 SENTENCE = b"the quick brown fox jumps over the lazy dog. "
 
@@ -173,6 +175,22 @@ class Poisoned(ByteGPT):
 def poisoned(d_model: int, n_layer: int, n_head: int, seq: int) -> ByteGPT:
     """The model that fails."""
     return Poisoned(d_model, n_layer, n_head, seq, tied=False)
+
+
+def poisoned_at_once(d_model: int, n_layer: int, n_head: int, seq: int) -> ByteGPT:
+    """The model that fails in its first step."""
+    model = Poisoned(d_model, n_layer, n_head, seq, tied=False)
+    model.batches = 3
+    return model
+
+
+class Interrupting(Callback):
+    """Presses Ctrl-C when it hears of the last evaluation."""
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Of step 4."""
+        if evaluation.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 class Drawing(ByteGPT):

@@ -12,7 +12,7 @@ import pytest
 from reported_runs import reported
 from rich.console import Console
 
-from offload.callbacks import StepMetrics
+from offload.callbacks import Evaluation, StepMetrics
 from offload.config import TrainConfig
 from offload.console.tables import print_rows
 from offload.launch.loss_curve import save_loss_curve, smoothed
@@ -95,12 +95,12 @@ def test_the_table_worked_by_hand() -> None:
 
 
 def test_without_a_word_of_the_data_the_table_speaks_of_nats_and_samples() -> None:
-    run = dataclasses.replace(RUN, unit=None, tokens_per_sample=None, before_nats=8.01, unigram_bits=None)
+    run = dataclasses.replace(RUN, unit=None, tokens_per_sample=None, before_nats=8.01)
+    assert dict(summary_rows(run))["unigram entropy of the validation text, nats"] == f"{4.5 * math.log(2):.3f}"
+    run = dataclasses.replace(run, unigram_bits=None)
     rows = dict(summary_rows(run))
     assert rows["validation before, nats"] == "8.010" and rows["samples/s"] == "2.5"
     assert not [row for row in summary_rows(run) if "bits" in row[0] or "token" in row[0] or "unigram" in row[0]]
-    line = dataclasses.replace(metrics(4), tokens_per_s=None).line(10)
-    assert line.startswith("step 4/10  loss 0.5000  4.0 samples/s  RAM ")
 
 
 def test_counters_of_this_launch_are_of_its_own_steps() -> None:
@@ -169,10 +169,32 @@ def test_smoothing_is_centred() -> None:
     assert smoothed(losses)[0] == 4.0 and smoothed(losses)[100] == pytest.approx(3.0, abs=0.2)
 
 
-def test_a_line_has_every_figure() -> None:
-    assert metrics(4).line(10) == (
-        "step 4/10  loss 0.5000  512 tokens/s  RAM 3.0 MiB  SSD 1.0 MiB  2 MB/s  waiting 25.0%"
-    )
+def printed(tmp_path: Path, train: TrainConfig, unit: str | None, *records: StepMetrics | Evaluation) -> list[str]:
+    """The lines of a pipe."""
+    target, out = console(terminal=False)
+    with reported(tmp_path, Progress(target, train, unit)) as reporter:
+        for record in records:
+            reporter.tell(record)
+    return out.getvalue().splitlines()
+
+
+def test_a_line_has_every_figure_and_names_the_unit_of_the_loss(tmp_path: Path) -> None:
+    train = TrainConfig(steps=10, batch=1, log_every=4)
+    figures = "RAM 3.0 MiB  SSD 1.0 MiB  2 MB/s  waiting 25.0%"
+    rows = dataclasses.replace(metrics(4), tokens_per_s=None)
+    nats = ["step 4/10  loss 0.5000 nats  4.0 samples/s  " + figures, "step 4/10  validation loss 2.0000 nats  (best)"]
+    assert printed(tmp_path, train, None, rows, Evaluation(4, 2.0, best=True)) == nats
+    loss = 0.5 / math.log(2)
+    assert printed(tmp_path, train, "byte", metrics(4), Evaluation(4, 2.0, best=False)) == [
+        f"step 4/10  loss {loss:.4f} bits per byte  512 tokens/s  {figures}",
+        f"step 4/10  validation loss {4 * loss:.4f} bits per byte",
+    ]
+
+
+@pytest.mark.parametrize("step", [0, 10])
+def test_the_first_and_the_last_evaluation_have_lines(step: int, tmp_path: Path) -> None:
+    said = printed(tmp_path, TrainConfig(steps=10, batch=1), None, Evaluation(step, 2.0, best=step > 0))
+    assert said == [f"step {step}/10  validation loss 2.0000 nats" + ("  (best)" if step else "")]
 
 
 def test_metrics_are_on_disk_after_each_step(tmp_path: Path) -> None:
@@ -187,7 +209,7 @@ def test_metrics_are_on_disk_after_each_step(tmp_path: Path) -> None:
 
 def test_plain_lines_come_every_few_steps_and_at_the_end(tmp_path: Path) -> None:
     target, out = console(terminal=False)
-    with reported(tmp_path, Progress(target, TrainConfig(steps=7, batch=1, log_every=3))) as reporter:
+    with reported(tmp_path, Progress(target, TrainConfig(steps=7, batch=1, log_every=3), None)) as reporter:
         for step in range(1, 8):
             reporter.tell(metrics(step))
     assert [line.split()[1] for line in out.getvalue().splitlines()] == ["3/7", "6/7", "7/7"]
@@ -195,24 +217,24 @@ def test_plain_lines_come_every_few_steps_and_at_the_end(tmp_path: Path) -> None
 
 def test_a_terminal_gets_one_live_line(tmp_path: Path) -> None:
     target, out = console(terminal=True)
-    with reported(tmp_path, Progress(target, TrainConfig(steps=2, batch=1))) as reporter:
+    with reported(tmp_path, Progress(target, TrainConfig(steps=2, batch=1), None)) as reporter:
         reporter.tell(metrics(1))
         reporter.tell(metrics(2))
     assert "step 1/2" not in out.getvalue() and "2/2" in out.getvalue()
-    assert "loss 1.0000  512 tokens/s" in out.getvalue()
+    assert "loss 1.0000 nats  512 tokens/s" in out.getvalue()
 
 
 def test_a_long_validation_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, out = console(terminal=False)
-    progress = Progress(target, TrainConfig(steps=2, batch=1, evaluate_batches=3))
+    progress = Progress(target, TrainConfig(steps=2, batch=1, evaluate_batches=3), None)
     progress.validating(0)
     progress.validating(1)
-    assert out.getvalue() == "validating, 0 of 3 batches\n"
+    assert out.getvalue() == "", "a short one has the line of its result alone"
     monkeypatch.setattr("offload.launch.progress._VALIDATING_EVERY_S", 0.0)
     progress.validating(2)
-    assert out.getvalue().splitlines()[1:] == ["validating, 2 of 3 batches"]
+    assert out.getvalue() == "validating, 2 of 3 batches\n"
     target, out = console(terminal=True)
-    progress = Progress(target, TrainConfig(steps=2, batch=1, evaluate_batches=3))
+    progress = Progress(target, TrainConfig(steps=2, batch=1, evaluate_batches=3), None)
     with reported(tmp_path, progress):
         progress.validating(1)
     assert "validating, 1 of 3 batches" in out.getvalue() and "\nvalidating" not in out.getvalue()
