@@ -136,7 +136,7 @@ def _train(
     record: ValidationRecord,
     resumed: bool,
 ) -> None:
-    """All steps from here on, and the summary."""
+    """All steps from here on, and what closes the run."""
     assert config.output is not None
     first = engine.steps
     n_parameters = sum(p.numel() for p in engine.model.parameters())
@@ -167,16 +167,28 @@ def _train(
         if loop.ended:
             print_line(console, _kept(config, "ended by an error", engine.steps, loop.committed))
         raise
+    _close_books(config, engine, folder, console, interrupt, loop)
+
+
+def _close_books(
+    config: TrainingConfig,
+    engine: Engine,
+    folder: RunFolder,
+    console: Console,
+    interrupt: Interrupt,
+    loop: TrainingLoop,
+) -> None:
+    """Summary, picture, and what is kept of a run that a signal has ended."""
     summary = loop.summary()
     print_rows("Run", summary_rows(summary), console)
     model = config.model.factory.rpartition(":")[2]
-    title = f"{'/'.join(folder.path.parts[-2:])}: {model}, {n_parameters / 1e6:.1f}M parameters"
+    title = f"{'/'.join(folder.path.parts[-2:])}: {model}, {summary.n_parameters / 1e6:.1f}M parameters"
     save_loss_curve(folder.path / CURVE, loop.metrics, summary, title)
-    if summary.after_nats is not None:
+    validated = summary.after_nats is not None
+    if validated:
         folder.note_validation(engine.steps)
     print_line(console, f"metrics, configuration and loss curve are in {folder.path}")
     if interrupt.asked():
-        validated = summary.after_nats is not None
         print_line(console, _kept(config, "interrupted", engine.steps, loop.committed, validated=validated))
 
 
