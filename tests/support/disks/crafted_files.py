@@ -191,9 +191,15 @@ def _side_damages(folder: Path) -> Iterator[Damage]:
         "an unknown dtype": {"dtype": "F1"},
         "an attribute for a dtype": {"dtype": "__class__"},
         "another dtype": {"dtype": "I32"},
+        "a dtype that is never written": {"dtype": "F8_E8M0", "shape": [end - begin]},
+        "half a byte": {"dtype": "F4", "shape": [2 * (end - begin)]},
+        "no elements of 2^63 rows": {"shape": [2**63, 0], "data_offsets": [begin, begin]},
+        "no elements of 2^53 rows": {"shape": [2**53, 2**53, 0], "data_offsets": [begin, begin]},
     }.items():
         body = json.dumps({**header, name: {**header[name], **entry}}).encode()
         yield Damage("side", what, lambda folder, body=body: write(folder, body))
+    renamed = json.dumps({f"\x1b[2J{key}\n" if key == name else key: entry for key, entry in header.items()}).encode()
+    yield Damage("side", "a name that clears the screen", lambda folder: write(folder, renamed))
     for what, n_bytes in (
         ("a header longer than the file", 2**40),
         ("a header of no bytes", 0),
