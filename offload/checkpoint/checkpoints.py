@@ -30,6 +30,7 @@ from offload.commits.sidecar import read_sidecar
 from offload.commits.stored_layout import names_of, stored_units, unlike_state_dict
 from offload.config import Config
 from offload.parameters.paged_parameter import PagedParameter
+from offload.sources.safetensors_file import DTYPES
 from offload.store.page_store import PageStore
 from optim.optimizer import PagedOptimizer
 from optim.unit import Slot
@@ -96,7 +97,8 @@ class Checkpoints:
 
         Raises:
             ValueError: the name is empty, too long, or not one line. Nothing was begun, as after the next.
-            CommitError: a tracked state or a parameter group has something that cannot be committed; says where.
+            CommitError: a tracked state, a parameter group or a buffer has something that cannot be committed; says
+                where.
             RuntimeError: the model no longer has the parameters that are in pages.
         """
         if name is not None and (not name or len(name) > _MAX_NAME or not name.isprintable()):
@@ -156,6 +158,12 @@ class Checkpoints:
 
     def _sidecar(self) -> bytes:
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in self._ordinary_tensors().items()}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES.values():
+                raise CommitError(
+                    f"{name} has {tensor.dtype}, which cannot be committed; give it another dtype, or register it as a "
+                    "buffer that is not persistent"
+                )
         return save_tensors(tensors) if tensors else b""
 
     def _ordinary_tensors(self) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize, prune
 
 import offload
 from offload.modules.structure import Structure
+from pagemem.errors import CommitError
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -124,6 +125,17 @@ def test_modules_without_parameters_and_buffers_come_and_go_freely_and_the_expor
         exported, expected = load_file(folder / "model.safetensors"), plain.state_dict()
         assert set(exported) == set(expected) == set(engine.model.state_dict())
         assert all(torch.equal(exported[name], value) for name, value in expected.items())
+    assert_closed(engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.complex128])
+def test_a_buffer_that_could_not_be_read_back_is_not_committed(dtype: torch.dtype, tmp_path: Path) -> None:
+    with engine_of(built(), tmp_path) as engine:
+        engine.model.register_buffer("odd", torch.ones(4).to(dtype))
+        with pytest.raises(CommitError, match=f"odd has {dtype}, which cannot be committed"):
+            engine.save()
+        engine.model.register_buffer("odd", torch.ones(4).to(dtype), persistent=False)
+        engine.save()
     assert_closed(engine)
 
 
