@@ -25,6 +25,7 @@ from offload.heap import give_back_large_blocks, keep_freed_memory, tcache_disab
 from offload.modules.checks import check_parameters
 from offload.modules.fast_paths import keep_fast_paths
 from offload.modules.structure import Structure
+from offload.parameters.inner_tensors import all_parameters, reveal
 from offload.parameters.optimizer_template import OptimizerLike, assign_groups, optimized_by, template_of
 from offload.parameters.paged_parameter import PagedParameter
 from offload.parameters.saved_weights import SavedWeights
@@ -119,9 +120,10 @@ def built_store(model: nn.Module, config: Config) -> PageStore | None:
         raise ValueError(
             f"the model is {described(model)}; give a torch.nn.Module first, then the optimizer, then the configuration"
         )
+    reveal(model)
     store = store_of(model)
     if store is not None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in all_parameters(model):
             adopt_view(store.binder, store.index.units, name, parameter)
     check_parameters(model, StoreParts.device if store is None else store.parts.device)
     if store is not None:

@@ -29,6 +29,7 @@ from offload.commits.run_commits import Commit
 from offload.commits.sidecar import read_sidecar
 from offload.commits.stored_layout import names_of, stored_units, unlike_state_dict
 from offload.config import Config
+from offload.parameters.inner_tensors import is_wrapper
 from offload.parameters.paged_parameter import PagedParameter
 from offload.sources.safetensors_file import DTYPES
 from offload.store.page_store import PageStore
@@ -169,7 +170,7 @@ class Checkpoints:
     def _ordinary_tensors(self) -> dict[str, Tensor]:
         """Persistent buffers, and parameters that are not paged."""
         found: dict[str, Tensor] = {
-            n: p for n, p in self._model.named_parameters() if not isinstance(p, PagedParameter)
+            n: p for n, p in self._model.named_parameters() if not isinstance(p, PagedParameter) and not is_wrapper(p)
         }
         for prefix, module in self._model.named_modules():
             for key, buffer in module.named_buffers(recurse=False):

@@ -14,6 +14,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from offload.parameters.inner_tensors import is_wrapper
 from optim.unit import Unit
 from pagemem.folders.small_file import Count, Line, Record
 from pagemem.tier import Tag
@@ -106,5 +107,5 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             (key, buffer) for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set
         )
         for key, tensor in kept.items():
-            if tensor is not None:
+            if tensor is not None and not is_wrapper(tensor):
                 yield f"{prefix}.{key}" if prefix else key, tensor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from offload.parameters.inner_tensors import all_parameters, is_packed, is_wrapper
 from offload.parameters.paged_parameter import PagedParameter
 
 #: What pages hold with the bits of plain PyTorch: updates are made in fp32, of the parameters or of their masters.
@@ -23,7 +24,7 @@ def check_parameters(model: nn.Module, device: str = "cpu") -> None:
         device: kind of device that the parameters are to be on.
     """
     _check_uncompiled(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in all_parameters(model):
         if is_lazy(parameter):
             raise ValueError(
                 f"{name} is not initialised yet (a lazy module's); run the model's forward once before the engine is "
@@ -77,9 +78,9 @@ def check_values(name: str, parameter: Tensor, device: str) -> None:
             f"{name} is {parameter.dtype}, but updates in pages are made in float32; build the model in float32 "
             "(model.float() before offload.prepare), bfloat16 or float16, or keep what is not trained as a buffer"
         )
-    if isinstance(parameter, PagedParameter):
+    if isinstance(parameter, PagedParameter) or is_wrapper(parameter):
         return
-    if type(parameter) is not nn.Parameter:
+    if type(parameter) is not nn.Parameter and not is_packed(parameter):
         raise ValueError(
             f"{name} is of the class {type(parameter).__name__}, which it would lose in pages; use nn.Parameter itself"
         )
@@ -99,7 +100,9 @@ def _check_separate(model: nn.Module) -> None:
     memory."""
     places: dict[tuple[int, int], str] = {}
     spans: list[tuple[int, int, str]] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in all_parameters(model):
+        if is_wrapper(parameter):
+            continue
         if isinstance(parameter, PagedParameter):
             place = parameter._place
             other = places.setdefault((id(place.unit), place.slot.offset), name)

@@ -18,7 +18,7 @@ from offload.activations.saved import SavedActivations
 from offload.heap import ForwardEnd, give_back_free_pages
 from offload.hooks import refuse_compilers
 from offload.parameters.edits import Edits
-from offload.parameters.paged_parameter import PagedParameter, Place
+from offload.parameters.paged_parameter import PagedParameter, Place, paged_class, plain_class
 from offload.parameters.state_copies import StateCopies
 from offload.parameters.tensor_functions import EXPORTS, UNCOUNTED, among, no_torch_function
 from offload.parameters.without_values import WithoutValues, assign
@@ -111,7 +111,7 @@ class Binder:
         already. There may be several for one slot, as ``nn.Parameter(paged)`` makes them."""
         place = Place(self, unit, slot)
         assign(parameter, place.placeholder)
-        parameter.__class__ = PagedParameter
+        parameter.__class__ = paged_class(type(parameter))
         assert isinstance(parameter, PagedParameter)
         parameter._place = place
         return parameter
@@ -129,7 +129,7 @@ class Binder:
             refuse_compilers(parameters[0]._place.slot.name)
         if self.closed:
             raise self.refusal(parameters[0]._place.slot.name)
-        copying = self.state_copies.copying and getattr(func, "__name__", "") == "detach"
+        copying = self.state_copies.copying and getattr(func, "__name__", "").partition(".")[0] == "detach"
         with self._scope(), self.bound(parameters):
             self.edits.before_writes(parameters)
             versions = [parameter._version for parameter in parameters]
@@ -330,7 +330,7 @@ class Binder:
         with no_torch_function(), self.driver.untraced(), self.bound([parameter]):
             values = parameter.detach().to(device, copy=True)
         assign(parameter, values)
-        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+        parameter.__class__ = plain_class(type(parameter))  # type: ignore[assignment]
         del parameter._place
 
     def close(self) -> None:

@@ -12,21 +12,25 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from offload.parameters.inner_tensors import is_pageable, own_parameters
+
 #: Parameters with their names, which are never split over units.
 Group = list[tuple[str, nn.Parameter]]
+#: Neighbours are of one dtype, and all trained or all frozen.
+_Kind = tuple[torch.dtype, bool]
 
 
 def own_groups(name: str, module: nn.Module, known: Callable[[nn.Parameter], bool]) -> list[Group]:
     """A module's own parameters that belong into pages, those of one dtype that are trained, or frozen, in order. Of
-    integers and truth values, none does.
+    integers and truth values, only quantised ones do.
 
     Args:
         name: the module's, to begin its parameters' names with.
         known: whether a parameter is in a unit already, or waits for one.
     """
     groups: dict[tuple[torch.dtype, bool], Group] = {}
-    for key, parameter in module.named_parameters(recurse=False):
-        if not known(parameter) and not is_lazy(parameter) and parameter.is_floating_point():
+    for key, parameter in own_parameters(module):
+        if not known(parameter) and not is_lazy(parameter) and is_pageable(parameter):
             groups.setdefault((parameter.dtype, parameter.requires_grad), []).append(
                 (f"{name}.{key}" if name else key, parameter)
             )
@@ -57,8 +61,7 @@ class Neighbours:
 
     def __init__(self, page_bytes: int) -> None:
         self._page_bytes = page_bytes
-        self._waiting: dict[bool, Group] = {}  # by whether they are trained, as all below
-        self._n_bytes = {True: 0, False: 0}
+        self._waiting: dict[_Kind, Group] = {}
         self._ids: set[int] = set()
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
@@ -66,32 +69,31 @@ class Neighbours:
 
     def take(self, group: Group) -> list[Group]:
         """Let a group wait; returns the units that are complete with it, in order."""
-        trained = group[0][1].requires_grad
-        n_bytes = sum(parameter.numel() * parameter.element_size() for _, parameter in group)
-        waiting, complete = self._waiting.get(trained), []
-        if waiting and (
-            self._n_bytes[trained] + n_bytes > self._page_bytes or waiting[0][1].dtype != group[0][1].dtype
-        ):
-            complete += self._complete(trained)
-        self._waiting.setdefault(trained, []).extend(group)
+        kind = (group[0][1].dtype, group[0][1].requires_grad)
+        waiting, complete = self._waiting.get(kind, []), []
+        if waiting and _n_bytes(waiting) + _n_bytes(group) > self._page_bytes:
+            complete += self._complete(kind)
+        self._waiting.setdefault(kind, []).extend(group)
         self._ids.update(id(parameter) for _, parameter in group)
-        self._n_bytes[trained] += n_bytes
-        if self._n_bytes[trained] >= self._page_bytes:
-            complete += self._complete(trained)
+        if _n_bytes(self._waiting[kind]) >= self._page_bytes:
+            complete += self._complete(kind)
         return complete
 
     def flush(self) -> list[Group]:
         """The units of what waits, the one that began first; nothing waits any more."""
-        return [unit for trained in list(self._waiting) for unit in self._complete(trained)]
+        return [unit for kind in list(self._waiting) for unit in self._complete(kind)]
 
-    def _complete(self, trained: bool) -> list[Group]:
+    def _complete(self, kind: _Kind) -> list[Group]:
         """One unit, unless some were given another dtype meanwhile."""
         by_dtype: dict[torch.dtype, Group] = {}
-        for name, parameter in self._waiting.pop(trained):
+        for name, parameter in self._waiting.pop(kind):
             by_dtype.setdefault(parameter.dtype, []).append((name, parameter))
             self._ids.discard(id(parameter))
-        self._n_bytes[trained] = 0
         return list(by_dtype.values())
+
+
+def _n_bytes(group: Group) -> int:
+    return sum(parameter.numel() * parameter.element_size() for _, parameter in group)
 
 
 def units_of(groups: Iterable[Group], page_bytes: int) -> list[Group]:

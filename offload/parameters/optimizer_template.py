@@ -89,7 +89,8 @@ def template_from(section: OptimizerConfig, model: nn.Module) -> torch.optim.Opt
         if parameter.requires_grad:
             free = any((parameter.ndim < 2) if key == "1d" else (key in name) for key in section.no_decay)
             (undecayed if free else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
+    # Of a model without trainable parameters (a teacher, the base of adapters to come) there is one, empty group.
+    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed or not undecayed else []
     if undecayed:
         groups.append({"params": undecayed, "weight_decay": 0.0})
     common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "fused": True}

@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any, Final, Protocol
 
 import torch
@@ -87,9 +88,9 @@ class Place:
 
     def _nan(self) -> Tensor:
         # NaN: values read past the binder's back are conspicuous, and zero strides make writes fail.
-        return torch.full((), float("nan"), dtype=self.slot.dtype, device=self.binder.torch_device).expand(
-            self.slot.shape
-        )
+        dtype = self.slot.dtype
+        value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        return torch.full((), value, dtype=dtype, device=self.binder.torch_device).expand(self.slot.shape)
 
     def follow(self, parameter: PagedParameter) -> None:
         """Where the unit went on in another dtype or on another device, so does the parameter."""
@@ -189,6 +190,27 @@ class PagedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(f"{self._place.slot.name}: a paged parameter cannot be pickled; use model.state_dict()")
+
+
+@cache
+def paged_class(plain: type[nn.Parameter]) -> type[PagedParameter]:
+    """The class of paged parameters that were of class ``plain``: they still are, and others (peft) know its name."""
+    if issubclass(plain, PagedParameter):
+        return plain
+    if plain is nn.Parameter:
+        return PagedParameter
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        same = device in (None, self.device) and dtype in (None, self.dtype)
+        return self if same else plain.to(self, *args, **kwargs)
+
+    return type(plain.__name__, (PagedParameter, plain), {"to": to, "__module__": plain.__module__})
+
+
+def plain_class(paged: type[nn.Parameter]) -> type[nn.Parameter]:
+    """The inverse of `paged_class`."""
+    return nn.Parameter if paged is PagedParameter else paged.__bases__[1]
 
 
 def _copy_into(parameter: PagedParameter, values: Tensor) -> None:

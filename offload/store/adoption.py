@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from offload.parameters.grouping import Group, common_name, groups_of, units_of
+from offload.parameters.inner_tensors import all_parameters, conceal, is_wrapper
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.masters import add_masters, narrow
 from offload.store.new_units import Sources, pieces_in_unit
@@ -35,21 +36,24 @@ def adopt(store: PageStore, model: nn.Module, optimized: Collection[int]) -> Non
     """
     _repack(store, model)
     trained: set[Unit] = set()
-    for order, (name, parameter) in enumerate(model.named_parameters()):
+    for order, (name, parameter) in enumerate(all_parameters(model)):
         if isinstance(parameter, PagedParameter):
             parameter._place.slot.name, parameter._place.slot.order = name, order
             if id(parameter) in optimized:
                 trained.add(parameter._place.unit)
+    names: Counter[str] = Counter()
     for unit in store.index.units:
-        unit.name = unit.parameters.name = common_name([slot.name for slot in unit.slots])
+        name = common_name([slot.name for slot in unit.slots])
+        names[name] += 1  # Parameters of several dtypes in one module are several units.
+        unit.name = unit.parameters.name = name if names[name] == 1 else f"{name} ({names[name]})"
         _convert(store, unit, store.compute_dtype or unit.dtype, trained=unit in trained)
     if store.device_tier is not None:
         store.compute_on(store.device_tier)
     device = None if store.accelerator is None else store.accelerator.torch_device
-    for parameter in model.parameters():
+    for _, parameter in all_parameters(model):
         if isinstance(parameter, PagedParameter):
             parameter._place.follow(parameter)
-        elif device is not None:
+        elif device is not None and not is_wrapper(parameter):
             parameter.data = parameter.data.to(device)
     _move_buffers(model, store.compute_dtype, device)
 
@@ -118,6 +122,8 @@ def _take(store: PageStore, unit: Unit, pieces: Mapping[Slot, Sequence[SourcePie
 def _convert(store: PageStore, unit: Unit, dtype: torch.dtype, *, trained: bool) -> None:
     """Have a unit go on in ``dtype``; one that is trained in 16 bits gets fp32 masters, with the values as they were
     built."""
+    if not unit.dtype.is_floating_point:
+        return  # quantised
     if trained and dtype is not torch.float32:
         add_masters(store.mover, store.driver, unit)
     if dtype is not unit.dtype:
@@ -131,9 +137,11 @@ def give_back(store: PageStore, model: nn.Module) -> None:
         StorageError: some values cannot be read; those parameters are still paged.
     """
     device = store.parts.device
-    for parameter in model.parameters():
+    for _, parameter in list(all_parameters(model)):
         if isinstance(parameter, PagedParameter):
             store.binder.give_back(parameter, device)
+        elif is_wrapper(parameter):
+            conceal(parameter)
         elif not parameter.is_meta:
             parameter.data = parameter.data.to(device)
     _move_buffers(model, None, torch.device(device))
