@@ -9,6 +9,7 @@ are reads no page.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from offload.hooks import MethodHook
 from offload.parameters.binder import Binder
-from offload.parameters.paged_parameter import PagedParameter
+from offload.parameters.paged_parameter import PagedParameter, Revealed
 
 #: What torch does to every parameter and buffer of a module.
 Conversion = Callable[[Tensor], Tensor]
@@ -41,7 +42,9 @@ def guard_conversions(module: nn.Module, binder: Binder, waits: Callable[[nn.Par
         keeps = _keeps(fn, _paged_parameters(module, waits, recurse=recurse))
         binder.converting = True
         try:
-            return plain((lambda t: t if isinstance(t, PagedParameter) else fn(t)) if keeps else fn, recurse)
+            kept = (lambda tensor: tensor if isinstance(tensor, PagedParameter) else fn(tensor)) if keeps else fn
+            with _set_aside(module) if keeps else nullcontext():
+                return plain(kept, recurse)
         finally:
             binder.converting = False
 
@@ -54,7 +57,7 @@ def _paged_parameters(
     for name, parameter in module.named_parameters(recurse=recurse):
         if isinstance(parameter, PagedParameter):
             yield parameter._place.slot.name, parameter
-        elif waits(parameter):
+        elif isinstance(parameter, Revealed) or waits(parameter):
             yield f"{type(module).__name__}.{name}", parameter
 
 
@@ -72,6 +75,24 @@ def _keeps(fn: Conversion, parameters: Iterable[tuple[str, nn.Parameter]]) -> bo
             _refuse_change(name, before, stride, after)
             kinds[kind] = after is before
     return all(kinds.values())
+
+
+@contextmanager
+def _set_aside(module: nn.Module) -> Iterator[None]:
+    """Have a module's parameters that wrap paged tensors out of torch's way, which would swap them for others."""
+    places = [
+        (part._parameters, key, parameter)
+        for part in module.modules()
+        for key, parameter in part._parameters.items()
+        if isinstance(parameter, Revealed)
+    ]
+    try:
+        for parameters, key, _ in places:
+            parameters[key] = None
+        yield
+    finally:
+        for parameters, key, parameter in places:
+            parameters[key] = parameter
 
 
 def _refuse_change(name: str, before: Tensor, stride: tuple[int, ...], after: Tensor) -> None:

@@ -14,11 +14,13 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from offload.parameters.paged_parameter import PagedParameter
-from offload.parameters.tensor_functions import METADATA
+from offload.parameters.paged_parameter import PagedParameter, Revealed
+from offload.parameters.tensor_functions import METADATA, among, no_torch_function
 
 #: Attributes of a packed parameter's state that hold a tensor, or another state.
 _STATE_ATTRIBUTES: Final = ("absmax", "code", "offset", "state2")
+#: Attribute of a module of bitsandbytes that has it replace its weights by others, rounded, when it is evaluated.
+_REPACKS: Final = "support_avx512bf16_for_cpu"
 
 
 def is_wrapper(parameter: Tensor) -> bool:
@@ -26,7 +28,7 @@ def is_wrapper(parameter: Tensor) -> bool:
     return not isinstance(parameter, PagedParameter) and is_traceable_wrapper_subclass(parameter)
 
 
-def is_packed(parameter: Tensor) -> bool:
+def is_packed(parameter: Tensor | None) -> bool:
     """Whether a parameter holds packed values, of which a state of its own says what they mean."""
     return getattr(parameter, "quant_state", None) is not None
 
@@ -43,60 +45,68 @@ def _wrapper_class(plain: type[nn.Parameter]) -> type[nn.Parameter]:
     """The class of wrappers that were of class ``plain``: it binds what is inside for the length of each call.
 
     Not every operation of a wrapper asks the tensors inside for theirs: torch calls most with their
-    ``__torch_function__`` off.
+    ``__torch_function__`` off. For that length the wrappers are of class ``plain`` again, which some operations ask.
     """
 
     def torch_function(
         cls: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
-        call = super(made, cls).__torch_function__
-        inside = [] if func in METADATA else _paged_inside([*args, *named.values()])
-        if not inside:
-            return call(func, types, args, named)
-        binder: Any = inside[0]._place.binder
-        with binder.using(inside):
-            result = call(func, types, args, named)
-            return _plain_results(result, copy=binder.copying > 0)
+        wrappers = {wrapper: type(wrapper) for wrapper in among(Revealed, [*args, *named.values()])}
+        try:
+            for wrapper, revealed in wrappers.items():
+                wrapper.__class__ = revealed._plain
+            inside = [] if func in METADATA else _paged_inside(wrappers)
+            return _bound_call(func, args, named, inside) if inside else func(*args, **named)
+        finally:
+            for wrapper, revealed in wrappers.items():
+                wrapper.__class__ = revealed
 
     made: Any = type(
         plain.__name__,
-        (plain,),
+        (Revealed, plain),
         {"__torch_function__": classmethod(torch_function), "_plain": plain, "__module__": plain.__module__},
     )
     return made  # type: ignore[no-any-return]
 
 
-def _paged_inside(values: Iterable[Any]) -> list[PagedParameter]:
-    found = [inner for value in values if isinstance(value, Tensor) for _, _, inner in _inner(value)]
-    return [inner for inner in found if isinstance(inner, PagedParameter)]
+def _bound_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inside: list[PagedParameter]) -> Any:
+    """Call ``func`` on wrappers with what is ``inside`` of them bound; what it writes there is kept, as is what is
+    written later through the views that it returns."""
+    binder: Any = inside[0]._place.binder
+    edits = binder.edits
+    with binder.using(inside):
+        with no_torch_function():
+            edits.before_writes(inside)
+            versions = [parameter._version for parameter in inside]
+        result = func(*args, **kwargs)
+        copying = binder.state_copies.copying and isinstance(result, Tensor) and is_wrapper(result)
+        with no_torch_function():
+            exposes = not copying and edits.exposes([*among(Tensor, [result]), *_inside(among(Tensor, [result]))])
+            for parameter, version in zip(inside, versions, strict=True):
+                if parameter._version != version:
+                    edits.check_whole(parameter)
+                    edits.changed(parameter._place)
+                if exposes:
+                    edits.exposed(parameter, counted=True, in_pass=binder.forwards > 0)
+        return result.clone() if copying and not _paged_inside([result]) else result
 
 
-def _plain_results(result: Any, *, copy: bool) -> Any:
-    """What an operation of a wrapper has returned, of the class that it has in plain PyTorch."""
-    if isinstance(result, (tuple, list)):
-        return type(result)(_plain_results(one, copy=copy) for one in result)
-    if isinstance(result, Tensor) and is_wrapper(result) and not _paged_inside([result]):
-        result.__class__ = _plain_class(type(result))
-        return result.clone() if copy else result
-    return result
+def _inside(values: Iterable[Tensor]) -> list[Tensor]:
+    return [inner for value in values for _, _, inner in _inner(value)]
 
 
-def _plain_class(made: type[Any]) -> type[Any]:
-    return getattr(made, "_plain", made)
-
-
-def conceal(parameter: nn.Parameter) -> None:
-    """The inverse of `reveal` for one wrapper, whose tensors are ordinary again."""
-    parameter.__class__ = _plain_class(type(parameter))
+def _paged_inside(values: Iterable[Tensor]) -> list[PagedParameter]:
+    return [inner for inner in _inside(values) if isinstance(inner, PagedParameter)]
 
 
 def reveal(model: nn.Module) -> None:
     """Have the tensors inside of quantised parameters be frozen parameters in their places. Idempotent.
 
     Raises:
-        ValueError: a quantised parameter is to be trained.
+        ValueError: a quantised parameter is to be trained, or is in the form that bitsandbytes evaluates with.
     """
+    made: dict[Tensor, nn.Parameter] = {}  # Several parameters may share a tensor.
     for name, parameter in model.named_parameters():
         for owner, path, inner in _inner(parameter):
             if parameter.requires_grad:
@@ -104,12 +114,37 @@ def reveal(model: nn.Module) -> None:
                     f"{name} is quantised ({type(parameter).__name__}) and requires a gradient; freeze it with "
                     "requires_grad_(False), and train an adapter over it"
                 )
-            if not isinstance(inner, nn.Parameter):
-                made = nn.Parameter(inner.detach().contiguous(), requires_grad=False)
-                made._is_inner = True  # type: ignore[attr-defined]
-                setattr(owner, path.rpartition(".")[2], made)
-        if is_wrapper(parameter) and _plain_class(type(parameter)) is type(parameter):
+            if getattr(owner, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"{name} has been repacked by bitsandbytes for evaluation on this CPU, which rounds it; prepare "
+                    "the model before its first evaluation"
+                )
+            if not isinstance(inner, PagedParameter):
+                if not isinstance(inner, nn.Parameter):
+                    if inner not in made:
+                        made[inner] = nn.Parameter(inner.detach().contiguous(), requires_grad=False)
+                    inner = made[inner]
+                    setattr(owner, path.rpartition(".")[2], inner)
+                inner._is_inner = True  # type: ignore[attr-defined]
+        if is_wrapper(parameter) and not isinstance(parameter, Revealed):
             parameter.__class__ = _wrapper_class(type(parameter))
+
+
+def conceal(model: nn.Module) -> None:
+    """The inverse of `reveal` and `forbid_repacking`; parameters are ordinary again."""
+    for parameter in model.parameters():
+        if isinstance(parameter, Revealed):
+            parameter.__class__ = parameter._plain
+    for module in model.modules():
+        if _REPACKS in vars(module) and getattr(module, _REPACKS) is None:
+            setattr(module, _REPACKS, True)
+
+
+def forbid_repacking(model: nn.Module) -> None:
+    """Have modules of bitsandbytes evaluate with their weights as they are, which pages hold."""
+    for module in model.modules():
+        if vars(module).get(_REPACKS) and isinstance(module._parameters.get("weight"), PagedParameter):
+            setattr(module, _REPACKS, None)
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -121,9 +156,13 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter once, in the order of ``model.named_parameters()``, and after each the tensors inside of it."""
+    seen: set[nn.Parameter] = set()
     for name, parameter in model.named_parameters():
         yield name, parameter
-        yield from ((f"{name}.{path}", inner) for path, inner in _parameters_inside(parameter))
+        for path, inner in _parameters_inside(parameter):
+            if inner not in seen:
+                seen.add(inner)
+                yield f"{name}.{path}", inner
 
 
 def _parameters_inside(parameter: Tensor) -> Iterator[tuple[str, nn.Parameter]]:

@@ -11,6 +11,7 @@ down) is a lease of the arena: the pages stay where they are until the last alia
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -101,6 +102,18 @@ class Place:
             parameter.data = self.placeholder
 
 
+class Revealed:
+    """A parameter that wraps other tensors, which are in pages.
+
+    Attributes:
+        _plain: the class that it is of without us.
+    """
+
+    __slots__ = ()
+
+    _plain: Any
+
+
 class PagedParameter(nn.Parameter):
     """A parameter whose values live in pages. Made from an ordinary one in place, so that its identity stays."""
 
@@ -118,6 +131,8 @@ class PagedParameter(nn.Parameter):
         named = dict(kwargs or {})
         if PagedGradient in types and func != SET_GRAD:
             return NotImplemented  # It comes next, and then again to us, without gradients.
+        if any(issubclass(kind, Revealed) for kind in types):
+            return NotImplemented  # It binds what is inside, and then it comes to us again.
         with no_torch_function():
             if func in METADATA:
                 return func(*args, **named)
@@ -200,12 +215,37 @@ def paged_class(plain: type[nn.Parameter]) -> type[PagedParameter]:
     if plain is nn.Parameter:
         return PagedParameter
 
-    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(plain.__name__, (_Packed, plain), {"__module__": plain.__module__})
+
+
+class _Packed(PagedParameter):
+    """A packed parameter (Params4bit of bitsandbytes) in pages."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, not as that of the class."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         same = device in (None, self.device) and dtype in (None, self.dtype)
-        return self if same else plain.to(self, *args, **kwargs)
+        return self if same else super().to(*args, **kwargs)
 
-    return type(plain.__name__, (PagedParameter, plain), {"to": to, "__module__": plain.__module__})
+    def view(self, *shape: Any) -> Any:
+        """As torch's; of the shape that it has itself: autograd functions of bitsandbytes keep that until the backward
+        pass, and a view would keep pages in RAM."""
+        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (list, tuple)) else shape
+        own = len(sizes) == self.ndim and all(size in (-1, n) for size, n in zip(sizes, self.shape, strict=True))
+        return self if own else super().view(*shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """One that is not in pages, with the values and the state of this."""
+        with torch.no_grad():
+            copied: Any = torch.Tensor._make_subclass(plain_class(type(self)), self.clone(), self.requires_grad)
+        memo[id(self)] = copied
+        for key, value in vars(self).items():
+            if key != "_place":
+                vars(copied)[key] = copy.deepcopy(value, memo) if key == "quant_state" else memo.get(id(value), value)
+        return copied  # type: ignore[no-any-return]
+
+    def __copy__(self) -> Any:
+        return self.__reduce_ex__(2)
 
 
 def plain_class(paged: type[nn.Parameter]) -> type[nn.Parameter]:

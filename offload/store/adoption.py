@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from offload.parameters.grouping import Group, common_name, groups_of, units_of
-from offload.parameters.inner_tensors import all_parameters, conceal, is_wrapper
+from offload.parameters.inner_tensors import all_parameters, conceal, forbid_repacking, is_wrapper
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.masters import add_masters, narrow
 from offload.store.new_units import Sources, pieces_in_unit
@@ -55,6 +55,7 @@ def adopt(store: PageStore, model: nn.Module, optimized: Collection[int]) -> Non
             parameter._place.follow(parameter)
         elif device is not None and not is_wrapper(parameter):
             parameter.data = parameter.data.to(device)
+    forbid_repacking(model)
     _move_buffers(model, store.compute_dtype, device)
 
 
@@ -140,10 +141,9 @@ def give_back(store: PageStore, model: nn.Module) -> None:
     for _, parameter in list(all_parameters(model)):
         if isinstance(parameter, PagedParameter):
             store.binder.give_back(parameter, device)
-        elif is_wrapper(parameter):
-            conceal(parameter)
-        elif not parameter.is_meta:
+        elif not (parameter.is_meta or is_wrapper(parameter)):
             parameter.data = parameter.data.to(device)
+    conceal(model)
     _move_buffers(model, None, torch.device(device))
 
 
