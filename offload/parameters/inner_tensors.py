@@ -52,7 +52,7 @@ def _wrapper_class(plain: type[nn.Parameter]) -> type[nn.Parameter]:
         cls: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
-        wrappers = {wrapper: type(wrapper) for wrapper in among(Revealed, [*args, *named.values()])}
+        wrappers = {w: type(w) for w in among(Tensor, [*args, *named.values()]) if isinstance(w, Revealed)}
         try:
             for wrapper, revealed in wrappers.items():
                 wrapper.__class__ = revealed._plain
@@ -106,26 +106,36 @@ def reveal(model: nn.Module) -> None:
     Raises:
         ValueError: a quantised parameter is to be trained, or is in the form that bitsandbytes evaluates with.
     """
-    made: dict[Tensor, nn.Parameter] = {}  # Several parameters may share a tensor.
     for name, parameter in model.named_parameters():
+        owners = [owner for owner, _, _ in _inner(parameter)]
+        if owners and parameter.requires_grad:
+            raise ValueError(
+                f"{name} is quantised ({type(parameter).__name__}) and requires a gradient; freeze it with "
+                "requires_grad_(False), and train an adapter over it"
+            )
+        if any(getattr(owner, "packing_format_for_cpu", False) for owner in owners):
+            raise ValueError(
+                f"{name} has been repacked by bitsandbytes for evaluation on this CPU, which rounds it; prepare the "
+                "model before its first evaluation"
+            )
+    reveal_all(model.parameters())
+
+
+def reveal_all(parameters: Iterable[nn.Parameter]) -> None:
+    """`reveal` those that are frozen."""
+    made: dict[Tensor, nn.Parameter] = {}  # Several parameters may share a tensor.
+    for parameter in parameters:
+        if parameter.requires_grad:
+            continue
         for owner, path, inner in _inner(parameter):
-            if parameter.requires_grad:
-                raise ValueError(
-                    f"{name} is quantised ({type(parameter).__name__}) and requires a gradient; freeze it with "
-                    "requires_grad_(False), and train an adapter over it"
-                )
-            if getattr(owner, "packing_format_for_cpu", False):
-                raise ValueError(
-                    f"{name} has been repacked by bitsandbytes for evaluation on this CPU, which rounds it; prepare "
-                    "the model before its first evaluation"
-                )
-            if not isinstance(inner, PagedParameter):
-                if not isinstance(inner, nn.Parameter):
-                    if inner not in made:
-                        made[inner] = nn.Parameter(inner.detach().contiguous(), requires_grad=False)
-                    inner = made[inner]
-                    setattr(owner, path.rpartition(".")[2], inner)
-                inner._is_inner = True  # type: ignore[attr-defined]
+            if isinstance(inner, PagedParameter):
+                continue
+            if not isinstance(inner, nn.Parameter):
+                if inner not in made:
+                    made[inner] = nn.Parameter(inner.detach().contiguous(), requires_grad=False)
+                inner = made[inner]
+                setattr(owner, path.rpartition(".")[2], inner)
+            inner._is_inner = True  # type: ignore[attr-defined]
         if is_wrapper(parameter) and not isinstance(parameter, Revealed):
             parameter.__class__ = _wrapper_class(type(parameter))
 

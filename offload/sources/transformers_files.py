@@ -10,18 +10,22 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from offload.sources.safetensors_file import FileTensor, read_header
-from offload.sources.unread import Source, UnreadTensor
+from offload.sources.unread import Source, UnreadTensor, read_now
 
+#: Modules of transformers, and what is replaced there.
 _LOADER: Final = "transformers.modeling_utils"
 _OPENER: Final = "safe_open"
 #: What keeps the loader from reading ahead of what it assigns.
 _NO_THREADS: Final = "HF_DEACTIVATE_ASYNC_LOAD"
+_CONVERSIONS: Final = "transformers.core_model_loading"
+_CONVERSION: Final = "WeightTransform"
+_COLLECT: Final = "materialize_tensors"
 
 
 class OpenedFile:
@@ -73,33 +77,53 @@ class OpenedTensor:
 
 
 class FilesOfTransformers:
-    """Replaces the function with which transformers opens files, from `take_over` until `give_back`."""
+    """Replaces the function with which transformers opens files, from `take_over` until `give_back`, and that with
+    which it collects the tensors of a parameter: those that it converts or quantises are read then."""
 
     def __init__(self) -> None:
-        self._module: ModuleType | None = None
-        self._theirs: Callable[..., Any] | None = None
+        self._replaced: list[tuple[Any, str, Any]] = []
         self._setting: str | None = None
 
     def take_over(self) -> None:
         """Once transformers is imported, and has begun to build a model. Idempotent."""
-        module = sys.modules.get(_LOADER)
-        if self._module is None and module is not None and hasattr(module, _OPENER):
-            self._module, self._theirs = module, getattr(module, _OPENER)
-            self._setting = os.environ.get(_NO_THREADS)
-            os.environ[_NO_THREADS] = "1"
-            setattr(module, _OPENER, self._open)
+        loader, conversions = sys.modules.get(_LOADER), sys.modules.get(_CONVERSIONS)
+        if self._replaced or not hasattr(loader, _OPENER):
+            return
+        self._setting = os.environ.get(_NO_THREADS)
+        os.environ[_NO_THREADS] = "1"
+        self._replace(loader, _OPENER, _opener)
+        if hasattr(conversions, _CONVERSION):
+            self._replace(getattr(conversions, _CONVERSION), _COLLECT, _collector)
+
+    def _replace(self, owner: Any, name: str, made: Callable[[Any], Any]) -> None:
+        theirs = getattr(owner, name)
+        self._replaced.append((owner, name, theirs))
+        setattr(owner, name, made(theirs))
 
     def give_back(self) -> None:
-        """Have transformers open files as before. Idempotent."""
-        if self._module is not None:
-            setattr(self._module, _OPENER, self._theirs)
-            self._module = None
+        """Have transformers do it as before. Idempotent."""
+        if self._replaced:
             del os.environ[_NO_THREADS]
             if self._setting is not None:
                 os.environ[_NO_THREADS] = self._setting
+        while self._replaced:
+            setattr(*self._replaced[-1])
+            self._replaced.pop()
 
-    def _open(self, path: str | Path, framework: str = "pt", device: str = "cpu", **options: Any) -> Any:
+
+def _opener(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def open_file(path: str | Path, framework: str = "pt", device: str = "cpu", **options: Any) -> Any:
         if framework == "pt" and str(device) == "cpu":
             return OpenedFile(path)
-        assert self._theirs is not None
-        return self._theirs(path, framework=framework, device=device, **options)
+        return theirs(path, framework=framework, device=device, **options)
+
+    return open_file
+
+
+def _collector(theirs: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def collect(transform: Any) -> Any:
+        collected = theirs(transform)
+        converts = transform.quantization_operation is not None or getattr(transform, "operations", None)
+        return tree_map(read_now, collected) if converts else collected
+
+    return collect

@@ -75,7 +75,7 @@ class UnreadTensor(Tensor):
                 raise RuntimeError(
                     f"{first.source.stored.name} is to be written to, and has not been read yet: clone it first"
                 )
-        return func(*tree_map(_read, args), **tree_map(_read, named))
+        return func(*tree_map(read_now, args), **tree_map(read_now, named))
 
 
 def _only_converts(tensor: UnreadTensor, named: Mapping[str, Any]) -> bool:
@@ -91,5 +91,6 @@ def _only_converts(tensor: UnreadTensor, named: Mapping[str, Any]) -> bool:
     )
 
 
-def _read(value: Any) -> Any:
+def read_now(value: Any) -> Any:
+    """The values of an unread tensor; anything else as it is."""
     return value.source.read() if isinstance(value, UnreadTensor) else value

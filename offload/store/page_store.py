@@ -21,7 +21,7 @@ from offload.config import Config
 from offload.modules.conversions import guard_conversions
 from offload.parameters.binder import Binder
 from offload.parameters.grouping import Neighbours, own_groups
-from offload.parameters.inner_tensors import own_parameters
+from offload.parameters.inner_tensors import own_parameters, reveal_all
 from offload.parameters.paged_parameter import PagedParameter
 from offload.parameters.state_copies import StateCopies
 from offload.store.device_placement import Candidate, choose_resident
@@ -117,6 +117,7 @@ class PageStore:
         """
         if self.closed:
             raise self.binder.refusal(name)
+        reveal_all(module.parameters(recurse=False))
         for key, parameter in own_parameters(module):
             adopt_view(self.binder, self.index.units, f"{name}.{key}" if name else key, parameter)
         for group in own_groups(

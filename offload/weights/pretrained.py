@@ -68,6 +68,8 @@ def from_pretrained(
         read_checkpoint(path / options.get("subfolder", ""))
     if model_config is not None:
         options["config"] = model_config
+    if options.get("quantization_config") is not None or "quantization_config" in _config_of(path):
+        options["device_map"] = "cpu"  # Else bitsandbytes would take the first GPU.
     with deferred_init(config):
         model, report = model_class.from_pretrained(
             str(path), dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True,
@@ -108,8 +110,7 @@ def _transformers() -> Any:
 
 def _class_of(transformers: Any, folder: Path) -> Any:
     """The class that a checkpoint's config.json names."""
-    found = json_of(folder / "config.json", _MAX_CONFIG_BYTES)
-    names = found.get("architectures") if isinstance(found, dict) else None
+    names = _config_of(folder).get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     if name is None:
         raise ValueError(f"{folder / 'config.json'} names no architecture; give the model class, and folder={folder}")
@@ -120,6 +121,11 @@ def _class_of(transformers: Any, folder: Path) -> Any:
             f"have; give the model class, and folder={folder}"
         )
     return model_class
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    found = json_of(folder / "config.json", _MAX_CONFIG_BYTES)
+    return found if isinstance(found, dict) else {}
 
 
 def _found(model: nn.Module, report: Any) -> Match:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from quantised_models import adamw, adapted, base_of, resumed, trained
 from small_runs import assert_closed
-from torch import Tensor, nn
+from torch import Tensor
 
 import offload
 
@@ -17,66 +17,11 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("tqdm").tqdm.monitor_interval = 0  # its thread would stay
 
-TOKENS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
-
 
 @pytest.fixture
 def pages(tmp_path: Path) -> dict[str, Any]:
     """A configuration that holds about half of the base."""
     return {"memory": {"ram": "384KiB", "page": "64KiB"}, "ssd": {"paths": [str(tmp_path / "pages")]}}
-
-
-def base_of(kind: str) -> nn.Module:
-    """A frozen language model: "fp32", "bf16", "int8" (torchao), "nf4" or "nf4 nested" (bitsandbytes)."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
-    )
-    model: Any = transformers.LlamaForCausalLM(config)
-    if kind != "fp32":
-        model = model.to(torch.bfloat16)
-    if kind == "int8":
-        torchao = pytest.importorskip("torchao.quantization")
-        torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
-    if kind.startswith("nf4"):
-        _in_4_bits(model.model, nested="nested" in kind)
-        model.is_loaded_in_4bit = True  # as transformers sets it
-    model.requires_grad_(False)
-    return model  # type: ignore[no-any-return]
-
-
-def _in_4_bits(model: nn.Module, *, nested: bool) -> None:
-    layers = pytest.importorskip("bitsandbytes").nn
-    for module in list(model.modules()):
-        for key, linear in list(module.named_children()):
-            if isinstance(linear, nn.Linear):
-                settings = {"quant_type": "nf4", "compress_statistics": nested}
-                packed = layers.Linear4bit(
-                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, **settings
-                )
-                packed.weight = layers.Params4bit(linear.weight.data, requires_grad=False, **settings)
-                setattr(module, key, packed.to("cpu"))
-
-
-def adapted(base: nn.Module, **settings: Any) -> Any:
-    torch.manual_seed(1)
-    return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings))
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-2, fused=True)
-
-
-def trained(model: Any, optimizer: Any, steps: int = 3) -> list[float]:
-    """Losses of a plain loop."""
-    found = []
-    for _ in range(steps):
-        loss = model(input_ids=TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(float(loss.detach()))
-    return found
 
 
 def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -111,18 +56,12 @@ def test_adapters_over_a_paged_base(kind: str, settings: dict[str, Any], pages: 
     again = peft.PeftModel.from_pretrained(base_of(kind), tmp_path / "adapter")
     assert_equal(plain.state_dict(), again.state_dict())
     engine.save()
-    expected = trained(plain, _resumed(plain, optimizer))
+    expected = trained(plain, resumed(plain, optimizer))
     trained(model, optimizer)
     assert engine.resume() is not None
     assert trained(model, optimizer) == expected
     engine.close()
     assert_closed(engine)
-
-
-def _resumed(plain: nn.Module, paged: Any) -> torch.optim.Optimizer:
-    made = adamw(plain.parameters())
-    made.load_state_dict(copy.deepcopy(paged.state_dict()))
-    return made
 
 
 @pytest.mark.parametrize("kind", KINDS)
