@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
+from torch import nn
 
 from offload.config import Config
 
@@ -26,6 +27,7 @@ class RunStarted:
         step: optimizer steps made before, above 0 where the run continues from a commit.
         n_parameters: elements of all parameters.
         unit: of what losses are means over, such as "byte", where the data say so.
+        model: what is trained; a callback may read it in its methods.
     """
 
     config: Config
@@ -33,6 +35,7 @@ class RunStarted:
     step: int
     n_parameters: int
     unit: str | None
+    model: nn.Module
 
 
 @dataclass(frozen=True, slots=True)

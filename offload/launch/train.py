@@ -162,7 +162,7 @@ def _train(
         engine, config, batches, reporter, interrupt, record, kept.metrics, validate, lambda: is_closed(console)
     )
     try:
-        loop.run(RunStarted(config, folder.path, first, n_parameters, batches.unit), pair)
+        loop.run(RunStarted(config, folder.path, first, n_parameters, batches.unit, engine.model), pair)
     except Exception:
         if loop.ended:
             print_line(console, _kept(config, "ended by an error", engine.steps, loop.committed))

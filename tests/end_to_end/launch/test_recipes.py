@@ -70,11 +70,48 @@ def test_a_full_fine_tune_has_the_losses_of_plain_pytorch(checkpoint: Path) -> N
     assert losses("runs/full_fine_tune") == expected
 
 
-def test_lora_trains_adapters_alone(checkpoint: Path) -> None:
-    pytest.importorskip("peft")
-    assert launch(load_config(small("lora"))) == 0
-    found = losses("runs/lora")
+@pytest.mark.parametrize("name", ["lora", "lora_4bit"])
+def test_lora_leaves_an_adapter_that_merges(name: str, checkpoint: Path) -> None:
+    peft = pytest.importorskip("peft")
+    if name == "lora_4bit":
+        pytest.importorskip("bitsandbytes")
+    assert launch(load_config(small(name))) == 0
+    found = losses(f"runs/{name}")
     assert len(found) == TRAIN["steps"] and found[-1] < found[0]
+    auto: Any = transformers.AutoModelForCausalLM
+    base = auto.from_pretrained(checkpoint)
+    model = peft.PeftModel.from_pretrained(base, Path("runs", name, "log", "adapter"))
+    assert all(bool(p.any()) for key, p in model.named_parameters() if "lora_" in key)
+    merged = model.merge_and_unload()
+    merged.save_pretrained("merged")
+    tokens = torch.arange(8)[None]
+    again = auto.from_pretrained("merged")(input_ids=tokens).logits
+    assert torch.equal(again, merged(input_ids=tokens).logits)
+    assert not torch.equal(again, auto.from_pretrained(checkpoint)(input_ids=tokens).logits)
+
+
+def test_an_adapter_is_saved_as_peft_does(checkpoint: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import load_file
+
+    from offload.integrations.recipes import causal_lm, save_adapter
+
+    lora = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "use_dora": True}
+    model: Any = causal_lm(str(checkpoint), lora=lora)
+    assert isinstance(model, peft.PeftModel)
+    save_adapter(model, Path("one"))
+    model.save_pretrained("other")
+    one, other = (load_file(Path(folder, "adapter_model.safetensors")) for folder in ("one", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    files = [Path(folder, "adapter_config.json").read_text() for folder in ("one", "other")]
+    assert files[0] == files[1] and str(checkpoint) in files[0]
+
+
+def test_four_bits_without_an_adapter_are_refused() -> None:
+    from offload.integrations.recipes import causal_lm
+
+    with pytest.raises(ValueError, match="what is quantised is not trained; give lora"):
+        causal_lm("nowhere", four_bit=True)
 
 
 def test_a_checkpoint_that_is_not_there_is_one_clear_error(checkpoint: Path) -> None:
