@@ -88,9 +88,19 @@ def _quantise_on_meta(model: nn.Module) -> None:
 
     quantizer: Any = AutoHfQuantizer.from_config(_four_bit_settings(), pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    make_state: Any = bitsandbytes.functional.QuantState
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.weight._quantize(torch.device("meta"))
+        if not isinstance(module, bitsandbytes.nn.Linear4bit):
+            continue
+        weight: Any = module.weight
+        n_blocks = -(-weight.numel() // weight.blocksize)
+        nested = make_state(torch.empty(-(-n_blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+        weight.quant_state = make_state(
+            torch.empty(n_blocks, dtype=torch.uint8), weight.shape, torch.empty(16), weight.blocksize,
+            weight.quant_type, weight.dtype, torch.empty(()), nested,
+        )  # fmt: skip
+        weight.data = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8)
+        weight.bnb_quantized = True
     quantizer.postprocess_model(model)
 
 

@@ -17,6 +17,7 @@ from offload import load_config
 from offload.launch.train import launch
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("tqdm").tqdm.monitor_interval = 0  # its thread would stay
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "hugging_face"
 TRAIN = {"steps": 4, "batch": 2, "seq": 16, "warmup_steps": 1, "evaluate_batches": 1, "log_every": 1, "threads": 1}
@@ -28,7 +29,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     from tiny_checkpoint import make_checkpoint, make_text
 
     monkeypatch.chdir(tmp_path)
-    transformers.utils.logging.disable_progress_bar()  # tqdm's thread would stay
+    transformers.utils.logging.disable_progress_bar()
     make_text(tmp_path / "text")
     with threads_put_back():
         yield make_checkpoint(tmp_path / "checkpoints" / "model")

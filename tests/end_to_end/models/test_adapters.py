@@ -15,7 +15,6 @@ import offload
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytest.importorskip("tqdm").tqdm.monitor_interval = 0  # its thread would stay
 
 
 @pytest.fixture

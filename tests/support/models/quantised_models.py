@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("tqdm").tqdm.monitor_interval = 0  # its thread would stay
+
 TOKENS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
