@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from offload.callbacks import Callback, RunEnded, RunStarted
 from offload.integrations.token_batches import TokenBatches
 from offload.integrations.tokenized_text import load_tokens, tokenize
+from offload.parameters.module_watch import unwatched
 
 #: How the base of adapters is quantised: as QLoRA does, https://arxiv.org/abs/2305.14314.
 _FOUR_BIT: Final = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -144,7 +145,9 @@ def save_adapter(model: Any, folder: Path) -> None:
 def _with_lora(model: nn.Module, arguments: dict[str, Any]) -> nn.Module:
     import peft
 
-    adapted: nn.Module = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **arguments))
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
+    with unwatched():
+        adapted: nn.Module = peft.get_peft_model(model, settings)
     return adapted
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 _watched_by: str | None = None
+_is_paused = False
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def watching_modules(by: str, built: Callable[[nn.Module, str, nn.Module], None]
         raise RuntimeError(f"{by} inside {_watched_by}: a model has one store; leave the outer block first")
 
     def registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if child is not None:
+        if child is not None and not _is_paused:
             built(parent, name, child)
 
     handle = register_module_module_registration_hook(registered)
@@ -36,6 +37,18 @@ def watching_modules(by: str, built: Callable[[nn.Module, str, nn.Module], None]
     finally:
         _watched_by = None
         handle.remove()
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Have the modules that are built inside the block stay ordinary until the model is prepared: adapters, say, which
+    are small and are converted once they are built."""
+    global _is_paused
+    before, _is_paused = _is_paused, True
+    try:
+        yield
+    finally:
+        _is_paused = before
 
 
 def named_parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

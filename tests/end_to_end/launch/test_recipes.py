@@ -76,7 +76,7 @@ def test_lora_leaves_an_adapter_that_merges(name: str, checkpoint: Path) -> None
     peft = pytest.importorskip("peft")
     if name == "lora_4bit":
         pytest.importorskip("bitsandbytes")
-    assert launch(load_config(small(name))) == 0
+    assert launch(load_config(small(name, dtype="bfloat16"))) == 0
     found = losses(f"runs/{name}")
     assert len(found) == TRAIN["steps"] and found[-1] < found[0]
     auto: Any = transformers.AutoModelForCausalLM
