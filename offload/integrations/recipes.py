@@ -12,6 +12,7 @@ callbacks = ["offload.integrations.recipes:AdapterFiles"]
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -84,8 +85,9 @@ def _four_bit_settings() -> Any:
 
 def _quantise_on_meta(model: nn.Module) -> None:
     """What transformers' loader does with ``_FOUR_BIT``, of shapes alone."""
-    import bitsandbytes
     from transformers.quantizers.auto import AutoHfQuantizer
+
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
 
     quantizer: Any = AutoHfQuantizer.from_config(_four_bit_settings(), pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
