@@ -21,14 +21,14 @@ def described_errors(error: ValidationError, root: type[BaseModel], path: Sequen
         path: the section of ``root`` that was validated.
     """
     entries: list[Any] = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-    lines: list[str] = []
+    lines: dict[str, None] = {}
     for entry in entries:
         line = _described([*path, *map(str, entry["loc"])], entry, root)
         meant = f"did you mean {line.removesuffix(' is missing')!r}?"
-        if line not in lines and not any(found.endswith(meant) for found in lines):
-            lines.append(line)
+        if entry["type"] != "missing" or not any(found.endswith(meant) for found in lines):
+            lines[line] = None
     more = len(lines) - _MOST_LINES
-    return lines if more <= 0 else [*lines[:_MOST_LINES], f"and {more} things more"]
+    return list(lines) if more <= 0 else [*list(lines)[:_MOST_LINES], f"and {more} things more"]
 
 
 def _described(parts: list[str], entry: Any, root: type[BaseModel]) -> str:

@@ -26,7 +26,8 @@ MOST_BYTES = 50 * MIB
 MOST_S = 1.0
 
 #: What may be, in a run that went on without a word: names, dates and keys of others; what the loop at hand does not
-#: track; the newest commit is not there, so another is the newest.
+#: track; the newest commit is not there, so another is the newest; that no parameter lies in files of others, which
+#: commits of earlier versions do not say.
 BENIGN = (
     "name is ",
     "created is ",
@@ -41,6 +42,8 @@ BENIGN = (
     "state.groups.0 has a key more",
     "state.groups.0.initial_lr is ",
     "missing",
+    "files is missing",
+    "referenced is missing",
 )
 #: Of a group, what an optimizer can do without.
 BENIGN_KEYS = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
