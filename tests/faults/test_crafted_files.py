@@ -19,7 +19,7 @@ from crafted_files import CONFIGS, Damage, all_damages, copied, settings, small_
 
 import offload
 from offload.cli import main
-from pagemem.errors import OffloadError
+from pagemem.errors import CommitError, OffloadError
 
 MIB = 1 << 20
 MOST_BYTES = 50 * MIB
@@ -215,6 +215,24 @@ def test_a_sample_of_them(bench: Bench) -> None:
     assert len(sample) >= 50
     faults = [fault for damage in sample for fault in bench.try_one(damage, READERS[damage.file][:1])]
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["a name that clears the screen", "a dtype that is never written", "half a byte", "no elements of 2^63 rows"],
+)
+def test_a_commit_with_crafted_buffers_is_passed_over_where_an_older_one_may_be_taken(
+    what: str, bench: Bench, tmp_path: Path
+) -> None:
+    (damage,) = (damage for damage in bench.damages if (damage.file, damage.what) == ("side", what))
+    folder = copied(bench.base, tmp_path / "run")
+    damage.do(folder)
+    raw = {key: value for key, value in settings(folder, 4).items() if key in ("memory", "ssd", "commit")}
+    with offload.initialize(small_model(), raw) as engine:
+        with pytest.raises(CommitError, match=r"\.safetensors is damaged: "):
+            engine.resume()
+        resumed = engine.resume(allow_older=True)
+    assert resumed is not None and resumed.step < 3
 
 
 @pytest.mark.long
