@@ -16,8 +16,7 @@ from offload.budget.verdict import Available
 from offload.checkpoint.commit_weights import DTYPES
 from offload.checkpoint.export import export_run
 from offload.checkpoint.verify import verify_run
-from offload.config import Config, ConfigError, load_config
-from offload.config_file import apply_changes, read_config_file
+from offload.config import Config, ConfigError, load_config_file
 from offload.config_template import config_template
 from offload.console.output import BROKEN_PIPE, Output, OutputClosed
 from offload.forecast.forecast import check_forecastable, forecast
@@ -73,8 +72,7 @@ def _training_config(arguments: argparse.Namespace) -> Config:
 
 
 def _read_config(arguments: argparse.Namespace, *more: str) -> Config:
-    raw = read_config_file(Path(arguments.file))
-    return load_config(apply_changes(raw, [*arguments.changes, *more]), arguments.file)
+    return load_config_file(Path(arguments.file), [*arguments.changes, *more])
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -188,7 +186,8 @@ class _Command:
 _FILE: Final = _argument("file", metavar="FILE", help="configuration: .toml, .json, .yaml or .yml")
 _SET: Final = _argument(
     "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
-    help="change one value of the file, e.g. --set memory.ram=64MiB; may be given several times",
+    help="change one value of the file, e.g. --set memory.ram=64MiB; the value is JSON, or else text; may be given "
+    "several times",
 )  # fmt: skip
 _RUN: Final = (
     _argument("run", type=Path, metavar="RUN", help="run directory: the first folder of the run's ssd.paths"),

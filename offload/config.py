@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from offload.config_errors import described_errors
 from offload.config_file import ConfigError as ConfigError
-from offload.config_file import read_config_file
+from offload.config_file import apply_changes, read_config_file
 from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES
 from pagemem.units import BLOCK_BYTES, KiB, MiB, format_bytes, parse_bytes
 
@@ -187,7 +187,8 @@ class CommitConfig(_Section):
     """When training is made durable, and how much of it is kept."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Commit every so many steps, in the background. None: not by steps."""
+    """Commit in the background once so many steps are made since the last commit of any kind, by time, by name or at
+    the end of a launch included. None: not by steps."""
     every_s: float | None = Field(default=None, gt=0)
     """Commit when the last one is this old, in seconds. None: not by time."""
     at_end: bool = True
@@ -410,6 +411,22 @@ def load_config(source: ConfigLike, where: str = "configuration") -> Config:
     if not isinstance(source, Mapping):
         source, where = read_config_file(Path(source)), str(source)
     return _checked(Config, source, where)
+
+
+def load_config_file(path: Path, changes: Sequence[str]) -> Config:
+    """The configuration in a file with the changes of ``--set`` put in, checked.
+
+    Raises:
+        ConfigError: as `load_config`; a value that ``--set`` has given is said to be read as JSON.
+    """
+    raw = apply_changes(read_config_file(path), changes)
+    try:
+        return load_config(raw, str(path))
+    except ConfigError as error:
+        keys = tuple(f"{path}: {change.partition('=')[0]}" for change in changes)
+        hint = ' (--set takes JSON such as 3, true, null or ["a"]; anything else is text)'
+        lines = (f"{line}{hint}" if line.startswith(keys) else line for line in str(error).splitlines())
+        raise ConfigError("\n".join(lines)) from None
 
 
 def load_optimizer(raw: Mapping[str, Any]) -> OptimizerConfig:

@@ -40,6 +40,8 @@ def _described(parts: list[str], entry: Any, root: type[BaseModel]) -> str:
         return f"{'.'.join(parts[:-1])} is too short: {reprlib.repr(entry['input'])}"
     if kind == "too_short" and not entry["input"]:
         return f"{where} is empty; name at least one"
+    if kind == "string_pattern_mismatch":  # of factories, which alone have one
+        return f"{where}: {reprlib.repr(entry['input'])} is not written as module:callable"
     if kind == "missing":
         return f"{where} is missing"
     if kind in ("model_type", "model_attributes_type"):

@@ -109,7 +109,7 @@ def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals:
-            raise ConfigError(f"--set {change}: write section.key=value")
+            raise ConfigError(f"--set {change}: write section.key=value, the value as JSON or else plain text")
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from offload.commits.commit_state import read_commit
+from offload.config_file import ConfigError, read_config_file
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.durable.manifest import Manifest
 from pagemem.errors import CommitError, RunDirectoryError
@@ -144,4 +145,13 @@ def _run_id(path: Path) -> str:
         what = f"it has no {IDENTITY_NAME}" if path.is_dir() else "there is no such folder"
         below = sorted(folder.parent for folder in path.glob(f"*/{IDENTITY_NAME}")) if path.is_dir() else []
         hint = f"; {', '.join(map(str, below[:3]))} below it {'is one' if len(below) == 1 else 'are'}" if below else ""
-        raise RunDirectoryError(f"{path} is not a run directory: {what}{hint}") from None
+        raise RunDirectoryError(f"{path} is not a run directory: {what}{hint or _pages_elsewhere(path)}") from None
+
+
+def _pages_elsewhere(path: Path) -> str:
+    """For errors: where the pages of a run are, whose ``output.run`` a folder is; empty where it is none."""
+    try:
+        pages = read_config_file(path / "config.json")["ssd"]["paths"]
+    except (ConfigError, LookupError, TypeError):
+        return ""
+    return f"; its config.json is of a run whose ssd.paths are {pages}: name the first of them"

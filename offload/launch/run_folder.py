@@ -194,7 +194,7 @@ def check_free(paths: Sequence[str]) -> None:
     """Check that folders for page files can be used, before anything is made; the engine's lock on them decides.
 
     Raises:
-        RunDirectoryError: one is in use, something else's, or cannot be read.
+        RunDirectoryError: one is in use, something else's, cannot be read, or is absent and cannot be made.
     """
     for path in paths:
         try:
@@ -203,6 +203,11 @@ def check_free(paths: Sequence[str]) -> None:
             raise RunDirectoryError(f"{path} cannot be used as a run directory: {error.strerror}") from error
         if use.kind == "foreign":
             raise RunDirectoryError(use.detail)
+        if use.kind == "absent":
+            try:
+                remove_folders(make_folder(Path(path)))
+            except StorageError as error:
+                raise RunDirectoryError(f"ssd.paths: {path} cannot be made: {error}") from error
         if use.holder is not None:
             ours = use.holder == str(os.getpid())
             way_out = ", this one: call the close() of the engine that has it" if ours else "; wait for that run to end"

@@ -23,8 +23,7 @@ import torch
 
 import offload
 from offload.budget.verdict import Available
-from offload.config import Config, ConfigError, load_config
-from offload.config_file import apply_changes, read_config_file
+from offload.config import Config, ConfigError, load_config_file
 from offload.machine.bench_ssd import (
     DEFAULT_THREADS,
     USUAL_REQUEST_BYTES,
@@ -194,7 +193,7 @@ def gather(file: Path | None, changes: Sequence[str] = (), *, bench: bool = True
 def config_fact(file: Path, changes: Sequence[str] = ()) -> ConfigFact:
     """A configuration file, with changes, read and checked."""
     try:
-        return ConfigFact(str(file), load_config(apply_changes(read_config_file(file), changes), str(file)))
+        return ConfigFact(str(file), load_config_file(file, changes))
     except ConfigError as error:
         return ConfigFact(str(file), None, tuple(str(error).splitlines()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -268,8 +269,14 @@ def test_what_cannot_be_verified_is_one_line(
     run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "foreign").mkdir()
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "config.json").write_text(json.dumps({"ssd": {"paths": ["pages/a", "pages/b"]}}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"ssd": ["paths"]}))
     for arguments, said in (
         ([str(tmp_path / "foreign")], "is not a run directory: it has no pagemem.json"),
+        ([str(tmp_path / "log")], "whose ssd.paths are ['pages/a', 'pages/b']: name the first of them"),
+        ([str(tmp_path / "other")], "is not a run directory: it has no pagemem.json\n"),
         ([str(run.folder.parent)], f"is not a run directory: it has no pagemem.json; {run.folder} below it is one"),
         ([str(run.folder), "--commit", "7"], "has no commit '7'; whole ones are: 1 (first), 2"),
     ):

@@ -219,6 +219,13 @@ def test_a_run_folder_of_which_a_crash_left_the_beginning_is_used(raw: dict[str,
     assert not (tmp_path / "run" / "offload-run.json.new").exists()
 
 
+def test_a_folder_for_pages_that_cannot_be_made_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["ssd"]["paths"] = [str(tmp_path / "new" / "pages"), "/proc/x"]
+    with pytest.raises(RunDirectoryError, match="ssd.paths: /proc/x cannot be made: making /proc/x: "):
+        run(raw)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_folder_that_is_a_file_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run").write_text("precious")
     with pytest.raises(RunDirectoryError, match="cannot be used: .*run: Not a directory"):

@@ -207,6 +207,8 @@ def test_changes_leave_what_they_start_from_alone() -> None:
         ("memory.ram.deep=1", "offload: error: --set memory.ram.deep=1: 'ram' is not a section"),
         ("memory.rm=1", "did you mean 'memory.ram'?"),
         ("memory.ram=lots", "memory.ram: not a size: 'lots'"),
+        ("seed=[4", "not '[4' (--set takes JSON such as 3, true, null or [\"a\"]; anything else is text)"),
+        ("model.factory=mymodel", "model.factory: 'mymodel' is not written as module:callable (--set takes JSON"),
     ],
 )
 def test_a_wrong_change_is_one_line(change: str, said: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
