@@ -193,8 +193,8 @@ def test_with_the_ram_from_which_nothing_moves_nothing_moves_and_with_a_page_les
     resident = forecast(gpt_config(tmp_path, 64 << 20), RATES).resident_ram_bytes
     enough, less = (forecast(gpt_config(tmp_path, ram), RATES) for ram in (resident, resident - PAGE_BYTES))
     assert enough.resident_ram_bytes == resident
-    assert (enough.read_bytes, enough.written_bytes) == (0.0, 0.0) and enough.step.host_bytes <= resident
-    assert less.read_bytes > 0
+    assert (enough.times.read_bytes, enough.times.written_bytes) == (0.0, 0.0) and enough.step.host_bytes <= resident
+    assert less.times.read_bytes > 0
 
 
 def test_the_smallest_budget_is_forecast_and_one_byte_less_is_refused(tmp_path: Path) -> None:
