@@ -1,22 +1,26 @@
-"""What the largest unit needs of the budget at once, and the smallest budget that has it.
+"""What a model needs of the budget at once, and the smallest budget that has it: what the largest unit needs, and in
+lock-free mode what that mode keeps in RAM of the whole model (`offload.budget.lock_free`).
 
 A budget decides on the size of pages and of slices of optimizer states, and so on what it must hold itself: the
-smallest one that works is the first that holds what a unit needs at that budget's own sizes.
+smallest one that works is the first that holds what is needed at that budget's own sizes. A larger one, at which pages
+or slices become larger, may need more than it has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Final
 
 import torch
 from torch import nn
 
 from offload import knobs
+from offload.budget.lock_free import LockFreeBudget, UnitSize, remedy, shortfall
 from offload.config import Config, resolve_page_bytes
 from offload.parameters.grouping import Group, common_name, groups_of, units_of
-from optim.unit import largest_slice, lay_out
+from optim.unit import cut, largest_slice, lay_out
 from pagemem.devices.host_memory import usable_bytes
 from pagemem.errors import BudgetError
 from pagemem.frames.page import MIN_PAGE_BYTES
@@ -58,6 +62,7 @@ class UnitShape:
         dtype: of its parameters as they are built.
         trained: whether the optimizer has some of them.
         kept: whether the model has some of them; the pages of other units are given back once it is built.
+        optimized_numel: elements of those that the optimizer has.
     """
 
     name: str
@@ -65,6 +70,7 @@ class UnitShape:
     dtype: torch.dtype
     trained: bool
     kept: bool = True
+    optimized_numel: int = 0
 
     @classmethod
     def of(cls, group: Group, names: Mapping[int, str], optimized: Collection[int]) -> UnitShape:
@@ -76,11 +82,9 @@ class UnitShape:
         """
         numel = lay_out([(name, parameter.shape) for name, parameter in group]).numel
         name = common_name([names.get(id(parameter), name) for name, parameter in group])
-        return cls(
-            name, numel, group[0][1].dtype,
-            trained=any(id(parameter) in optimized for _, parameter in group),
-            kept=any(id(parameter) in names for _, parameter in group),
-        )  # fmt: skip
+        trained = [parameter.numel() for _, parameter in group if id(parameter) in optimized]
+        kept = any(id(parameter) in names for _, parameter in group)
+        return cls(name, numel, group[0][1].dtype, bool(trained), kept, sum(trained))
 
     def frames(self, sizes: Sizes, n_states: int) -> int:
         """The most pages that the unit needs at once: while it is built, narrowed or updated."""
@@ -98,6 +102,16 @@ class UnitShape:
         if self.trained:
             needs.append(2 * computed + master + states)
         return max(needs)
+
+    def size(self, sizes: Sizes) -> UnitSize:
+        """What it takes once the model is built, for lock-free mode."""
+        slices = [part.numel for part in cut(self.numel, sizes.slice_numel)] if self.trained else []
+        dtype = sizes.compute_dtype or self.dtype
+        return UnitSize(dtype, self.numel, self.gradient_bytes(sizes.compute_dtype), slices)
+
+    def gradient_bytes(self, compute_dtype: torch.dtype | None) -> int:
+        """Bytes of the gradients of all parameters that the optimizer has, once the model is built."""
+        return self.optimized_numel * (compute_dtype or self.dtype).itemsize if self.kept else 0
 
     def content_bytes(self, compute_dtype: torch.dtype | None, n_states: int) -> int:
         """Bytes of the parameters, of their masters and states, once the model is built."""
@@ -117,30 +131,43 @@ class BudgetNeed:
     Attributes:
         unit: name of the unit that needs most.
         unit_bytes: bytes of its parameters as they are built.
-        smallest_bytes: the smallest budget that holds all that any unit needs at once.
+        smallest_bytes: the smallest budget that holds all that is needed at once.
         content_bytes: of all parameters, masters and optimizer states together, in RAM and on SSD.
+        lock_free_bytes: of the gradients of the whole model, which lock-free mode keeps in RAM; 0 in exact mode.
+        next_bytes: the smallest budget that works and is no smaller than the configuration's; 0: as ``smallest_bytes``.
     """
 
     unit: str
     unit_bytes: int
     smallest_bytes: int
     content_bytes: int = 0
+    lock_free_bytes: int = 0
+    next_bytes: int = field(default=0, compare=False)
+
+    @property
+    def needed_bytes(self) -> int:
+        """The configuration's budget, if that works, or else the next larger one that does."""
+        return max(self.smallest_bytes, self.next_bytes)
+
+    @property
+    def remedy(self) -> str:
+        """What to change where the budget is smaller."""
+        return remedy(self.needed_bytes) if self.lock_free_bytes else f"set memory.ram to at least {self.needed_bytes}"
 
     def said(self, ram_bytes: int) -> str:
         """How such a budget falls short."""
+        if self.lock_free_bytes:
+            return shortfall(ram_bytes, self.lock_free_bytes, self.needed_bytes)
         return (
             f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but the largest unit, {self.unit} "
-            f"({self.unit_bytes} bytes of parameters), needs {self.smallest_bytes} bytes "
-            f"({format_bytes(self.smallest_bytes)}) at once with its gradients and one slice of states"
+            f"({self.unit_bytes} bytes of parameters), needs {self.needed_bytes} bytes "
+            f"({format_bytes(self.needed_bytes)}) at once with its gradients and one slice of states"
         )
 
     def check(self, ram_bytes: int) -> None:
         """Raise BudgetError for a budget that is smaller."""
-        if self.smallest_bytes <= ram_bytes:
-            return
-        raise BudgetError(
-            f"{self.said(ram_bytes)}; set memory.ram to at least {self.smallest_bytes}", self.smallest_bytes
-        )
+        if self.needed_bytes > ram_bytes:
+            raise BudgetError(f"{self.said(ram_bytes)}; {self.remedy}", self.needed_bytes)
 
 
 def shapes_of(
@@ -160,7 +187,7 @@ def shapes_of(
 
 
 def budget_need(
-    units_at: Callable[[int], Iterable[UnitShape]], n_states: int, config: Config, from_bytes: int = MIN_PAGE_BYTES
+    units_at: Callable[[int], Sequence[UnitShape]], n_states: int, config: Config, from_bytes: int = MIN_PAGE_BYTES
 ) -> BudgetNeed:
     """What all units of a model need.
 
@@ -169,16 +196,28 @@ def budget_need(
         n_states: states that the optimizer keeps for each element.
         from_bytes: smaller budgets are not looked at.
     """
-    ram_bytes = from_bytes
+    ram_bytes, units_at, lock_free_bytes = from_bytes, cache(units_at), 0
     while True:
         sizes = Sizes.of(config, ram_bytes)
-        units = list(units_at(sizes.page_bytes))
+        units = units_at(sizes.page_bytes)
         frames, unit = max(((unit.frames(sizes, n_states), unit) for unit in units), key=lambda pair: pair[0])
         need_bytes = frames * sizes.page_bytes
+        if config.update.mode == "lock-free":
+            lock_free_bytes = sum(unit.gradient_bytes(sizes.compute_dtype) for unit in units)
+            need_bytes = max(need_bytes, lock_free_bytes)
+            if lock_free_bytes and need_bytes <= ram_bytes:
+                need_bytes = max(need_bytes, _lock_free(units, n_states, sizes, config).smallest_bytes)
         if need_bytes <= ram_bytes:
             content_bytes = sum(unit.content_bytes(sizes.compute_dtype, n_states) for unit in units)
-            return BudgetNeed(unit.name, unit.numel * unit.dtype.itemsize, ram_bytes, content_bytes)
-        ram_bytes = need_bytes
+            unit_bytes = unit.numel * unit.dtype.itemsize
+            return BudgetNeed(unit.name, unit_bytes, ram_bytes, content_bytes, lock_free_bytes)
+        # Sizes change at powers of two only; with larger ones, less may be needed.
+        ram_bytes = min(need_bytes, 1 << ram_bytes.bit_length())
+
+
+def _lock_free(units: Iterable[UnitShape], n_states: int, sizes: Sizes, config: Config) -> LockFreeBudget:
+    unit_sizes = [unit.size(sizes) for unit in units if unit.kept]
+    return LockFreeBudget(unit_sizes, n_states, sizes.page_bytes, config.update.threads)
 
 
 # ---- before and while parameters are paged ---------------------------------------------------------------------------

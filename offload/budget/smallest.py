@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
     Args:
         factory: makes the model.
         optimizer: as for `offload.prepare`: a factory, an optimizer section, or None for the configuration's.
-        config: its ``memory.page``, ``model.dtype`` and ``optimizer`` count; its ``memory.ram`` does not.
+        config: its ``memory.page``, ``model.dtype``, ``update`` and ``optimizer`` count; its ``memory.ram`` only for
+            ``next_bytes`` of the result.
 
     Raises:
         FactoryError: the factory fails on meta, or makes parameters elsewhere.
@@ -55,7 +57,11 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
     template = template_of(optimizer, config, model)
     kept = {id(parameter) for parameter in model.parameters()}
     dropped = [group for group in built if not any(id(parameter) in kept for _, parameter in group)]
-    return budget_need(shapes_of(model, optimized_by(template), dropped), len(rule_for(template).state_names), config)
+    units, n_states = shapes_of(model, optimized_by(template), dropped), len(rule_for(template).state_names)
+    need = budget_need(units, n_states, config)
+    if need.smallest_bytes >= config.memory.ram:
+        return need
+    return replace(need, next_bytes=budget_need(units, n_states, config, config.memory.ram).smallest_bytes)
 
 
 def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Group]]:

@@ -1,8 +1,8 @@
 """Whether a configuration can be trained on this machine: one decision, which `plan`, `doctor` and `launch` share.
 
-It is made of what is certain beforehand: the budget against the model's largest unit, and the least that its states
-take of RAM, of the limits on this process and of the disks. `plan` knows activations as well, by rehearsing a step
-(`offload.forecast.fit`).
+It is made of what is certain beforehand: the budget against what the model needs of it at once, and the least that its
+states take of RAM, of the limits on this process and of the disks. `plan` knows activations as well, by rehearsing a
+step (`offload.forecast.fit`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Verdict:
     def check(self) -> None:
         """Raise BudgetError for the first shortage."""
         if self.shortages:
-            raise BudgetError(self.shortages[0].line, self.need.smallest_bytes if self.need is not None else 0)
+            raise BudgetError(self.shortages[0].line, self.need.needed_bytes if self.need is not None else 0)
 
 
 def verdict_of(config: Config, make_model: Callable[[], nn.Module] | None, available: Available) -> Verdict:
@@ -91,8 +91,8 @@ def decide(config: Config, need: BudgetNeed | None, unknown: str, available: Ava
     """The decision, by what the model needs."""
     memory, found = config.memory, []
     ram = f"memory.ram {format_bytes(memory.ram)}"
-    if need is not None and need.smallest_bytes > memory.ram:
-        found.append(Shortfall(need.said(memory.ram), f"set memory.ram to at least {need.smallest_bytes}"))
+    if need is not None and need.needed_bytes > memory.ram:
+        found.append(Shortfall(need.said(memory.ram), need.remedy))
     for name, limit_bytes in available.limits:
         if memory.ram >= limit_bytes:  # Mapped whole, whatever of it is used.
             found.append(

@@ -1,27 +1,20 @@
 """Makes the updater that a configuration asks for, and divides the RAM budget between it and the schedule.
 
 Exact mode: gradients in flight, and those on their way down from a device | arena.
-Lock-free mode: gradients on their way | the updater's scratch | arena, of which the schedule has the lower frames, for
-parameters, and the updater the upper ones, for optimizer states. Where the schedule's frames hold all parameters, they
-stay in them for good, and fp32 parameters are their own masters. Otherwise parameters are streamed by plan, and the
-updater keeps fp32 masters among the states, so that it never waits for what the schedule has in memory.
+Lock-free mode: see `offload.budget.lock_free`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import torch
-
+from offload.budget.lock_free import LockFreeBudget, UnitSize
 from offload.store.masters import add_masters
 from offload.store.page_store import PageStore
 from optim.exact.updater import ExactUpdater, is_eager
 from optim.gradient_budget import GradientBudget
 from optim.gradient_downloads import GradientDownloadQueue
-from optim.lockfree.batch_update import scratch_bytes
-from optim.lockfree.state_windows import StateWindows, least_frames
+from optim.lockfree.state_windows import StateWindows
 from optim.lockfree.unit_channel import UnitChannel
 from optim.lockfree.update_thread import UpdateThread
 from optim.lockfree.updater import LockFreeUpdater, StalenessBound
@@ -29,12 +22,12 @@ from optim.loss_scale import Scaling
 from optim.rules import UpdateRule
 from optim.states import StateAccess
 from optim.training import OtherGradients, Training
-from optim.unit import Hyper, Slice, Unit
+from optim.unit import Hyper, Unit
 from optim.updater import Updater
 from pagemem.budget import Budget
 from pagemem.errors import BudgetError
 from pagemem.tier import Tier
-from pagemem.units import BLOCK_BYTES, ceil_div, format_bytes, round_up
+from pagemem.units import format_bytes
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 Hypers = Callable[[], Sequence[Hyper]]
@@ -117,78 +110,16 @@ def _update_frames(unit: Unit) -> int:
     return unit.parameters.n_frames + gradients + max(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Division:
-    """How lock-free mode divides the budget.
-
-    Attributes:
-        gradient_bytes: for gradients on their way and new parameters on theirs.
-        parameter_frames: of the schedule. state_frames: of the updater.
-        resident: whether all parameters stay in memory for good.
-    """
-
-    gradient_bytes: int
-    parameter_frames: int
-    state_frames: int
-    resident: bool
-
-
-def divide(store: PageStore, units: Sequence[Unit], *, eager: bool) -> Division:
-    """Divide a store's budget among ``units``, which are all that are optimized.
-
-    Raises:
-        BudgetError: it is too small; names the smallest that works.
-    """
-    page_bytes, ram_bytes = store.page_bytes, store.config.memory.ram
-    total_bytes = sum(unit.gradient_bytes for unit in units)
-    largest_bytes = max(unit.gradient_bytes for unit in units)
-    # With less than one unit more than all gradients, one that arrives while its unit is being updated has to wait.
-    # What is handed over at the optimizer step only can be there twice: in the step under way, and on its way from the
-    # one before.
-    wanted_bytes = (1 if eager else 2) * total_bytes
-    limits = dict.fromkeys(
-        (wanted_bytes + 2 * largest_bytes, wanted_bytes + largest_bytes, total_bytes + largest_bytes, total_bytes)
-    )
-    all_frames = sum(unit.parameters.n_frames for unit in store.index.units)
-    largest_frames = max(unit.parameters.n_frames for unit in store.index.units)
-    full_precision = all(part.master is None for unit in units for part in unit.slices)
-    smallest_bytes = sys.maxsize
-    for masters in (False, True) if full_precision else (True,):
-        sizes = [_slice_frames(store, part, masters=masters) for unit in units for part in unit.slices]
-        ring_frames = least_frames(sizes)
-        # What is looked at on demand has room, too.
-        least = 2 * largest_frames if masters else all_frames
-        least = max(least, largest_frames + max(sizes)) if masters else least + max(sizes)
-        for gradient_bytes in limits:
-            fixed_bytes = gradient_bytes + scratch_bytes(units, store.config.update.threads)
-            n_frames = max(0, ram_bytes - fixed_bytes) // page_bytes
-            smallest_bytes = min(smallest_bytes, fixed_bytes + (least + ring_frames) * page_bytes)
-            if n_frames >= least + ring_frames:
-                state_frames = min(sum(sizes), n_frames - least)
-                if masters:
-                    state_frames = min(sum(sizes), max(ring_frames, n_frames - all_frames - max(sizes)))
-                return Division(gradient_bytes, n_frames - state_frames, state_frames, resident=not masters)
-    raise BudgetError(
-        f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but lock-free updates keep the gradients of "
-        "the whole "
-        f"model in RAM ({format_bytes(total_bytes)}) and need {smallest_bytes} bytes ({format_bytes(smallest_bytes)}) "
-        "in all; "
-        'set memory.ram to at least that, or update.mode to "exact"',
-        smallest_bytes,
-    )
-
-
-def _slice_frames(store: PageStore, part: Slice, *, masters: bool) -> int:
-    frames = 0 if part.states is None else part.states.n_frames
-    if part.master is not None:
-        return frames + part.master.n_frames
-    master_bytes = round_up(part.numel * torch.float32.itemsize, BLOCK_BYTES)
-    return frames + (ceil_div(master_bytes, store.page_bytes) if masters else 0)
+def _size_of(unit: Unit) -> UnitSize:
+    slices = [part.numel for part in unit.slices] if unit.trained else []
+    return UnitSize(unit.dtype, unit.slices[-1].end, unit.gradient_bytes, slices)
 
 
 def _make_lock_free(store: PageStore, rule: UpdateRule, training: Training) -> Updater:
-    units = [unit for unit in store.index.units if unit.trained]
-    division = divide(store, units, eager=training.eager)
+    units, update = [unit for unit in store.index.units if unit.trained], store.config.update
+    sizes = [_size_of(unit) for unit in store.index.units]
+    lock_free = LockFreeBudget(sizes, len(rule.state_names), store.page_bytes, update.threads)
+    division = lock_free.divide(store.config.memory.ram, eager=training.eager)
     if not division.resident:
         for unit in units:
             if unit.slices[0].master is None:
@@ -204,8 +135,7 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, training: Training) -> U
     slices = [tuple(t for t in (part.states, part.master) if t is not None) for unit in units for part in unit.slices]
     windows = StateWindows(store.mover, slices, first_frame, division.state_frames)
     channels = [UnitChannel(unit) for unit in units]
-    update = store.config.update
     thread = UpdateThread(store.mover, rule, channels, windows, store.counters, n_threads=update.threads)
-    budget = GradientBudget(store.budget, division.gradient_bytes, scratch_bytes(units, update.threads))
+    budget = GradientBudget(store.budget, division.gradient_bytes, lock_free.scratch_bytes)
     bound = StalenessBound(update.max_staleness, update.exact_steps, adopts_after=update.start == "auto")
     return LockFreeUpdater(training, thread, channels, StateAccess(store.driver, rule.state_names), budget, bound)

@@ -18,18 +18,18 @@ from optim import knobs
 from optim.lockfree.unit_channel import GradientBatch, GradientSum, UnitChannel
 from optim.rules import Batch, Lookahead, UpdateRule
 from optim.states import state_view
-from optim.unit import Hyper, Piece, Slice, Unit
+from optim.unit import Hyper, Piece, Slice
 from pagemem.residency.mover import Mover
 
 
-def piece_numel(units: Iterable[Unit], n_threads: int) -> int:
-    """Elements that are updated at a time."""
-    return min(knobs.PIECE_NUMEL * n_threads, max((part.numel for unit in units for part in unit.slices), default=0))
+def piece_numel(slice_numels: Iterable[int], n_threads: int) -> int:
+    """Elements that are updated at a time, of slices of so many each."""
+    return min(knobs.PIECE_NUMEL * n_threads, max(slice_numels, default=0))
 
 
-def scratch_bytes(units: Iterable[Unit], n_threads: int) -> int:
+def scratch_bytes(slice_numels: Iterable[int], n_threads: int) -> int:
     """What the updates need outside the arena."""
-    return 2 * piece_numel(units, n_threads) * torch.float32.itemsize
+    return 2 * piece_numel(slice_numels, n_threads) * torch.float32.itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ class UpdateThread:
         self.windows = windows
         self._sink = sink
         self._n_threads = n_threads
-        self._piece_numel = piece_numel((channel.unit for channel in channels), n_threads)
+        self._piece_numel = piece_numel((part.numel for channel in channels for part in channel.unit.slices), n_threads)
         self._gate: Callable[[str, Unit], None] | None = None  # where tests hold the thread
         first_slices = accumulate((len(channel.unit.slices) for channel in channels), initial=0)
         self._first_slice = {channel.unit: first for channel, first in zip(channels, first_slices, strict=False)}

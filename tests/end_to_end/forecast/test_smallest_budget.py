@@ -115,6 +115,23 @@ def test_the_smallest_budget_works_and_a_page_less_does_not(name: str, step: str
         assert refused(case, less, optimizer, deferred=False) == need.smallest_bytes
 
 
+@each_value(name=["gpt", "tied", "many"], step=["plain", "clipped", "16 bits"], page=[PAGE_BYTES, "auto"])
+def test_lock_free_updates_work_in_the_smallest_budget_and_not_with_a_byte_less(
+    name: str, step: str, page: int | str, tmp_path: Path
+) -> None:
+    case, settings = MODELS[name], raw(tmp_path, PAGE_BYTES, **STEPS[step], mode="lock-free")
+    settings["memory"]["page"] = page
+    smallest = offload.smallest_budget(case.build, adamw, settings).smallest_bytes
+    for deferred in (True, False):
+        settings["memory"]["ram"] = smallest
+        train(case, settings, adamw, deferred=deferred)
+        for less in (smallest - 1, max(smallest // 2, 1 << 20)):
+            settings["memory"]["ram"] = less
+            with pytest.raises(offload.BudgetError, match="keep the gradients of the whole model in RAM") as caught:
+                train(case, settings, adamw, deferred=deferred)
+            assert caught.value.smallest_bytes == smallest
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_models_need_the_same_whether_built_plainly_or_out_of_pages(name: str, tmp_path: Path) -> None:
     class Leaf(nn.Module):

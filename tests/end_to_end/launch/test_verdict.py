@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import offload
 from offload import cli
-from offload.budget.verdict import Available, decide
+from offload.budget.verdict import Available, decide, verdict_of
 from offload.config import load_config
 from offload.factories import model_factory
 from offload.forecast import forecast
@@ -25,6 +26,18 @@ KIB = 1 << 10
 PAGE = 64 * KIB
 PLENTY = Available(1 << 40, 1 << 40)
 RATES = ("--flops", "2e9", "--ram-speed", "2000", "--ssd-read", "400", "--ssd-write", "400")
+
+
+class OneLargeLayer(nn.Module):
+    """One unit of one slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = nn.Embedding(256, 1024)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Some loss."""
+        return self.bytes(x).square().mean()
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +100,38 @@ def test_budgets_around_the_smallest(
         assert set(fits.values()) == {ram >= smallest}, (ram - smallest, fits, words)
         if ram < smallest:
             assert all(f"set memory.ram to at least {smallest}" in line for line in words.values()), words
+
+
+def test_lock_free_budgets_around_the_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(raw_config(tmp_path, mode="lock-free"))
+    assert config.model is not None
+    smallest = offload.smallest_budget(model_factory(config.model), None, config).smallest_bytes
+    exact = load_config(raw_config(tmp_path))
+    assert exact.model is not None
+    assert smallest > offload.smallest_budget(model_factory(exact.model), None, exact).smallest_bytes
+    for ram in (smallest // 2, smallest - 1, smallest, smallest + PAGE):
+        folder = tmp_path / str(ram)
+        fits, words = said_by_all(folder, raw_config(folder, ram, mode="lock-free"), capsys)
+        assert not fits.pop("plan") and 'plan knows "exact" only' in words.pop("plan")
+        assert set(fits.values()) == {ram >= smallest}, (ram - smallest, fits, words)
+        if ram < smallest:
+            remedy = f'set memory.ram to at least {smallest}, or update.mode to "exact"'
+            assert all(remedy in line for line in words.values()), words
+
+
+def test_a_budget_above_the_smallest_that_needs_more_is_refused_as_the_engine_refuses_it(tmp_path: Path) -> None:
+    for ram, needed in ((3 << 20, 3_407_872), ((4 << 20) - 1, 0), (4 << 20, 4_718_592)):
+        raw = raw_config(tmp_path, ram, mode="lock-free")
+        raw["memory"]["page"] = "auto"
+        config = load_config(raw)
+        shortages = verdict_of(config, OneLargeLayer, PLENTY).shortages
+        assert [f"at least {needed}, or" in shortage.remedy for shortage in shortages] == [True] * bool(needed)
+        if needed:
+            with pytest.raises(BudgetError, match=f"set memory.ram to at least {needed}, or") as caught:
+                offload.initialize(OneLargeLayer(), config)
+            assert caught.value.smallest_bytes == needed
+        else:
+            offload.initialize(OneLargeLayer(), config).close()
 
 
 @pytest.mark.parametrize("what", ["ram", "disk", "limit"])

@@ -1,0 +1,153 @@
+"""How lock-free mode divides the RAM budget, and the least that it needs.
+
+Both follow from the sizes of units alone, so that those who ask before there is a model decide as the updater does.
+
+Gradients on their way | the updater's scratch | arena, of which the schedule has the lower frames, for parameters, and
+the updater the upper ones, for optimizer states. Where the schedule's frames hold all parameters, they stay in them for
+good, and fp32 parameters are their own masters. Otherwise parameters are streamed by plan, and the updater keeps fp32
+masters among the states, so that it never waits for what the schedule has in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from optim.lockfree.batch_update import scratch_bytes
+from optim.lockfree.state_windows import least_frames
+from pagemem.errors import BudgetError
+from pagemem.units import ceil_div, format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSize:
+    """What a unit takes.
+
+    Attributes:
+        dtype: that it computes in.
+        numel: elements of its layout.
+        gradient_bytes: of the gradients of all its optimized parameters.
+        slice_numels: elements of its slices; none of a unit that is not trained.
+    """
+
+    dtype: torch.dtype
+    numel: int
+    gradient_bytes: int
+    slice_numels: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How lock-free mode divides the budget.
+
+    Attributes:
+        gradient_bytes: for gradients on their way and new parameters on theirs.
+        parameter_frames: of the schedule. state_frames: of the updater.
+        resident: whether all parameters stay in memory for good.
+    """
+
+    gradient_bytes: int
+    parameter_frames: int
+    state_frames: int
+    resident: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """One of the two ways to use the arena: what it needs of it."""
+
+    resident: bool
+    parameter_frames: int
+    ring_frames: int
+    slice_frames: Sequence[int]
+
+    @property
+    def frames(self) -> int:
+        return self.parameter_frames + self.ring_frames
+
+
+class LockFreeBudget:
+    """The division of budgets among the units of one model, at one page size.
+
+    Args:
+        units: all of the model, of which some are trained.
+        n_states: states that the optimizer keeps for each element.
+        n_threads: of the updater.
+
+    Attributes:
+        gradient_bytes: of the gradients of the whole model. scratch_bytes: what updates need outside of the arena.
+    """
+
+    def __init__(self, units: Iterable[UnitSize], n_states: int, page_bytes: int, n_threads: int) -> None:
+        units = list(units)
+        self._page_bytes = page_bytes
+        gradients = [unit.gradient_bytes for unit in units if unit.slice_numels]
+        self.gradient_bytes, self._largest_gradient_bytes = sum(gradients), max(gradients)
+        self._frames = [ceil_div(unit.numel * unit.dtype.itemsize, page_bytes) for unit in units]
+        self.scratch_bytes = scratch_bytes((numel for unit in units for numel in unit.slice_numels), n_threads)
+        self._layouts = [self._layout(units, n_states, resident=False)]
+        if all(unit.dtype is torch.float32 for unit in units if unit.slice_numels):
+            self._layouts.insert(0, self._layout(units, n_states, resident=True))
+
+    def _layout(self, units: Sequence[UnitSize], n_states: int, *, resident: bool) -> _Layout:
+        sizes = []
+        for unit in units:
+            for numel in unit.slice_numels:
+                states = ceil_div(4 * n_states * numel, self._page_bytes)
+                sizes.append(states + (0 if resident else ceil_div(4 * numel, self._page_bytes)))
+        largest = max(self._frames)
+        # What is looked at on demand has room, too.
+        least = sum(self._frames) + max(sizes) if resident else max(2 * largest, largest + max(sizes))
+        return _Layout(resident, least, least_frames(sizes), sizes)
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The smallest budget that can be divided."""
+        frames = min(layout.frames for layout in self._layouts)
+        return self.gradient_bytes + self.scratch_bytes + frames * self._page_bytes
+
+    def divide(self, ram_bytes: int, *, eager: bool) -> Division:
+        """Divide a budget.
+
+        Raises:
+            BudgetError: it is too small; names the smallest that works with these pages and slices.
+        """
+        # With less than one unit more than all gradients, one that arrives while its unit is being updated has to wait.
+        # What is handed over at the optimizer step only can be there twice: in the step under way, and on its way from
+        # the one before.
+        total_bytes, largest_bytes = self.gradient_bytes, self._largest_gradient_bytes
+        wanted_bytes = (1 if eager else 2) * total_bytes
+        limits = dict.fromkeys(
+            (wanted_bytes + 2 * largest_bytes, wanted_bytes + largest_bytes, total_bytes + largest_bytes, total_bytes)
+        )
+        for layout in self._layouts:
+            for gradient_bytes in limits:
+                n_frames = max(0, ram_bytes - gradient_bytes - self.scratch_bytes) // self._page_bytes
+                if n_frames >= layout.frames:
+                    return self._divided(layout, gradient_bytes, n_frames)
+        smallest_bytes = self.smallest_bytes
+        said = shortfall(ram_bytes, total_bytes, smallest_bytes)
+        raise BudgetError(f"{said}; {remedy(smallest_bytes)}", smallest_bytes)
+
+    def _divided(self, layout: _Layout, gradient_bytes: int, n_frames: int) -> Division:
+        state_frames = n_frames - layout.parameter_frames
+        if not layout.resident:
+            state_frames = max(layout.ring_frames, n_frames - sum(self._frames) - max(layout.slice_frames))
+        state_frames = min(sum(layout.slice_frames), state_frames)
+        return Division(gradient_bytes, n_frames - state_frames, state_frames, layout.resident)
+
+
+def shortfall(ram_bytes: int, gradient_bytes: int, smallest_bytes: int) -> str:
+    """How a budget falls short of lock-free mode's need."""
+    return (
+        f"memory.ram is {ram_bytes} bytes ({format_bytes(ram_bytes)}), but lock-free updates keep the gradients of the "
+        f"whole model in RAM ({format_bytes(gradient_bytes)}) and need {smallest_bytes} bytes "
+        f"({format_bytes(smallest_bytes)}) in all"
+    )
+
+
+def remedy(smallest_bytes: int) -> str:
+    """What to change then."""
+    return f'set memory.ram to at least {smallest_bytes}, or update.mode to "exact"'
