@@ -33,8 +33,8 @@ TOKENS, ROWS, BLOCKS = 16, 8, 4
 DECIDING_STEPS, CHECKING_STEPS = 6, 6
 
 
-#: What an op takes by the plan that the choice is made with, far less than the pages it saves take on the disk. As measured
-#: it is more on a busy machine, and fewer blocks, or none, are then worth recomputing.
+#: What an op takes by the plan that the choice is made with, far less than what it saves takes on the disk.
+#: As measured it is more on a busy machine, and fewer blocks, or none, are then worth recomputing.
 OP_S = 1e-4
 
 

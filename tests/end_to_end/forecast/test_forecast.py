@@ -91,7 +91,9 @@ def test_with_saved_tensors_in_pages_too(
     host, ssd = report.tiers["host"], report.tiers["ssd"]
     assert found.start.ssd_pages == start_pages and found.ops == plan.ops_per_step
     assert found.step.host_pages == pytest.approx(host.peak_pages, rel=0.02)
-    # What a plan stores depends on the times that the engine measured here, on a busy machine by a sixth.
+    # The run varies, not the forecast: what a plan stores depends on the times of ops that the engine measured here.
+    # Clipped with 1MiB, on a busy machine: forecast twice 177, runs 195, 185 and 182; with all ops of one length, of
+    # 0.1 ms or 10 ms, 177 to 179.
     assert found.step.ssd_pages == pytest.approx(ssd.planned_peak_pages, rel=0.25)
     unlimited = forecast(gpt_config(tmp_path, ram, **CASES[case]), RATES)
     assert found.tensor_bytes <= unlimited.tensor_bytes and found.ops >= unlimited.ops
