@@ -84,7 +84,7 @@ class LockFreeBudget:
         units = list(units)
         self._page_bytes = page_bytes
         gradients = [unit.gradient_bytes for unit in units if unit.slice_numels]
-        self.gradient_bytes, self._largest_gradient_bytes = sum(gradients), max(gradients)
+        self.gradient_bytes, self._largest_gradient_bytes = sum(gradients), max(gradients, default=0)
         self._frames = [ceil_div(unit.numel * unit.dtype.itemsize, page_bytes) for unit in units]
         self.scratch_bytes = scratch_bytes((numel for unit in units for numel in unit.slice_numels), n_threads)
         self._layouts = [self._layout(units, n_states, resident=False)]
@@ -99,7 +99,9 @@ class LockFreeBudget:
                 sizes.append(states + (0 if resident else ceil_div(4 * numel, self._page_bytes)))
         largest = max(self._frames)
         # What is looked at on demand has room, too.
-        least = sum(self._frames) + max(sizes) if resident else max(2 * largest, largest + max(sizes))
+        least = (
+            sum(self._frames) + max(sizes, default=0) if resident else max(2 * largest, largest + max(sizes, default=0))
+        )
         return _Layout(resident, least, least_frames(sizes), sizes)
 
     @property
@@ -134,7 +136,7 @@ class LockFreeBudget:
     def _divided(self, layout: _Layout, gradient_bytes: int, n_frames: int) -> Division:
         state_frames = n_frames - layout.parameter_frames
         if not layout.resident:
-            state_frames = max(layout.ring_frames, n_frames - sum(self._frames) - max(layout.slice_frames))
+            state_frames = max(layout.ring_frames, n_frames - sum(self._frames) - max(layout.slice_frames, default=0))
         state_frames = min(sum(layout.slice_frames), state_frames)
         return Division(gradient_bytes, n_frames - state_frames, state_frames, layout.resident)
 

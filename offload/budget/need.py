@@ -205,7 +205,7 @@ def budget_need(
         if config.update.mode == "lock-free":
             lock_free_bytes = sum(unit.gradient_bytes(sizes.compute_dtype) for unit in units)
             need_bytes = max(need_bytes, lock_free_bytes)
-            if lock_free_bytes and need_bytes <= ram_bytes:
+            if need_bytes <= ram_bytes and any(unit.kept for unit in units):
                 need_bytes = max(need_bytes, _lock_free(units, n_states, sizes, config).smallest_bytes)
         if need_bytes <= ram_bytes:
             content_bytes = sum(unit.content_bytes(sizes.compute_dtype, n_states) for unit in units)

@@ -184,3 +184,12 @@ def test_units_that_are_not_kept_or_not_trained_have_no_gradients() -> None:
     assert budget_need(lambda _: trained + dropped, 2, these) == alone
     assert budget_need(lambda _: trained + frozen, 2, these).lock_free_bytes == alone.lock_free_bytes
     assert budget_need(lambda _: frozen, 2, these).lock_free_bytes == 0
+
+
+def test_a_model_of_which_nothing_is_trained_needs_room_for_its_parameters() -> None:
+    frozen = [UnitShape(name, 66_048, torch.float32, False) for name in "abc"]
+    smallest_bytes = budget_need(lambda _: frozen, 2, config(PAGE_BYTES, "fp32")).smallest_bytes
+    sizes = Sizes.of(config(PAGE_BYTES, "fp32"), smallest_bytes)
+    lock_free = LockFreeBudget([unit.size(sizes) for unit in frozen], 2, PAGE_BYTES, 1)
+    assert smallest_bytes == lock_free.smallest_bytes == 2 * 5 * PAGE_BYTES
+    assert not lock_free.divide(smallest_bytes, eager=True).resident
