@@ -32,7 +32,7 @@ from pagemem.units import MiB, format_bytes
 
 STEPS, TOKENS = 3, 64
 #: RAM budget of each case.
-CASES = {"lora": 768 * MiB, "lora_4bit": 512 * MiB, "full": 1024 * MiB}
+CASES = {"lora": 768 * MiB, "lora_4bit": 384 * MiB, "full": 1024 * MiB}
 
 
 def arguments() -> argparse.Namespace:
