@@ -70,9 +70,9 @@ class PageStore:
         self._watched: WeakSet[nn.Module] = WeakSet()
         self._unhook: list[Callable[[], None]] = []
         self.closed = self.has_engine = self.narrowed = self.given_back = False
-        interrupts.guard()
+        interrupts.guard(self)
         with ExitStack() as undo:
-            undo.callback(interrupts.unguard)
+            undo.callback(interrupts.unguard, self)
             self.directories: list[RunDirectory] = []
             for path in config.ssd.paths:
                 directory = RunDirectory(Path(path))
@@ -259,6 +259,5 @@ class PageStore:
         self.binder.disown()
 
     def _end(self) -> None:
-        if not self.given_back:
-            self.given_back = True
-            interrupts.unguard()
+        interrupts.unguard(self)
+        self.given_back = True

@@ -34,7 +34,7 @@ _packages: tuple[str, ...] = (f"{Path(__file__).parents[1]}/",)
 _open_files: set[str] = set()
 _open_functions: set[CodeType] = set()
 _lock = threading.Lock()
-_n_guards = 0
+_guards: set[int] = set()
 
 
 def cover(package_file: str, open_files: Iterable[str] = ()) -> None:
@@ -117,7 +117,7 @@ def raise_outside(frame: FrameType | None, error: Callable[[], BaseException] = 
     `IMPATIENT_AFTER_S`.
     """
     global _waiting
-    target = _caller(frame) if _n_guards else None
+    target = _caller(frame) if _guards else None
     if target is None or (_waiting is not None and time.monotonic() - _waiting.since_s > IMPATIENT_AFTER_S):
         waiting, _waiting = _waiting, None
         if waiting is not None:
@@ -176,12 +176,11 @@ def _on_interrupt(_number: int, frame: FrameType | None) -> None:
     raise_outside(frame)
 
 
-def guard() -> None:
-    """Until `unguard` is called as often: Ctrl-C is raised outside of our code, where Python's own handler would have
-    raised it. Any thread."""
-    global _n_guards
+def guard(holder: object) -> None:
+    """Until `unguard` is called for ``holder``, which is alive until then: Ctrl-C is raised outside of our code, where
+    Python's own handler would have raised it. Any thread."""
     with _lock:
-        _n_guards += 1
+        _guards.add(id(holder))
     renew()
 
 
@@ -195,12 +194,11 @@ def renew() -> None:
         signal.signal(signal.SIGINT, _on_interrupt)
 
 
-def unguard() -> None:
-    """See `guard`. What waits by then is still raised."""
-    global _n_guards
+def unguard(holder: object) -> None:
+    """See `guard`. What waits by then is still raised. Can be called again, wherever an interrupt has left it."""
     with _lock:
-        _n_guards -= 1
-        last = _n_guards == 0
+        _guards.discard(id(holder))
+        last = not _guards
     if (
         last
         and signal.getsignal(signal.SIGINT) is _on_interrupt

@@ -24,6 +24,7 @@ from small_runs import (
 from torch import nn
 
 import offload
+from offload.assembly import parts
 
 # ---- optimizers ----------------------------------------------------------------------------------------------------
 
@@ -92,11 +93,16 @@ def test_states_of_an_optimizer_that_is_not_fused_are_refused_whole(engine: offl
     assert not engine.optimizer.state_dict()["state"] and engine.optimizer.param_groups[0]["fused"]
 
 
-def test_an_engine_that_fails_after_it_has_rounded_the_model_says_so(tmp_path: Path) -> None:
-    raw = config(tmp_path, mode="lock-free") | {"model": {"factory": "unused:unused", "dtype": "bf16"}}
-    model = built()
-    with pytest.raises(offload.BudgetError, match="lock-free") as caught:
-        offload.initialize(model, raw)
+def test_an_engine_that_fails_after_it_has_rounded_the_model_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise offload.BudgetError("no room", 1)
+
+    raw = config(tmp_path) | {"model": {"factory": "unused:unused", "dtype": "bf16"}}
+    with monkeypatch.context() as patched, pytest.raises(offload.BudgetError, match="no room") as caught:
+        patched.setattr(parts, "make_updater", refuse)
+        offload.initialize(built(), raw)
     assert caught.value.__notes__ == [
         "the model's parameters have been rounded to torch.bfloat16, as model.dtype asks for; build it anew"
     ]

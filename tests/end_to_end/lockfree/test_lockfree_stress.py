@@ -52,14 +52,14 @@ def delay_the_disk(run: Run, delays: Delays) -> None:
             buffer: memoryview,
             done: Any,
             *,
-            background: bool = False,
             move: Any = getattr(files, name),  # noqa: B008 - bound in each round
+            **more: Any,
         ) -> None:
             def late(error: BaseException | None) -> None:
                 delays.maybe()
                 done(error)
 
-            move(route, buffer, late, background=background)
+            move(route, buffer, late, **more)
 
         setattr(files, name, begin)
 

@@ -30,15 +30,15 @@ def as_it_was() -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert sys.gettrace() is None and interrupts._waiting is None and interrupts._n_guards == 0
+    assert sys.gettrace() is None and interrupts._waiting is None and not interrupts._guards
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
 def guarded() -> Iterator[None]:
-    interrupts.guard()
+    interrupts.guard(interrupts)
     yield
-    interrupts.unguard()
+    interrupts.unguard(interrupts)
 
 
 def test_unguarded_it_is_raised_where_it_comes() -> None:
@@ -154,21 +154,21 @@ def test_what_is_left_open_is_interrupted_where_it_is(monkeypatch: pytest.Monkey
 def test_another_handler_is_left_alone() -> None:
     came = []
     signal.signal(signal.SIGINT, lambda *_: came.append(1))
-    interrupts.guard()
+    interrupts.guard(interrupts)
     covered.call(ctrl_c)
     assert came == [1]
-    interrupts.unguard()
+    interrupts.unguard(interrupts)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_the_place_of_pythons_handler_is_taken_again() -> None:
-    interrupts.guard()
+    interrupts.guard(interrupts)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupts.renew()
     with pytest.raises(KeyboardInterrupt):
         covered.call(ctrl_c)
     assert covered.inside == [0]
-    interrupts.unguard()
+    interrupts.unguard(interrupts)
 
 
 def test_a_step_comes_to_its_end_whatever_interrupts_it() -> None:
