@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.disk.weights import LAYERS, make_checkpoint
+from benchmarks.disk.weights import LAYERS, in_child, make_checkpoint, trained_only
 from pagemem.units import MiB, format_bytes
 
 STEPS, TOKENS = 3, 64
@@ -59,7 +57,7 @@ def child(a: argparse.Namespace) -> None:
     started_s = time.perf_counter()
     with offload.deferred_init(config):
         model = causal_lm(a.checkpoint, lora=lora, four_bit=a.case == "lora_4bit")
-    engine = offload.initialize(model, config, _trained_only)
+    engine = offload.initialize(model, config, trained_only)
     found: dict[str, Any] = {"load_s": time.perf_counter() - started_s, "load_peak": common.status_bytes("VmHWM")}
     found |= {"load_written": engine.stats().bytes_written, "losses": [], "step_s": []}
     generator = torch.Generator().manual_seed(1)
@@ -82,20 +80,11 @@ def child(a: argparse.Namespace) -> None:
     print(json.dumps(found), flush=True)
 
 
-def _trained_only(parameters: Any) -> torch.optim.Optimizer:
-    return common.fused_adamw(parameter for parameter in parameters if parameter.requires_grad)
-
-
 def run_case(a: argparse.Namespace, checkpoint: str, case: str) -> dict[str, Any]:
     """One case in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.disk.fine_tune", "--child", "--case", case]
     command += ["--checkpoint", checkpoint, "--threads", str(a.threads), "--dir", a.dir]
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    finally:
-        shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return in_child(command, f"{a.dir}/pages")
 
 
 def rows_of(case: str, found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -88,7 +88,7 @@ def child(a: argparse.Namespace) -> None:
     if a.case == "frozen":
         model.requires_grad_(False)
         model.model.norm.requires_grad_(True)
-    engine = offload.initialize(model, config, _trained_only)
+    engine = offload.initialize(model, config, trained_only)
     found: dict[str, Any] = {"load_s": time.perf_counter() - started_s}
     found |= {f"load_{key}": value for key, value in _use(engine, base_bytes).items()}
     before = engine.stats()
@@ -114,7 +114,8 @@ def child(a: argparse.Namespace) -> None:
     print(json.dumps(found), flush=True)
 
 
-def _trained_only(parameters: Any) -> torch.optim.Optimizer:
+def trained_only(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW over what is not frozen."""
     return common.fused_adamw(parameter for parameter in parameters if parameter.requires_grad)
 
 
@@ -129,11 +130,16 @@ def run_case(a: argparse.Namespace, checkpoint: Path, case: str) -> dict[str, An
     """One case in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.disk.weights", "--case", case, "--checkpoint", str(checkpoint)]
     command += ["--ram", str(a.ram), "--threads", str(a.threads), "--dir", a.dir]
-    shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
+    return in_child(command, f"{a.dir}/pages")
+
+
+def in_child(command: list[str], pages: str) -> dict[str, Any]:
+    """What a process says in its last line, as JSON; its page files are new, and gone afterwards."""
+    shutil.rmtree(pages, ignore_errors=True)
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     finally:
-        shutil.rmtree(f"{a.dir}/pages", ignore_errors=True)
+        shutil.rmtree(pages, ignore_errors=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 

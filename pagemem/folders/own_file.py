@@ -254,12 +254,7 @@ def sync_folder(path: StrPath) -> None:
     Raises:
         StorageError: it cannot be synced, and no later sync tells whether the present names are durable.
     """
-    with naming("syncing", path):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    _sync(path, os.O_DIRECTORY)
 
 
 def sync_files(folder: Path) -> None:
@@ -269,12 +264,16 @@ def sync_files(folder: Path) -> None:
         StorageError: one cannot be synced.
     """
     for path in folder.iterdir():
-        with naming("syncing", path):
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        _sync(path, os.O_NOFOLLOW)
+
+
+def _sync(path: StrPath, flags: int) -> None:
+    with naming("syncing", path):
+        fd = os.open(path, os.O_RDONLY | flags | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def make_folder(path: Path) -> list[Path]:
