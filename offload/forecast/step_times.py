@@ -14,8 +14,8 @@ from typing import Final
 
 from offload.forecast.rehearsal import Rehearsal
 from scheduler.execution.driver import Driver
-from scheduler.planning.lanes import Lane
 from scheduler.planning.simulator import Simulation, simulate
+from scheduler.planning.task import Lane
 
 #: The lane of copies from host memory to the device.
 H2D: Final = "h2d"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,18 +16,20 @@ from offload.store.page_store import PageStore
 from pagemem.errors import StorageError
 from pagemem.folders.own_file import replace_file
 from scheduler.execution.driver import Driver
-from scheduler.planning.plan import LoadTask, Plan
+from scheduler.planning.plan import Plan
+from scheduler.planning.task import NO_FRAME, NO_OP, Task
 
 PLAN_NAME: Final = "plan.json"
 DEVICE_PLAN_NAME: Final = "plan-device.json"
-FORMAT: Final = "offload plan 1"
+FORMAT: Final = "offload plan 2"
 
 
 def plan_content(driver: Driver, plan: Plan) -> dict[str, Any]:
     """All of a driver's plan, and what its numbers mean: names of its tensors and ops, and their sizes.
 
     ``names`` and ``tensor_bytes`` are by the tensor's number; ``ops`` are those of one step, and a cycle is ``steps``
-    of them; ``initial`` is the first frame of each tensor when a cycle begins. Ops of tasks are numbers of the cycle.
+    of them; ``initial`` is the first frame of each tensor when a cycle begins. Ops of tasks are numbers of the cycle,
+    and what ``after`` names are places in ``tasks``.
     """
     mover, trace = driver.mover, driver.follower.trace
     loaded = {task.tensor for task in (*plan.loads, *plan.carried)}
@@ -43,17 +44,26 @@ def plan_content(driver: Driver, plan: Plan) -> dict[str, Any]:
         "ops": [
             {"kind": op.key[0].value, "key": op.key[1], "name": op.name, "seconds": op.duration_s} for op in trace.ops
         ],
-        "initial": dict(sorted(plan.initial.items())), "carried": _loads(plan.carried), "loads": _loads(plan.loads),
-        "stores": [{"tensor": task.tensor, "trigger": task.trigger} for task in plan.stores],
+        "initial": dict(sorted(plan.initial.items())), "carried": [task_content(task) for task in plan.carried],
+        "tasks": [task_content(task) for task in (*plan.loads, *plan.stores)],
     }  # fmt: skip
 
 
-def _loads(tasks: Iterable[LoadTask]) -> list[dict[str, Any]]:
-    return [
-        {"tensor": task.tensor, "frame": task.frame, "trigger": task.trigger, "needed_at": task.needed_at}
-        | ({"fresh": True} if task.fresh else {})
-        for task in tasks
-    ]
+def task_content(task: Task) -> dict[str, Any]:
+    """All of a task, without what it does not have: frames, an op that waits for it, tasks that it follows."""
+    content: dict[str, Any] = {
+        "kind": task.kind.value, "tensor": task.tensor, "tier": task.tier.value, "lane": task.lane.value,
+        "bytes": task.n_bytes, "trigger": task.trigger,
+    }  # fmt: skip
+    if task.frame != NO_FRAME:
+        content["frame"] = task.frame
+    if task.needed_at != NO_OP:
+        content["needed_at"] = task.needed_at
+    if task.fresh:
+        content["fresh"] = True
+    if task.after:
+        content["after"] = list(task.after)
+    return content
 
 
 class PlanKeeper:

@@ -23,7 +23,8 @@ from scheduler.execution.lower_tier import LowerTier
 from scheduler.execution.read_lane import ReadLane
 from scheduler.execution.tier_planner import TierPlanner
 from scheduler.planning.durations import Durations
-from scheduler.planning.plan import LoadTask, Plan
+from scheduler.planning.plan import Plan
+from scheduler.planning.task import load_task
 from scheduler.planning.trace import OpKey, Trace, TraceRecorder
 
 
@@ -195,7 +196,8 @@ class PlanFollower:
                 self._mover.drop(tensor)
         first_uses = self.trace.first_uses()
         wanted = sorted(plan.initial, key=lambda tensor: first_uses.get(tensor, 0))
-        self._lane.submit([LoadTask(tensor, plan.initial[tensor], 0, 0) for tensor in wanted])
+        n_bytes = {tensor: self._mover.tensors[tensor].n_bytes for tensor in wanted}
+        self._lane.submit([load_task(tensor, n_bytes[tensor], plan.initial[tensor], 0, 0) for tensor in wanted])
         self._lane.submit(plan.carried)
 
     def _cancel_loads(self) -> None:

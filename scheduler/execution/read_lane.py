@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pagemem.frames.page import TensorId
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from scheduler.planning.plan import LoadTask
+from scheduler.planning.task import Task
 
 
 class ReadLane:
@@ -21,7 +21,7 @@ class ReadLane:
 
     def __init__(self, mover: Mover) -> None:
         self._mover = mover
-        self._tasks: deque[LoadTask] = deque()
+        self._tasks: deque[Task] = deque()
         self._waiting: Counter[TensorId] = Counter()
         self._pumping = False
         self._look_again = False
@@ -32,11 +32,11 @@ class ReadLane:
         return self._waiting[tensor] > 0
 
     @property
-    def first(self) -> LoadTask | None:
+    def first(self) -> Task | None:
         """The load that the others wait behind, if one waits."""
         return self._tasks[0] if self._tasks else None
 
-    def submit(self, tasks: Iterable[LoadTask]) -> None:
+    def submit(self, tasks: Iterable[Task]) -> None:
         """Queue loads behind those that wait."""
         with self._mover.changed:
             queued = list(tasks)
@@ -66,7 +66,7 @@ class ReadLane:
         finally:
             self._pumping = False
 
-    def _start(self, task: LoadTask) -> bool:
+    def _start(self, task: Task) -> bool:
         tensor = self._mover.tensors[task.tensor]
         if self._mover.expires(tensor):
             return False  # what is there of it has to go first, also from the very frames that it is to have

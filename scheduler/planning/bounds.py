@@ -16,7 +16,8 @@ from typing import Final
 from pagemem.frames.page import FrameId, TensorId
 from scheduler.planning.lanes import SimulatedLanes
 from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.plan import LoadTask, Plan, by_trigger
+from scheduler.planning.plan import Plan, by_trigger
+from scheduler.planning.task import Task
 from scheduler.planning.trace import AccessMode, Op, Trace
 
 #: Cycles that `check_bounds` performs: in the second one, tensors are dirty when it begins, as in every later one.
@@ -174,7 +175,7 @@ class Replay:
 
     # ---- tasks -------------------------------------------------------------------------------------------------
 
-    def load(self, task: LoadTask) -> None:
+    def load(self, task: Task) -> None:
         """Bring a tensor in, in place of whatever is in its window."""
         tensor = task.tensor
         self.require(task.trigger <= task.needed_at, f"{tensor} is loaded too late for op {task.needed_at}")

@@ -13,7 +13,6 @@ A load of frames alone (`fresh`) needs its window and no lane. Times are whole n
 
 from __future__ import annotations
 
-import enum
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -22,17 +21,14 @@ from typing import Final
 
 from pagemem.frames.page import TensorId
 from scheduler.planning.lookahead import TierSpec
+from scheduler.planning.task import Lane
 from scheduler.planning.trace import AccessMode, Op
 
 NS: Final = 1_000_000_000
 
 
-class Lane(enum.Enum):
-    """What can be busy."""
-
-    COMPUTE = "compute"
-    SSD_READ = "ssd_read"
-    SSD_WRITE = "ssd_write"
+#: The lanes that are followed here.
+LANES: Final = (Lane.COMPUTE, Lane.SSD_READ, Lane.SSD_WRITE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +73,8 @@ class SimulatedLanes:
     n_bytes: Mapping[TensorId, int]
     tier: TierSpec
     times: dict[TensorId, Times] = field(default_factory=lambda: defaultdict(Times))
-    free_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
-    busy_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
+    free_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(LANES, 0))
+    busy_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(LANES, 0))
     now_ns: int = 0
     window_ns: int = 0
     window_by: Lane = Lane.SSD_READ

@@ -26,7 +26,7 @@ from pagemem.frames.window import Window, best_window, window_near
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
 from scheduler import knobs
-from scheduler.planning.plan import LoadTask, StoreTask
+from scheduler.planning.task import Task, load_task, store_task
 from scheduler.planning.trace import CHANGES, Access, AccessMode, Op, Trace
 from scheduler.planning.victims import Victims
 
@@ -82,8 +82,8 @@ class LookaheadReader:
     uses: dict[TensorId, list[int]] = field(default_factory=dict)
     renewals: dict[TensorId, set[int]] = field(default_factory=dict)
     renewed_at: dict[TensorId, int] = field(default_factory=dict)
-    loads: list[LoadTask] = field(default_factory=list)
-    stores: list[tuple[int, StoreTask]] = field(default_factory=list)
+    loads: list[Task] = field(default_factory=list)
+    stores: list[tuple[int, Task]] = field(default_factory=list)
     op_end_s: list[float] = field(default_factory=list)
     read_free_s: float = 0.0
     write_free_s: float = 0.0
@@ -181,7 +181,7 @@ class LookaheadReader:
         self.victims.left(tensor)
         self.frames.release(tensor)
         if tenant.dirty and not tenant.dead:
-            self.stores.append((now, StoreTask(tensor, tenant.modified_at + 1)))
+            self.stores.append((now, store_task(tensor, self.n_bytes[tensor], tenant.modified_at + 1)))
         return tenant
 
     def load(self, access: Access, now: int, staying: frozenset[TensorId], *, pack: bool = False) -> float | None:
@@ -206,7 +206,7 @@ class LookaheadReader:
         if isinstance(placed, Shortage):
             raise AssertionError(f"chosen window {window} is not free: {placed}")
         self.tenants[tensor] = Tenant(window.first, now - 1)
-        self.loads.append(LoadTask(tensor, window.first, trigger, now, fresh))
+        self.loads.append(load_task(tensor, n_bytes, window.first, trigger, now, fresh=fresh))
         self.last_trigger = trigger
         self.read_free_s = start_s + read_s
         return self.read_free_s

@@ -9,37 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from pagemem.frames.page import FrameId, TensorId
+from scheduler.planning.task import Task
 from scheduler.planning.trace import OpKey
-
-
-@dataclass(frozen=True, slots=True)
-class LoadTask:
-    """Bring ``tensor`` into the frames from ``frame`` on, in time for op ``needed_at``.
-
-    ``fresh`` means that the content is not wanted, only the frames. ``needed_at`` may lie in the next cycle
-    (``>= len(ops)``): the reader runs ahead of the step's end.
-    """
-
-    tensor: TensorId
-    frame: FrameId
-    trigger: int
-    needed_at: int
-    fresh: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StoreTask:
-    """Copy ``tensor`` to the page files once op ``trigger`` begins: it has changed for the last time before it must
-    leave."""
-
-    tensor: TensorId
-    trigger: int
-
-
-TaskT = TypeVar("TaskT", LoadTask, StoreTask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +34,17 @@ class Plan:
     n_steps: int
     n_frames: int
     initial: Mapping[TensorId, FrameId]
-    loads: tuple[LoadTask, ...]
-    stores: tuple[StoreTask, ...]
-    carried: tuple[LoadTask, ...]
+    loads: tuple[Task, ...]
+    stores: tuple[Task, ...]
+    carried: tuple[Task, ...]
     closed: bool
     peak_frames: int
     read_bytes: int
     written_bytes: int
     step_s: float
     compute_s: float
-    loads_at: Mapping[int, tuple[LoadTask, ...]] = field(default_factory=dict)
-    stores_at: Mapping[int, tuple[StoreTask, ...]] = field(default_factory=dict)
+    loads_at: Mapping[int, tuple[Task, ...]] = field(default_factory=dict)
+    stores_at: Mapping[int, tuple[Task, ...]] = field(default_factory=dict)
 
     @property
     def ops_per_step(self) -> int:
@@ -88,9 +61,9 @@ class Plan:
         return list(dict.fromkeys(task.tensor for task in sorted(self.stores, key=lambda task: task.trigger)))
 
 
-def by_trigger(tasks: Iterable[TaskT]) -> dict[int, tuple[TaskT, ...]]:
+def by_trigger(tasks: Iterable[Task]) -> dict[int, tuple[Task, ...]]:
     """Tasks grouped by the op that starts them, in order."""
-    found: dict[int, list[TaskT]] = {}
+    found: dict[int, list[Task]] = {}
     for task in tasks:
         found.setdefault(task.trigger, []).append(task)
     return {trigger: tuple(group) for trigger, group in found.items()}

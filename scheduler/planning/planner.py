@@ -17,7 +17,7 @@ Source: Angel-PTM (VLDB 2023), unified scheduling.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from pagemem.errors import BudgetError
@@ -27,7 +27,8 @@ from pagemem.tier import Tier
 from pagemem.units import ceil_div
 from scheduler import knobs
 from scheduler.planning.lookahead import LookaheadReader, Placed, TierSpec
-from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.planning.plan import Plan, by_trigger
+from scheduler.planning.task import Task, store_task
 from scheduler.planning.trace import CHANGES, AccessMode, Trace
 
 #: Steps read ahead at most, steps at the beginning that are left out (the reader begins with empty host memory), and
@@ -160,21 +161,19 @@ def _plan_of(
     loads = [task for task in reader.loads if start <= task.needed_at < end]
     numbered = _numbered_from(start, end - start, loads, closed=closed)
     stores = dict.fromkeys(
-        StoreTask(task.tensor, (task.trigger - start) % (end - start))
+        replace(task, trigger=(task.trigger - start) % (end - start))
         for evicted_at, task in reader.stores
         if start <= evicted_at < end
     )
     read_bytes, written_bytes = 0, 0
     if not closed:
-        stores |= dict.fromkeys(_unseen_stores(trace, cycle.begins, cycle.ends, loads, start, end))
+        stores |= dict.fromkeys(_unseen_stores(trace, n_bytes, cycle.begins, cycle.ends, loads, start, end))
         read_bytes, written_bytes = _restored_bytes(cycle.begins, cycle.ends, n_bytes)
     restore_s = max(read_bytes / tier.read_bytes_per_s, written_bytes / tier.write_bytes_per_s)
     read_bytes += sum(n_bytes[task.tensor] for task in loads if not task.fresh)
     written_bytes += sum(n_bytes[task.tensor] for task in stores)
     carried = tuple(
-        LoadTask(t.tensor, t.frame, 0, t.needed_at - (end - start), t.fresh)
-        for t in numbered
-        if t.needed_at >= end - start
+        replace(t, trigger=0, needed_at=t.needed_at - (end - start)) for t in numbered if t.needed_at >= end - start
     )
     before_s = reader.op_end_s[start - 1] if start else 0.0
     initial = {tensor: frame for tensor, frame, _, dead in cycle.begins if not dead}
@@ -239,20 +238,20 @@ def _restored_bytes(first: Placed, last: Placed, n_bytes: Mapping[TensorId, int]
     )
 
 
-def _numbered_from(start: int, n_ops: int, loads: Sequence[LoadTask], *, closed: bool) -> tuple[LoadTask, ...]:
+def _numbered_from(start: int, n_ops: int, loads: Sequence[Task], *, closed: bool) -> tuple[Task, ...]:
     """Loads of one cycle with op numbers counted from its beginning; early ones wrap to the cycle before."""
-    inside: list[LoadTask] = []
-    wrapped: list[LoadTask] = []
+    inside: list[Task] = []
+    wrapped: list[Task] = []
     for task in loads:
         trigger, needed_at = task.trigger - start, task.needed_at - start
         if trigger < 0 and closed:
-            wrapped.append(LoadTask(task.tensor, task.frame, trigger + n_ops, needed_at + n_ops, task.fresh))
+            wrapped.append(replace(task, trigger=trigger + n_ops, needed_at=needed_at + n_ops))
         else:
-            inside.append(LoadTask(task.tensor, task.frame, max(trigger, 0), needed_at, task.fresh))
+            inside.append(replace(task, trigger=max(trigger, 0), needed_at=needed_at))
     latest = inside[-1].trigger if inside else 0
     for task in wrapped:
         latest = max(latest, task.trigger)
-        inside.append(LoadTask(task.tensor, task.frame, latest, task.needed_at, task.fresh))
+        inside.append(replace(task, trigger=latest))
     return tuple(inside)
 
 
@@ -273,8 +272,14 @@ def _least_different(placements: Sequence[Placed], n_bytes: Mapping[TensorId, in
 
 
 def _unseen_stores(
-    trace: Trace, first: Placed, last: Placed, loads: Sequence[LoadTask], start: int, end: int
-) -> list[StoreTask]:
+    trace: Trace,
+    n_bytes: Mapping[TensorId, int],
+    first: Placed,
+    last: Placed,
+    loads: Sequence[Task],
+    start: int,
+    end: int,
+) -> list[Task]:
     """Stores of a cycle that does not close, which the reader did not see because it went on there.
 
     A tensor may be in the same frames at both ends, clean at the beginning and dirty at the end. If it then leaves
@@ -292,12 +297,12 @@ def _unseen_stores(
         changes = changes_of[tensor]
         if returns_at.get(tensor, end) <= changes[0]:
             after_last_change = end - start - len(trace.ops) + changes[-1] + 1
-            stores.append(StoreTask(tensor, after_last_change % (end - start)))
+            stores.append(store_task(tensor, n_bytes[tensor], after_last_change % (end - start)))
     return stores
 
 
 def _peak_frames(
-    initial: Mapping[TensorId, FrameId], loads: Sequence[LoadTask], n_bytes: Mapping[TensorId, int], page_bytes: int
+    initial: Mapping[TensorId, FrameId], loads: Sequence[Task], n_bytes: Mapping[TensorId, int], page_bytes: int
 ) -> int:
     """Distinct frames that a cycle touches."""
     touched: set[int] = set()

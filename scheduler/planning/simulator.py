@@ -12,9 +12,10 @@ from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
 from scheduler.planning.bounds import Replay
-from scheduler.planning.lanes import NS, Lane, SimulatedLanes, SimulatedWait
+from scheduler.planning.lanes import LANES, NS, SimulatedLanes, SimulatedWait
 from scheduler.planning.lookahead import TierSpec
 from scheduler.planning.plan import Plan
+from scheduler.planning.task import Lane
 from scheduler.planning.trace import Trace
 
 #: Cycles performed at most before the step time is taken of all of them together.
@@ -70,13 +71,13 @@ def simulate(
         found = next((earlier for earlier in reversed(ends) if earlier.state == end.state), None)
         ends.append(end)
     last = ends[-1]
-    began = found or _CycleEnd((), 0, dict.fromkeys(Lane, 0), (0, 0))
+    began = found or _CycleEnd((), 0, dict.fromkeys(LANES, 0), (0, 0))
     n_steps = plan.n_steps * (len(ends) - (ends.index(found) + 1 if found else 0))
     spent_ns = last.at_ns - began.at_ns if found else max(lanes.now_ns, *lanes.free_ns.values())
     return Simulation(
         step_s=spent_ns / n_steps / NS,
         steady=found is not None,
-        busy={lane: (last.busy_ns[lane] - began.busy_ns[lane]) / spent_ns if spent_ns else 0.0 for lane in Lane},
+        busy={lane: (last.busy_ns[lane] - began.busy_ns[lane]) / spent_ns if spent_ns else 0.0 for lane in LANES},
         waits=tuple(lanes.waits),
         read_bytes=(last.moved_bytes[0] - began.moved_bytes[0]) / n_steps,
         written_bytes=(last.moved_bytes[1] - began.moved_bytes[1]) / n_steps,

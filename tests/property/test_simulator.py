@@ -13,11 +13,12 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.planning.bounds import PlanError
-from scheduler.planning.lanes import Lane, SimulatedWait
+from scheduler.planning.lanes import LANES, SimulatedWait
 from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.planning.plan import Plan, by_trigger
 from scheduler.planning.planner import make_plan
 from scheduler.planning.simulator import Simulation, simulate
+from scheduler.planning.task import Lane, Task, load_task, store_task
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 PAGE_BYTES = 64 * KiB
@@ -25,7 +26,7 @@ PAGE_BYTES = 64 * KiB
 BYTES_PER_S = PAGE_BYTES / 1e-3
 MODES = {"r": AccessMode.READ, "w": AccessMode.MODIFY, "c": AccessMode.CREATE, "x": AccessMode.CONSUME}
 A, B, C = (TensorId(i) for i in range(3))
-SHARES = {Lane.COMPUTE: 0.0, Lane.SSD_READ: 0.0, Lane.SSD_WRITE: 0.0}
+SHARES = dict.fromkeys(LANES, 0.0)
 
 
 def trace_of(*ops: str, ms: float | tuple[float, ...]) -> Trace:
@@ -42,8 +43,8 @@ def plan_of(
     trace: Trace,
     n_frames: int,
     initial: dict[TensorId, int],
-    loads: tuple[LoadTask, ...],
-    stores: tuple[StoreTask, ...] = (),
+    loads: tuple[Task, ...],
+    stores: tuple[Task, ...] = (),
 ) -> Plan:
     """A plan of one step that closes."""
     carried = tuple(
@@ -74,8 +75,12 @@ def run(plan: Plan, trace: Trace, *, read: float = 1.0, write: float = 1.0) -> S
     return simulate(plan, trace, dict.fromkeys(trace.tensors(), PAGE_BYTES), machine)
 
 
-def load(tensor: TensorId, frame: int, trigger: int, needed_at: int) -> LoadTask:
-    return LoadTask(tensor, FrameId(frame), trigger, needed_at)
+def load(tensor: TensorId, frame: int, trigger: int, needed_at: int) -> Task:
+    return load_task(tensor, PAGE_BYTES, FrameId(frame), trigger, needed_at)
+
+
+def store(tensor: TensorId, trigger: int) -> Task:
+    return store_task(tensor, PAGE_BYTES, trigger)
 
 
 # ---- by hand --------------------------------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ def test_two_frames_hide_what_fits_behind_compute() -> None:
 def test_a_load_waits_until_its_frames_are_stored_and_the_lane_says_so() -> None:
     # Per op: store the other one (2 ms), read this one (1 ms), use it (1 ms).
     trace = trace_of("Aw", "Bw", ms=1.0)
-    plan = plan_of(trace, 1, {A: 0}, (load(A, 0, 0, 0), load(B, 0, 1, 1)), (StoreTask(B, 0), StoreTask(A, 1)))
+    plan = plan_of(trace, 1, {A: 0}, (load(A, 0, 0, 0), load(B, 0, 1, 1)), (store(B, 0), store(A, 1)))
     done = run(plan, trace, write=0.5)
     assert done.step_s == 0.008 and done.steady
     assert done.waits == (
@@ -135,9 +140,9 @@ def test_a_load_waits_until_its_frames_are_stored_and_the_lane_says_so() -> None
 
 def test_a_change_waits_for_the_copy_out_and_a_reading_does_not() -> None:
     changed, read = trace_of("Aw", "Aw", ms=1.0), trace_of("Aw", "Ar", ms=1.0)
-    done = run(plan_of(changed, 1, {A: 0}, (), (StoreTask(A, 1),)), changed, write=0.25)
+    done = run(plan_of(changed, 1, {A: 0}, (), (store(A, 1),)), changed, write=0.25)
     assert done.waits == (SimulatedWait(1, "Aw", 0.004, A, Lane.SSD_WRITE),) and done.step_s == 0.006
-    done = run(plan_of(read, 1, {A: 0}, (), (StoreTask(A, 1),)), read, write=0.25)
+    done = run(plan_of(read, 1, {A: 0}, (), (store(A, 1),)), read, write=0.25)
     assert done.waits == (SimulatedWait(0, "Aw", 0.003, A, Lane.SSD_WRITE),) and done.step_s == 0.005
 
 

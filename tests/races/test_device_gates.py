@@ -23,7 +23,7 @@ from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.upload_queue import _close_at_exit
 from scheduler.execution.read_lane import ReadLane
-from scheduler.planning.plan import LoadTask
+from scheduler.planning.task import load_task
 
 R = Residency
 
@@ -74,7 +74,7 @@ def test_a_window_is_freed_of_a_copy_that_waits(tiers: Tiers) -> None:
     late, soon = tiers.stored(1, "late"), tiers.stored(2, "soon")
     lane = ReadLane(tiers.device)
     tiers.device.start_load(late, FrameId(0))
-    lane.submit([LoadTask(soon.id, FrameId(0), 0, 1)])
+    lane.submit([load_task(soon.id, soon.n_bytes, FrameId(0), 0, 1)])
     assert late.state is R.STORED and soon.state is R.LOADING
     tiers.comes(soon, 0)
     tiers.arrives(soon)
@@ -177,7 +177,7 @@ def test_what_was_to_be_stored_by_now_is_stored_when_it_is_there(tiers: Tiers) -
 def test_a_load_waits_for_what_arrives_in_its_place_and_then_for_its_way_out(tiers: Tiers) -> None:
     waiting = tiers.below.stored(1, "waiting")
     lower, lane = tiers.saved(5), ReadLane(tiers.below.mover)
-    lane.submit([LoadTask(waiting.id, FrameId(0), 0, 1)])
+    lane.submit([load_task(waiting.id, waiting.n_bytes, FrameId(0), 0, 1)])
     assert not lane.stuck and lower.state is R.ARRIVING and waiting.state is R.STORED
     tiers.is_there(lower)
     assert lower.state is R.STORING
@@ -219,7 +219,7 @@ def test_a_load_into_the_frames_that_a_tensor_is_about_to_lose_waits_for_that(ti
     lower, lane = tiers.below.dirty(3), ReadLane(tiers.below.mover)
     tiers.below.mover.begin_upload(lower)
     tiers.below.mover.discard_soon(lower)
-    lane.submit([LoadTask(lower.id, FrameId(0), 0, 1, fresh=True)])
+    lane.submit([load_task(lower.id, lower.n_bytes, FrameId(0), 0, 1, fresh=True)])
     assert lane.first is not None and not lane.stuck
     tiers.below.mover.end_upload(lower)
     assert lane.first is None and lower.state is R.CLEAN and lower.frame == 0
@@ -230,7 +230,7 @@ def test_what_is_waited_for_to_go_is_not_taken_for_what_is_to_come(tiers: Tiers)
     lower, lane = tiers.below.dirty(3), ReadLane(tiers.below.mover)
     tiers.below.mover.begin_upload(lower)
     tiers.below.mover.discard_soon(lower)
-    lane.submit([LoadTask(lower.id, FrameId(0), 0, 1, fresh=True)])
+    lane.submit([load_task(lower.id, lower.n_bytes, FrameId(0), 0, 1, fresh=True)])
     gone = tiers.below.training.submit(tiers.below.mover.end_expiry, lower)
     assert not gone.done()
     tiers.below.mover.end_upload(lower)

@@ -16,10 +16,10 @@ from small_runs import config as small_config
 from small_runs import train as step
 
 import offload
-from offload.store.plan_file import DEVICE_PLAN_NAME, FORMAT, PLAN_NAME
+from offload.store.plan_file import DEVICE_PLAN_NAME, FORMAT, PLAN_NAME, task_content
 from pagemem.frames.page import TensorId
 from scheduler.execution.driver import Driver
-from scheduler.planning.plan import LoadTask, Plan, StoreTask
+from scheduler.planning.plan import Plan
 
 
 def config_of(folder: Path, memory: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -44,9 +44,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def assert_is(content: dict[str, Any], plan: Plan) -> None:
     """A plan's file says what the plan does."""
-    for key, tasks in (("loads", plan.loads), ("carried", plan.carried)):
-        assert [LoadTask(**task) for task in content[key]] == list(tasks)
-    assert [StoreTask(**task) for task in content["stores"]] == list(plan.stores)
+    for key, tasks in (("tasks", (*plan.loads, *plan.stores)), ("carried", plan.carried)):
+        assert content[key] == [task_content(task) for task in tasks]
     assert {int(tensor): frame for tensor, frame in content["initial"].items()} == dict(plan.initial)
     for key in ("closed", "peak_frames", "read_bytes", "written_bytes", "step_s", "compute_s"):
         assert content[key] == getattr(plan, key)
@@ -110,7 +109,7 @@ def test_a_run_that_goes_on_with_another_budget_has_another_plan(tmp_path: Path)
 
     before = train(config_of(tmp_path), kept)
     after = train(config_of(tmp_path, memory={"ram": "64MiB"}), gone_on, steps=0)
-    assert before["loads"] and not after["loads"], "with 64MiB everything stays"
+    assert before["tasks"] and not after["tasks"], "with 64MiB everything stays"
     assert before["frames"] < after["frames"]
 
 

@@ -33,13 +33,13 @@ from scheduler.execution.wait_explainer import (
     DeviceCauses,
     WaitExplainer,
 )  # fmt: skip
-from scheduler.planning.plan import LoadTask
+from scheduler.planning.task import Task, load_task
 
 
-def load(gates: Gates, name: str, frame: int) -> LoadTask:
+def load(gates: Gates, name: str, frame: int) -> Task:
     """A planned load of the tensor of this name."""
     tensor = next(tensor for tensor in gates.mover.tensors.values() if tensor.name == name)
-    return LoadTask(tensor.id, FrameId(frame), 0, 0)
+    return load_task(tensor.id, tensor.n_bytes, FrameId(frame), 0, 0)
 
 
 def cause(gates: Gates, lane: ReadLane, name: str) -> WaitCause:

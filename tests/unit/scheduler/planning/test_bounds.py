@@ -11,8 +11,9 @@ from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.planning.bounds import PlanError, check_bounds
 from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.planning.plan import Plan, by_trigger
 from scheduler.planning.planner import make_plan
+from scheduler.planning.task import Task, load_task, store_task
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 PAGE_BYTES = 64 * KiB
@@ -29,18 +30,23 @@ def trace_of(*ops: str, until: dict[int, int] | None = None) -> Trace:
     return Trace(tuple(made))
 
 
-def load(tensor: TensorId, frame: int, trigger: int, needed_at: int | None = None, *, fresh: bool = False) -> LoadTask:
-    return LoadTask(tensor, FrameId(frame), trigger, trigger if needed_at is None else needed_at, fresh)
+def load(tensor: TensorId, frame: int, trigger: int, needed_at: int | None = None, *, fresh: bool = False) -> Task:
+    needed_at = trigger if needed_at is None else needed_at
+    return load_task(tensor, PAGE_BYTES, FrameId(frame), trigger, needed_at, fresh=fresh)
+
+
+def store(tensor: TensorId, trigger: int) -> Task:
+    return store_task(tensor, PAGE_BYTES, trigger)
 
 
 def plan_of(
     trace: Trace,
     n_frames: int,
     initial: dict[TensorId, int],
-    loads: tuple[LoadTask, ...] = (),
-    stores: tuple[StoreTask, ...] = (),
+    loads: tuple[Task, ...] = (),
+    stores: tuple[Task, ...] = (),
     *,
-    carried: tuple[LoadTask, ...] = (),
+    carried: tuple[Task, ...] = (),
     closed: bool = True,
     peak_frames: int | None = None,
 ) -> Plan:
@@ -80,7 +86,7 @@ def check(
 
 TURNS = trace_of("Aw", "Bw")
 #: One frame for two tensors that change: each is stored and the other one read, every op.
-GOOD = plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (StoreTask(B, 0), StoreTask(A, 1)))
+GOOD = plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (store(B, 0), store(A, 1)))
 
 
 def test_bytes_a_step() -> None:
@@ -97,7 +103,7 @@ def test_peaks_count_the_tensors_that_are_there_at_an_op() -> None:
 def test_bytes_are_those_of_a_step_where_a_cycle_has_several() -> None:
     plan = replace(
         GOOD, keys=TURNS.keys * 2, n_steps=2, loads=(*GOOD.loads, load(A, 0, 2), load(B, 0, 3)),
-        stores=(*GOOD.stores, StoreTask(B, 2), StoreTask(A, 3)),
+        stores=(*GOOD.stores, store(B, 2), store(A, 3)),
     )  # fmt: skip
     plan = replace(plan, loads_at=by_trigger(plan.loads), stores_at=by_trigger(plan.stores))
     assert check(plan, TURNS) == (1, 2 * PAGE_BYTES, 2 * PAGE_BYTES)
@@ -105,14 +111,14 @@ def test_bytes_are_those_of_a_step_where_a_cycle_has_several() -> None:
 
 def test_a_plan_that_does_not_close_is_restored_between_cycles() -> None:
     trace = trace_of("Ar", "Bw", "Ar")
-    plan = plan_of(trace, 1, {A: 0}, (load(B, 0, 1), load(A, 0, 2)), (StoreTask(B, 2),), closed=False)
+    plan = plan_of(trace, 1, {A: 0}, (load(B, 0, 1), load(A, 0, 2)), (store(B, 2),), closed=False)
     assert check(plan, trace)[1] == 2 * PAGE_BYTES
     ends_elsewhere = plan_of(trace_of("Ar", "Bw"), 1, {A: 0}, (load(B, 0, 1),), closed=False)
     # The restoring is part of the cycle.
     assert check(ends_elsewhere, trace_of("Ar", "Bw"))[1:] == (2 * PAGE_BYTES, PAGE_BYTES)
     with pytest.raises(PlanError, match="^op 2: Ar misses 0$"):
         check(
-            replace(ends_elsewhere, closed=True, stores=(StoreTask(B, 0),), stores_at={0: (StoreTask(B, 0),)}),
+            replace(ends_elsewhere, closed=True, stores=(store(B, 0),), stores_at={0: (store(B, 0),)}),
             trace_of("Ar", "Bw"),
         )
 
@@ -150,13 +156,13 @@ READ = trace_of("Ar", "Br")
         (
             "op 1: 0 leaves dirty: it was not stored after its last change",
             TURNS,
-            plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (StoreTask(B, 0),)),
+            plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (store(B, 0),)),
             {},
         ),
         (
             "op 2: 1 leaves dirty: it was not stored after its last change",
             TURNS,
-            plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (StoreTask(B, 1), StoreTask(A, 1))),
+            plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (store(B, 1), store(A, 1))),
             {},
         ),
         ("op 1: 1 is loaded too late for op 0", READ, plan_of(READ, 2, {A: 0}, (load(B, 1, 1, 0),)), {}),
@@ -171,7 +177,7 @@ READ = trace_of("Ar", "Br")
         (
             "op 0: a move is triggered by no op of the cycle",
             READ,
-            plan_of(READ, 2, {A: 0, B: 1}, (), (StoreTask(A, 2),)),
+            plan_of(READ, 2, {A: 0, B: 1}, (), (store(A, 2),)),
             {},
         ),
         ("op 0: the plan expects other ops", READ, replace(plan_of(READ, 2, {A: 0, B: 1}), keys=READ.keys[::-1]), {}),

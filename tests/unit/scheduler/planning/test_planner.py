@@ -14,8 +14,9 @@ from pagemem.units import KiB
 from scheduler import knobs
 from scheduler.planning.bounds import Replay
 from scheduler.planning.lookahead import LookaheadReader, TierSpec
-from scheduler.planning.plan import LoadTask, Plan, StoreTask, by_trigger
+from scheduler.planning.plan import Plan, by_trigger
 from scheduler.planning.planner import make_plan
+from scheduler.planning.task import load_task, store_task
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 PAGE_BYTES = 64 * KiB
@@ -130,7 +131,7 @@ def test_a_clean_tensor_is_never_stored() -> None:
 
 def test_a_changed_tensor_is_stored_right_after_its_last_change() -> None:
     plan = plan_for(step("Aw", "Aw", "Ar", "Br"), n_frames=1)
-    assert plan.stores == (StoreTask(tensor("A"), 2),)
+    assert plan.stores == (store_task(tensor("A"), PAGE_BYTES, 2),)
 
 
 def test_a_load_starts_as_soon_as_the_last_view_in_its_window_is_gone() -> None:
@@ -204,7 +205,8 @@ def test_tasks_are_grouped_by_trigger_in_order() -> None:
     assert plan.loads and plan.stores
     assert plan.loads_at == by_trigger(plan.loads) and plan.stores_at == by_trigger(plan.stores)
     a, b, c = (
-        LoadTask(tensor(letter), plan.loads[0].frame, trigger, 9) for letter, trigger in (("A", 4), ("B", 1), ("C", 4))
+        load_task(tensor(letter), PAGE_BYTES, plan.loads[0].frame, trigger, 9)
+        for letter, trigger in (("A", 4), ("B", 1), ("C", 4))
     )
     assert by_trigger([a, b, c]) == {4: (a, c), 1: (b,)}
 
