@@ -90,20 +90,20 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
 
 
 def _check_files(report: Report) -> None:
-    """Look whether the files of others are there in which commits have left parameters, and as they were."""
+    """Read the files of others in which commits have left parameters: whether they are there, and as they were."""
     numbers: dict[ReferencedFile, list[int]] = {}
     for manifest in report.commits:
         for file in manifest.files:
             numbers.setdefault(file, []).append(manifest.number)
     for file, commits in numbers.items():
         try:
-            file.find()
+            file.find(reads=True)
         except (CommitError, StorageError) as error:
             report.add(commits, str(error))
     if numbers:
         report.notes.append(
-            f"parameters lie in {len(numbers)} {'file' if len(numbers) == 1 else 'files'} of others, known by size and "
-            f"samples, not read: {', '.join(sorted({str(Path(file.path).parent) for file in numbers}))}"
+            f"parameters lie in {len(numbers)} {'file' if len(numbers) == 1 else 'files'} of others, known by every "
+            f"byte: {', '.join(sorted({str(Path(file.path).parent) for file in numbers}))}"
         )
 
 

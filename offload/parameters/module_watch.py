@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,8 @@ _is_paused = False
 
 @contextmanager
 def watching_modules(by: str, built: Callable[[nn.Module, str, nn.Module], None]) -> Iterator[None]:
-    """Have ``built`` called with parent, name and module for every module registered in a parent inside the block.
+    """Have ``built`` called with parent, name and module for every module that this thread registers in a parent inside
+    the block. What other threads build meanwhile is left alone.
 
     Args:
         by: the caller's name, for the error.
@@ -26,8 +28,10 @@ def watching_modules(by: str, built: Callable[[nn.Module, str, nn.Module], None]
     if _watched_by is not None:
         raise RuntimeError(f"{by} inside {_watched_by}: a model has one store; leave the outer block first")
 
+    thread = threading.get_ident()
+
     def registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if child is not None and not _is_paused:
+        if child is not None and not _is_paused and threading.get_ident() == thread:
             built(parent, name, child)
 
     handle = register_module_module_registration_hook(registered)

@@ -32,7 +32,8 @@ def deferred_init(config: ConfigLike) -> AbstractContextManager[PageStore]:
     is closed; to discard a model without making an engine, call ``close()`` of the store that the block yields.
 
     Modules that are built on meta wait: their parameters go to pages when they are set, as transformers'
-    ``from_pretrained`` does. What that reads from safetensors files stays there until it is changed.
+    ``from_pretrained`` does. What that reads from safetensors files stays there until it is changed. Modules that other
+    threads build are left alone.
 
     Raises:
         BudgetError: a module's parameters do not fit in the budget; the error proposes the smallest budget for what has
@@ -40,6 +41,7 @@ def deferred_init(config: ConfigLike) -> AbstractContextManager[PageStore]:
         RunDirectoryError: a page-file path is unusable.
         RuntimeError: another `deferred_init` block is open.
         ValueError: a parameter is of a kind that pages cannot hold.
+        ImportError, StorageError: transformers loads a checkpoint in another way than is known here, a pickle, say.
     """
     return built_into(lambda: PageStore(load_config(config)))
 

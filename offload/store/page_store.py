@@ -19,6 +19,7 @@ from offload.budget.need import Sizes, check_lockable
 from offload.commits.run_commits import EarlierCommits
 from offload.config import Config
 from offload.modules.conversions import guard_conversions
+from offload.modules.saving import guard_saving
 from offload.parameters.binder import Binder
 from offload.parameters.grouping import Neighbours, own_groups
 from offload.parameters.inner_tensors import own_parameters, reveal_all
@@ -136,12 +137,18 @@ class PageStore:
             self.maker.make(unit)
 
     def watch_over(self, module: nn.Module) -> None:
-        """Until the store is closed, a module's ``state_dict()`` returns copies, and `guard_conversions` holds for it.
-        Idempotent."""
+        """Until the store is closed, a module's ``state_dict()`` returns copies, and `guard_conversions` and
+        `guard_saving` hold for it. Idempotent."""
         if module not in self._watched:
             self._watched.add(module)
             self._unhook += self.binder.state_copies.watch(module)
             self._unhook.append(guard_conversions(module, self.binder, self._neighbours.__contains__))
+            self._unhook += guard_saving(module, self._files_in_use)
+
+    def _files_in_use(self) -> set[Path]:
+        """Files of others in which parameters lie."""
+        tensors = list(self.mover.tensors.values())
+        return {file.path for tensor in tensors if tensor.origin is not None for file in tensor.origin.files}
 
     def replace_parameters(self, unit: Unit, made: PagedTensor, dtype: torch.dtype) -> None:
         """Have a unit go on in ``made``, which holds its values in another dtype; its old pages are given back."""

@@ -6,6 +6,7 @@ than one module's are ordinary at any time. What has not been read from its file
 
 from __future__ import annotations
 
+import threading
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -23,13 +24,14 @@ T = TypeVar("T", bound=Tensor)
 
 
 class SetLater:
-    """Watches assignments to the modules of a store that have been built on meta. A context manager."""
+    """Watches what its thread assigns to the modules of a store that have been built on meta. A context manager."""
 
     def __init__(self, store: PageStore) -> None:
         self._store = store
         self._paths: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._pending: nn.Module | None = None
         self._files = FilesOfTransformers()
+        self._thread = threading.get_ident()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> SetLater:
@@ -71,10 +73,12 @@ class SetLater:
         return True
 
     def _set_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or self._store.awaits_values(parameter):
+        if parameter is None or threading.get_ident() != self._thread or self._store.awaits_values(parameter):
             return None
         if module is not self._pending:
             self.flush()
+        if module in self._paths:
+            self._files.note_values(f"{self._paths[module]}.{name}")
         if isinstance(parameter, UnreadTensor):
             return self._add_unread(module, name, parameter)
         if module in self._paths:

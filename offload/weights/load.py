@@ -17,6 +17,7 @@ from offload.sources.safetensors_file import FileTensor
 from offload.store.adoption import give_sources
 from offload.store.page_store import PageStore
 from offload.weights.matching import Naming, Wanted, match
+from pagemem.process import interrupts
 from pagemem.sources.source_files import SourcePiece
 
 #: Elements that are read at a time, beside the budget.
@@ -35,8 +36,8 @@ def load_weights(model: nn.Module, folder: str | Path, *, strict: bool = True) -
 
     Raises:
         ValueError: the checkpoint does not fit the model; lists every tensor. Nothing was changed.
-        StorageError: the folder has no safetensors files, or one is damaged or cannot be read; what was read before
-            stays loaded.
+        StorageError, KeyboardInterrupt: the folder has no safetensors files, or one is damaged or cannot be read, or
+            Ctrl-C; what was read before stays loaded.
     """
     checkpoint = read_checkpoint(folder)
     tensors = _tensors_of(model)
@@ -49,6 +50,7 @@ def load_weights(model: nn.Module, folder: str | Path, *, strict: bool = True) -
     total_bytes = sum(stored.n_bytes for _, stored in to_read)
     with byte_progress(Console(stderr=True), "loading", total_bytes) as advance:
         for tensor, stored in to_read:
+            interrupts.check()  # it may take long, and what was read stays loaded
             for n_bytes in _fill(tensor, stored):
                 advance(n_bytes)
 

@@ -70,12 +70,17 @@ class Match:
 
 
 def match(targets: Sequence[Wanted], tensors: Mapping[str, FileTensor], naming: Naming) -> Match:
-    """Match names as transformers does: as they are, without the base model's prefix, or with it."""
+    """Match names as transformers does: as they are, without the base model's prefix, or with it.
+
+    Of two tensors with one name then, the one whose name is as it is counts, and the other is surplus.
+    """
     by_name = {name: target for target in targets for name in target.names}
     offered: dict[Wanted, dict[str, FileTensor]] = {}
     found = Match()
     for name, stored in tensors.items():
         known = _known_as(name, by_name, naming.prefix)
+        if known is not None and known != name and (known in tensors or known in offered.get(by_name[known], {})):
+            known = None
         if known is not None:
             offered.setdefault(by_name[known], {})[known] = stored
         elif not _is_any(naming.may_add, name):

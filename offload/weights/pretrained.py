@@ -14,8 +14,10 @@ from offload.modules.checks import check_values
 from offload.parameters.paged_parameter import PagedParameter
 from offload.sources.checkpoint_index import read_checkpoint
 from offload.sources.safetensors_file import json_of
+from offload.sources.transformers_files import check_loader
 from offload.store.deferred_init import deferred_init
 from offload.weights.matching import Match
+from pagemem.process.interrupts import left_open
 
 _OLDEST: Final = 5
 _MAX_CONFIG_BYTES: Final = 16 << 20
@@ -31,6 +33,7 @@ _REFUSED: Final = {
 }
 
 
+@left_open
 def from_pretrained(
     source: str | Path | type[nn.Module],
     config: ConfigLike,
@@ -56,43 +59,56 @@ def from_pretrained(
         options: for transformers' ``from_pretrained``.
 
     Raises:
-        ImportError: there is no transformers 5.
+        ImportError: there is no transformers 5, or its loader is not known here.
         ValueError: the checkpoint does not fit the model, or pages cannot hold it; lists every tensor.
         StorageError: the folder has no safetensors files, or one is damaged.
         BudgetError, RunDirectoryError: as `deferred_init`. After any of these no file of ours is in use.
     """
     for name in _REFUSED.keys() & options.keys():
         raise ValueError(f"from_pretrained into pages takes no {name}: {_REFUSED[name]}")
-    path, model_class = _class_and_folder(source, folder)
-    if "variant" not in options:
-        read_checkpoint(path / options.get("subfolder", ""))
+    path = _folder_of(source, folder)
+    weights = path / options.get("subfolder", "")
+    transformers = _transformers()
+    read_checkpoint(weights, options.get("variant"))
+    model_class = _class_of(transformers, source, weights)
     if model_config is not None:
         options["config"] = model_config
-    if options.get("quantization_config") is not None or "quantization_config" in _config_of(path):
+    if options.get("quantization_config") is not None or "quantization_config" in _config_of(weights):
         options["device_map"] = "cpu"  # Else bitsandbytes would take the first GPU.
-    with deferred_init(config):
-        model, report = model_class.from_pretrained(
-            str(path), dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True,
-            local_files_only=True, **options,
-        )  # fmt: skip
-        _found(model, report).check(path, type(model).__name__, strict=strict)
-    return model  # type: ignore[no-any-return]
+    store = None
+    try:
+        with deferred_init(config) as store:
+            model, report = model_class.from_pretrained(
+                str(path), dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True,
+                local_files_only=True, **options,
+            )  # fmt: skip
+            _found(model, report).check(weights, type(model).__name__, strict=strict)
+        return model  # type: ignore[no-any-return]
+    except BaseException:  # Ctrl-C, too: nobody else could close it
+        if store is not None:
+            store.close()
+        raise
 
 
-def _class_and_folder(source: str | Path | type[nn.Module], folder: str | Path | None) -> tuple[Path, Any]:
-    transformers = _transformers()
+def _folder_of(source: str | Path | type[nn.Module], folder: str | Path | None) -> Path:
     if not isinstance(source, type):
-        path = Path(source if folder is None else folder)
-        return path, _class_of(transformers, path)
+        return Path(source if folder is None else folder)
     if folder is None:
         raise ValueError(f"which weights {source.__name__} is to have is not said; give folder, too")
+    return Path(folder)
+
+
+def _class_of(transformers: Any, source: str | Path | type[nn.Module], folder: Path) -> Any:
+    """The class that was given, or that a checkpoint's config.json names."""
+    if not isinstance(source, type):
+        return _named_class(transformers, folder)
     auto: Any = importlib.import_module("transformers.models.auto.auto_factory")
     if not issubclass(source, (transformers.PreTrainedModel, auto._BaseAutoModelClass)):
         raise ValueError(
             f"{source.__name__} is no model class of transformers; build the model under offload.deferred_init and "
             "call offload.load_weights"
         )
-    return Path(folder), source
+    return source
 
 
 def _transformers() -> Any:
@@ -105,11 +121,12 @@ def _transformers() -> Any:
             f"offload.from_pretrained needs transformers {_OLDEST}, this is {transformers.__version__}: "
             "pip install --upgrade 'offload[hf]'"
         )
+    importlib.import_module("transformers.modeling_utils")
+    check_loader()
     return transformers
 
 
-def _class_of(transformers: Any, folder: Path) -> Any:
-    """The class that a checkpoint's config.json names."""
+def _named_class(transformers: Any, folder: Path) -> Any:
     names = _config_of(folder).get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     if name is None:

@@ -1,7 +1,7 @@
 """What a commit says of tensors that lie in files of others: which bytes of which files, and how to know these again.
 
-A file may have been moved, or copied to another machine, since: it is known by its size and by
-`SourceFile.digest`, not by when it was written.
+A file may have been moved, or copied to another machine, since: it is known by its size and by the digest of all its
+bytes. Where it still lies as it did, by what the system says of it, it is not read for that.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -19,10 +18,13 @@ from pydantic import ConfigDict, Field
 from pagemem.errors import CommitError, StorageError
 from pagemem.folders.own_file import naming
 from pagemem.folders.small_file import Count, Line
+from pagemem.sources.source_digest import digest_of, note_digest
 from pagemem.sources.source_files import Origin, SourceFile, SourcePiece
 
 _DTYPES: Final = {
     "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2,
+    "float8_e4m3fnuz": torch.float8_e4m3fnuz, "float8_e5m2fnuz": torch.float8_e5m2fnuz,
 }  # fmt: skip
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 _Dtype = Annotated[str, Field(strict=True, pattern=f"^({'|'.join(_DTYPES)})$")]
@@ -32,27 +34,32 @@ _Piece = tuple[Count, Count, Count, Count, _Dtype, _Dtype]
 
 @dataclass(frozen=True, slots=True)
 class ReferencedFile:
-    """A file of others. ``path`` is where it was then."""
+    """A file of others. ``path``, ``mtime_ns`` and ``inode`` are what they were then."""
 
     path: Annotated[str, Field(strict=True, max_length=4096, pattern=r"^[^\x00]+$")]
     n_bytes: Count
+    mtime_ns: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+    inode: Annotated[int, Field(strict=True, ge=0, lt=2**64)]
     digest: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{32}$")]
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     @classmethod
     def of(cls, file: SourceFile) -> ReferencedFile:
-        """Of a file that must be there, as it was.
+        """Of a file that must be there, as it was. It is read once, to know it again.
 
         Raises:
             StorageError: it is not.
         """
         with naming("looking at", file.path):
             file.check(os.stat(file.path))
-        return cls(str(file.path), file.n_bytes, digest_of(file))
+        return cls(str(file.path), file.n_bytes, file.mtime_ns, file.inode, digest_of(file))
 
-    def find(self, known: Iterable[SourceFile] = ()) -> SourceFile:
+    def find(self, known: Iterable[SourceFile] = (), *, reads: bool = False) -> SourceFile:
         """The file, where it was then or among those that are known.
+
+        Args:
+            reads: whether it is read in any case, and not only where it may be another one.
 
         Raises:
             CommitError: it is neither; names its folder.
@@ -63,14 +70,20 @@ class ReferencedFile:
         except StorageError as error:
             there, why = [], str(error)
         for file in [*there, *known]:
+            if file.n_bytes == self.n_bytes and not reads and self._lies_as_then(file):
+                note_digest(file, self.digest)
+                return file
             if file.n_bytes == self.n_bytes and digest_of(file) == self.digest:
                 return file
         path = Path(self.path)
         raise CommitError(
             f"frozen or unchanged parameters were left in {path}, {self.n_bytes} bytes, when this was committed, and "
-            f"that cannot be found: {why}. Put it back, or build the model from where it is now: "
-            f"offload.from_pretrained(a copy of {path.parent}, ...)"
+            f"that cannot be found: {why}. Put it back, or build the model from a folder that has the same file: "
+            "offload.from_pretrained(folder, ...)"
         )
+
+    def _lies_as_then(self, file: SourceFile) -> bool:
+        return (str(file.path), file.mtime_ns, file.inode) == (self.path, self.mtime_ns, self.inode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +139,3 @@ def refer_to(
         )  # fmt: skip
         tensors.append(ReferencedTensor(name, tag, n_bytes, pieces))
     return tuple(ReferencedFile.of(file) for file in numbers), tuple(tensors)
-
-
-@lru_cache(maxsize=1024)
-def digest_of(file: SourceFile) -> str:
-    """As `SourceFile.digest`, read once for a file as it is."""
-    return file.digest()

@@ -1,7 +1,7 @@
 """Origins: pieces of other programs' files (a checkpoint's safetensors) that together are the content of a tensor.
 
 A file is known by what the system says of it when it is first looked at; whoever reads it later compares. Nothing is
-opened or read here but by `SourceFile.digest`: arithmetic over pieces, and which reads of the files fill a tensor.
+read here: arithmetic over pieces, and which reads of the files fill a tensor.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from xxhash import xxh3_128
 
 from pagemem.errors import StorageError
 from pagemem.folders.own_file import naming
 from pagemem.folders.small_file import open_regular
-from pagemem.units import BLOCK_BYTES, KiB
+from pagemem.units import KiB
 
 #: Reads of one file that lie no further apart are one read.
 GAP_BYTES: Final = 32 * KiB
-#: A digest covers the file's first bytes, with the header of safetensors, and blocks spread over the rest.
-_HEAD_BYTES: Final = 64 * KiB
-_SAMPLES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +68,6 @@ class SourceFile:
             f"{self.path} {what} since parameters were taken from it, so they cannot be read any more: put it back "
             "as it was, and go on from the last commit"
         )
-
-    def digest(self) -> str:
-        """xxh3 of the size, the first 64 KiB and 64 blocks of 4 KiB spread over the file: what tells two checkpoints of
-        one architecture apart, whose headers are equal.
-
-        Raises:
-            StorageError: it cannot be read, or is not as it was.
-        """
-        digest = xxh3_128(self.n_bytes.to_bytes(8, "little"))
-        with naming("reading", self.path):
-            fd, _ = open_regular(self.path, 2**62)
-            try:
-                self.check(os.fstat(fd))
-                digest.update(os.pread(fd, _HEAD_BYTES, 0))
-                for sample in range(1, _SAMPLES + 1):
-                    digest.update(os.pread(fd, BLOCK_BYTES, max(0, self.n_bytes - BLOCK_BYTES) * sample // _SAMPLES))
-            finally:
-                os.close(fd)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from transformers_models import built, library, text
 
 import offload
+from offload.sources.transformers_files import OpenedFile
+from offload.weights import pretrained
+from offload.weights.matching import Match
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -134,6 +138,8 @@ def test_wrong_arguments(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(offload.StorageError, match="runs the code in it"):
         offload.from_pretrained(folder, config(tmp_path))
+    with pytest.raises(offload.StorageError, match=r"gpt2 is not a folder; .*snapshot_download"):
+        offload.from_pretrained("gpt2", config(tmp_path))
 
 
 def test_a_file_that_is_changed_is_an_error_and_never_other_values(folder: Path, tmp_path: Path) -> None:
@@ -144,6 +150,68 @@ def test_a_file_that_is_changed_is_an_error_and_never_other_values(folder: Path,
             file.write(bytes(4))
         with pytest.raises(offload.StorageError, match=r"model\.safetensors was changed since parameters were taken"):
             engine(**text(torch.Generator()))
+
+
+@pytest.mark.parametrize("place", ["config.json", "sub/config.json"])
+def test_a_subfolder(place: str, folder: Path, tmp_path: Path) -> None:
+    """Also with another model beside it."""
+    (tmp_path / "more").mkdir()
+    folder.rename(tmp_path / "more" / "sub")
+    if place == "config.json":
+        built("GPT-2").save_pretrained(tmp_path / "more")  # type: ignore[operator]
+    model = offload.from_pretrained(tmp_path / "more", config(tmp_path), subfolder="sub")
+    expected = dict(built("Llama").named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    offload.initialize(model, config(tmp_path), adamw).close()
+
+
+@pytest.mark.parametrize("shard", ["1GB", "100KB"])
+def test_files_of_a_variant(shard: str, folder: Path, tmp_path: Path) -> None:
+    built("Llama").save_pretrained(tmp_path / "fp16", variant="fp16", max_shard_size=shard)  # type: ignore[operator]
+    model = offload.from_pretrained(tmp_path / "fp16", config(tmp_path), variant="fp16")
+    expected = dict(built("Llama").named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    offload.initialize(model, config(tmp_path), adamw).close()
+    with pytest.raises(offload.StorageError, match=r"has neither model\.fp16\.safetensors nor"):
+        offload.from_pretrained(folder, config(tmp_path), variant="fp16")
+    index = tmp_path / "fp16" / "model.safetensors.index.fp16.json"
+    if index.exists():
+        index.write_text(index.read_text().replace('"model.fp16-00001', '"../model.fp16-00001'))
+        with pytest.raises(offload.StorageError, match="weight_map"):
+            offload.from_pretrained(tmp_path / "fp16", config(tmp_path), variant="fp16")
+
+
+def test_ctrl_c_ends_a_load_at_once_and_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    get_slice = OpenedFile.get_slice
+
+    def interrupted(file: OpenedFile, name: str) -> Any:
+        asked.append(name)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return get_slice(file, name)
+
+    monkeypatch.setattr(OpenedFile, "get_slice", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        offload.from_pretrained(folder, config(tmp_path))
+    assert len(asked) == 3
+    assert not [*(tmp_path / "pages").glob("*.lock")]
+    offload.initialize(offload.from_pretrained(folder, config(tmp_path)), config(tmp_path), adamw).close()
+
+
+def test_ctrl_c_at_the_end_of_a_load_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return Match()
+
+    monkeypatch.setattr(pretrained, "_found", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        offload.from_pretrained(folder, config(tmp_path))
+    assert not [*(tmp_path / "pages").glob("*.lock")]
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -188,3 +256,20 @@ def test_a_commit_goes_on_from_the_same_files_and_is_exported_with_them(folder: 
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(expected[name], value) for name, value in exported.items())
+
+
+def test_a_commit_does_not_go_on_from_a_file_that_differs_in_one_value(folder: Path, tmp_path: Path) -> None:
+    def begun() -> offload.Engine:
+        model = offload.from_pretrained(folder, config(tmp_path))
+        model.requires_grad_(False)
+        model.get_submodule("model.norm").requires_grad_(True)
+        return offload.initialize(model, config(tmp_path), adamw)
+
+    with begun() as engine:
+        engine.save()
+    values = load_file(folder / "model.safetensors")
+    values["model.layers.1.mlp.up_proj.weight"][3, 5] += 1
+    change(folder, **{name.replace(".", "__"): value for name, value in values.items()})
+    with begun() as engine, pytest.raises(offload.CommitError, match="there is another file now") as caught:
+        engine.resume()
+    assert "\n" not in str(caught.value)

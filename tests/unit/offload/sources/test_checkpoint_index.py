@@ -79,6 +79,37 @@ def test_pickles_are_named_with_the_way_out(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
 
 
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    """transformers would take the last, and readers of the index the one that it names."""
+    shards(tmp_path)
+    save_file({"a": torch.zeros(2), "b": torch.ones(3), "c": torch.ones(1)}, tmp_path / "two.safetensors")
+    with pytest.raises(StorageError, match=r"has 'a' twice, in one\.safetensors and in two\.safetensors"):
+        read_checkpoint(tmp_path)
+
+
+def test_variants(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.fp16.safetensors")
+    assert [*read_checkpoint(tmp_path, "fp16").tensors] == ["a"]
+    with pytest.raises(
+        StorageError, match=r"neither model\.bf16\.safetensors nor model\.safetensors\.index\.bf16\.json"
+    ):
+        read_checkpoint(tmp_path, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_config.json", r"has adapter_config\.json .*: it is an adapter; .*peft\.PeftModel\.from_pretrained"),
+        ("weights.gguf", r"has weights\.gguf .*gguf_file='weights\.gguf'\)\.save_pretrained"),
+    ],
+)
+def test_what_else_a_folder_may_be(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(StorageError, match=message) as caught:
+        read_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"neither model\.safetensors nor"):
         read_checkpoint(tmp_path)

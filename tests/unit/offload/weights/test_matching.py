@@ -36,6 +36,14 @@ def test_the_base_models_prefix_may_be_there_or_not(mine: str, theirs: str) -> N
     assert (found.missing, found.surplus) == ([mine], [theirs])
 
 
+def test_of_two_tensors_for_one_parameter_the_one_with_its_name_counts() -> None:
+    for names in (("model.a", "a"), ("a", "model.a")):
+        found = match([target("model.a")], held(*names), Naming("model"))
+        assert [stored.name for _, stored in found.pairs] == ["model.a"] and found.surplus == ["a"]
+    found = match([target("model.a")], held("model.model.a", "a"), Naming("model"))
+    assert [stored.name for _, stored in found.pairs] == ["model.model.a"] and found.surplus == ["a"]
+
+
 def test_tied_parameters_need_one_name_and_the_last_one_stays() -> None:
     tied = target("embed", "head")
     for names in (("head",), ("embed",), ("embed", "head"), ("head", "embed")):

@@ -16,7 +16,7 @@ from pagemem.errors import CommitError, StorageError
 from pagemem.sources.source_files import Origin, SourceFile, SourcePiece
 
 EMPTY = Manifest(1, None, "today", 3, 1 << 16, ("run",), True, (), {})
-FILE = ReferencedFile("/a/model.safetensors", 4096, "0" * 32)
+FILE = ReferencedFile("/a/model.safetensors", 4096, 10**18, 7, "0" * 32)
 PIECE = (0, 8, 64, 0, "bfloat16", "float32")
 TENSOR = ReferencedTensor("w", "parameter", 4096, (PIECE,))
 
@@ -56,6 +56,7 @@ def test_manifests_from_before_have_no_files() -> None:
         ({"files": (replace(FILE, n_bytes=71),)}, "parameter: w: bytes 8 to 72 lie beyond"),
         ({"files": (replace(FILE, digest="0"),)}, "digest"),
         ({"files": (replace(FILE, path="a\0b"),)}, "path"),
+        ({"files": (replace(FILE, inode=-1),)}, "inode"),
         ({"referenced": (TENSOR, TENSOR)}, "tensors: parameter: w is there twice"),
         ({"referenced": (replace(TENSOR, n_bytes=64),)}, "pieces reach to byte 128 of a tensor of 64"),
         ({"referenced": (replace(TENSOR, pieces=()),)}, "parameter: w: an origin has at least one piece"),
@@ -87,3 +88,25 @@ def test_a_file_is_found_where_it_was_or_among_those_known(tmp_path: Path) -> No
         told.find()
     with pytest.raises(StorageError, match="was replaced"):
         ReferencedFile.of(file)
+
+
+def test_a_file_that_lies_as_it_did_is_not_read_unless_it_is_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ReferencedFile.of(written(tmp_path))
+    monkeypatch.setattr("pagemem.sources.source_digest._known", {})
+    monkeypatch.setattr("pagemem.durable.references.digest_of", lambda file: "f" * 32)
+    assert told.find().path == tmp_path / "file"
+    with pytest.raises(CommitError, match="cannot be found: there is another file now"):
+        told.find(reads=True)
+    os.utime(tmp_path / "file", ns=(1, 1))
+    with pytest.raises(CommitError, match="cannot be found: there is another file now"):
+        told.find()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_values_of_8_bits_in_files_are_referred_to(dtype: str, tmp_path: Path) -> None:
+    piece = SourcePiece(written(tmp_path), 9, 64, 0, getattr(torch, dtype), torch.float32)
+    files, tensors = refer_to([(("a", "parameter", 4096), Origin.of([piece], 4096))])
+    again = Manifest.decode(replace(EMPTY, files=files, referenced=tensors).encode())
+    assert again.referenced[0].origin([piece.file]).pieces == (piece,)

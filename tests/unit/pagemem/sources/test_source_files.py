@@ -85,15 +85,9 @@ def test_a_file_is_known_by_what_the_system_says(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(path)
     file = SourceFile.of(tmp_path / "link")
     assert file == SourceFile.of(path) and file.path == path and file.n_bytes == 300_000
-    digest = file.digest()
-    content = path.read_bytes()
-    (tmp_path / "copy").write_bytes(content)
-    assert SourceFile.of(tmp_path / "copy").digest() == digest
-    (tmp_path / "copy").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert SourceFile.of(tmp_path / "copy").digest() != digest
     os.truncate(path, 299_999)
     with pytest.raises(StorageError, match=r"was cut or lengthened from 300000 to 299999 bytes"):
-        file.digest()
+        file.check(path.stat())
     for wrong in (replace(file, n_bytes=299_999, inode=1), replace(file, n_bytes=299_999)):
         with pytest.raises(StorageError, match="was replaced" if wrong.inode == 1 else "was changed"):
             wrong.check(path.stat())
