@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,14 +76,21 @@ def from_pretrained(
         options["config"] = model_config
     if options.get("quantization_config") is not None or "quantization_config" in _config_of(weights):
         options["device_map"] = "cpu"  # Else bitsandbytes would take the first GPU.
+    return _loaded(model_class, path, config, strict=strict, options=options | {"dtype": dtype})
+
+
+@left_open
+def _loaded(
+    model_class: Any, folder: Path, config: ConfigLike, *, strict: bool, options: Mapping[str, Any]
+) -> nn.Module:
     store = None
     try:
         with deferred_init(config) as store:
             model, report = model_class.from_pretrained(
-                str(path), dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True,
+                str(folder), ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True,
                 local_files_only=True, **options,
             )  # fmt: skip
-            _found(model, report).check(weights, type(model).__name__, strict=strict)
+            _found(model, report).check(folder, type(model).__name__, strict=strict)
         return model  # type: ignore[no-any-return]
     except BaseException:  # Ctrl-C, too: nobody else could close it
         if store is not None:
