@@ -161,17 +161,27 @@ class Engine:
         self._store.driver.quiesce()
         self._store.mover.monitor.check()
 
-    def track(self, name: str, thing: Stateful) -> None:
+    def track(self, name: str, thing: Stateful, *, replace: bool = False) -> None:
         """Save the state of an LR scheduler, a data source or the like in every commit; `resume` restores it.
 
         Args:
             thing: has ``state_dict()`` and ``load_state_dict()``: Python's plain values and containers, NumPy's numbers
                 and arrays, and tensors on the CPU, 16 MiB in all.
+            replace: it takes the place of what is tracked by this name so far.
 
         Raises:
             ValueError: the name is taken, or the state has something else; says where in it.
         """
-        self._parts.checkpoints.track(name, thing)
+        self._parts.checkpoints.track(name, thing, replace=replace)
+
+    def check_own_commits(self) -> None:
+        """Raise what `save` would raise for a folder with the commits of a run that this one did not go on from; for
+        loops that save late and want to know first.
+
+        Raises:
+            CommitError: ``ssd.paths`` holds such commits.
+        """
+        self._parts.checkpoints.committer.check_own_course()
 
     def save(self, name: str | None = None, *, wait: bool = True) -> int:
         """Commit the steps made so far; call it between steps, when everything tracked is up to date.

@@ -75,13 +75,16 @@ class Checkpoints:
         self._last_step = 0
         self._last_s = time.monotonic()
 
-    def track(self, name: str, thing: Stateful) -> None:
+    def track(self, name: str, thing: Stateful, *, replace: bool = False) -> None:
         """Have a thing's state in every commit from now on, and restored by `resume`.
+
+        Args:
+            replace: what is tracked by this name so far.
 
         Raises:
             ValueError: the name is taken, or the thing has a state that cannot be committed; says where in it.
         """
-        if name in self._tracked:
+        if name in self._tracked and not replace:
             raise ValueError(f"something is tracked as {name!r} already; take another name")
         encode(thing.state_dict(), f"the state of {name!r}")
         self._tracked[name] = thing

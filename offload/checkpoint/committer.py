@@ -133,6 +133,14 @@ class Committer:
         self._own_course = True
         self._left = [n for n, c in self.commits.items() if n > commit.manifest.number and c.manifest.name is None]
 
+    def check_own_course(self) -> None:
+        """Raise CommitError where the folder has commits of another course of the run."""
+        if not self._own_course:
+            raise CommitError(
+                f"{self._earlier.folder.path} holds commits, and this run did not go on from one; resume from it, or "
+                "name another folder in ssd.paths"
+            )
+
     # ---- making one ---------------------------------------------------------------------------------------------
 
     def begin(self, content: CommitContent) -> int:
@@ -145,11 +153,7 @@ class Committer:
             BaseException: what the last commit failed of, once.
         """
         self.wait()
-        if not self._own_course:
-            raise CommitError(
-                f"{self._earlier.folder.path} holds commits, and this run did not go on from one; resume from it, or "
-                "name another folder in ssd.paths"
-            )
+        self.check_own_course()
         self._thread.start()
         mover = self._store.mover
         tensors = [tensor for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT]

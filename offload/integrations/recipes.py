@@ -60,7 +60,8 @@ def causal_lm(
         made = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model = auto.from_config(made, dtype=made.dtype if dtype == "auto" else dtype)
         if four_bit:
-            _quantise_on_meta(model)
+            with unwatched():
+                _quantise_on_meta(model)
     else:
         options = {"quantization_config": _four_bit_settings(), "device_map": "cpu"} if four_bit else {}
         model = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)

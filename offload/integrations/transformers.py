@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+import torch
 import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 
 #: In a checkpoint's folder: which commit belongs to it.
 COMMIT_FILE: Final = "offload_commit.json"
+#: The Trainer's own file of the states of random generators, which it reads when the batches before are skipped.
+RANDOM_FILE: Final = "rng_state.pth"
 _SCHEDULER: Final = "transformers.lr_scheduler"
 
 
@@ -33,7 +40,8 @@ class OffloadCallback(transformers.TrainerCallback):
 
     Raises:
         ValueError: (when training begins) the Trainer's optimizer is not one of `offload.prepare`.
-        CommitError: (when it goes on) the checkpoint's commit is not in the run's folder any more.
+        CommitError: (when training begins) ``ssd.paths`` has commits of another training; (when it goes on) the
+            checkpoint's commit is not in the run's folder any more.
     """
 
     def __init__(self) -> None:
@@ -44,12 +52,15 @@ class OffloadCallback(transformers.TrainerCallback):
     ) -> None:
         """Go on from the commit of the checkpoint that the Trainer goes on from, if it does."""
         engine = _engine_of(optimizer)
-        engine.track(_SCHEDULER, lr_scheduler)
-        if state.global_step:
+        engine.track(_SCHEDULER, lr_scheduler, replace=True)  # of a Trainer before this one
+        if not state.global_step:
+            engine.check_own_commits()  # rather than at the first checkpoint, after hours
+        else:
             folder = _folder(args, state.global_step)
             commit = _commit_of(folder, engine.run_id)
             self._saved = commit["saved"]
-            resumed = engine.resume(commit["name"])
+            with _random_generators_kept():  # the Trainer puts them back by itself, once its sampler has drawn
+                resumed = engine.resume(commit["name"])
             if resumed is None or resumed.number != commit["number"]:
                 raise CommitError(
                     f"{folder} belongs to commit {commit['number']}, and the run has a later one in its place; train "
@@ -64,10 +75,37 @@ class OffloadCallback(transformers.TrainerCallback):
         name = f"trainer {self._saved % (kept + 1) if kept else self._saved}"
         number = engine.save(name)
         content = {"run": engine.run_id, "name": name, "number": number, "saved": self._saved}
-        path = _folder(args, state.global_step) / COMMIT_FILE
+        folder = _folder(args, state.global_step)
+        if args.save_only_model:  # otherwise the Trainer has saved them
+            _save_random_states(folder / RANDOM_FILE)
+        path = folder / COMMIT_FILE
         draft = path.with_suffix(".new")
         draft.write_text(json.dumps(content), encoding="utf-8")
         os.replace(draft, path)
+
+
+def _save_random_states(path: Path) -> None:
+    """What `transformers.Trainer` saves of random generators, where it saves more than the model."""
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.random.get_rng_state()
+    torch.save(states, path)
+
+
+@contextmanager
+def _random_generators_kept() -> Iterator[None]:
+    """Leave the global random generators of the CPU as they are, whatever is done to them inside."""
+    of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.random.set_rng_state(of_torch)
 
 
 def _engine_of(optimizer: Any) -> Engine:

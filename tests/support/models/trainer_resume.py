@@ -14,8 +14,9 @@ import offload
 from offload.integrations.transformers import OffloadCallback
 
 CONFIG = transformers.LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-)
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    attention_dropout=0.1,
+)  # fmt: skip
 ROWS = [{key: (torch.arange(8) * (number + 3)) % 64 for key in ("input_ids", "labels")} for number in range(24)]
 
 
@@ -30,15 +31,8 @@ class Generates(transformers.TrainerCallback):  # type: ignore[misc]
             model.train()
 
 
-def trained(out: Path, pages: Path | None, steps: int, *, commits: bool, resume: bool = False) -> tuple[Any, Any]:
-    """Weights in the end, and losses, of a run of the Trainer to ``steps``."""
-    torch.manual_seed(1)
-    model = transformers.LlamaForCausalLM(CONFIG)
-    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    if pages is not None:
-        settings = {"memory": {"ram": "2MiB"}, "ssd": {"paths": [str(pages)]}}
-        model, optimizer = offload.prepare(model, lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), settings)
-    arguments = transformers.TrainingArguments(
+def arguments_of(out: Path, steps: int, *, commits: bool) -> Any:
+    return transformers.TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
         per_device_train_batch_size=2,
@@ -55,15 +49,30 @@ def trained(out: Path, pages: Path | None, steps: int, *, commits: bool, resume:
         disable_tqdm=True,
         seed=1,
     )
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=ROWS,
-        eval_dataset=ROWS[:4],
-        optimizers=(optimizer, transformers.get_constant_schedule_with_warmup(optimizer, 5)),
-        callbacks=[Generates(), *([OffloadCallback()] if commits else [])],
-    )
-    trainer.train(resume_from_checkpoint=resume or None)
+
+
+def trained(
+    out: Path, pages: Path | None, steps: int, *, commits: bool, resume: bool = False, stop: int | None = None
+) -> tuple[Any, Any]:
+    """Weights in the end, and losses, of a run of the Trainer to ``steps``; with ``stop`` by two Trainers, the first
+    of which ends there."""
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(CONFIG)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    if pages is not None:
+        settings = {"memory": {"ram": "2MiB"}, "ssd": {"paths": [str(pages)]}}
+        model, optimizer = offload.prepare(model, lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), settings)
+    for last in (steps,) if stop is None else (stop, steps):
+        trainer = transformers.Trainer(
+            model=model,
+            args=arguments_of(out, last, commits=commits),
+            train_dataset=ROWS,
+            eval_dataset=ROWS[:4],
+            optimizers=(optimizer, transformers.get_constant_schedule_with_warmup(optimizer, 5)),
+            callbacks=[Generates(), *([OffloadCallback()] if commits else [])],
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        resume = True
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     if pages is not None:
         optimizer.engine.close()
@@ -81,6 +90,16 @@ for commits in (True, False):
     found, log = trained(out, pages if commits else folder / "other", 6, commits=commits, resume=True)
     assert log == expected_log, (commits, log, expected_log)
     assert all(torch.equal(value, found[name]) for name, value in expected.items()), commits
+found, log = trained(folder / "out twice", folder / "pages twice", 6, commits=True, stop=4)
+assert log == expected_log, (log, expected_log)
+assert all(torch.equal(value, found[name]) for name, value in expected.items())
+try:
+    trained(folder / "out anew", folder / "pages twice", 6, commits=True)
+except offload.CommitError as error:
+    assert "holds commits, and this run did not go on from one" in str(error), error
+    assert not list((folder / "out anew").glob("checkpoint-*")), "it is to be said when training begins"
+else:
+    raise AssertionError("a folder with another training's commits was taken")
 try:
     trained(folder / "out False", folder / "third", 6, commits=True, resume=True)
 except offload.CommitError as error:
