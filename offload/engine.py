@@ -92,10 +92,12 @@ class Engine:
         return self.model(*args, **kwargs)
 
     @left_open
-    def backward(self, loss: Tensor | HasLoss) -> None:
-        """Backward of a micro-batch: of its loss, or an output with ``.loss``, divided by ``update.accumulation``.
+    def backward(self, loss: Tensor | HasLoss | Mapping[str, Any]) -> None:
+        """Backward of a micro-batch: of its loss, or an output with ``.loss`` or ``["loss"]``, divided by
+        ``update.accumulation``.
 
         Raises:
+            ValueError: there is no loss, or it is not one number.
             NonFiniteError: the loss is NaN or infinite; no parameter was changed by it, and its gradients are dropped.
                 On a device nobody waits for the loss: the next forward pass or `step` may be what raises.
         """

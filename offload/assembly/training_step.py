@@ -6,7 +6,7 @@ NO GRADIENTS --(backward, add_gradient)--> UNDER WAY --(optimizer.step)--> NO GR
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,14 +28,17 @@ class HasLoss(Protocol):
     loss: Any
 
 
-def _loss_in(output: Tensor | HasLoss) -> Tensor:
+def _loss_in(output: Tensor | HasLoss | Mapping[str, Any]) -> Tensor:
     if isinstance(output, Tensor):
-        return output
-    loss = getattr(output, "loss", None)
+        loss: Any = output
+    else:
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"backward is given a {type(output).__name__} without a loss; give the loss, or call the model with labels"
         )
+    if loss.numel() != 1:
+        raise ValueError(f"the loss has shape {tuple(loss.shape)}, and backward takes one number: its mean() or sum()")
     return loss
 
 
@@ -89,7 +92,7 @@ class TrainingStep:
         self._micro_batches = 0
         return True
 
-    def backward(self, output: Tensor | HasLoss) -> None:
+    def backward(self, output: Tensor | HasLoss | Mapping[str, Any]) -> None:
         """Backward of one micro-batch; see `Engine.backward`."""
         loss = _loss_in(output)
         self._updater.expect(loss, self.made + 1)

@@ -34,7 +34,8 @@ TOKENIZER_FILES: Final = (
 
 def write_model_files(model: nn.Module, folder: Path, dtype: str) -> None:
     """Write config.json and generation_config.json of a model that has them, and copy the tokenizer's files from the
-    folder that it was loaded from, into ``folder``. Other models: nothing.
+    folder that it was loaded from, into ``folder``. Other models: nothing; nor those with adapters of peft, whose
+    weights have other names than the model that config.json would have `from_pretrained` make.
 
     Args:
         dtype: of the weights beside them, as `Engine.export` names it.
@@ -43,7 +44,8 @@ def write_model_files(model: nn.Module, folder: Path, dtype: str) -> None:
         OSError: a file cannot be read or written.
     """
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "save_pretrained"):
+    has_adapters = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+    if not hasattr(config, "save_pretrained") or has_adapters:
         return
     saved_dtype = DTYPES[dtype] or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     _as_saved(config, type(model).__name__, saved_dtype).save_pretrained(folder)

@@ -35,6 +35,7 @@ from offload.forecast.rehearsal import Rehearsal, rehearsed
 from offload.forecast.step_times import StepTimes
 from offload.heap import give_back_free_pages
 from offload.machine.facts import available_here
+from offload.parameters.inner_tensors import all_parameters, is_wrapper, n_elements
 from offload.profiling.stats import commit_frames
 from pagemem.durable.page_reader import CHUNK_BYTES
 
@@ -180,9 +181,9 @@ def _found(
     moving_s = MOVING_S_PER_BYTE * (times.read_bytes + times.written_bytes) if timed and busy_cores else 0.0
     base_bytes = max(base_bytes, _resident_now_bytes()) if timed else base_bytes
     fit = _fit(engine, step, need, base_bytes, room)
-    parameters, stats = list(engine.model.parameters()), engine.engine.stats()
+    stored, stats = [p for _, p in all_parameters(engine.model) if not is_wrapper(p)], engine.engine.stats()
     return Forecast(
-        parameters=sum(parameter.numel() for parameter in parameters),
+        parameters=n_elements(engine.model),
         ram_bytes=config.memory.ram,
         page_bytes=mover.arena.page_bytes,
         smallest_ram_bytes=need.smallest_bytes,
@@ -194,7 +195,7 @@ def _found(
         commits_kept=config.commit.keep,
         resume=Phase(0, 0, commit.ssd_pages, commit.ssd_bytes),
         export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
-        export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in stored),
         ops=len(engine.host.follower.trace.ops),
         times=replace(times, step_s=times.step_s + moving_s),
         moving_s=moving_s,

@@ -1,11 +1,12 @@
 """What holds bytes in an engine, without any: an arena and a device of meta tensors, and page files that move nothing.
 
 Everything else is as in the real ones, so their users run unchanged. And attention of meta tensors as a CPU computes
-it: in one kernel, where torch would take it apart into a dozen.
+it: in one kernel, where torch would take it apart into a dozen; in rows of one sequence each.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final
@@ -155,6 +156,29 @@ class AttentionOfCpu:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         functional.scaled_dot_product_attention = _ATTENTION
+
+
+class RowsOfOneSequence:
+    """While it is entered, transformers takes each row of tokens as one sequence, as it does where positions say so:
+    it would look into them for several packed into a row, and on meta they have no values.
+
+    In the whole process, where transformers is imported by then.
+    """
+
+    def __enter__(self) -> None:
+        self._masks: Any = sys.modules.get("transformers.masking_utils")
+        self._looks: Any = getattr(self._masks, "find_packed_sequence_indices", None)
+        if self._looks is not None:
+            self._masks.find_packed_sequence_indices = self._found
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._looks is not None:
+            self._masks.find_packed_sequence_indices = self._looks
+
+    def _found(self, position_ids: Tensor) -> Any:
+        return None if position_ids.is_meta else self._looks(position_ids)
 
 
 def _attention(

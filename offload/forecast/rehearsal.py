@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from offload.config import Config
 from offload.engine import Engine
 from offload.forecast.kernels import CostMode
-from offload.forecast.meta_tier import AttentionOfCpu, MetaArena, MetaDevice, NoFiles, NoSources
+from offload.forecast.meta_tier import AttentionOfCpu, MetaArena, MetaDevice, NoFiles, NoSources, RowsOfOneSequence
 from offload.forecast.rates import Rates
 from offload.profiling.live_storages import Holder, LiveStorages
 from offload.store.deferred_init import built_into
@@ -238,7 +238,7 @@ def rehearsed(make_model: Callable[[], nn.Module], config: Config, cost: CostMod
         elsewhere = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths})})
         on_meta: AbstractContextManager[Any] = torch.device("meta")
         outside = _OutsideBytes()
-        with _no_collection(), on_meta, AttentionOfCpu(), LiveStorages(outside), cost:
+        with _no_collection(), on_meta, AttentionOfCpu(), RowsOfOneSequence(), LiveStorages(outside), cost:
             parts = _Parts(elsewhere, rates, cost)
             with built_into(lambda: PageStore(elsewhere, parts)):
                 model = make_model()

@@ -19,6 +19,7 @@ from offload.launch.batches import Batches, Pair, evaluated, loss_of, on_device
 from offload.launch.interrupt import Interrupt
 from offload.launch.reporter import Reporter
 from offload.launch.summary import RunSummary, process_peak_bytes
+from offload.parameters.inner_tensors import n_elements
 from pagemem.errors import CommitError
 
 #: The commit of the lowest validation loss, with ``commit.keep_best``.
@@ -289,7 +290,7 @@ class TrainingLoop:
         engine, batches = self._engine, self._batches
         made = engine.steps - self._first
         return RunSummary(
-            n_parameters=sum(p.numel() for p in engine.model.parameters()),
+            n_parameters=n_elements(engine.model),
             steps=engine.steps,
             made=made,
             train_s=self._train_s,

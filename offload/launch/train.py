@@ -32,6 +32,7 @@ from offload.launch.reporter import Reporter, made_callback
 from offload.launch.run_folder import CURVE, DATA, RunFolder, check_free, removed_unless_begun
 from offload.launch.setup import build, check_budget
 from offload.launch.summary import summary_rows
+from offload.parameters.inner_tensors import n_elements
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
 
@@ -139,7 +140,7 @@ def _train(
     """All steps from here on, and what closes the run."""
     assert config.output is not None
     first = engine.steps
-    n_parameters = sum(p.numel() for p in engine.model.parameters())
+    n_parameters = n_elements(engine.model)
     print_line(console, f"{n_parameters:,} parameters; RAM budget for their states {config.memory.ram:,} bytes")
     progress = Progress(console, config.train, batches.unit)
     validate = partial(validation_loss, engine, batches, config.model.factory, interrupt, progress.validating)

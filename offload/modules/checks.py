@@ -15,6 +15,11 @@ from offload.parameters.paged_parameter import PagedParameter
 
 #: What pages hold with the bits of plain PyTorch: updates are made in fp32, of the parameters or of their masters.
 _DTYPES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
+#: Why, and what else.
+LLM_INT8_INSTEAD: Final = (
+    "which rounds activations, too, and keeps its scales beside the parameter; quantise to 8 bits by torchao "
+    "(TorchAoConfig(Int8WeightOnlyConfig())) or to 4 bits by bitsandbytes (load_in_4bit=True)"
+)
 
 
 def check_parameters(model: nn.Module, device: str = "cpu") -> None:
@@ -80,6 +85,8 @@ def check_values(name: str, parameter: Tensor, device: str) -> None:
         )
     if isinstance(parameter, PagedParameter) or is_wrapper(parameter):
         return
+    if type(parameter).__name__ == "Int8Params":
+        raise ValueError(f"{name} is quantised by bitsandbytes' LLM.int8(), {LLM_INT8_INSTEAD}")
     if type(parameter) is not nn.Parameter and not is_packed(parameter):
         raise ValueError(
             f"{name} is of the class {type(parameter).__name__}, which it would lose in pages; use nn.Parameter itself"

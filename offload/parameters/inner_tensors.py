@@ -7,6 +7,7 @@ is paged itself, and so are the tensors of its state. All are frozen: what is tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, Final
@@ -173,6 +174,14 @@ def all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if inner not in seen:
                 seen.add(inner)
                 yield f"{name}.{path}", inner
+
+
+def n_elements(model: nn.Module) -> int:
+    """Elements of all parameters; of packed ones those that they stand for."""
+    return sum(
+        math.prod(parameter.quant_state.shape) if is_packed(parameter) else parameter.numel()  # type: ignore[attr-defined]
+        for parameter in model.parameters()
+    )
 
 
 def _parameters_inside(parameter: Tensor) -> Iterator[tuple[str, nn.Parameter]]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from offload.config import ConfigLike
-from offload.modules.checks import check_values
+from offload.modules.checks import LLM_INT8_INSTEAD, check_values
 from offload.parameters.paged_parameter import PagedParameter
 from offload.sources.checkpoint_index import read_checkpoint
 from offload.sources.safetensors_file import json_of
@@ -74,7 +74,9 @@ def from_pretrained(
     model_class = _class_of(transformers, source, weights)
     if model_config is not None:
         options["config"] = model_config
-    if options.get("quantization_config") is not None or "quantization_config" in _config_of(weights):
+    quantised = options.get("quantization_config") or _config_of(weights).get("quantization_config")
+    if quantised is not None:
+        _check_quantisation(quantised, path)
         options["device_map"] = "cpu"  # Else bitsandbytes would take the first GPU.
     return _loaded(model_class, path, config, strict=strict, options=options | {"dtype": dtype})
 
@@ -96,6 +98,13 @@ def _loaded(
         if store is not None:
             store.close()
         raise
+
+
+def _check_quantisation(settings: Any, folder: Path) -> None:
+    """Raise ValueError before anything is read for a kind of quantisation that no parameter in pages can have."""
+    asked = settings if isinstance(settings, dict) else vars(settings)
+    if asked.get("load_in_8bit") or asked.get("_load_in_8bit"):
+        raise ValueError(f"{folder} is to be quantised by bitsandbytes' LLM.int8(), {LLM_INT8_INSTEAD}")
 
 
 def _folder_of(source: str | Path | type[nn.Module], folder: str | Path | None) -> Path:

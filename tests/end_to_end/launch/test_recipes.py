@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forecast_runs import RATES
 from launched_runs import threads_put_back
 
 from offload import load_config
+from offload.forecast.forecast import forecast
 from offload.launch.train import launch
 
 transformers = pytest.importorskip("transformers")
@@ -72,17 +74,23 @@ def test_a_full_fine_tune_has_the_losses_of_plain_pytorch(checkpoint: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_4bit"])
-def test_lora_leaves_an_adapter_that_merges(name: str, checkpoint: Path) -> None:
+def test_lora_leaves_an_adapter_that_merges(name: str, checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     peft = pytest.importorskip("peft")
     if name == "lora_4bit":
         pytest.importorskip("bitsandbytes")
-    assert launch(load_config(small(name, dtype="bfloat16"))) == 0
+    config = load_config(small(name, dtype="bfloat16"))
+    planned = forecast(config, RATES)
+    assert launch(config) == 0
+    said = capfd.readouterr().out
+    assert f", {planned.step.host_pages} planned" in said
     found = losses(f"runs/{name}")
     assert len(found) == TRAIN["steps"] and found[-1] < found[0]
     auto: Any = transformers.AutoModelForCausalLM
     base = auto.from_pretrained(checkpoint)
     model = peft.PeftModel.from_pretrained(base, Path("runs", name, "log", "adapter"))
     assert all(bool(p.any()) for key, p in model.named_parameters() if "lora_" in key)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert f"\n{n_parameters:,} parameters; " in said and planned.parameters == n_parameters
     merged = model.merge_and_unload()
     merged.save_pretrained("merged")
     tokens = torch.arange(8)[None]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantised_models import adamw, adapted, base_of, resumed, trained
+from quantised_models import TOKENS, adamw, adapted, base_of, resumed, trained
 from small_runs import assert_closed
 from torch import Tensor
 
@@ -91,3 +91,91 @@ def test_a_quantised_parameter_is_not_trained(pages: dict[str, Any]) -> None:
     model.requires_grad_(True)
     with pytest.raises(ValueError, match=r"is quantised \(Int8Tensor\) and requires a gradient; freeze it"):
         offload.prepare(model, adamw, pages)
+
+
+def test_an_export_has_no_config_that_names_another_model(pages: dict[str, Any], tmp_path: Path) -> None:
+    """From a config.json beside weights of other names, from_pretrained would make a model with random values."""
+    model, optimizer = offload.prepare(adapted(base_of("fp32")), adamw, pages)
+    trained(model, optimizer, 1)
+    found = optimizer.engine.export(tmp_path / "exported")
+    assert sorted(path.name for path in found.iterdir()) == ["model.safetensors", "model.safetensors.index.json"]
+    optimizer.engine.close()
+
+
+def test_a_merge_in_mid_training_is_that_of_plain_pytorch(pages: dict[str, Any], tmp_path: Path) -> None:
+    plain = adapted(base_of("fp32"))
+    kept = adamw(plain.parameters())
+    model, optimizer = offload.prepare(adapted(base_of("fp32")), adamw, pages)
+    for one, its in ((plain, kept), (model, optimizer)):
+        trained(one, its)
+        one.merge_adapter()
+        one.unmerge_adapter()
+    assert trained(plain, kept) == trained(model, optimizer)
+    assert_equal(plain.state_dict(), model.state_dict())
+    merged = plain.merge_and_unload()
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_equal(merged.state_dict(), again.state_dict())
+    optimizer.engine.close()
+
+
+OTHERS = {
+    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 4}),
+    "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 4}),
+    "ia3": ("IA3Config", {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_adapters_of_other_kinds(kind: str, pages: dict[str, Any], tmp_path: Path) -> None:
+    name, settings = OTHERS[kind]
+
+    def made() -> Any:
+        base = base_of("bf16")
+        torch.manual_seed(1)
+        return peft.get_peft_model(base, getattr(peft, name)(task_type="CAUSAL_LM", **settings))
+
+    plain = made()
+    model, optimizer = offload.prepare(made(), adamw, pages)
+    assert trained(plain, adamw(plain.parameters())) == trained(model, optimizer)
+    for saved, folder in ((plain, "plain"), (model, "paged")):
+        saved.save_pretrained(tmp_path / folder)
+    one, other = ((tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("plain", "paged"))
+    assert one == other
+    optimizer.engine.close()
+
+
+def test_several_adapters_and_none(pages: dict[str, Any]) -> None:
+    """Switched in mid-training, and left out for the reference of a preference loss."""
+
+    def made() -> Any:
+        model = adapted(base_of("fp32"))
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+        return model
+
+    def run(model: Any, optimizer: Any) -> list[float]:
+        found = []
+        for name in ("default", "other", "default"):
+            model.set_adapter(name)
+            found += trained(model, optimizer, 2)
+            with torch.no_grad(), model.disable_adapter():
+                reference = model(input_ids=TOKENS).logits
+            loss = (model(input_ids=TOKENS).logits - reference).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss.detach()))
+        return found
+
+    def of_adapters(model: Any) -> Any:
+        wanted = {id(p) for name, p in model.named_parameters() if "lora_" in name}
+        return lambda given: torch.optim.AdamW([p for p in given if id(p) in wanted], lr=1e-2, fused=True)
+
+    torch.manual_seed(2)
+    plain = made()
+    expected = run(plain, of_adapters(plain)(plain.parameters()))
+    torch.manual_seed(2)
+    model = made()
+    model, optimizer = offload.prepare(model, of_adapters(model), pages)
+    assert run(model, optimizer) == expected
+    optimizer.engine.close()

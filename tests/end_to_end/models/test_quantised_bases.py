@@ -195,3 +195,11 @@ def test_a_bias_in_pages_beside_quantised_values(pages: dict[str, Any]) -> None:
     model, optimizer = offload.prepare(build(), None, pages)
     assert torch.equal(build()(inputs), model(inputs))
     optimizer.engine.close()
+
+
+def test_a_base_of_llm_int8_is_refused(pages: dict[str, Any]) -> None:
+    layers = pytest.importorskip("bitsandbytes").nn
+    linear = layers.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+    linear.weight = layers.Int8Params(torch.ones(64, 64), requires_grad=False, has_fp16_weights=False)
+    with pytest.raises(ValueError, match=r"^0\.weight is quantised by bitsandbytes' LLM\.int8\(\), .* by torchao"):
+        offload.prepare(nn.Sequential(linear.to("cpu"), nn.Linear(64, 64)), adamw, pages)

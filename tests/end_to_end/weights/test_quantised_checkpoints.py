@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,19 @@ def _inside(model: Any) -> list[tuple[str, Any]]:
     from offload.parameters.inner_tensors import all_parameters, is_wrapper
 
     return [(name, parameter) for name, parameter in all_parameters(model) if not is_wrapper(parameter)]
+
+
+def test_llm_int8_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = make_checkpoint(tmp_path / "checkpoint", torch.bfloat16)
+    config = {"memory": {"ram": "512KiB"}, "ssd": {"paths": [str(tmp_path / "pages")]}}
+    asked = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(
+        ValueError, match=r"LLM\.int8\(\), .*; quantise to 8 bits by torchao .* or to 4 bits"
+    ) as refused:
+        offload.from_pretrained(folder, config, quantization_config=asked)
+    written = json.loads((folder / "config.json").read_text()) | {"quantization_config": asked.to_dict()}
+    (folder / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"LLM\.int8\(\)"):
+        offload.from_pretrained(folder, config)
+    assert "\n" not in str(refused.value) and not (tmp_path / "pages").exists()
