@@ -53,7 +53,7 @@ def train(model: Any, optimizer: Any, output: Path, steps: int, callbacks: list[
         args=arguments,
         train_dataset=rows(64),
         optimizers=(optimizer, transformers.get_constant_schedule(optimizer)),
-        callbacks=[transformers.PrinterCallback, *callbacks],
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=resume or None)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -238,8 +238,12 @@ class OptimizerConfig(_Section):
         return int(self.momentum != 0) if self.name == "sgd" else 2
 
 
+#: In place of `ModelConfig.factory` where a training loop of one's own has the model.
+_NO_FACTORY: Final = "none:none"
+
+
 class ModelConfig(_Section):
-    """What `offload launch` trains."""
+    """What `offload launch` trains. In your own loop ``dtype`` stands alone."""
 
     factory: str = Field(pattern=_FACTORY, examples=[f"{PLACEHOLDER}:make_model"])
     """``module:callable`` that returns the model; called with ``arguments``. Its forward(x, y) returns the loss."""
@@ -247,6 +251,16 @@ class ModelConfig(_Section):
     """Keyword arguments of the factory."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Parameters in compute: fp32, or bf16 or fp16 with an fp32 master in pages."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_factory(cls, raw: Any) -> Any:
+        return {**raw, "factory": _NO_FACTORY} if isinstance(raw, Mapping) and set(raw) == {"dtype"} else raw
+
+    @property
+    def has_factory(self) -> bool:
+        """Whether the model comes from here."""
+        return self.factory != _NO_FACTORY
 
 
 class DataConfig(_Section):
@@ -357,6 +371,8 @@ class Config(_Section):
         missing = [name for name in sections if getattr(self, name) is None]
         if missing:
             raise ConfigError(f"{command} needs the sections {', '.join(missing)} as well")
+        if "model" in sections and self.model is not None and not self.model.has_factory:
+            raise ConfigError(f"{command} needs model.factory as well")
 
     def for_training(self, command: str, *more: str) -> TrainingConfig:
         """The same, with all that is trained; raises ConfigError where one of these sections is missing."""

@@ -29,6 +29,8 @@ from pagemem.sources.source_files import Origin, SourceFile
 from pagemem.sources.source_transfers import SourceFiles
 from pagemem.units import ceil_div
 
+#: In transformers.masking_utils: looks into positions, and returns None where no row holds several sequences.
+_PACKED: Final = "find_packed_sequence_indices"
 _ATTENTION: Final = functional.scaled_dot_product_attention
 
 
@@ -166,16 +168,16 @@ class RowsOfOneSequence:
     """
 
     def __enter__(self) -> None:
-        self._masks: Any = sys.modules.get("transformers.masking_utils")
-        self._looks: Any = getattr(self._masks, "find_packed_sequence_indices", None)
+        self._masks = sys.modules.get("transformers.masking_utils")
+        self._looks: Any = getattr(self._masks, _PACKED, None)
         if self._looks is not None:
-            self._masks.find_packed_sequence_indices = self._found
+            setattr(self._masks, _PACKED, self._found)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._looks is not None:
-            self._masks.find_packed_sequence_indices = self._looks
+            setattr(self._masks, _PACKED, self._looks)
 
     def _found(self, position_ids: Tensor) -> Any:
         return None if position_ids.is_meta else self._looks(position_ids)

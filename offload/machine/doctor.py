@@ -77,7 +77,7 @@ def _asked(facts: Facts) -> tuple[Facts, Verdict | None]:
     """Facts, and what is decided about the run of their configuration; a model that there is not makes the
     configuration a wrong one."""
     fact = facts.config
-    if fact is None or fact.config is None or fact.config.model is None:
+    if fact is None or fact.config is None or fact.config.model is None or not fact.config.model.has_factory:
         return facts, None
     try:
         return facts, verdict_of(fact.config, model_factory(fact.config.model), available_here(fact.config))
@@ -248,7 +248,7 @@ def check_config(fact: ConfigFact, memory: MemoryFact, verdict: Verdict | None =
     elif need is not None:
         smallest = f"{format_bytes(need.smallest_bytes)} is the smallest that works"
         yield Finding("ok", "budget", f"{said}, and {smallest}")
-    elif fact.config.model is not None:
+    elif fact.config.model is not None and fact.config.model.has_factory:
         unknown = f"the model's need is not known: {verdict.unknown}"
         yield Finding("warning", "budget", f"{said}; {unknown}", "try it: launch checks while it builds")
     else:

@@ -178,10 +178,8 @@ def all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def n_elements(model: nn.Module) -> int:
     """Elements of all parameters; of packed ones those that they stand for."""
-    return sum(
-        math.prod(parameter.quant_state.shape) if is_packed(parameter) else parameter.numel()  # type: ignore[attr-defined]
-        for parameter in model.parameters()
-    )
+    shapes: list[Any] = [getattr(p, "quant_state", None) or p for p in model.parameters()]
+    return sum(math.prod(shaped.shape) for shaped in shapes)
 
 
 def _parameters_inside(parameter: Tensor) -> Iterator[tuple[str, nn.Parameter]]:

@@ -4,6 +4,7 @@ rate."""
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -170,4 +171,22 @@ def test_the_norm_of_the_last_step_is_known(update: dict[str, float], mode: str,
                 assert parameter.grad is not None, "these are nobody's, and add up until somebody clears them"
                 parameter.grad = None
         compare(plain, optimizer, engine.model, engine.optimizer, "in the end")
+    assert_closed(engine)
+
+
+def test_backward_takes_an_output_with_a_loss_and_says_what_else_is_wrong(tmp_path: Path) -> None:
+    with engine_of(built(), tmp_path) as engine:
+        loss = engine(*batches(1)[0])
+        engine.backward({"loss": loss, "logits": torch.ones(2)})
+        assert engine.step()
+        loss = engine(*batches(1)[0])
+        for wrong, said in (
+            ({"logits": loss}, "backward is given a dict without a loss; give the loss, or call the model with labels"),
+            (None, "backward is given a NoneType without a loss; give the loss, or call the model with labels"),
+            (loss.expand(2, 3), "the loss has shape (2, 3), and backward takes one number: its mean() or sum()"),
+        ):
+            with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+                engine.backward(wrong)
+        engine.backward(loss)
+        assert engine.step()
     assert_closed(engine)

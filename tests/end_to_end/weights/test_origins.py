@@ -295,7 +295,6 @@ def test_a_base_in_fp32_is_computed_in_bf16_by_reference(tmp_path: Path) -> None
     path = tmp_path / "model.safetensors"
     save_file(plain.state_dict(), path)
     config = settings(tmp_path, ram="2MiB") | {"model": {"dtype": "bf16"}}
-    config["model"]["factory"] = "unused:unused"
     model = on_meta(wide)
     page_model(PageStore(load_config(config)), model, sources_of(model, path))
     _, optimizer = offload.prepare(model, sgd, config)

@@ -250,3 +250,10 @@ def test_the_reference_page_has_every_key_with_its_default() -> None:
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", ""])
 def test_a_device_that_there_is_not_is_named(device: str) -> None:
     assert 'device: must be "cpu", "cuda", "cuda:N" or "cpu-emulated", not ' in complaint(("device", device))
+
+
+def test_a_dtype_alone_is_for_an_own_loop() -> None:
+    config = load_config(changed(("model", {"dtype": "bf16"}), ("train", {"steps": 1, "batch": 1, "seq": 1})))
+    assert config.model is not None and config.model.dtype == "bf16" and not config.model.has_factory
+    with pytest.raises(ConfigError, match=r"^plan needs model\.factory as well$"):
+        config.require("plan", "model", "train")
