@@ -93,8 +93,7 @@ class Engine:
 
     @left_open
     def backward(self, loss: Tensor | HasLoss | Mapping[str, Any]) -> None:
-        """Backward of a micro-batch: of its loss, or an output with ``.loss`` or ``["loss"]``, divided by
-        ``update.accumulation``.
+        """Backward of a micro-batch: of its loss, or an output that has one, divided by ``update.accumulation``.
 
         Raises:
             ValueError: there is no loss, or it is not one number.
@@ -175,15 +174,6 @@ class Engine:
             ValueError: the name is taken, or the state has something else; says where in it.
         """
         self._parts.checkpoints.track(name, thing, replace=replace)
-
-    def check_own_commits(self) -> None:
-        """Raise what `save` would raise for a folder with the commits of a run that this one did not go on from; for
-        loops that save late and want to know first.
-
-        Raises:
-            CommitError: ``ssd.paths`` holds such commits.
-        """
-        self._parts.checkpoints.committer.check_own_course()
 
     def save(self, name: str | None = None, *, wait: bool = True) -> int:
         """Commit the steps made so far; call it between steps, when everything tracked is up to date.

@@ -54,7 +54,7 @@ class OffloadCallback(transformers.TrainerCallback):
         engine = _engine_of(optimizer)
         engine.track(_SCHEDULER, lr_scheduler, replace=True)  # of a Trainer before this one
         if not state.global_step:
-            engine.check_own_commits()  # rather than at the first checkpoint, after hours
+            engine.debug.committer.check_own_course()  # rather than at the first checkpoint, after hours
         else:
             folder = _folder(args, state.global_step)
             commit = _commit_of(folder, engine.run_id)
