@@ -96,9 +96,8 @@ class Engine:
         """Backward of a micro-batch: of its loss, or an output that has one, divided by ``update.accumulation``.
 
         Raises:
-            ValueError: there is no loss, or it is not one number.
-            NonFiniteError: the loss is NaN or infinite; no parameter was changed by it, and its gradients are dropped.
-                On a device nobody waits for the loss: the next forward pass or `step` may be what raises.
+            ValueError: the loss is not one number. NonFiniteError: it is NaN or infinite; no parameter was changed by
+                it, and its gradients are dropped. On a device the next forward pass or `step` may be what raises.
         """
         self._running.step.backward(loss)
 
@@ -167,8 +166,7 @@ class Engine:
 
         Args:
             thing: has ``state_dict()`` and ``load_state_dict()``: Python's plain values and containers, NumPy's numbers
-                and arrays, and tensors on the CPU, 16 MiB in all.
-            replace: it takes the place of what is tracked by this name so far.
+                and arrays, and tensors on the CPU, 16 MiB in all. replace: what has the name so far.
 
         Raises:
             ValueError: the name is taken, or the state has something else; says where in it.
