@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -45,7 +45,7 @@ class PagedOptimizer(Optimizer):
     Args:
         template: a torch optimizer over the same parameters: its groups, hyper-parameters and class are taken over.
         rule: what the template's class does.
-        places: unit and slot of each parameter that is ever updated.
+        places: unit and slot of each parameter that is ever updated, or of each of its slices.
         states: reads and writes the paged states.
         untraced: context in which looking at states leaves the traced step as it is.
     """
@@ -54,7 +54,7 @@ class PagedOptimizer(Optimizer):
         self,
         template: torch.optim.Optimizer,
         rule: UpdateRule,
-        places: dict[torch.Tensor, tuple[Unit, Slot]],
+        places: Mapping[torch.Tensor, Sequence[tuple[Unit, Slot]]],
         states: StateAccess,
         untraced: Callable[[], AbstractContextManager[None]],
     ) -> None:
@@ -222,10 +222,12 @@ class PagedOptimizer(Optimizer):
             for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
                 if parameter not in self._places:
                     continue
-                unit, slot = self._places[parameter]
-                if slot.steps:
-                    state: dict[str, Any] = {"step": torch.tensor(float(slot.steps))} if self._rule.keeps_step else {}
-                    state.update({name: self._states.read(unit, slot, i) for i, name in enumerate(names)})
+                places = self._places[parameter]
+                steps = places[0][1].steps
+                if steps:
+                    state: dict[str, Any] = {"step": torch.tensor(float(steps))} if self._rule.keeps_step else {}
+                    shape = parameter.shape
+                    state.update({name: self._states.read(places, shape, i) for i, name in enumerate(names)})
                     packed["state"][number] = state
         return packed
 
@@ -245,13 +247,14 @@ class PagedOptimizer(Optimizer):
             for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
                 if parameter not in self._places:
                     continue
-                unit, slot = self._places[parameter]
+                places = self._places[parameter]
                 state = states.get(number, {})
                 # SGD keeps no step count: a buffer means that there was a first update.
-                slot.steps, slot.lookahead = int(state["step"]) if "step" in state else int(bool(state)), ()
+                for _, slot in places:
+                    slot.steps, slot.lookahead = int(state["step"]) if "step" in state else int(bool(state)), ()
                 for i, name in enumerate(self._rule.state_names):
                     value = state.get(name)
-                    self._states.write(unit, slot, i, torch.zeros(slot.shape) if value is None else value)
+                    self._states.write(places, parameter.shape, i, torch.zeros(()) if value is None else value)
 
 
 class _Refusing:

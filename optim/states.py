@@ -6,7 +6,8 @@ returns is an ordinary one. Training thread only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,26 @@ from scheduler.planning.trace import Access, AccessMode, OpKind
 def state_view(mover: Mover, part: Slice, tensor: PagedTensor, number: int, begin: int, numel: int) -> torch.Tensor:
     """Elements [begin, begin + numel) of the ``number``-th fp32 state in a slice; its pages must be pinned."""
     return mover.tenants.view(tensor, torch.float32, number * part.numel + begin - part.begin, numel)
+
+
+#: Unit and slot of a parameter, or of each of its slices in order.
+Places = Sequence[tuple[Unit, Slot]]
+
+
+def _numbered(places: Places) -> Iterator[tuple[int, Unit, Slot]]:
+    """First element of the parameter, unit and slot of each place."""
+    first = 0
+    for unit, slot in places:
+        yield first, unit, slot
+        first += slot.numel
+
+
+def _put(whole: SpilledTensor, first: int, view: torch.Tensor, begin: int) -> None:
+    whole.put(first + begin, view)
+
+
+def _get(flat: torch.Tensor, first: int, view: torch.Tensor, begin: int) -> None:
+    view.copy_(flat[first + begin : first + begin + view.numel()])
 
 
 class StateAccess:
@@ -45,30 +66,35 @@ class StateAccess:
                 n_bytes = len(self.state_names) * part.numel * torch.float32.itemsize
                 part.states = self._driver.mover.create(f"states {number} of {unit.name}", Tag.MOMENT, n_bytes)
 
-    def read(self, unit: Unit, slot: Slot, number: int) -> torch.Tensor:
-        """A new fp32 tensor, shaped like the parameter, with its ``number``-th state.
+    def read(self, places: Places, shape: torch.Size, number: int) -> torch.Tensor:
+        """A new fp32 tensor, shaped like a parameter, with its ``number``-th state.
+
+        Args:
+            places: unit and slot of the parameter, or of each of its slices.
 
         Raises:
             DiskFullError, StorageError: there is no room for it, or a page file failed.
         """
-        whole = SpilledTensor(self._spill_folder, slot.shape, torch.float32)
-        self._visit(unit, slot, AccessMode.READ, number, lambda view, begin: whole.put(begin, view))
+        whole = SpilledTensor(self._spill_folder, shape, torch.float32)
+        for first, unit, slot in _numbered(places):
+            self._visit(unit, slot, AccessMode.READ, number, partial(_put, whole, first))
         return whole.tensor
 
-    def write(self, unit: Unit, slot: Slot, number: int, value: torch.Tensor) -> None:
-        """Set the ``number``-th state of a parameter.
+    def write(self, places: Places, shape: torch.Size, number: int, value: torch.Tensor) -> None:
+        """Set the ``number``-th state of a parameter, to one value where that has no dimensions.
+
+        Args:
+            places: as for `read`.
 
         Raises:
             ValueError: the value has another shape; nothing was changed.
         """
-        if value.shape != slot.shape:
-            raise ValueError(
-                f"{slot.name}: a state of shape {tuple(value.shape)} for a parameter of {tuple(slot.shape)}"
-            )
-        flat = value.reshape(-1)
-        self._visit(
-            unit, slot, AccessMode.MODIFY, number, lambda view, begin: view.copy_(flat[begin : begin + view.numel()])
-        )
+        if value.ndim and value.shape != shape:
+            name = places[0][1].name
+            raise ValueError(f"{name}: a state of shape {tuple(value.shape)} for a parameter of {tuple(shape)}")
+        flat = value.reshape(-1) if value.ndim else value.expand(shape.numel())
+        for first, unit, slot in _numbered(places):
+            self._visit(unit, slot, AccessMode.MODIFY, number, partial(_get, flat, first))
 
     def follow_edits(self, unit: Unit) -> None:
         """Take values that were put into parameters over into their masters; 16-bit ones keep what rounding hides

@@ -83,6 +83,7 @@ class Slot:
         generation: how often ``parameter.grad`` has become another tensor.
         norm: 2-norm of the final gradient, once known.
         edited: values may have been put into the parameter, which its fp32 master, if it has one, does not have.
+        whole: the parameter that this is a slice of, if it is cut.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Slot:
     generation: int = 0
     norm: torch.Tensor | None = None
     edited: bool = False
+    whole: Whole | None = None
 
     @property
     def numel(self) -> int:
@@ -214,6 +216,18 @@ class Unit:
     def gradient_bytes(self) -> int:
         """Bytes of the gradients of all its optimized parameters."""
         return sum(slot.numel * slot.dtype.itemsize for slot in self.slots if slot.group >= 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Whole:
+    """A parameter whose rows lie in several units, as slices, which are parameters of these.
+
+    Attributes:
+        places: unit and slot of each slice, in order.
+    """
+
+    places: tuple[tuple[Unit, Slot], ...]
+    shape: torch.Size
 
 
 @dataclass(frozen=True, slots=True)

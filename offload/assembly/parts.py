@@ -6,7 +6,7 @@ takes whole units, and before the updater, which divides what is left of the bud
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from offload.heap import give_back_large_blocks, keep_freed_memory, tcache_disab
 from offload.modules.checks import check_parameters
 from offload.modules.fast_paths import keep_fast_paths
 from offload.modules.structure import Structure
+from offload.parameters.cut_parameter import CutParameter, owner_of
 from offload.parameters.inner_tensors import all_parameters, reveal
 from offload.parameters.optimizer_template import OptimizerLike, assign_groups, optimized_by, template_of
 from offload.parameters.paged_parameter import PagedParameter
@@ -41,7 +42,7 @@ from optim.loss_scale import Scaling
 from optim.optimizer import PagedOptimizer
 from optim.rules import rule_for
 from optim.states import StateAccess
-from optim.unit import Slot, Unit
+from optim.unit import Slot, Unit, Whole
 from optim.updater import Updater
 from pagemem.errors import OffloadError
 
@@ -151,10 +152,8 @@ def build_parts(
     check_model(model, optimized, len(rule.state_names), config)
     adopt(store, model, optimized)
     states = StateAccess(store.driver, rule.state_names, store.parts.spill_folder)
-    places: dict[Tensor, tuple[Unit, Slot]] = {
-        p: (p._place.unit, p._place.slot) for p in model.parameters() if isinstance(p, PagedParameter)
-    }
-    assign_groups(template, {parameter: slot for parameter, (_, slot) in places.items()})
+    places = _places_of(model)
+    assign_groups(template, {parameter: [slot for _, slot in found] for parameter, found in places.items()})
     for unit in store.index.units:
         if unit.trained:
             states.create(unit)
@@ -180,6 +179,20 @@ def build_parts(
         store.watch_over(module)
     paged_optimizer.attach(updater, step.ended, structure.check, binder.collect_in_hooks)
     return EngineParts(store, updater, paged_optimizer, checkpoints, step, choice)
+
+
+def _places_of(model: nn.Module) -> dict[Tensor, Sequence[tuple[Unit, Slot]]]:
+    """Unit and slot of each paged parameter, or of each slice of a cut one, whose slots learn what they are part of."""
+    found: dict[Tensor, list[tuple[Unit, Slot]]] = {}
+    for _, parameter in all_parameters(model):
+        if isinstance(parameter, PagedParameter):
+            found.setdefault(owner_of(parameter), []).append((parameter._place.unit, parameter._place.slot))
+    for owner, places in found.items():
+        if isinstance(owner, CutParameter):
+            whole = Whole(tuple(places), owner.shape)
+            for _, slot in places:
+                slot.whole = whole
+    return dict(found)
 
 
 def _track_own_states(checkpoints: Checkpoints, model: nn.Module, scaling: Scaling) -> None:
@@ -226,9 +239,12 @@ def _other_gradients(model: nn.Module, *, keeps_unoptimized: bool) -> Callable[[
     """
 
     def mine(parameter: Tensor) -> bool:
-        return isinstance(parameter, PagedParameter) and (parameter._place.slot.group >= 0 or keeps_unoptimized)
+        first = parameter.slices[0] if isinstance(parameter, CutParameter) else parameter
+        return isinstance(first, PagedParameter) and (first._place.slot.group >= 0 or keeps_unoptimized)
 
-    others = [(order, parameter) for order, parameter in enumerate(model.parameters()) if not mine(parameter)]
+    # Slots are numbered by the same list.
+    everything = [(order, parameter) for order, (_, parameter) in enumerate(all_parameters(model))]
+    others = [(order, parameter) for order, parameter in everything if not mine(parameter)]
     return lambda: [(order, parameter.grad) for order, parameter in others if parameter.grad is not None]
 
 

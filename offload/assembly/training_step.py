@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offload.activations.policy import RecomputeChoice
+from offload.parameters.cut_parameter import CutParameter
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.page_store import PageStore
 from offload.store.plan_file import PlanKeeper
@@ -134,22 +135,29 @@ class TrainingStep:
 
     def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
         """See `Engine.add_gradient`."""
-        unit, slot = self._place_of(parameter)
-        if (gradient.shape, gradient.dtype) != (slot.shape, slot.dtype):
+        places = self._places_of(parameter)
+        _, slot = places[0]
+        if (gradient.shape, gradient.dtype) != (parameter.shape, slot.dtype):
             raise ValueError(
                 f"{slot.name}: a gradient of shape {tuple(gradient.shape)} and {gradient.dtype} for a parameter of "
-                f"{tuple(slot.shape)} and {slot.dtype}"
+                f"{tuple(parameter.shape)} and {slot.dtype}"
             )
-        self._updater.gradient(unit, slot, gradient.detach().to(self._store.binder.torch_device, copy=True))
+        rows = [gradient] if len(places) == 1 else torch.split(gradient, [slot.shape[0] for _, slot in places])
+        for (unit, slot), part in zip(places, rows, strict=True):
+            self._updater.gradient(unit, slot, part.detach().to(self._store.binder.torch_device, copy=True))
 
     def gradient_ready(self, parameter: Tensor, gradient: Tensor | None) -> None:
         """See `Engine.gradient_ready`."""
-        place = self._place_of(parameter)
+        places = self._places_of(parameter)
         if gradient is not None:
             self.add_gradient(parameter, gradient)
-        self._updater.ready(*place)
+        for place in places:
+            self._updater.ready(*place)
 
-    def _place_of(self, parameter: Tensor) -> tuple[Unit, Slot]:
-        if not isinstance(parameter, PagedParameter) or parameter._place.binder is not self._store.binder:
+    def _places_of(self, parameter: Tensor) -> list[tuple[Unit, Slot]]:
+        """Unit and slot of a parameter, or of each of its slices."""
+        parts = parameter.slices if isinstance(parameter, CutParameter) else [parameter]
+        found = [part for part in parts if isinstance(part, PagedParameter)]
+        if not found or found[0]._place.binder is not self._store.binder:
             raise ValueError("this parameter is not one that the engine has in pages")
-        return parameter._place.unit, parameter._place.slot
+        return [(part._place.unit, part._place.slot) for part in found]

@@ -17,27 +17,38 @@ import torch
 from torch import nn
 
 from offload import knobs
+from offload.budget.cuts import cuts_of, split, standins
 from offload.budget.lock_free import LockFreeBudget, UnitSize, remedy, shortfall
 from offload.config import Config, resolve_page_bytes
+from offload.parameters.cut_parameter import owner_of
+from offload.parameters.cuttable import row_blocks
 from offload.parameters.grouping import Group, common_name, groups_of, units_of
+from offload.parameters.inner_tensors import all_parameters
 from optim.unit import cut, largest_slice, lay_out
 from pagemem.devices.host_memory import usable_bytes
 from pagemem.errors import BudgetError
 from pagemem.frames.page import MIN_PAGE_BYTES
 from pagemem.units import ceil_div, format_bytes
 
+#: States that any optimizer keeps for an element.
+_MOST_STATES: Final = 2
 #: What parameters become; None: they stay as they are built.
 COMPUTE_DTYPES: Final[dict[str, torch.dtype | None]] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a configuration says of sizes, for a budget of ``ram_bytes``."""
+    """What a configuration says of sizes, for a budget of ``ram_bytes``.
+
+    Attributes:
+        cuts: whether parameters that do not fit are cut into slices.
+    """
 
     ram_bytes: int
     page_bytes: int
     slice_numel: int
     compute_dtype: torch.dtype | None
+    cuts: bool = False
 
     @classmethod
     def of(cls, config: Config, ram_bytes: int | None = None) -> Sizes:
@@ -51,7 +62,14 @@ class Sizes:
             resolve_page_bytes(ram_bytes) if page == "auto" else int(page),
             min(max(1 << (ram_bytes // 128).bit_length(), least), most),
             None if config.model is None else COMPUTE_DTYPES[config.model.dtype],
+            config.update.mode == "exact" and config.device == "cpu",
         )
+
+    def fits(self, numel: int, dtype: torch.dtype) -> bool:
+        """Whether a unit of so many elements fits while it is built and while it is updated, with as many states as any
+        optimizer keeps: what is cut is not to depend on which one comes."""
+        shape = UnitShape("", numel, dtype, trained=True)
+        return shape.frames(self, _MOST_STATES) * self.page_bytes <= self.ram_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +99,10 @@ class UnitShape:
             optimized: ``id`` of every parameter that the optimizer has.
         """
         numel = lay_out([(name, parameter.shape) for name, parameter in group]).numel
-        name = common_name([names.get(id(parameter), name) for name, parameter in group])
-        trained = [parameter.numel() for _, parameter in group if id(parameter) in optimized]
-        kept = any(id(parameter) in names for _, parameter in group)
+        owners = [(name, parameter, id(owner_of(parameter))) for name, parameter in group]
+        name = common_name([_called(name, names.get(owner)) for name, _, owner in owners])
+        trained = [parameter.numel() for _, parameter, owner in owners if owner in optimized]
+        kept = any(owner in names for _, _, owner in owners)
         return cls(name, numel, group[0][1].dtype, bool(trained), kept, sum(trained))
 
     def frames(self, sizes: Sizes, n_states: int) -> int:
@@ -171,35 +190,67 @@ class BudgetNeed:
 
 
 def shapes_of(
-    model: nn.Module, optimized: Collection[int], dropped: Sequence[Group] = ()
-) -> Callable[[int], list[UnitShape]]:
-    """The units of a model for a page size in bytes.
+    model: nn.Module,
+    optimized: Collection[int],
+    dropped: Sequence[Group] = (),
+    blocks: Mapping[int, int] | None = None,
+) -> Callable[[Sizes], list[UnitShape]]:
+    """The units of a model for what a budget has for sizes.
 
     Args:
         optimized: ``id`` of every parameter that the optimizer has.
         dropped: parameters that are built and not kept, which need pages until the model is whole.
+        blocks: which parameters can be cut, as `row_blocks` says; None: ask it of the model.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in all_parameters(model)}
     groups = groups_of(model.named_modules(), set())
-    return lambda page_bytes: [
-        UnitShape.of(group, names, optimized) for group in [*units_of(groups, page_bytes), *dropped]
-    ]
+    blocks = row_blocks(model.named_modules()) if blocks is None else blocks
+
+    def units_at(sizes: Sizes) -> list[UnitShape]:
+        kept = [part for group in groups for part in cut_for(group, blocks, sizes)]
+        rest = [part for group in dropped for part in cut_for(group, blocks, sizes)]
+        return [UnitShape.of(group, names, optimized) for group in [*units_of(kept, sizes.page_bytes), *rest]]
+
+    return units_at
+
+
+def cut_for(
+    group: Group,
+    blocks: Mapping[int, int],
+    sizes: Sizes,
+    slices_of: Callable[[nn.Parameter, Sequence[int]], Iterable[nn.Parameter]] = standins,
+) -> list[Group]:
+    """The groups that a group becomes where it does not fit.
+
+    Args:
+        blocks: which parameters can be cut, as `row_blocks` says.
+        slices_of: makes the slices; by default, what only has their shapes.
+    """
+    cuts = cuts_of(group, blocks, sizes.fits) if sizes.cuts else {}
+    return split(group, cuts, slices_of) if cuts else [group]
+
+
+def _called(name: str, known: str | None) -> str:
+    """The model's name of a parameter, or of a slice of it."""
+    if known is None:
+        return name
+    return known + name[name.rindex("[") :] if name.endswith("]") and not known.endswith("]") else known
 
 
 def budget_need(
-    units_at: Callable[[int], Sequence[UnitShape]], n_states: int, config: Config, from_bytes: int = MIN_PAGE_BYTES
+    units_at: Callable[[Sizes], Sequence[UnitShape]], n_states: int, config: Config, from_bytes: int = MIN_PAGE_BYTES
 ) -> BudgetNeed:
     """What all units of a model need.
 
     Args:
-        units_at: the units, at least one, for a page size.
+        units_at: the units, at least one, for what a budget has for sizes.
         n_states: states that the optimizer keeps for each element.
         from_bytes: smaller budgets are not looked at.
     """
     ram_bytes, units_at, lock_free_bytes = from_bytes, cache(units_at), 0
     while True:
         sizes = Sizes.of(config, ram_bytes)
-        units = units_at(sizes.page_bytes)
+        units = units_at(sizes)
         frames, unit = max(((unit.frames(sizes, n_states), unit) for unit in units), key=lambda pair: pair[0])
         need_bytes = frames * sizes.page_bytes
         if config.update.mode == "lock-free":
@@ -234,7 +285,7 @@ def check_model(model: nn.Module, optimized: Collection[int], n_states: int, con
         BudgetError: it will not; names the unit and the smallest budget that works.
     """
     units_at = shapes_of(model, optimized)
-    if units_at(1):
+    if units_at(Sizes.of(config)):
         budget_need(units_at, n_states, config, config.memory.ram).check(config.memory.ram)
 
 

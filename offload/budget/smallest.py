@@ -20,6 +20,7 @@ from offload.budget.need import BudgetNeed, budget_need, shapes_of
 from offload.config import ConfigError, ConfigLike, load_config
 from offload.factories import described
 from offload.modules.checks import check_parameters
+from offload.parameters.cuttable import row_blocks
 from offload.parameters.grouping import Group, groups_of
 from offload.parameters.module_watch import named_parts, watching_modules
 from offload.parameters.optimizer_template import OptimizerLike, optimized_by, template_of
@@ -52,28 +53,32 @@ def smallest_budget(factory: Callable[[], nn.Module], optimizer: OptimizerLike, 
             f"the model's factory is {described(factory)}; give a callable that builds the model, such as lambda: "
             "Model(...)"
         )
-    model, built = _built_on_meta(factory)
+    model, built, blocks = _built_on_meta(factory)
     check_parameters(model, "meta")
     template = template_of(optimizer, config, model)
     kept = {id(parameter) for parameter in model.parameters()}
     dropped = [group for group in built if not any(id(parameter) in kept for _, parameter in group)]
-    units, n_states = shapes_of(model, optimized_by(template), dropped), len(rule_for(template).state_names)
+    units = shapes_of(model, optimized_by(template), dropped, blocks)
+    n_states = len(rule_for(template).state_names)
     need = budget_need(units, n_states, config)
     if need.smallest_bytes >= config.memory.ram:
         return need
     return replace(need, next_bytes=budget_need(units, n_states, config, config.memory.ram).smallest_bytes)
 
 
-def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Group]]:
-    """The model, and all parameters that `deferred_init` pages while it is built, also of modules that the model does
-    not keep."""
+def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Group], dict[int, int]]:
+    """The model, all parameters that `deferred_init` pages while it is built, also of modules that the model does not
+    keep, and which of them can be cut (`row_blocks`)."""
     seen: set[int] = set()
+    blocks: dict[int, int] = {}
     early: list[Group] = []
 
     def built(parent: nn.Module, name: str, child: nn.Module) -> None:
         # At once: the rest of a model that is built elsewhere may be larger than memory.
         _check_meta(child)
-        early.extend(groups_of(named_parts(f"{type(parent).__name__}.{name}", child), seen))
+        parts = list(named_parts(f"{type(parent).__name__}.{name}", child))
+        early.extend(groups_of(parts, seen))
+        blocks.update((key, block) for key, block in row_blocks(parts).items() if key not in blocks)
 
     with _random_numbers_kept(), watching_modules("smallest_budget", built):
         try:
@@ -89,7 +94,7 @@ def _built_on_meta(factory: Callable[[], nn.Module]) -> tuple[nn.Module, list[Gr
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model's factory returns a {type(model).__name__}, not a torch.nn.Module")
     _check_meta(model)
-    return model, early
+    return model, early, {**row_blocks(model.named_modules()), **blocks}
 
 
 def _check_meta(module: nn.Module) -> None:

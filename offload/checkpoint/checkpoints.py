@@ -142,6 +142,7 @@ class Checkpoints:
             raise CommitError(f"nothing is committed: {error}") from error
         return {
             "slice_numel": self._store.slice_numel,
+            "cut_bytes": self._store.cut_sizes.ram_bytes if self._store.cut_sizes.cuts else 0,
             "staleness": self._updater.staleness,
             "optimizer": self._optimizer.torch_class.__name__,
             "parameters": self._parameters(),

@@ -75,9 +75,14 @@ class CommitWeights:
         if why:
             raise CommitError(f"commit {manifest.number} is damaged: {why[manifest.number]}")
         kept = set(self._state.names.values())
-        self._paged = {
-            slot.name: (unit, slot) for unit in self._state.units for slot in unit.slots if slot.name in kept
-        }
+        self._paged: dict[str, list[tuple[StoredUnit, StoredSlot]]] = {}
+        for unit in self._state.units:
+            for slot in unit.slots:
+                if slot.whole in kept:
+                    self._paged.setdefault(slot.whole, []).append((unit, slot))
+        for name, places in self._paged.items():
+            if not _follow_one_another([slot for _, slot in places]):
+                raise CommitError(f"commit {manifest.number} is damaged: slices of {name} do not follow one another")
 
     def listed(self) -> list[Weight]:
         """All of them, in the order of the names.
@@ -88,8 +93,11 @@ class CommitWeights:
         found = []
         for name in dict.fromkeys(self._state.names.values()):
             if name in self._paged:
-                unit, slot = self._paged[name]
-                found.append(Weight(name, self._dtype or unit.torch_dtype, slot.shape))
+                unit, slot = self._paged[name][0]
+                shape = slot.shape
+                if slot.of is not None:
+                    shape = (sum(part.shape[0] for _, part in self._paged[name]), *slot.shape[1:])
+                found.append(Weight(name, self._dtype or unit.torch_dtype, shape))
             elif (small := self._sidecar.tensors.get(name)) is not None:
                 found.append(Weight(name, small.dtype, tuple(small.shape)))
             else:
@@ -127,7 +135,7 @@ class CommitWeights:
             parts = [(part.begin * 4, part.end * 4, self._place(part.master or "")) for part in unit.slices]
             masters = _Stream(reader, self._sources, buffers[1], parts, checksums=checksums)
         for slot in unit.slots:
-            if slot.name not in self._paged:
+            if slot.whole not in self._paged:
                 continue  # dropped from the model since its unit was made
             for begin in range(slot.offset, slot.end, PIECE_NUMEL):
                 end = min(begin + PIECE_NUMEL, slot.end)
@@ -139,12 +147,28 @@ class CommitWeights:
                         else torch.from_numpy(masters.take(begin * 4, end * 4)).view(torch.float32)
                     )
                     piece = _converted(slot, piece, wide, target)
-                yield slot.name, (begin - slot.offset) * target.itemsize, piece.view(torch.uint8).numpy().data
+                yield (
+                    slot.whole,
+                    (slot.first + begin - slot.offset) * target.itemsize,
+                    piece.view(torch.uint8).numpy().data,
+                )
 
     def _place(self, key: str) -> StoredTensor | Origin:
         """Where a tensor lies: in page files, or in files of others."""
         referenced = self._referenced.get(key)
         return self._stored[key] if referenced is None else referenced.origin(self._files)
+
+
+def _follow_one_another(slots: Sequence[StoredSlot]) -> bool:
+    """Whether slots are one parameter, or all slices of one in order."""
+    if slots[0].of is None:
+        return len(slots) == 1
+    row, inner = 0, slots[0].shape[1:]
+    for slot in slots:
+        if slot.of is None or not slot.shape or slot.first_row != row or slot.shape[1:] != inner:
+            return False
+        row += slot.shape[0]
+    return True
 
 
 def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -66,6 +66,7 @@ class CommitState(Record):
     """``Manifest.state``. Keys with a default came later than format 1."""
 
     slice_numel: Annotated[int, Field(strict=True, gt=0, le=2**40)]
+    cut_bytes: Count = 0
     staleness: Count
     optimizer: Line
     parameters: dict[Line, tuple[list[Count], Line, _Index]]

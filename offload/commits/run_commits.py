@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Final
 
 import numpy as np
 from pydantic import Field, TypeAdapter
 
+from offload.budget.need import Sizes
 from offload.commits.commit_state import read_commit
 from offload.config import ConfigError
 from pagemem.durable.commit_folder import CommitFolder
@@ -166,6 +167,13 @@ class EarlierCommits:
                 "another folder"
             )
         return newest.page_bytes, int(newest.state["slice_numel"])
+
+    def cut_sizes(self, sizes: Sizes) -> Sizes:
+        """The sizes that say what is cut: those of the run's first budget, or these where it has no commits."""
+        if not self._manifests:
+            return sizes
+        cut_bytes = int(self._manifests[max(self._manifests)].state.get("cut_bytes", 0))
+        return replace(sizes, ram_bytes=cut_bytes, cuts=bool(cut_bytes))
 
     def restore(self, copies: DiskVersions) -> None:
         """Take the frames that the commits name, before anything else does."""

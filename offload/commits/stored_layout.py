@@ -14,8 +14,9 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from offload.parameters.cut_parameter import CutParameter
 from offload.parameters.inner_tensors import is_wrapper
-from optim.unit import Unit
+from optim.unit import Slot, Unit
 from pagemem.folders.small_file import Count, Line, Record
 from pagemem.tier import Tag
 
@@ -27,11 +28,24 @@ def _dtype(name: str) -> str:
 
 
 class StoredSlot(Record):
-    """One parameter's place: ``offset`` is its first element in the unit's layout."""
+    """One parameter's place: ``offset`` is its first element in the unit's layout. A slice of a cut parameter is its
+    rows from ``first_row`` on; ``of`` is that one's name."""
 
     name: Line
     shape: Annotated[tuple[Count, ...], Field(max_length=64)]
     offset: Count
+    of: Line | None = None
+    first_row: Count = 0
+
+    @property
+    def whole(self) -> str:
+        """The name that the model has for it, or for what it is a slice of."""
+        return self.of or self.name
+
+    @property
+    def first(self) -> int:
+        """Place of its first element in the parameter of that name."""
+        return self.first_row * math.prod(self.shape[1:])
 
     @property
     def end(self) -> int:
@@ -69,7 +83,7 @@ def stored_units(units: Iterable[Unit]) -> list[dict[str, Any]]:
         {
             "parameters": f"{Tag.PARAM.value}: {unit.parameters.name}",
             "dtype": str(unit.dtype).removeprefix("torch."),
-            "slots": [{"name": slot.name, "shape": list(slot.shape), "offset": slot.offset} for slot in unit.slots],
+            "slots": [_stored_slot(slot) for slot in unit.slots],
             "slices": [
                 {
                     "begin": part.begin,
@@ -81,6 +95,15 @@ def stored_units(units: Iterable[Unit]) -> list[dict[str, Any]]:
         }
         for unit in units
     ]
+
+
+def _stored_slot(slot: Slot) -> dict[str, Any]:
+    stored: dict[str, Any] = {"name": slot.name, "shape": list(slot.shape), "offset": slot.offset}
+    if slot.whole is not None:
+        before = [other.shape[0] for _, other in slot.whole.places]
+        place = next(place for place, (_, other) in enumerate(slot.whole.places) if other is slot)
+        stored |= {"of": slot.name.rpartition("[")[0], "first_row": sum(before[:place])}
+    return stored
 
 
 def names_of(model: nn.Module) -> dict[str, str]:
@@ -107,5 +130,5 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             (key, buffer) for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set
         )
         for key, tensor in kept.items():
-            if tensor is not None and not is_wrapper(tensor):
+            if tensor is not None and (not is_wrapper(tensor) or isinstance(tensor, CutParameter)):
                 yield f"{prefix}.{key}" if prefix else key, tensor

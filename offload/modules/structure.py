@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from torch import nn
 
+from offload.parameters.cut_parameter import CutParameter
+from offload.parameters.inner_tensors import all_parameters
 from offload.parameters.paged_parameter import PagedParameter
 
 _REMEDY: Final = (
@@ -24,9 +26,7 @@ class Structure:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parameters = dict(model.named_parameters())
-        self._paged = {
-            id(parameter) for parameter in self._parameters.values() if isinstance(parameter, PagedParameter)
-        }
+        self._paged = {id(p) for p in self._parameters.values() if isinstance(p, (PagedParameter, CutParameter))}
         self._take()
 
     def _take(self) -> None:
@@ -71,11 +71,11 @@ class Structure:
                     f"{name}: this parameter was added to the model after the engine had taken it, and no optimizer "
                     f"has it; {_REMEDY}"
                 )
-            if id(parameter) in self._paged and not isinstance(parameter, PagedParameter):
+            if id(parameter) in self._paged and not isinstance(parameter, (PagedParameter, CutParameter)):
                 raise RuntimeError(
                     f"{name}: this parameter was swapped for another tensor after the engine had taken it; {_REMEDY}"
                 )
-        for order, (name, parameter) in enumerate(now.items()):
+        for order, (name, parameter) in enumerate(all_parameters(self._model)):
             if isinstance(parameter, PagedParameter):
                 parameter._place.slot.name, parameter._place.slot.order = name, order
         self._parameters = now

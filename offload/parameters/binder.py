@@ -18,6 +18,7 @@ from offload.activations.saved import SavedActivations
 from offload.heap import ForwardEnd, give_back_free_pages
 from offload.hooks import refuse_compilers
 from offload.parameters.edits import Edits
+from offload.parameters.inner_tensors import all_parameters
 from offload.parameters.paged_parameter import PagedParameter, Place, paged_class, plain_class
 from offload.parameters.state_copies import StateCopies
 from offload.parameters.tensor_functions import EXPORTS, UNCOUNTED, among, no_torch_function
@@ -103,7 +104,7 @@ class Binder:
         self.root, self.updater, self.activations = model, updater, activations
         self.save_hooks, self.check_structure = save_hooks, check_structure
         self.only_trainable, self.trims = only_trainable, trims
-        for parameter in among(PagedParameter, model.parameters()):
+        for parameter in among(PagedParameter, [parameter for _, parameter in all_parameters(model)]):
             self.watch_gradient(parameter)
 
     def adopt(self, parameter: nn.Parameter, unit: Unit, slot: Slot) -> PagedParameter:

@@ -7,11 +7,13 @@ Asked by the page store, which makes the units, and by those who want to know th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from offload.parameters.cut_parameter import is_slice
 from offload.parameters.inner_tensors import is_pageable, own_parameters
 
 #: Parameters with their names, which are never split over units.
@@ -21,19 +23,18 @@ _Kind = tuple[torch.dtype, bool]
 
 
 def own_groups(name: str, module: nn.Module, known: Callable[[nn.Parameter], bool]) -> list[Group]:
-    """A module's own parameters that belong into pages, those of one dtype that are trained, or frozen, in order. Of
-    integers and truth values, only quantised ones do.
+    """A module's own parameters that belong into pages, those of one dtype that are trained, or frozen, in order; each
+    slice of one that is cut by itself. Of integers and truth values, only quantised ones do.
 
     Args:
         name: the module's, to begin its parameters' names with.
         known: whether a parameter is in a unit already, or waits for one.
     """
-    groups: dict[tuple[torch.dtype, bool], Group] = {}
+    groups: dict[tuple[Any, ...], Group] = {}
     for key, parameter in own_parameters(module):
         if not known(parameter) and not is_lazy(parameter) and is_pageable(parameter):
-            groups.setdefault((parameter.dtype, parameter.requires_grad), []).append(
-                (f"{name}.{key}" if name else key, parameter)
-            )
+            kind = (id(parameter),) if is_slice(parameter) else (parameter.dtype, parameter.requires_grad)
+            groups.setdefault(kind, []).append((f"{name}.{key}" if name else key, parameter))
     return list(groups.values())
 
 
@@ -69,6 +70,8 @@ class Neighbours:
 
     def take(self, group: Group) -> list[Group]:
         """Let a group wait; returns the units that are complete with it, in order."""
+        if is_slice(group[0][1]):
+            return [group]  # It waits for nobody: its parameter is to be in pages as a whole.
         kind = (group[0][1].dtype, group[0][1].requires_grad)
         waiting, complete = self._waiting.get(kind, []), []
         if waiting and _n_bytes(waiting) + _n_bytes(group) > self._page_bytes:

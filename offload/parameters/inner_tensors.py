@@ -15,6 +15,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from offload.parameters.cut_parameter import CutParameter, slice_name
 from offload.parameters.paged_parameter import PagedParameter, Revealed
 from offload.parameters.tensor_functions import METADATA, among, no_torch_function
 
@@ -26,6 +27,8 @@ _REPACKS: Final = "support_avx512bf16_for_cpu"
 
 def is_wrapper(parameter: Tensor) -> bool:
     """Whether a parameter's values are in other tensors alone."""
+    if isinstance(parameter, CutParameter):
+        return True
     return not isinstance(parameter, PagedParameter) and is_traceable_wrapper_subclass(parameter)
 
 
@@ -108,6 +111,8 @@ def reveal(model: nn.Module) -> None:
         ValueError: a quantised parameter is to be trained, or is in the form that bitsandbytes evaluates with.
     """
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, CutParameter):
+            continue
         owners = [owner for owner, _, _ in _inner(parameter)]
         if owners and parameter.requires_grad:
             raise ValueError(
@@ -126,7 +131,7 @@ def reveal_all(parameters: Iterable[nn.Parameter]) -> None:
     """`reveal` those that are frozen."""
     made: dict[Tensor, nn.Parameter] = {}  # Several parameters may share a tensor.
     for parameter in parameters:
-        if parameter.requires_grad:
+        if parameter.requires_grad or isinstance(parameter, CutParameter):
             continue
         for owner, path, inner in _inner(parameter):
             if isinstance(inner, PagedParameter):
@@ -144,6 +149,8 @@ def reveal_all(parameters: Iterable[nn.Parameter]) -> None:
 def conceal(model: nn.Module) -> None:
     """The inverse of `reveal` and `forbid_repacking`; parameters are ordinary again."""
     for parameter in model.parameters():
+        if isinstance(parameter, CutParameter):
+            continue
         if isinstance(parameter, Revealed):
             parameter.__class__ = parameter._plain
     for module in model.modules():
@@ -159,21 +166,27 @@ def forbid_repacking(model: nn.Module) -> None:
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own parameters, and after each the tensors inside of it, named ``weight.qdata`` or the like."""
+    """A module's own parameters, and after each the tensors inside of it, named ``weight.qdata`` or the like, or its
+    slices, named ``weight[0:192]``."""
     for name, parameter in module.named_parameters(recurse=False):
         yield name, parameter
-        yield from ((f"{name}.{path}", inner) for path, inner in _parameters_inside(parameter))
+        yield from ((_path(name, path), inner) for path, inner in _parameters_inside(parameter))
 
 
 def all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once, in the order of ``model.named_parameters()``, and after each the tensors inside of it."""
+    """Every parameter once, in the order of ``model.named_parameters()``, and after each the tensors inside of it, or
+    its slices."""
     seen: set[nn.Parameter] = set()
     for name, parameter in model.named_parameters():
         yield name, parameter
         for path, inner in _parameters_inside(parameter):
             if inner not in seen:
                 seen.add(inner)
-                yield f"{name}.{path}", inner
+                yield _path(name, path), inner
+
+
+def _path(name: str, path: str) -> str:
+    return name + path if path.startswith("[") else f"{name}.{path}"
 
 
 def n_elements(model: nn.Module) -> int:
@@ -188,6 +201,10 @@ def _parameters_inside(parameter: Tensor) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _inner(owner: Any, path: str = "") -> Iterator[tuple[Any, str, Tensor]]:
     """What has each tensor inside, its path from ``owner``, whose last part is the attribute, and the tensor."""
+    if isinstance(owner, CutParameter):
+        for (begin, end), part in zip(owner.ranges, owner.slices, strict=True):
+            yield owner, slice_name(begin, end), part
+        return
     if isinstance(owner, Tensor) and is_packed(owner):
         owner = owner.quant_state  # type: ignore[attr-defined]
     elif isinstance(owner, Tensor) and not is_wrapper(owner):

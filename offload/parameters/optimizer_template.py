@@ -72,13 +72,13 @@ def optimized_by(template: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in template.param_groups for parameter in group["params"]}
 
 
-def assign_groups(template: torch.optim.Optimizer, slots: Mapping[torch.Tensor, Slot]) -> None:
-    """Note in each parameter's slot which group of the template it is in. Ones that no gradient is ever of have
+def assign_groups(template: torch.optim.Optimizer, slots: Mapping[torch.Tensor, Iterable[Slot]]) -> None:
+    """Note in each parameter's slots which group of the template it is in. Ones that no gradient is ever of have
     none."""
     for number, group in enumerate(template.param_groups):
         for parameter in group["params"]:
-            if parameter in slots:
-                slots[parameter].group = number
+            for slot in slots.get(parameter, ()):
+                slot.group = number
 
 
 def template_from(section: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -65,6 +65,12 @@ class GradientPlace:
                 yield flat, typed.as_strided(size, stride, typed.storage_offset() + first)
 
 
+class SpreadGradient:
+    """A gradient in several places, which comes to us for each of them."""
+
+    __slots__ = ()
+
+
 class PagedGradient(Tensor):
     """What `PagedParameter.grad` is. Its own memory is one NaN."""
 
@@ -94,6 +100,8 @@ class PagedGradient(Tensor):
     ) -> Any:
         """Bind every gradient among the arguments for the length of the call."""
         named = dict(kwargs or {})
+        if any(issubclass(kind, SpreadGradient) for kind in types):
+            return NotImplemented  # It comes next, and then to us for one place after another.
         if func in METADATA:
             with no_torch_function():
                 return func(*args, **named)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Final, Protocol
 
@@ -269,21 +269,3 @@ def _copy_into(parameter: PagedParameter, values: Tensor) -> None:
         )
     with torch.no_grad():
         parameter.copy_(values)
-
-
-@contextmanager
-def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
-    """Keep whole parameter values in memory inside the block, readable and writable in place.
-
-    Args:
-        what: a module (all its parameters) or parameters. Ordinary parameters are left as they are.
-
-    Raises:
-        BudgetError: their units do not all fit in host memory at once; gather fewer.
-    """
-    parameters = list(among(PagedParameter, what.parameters() if isinstance(what, nn.Module) else what))
-    if not parameters:
-        yield
-        return
-    with parameters[0]._place.binder.gather(parameters):
-        yield

@@ -72,12 +72,16 @@ class StateCopies:
             DiskFullError, StorageError: there is no room for the file.
         """
         copy = values.clone() if values.is_meta else spilled_copy(self.spill_folder, values)
+        self.watch_copy(name, copy)
+        return copy
+
+    def watch_copy(self, name: str, copy: Tensor) -> None:
+        """Notice writes to a copy of the parameter of a name."""
         if not copy.is_inference():  # Those cannot be written to, and have no count.
             with torch._C.DisableTorchFunctionSubclass():
                 counter = copy.detach()
                 counter.data = copy.new_empty(0)
             self._copies.append(_Copy(name, weakref.ref(copy), counter, counter._version))
-        return copy
 
     def forget(self) -> None:
         """The model is given all its values anew, perhaps out of these copies."""

@@ -7,13 +7,13 @@ gradients replaced by what a budget lets stay in RAM.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 from torch import nn
 
-from offload.budget.need import budget_need, shapes_of
+from offload.budget.need import Sizes, budget_need, shapes_of
 from offload.config import Config
 from offload.parameters.optimizer_template import optimized_by
 from optim.rules import rule_for
@@ -60,7 +60,7 @@ def savings(model: nn.Module, optimizer: torch.optim.Optimizer, at_peak: Mapping
     n_states = len(rule_for(optimizer).state_names)
     units = shapes_of(model, optimized_by(optimizer))
     config = Config.model_validate({"memory": {"ram": "1GiB"}, "ssd": {"paths": ["pages"]}})
-    shapes = units(1)
+    shapes = units(replace(Sizes.of(config), page_bytes=1, cuts=False))
     if not shapes:
         raise ValueError("the model has no floating-point parameters to page")
     smallest_bytes = budget_need(units, n_states, config).smallest_bytes

@@ -14,11 +14,13 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import nn
 
+from offload.parameters.cut_parameter import CutParameter, is_slice, make_whole, owner_of, release
+from offload.parameters.cuttable import row_blocks
 from offload.parameters.grouping import Group, common_name, groups_of, units_of
 from offload.parameters.inner_tensors import all_parameters, conceal, forbid_repacking, is_wrapper
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.masters import add_masters, narrow
-from offload.store.new_units import Sources, pieces_in_unit
+from offload.store.new_units import Sources, of_slices, pieces_in_unit
 from offload.store.page_store import PageStore
 from optim.unit import Slot, Unit
 from pagemem.sources.source_files import Origin, SourcePiece
@@ -39,7 +41,7 @@ def adopt(store: PageStore, model: nn.Module, optimized: Collection[int]) -> Non
     for order, (name, parameter) in enumerate(all_parameters(model)):
         if isinstance(parameter, PagedParameter):
             parameter._place.slot.name, parameter._place.slot.order = name, order
-            if id(parameter) in optimized:
+            if id(owner_of(parameter)) in optimized:
                 trained.add(parameter._place.unit)
     names: Counter[str] = Counter()
     for unit in store.index.units:
@@ -55,6 +57,7 @@ def adopt(store: PageStore, model: nn.Module, optimized: Collection[int]) -> Non
             parameter._place.follow(parameter)
         elif device is not None and not is_wrapper(parameter):
             parameter.data = parameter.data.to(device)
+    release(model.parameters())
     forbid_repacking(model)
     _move_buffers(model, store.compute_dtype, device)
 
@@ -70,11 +73,13 @@ def page_model(store: PageStore, model: nn.Module, sources: Sources) -> None:
     """
     for module in model.modules():
         store.watch_over(module)
-    for group in units_of(groups_of(model.named_modules(), set()), store.page_bytes):
-        store.maker.make(group, sources)
+    groups = _cut_groups(store, model)
+    for group in units_of(groups, store.page_bytes):
+        store.maker.make(group, of_slices(sources))
+    release(model.parameters())
 
 
-def give_sources(store: PageStore, sources: Sources) -> list[PagedParameter]:
+def give_sources(store: PageStore, sources: Sources) -> list[nn.Parameter]:
     """Have parameters that are in pages take values of files for theirs, between two steps; nothing is read.
 
     Args:
@@ -93,13 +98,15 @@ def give_sources(store: PageStore, sources: Sources) -> list[PagedParameter]:
         store.binder.updater.drain()
     store.driver.quiesce()
     store.mover.collect_leases()
+    whole, sources = sources, of_slices(sources)
     paged = [parameter for parameter in sources if isinstance(parameter, PagedParameter)]
     slots = {parameter._place.slot: parameter for parameter in paged}
     pieces = {slot: pieces_in_unit(parameter, slot, sources[parameter]) for slot, parameter in slots.items()}
     units = dict.fromkeys(parameter._place.unit for parameter in paged)
     taken = {unit for unit in units if _take(store, unit, pieces)}
     store.binder.state_copies.forget()
-    return [parameter for parameter in paged if parameter._place.unit not in taken]
+    left = {id(owner_of(parameter)) for parameter in paged if parameter._place.unit not in taken}
+    return [parameter for parameter in whole if id(parameter) in left]
 
 
 def _take(store: PageStore, unit: Unit, pieces: Mapping[Slot, Sequence[SourcePiece]]) -> bool:
@@ -139,7 +146,9 @@ def give_back(store: PageStore, model: nn.Module) -> None:
     """
     device = store.parts.device
     for _, parameter in list(all_parameters(model)):
-        if isinstance(parameter, PagedParameter):
+        if isinstance(parameter, CutParameter):
+            make_whole(parameter, device)
+        elif isinstance(parameter, PagedParameter) and not is_slice(parameter):
             store.binder.give_back(parameter, device)
         elif not (parameter.is_meta or is_wrapper(parameter)):
             parameter.data = parameter.data.to(device)
@@ -154,7 +163,7 @@ def _repack(store: PageStore, model: nn.Module) -> None:
         BudgetError: the arena cannot hold a unit; what was paged still is.
     """
     store.flush()
-    wanted = units_of(groups_of(model.named_modules(), set()), store.page_bytes)
+    wanted = units_of(_cut_groups(store, model), store.page_bytes)
     left = Counter(
         parameter._place.unit for group in wanted for _, parameter in group if isinstance(parameter, PagedParameter)
     )
@@ -175,6 +184,13 @@ def _repack(store: PageStore, model: nn.Module) -> None:
     store.index.units = units
     for index, unit in enumerate(units):
         unit.index = index
+    release(model.parameters())
+
+
+def _cut_groups(store: PageStore, model: nn.Module) -> list[Group]:
+    """The groups of a model, of which what does not fit is cut."""
+    blocks = row_blocks(model.named_modules())
+    return [part for group in groups_of(model.named_modules(), set()) for part in store.cut(group, blocks)]
 
 
 def _unit_of(group: Group) -> Unit | None:

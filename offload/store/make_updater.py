@@ -65,7 +65,7 @@ def _make_exact(store: PageStore, rule: UpdateRule, training: Training) -> Updat
     downloads = None
     if device is not None:
         downloads = GradientDownloadQueue(device, store.budget, on_their_way_bytes, direct_bytes)
-    return ExactUpdater(training, rule, gradients, store.updated, downloads)
+    return ExactUpdater(training, rule, gradients, store.updated, downloads, store.parts.spill_folder)
 
 
 def divide_exactly(store: PageStore, *, direct: bool, on_their_way: bool = False) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from torch import nn
 from offload.budget.need import check_built
 from offload.config import Config
 from offload.parameters.binder import Binder
+from offload.parameters.cut_parameter import CutParameter
 from offload.parameters.grouping import Group
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.masters import copy_slot
@@ -125,6 +126,24 @@ class UnitMaker:
             for (parameter, slot), found in zip(pairs, pieces, strict=True):
                 if found is None and isinstance(parameter, PagedParameter):
                     copy_slot(mover, self.driver, parameter._place.unit, parameter._place.slot, unit, slot)
+
+
+def of_slices(sources: Sources) -> Sources:
+    """Where the values of parameters lie, with those of cut ones for each of their slices."""
+    if not any(isinstance(parameter, CutParameter) for parameter in sources):
+        return sources
+    found: dict[nn.Parameter, Sequence[SourcePiece]] = {}
+    for parameter, pieces in sources.items():
+        if not isinstance(parameter, CutParameter):
+            found[parameter] = pieces
+            continue
+        size = parameter.element_size()
+        origin, begin = Origin.of(pieces, parameter.numel() * size), 0
+        for part in parameter.slices:
+            end = begin + part.numel() * size
+            found[part] = origin.part(begin, end)
+            begin = end
+    return found
 
 
 def pieces_in_unit(parameter: nn.Parameter, slot: Slot, pieces: Sequence[SourcePiece]) -> list[SourcePiece]:

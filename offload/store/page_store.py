@@ -1,27 +1,30 @@
 """The page store of one model: arena, page files, mover and driver of one configuration, and the units put into them.
 
 Parameters enter in the order in which they are met; neighbours whose modules are small share a unit up to one page. A
-module's own parameters are never split over units. Made by `offload.deferred_init` before the model, or by
-`offload.prepare` after it.
+module's own parameters are split over units only where they do not fit (`offload.parameters.cut_parameter`). Made by
+`offload.deferred_init` before the model, or by `offload.prepare` after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from offload.budget.need import Sizes, check_lockable
+from offload.budget.need import Sizes, check_lockable, cut_for
 from offload.commits.run_commits import EarlierCommits
 from offload.config import Config
 from offload.modules.conversions import guard_conversions
 from offload.modules.saving import guard_saving
 from offload.parameters.binder import Binder
-from offload.parameters.grouping import Neighbours, own_groups
+from offload.parameters.cut_parameter import cut_parameter, release
+from offload.parameters.cuttable import row_blocks
+from offload.parameters.grouping import Group, Neighbours, own_groups
 from offload.parameters.inner_tensors import own_parameters, reveal_all
 from offload.parameters.paged_parameter import PagedParameter
 from offload.parameters.state_copies import StateCopies
@@ -84,6 +87,9 @@ class PageStore:
             self.page_bytes, self.slice_numel = self.earlier.sizes(
                 sizes.page_bytes, sizes.slice_numel, config.memory.page, checksums=config.ssd.checksums
             )
+            self.cut_sizes = self.earlier.cut_sizes(
+                replace(sizes, page_bytes=self.page_bytes, slice_numel=self.slice_numel)
+            )
             n_frames = ram_bytes // self.page_bytes
             self._arena_bytes = self.budget.reserve(Tag.STAGING, n_frames * self.page_bytes, "host arena")
             arena = self.parts.arena(n_frames, self.page_bytes)
@@ -121,11 +127,23 @@ class PageStore:
         reveal_all(module.parameters(recurse=False))
         for key, parameter in own_parameters(module):
             adopt_view(self.binder, self.index.units, f"{name}.{key}" if name else key, parameter)
+        blocks = row_blocks([(name, module)])
         for group in own_groups(
             name, module, lambda p: isinstance(p, PagedParameter) or p in self._neighbours or self.awaits_values(p)
         ):
-            for unit in self._neighbours.take(group):
-                self.maker.make(unit)
+            for part in self.cut(group, blocks):
+                for unit in self._neighbours.take(part):
+                    self.maker.make(unit)
+        release(module.parameters(recurse=False))
+
+    def cut(self, group: Group, blocks: Mapping[int, int]) -> list[Group]:
+        """Cut parameters of a group that do not fit; returns the groups it becomes. `release` them once all are in
+        pages.
+
+        Args:
+            blocks: which can be cut, as `row_blocks` says.
+        """
+        return cut_for(group, blocks, self.cut_sizes, cut_parameter)
 
     def awaits_values(self, parameter: Tensor) -> bool:
         """Whether a parameter was left on meta, to be set later."""

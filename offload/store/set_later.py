@@ -16,8 +16,11 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from offload.modules.checks import check_values
+from offload.parameters.cut_parameter import release
+from offload.parameters.cuttable import block_of
 from offload.sources.transformers_files import FilesOfTransformers
 from offload.sources.unread import UnreadTensor
+from offload.store.new_units import of_slices
 from offload.store.page_store import PageStore
 
 T = TypeVar("T", bound=Tensor)
@@ -91,7 +94,13 @@ class SetLater:
         on_meta = nn.Parameter(torch.empty(unread.shape, dtype=unread.dtype, device="meta"), unread.requires_grad)
         if not (on_meta.is_floating_point() and self._can_hold(path, on_meta)):
             return _marked_alike(nn.Parameter(source.read(), unread.requires_grad), unread)
-        self._store.maker.make([(path, on_meta)], {on_meta: source.stored.pieces(source.dtype)})
+        # What is cut is known by the module, where it is not set yet.
+        blocks = block_of(module, name, on_meta)
+        groups = self._store.cut([(path, on_meta)], blocks)
+        sources = of_slices({on_meta: source.stored.pieces(source.dtype)})
+        for group in groups:
+            self._store.maker.make(group, sources)
+        release([on_meta])
         return _marked_alike(on_meta, unread)
 
     def _set_buffer(self, module: nn.Module, name: str, buffer: Tensor | None) -> Tensor | None:

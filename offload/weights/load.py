@@ -11,7 +11,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from offload.console.byte_progress import byte_progress
-from offload.parameters.paged_parameter import PagedParameter, gathered
+from offload.parameters.cut_parameter import CutParameter, gathered
+from offload.parameters.paged_parameter import PagedParameter
 from offload.sources.checkpoint_index import read_checkpoint
 from offload.sources.safetensors_file import FileTensor
 from offload.store.adoption import give_sources
@@ -63,14 +64,15 @@ def _given_sources(wanted: Mapping[Tensor, FileTensor]) -> list[tuple[Tensor, Fi
     in_pages: dict[nn.Parameter, list[SourcePiece]] = {
         tensor: stored.pieces(tensor.dtype)
         for tensor, stored in wanted.items()
-        if isinstance(tensor, PagedParameter) and _store_of(tensor) is store
+        if isinstance(tensor, (PagedParameter, CutParameter)) and _store_of(tensor) is store
     }
     taken = {id(tensor) for tensor in in_pages} - {id(tensor) for tensor in give_sources(store, in_pages)}
     return [(tensor, stored) for tensor, stored in wanted.items() if id(tensor) not in taken]
 
 
 def _store_of(tensor: Tensor) -> PageStore | None:
-    owner = tensor._place.binder.owner if isinstance(tensor, PagedParameter) else None
+    first = tensor.slices[0] if isinstance(tensor, CutParameter) else tensor
+    owner = first._place.binder.owner if isinstance(first, PagedParameter) else None
     return owner if isinstance(owner, PageStore) else None
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from optim.clip import gradient_norm
 from optim.gradient_budget import GradientBudget
-from optim.unit import SLOT_ALIGN_NUMEL, Grad, Slot, Unit
+from optim.unit import SLOT_ALIGN_NUMEL, Grad, Slot, Unit, Whole
+from pagemem.files.spilled import SpilledTensor
 from pagemem.tier import Tag
 from pagemem.units import round_up
 from scheduler.execution.driver import Driver
@@ -45,11 +47,14 @@ class GradientStore:
     Args:
         driver: gives host pages.
         budget: of direct gradients; what does not fit goes to pages.
+        spill_folder: where gradients of cut parameters are put together for their norm, beside the budget; None: in
+            RAM.
     """
 
-    def __init__(self, driver: Driver, budget: GradientBudget) -> None:
+    def __init__(self, driver: Driver, budget: GradientBudget, spill_folder: Path | None = None) -> None:
         self._driver = driver
         self._budget = budget
+        self._spill_folder = spill_folder
 
     def keep(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> bool:
         """Keep a final gradient as it is; False when the reserved bytes do not suffice (then `add` it).
@@ -139,6 +144,26 @@ class GradientStore:
             with self.values(unit, slot) as flat:
                 slot.norm = gradient_norm(flat)
         return slot.norm if slot.grad is Grad.HELD else None
+
+    def norm_of_whole(self, whole: Whole) -> torch.Tensor | None:
+        """2-norm of the gradient of a cut parameter as it is now, in the arithmetic of one tensor; None: there is
+        none."""
+        places = [(unit, slot) for unit, slot in whole.places if slot.grad is not Grad.NONE]
+        if not places:
+            return None
+        together, first = SpilledTensor(self._spill_folder, whole.shape, torch.float32), 0
+        for unit, slot in whole.places:
+            if slot.own is not None:
+                together.put(first, slot.own.reshape(-1).float())
+            elif slot.grad is Grad.HELD:
+                with self.values(unit, slot) as flat:
+                    if flat.is_meta:
+                        return gradient_norm(flat)
+                    together.put(first, flat.float())
+            else:
+                together.put(first, torch.zeros(()).expand(slot.numel))
+            first += slot.numel
+        return gradient_norm(together.tensor.view(-1))
 
     def forget(self, unit: Unit, slots: Sequence[Slot], *, consumed: bool = False) -> None:
         """Gradients of some of a unit's parameters are used up or thrown away.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -45,6 +46,7 @@ class ExactUpdater(Updater):
         budget: of gradients that are kept as autograd made them.
         updated: told of each unit whose parameters were updated.
         downloads: queue of gradients on their way from a device; None where gradients are in host memory.
+        spill_folder: as for `GradientStore`.
     """
 
     #: Gradients of parameters that are not optimized are kept in pages, too.
@@ -57,9 +59,10 @@ class ExactUpdater(Updater):
         budget: GradientBudget,
         updated: Callable[[Unit], None],
         downloads: GradientDownloadQueue | None = None,
+        spill_folder: Path | None = None,
     ) -> None:
         super().__init__(training, budget, downloads)
-        self._store = GradientStore(training.driver, budget)
+        self._store = GradientStore(training.driver, budget, spill_folder)
         self._update = UnitUpdate(training.driver, rule, self._store, training.sink, updated)
         self._every_slot = training.index.slots(optimized=False)
 
@@ -72,7 +75,8 @@ class ExactUpdater(Updater):
         final = self._arrivals.is_final(slot)
 
         def note_norm(flat: torch.Tensor) -> None:
-            slot.norm = gradient_norm(flat) if final and self._training.scaling.needs_norm else None
+            asked = final and self._training.scaling.needs_norm and slot.whole is None
+            slot.norm = gradient_norm(flat) if asked else None
 
         if not (final and self._uses_in_place(unit, slot) and self._store.keep(unit, slot, gradient)):
             self._store.add(unit, slot, gradient, note_norm)
@@ -178,7 +182,11 @@ class ExactUpdater(Updater):
 
     def _coefficient(self) -> torch.Tensor | None:
         """As `Training.coefficient`; gradients of parameters that are not optimized are multiplied here."""
-        found = [(slot.order, self._store.norm(unit, slot)) for unit, slot in self._every_slot]
+        found = [
+            (slot.order, self._store.norm(unit, slot) if slot.whole is None else self._store.norm_of_whole(slot.whole))
+            for unit, slot in self._every_slot
+            if slot.whole is None or slot is slot.whole.places[0][1]
+        ]
         norms = [(order, norm) for order, norm in found if norm is not None]
         coefficient = self._training.coefficient(norms, self._note_norm)
         if coefficient is not None:
