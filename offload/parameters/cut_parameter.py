@@ -22,6 +22,7 @@ from offload.parameters.cut_gradient import assign_gradient, gradient_of
 from offload.parameters.cut_linear import cut_linear
 from offload.parameters.paged_parameter import PagedParameter, Revealed
 from offload.parameters.tensor_functions import (
+    EXPORTS,
     GET_DATA,
     GET_GRAD,
     METADATA,
@@ -36,10 +37,12 @@ from pagemem.errors import BudgetError
 from pagemem.files.spilled import SpilledTensor
 
 _HOOKS: Final = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
+_ADDRESSES: Final = EXPORTS - {Tensor.numpy, Tensor.__array__}
 #: Functions whose results are never part of a graph.
 _WITHOUT_GRAPH: Final[frozenset[Any]] = frozenset(
     {Tensor.detach, torch.detach, GET_DATA, torch.equal, Tensor.equal, Tensor.__repr__, Tensor.__format__,
      torch.isnan, Tensor.isnan, torch.isfinite, Tensor.isfinite, Tensor.tolist}
+    | {function for name, function in vars(nn.init).items() if callable(function) and name.endswith("_")}
 )  # fmt: skip
 #: What writes all of its first tensor, alike in every slice, and reads nothing of it.
 _WRITES: Final[frozenset[Any]] = frozenset({Tensor.zero_, Tensor.fill_, nn.init.zeros_, nn.init.ones_})
@@ -99,6 +102,11 @@ class CutParameter(Revealed, nn.Parameter):
             raise RuntimeError(
                 f"{_name(cuts[0])} is in {len(cuts[0].slices)} slices, whose gradients are delivered one by one, so it "
                 "takes no hooks of its gradient; look at it between backward and step, or raise memory.ram"
+            )
+        if func in _ADDRESSES and cuts[0]._released and cuts[0]._gathered is None:
+            raise RuntimeError(
+                f"{_name(cuts[0])} is in {len(cuts[0].slices)} slices, so it has no one address; use a copy "
+                "(parameter.detach()), or offload.gathered"
             )
         own = _OWN.get(func)
         if own is not None and isinstance(args[0], CutParameter):
@@ -203,11 +211,15 @@ def _call(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _used_by_slices(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """The result of a function that uses slices one at a time; None where it does not."""
+    if not all(parameter._released for parameter in among(CutParameter, [*args, *named.values()])):
+        return None
     if func is functional.linear:
         x, weight, bias = _arguments(args, named, "input", "weight", "bias")
         if isinstance(weight, CutParameter) and weight._gathered is None and _is_plain(x) and not _is_cut(bias):
             with no_torch_function():
                 return cut_linear(x, weight.slices, bias, _call)
+    if func is Tensor.__getitem__ and isinstance(args[0], CutParameter) and args[0]._gathered is None:
+        return _row(args[0], args[1])
     if func is functional.embedding:
         keys = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
         indices, weight, padding_idx, max_norm, _, by_frequency, sparse = _arguments(args, named, *keys)
@@ -220,6 +232,19 @@ def _used_by_slices(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> 
                     indices, weight.slices, _call, padding_idx=padding_idx, by_frequency=bool(by_frequency)
                 )
     return None
+
+
+def _row(parameter: CutParameter, index: Any) -> Any:
+    """``parameter[index]`` where the index names one row, as a part of its slice; None where it does not."""
+    row, *others = index if isinstance(index, tuple) and index else (index,)
+    if isinstance(row, Tensor) and row.numel() == 1 and row.ndim == 0 and not row.dtype.is_floating_point:
+        row = int(row)
+    if type(row) is not int or not -parameter.shape[0] <= row < parameter.shape[0]:
+        return None
+    row %= parameter.shape[0]
+    place = next(place for place, (_, end) in enumerate(parameter.ranges) if row < end)
+    row -= parameter.ranges[place][0]
+    return parameter.slices[place][(row, *others)]
 
 
 def _arguments(args: tuple[Any, ...], named: Mapping[str, Any], *keys: str) -> list[Any]:

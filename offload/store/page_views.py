@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from offload.parameters.binder import Binder
+from offload.parameters.cut_parameter import CutParameter
 from offload.parameters.paged_parameter import PagedParameter
 from optim.unit import Unit
 
@@ -21,7 +22,7 @@ def adopt_view(binder: Binder, units: Sequence[Unit], name: str, parameter: nn.P
         ValueError: it is over a part of it, or over another shape.
     """
     if (
-        isinstance(parameter, PagedParameter)
+        isinstance(parameter, (PagedParameter, CutParameter))
         or is_lazy(parameter)
         or parameter.device.type == "meta"
         or not parameter.numel()

@@ -204,7 +204,7 @@ def test_a_model_larger_than_memory_costs_nothing(tmp_path: Path) -> None:
         return nn.Sequential(*(nn.Sequential(nn.Linear(1 << 16, 1 << 16)) for _ in range(50)))  # 800 GiB.
 
     need = offload.smallest_budget(large, None, config(tmp_path) | {"memory": {"ram": "64KiB"}})
-    assert need.unit == "0.0" and 2 * need.unit_bytes < need.smallest_bytes < 2.01 * need.unit_bytes
+    assert need.unit.startswith("0.0.weight[") and 2 * need.unit_bytes < need.smallest_bytes < 2.2 * need.unit_bytes
 
 
 # ---- what the factory does -------------------------------------------------------------------------------------------
