@@ -25,7 +25,8 @@ from offload.heap import give_back_large_blocks, keep_freed_memory, tcache_disab
 from offload.modules.checks import check_parameters
 from offload.modules.fast_paths import keep_fast_paths
 from offload.modules.structure import Structure
-from offload.parameters.cut_parameter import CutParameter, owner_of
+from offload.parameters.cut_parameter import CutParameter
+from offload.parameters.cut_values import owner_of
 from offload.parameters.inner_tensors import all_parameters, reveal
 from offload.parameters.optimizer_template import OptimizerLike, assign_groups, optimized_by, template_of
 from offload.parameters.paged_parameter import PagedParameter

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from offload.parameters.cut_parameter import owner_of, slice_name
+from offload.parameters.cut_values import owner_of, slice_name
 from offload.parameters.cuttable import fewest_slices
 from offload.parameters.grouping import Group
 from optim.unit import SLOT_ALIGN_NUMEL

@@ -20,7 +20,7 @@ from offload import knobs
 from offload.budget.cuts import cuts_of, split, standins
 from offload.budget.lock_free import LockFreeBudget, UnitSize, remedy, shortfall
 from offload.config import Config, resolve_page_bytes
-from offload.parameters.cut_parameter import owner_of
+from offload.parameters.cut_values import owner_of
 from offload.parameters.cuttable import row_blocks
 from offload.parameters.grouping import Group, common_name, groups_of, units_of
 from offload.parameters.inner_tensors import all_parameters

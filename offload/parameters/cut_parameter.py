@@ -8,9 +8,7 @@ need all of it, and all of its gradient, in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -20,6 +18,13 @@ from torch.nn import functional
 from offload.parameters.cut_embedding import cut_embedding
 from offload.parameters.cut_gradient import assign_gradient, gradient_of
 from offload.parameters.cut_linear import cut_linear
+from offload.parameters.cut_values import (
+    SlicedParameter,
+    binder_of,
+    gathered_copy,
+    name_of,
+    write,
+)
 from offload.parameters.paged_parameter import PagedParameter, Revealed
 from offload.parameters.tensor_functions import (
     EXPORTS,
@@ -32,12 +37,11 @@ from offload.parameters.tensor_functions import (
     among,
     no_torch_function,
 )
-from offload.parameters.without_values import assign
 from pagemem.errors import BudgetError
-from pagemem.files.spilled import SpilledTensor
 
 _HOOKS: Final = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
-_ADDRESSES: Final = EXPORTS - {Tensor.numpy, Tensor.__array__}
+_COPIED: Final[frozenset[Any]] = frozenset((Tensor.numpy, Tensor.__array__))
+_ADDRESSES: Final[frozenset[Any]] = EXPORTS - _COPIED
 #: Functions whose results are never part of a graph.
 _WITHOUT_GRAPH: Final[frozenset[Any]] = frozenset(
     {Tensor.detach, torch.detach, GET_DATA, torch.equal, Tensor.equal, Tensor.__repr__, Tensor.__format__,
@@ -48,39 +52,9 @@ _WITHOUT_GRAPH: Final[frozenset[Any]] = frozenset(
 _WRITES: Final[frozenset[Any]] = frozenset({Tensor.zero_, Tensor.fill_, nn.init.zeros_, nn.init.ones_})
 
 
-def slice_name(begin: int, end: int) -> str:
-    """What the name of a slice of rows ends with."""
-    return f"[{begin}:{end}]"
-
-
-def is_slice(parameter: Tensor) -> bool:
-    """Whether a parameter is a slice of a cut one."""
-    return hasattr(parameter, "_slice_of")
-
-
-def owner_of(parameter: Any) -> Any:
-    """The parameter that a slice is of; any other one itself."""
-    return getattr(parameter, "_slice_of", parameter)
-
-
-class CutParameter(Revealed, nn.Parameter):
-    """A parameter in slices. Made from an ordinary one in place, by `cut_parameter`, so that its identity stays.
-
-    Attributes:
-        slices: in order; paged parameters once their units are made.
-    """
-
-    slices: list[nn.Parameter]
-    _released: bool
-    _gathered: Tensor | None
-
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """First row and end of each slice."""
-        ends = [0]
-        for part in self.slices:
-            ends.append(ends[-1] + part.shape[0])
-        return list(pairwise(ends))
+class CutParameter(SlicedParameter):
+    """A parameter in slices. Made from an ordinary one in place, by
+    `offload.parameters.cutting`, so that its identity stays."""
 
     @classmethod
     def __torch_function__(
@@ -100,12 +74,12 @@ class CutParameter(Revealed, nn.Parameter):
             return NotImplemented
         if func in _HOOKS:
             raise RuntimeError(
-                f"{_name(cuts[0])} is in {len(cuts[0].slices)} slices, whose gradients are delivered one by one, so it "
+                f"{name_of(cuts[0])} is in {len(cuts[0].slices)} slices, whose gradients come one by one, so it "
                 "takes no hooks of its gradient; look at it between backward and step, or raise memory.ram"
             )
-        if func in _ADDRESSES and cuts[0]._released and cuts[0]._gathered is None:
+        if func in _ADDRESSES and cuts[0].released and cuts[0].gathered is None:
             raise RuntimeError(
-                f"{_name(cuts[0])} is in {len(cuts[0].slices)} slices, so it has no one address; use a copy "
+                f"{name_of(cuts[0])} is in {len(cuts[0].slices)} slices, so it has no one address; use a copy "
                 "(parameter.detach()), or offload.gathered"
             )
         own = _OWN.get(func)
@@ -119,7 +93,7 @@ class CutParameter(Revealed, nn.Parameter):
     def set_(self, source: Any = None, *place: Any) -> CutParameter:
         """As ``.data = source``, where the source is a tensor."""
         if not isinstance(source, Tensor) or place:
-            raise RuntimeError(f"{_name(self)}: it keeps its memory; write values with parameter.copy_(values)")
+            raise RuntimeError(f"{name_of(self)}: it keeps its memory; write values with parameter.copy_(values)")
         self.data = source
         return self
 
@@ -138,66 +112,7 @@ class CutParameter(Revealed, nn.Parameter):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise RuntimeError(f"{_name(self)}: a parameter in pages cannot be pickled; use model.state_dict()")
-
-
-def cut_parameter(parameter: nn.Parameter, rows: Sequence[int]) -> list[nn.Parameter]:
-    """Make an ordinary parameter a cut one, in slices of so many rows, which are views of its values until each has a
-    unit; returns them."""
-    slices: list[nn.Parameter] = []
-    with torch.no_grad():
-        for values in torch.split(parameter.detach(), list(rows)):
-            part: Any = nn.Parameter(values, parameter.requires_grad)
-            part._slice_of = parameter
-            slices.append(part)
-    parameter.__class__ = CutParameter
-    assert isinstance(parameter, CutParameter)
-    parameter.slices, parameter._gathered, parameter._released = slices, None, False
-    return slices
-
-
-def let_go(parameter: CutParameter) -> None:
-    """Once all slices are in pages: hold no values any more, and follow their dtype and device."""
-    placeholder = parameter.slices[0]._place.placeholder  # type: ignore[attr-defined]
-    with no_torch_function():
-        strides = (0,) * parameter.ndim
-        assign(parameter, placeholder.as_strided(parameter.shape, strides))
-    parameter._released = True
-
-
-def release(parameters: Iterable[nn.Parameter]) -> None:
-    """`let_go` of all cut parameters among these."""
-    for parameter in parameters:
-        if isinstance(parameter, CutParameter):
-            let_go(parameter)
-
-
-def make_whole(parameter: CutParameter, device: str) -> None:
-    """Make a cut parameter an ordinary one again, with its values, on ``device``.
-
-    Raises:
-        StorageError: they cannot be read; the parameter is still cut.
-    """
-    if parameter._released:
-        binder = _binder(parameter)
-        without = any(part._place.slot in binder.without_values for part in among(PagedParameter, parameter.slices))
-        values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta" if without else device)
-        if not values.is_meta:
-            _read_into(parameter, lambda begin, flat: values.view(-1)[begin : begin + flat.numel()].copy_(flat))
-        assign(parameter, values)
-    parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-    del parameter.slices, parameter._gathered, parameter._released
-
-
-def _name(parameter: CutParameter) -> str:
-    first = parameter.slices[0]
-    return first._place.slot.name.rpartition("[")[0] if isinstance(first, PagedParameter) else "a cut parameter"
-
-
-def _binder(parameter: CutParameter) -> Any:
-    first = parameter.slices[0]
-    assert isinstance(first, PagedParameter)
-    return first._place.binder
+        raise RuntimeError(f"{name_of(self)}: a parameter in pages cannot be pickled; use model.state_dict()")
 
 
 def _call(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -211,22 +126,22 @@ def _call(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _used_by_slices(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """The result of a function that uses slices one at a time; None where it does not."""
-    if not all(parameter._released for parameter in among(CutParameter, [*args, *named.values()])):
+    if not all(parameter.released for parameter in among(CutParameter, [*args, *named.values()])):
         return None
     if func is functional.linear:
         x, weight, bias = _arguments(args, named, "input", "weight", "bias")
-        if isinstance(weight, CutParameter) and weight._gathered is None and _is_plain(x) and not _is_cut(bias):
+        if isinstance(weight, CutParameter) and weight.gathered is None and _is_plain(x) and not _is_cut(bias):
             with no_torch_function():
                 return cut_linear(x, weight.slices, bias, _call)
-    if func is Tensor.__getitem__ and isinstance(args[0], CutParameter) and args[0]._gathered is None:
+    if func is Tensor.__getitem__ and isinstance(args[0], CutParameter) and args[0].gathered is None:
         return _row(args[0], args[1])
     if func is functional.embedding:
         keys = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
         indices, weight, padding_idx, max_norm, _, by_frequency, sparse = _arguments(args, named, *keys)
-        if isinstance(weight, CutParameter) and weight._gathered is None and _is_plain(indices):
+        if isinstance(weight, CutParameter) and weight.gathered is None and _is_plain(indices):
             if max_norm is not None or (sparse and weight.requires_grad):
                 what = "max_norm" if max_norm is not None else "sparse=True"
-                raise ValueError(f"{_name(weight)}: an embedding in slices takes no {what}; leave it off")
+                raise ValueError(f"{name_of(weight)}: an embedding in slices takes no {what}; leave it off")
             with no_torch_function():
                 return cut_embedding(
                     indices, weight.slices, _call, padding_idx=padding_idx, by_frequency=bool(by_frequency)
@@ -268,31 +183,17 @@ def _set_requires_grad(parameter: CutParameter, requires_grad: bool = True) -> C
     return parameter
 
 
-def _write(parameter: CutParameter, values: Tensor, non_blocking: bool = False) -> CutParameter:
-    """``parameter.copy_(values)``, slice by slice."""
-    if parameter._gathered is not None:
-        with no_torch_function():
-            Tensor.copy_(parameter, values)
-        return parameter
-    if isinstance(values, CutParameter):
-        values = gathered_copy(values)
-    whole = values.expand(parameter.shape)
-    for part, (begin, end) in zip(parameter.slices, parameter.ranges, strict=True):
-        part.copy_(whole[begin:end])
-    return parameter
-
-
 def _set_data(parameter: CutParameter, values: Tensor) -> None:
     if values is parameter:
         return
     if (values.shape, values.dtype, values.device) != (parameter.shape, parameter.dtype, parameter.device):
         raise RuntimeError(
-            f"{_name(parameter)}: .data of shape {tuple(values.shape)}, {values.dtype} on {values.device} for a "
+            f"{name_of(parameter)}: .data of shape {tuple(values.shape)}, {values.dtype} on {values.device} for a "
             f"parameter in pages of shape {tuple(parameter.shape)}, {parameter.dtype} on {parameter.device}, which "
             "keeps them"
         )
     with torch.no_grad():
-        _write(parameter, values)
+        write(parameter, values)
 
 
 def _get_gradient(parameter: CutParameter) -> Tensor | None:
@@ -305,14 +206,14 @@ def _set_gradient(parameter: CutParameter, value: Tensor | None) -> None:
 
 def _refuse_sharing(parameter: CutParameter) -> Any:
     raise RuntimeError(
-        f"{_name(parameter)}: a parameter in pages cannot be shared with other processes; share model.state_dict()"
+        f"{name_of(parameter)}: a parameter in pages cannot be shared with other processes; share model.state_dict()"
     )
 
 
 #: Functions of a cut parameter that have a way of their own.
 _OWN: Final[dict[Any, Callable[..., Any]]] = {
     **dict.fromkeys(REQUIRES_GRAD, _set_requires_grad),
-    Tensor.copy_: _write,
+    Tensor.copy_: write,
     SET_DATA: _set_data,
     GET_GRAD: _get_gradient,
     SET_GRAD: _set_gradient,
@@ -336,35 +237,13 @@ def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **named: Any) -> tuple
 # ---- all others ------------------------------------------------------------------------------------------------------
 
 
-def _read_into(parameter: CutParameter, put: Callable[[int, Tensor], object]) -> None:
-    """Give flat values away, slice by slice, each with the place of its first one."""
-    begin, binder = 0, _binder(parameter)
-    for part in parameter.slices:
-        with binder.using([part]), no_torch_function(), torch.no_grad():
-            put(begin, part.detach().view(-1))
-        begin += part.numel()
-
-
-def gathered_copy(parameter: CutParameter) -> Tensor:
-    """A copy of all values, in a file beside the page files where it is large.
-
-    Raises:
-        DiskFullError, StorageError: there is no room for it, or values cannot be read.
-    """
-    if parameter.is_meta:
-        return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    whole = SpilledTensor(_binder(parameter).state_copies.spill_folder, parameter.shape, parameter.dtype)
-    _read_into(parameter, whole.put)
-    return whole.tensor
-
-
 def _call_on_copies(func: Any, args: tuple[Any, ...], named: dict[str, Any], cuts: Sequence[CutParameter]) -> Any:
     """Call a function that needs whole tensors with copies, whose changes go back to the slices.
 
     Raises:
         BudgetError: it is to be part of a graph.
     """
-    if all(parameter._gathered is not None or not parameter._released for parameter in cuts):
+    if all(parameter.gathered is not None or not parameter.released for parameter in cuts):
         with no_torch_function():
             return func(*args, **named)
     if func in _WITHOUT_GRAPH:
@@ -390,9 +269,9 @@ def _swapped_call(func: Any, args: tuple[Any, ...], named: dict[str, Any], cuts:
         copy = copies[id(parameter)]
         if copy._version != versions[id(parameter)]:
             with torch.no_grad():
-                _write(parameter, copy)
+                write(parameter, copy)
         elif isinstance(result, Tensor) and not copy.is_meta and _shares(result, copy):
-            _binder(parameter).state_copies.watch_copy(_name(parameter), result)
+            binder_of(parameter).state_copies.watch_copy(name_of(parameter), result)
         if result is copy:
             result = parameter
     return result
@@ -407,50 +286,8 @@ def _shares(one: Tensor, other: Tensor) -> bool:
 def _needs_whole(func: Any, parameter: CutParameter) -> BudgetError:
     name, n_bytes = getattr(func, "__name__", "this function"), parameter.numel() * parameter.element_size()
     return BudgetError(
-        f"{_name(parameter)} ({n_bytes} bytes) does not fit into memory.ram with its gradient, so it is in "
+        f"{name_of(parameter)} ({n_bytes} bytes) does not fit into memory.ram with its gradient, so it is in "
         f"{len(parameter.slices)} slices, and {name} in a graph needs all of it; use it through "
         "torch.nn.functional.linear or embedding, or raise memory.ram until it is whole",
         0,
     )
-
-
-@contextmanager
-def gathered_whole(parameters: Sequence[CutParameter]) -> Iterator[None]:
-    """Have copies of all values of cut parameters in their places inside the block; what is written to them goes back
-    to the slices."""
-    copies = [(parameter, gathered_copy(parameter)) for parameter in parameters if parameter._gathered is None]
-    for parameter, copy in copies:
-        with no_torch_function():
-            released = parameter.data
-            parameter.data = copy
-        parameter._gathered = released
-    versions = [parameter._version for parameter, _ in copies]
-    try:
-        yield
-    finally:
-        for (parameter, copy), version in zip(copies, versions, strict=True):
-            changed = parameter._version != version
-            with no_torch_function():
-                assert parameter._gathered is not None
-                parameter.data, parameter._gathered = parameter._gathered, None
-            if changed:
-                with torch.no_grad():
-                    _write(parameter, copy)
-
-
-@contextmanager
-def gathered(what: nn.Module | Iterable[Tensor]) -> Iterator[None]:
-    """Keep whole parameter values in memory inside the block, readable and writable in place.
-
-    Args:
-        what: a module (all its parameters) or parameters. Ordinary parameters are left as they are.
-
-    Raises:
-        BudgetError: their units do not all fit in host memory at once; gather fewer. Cut parameters are in files beside
-            the page files meanwhile.
-    """
-    named = list(what.parameters() if isinstance(what, nn.Module) else what)
-    parameters = list(among(PagedParameter, named))
-    gathering = parameters[0]._place.binder.gather(parameters) if parameters else nullcontext()
-    with gathered_whole([one for one in among(CutParameter, named) if one._released]), gathering:
-        yield

@@ -15,7 +15,8 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from offload.parameters.cut_parameter import CutParameter, slice_name
+from offload.parameters.cut_parameter import CutParameter
+from offload.parameters.cut_values import slice_name
 from offload.parameters.paged_parameter import PagedParameter, Revealed
 from offload.parameters.tensor_functions import METADATA, among, no_torch_function
 

@@ -22,8 +22,8 @@ from offload.config import Config
 from offload.modules.conversions import guard_conversions
 from offload.modules.saving import guard_saving
 from offload.parameters.binder import Binder
-from offload.parameters.cut_parameter import cut_parameter, release
 from offload.parameters.cuttable import row_blocks
+from offload.parameters.cutting import cut_parameter, release
 from offload.parameters.grouping import Group, Neighbours, own_groups
 from offload.parameters.inner_tensors import own_parameters, reveal_all
 from offload.parameters.paged_parameter import PagedParameter

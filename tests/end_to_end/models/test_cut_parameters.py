@@ -254,9 +254,7 @@ def test_what_reads_all_of_it_gets_a_copy_and_writes_go_back(tmp_path: Path) -> 
 def test_a_function_that_needs_all_of_it_in_a_graph_is_refused(tmp_path: Path) -> None:
     model = built()
     with engine_of(model, tmp_path):
-        with pytest.raises(
-            offload.BudgetError, match=r"head.weight \(\d+ bytes\) .* in \d+ slices, and \w+ in a graph"
-        ):
+        with pytest.raises(offload.BudgetError, match=r"head.weight \(\d+ bytes\) .* slices, and \w+ in a graph"):
             model.head.weight.pow(2).sum()
         for hook in (model.head.weight.register_hook, model.head.weight.register_post_accumulate_grad_hook):
             with pytest.raises(RuntimeError, match="it takes no hooks of its gradient"):

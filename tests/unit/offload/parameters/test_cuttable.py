@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from offload.budget.cuts import cuts_of, split, standins
-from offload.parameters.cut_parameter import owner_of
+from offload.parameters.cut_values import owner_of
 from offload.parameters.cuttable import ROW_BLOCK, fewest_slices, row_blocks, slice_rows
 from offload.parameters.grouping import groups_of
 
