@@ -15,8 +15,8 @@ from offload.callbacks import Callback
 from offload.checkpoint.commit_weights import ExportError
 from offload.checkpoint.compatibility import Change, Resumed
 from offload.config import Config, ConfigError, load_config
+from offload.cutting.make_cut import gathered
 from offload.engine import Engine, initialize, prepare
-from offload.parameters.cutting import gathered
 from offload.parameters.paged_parameter import PagedParameter
 from offload.profiling.stats import MemoryReport, Stats, TierUse
 from offload.store.deferred_init import deferred_init

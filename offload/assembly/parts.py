@@ -20,14 +20,13 @@ from offload.assembly.training_step import TrainingStep
 from offload.budget.need import check_model
 from offload.checkpoint.checkpoints import Checkpoints
 from offload.config import Config, OptimizerConfig
+from offload.cutting.cut_parameter import CutParameter
 from offload.factories import described
 from offload.heap import give_back_large_blocks, keep_freed_memory, tcache_disabled
 from offload.modules.checks import check_parameters
 from offload.modules.fast_paths import keep_fast_paths
 from offload.modules.structure import Structure
-from offload.parameters.cut_parameter import CutParameter
-from offload.parameters.cut_values import owner_of
-from offload.parameters.inner_tensors import all_parameters, reveal
+from offload.parameters.inner_tensors import all_parameters, owner_of, reveal
 from offload.parameters.optimizer_template import OptimizerLike, assign_groups, optimized_by, template_of
 from offload.parameters.paged_parameter import PagedParameter
 from offload.parameters.saved_weights import SavedWeights

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offload.activations.policy import RecomputeChoice
-from offload.parameters.cut_parameter import CutParameter
+from offload.cutting.cut_parameter import CutParameter
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.page_store import PageStore
 from offload.store.plan_file import PlanKeeper

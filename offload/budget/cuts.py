@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from offload.parameters.cut_values import owner_of, slice_name
-from offload.parameters.cuttable import fewest_slices
+from offload.cutting.cuttable import fewest_slices
 from offload.parameters.grouping import Group
+from offload.parameters.inner_tensors import owner_of, slice_name
 from optim.unit import SLOT_ALIGN_NUMEL
 from pagemem.units import round_up
 

@@ -20,10 +20,9 @@ from offload import knobs
 from offload.budget.cuts import cuts_of, split, standins
 from offload.budget.lock_free import LockFreeBudget, UnitSize, remedy, shortfall
 from offload.config import Config, resolve_page_bytes
-from offload.parameters.cut_values import owner_of
-from offload.parameters.cuttable import row_blocks
+from offload.cutting.cuttable import row_blocks
 from offload.parameters.grouping import Group, common_name, groups_of, units_of
-from offload.parameters.inner_tensors import all_parameters
+from offload.parameters.inner_tensors import all_parameters, owner_of
 from optim.unit import cut, largest_slice, lay_out
 from pagemem.devices.host_memory import usable_bytes
 from pagemem.errors import BudgetError

@@ -18,9 +18,9 @@ from torch import nn
 
 from offload.budget.need import BudgetNeed, budget_need, shapes_of
 from offload.config import ConfigError, ConfigLike, load_config
+from offload.cutting.cuttable import row_blocks
 from offload.factories import described
 from offload.modules.checks import check_parameters
-from offload.parameters.cuttable import row_blocks
 from offload.parameters.grouping import Group, groups_of
 from offload.parameters.module_watch import named_parts, watching_modules
 from offload.parameters.optimizer_template import OptimizerLike, optimized_by, template_of

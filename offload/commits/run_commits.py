@@ -168,8 +168,10 @@ class EarlierCommits:
             )
         return newest.page_bytes, int(newest.state["slice_numel"])
 
-    def cut_sizes(self, sizes: Sizes) -> Sizes:
-        """The sizes that say what is cut: those of the run's first budget, or these where it has no commits."""
+    def cut_sizes(self, sizes: Sizes, page_bytes: int, slice_numel: int) -> Sizes:
+        """The sizes that say what is cut, with these pages and slices of states: those of the budget that the run's
+        newest commit was cut for, or of this one where there is none."""
+        sizes = replace(sizes, page_bytes=page_bytes, slice_numel=slice_numel)
         if not self._manifests:
             return sizes
         cut_bytes = int(self._manifests[max(self._manifests)].state.get("cut_bytes", 0))

@@ -14,7 +14,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from offload.parameters.cut_parameter import CutParameter
+from offload.cutting.cut_parameter import CutParameter
 from offload.parameters.inner_tensors import is_wrapper
 from optim.unit import Slot, Unit
 from pagemem.folders.small_file import Count, Line, Record

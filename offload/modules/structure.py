@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from offload.parameters.cut_parameter import CutParameter
+from offload.cutting.cut_parameter import CutParameter
 from offload.parameters.inner_tensors import all_parameters
 from offload.parameters.paged_parameter import PagedParameter
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from offload.parameters.cut_values import is_slice
-from offload.parameters.inner_tensors import is_pageable, own_parameters
+from offload.parameters.inner_tensors import is_pageable, is_slice, own_parameters
 
 #: Parameters with their names, which are never split over units.
 Group = list[tuple[str, nn.Parameter]]

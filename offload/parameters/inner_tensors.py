@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from offload.parameters.cut_parameter import CutParameter
-from offload.parameters.cut_values import slice_name
 from offload.parameters.paged_parameter import PagedParameter, Revealed
 from offload.parameters.tensor_functions import METADATA, among, no_torch_function
 
@@ -26,9 +25,46 @@ _STATE_ATTRIBUTES: Final = ("absmax", "code", "offset", "state2")
 _REPACKS: Final = "support_avx512bf16_for_cpu"
 
 
+def slice_name(begin: int, end: int) -> str:
+    """What the name of a slice of rows ends with."""
+    return f"[{begin}:{end}]"
+
+
+def is_slice(parameter: Tensor) -> bool:
+    """Whether a parameter is a slice of a cut one."""
+    return hasattr(parameter, "_slice_of")
+
+
+def owner_of(parameter: Any) -> Any:
+    """The parameter that a slice is of; any other one itself."""
+    return getattr(parameter, "_slice_of", parameter)
+
+
+class SlicedParameter(Revealed, nn.Parameter):
+    """A parameter whose values are in slices of its rows.
+
+    Attributes:
+        slices: in order; paged parameters once their units are made.
+        released: whether all of them are in pages, so that it has no values of its own.
+        gathered: its placeholder, while a copy of all values is in its place.
+    """
+
+    slices: list[nn.Parameter]
+    released: bool
+    gathered: Tensor | None
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First row and end of each slice."""
+        ends = [0]
+        for part in self.slices:
+            ends.append(ends[-1] + part.shape[0])
+        return list(pairwise(ends))
+
+
 def is_wrapper(parameter: Tensor) -> bool:
     """Whether a parameter's values are in other tensors alone."""
-    if isinstance(parameter, CutParameter):
+    if isinstance(parameter, SlicedParameter):
         return True
     return not isinstance(parameter, PagedParameter) and is_traceable_wrapper_subclass(parameter)
 
@@ -112,7 +148,7 @@ def reveal(model: nn.Module) -> None:
         ValueError: a quantised parameter is to be trained, or is in the form that bitsandbytes evaluates with.
     """
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, CutParameter):
+        if isinstance(parameter, SlicedParameter):
             continue
         owners = [owner for owner, _, _ in _inner(parameter)]
         if owners and parameter.requires_grad:
@@ -132,7 +168,7 @@ def reveal_all(parameters: Iterable[nn.Parameter]) -> None:
     """`reveal` those that are frozen."""
     made: dict[Tensor, nn.Parameter] = {}  # Several parameters may share a tensor.
     for parameter in parameters:
-        if parameter.requires_grad or isinstance(parameter, CutParameter):
+        if parameter.requires_grad or isinstance(parameter, SlicedParameter):
             continue
         for owner, path, inner in _inner(parameter):
             if isinstance(inner, PagedParameter):
@@ -150,7 +186,7 @@ def reveal_all(parameters: Iterable[nn.Parameter]) -> None:
 def conceal(model: nn.Module) -> None:
     """The inverse of `reveal` and `forbid_repacking`; parameters are ordinary again."""
     for parameter in model.parameters():
-        if isinstance(parameter, CutParameter):
+        if isinstance(parameter, SlicedParameter):
             continue
         if isinstance(parameter, Revealed):
             parameter.__class__ = parameter._plain
@@ -202,7 +238,7 @@ def _parameters_inside(parameter: Tensor) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _inner(owner: Any, path: str = "") -> Iterator[tuple[Any, str, Tensor]]:
     """What has each tensor inside, its path from ``owner``, whose last part is the attribute, and the tensor."""
-    if isinstance(owner, CutParameter):
+    if isinstance(owner, SlicedParameter):
         for (begin, end), part in zip(owner.ranges, owner.slices, strict=True):
             yield owner, slice_name(begin, end), part
         return

@@ -14,12 +14,11 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from offload.parameters.cut_parameter import CutParameter
-from offload.parameters.cut_values import is_slice, owner_of
-from offload.parameters.cuttable import row_blocks
-from offload.parameters.cutting import make_whole, release
+from offload.cutting.cut_parameter import CutParameter
+from offload.cutting.cuttable import row_blocks
+from offload.cutting.make_cut import make_whole, release
 from offload.parameters.grouping import Group, common_name, groups_of, units_of
-from offload.parameters.inner_tensors import all_parameters, conceal, forbid_repacking, is_wrapper
+from offload.parameters.inner_tensors import all_parameters, conceal, forbid_repacking, is_slice, is_wrapper, owner_of
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.masters import add_masters, narrow
 from offload.store.new_units import Sources, of_slices, pieces_in_unit

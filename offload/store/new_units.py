@@ -16,8 +16,8 @@ from torch import nn
 
 from offload.budget.need import check_built
 from offload.config import Config
+from offload.cutting.cut_parameter import CutParameter
 from offload.parameters.binder import Binder
-from offload.parameters.cut_parameter import CutParameter
 from offload.parameters.grouping import Group
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.masters import copy_slot

@@ -1,7 +1,7 @@
 """The page store of one model: arena, page files, mover and driver of one configuration, and the units put into them.
 
 Parameters enter in the order in which they are met; neighbours whose modules are small share a unit up to one page. A
-module's own parameters are split over units only where they do not fit (`offload.parameters.cut_parameter`). Made by
+module's own parameters are split over units only where they do not fit (`offload.cutting.cut_parameter`). Made by
 `offload.deferred_init` before the model, or by `offload.prepare` after it.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from weakref import WeakSet
 
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 from offload.budget.need import Sizes, check_lockable, cut_for
 from offload.commits.run_commits import EarlierCommits
 from offload.config import Config
+from offload.cutting.cuttable import row_blocks
+from offload.cutting.make_cut import cut_parameter, release
 from offload.modules.conversions import guard_conversions
 from offload.modules.saving import guard_saving
 from offload.parameters.binder import Binder
-from offload.parameters.cuttable import row_blocks
-from offload.parameters.cutting import cut_parameter, release
 from offload.parameters.grouping import Group, Neighbours, own_groups
 from offload.parameters.inner_tensors import own_parameters, reveal_all
 from offload.parameters.paged_parameter import PagedParameter
@@ -87,9 +86,7 @@ class PageStore:
             self.page_bytes, self.slice_numel = self.earlier.sizes(
                 sizes.page_bytes, sizes.slice_numel, config.memory.page, checksums=config.ssd.checksums
             )
-            self.cut_sizes = self.earlier.cut_sizes(
-                replace(sizes, page_bytes=self.page_bytes, slice_numel=self.slice_numel)
-            )
+            self.cut_sizes = self.earlier.cut_sizes(sizes, self.page_bytes, self.slice_numel)
             n_frames = ram_bytes // self.page_bytes
             self._arena_bytes = self.budget.reserve(Tag.STAGING, n_frames * self.page_bytes, "host arena")
             arena = self.parts.arena(n_frames, self.page_bytes)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from offload.cutting.cut_parameter import CutParameter
 from offload.parameters.binder import Binder
-from offload.parameters.cut_parameter import CutParameter
 from offload.parameters.paged_parameter import PagedParameter
 from optim.unit import Unit
 

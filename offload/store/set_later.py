@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from offload.cutting.cuttable import block_of
+from offload.cutting.make_cut import release
 from offload.modules.checks import check_values
-from offload.parameters.cuttable import block_of
-from offload.parameters.cutting import release
 from offload.sources.transformers_files import FilesOfTransformers
 from offload.sources.unread import UnreadTensor
 from offload.store.new_units import of_slices

@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from offload.console.byte_progress import byte_progress
-from offload.parameters.cut_parameter import CutParameter
-from offload.parameters.cutting import gathered
+from offload.cutting.cut_parameter import CutParameter
+from offload.cutting.make_cut import gathered
 from offload.parameters.paged_parameter import PagedParameter
 from offload.sources.checkpoint_index import read_checkpoint
 from offload.sources.safetensors_file import FileTensor

@@ -15,16 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offload.parameters.cut_embedding import cut_embedding
-from offload.parameters.cut_gradient import assign_gradient, gradient_of
-from offload.parameters.cut_linear import cut_linear
-from offload.parameters.cut_values import (
-    SlicedParameter,
-    binder_of,
-    gathered_copy,
-    name_of,
-    write,
-)
+from offload.cutting.cut_embedding import cut_embedding
+from offload.cutting.cut_gradient import assign_gradient, gradient_of
+from offload.cutting.cut_linear import cut_linear
+from offload.cutting.cut_values import binder_of, gathered_copy, name_of, write
+from offload.parameters.inner_tensors import SlicedParameter
 from offload.parameters.paged_parameter import PagedParameter, Revealed
 from offload.parameters.tensor_functions import (
     EXPORTS,
@@ -54,7 +49,7 @@ _WRITES: Final[frozenset[Any]] = frozenset({Tensor.zero_, Tensor.fill_, nn.init.
 
 class CutParameter(SlicedParameter):
     """A parameter in slices. Made from an ordinary one in place, by
-    `offload.parameters.cutting`, so that its identity stays."""
+    `offload.cutting.make_cut`, so that its identity stays."""
 
     @classmethod
     def __torch_function__(

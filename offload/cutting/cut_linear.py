@@ -3,7 +3,7 @@ each slice's gradient away as soon as it is made.
 
 The output's columns are those of the slices, so forward passes and gradients of weights have the bits of the whole
 product. The input's gradient is a sum over all rows: slices are added to it in their order, in blocks that the matrix
-product itself adds up one after another (`offload.parameters.cuttable`). Sums of 16-bit weights are kept in fp32 and
+product itself adds up one after another (`offload.cutting.cuttable`). Sums of 16-bit weights are kept in fp32 and
 rounded once.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from offload.parameters.cuttable import ROW_BLOCK
+from offload.cutting.cuttable import ROW_BLOCK
 
 #: Calls a function with arguments of which some are paged parameters, which are bound for that long.
 Call = Callable[..., Any]

@@ -3,60 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from offload.parameters.paged_parameter import PagedParameter, Revealed
+from offload.parameters.inner_tensors import SlicedParameter
+from offload.parameters.paged_parameter import PagedParameter
 from offload.parameters.tensor_functions import no_torch_function
 from pagemem.files.spilled import SpilledTensor
 
 
-def slice_name(begin: int, end: int) -> str:
-    """What the name of a slice of rows ends with."""
-    return f"[{begin}:{end}]"
-
-
-def is_slice(parameter: Tensor) -> bool:
-    """Whether a parameter is a slice of a cut one."""
-    return hasattr(parameter, "_slice_of")
-
-
-def owner_of(parameter: Any) -> Any:
-    """The parameter that a slice is of; any other one itself."""
-    return getattr(parameter, "_slice_of", parameter)
-
-
-class SlicedParameter(Revealed, nn.Parameter):
-    """A parameter whose values are in slices of its rows.
-
-    Attributes:
-        slices: in order; paged parameters once their units are made.
-        released: whether all of them are in pages, so that it has no values of its own.
-        gathered: its placeholder, while a copy of all values is in its place.
-    """
-
-    slices: list[nn.Parameter]
-    released: bool
-    gathered: Tensor | None
-
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """First row and end of each slice."""
-        ends = [0]
-        for part in self.slices:
-            ends.append(ends[-1] + part.shape[0])
-        return list(pairwise(ends))
-
-
 def name_of(parameter: SlicedParameter) -> str:
+    """The model's name of it, once it has slices in pages."""
     first = parameter.slices[0]
     return first._place.slot.name.rpartition("[")[0] if isinstance(first, PagedParameter) else "a cut parameter"
 
 
 def binder_of(parameter: SlicedParameter) -> Any:
+    """What binds its slices."""
     first = parameter.slices[0]
     assert isinstance(first, PagedParameter)
     return first._place.binder

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.parameters.cut_parameter import CutParameter
-from offload.parameters.cut_values import binder_of, gathered_copy, read_into, write
+from offload.cutting.cut_parameter import CutParameter
+from offload.cutting.cut_values import binder_of, gathered_copy, read_into, write
 from offload.parameters.paged_parameter import PagedParameter
 from offload.parameters.tensor_functions import among, no_torch_function
 from offload.parameters.without_values import assign

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from pairwise import each_value
 from torch import Tensor
 
-from offload.parameters.cut_embedding import cut_embedding
-from offload.parameters.cut_linear import cut_linear
-from offload.parameters.cuttable import slice_rows
+from offload.cutting.cut_embedding import cut_embedding
+from offload.cutting.cut_linear import cut_linear
+from offload.cutting.cuttable import slice_rows
 
 
 def call(func: Any, *args: Any, **kwargs: Any) -> Any:

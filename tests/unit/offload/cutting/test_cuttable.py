@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from offload.budget.cuts import cuts_of, split, standins
-from offload.parameters.cut_values import owner_of
-from offload.parameters.cuttable import ROW_BLOCK, fewest_slices, row_blocks, slice_rows
+from offload.cutting.cuttable import ROW_BLOCK, fewest_slices, row_blocks, slice_rows
 from offload.parameters.grouping import groups_of
+from offload.parameters.inner_tensors import owner_of
 
 
 @given(st.integers(1, 100_000), st.integers(1, 400), st.data())

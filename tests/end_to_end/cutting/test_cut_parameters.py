@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wide_vocabulary import VOCABULARY, WIDTH, WideVocabulary, batches, built
 
 import offload
-from offload.parameters.cut_parameter import CutParameter
+from offload.cutting.cut_parameter import CutParameter
 
 #: The output layer alone, with its gradient and states, takes more than three times as much.
 RAM_BYTES = 6 * PAGE_BYTES

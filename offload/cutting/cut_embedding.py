@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from offload.parameters.cut_linear import Call
+from offload.cutting.cut_linear import Call
 
 
 def _found(indices: Tensor, first: int, n_rows: int) -> tuple[Tensor, Tensor] | None:
