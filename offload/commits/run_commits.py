@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 
 from offload.budget.need import Sizes
-from offload.commits.commit_state import read_commit
+from offload.commits.commit_state import read_commit, state_of
 from offload.config import ConfigError
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.durable.manifest import Manifest
@@ -170,12 +170,22 @@ class EarlierCommits:
 
     def cut_sizes(self, sizes: Sizes, page_bytes: int, slice_numel: int) -> Sizes:
         """The sizes that say what is cut, with these pages and slices of states: those of the budget that the run's
-        newest commit was cut for, or of this one where there is none."""
+        newest commit was cut for, or of this one where there is none.
+
+        Raises:
+            ConfigError: that commit has slices, which the configuration's mode or device does not.
+        """
         sizes = replace(sizes, page_bytes=page_bytes, slice_numel=slice_numel)
         if not self._manifests:
             return sizes
-        cut_bytes = int(self._manifests[max(self._manifests)].state.get("cut_bytes", 0))
-        return replace(sizes, ram_bytes=cut_bytes, cuts=bool(cut_bytes))
+        state = state_of(self._manifests[max(self._manifests)])
+        slot = next((slot for unit in state.units for slot in unit.slots if slot.of is not None), None)
+        if slot is not None and not sizes.cuts:
+            raise ConfigError(
+                f"the commits in {self.folder.path} have {slot.of} in slices, as their budget asked for, which only "
+                'exact mode on the CPU has; set update.mode to "exact" and device to "cpu", or name another folder'
+            )
+        return replace(sizes, ram_bytes=state.cut_bytes, cuts=sizes.cuts and state.cut_bytes > 0)
 
     def restore(self, copies: DiskVersions) -> None:
         """Take the frames that the commits name, before anything else does."""

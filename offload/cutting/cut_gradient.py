@@ -77,8 +77,8 @@ def _whole(value: Any) -> Any:
     begin = 0
     for part in value._parts:
         gradient = part.grad
-        assert gradient is not None
-        copy.put(begin, gradient.reshape(-1).clone())
+        # Slices that no gradient came to have zeros, as the rows of the whole would.
+        copy.put(begin, torch.zeros(()).expand(part.numel()) if gradient is None else gradient.reshape(-1).clone())
         begin += part.numel()
     return copy.tensor
 
@@ -98,6 +98,8 @@ def _slice_by_slice(func: Callable[..., Any], args: tuple[Any, ...], named: dict
     begin = 0
     for part in whole._parts:
         end = begin + part.shape[0]
+        if part.grad is None:
+            part.grad = torch.zeros_like(part)
 
         def mine(value: Any, part: nn.Parameter = part, begin: int = begin, end: int = end) -> Any:
             if isinstance(value, CutGradient):
@@ -120,7 +122,7 @@ def gradient_of(parameter: nn.Parameter, slices: Sequence[nn.Parameter]) -> Tens
     have."""
     assigned: Tensor | None = getattr(parameter, "_assigned", None)
     gradients = [part.grad for part in slices]
-    if any(gradient is None for gradient in gradients):
+    if all(gradient is None for gradient in gradients):
         return None
     if assigned is not None and not any(isinstance(gradient, PagedGradient) for gradient in gradients):
         return assigned

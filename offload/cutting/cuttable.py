@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from math import gcd
 from typing import Final
 
 from torch import nn
+
+from optim.unit import SLOT_ALIGN_NUMEL
 
 #: Rows of a weight are the dimension that the gradient of a linear layer's input sums over. MKL adds this sum up in
 #: blocks of so many, one after another: sums of slices that begin there have the bits of the sum of all. Measured with
@@ -44,11 +47,26 @@ def block_of(module: nn.Module, key: str, parameter: nn.Parameter) -> dict[int, 
 def _blocks_of(module: nn.Module) -> dict[str, int]:
     """Names of a module's own parameters that it uses in ways that slices know."""
     kind = type(module)
+    experts = getattr(module, "num_experts", None)
+    if isinstance(experts, int) and _takes_experts_one_by_one(module):
+        fused = {key: p for key, p in module._parameters.items() if p is not None and p.ndim == 3}
+        # An update rounds alike where a slice is whole vectors of its kernel.
+        return {
+            key: SLOT_ALIGN_NUMEL // gcd(SLOT_ALIGN_NUMEL, p.shape[1] * p.shape[2])
+            for key, p in fused.items()
+            if p.shape[0] == experts and p.numel()
+        }
     # Attention of torch gives the weight of its output projection to a function that needs all of it.
     linear = isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     if (linear and kind.forward is nn.Linear.forward) or kind.forward is nn.Embedding.forward:
         return {"weight": ROW_BLOCK}
     return {}
+
+
+def _takes_experts_one_by_one(module: nn.Module) -> bool:
+    """Whether a module of transformers with the weights of several experts computes with one of them at a time, as its
+    eager implementation does."""
+    return getattr(getattr(module, "config", None), "_experts_implementation", None) in (None, "eager")
 
 
 def slice_rows(n_rows: int, block: int, n_slices: int) -> tuple[int, ...]:

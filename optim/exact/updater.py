@@ -137,6 +137,7 @@ class ExactUpdater(Updater):
         for unit, slot in self._slots:
             if slot.grad is Grad.ZEROS:
                 self._make_zeros(unit, slot)
+        self._fill_wholes()
         waiting = [
             u for u in self._index.units if any(s.group >= 0 and s.grad in (Grad.HELD, Grad.OWN) for s in u.slots)
         ]
@@ -147,6 +148,16 @@ class ExactUpdater(Updater):
             for unit in waiting:
                 self._decide(unit, Pending(hypers, coefficient))
         self._end_step()
+
+    def _fill_wholes(self) -> None:
+        """Where some slices of a cut parameter have a gradient, those of the others are zeros, as those rows of the
+        whole would be (experts that no token went to)."""
+        wholes = dict.fromkeys(slot.whole for _, slot in self._slots if slot.whole is not None)
+        for whole in wholes:
+            if any(slot.grad is not Grad.NONE for _, slot in whole.places):
+                for unit, slot in whole.places:
+                    if slot.grad is Grad.NONE:
+                        self._make_zeros(unit, slot)
 
     def _decide(self, unit: Unit, pending: Pending) -> None:
         """Make an update now where its gradients or its values are looked at, else before the unit is next used."""
