@@ -25,9 +25,9 @@ from offload.forecast.rates import Rates
 from offload.forecast.rehearsal import rehearsed
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
+from scheduler.lookahead.planner import cost_s, make_plan
 from scheduler.planning.bounds import check_bounds
-from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.planner import cost_s, make_plan
+from scheduler.planning.machine import TierSpec
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 SHARES: Final = (0.0, 0.25, 0.5, 0.75)

@@ -20,7 +20,7 @@ from offload import knobs
 from offload.activations.blocks import Block, Blocks
 from pagemem.units import ceil_div
 from scheduler.execution.driver import Driver
-from scheduler.planning.planner import cost_s
+from scheduler.lookahead.planner import cost_s
 from scheduler.planning.recomputation import ForwardPart, pages, recomputed
 from scheduler.planning.trace import Trace
 

@@ -19,7 +19,9 @@ from scheduler.planning.task import Lane
 
 #: The lane of copies from host memory to the device.
 H2D: Final = "h2d"
-#: Of the simulator's lanes, what copies up are to the upper plan.
+#: Of the simulator's lanes, those of host memory.
+_HOST: Final = (Lane.COMPUTE, Lane.SSD_READ, Lane.SSD_WRITE)
+#: And what copies up are to the upper plan.
 _UP: Final = Lane.SSD_READ
 
 
@@ -48,7 +50,7 @@ class StepTimes:
         """Of an engine that has rehearsed its steps."""
         host, upper = engine.host, engine.upper
         below = _simulated(host)
-        waits_s, busy = _waits_s(host, below), {lane.value: share for lane, share in below.busy.items()}
+        waits_s, busy = _waits_s(host, below), {lane.value: below.busy[lane] for lane in _HOST}
         moved = below.read_bytes, below.written_bytes
         if upper is None:
             return cls(below.step_s, host.follower.trace.compute_s, busy, waits_s, below.steady, *moved, 0.0)

@@ -32,8 +32,7 @@ def plan_content(driver: Driver, plan: Plan) -> dict[str, Any]:
     and what ``after`` names are places in ``tasks``.
     """
     mover, trace = driver.mover, driver.follower.trace
-    loaded = {task.tensor for task in (*plan.loads, *plan.carried)}
-    known = loaded | {task.tensor for task in plan.stores} | {*plan.initial, *trace.tensors()}
+    known = {task.tensor for task in (*plan.tasks, *plan.carried)} | {*plan.initial, *trace.tensors()}
     tensors = {tensor.id: tensor for tensor in mover.tensors.values()}
     return {
         "format": FORMAT, "page_bytes": mover.arena.page_bytes, "frames": plan.n_frames,
@@ -45,7 +44,7 @@ def plan_content(driver: Driver, plan: Plan) -> dict[str, Any]:
             {"kind": op.key[0].value, "key": op.key[1], "name": op.name, "seconds": op.duration_s} for op in trace.ops
         ],
         "initial": dict(sorted(plan.initial.items())), "carried": [task_content(task) for task in plan.carried],
-        "tasks": [task_content(task) for task in (*plan.loads, *plan.stores)],
+        "tasks": [task_content(task) for task in plan.tasks],
     }  # fmt: skip
 
 
@@ -59,8 +58,7 @@ def task_content(task: Task) -> dict[str, Any]:
         content["frame"] = task.frame
     if task.needed_at != NO_OP:
         content["needed_at"] = task.needed_at
-    if task.fresh:
-        content["fresh"] = True
+    content |= {flag: True for flag in ("fresh", "behind") if getattr(task, flag)}
     if task.after:
         content["after"] = list(task.after)
     return content

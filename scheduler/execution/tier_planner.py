@@ -9,10 +9,10 @@ from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.mover import Mover
 from scheduler import knobs
+from scheduler.lookahead.planner import cost_s, make_plan
 from scheduler.planning.bounds import check_bounds
-from scheduler.planning.lookahead import TierSpec
+from scheduler.planning.machine import TierSpec
 from scheduler.planning.plan import Plan
-from scheduler.planning.planner import cost_s, make_plan
 from scheduler.planning.trace import Trace
 
 

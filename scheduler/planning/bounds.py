@@ -1,24 +1,27 @@
 """Checks a plan frame by frame, knowing nothing of how it was made, and stops at the first thing that cannot be.
 
-Copies take no time here: a move is over when its trigger op begins (but `scheduler.planning.lanes` may be told of all
-moves and ops, to say how long they take). Contents are version numbers: the one compute wrote
-last, the one in host memory, and the one in the page files must agree whenever an op looks. Shares no code with the
-planner, only the types that both read.
+However long ops and tasks take: a task is taken for over only where that is certain, because an op has waited for it,
+or because the task in question follows it, directly or by others. That lanes serve in order is not relied upon.
+Contents are version numbers: what was written last, what is in each frame and what is in the page files must agree
+whenever an op or a task looks. Shares no code with the planner, only the types that both read.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
+from pagemem.tier import Tier
 from scheduler.planning.lanes import SimulatedLanes
-from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.plan import Plan, by_trigger
-from scheduler.planning.task import Task
-from scheduler.planning.trace import AccessMode, Op, Trace
+from scheduler.planning.machine import Machine, TierSpec
+from scheduler.planning.plan import Plan
+from scheduler.planning.replayed_frames import PlanError, ReplayedFrames
+from scheduler.planning.sources import TensorSource
+from scheduler.planning.task import NO_FRAME, NO_OP, Lane, Task, TaskKind, load_task, store_task
+from scheduler.planning.trace import CHANGES, Access, AccessMode, Op, Trace
+from scheduler.planning.work import Work
 
 #: Cycles that `check_bounds` performs: in the second one, tensors are dirty when it begins, as in every later one.
 CYCLES: Final = 2
@@ -26,203 +29,200 @@ CYCLES: Final = 2
 _FOR_GOOD: Final = sys.maxsize
 
 
-class PlanError(AssertionError):
-    """The plan asks for something impossible, or leaves an op without its tensors. A defect, never a caller's
-    mistake."""
-
-
 def check_bounds(
     plan: Plan,
     trace: Trace,
     n_bytes: Mapping[TensorId, int],
-    tier: TierSpec,
+    tiers: Machine | TierSpec,
     resident: Mapping[TensorId, FrameId] | None = None,
+    sources: Mapping[TensorId, TensorSource] | None = None,
 ) -> None:
-    """Perform a plan for some cycles and prove that it can be followed.
-
-    Proven for every op: its tensors are whole in host frames when it begins, and of the newest version; no frame has
-    two tenants; no load takes the frames of a tensor that is in use or was not stored after its last change; no more
-    frames are used than there are.
-
-    Args:
-        trace, n_bytes, tier, resident: what the plan was made of; see `scheduler.make_plan`.
+    """Perform a plan for some cycles and prove that it can be followed; see `check_work`.
 
     Raises:
         PlanError: something does not hold; names the first op and tensor.
     """
-    replay = Replay(trace, plan, n_bytes, tier.page_bytes, resident or {})
-    replay.require(plan.n_frames <= tier.n_frames, f"the plan has {plan.n_frames} frames, the tier {tier.n_frames}")
+    check_work(plan, Work.of(trace, n_bytes, tiers, resident, sources))
+
+
+def check_work(plan: Plan, work: Work) -> None:
+    """Perform a plan for some cycles and prove that it can be followed.
+
+    Proven for every op: its tensors are whole in frames of their tier when it begins, and of the newest version; of
+    every task: its source is there, and newest; no frame has two tenants; nothing leaves its frames that is in use by
+    an op, a view or a task, or whose content is nowhere below; the room of a conditional op is there; no more frames
+    are used than there are.
+
+    Args:
+        work: what the plan was made of.
+
+    Raises:
+        PlanError: something does not hold; names the first op and tensor.
+    """
+    replay = Replay(work, plan)
+    for tier, n_frames in plan.frames.items():
+        there = work.machine.n_frames.get(tier, 0)
+        replay.require(n_frames <= there, f"the plan has {n_frames} frames of {tier.value}, there are {there}")
     for _ in range(CYCLES):
         replay.cycle()
-    replay.require(
-        plan.peak_frames >= len(replay.touched),
-        f"{len(replay.touched)} frames are touched, the plan says {plan.peak_frames}",
-    )
+    for tier, touched in replay.frames.touched.items():
+        said = plan.peaks.get(tier, 0)
+        replay.require(said >= len(touched), f"{len(touched)} frames are touched, the plan says {said}")
 
 
-@dataclass
 class Replay:
-    """Host frames under a plan. ``now`` counts ops over all cycles; every version dictionary knows every tensor.
+    """Frames, contents and tasks under a plan. ``now`` counts ops over all cycles.
 
-    Attributes:
-        resident: tensors that are in host memory for good, and their first frames.
-        lanes: is told of every move and op.
-        frames: owner of each frame.
-        where: first frame of what is in host memory.
-        locked_until: last op during which a view of the tensor lives.
-        host: version in host memory, None when its frames hold anything at all.
+    Args:
+        work: what the plan was made of.
+        lanes: is told of every task and op.
 
     Raises:
         PlanError: the plan is not one of this trace, or cannot begin.
     """
 
-    trace: Trace
-    plan: Plan
-    n_bytes: Mapping[TensorId, int]
-    page_bytes: int
-    resident: Mapping[TensorId, FrameId] = field(default_factory=dict)
-    lanes: SimulatedLanes | None = None
-    frames: list[TensorId | None] = field(init=False)
-    where: dict[TensorId, int] = field(default_factory=dict)
-    locked_until: dict[TensorId, int] = field(init=False)
-    latest: dict[TensorId, int] = field(init=False)
-    host: dict[TensorId, int | None] = field(init=False)
-    filed: dict[TensorId, int] = field(init=False)
-    dead: set[TensorId] = field(default_factory=set)
-    touched: set[int] = field(default_factory=set)
-    versions: int = 0
-    now: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-
-    def __post_init__(self) -> None:
-        plan = self.plan
-        self.frames = [None] * plan.n_frames
-        tensors = list(dict.fromkeys([*self.trace.tensors(), *self.resident]))
-        self.locked_until = dict.fromkeys(tensors, -1)
-        self.latest, self.filed = dict.fromkeys(tensors, 0), dict.fromkeys(tensors, 0)
-        self.host = dict.fromkeys(tensors)
-        self._wants = [{access.tensor for access in op.accesses} for op in self.trace.ops]
-        self.require(len(plan.keys) == plan.n_steps * len(self.trace.ops), "the plan has another number of ops")
-        self.require(plan.keys == self.trace.keys * plan.n_steps, "the plan expects other ops")
-        triggers = [load.trigger for load in plan.loads]
-        self.require(triggers == sorted(triggers), "loads start in another order than they stand in")
-        triggers += [store.trigger for store in plan.stores]
-        self.require(
-            all(0 <= trigger < len(plan.keys) for trigger in triggers), "a move is triggered by no op of the cycle"
-        )
-        self.require(
-            (plan.loads_at, plan.stores_at) == (by_trigger(plan.loads), by_trigger(plan.stores)),
-            "the moves by op are not those of the plan",
-        )
-        for tensor, resident_frame in self.resident.items():
+    def __init__(self, work: Work, plan: Plan, lanes: SimulatedLanes | None = None) -> None:
+        self.work = work
+        self.plan = plan
+        self.lanes = lanes
+        self.now = 0
+        self.moved_bytes: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self.frames = ReplayedFrames(work, plan.frames)
+        self._n_runs = 0
+        self._run_of: dict[int, int] = {}  # the last run of each task, by its place
+        self._before: dict[int, frozenset[int]] = {}  # what is over when a run begins, but for what the op's is
+        self._over: dict[int, int] = {}  # the op from whose beginning on a run is known to be over
+        self._restoring: set[int] = set()
+        self._places = {id(task): place for place, task in enumerate(plan.tasks)}
+        self._check_form()
+        for tensor, frame in work.resident.items():
             self.require(
-                plan.initial.get(tensor) == resident_frame,
-                f"{tensor} is resident at frame {resident_frame} and not planned there",
+                plan.initial.get(tensor) == frame, f"{tensor} is resident at frame {frame} and not planned there"
             )
-            self.locked_until[tensor] = _FOR_GOOD
+            self.frames.locked_until[tensor] = _FOR_GOOD
         for tensor, frame in plan.initial.items():
-            self.require(tensor in self.host, f"{tensor} is placed and never used")
-            self.place(tensor, frame)
-            self.host[tensor] = 0
-        for load in plan.carried:
-            self.load(load)
+            self.require(tensor in work.tiers, f"{tensor} is placed and never used")
+            self.frames.place(tensor, frame, self.now)
+            self.frames.here[tensor] = 0
+        self._carry()
 
-    def require(self, holds: bool, otherwise: str) -> None:
+    def _check_form(self) -> None:
+        plan, trace = self.plan, self.work.trace
+        n_ops = len(plan.keys)
+        self.require(n_ops == plan.n_steps * len(trace.ops), "the plan has another number of ops")
+        self.require(plan.keys == trace.keys * plan.n_steps, "the plan expects other ops")
+        triggers = [task.trigger for task in plan.tasks if task.kind is TaskKind.LOAD]
+        self.require(triggers == sorted(triggers), "loads start in another order than they stand in")
+        self.require(all(0 <= task.trigger < n_ops for task in plan.tasks), "a task is triggered by no op of the cycle")
+        self.require(
+            all(0 <= place < len(plan.tasks) for task in plan.tasks for place in task.after),
+            "a task follows one that the plan does not have",
+        )
+        for position in range(n_ops):
+            op = trace.ops[position % len(trace.ops)]
+            tasks, behind = plan.tasks_at.get(position, ()), plan.behind_at.get(position, ())
+            updates = sum(task.kind is TaskKind.UPDATE for task in tasks)
+            self.require((op.lane is Lane.UPDATE) == updates, f"{op.name} has {updates} updates", position)
+            for access in op.accesses:
+                if access.via is not None:
+                    ways = behind if access.mode in CHANGES else [t for t in tasks if t.frame == NO_FRAME]
+                    there = any(task.kind is access.via and task.tensor == access.tensor for task in ways)
+                    self.require(there, f"{op.name} has no {access.via.value} of {access.tensor}", position)
+
+    def require(self, holds: bool, otherwise: str, now: int | None = None) -> None:
         """Stop unless something holds."""
         if not holds:
-            raise PlanError(f"op {self.now}: {otherwise}")
+            raise PlanError(f"op {self.now if now is None else now}: {otherwise}")
 
-    # ---- frames ------------------------------------------------------------------------------------------------
+    @property
+    def where(self) -> dict[TensorId, int]:
+        """First frame of what is in frames."""
+        return self.frames.where
 
-    def size(self, tensor: TensorId) -> int:
-        """Frames of a tensor."""
-        return -(-self.n_bytes[tensor] // self.page_bytes)
+    @property
+    def touched(self) -> set[int]:
+        """Frames of host memory that were used."""
+        return self.frames.touched[Tier.HOST]
 
-    def window(self, tensor: TensorId, frame: int) -> slice:
-        """The frames of a tensor that begins at ``frame``."""
-        return slice(frame, frame + self.size(tensor))
+    @property
+    def bytes_read(self) -> int:
+        """Of page files."""
+        return self.moved_bytes[Lane.SSD_READ]
 
-    def place(self, tensor: TensorId, frame: int) -> None:
-        """Give free frames to a tensor."""
-        size = self.size(tensor)
-        if frame < 0 or frame + size > len(self.frames):
-            raise PlanError(
-                f"op {self.now}: {tensor} has no frames {frame}..{frame + size - 1}: there are {len(self.frames)}"
-            )
-        for taken in self.frames[frame : frame + size]:
-            if taken is not None:
-                raise PlanError(f"op {self.now}: {tensor} overlaps {taken}")
-        self.frames[frame : frame + size] = [tensor] * size
-        self.where[tensor] = frame
-        self.touched.update(range(frame, frame + size))
-
-    def leave(self, tenants: Collection[TensorId]) -> None:
-        """Make tenants give their frames up; nothing may be lost by that."""
-        for tensor in tenants:
-            self.require(self.locked_until[tensor] < self.now, f"{tensor} leaves while a view of it lives")
-            lost = self.is_dirty(tensor) and tensor not in self.dead
-            self.require(not lost, f"{tensor} leaves dirty: it was not stored after its last change")
-            self.free(tensor)
-        if self.lanes is not None:
-            self.lanes.leave(tenants)
-
-    def free(self, tensor: TensorId) -> None:
-        """Take a tensor's frames back."""
-        size = self.size(tensor)
-        first = self.where.pop(tensor)
-        self.frames[first : first + size] = [None] * size
+    @property
+    def bytes_written(self) -> int:
+        """To page files."""
+        return self.moved_bytes[Lane.SSD_WRITE]
 
     # ---- tasks -------------------------------------------------------------------------------------------------
 
-    def load(self, task: Task) -> None:
-        """Bring a tensor in, in place of whatever is in its window."""
-        tensor = task.tensor
-        self.require(task.trigger <= task.needed_at, f"{tensor} is loaded too late for op {task.needed_at}")
-        self.require(
-            tensor in self._wants[task.needed_at % len(self._wants)], f"{tensor} is not for op {task.needed_at}"
-        )
-        if self.where.get(tensor) == task.frame:
-            return
-        self.require(task.frame >= 0, f"{tensor} has no frames {task.frame}")
-        tenants = {t for t in self.frames[self.window(tensor, task.frame)] if t is not None}
-        self.leave(tenants | ({tensor} & self.where.keys()))
-        self.bring(tensor, task.frame, fresh=task.fresh)
-
-    def bring(self, tensor: TensorId, frame: int, *, fresh: bool) -> None:
-        """Bring a tensor into free frames."""
-        self.place(tensor, frame)
-        self.host[tensor] = None if fresh else self.filed[tensor]
-        self.bytes_read += 0 if fresh else self.n_bytes[tensor]
+    def _start(self, task: Task, place: int | None) -> None:
+        """A task goes to its lane: it is proven that what it needs is over by then, or followed."""
+        run, self._n_runs = self._n_runs, self._n_runs + 1
+        level = self.now
+        follows = {self._run_of[other] for other in task.after if other in self._run_of}
+        if self._restoring:  # What has put the first placement up is no task of the plan, and followed by all.
+            for tensor in self._uses(task):
+                follows |= self.frames.made[tensor] & self._restoring
+            if task.frame != NO_FRAME:
+                follows |= self.frames.busy(task.tensor, task.frame, self.now) & self._restoring
+        before = frozenset().union(follows, *(self._before.get(other, frozenset()) for other in follows))
+        self._before[run] = frozenset(other for other in before if self._over.get(other, level + 1) > level)
+        if place is not None:
+            self._run_of[place] = run
+        self.frames.known = (level, self._before[run], self._over)
+        moves = self._act(task, run) and not task.fresh
+        if moves:
+            self.moved_bytes[task.lane] += task.n_bytes
         if self.lanes is not None:
-            self.lanes.load(tensor, fresh=fresh)
+            duration_s = None if moves else 0.0
+            if task.kind is TaskKind.UPDATE:
+                duration_s = self.work.trace.ops[self.now % len(self.work.trace.ops)].duration_s
+            self.lanes.start(run, task, follows, duration_s, needs_lane=moves)
 
-    def is_dirty(self, tensor: TensorId) -> bool:
-        """Whether a tensor has content that is not in the page files."""
-        return tensor in self.where and self.host[tensor] not in (None, self.filed[tensor])
+    def _uses(self, task: Task) -> set[TensorId]:
+        """Tensors that a task has to do with."""
+        if task.kind is TaskKind.UPDATE:
+            return {access.tensor for access in self.work.trace.ops[self.now % len(self.work.trace.ops)].accesses}
+        found = {task.tensor, *self.frames.copies(task.tensor)}
+        if task.tensor in self.work.sources:
+            found.add(self.work.sources[task.tensor].tensor)
+        if task.frame != NO_FRAME:
+            found |= self.frames.tenants(task.tensor, task.frame, self.now)
+        return found
 
-    def store(self, tensor: TensorId) -> None:
-        """Copy a tensor to the page files if it has changed."""
-        version = self.host[tensor]
-        if version is not None and self.is_dirty(tensor):
-            self.filed[tensor] = version
-            self.bytes_written += self.n_bytes[tensor]
-            if self.lanes is not None:
-                self.lanes.store(tensor)
+    def _act(self, task: Task, run: int) -> bool:
+        """Do what a task does; returns whether there was anything to do."""
+        frames, tensor = self.frames, task.tensor
+        if task.kind is TaskKind.UPDATE:
+            self._update(run)
+            return True
+        if task.kind is TaskKind.STORE:
+            return frames.store(tensor, run, self.now)
+        if task.behind:
+            frames.arrive(tensor, task.frame, run, self.now)
+            return True
+        if task.kind is TaskKind.DOWNLOAD:
+            return frames.write_back(tensor, task.frame, run, self.now)
+        if task.frame == NO_FRAME:
+            frames.read(tensor, run, self.now)
+            frames.out[tensor] = {run}
+            return True
+        self.require(task.trigger <= task.needed_at, f"{tensor} comes too late for op {task.needed_at}")
+        self.require(
+            frames.is_for(tensor, self.work.trace.ops[task.needed_at % len(self.work.trace.ops)]),
+            f"{tensor} is not for op {task.needed_at}",
+        )
+        return frames.bring(tensor, task.frame, run, self.now, fresh=task.fresh)
 
-    def restore(self) -> None:
-        """Between two cycles of a plan that does not close: put every tensor where a cycle begins."""
-        initial = self.plan.initial
-        misplaced = sorted(tensor for tensor, frame in self.where.items() if initial.get(tensor) != frame)
-        for tensor in misplaced:
-            self.store(tensor)
-        self.leave(misplaced)
-        first_uses = self.trace.first_uses()
-        for tensor in sorted(initial, key=lambda tensor: (first_uses.get(tensor, 0), tensor)):
-            if tensor not in self.where:
-                self.bring(tensor, initial[tensor], fresh=False)
-        for load in self.plan.carried:
-            self.load(load)
+    def _update(self, run: int) -> None:
+        """An update that a worker makes: its tensors are there, newest, and not read any more where it changes them."""
+        op = self.work.trace.ops[self.now % len(self.work.trace.ops)]
+        for access in op.accesses:
+            self._look(op, access)
+            self.frames.follow(access.tensor, self.now, reads=access.mode in CHANGES)
+        for access in op.accesses:
+            self._change(access, {run})
 
     # ---- ops ---------------------------------------------------------------------------------------------------
 
@@ -230,44 +230,103 @@ class Replay:
         """Perform all ops of one cycle, after having restored its first placement where the one before ended with
         another."""
         if self.now and not self.plan.closed:
-            self.restore()
-        n_ops = len(self.trace.ops)
+            self._restore()
+        n_ops = len(self.work.trace.ops)
         for position in range(len(self.plan.keys)):
-            for store in self.plan.stores_at.get(position, ()):
-                self.store(store.tensor)
-            for load in self.plan.loads_at.get(position, ()):
-                self.load(load)
-            op = self.trace.ops[position % n_ops]
-            self.perform(op, until=self.now - position % n_ops + op.until)
-            if self.lanes is not None:
-                self.lanes.perform(op, position)
+            for task in self.plan.tasks_at.get(position, ()):
+                self._start(task, self._places[id(task)])
+            op = self.work.trace.ops[position % n_ops]
+            if op.lane is Lane.COMPUTE:
+                self._perform(op, position, until=self.now - position % n_ops + op.until)
             self.now += 1
-            for tensor in [t for t in self.dead if self.locked_until[t] < self.now]:
-                self.dead.remove(tensor)
-                self.free(tensor)
+            behind = self.plan.behind_at.get(position, ())
+            for task in behind:
+                self._start(task, self._places[id(task)])
+            if behind:
+                runs = {self._run_of[self._places[id(task)]] for task in behind}
+                self.frames.sent({a.tensor for a in op.accesses if a.mode is AccessMode.CONSUME}, runs)
+            self.frames.free_dead(self.now)
 
-    def perform(self, op: Op, until: int) -> None:
+    def _perform(self, op: Op, position: int, until: int) -> None:
         """Let an op look at its tensors and change them."""
+        waits_for: set[int] = set()
         for access in op.accesses:
-            tensor = access.tensor
-            first = self.where.get(tensor)
             if access.mode is AccessMode.RENEW:
-                self.versions += 1
-                self.latest[tensor] = self.filed[tensor] = self.versions
-                if first is not None:
-                    self.dead.add(tensor)
                 continue
-            if first is None:
-                raise PlanError(f"op {self.now}: {op.name} misses {tensor}")
-            size = self.size(tensor)
-            if self.frames[first : first + size].count(tensor) != size:
-                raise PlanError(f"op {self.now}: {op.name} finds {tensor} overlapped")
-            if access.mode is not AccessMode.CREATE and self.host[tensor] != self.latest[tensor]:
-                raise PlanError(f"op {self.now}: {op.name} sees an old {tensor}")
-            self.locked_until[tensor] = max(self.locked_until[tensor], until)
-            if access.mode is not AccessMode.READ:
-                self.versions += 1
-                self.latest[tensor] = self.host[tensor] = self.versions
-            if access.mode is AccessMode.CONSUME:
-                self.filed[tensor] = self.versions  # Nothing is stored: whoever loads it now reads zeros.
-                self.dead.add(tensor)
+            self._look(op, access)
+            waits_for |= self.frames.waits(access)
+        if op.conditional is not None:
+            n_frames = self.work.room_frames(op.conditional)
+            found = self.frames.room(self.now % len(self.work.trace.ops), op.conditional.tier, n_frames)
+            self.require(found is not None, f"{op.name} has no room of {n_frames} frames for what it may use")
+            waits_for |= found or set()
+            self.frames.lock(TensorId(-1 - self.now % len(self.work.trace.ops)), until)
+        self._is_over(waits_for)
+        for access in op.accesses:
+            if access.mode is not AccessMode.RENEW:
+                self.frames.lock(access.tensor, until)
+            self._change(access, set())
+        if self.lanes is not None:
+            self.lanes.perform(op, position, sorted(waits_for))
+        if op.conditional is not None:
+            self.frames.dead.add(TensorId(-1 - self.now % len(self.work.trace.ops)))
+
+    def _look(self, op: Op, access: Access) -> None:
+        """An op's tensor is whole, and newest."""
+        problem = self.frames.problem(access)
+        self.require(problem is None, f"{op.name} {problem}")
+
+    def _change(self, access: Access, by: set[int]) -> None:
+        """What becomes of a tensor in an op, or in the task that performs it."""
+        self.frames.change(access, by, self.now)
+
+    def _is_over(self, runs: Iterable[int]) -> None:
+        """The op under way has waited for runs of tasks, and so for what those followed."""
+        for run in runs:
+            for over in (run, *self._before.get(run, ())):
+                if self._over.setdefault(over, self.now + 1) > self.now + 1:
+                    self._over[over] = self.now + 1
+
+    def _carry(self) -> None:
+        """Start what a cycle before would have started for this one."""
+        n_ops = len(self.plan.keys)
+        places = [place for place, task in enumerate(self.plan.tasks) if task.needed_at >= n_ops]
+        known = len(places) == len(self.plan.carried)
+        for index, task in enumerate(self.plan.carried):
+            self._start(task, places[index] if known else None)
+
+    def _restore(self) -> None:
+        """Between two cycles of a plan that does not close: put every tensor where a cycle begins."""
+        frames, initial, n_bytes = self.frames, self.plan.initial, self.work.n_bytes
+        left: dict[int, set[int]] = {}  # by frame, the runs after which it is free
+        self._over = dict.fromkeys(range(self._n_runs), self.now)
+        frames.known = (self.now, frozenset(), self._over)
+        self._restoring.clear()
+        for tensor in sorted(tensor for tensor, frame in frames.where.items() if initial.get(tensor) != frame):
+            runs = frames.made[tensor] | frames.reads[tensor]
+            if frames.is_dirty(tensor):
+                task = store_task(tensor, n_bytes[tensor], 0)
+                runs = runs | {self._begin(task, set())}
+                self._over[self._n_runs - 1] = self.now
+                frames.store(tensor, self._n_runs - 1, self.now)
+            if frames.tier(tensor) is Tier.HOST:
+                left.update(dict.fromkeys(frames.window(tensor, frames.where[tensor], self.now), runs))
+            frames.leave(tensor, self.now)
+        first_uses = self.work.trace.first_uses()
+        for tensor in sorted(initial, key=lambda tensor: (first_uses.get(tensor, 0), tensor)):
+            if tensor not in frames.where:
+                follows = set().union(*(left.get(f, set()) for f in frames.window(tensor, initial[tensor], self.now)))
+                run = self._begin(load_task(tensor, n_bytes[tensor], initial[tensor], 0, NO_OP), follows)
+                frames.bring(tensor, initial[tensor], run, self.now, fresh=False)
+                self._restoring.add(run)
+        self._carry()
+
+    def _begin(self, task: Task, follows: set[int]) -> int:
+        """A task that restores the placement goes to its lane; nothing of the cycle before is under way any more."""
+        run, self._n_runs = self._n_runs, self._n_runs + 1
+        self._before[run] = frozenset()
+        self.frames.known = (self.now, frozenset(), self._over)
+        self.moved_bytes[task.lane] += task.n_bytes
+        if self.lanes is not None:
+            self.lanes.start(run, task, follows)
+        return run

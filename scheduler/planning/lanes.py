@@ -1,34 +1,29 @@
-"""When ops and moves begin and end, given bandwidths: three lanes, compute, ssd_read, ssd_write. Pure.
+"""When ops and tasks begin and end, given bandwidths: all lanes on one clock. Pure.
 
-Each serves in order: ops in the order of the trace, loads and stores in the order of the plan. So the order of events
-never depends on how long one takes, and each begins at the latest of what it waits for:
+Each lane serves in order: ops in the order of the trace, tasks in the order of the plan. So the order of events never
+depends on how long one takes, and each begins at the latest of what it waits for:
 
-    op       the op before has ended; its loads have; the copies out of what it changes have
-    load     the op that triggers it has been reached; the load before has its window; every tenant of its own has been
-             stored; then ssd_read is free
-    store    the op that triggers it has been reached; ssd_write is free
+    op       the op before has ended; so have the tasks that it waits for
+    task     the op that triggers it has been reached, or is over; all tasks that it follows are; the task before it
+             could begin; then the lane is free
 
-A load of frames alone (`fresh`) needs its window and no lane. Times are whole nanoseconds, rounded up.
+A task of frames alone (``fresh``), or with nothing to do, takes no time and needs no lane. Times are whole nanoseconds,
+rounded up.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from pagemem.frames.page import TensorId
-from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.task import Lane
-from scheduler.planning.trace import AccessMode, Op
+from scheduler.planning.machine import Machine
+from scheduler.planning.task import Lane, Task
+from scheduler.planning.trace import Op
 
 NS: Final = 1_000_000_000
-
-
-#: The lanes that are followed here.
-LANES: Final = (Lane.COMPUTE, Lane.SSD_READ, Lane.SSD_WRITE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +43,13 @@ class SimulatedWait:
     lane: Lane
 
 
-@dataclass(slots=True)
-class Times:
-    """A tensor's times. ``by`` is the lane that made ``ready_ns`` as late as it is."""
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A run of a task: when it ends, and the lane that makes that as late as it is."""
 
-    ready_ns: int = 0
-    by: Lane = Lane.SSD_READ
-    stored_ns: int = 0
+    at_ns: int
+    by: Lane
+    tensor: TensorId
 
 
 def _ceil_ns(seconds: float) -> int:
@@ -63,66 +58,63 @@ def _ceil_ns(seconds: float) -> int:
 
 @dataclass(slots=True)
 class SimulatedLanes:
-    """The three lanes and the clock of the training thread, told of each move and op of a replay.
+    """The lanes and the clock of the training thread, told of each task and op of a replay.
 
     Attributes:
-        window_ns: when the last load's window was free; ``window_by`` is the lane that made it so late.
+        runs: ends of tasks, by the number that the replay gave each run of one.
+        head_ns: when the last task of each lane could begin, but for the lane itself.
+        op_ended_ns: of the last op. now_ns: when the training thread is where the replay is.
         waits: of the ops since the list was last replaced.
     """
 
-    n_bytes: Mapping[TensorId, int]
-    tier: TierSpec
-    times: dict[TensorId, Times] = field(default_factory=lambda: defaultdict(Times))
-    free_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(LANES, 0))
-    busy_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(LANES, 0))
+    machine: Machine
+    runs: dict[int, Ended] = field(default_factory=dict)
+    free_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
+    head_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
+    busy_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
     now_ns: int = 0
-    window_ns: int = 0
-    window_by: Lane = Lane.SSD_READ
     waits: list[SimulatedWait] = field(default_factory=list)
 
-    def serve(self, lane: Lane, tensor: TensorId, from_ns: int) -> int:
-        """Move a tensor over a lane, at ``from_ns`` or once the lane is free; returns when that is over."""
-        bytes_per_s = self.tier.read_bytes_per_s if lane is Lane.SSD_READ else self.tier.write_bytes_per_s
-        takes_ns = _ceil_ns(self.n_bytes[tensor] / bytes_per_s)
-        self.free_ns[lane] = max(self.free_ns[lane], from_ns) + takes_ns
-        self.busy_ns[lane] += takes_ns
-        return self.free_ns[lane]
+    def start(
+        self, run: int, task: Task, follows: Iterable[int], duration_s: float | None = None, *, needs_lane: bool = True
+    ) -> None:
+        """A task goes to its lane.
 
-    def store(self, tensor: TensorId) -> None:
-        """A changed tensor is copied out."""
-        self.times[tensor].stored_ns = self.serve(Lane.SSD_WRITE, tensor, self.now_ns)
+        Args:
+            follows: runs of tasks. duration_s: its own; None: what its bytes take. needs_lane: whether it has anything
+                to do.
+        """
+        lane, begin_ns, by = task.lane, self.now_ns, task.lane
+        for other in follows:
+            ended = self.runs.get(other)
+            if ended is not None and ended.at_ns > begin_ns:
+                begin_ns, by = ended.at_ns, ended.by
+        if self.head_ns[lane] > begin_ns:
+            begin_ns, by = self.head_ns[lane], lane
+        self.head_ns[lane] = begin_ns
+        takes_ns = _ceil_ns(self.machine.seconds(lane, task.n_bytes) if duration_s is None else duration_s)
+        if needs_lane:
+            if self.free_ns[lane] > begin_ns:
+                begin_ns, by = self.free_ns[lane], lane
+            self.free_ns[lane] = begin_ns = begin_ns + takes_ns
+            self.busy_ns[lane] += takes_ns
+        self.runs[run] = Ended(begin_ns, by, task.tensor)
 
-    def leave(self, tenants: Collection[TensorId]) -> None:
-        """Tenants leave the window of the next load."""
-        # The loads before the next one have their windows already: the lane starts them in order.
-        if self.now_ns >= self.window_ns:
-            self.window_ns, self.window_by = self.now_ns, Lane.SSD_READ
-        for tenant in sorted(tenants):
-            if self.times[tenant].stored_ns > self.window_ns:
-                self.window_ns, self.window_by = self.times[tenant].stored_ns, Lane.SSD_WRITE
-
-    def load(self, tensor: TensorId, *, fresh: bool) -> None:
-        """A tensor comes into the window that was left."""
-        times = self.times[tensor]
-        times.ready_ns, times.by = self.window_ns, self.window_by
-        if not fresh:
-            if self.free_ns[Lane.SSD_READ] > self.window_ns:
-                times.by = Lane.SSD_READ
-            times.ready_ns = self.serve(Lane.SSD_READ, tensor, self.window_ns)
-
-    def perform(self, op: Op, position: int) -> None:
-        """An op of the cycle waits for its tensors and runs."""
-        begin_ns, cause, by = self.now_ns, None, Lane.COMPUTE
-        for access in op.accesses:
-            times = self.times[access.tensor]
-            moves = [(times.ready_ns, times.by)]
-            if access.mode is not AccessMode.READ:
-                moves.append((times.stored_ns, Lane.SSD_WRITE))
-            for ready_ns, lane in moves:
-                if ready_ns > begin_ns:
-                    begin_ns, cause, by = ready_ns, access.tensor, lane
-        if cause is not None:
-            self.waits.append(SimulatedWait(position, op.name, (begin_ns - self.now_ns) / NS, cause, by))
+    def perform(self, op: Op, position: int, waits_for: Iterable[int]) -> None:
+        """An op of compute waits for runs of tasks and runs."""
+        begin_ns, last = self.now_ns, None
+        for run in waits_for:
+            ended = self.runs.get(run)
+            if ended is not None and ended.at_ns > begin_ns:
+                begin_ns, last = ended.at_ns, ended
+        if last is not None:
+            seconds = (begin_ns - self.now_ns) / NS
+            self.waits.append(SimulatedWait(position, op.name, seconds, last.tensor, last.by))
         takes_ns = _ceil_ns(op.duration_s)
         self.busy_ns[Lane.COMPUTE] += takes_ns
         self.now_ns = begin_ns + takes_ns
+
+    def forget(self, known_over: Iterable[int]) -> None:
+        """Nobody will ask for these runs any more."""
+        for run in known_over:
+            self.runs.pop(run, None)

@@ -19,7 +19,12 @@ NO_FRAME: Final = FrameId(-1)
 
 
 class TaskKind(enum.Enum):
-    """What a task does to a tensor."""
+    """What a task does to a tensor.
+
+    LOAD and STORE: page files and host memory. UPLOAD and DOWNLOAD: host memory and a device. GATHER: makes a tensor of
+    the shards of all ranks; REDUCE_SCATTER: the own shard of the sum of all ranks' tensors. UPDATE: a worker changes it
+    beside compute. DROP: its frames are emptied, for something that is known at run time only.
+    """
 
     # Members are single: enum's own hash, of the name, is a Python call.
     __hash__ = object.__hash__
@@ -59,8 +64,9 @@ class Task:
         tier: where its content is after.
         lane: who does it.
         n_bytes: of the tensor. A ``fresh`` task moves none of them.
-        trigger: the op of the cycle that lets it start.
-        frame: the first frame that the tensor gets in ``tier``; `NO_FRAME` where it gets none.
+        trigger: the op of the cycle that lets it start: when it begins or, ``behind`` it, when it is over.
+        frame: the first frame in ``tier`` that the content comes to; `NO_FRAME` where it comes to none: to page files,
+            or to memory that is not paged.
         needed_at: the op that waits for its end; `NO_OP` where none does. It may lie in the next cycle (``>=
             len(keys)``): the reader runs ahead of the step's end.
         fresh: only the frames are wanted, not the content.
@@ -76,6 +82,7 @@ class Task:
     frame: FrameId = NO_FRAME
     needed_at: int = NO_OP
     fresh: bool = False
+    behind: bool = False
     after: tuple[int, ...] = ()
 
 

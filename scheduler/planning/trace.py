@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from pagemem.frames.page import TensorId
+from pagemem.tier import Tier
+from scheduler.planning.task import Lane, TaskKind
 
 
 class OpKind(enum.Enum):
@@ -54,10 +56,33 @@ ENDS: Final = frozenset({AccessMode.CONSUME, AccessMode.RENEW})
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One tensor used by one op."""
+    """One tensor used by one op.
+
+    Attributes:
+        tier: where it is used. A copy in another tier is another tensor.
+        via: what moves the bytes where the op does not touch the tensor itself. CREATE via DOWNLOAD or REDUCE_SCATTER:
+            they arrive after the op, from what it CONSUMEs or from memory that is not paged. READ or CONSUME via
+            UPLOAD: they are copied up for the op, out of the paged memory.
+    """
 
     tensor: TensorId
     mode: AccessMode
+    tier: Tier = Tier.HOST
+    via: TaskKind | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conditional:
+    """Tensors of which an op uses some, known just before it: experts, or rows of a table.
+
+    Attributes:
+        tensors: those that it may use, none of which is among its accesses.
+        k: how many it uses as a rule; the plan keeps room for the ``k`` largest.
+    """
+
+    tensors: tuple[TensorId, ...]
+    k: int
+    tier: Tier = Tier.HOST
 
 
 #: Identifies an op across steps: the same key at the same place of the next step means the step did not change.
@@ -72,6 +97,9 @@ class Op:
         duration_s: from when its tensors are usable to the next op's beginning; waits are not part of it.
         until: index of the last op during which a view that this op handed out was still alive (its own index when
             nothing outlived it). The tensors cannot move before.
+        lane: COMPUTE, or UPDATE for an update that a worker makes beside compute: it begins when the op before it is
+            over, its tensors are there and the update before it is made; later ops that use what it changes wait.
+        conditional: tensors of which it uses some.
     """
 
     key: OpKey
@@ -79,6 +107,8 @@ class Op:
     accesses: tuple[Access, ...]
     duration_s: float = 0.0
     until: int = 0
+    lane: Lane = Lane.COMPUTE
+    conditional: Conditional | None = None
 
     @property
     def kind(self) -> OpKind:
@@ -99,8 +129,8 @@ class Trace:
 
     @property
     def compute_s(self) -> float:
-        """Seconds of all ops, without waits."""
-        return sum(op.duration_s for op in self.ops)
+        """Seconds of all ops of compute, without waits."""
+        return sum(op.duration_s for op in self.ops if op.lane is Lane.COMPUTE)
 
     def take_durations(self, earlier: Trace) -> None:
         """Have ops that were not timed last as long as they did in an earlier step, as far as the two begin alike."""

@@ -7,9 +7,9 @@ import random
 import pytest
 
 from pagemem.frames.page import TensorId
+from scheduler.lookahead.planner import make_plan
 from scheduler.planning.bounds import check_bounds
-from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.planner import make_plan
+from scheduler.planning.machine import TierSpec
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 PAGE_BYTES = 1 << 16

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pagemem.knobs import MANY_TENANTS
-from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.planner import make_plan
+from scheduler.lookahead.planner import make_plan
+from scheduler.planning.machine import TierSpec
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 PAGE_BYTES = 1 << 16

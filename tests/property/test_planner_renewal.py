@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from replays import bytes_a_step
 
 from pagemem.frames.page import TensorId
+from scheduler.lookahead.planner import make_plan
 from scheduler.planning.bounds import PlanError, check_bounds
-from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.plan import by_trigger
-from scheduler.planning.planner import make_plan
+from scheduler.planning.machine import TierSpec
 from scheduler.planning.simulator import simulate
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
@@ -71,6 +70,6 @@ def test_a_copy_made_too_early_is_found_out() -> None:
     trace, n_bytes, machine = Trace(tuple(ops)), {a: PAGE_BYTES}, TierSpec(1, PAGE_BYTES, 1e9, 1e9)
     plan = make_plan(trace, n_bytes, machine, single_step_cycle=True)
     check_bounds(plan, trace, n_bytes, machine)
-    early = tuple(replace(load, trigger=min(load.trigger, 1)) for load in plan.loads)
+    early = tuple(replace(task, trigger=min(task.trigger, 1)) for task in plan.tasks)
     with pytest.raises(PlanError, match="misses|old"):
-        check_bounds(replace(plan, loads=early, loads_at=by_trigger(early)), trace, n_bytes, machine)
+        check_bounds(replace(plan, tasks=early), trace, n_bytes, machine)

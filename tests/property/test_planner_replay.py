@@ -8,14 +8,15 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replays import host_work
 
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.units import BLOCK_BYTES, KiB
+from scheduler.lookahead.planner import make_plan
 from scheduler.planning.bounds import Replay, check_bounds
-from scheduler.planning.lookahead import TierSpec
+from scheduler.planning.machine import TierSpec
 from scheduler.planning.plan import Plan
-from scheduler.planning.planner import make_plan
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 PAGE_BYTES = 64 * KiB
@@ -46,7 +47,7 @@ class Work:
         return make_plan(self.trace, self.n_bytes, TierSpec(n_frames, PAGE_BYTES, read_bytes_per_s, BYTES_PER_S))
 
     def replay(self, plan: Plan) -> Replay:
-        return Replay(self.trace, plan, self.n_bytes, PAGE_BYTES)
+        return Replay(host_work(plan, self.trace, self.n_bytes), plan)
 
 
 @st.composite

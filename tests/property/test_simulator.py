@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replays import bytes_a_step
+from replays import bytes_a_step, host_plan
 
 from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
+from scheduler.lookahead.planner import make_plan
 from scheduler.planning.bounds import PlanError
-from scheduler.planning.lanes import LANES, SimulatedWait
-from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.plan import Plan, by_trigger
-from scheduler.planning.planner import make_plan
+from scheduler.planning.lanes import SimulatedWait
+from scheduler.planning.machine import TierSpec
+from scheduler.planning.plan import Plan
 from scheduler.planning.simulator import Simulation, simulate
 from scheduler.planning.task import Lane, Task, load_task, store_task
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
@@ -26,7 +26,7 @@ PAGE_BYTES = 64 * KiB
 BYTES_PER_S = PAGE_BYTES / 1e-3
 MODES = {"r": AccessMode.READ, "w": AccessMode.MODIFY, "c": AccessMode.CREATE, "x": AccessMode.CONSUME}
 A, B, C = (TensorId(i) for i in range(3))
-SHARES = dict.fromkeys(LANES, 0.0)
+SHARES = dict.fromkeys(Lane, 0.0)
 
 
 def trace_of(*ops: str, ms: float | tuple[float, ...]) -> Trace:
@@ -47,26 +47,7 @@ def plan_of(
     stores: tuple[Task, ...] = (),
 ) -> Plan:
     """A plan of one step that closes."""
-    carried = tuple(
-        replace(t, trigger=0, needed_at=t.needed_at - len(trace.ops)) for t in loads if t.needed_at >= len(trace.ops)
-    )
-    return Plan(
-        trace.keys,
-        1,
-        n_frames,
-        {t: FrameId(f) for t, f in initial.items()},
-        loads,
-        stores,
-        carried,
-        True,
-        n_frames,
-        0,
-        0,
-        0.0,
-        0.0,
-        by_trigger(loads),
-        by_trigger(stores),
-    )
+    return host_plan(trace, n_frames, initial, (*stores, *loads))
 
 
 def run(plan: Plan, trace: Trace, *, read: float = 1.0, write: float = 1.0) -> Simulation:
@@ -134,7 +115,7 @@ def test_a_load_waits_until_its_frames_are_stored_and_the_lane_says_so() -> None
         SimulatedWait(0, "Aw", 0.003, A, Lane.SSD_WRITE),
         SimulatedWait(1, "Bw", 0.003, B, Lane.SSD_WRITE),
     )
-    assert done.busy == {Lane.COMPUTE: 0.25, Lane.SSD_READ: 0.25, Lane.SSD_WRITE: 0.5}
+    assert done.busy == {**SHARES, Lane.COMPUTE: 0.25, Lane.SSD_READ: 0.25, Lane.SSD_WRITE: 0.5}
     assert done.written_bytes == 2 * PAGE_BYTES
 
 

@@ -25,7 +25,7 @@ from offload.forecast.rehearsal import RehearsalError, rehearsed
 from offload.forecast.report import forecast_rows
 from pagemem.errors import BudgetError
 from scheduler.planning.durations import MEASURED_STEPS
-from scheduler.planning.lookahead import TierSpec
+from scheduler.planning.machine import TierSpec
 from scheduler.planning.simulator import simulate
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "byte_gpt.toml"

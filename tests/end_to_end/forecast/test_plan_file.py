@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def assert_is(content: dict[str, Any], plan: Plan) -> None:
     """A plan's file says what the plan does."""
-    for key, tasks in (("tasks", (*plan.loads, *plan.stores)), ("carried", plan.carried)):
+    for key, tasks in (("tasks", plan.tasks), ("carried", plan.carried)):
         assert content[key] == [task_content(task) for task in tasks]
     assert {int(tensor): frame for tensor, frame in content["initial"].items()} == dict(plan.initial)
     for key in ("closed", "peak_frames", "read_bytes", "written_bytes", "step_s", "compute_s"):

@@ -13,7 +13,7 @@ from tiny_models import CASES
 
 from pagemem import knobs
 from pagemem.residency import tenants
-from scheduler.planning import lookahead as walk
+from scheduler.lookahead import tenants as walk
 
 
 @full_product(

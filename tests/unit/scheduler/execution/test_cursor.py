@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from replays import host_plan
 
 from scheduler.execution.cursor import Advance, Cursor, Divergence
 from scheduler.planning.plan import Plan
-from scheduler.planning.trace import OpKey, OpKind
+from scheduler.planning.trace import Op, OpKey, OpKind, Trace
 
 
 def key(letter: str) -> OpKey:
@@ -16,21 +17,8 @@ def key(letter: str) -> OpKey:
 
 def plan(step: str, n_steps: int = 1, *, closed: bool = True) -> Plan:
     """A plan without moves."""
-    return Plan(
-        keys=tuple(map(key, step)) * n_steps,
-        n_steps=n_steps,
-        n_frames=1,
-        initial={},
-        loads=(),
-        stores=(),
-        carried=(),
-        closed=closed,
-        peak_frames=0,
-        read_bytes=0,
-        written_bytes=0,
-        step_s=0.0,
-        compute_s=0.0,
-    )
+    ops = tuple(Op(key(letter), letter, ()) for letter in step)
+    return host_plan(Trace(ops), 1, {}, n_steps=n_steps, closed=closed)
 
 
 def walked(cursor: Cursor, followed: Plan, letters: str) -> list[Advance | Divergence]:

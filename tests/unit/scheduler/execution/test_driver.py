@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from driver_steps import PLAIN, STEP, planned
+from replays import without
 from training_rig import PAGE_BYTES, Rig, rig
 
 from pagemem.errors import BudgetError
@@ -16,9 +16,10 @@ from pagemem.residency.paged_tensor import Residency
 from pagemem.telemetry.events import EventKind
 from scheduler.execution import tier_planner as planning_module
 from scheduler.execution.plan_follower import Mode
+from scheduler.lookahead.planner import make_plan
 from scheduler.planning.bounds import PlanError
 from scheduler.planning.plan import Plan
-from scheduler.planning.planner import make_plan
+from scheduler.planning.task import TaskKind
 from scheduler.planning.trace import OpKind
 
 
@@ -87,7 +88,7 @@ def test_a_plan_that_does_not_hold_is_never_followed(monkeypatch: pytest.MonkeyP
         plan = make_plan(*arguments, **named)
         assert plan.stores
         made.append(plan)
-        return replace(plan, stores=(), stores_at={})
+        return without(plan, lambda task: task.kind is TaskKind.STORE)
 
     monkeypatch.setattr(planning_module, "make_plan", make_plan_without_stores)
     with rig(2) as r:

@@ -13,9 +13,10 @@ from training_rig import rig
 from pagemem.residency.paged_tensor import Residency
 from scheduler.execution import tier_planner as planning_module
 from scheduler.execution.plan_follower import Mode
+from scheduler.lookahead.cycle import MAX_STEPS
+from scheduler.lookahead.planner import make_plan
 from scheduler.planning.durations import MEASURED_STEPS, Durations
 from scheduler.planning.plan import Plan
-from scheduler.planning.planner import MAX_STEPS, make_plan
 from scheduler.planning.trace import Op, OpKind, Trace, TraceRecorder
 
 # ---- interludes -----------------------------------------------------------------------------------------------------

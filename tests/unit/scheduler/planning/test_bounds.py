@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from replays import bytes_a_step
+from replays import bytes_a_step, host_plan, without
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
+from scheduler.lookahead.planner import make_plan
 from scheduler.planning.bounds import PlanError, check_bounds
-from scheduler.planning.lookahead import TierSpec
-from scheduler.planning.plan import Plan, by_trigger
-from scheduler.planning.planner import make_plan
+from scheduler.planning.machine import TierSpec
+from scheduler.planning.plan import Plan
 from scheduler.planning.task import Task, load_task, store_task
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
@@ -46,28 +46,12 @@ def plan_of(
     loads: tuple[Task, ...] = (),
     stores: tuple[Task, ...] = (),
     *,
-    carried: tuple[Task, ...] = (),
     closed: bool = True,
     peak_frames: int | None = None,
 ) -> Plan:
     """A plan of one step."""
-    return Plan(
-        keys=trace.keys,
-        n_steps=1,
-        n_frames=n_frames,
-        initial={t: FrameId(f) for t, f in initial.items()},
-        loads=loads,
-        stores=stores,
-        carried=carried,
-        closed=closed,
-        peak_frames=n_frames if peak_frames is None else peak_frames,
-        read_bytes=0,
-        written_bytes=0,
-        step_s=0.0,
-        compute_s=0.0,
-        loads_at=by_trigger(loads),
-        stores_at=by_trigger(stores),
-    )
+    tasks = (*stores, *loads)
+    return host_plan(trace, n_frames, initial, tasks, closed=closed, peak_frames=peak_frames)
 
 
 def check(
@@ -101,12 +85,13 @@ def test_peaks_count_the_tensors_that_are_there_at_an_op() -> None:
 
 
 def test_bytes_are_those_of_a_step_where_a_cycle_has_several() -> None:
-    plan = replace(
-        GOOD, keys=TURNS.keys * 2, n_steps=2, loads=(*GOOD.loads, load(A, 0, 2), load(B, 0, 3)),
-        stores=(*GOOD.stores, store(B, 2), store(A, 3)),
-    )  # fmt: skip
-    plan = replace(plan, loads_at=by_trigger(plan.loads), stores_at=by_trigger(plan.stores))
-    assert check(plan, TURNS) == (1, 2 * PAGE_BYTES, 2 * PAGE_BYTES)
+    stores = (store(B, 0), store(A, 1), store(B, 2), store(A, 3))
+    loads = (load(A, 0, 0), load(B, 0, 1), load(A, 0, 2), load(B, 0, 3))
+    assert check(host_plan(TURNS, 1, {A: 0}, (*stores, *loads), n_steps=2), TURNS) == (
+        1,
+        2 * PAGE_BYTES,
+        2 * PAGE_BYTES,
+    )
 
 
 def test_a_plan_that_does_not_close_is_restored_between_cycles() -> None:
@@ -118,7 +103,7 @@ def test_a_plan_that_does_not_close_is_restored_between_cycles() -> None:
     assert check(ends_elsewhere, trace_of("Ar", "Bw"))[1:] == (2 * PAGE_BYTES, PAGE_BYTES)
     with pytest.raises(PlanError, match="^op 2: Ar misses 0$"):
         check(
-            replace(ends_elsewhere, closed=True, stores=(store(B, 0),), stores_at={0: (store(B, 0),)}),
+            plan_of(trace_of("Ar", "Bw"), 1, {A: 0}, (load(B, 0, 1),), (store(B, 0),)),
             trace_of("Ar", "Bw"),
         )
 
@@ -165,7 +150,7 @@ READ = trace_of("Ar", "Br")
             plan_of(TURNS, 1, {A: 0}, (load(A, 0, 0), load(B, 0, 1)), (store(B, 1), store(A, 1))),
             {},
         ),
-        ("op 1: 1 is loaded too late for op 0", READ, plan_of(READ, 2, {A: 0}, (load(B, 1, 1, 0),)), {}),
+        ("op 1: 1 comes too late for op 0", READ, plan_of(READ, 2, {A: 0}, (load(B, 1, 1, 0),)), {}),
         ("op 0: 2 is not for op 1", READ, plan_of(READ, 2, {A: 0, B: 1}, (load(C, 0, 0, 1),)), {}),
         ("op 0: 2 is placed and never used", READ, plan_of(READ, 3, {A: 0, B: 1, C: 2}), {}),
         (
@@ -175,14 +160,25 @@ READ = trace_of("Ar", "Br")
             {},
         ),
         (
-            "op 0: a move is triggered by no op of the cycle",
+            "op 0: a task is triggered by no op of the cycle",
             READ,
             plan_of(READ, 2, {A: 0, B: 1}, (), (store(A, 2),)),
             {},
         ),
         ("op 0: the plan expects other ops", READ, replace(plan_of(READ, 2, {A: 0, B: 1}), keys=READ.keys[::-1]), {}),
         ("op 0: the plan has another number of ops", READ, replace(plan_of(READ, 2, {A: 0, B: 1}), n_steps=2), {}),
-        ("op 0: the moves by op are not those of the plan", TURNS, replace(GOOD, stores_at={}), {}),
+        (
+            "op 0: a task follows one that the plan does not have",
+            TURNS,
+            replace(GOOD, tasks=tuple(replace(task, after=(4,)) for task in GOOD.tasks)),
+            {},
+        ),
+        (
+            "op 1: 0 leaves while a task uses it",
+            TURNS,
+            replace(GOOD, tasks=tuple(replace(task, after=()) for task in GOOD.tasks)),
+            {},
+        ),
         ("op 4: 2 frames are touched, the plan says 1", READ, plan_of(READ, 2, {A: 0, B: 1}, peak_frames=1), {}),
     ],
 )
@@ -193,7 +189,7 @@ def test_the_first_violation_is_named(said: str, trace: Trace, plan: Plan, pages
 
 
 def test_a_plan_for_more_frames_than_there_are_is_refused() -> None:
-    with pytest.raises(PlanError, match="^op 0: the plan has 2 frames, the tier 1$"):
+    with pytest.raises(PlanError, match="^op 0: the plan has 2 frames of host, there are 1$"):
         check_bounds(plan_of(READ, 2, {A: 0, B: 1}), READ, {A: 1, B: 1}, TierSpec(1, PAGE_BYTES, 1e9, 1e9))
 
 
@@ -204,11 +200,9 @@ def test_a_load_taken_out_of_a_planners_plan_is_missed() -> None:
     plan = make_plan(trace, n_bytes, machine)
     check_bounds(plan, trace, n_bytes, machine)
     assert len(plan.loads) > 1 and plan.stores
-    for without in range(len(plan.loads)):
-        loads = plan.loads[:without] + plan.loads[without + 1 :]
+    for left_out in plan.loads:
         with pytest.raises(PlanError):
-            check_bounds(replace(plan, loads=loads, loads_at=by_trigger(loads)), trace, n_bytes, machine)
-    for without in range(len(plan.stores)):
-        stores = plan.stores[:without] + plan.stores[without + 1 :]
+            check_bounds(without(plan, left_out.__eq__), trace, n_bytes, machine)
+    for left_out in plan.stores:
         with pytest.raises(PlanError, match="leaves dirty"):
-            check_bounds(replace(plan, stores=stores, stores_at=by_trigger(stores)), trace, n_bytes, machine)
+            check_bounds(without(plan, left_out.__eq__), trace, n_bytes, machine)

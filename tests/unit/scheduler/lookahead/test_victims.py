@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagemem.frames.page import TensorId
-from scheduler.planning.victims import SETTLED_FIRST, Victims
+from scheduler.lookahead.victims import SETTLED_FIRST, Victims
 
 A, B, C = (TensorId(i) for i in range(3))
 

@@ -1,4 +1,4 @@
-"""Tenants of host memory in the order in which they had best leave: furthest next use first (Belady). Pure.
+"""Tenants of a tier in the order in which they had best leave: furthest next use first (Belady). Pure.
 
 Where memory has thousands of tenants they cannot all be ranked for every load. Two orders are kept instead: of all
 tenants, and of the *settled* ones, whose frames are free to be overwritten because nothing, or nothing any more, has to

@@ -7,15 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from replays import host_work
 
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.units import KiB
 from scheduler import knobs
+from scheduler.lookahead.planner import make_plan
+from scheduler.lookahead.reader import LookaheadReader
 from scheduler.planning.bounds import Replay
-from scheduler.planning.lookahead import LookaheadReader, TierSpec
+from scheduler.planning.machine import TierSpec
 from scheduler.planning.plan import Plan, by_trigger
-from scheduler.planning.planner import make_plan
 from scheduler.planning.task import load_task, store_task
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
@@ -41,7 +43,7 @@ def plan_for(trace: Trace, n_frames: int, pages: dict[str, int] | None = None) -
     """Plan with one page a tensor unless ``pages`` says otherwise; perform three cycles of it."""
     n_bytes = {t: (pages or {}).get(chr(ord("A") + t), 1) * PAGE_BYTES for t in trace.tensors()}
     plan = make_plan(trace, n_bytes, TierSpec(n_frames, PAGE_BYTES, PAGE_BYTES / PAGE_S, PAGE_BYTES / PAGE_S))
-    replay = Replay(trace, plan, n_bytes, PAGE_BYTES)
+    replay = Replay(host_work(plan, trace, n_bytes), plan)
     began = dict(replay.where)
     for _ in range(3):
         moved = replay.bytes_read, replay.bytes_written
@@ -86,7 +88,7 @@ def test_long_steps_are_walked_twice(n_ops: int, n_walks: int, monkeypatch: pyte
         walks.append(LookaheadReader(*arguments))
         return walks[-1]
 
-    monkeypatch.setattr("scheduler.planning.planner.LookaheadReader", counted)
+    monkeypatch.setattr("scheduler.lookahead.cycle.LookaheadReader", counted)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     plan_for(step(*(f"{letters[index % 26]}r" for index in range(n_ops))), 24)
     assert len(walks) == n_walks
