@@ -199,7 +199,7 @@ class Binder:
                 (self.updater.before_use if self.driver.in_step else self.updater.settle)(unit)
                 looks = unit.updated or self.state_copies.copying or not torch.is_grad_enabled()
                 if looks and not in_backward:
-                    self._note_early_use(unit, places)
+                    self.note_early_use(unit, places)
         if self.activations is not None:
             self.activations.flush()
         if in_backward:
@@ -269,7 +269,7 @@ class Binder:
                     if parameter._version != version:
                         self.edits.changed(parameter._place)
 
-    def _note_early_use(self, unit: Unit, places: Iterable[Place]) -> None:
+    def note_early_use(self, unit: Unit, places: Iterable[Place]) -> None:
         """A unit is used outside of a backward pass, perhaps between backward and step, where plain PyTorch has its old
         values.
 

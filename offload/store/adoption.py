@@ -94,13 +94,16 @@ def give_sources(store: PageStore, sources: Sources) -> list[nn.Parameter]:
         StorageError: a file cannot be opened, or is not as it was, or an update or a commit under way fails; what was
             taken until then stays so.
         ValueError: pieces do not fit a parameter; names it.
+        RuntimeError: a parameter has its update of the step under way already. Nothing was taken.
     """
+    whole, sources = sources, of_slices(sources)
+    paged = [parameter for parameter in sources if isinstance(parameter, PagedParameter)]
+    for parameter in paged:
+        store.binder.note_early_use(parameter._place.unit, [parameter._place])
     if store.binder.updater is not None:
         store.binder.updater.drain()
     store.driver.quiesce()
     store.mover.collect_leases()
-    whole, sources = sources, of_slices(sources)
-    paged = [parameter for parameter in sources if isinstance(parameter, PagedParameter)]
     slots = {parameter._place.slot: parameter for parameter in paged}
     pieces = {slot: pieces_in_unit(parameter, slot, sources[parameter]) for slot, parameter in slots.items()}
     units = dict.fromkeys(parameter._place.unit for parameter in paged)

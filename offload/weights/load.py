@@ -38,6 +38,7 @@ def load_weights(model: nn.Module, folder: str | Path, *, strict: bool = True) -
 
     Raises:
         ValueError: the checkpoint does not fit the model; lists every tensor. Nothing was changed.
+        RuntimeError: a step is under way, and parameters have their update of it already. Nothing was changed.
         StorageError, KeyboardInterrupt: the folder has no safetensors files, or one is damaged or cannot be read, or
             Ctrl-C; what was read before stays loaded.
     """

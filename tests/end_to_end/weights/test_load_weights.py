@@ -71,6 +71,33 @@ def test_in_the_middle_of_training(tmp_path: Path) -> None:
     assert_closed(engine)
 
 
+@pytest.mark.parametrize("start", ["auto", "step"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_between_backward_and_step(start: str, at: int, tmp_path: Path) -> None:
+    """As in plain PyTorch, or an error: an update that was made early is never lost."""
+    folder = saved(built(), tmp_path / "weights")
+    plain = other()
+    optimizer = adamw(plain.parameters())
+    refused = False
+    with engine_of(other(), tmp_path, start=start) as engine:
+        for step, batch in enumerate(batches(4)):
+            engine.backward(engine(*batch))
+            plain(*batch).backward()
+            if step == at:
+                try:
+                    offload.load_weights(engine.model, folder)
+                    plain.load_state_dict(built().state_dict())
+                except RuntimeError as error:
+                    assert "its update of this step has been made already" in str(error)
+                    refused = True
+            engine.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert refused is (start == "auto" and at > 0)
+        compare(plain, optimizer, engine.model, engine.optimizer, "in the end")
+    assert_closed(engine)
+
+
 def test_into_16_bits_with_masters(tmp_path: Path) -> None:
     folder = saved(built(), tmp_path / "weights")
     settings = config(tmp_path) | {"model": {"factory": "tiny_models:GPT", "dtype": "bf16"}}
