@@ -259,7 +259,8 @@ def _copy_into(parameter: PagedParameter, values: Tensor) -> None:
     if values.shape != parameter.shape:
         raise RuntimeError(
             f"{name}: .data of shape {tuple(values.shape)} for a paged parameter of shape {tuple(parameter.shape)}; a "
-            "paged parameter keeps its shape"
+            "paged parameter keeps its shape: resize it in plain PyTorch, before it goes to pages (of a checkpoint: "
+            "load it in plain transformers, resize, and save_pretrained to a new folder)"
         )
     if (values.dtype, values.device) != (parameter.dtype, parameter.device):
         raise RuntimeError(

@@ -28,6 +28,11 @@ _DTYPES: Final = {
 }  # fmt: skip
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 _Dtype = Annotated[str, Field(strict=True, pattern=f"^({'|'.join(_DTYPES)})$")]
+#: The file that was opened can still be read, for as long as it is open.
+_UNNAMEABLE: Final = (
+    "a commit would name it, so none can be made; earlier ones need it, too: put the same file back, or save "
+    "model.state_dict() elsewhere before this process ends"
+)
 #: Number of the file, offset and bytes in it, first byte in the tensor, dtype in the file and in the tensor.
 _Piece = tuple[Count, Count, Count, Count, _Dtype, _Dtype]
 
@@ -51,8 +56,14 @@ class ReferencedFile:
         Raises:
             StorageError: it is not.
         """
-        with naming("looking at", file.path):
-            file.check(os.stat(file.path))
+        try:
+            with naming("looking at", file.path):
+                now = os.stat(file.path)
+        except StorageError as error:
+            raise StorageError(f"{error}; {_UNNAMEABLE}") from error
+        if (now.st_ino, now.st_dev) != (file.inode, file.device):
+            raise StorageError(f"{file.path} was replaced since parameters were taken from it; {_UNNAMEABLE}")
+        file.check(now)
         return cls(str(file.path), file.n_bytes, file.mtime_ns, file.inode, digest_of(file))
 
     def find(self, known: Iterable[SourceFile] = (), *, reads: bool = False) -> SourceFile:

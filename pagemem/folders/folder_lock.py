@@ -168,6 +168,7 @@ def _way_out(holder: str) -> str:
     if holder == str(os.getpid()):
         return (
             ", this one: an engine made earlier, as by a notebook cell run twice, still has it. Nothing was changed; "
-            "call that engine's close() (optimizer.engine.close() after offload.prepare), or name another folder."
+            "call that engine's close() (optimizer.engine.close() after offload.prepare; of a model that was loaded "
+            "and has no engine yet, offload.initialize(model, config).close()), or name another folder."
         )
     return ". Nothing was changed; wait for that run to end, close its engine, or name another folder."

@@ -205,14 +205,23 @@ def test_a_base_that_is_cut_in_training_ends_it_in_one_line(tmp_path: Path) -> N
 
 
 def test_a_base_that_is_removed_is_not_committed_by_its_name(tmp_path: Path) -> None:
-    _, path = plain_and_file(tmp_path / "checkpoint")
+    plain, path = plain_and_file(tmp_path / "checkpoint")
     model, optimizer = prepared(settings(tmp_path), path)
     with optimizer.engine as engine:
         train(model, optimizer, range(2))
         engine.save("before")
         kept = path.rename(tmp_path / "kept")
-        with pytest.raises(StorageError, match=rf"looking at {path}: No such file"):
+        with pytest.raises(
+            StorageError, match=rf"looking at {path}: No such file.* save model\.state_dict\(\)"
+        ) as gone:
             engine.save()
+        assert "\n" not in str(gone.value)
+        path.write_bytes(kept.read_bytes())
+        with pytest.raises(StorageError, match=rf"{path} was replaced since .* save model\.state_dict\(\) elsewhere"):
+            engine.save()
+        values = model.state_dict()
+        assert all(torch.equal(value, values[name]) for name, value in plain.base.state_dict(prefix="base.").items())
+        path.unlink()
         assert train(model, optimizer, range(2, 4))
         kept.rename(path)
         engine.save("after")

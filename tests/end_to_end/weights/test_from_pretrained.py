@@ -181,6 +181,23 @@ def test_files_of_a_variant(shard: str, folder: Path, tmp_path: Path) -> None:
             offload.from_pretrained(tmp_path / "fp16", config(tmp_path), variant="fp16")
 
 
+def test_a_loaded_model_is_discarded_as_the_error_says(folder: Path, tmp_path: Path) -> None:
+    model = offload.from_pretrained(folder, config(tmp_path))
+    with pytest.raises(offload.RunDirectoryError, match=r"offload\.initialize\(model, config\)\.close\(\)"):
+        offload.from_pretrained(folder, config(tmp_path))
+    offload.initialize(model, config(tmp_path)).close()
+    offload.initialize(offload.from_pretrained(folder, config(tmp_path)), config(tmp_path)).close()
+
+
+def test_embeddings_are_resized_before(folder: Path, tmp_path: Path) -> None:
+    model = offload.from_pretrained(folder, config(tmp_path))
+    with pytest.raises(RuntimeError, match="resize it in plain PyTorch.*save_pretrained to a new folder"):
+        model.resize_token_embeddings(150)  # type: ignore[operator]
+    expected = dict(built("Llama").named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    offload.initialize(model, config(tmp_path), adamw).close()
+
+
 def test_ctrl_c_ends_a_load_at_once_and_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
