@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import results_csv
 
-SIZES: Final = {"27m": (512, 6), "112m": (768, 14), "357m": (1024, 27)}
+SIZES: Final = {"27m": (512, 6), "112m": (768, 14), "357m": (1024, 27), "2x512": (512, 2), "24x64": (64, 24)}
 VOCAB: Final = 8192
 HYPER: Final[dict[str, Any]] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 _LANGUAGE: Final = 256

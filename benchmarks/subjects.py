@@ -192,15 +192,16 @@ def _answers(a: argparse.Namespace) -> None:
 def _timed_step(subject: PlainTorch | Engine | TorchOffload, number: int, a: argparse.Namespace) -> dict[str, float]:
     x, y = (tensor.to(a.device) for tensor in batch(number, a.batch, a.seq))
     before, disk = subject.counters(), common.disk_bytes()
-    started_s, cpu_s = time.perf_counter(), time.process_time()
+    started_s, cpu_s, thread_s = time.perf_counter(), time.process_time(), time.thread_time()
     loss = subject.step(x, y)
+    thread_s = time.thread_time() - thread_s
     if a.device == "cuda":
         torch.cuda.synchronize()
     step_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
     after, disk_after = subject.counters(), common.disk_bytes()
     moved = {key: after[key] - (0 if key == "recomputed_blocks" else before[key]) for key in after}
     return {
-        "step_s": step_s, "cpu_s": cpu_s, "loss": loss,
+        "step_s": step_s, "cpu_s": cpu_s, "thread_s": thread_s, "loss": loss,
         "disk_read": disk_after[0] - disk[0], "disk_written": disk_after[1] - disk[1], **moved,
     }  # fmt: skip
 

@@ -32,7 +32,7 @@ BARS: Final = {"host": 0.02, "ssd": 0.02, "process": 0.10, "step": 0.10}
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["27m", "112m", "357m"])
     parser.add_argument(
         "--ram-shares",
         nargs="+",
