@@ -67,6 +67,7 @@ class Driver:
         bring = self._bring if lower is None else self._bring_from_below
         self._pinner = Pinner(mover, self._on_demand, bring, self._lane, lower)
         self.follower = PlanFollower(mover, self._lane, self._recorder, self.planner, sink, lower)
+        self._on_demand.make_way = self._make_way
         self._unsettled_steps = 0
         self._recording = True
 
@@ -122,9 +123,7 @@ class Driver:
         with self.mover.changed:
             self.mover.monitor.check()
             self._collect_views()
-            if self._recording:
-                if self.follower.mode is Mode.PLANNED:
-                    self.follower.follow(key)
+            if self._recording and (self.follower.mode is Mode.ON_DEMAND or self.follower.follow(key)):
                 self._recorder.begin(key, name, accesses)
             held = self._pinner.pin(name, [access for access in accesses if access.mode is not AccessMode.RENEW])
         if watcher is not None:
@@ -160,13 +159,13 @@ class Driver:
             if free:
                 self.end([tensor])
 
-    def viewed(self, tensor: PagedTensor) -> bool:
-        """Whether somebody has a view of a tensor."""
-        if not tensor.leases:
+    def viewed(self, tensor: PagedTensor, *, beside: int = 0) -> bool:
+        """Whether somebody has a view of a tensor, ``beside`` as many as are known."""
+        if tensor.leases <= beside:
             return False
         with self.mover.changed:
             self._collect_views()
-            return tensor.leases > 0
+            return tensor.leases > beside
 
     def consume(self, tensor: PagedTensor) -> None:
         """Declare a tensor's content dead, after the op that consumed it has ended."""
@@ -190,6 +189,7 @@ class Driver:
         replanned_above = self.above is not None and self._end_step_above(self.above, repeatable=repeatable)
         with self.mover.changed:
             self._collect_views()
+            repeatable = repeatable and self.follower.records_whole
             if self.follower.end_planned_step():
                 if replanned_above:
                     self.follower.leave(None)
@@ -252,6 +252,7 @@ class Driver:
         close_all(
             *([] if self._lower is None else [self._collect_views_locked]),
             *([] if self.above is None else [self.above.quiesce]),
+            self.follower.let_go,
             self.follower.disturb,
             self.mover.monitor.settle,
         )
@@ -286,6 +287,9 @@ class Driver:
         if self._lower is not None:
             self._lower.write_back_edited()
 
+    def _make_way(self) -> bool:
+        return self.follower.end_rest("no room beside a plan that moves nothing" if self._recording else None)
+
     def _bring_from_below(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
         lower = self._lower
         assert lower is not None
@@ -311,7 +315,7 @@ class Driver:
         self.mover.monitor.wait_until(lambda: usable() or hopeless(), tensor.name, tensor.n_bytes)
         if usable():
             return
-        if self.follower.mode is Mode.PLANNED and self._recording:
+        if self.follower.mode is Mode.PLANNED and self._recording and not self.follower.rests:
             self.follower.leave(f"{name}: the plan has not brought {tensor.name}")
         if not is_usable(tensor, mode):
             self._on_demand.fetch(tensor, name, fresh=mode is AccessMode.CREATE)

@@ -24,11 +24,13 @@ class OnDemand:
 
     Attributes:
         overhead_bytes: what the budget holds beside the arena; part of the budget that an error proposes.
+        make_way: called before a tensor has to leave for another one; returns whether what has to may be chosen anew.
     """
 
     def __init__(self, mover: Mover) -> None:
         self.mover = mover
         self.overhead_bytes = 0
+        self.make_way: Callable[[], bool] = lambda: False
 
     def fetch(self, tensor: PagedTensor, name: str, *, fresh: bool, lowest: bool = False) -> None:
         """Bring one tensor in now, in place of the least recently used ones, and wait for it."""
@@ -63,6 +65,8 @@ class OnDemand:
         tensors = self.mover.tensors
         while True:
             window = self.mover.tenants.choose(tensor.n_frames, cost, least_cost)
+            if (window is None or window.tenants) and self.make_way():
+                continue
             if window is not None:
                 break
             in_flight = [t for t in tensors.values() if t.moving]

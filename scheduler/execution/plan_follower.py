@@ -5,15 +5,21 @@
 
 In PLANNED each op starts the moves the plan triggers there. A step that differs from its trace goes on on demand; its
 record replaces the trace. The plan is made once more with the times of steps that followed it.
+
+A plan that moves nothing need not be followed op by op. Once every tensor is where it has it, the plan *rests*: ops are
+neither followed nor recorded, and those that use others than these tensors are fetched on demand, into free frames.
+Once something has to leave for them, the step leaves the plan.
 """
 
 from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
 from typing import Final
 
 from pagemem.errors import BudgetError
+from pagemem.frames.page import TensorId
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import Residency
 from pagemem.state_machine import StateMachine
@@ -54,6 +60,9 @@ class PlanFollower:
         trace: the step that it was made for, with the durations it was made with; empty without a plan.
         durations: of the ops of steps that followed it; once complete, the plan was made with them.
         planned_steps: that followed a plan. deviations: times that a step left its plan.
+        rests: whether steps follow a plan that moves nothing, so that ops of its tensors may be left out.
+        records_whole: whether all ops of the step under way are recorded.
+        let_go: called before tensors may be moved, also when that ends: nobody of ours is to hold any between two uses.
     """
 
     def __init__(
@@ -71,6 +80,11 @@ class PlanFollower:
         self.durations = Durations()
         self.planned_steps = 0
         self.deviations = 0
+        self.rests = False
+        self.records_whole = True
+        self.let_go: Callable[[], None] = lambda: None
+        self._residents: frozenset[TensorId] = frozenset()
+        self._patience_steps = 1
         self._mover = mover
         self._lane = lane
         self._recorder = recorder
@@ -80,16 +94,22 @@ class PlanFollower:
         self._cursor = Cursor()
         self._steps_of_plan = 0
 
-    def follow(self, key: OpKey) -> None:
-        """Take the step to ``key`` along the plan, starting what it triggers, or leave the plan."""
+    def follow(self, key: OpKey) -> bool:
+        """Take the step to ``key`` along the plan, starting what it triggers, or leave the plan.
+
+        Returns:
+            Whether the op is to be recorded.
+        """
         plan = self.plan
         assert plan is not None
+        if self.rests:
+            return False
         if self._lower is not None and not self._recorder.ops:
             self._lower.step_begins()
         found = self._cursor.advance(plan, key)
         if isinstance(found, Divergence):
             self.leave(found.why)
-            return
+            return True
         if found.restores:
             self._restore_placement(plan)
         for op in self.trace.ops[len(self._recorder.ops) :][: len(found.ops) - 1]:
@@ -106,10 +126,48 @@ class PlanFollower:
                 self._lane.submit(loads)
         if self._lane.stuck:
             self._lane.pump()
+        return True
+
+    def resident_tensors(self) -> frozenset[TensorId]:
+        """Between two steps: the tensors that the plan never moves, which are where it has them; from now on their ops
+        may be left out. None of them where the plan moves some, or is not yet the one that is going to stay."""
+        plan = self.plan
+        if not self.rests and plan is not None and self._may_rest(plan):
+            self.rests, self._residents = True, frozenset(plan.initial)
+        return self._residents if self.rests else frozenset()
+
+    def _may_rest(self, plan: Plan) -> bool:
+        followed = self.mode is Mode.PLANNED and self.durations.complete and not self._cursor.restoring
+        if not followed or self._steps_of_plan < self._patience_steps:
+            return False
+        # Frames for what is made and consumed in a step are found when they are asked for.
+        moves = [task for task in (*plan.loads, *plan.stores, *plan.carried) if not task.fresh]
+        n_frames = sum(self._mover.tensors[tensor].n_frames for tensor in self.trace.tensors())
+        if moves or n_frames > plan.n_frames or self._lower is not None:
+            return False
+        placed = [(self._mover.tensors[tensor], frame) for tensor, frame in plan.initial.items()]
+        return all(tensor.frame == frame and tensor.readable for tensor, frame in placed)
+
+    def end_rest(self, why: str | None) -> bool:
+        """Memory is short: leave the plan if it rests, see `leave`; returns whether it did."""
+        if not self.rests:
+            return False
+        self.leave(why)
+        return True
+
+    def _end_rest(self) -> None:
+        if self.rests:
+            self.rests, self._residents = False, frozenset()
+            self.let_go()
 
     def leave(self, why: str | None) -> None:
         """Go on on demand for the rest of the step; with a reason it counts as a deviation from the trace."""
         self._cancel_loads()
+        if self.rests:
+            self.records_whole = False
+            # Steps of which every few ones need more room would gain nothing by a rest in between.
+            self._steps_of_plan, self._patience_steps = 0, 2 * self._patience_steps
+            self._end_rest()
         self.mode = _MOVES.move(self.mode, Mode.ON_DEMAND)
         if why is not None:
             self.deviations += 1
@@ -122,8 +180,13 @@ class PlanFollower:
 
     def end_planned_step(self) -> bool:
         """End a step that followed the plan to its end; False: it did not."""
+        self.records_whole = True
         if self.mode is not Mode.PLANNED or self.plan is None:
             return False
+        if self.rests:
+            self._recorder.finish(timed=False)
+            self.planned_steps += 1
+            return True
         if not self._cursor.end_step(self.plan):
             self.leave("the step ended early")
             return False
@@ -165,6 +228,7 @@ class PlanFollower:
         self._forget_plan()
 
     def _forget_plan(self) -> None:
+        self._end_rest()
         self.plan, self.trace, self.durations = None, Trace(()), Durations()
 
     def _plan_for(self, trace: Trace) -> None:
