@@ -16,3 +16,7 @@ EXIT_PATIENCE_S: float = 10.0
 #: Adam's learning rate for the mean gradient of n steps is n to this power times one step's. Origin: losses with 2, 3
 #: and 4 merged steps, benchmarks/README.md, "Lock-free updates on a slow disk".
 MERGED_LR_POWER: float = 0.25
+
+#: Bytes of gradients of bound units from which on their updates are made in one call. Larger units are updated one by
+#: one, while their gradients are in a core's cache. Origin: chosen, about the cache of a core.
+BATCH_BYTES: int = 4 << 20

@@ -117,10 +117,11 @@ class AdamRule:
     def apply(self, hyper: Hyper, batch: Batch) -> None:
         """One fused call over all pieces."""
         # Filled where the parameters are: a copy there would be waited for.
-        steps = [
-            torch.full((), float(step + 1), dtype=torch.float32, device=parameter.device)
-            for step, parameter in zip(batch.steps, batch.params, strict=True)
-        ]
+        device = batch.params[0].device
+        of_step = {
+            step: torch.full((), float(step + 1), dtype=torch.float32, device=device) for step in set(batch.steps)
+        }
+        steps = [of_step[step] for step in batch.steps]
         beta1, beta2 = hyper["betas"]
         kernel = torch._fused_adamw_ if self._decoupled else torch._fused_adam_
         kernel(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -158,6 +158,33 @@ class Pending:
     coefficient: torch.Tensor | None
 
 
+class Bound(Protocol):
+    """The parameters of a unit that are views of its pages between uses, too: `optim.exact.bound_unit.BoundUnit`.
+
+    Attributes:
+        is_bare: whether torch uses them without asking anybody.
+        aliased: whether somebody else has a view of their memory, or autograd has saved one of them.
+    """
+
+    is_bare: bool
+
+    @property
+    def aliased(self) -> bool:
+        """See the class."""
+
+    def written(self) -> list[int]:
+        """Numbers of the parameters that were written to since `note_versions`."""
+
+    def count_update(self) -> None:
+        """They have been updated, which torch does not count as it does other writes."""
+
+    def note_versions(self) -> None:
+        """What was written until now is known."""
+
+    def make_asked(self) -> None:
+        """Have every use looked at."""
+
+
 @dataclass(slots=True, eq=False)
 class Unit:
     """Parameters that move together.
@@ -166,6 +193,7 @@ class Unit:
         device: the copy of ``parameters`` that compute uses, where it does not use them in host memory.
         resident_driver: the driver of the device, of a unit whose parameters, masters and states stay in its pages and
             are updated there; None: updates are made in host memory.
+        bound: its parameters, where they are bound between uses, too.
         views: weights saved by autograd that may still be asked for.
         version: updates and edits so far; a saved weight of another version must not be used.
         updated: whether the update of the step under way has been made, before the step's end.
@@ -183,6 +211,7 @@ class Unit:
     gradients: PagedTensor | None = None
     device: PagedTensor | None = None
     resident_driver: Driver | None = None
+    bound: Bound | None = None
     views: Gone[None] = field(default_factory=Gone)
     version: int = 0
     updated: bool = False

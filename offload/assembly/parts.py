@@ -37,7 +37,7 @@ from offload.store.page_store import PageStore
 from offload.store.page_views import adopt_view, check_unviewed
 from offload.store.plan_file import plan_keepers
 from offload.store.store_parts import StoreParts
-from optim.exact.updater import is_eager
+from optim.exact.updater import ExactUpdater, is_eager
 from optim.loss_scale import Scaling
 from optim.optimizer import PagedOptimizer
 from optim.rules import rule_for
@@ -175,6 +175,8 @@ def build_parts(
     trainable = optimizer is None or isinstance(optimizer, OptimizerConfig)
     trims, binder = _trims(config), store.binder
     binder.train(model, updater, activations, saved.scope, structure.check, only_trainable=trainable, trims=trims)
+    if isinstance(updater, ExactUpdater) and activations is None and store.device_tier is None:
+        binder.bindings.follow(model, store.index.units, updater)
     for module in model.modules():
         store.watch_over(module)
     paged_optimizer.attach(updater, step.ended, structure.check, binder.collect_in_hooks)

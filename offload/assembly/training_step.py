@@ -114,6 +114,7 @@ class TrainingStep:
             self._recompute_choice.step_ended()
         for keeper in self._plan_keepers:
             keeper.keep()
+        self._store.binder.bindings.step_ended()
 
     def go_on_from(self, made: int) -> None:
         """Between two steps, of which so many were made."""
@@ -124,12 +125,16 @@ class TrainingStep:
         self.free_failed_backward()
         self._store.binder.collect_in_hooks(False)
         self._updater.abandon()
+        self._store.binder.bindings.step_ended()
         self._micro_batches = 0
 
     def free_failed_backward(self) -> None:
         """Free what a backward pass that failed has left in autograd's queue, which only another one or the end of the
         thread empties."""
-        if any(unit.live_views for unit in self._store.index.units) and torch._C._current_graph_task_id() == -1:
+        saved = any(
+            unit.live_views or (unit.bound is not None and unit.bound.aliased) for unit in self._store.index.units
+        )
+        if saved and torch._C._current_graph_task_id() == -1:
             with torch.inference_mode(False), torch.enable_grad():
                 torch.zeros((), requires_grad=True).clone().backward()  # type: ignore[no-untyped-call]
 

@@ -111,6 +111,7 @@ class Checkpoints:
             )
         self._store.binder.check_structure()
         self._store.binder.without_values.check(self._slots())
+        self._store.binder.bindings.let_go()  # A commit has what is changed copied before.
         with self._updater.consistent(whole=whole):
             if self._store.device_tier is not None:
                 self._store.device_tier.bring_down()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from offload.hooks import MethodHook
 from offload.parameters.binder import Binder
 from offload.parameters.paged_parameter import PagedParameter
-from offload.parameters.tensor_functions import among
+from offload.parameters.tensor_functions import among, is_bare
 
 _LAYERS: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -42,11 +42,12 @@ def keep_fast_paths(model: nn.Module, binder: Binder) -> list[Callable[[], None]
 
 
 def _wrapped(module: nn.Module, owner: nn.Module, binder: Binder, *, binds: bool) -> Callable[[], None]:
-    inner, parameters = module.forward, list(among(PagedParameter, owner.parameters()))
+    inner, paged = module.forward, list(among(PagedParameter, owner.parameters()))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        parameters = [parameter for parameter in paged if not is_bare(parameter)]  # which look ordinary anyway
         _look(parameters, PagedParameter)  # The encoder around this layer may have made them look ordinary.
-        if not parameters or module.training or binder.closed or _needs_grad([*parameters, *args, *kwargs.values()]):
+        if not parameters or module.training or binder.closed or _needs_grad([*paged, *args, *kwargs.values()]):
             return inner(*args, **kwargs)
         with binder.using(parameters) if binds else nullcontext(), _ordinary(parameters):
             return inner(*args, **kwargs)

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from offload.binding.bound_parameter import BoundParameter
 from offload.cutting.cut_parameter import CutParameter
 from offload.parameters.inner_tensors import all_parameters
 from offload.parameters.paged_parameter import PagedParameter
@@ -39,7 +40,8 @@ class Structure:
 
     def _now(self) -> list[object]:
         found = list(chain.from_iterable(entries.values() for entries in self._entries))
-        return [*chain.from_iterable(self._entries), *map(id, found), *map(type, found)]
+        kinds = [PagedParameter if kind is BoundParameter else kind for kind in map(type, found)]
+        return [*chain.from_iterable(self._entries), *map(id, found), *kinds]
 
     def is_known(self) -> bool:
         """Whether every module has the entries that it had."""

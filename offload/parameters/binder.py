@@ -19,9 +19,9 @@ from offload.heap import ForwardEnd, give_back_free_pages
 from offload.hooks import refuse_compilers
 from offload.parameters.edits import Edits
 from offload.parameters.inner_tensors import all_parameters
-from offload.parameters.paged_parameter import PagedParameter, Place, paged_class, plain_class
+from offload.parameters.paged_parameter import BoundBetweenUses, PagedParameter, Place, paged_class, plain_class
 from offload.parameters.state_copies import StateCopies
-from offload.parameters.tensor_functions import EXPORTS, UNCOUNTED, among, no_torch_function
+from offload.parameters.tensor_functions import EXPORTS, UNCOUNTED, among, is_bare, no_torch_function
 from offload.parameters.without_values import WithoutValues, assign
 from optim.gradient_errors import early_use, late_use
 from optim.optimizer import refusing_updater
@@ -42,18 +42,20 @@ class Binder:
     Args:
         driver: brings the pages that compute uses.
         mover: owner of the arena that they are in.
-        edits: notices edits of them; None: those of that arena.
+        bindings: makes what binds units between uses, too.
         device: where that arena is.
 
     Attributes:
         doubted: the model had other parameters in the last forward pass; no gradient may be used before that is
             checked.
         pointed: views of what addresses were given out of in the forward pass under way.
+        bindings: the units that are bound between uses, too.
     """
 
     def __init__(
-        self, driver: Driver, mover: Mover, device: str = "cpu", state_copies: StateCopies | None = None
-    ) -> None:
+        self, driver: Driver, mover: Mover, bindings: Callable[[Binder], BoundBetweenUses], device: str = "cpu",
+        state_copies: StateCopies | None = None,
+    ) -> None:  # fmt: skip
         self.driver = driver
         self.mover = mover
         self.edits = Edits(mover)
@@ -61,20 +63,20 @@ class Binder:
         self.updater: Updater | None = None
         self.root: nn.Module | None = None
         self.activations: SavedActivations | None = None
+        self.owner: object = None
         self.state_copies = state_copies or StateCopies()
         self.without_values = WithoutValues()
         self.pointed: list[Tensor] = []
         self.forwards = 0
-        self.closed = self._forked = self.trims = False
-        self.converting = False
+        self.closed = self._forked = self.trims = self.converting = False
         self.save_hooks: Callable[[], Any] = nullcontext
         self.forward_end = ForwardEnd(self._at_forward_end)
         self.units: dict[TensorId, Unit] = {}
         self.check_structure: Callable[[], None] = lambda: None
-        self.doubted = False
-        self.only_trainable = False
+        self.doubted = self.only_trainable = False
         self.in_hooks: list[Any] = []
-        self.owner: object = None
+        self.bindings = bindings(self)
+        self.state_copies.before_copies = self.bindings.let_go
 
     def compute_on(self, driver: Driver, mover: Mover, device: torch.device, units: Iterable[Unit]) -> None:
         """Bind ``units`` in another mover's arena from now on, on another device."""
@@ -83,16 +85,9 @@ class Binder:
         self.units = {unit.compute.id: unit for unit in units}
 
     def train(
-        self,
-        model: nn.Module,
-        updater: Updater,
-        activations: SavedActivations | None,
-        save_hooks: Callable[[], Any],
-        check_structure: Callable[[], None],
-        *,
-        only_trainable: bool,
-        trims: bool,
-    ) -> None:
+        self, model: nn.Module, updater: Updater, activations: SavedActivations | None,
+        save_hooks: Callable[[], Any], check_structure: Callable[[], None], *, only_trainable: bool, trims: bool,
+    ) -> None:  # fmt: skip
         """Calls belong to training from now on, and gradients go to the updater.
 
         Args:
@@ -130,6 +125,7 @@ class Binder:
             refuse_compilers(parameters[0]._place.slot.name)
         if self.closed:
             raise self.refusal(parameters[0]._place.slot.name)
+        parameters = [parameter for parameter in parameters if not is_bare(parameter)]
         copying = self.state_copies.copying and getattr(func, "__name__", "").partition(".")[0] == "detach"
         with self._scope(), self.bound(parameters):
             self.edits.before_writes(parameters)
@@ -246,7 +242,9 @@ class Binder:
         if parameter is values or self.edits.holds(parameter, values):
             return True
         place = parameter._place
-        if not self.closed and not place.bound and self.driver.viewed(place.unit.compute):
+        bound = place.unit.bound
+        viewed = bound.aliased if bound is not None else not place.bound and self.driver.viewed(place.unit.compute)
+        if viewed and not self.closed:
             raise RuntimeError(
                 f"{place.slot.name}: .data is assigned while a view of the parameter (from .data, .detach(), ...) is "
                 "in use, which would change with it; keep a copy instead (parameter.detach().clone()), or let go of "
@@ -336,11 +334,13 @@ class Binder:
 
     def close(self) -> None:
         """Using any of the parameters raises from now on."""
+        self.bindings.let_go(for_good=True)
         self.closed = True
 
     def disown(self) -> None:
         """In a forked child: the pages are the parent's."""
         self.closed = self._forked = True
+        self.bindings.disown()
         self.updater = refusing_updater()
 
     def refusal(self, name: str) -> RuntimeError:

@@ -101,6 +101,8 @@ class Edits:
         place.unit.version += 1
         place.slot.edited = True
         self._mover.touch(place.unit.compute)
+        if place.unit.bound is not None:
+            place.unit.bound.note_versions()
 
     def exposed(self, parameter: PagedParameter, *, counted: bool, in_pass: bool) -> None:
         """A view was given out that can be written to.

@@ -33,9 +33,41 @@ from offload.parameters.tensor_functions import (
     among,
     no_torch_function,
 )
+from optim.exact.updater import ExactUpdater
 from optim.unit import Slot, Unit
 
 _POST_HOOK: Final = Tensor.register_post_accumulate_grad_hook
+
+
+class BoundBetweenUses(Protocol):
+    """The units that are bound between uses, too: `offload.binding.bindings.Bindings`.
+
+    Attributes:
+        saves_plainly: whether autograd may save parameters as they are.
+    """
+
+    saves_plainly: bool
+
+    def follow(self, model: nn.Module, units: Iterable[Unit], updater: ExactUpdater) -> None:
+        """Bind units of ``units`` from now on."""
+
+    def step_ended(self) -> None:
+        """Bind what stays where it is."""
+
+    def look_at(self, parameter: PagedParameter) -> None:
+        """Have every use of a parameter's unit looked at."""
+
+    def notice(self, unit: Unit) -> None:
+        """Count what was written to parameters of a unit that nobody asks for."""
+
+    def view(self, unit: Unit, offset_bytes: int, dtype: torch.dtype, numel: int) -> Tensor | None:
+        """A flat view of a bound unit's memory; None: it is not bound."""
+
+    def let_go(self, *, for_good: bool = False) -> None:
+        """Bind no unit between uses, until a step's end."""
+
+    def disown(self) -> None:
+        """In a forked child: every use is looked at, and refused."""
 
 
 class ParameterBinder(GradientBinder, Protocol):
@@ -43,9 +75,11 @@ class ParameterBinder(GradientBinder, Protocol):
 
     Attributes:
         owner: the page store.
+        bindings: units that are bound between uses.
     """
 
     owner: object
+    bindings: BoundBetweenUses
 
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[PagedParameter]

@@ -50,7 +50,7 @@ class ParameterGradient:
         self._shown: PagedGradient | None = None
         self._hook_ids: list[int] = []
         self._brought: Tensor | None = None
-        self._was_own = False
+        self._was_own = self._diverted = False
 
     @property
     def _updater(self) -> Updater | None:
@@ -62,6 +62,7 @@ class ParameterGradient:
 
     def get(self, parameter: nn.Parameter) -> Tensor | None:
         """``parameter.grad``."""
+        self._end_diversion()
         found: Tensor | None = GET_GRAD(parameter)
         updater = self._updater
         if found is not None or updater is None:
@@ -86,6 +87,7 @@ class ParameterGradient:
             RuntimeError: its shape, dtype or device is not the parameter's; or the parameter's update of this step has
                 been made.
         """
+        self._end_diversion()
         if value is not None and value is self._shown and self._shown.is_current:
             return  # parameter.grad *= 2 assigns what is there
         if isinstance(value, PagedGradient):
@@ -120,6 +122,7 @@ class ParameterGradient:
 
     def order_hooks(self, parameter: nn.Parameter) -> None:
         """Have our hooks first and last, whatever has been registered."""
+        self._end_diversion()
         hooks: dict[int, Any] = parameter._post_accumulate_grad_hooks
         if not self._hook_ids or len(hooks) == len(self._hook_ids):
             return
@@ -130,6 +133,24 @@ class ParameterGradient:
         # Torch calls them in the order in which they were put in.
         hooks.clear()
         hooks.update({bring: self._bring, **others, take: self._take})
+
+    def may_divert(self, parameter: nn.Parameter) -> bool:
+        """Whether our hook is the only one."""
+        return len(self._hook_ids) == 1 and list(parameter._post_accumulate_grad_hooks or {}) == self._hook_ids
+
+    def divert(self, parameter: nn.Parameter, hook: Callable[[Any], None]) -> None:
+        """Have another hook in the place of ours, which is the only one."""
+        parameter._post_accumulate_grad_hooks[self._hook_ids[0]] = hook
+        self._diverted = True
+
+    def end_diversion(self, parameter: nn.Parameter) -> None:
+        """Have our own hook again."""
+        parameter._post_accumulate_grad_hooks[self._hook_ids[0]] = self._take
+        self._diverted = False
+
+    def _end_diversion(self) -> None:
+        if self._diverted and self._binder.updater is not None:
+            self._binder.updater.catch_up(self._unit)
 
     def _bring(self, arrived: nn.Parameter) -> None:
         """Before the user's hooks."""

@@ -105,9 +105,13 @@ class SavedWeights:
     def _whole(self, parameter: PagedParameter) -> SavedView:
         """Where a whole parameter is, also while it is not bound (an `autograd.Function` saves what it was given)."""
         slot = parameter._place.slot
-        self._binder.edits.notice(parameter._place.unit)
+        self._notice(parameter._place.unit)
         stride = tuple(math.prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape)))
         return SavedView(parameter._place.unit, slot.offset * slot.dtype.itemsize, slot.shape, stride, slot.dtype)
+
+    def _notice(self, unit: Unit) -> None:
+        self._binder.edits.notice(unit)
+        self._binder.bindings.notice(unit)
 
     def _dense(self, saved: Tensor) -> bool:
         return saved.layout is torch.strided and saved.device == self._binder.torch_device and saved.numel() > 0
@@ -125,7 +129,7 @@ class SavedWeights:
             if unit is None or unit.compute.frame is None:
                 return saved.clone()
             start = (frame - unit.compute.frame) * mover.arena.page_bytes + offset
-        self._binder.edits.notice(unit)
+        self._notice(unit)
         return SavedView(unit, start, saved.size(), saved.stride(), saved.dtype)
 
     def unpack(self, packed: Packed) -> Tensor:
@@ -143,18 +147,21 @@ class SavedWeights:
         unit = packed.unit
         if self._binder.closed:
             raise self._binder.refusal(unit.name)
-        self._binder.edits.notice(unit)
+        self._notice(unit)
         if unit.version != packed.version:
             raise RuntimeError(
                 f"{unit.name} has been updated or edited since it was saved for this backward pass (version "
                 f"{packed.version}, now {unit.version}); call backward before optimizer.step() and before edits"
             )
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(packed.size, packed.stride, strict=True))
+        flat = self._binder.bindings.view(unit, packed.offset_bytes, packed.dtype, reach)
+        if flat is not None:
+            return flat.as_strided(packed.size, packed.stride, flat.storage_offset())
         self._binder.forward_end.backward_use()
         driver = self._binder.driver
         key = (OpKind.BACKWARD, (unit.index,))
         held = driver.begin(key, unit.name, [Access(unit.compute.id, AccessMode.READ)])
         try:
-            reach = 1 + sum((size - 1) * stride for size, stride in zip(packed.size, packed.stride, strict=True))
             flat = self._binder.mover.lease(unit.compute, packed.offset_bytes, packed.dtype, reach)
             return flat.as_strided(packed.size, packed.stride)
         finally:
@@ -187,7 +194,7 @@ class SavedWeights:
             self._binder.state_copies.check()
             # torch.func.functional_call has other parameters in the model until the forward pass is over.
             self._binder.doubted = not structure_is_known()
-            context = self.scope()
+            context = nullcontext() if self._binder.bindings.saves_plainly else self.scope()
             context.__enter__()
             stack.append(context)
             self._binder.forwards += 1

@@ -36,10 +36,12 @@ class StateCopies:
     Attributes:
         spill_folder: where the files of large copies are; None: they are in RAM.
         copying: calls of ``state_dict()`` under way, one inside another.
+        before_copies: called before the first of them.
     """
 
     spill_folder: Path | None = None
     copying: int = 0
+    before_copies: Callable[[], None] = lambda: None
     _copies: list[_Copy] = field(default_factory=list)
 
     def watch(self, module: nn.Module) -> list[Callable[[], None]]:
@@ -52,6 +54,7 @@ class StateCopies:
         def before(*_: Any) -> None:
             if not self.copying:
                 self.check()
+                self.before_copies()
             self.copying += 1
 
         def after(*_: Any) -> None:

@@ -85,6 +85,11 @@ REQUIRES_GRAD: Final = frozenset({Tensor.requires_grad_, _TENSOR.requires_grad._
 no_torch_function: Final = torch._C.DisableTorchFunctionSubclass
 
 
+def is_bare(parameter: Tensor) -> bool:
+    """Whether torch uses a parameter without asking: it is ordinary, or bound between uses, too."""
+    return type(parameter).__torch_function__ is torch._C._disabled_torch_function_impl
+
+
 def among(kind: type[AnyTensor], values: Iterable[Any]) -> Iterator[AnyTensor]:
     """Tensors of a class among arguments, and lists and tuples of arguments."""
     for value in values:

@@ -191,6 +191,7 @@ def attach(store: PageStore, watcher: Recorder | None, onward: EventSink) -> Map
 
     In host memory that is whole pages of the arena, and what is reserved outside of it.
     """
+    store.binder.bindings.let_go()  # What is bound between uses is an op of nobody.
     with ExitStack() as locks:
         device = store.device_tier
         if device is not None:

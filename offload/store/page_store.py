@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from offload.binding.bindings import Bindings
 from offload.budget.need import Sizes, check_lockable, cut_for
 from offload.commits.run_commits import EarlierCommits
 from offload.config import Config
@@ -105,7 +106,7 @@ class PageStore:
                 )  # fmt: skip
             undo.pop_all()
         self._neighbours = Neighbours(self.page_bytes)
-        self.binder = Binder(self.driver, self.mover, self.parts.device, StateCopies(self.parts.spill_folder))
+        self.binder = Binder(self.driver, self.mover, Bindings, self.parts.device, StateCopies(self.parts.spill_folder))
         self.binder.owner = self
         made_here = self.mover, self.driver, self.binder, self.index, self.sources
         self.maker = UnitMaker(config, self.page_bytes, self.slice_numel, *made_here, self.parts.device)

@@ -6,8 +6,8 @@ Device-resident units are updated on the device, by kernels that run in order wi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -48,8 +48,18 @@ class UnitUpdate:
                 f"the update of {self._torn.name} was cut off half-way by an error before; go on from the last commit"
             )
 
+    @contextmanager
+    def whole(self, unit: Unit) -> Iterator[None]:
+        """In the block a unit is updated, perhaps with others; what cuts it off leaves the unit torn."""
+        self._torn = unit
+        yield
+        self._torn = None
+
     def run(self, unit: Unit, pending: Pending, *, spent: Sequence[Slot]) -> None:
         """Update a unit with the gradients of which there are bytes; those of ``spent`` are used up by it."""
+        if unit.bound is not None:
+            for number in unit.bound.written():
+                unit.slots[number].edited = True
         self._states.follow_edits(unit)
         used = [slot for slot in unit.slots if slot.group >= 0 and slot.has_bytes]
         if pending.coefficient is not None and len(spent) < len(used):
@@ -64,6 +74,8 @@ class UnitUpdate:
             slot.steps += 1
             slot.norm = None
         unit.version += 1
+        if unit.bound is not None:
+            unit.bound.count_update()
         unit.pending = self._torn = None
         self._store.forget(unit, spent, consumed=True)
         for slot in spent:

@@ -19,6 +19,8 @@ from typing import ClassVar, Literal
 import torch
 
 from optim.clip import check_finite, gradient_norm
+from optim.exact.bound_unit import BoundUnit, Hook
+from optim.exact.bound_updates import BoundUpdates
 from optim.exact.gradient_store import GradientStore
 from optim.exact.unit_update import UnitUpdate
 from optim.gradient_budget import GradientBudget
@@ -28,6 +30,7 @@ from optim.rules import UpdateRule
 from optim.training import Training
 from optim.unit import Grad, Pending, Slot, Unit
 from optim.updater import Updater
+from pagemem.process.closing import close_all
 
 Start = Literal["auto", "step"]
 
@@ -47,6 +50,9 @@ class ExactUpdater(Updater):
         updated: told of each unit whose parameters were updated.
         downloads: queue of gradients on their way from a device; None where gradients are in host memory.
         spill_folder: as for `GradientStore`.
+
+    Attributes:
+        bound: updates of units that are bound between uses.
     """
 
     #: Gradients of parameters that are not optimized are kept in pages, too.
@@ -65,10 +71,60 @@ class ExactUpdater(Updater):
         self._store = GradientStore(training.driver, budget, spill_folder)
         self._update = UnitUpdate(training.driver, rule, self._store, training.sink, updated)
         self._every_slot = training.index.slots(optimized=False)
+        self.bound = BoundUpdates(
+            training.driver.mover, rule, budget, self._use_hypers, self.gradient, updated, self._viewed,
+            self._update.whole, training.sink,
+        )  # fmt: skip
+
+    # ---- bound units -------------------------------------------------------------------------------------------
+
+    def may_bind(self, unit: Unit) -> bool:
+        """Whether a unit's parameters may be bound between uses, of which nobody would tell."""
+        return self._downloads is None and unit.resident_driver is None and unit.pending is None
+
+    def admit(self, unit: Unit, bound: BoundUnit) -> list[Hook] | None:
+        """Between two steps: have a bound unit, whose states stay in memory too, be updated without its pages being
+        asked for: one of which every gradient is foretold to be the only one of its step.
+
+        Returns:
+            A hook for each of its parameters, in the place of ours; None: it is like any other unit.
+        """
+        slots = [slot for slot in unit.slots if slot.group >= 0]
+        single = self._arrivals.foretold and all(slot.expected in (0, 1) for slot in slots)
+        fresh = all(slot.grad in (Grad.NONE, Grad.SPENT) and not slot.arrivals for slot in unit.slots)
+        if not (self._eager and single and fresh and any(slot.expected for slot in slots)):
+            return None
+        edited = any(slot.edited for slot in unit.slots) and any(part.master is not None for part in unit.slices)
+        if edited or unit.touched or unit.pending is not None or bound.aliased or unit.live_views:
+            return None
+        return self.bound.admit(unit, bound)
+
+    def catch_up(self, unit: Unit | None) -> None:
+        """As `Updater.catch_up`; a bound unit whose gradients are looked at is like any other from then on."""
+        super().catch_up(unit)
+        if unit is not None:
+            self.bound.leave(unit)
+
+    def close(self) -> None:
+        """As `Updater.close`."""
+        close_all(self.bound.close, super().close)
+
+    @property
+    def step_under_way(self) -> bool:
+        """As `Updater.step_under_way`."""
+        return super().step_under_way or self.bound.under_way
+
+    def clear(self, *, zeros: bool = False) -> None:
+        """As `Updater.clear`."""
+        if zeros:
+            self.bound.leave_all()
+        super().clear(zeros=zeros)
+        self.bound.clear()
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 
     def _take(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
+        self.bound.leave(unit)
         self._make_pending(unit)
         if not self._arrivals.count(unit, slot, gradient):
             return
@@ -89,11 +145,15 @@ class ExactUpdater(Updater):
             used = [slot for slot in unit.slots if slot.group >= 0 and slot.grad is Grad.HELD]
             self._update.run(unit, Pending(hypers, None), spent=used)
             unit.updated = unit.ended = True
+            if unit.bound is not None:
+                unit.bound.make_asked()
 
     def _viewed(self, unit: Unit) -> bool:
         """Whether somebody has a view of what an update would change: the backward pass may ask for it again."""
         if unit.device is not None and unit.resident_driver is None:
             return False  # Compute has a copy, which is not changed.
+        if unit.bound is not None:
+            return unit.bound.aliased or self._driver.viewed(unit.compute, beside=len(unit.slots))
         return (unit.resident_driver or self._driver).viewed(unit.compute)
 
     def _forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
@@ -130,6 +190,7 @@ class ExactUpdater(Updater):
         if self._downloads is not None:
             self._downloads.end_step()
         self._update.check_whole()
+        self.bound.leave_unfinished()
         hypers = self._begin_step()
         for unit in self._index.units:
             if any(slot.grad is not Grad.NONE for slot in unit.slots):
@@ -168,6 +229,8 @@ class ExactUpdater(Updater):
             # Whether gradients are looked at after the step, the first one shows.
             spent = [s for s in unit.slots if s.group >= 0 and s.has_bytes] if self._arrivals.foretold else []
             self._update.run(unit, pending, spent=spent)
+        elif unit.bound is not None:
+            self._update.run(unit, pending, spent=())  # Nobody may tell of its next use.
         else:
             unit.pending = pending
 
@@ -180,6 +243,7 @@ class ExactUpdater(Updater):
         if self._downloads is not None:
             self._downloads.drop()
         self._update.check_whole()
+        self.bound.clear()
         super().abandon()
 
     def _note_norm(self, total: torch.Tensor) -> None:

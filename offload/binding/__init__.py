@@ -1,0 +1,1 @@
+"""Units that are bound between uses, so that torch need not ask for their parameters."""
