@@ -7,6 +7,7 @@ which copies nothing, and from which ``train(resume_from_checkpoint=...)`` goes 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -36,7 +37,7 @@ _SCHEDULER: Final = "transformers.lr_scheduler"
 class OffloadCallback(transformers.TrainerCallback):
     """Makes a commit with every checkpoint of a Trainer, and goes on from it when the Trainer does.
 
-    With ``save_total_limit`` as many commits are kept, and one more; otherwise all, as of checkpoints. Training thread.
+    A commit is kept as long as its checkpoint, and the last one until the next is made. Training thread.
 
     Raises:
         ValueError: (when training begins) the Trainer's optimizer is not one of `offload.prepare`.
@@ -45,7 +46,7 @@ class OffloadCallback(transformers.TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._saved = 0
+        self._last_name: str | None = None
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
@@ -58,7 +59,6 @@ class OffloadCallback(transformers.TrainerCallback):
         else:
             folder = _folder(args, state.global_step)
             commit = _commit_of(folder, engine.run_id)
-            self._saved = commit["saved"]
             with _random_generators_kept():  # the Trainer puts them back by itself, once its sampler has drawn
                 resumed = engine.resume(commit["name"])
             if resumed is None or resumed.number != commit["number"]:
@@ -66,16 +66,16 @@ class OffloadCallback(transformers.TrainerCallback):
                     f"{folder} belongs to commit {commit['number']}, and the run has a later one in its place; train "
                     "on from a newer checkpoint, or without resume_from_checkpoint in a new ssd.paths"
                 )
+            self._last_name = commit["name"]
 
     def on_save(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
         """Commit, and note in the checkpoint's folder which commit it is."""
         engine = _engine_of(optimizer)
-        self._saved += 1
-        kept = args.save_total_limit
-        name = f"trainer {self._saved % (kept + 1) if kept else self._saved}"
-        number = engine.save(name)
-        content = {"run": engine.run_id, "name": name, "number": number, "saved": self._saved}
         folder = _folder(args, state.global_step)
+        taken = {*_names_in(Path(args.output_dir), but=folder), self._last_name}
+        name = next(name for number in itertools.count(1) if (name := f"trainer {number}") not in taken)
+        content = {"run": engine.run_id, "name": name, "number": engine.save(name)}
+        self._last_name = name
         if args.save_only_model:  # otherwise the Trainer has saved them
             _save_random_states(folder / RANDOM_FILE)
         path = folder / COMMIT_FILE
@@ -125,14 +125,28 @@ def _folder(args: Any, step: int) -> Path:
 
 def _commit_of(folder: Path, run_id: str) -> dict[str, Any]:
     path = folder / COMMIT_FILE
+    commit = _content_of(path)
+    if commit["run"] != run_id:
+        raise CommitError(f"{path} names a commit of run {commit['run']}, and ssd.paths has run {run_id}")
+    return commit
+
+
+def _names_in(output: Path, *, but: Path) -> Iterator[str]:
+    """Names of the commits of all checkpoints but one."""
+    for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMMIT_FILE}"):
+        try:
+            if path.parent != but:
+                yield _content_of(path)["name"]
+        except CommitError:
+            continue  # nothing goes on from such a checkpoint, so its commit is not needed
+
+
+def _content_of(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        commit = {"name": str(found["name"]), "number": int(found["number"]), "saved": int(found["saved"])}
+        return {"run": str(found["run"]), "name": str(found["name"]), "number": int(found["number"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommitError(
             f"{path} cannot be read ({error}), so the optimizer's states of that checkpoint are not known; was it "
             "saved with OffloadCallback?"
         ) from error
-    if found.get("run") != run_id:
-        raise CommitError(f"{path} names a commit of run {found.get('run')}, and ssd.paths has run {run_id}")
-    return commit

@@ -31,7 +31,11 @@ class Generates(transformers.TrainerCallback):  # type: ignore[misc]
             model.train()
 
 
-def arguments_of(out: Path, steps: int, *, commits: bool) -> Any:
+#: The checkpoint with the largest loss stays beside the last one while training, and alone after it.
+WORST = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+
+
+def arguments_of(out: Path, steps: int, *, commits: bool, keep: int) -> Any:
     return transformers.TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -41,7 +45,8 @@ def arguments_of(out: Path, steps: int, *, commits: bool) -> Any:
         eval_strategy="steps",
         eval_steps=2,
         save_steps=2,
-        save_total_limit=2,
+        save_total_limit=keep,
+        **(WORST if keep == 1 else {}),
         save_only_model=commits,
         logging_steps=1,
         report_to=[],
@@ -52,7 +57,14 @@ def arguments_of(out: Path, steps: int, *, commits: bool) -> Any:
 
 
 def trained(
-    out: Path, pages: Path | None, steps: int, *, commits: bool, resume: bool = False, stop: int | None = None
+    out: Path,
+    pages: Path | None,
+    steps: int,
+    *,
+    commits: bool,
+    resume: bool = False,
+    stop: int | None = None,
+    keep: int = 2,
 ) -> tuple[Any, Any]:
     """Weights in the end, and losses, of a run of the Trainer to ``steps``; with ``stop`` by two Trainers, the first
     of which ends there."""
@@ -65,7 +77,7 @@ def trained(
     for last in (steps,) if stop is None else (stop, steps):
         trainer = transformers.Trainer(
             model=model,
-            args=arguments_of(out, last, commits=commits),
+            args=arguments_of(out, last, commits=commits, keep=keep),
             train_dataset=ROWS,
             eval_dataset=ROWS[:4],
             optimizers=(optimizer, transformers.get_constant_schedule_with_warmup(optimizer, 5)),
@@ -93,6 +105,11 @@ for commits in (True, False):
 found, log = trained(folder / "out twice", folder / "pages twice", 6, commits=True, stop=4)
 assert log == expected_log, (log, expected_log)
 assert all(torch.equal(value, found[name]) for name, value in expected.items())
+trained(folder / "out best", folder / "pages best", 6, commits=True, keep=1)
+kept = [int(path.name.rpartition("-")[2]) for path in (folder / "out best").glob("checkpoint-*")]
+assert kept == [2], kept
+_, log = trained(folder / "out best", folder / "pages best", 6, commits=True, keep=1, resume=True)
+assert log == expected_log, (log, expected_log)
 try:
     trained(folder / "out anew", folder / "pages twice", 6, commits=True)
 except offload.CommitError as error:
