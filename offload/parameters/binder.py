@@ -189,6 +189,8 @@ class Binder:
                     "made for, so its pages were given back; build what the engine does not train outside of that "
                     "block"
                 )
+            if unit.bound is not None and unit.updated and self.updater is not None:
+                self.updater.catch_up(unit)  # Nobody has counted its gradients.
             if unit.ended and in_backward:
                 self._refuse_late_use(unit, places)
             if self.updater is not None:

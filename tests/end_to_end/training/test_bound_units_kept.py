@@ -14,6 +14,7 @@ from bound_runs import AT, STEPS, Model, Run, adamw, assert_alike, bound_early
 from torch import Tensor, nn
 
 import offload
+from optim import knobs
 from optim.rules import AdamRule
 from pagemem.errors import StaleGradientError
 
@@ -55,6 +56,42 @@ def test_a_second_use_of_a_weight_in_the_backward_pass_sees_the_old_values(tmp_p
         model.inner = lambda x, model=model, inner=inner: inner(model, Later.apply(x, model.down.weight))
     assert ours.train(AT) == plain.train(AT)
     assert_alike(ours, plain)
+
+
+class Wide(nn.Module):
+    """Layers that are units of their own; ``late`` uses the last one's weight where the backward pass ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.up, self.down = nn.Embedding(16, 160), nn.Linear(160, 160), nn.Linear(160, 160)
+        self.late: Callable[[Tensor], Tensor] = lambda x: x
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.down(torch.tanh(self.up(self.late(self.table(x)))))
+        return made
+
+
+def test_an_unforeseen_use_after_the_update_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unsaved(torch.autograd.Function):
+        """Its backward reads a weight that nobody knows of."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, model: Wide) -> Tensor:
+            ctx.model = model
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            return gradient * ctx.model.down.weight.detach().sum(), None
+
+    monkeypatch.setattr(knobs, "BATCH_BYTES", 1)
+    ours, plain = Run(tmp_path, model=Wide(), memory={"ram": "4MiB", "page": "64KiB"}), Run(None, model=Wide())
+    assert ours.train(0, AT) == plain.train(0, AT)
+    assert ours.is_bound and len(ours.engine.debug.units) > 2
+    ours.model.late = lambda x: Unsaved.apply(x, ours.model)
+    with pytest.raises(RuntimeError, match="used in the backward pass after its gradient was complete"):
+        ours.step(AT)
 
 
 def test_a_graph_older_than_an_update_is_refused(tmp_path: Path) -> None:
