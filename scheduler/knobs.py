@@ -23,6 +23,18 @@ KEPT_SHARES: tuple[float, ...] = (0.4, 0.55, 0.65, 0.75, 0.82)
 ONE_SHARE: float = 0.75
 MANY_OPS: int = 1000
 
+#: Part of the frames that reading ahead of ops on demand may fill with what is not used yet.
+READ_AHEAD_PART: int = 8
+
+#: Tensors beyond the present one that are looked at for reading ahead. Chosen.
+READ_AHEAD_TENSORS: int = 16
+
+#: Uses within which neighbours were used where a pass is seen: a layer's bases and adapters alternate. Chosen.
+RECENT_USES: int = 16
+
+#: Uses after which what was read ahead was not wanted: so many kinds of tensors alternate in an update. Chosen.
+STALE_USES: int = 64
+
 #: Ops from which on a step is long enough for restoring a placement to be a small part of it, so that few steps are
 #: read ahead.
 VERY_MANY_OPS: int = 2500

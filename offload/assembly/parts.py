@@ -159,6 +159,7 @@ def build_parts(
             states.create(unit)
     store.make_resident(sums=not is_eager(scaling, config.update.start) or config.update.accumulation > 1)
     paged_optimizer = PagedOptimizer(template, rule, places, states, store.driver.untraced)
+    store.set_order()
     updater = make_updater(store, rule, paged_optimizer.hypers, scaling, partial(_other_gradients, model))
     undo.append(updater.close)
     keepers = plan_keepers(store)

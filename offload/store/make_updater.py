@@ -1,12 +1,14 @@
 """Makes the updater that a configuration asks for, and divides the RAM budget between it and the schedule.
 
-Exact mode: gradients in flight, and those on their way down from a device | arena.
+Exact mode: gradients in flight, those on their way down from a device, and buffers for files that are read in place
+| arena.
 Lock-free mode: see `offload.budget.lock_free`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from offload.budget.lock_free import LockFreeBudget, UnitSize
 from offload.store.masters import add_masters
@@ -29,6 +31,9 @@ from pagemem.errors import BudgetError
 from pagemem.tier import Tier
 from pagemem.units import format_bytes
 from scheduler.planning.trace import Access, AccessMode, OpKind
+
+#: Part of the budget that buffers of files that are read in place may take: 8 MiB of 512 MiB, four reads of 2 MiB.
+_BUFFER_PART: Final = 64
 
 Hypers = Callable[[], Sequence[Hyper]]
 
@@ -69,7 +74,8 @@ def _make_exact(store: PageStore, rule: UpdateRule, training: Training) -> Updat
 
 
 def divide_exactly(store: PageStore, *, direct: bool, on_their_way: bool = False) -> tuple[int, int]:
-    """Once all units are known: cut the gradients outside the arena out of its share of the budget.
+    """Once all units are known: cut the gradients outside the arena, and buffers for files that are read in place, out
+    of its share of the budget. Without room for the latter such reads stay as short as a page.
 
     Args:
         direct: whether gradients are ever used as autograd made them.
@@ -99,7 +105,12 @@ def divide_exactly(store: PageStore, *, direct: bool, on_their_way: bool = False
         fits = wanted and (left_bytes - largest_bytes) // store.page_bytes >= need_frames
         given_bytes.append(largest_bytes if fits else 0)
         left_bytes -= given_bytes[-1]
-    store.resize_arena(left_bytes // store.page_bytes)
+    buffer_bytes = store.sources.larger_buffers(ram_bytes // _BUFFER_PART)
+    if (left_bytes - buffer_bytes) // store.page_bytes < need_frames:
+        buffer_bytes = 0
+    store.resize_arena((left_bytes - buffer_bytes) // store.page_bytes)
+    if buffer_bytes:
+        store.sources.enlarge_buffers(buffer_bytes)
     return given_bytes[0], given_bytes[1]
 
 

@@ -210,6 +210,17 @@ class PageStore:
         chosen = choose_resident([Candidate.of(unit, sums=sums) for unit in units], tier.mover.arena.n_frames)
         tier.make_resident([units[index] for index in chosen], sums=sums)
 
+    def set_order(self) -> None:
+        """Have what is fetched on demand be read ahead in the model's order, now that all pages are known.
+
+        In lock-free mode that is parameters only: states come and go with the update thread.
+        """
+        tensors = [unit.parameters for unit in self.index.units]
+        if self.config.update.mode == "exact":
+            parts = [part for unit in self.index.units for part in unit.slices]
+            tensors += [tensor for part in parts for tensor in (part.master, part.states) if tensor is not None]
+        self.driver.set_order(tensors)
+
     def forget(self, unit: Unit) -> None:
         """Free the pages of a unit, of which there must be no views. Using its parameters raises from now on."""
         unit.forgotten = True

@@ -281,7 +281,8 @@ class Mover(ABC):
         Args:
             rewrite: what came is whole, but is to be written anew below.
         """
-        self.monitor.ended(error)
+        self.monitor.ended(None if tensor.tentative else error)
+        tensor.tentative = False
         if error is None:
             tensor.become(Residency.CLEAN)
             if rewrite:

@@ -88,6 +88,7 @@ class PagedTensor:
             of none.
         arrived: of the load under way or the last one: [start, end) of the bytes that are there already, in the order
             in which they came; only where somebody asked for it, see `HostMover.on_part`.
+        tentative: nobody hears of it if the load under way fails: whoever wants the tensor loads it again.
         to_store: it is to be stored as soon as what is arriving is there.
         resident: its host frames stay its own for good: it is never moved or dropped.
         pins: uses under way that need the host frames to stay.
@@ -112,6 +113,7 @@ class PagedTensor:
     may_be_aliased: bool = False
     written: Callable[[], bool] | None = None
     arrived: list[tuple[int, int]] = field(default_factory=list)
+    tentative: bool = False
     to_store: bool = False
     resident: bool = False
     pins: int = 0

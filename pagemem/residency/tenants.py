@@ -28,6 +28,7 @@ class Tenants:
 
     Attributes:
         host: who has which frame of ``arena``.
+        latest_use: number of the latest use.
     """
 
     def __init__(self, arena: Arena, tier: Tier, tensors: Mapping[TensorId, PagedTensor]) -> None:
@@ -36,6 +37,7 @@ class Tenants:
         self._tensors = tensors
         self._touched = bytearray(arena.n_frames)
         self._n_set_aside = 0
+        self.latest_use = 0
         self._by_use: dict[TensorId, None] = {}  # tenants, the least recently used first
 
     def droppable(self, tensor_id: TensorId) -> bool:
@@ -48,22 +50,25 @@ class Tenants:
         n_frames: int,
         cost: Callable[[Sequence[TensorId]], Comparable],
         bound: Callable[[TensorId], Comparable] | None = None,
+        movable: Callable[[TensorId], bool] | None = None,
     ) -> Window | None:
-        """The cheapest window of host frames whose tenants are all droppable, or None.
+        """The cheapest window of host frames whose tenants may all leave, or None.
 
         Args:
             bound: what a window with this tenant costs at least, more for those used later; given, windows are looked
                 for near the least recently used tenants if there are very many.
+            movable: whether a tenant may leave; None: if it is droppable.
         """
+        movable = movable or self.droppable
         if bound is not None and len(self.host.placements) > knobs.MANY_TENANTS:
-            near = window_near(self.host, n_frames, self._by_use, self.droppable, cost, bound, self.n_shared_frames)
+            near = window_near(self.host, n_frames, self._by_use, movable, cost, bound, self.n_shared_frames)
             if near is not None:
                 return near
-        return best_window(list(self.host.segments(0, self.n_shared_frames)), n_frames, self.droppable, cost)
+        return best_window(list(self.host.segments(0, self.n_shared_frames)), n_frames, movable, cost)
 
     def used(self, tensor: PagedTensor, number: int) -> None:
         """Note the use of a tensor in host frames; uses are numbered."""
-        tensor.last_use = number
+        tensor.last_use = self.latest_use = number
         self._by_use.pop(tensor.id, None)
         self._by_use[tensor.id] = None
 

@@ -14,7 +14,8 @@ from pagemem.files.stats import IoMeter
 from pagemem.files.threads import IoPool
 from pagemem.files.transfer import Completion, Done, Part, flat_bytes
 from pagemem.sources.source_files import Origin, SourceFile, SourceRead
-from pagemem.sources.source_reader import CHUNK_BYTES, Bounce, Bytes, SourceReader
+from pagemem.sources.source_reader import CHUNK_BYTES, Bounce, Bytes, SourceReader, bounce_bytes
+from pagemem.units import BLOCK_BYTES
 
 
 class _Load:
@@ -52,7 +53,7 @@ class SourceFiles:
     Args:
         meter: counts what is read. throttle: waited for before each read; None: no limit.
         n_threads: reads under way at a time.
-        chunk_bytes: most bytes of a read; each thread has as many for a buffer.
+        chunk_bytes: most bytes of a read; each thread has as many for a buffer, see `enlarge_buffers`.
     """
 
     def __init__(
@@ -86,7 +87,26 @@ class SourceFiles:
             if self._closed:
                 raise StorageError("the source files are closed; nothing can be read from them")
             if self._pool is None:
-                self._pool = IoPool("pagemem-source", self._n_threads, self._serve, self._note_failure, 1)
+                # A thread that waits for tokens has taken them already: whoever comes next waits behind it.
+                n_background = 1 if self._throttle is not None else self._n_threads
+                self._pool = IoPool("pagemem-source", self._n_threads, self._serve, self._note_failure, n_background)
+
+    def larger_buffers(self, most_bytes: int) -> int:
+        """Bytes that buffers for longer reads would take, at most ``most_bytes``; 0 where nothing is read, or reads
+        would be no longer."""
+        if self._pool is None or self._chunk_within(most_bytes) <= self.reader.chunk_bytes:
+            return 0
+        return self._n_threads * bounce_bytes(self._chunk_within(most_bytes))
+
+    def enlarge_buffers(self, n_bytes: int) -> None:
+        """Make reads as long as buffers of ``n_bytes`` in all allow, see `larger_buffers`; while no load is under
+        way."""
+        self.reader.chunk_bytes = self._chunk_within(n_bytes)
+        self._bounces.clear()
+
+    def _chunk_within(self, n_bytes: int) -> int:
+        each_bytes = n_bytes // self._n_threads // BLOCK_BYTES * BLOCK_BYTES
+        return min(CHUNK_BYTES, each_bytes - bounce_bytes(0))
 
     def read(
         self, origin: Origin, into: memoryview, done: Done, *, background: bool = False, part: Part | None = None
@@ -136,10 +156,7 @@ class SourceFiles:
                 load.into[begin:end] = 0
                 spans.append((begin, end))
         n_bytes, moved_bytes = read.end_bytes - read.begin_bytes, 0
-        try:
-            bounce = self._bounces.pop()
-        except IndexError:
-            bounce = Bounce(self.reader.chunk_bytes)
+        bounce = self._take_bounce()
         self._meter.begin()
         try:
             if self._throttle is not None:
@@ -151,6 +168,13 @@ class SourceFiles:
             self._bounces.append(bounce)
         if load.part is not None:
             load.part(spans)
+
+    def _take_bounce(self) -> Bounce:
+        """One that no other thread uses; there are as many as threads."""
+        with self._lock:
+            if not self._bounces:
+                self._bounces.extend(Bounce.several(self._n_threads, self.reader.chunk_bytes))
+            return self._bounces.pop()
 
     def _note_failure(self, failure: BaseException) -> None:
         self._failure = self._failure or failure

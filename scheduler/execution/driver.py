@@ -11,7 +11,7 @@ Everything here runs on the training thread; the copies run on the page files' t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from pagemem.process.closing import close_all
@@ -23,6 +23,7 @@ from scheduler.execution.lower_tier import LowerTier
 from scheduler.execution.on_demand import OnDemand
 from scheduler.execution.pinning import Pinner, is_usable
 from scheduler.execution.plan_follower import Mode, PlanFollower
+from scheduler.execution.read_ahead import ReadAhead
 from scheduler.execution.read_lane import ReadLane
 from scheduler.execution.tier_planner import TierPlanner
 from scheduler.execution.wait_explainer import WaitExplainer
@@ -63,7 +64,9 @@ class Driver:
         self._lower = lower
         self._lane = ReadLane(mover)
         self._recorder = TraceRecorder(clock or HostClock())
-        self._on_demand = OnDemand(mover)
+        # What is above another tier is a copy away: loads there begin once the tier below has the tensor.
+        self._read_ahead = ReadAhead(mover) if lower is None else None
+        self._on_demand = OnDemand(mover, self._read_ahead)
         bring = self._bring if lower is None else self._bring_from_below
         self._pinner = Pinner(mover, self._on_demand, bring, self._lane, lower)
         self.follower = PlanFollower(mover, self._lane, self._recorder, self.planner, sink, lower)
@@ -74,6 +77,12 @@ class Driver:
     def put_above(self, driver: Driver) -> None:
         """Have the steps of a driver whose tensors are copied up from here end with this one's."""
         self.above = driver
+
+    def set_order(self, tensors: Iterable[PagedTensor]) -> None:
+        """In which order passes go through tensors, where these are brought here from page files: what is fetched on
+        demand is read ahead in it, or backwards."""
+        if self._read_ahead is not None:
+            self._read_ahead.set_order(tensors)
 
     def set_overhead(self, n_bytes: int) -> None:
         """What the budget holds beside the arena from now on."""
@@ -125,6 +134,8 @@ class Driver:
             self._collect_views()
             if self._recording and (self.follower.mode is Mode.ON_DEMAND or self.follower.follow(key)):
                 self._recorder.begin(key, name, accesses)
+            if self._read_ahead is not None:
+                self._read_ahead.op_begins(access.tensor for access in accesses)
             held = self._pinner.pin(name, [access for access in accesses if access.mode is not AccessMode.RENEW])
         if watcher is not None:
             watcher.begins(key[0].value, name, held[0].name if held else "", sum(tensor.n_bytes for tensor in held))
@@ -299,6 +310,9 @@ class Driver:
             lower.copied([tensor])
 
     def _bring(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
+        planned = self.follower.mode is Mode.PLANNED and self._recording
+        if self._read_ahead is not None and not planned and tensor.frame is not None and mode is not AccessMode.CREATE:
+            self._read_ahead.follow(tensor)
         # Outside a step nobody says whether a tensor is going to be changed.
         if tensor.snapshot_pending and (mode in CHANGES or not self._recording):
             self.mover.make_writable(tensor)
@@ -315,7 +329,7 @@ class Driver:
         self.mover.monitor.wait_until(lambda: usable() or hopeless(), tensor.name, tensor.n_bytes)
         if usable():
             return
-        if self.follower.mode is Mode.PLANNED and self._recording and not self.follower.rests:
+        if planned and not self.follower.rests:
             self.follower.leave(f"{name}: the plan has not brought {tensor.name}")
         if not is_usable(tensor, mode):
             self._on_demand.fetch(tensor, name, fresh=mode is AccessMode.CREATE)

@@ -14,6 +14,7 @@ from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.tier import Tag
 from pagemem.units import format_bytes
+from scheduler.execution.read_ahead import ReadAhead
 
 
 class OnDemand:
@@ -21,14 +22,16 @@ class OnDemand:
 
     Args:
         mover: owner of all residency.
+        read_ahead: is told of tensors that are being brought; None: nothing is read ahead.
 
     Attributes:
         overhead_bytes: what the budget holds beside the arena; part of the budget that an error proposes.
         make_way: called before a tensor has to leave for another one; returns whether what has to may be chosen anew.
     """
 
-    def __init__(self, mover: Mover) -> None:
+    def __init__(self, mover: Mover, read_ahead: ReadAhead | None = None) -> None:
         self.mover = mover
+        self.read_ahead = read_ahead
         self.overhead_bytes = 0
         self.make_way: Callable[[], bool] = lambda: False
 
@@ -49,6 +52,8 @@ class OnDemand:
             self.mover.monitor.check()  # what has failed is not tried for ever
             if tensor.frame is None:
                 self._begin(tensor, name, cost, None if lowest else least_cost, fresh=fresh)
+                if self.read_ahead is not None and not (fresh or lowest):
+                    self.read_ahead.follow(tensor)
             # Who else has a use for it may have begun to bring it, or take it away again.
             self.mover.monitor.wait_until(lambda: tensor.readable or tensor.frame is None, tensor.name, tensor.n_bytes)
 
@@ -87,16 +92,20 @@ class OnDemand:
         if tensor.frame is None:
             return
         self.mover.monitor.wait_until(lambda: tensor.state is not Residency.ARRIVING, tensor.name, tensor.n_bytes)
-        while tensor.state is not Residency.CLEAN or tensor.uploads:  # dirty again, where a sync failed meanwhile
+        # Dirty again, where a sync failed meanwhile; without frames, where it was read ahead and that failed.
+        while tensor.frame is not None and (tensor.state is not Residency.CLEAN or tensor.uploads):
             if tensor.state is Residency.DIRTY:
                 self.mover.start_store(tensor)
             self.mover.monitor.wait_until(
-                lambda: tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads,
+                lambda: (
+                    tensor.frame is None or (tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads)
+                ),
                 tensor.name,
                 tensor.n_bytes,
             )
             self.mover.monitor.check()
-        self.mover.drop(tensor)
+        if tensor.frame is not None:
+            self.mover.drop(tensor)
 
     def _shortage(self, tensor: PagedTensor, name: str) -> BudgetError:
         """The error for a tensor that finds no window although everything movable could leave."""

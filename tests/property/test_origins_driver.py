@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from cross_references import check_mover
@@ -16,6 +17,7 @@ from training_rig import Rig, pattern
 from pagemem.files.stats import IoMeter
 from pagemem.sources.source_files import Origin, SourceFile, SourcePiece
 from pagemem.sources.source_transfers import SourceFiles
+from scheduler import knobs
 
 PAGES = {"A": 1, "B": 2, "C": 1, "D": 3, "E": 1}
 FROM_FILE = "ABCD"
@@ -53,11 +55,22 @@ OPS = st.lists(
 
 
 @settings(max_examples=40)
-@given(steps=st.lists(st.tuples(OPS, st.sampled_from(["", "", "snapshot", "evict"])), min_size=1, max_size=6))
-def test_each_read_sees_what_was_written_last(steps: list[tuple[list[list[tuple[str, str]]], str]]) -> None:
-    with TemporaryDirectory() as folder, closing(SourceFiles(IoMeter(), n_threads=2, chunk_bytes=16384)) as sources:
+@given(
+    steps=st.lists(st.tuples(OPS, st.sampled_from(["", "", "snapshot", "evict"])), min_size=1, max_size=6),
+    order=st.permutations(sorted(PAGES)),
+    ahead=st.sampled_from([1, 2, 6]),
+)
+def test_each_read_sees_what_was_written_last(
+    steps: list[tuple[list[list[tuple[str, str]]], str]], order: list[str], ahead: int
+) -> None:
+    with (
+        TemporaryDirectory() as folder,
+        closing(SourceFiles(IoMeter(), n_threads=2, chunk_bytes=16384)) as sources,
+        patch.object(knobs, "READ_AHEAD_PART", ahead),
+    ):
         rig = Rig(6, "".join(PAGES), PAGES)
         rig.mover.sources = sources
+        rig.driver.set_order(rig.tensors[letter] for letter in order)
         try:
             originate(rig, Path(folder) / "file")
             written: set[str] = set()
