@@ -1,5 +1,5 @@
-"""Loading a checkpoint of a billion parameters: peak memory, bytes moved over the disk's rate, and the first use in
-place.
+"""Loading a checkpoint of a billion parameters: peak memory, bytes moved over the disk's rate, the first use in place,
+and evaluation.
 
     python -m benchmarks.disk.weights
 
@@ -7,6 +7,8 @@ The checkpoint (22 layers of 2048, vocabulary 32,000, bf16, 2.0 GiB) is made in 
 removed afterwards. Each case is a process of its own, with the checkpoint's pages dropped from the page cache before:
 
 - ``read``: `offload.from_pretrained`, then each parameter is brought to RAM once, with nothing computed.
+- ``evaluate``: the first evaluation, of two tokens.
+- ``pages``: an evaluation of two tokens once each parameter was written, so that it comes from page files.
 - ``frozen``: the first step of two tokens, with all but the last norm frozen.
 - ``fine-tune``: the same with all parameters trained: fp32 masters and states are written.
 
@@ -30,12 +32,13 @@ from typing import Any
 
 import torch
 
+import offload
 from benchmarks import common
 from offload.machine.bench_ssd import BenchPlan, Setting, check_target, measure
 from pagemem.units import GiB, MiB, format_bytes, parse_bytes
 
 LAYERS, WIDTH, VOCAB = 22, 2048, 32_000
-CASES = ("read", "frozen", "fine-tune")
+CASES = ("read", "evaluate", "pages", "frozen", "fine-tune")
 
 
 def arguments() -> argparse.Namespace:
@@ -73,8 +76,6 @@ def drop_cache(folder: Path) -> None:
 
 def child(a: argparse.Namespace) -> None:
     """One case; prints one JSON line."""
-    import offload
-
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(a.threads)
@@ -91,17 +92,14 @@ def child(a: argparse.Namespace) -> None:
     engine = offload.initialize(model, config, trained_only)
     found: dict[str, Any] = {"load_s": time.perf_counter() - started_s}
     found |= {f"load_{key}": value for key, value in _use(engine, base_bytes).items()}
+    if a.case == "pages":
+        for parameter in model.parameters():
+            with offload.gathered([parameter]), torch.no_grad():
+                parameter.mul_(1)
+        use(engine, a.case)  # which has to write the last ones
     before = engine.stats()
     started_s = time.perf_counter()
-    if a.case == "read":
-        for parameter in model.parameters():
-            with offload.gathered([parameter]):
-                pass
-    else:
-        tokens = torch.ones(1, 2, dtype=torch.long)
-        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-        engine.step()
-    engine.drain()
+    use(engine, a.case)
     found["use_s"] = time.perf_counter() - started_s
     found |= {f"use_{key}": value for key, value in _use(engine, base_bytes).items()}
     after = engine.stats()
@@ -112,6 +110,22 @@ def child(a: argparse.Namespace) -> None:
     found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     engine.close()
     print(json.dumps(found), flush=True)
+
+
+def use(engine: Any, case: str) -> None:
+    """What is measured of a case."""
+    tokens = torch.ones(1, 2, dtype=torch.long)
+    if case == "read":
+        for parameter in engine.model.parameters():
+            with offload.gathered([parameter]):
+                pass
+    elif case in ("evaluate", "pages"):
+        with torch.no_grad():
+            engine(input_ids=tokens)
+    else:
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+    engine.drain()
 
 
 def trained_only(parameters: Any) -> torch.optim.Optimizer:
@@ -149,7 +163,7 @@ def rows_of(case: str, found: dict[str, Any], read_rate: float, both_rate: float
     moved = found["use_read"] + found["use_written"]
     read, written = format_bytes(found["use_read"]), format_bytes(found["use_written"])
     rate = read_rate if not found["use_written"] else both_rate
-    name = case if case == "read" else f"{case}, the first step"
+    name = f"{case}, the first step" if case in ("frozen", "fine-tune") else case
     return [
         (f"{case}: load", f"{found['load_s']:.1f} s, {format_bytes(found['load_read'] + found['load_written'])} moved"),
         (f"{case}: peak of the load beyond imports and budget", format_bytes(max(0, found["load_peak"] - ram))),
