@@ -32,7 +32,7 @@ from pagemem.tier import Tier
 from pagemem.units import format_bytes
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
-#: Part of the budget that buffers of files that are read in place may take: 8 MiB of 512 MiB, four reads of 2 MiB.
+#: Part of the budget that buffers for files that are read in place may take: 8 MiB of 512 MiB, eight reads of 1 MiB.
 _BUFFER_PART: Final = 64
 
 Hypers = Callable[[], Sequence[Hyper]]

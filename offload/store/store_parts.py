@@ -76,10 +76,10 @@ class StoreParts:
 
     def source_files(self, page_files: PageFiles) -> SourceFiles:
         """Files of others, for parameters that are read where they lie."""
-        chunk_bytes = min(CHUNK_BYTES, page_files.page_bytes)
-        return SourceFiles(
-            page_files.reads, page_files.throttle, n_threads=self.config.ssd.threads, chunk_bytes=chunk_bytes
-        )
+        # Each of these threads copies what it has read: as many as read page files read while as many copy.
+        n_threads = 2 * self.config.ssd.threads
+        chunk_bytes = min(CHUNK_BYTES, page_files.page_bytes) // 2
+        return SourceFiles(page_files.reads, page_files.throttle, n_threads=n_threads, chunk_bytes=chunk_bytes)
 
     def driver(self, mover: Mover, sink: EventSink) -> Driver:
         """The driver of host memory."""
