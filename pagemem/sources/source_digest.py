@@ -42,7 +42,7 @@ def note_digest(file: SourceFile, digest: str) -> None:
 
 def _read(file: SourceFile) -> str:
     digest = xxh3_128(file.n_bytes.to_bytes(8, "little"))
-    bounce, nowhere = Bounce(_CHUNK_BYTES), np.empty(0, dtype=np.uint8)
+    (bounce,), nowhere = Bounce.several(1, _CHUNK_BYTES), np.empty(0, dtype=np.uint8)
     with closing(SourceReader(_CHUNK_BYTES)) as reader:
         reader.open(file)
         for begin_bytes in range(0, file.n_bytes, _CHUNK_BYTES):

@@ -135,7 +135,8 @@ class Driver:
             if self._recording and (self.follower.mode is Mode.ON_DEMAND or self.follower.follow(key)):
                 self._recorder.begin(key, name, accesses)
             if self._read_ahead is not None:
-                self._read_ahead.op_begins(access.tensor for access in accesses)
+                # Of a plan that rests, uses are not seen, and nothing leaves without its being told.
+                self._read_ahead.op_begins((access.tensor for access in accesses), pauses=self.follower.rests)
             held = self._pinner.pin(name, [access for access in accesses if access.mode is not AccessMode.RENEW])
         if watcher is not None:
             watcher.begins(key[0].value, name, held[0].name if held else "", sum(tensor.n_bytes for tensor in held))

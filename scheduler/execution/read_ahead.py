@@ -37,6 +37,7 @@ class ReadAhead:
         self._n_uses = 0
         self._begun: dict[TensorId, int] = {}  # not used since; at which use it was begun
         self._own: frozenset[TensorId] = frozenset()
+        self._pauses = False
 
     def set_order(self, tensors: Iterable[PagedTensor]) -> None:
         """Tensors in the order in which passes go through them, each tag by itself; others are not read ahead."""
@@ -46,9 +47,10 @@ class ReadAhead:
             self._places[tensor.id] = len(order)
             order.append(tensor)
 
-    def op_begins(self, tensors: Iterable[TensorId]) -> None:
-        """An op is going to use these: nothing that is read ahead takes their frames until the next one begins."""
-        self._own = frozenset(tensors)
+    def op_begins(self, tensors: Iterable[TensorId], *, pauses: bool = False) -> None:
+        """An op is going to use these: nothing that is read ahead takes their frames until the next one begins. Where
+        it ``pauses``, nothing is begun for it."""
+        self._own, self._pauses = frozenset(tensors), pauses
 
     def follow(self, tensor: PagedTensor) -> None:
         """A tensor is used, and there or on its way: begin loads of those that are likely to come next."""
@@ -58,7 +60,7 @@ class ReadAhead:
         self._last_uses[tensor.id] = self._n_uses
         self._begun.pop(tensor.id, None)
         # After a failed copy nothing is begun until the training thread knows: the same could fail for ever.
-        if self._mover.monitor.failed:
+        if self._pauses or self._mover.monitor.failed:
             return
         order, place = self._orders[tensor.tag], self._places[tensor.id]
         upwards, downwards = self._came_from(order, place, -1), self._came_from(order, place, 1)

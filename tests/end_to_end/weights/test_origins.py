@@ -30,6 +30,8 @@ from offload.checkpoint.verify import verify_run
 from offload.config import load_config
 from offload.store.adoption import give_sources, page_model
 from offload.store.page_store import PageStore
+from pagemem.sources.source_reader import bounce_bytes
+from pagemem.units import KiB, parse_bytes
 
 MEMORIES: dict[str, dict[str, Any]] = {
     "half on ssd": {},
@@ -92,6 +94,19 @@ def test_what_a_module_writes_through_a_view_counts(tmp_path: Path, memory: str)
         engine.save()
         torch.manual_seed(0)
         assert engine.resume() is not None and same(plain, model)
+
+
+@pytest.mark.parametrize(("ram", "chunk_bytes"), [("640KiB", 32 * KiB), ("64MiB", 248 * KiB)])
+def test_buffers_for_a_file_are_within_the_budget(tmp_path: Path, ram: str, chunk_bytes: int) -> None:
+    """1/64 of it for four threads, where that is more than half a page each."""
+    plain, path = plain_and_file(tmp_path / "checkpoint")
+    model, optimizer = prepared(settings(tmp_path, ram=ram), path)
+    with optimizer.engine as engine:
+        store = engine.debug.store
+        assert store.sources.reader.chunk_bytes == chunk_bytes
+        larger_bytes = 4 * bounce_bytes(chunk_bytes) if ram == "64MiB" else 0
+        assert store.mover.arena.n_bytes + larger_bytes <= parse_bytes(ram)
+        assert train(model, optimizer, range(2)) == train(plain, sgd(plain.parameters()), range(2))
 
 
 def test_lock_free_updates_leave_a_base_alone(tmp_path: Path) -> None:
