@@ -40,9 +40,12 @@ class ReadAhead:
         self._pauses = False
 
     def set_order(self, tensors: Iterable[PagedTensor]) -> None:
-        """Tensors in the order in which passes go through them, each tag by itself; others are not read ahead."""
+        """Tensors in the order in which passes go through them, each tag by itself; others, and those of another mover,
+        are not read ahead."""
         self._orders, self._places = {}, {}
         for tensor in tensors:
+            if self._mover.tensors.get(tensor.id) is not tensor:
+                continue  # a state that stays on the device: ids are unique within a mover only
             order = self._orders.setdefault(tensor.tag, [])
             self._places[tensor.id] = len(order)
             order.append(tensor)

@@ -132,6 +132,14 @@ def test_what_nobody_put_in_order_is_left_alone(gates: Gates) -> None:
     assert found.use("IJK") == "" and found.use("ABC") == "D"
 
 
+def test_tensors_of_another_mover_are_left_out(gates: Gates) -> None:
+    found = Pass(gates)
+    with opened() as others:
+        other = others.stored(7, "other")
+        found.ahead.set_order([other])
+        assert other.id == found.tensors["A"].id and found.use("ABC") == ""
+
+
 def test_a_pass_ends_at_a_tensor_that_is_gone(gates: Gates) -> None:
     found = Pass(gates)
     found.mover.forget(found.tensors["E"])
