@@ -9,7 +9,8 @@ three steps of one sequence of 64 tokens, in a process of its own:
 - ``lora_4bit``: the same, over a base that bitsandbytes quantises to 4 bits while it is read.
 - ``full``: all parameters, with fp32 masters and AdamW's moments.
 
-Peak memory is VmHWM of the whole process: interpreter and imports, RAM budget, activations.
+Peak memory is VmHWM of the whole process: interpreter and imports, RAM budget, activations. Bytes written are those of
+the page files, by what they were written of; *base* are parameters that are not trained.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ import torch
 
 from benchmarks import common
 from benchmarks.disk.weights import LAYERS, in_child, make_checkpoint, trained_only
+from offload.store.page_store import PageStore
+from pagemem.telemetry.events import Event, EventKind
+from pagemem.tier import Tag
 from pagemem.units import MiB, format_bytes
 
 STEPS, TOKENS = 3, 64
@@ -45,6 +50,42 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class WrittenBytes:
+    """Adds up the bytes written to page files, by tensor; a sink of a store's events."""
+
+    def __init__(self, store: PageStore) -> None:
+        self._store = store
+        self._by_name: Counter[str] = Counter()
+        store.counters.onward = self
+
+    def emit(self, event: Event) -> None:
+        """Count a write; I/O threads end writes one at a time for each tensor."""
+        if event.kind is EventKind.WRITE:
+            self._by_name[event.name] += event.n_bytes
+
+    def by_kind(self) -> dict[str, int]:
+        """Bytes so far of the base, of trained parameters, and of their masters, moments and gradients. The engine is
+        drained.
+
+        Raises:
+            RuntimeError: they are not all that the page files have written.
+        """
+        for _ in range(100):
+            found = self._found()
+            if sum(found.values()) == self._store.page_files.writes.n_bytes:
+                return found
+            time.sleep(0.01)  # The thread that ended the last write says so afterwards.
+        raise RuntimeError(f"counted {found}, and the page files {self._store.page_files.writes.n_bytes} bytes")
+
+    def _found(self) -> dict[str, int]:
+        trained = {unit.parameters.name: unit.trained for unit in self._store.index.units}
+        found = dict.fromkeys(["base", *(tag.value for tag in (Tag.PARAM, Tag.MASTER, Tag.MOMENT, Tag.GRAD))], 0)
+        for tensor in list(self._store.mover.tensors.values()):
+            base = tensor.tag is Tag.PARAM and not trained[tensor.name]
+            found["base" if base else tensor.tag.value] += self._by_name[tensor.name]
+        return found
+
+
 def child(a: argparse.Namespace) -> None:
     """One case; prints one JSON line."""
     import offload
@@ -55,11 +96,13 @@ def child(a: argparse.Namespace) -> None:
     config = {"memory": {"ram": CASES[a.case]}, "ssd": {"paths": [f"{a.dir}/pages"]}}
     lora = None if a.case == "full" else {"r": 16, "target_modules": ["q_proj", "v_proj"]}
     started_s = time.perf_counter()
-    with offload.deferred_init(config):
+    with offload.deferred_init(config) as store:
+        written = WrittenBytes(store)
         model = causal_lm(a.checkpoint, lora=lora, four_bit=a.case == "lora_4bit")
     engine = offload.initialize(model, config, trained_only)
     found: dict[str, Any] = {"load_s": time.perf_counter() - started_s, "load_peak": common.status_bytes("VmHWM")}
-    found |= {"load_written": engine.stats().bytes_written, "losses": [], "step_s": []}
+    engine.drain()
+    found |= {"load_written": written.by_kind(), "losses": [], "step_s": []}
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1000, (1, TOKENS + 1), generator=generator)
     for _ in range(STEPS):
@@ -73,7 +116,7 @@ def child(a: argparse.Namespace) -> None:
     stats = engine.stats()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     found |= {
-        "peak": common.status_bytes("VmHWM"), "read": stats.bytes_read, "written": stats.bytes_written,
+        "peak": common.status_bytes("VmHWM"), "read": stats.bytes_read, "written": written.by_kind(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()), "trained": trained,
     }  # fmt: skip
     engine.close()
@@ -90,13 +133,20 @@ def run_case(a: argparse.Namespace, checkpoint: str, case: str) -> dict[str, Any
 def rows_of(case: str, found: dict[str, Any]) -> list[tuple[str, str]]:
     """What a case took, as lines of the table."""
     steps = ", ".join(f"{step_s:.1f}" for step_s in found["step_s"])
+    base_load = found["load_written"]["base"]
     losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
     return [
         (f"{case}: peak (VmHWM), RAM budget", f"{format_bytes(found['peak'])}, {format_bytes(CASES[case])}"),
         (f"{case}: trained parameters", f"{found['trained']:,}"),
         (f"{case}: load, steps", f"{found['load_s']:.1f} s, {steps} s"),
-        (f"{case}: written by the load", format_bytes(found["load_written"])),
-        (f"{case}: read, written in all", f"{format_bytes(found['read'])}, {format_bytes(found['written'])}"),
+        (
+            f"{case}: base bytes written by the load, by the steps",
+            f"{base_load:,}, {found['written']['base'] - base_load:,}",
+        ),
+        (
+            f"{case}: read, written in all",
+            f"{format_bytes(found['read'])}, {format_bytes(sum(found['written'].values()))}",
+        ),
         (f"{case}: losses", losses),
     ]
 

@@ -22,11 +22,11 @@ from offload.checkpoint.checkpoints import Checkpoints
 from offload.config import Config, OptimizerConfig
 from offload.cutting.cut_parameter import CutParameter
 from offload.factories import described
-from offload.heap import give_back_large_blocks, keep_freed_memory, tcache_disabled
+from offload.heap import TRAINING_BYTES, UNPACKING_BYTES, give_back_large_blocks, keep_freed_memory, tcache_disabled
 from offload.modules.checks import check_parameters
 from offload.modules.fast_paths import keep_fast_paths
 from offload.modules.structure import Structure
-from offload.parameters.inner_tensors import all_parameters, owner_of, reveal
+from offload.parameters.inner_tensors import all_parameters, is_packed, is_wrapper, owner_of, reveal
 from offload.parameters.optimizer_template import OptimizerLike, assign_groups, optimized_by, template_of
 from offload.parameters.paged_parameter import PagedParameter
 from offload.parameters.saved_weights import SavedWeights
@@ -174,7 +174,7 @@ def build_parts(
     undo += saved.around_forward(model, structure.is_known)
     undo += keep_fast_paths(model, store.binder)
     trainable = optimizer is None or isinstance(optimizer, OptimizerConfig)
-    trims, binder = _trims(config), store.binder
+    trims, binder = _trims(config, model), store.binder
     binder.train(model, updater, activations, saved.scope, structure.check, only_trainable=trainable, trims=trims)
     if isinstance(updater, ExactUpdater) and activations is None and store.device_tier is None:
         binder.bindings.follow(model, store.index.units, updater)
@@ -224,12 +224,17 @@ def _recompute_choice(
     return RecomputeChoice(blocks, store.driver, limit_bytes)
 
 
-def _trims(config: Config) -> bool:
+def _trims(config: Config, model: nn.Module) -> bool:
     """Whether free pages of the heap are given back in each step; the heap is set accordingly."""
     heap = config.memory.heap
-    trims = heap == "trim" or (heap == "auto" and config.memory.activations is not None and not tcache_disabled())
+    unpacks = any(is_packed(parameter) or is_wrapper(parameter) for parameter in model.parameters())
+    wanted = unpacks or config.memory.activations is not None
+    trims = heap == "trim" or (heap == "auto" and wanted and not tcache_disabled())
     # The process may have been set otherwise by an engine before.
-    (give_back_large_blocks if trims else keep_freed_memory)()
+    if trims:
+        give_back_large_blocks(UNPACKING_BYTES if unpacks else TRAINING_BYTES)
+    else:
+        keep_freed_memory()
     return trims
 
 
