@@ -103,10 +103,10 @@ class MemoryConfig(_Section):
     beside the streamed ones; "never": none, and all updates run in RAM."""
     heap: Literal["auto", "keep", "trim"] = "auto"
     """What happens to heap memory that a step frees: "keep" leaves it with the process for the next step, which is
-    faster; "trim" returns blocks of 32 MiB at once and, where not all pages fit in ``ram``, other free pages once a
-    step. "auto" trims where ``activations`` is set, unless the process was started with
-    ``GLIBC_TUNABLES=glibc.malloc.tcache_count=0``, as ``offload launch`` then starts itself. The setting applies to the
-    whole process."""
+    faster; "trim" returns blocks of 32 MiB, or over quantised weights of 4 MiB, at once and, where not all pages fit
+    in ``ram``, other free pages once a step. "auto" trims where ``activations`` is set and over quantised weights,
+    unless the process was started with ``GLIBC_TUNABLES=glibc.malloc.tcache_count=0``, as ``offload launch`` starts
+    itself where ``activations`` is set. The setting applies to the whole process."""
     page: Annotated[Literal["auto"] | int, BeforeValidator(_page)] = "auto"
     """Page size, a power of two from 64KiB to 64MiB. "auto": about a 128th of ``ram``, up to 256KiB, and
     about a 4096th of large budgets, up to 4MiB."""

@@ -80,10 +80,12 @@ def test_a_merged_model_is_that_of_plain_pytorch(kind: str, pages: dict[str, Any
     model, optimizer = offload.prepare(adapted(base_of(kind)), adamw, pages)
     trained(model, optimizer)
     adapter = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    expected = plain.merge_and_unload().state_dict()
+    assert_equal(expected, model.merge_and_unload().state_dict())
     optimizer.engine.close()
     again = adapted(base_of(kind))
     again.load_state_dict(adapter, strict=False)
-    assert_equal(plain.merge_and_unload().state_dict(), again.merge_and_unload().state_dict())
+    assert_equal(expected, again.merge_and_unload().state_dict())
 
 
 def test_a_quantised_parameter_is_not_trained(pages: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.serialization.config
 import transformers
 
 import offload
@@ -56,6 +57,11 @@ def arguments_of(out: Path, steps: int, *, commits: bool, keep: int) -> Any:
     )
 
 
+def is_mapped(name: str) -> bool:
+    """Whether a file of that name is mapped into this process."""
+    return any(line.endswith(f"/{name}") for line in Path("/proc/self/maps").read_text().splitlines())
+
+
 def trained(
     out: Path,
     pages: Path | None,
@@ -67,13 +73,17 @@ def trained(
     keep: int = 2,
 ) -> tuple[Any, Any]:
     """Weights in the end, and losses, of a run of the Trainer to ``steps``; with ``stop`` by two Trainers, the first
-    of which ends there."""
+    of which ends there. Files that it resumes from are mapped."""
     torch.manual_seed(1)
     model = transformers.LlamaForCausalLM(CONFIG)
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     if pages is not None:
         settings = {"memory": {"ram": "2MiB"}, "ssd": {"paths": [str(pages)]}}
         model, optimizer = offload.prepare(model, lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), settings)
+    loaded: list[bool] = []
+    if pages is not None:
+        loads = optimizer.load_state_dict
+        optimizer.load_state_dict = lambda states: (loaded.append(is_mapped("optimizer.pt")), loads(states))
     for last in (steps,) if stop is None else (stop, steps):
         trainer = transformers.Trainer(
             model=model,
@@ -83,7 +93,9 @@ def trained(
             optimizers=(optimizer, transformers.get_constant_schedule_with_warmup(optimizer, 5)),
             callbacks=[Generates(), *([OffloadCallback()] if commits else [])],
         )
-        trainer.train(resume_from_checkpoint=resume or None)
+        with torch.utils.serialization.config.patch("load.mmap", resume):
+            trainer.train(resume_from_checkpoint=resume or None)
+        assert any(loaded) is (resume and not commits), loaded
         resume = True
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     if pages is not None:
