@@ -12,8 +12,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from offload.cutting.cut_values import shares
 from offload.parameters.paged_gradient import PagedGradient, SpreadGradient
-from offload.parameters.tensor_functions import METADATA, REQUIRES_GRAD, SET_GRAD, no_torch_function
+from offload.parameters.tensor_functions import GET_DATA, METADATA, REQUIRES_GRAD, SET_GRAD, no_torch_function
 from pagemem.files.spilled import SpilledTensor
 
 #: Functions that change each element by itself; names of them that take lists begin with ``_foreach_``.
@@ -26,6 +27,9 @@ _ELEMENTWISE: Final = frozenset(
         "_amp_foreach_non_finite_check_and_unscale_",
     }
 )  # fmt: skip
+#: Functions that give the same gradient again: it has no graph.
+_ITSELF: Final = REQUIRES_GRAD | {Tensor.detach, Tensor.detach_, GET_DATA}
+_ADDRESSES: Final = (Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__)
 _LISTS: Final = ("_foreach_", "_amp_foreach_")
 
 
@@ -49,8 +53,10 @@ class CutGradient(SpreadGradient, Tensor):
                 return func(*args, **named)
         name = getattr(func, "__name__", "")
         first = args[0] if args else None
-        if func is Tensor.detach_ or func in REQUIRES_GRAD:
+        if func in _ITSELF:
             return first
+        if func in _ADDRESSES and isinstance(first, CutGradient):
+            raise RuntimeError(f"{name} of the gradient of a parameter in slices; copy it first, with .grad.clone()")
         if name.startswith(_LISTS) and isinstance(first, (list, tuple)) and len(first) > 1:
             return _one_by_one(func, args, named)
         alone = first[0] if isinstance(first, (list, tuple)) and first else first
@@ -59,7 +65,21 @@ class CutGradient(SpreadGradient, Tensor):
             return _slice_by_slice(func, args, named, alone)
         if name.endswith("_") and not name.endswith("__") and isinstance(alone, CutGradient):
             raise RuntimeError(f"{name} of the gradient of a parameter in slices; assign a changed copy to .grad")
-        return func(*_mapped(args, _whole), **{key: _mapped(value, _whole) for key, value in named.items()})
+        copies: list[tuple[CutGradient, Tensor]] = []
+
+        def whole(value: Any) -> Any:
+            if isinstance(value, CutGradient):
+                copies.append((value, _whole(value)))
+                return copies[-1][1]
+            return value
+
+        result = func(*_mapped(args, whole), **{key: _mapped(value, whole) for key, value in named.items()})
+        for gradient, copy in copies:
+            if isinstance(result, Tensor) and shares(result, copy):
+                binder: Any = gradient._parts[0]._place.binder  # type: ignore[attr-defined]
+                of = gradient._parts[0]._place.slot.name.rpartition("[")[0]  # type: ignore[attr-defined]
+                binder.state_copies.watch_copy(of, "a view of its gradient", result)
+        return result
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -68,10 +88,8 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def _whole(value: Any) -> Any:
-    """All of a gradient."""
-    if not isinstance(value, CutGradient):
-        return value
+def _whole(value: CutGradient) -> Tensor:
+    """A copy of all of a gradient."""
     binder: Any = value._parts[0]._place.binder  # type: ignore[attr-defined]
     copy = SpilledTensor(binder.state_copies.spill_folder, value.shape, value.dtype)
     begin = 0

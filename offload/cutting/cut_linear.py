@@ -129,9 +129,10 @@ def cut_linear(x: Tensor, slices: Sequence[Tensor], bias: Tensor | None, call: C
         x: (..., features). slices: (rows, features) each, paged. bias: (all rows), paged or not.
         call: calls a function with one slice or the bias bound.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
+    kind = "cpu" if x.is_meta else x.device.type  # A rehearsal is of a CPU's step.
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
             return _linear(x.to(dtype), slices, bias, call, dtype)
     return _linear(x, slices, bias, call, None)
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from offload.cutting.cut_embedding import cut_embedding
 from offload.cutting.cut_gradient import assign_gradient, gradient_of
 from offload.cutting.cut_linear import cut_linear
-from offload.cutting.cut_values import binder_of, gathered_copy, name_of, write
+from offload.cutting.cut_values import binder_of, gathered_copy, name_of, shares, write
 from offload.parameters.inner_tensors import SlicedParameter
 from offload.parameters.paged_parameter import PagedParameter, Revealed
 from offload.parameters.tensor_functions import (
@@ -265,17 +265,11 @@ def _swapped_call(func: Any, args: tuple[Any, ...], named: dict[str, Any], cuts:
         if copy._version != versions[id(parameter)]:
             with torch.no_grad():
                 write(parameter, copy)
-        elif isinstance(result, Tensor) and not copy.is_meta and _shares(result, copy):
-            binder_of(parameter).state_copies.watch_copy(name_of(parameter), result)
+        elif isinstance(result, Tensor) and shares(result, copy):
+            binder_of(parameter).state_copies.watch_copy(name_of(parameter), "a view of it", result)
         if result is copy:
             result = parameter
     return result
-
-
-def _shares(one: Tensor, other: Tensor) -> bool:
-    if one.layout is not torch.strided or one.is_meta:
-        return False
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _needs_whole(func: Any, parameter: CutParameter) -> BudgetError:

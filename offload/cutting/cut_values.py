@@ -61,3 +61,10 @@ def gathered_copy(parameter: SlicedParameter) -> Tensor:
     whole = SpilledTensor(binder_of(parameter).state_copies.spill_folder, parameter.shape, parameter.dtype)
     read_into(parameter, whole.put)
     return whole.tensor
+
+
+def shares(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors that are not paged lie in the same memory."""
+    if one.layout is not torch.strided or one.is_meta or other.is_meta:
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -24,6 +24,7 @@ class _Copy:
     """A copy: a tensor without memory that shares its version counter, and the version when it was returned."""
 
     name: str
+    what: str
     copy: weakref.ref[Tensor]
     counter: Tensor
     version: int
@@ -75,16 +76,20 @@ class StateCopies:
             DiskFullError, StorageError: there is no room for the file.
         """
         copy = values.clone() if values.is_meta else spilled_copy(self.spill_folder, values)
-        self.watch_copy(name, copy)
+        self.watch_copy(name, "a tensor of state_dict()", copy)
         return copy
 
-    def watch_copy(self, name: str, copy: Tensor) -> None:
-        """Notice writes to a copy of the parameter of a name."""
+    def watch_copy(self, name: str, what: str, copy: Tensor) -> None:
+        """Notice writes to a copy of the parameter of a name, or of its gradient.
+
+        Args:
+            what: which copy, in words.
+        """
         if not copy.is_inference():  # Those cannot be written to, and have no count.
             with torch._C.DisableTorchFunctionSubclass():
                 counter = copy.detach()
                 counter.data = copy.new_empty(0)
-            self._copies.append(_Copy(name, weakref.ref(copy), counter, counter._version))
+            self._copies.append(_Copy(name, what, weakref.ref(copy), counter, counter._version))
 
     def forget(self) -> None:
         """The model is given all its values anew, perhaps out of these copies."""
@@ -101,7 +106,7 @@ class StateCopies:
         for one in copies:
             if one.counter._version != one.version:
                 raise RuntimeError(
-                    f"{one.name}: a tensor of state_dict() was written to, which changes the parameter in plain "
+                    f"{one.name}: {one.what} was written to, which changes the parameter in plain "
                     "PyTorch, but is a copy here, so the model has its old values; write to the parameter under "
                     "torch.no_grad(), call load_state_dict(), or change a clone"
                 )

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.cutting.cuttable import block_of
 from offload.cutting.make_cut import release
 from offload.modules.checks import check_values
+from offload.parameters.inner_tensors import is_slice
 from offload.sources.transformers_files import FilesOfTransformers
 from offload.sources.unread import UnreadTensor
 from offload.store.new_units import of_slices
@@ -94,9 +95,11 @@ class SetLater:
         on_meta = nn.Parameter(torch.empty(unread.shape, dtype=unread.dtype, device="meta"), unread.requires_grad)
         if not (on_meta.is_floating_point() and self._can_hold(path, on_meta)):
             return _marked_alike(nn.Parameter(source.read(), unread.requires_grad), unread)
-        # What is cut is known by the module, where it is not set yet.
-        blocks = block_of(module, name, on_meta)
-        groups = self._store.cut([(path, on_meta)], blocks)
+        # What is cut is decided by all of the module's parameters, as when they are there together.
+        others = [(key, p) for key, p in module._parameters.items() if p is not None and key != name]
+        together = [(path, on_meta), *((key, p) for key, p in others if p.dtype is on_meta.dtype)]
+        groups = self._store.cut(together, block_of(module, name, on_meta))
+        groups = [group for group in groups if is_slice(group[0][1])] or [[(path, on_meta)]]
         sources = of_slices({on_meta: source.stored.pieces(source.dtype)})
         for group in groups:
             self._store.maker.make(group, sources)

@@ -1,4 +1,4 @@
-"""Checkpoints into parameters in slices: read where they lie, by `offload.from_pretrained` and `offload.load_weights`."""
+"""Checkpoints into parameters in slices: read where they lie (`offload.from_pretrained`, `offload.load_weights`)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from wide_vocabulary import VOCABULARY, WIDTH, WideVocabulary, batches, built
 
 import offload
+from offload.config import load_config
 from offload.cutting.cut_parameter import CutParameter
+from offload.forecast.kernels import CostMode, RatedKernels
+from offload.forecast.rates import Rates
+from offload.forecast.rehearsal import rehearsed
 
 #: The output layer alone, with its gradient and states, takes more than three times as much.
 RAM_BYTES = 6 * PAGE_BYTES
@@ -179,7 +183,7 @@ def test_gradients_can_be_looked_at_clipped_and_assigned(tmp_path: Path) -> None
                 norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.1) for m in (model, plain)]
                 assert torch.equal(*norms)
             elif number == 2:
-                mine.mul_(0.5).clamp_(-1e-3, 1e-3)
+                mine.data.mul_(0.5).clamp_(-1e-3, 1e-3)
                 expected.mul_(0.5).clamp_(-1e-3, 1e-3)
             elif number == 3:
                 model.tok.weight.grad = plain.tok.weight.grad = torch.ones_like(expected)
@@ -190,6 +194,25 @@ def test_gradients_can_be_looked_at_clipped_and_assigned(tmp_path: Path) -> None
             theirs.zero_grad()
             assert model.tok.weight.grad is None
         assert_equal(model, plain)
+
+
+def test_writes_to_copies_are_noticed(tmp_path: Path) -> None:
+    model, (x, y) = built(tied=True), batches(1)[0]
+    with engine_of(model, tmp_path, start="step") as engine:
+        engine.backward(engine(x, y))
+        gradient = model.tok.weight.grad
+        assert gradient is not None
+        with pytest.raises(RuntimeError, match="data_ptr of the gradient of a parameter in slices"):
+            gradient.data_ptr()
+        with pytest.raises(RuntimeError, match="cumsum_ of the gradient of a parameter in slices"):
+            gradient.cumsum_(0)
+        gradient.view(-1)[3] = 1.0
+        with pytest.raises(RuntimeError, match="tok.weight: a view of its gradient was written to"):
+            engine(x, y)
+        engine.abandon_step()
+        model.tok.weight.detach()[3] = 1.0
+        with pytest.raises(RuntimeError, match="tok.weight: a view of it was written to"):
+            engine(x, y)
 
 
 def test_frozen_slices_are_read_alone(tmp_path: Path) -> None:
@@ -280,3 +303,16 @@ def test_closing_makes_no_difference_to_a_model_that_could_not_be_prepared(tmp_p
     with pytest.raises(ValueError, match="commit"):
         offload.prepare(model, adamw, config(tmp_path, ram=RAM_BYTES) | {"commit": {"nothing": 1}})
     assert not any(isinstance(parameter, CutParameter) for parameter in model.parameters())
+
+
+def test_the_forecast_rehearses_slices(tmp_path: Path) -> None:
+    settings = load_config(
+        config(tmp_path, ram=RAM_BYTES)
+        | {"model": {"factory": "unused:unused"}, "train": {"steps": 1, "batch": 2, "seq": 12}}
+    )
+    cost, rates = CostMode(RatedKernels(1.0, 1.0)), Rates(1e9, 1e9, 1e9, 1e9, 1e9)
+    with rehearsed(lambda: WideVocabulary(tied=True, bias=True), settings, cost, rates) as rehearsal:
+        assert isinstance(rehearsal.model.head.weight, CutParameter)
+        rehearsal.rehearse(2, 12)
+        plan = rehearsal.host.follower.plan
+    assert plan is not None
