@@ -35,6 +35,6 @@ RECENT_USES: int = 16
 #: Uses after which what was read ahead was not wanted: so many kinds of tensors alternate in an update. Chosen.
 STALE_USES: int = 64
 
-#: Ops from which on a step is long enough for restoring a placement to be a small part of it, so that few steps are
-#: read ahead.
+#: Ops, times tiers, from which on a step is long enough for restoring a placement to be a small part of it, so that
+#: few steps are read ahead.
 VERY_MANY_OPS: int = 2500

@@ -72,7 +72,7 @@ def find_cycle(work: Work, *, single_step_cycle: bool, fast: bool) -> Cycle:
         BudgetError: the tensors of one op do not fit together.
     """
     reader, n_ops = LookaheadReader(work), len(work.trace.ops)
-    few = fast or n_ops > knobs.VERY_MANY_OPS
+    few = fast or n_ops * len(work.machine.n_frames) > knobs.VERY_MANY_OPS
     most_steps, shortest = (FEW_STEPS, SHORT_CYCLE_STEPS) if few else (MAX_STEPS, MIN_CYCLE_STEPS)
     placements = [reader.placement()]
     seen = slice(-2, -1) if single_step_cycle else slice(0, -1)

@@ -17,7 +17,8 @@ from pagemem.tier import Tier
 from scheduler.planning.lanes import SimulatedLanes
 from scheduler.planning.machine import Machine, TierSpec
 from scheduler.planning.plan import Plan
-from scheduler.planning.replayed_frames import PlanError, ReplayedFrames
+from scheduler.planning.replayed_frames import PlanError as PlanError
+from scheduler.planning.replayed_frames import ReplayedFrames
 from scheduler.planning.sources import TensorSource
 from scheduler.planning.task import NO_FRAME, NO_OP, Lane, Task, TaskKind, load_task, store_task
 from scheduler.planning.trace import CHANGES, Access, AccessMode, Op, Trace
