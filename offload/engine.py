@@ -305,7 +305,7 @@ class Engine:
             RunDirectoryError: on entering, the folder holds something else. RuntimeError: a profile is being made.
         """
         self._lifetime.check_running()
-        return Profile(folder, title, self.model, self._store, self.stats, self.memory_report)
+        return Profile(folder, title, self.model, self._store, self.stats, self.memory_report, self.debug.locks)
 
     def close(self) -> None:
         """End everything the engine owns. Idempotent.

@@ -24,13 +24,13 @@ from typing import Any, Final
 import torch
 
 import offload
-import offload.store.make_updater
 from benchmarks import common
 from benchmarks.subjects import Pipe
 from examples.byte_gpt import byte_gpt, python_source_text
 from offload.config import OptimizerConfig, TrainConfig
 from offload.launch.loop import learning_rate
 from offload.launch.summary import BITS_PER_NAT
+from offload.store.store_parts import StoreParts
 from optim.lockfree.unit_channel import GradientSum, UnitChannel
 from optim.lockfree.updater import LockFreeUpdater
 from optim.unit import Slot
@@ -105,12 +105,12 @@ class DroppingUnitChannel(UnitChannel):
 @contextmanager
 def updates_off() -> Iterator[None]:
     """Engines made inside drop their gradients."""
-    kept = vars(offload.store.make_updater)["UnitChannel"]
-    vars(offload.store.make_updater)["UnitChannel"] = DroppingUnitChannel
+    kept = StoreParts.channel
+    StoreParts.channel = lambda parts, unit: DroppingUnitChannel(unit)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        vars(offload.store.make_updater)["UnitChannel"] = kept
+        StoreParts.channel = kept  # type: ignore[method-assign]
 
 
 class Trainer:

@@ -38,6 +38,7 @@ from offload.store.page_views import adopt_view, check_unviewed
 from offload.store.plan_file import plan_keepers
 from offload.store.store_parts import StoreParts
 from optim.exact.updater import ExactUpdater, is_eager
+from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import Scaling
 from optim.optimizer import PagedOptimizer
 from optim.rules import rule_for
@@ -76,6 +77,7 @@ class DebugView:
         driver, mover: of host memory. page_files: the SSD tier. device_tier: None where compute runs in host memory.
         binder: binds parameters for each call. committer: makes commits durable.
         units: all of them, in the model's order.
+        locks: those that steps take, but for leaf locks of single counters and queues, under which nothing is done.
     """
 
     def __init__(self, parts: EngineParts, *, closed: bool) -> None:
@@ -86,6 +88,9 @@ class DebugView:
         self.binder, self.units = store.binder, store.index.units
         self.updater, self.recompute_choice = parts.updater, parts.recompute_choice
         self.checkpoints, self.committer = parts.checkpoints, parts.checkpoints.committer
+        movers = [store.mover, *([] if self.device_tier is None else [self.device_tier.mover])]
+        late = [self.updater.lock] if isinstance(self.updater, LockFreeUpdater) else []
+        self.locks = [*(mover.changed for mover in movers), *late]
 
 
 class ExtraStates:

@@ -46,7 +46,7 @@ class CommitThread:
     def __init__(self) -> None:
         self._state = CommitThreadState.IDLE
         self._failure: BaseException | None = None
-        self._changed = WaitLock()
+        self._changed = WaitLock("commits")
         self._job: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
 

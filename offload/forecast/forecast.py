@@ -30,6 +30,8 @@ from offload.forecast.fit import (
     largest_depth,
 )
 from offload.forecast.kernels import CostMode, Kernels, TimedKernels
+from offload.forecast.late_costs import late_spec
+from offload.forecast.late_updates import simulate_late
 from offload.forecast.rates import Rates, kernels_of, threads_of
 from offload.forecast.rehearsal import Rehearsal, rehearsed
 from offload.forecast.step_times import StepTimes
@@ -38,6 +40,7 @@ from offload.machine.facts import available_here
 from offload.parameters.inner_tensors import all_parameters, is_wrapper, n_elements
 from offload.profiling.stats import commit_frames
 from pagemem.durable.page_reader import CHUNK_BYTES
+from pagemem.frames.page import TensorId
 
 #: Processor time of the I/O threads (`benchmarks/README.md`). Where all cores compute, compute is so much longer.
 MOVING_S_PER_BYTE: Final = 1.4e-10
@@ -124,7 +127,7 @@ def forecast(
     """Rehearse and simulate the run of a configuration.
 
     Args:
-        config: exact mode, with the sections model and train, with or without a device; the model takes two int64
+        config: with the sections model and train, with or without a device; the model takes two int64
             tensors of ``train.batch`` rows and ``train.seq`` tokens.
         rates: of the machine. progress: called with what is being done.
         room: what the run is to fit into; None: what this machine has, with the limits on this process.
@@ -175,7 +178,8 @@ def _found(
 ) -> Forecast:
     config, mover = engine.config, engine.store.mover
     step, commit = _at_step(engine), _at_step(engine, commit_frames(mover, config.commit.keep))
-    times = StepTimes.of(engine)
+    spec = late_spec(engine, rates)
+    times = StepTimes.of(engine, None if spec is None else simulate_late(spec))
     timed = kernels if isinstance(kernels, TimedKernels) else None
     busy_cores = torch.get_num_threads() >= len(os.sched_getaffinity(0))
     moving_s = MOVING_S_PER_BYTE * (times.read_bytes + times.written_bytes) if timed and busy_cores else 0.0
@@ -246,11 +250,6 @@ def check_forecastable(config: Config) -> None:
         raise ConfigError(
             "plan needs train.seq: it gives the model two int64 tensors of train.batch rows and train.seq tokens"
         )
-    if config.update.mode != "exact":
-        raise ConfigError(
-            f'update.mode is "{config.update.mode}": plan knows "exact" only, whose updates are part of the step; '
-            "--set update.mode=exact"
-        )
 
 
 # ---- tiers ----------------------------------------------------------------------------------------------------------
@@ -265,10 +264,22 @@ def _phase(engine: Rehearsal, host_pages: int, ssd_pages: int, device_pages: int
 def _resident_bytes(engine: Rehearsal) -> int:
     mover = engine.store.mover
     used = set(engine.host.follower.trace.tensors())
+    used |= _late(engine)
     return (
         sum(t.n_frames for t in mover.tensors.values() if t.id in used) * mover.arena.page_bytes
         + engine.store.driver.overhead_bytes
     )
+
+
+def _late(engine: Rehearsal) -> set[TensorId]:
+    """Of the units that lock-free mode's update thread has: states and masters."""
+    return {
+        tensor.id
+        for channel in engine.channels
+        for part in channel.unit.slices
+        for tensor in (part.states, part.master)
+        if tensor is not None
+    }
 
 
 def _at_step(engine: Rehearsal, commits_pages: int = 0) -> Phase:
@@ -276,5 +287,6 @@ def _at_step(engine: Rehearsal, commits_pages: int = 0) -> Phase:
     plan, upper, mover = engine.store.driver.follower.plan, engine.upper, engine.store.mover
     assert plan is not None
     device_pages = 0 if upper is None or upper.follower.plan is None else upper.follower.plan.peak_frames
-    ssd_pages = mover.planned_page_file_frames(plan.stored()) + commits_pages
-    return _phase(engine, plan.peak_frames, ssd_pages, device_pages, engine.peak_gradient_bytes)
+    ssd_pages = mover.planned_page_file_frames([*plan.stored(), *_late(engine)]) + commits_pages
+    host_pages = plan.peak_frames + engine.engine.debug.updater.state_frames
+    return _phase(engine, host_pages, ssd_pages, device_pages, engine.peak_gradient_bytes)

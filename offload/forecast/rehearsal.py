@@ -28,7 +28,10 @@ from offload.profiling.live_storages import Holder, LiveStorages
 from offload.store.deferred_init import built_into
 from offload.store.page_store import PageStore
 from offload.store.store_parts import StoreParts
+from optim.lockfree.unit_channel import GradientSum, UnitChannel
+from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import LossScale, Scaling
+from optim.unit import Slot, Unit
 from pagemem.devices.accelerator import Accelerator
 from pagemem.devices.arena import Arena
 from pagemem.errors import OffloadError
@@ -90,6 +93,26 @@ class _OutsideBytes:
         self.peak_bytes = self._now_bytes
 
 
+class _SilentChannel(UnitChannel):
+    """Notes when a unit's gradients are handed over, and drops them: what updates take is simulated.
+
+    Attributes:
+        handed_over: index of the op of the step before which that was last.
+    """
+
+    __slots__ = ("_driver", "handed_over")
+
+    def __init__(self, unit: Unit, driver: Driver) -> None:
+        super().__init__(unit)
+        self._driver = driver
+        self.handed_over = 0
+
+    def put(self, sums: dict[Slot, GradientSum]) -> int:
+        """Returns the bytes that are free: all."""
+        self.handed_over = self._driver.position
+        return sum(total.release() for total in sums.values())
+
+
 class _AllFinite(Scaling):
     """Meta tensors have no values: every norm is taken for finite, and nothing is clipped."""
 
@@ -109,10 +132,16 @@ class _Parts(StoreParts):
         super().__init__(config)
         self._rates = rates
         self._cost = cost
+        self.channels: list[_SilentChannel] = []
 
     def accelerator(self) -> Accelerator:
         """None that copies anything."""
         return MetaDevice()
+
+    def channel(self, unit: Unit) -> UnitChannel:
+        """One that nobody takes from."""
+        self.channels.append(_SilentChannel(unit, self.host))
+        return self.channels[-1]
 
     def arena(self, n_frames: int, page_bytes: int) -> Arena:
         """Meta tensors."""
@@ -154,18 +183,20 @@ class Rehearsal:
     Attributes:
         outside: tensors that are not in pages.
         store, host, upper: of the engine: pages, the driver of host memory, and that of the device, if any.
+        channels: of the units that lock-free mode's update thread has.
     """
 
     def __init__(self, engine: Engine, parts: _Parts, outside: _OutsideBytes) -> None:
         self.engine = engine
         self.outside = outside
         self.config, self.model, self.store = engine.config, engine.model, engine.debug.store
-        self.host, self.upper = parts.host, parts.upper
+        self.host, self.upper, self.channels = parts.host, parts.upper, parts.channels
 
     @property
     def peak_gradient_bytes(self) -> int:
-        """The most bytes of gradients outside the pages at any time."""
-        return self.engine.debug.updater.peak_direct_bytes
+        """The most bytes of gradients outside the pages at any time; in lock-free mode at most."""
+        updater = self.engine.debug.updater
+        return updater.most_direct_bytes if isinstance(updater, LockFreeUpdater) else updater.peak_direct_bytes
 
     def rehearse(self, rows: int, tokens: int, steps: int | None = None) -> None:
         """Perform the steps, by default as many as it takes to have plans; fewer leave none, but all tensors.

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from offload.forecast.late_updates import LateSteps
 from offload.forecast.rehearsal import Rehearsal
 from scheduler.execution.driver import Driver
 from scheduler.planning.simulator import Simulation, simulate
@@ -19,6 +20,8 @@ from scheduler.planning.task import Lane
 
 #: The lane of copies from host memory to the device.
 H2D: Final = "h2d"
+#: What lock-free steps wait for, beside pages.
+UPDATES: Final = "updates"
 #: Of the simulator's lanes, those of host memory.
 _HOST: Final = (Lane.COMPUTE, Lane.SSD_READ, Lane.SSD_WRITE)
 #: And what copies up are to the upper plan.
@@ -46,12 +49,26 @@ class StepTimes:
     h2d_bytes: float
 
     @classmethod
-    def of(cls, engine: Rehearsal) -> StepTimes:
-        """Of an engine that has rehearsed its steps."""
+    def of(cls, engine: Rehearsal, late: LateSteps | None = None) -> StepTimes:
+        """Of an engine that has rehearsed its steps.
+
+        Args:
+            late: of its update thread beside what it computes, in lock-free mode.
+        """
         host, upper = engine.host, engine.upper
         below = _simulated(host)
         waits_s, busy = _waits_s(host, below), {lane.value: below.busy[lane] for lane in _HOST}
         moved = below.read_bytes, below.written_bytes
+        if late is not None:
+            # What the training thread's own plan waits for comes on top: the disk serves it first.
+            step_s = late.step_s + sum(waits_s.values())
+            waits_s[UPDATES] = late.wait_s
+            moved = moved[0] + late.read_bytes, moved[1] + late.written_bytes
+            busy_s = {lane: share * below.step_s for lane, share in busy.items()}
+            for lane, share in late.busy.items():
+                busy_s[lane] = busy_s.get(lane, 0.0) + share * late.step_s
+            busy = {lane: seconds / step_s if step_s else 0.0 for lane, seconds in busy_s.items()}
+            return cls(step_s, host.follower.trace.compute_s, busy, waits_s, below.steady, *moved, 0.0)
         if upper is None:
             return cls(below.step_s, host.follower.trace.compute_s, busy, waits_s, below.steady, *moved, 0.0)
         above = _simulated(upper)

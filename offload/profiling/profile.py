@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ from offload.store.page_store import PageStore
 from pagemem.errors import RunDirectoryError, StorageError
 from pagemem.folders.own_file import draft_of, make_folder, remove_draft, replace_file
 from pagemem.folders.small_file import read_small
+from pagemem.residency.wait_lock import LockUse, WaitLock, counted
 from pagemem.telemetry.events import EventSink
 from pagemem.telemetry.recorder import Recorder, Recording
 from pagemem.tier import Tag, Tier
@@ -107,7 +108,7 @@ class Profile:
     Args:
         folder: for the files.
         title: of the report; by default ``output.run``, or the name of the model's class.
-        stats, memory_report: the engine's own.
+        stats, memory_report: the engine's own. locks: those that its steps take.
 
     Attributes:
         recording, summary: what was recorded and what it says, once the block has ended well.
@@ -121,6 +122,7 @@ class Profile:
         store: PageStore,
         stats: Callable[[], Stats],
         memory_report: Callable[[], MemoryReport],
+        locks: Sequence[WaitLock],
     ) -> None:
         self.folder = Path(folder)
         self.recording: Recording | None = None
@@ -131,6 +133,8 @@ class Profile:
         self._stats = stats
         self._memory_report = memory_report
         self._recorder: Recorder | None = None
+        self._counting = counted(*locks)
+        self._lock_use: Mapping[str, LockUse] = {}
 
     def __enter__(self) -> Profile:
         """Begin to record.
@@ -148,11 +152,13 @@ class Profile:
         self._recorder = Recorder((self._store.device_tier or self._store).driver.causes())
         self._onward = self._store.counters.onward
         self._held = attach(self._store, self._recorder, self._recorder)
+        self._lock_use = self._counting.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._counting.__exit__(None, None, None)
         attach(self._store, None, self._onward)
         if error is None:
             assert self._recorder is not None
@@ -177,6 +183,7 @@ class Profile:
         return Context(
             title, model_name(self._model), config.update.mode, store.page_bytes, self._memory_report().tiers, planned,
             modules_of(store), activations, since.planned_steps, since.deviations, config.ssd.limit_mb_per_s,
+            self._lock_use,
         )  # fmt: skip
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
 from offload.profiling.bottleneck import bottleneck
 from offload.profiling.stats import TierUse
+from pagemem.residency.wait_lock import LockUse
 from pagemem.telemetry.events import Event, EventKind
 from pagemem.telemetry.intervals import Interval, clipped, total_s, without
 from pagemem.telemetry.recorder import Recording, WaitSpan
@@ -52,6 +53,7 @@ class Context:
         planned: seconds and bytes of a step by the plan; None without one. In lock-free mode the bytes that the
             updater moves are not among them.
         ssd_limit_mb_per_s: the configured limit, or None.
+        locks: how each lock was used, by its name.
     """
 
     title: str
@@ -65,6 +67,7 @@ class Context:
     planned_steps: int = 0
     deviations: int = 0
     ssd_limit_mb_per_s: float | None = None
+    locks: Mapping[str, LockUse] = field(default_factory=dict)
 
 
 def span(event: Event) -> Interval:
@@ -112,6 +115,7 @@ def summarize(recording: Recording, context: Context, plain: dict[str, Any] | No
         "tiers": {tier.value: _tier(recording, tier, context) for tier in recording.timeline.tiers},
         "plan": _plan(recording, context.planned or {}, steps_s),
         "lanes": _lanes(recording, elapsed_s),
+        "locks": {name: asdict(use) for name, use in context.locks.items()},
         "wait_causes": _by_cause((wait for wait in recording.waits if wait.training), named=False),
         "waits": _by_cause(recording.waits, named=True),
         "modules": _by_module(recording, context),
@@ -244,6 +248,9 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     for number, wait in enumerate(waits[:_TOP_WAITS], start=1):
         why = wait["reason"] + (f" ({wait['blocker']})" if wait["blocker"] else "")
         rows.append((f"wait {number}", f"{wait['total_s']:.3f} s in {wait['count']} for {wait['name']}: {why}"))
+    for name, use in summary.get("locks", {}).items():
+        taken, longest_ms = use["acquisitions"] / max(1, summary["steps"]), use["longest_hold_s"] * 1e3
+        rows.append((f"lock of {name}", f"taken {taken:.0f} times a step, held {longest_ms:.2f} ms at most"))
     cost = f"{overhead['training_share']:.2%} of the time, in {overhead['calls']:,} calls"
     return [*rows, ("the recorder itself", cost), ("bottleneck", summary["bottleneck"])]
 

@@ -17,7 +17,6 @@ from optim.exact.updater import ExactUpdater, is_eager
 from optim.gradient_budget import GradientBudget
 from optim.gradient_downloads import GradientDownloadQueue
 from optim.lockfree.state_windows import StateWindows
-from optim.lockfree.unit_channel import UnitChannel
 from optim.lockfree.update_thread import UpdateThread
 from optim.lockfree.updater import LockFreeUpdater, StalenessBound
 from optim.loss_scale import Scaling
@@ -145,7 +144,7 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, training: Training) -> U
                     unit.parameters.resident = True
     slices = [tuple(t for t in (part.states, part.master) if t is not None) for unit in units for part in unit.slices]
     windows = StateWindows(store.mover, slices, first_frame, division.state_frames)
-    channels = [UnitChannel(unit) for unit in units]
+    channels = [store.parts.channel(unit) for unit in units]
     thread = UpdateThread(store.mover, rule, channels, windows, store.counters, n_threads=update.threads)
     budget = GradientBudget(store.budget, division.gradient_bytes, lock_free.scratch_bytes)
     bound = StalenessBound(update.max_staleness, update.exact_steps, adopts_after=update.start == "auto")

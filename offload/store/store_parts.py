@@ -10,7 +10,9 @@ from typing import ClassVar
 import torch
 
 from offload.config import Config
+from optim.lockfree.unit_channel import UnitChannel
 from optim.loss_scale import LossScale, Scaling
+from optim.unit import Unit
 from pagemem.devices.accelerator import Accelerator, RamDevice
 from pagemem.devices.arena import Arena, HostArena
 from pagemem.devices.cuda import CudaDevice
@@ -49,6 +51,10 @@ class StoreParts:
             return RamDevice()
         _, _, index = self.config.device.partition(":")
         return CudaDevice(int(index) if index else None)
+
+    def channel(self, unit: Unit) -> UnitChannel:
+        """What hands a unit's gradients to the update thread, in lock-free mode."""
+        return UnitChannel(unit)
 
     def arena(self, n_frames: int, page_bytes: int) -> Arena:
         """Host memory of so many pages.

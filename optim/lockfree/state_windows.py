@@ -64,6 +64,11 @@ class StateWindows:
         self._wanted: set[int] = set()
         self.n_frames = end - first_frame + ring_frames
 
+    @property
+    def resident(self) -> frozenset[int]:
+        """Numbers of the slices that stay for good."""
+        return frozenset(self._resident)
+
     def prefetch(self, number: int) -> None:
         """Begin to bring in a slice that will be needed soon, if a window is free.
 

@@ -100,12 +100,17 @@ class UpdateThread:
         self._first_slice = {channel.unit: first for channel, first in zip(channels, first_slices, strict=False)}
         self._wanted: UnitChannel | None = None
         self._work = threading.Event()
-        self._progress = WaitLock()
+        self._progress = WaitLock("updates")
         self._stopping = False
         self._pausing = False
         self._resting = False
         self._thread = threading.Thread(target=self._run, name="optim-updater", daemon=True)
         self._at_exit = partial(_stop_at_exit, weakref.ref(self), os.getpid())
+
+    @property
+    def lock(self) -> WaitLock:
+        """What the training thread waits on for publications."""
+        return self._progress
 
     # ---- the training thread's side ----------------------------------------------------------------------------
 

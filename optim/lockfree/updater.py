@@ -71,6 +71,9 @@ class LockFreeUpdater(Updater):
         states: keeps fp32 masters in step with edited parameters.
         budget: of gradients on their way.
         bound: how far parameters may be behind.
+
+    Attributes:
+        lock: what the training thread waits for updates on.
     """
 
     #: Gradients of parameters that are not optimized stay where autograd puts them.
@@ -87,6 +90,7 @@ class LockFreeUpdater(Updater):
     ) -> None:
         super().__init__(training, budget)
         self.state_frames = thread.windows.n_frames
+        self.lock = thread.lock
         self._thread = thread
         self._channels = {channel.unit: channel for channel in channels}
         self._states = states
@@ -99,6 +103,16 @@ class LockFreeUpdater(Updater):
     def staleness(self) -> int:
         """Steps that the parameters in use miss, in the unit that is furthest behind."""
         return max((channel.clock.staleness for channel in self._channels.values()), default=0)
+
+    @property
+    def most_direct_bytes(self) -> int:
+        """As `peak_direct_bytes`: all that gradients on their way may ever take."""
+        return self._budget.limit_bytes
+
+    @property
+    def resident_slices(self) -> frozenset[int]:
+        """Numbers of the slices whose states stay in memory."""
+        return self._thread.windows.resident
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 

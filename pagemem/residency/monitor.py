@@ -21,6 +21,7 @@ class CopyMonitor:
 
     Args:
         sink: takes waits.
+        name: of the lock.
 
     Attributes:
         changed: the lock, which is notified of every change.
@@ -28,8 +29,8 @@ class CopyMonitor:
         watcher: is told of waits that begin, while somebody profiles.
     """
 
-    def __init__(self, sink: EventSink) -> None:
-        self.changed = WaitLock()
+    def __init__(self, sink: EventSink, name: str) -> None:
+        self.changed = WaitLock(name)
         self.watcher: Recorder | None = None
         self.sink = sink
         self._failure: BaseException | None = None

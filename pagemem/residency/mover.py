@@ -49,7 +49,7 @@ class Mover(ABC):
     setting: ClassVar[str]
 
     def __init__(self, arena: Arena, sink: EventSink) -> None:
-        self.monitor = CopyMonitor(sink)
+        self.monitor = CopyMonitor(sink, f"{self.tier.value} pages")
         self.changed = self.monitor.changed
         self.tensors: dict[TensorId, PagedTensor] = {}
         self._next_id = 0

@@ -211,7 +211,6 @@ def test_the_smallest_budget_is_forecast_and_one_byte_less_is_refused(tmp_path: 
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"update": {"mode": "lock-free"}}, 'update.mode is "lock-free": plan knows "exact" only'),
         ({"model": None, "train": None}, "plan needs the sections model, train as well"),
     ],
 )

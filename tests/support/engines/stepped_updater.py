@@ -14,6 +14,7 @@ from torch import Tensor
 from optim.lockfree.unit_channel import GradientBatch, GradientSum, UnitChannel, Version
 from optim.lockfree.unit_clock import UnitClock
 from optim.unit import Slot, Unit
+from pagemem.residency.wait_lock import WaitLock
 
 #: Elements of a parameter, which is also how many steps can be told apart.
 N = 64
@@ -107,6 +108,7 @@ class SteppedUpdater:
         self._wanted: UnitChannel | None = None
         self._at: Iterator[None] = self._serve()
         self.windows = SimpleNamespace(n_frames=0)
+        self.lock = WaitLock("updates")
         self.moving = False
         self.choice = 0
         self.waits = 0
