@@ -15,6 +15,7 @@ from offload.callbacks import Callback
 from offload.checkpoint.commit_weights import ExportError
 from offload.checkpoint.compatibility import Change, Resumed
 from offload.config import Config, ConfigError, load_config
+from offload.cutting.announcing import announce
 from offload.cutting.make_cut import gathered
 from offload.engine import Engine, initialize, prepare
 from offload.parameters.paged_parameter import PagedParameter
@@ -61,6 +62,7 @@ __all__ = [
     "Stats",
     "StorageError",
     "TierUse",
+    "announce",
     "deferred_init",
     "from_pretrained",
     "gathered",

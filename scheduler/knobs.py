@@ -38,3 +38,16 @@ STALE_USES: int = 64
 #: Ops, times tiers, from which on a step is long enough for restoring a placement to be a small part of it, so that
 #: few steps are read ahead.
 VERY_MANY_OPS: int = 2500
+
+#: Ops ahead in its plan in which a step that differs from it is looked for: several layers' worth.
+RESYNC_OPS: int = 64
+
+#: Plans kept, by the ops of their steps: as many as buckets of length, or phases of a loop, alternate in practice.
+KEPT_PLANS: int = 8
+
+#: Of so many steps, those that no step was like before, up to which each new kind of step gets a plan at once. Above,
+#: as where every step takes other experts, planning would cost more than it saves.
+NOVEL_STEPS: int = 3
+
+#: Kinds of steps that are known to have come before.
+SIGNATURES_SEEN: int = 64

@@ -63,7 +63,7 @@ class Bindings:
             of_slot = found.get(unit, {})
             if all(len(of_slot.get(slot, ())) == 1 and slot.numel for slot in unit.slots) and unit.device is None:
                 self._units[unit] = [of_slot[slot][0] for slot in unit.slots]
-        self._binder.driver.follower.let_go = self.let_go
+        self._binder.driver.follower.rest.let_go = self.let_go
 
     # ---- binding -----------------------------------------------------------------------------------------------
 

@@ -151,7 +151,7 @@ class Binder:
             return self.driver.untraced()
         in_pass = self.forwards > 0 or torch._C._current_graph_task_id() != -1
         evaluates = not torch.is_grad_enabled() and not (in_pass and self.root.training)
-        return self.driver.untraced() if evaluates else nullcontext()
+        return self.driver.untraced() if evaluates and not self.driver.in_pass else nullcontext()
 
     @contextmanager
     def using(self, parameters: list[PagedParameter]) -> Iterator[None]:

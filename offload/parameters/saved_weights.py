@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,15 +187,18 @@ class SavedWeights:
         Returns:
             What removes them again.
         """
-        stack: list[AbstractContextManager[Any]] = []
+        stack: list[ExitStack] = []
 
         def enter(_module: torch.nn.Module, _args: Any) -> None:
             refuse_compilers(type(module).__name__)
             self._binder.state_copies.check()
             # torch.func.functional_call has other parameters in the model until the forward pass is over.
             self._binder.doubted = not structure_is_known()
-            context = nullcontext() if self._binder.bindings.saves_plainly else self.scope()
-            context.__enter__()
+            context = ExitStack()
+            if not torch.is_grad_enabled() and not module.training:
+                context.enter_context(self._binder.driver.evaluating())
+            if not self._binder.bindings.saves_plainly:
+                context.enter_context(self.scope())
             stack.append(context)
             self._binder.forwards += 1
             self._binder.pointed.clear()
@@ -205,7 +208,7 @@ class SavedWeights:
             if stack:
                 self._binder.forwards -= 1
                 self._binder.pointed.clear()
-                stack.pop().__exit__(None, None, None)
+                stack.pop().close()
 
         handles = [
             module.register_forward_pre_hook(ModelHook(enter)),

@@ -22,7 +22,10 @@ class Stats:
         bytes_read, bytes_written: moved by the page files.
         wait_s: the training thread's waits for page moves.
         update_s: spent in update kernels, on whichever thread.
-        deviations: steps that left the plan because an op was not the traced one.
+        planned_steps: steps that followed a plan, wholly or but for what differed. deviations: those of them that
+            differed from every plan, in an op or because something was not brought in time.
+        on_demand_bytes: of tensors that ops had to fetch themselves, since no plan had brought them.
+        planned_passes: forward passes that evaluated by a plan of their own.
         dropped_steps: steps whose gradients were not finite and were not applied (loss scaling, or clipping in
             lock-free mode).
         dropped_gradients: gradients of single units that were not finite and were not applied (lock-free mode).
@@ -42,6 +45,8 @@ class Stats:
     dropped_gradients: int = 0
     recomputed_blocks: int = 0
     device_units: int = 0
+    on_demand_bytes: int = 0
+    planned_passes: int = 0
 
     def since(self, earlier: Stats) -> Stats:
         """What has been added since ``earlier``."""
@@ -65,6 +70,8 @@ def stats_of(store: PageStore, updater: Updater, choice: RecomputeChoice | None)
         dropped_gradients=updater.dropped_gradients,
         recomputed_blocks=0 if choice is None else choice.blocks.n_recomputed,
         device_units=sum(unit.resident_driver is not None for unit in store.index.units),
+        on_demand_bytes=driver.bringer.on_demand_bytes,
+        planned_passes=driver.tracks.passes.follower.planned_steps,
     )
 
 

@@ -3,8 +3,9 @@ otherwise.
 
 On demand, each op fetches what it lacks, synchronously, in place of the least recently used tensors, and is recorded;
 from the record of a whole step a plan is made. By plan (`scheduler.execution.plan_follower`), the training thread waits
-only for what its own op needs. A step that differs from its trace is still executed correctly. Ops in `untraced`
-(evaluation between steps) are fetched on demand and not recorded.
+only for what its own op needs; what differs from the plan is fetched on demand. Forward passes that evaluate
+(`Driver.evaluating`) repeat like steps and have plans of their own. Ops in `untraced` are fetched on demand and not
+recorded.
 
 Everything here runs on the training thread; the copies run on the page files' threads and report to the mover.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
+from pagemem.frames.page import TensorId
 from pagemem.process.closing import close_all
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
@@ -21,13 +24,14 @@ from pagemem.telemetry.events import EventSink
 from pagemem.telemetry.recorder import Recorder, WaitCause
 from scheduler.execution.lower_tier import LowerTier
 from scheduler.execution.on_demand import OnDemand
-from scheduler.execution.pinning import Pinner, is_usable
+from scheduler.execution.pinning import Bringer, Pinner
 from scheduler.execution.plan_follower import Mode, PlanFollower
 from scheduler.execution.read_ahead import ReadAhead
 from scheduler.execution.read_lane import ReadLane
 from scheduler.execution.tier_planner import TierPlanner
+from scheduler.execution.tracks import Track, Tracks
 from scheduler.execution.wait_explainer import WaitExplainer
-from scheduler.planning.trace import CHANGES, Access, AccessMode, Clock, HostClock, OpKey, TraceRecorder
+from scheduler.planning.trace import Access, AccessMode, Clock, OpKey, TraceRecorder
 
 
 class Driver:
@@ -45,7 +49,8 @@ class Driver:
         watcher: is told of ops and steps, while somebody profiles.
         above: the driver of the tier above, whose steps end when this one's do.
         planner: makes plans for this tier.
-        follower: has the present plan, and says how ops get their tensors.
+        tracks: the ops and the plans of steps, and of passes.
+        bringer: counts the bytes that no plan brought.
     """
 
     def __init__(
@@ -63,16 +68,17 @@ class Driver:
         self.planner = TierPlanner(mover, bandwidth, single_step_cycle=lower is not None)
         self._lower = lower
         self._lane = ReadLane(mover)
-        self._recorder = TraceRecorder(clock or HostClock())
         # What is above another tier is a copy away: loads there begin once the tier below has the tensor.
         self._read_ahead = ReadAhead(mover) if lower is None else None
-        self._on_demand = OnDemand(mover, self._read_ahead)
-        bring = self._bring if lower is None else self._bring_from_below
-        self._pinner = Pinner(mover, self._on_demand, bring, self._lane, lower)
-        self.follower = PlanFollower(mover, self._lane, self._recorder, self.planner, sink, lower)
+        self._on_demand = OnDemand(mover, (lambda: None) if lower is None else lower.cancel_loads, self._read_ahead)
+        followed = lambda: self._track.follower if self._recording else None  # noqa: E731
+        self.bringer = Bringer(mover, self._lane, self._on_demand, lower, followed)
+        self._pinner = Pinner(mover, self._on_demand, self.bringer.bring, self._lane, lower)
+        self.tracks = Tracks(mover, self._lane, self.planner, sink, clock, lower)
         self._on_demand.make_way = self._make_way
         self._unsettled_steps = 0
         self._recording = True
+        self._n_passes = 0
 
     def put_above(self, driver: Driver) -> None:
         """Have the steps of a driver whose tensors are copied up from here end with this one's."""
@@ -94,14 +100,33 @@ class Driver:
         return self._on_demand.overhead_bytes
 
     @property
+    def follower(self) -> PlanFollower:
+        """The plans of steps."""
+        return self.tracks.steps.follower
+
+    @property
+    def _track(self) -> Track:
+        """What ops belong to, where they are recorded."""
+        return self.tracks.passes if self._n_passes else self.tracks.steps
+
+    @property
+    def _recorder(self) -> TraceRecorder:
+        return self._track.recorder
+
+    @property
     def position(self) -> int:
         """Ops of the step under way so far."""
-        return len(self._recorder.ops)
+        return len(self.tracks.steps.recorder.ops)
 
     @property
     def in_step(self) -> bool:
-        """Whether ops are part of a step, not of an `untraced`."""
-        return self._recording
+        """Whether ops are part of a step, not of a pass or an `untraced`."""
+        return self._recording and not self._n_passes
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a pass is under way."""
+        return self._n_passes > 0
 
     # ---- ops ---------------------------------------------------------------------------------------------------
 
@@ -122,27 +147,30 @@ class Driver:
 
     def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         """Begin an op, see `op`; returns what `end` must be given."""
-        watcher = self.watcher
+        watcher, track = self.watcher, self._track
+        follows = self._recording and not self.follower.rest.active
         if self._lower is not None:
             self._lower.op_begins(key[0])
         if self._recording:
-            self._recorder.pause()
+            track.recorder.pause()
         if watcher is not None:
             watcher.ends()
         with self.mover.changed:
             self.mover.monitor.check()
             self._collect_views()
-            if self._recording and (self.follower.mode is Mode.ON_DEMAND or self.follower.follow(key)):
-                self._recorder.begin(key, name, accesses)
+            if follows:
+                self.tracks.go_to(track)
+                track.follower.follow(key)
+                track.recorder.begin(key, name, accesses)
             if self._read_ahead is not None:
                 # Of a plan that rests, uses are not seen, and nothing leaves without its being told.
-                self._read_ahead.op_begins((access.tensor for access in accesses), pauses=self.follower.rests)
+                self._read_ahead.op_begins((access.tensor for access in accesses), pauses=self.follower.rest.active)
             held = self._pinner.pin(name, [access for access in accesses if access.mode is not AccessMode.RENEW])
         if watcher is not None:
             watcher.begins(key[0].value, name, held[0].name if held else "", sum(tensor.n_bytes for tensor in held))
         # A plan that is to stay needs no times, and a device takes two events for each.
-        if self._recording and (self.follower.mode is Mode.ON_DEMAND or self.follower.durations.wanted):
-            self._recorder.go_on()
+        if follows and track.follower.wants_times:
+            track.recorder.go_on()
         return held
 
     def end(self, held: Sequence[PagedTensor]) -> None:
@@ -179,6 +207,14 @@ class Driver:
             self._collect_views()
             return tensor.leases > beside
 
+    def announce(self, tensors: Sequence[TensorId]) -> None:
+        """Have tensors brought in that the next ops use, in this order, as is known only now: the experts that a gate
+        has chosen. Does not wait; those without room beside each other are fetched by their ops.
+
+        Training thread, between two ops.
+        """
+        self.bringer.announce(tensors)
+
     def consume(self, tensor: PagedTensor) -> None:
         """Declare a tensor's content dead, after the op that consumed it has ended."""
         self.mover.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
@@ -198,28 +234,23 @@ class Driver:
         if self._unsettled_steps:
             self._unsettled_steps -= 1
             repeatable = False
-        replanned_above = self.above is not None and self._end_step_above(self.above, repeatable=repeatable)
+        replanned_above = self.above is not None and self.above._end_step_above(repeatable=repeatable)
         with self.mover.changed:
             self._collect_views()
-            repeatable = repeatable and self.follower.records_whole
-            if self.follower.end_planned_step():
-                if replanned_above:
-                    self.follower.leave(None)
-                return
-            self.on_demand_steps += 1
-            trace = self._recorder.finish(timed=repeatable)
-            if repeatable:
-                trace.take_durations(self.follower.trace)  # of ops that followed the plan before this step left it
+            self.on_demand_steps += self.follower.mode is Mode.ON_DEMAND
             # A step may ask nothing of this tier, where all it needs is resident above.
-            asked = trace.ops or (self.above is not None and self.above.follower.plan is not None)
-            if repeatable and not replanned_above and asked:
-                self.follower.adopt(trace)
+            asked = self._recorder.ops or (self.above is not None and self.above.follower.plan is not None)
+            self.follower.end_step(repeatable=repeatable and not replanned_above and bool(asked))
+            if replanned_above:
+                self.follower.pause()
 
-    def _end_step_above(self, above: Driver, *, repeatable: bool) -> bool:
-        """End the step of the tier above; returns whether it has another plan now, so that it asks for other things."""
-        plan = above.follower.plan
-        above.end_step(repeatable=repeatable)
-        return above.follower.plan is not plan
+    def _end_step_above(self, *, repeatable: bool) -> bool:
+        """End the step of a tier above; returns whether it has another plan now, so that it asks for other things."""
+        self._recorder.pause()
+        with self.mover.changed:
+            self._collect_views()
+            self.on_demand_steps += self.follower.mode is Mode.ON_DEMAND
+            return self.follower.end_step(repeatable=repeatable and bool(self._recorder.ops))
 
     def abandon_step(self) -> None:
         """Forget the ops since the last step's end. The next op is the first one of a step again."""
@@ -240,7 +271,25 @@ class Driver:
             self.above.invalidate_plan(steps)
         with self.mover.changed:
             self._unsettled_steps = steps
-            self.follower.invalidate()
+            self.tracks.both(PlanFollower.invalidate)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A forward pass of the whole model that evaluates: ops inside are those of a pass, not of a step. A pass that
+        comes again is planned."""
+        with nullcontext() if self._lower is None else self._lower.evaluating():
+            if self._recording and not self._n_passes:
+                self._recorder.pause()
+            self._n_passes += 1
+            try:
+                yield
+            finally:
+                self._recorder.pause()
+                with self.mover.changed:
+                    self._collect_views()
+                    if self._n_passes == 1 and self._recorder.ops:
+                        self._track.follower.end_step(repeatable=True)
+                self._n_passes -= 1
 
     @contextmanager
     def untraced(self) -> Iterator[None]:
@@ -249,7 +298,7 @@ class Driver:
             recording, computing = self._recording, self._recorder.computing
             if recording:
                 self._recorder.pause()
-                self.follower.disturb()
+                self.tracks.active.follower.disturb()
             self._recording = False
             try:
                 yield
@@ -262,10 +311,10 @@ class Driver:
         """Stop reading ahead and wait until no copy is under way, also after an error, and where the tier above fails
         in that. What was edited until now above another tier is written back."""
         close_all(
-            *([] if self._lower is None else [self._collect_views_locked]),
+            *([] if self._lower is None else [self._collect_views]),
             *([] if self.above is None else [self.above.quiesce]),
-            self.follower.let_go,
-            self.follower.disturb,
+            self.follower.rest.let_go,
+            partial(self.tracks.both, PlanFollower.disturb),
             self.mover.monitor.settle,
         )
 
@@ -288,49 +337,13 @@ class Driver:
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _collect_views_locked(self) -> None:
-        with self.mover.changed:
-            self._collect_views()
-
     def _collect_views(self) -> None:
-        for tensor in self.mover.collect_leases():
-            if self._recording:
-                self._recorder.views_ended(tensor.id)
+        with self.mover.changed:
+            for tensor in self.mover.collect_leases():
+                if self._recording:
+                    self._recorder.views_ended(tensor.id)
         if self._lower is not None:
             self._lower.write_back_edited()
 
     def _make_way(self) -> bool:
         return self.follower.end_rest("no room beside a plan that moves nothing" if self._recording else None)
-
-    def _bring_from_below(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
-        lower = self._lower
-        assert lower is not None
-        if lower.must_be_op_below(tensor) or not is_usable(tensor, mode) or tensor.id in self._lane:
-            with lower.holds([tensor.id], name):
-                self._bring(tensor, mode, name)
-            lower.copied([tensor])
-
-    def _bring(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
-        planned = self.follower.mode is Mode.PLANNED and self._recording
-        if self._read_ahead is not None and not planned and tensor.frame is not None and mode is not AccessMode.CREATE:
-            self._read_ahead.follow(tensor)
-        # Outside a step nobody says whether a tensor is going to be changed.
-        if tensor.snapshot_pending and (mode in CHANGES or not self._recording):
-            self.mover.make_writable(tensor)
-
-        def usable() -> bool:
-            # A tensor that waits in the lane is about to move to where the plan has it, out of another one's way.
-            return is_usable(tensor, mode) and tensor.id not in self._lane
-
-        def hopeless() -> bool:
-            if tensor.moving:
-                return False
-            return self._lane.stuck or tensor.id not in self._lane
-
-        self.mover.monitor.wait_until(lambda: usable() or hopeless(), tensor.name, tensor.n_bytes)
-        if usable():
-            return
-        if planned and not self.follower.rests:
-            self.follower.leave(f"{name}: the plan has not brought {tensor.name}")
-        if not is_usable(tensor, mode):
-            self._on_demand.fetch(tensor, name, fresh=mode is AccessMode.CREATE)

@@ -35,6 +35,12 @@ class DriverBelow(Protocol):
     def untraced(self) -> AbstractContextManager[None]:
         """See `Driver.untraced`."""
 
+    def announce(self, tensors: Sequence[TensorId]) -> None:
+        """See `Driver.announce`."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """See `Driver.evaluating`."""
+
     def causes(self) -> Callable[[str], WaitCause]:
         """See `Driver.causes`."""
 
@@ -119,6 +125,17 @@ class LowerTier:
     def untraced(self) -> AbstractContextManager[None]:
         """Ops inside are no part of a step below."""
         return self._below.untraced()
+
+    def announce(self, tensors: Sequence[TensorId]) -> None:
+        """Have tensors in host memory soon. They are copied up by the ops that use them."""
+        lower = [
+            self._device.lower(tensor).id for tensor in tensors if self._device.mirrors(self._device.tensors[tensor])
+        ]
+        self._below.announce(lower)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Ops below are those of a pass that evaluates, too."""
+        return self._below.evaluating()
 
     def causes(self) -> Callable[[str], WaitCause]:
         """Explains waits for tensors of the device, here or below."""

@@ -7,14 +7,27 @@ mover's lock held (waiting gives it up).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from pagemem.errors import BudgetError
-from pagemem.frames.page import TensorId
+from pagemem.frames.page import FrameId, TensorId
+from pagemem.frames.window import Window
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.tier import Tag
 from pagemem.units import format_bytes
 from scheduler.execution.read_ahead import ReadAhead
+from scheduler.lookahead.next_uses import NEVER
+
+
+class PlanView(Protocol):
+    """What a plan says to whoever fetches beside it."""
+
+    def frame_for(self, tensor: TensorId) -> FrameId | None:
+        """Where the plan has a tensor now; None: nowhere, or it is not known."""
+
+    def next_use(self, tensor: TensorId) -> int:
+        """Ops until the plan uses what a tensor holds; `NEVER` where it does not."""
 
 
 class OnDemand:
@@ -22,6 +35,7 @@ class OnDemand:
 
     Args:
         mover: owner of all residency.
+        take_back_loads: undoes loads whose copies have not begun, and which may wait for what is not coming.
         read_ahead: is told of tensors that are being brought; None: nothing is read ahead.
 
     Attributes:
@@ -29,49 +43,83 @@ class OnDemand:
         make_way: called before a tensor has to leave for another one; returns whether what has to may be chosen anew.
     """
 
-    def __init__(self, mover: Mover, read_ahead: ReadAhead | None = None) -> None:
+    def __init__(self, mover: Mover, take_back_loads: Callable[[], None], read_ahead: ReadAhead | None = None) -> None:
         self.mover = mover
         self.read_ahead = read_ahead
+        self._take_back_loads = take_back_loads
         self.overhead_bytes = 0
         self.make_way: Callable[[], bool] = lambda: False
 
-    def fetch(self, tensor: PagedTensor, name: str, *, fresh: bool, lowest: bool = False) -> None:
-        """Bring one tensor in now, in place of the least recently used ones, and wait for it."""
-        tensors = self.mover.tensors
+    def fetch(
+        self, tensor: PagedTensor, name: str, *, fresh: bool, lowest: bool = False, by_plan: PlanView | None = None
+    ) -> None:
+        """Bring one tensor in now, in place of the least recently used ones, and wait for it.
 
-        def cost(tenants: Sequence[TensorId]) -> tuple[int, int]:
+        Args:
+            fresh: its content is not wanted. lowest: in the first window there is.
+            by_plan: where a plan has it, and which tenants a plan uses last, so that they leave.
+        """
+        tensor.pins += 1  # From its first instant there, no planned load makes it leave.
+        try:
+            while not tensor.readable:
+                self.mover.monitor.check()  # what has failed is not tried for ever
+                if tensor.frame is None:
+                    self._begin(tensor, name, lambda: self._choose(tensor, lowest, by_plan), fresh=fresh)
+                    if self.read_ahead is not None and not (fresh or lowest or by_plan):
+                        self.read_ahead.follow(tensor)
+                # Who else has a use for it may have begun to bring it, or take it away again.
+                self.mover.monitor.wait_until(
+                    lambda: tensor.readable or tensor.frame is None, tensor.name, tensor.n_bytes
+                )
+        finally:
+            tensor.pins -= 1
+
+    def _choose(self, tensor: PagedTensor, lowest: bool, by_plan: PlanView | None) -> Window | None:
+        """The window for a tensor whose tenants can leave."""
+        tensors, tenants = self.mover.tensors, self.mover.tenants
+        planned = None if by_plan is None else by_plan.frame_for(tensor.id)
+        if planned is not None:
+            owners = [owner for _, _, owner in self.mover.host.taken(planned, planned + tensor.n_frames)]
+            if all(map(tenants.droppable, owners)):
+                return Window(planned, tensor.n_frames, tuple(owners))
+
+        def cost(leaving: Sequence[TensorId]) -> tuple[int, int]:
             if lowest:
                 return (0, 0)
-            dirty_frames = sum(tensors[t].n_frames for t in tenants if tensors[t].state is Residency.DIRTY)
-            return (max((tensors[t].last_use for t in tenants), default=-1), dirty_frames)
+            dirty_frames = sum(tensors[t].n_frames for t in leaving if tensors[t].state is Residency.DIRTY)
+            if by_plan is not None:
+                return (-min((by_plan.next_use(t) for t in leaving), default=NEVER + 1), dirty_frames)
+            return (max((tensors[t].last_use for t in leaving), default=-1), dirty_frames)
 
         def least_cost(tenant: TensorId) -> tuple[int, int]:
             return (tensors[tenant].last_use, 0)
 
-        while not tensor.readable:
-            self.mover.monitor.check()  # what has failed is not tried for ever
-            if tensor.frame is None:
-                self._begin(tensor, name, cost, None if lowest else least_cost, fresh=fresh)
-                if self.read_ahead is not None and not (fresh or lowest):
-                    self.read_ahead.follow(tensor)
-            # Who else has a use for it may have begun to bring it, or take it away again.
-            self.mover.monitor.wait_until(lambda: tensor.readable or tensor.frame is None, tensor.name, tensor.n_bytes)
+        return tenants.choose(tensor.n_frames, cost, None if lowest or by_plan is not None else least_cost)
 
-    def _begin(
-        self,
-        tensor: PagedTensor,
-        name: str,
-        cost: Callable[[Sequence[TensorId]], tuple[int, int]],
-        least_cost: Callable[[TensorId], tuple[int, int]] | None,
-        *,
-        fresh: bool,
-    ) -> None:
+    def begin_early(self, tensor: PagedTensor, by_plan: PlanView) -> bool:
+        """Begin to bring in a tensor that is used soon, in place of what the plan uses much later and that is clean;
+        does not wait. Returns whether there was such a place."""
+        window = self._choose(tensor, False, by_plan)
+        if window is None or any(
+            by_plan.next_use(tenant) == 0 or self.mover.tensors[tenant].state is not Residency.CLEAN
+            for tenant in window.tenants
+        ):
+            return False
+        for tenant in window.tenants:
+            self.mover.drop(self.mover.tensors[tenant])
+        self.mover.start_load(tensor, window.first)
+        return True
+
+    def _begin(self, tensor: PagedTensor, name: str, choose: Callable[[], Window | None], *, fresh: bool) -> None:
         """Make room for a tensor and begin to bring it in."""
         tensors = self.mover.tensors
         while True:
-            window = self.mover.tenants.choose(tensor.n_frames, cost, least_cost)
+            window = choose()
             if (window is None or window.tenants) and self.make_way():
                 continue
+            if window is None:
+                self._take_back_loads()
+                window = choose()
             if window is not None:
                 break
             in_flight = [t for t in tensors.values() if t.moving]
@@ -84,7 +132,8 @@ class OnDemand:
                 self.mover.start_store(tensors[tenant])
         for tenant in window.tenants:
             self.move_out(tensors[tenant])
-        if tensor.frame is None:
+        taken = self.mover.host.taken(window.first, window.first + window.n_frames)
+        if tensor.frame is None and not any(True for _ in taken):
             self.mover.start_load(tensor, window.first, fresh=fresh)
 
     def move_out(self, tensor: PagedTensor) -> None:
@@ -92,19 +141,21 @@ class OnDemand:
         if tensor.frame is None:
             return
         self.mover.monitor.wait_until(lambda: tensor.state is not Residency.ARRIVING, tensor.name, tensor.n_bytes)
-        # Dirty again, where a sync failed meanwhile; without frames, where it was read ahead and that failed.
-        while tensor.frame is not None and (tensor.state is not Residency.CLEAN or tensor.uploads):
-            if tensor.state is Residency.DIRTY:
+
+        def there() -> bool:
+            # A planned load may have made it leave meanwhile, or a load ahead have failed.
+            return tensor.frame is not None
+
+        while there() and (tensor.state is not Residency.CLEAN or tensor.uploads):
+            if tensor.state is Residency.DIRTY:  # again, where a sync failed meanwhile
                 self.mover.start_store(tensor)
             self.mover.monitor.wait_until(
-                lambda: (
-                    tensor.frame is None or (tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads)
-                ),
+                lambda: not there() or (tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads),
                 tensor.name,
                 tensor.n_bytes,
             )
             self.mover.monitor.check()
-        if tensor.frame is not None:
+        if there():
             self.mover.drop(tensor)
 
     def _shortage(self, tensor: PagedTensor, name: str) -> BudgetError:

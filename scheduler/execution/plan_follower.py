@@ -1,37 +1,36 @@
-"""Following a plan: which of its moves begin with an op, and when the step goes on without it.
+"""Following plans: which moves begin with an op, and what becomes of them where a step is not as expected.
 
-    ON_DEMAND --(a repeatable step ended)--> PLANNED
-    PLANNED   --(an op differs, or a load cannot start)--> ON_DEMAND, for the rest of the step
+    ON_DEMAND --(a step ended that is worth a plan)--> PLANNED
+    PLANNED   --(plans are given up)-----------------> ON_DEMAND
 
-In PLANNED each op starts the moves the plan triggers there. A step that differs from its trace goes on on demand; its
-record replaces the trace. The plan is made once more with the times of steps that followed it.
-
-A plan that moves nothing need not be followed op by op. Once every tensor is where it has it, the plan *rests*: ops are
-neither followed nor recorded, and those that use others than these tensors are fetched on demand, into free frames.
-Once something has to leave for them, the step leaves the plan.
+In PLANNED each op starts the moves that the plan triggers there. Of a step that differs, only what differs is fetched
+on demand: ops that the plan does not have, and what it has not brought in time. Where the ops are those of another kind
+of step that has a plan, the step goes on by that one. A plan is made once more with the times of steps that followed
+it.
 """
 
 from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Final
 
 from pagemem.errors import BudgetError
-from pagemem.frames.page import TensorId
+from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.mover import Mover
-from pagemem.residency.paged_tensor import Residency
-from pagemem.state_machine import StateMachine
 from pagemem.telemetry.events import Event, EventKind, EventSink
-from scheduler.execution.cursor import Cursor, Divergence
 from scheduler.execution.lower_tier import LowerTier
+from scheduler.execution.plan_book import PlanBook, PlannedStep, Signature
+from scheduler.execution.planned_moves import PlannedMoves
 from scheduler.execution.read_lane import ReadLane
+from scheduler.execution.rest import Rest
 from scheduler.execution.tier_planner import TierPlanner
+from scheduler.lookahead.next_uses import NEVER
+from scheduler.planning.cursor import Advance, Cursor
 from scheduler.planning.durations import Durations
 from scheduler.planning.plan import Plan
-from scheduler.planning.task import load_task
-from scheduler.planning.trace import OpKey, Trace, TraceRecorder
+from scheduler.planning.trace import OpKey, OpKind, Trace, TraceRecorder
 
 
 class Mode(enum.Enum):
@@ -41,7 +40,7 @@ class Mode(enum.Enum):
     PLANNED = "planned"
 
 
-_MOVES: Final = StateMachine("driver", {Mode.ON_DEMAND: {Mode.PLANNED}, Mode.PLANNED: {Mode.ON_DEMAND}})
+_BLANK: Final = Trace(())
 
 
 class PlanFollower:
@@ -56,13 +55,11 @@ class PlanFollower:
         lower: the tier that tensors are copied up from; None above page files.
 
     Attributes:
-        plan: the present plan, if there is one.
-        trace: the step that it was made for, with the durations it was made with; empty without a plan.
-        durations: of the ops of steps that followed it; once complete, the plan was made with them.
-        planned_steps: that followed a plan. deviations: times that a step left its plan.
-        rests: whether steps follow a plan that moves nothing, so that ops of its tensors may be left out.
-        records_whole: whether all ops of the step under way are recorded.
-        let_go: called before tensors may be moved, also when that ends: nobody of ours is to hold any between two uses.
+        planned_steps: that followed a plan, wholly or but for what differed. deviations: those of them that differed
+            from every plan.
+        plans_made: new ones, and those made anew with better times.
+        differs: the step under way does.
+        rest: whether steps follow a plan that moves nothing, so that ops of its tensors may be left out.
     """
 
     def __init__(
@@ -74,200 +71,273 @@ class PlanFollower:
         sink: EventSink,
         lower: LowerTier | None,
     ) -> None:
-        self.mode = Mode.ON_DEMAND
-        self.plan: Plan | None = None
-        self.trace = Trace(())
-        self.durations = Durations()
         self.planned_steps = 0
         self.deviations = 0
-        self.rests = False
-        self.records_whole = True
-        self.let_go: Callable[[], None] = lambda: None
-        self._residents: frozenset[TensorId] = frozenset()
-        self._patience_steps = 1
+        self.plans_made = 0
+        self.differs = False
+        self.rest = Rest(mover)
+        self._records_whole = True
         self._mover = mover
-        self._lane = lane
+        self._moves = PlannedMoves(mover, lane, lower)
         self._recorder = recorder
         self._planner = planner
         self._sink = sink
         self._lower = lower
+        self._book = PlanBook()
         self._cursor = Cursor()
-        self._steps_of_plan = 0
+        self._entry: PlannedStep | None = None
+        self._leaves = False  # the next step is expected to follow another plan
+        self._at: int | None = None  # place in the plan of the op under way; None: it is not the plan's
+        self._announced: set[TensorId] = set()
 
-    def follow(self, key: OpKey) -> bool:
-        """Take the step to ``key`` along the plan, starting what it triggers, or leave the plan.
+    # ---- the present plan --------------------------------------------------------------------------------------
 
-        Returns:
-            Whether the op is to be recorded.
-        """
+    @property
+    def mode(self) -> Mode:
+        """How ops get their tensors."""
+        return Mode.ON_DEMAND if self._entry is None else Mode.PLANNED
+
+    @property
+    def plan(self) -> Plan | None:
+        """The present plan, if there is one."""
+        return None if self._entry is None else self._entry.plan
+
+    @property
+    def trace(self) -> Trace:
+        """The step that the plan was made for, with the durations it was made with; empty without a plan."""
+        return _BLANK if self._entry is None else self._entry.trace
+
+    @property
+    def durations(self) -> Durations:
+        """Of the ops of steps that followed the plan; once complete, it was made with them."""
+        return Durations() if self._entry is None else self._entry.durations
+
+    @property
+    def wants_times(self) -> bool:
+        """Whether somebody wants to know how long the ops of the step under way take."""
+        return self._entry is None or self.differs or self._entry.durations.wanted
+
+    def frame_for(self, tensor: TensorId) -> FrameId | None:
+        """Where the plan has a tensor of the op under way; None: it does not have the op."""
+        return None if self._at is None else self._moves.frames.get(tensor)
+
+    def next_use(self, tensor: TensorId) -> int:
+        """Ops until the plan uses what a tensor holds, at least; `NEVER` where it does not."""
+        if tensor in self._announced:
+            return 0
+        return NEVER if self._entry is None else self._entry.uses.distance(tensor, self._cursor.position)
+
+    # ---- ops ---------------------------------------------------------------------------------------------------
+
+    def follow(self, key: OpKey) -> None:
+        """Take the step to ``key`` along its plan, starting what that triggers."""
+        entry = self._entry
+        self._at = None
+        if entry is None:
+            return
+        if not self._recorder.ops:
+            self._begin_step(entry)
+        found = self._cursor.advance(entry.plan, key)
+        if found is None or self._passes_over(found.skipped):
+            performed = self._recorder.performed
+            other = self._book.beginning_with(performed, key, entry)
+            if other is not None:
+                self._enter(other, len(performed))
+                entry, found = other, self._cursor.advance(other.plan, key)
+            else:
+                self._note_difference(entry.plan, key, found)
+        if found is None:
+            return
+        self._at = found.position
+        if not self._moves.placed:
+            self._moves.place(entry, found.position)
+        if not self.differs:
+            self._assume(entry, found.skipped)
+        self._moves.start(entry, found, leaves=self._leaves)
+
+    def _begin_step(self, entry: PlannedStep) -> None:
+        if self._lower is not None:
+            self._lower.step_begins()
+        if self._cursor.begin_step(entry.plan) and not entry.plan.closed:
+            self._moves.placed = False
+        self._leaves = self._book.expected_after(entry) is not entry
+
+    def _passes_over(self, skipped: range) -> bool:
+        """Whether more than updates is not made, which may have been made elsewhere (`Driver.untraced`)."""
         plan = self.plan
         assert plan is not None
-        if self.rests:
-            return False
-        if self._lower is not None and not self._recorder.ops:
-            self._lower.step_begins()
-        found = self._cursor.advance(plan, key)
-        if isinstance(found, Divergence):
-            self.leave(found.why)
-            return True
-        if found.restores:
-            self._restore_placement(plan)
-        for op in self.trace.ops[len(self._recorder.ops) :][: len(found.ops) - 1]:
-            # An update that is not made in this step; it may be in later ones.
-            self._recorder.begin(op.key, op.name, op.accesses)
-        for position in found.ops:
-            for store in plan.stores_at.get(position, ()):
-                tensor = self._mover.tensors[store.tensor]
-                tensor.to_store = tensor.state is Residency.ARRIVING
-                if tensor.state is Residency.DIRTY and not tensor.pins:
-                    self._mover.start_store(tensor)
-            loads = plan.loads_at.get(position)
-            if loads:
-                self._lane.submit(loads)
-        if self._lane.stuck:
-            self._lane.pump()
-        return True
+        return any(plan.keys[position][0] is not OpKind.UPDATE for position in skipped)
+
+    def _assume(self, entry: PlannedStep, updates: range) -> None:
+        """Updates are not made in this step; they may be in later ones."""
+        for position in updates:
+            self._recorder.assume(entry.trace.ops[position % len(entry.trace.ops)])
+
+    def missed(self, name: str, tensor: str) -> None:
+        """The plan has not brought a tensor of the op under way, which is fetched on demand."""
+        if self._entry is not None:
+            self._differ(f"{name}: the plan has not brought {tensor}")
+
+    def announce(self, tensors: Iterable[TensorId]) -> None:
+        """What is used next: it is not made to leave before the next step. See `Driver.announce`."""
+        self._announced.update(tensors)
+
+    def _note_difference(self, plan: Plan, key: OpKey, found: Advance | None) -> None:
+        at = self._cursor.position if found is None else found.skipped.start
+        if found is None and self._cursor.at_end:
+            self._differ(f"the step goes on with {key[1]!r}, which it did not in the trace")
+        else:
+            self._differ(f"op {at} was {plan.keys[at][1]!r} in the trace and is {key[1]!r} now")
+
+    def _differ(self, why: str) -> None:
+        """Count a step that is not as its plan has it, once."""
+        if not self.differs:
+            self.differs = True
+            self.deviations += 1
+            self._emit_deviation(why)
+
+    # ---- rest --------------------------------------------------------------------------------------------------
 
     def resident_tensors(self) -> frozenset[TensorId]:
         """Between two steps: the tensors that the plan never moves, which are where it has them; from now on their ops
         may be left out. None of them where the plan moves some, or is not yet the one that is going to stay."""
-        plan = self.plan
-        if not self.rests and plan is not None and self._may_rest(plan):
-            self.rests, self._residents = True, frozenset(plan.initial)
-        return self._residents if self.rests else frozenset()
-
-    def _may_rest(self, plan: Plan) -> bool:
-        followed = self.mode is Mode.PLANNED and self.durations.complete and not self._cursor.restoring
-        if not followed or self._steps_of_plan < self._patience_steps:
-            return False
-        # Frames for what is made and consumed in a step are found when they are asked for.
-        moves = [task for task in (*plan.loads, *plan.stores, *plan.carried) if not task.fresh]
-        n_frames = sum(self._mover.tensors[tensor].n_frames for tensor in self.trace.tensors())
-        if moves or n_frames > plan.n_frames or self._lower is not None:
-            return False
-        placed = [(self._mover.tensors[tensor], frame) for tensor, frame in plan.initial.items()]
-        return all(tensor.frame == frame and tensor.readable for tensor, frame in placed)
+        alone = self._lower is None and len(self._book) == 1
+        if alone and not self.rest.active and self._entry is not None and self._moves.placed:
+            self.rest.try_begin(self._entry)
+        return self.rest.tensors
 
     def end_rest(self, why: str | None) -> bool:
-        """Memory is short: leave the plan if it rests, see `leave`; returns whether it did."""
-        if not self.rests:
+        """Memory is short: leave the plan if it rests, for the rest of the step; with a reason it counts as a
+        deviation. Returns whether it did."""
+        if not self.rest.active:
             return False
-        self.leave(why)
-        return True
-
-    def _end_rest(self) -> None:
-        if self.rests:
-            self.rests, self._residents = False, frozenset()
-            self.let_go()
-
-    def leave(self, why: str | None) -> None:
-        """Go on on demand for the rest of the step; with a reason it counts as a deviation from the trace."""
-        self._cancel_loads()
-        if self.rests:
-            self.records_whole = False
-            # Steps of which every few ones need more room would gain nothing by a rest in between.
-            self._steps_of_plan, self._patience_steps = 0, 2 * self._patience_steps
-            self._end_rest()
-        self.mode = _MOVES.move(self.mode, Mode.ON_DEMAND)
+        assert self._entry is not None
+        self._records_whole = False
+        self.rest.disturbed(self._entry)
+        self.pause()
         if why is not None:
             self.deviations += 1
             self._emit_deviation(why)
-
-    def disturb(self) -> None:
-        """Something other than the plan is about to move tensors: the placement is restored before going on by plan."""
-        self._cancel_loads()
-        self._cursor.restoring = True
-
-    def end_planned_step(self) -> bool:
-        """End a step that followed the plan to its end; False: it did not."""
-        self.records_whole = True
-        if self.mode is not Mode.PLANNED or self.plan is None:
-            return False
-        if self.rests:
-            self._recorder.finish(timed=False)
-            self.planned_steps += 1
-            return True
-        if not self._cursor.end_step(self.plan):
-            self.leave("the step ended early")
-            return False
-        for op in self.trace.ops[len(self._recorder.ops) :]:
-            self._recorder.begin(op.key, op.name, op.accesses)
-        performed = self._recorder.finish(timed=self.durations.wanted)
-        if not self._steps_of_plan:
-            self._mover.tenants.reset_touched()
-        self._steps_of_plan += 1
-        self.planned_steps += 1
-        refined = self.durations.add(self.trace, performed)
-        if refined is not None:
-            self._plan_for(refined)
         return True
 
-    def adopt(self, trace: Trace) -> None:
-        """Go on by plan after a step on demand: by the present one if the step was as it expects, else by a new one.
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def end_step(self, *, repeatable: bool) -> bool:
+        """The step under way ends; choose the plan of the next one.
 
         Where views in use leave the planner no window, steps stay on demand; that is counted and emitted.
-        """
-        if self.plan is None or self.plan.keys[: self.plan.ops_per_step] != trace.keys:
-            self._forget_plan()
-            self._plan_for(trace)
-            if self.plan is None:
-                return
-        self._cursor.enter()
-        self.mode = _MOVES.move(self.mode, Mode.PLANNED)
 
-    def abandon_step(self) -> None:
-        """The step under way is none: the next op is the first one of a step again."""
-        self._lane.clear()
-        if self.mode is Mode.PLANNED:
-            self._cursor.enter()
+        Args:
+            repeatable: a plan may be made of it.
 
-    def invalidate(self) -> None:
-        """Give the plan up; nobody's deviation."""
-        if self.mode is Mode.PLANNED:
-            self.leave(None)
-        self._forget_plan()
-
-    def _forget_plan(self) -> None:
-        self._end_rest()
-        self.plan, self.trace, self.durations = None, Trace(()), Durations()
-
-    def _plan_for(self, trace: Trace) -> None:
-        """Make a plan and take it for the next step on; where there is none, the present one stays.
+        Returns:
+            Whether one was made.
 
         Raises:
             PlanError: the plan does not hold, which is a defect; it is not followed.
         """
+        entry = self._entry
+        repeatable, self._records_whole = repeatable and self._records_whole, True
+        if self.rest.active:
+            self._recorder.finish(timed=False)
+            self.planned_steps += 1
+            return False
+        if entry is not None:
+            entry = self._end_planned_step(entry)
+        trace = self._recorder.finish(timed=repeatable and self.wants_times, assumed=not self.differs)
+        as_planned = entry is not None and not self.differs
+        # What was fetched on demand has taken others' places.
+        self._moves.placed &= as_planned
+        self.differs, self._at = False, None
+        self._announced.clear()
+        made = False
+        if entry is not None and as_planned:
+            made = self._end_step_as_planned(entry, trace)
+        elif repeatable and self._book.ended(Signature(trace.keys)):
+            if entry is not None:
+                trace.take_durations(entry.trace)
+            made = self._plan_for(trace)
+        self._expect_next(entry, made)
+        return made
+
+    def _end_step_as_planned(self, entry: PlannedStep, trace: Trace) -> bool:
+        """The step was the plan's; returns whether that is made once more with better times."""
+        if not entry.n_steps:
+            self._mover.tenants.reset_touched()
+        entry.n_steps += 1
+        refined = entry.durations.add(entry.trace, trace)
+        made = refined is not None and self._plan_for(refined, entry.durations)
+        self._book.ended(entry.signature)
+        return made
+
+    def _expect_next(self, entry: PlannedStep | None, made: bool) -> None:
+        """Go on with the plan that the next step is expected to follow, after one by ``entry``."""
+        expected = self._book.expected()
+        if expected is not None and (made or expected is not entry):
+            self._enter(expected)
+            if entry is not None and not made:
+                self._moves.place(expected, 0)  # what it begins with comes before it does
+        elif self._leaves:
+            self._moves.placed = (
+                False  # Loads for the next step were left out, and it goes on by the same plan after all.
+            )
+        self._entry = expected
+
+    def _end_planned_step(self, entry: PlannedStep) -> PlannedStep:
+        """End a step that followed a plan; returns the plan that had its ops."""
+        missing = self._cursor.end_step()
+        self.planned_steps += 1
+        if (not self._recorder.ops and entry.plan.keys) or self._passes_over(missing):
+            shorter = self._book.of(Signature(tuple(self._recorder.performed)))
+            if shorter is not None:
+                self._enter(shorter)
+                return shorter
+            self._differ("the step ended early")
+        elif not self.differs:
+            self._assume(entry, missing)
+        if missing:
+            self._moves.start(entry, Advance(missing[-1], missing[:-1]), leaves=self._leaves)
+        return entry
+
+    def abandon_step(self) -> None:
+        """The step under way is none: the next op is the first one of a step again."""
+        self._moves.forget()
+        self.differs, self._at = False, None
+        if self._entry is not None:
+            self._cursor.restart_step(self._entry.plan)
+
+    def disturb(self) -> None:
+        """Something other than the plan is about to move tensors: what the plan has is brought back before going on."""
+        self._moves.disturb()
+
+    def pause(self) -> None:
+        """What is left of this step, or the next one, is fetched on demand. Nobody's deviation."""
+        self.rest.end()
+        self.disturb()
+        self._entry = None
+
+    def invalidate(self) -> None:
+        """Give all plans up; nobody's deviation."""
+        self.pause()
+        self._book.clear()
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _plan_for(self, trace: Trace, durations: Durations | None = None) -> bool:
+        """Make a plan and keep it; where there is none, the present one stays. Returns whether there is one."""
         try:
             plan = self._planner.plan(trace)
         except BudgetError as error:
             self._emit_deviation(f"no plan: {error}")
-            return
-        self.trace, self.plan = trace, plan
-        self._steps_of_plan = 0
-        self.disturb()
+            return False
+        self.plans_made += 1
+        self._book.keep(PlannedStep(trace, plan, durations or Durations()))
+        return True
 
-    def _restore_placement(self, plan: Plan) -> None:
-        """Put every tensor where the plan's cycle begins, and queue the loads that would be under way then.
-
-        Only what costs nothing is moved out here; the lane makes dirty tenants leave when a load wants their frames.
-        """
-        self._lane.clear()
-        for tensor in self._mover.tensors.values():
-            movable = tensor.state is Residency.CLEAN and not tensor.held and not tensor.uploads
-            if not movable or plan.initial.get(tensor.id) == tensor.frame:
-                continue
-            if tensor.frame is not None and tensor.frame < self._mover.tenants.n_shared_frames:
-                self._mover.drop(tensor)
-        first_uses = self.trace.first_uses()
-        wanted = sorted(plan.initial, key=lambda tensor: first_uses.get(tensor, 0))
-        n_bytes = {tensor: self._mover.tensors[tensor].n_bytes for tensor in wanted}
-        self._lane.submit([load_task(tensor, n_bytes[tensor], plan.initial[tensor], 0, 0) for tensor in wanted])
-        self._lane.submit(plan.carried)
-
-    def _cancel_loads(self) -> None:
-        self._lane.clear()
-        if self._lower is not None:
-            self._lower.cancel_loads()
+    def _enter(self, entry: PlannedStep, position: int = 0) -> None:
+        self._entry = entry
+        self._cursor.enter(entry.plan, position)
+        self._moves.forget()
 
     def _emit_deviation(self, why: str) -> None:
         self._sink.emit(Event(EventKind.DEVIATION, why, 0, time.perf_counter(), 0.0))

@@ -2,13 +2,14 @@
 
 A load whose window still has tenants waits for them: a clean one is dropped, a dirty one stored and then dropped, one
 in flight waited for. One that is *held* (pinned, or seen through a living view) cannot be waited for by the thread that
-holds it; the lane then reports itself `stuck`, and the driver goes on without the plan.
+holds it; the lane then reports itself `stuck`, and the driver takes what it waits for out of it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from pagemem.frames.page import TensorId
 from pagemem.residency.mover import Mover
@@ -25,6 +26,7 @@ class ReadLane:
         self._waiting: Counter[TensorId] = Counter()
         self._pumping = False
         self._look_again = False
+        self._paused = False
         self.stuck = False
         mover.monitor.on_change(self.pump)
 
@@ -36,25 +38,50 @@ class ReadLane:
         """The load that the others wait behind, if one waits."""
         return self._tasks[0] if self._tasks else None
 
-    def submit(self, tasks: Iterable[Task]) -> None:
-        """Queue loads behind those that wait."""
+    def submit(self, tasks: Iterable[Task], *, first: bool = False) -> None:
+        """Queue loads, behind those that wait or before them."""
         with self._mover.changed:
             queued = list(tasks)
-            self._tasks.extend(queued)
+            if first:
+                self._tasks.extendleft(reversed(queued))
+            else:
+                self._tasks.extend(queued)
             self._waiting.update(task.tensor for task in queued)
             self.pump()
 
     def clear(self) -> None:
         """Forget the loads that have not started. Those under way complete."""
+        self.cancel(lambda _: True)
+
+    def cancel(self, unwanted: Callable[[Task], bool]) -> None:
+        """Forget those loads that have not started and are ``unwanted``."""
         with self._mover.changed:
-            self._tasks.clear()
-            self._waiting.clear()
+            self._tasks = deque(task for task in self._tasks if not unwanted(task))
+            self._waiting = Counter(task.tensor for task in self._tasks)
             self.stuck = False
+
+    def free(self, tensor: PagedTensor) -> None:
+        """Have a lane that is stuck go on, or, if that is not enough, forget the next load of a tensor: whoever calls
+        brings it."""
+        while self.stuck and tensor.id in self and not tensor.moving:
+            task = self._tasks.popleft()
+            self._waiting[task.tensor] -= 1
+            self.pump()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Start no load inside the block."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+            self.pump()
 
     def pump(self) -> None:
         """Start every load that can start now."""
         self._look_again = True
-        if self._pumping:
+        if self._pumping or self._paused:
             return  # a copy that is over as soon as it begins
         self._pumping = True
         try:

@@ -183,6 +183,16 @@ class TraceRecorder:
     _last_by_tensor: dict[TensorId, int] = field(default_factory=dict)
     _began: Any = None
     _spans: list[tuple[Op, Any, Any]] = field(default_factory=list)
+    _assumed: set[int] = field(default_factory=set)
+
+    @property
+    def performed(self) -> list[OpKey]:
+        """The ops that were performed, without those assumed."""
+        return [op.key for index, op in enumerate(self.ops) if index not in self._assumed]
+
+    def assume(self, op: Op) -> None:
+        """Append an op that is not performed, but may be in later steps of the same kind."""
+        self._assumed.add(self.begin(op.key, op.name, op.accesses))
 
     def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> int:
         """Append an op; returns its index."""
@@ -213,16 +223,27 @@ class TraceRecorder:
         if index is not None:
             self.ops[index].until = len(self.ops) - 1
 
-    def finish(self, *, timed: bool = True) -> Trace:
+    def finish(self, *, timed: bool = True, assumed: bool = True) -> Trace:
         """The finished step's trace; the recorder is empty again.
 
         Args:
             timed: whether anybody wants the ops' durations, for which a device is waited for; else they are 0.
+            assumed: whether the trace is to have what was assumed, too.
         """
         if timed:
             for op, begun, ended in self._spans:
                 op.duration_s += self.clock.seconds(begun, ended)
+        if not assumed and self._assumed:
+            self._leave_assumed_out()
         trace = Trace(tuple(self.ops))
-        self.ops, self._spans, self._began = [], [], None
+        self.ops, self._spans, self._began, self._assumed = [], [], None, set()
         self._last_by_tensor = {}
         return trace
+
+    def _leave_assumed_out(self) -> None:
+        kept_until: list[int] = []  # ops kept up to each one
+        for index in range(len(self.ops)):
+            kept_until.append((kept_until[-1] if kept_until else -1) + (index not in self._assumed))
+        for op in self.ops:
+            op.until = kept_until[op.until]
+        self.ops = [op for index, op in enumerate(self.ops) if index not in self._assumed]

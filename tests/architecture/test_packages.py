@@ -18,8 +18,8 @@ PUBLIC = [
     "BudgetError", "BudgetNeed", "Callback", "Change", "ChecksumError", "CommitError", "Config", "ConfigError",
     "DeviceError", "DiskFullError", "Engine", "ExportError", "FactoryError", "MemoryReport", "NonFiniteError",
     "OffloadError", "PagedParameter", "Resumed", "RunDirectoryError", "StaleGradientError", "Stats", "StorageError",
-    "TierUse", "deferred_init", "from_pretrained", "gathered", "initialize", "load_config", "load_weights", "prepare",
-    "smallest_budget",
+    "TierUse", "announce", "deferred_init", "from_pretrained", "gathered", "initialize", "load_config", "load_weights",
+    "prepare", "smallest_budget",
 ]  # fmt: skip
 
 

@@ -107,9 +107,28 @@ def test_trains_to_plain_bits(
 ) -> None:
     if loop == "checkpointing" and not getattr(library(), FAMILIES[name][0]).supports_gradient_checkpointing:
         pytest.skip("transformers has no gradient checkpointing for it")
-    expected, plain_optimizer, losses = plainly(name, loop, from_file=make is pretrained)
-    config = settings(tmp_path, ram_bytes(name, budget), loop)
-    with offload.initialize(make(name, tmp_path, config), config, adamw) as engine:
+    found = plainly(name, loop, from_file=make is pretrained)
+    try:
+        train_alike(name, ram_bytes(name, budget), make, loop, tmp_path / "first", found)
+    except offload.BudgetError as error:
+        # Views that are kept while a block is computed again are not known before: the first step says what works.
+        assert (loop, budget) == ("checkpointing", "smallest")
+        train_alike(name, error.smallest_bytes, make, loop, tmp_path / "second", found)
+
+
+def train_alike(
+    name: str,
+    ram: int,
+    make: Callable[..., nn.Module],
+    loop: str,
+    folder: Path,
+    plain_results: tuple[nn.Module, torch.optim.Optimizer, list[Tensor]],
+) -> None:
+    """Train in pages and compare every bit."""
+    folder.mkdir()
+    expected, plain_optimizer, losses = plain_results
+    config = settings(folder, ram, loop)
+    with offload.initialize(make(name, folder, config), config, adamw) as engine:
         begin(engine.model, loop)
         found = []
         for batches in inputs_of(name, loop):

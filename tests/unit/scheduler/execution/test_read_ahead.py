@@ -330,7 +330,7 @@ def test_a_large_tensor_takes_back_what_was_read_ahead(ahead: list[str]) -> None
 
 
 def test_moving_a_tensor_out_does_not_wait_for_a_read_ahead_that_failed(gates: Gates) -> None:
-    found, on_demand = Pass(gates), OnDemand(gates.mover)
+    found, on_demand = Pass(gates), OnDemand(gates.mover, lambda: None)
     assert found.use("ABC") == "DE"
     begun = threading.Event()
 

@@ -1,0 +1,100 @@
+"""Steps that differ from their plans in any way: values are right, frames are within bounds, and nothing waits for ever
+(the timeout of the test)."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+from driver_steps import planned
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from training_rig import Rig, rig
+
+from scheduler import knobs
+
+LETTERS = "ABCDEFG"
+
+#: One op: one or two tensors, read or changed.
+ops = st.lists(
+    st.tuples(st.sampled_from(LETTERS), st.sampled_from("rrwc")), min_size=1, max_size=2, unique_by=lambda use: use[0]
+).map(lambda uses: " ".join(letter + mode for letter, mode in uses))
+updates = st.sampled_from(LETTERS).map("u: {}w".format)
+steps = st.lists(st.one_of(ops, ops, updates), min_size=1, max_size=12)
+#: What becomes of a step: a place, what to do there, and with which op.
+edits = st.lists(
+    st.tuples(
+        st.integers(0, 11),
+        st.sampled_from(
+            ["leave out", "insert", "replace", "leave out more", "again", "aside", "pass", "announce", "hold"]
+        ),
+        ops,
+    ),
+    max_size=4,
+)
+
+
+def perform(r: Rig, step: list[str], changes: list[tuple[int, str, str]]) -> None:
+    """Make a step with so many differences."""
+    left_out: set[int] = set()
+    view = None
+    for place, what, _ in changes:
+        if what.startswith("leave out"):
+            left_out |= set(range(place, place + (5 if what.endswith("more") else 1)))
+    for place, op in enumerate(step):
+        here = [(what, other) for at, what, other in changes if at == place]
+        for what, other in here:
+            if what == "insert":
+                r.op(other)
+            elif what == "aside":
+                with r.driver.untraced():
+                    r.op(other)
+            elif what == "pass":
+                with r.driver.evaluating():
+                    r.op(other.replace("w", "r").replace("c", "r"))
+                    r.op("Ar")
+            elif what == "announce":
+                r.driver.announce([r.tensors[word[0]].id for word in other.split()])
+        if place not in left_out:
+            replaced = [other for what, other in here if what == "replace"]
+            r.op(replaced[0] if replaced else op)
+            if any(what == "again" for what, _ in here):
+                r.op(op)
+        held = [other[0] for what, other in here if what == "hold"]
+        if held and r.tensors[held[0]].readable and view is None:
+            view = r.lease(held[0])  # somebody keeps a view for a while
+    del view
+    gc.collect(0)
+    r.driver.end_step(repeatable=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_plans() -> Iterator[None]:
+    """One plan for each kind of step, not the best of several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knobs, "KEPT_SHARES", ())
+        yield
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    step=steps,
+    turns=st.lists(edits, min_size=1, max_size=6),
+    n_frames=st.integers(3, 8),
+    pages=st.dictionaries(st.sampled_from(LETTERS[2:5]), st.just(2), max_size=1),
+)
+def test_any_steps_after_any_plan_are_right(
+    step: list[str], turns: list[list[tuple[int, str, str]]], n_frames: int, pages: dict[str, int]
+) -> None:
+    with rig(n_frames + sum(pages.values()), LETTERS, pages) as r:
+        planned(r, *step)
+        for changes in turns:
+            perform(r, step, changes)
+        r.step(*step)
+        follower = r.driver.follower
+        assert follower.planned_steps + r.driver.on_demand_steps == len(turns) + 3
+        before = follower.deviations
+        r.step(*step)
+        assert follower.deviations == before, "the step is known, and was just made"
+        r.read_all()

@@ -1,0 +1,84 @@
+"""Plans by the signatures of steps, and which kind of step is expected."""
+
+from __future__ import annotations
+
+from replays import host_plan
+
+from scheduler import knobs
+from scheduler.execution.plan_book import PlanBook, PlannedStep, Signature
+from scheduler.planning.trace import Op, OpKey, OpKind, Trace
+
+
+def keys(letters: str) -> tuple[OpKey, ...]:
+    return tuple((OpKind.FORWARD, letter) for letter in letters)
+
+
+def planned(letters: str) -> PlannedStep:
+    """A kind of step with a plan that moves nothing."""
+    trace = Trace(tuple(Op(key, str(key[1]), (), until=index) for index, key in enumerate(keys(letters))))
+    return PlannedStep(trace, host_plan(trace, 1, {}))
+
+
+def book(*steps: str) -> tuple[PlanBook, dict[str, PlannedStep]]:
+    made, known = PlanBook(), {letters: planned(letters) for letters in steps}
+    for step in known.values():
+        made.keep(step)
+    return made, known
+
+
+def ended(made: PlanBook, letters: str) -> bool:
+    return made.ended(Signature(keys(letters)))
+
+
+def test_without_plans_nothing_is_expected_and_the_first_step_is_worth_one() -> None:
+    made = PlanBook()
+    assert made.expected() is None and ended(made, "ab")
+
+
+def test_what_followed_last_time_is_expected_to_follow_again() -> None:
+    made, known = book("ab", "ac", "ad")
+    for letters in ("ab", "ac", "ad", "ab"):
+        assert not ended(made, letters), "it has a plan"
+    assert made.expected() is known["ac"]
+    assert made.expected_after(known["ac"]) is known["ad"]
+    ended(made, "ad")
+    assert made.expected() is known["ab"] and made.expected_after(known["ab"]) is known["ad"], "the last time counts"
+
+
+def test_a_step_that_repeats_is_expected_to_repeat() -> None:
+    made, known = book("ab", "ac")
+    for _ in range(2):
+        ended(made, "ab")
+        assert made.expected() is known["ab"]
+
+
+def test_a_plan_is_found_by_the_ops_so_far() -> None:
+    made, known = book("abc", "abd", "xyz")
+    assert made.beginning_with(keys("ab"), keys("d")[0], known["abc"]) is known["abd"]
+    assert made.beginning_with(keys("ab"), keys("c")[0], known["abc"]) is None, "that is the present one"
+    assert made.beginning_with(keys("ay"), keys("z")[0], known["abc"]) is None
+    assert made.beginning_with((), keys("x")[0], known["abc"]) is known["xyz"]
+    assert made.beginning_with(keys("xyz"), keys("a")[0], known["abc"]) is None, "it has no more ops"
+
+
+def test_only_the_plans_used_last_are_kept() -> None:
+    letters = [f"a{chr(ord('b') + number)}" for number in range(knobs.KEPT_PLANS + 1)]
+    made, known = book(*letters[:-1])
+    ended(made, letters[0])
+    made.keep(planned(letters[-1]))
+    assert made.of(Signature(keys(letters[0]))) is known[letters[0]]
+    assert made.of(Signature(keys(letters[1]))) is None
+
+
+def test_where_every_step_is_new_few_are_worth_a_plan_and_one_that_comes_again_is() -> None:
+    made, _ = book("a")
+    worth = [ended(made, f"a{number:02}") for number in range(3 * knobs.KEPT_PLANS)]
+    assert sum(worth) < knobs.KEPT_PLANS
+    assert ended(made, "a05"), "it came before"
+
+
+def test_a_cleared_book_expects_nothing() -> None:
+    made, _ = book("ab", "ac")
+    ended(made, "ab")
+    made.clear()
+    assert made.expected() is None and ended(made, "ab")
