@@ -71,8 +71,7 @@ class Driver:
         # What is above another tier is a copy away: loads there begin once the tier below has the tensor.
         self._read_ahead = ReadAhead(mover) if lower is None else None
         self._on_demand = OnDemand(mover, (lambda: None) if lower is None else lower.cancel_loads, self._read_ahead)
-        followed = lambda: self._track.follower if self._recording else None  # noqa: E731
-        self.bringer = Bringer(mover, self._lane, self._on_demand, lower, followed)
+        self.bringer = Bringer(mover, self._lane, self._on_demand, lower, self._followed)
         self._pinner = Pinner(mover, self._on_demand, self.bringer.bring, self._lane, lower)
         self.tracks = Tracks(mover, self._lane, self.planner, sink, clock, lower)
         self._on_demand.make_way = self._make_way
@@ -106,7 +105,6 @@ class Driver:
 
     @property
     def _track(self) -> Track:
-        """What ops belong to, where they are recorded."""
         return self.tracks.passes if self._n_passes else self.tracks.steps
 
     @property
@@ -344,6 +342,9 @@ class Driver:
                     self._recorder.views_ended(tensor.id)
         if self._lower is not None:
             self._lower.write_back_edited()
+
+    def _followed(self) -> PlanFollower | None:
+        return self._track.follower if self._recording else None
 
     def _make_way(self) -> bool:
         return self.follower.end_rest("no room beside a plan that moves nothing" if self._recording else None)
