@@ -138,6 +138,18 @@ def test_a_run_goes_on_with_the_slices_it_was_begun_with(tmp_path: Path) -> None
         assert_same_states(engine.optimizer, optimizer)
 
 
+def test_lock_free_mode_and_devices_do_not_go_on_with_slices(tmp_path: Path) -> None:
+    with engine_of(built(tied=True), tmp_path) as engine:
+        train(engine, batches(2))
+        engine.save()
+    memory = {"memory": {"ram": 16 << 20, "page": PAGE_BYTES, "device": "8MiB"}}
+    for more in ({"update": {"mode": "lock-free"}}, {"device": "cpu-emulated", **memory}):
+        with pytest.raises(
+            offload.ConfigError, match=r"have tok.weight in slices, .* which only exact mode on the CPU"
+        ):
+            offload.initialize(built(tied=True), config(tmp_path, ram=16 << 20) | more, adamw)
+
+
 @pytest.mark.parametrize("dtype", ["keep", "bf16"])
 def test_exports_have_one_tensor(dtype: str, tmp_path: Path) -> None:
     model = built(tied=True, bias=True)
