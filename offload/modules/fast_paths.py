@@ -15,10 +15,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from offload.binding.bound_parameter import BoundParameter
 from offload.hooks import MethodHook
 from offload.parameters.binder import Binder
 from offload.parameters.paged_parameter import PagedParameter
-from offload.parameters.tensor_functions import among, is_bare
+from offload.parameters.tensor_functions import among
 
 _LAYERS: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -45,7 +46,8 @@ def _wrapped(module: nn.Module, owner: nn.Module, binder: Binder, *, binds: bool
     inner, paged = module.forward, list(among(PagedParameter, owner.parameters()))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        parameters = [parameter for parameter in paged if not is_bare(parameter)]  # which look ordinary anyway
+        # Those bound between uses look ordinary anyway.
+        parameters = [parameter for parameter in paged if not isinstance(parameter, BoundParameter)]
         _look(parameters, PagedParameter)  # The encoder around this layer may have made them look ordinary.
         if not parameters or module.training or binder.closed or _needs_grad([*paged, *args, *kwargs.values()]):
             return inner(*args, **kwargs)

@@ -86,6 +86,7 @@ class PlanFollower:
         self._book = PlanBook()
         self._cursor = Cursor()
         self._entry: PlannedStep | None = None
+        self._paused: PlannedStep | None = None
         self._leaves = False  # the next step is expected to follow another plan
         self._at: int | None = None  # place in the plan of the op under way; None: it is not the plan's
         self._announced: set[TensorId] = set()
@@ -99,18 +100,21 @@ class PlanFollower:
 
     @property
     def plan(self) -> Plan | None:
-        """The present plan, if there is one."""
-        return None if self._entry is None else self._entry.plan
+        """The present plan, if there is one, or the one that was followed before a `pause`."""
+        known = self._entry or self._paused
+        return None if known is None else known.plan
 
     @property
     def trace(self) -> Trace:
         """The step that the plan was made for, with the durations it was made with; empty without a plan."""
-        return _BLANK if self._entry is None else self._entry.trace
+        known = self._entry or self._paused
+        return _BLANK if known is None else known.trace
 
     @property
     def durations(self) -> Durations:
         """Of the ops of steps that followed the plan; once complete, it was made with them."""
-        return Durations() if self._entry is None else self._entry.durations
+        known = self._entry or self._paused
+        return Durations() if known is None else known.durations
 
     @property
     def wants_times(self) -> bool:
@@ -164,9 +168,8 @@ class PlanFollower:
 
     def _passes_over(self, skipped: range) -> bool:
         """Whether more than updates is not made, which may have been made elsewhere (`Driver.untraced`)."""
-        plan = self.plan
-        assert plan is not None
-        return any(plan.keys[position][0] is not OpKind.UPDATE for position in skipped)
+        assert self._entry is not None
+        return any(self._entry.plan.keys[position][0] is not OpKind.UPDATE for position in skipped)
 
     def _assume(self, entry: PlannedStep, updates: range) -> None:
         """Updates are not made in this step; they may be in later ones."""
@@ -314,11 +317,12 @@ class PlanFollower:
         """What is left of this step, or the next one, is fetched on demand. Nobody's deviation."""
         self.rest.end()
         self.disturb()
-        self._entry = None
+        self._entry, self._paused = None, self._entry or self._paused
 
     def invalidate(self) -> None:
         """Give all plans up; nobody's deviation."""
         self.pause()
+        self._paused = None
         self._book.clear()
 
     # ---- inside ------------------------------------------------------------------------------------------------

@@ -157,7 +157,8 @@ def test_a_plan_moves_what_it_says_and_ends_where_it_began(work: Work) -> None:
     for _ in range(3):
         moved = dict(replay.moved_bytes)
         replay.cycle()
-        assert not plan.closed or replay.where == began
+        # A copy that is out of date may lie on in frames that nobody wants.
+        assert not plan.closed or began.items() <= replay.where.items()
     for lane in Lane:
         assert replay.moved_bytes[lane] - moved[lane] <= plan.lane_bytes.get(lane, 0), lane
 
