@@ -50,6 +50,7 @@ class DeviceMover(Mover):
 
     def __init__(self, arena: Arena, below: HostMover, accelerator: Accelerator, sink: EventSink) -> None:
         super().__init__(arena, sink)
+        self._ids = below._ids  # one tensor has one number in all tiers
         self.below = below
         self.accelerator = accelerator
         self.prefetched_unused: set[TensorId] = set()

@@ -10,6 +10,7 @@ One lock guards all bookkeeping, see `pagemem.residency.monitor`.
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -52,7 +53,7 @@ class Mover(ABC):
         self.monitor = CopyMonitor(sink, f"{self.tier.value} pages")
         self.changed = self.monitor.changed
         self.tensors: dict[TensorId, PagedTensor] = {}
-        self._next_id = 0
+        self._ids = itertools.count()
         self._expired: deque[PagedTensor] = deque()
         self._expiring: Gone[Iterable[PagedTensor]] = Gone()
         self._use(Tenants(arena, self.tier, self.tensors))
@@ -115,8 +116,7 @@ class Mover(ABC):
     def create(self, name: str, tag: Tag, n_bytes: int) -> PagedTensor:
         """A new tensor that reads as zeros and holds no bytes in any tier yet."""
         with self.changed:
-            tensor = PagedTensor.sized(TensorId(self._next_id), name, tag, n_bytes, self.arena.page_bytes)
-            self._next_id += 1
+            tensor = PagedTensor.sized(TensorId(next(self._ids)), name, tag, n_bytes, self.arena.page_bytes)
             self.tensors[tensor.id] = tensor
             return tensor
 

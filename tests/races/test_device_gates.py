@@ -46,6 +46,12 @@ def test_a_copy_waits_for_its_host_pages(tiers: Tiers) -> None:
     assert tiers.device.lower(tensor.id).uploads == 0
 
 
+def test_a_tensor_has_one_number_in_all_tiers(tiers: Tiers) -> None:
+    above = [tiers.stored(number, f"t{number}") for number in range(3)]
+    below = [tiers.device.lower(tensor.id) for tensor in above]
+    assert len({tensor.id for tensor in (*above, *below)}) == 6
+
+
 def test_copies_overtake_those_that_wait(tiers: Tiers) -> None:
     first, second = tiers.stored(1, "first"), tiers.stored(2, "second")
     tiers.device.start_load(first, FrameId(0))
