@@ -116,9 +116,8 @@ class Mover(ABC):
     def create(self, name: str, tag: Tag, n_bytes: int) -> PagedTensor:
         """A new tensor that reads as zeros and holds no bytes in any tier yet."""
         with self.changed:
-            tensor = PagedTensor.sized(TensorId(next(self._ids)), name, tag, n_bytes, self.arena.page_bytes)
-            self.tensors[tensor.id] = tensor
-            return tensor
+            number = TensorId(next(self._ids))
+            return self.tensors.setdefault(number, PagedTensor.sized(number, name, tag, n_bytes, self.arena.page_bytes))
 
     def expire_with(self, thing: object, tensors: Iterable[PagedTensor]) -> None:
         """Have the content of tensors discarded before the next op after ``thing`` is gone: of those that ``tensors``
