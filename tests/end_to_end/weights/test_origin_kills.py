@@ -40,7 +40,7 @@ def rest(run: subprocess.Popen[str], told: dict[str, str]) -> None:
     run.stdout.close()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
 def test_killed_runs_go_on_with_the_same_bits(tmp_path: Path, kills: int) -> None:
     told: dict[str, str] = {}
     rest(start(tmp_path / "whole"), told)
