@@ -22,6 +22,11 @@ BURST_S: Final = 0.05
 #: Stores under way at a time for a snapshot, beside those that training needs. Chosen.
 STORES_AT_A_TIME: Final = 2
 
+#: Part of the frames that storing behind ops on demand keeps clean: twice what reading ahead may fill. Chosen.
+WRITE_BEHIND_PART: Final = 4
+#: How often the tenants are looked at while ops change as many frames as there are. Chosen.
+WRITE_BEHIND_LOOKS: Final = 16
+
 #: With more tenants than this, windows of frames are looked for near the best tenants instead of ranking all of them.
 #: Chosen where ranking began to show in the time of planning.
 MANY_TENANTS: Final = 256

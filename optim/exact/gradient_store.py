@@ -19,10 +19,14 @@ from optim.clip import gradient_norm
 from optim.gradient_budget import GradientBudget
 from optim.unit import SLOT_ALIGN_NUMEL, Grad, Slot, Unit, Whole
 from pagemem.files.spilled import SpilledTensor
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from pagemem.units import round_up
 from scheduler.execution.driver import Driver
 from scheduler.planning.trace import Access, AccessMode, OpKind
+
+#: Told of tensors in host memory that an op has changed, once it is over.
+Changed = Callable[[Sequence[PagedTensor]], None]
 
 
 def flat_gradient(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
@@ -47,13 +51,17 @@ class GradientStore:
     Args:
         driver: gives host pages.
         budget: of direct gradients; what does not fit goes to pages.
+        changed: told of sums that were changed.
         spill_folder: where gradients of cut parameters are put together for their norm, beside the budget; None: in
             RAM.
     """
 
-    def __init__(self, driver: Driver, budget: GradientBudget, spill_folder: Path | None = None) -> None:
+    def __init__(
+        self, driver: Driver, budget: GradientBudget, changed: Changed, spill_folder: Path | None = None
+    ) -> None:
         self._driver = driver
         self._budget = budget
+        self._changed = changed
         self._spill_folder = spill_folder
 
     def keep(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> bool:
@@ -96,6 +104,8 @@ class GradientStore:
         if kept is not None:
             slot.direct = None
             self._budget.release(_host_bytes(unit, kept))
+        if not unit.sums_resident:
+            self._changed([unit.gradients])
 
     def view(self, unit: Unit, slot: Slot) -> torch.Tensor:
         """The flat paged sum of one parameter; its pages must be pinned by the op under way."""

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from optim.exact.gradient_store import GradientStore
+from optim.exact.gradient_store import Changed, GradientStore
 from optim.rules import Batch, UpdateRule
 from optim.states import StateAccess, state_view
 from optim.unit import Grad, Pending, Piece, Slice, Slot, Unit, pieces_of
@@ -27,16 +27,24 @@ class UnitUpdate:
         driver: gives host pages.
         rule: what an update does.
         updated: told of each unit whose parameters were updated.
+        changed: told of tensors in host memory that an op has changed, once it is over.
     """
 
     def __init__(
-        self, driver: Driver, rule: UpdateRule, store: GradientStore, sink: EventSink, updated: Callable[[Unit], None]
+        self,
+        driver: Driver,
+        rule: UpdateRule,
+        store: GradientStore,
+        sink: EventSink,
+        updated: Callable[[Unit], None],
+        changed: Changed,
     ) -> None:
         self._driver = driver
         self._rule = rule
         self._store = store
         self._sink = sink
         self._updated = updated
+        self._changed = changed
         self._states = StateAccess(driver, rule.state_names)
         self._torn: Unit | None = None
 
@@ -102,6 +110,8 @@ class UnitUpdate:
             self._torn = unit
             self._apply(unit, part, pieces, pending, last=last)
             spent_s = time.perf_counter() - started_s
+        if unit.resident_driver is None:
+            self._changed([t for t in (unit.parameters if last else None, part.states, part.master) if t is not None])
         self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
 
     def _paged_sums(self, unit: Unit, spent: Sequence[Slot]) -> list[Access]:

@@ -31,6 +31,9 @@ from optim.training import Training
 from optim.unit import Grad, Pending, Slot, Unit
 from optim.updater import Updater
 from pagemem.process.closing import close_all
+from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.residency.write_behind import WriteBehind
+from scheduler.execution.plan_follower import Mode
 
 Start = Literal["auto", "step"]
 
@@ -68,8 +71,9 @@ class ExactUpdater(Updater):
         spill_folder: Path | None = None,
     ) -> None:
         super().__init__(training, budget, downloads)
-        self._store = GradientStore(training.driver, budget, spill_folder)
-        self._update = UnitUpdate(training.driver, rule, self._store, training.sink, updated)
+        self._behind = WriteBehind(training.driver.mover)
+        self._store = GradientStore(training.driver, budget, self._changed, spill_folder)
+        self._update = UnitUpdate(training.driver, rule, self._store, training.sink, updated, self._changed)
         self._every_slot = training.index.slots(optimized=False)
         self.bound = BoundUpdates(
             training.driver.mover, rule, budget, self._use_hypers, self.gradient, updated, self._viewed,
@@ -120,6 +124,11 @@ class ExactUpdater(Updater):
             self.bound.leave_all()
         super().clear(zeros=zeros)
         self.bound.clear()
+
+    def _changed(self, tensors: Sequence[PagedTensor]) -> None:
+        # A plan says itself when what was changed is stored.
+        if self._driver.follower.mode is Mode.ON_DEMAND:
+            self._behind.changed(tensors)
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 

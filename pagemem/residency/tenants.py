@@ -72,6 +72,10 @@ class Tenants:
         self._by_use.pop(tensor.id, None)
         self._by_use[tensor.id] = None
 
+    def by_use(self) -> list[TensorId]:
+        """Tenants, the least recently used first."""
+        return list(self._by_use)
+
     @property
     def n_shared_frames(self) -> int:
         """Host frames that whoever needs one may use, from the first on; those above have an owner, see `set_aside`."""
