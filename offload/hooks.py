@@ -31,6 +31,19 @@ def refuse_compilers(name: str) -> None:
         )
 
 
+def refuse_compiled(model: torch.nn.Module) -> None:
+    """Raise RuntimeError where a part of a model that has parameters was compiled: bound between uses, they look
+    ordinary to the compiler."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is None:
+        return  # Nothing is compiled.
+    for module in model.modules():
+        if module._compiled_call_impl is None and not isinstance(module, compiler.OptimizedModule):
+            continue
+        if next(module.parameters(), None) is not None:
+            raise_refusal(next(name for name, one in model.named_modules() if one is module) or type(model).__name__)
+
+
 def raise_refusal(name: str) -> None:
     """Raise RuntimeError, also while torch.compile looks through code that has not run yet."""
     refusal = (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from offload.activations.saved_storage import KeptTensor, OffloadedActivation
-from offload.hooks import ModelHook, refuse_compilers
+from offload.hooks import ModelHook, refuse_compiled, refuse_compilers
 from offload.parameters.binder import Binder
 from offload.parameters.paged_parameter import PagedParameter
 from optim.unit import Unit
@@ -191,6 +191,7 @@ class SavedWeights:
 
         def enter(_module: torch.nn.Module, _args: Any) -> None:
             refuse_compilers(type(module).__name__)
+            refuse_compiled(module)
             self._binder.state_copies.check()
             # torch.func.functional_call has other parameters in the model until the forward pass is over.
             self._binder.doubted = not structure_is_known()

@@ -35,7 +35,7 @@ DECIDING_STEPS, CHECKING_STEPS = 6, 6
 
 #: What an op takes by the plan that the choice is made with, far less than what it saves takes on the disk.
 #: As measured it is more on a busy machine, and fewer blocks, or none, are then worth recomputing.
-OP_S = 1e-4
+OP_S = 3e-5
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def config_of(folder: Path, **memory: Any) -> dict[str, Any]:
     """A budget in which saved tensors have to go to a disk that is far slower than computing them."""
     return {
         "memory": {"ram": "8MiB", "page": "64KiB", "activations": "1536KiB", **memory},
-        "ssd": {"paths": [str(folder / "pages")], "limit_mb_per_s": 40, "threads": 2},
+        "ssd": {"paths": [str(folder / "pages")], "limit_mb_per_s": 120, "threads": 2},
     }
 
 

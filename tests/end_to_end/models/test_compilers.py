@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bound_runs import AT, Run, assert_alike, bound_early
 from parity import adamw
 from small_runs import assert_closed, assert_equal, config
 from torch import Tensor, nn
@@ -102,6 +103,29 @@ def test_torch_compile_is_refused_in_one_line(
         with pytest.raises(RuntimeError, match=COMPILED) as caught:
             compile_(model, torch.randn(4, 64))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures(bound_early.__name__)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_part_whose_parameters_are_bound_between_uses_is_refused_too(tmp_path: Path, in_place: bool) -> None:
+    """They look ordinary to the compiler."""
+    ours, plain = Run(tmp_path), Run(None)
+    assert ours.train(0, AT) == plain.train(0, AT)
+    part = ours.model.up
+    if in_place:
+        part.compile(backend="eager")
+    else:
+        ours.model._modules["up"] = torch.compile(part, backend="eager")
+    for _ in range(2):
+        assert ours.is_bound
+        with pytest.raises(RuntimeError, match=f"^up: .*{COMPILED}") as caught:
+            ours.loss(AT)
+        assert "\n" not in str(caught.value)
+    part._compiled_call_impl = None
+    ours.model._modules["up"] = part
+    assert ours.train(AT) == plain.train(AT)
+    assert_alike(ours, plain)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

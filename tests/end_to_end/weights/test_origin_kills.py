@@ -13,16 +13,14 @@ import origin_run
 import pytest
 
 SUPPORT = Path(origin_run.__file__).resolve().parents[1]
-STEPS = 40
 
-
-def start(folder: Path) -> subprocess.Popen[str]:
-    """The run, or the rest of it."""
+def start(folder: Path, steps: int) -> subprocess.Popen[str]:
+    """The run of so many steps, or the rest of it."""
     path = os.pathsep.join(
         [str(SUPPORT / "models"), str(SUPPORT), str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH", "")]
     )
     return subprocess.Popen(
-        [sys.executable, origin_run.__file__, str(folder), str(STEPS)],
+        [sys.executable, origin_run.__file__, str(folder), str(steps)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
@@ -40,16 +38,19 @@ def rest(run: subprocess.Popen[str], told: dict[str, str]) -> None:
     run.stdout.close()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
-def test_killed_runs_go_on_with_the_same_bits(tmp_path: Path, kills: int) -> None:
+@pytest.mark.parametrize(
+    ("runs", "kills", "steps"),
+    [(1, 1, 14), pytest.param(20, 2, 40, marks=[pytest.mark.long, pytest.mark.timeout(1200)])],
+)
+def test_killed_runs_go_on_with_the_same_bits(tmp_path: Path, runs: int, kills: int, steps: int) -> None:
     told: dict[str, str] = {}
-    rest(start(tmp_path / "whole"), told)
+    rest(start(tmp_path / "whole", steps), told)
     assert "end" in told
-    chance = random.Random(kills)
-    for number in range(kills):
+    chance = random.Random(runs)
+    for number in range(runs):
         folder = tmp_path / str(number)
-        for _ in range(2):
-            run = start(folder)
+        for _ in range(kills):
+            run = start(folder, steps)
             assert run.stdout is not None
             for _ in range(chance.randrange(1, 10)):
                 line = run.stdout.readline()
@@ -59,6 +60,6 @@ def test_killed_runs_go_on_with_the_same_bits(tmp_path: Path, kills: int) -> Non
             time.sleep(chance.random() * 0.02)
             run.kill()
             rest(run, told)
-        run = start(folder)
+        run = start(folder, steps)
         rest(run, told)
         assert run.returncode == 0
