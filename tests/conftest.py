@@ -65,7 +65,7 @@ def _collect() -> None:
     again."""
     started_s = time.perf_counter()
     gc.collect()
-    if time.perf_counter() - started_s > 0.02:
+    if time.perf_counter() - started_s > 0.008:
         gc.freeze()
 
 

@@ -119,7 +119,8 @@ class Pair:
         pytest.param(False, {}, id="eager"),
         pytest.param(False, {"clip_norm": 0.5}, id="clipped", marks=pytest.mark.long),
         pytest.param(False, {"accumulation": 2}, id="accumulated", marks=pytest.mark.long),
-        pytest.param(True, {"accumulation": 2}, id="three tiers"),
+        pytest.param(True, {}, id="three tiers"),
+        pytest.param(True, {"accumulation": 2}, id="three tiers, accumulated", marks=pytest.mark.long),
     ],
 )
 def test_where_the_disk_is_slow_blocks_are_computed_again(device: bool, update: dict[str, Any], tmp_path: Path) -> None:
