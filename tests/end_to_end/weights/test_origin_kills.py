@@ -14,6 +14,7 @@ import pytest
 
 SUPPORT = Path(origin_run.__file__).resolve().parents[1]
 
+
 def start(folder: Path, steps: int) -> subprocess.Popen[str]:
     """The run of so many steps, or the rest of it."""
     path = os.pathsep.join(
