@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -20,6 +20,7 @@ from offload.config import Config, ConfigError, load_config_file
 from offload.config_template import config_template
 from offload.console.output import BROKEN_PIPE, Output, OutputClosed
 from offload.forecast.forecast import check_forecastable, forecast
+from offload.forecast.planned_trace import check_trace_file, write_planned_trace
 from offload.forecast.rates import rates_of
 from offload.forecast.report import print_forecast, shown
 from offload.heap import without_tcache
@@ -78,6 +79,8 @@ def _read_config(arguments: argparse.Namespace, *more: str) -> Config:
 def _plan(arguments: argparse.Namespace) -> int:
     config = _read_config(arguments, *([] if arguments.ram is None else [f"memory.ram={arguments.ram}"]))
     check_forecastable(config)
+    if arguments.explain_trace is not None:
+        check_trace_file(arguments.explain_trace)
     _check_device_options(config, arguments)
     mb_per_s = {
         "ram": arguments.ram_speed,
@@ -99,7 +102,20 @@ def _plan(arguments: argparse.Namespace) -> int:
         )
     console = Output()
     with shown(console) as progress:
-        found = forecast(config, rates, room, largest=arguments.largest, depth=arguments.depth, progress=progress)
+        explained = arguments.explain or arguments.explain_trace is not None
+        found = forecast(
+            config,
+            rates,
+            room,
+            largest=arguments.largest,
+            depth=arguments.depth,
+            explained=explained,
+            progress=progress,
+        )
+    if arguments.explain_trace is not None:
+        write_planned_trace(arguments.explain_trace, found.explained)
+        if not arguments.explain:
+            found = replace(found, explained=())
     print_forecast(found, console, as_json=arguments.json)
     return 0
 
@@ -286,6 +302,14 @@ _COMMANDS: Final[dict[str, _Command]] = {
                 help="the model's argument that counts its layers, for --largest; default: n_layer or the like",
             ),
             _argument("--largest", action="store_true", help="also find the largest batch and depth that fit"),
+            _argument(
+                "--explain", action="store_true",
+                help="also list the tasks of the planned step: when each starts and ends, by which op, for which op",
+            ),
+            _argument(
+                "--explain-trace", type=Path, metavar="FILE",
+                help="write the planned step for ui.perfetto.dev, with the tracks of a profile's trace.json",
+            ),
             _argument("--json", action="store_true", help="print one JSON object instead of the table"),
         ),
         """Estimate memory and step time without training: pages and bytes of each tier, the smallest budget, and the

@@ -20,6 +20,7 @@ from offload.budget.smallest import smallest_budget
 from offload.budget.verdict import Available, decide
 from offload.config import Config, ConfigError
 from offload.factories import model_factory
+from offload.forecast.explained import Explained, explain
 from offload.forecast.fit import (
     Fit,
     Taken,
@@ -32,6 +33,7 @@ from offload.forecast.fit import (
 from offload.forecast.kernels import CostMode, Kernels, TimedKernels
 from offload.forecast.late_costs import late_spec
 from offload.forecast.late_updates import simulate_late
+from offload.forecast.planned_tiers import planned_tiers
 from offload.forecast.rates import Rates, kernels_of, threads_of
 from offload.forecast.rehearsal import Rehearsal, rehearsed
 from offload.forecast.step_times import StepTimes
@@ -113,6 +115,7 @@ class Forecast:
     kernels_rated: int
     fit: Fit
     rates: Rates
+    explained: tuple[Explained, ...] = ()
 
 
 def forecast(
@@ -122,17 +125,18 @@ def forecast(
     *,
     largest: bool = False,
     depth: str | None = None,
+    explained: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Forecast:
     """Rehearse and simulate the run of a configuration.
 
     Args:
-        config: with the sections model and train, with or without a device; the model takes two int64
-            tensors of ``train.batch`` rows and ``train.seq`` tokens.
+        config: with the sections model and train; the model takes two int64 tensors of ``train.batch`` rows and
+            ``train.seq`` tokens.
         rates: of the machine. progress: called with what is being done.
         room: what the run is to fit into; None: what this machine has, with the limits on this process.
         largest: whether to look for the largest batch and depth that fit.
-        depth: name of the model's argument that counts its layers; None: a usual one.
+        depth: name of the model's argument that counts its layers; None: a usual one. explained: tell a step's tasks.
 
     Raises:
         ConfigError: the configuration is not supported by forecasts; names the key.
@@ -156,15 +160,14 @@ def forecast(
         progress("the plan, followed on paper")
         room = room or available_here(config)
         found = _found(engine, rates, kernels, start, need, base_bytes, room)
+        found = replace(found, explained=tuple(map(explain, planned_tiers(engine))) if explained else ())
     if not largest:
         return found
     taken = found.fit.taken
     progress("the largest batch and depth")
-    fit = replace(
-        found.fit, largest_batch=largest_batch(config, room, taken, base_bytes), depth_argument=argument,
-        largest_depth=largest_depth(config, room, taken, base_bytes, argument) if argument else None,
-    )  # fmt: skip
-    return replace(found, fit=fit)
+    layers = largest_depth(config, room, taken, base_bytes, argument) if argument else None
+    fit = replace(found.fit, largest_batch=largest_batch(config, room, taken, base_bytes), largest_depth=layers)
+    return replace(found, fit=replace(fit, depth_argument=argument))
 
 
 def _found(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import threading
@@ -87,9 +88,10 @@ def late_spec(engine: Rehearsal, rates: Rates) -> LateSpec | None:
                 first_use.get(channel.unit.parameters.id, 0), handed_over, _tasks(channel.unit, resident, each_s)
             )
         )  # fmt: skip
+    limit = math.inf if rates.ssd_limit is None else rates.ssd_limit
     return LateSpec(
-        [op.duration_s for op in ops], units, rates.ssd_read, rates.ssd_write,
-        config.ssd.limit_mb_per_s is not None, config.update.max_staleness,
+        [op.duration_s for op in ops], units, min(rates.ssd_read, limit), min(rates.ssd_write, limit),
+        rates.ssd_limit is not None, config.update.max_staleness,
         min(1.0, cores / (torch.get_num_threads() + n_threads)),
     )  # fmt: skip
 

@@ -27,6 +27,7 @@ class Rates:
             each kernel is timed on this machine.
         ssd_read, ssd_write: bytes of the page files. h2d: bytes copied from RAM to the device.
         device_ram: as ``ram``, of kernels on the device; optimizer's updates are made in RAM. None: as ``ram``.
+        ssd_limit: bytes of the page files, read and written together (``ssd.limit_mb_per_s``); None: no limit.
     """
 
     flops: float | None
@@ -35,6 +36,16 @@ class Rates:
     ssd_write: float
     h2d: float = ASSUMED_UPLOAD_BYTES_PER_S
     device_ram: float | None = None
+    ssd_limit: float | None = None
+
+    @property
+    def ssd_beside(self) -> tuple[float, float]:
+        """Bytes of the page files read, and written, while both go on: what a run that does both sees."""
+        limit, slower = self.ssd_limit, min(self.ssd_read, self.ssd_write)
+        if limit is None or self.ssd_read + self.ssd_write <= limit:
+            return self.ssd_read, self.ssd_write
+        least = min(slower, limit / 2)
+        return (least, limit - least) if self.ssd_read <= self.ssd_write else (limit - least, least)
 
 
 def rates_of(
@@ -72,12 +83,12 @@ def rates_of(
     limit = config.ssd.limit_mb_per_s
     assumed = ASSUMED_BYTES_PER_S if limit is None else limit * 1e6
     disk = ssd_read or assumed, ssd_write or assumed
+    shared = None if limit is None else limit * 1e6
+    up = h2d or ASSUMED_UPLOAD_BYTES_PER_S
     if flops is None and ram is None:
-        return Rates(None, None, *disk, h2d or ASSUMED_UPLOAD_BYTES_PER_S)
+        return Rates(None, None, *disk, up, ssd_limit=shared)
     with threads_of(config):
-        return Rates(
-            flops or _measured_flops(), ram or _measured_copy(), *disk, h2d or ASSUMED_UPLOAD_BYTES_PER_S, device_ram
-        )
+        return Rates(flops or _measured_flops(), ram or _measured_copy(), *disk, up, device_ram, shared)
 
 
 def _measured_flops() -> float:

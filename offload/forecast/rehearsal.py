@@ -130,7 +130,7 @@ class _Parts(StoreParts):
 
     def __init__(self, config: Config, rates: Rates, cost: CostMode) -> None:
         super().__init__(config)
-        self._rates = rates
+        self.rates = rates
         self._cost = cost
         self.channels: list[_SilentChannel] = []
 
@@ -157,15 +157,13 @@ class _Parts(StoreParts):
 
     def driver(self, mover: Mover, sink: EventSink) -> Driver:
         """One that times ops by the cost of their kernels."""
-        rates = self._rates
-        self.host = Driver(
-            mover, sink, lambda: (rates.ssd_read, rates.ssd_write), clock=HostClock(lambda: self._cost.seconds)
-        )
+        rates = self.rates
+        self.host = Driver(mover, sink, lambda: rates.ssd_beside, clock=HostClock(lambda: self._cost.seconds))
         return self.host
 
     def device_driver(self, mover: DeviceMover, lower: LowerTier, sink: EventSink) -> Driver:
         """Likewise."""
-        h2d, clock = self._rates.h2d, HostClock(lambda: self._cost.seconds)
+        h2d, clock = self.rates.h2d, HostClock(lambda: self._cost.seconds)
         self.upper = _OnDevice(self._cost, mover, sink, lambda: (h2d, h2d), clock=clock, lower=lower)
         return self.upper
 
@@ -183,14 +181,14 @@ class Rehearsal:
     Attributes:
         outside: tensors that are not in pages.
         store, host, upper: of the engine: pages, the driver of host memory, and that of the device, if any.
-        channels: of the units that lock-free mode's update thread has.
+        channels: of the units that lock-free mode's update thread has. rates: of page files and of copies up.
     """
 
     def __init__(self, engine: Engine, parts: _Parts, outside: _OutsideBytes) -> None:
         self.engine = engine
         self.outside = outside
         self.config, self.model, self.store = engine.config, engine.model, engine.debug.store
-        self.host, self.upper, self.channels = parts.host, parts.upper, parts.channels
+        self.host, self.upper, self.channels, self.rates = parts.host, parts.upper, parts.channels, parts.rates
 
     @property
     def peak_gradient_bytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 from rich.console import Console
@@ -13,6 +13,8 @@ from rich.progress import TextColumn, TimeElapsedColumn
 
 from offload.console.live_bar import LiveBar
 from offload.console.tables import print_line, print_rows
+from offload.forecast.explained import HEADINGS, explained_rows, title_of
+from offload.forecast.explained import as_dict as explained_dict
 from offload.forecast.fit import Fit
 from offload.forecast.forecast import Forecast
 from offload.forecast.step_times import H2D
@@ -98,6 +100,7 @@ def rate_rows(found: Forecast) -> list[tuple[str, str]]:
     """The rates behind the prediction, as (what, value) pairs."""
     rates = found.rates
     disk = f"SSD read {rates.ssd_read / 1e6:,.0f} MB/s, write {rates.ssd_write / 1e6:,.0f} MB/s"
+    disk += f", both together {rates.ssd_limit / 1e6:,.0f} MB/s" if rates.ssd_limit is not None else ""
     if rates.flops is None or rates.ram is None:
         compute = f"{found.kernels_timed} kernels timed here in {found.kernels_timed_s:.1f} s"
         compute += f", {found.kernels_rated} by their flops and bytes" if found.kernels_rated else ""
@@ -163,14 +166,22 @@ def print_forecast(found: Forecast, console: Console, *, as_json: bool) -> None:
         print_line(console, json.dumps(as_dict(found)))
         return
     print_rows("Plan", forecast_rows(found), console)
+    for explained in found.explained:
+        print_line(console, title_of(explained))
+        print_rows("Tasks, times in ms", explained_rows(explained), console, HEADINGS)
     if not found.times.steady:
         print_line(console, "the plan's cycles did not come to repeat in time: the step is the mean of those simulated")
 
 
 def as_dict(found: Forecast) -> dict[str, Any]:
     """Plain values, with the bytes moved per parameter beside those per step."""
+    plain = asdict(replace(found, explained=()))
+    if found.explained:
+        plain["explained"] = [explained_dict(each) for each in found.explained]
+    else:
+        del plain["explained"]
     return {
-        **{key: value for key, value in asdict(found).items() if key != "times"},
+        **{key: value for key, value in plain.items() if key != "times"},
         **asdict(found.times),
         "limiting": found.times.limiting,
         "read_bytes_per_parameter": found.times.read_bytes / found.parameters,

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from offload.forecast.late_updates import LateSteps
+from offload.forecast.planned_tiers import planned_tiers
 from offload.forecast.rehearsal import Rehearsal
 from scheduler.execution.driver import Driver
-from scheduler.planning.simulator import Simulation, simulate
+from scheduler.planning.simulator import Simulation, simulate_work
 from scheduler.planning.task import Lane
 
 #: The lane of copies from host memory to the device.
@@ -56,7 +57,8 @@ class StepTimes:
             late: of its update thread beside what it computes, in lock-free mode.
         """
         host, upper = engine.host, engine.upper
-        below = _simulated(host)
+        tiers = planned_tiers(engine)
+        below = simulate_work(tiers[0].plan, tiers[0].work)
         waits_s, busy = _waits_s(host, below), {lane.value: below.busy[lane] for lane in _HOST}
         moved = below.read_bytes, below.written_bytes
         if late is not None:
@@ -71,7 +73,7 @@ class StepTimes:
             return cls(step_s, host.follower.trace.compute_s, busy, waits_s, below.steady, *moved, 0.0)
         if upper is None:
             return cls(below.step_s, host.follower.trace.compute_s, busy, waits_s, below.steady, *moved, 0.0)
-        above = _simulated(upper)
+        above = simulate_work(tiers[1].plan, tiers[1].work)
         waits_s[H2D] = sum(_waits_s(upper, above).values())
         compute_s = upper.follower.trace.compute_s
         step_s = compute_s + sum(waits_s.values())
@@ -83,12 +85,6 @@ class StepTimes:
     def limiting(self) -> str:
         """The lane that is busy most."""
         return max(self.busy, key=lambda lane: self.busy[lane])
-
-
-def _simulated(driver: Driver) -> Simulation:
-    plan, trace, planner = driver.follower.plan, driver.follower.trace, driver.planner
-    assert plan is not None
-    return simulate(plan, trace, planner.n_bytes(trace), planner.tier(share=1), planner.resident())
 
 
 def _waits_s(driver: Driver, simulated: Simulation) -> dict[str, float]:

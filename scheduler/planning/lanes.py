@@ -1,20 +1,25 @@
 """When ops and tasks begin and end, given bandwidths: all lanes on one clock. Pure.
 
-Each lane serves in order: ops in the order of the trace, tasks in the order of the plan. So the order of events never
-depends on how long one takes, and each begins at the latest of what it waits for:
+Each lane serves in order: ops in the order of the trace, tasks in the order of the plan. Each begins at the latest of
+what it waits for:
 
     op       the op before has ended; so have the tasks that it waits for
     task     the op that triggers it has been reached, or is over; all tasks that it follows are; the task before it
              could begin; then the lane is free
 
-A task of frames alone (``fresh``), or with nothing to do, takes no time and needs no lane. Times are whole nanoseconds,
-rounded up.
+A task of frames alone (``fresh``), or with nothing to do, takes no time and needs no lane. Lanes that share a rate
+(`SharedRate`) divide it equally while several are busy, and what one cannot use is the others'. Times are whole
+nanoseconds, rounded up.
+
+What will be submitted while a task is under way may slow it down, so a task's end is known only once the clock is
+there: the training thread's ops and submissions drive it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -43,37 +48,84 @@ class SimulatedWait:
     lane: Lane
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A run of a task: when it ends, and the lane that makes that as late as it is."""
+@dataclass(slots=True)
+class Run:
+    """One execution of a task.
 
-    at_ns: int
+    Attributes:
+        number: that the replay gave it. follows: runs that are over before it begins.
+        asked_ns: when it was submitted. could_ns: when it could begin but for the lane. begun_ns, ended_ns: of its work
+            there. -1 as long as they are not known.
+        left_ns: of its work, at the rate that the lane has alone.
+        by: the lane that makes it as late as it is.
+    """
+
+    number: int
+    task: Task
+    follows: tuple[int, ...]
+    needs_lane: bool
+    left_ns: int
+    asked_ns: int
     by: Lane
-    tensor: TensorId
+    could_ns: int = -1
+    begun_ns: int = -1
+    ended_ns: int = -1
 
 
-def _ceil_ns(seconds: float) -> int:
-    return math.ceil(round(seconds * NS, 3))  # Without what binary fractions add to decimal ones.
+@dataclass(frozen=True, slots=True)
+class PerformedOp:
+    """An op of the cycle, by its index there."""
+
+    position: int
+    begun_ns: int
+    ended_ns: int
 
 
 @dataclass(slots=True)
+class _LaneQueue:
+    """Runs of one lane: those that cannot begin yet, those that could but for the lane, and the one it works on.
+    ``head_ns``: when the last one of the others could."""
+
+    waiting: deque[Run] = field(default_factory=deque)
+    ready: deque[Run] = field(default_factory=deque)
+    active: Run | None = None
+    head_ns: int = 0
+
+    def runs(self) -> Iterator[Run]:
+        """In order."""
+        if self.active is not None:
+            yield self.active
+        yield from self.ready
+        yield from self.waiting
+
+
+def ceil_ns(seconds: float) -> int:
+    """Whole nanoseconds, without what binary fractions add to decimal ones."""
+    return math.ceil(round(seconds * NS, 3))
+
+
 class SimulatedLanes:
     """The lanes and the clock of the training thread, told of each task and op of a replay.
 
     Attributes:
-        runs: ends of tasks, by the number that the replay gave each run of one.
-        head_ns: when the last task of each lane could begin, but for the lane itself.
-        op_ended_ns: of the last op. now_ns: when the training thread is where the replay is.
+        now_ns: when the training thread is where the replay is.
         waits: of the ops since the list was last replaced.
+        busy_ns: of each lane, up to where its tasks were followed.
+        performed, started: ops, and runs of tasks as they are submitted, where somebody has put a list there.
     """
 
-    machine: Machine
-    runs: dict[int, Ended] = field(default_factory=dict)
-    free_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
-    head_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
-    busy_ns: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
-    now_ns: int = 0
-    waits: list[SimulatedWait] = field(default_factory=list)
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.now_ns = 0
+        self.waits: list[SimulatedWait] = []
+        self.busy_ns: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self.performed: list[PerformedOp] | None = None
+        self.started: list[Run] | None = None
+        self._clock_ns = 0
+        self._lanes = {lane: _LaneQueue() for lane in Lane}
+        self._runs: dict[int, Run] = {}
+
+    # ---- what the replay tells ---------------------------------------------------------------------------------
 
     def start(
         self, run: int, task: Task, follows: Iterable[int], duration_s: float | None = None, *, needs_lane: bool = True
@@ -84,37 +136,151 @@ class SimulatedLanes:
             follows: runs of tasks. duration_s: its own; None: what its bytes take. needs_lane: whether it has anything
                 to do.
         """
-        lane, begin_ns, by = task.lane, self.now_ns, task.lane
-        for other in follows:
-            ended = self.runs.get(other)
-            if ended is not None and ended.at_ns > begin_ns:
-                begin_ns, by = ended.at_ns, ended.by
-        if self.head_ns[lane] > begin_ns:
-            begin_ns, by = self.head_ns[lane], lane
-        self.head_ns[lane] = begin_ns
-        takes_ns = _ceil_ns(self.machine.seconds(lane, task.n_bytes) if duration_s is None else duration_s)
-        if needs_lane:
-            if self.free_ns[lane] > begin_ns:
-                begin_ns, by = self.free_ns[lane], lane
-            self.free_ns[lane] = begin_ns = begin_ns + takes_ns
-            self.busy_ns[lane] += takes_ns
-        self.runs[run] = Ended(begin_ns, by, task.tensor)
+        self._advance(self.now_ns)
+        takes_s = self.machine.seconds(task.lane, task.n_bytes) if duration_s is None else duration_s
+        known = tuple(sorted(other for other in follows if other in self._runs))
+        made = Run(run, task, known, needs_lane, ceil_ns(takes_s) if needs_lane else 0, self.now_ns, task.lane)
+        self._runs[run] = made
+        if self.started is not None:
+            self.started.append(made)
+        self._lanes[task.lane].waiting.append(made)
+        self._begin_what_can()
 
     def perform(self, op: Op, position: int, waits_for: Iterable[int]) -> None:
         """An op of compute waits for runs of tasks and runs."""
+        self._advance(self.now_ns)
+        wanted = [self._runs[run] for run in waits_for if run in self._runs]
+        while any(run.ended_ns < 0 for run in wanted):
+            if not self._next_event():
+                raise AssertionError(f"{op.name} waits for what nothing brings")
         begin_ns, last = self.now_ns, None
-        for run in waits_for:
-            ended = self.runs.get(run)
-            if ended is not None and ended.at_ns > begin_ns:
-                begin_ns, last = ended.at_ns, ended
+        for run in wanted:
+            if run.ended_ns > begin_ns:
+                begin_ns, last = run.ended_ns, run
         if last is not None:
             seconds = (begin_ns - self.now_ns) / NS
-            self.waits.append(SimulatedWait(position, op.name, seconds, last.tensor, last.by))
-        takes_ns = _ceil_ns(op.duration_s)
+            self.waits.append(SimulatedWait(position, op.name, seconds, last.task.tensor, last.by))
+        takes_ns = ceil_ns(op.duration_s)
         self.busy_ns[Lane.COMPUTE] += takes_ns
         self.now_ns = begin_ns + takes_ns
+        if self.performed is not None:
+            self.performed.append(PerformedOp(position, begin_ns, self.now_ns))
 
-    def forget(self, known_over: Iterable[int]) -> None:
-        """Nobody will ask for these runs any more."""
-        for run in known_over:
-            self.runs.pop(run, None)
+    def pending(self) -> tuple[object, ...]:
+        """All that is under way when the training thread is where the replay is: two moments with the same are
+        followed by the same. What is over by then is forgotten."""
+        self._advance(self.now_ns)
+        self._runs = {number: run for number, run in self._runs.items() if run.ended_ns < 0}
+        places = {number: place for place, number in enumerate(sorted(self._runs))}
+        return tuple(
+            (
+                run.task.tensor, run.task.lane, run.left_ns, run.needs_lane, run.by, run.begun_ns >= 0,
+                tuple(places[other] for other in run.follows if other in places),
+            )
+            for lane in self._lanes.values()
+            for run in lane.runs()
+        )  # fmt: skip
+
+    def finish(self) -> int:
+        """Follow the tasks that are under way to their ends; returns when all and the last op are over."""
+        self._advance(self.now_ns)
+        while self._next_event():
+            pass
+        return max(self.now_ns, self._clock_ns)
+
+    # ---- the clock ---------------------------------------------------------------------------------------------
+
+    def _advance(self, to_ns: int) -> None:
+        """Let tasks go on until a time."""
+        while (end_ns := self._next_end_ns()) is not None and end_ns <= to_ns:
+            self._work_until(end_ns)
+        if to_ns > self._clock_ns:
+            self._work_until(to_ns)
+
+    def _next_event(self) -> bool:
+        """Let tasks go on until one of them is over; False: none is at work."""
+        end_ns = self._next_end_ns()
+        if end_ns is not None:
+            self._work_until(end_ns)
+        return end_ns is not None
+
+    def _next_end_ns(self) -> int | None:
+        """When the first of the runs that are worked on is over, if nothing else begins before."""
+        slowed = self._slowed()
+        ends = [
+            self._clock_ns + (math.ceil(run.left_ns / slowed[lane]) if lane in slowed else run.left_ns)
+            for lane, queue in self._lanes.items()
+            if (run := queue.active) is not None
+        ]
+        return min(ends, default=None)
+
+    def _work_until(self, to_ns: int) -> None:
+        """Move the clock to a time at or before the next end, and begin what that lets begin."""
+        slowed, spent_ns = self._slowed(), to_ns - self._clock_ns
+        self._clock_ns = to_ns
+        for lane, queue in self._lanes.items():
+            run = queue.active
+            if run is None:
+                continue
+            self.busy_ns[lane] += spent_ns
+            run.left_ns -= math.ceil(spent_ns * slowed[lane]) if lane in slowed else spent_ns
+            if run.left_ns <= 0:
+                queue.active = None
+                self._end(run)
+        self._begin_what_can()
+
+    def _slowed(self) -> dict[Lane, float]:
+        if not self.machine.shared:
+            return {}
+        return self.machine.slowed(lane for lane, queue in self._lanes.items() if queue.active is not None)
+
+    def _begin_what_can(self) -> None:
+        """At the clock's time; ends of tasks that take no time let others begin."""
+        again = True
+        while again:
+            again = False
+            for queue in self._lanes.values():
+                again |= self._begin_in(queue)
+
+    def _begin_in(self, queue: _LaneQueue) -> bool:
+        """Begin what can in one lane; returns whether something ended by that."""
+        ended = False
+        while queue.waiting and all(self._is_over(other) for other in queue.waiting[0].follows):
+            run = queue.waiting.popleft()
+            self._could_begin(run, queue)
+            if run.needs_lane:
+                queue.ready.append(run)
+            else:
+                self._end(run)
+                ended = True
+        while queue.active is None and queue.ready:
+            run = queue.ready.popleft()
+            if self._clock_ns > run.could_ns:
+                run.by = run.task.lane
+            run.begun_ns = self._clock_ns
+            if run.left_ns:
+                queue.active = run
+            else:
+                self._end(run)
+                ended = True
+        return ended
+
+    def _could_begin(self, run: Run, queue: _LaneQueue) -> None:
+        """A run could begin now, but for the lane: note what made it as late as that."""
+        latest_ns = run.asked_ns
+        for other in run.follows:
+            followed = self._runs.get(other)
+            if followed is not None and followed.ended_ns > latest_ns:
+                latest_ns, run.by = followed.ended_ns, followed.by
+        if queue.head_ns > latest_ns:
+            run.by = run.task.lane
+        queue.head_ns = run.could_ns = self._clock_ns
+
+    def _is_over(self, number: int) -> bool:
+        run = self._runs.get(number)
+        return run is None or run.ended_ns >= 0
+
+    def _end(self, run: Run) -> None:
+        run.ended_ns = self._clock_ns
+        if run.begun_ns < 0:
+            run.begun_ns = self._clock_ns

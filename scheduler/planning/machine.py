@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pagemem.tier import Tier
 from scheduler.planning.task import Lane
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRate:
+    """What some lanes move together in a second at most, as reads and writes under ``ssd.limit_mb_per_s``."""
+
+    lanes: frozenset[Lane]
+    bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,22 +26,49 @@ class Machine:
         page_bytes: of a frame, in every tier.
         n_frames: of each tier that has frames.
         bytes_per_s: of each lane that moves bytes; one that is not named takes no time.
+        shared: limits on lanes together; no lane is in two of them.
     """
 
     page_bytes: int
     n_frames: Mapping[Tier, int]
     bytes_per_s: Mapping[Lane, float]
+    shared: tuple[SharedRate, ...] = ()
 
-    def seconds(self, lane: Lane, n_bytes: int) -> float:
-        """That a lane takes to move so many bytes.
+    def rate(self, lane: Lane) -> float:
+        """Bytes a second of a lane while it works alone.
 
         Raises:
             ValueError: its bandwidth is not above 0.
         """
         bytes_per_s = self.bytes_per_s.get(lane, math.inf)
+        for limit in self.shared:
+            if lane in limit.lanes:
+                bytes_per_s = min(bytes_per_s, limit.bytes_per_s)
         if bytes_per_s <= 0:
             raise ValueError(f"bandwidths must be above 0, not {bytes_per_s} bytes/s of {lane.value}")
-        return n_bytes / bytes_per_s
+        return bytes_per_s
+
+    def seconds(self, lane: Lane, n_bytes: int) -> float:
+        """That a lane takes to move so many bytes while it works alone.
+
+        Raises:
+            ValueError: its bandwidth is not above 0.
+        """
+        return n_bytes / self.rate(lane)
+
+    def slowed(self, working: Iterable[Lane]) -> dict[Lane, float]:
+        """Of lanes that work at a time those that slow each other down: their rates over what each has alone. A shared
+        rate is divided equally, and what one lane cannot use is the others'."""
+        found: dict[Lane, float] = {}
+        at_work = set(working) if self.shared else set()
+        for limit in self.shared:
+            left_bytes_per_s, sharing = limit.bytes_per_s, sorted(at_work & limit.lanes, key=self.rate)
+            for number, lane in enumerate(sharing):
+                given = min(self.rate(lane), left_bytes_per_s / (len(sharing) - number))
+                left_bytes_per_s -= given
+                if given < self.rate(lane):
+                    found[lane] = given / self.rate(lane)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

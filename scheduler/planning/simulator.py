@@ -12,11 +12,11 @@ from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
 from scheduler.planning.bounds import Replay
-from scheduler.planning.lanes import NS, SimulatedLanes, SimulatedWait
+from scheduler.planning.lanes import NS, PerformedOp, Run, SimulatedLanes, SimulatedWait
 from scheduler.planning.machine import Machine, TierSpec
 from scheduler.planning.plan import Plan
 from scheduler.planning.sources import TensorSource
-from scheduler.planning.task import Lane
+from scheduler.planning.task import Lane, Task
 from scheduler.planning.trace import Trace
 from scheduler.planning.work import Work
 
@@ -88,10 +88,12 @@ def simulate_work(plan: Plan, work: Work) -> Simulation:
         end = _cycle_end(replay, lanes)
         found = next((earlier for earlier in reversed(ends) if earlier.state == end.state), None)
         ends.append(end)
-    last = ends[-1]
-    began = found or _CycleEnd((), 0, dict.fromkeys(Lane, 0), dict.fromkeys(Lane, 0))
     n_steps = plan.n_steps * (len(ends) - (ends.index(found) + 1 if found else 0))
-    spent_ns = last.at_ns - began.at_ns if found else max(lanes.now_ns, *lanes.free_ns.values())
+    if found is not None:
+        began, last = found, ends[-1]
+    else:
+        began, last = _CycleEnd((), 0, dict.fromkeys(Lane, 0), dict.fromkeys(Lane, 0)), _all_over(replay, lanes)
+    spent_ns = last.at_ns - began.at_ns
     return Simulation(
         step_s=spent_ns / n_steps / NS,
         steady=found is not None,
@@ -112,14 +114,114 @@ class _CycleEnd:
 
 
 def _cycle_end(replay: Replay, lanes: SimulatedLanes) -> _CycleEnd:
-    """Times that are past all count as now: nobody will wait for them."""
-
-    def left_ns(at_ns: int) -> int:
-        return max(0, at_ns - lanes.now_ns)
-
     frames = replay.frames
     held = tuple((tensor, frames.where[tensor], frames.is_dirty(tensor)) for tensor in sorted(frames.where))
-    lanes.forget([run for run, ended in lanes.runs.items() if ended.at_ns <= lanes.now_ns])
-    going = tuple((ended.tensor, left_ns(ended.at_ns)) for _, ended in sorted(lanes.runs.items()))
-    free = tuple((left_ns(lanes.free_ns[lane]), left_ns(lanes.head_ns[lane])) for lane in Lane)
-    return _CycleEnd((held, going, free), lanes.now_ns, dict(lanes.busy_ns), dict(replay.moved_bytes))
+    return _CycleEnd((held, lanes.pending()), lanes.now_ns, dict(lanes.busy_ns), dict(replay.moved_bytes))
+
+
+def _all_over(replay: Replay, lanes: SimulatedLanes) -> _CycleEnd:
+    """As `_cycle_end`, once all tasks are over."""
+    at_ns = lanes.finish()
+    return _CycleEnd((), at_ns, dict(lanes.busy_ns), dict(replay.moved_bytes))
+
+
+# ---- when each task begins and ends ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOp:
+    """An op of compute.
+
+    Attributes:
+        op: its index in the cycle. waits_s: that it waited before it began, of which ``wait`` says why.
+    """
+
+    op: int
+    begin_s: float
+    end_s: float
+    wait: SimulatedWait | None = None
+
+    @property
+    def waits_s(self) -> float:
+        """Seconds."""
+        return 0.0 if self.wait is None else self.wait.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class TimedTask:
+    """A task that a cycle starts.
+
+    Attributes:
+        asked_s: when the op that triggers it let it start. begin_s, end_s: of its work on the lane. They may lie beyond
+            the cycle's end.
+        moves: whether it has anything to do: a tensor that did not change is not stored, one that is there not loaded.
+        restores: it belongs to no op, and puts the first placement of the cycle up.
+        behind: the lane that kept it from starting when it was asked for, if one did.
+    """
+
+    task: Task
+    asked_s: float
+    begin_s: float
+    end_s: float
+    moves: bool
+    restores: bool
+    behind: Lane | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCycle:
+    """A cycle; times are seconds since its beginning.
+
+    Attributes:
+        n_steps: that it has. end_s: its last op's end.
+        tasks: in the order in which they are asked for.
+    """
+
+    n_steps: int
+    end_s: float
+    ops: tuple[TimedOp, ...]
+    tasks: tuple[TimedTask, ...]
+
+
+def planned_cycle(plan: Plan, work: Work) -> PlannedCycle:
+    """Follow a plan until its cycles repeat, and note the next one.
+
+    Args:
+        work: what the plan was made of, or of the same shape with other times.
+
+    Raises:
+        PlanError: the plan does not hold. ValueError: a bandwidth is not above 0.
+    """
+    lanes = SimulatedLanes(work.machine)
+    replay, seen = Replay(work, plan, lanes), set[tuple[object, ...]]()
+    while len(seen) < MAX_CYCLES:
+        replay.cycle()
+        state = lanes.pending()
+        if state in seen:
+            break
+        seen.add(state)
+    lanes.waits, lanes.performed, lanes.started = [], [], []
+    began_ns = lanes.now_ns
+    replay.cycle()
+    waits, performed, started, end_ns = lanes.waits, lanes.performed, lanes.started, lanes.now_ns
+    lanes.performed = lanes.started = None
+    replay.cycle()  # What is under way at the end goes on beside the tasks of the next cycle.
+    lanes.finish()
+    planned = {id(task) for task in (*plan.tasks, *plan.carried)}
+    return PlannedCycle(
+        plan.n_steps,
+        (end_ns - began_ns) / NS,
+        tuple(_op(op, waits, began_ns) for op in performed),
+        tuple(_task(run, began_ns, restores=id(run.task) not in planned) for run in started),
+    )
+
+
+def _op(op: PerformedOp, waits: list[SimulatedWait], began_ns: int) -> TimedOp:
+    wait = next((wait for wait in waits if wait.op == op.position), None)
+    return TimedOp(op.position, (op.begun_ns - began_ns) / NS, (op.ended_ns - began_ns) / NS, wait)
+
+
+def _task(run: Run, began_ns: int, *, restores: bool) -> TimedTask:
+    asked_s, begin_s, end_s = ((at_ns - began_ns) / NS for at_ns in (run.asked_ns, run.begun_ns, run.ended_ns))
+    late = run.begun_ns > run.asked_ns
+    return TimedTask(run.task, asked_s, begin_s, end_s, run.needs_lane, restores, run.by if late else None)

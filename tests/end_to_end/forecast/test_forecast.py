@@ -233,7 +233,7 @@ def test_rates_are_given_assumed_or_measured(tmp_path: Path) -> None:
     assert rates_of(config, flops=1.0, ram=2.0, ssd_read=3.0, ssd_write=4.0) == Rates(1.0, 2.0, 3.0, 4.0)
     assert rates_of(config, flops=1.0, ram=2.0) == Rates(1.0, 2.0, 1.5e9, 1.5e9)
     limited = gpt_config(tmp_path, 2 << 20, ssd={"paths": [str(tmp_path / "pages")], "limit_mb_per_s": 250.0})
-    assert rates_of(limited, flops=1.0, ram=2.0, ssd_write=3.0) == Rates(1.0, 2.0, 2.5e8, 3.0)
+    assert rates_of(limited, flops=1.0, ram=2.0, ssd_write=3.0) == Rates(1.0, 2.0, 2.5e8, 3.0, ssd_limit=2.5e8)
     assert rates_of(config) == Rates(None, None, 1.5e9, 1.5e9)
     half = rates_of(config, flops=1.0)
     assert half.flops == 1.0 and half.ram is not None and half.ram > 0
@@ -291,6 +291,7 @@ def test_json_is_one_object_of_what_the_forecast_finds(tmp_path: Path, capsys: p
         "ssd_write": 4e8,
         "h2d": 5e9,
         "device_ram": None,
+        "ssd_limit": None,
     }
     assert said["step"]["ssd_pages"] == found.step.ssd_pages and said["step"]["host_bytes"] == found.step.host_bytes
     assert said["read_bytes_per_parameter"] == pytest.approx(said["read_bytes"] / said["parameters"])
