@@ -51,6 +51,11 @@ class _Draw:
             weight.copy_(torch.empty(weight.shape).normal_(0, 0.02, generator=generator))
 
 
+def restart_draws() -> None:
+    """Number weights from the first one again: a model that is built next has the same values as any other like it."""
+    _Draw.count = 0
+
+
 class Linear(nn.Linear):
     """Linear layer whose weight has a generator of its own."""
 
@@ -96,7 +101,7 @@ class GPT(nn.Module):
     def __init__(self, d_model: int, n_layer: int, seq: int, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
-        _Draw.count = 0
+        restart_draws()
         self.tok, self.pos = Embedding(VOCAB, d_model), Embedding(seq, d_model)
         self.blocks = nn.ModuleList(Block(d_model) for _ in range(n_layer))
         self.lnf, self.head = nn.LayerNorm(d_model), Linear(d_model, VOCAB, bias=False)

@@ -11,15 +11,20 @@ import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
-
-from benchmarks.subjects import Process
+from typing import Any, Final, Protocol
 
 LEAST: Final = 5
 #: Steps of a turn that are not timed.
 LEAD: Final = 1
 
 Step = dict[str, Any]
+
+
+class Stepping(Protocol):
+    """A measured process, seen from the measuring one."""
+
+    def step(self) -> Step:
+        """Have it make a step; returns what that took and moved."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Turns:
         return [one / two for one, two in zip(self.mean_s(ours), self.mean_s(other), strict=True)]
 
 
-def take(processes: Mapping[str, Process], n_turns: int, n_steps: int, title: str = "") -> Turns:
+def take(processes: Mapping[str, Stepping], n_turns: int, n_steps: int, title: str = "") -> Turns:
     """Have each process make ``n_steps`` steps in each of ``n_turns`` turns; says on stderr what each turn took."""
     names = list(processes)
     steps: dict[str, list[list[Step]]] = {name: [] for name in names}
