@@ -19,6 +19,7 @@ from offload.checkpoint.verify import verify_run
 from offload.config import Config, ConfigError, load_config_file
 from offload.config_template import config_template
 from offload.console.output import BROKEN_PIPE, Output, OutputClosed
+from offload.console.tables import print_line
 from offload.forecast.forecast import check_forecastable, forecast
 from offload.forecast.planned_trace import check_trace_file, write_planned_trace
 from offload.forecast.rates import rates_of
@@ -29,6 +30,7 @@ from offload.launch.profile_run import profile_run
 from offload.launch.train import launch
 from offload.machine.bench_ssd import full_plan
 from offload.machine.bench_ssd_report import run_bench_ssd
+from offload.machine.calibration import calibrated, keep_bench
 from offload.machine.doctor import run_doctor
 from offload.machine.facts import available_here
 from offload.profiling.plain import profile_plain
@@ -90,7 +92,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         "device_ram": arguments.device_ram_speed,
     }
     bytes_per_s = {name: None if value is None else value * 1e6 for name, value in mb_per_s.items()}
-    rates = rates_of(config, flops=arguments.flops, **bytes_per_s)
+    machine = None
+    if arguments.flops is None or arguments.ram_speed is None:  # else it is a forecast for another machine
+        machine = calibrated(config.ssd.paths)
+        machine.apply()
+    rates = rates_of(config, flops=arguments.flops, **bytes_per_s, here=machine)
     ram_bytes, disk_bytes, device_bytes = arguments.machine_ram, arguments.machine_disk, arguments.machine_device
     room = None
     if not ram_bytes is disk_bytes is device_bytes is None:
@@ -154,7 +160,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _bench_ssd(arguments: argparse.Namespace) -> int:
-    run_bench_ssd(arguments.paths, full_plan(arguments.size, arguments.seconds), Output(), as_json=arguments.json)
+    console = Output()
+    plan = full_plan(arguments.size, arguments.seconds)
+    results = run_bench_ssd(arguments.paths, plan, console, as_json=arguments.json)
+    if (line := keep_bench(results)) and not arguments.json:  # which is to be the last line
+        print_line(console, line)
     return 0
 
 
@@ -266,8 +276,8 @@ _COMMANDS: Final[dict[str, _Command]] = {
             *(
                 _mb_per_s(
                     f"--ssd-{what}",
-                    f"{what} bandwidth of the page files; default: ssd.limit_mb_per_s, or else what the engine assumes "
-                    "of an unknown disk",
+                    f"{what} bandwidth of the page files; default: ssd.limit_mb_per_s, or else that of the disk here, "
+                    "measured once; for another machine what the engine assumes of an unknown disk",
                 )
                 for what in ("read", "write")
             ),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.planning.generation --save
 
-A Llama of 171 million random parameters in fp32, of which RAM holds 30 %, generates 64 tokens for 8 rows with
+A Llama of 70 million random parameters in fp32, of which RAM holds 30 %, generates 64 tokens for 8 rows with
 `generate()` of transformers. Both sides are the engine with the same budget and files, each in a process of its own,
 and take turns:
 
@@ -57,8 +57,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ram-share", type=float, default=0.3, help="memory.ram over the bytes of the weights")
     parser.add_argument("--tokens", type=int, default=64, help="tokens generated in a turn (default: 64)")
     parser.add_argument("--batch", type=int, default=8, help="rows (default: 8)")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--turns", type=int, default=3, help="paired turns (default: 3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kind", choices=[STREAMS, ON_DEMAND, PLAIN], help=argparse.SUPPRESS)

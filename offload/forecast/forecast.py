@@ -44,7 +44,8 @@ from offload.profiling.stats import commit_frames
 from pagemem.durable.page_reader import CHUNK_BYTES
 from pagemem.frames.page import TensorId
 
-#: Processor time of the I/O threads (`benchmarks/README.md`). Where all cores compute, compute is so much longer.
+#: Processor time of the I/O threads on the machine of `benchmarks/README.md`. Where all cores compute, compute is so
+#: much longer.
 MOVING_S_PER_BYTE: Final = 1.4e-10
 
 
@@ -185,7 +186,8 @@ def _found(
     times = StepTimes.of(engine, None if spec is None else simulate_late(spec))
     timed = kernels if isinstance(kernels, TimedKernels) else None
     busy_cores = torch.get_num_threads() >= len(os.sched_getaffinity(0))
-    moving_s = MOVING_S_PER_BYTE * (times.read_bytes + times.written_bytes) if timed and busy_cores else 0.0
+    move_s = MOVING_S_PER_BYTE if rates.move_s_per_byte is None else rates.move_s_per_byte
+    moving_s = move_s * (times.read_bytes + times.written_bytes) if timed and busy_cores else 0.0
     base_bytes = max(base_bytes, _resident_now_bytes()) if timed else base_bytes
     fit = _fit(engine, step, need, base_bytes, room)
     stored, stats = [p for _, p in all_parameters(engine.model) if not is_wrapper(p)], engine.engine.stats()

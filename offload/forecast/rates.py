@@ -12,6 +12,7 @@ import torch
 
 from offload.config import Config, ConfigError
 from offload.forecast.kernels import Kernels, RatedKernels, TimedKernels
+from offload.machine.calibration import Calibration
 from offload.machine.facts import copy_gb_per_s
 from pagemem.knobs import ASSUMED_BYTES_PER_S, ASSUMED_UPLOAD_BYTES_PER_S
 
@@ -28,6 +29,8 @@ class Rates:
         ssd_read, ssd_write: bytes of the page files. h2d: bytes copied from RAM to the device.
         device_ram: as ``ram``, of kernels on the device; optimizer's updates are made in RAM. None: as ``ram``.
         ssd_limit: bytes of the page files, read and written together (``ssd.limit_mb_per_s``); None: no limit.
+        move_s_per_byte: of a processor, that a byte moved takes from compute. None: as where the benchmarks were made.
+        source: where rates that were not given come from, for people; "": they are built in.
     """
 
     flops: float | None
@@ -37,6 +40,8 @@ class Rates:
     h2d: float = ASSUMED_UPLOAD_BYTES_PER_S
     device_ram: float | None = None
     ssd_limit: float | None = None
+    move_s_per_byte: float | None = None
+    source: str = ""
 
     @property
     def ssd_beside(self) -> tuple[float, float]:
@@ -57,9 +62,11 @@ def rates_of(
     ssd_write: float | None = None,
     h2d: float | None = None,
     device_ram: float | None = None,
+    here: Calibration | None = None,
 ) -> Rates:
     """The rates given, and for others: compute as measured now (if only one of both is given; else its kernels are
-    timed later), the disk as ``ssd.limit_mb_per_s`` says or as the engine assumes, copies to the device as it assumes.
+    timed later), the disk as ``ssd.limit_mb_per_s`` says, as it is ``here``, or as the engine assumes, copies to the
+    device as it assumes. That limit is one for reads and writes together, and holds beside given rates.
 
     Raises:
         ConfigError: a rate is not above 0, or is of a device without the others that a forecast for another machine
@@ -81,14 +88,18 @@ def rates_of(
             "--device-ram-speed tells of another machine's device: give its --flops, and --ram-speed of its RAM, too"
         )
     limit = config.ssd.limit_mb_per_s
-    assumed = ASSUMED_BYTES_PER_S if limit is None else limit * 1e6
-    disk = ssd_read or assumed, ssd_write or assumed
     shared = None if limit is None else limit * 1e6
+    of_this = (None, None) if here is None else (here.ssd_read, here.ssd_write)
+    read = ssd_read or shared or of_this[0] or ASSUMED_BYTES_PER_S
+    write = ssd_write or shared or of_this[1] or ASSUMED_BYTES_PER_S
+    move_s, source = (None, "") if here is None else (here.move_s_per_byte, here.line)
     up = h2d or ASSUMED_UPLOAD_BYTES_PER_S
     if flops is None and ram is None:
-        return Rates(None, None, *disk, up, ssd_limit=shared)
+        return Rates(None, None, read, write, up, None, shared, move_s, source)
     with threads_of(config):
-        return Rates(flops or _measured_flops(), ram or _measured_copy(), *disk, up, device_ram, shared)
+        return Rates(
+            flops or _measured_flops(), ram or _measured_copy(), read, write, up, device_ram, shared, move_s, source
+        )
 
 
 def _measured_flops() -> float:

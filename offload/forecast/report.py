@@ -110,6 +110,8 @@ def rate_rows(found: Forecast) -> list[tuple[str, str]]:
         compute += f", the device's {rates.device_ram / 1e6:,.0f} MB/s"
     up = f", to the device {rates.h2d / 1e6:,.0f} MB/s" if H2D in found.times.busy else ""
     rows = [("at these rates", f"{compute}, {disk}{up}")]
+    if rates.source:
+        rows.append(("of this machine", rates.source))
     if found.undisturbed_share < UNDISTURBED:
         said = (
             f"kernels had a processor for {found.undisturbed_share:.0%} of the time in which they were timed: "

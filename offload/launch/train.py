@@ -32,6 +32,7 @@ from offload.launch.reporter import Reporter, made_callback
 from offload.launch.run_folder import CURVE, DATA, RunFolder, check_free, removed_unless_begun
 from offload.launch.setup import build, check_budget
 from offload.launch.summary import summary_rows
+from offload.machine.calibration import calibrated, is_off
 from offload.parameters.inner_tensors import n_elements
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
@@ -100,6 +101,10 @@ def launch(config: Config, console: Console | None = None) -> int:
             print_line(console, text + "train on")
             return 0
         check_budget(make_model, config, console)
+        if not is_off():
+            machine = calibrated(config.ssd.paths)
+            machine.apply()
+            print_line(console, f"this machine: {machine.line}")
         folder.claim()
         model, batches = build(config, make_model, make_data, stack)
         with initialize(model, config) as engine, noted(commits=config.commit.at_end) as interrupt:
