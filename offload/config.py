@@ -13,7 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from offload.config_errors import described_errors
 from offload.config_file import ConfigError as ConfigError
@@ -158,13 +167,17 @@ class SsdConfig(_Section):
 class UpdateConfig(_Section):
     """When and how gradients become updates."""
 
-    mode: Literal["exact", "lock-free"] = "exact"
+    mode: Literal["exact", "lock-free", "auto"] = "exact"
     """"exact": the same bits as plain PyTorch. "lock-free": a thread applies updates as fast as the disk allows, and
-    training waits for it only to keep ``max_staleness``."""
+    training waits for it only to keep ``max_staleness``. "auto": the one whose steps are forecast to be quicker, see
+    docs/updates.md."""
     max_staleness: int = Field(default=4, ge=0)
     """Lock-free mode: how many of the steps before a step its parameters may miss. 0: the bits of exact mode."""
     exact_steps: int = Field(default=100, ge=0)
     """Lock-free mode: how many first updates of each parameter are made as in exact mode."""
+    on_time: Literal["auto", "never"] = "never"
+    """Lock-free mode: "auto" updates as many units as fit in RAM with their states on the training thread, as exact
+    mode does, so that only the others can be late; "never": the update thread has all updates."""
     threads: int = Field(default=1, ge=1, le=64)
     """Lock-free mode: compute threads of the updates, which run beside those of the step."""
     clip_norm: float | None = Field(default=None, gt=0)
@@ -181,6 +194,23 @@ class UpdateConfig(_Section):
     """"auto" updates a unit as soon as its gradients are complete, judged by earlier steps; "step" waits for
     ``optimizer.step()``: for loops that touch gradients later than in their first step, or whose steps get more
     backward passes over time."""
+    _why: str = PrivateAttr(default="")
+
+    @property
+    def lock_free(self) -> bool:
+        """Whether updates are lock-free; with "auto" they are exact until another mode is chosen."""
+        return self.mode == "lock-free"
+
+    @property
+    def said(self) -> str:
+        """The mode, and where it was chosen by a forecast, why, in one line."""
+        return self._why or self.mode
+
+    def chosen(self, mode: Literal["exact", "lock-free"], why: str) -> UpdateConfig:
+        """The same with a mode that "auto" stands for."""
+        made = self.model_copy(update={"mode": mode})
+        made._why = why
+        return made
 
 
 class CommitConfig(_Section):
@@ -353,7 +383,7 @@ class Config(_Section):
                 else "set memory.device, the budget of parameters there"
             )
             raise ValueError(f'device is "{self.device}": {wanted}')
-        if self.device != "cpu" and self.update.mode != "exact":
+        if self.device != "cpu" and self.update.lock_free:
             raise ValueError(f'device is "{self.device}", for which updates are exact; set update.mode to "exact"')
         if self.output is not None:
             run = Path(self.output.run).resolve()

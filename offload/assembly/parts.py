@@ -181,7 +181,8 @@ def build_parts(
     trainable = optimizer is None or isinstance(optimizer, OptimizerConfig)
     trims, binder = _trims(config, model), store.binder
     binder.train(model, updater, activations, saved.scope, structure.check, only_trainable=trainable, trims=trims)
-    if isinstance(updater, ExactUpdater) and activations is None and store.device_tier is None:
+    in_ram = activations is None and store.device_tier is None
+    if in_ram and isinstance(updater, ExactUpdater) and not isinstance(updater, LockFreeUpdater):
         binder.bindings.follow(model, store.index.units, updater)
     for module in model.modules():
         store.watch_over(module)

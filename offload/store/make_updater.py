@@ -16,9 +16,10 @@ from offload.store.page_store import PageStore
 from optim.exact.updater import ExactUpdater, is_eager
 from optim.gradient_budget import GradientBudget
 from optim.gradient_downloads import GradientDownloadQueue
+from optim.lockfree.limits import GradientBudgets, StalenessBound
 from optim.lockfree.state_windows import StateWindows
 from optim.lockfree.update_thread import UpdateThread
-from optim.lockfree.updater import LockFreeUpdater, StalenessBound
+from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import Scaling
 from optim.rules import UpdateRule
 from optim.states import StateAccess
@@ -51,7 +52,7 @@ def make_updater(
         BudgetError: the budget cannot hold what the mode needs; names the smallest that can.
     """
     update = store.config.update
-    exact = update.mode == "exact"
+    exact = not update.lock_free
     others = other_gradients(keeps_unoptimized=(ExactUpdater if exact else LockFreeUpdater).keeps_unoptimized)
     eager = is_eager(scaling, update.start)
     training = Training(store.driver, store.index, hypers, others, scaling, eager, store.counters)
@@ -126,12 +127,17 @@ def _size_of(unit: Unit) -> UnitSize:
 
 
 def _make_lock_free(store: PageStore, rule: UpdateRule, training: Training) -> Updater:
-    units, update = [unit for unit in store.index.units if unit.trained], store.config.update
+    update = store.config.update
     sizes = [_size_of(unit) for unit in store.index.units]
-    lock_free = LockFreeBudget(sizes, len(rule.state_names), store.page_bytes, update.threads)
+    lock_free = LockFreeBudget(
+        sizes, len(rule.state_names), store.page_bytes, update.threads, may_be_on_time=update.on_time == "auto"
+    )
     division = lock_free.divide(store.config.memory.ram, eager=training.eager)
+    late = [
+        unit for place, unit in enumerate(store.index.units) if unit.trained and place not in division.on_time
+    ]  # fmt: skip
     if not division.resident:
-        for unit in units:
+        for unit in late:
             if unit.slices[0].master is None:
                 add_masters(store.mover, store.driver, unit)
     store.resize_arena(division.parameter_frames + division.state_frames)
@@ -142,10 +148,14 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, training: Training) -> U
                 key = (OpKind.FORWARD, ("fix", unit.index))
                 with store.driver.op(key, unit.name, [Access(unit.parameters.id, AccessMode.READ)]):
                     unit.parameters.resident = True
-    slices = [tuple(t for t in (part.states, part.master) if t is not None) for unit in units for part in unit.slices]
+    slices = [tuple(t for t in (part.states, part.master) if t is not None) for unit in late for part in unit.slices]
     windows = StateWindows(store.mover, slices, first_frame, division.state_frames)
-    channels = [store.parts.channel(unit) for unit in units]
+    channels = [store.parts.channel(unit) for unit in late]
     thread = UpdateThread(store.mover, rule, channels, windows, store.counters, n_threads=update.threads)
-    budget = GradientBudget(store.budget, division.gradient_bytes, lock_free.scratch_bytes)
+    budgets = GradientBudgets(
+        GradientBudget(store.budget, division.gradient_bytes, lock_free.scratch_bytes),
+        GradientBudget(store.budget, division.direct_bytes),
+    )
     bound = StalenessBound(update.max_staleness, update.exact_steps, adopts_after=update.start == "auto")
-    return LockFreeUpdater(training, thread, channels, StateAccess(store.driver, rule.state_names), budget, bound)
+    states = StateAccess(store.driver, rule.state_names)
+    return LockFreeUpdater(training, rule, thread, channels, states, budgets, bound, store.updated)

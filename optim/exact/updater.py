@@ -11,7 +11,7 @@ Per unit and step:   waiting --gradients--> updated --optimizer step--> waiting 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -152,10 +152,15 @@ class ExactUpdater(Updater):
         if self._eager and self._arrivals.complete(unit) and not self._viewed(unit):
             hypers = self._use_hypers()
             used = [slot for slot in unit.slots if slot.group >= 0 and slot.grad is Grad.HELD]
-            self._update.run(unit, Pending(hypers, None), spent=used)
+            if self._may_apply(unit, used):
+                self._update.run(unit, Pending(hypers, None), spent=used)
             unit.updated = unit.ended = True
             if unit.bound is not None:
                 unit.bound.make_asked()
+
+    def _may_apply(self, unit: Unit, found: Sequence[Slot]) -> bool:
+        """Whether the gradients of a unit, which are all there, may be applied; those that may not are dropped here."""
+        return True
 
     def _viewed(self, unit: Unit) -> bool:
         """Whether somebody has a view of what an update would change: the backward pass may ask for it again."""
@@ -215,8 +220,7 @@ class ExactUpdater(Updater):
         if self._training.scaling.needs_norm and waiting and coefficient is None:
             self.dropped_steps += 1
         else:
-            for unit in waiting:
-                self._decide(unit, Pending(hypers, coefficient))
+            self._decide_all(waiting, Pending(hypers, coefficient))
         self._end_step()
 
     def _fill_wholes(self) -> None:
@@ -228,6 +232,12 @@ class ExactUpdater(Updater):
                 for unit, slot in whole.places:
                     if slot.grad is Grad.NONE:
                         self._make_zeros(unit, slot)
+
+    def _decide_all(self, units: Iterable[Unit], pending: Pending) -> None:
+        for unit in units:
+            found = [slot for slot in unit.slots if slot.group >= 0 and slot.grad in (Grad.HELD, Grad.OWN)]
+            if self._may_apply(unit, found):
+                self._decide(unit, pending)
 
     def _decide(self, unit: Unit, pending: Pending) -> None:
         """Make an update now where its gradients or its values are looked at, else before the unit is next used."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from optim.gradient_budget import GradientBudget
 from optim.lockfree.unit_channel import UnitChannel, Version
@@ -33,9 +33,10 @@ class Adoption:
         if unit.parameters.resident:
             if version is None:
                 return
-            self._driver.mover.make_writable(unit.parameters)
+            with self._driver.mover.changed:
+                self._driver.mover.make_writable(unit.parameters)
+                self._driver.mover.touch(unit.parameters)
             self._copy_in(unit, version)
-            self._driver.mover.touch(unit.parameters)
         elif version is not None or self._driver.follower.mode is not Mode.PLANNED:
             # A step that is being traced has the op in any case: a later one may have something to adopt there.
             accesses = [Access(unit.parameters.id, AccessMode.MODIFY)]
@@ -46,14 +47,14 @@ class Adoption:
             self._adopted(unit, version)
             unit.ended |= when == "after"
 
-    def adopt_without_moves(self) -> bool:
-        """Adopt versions, for the bytes they hold, of units that lie in memory and are not seen again before their next
-        first use; returns whether there were any.
+    def adopt_without_moves(self, units: Iterable[Unit]) -> bool:
+        """Adopt versions, for the bytes they hold, of those units that lie in memory and that nobody sees before their
+        next use; returns whether there were any.
 
         Which units these are differs from step to step, so it is no op of the step: nothing is moved for it.
         """
         found = False
-        for unit in self.unseen_units():
+        for unit in units:
             with self._driver.in_passing(unit.parameters) as in_memory:
                 version = self._channels[unit].unadopted()
                 if in_memory and version is not None:
@@ -63,7 +64,7 @@ class Adoption:
         return found
 
     def unseen_units(self) -> list[Unit]:
-        """Units with newer parameters than those in use, which nobody sees again before their next first use."""
+        """Units with newer parameters than those in use, which nobody sees before their next use."""
         return [
             unit for unit, channel in self._channels.items()
             if channel.unadopted() is not None and unit.live_views == 0 and not self._driver.viewed(unit.parameters)

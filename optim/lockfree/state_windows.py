@@ -94,8 +94,11 @@ class StateWindows:
             return True
 
     @contextmanager
-    def held(self, number: int) -> Iterator[None]:
+    def held(self, number: int, following: int | None = None) -> Iterator[None]:
         """Have a slice in host memory, to be changed, inside the block; what passes through is stored afterwards.
+
+        Args:
+            following: a slice that will be needed soon, brought in if a window is free.
 
         Raises:
             StorageError: it cannot be read, or what has to leave cannot be stored; every slice is whole where it was.
@@ -122,19 +125,28 @@ class StateWindows:
                 raise StorageError(f"{name} could not be read")
             for tensor in tensors:
                 tensor.pins += 1
-        try:
-            with self._mover.changed:
+            try:
                 for tensor in tensors:
                     self._mover.make_writable(tensor)
                     self._mover.touch(tensor)
+                if following is not None:
+                    self._begin(following, needed=False)
+            except BaseException:
+                self._let_go(number)
+                raise
+        try:
             yield
         finally:
             with self._mover.changed:
-                self._wanted.discard(number)
-                for tensor in tensors:
-                    tensor.pins -= 1
-                    if number not in self._resident and tensor.state is Residency.DIRTY:
-                        self._mover.start_store(tensor, background=True)
+                self._let_go(number)
+
+    def _let_go(self, number: int) -> None:
+        """Unpin a slice, and begin to store what passes through."""
+        self._wanted.discard(number)
+        for tensor in self._slices[number]:
+            tensor.pins -= 1
+            if number not in self._resident and tensor.state is Residency.DIRTY:
+                self._mover.start_store(tensor, background=True)
 
     def _free_window(self, *, needed: bool) -> _RingWindow | None:
         """A window whose tenant has left. What was brought in early leaves only for a slice that is needed now."""

@@ -255,11 +255,8 @@ class UpdateThread:
         following = [first + place for place, _, _ in update.parts[1:]]
         for (place, part, pieces), next_slice in zip_longest(update.parts, following):
             self._check_stop()
-            with self.windows.held(first + place):
-                if next_slice is not None:
-                    self.windows.prefetch(next_slice)
-                else:
-                    self._prefetch_next_unit(channel)
+            upcoming = self._next_unit_slice(channel) if next_slice is None else next_slice
+            with self.windows.held(first + place, upcoming):
                 self._at("slice", unit)
                 started_s = time.perf_counter()
                 update.apply(part, pieces)
@@ -267,10 +264,10 @@ class UpdateThread:
             self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
         update.finish()
 
-    def _prefetch_next_unit(self, served: UnitChannel) -> None:
+    def _next_unit_slice(self, served: UnitChannel) -> int | None:
+        """The first slice of the unit that is served after this one, as far as can be known."""
         following = self._choose()
-        if following is not None and following is not served:
-            self.windows.prefetch(self._first_slice[following.unit])
+        return None if following is None or following is served else self._first_slice[following.unit]
 
 
 def _stop_at_exit(thread: weakref.ref[UpdateThread], process: int) -> None:

@@ -29,12 +29,14 @@ from stepped_updater import N, Pages, SavedWeight, SteppedUpdater, WatchedChanne
 from torch import Tensor
 
 from optim.gradient_budget import GradientBudget
+from optim.lockfree.limits import GradientBudgets, StalenessBound
 from optim.lockfree.unit_channel import Version
-from optim.lockfree.updater import LockFreeUpdater, StalenessBound
+from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import Scaling
 from optim.training import Training
 from optim.unit import Slot, Unit, UnitIndex
 from pagemem.budget import Budget
+from pagemem.residency.wait_lock import WaitLock
 from pagemem.telemetry.events import NullSink
 from pagemem.tier import Tag, Tier
 from scheduler.execution.plan_follower import Mode
@@ -73,7 +75,9 @@ class HandOff(RuleBasedStateMachine):
         tenants = SimpleNamespace(
             view=lambda tensor, dtype, begin, numel: self.pages.view(tensor.frame, begin * dtype.itemsize, dtype, numel)
         )
-        mover = SimpleNamespace(tenants=tenants, touch=lambda tensor: None, make_writable=lambda tensor: None)
+        mover = SimpleNamespace(
+            tenants=tenants, touch=lambda tensor: None, make_writable=lambda tensor: None, changed=WaitLock("pages")
+        )
         driver = SimpleNamespace(
             mover=mover, mode=Mode.ON_DEMAND, end_step=lambda repeatable: None, viewed=lambda tensor: False,
             in_passing=lambda tensor: nullcontext(tensor.resident),
@@ -90,8 +94,9 @@ class HandOff(RuleBasedStateMachine):
         )
         self.gradients = GradientBudget(self.budget, limit_bytes, 0)
         self.training = LockFreeUpdater(
-            run, cast(Any, self.updater), self.boxes, cast(Any, states), self.gradients, StalenessBound(max_staleness)
-        )
+            run, cast(Any, SimpleNamespace(state_names=())), cast(Any, self.updater), self.boxes, cast(Any, states),
+            GradientBudgets(self.gradients, GradientBudget(self.budget, 0)), StalenessBound(max_staleness),
+        )  # fmt: skip
 
     # ---- who moves ---------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ def prepared(
     clip_norm: float | None,
     dtype: torch.dtype,
     exact_steps: int,
+    on_time: str = "never",
 ) -> tuple[nn.Module, nn.Module, Any, offload.Engine]:
     """A plain model, the same in pages with its optimizer, and the engine."""
     torch.manual_seed(7)
@@ -64,6 +65,7 @@ def prepared(
             "max_staleness": max_staleness,
             "exact_steps": exact_steps,
             "clip_norm": clip_norm,
+            "on_time": on_time,
         },
     }
     if dtype is torch.bfloat16:
@@ -85,11 +87,12 @@ def replayed(
     accumulation: int = 1,
     dtype: torch.dtype = torch.float32,
     exact_steps: int = 0,
+    on_time: str = "never",
 ) -> tuple[History, offload.Engine]:
     """Train, do it again in plain PyTorch, compare everything; the engine is closed."""
-    plain, model, optimizer, engine = prepared(case, folder, ram, max_staleness, clip_norm, dtype, exact_steps)
+    plain, model, optimizer, engine = prepared(case, folder, ram, max_staleness, clip_norm, dtype, exact_steps, on_time)
     gates = UpdaterGates(engine)
-    history = History(gates, max_staleness)
+    history = History(gates, max_staleness, model)
     scheduled = schedule(optimizer)
     generator = torch.Generator().manual_seed(11)
     every = [[case.batch(generator) for _ in range(accumulation)] for _ in range(steps)]
@@ -130,8 +133,35 @@ def test_with_staleness_the_results_follow_from_the_history(
     ram = resident_ram(case) if residency == "all_in_ram" else 6_800_000
     history, _ = replayed(case, tmp_path, ram, max_staleness, pace=pace, clip_norm=clip_norm)
     if pace == "late":
-        merged = max(later - earlier for ends in history.published.values() for earlier, later in zip([0, *ends], ends))
+        merged = max(
+            later - earlier
+            for ends in map(list, history.published.values())
+            for earlier, later in zip([0, *ends], ends)
+        )
         assert 1 <= merged <= max_staleness + 1
+
+
+#: Of 13 units, those that are late, by budget and clipping: with it, gradients of those on time wait in pages, and
+#: those of the others are there twice.
+LATE: dict[float | None, dict[int, int]] = {
+    None: {6_800_000: 13, 8_000_000: 9, 8_500_000: 11, 9_000_000: 7, 9_500_000: 0, 11_000_000: 0},
+    0.5: {6_800_000: 13, 9_500_000: 12, 10_000_000: 11, 10_500_000: 9, 11_000_000: 8, 12_500_000: 0},
+}
+
+
+@full_product(budget=range(6), pace=["free", "late"], clipping=[(None, 1), (None, 2), (0.5, 1), (0.5, 2)])
+def test_units_on_time_beside_late_ones_follow_from_the_history(
+    budget: int, pace: str, clipping: tuple[float | None, int], tmp_path: Path
+) -> None:
+    clip_norm, accumulation = clipping
+    ram, late = list(LATE[clip_norm].items())[budget]
+    history, engine = replayed(
+        CASES["gpt"], tmp_path, ram, 4,
+        pace=pace, clip_norm=clip_norm, accumulation=accumulation, on_time="auto", steps=8,
+    )  # fmt: skip
+    ends = [list(found) for found in history.published.values() if isinstance(found, list)]
+    assert len(ends) == late
+    assert engine.stats().planned_steps >= 2 or ram == 6_800_000
 
 
 def test_the_first_steps_miss_nothing_and_later_ones_may(tmp_path: Path) -> None:

@@ -198,7 +198,9 @@ def test_the_plans_bytes_are_those_that_move_where_every_step_is_alike(tmp_path:
 
 
 def test_in_lock_free_mode_the_updaters_waits_are_not_the_training_threads(tmp_path: Path) -> None:
-    with engine_of(built(blocks=6), tmp_path, ram=10 * MIB, mode="lock-free", exact_steps=0, max_staleness=2) as engine:
+    with engine_of(
+        built(blocks=6), tmp_path, ram=10 * MIB, mode="lock-free", exact_steps=0, max_staleness=2, on_time="never"
+    ) as engine:
         steps(engine, 0, WARM_UP)
         with engine.profile(tmp_path / "profile") as profile:
             steps(engine, WARM_UP, 4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,8 @@ from updater_gates import UpdaterGates
 from optim.unit import Unit
 
 Batch = tuple[Tensor, Tensor]
+#: More than any run here has.
+MOST_STEPS = 1 << 20
 
 
 class History:
@@ -29,22 +31,36 @@ class History:
         parameters: names of each unit's parameters, by the unit's name.
         published: last step of each version of a unit, in order.
         used: for each step and each unit used in it, the last step whose update it saw.
+        later: for each step and each forward pass after its first, counted from 1, the same of units that have adopted
+            more since.
         exact: for each step, the units that had to have seen all.
     """
 
-    def __init__(self, gates: UpdaterGates, max_staleness: int) -> None:
+    def __init__(self, gates: UpdaterGates, max_staleness: int, model: nn.Module) -> None:
         updater = gates.updater
-        self.parameters = {
-            unit.name: [slot.name for slot in unit.slots if slot.group >= 0] for unit in updater._channels
+        units = [unit for unit in updater._index.units if unit.trained]
+        self.parameters = {unit.name: [slot.name for slot in unit.slots if slot.group >= 0] for unit in units}
+        # What is updated on time has a version of every step.
+        self.published: dict[str, Sequence[int]] = {
+            unit.name: [] if unit in updater._channels else range(1, MOST_STEPS) for unit in units
         }
-        self.published: dict[str, list[int]] = {name: [] for name in self.parameters}
         self.used: list[dict[str, int]] = [{}]
+        self.later: list[dict[int, dict[str, int]]] = [{}]
         self.exact: list[set[str]] = [set()]
+        passes = [0]
+        seen: dict[str, int] = {}
+
+        def begin_pass(_module: nn.Module, _args: object) -> None:
+            passes[0] += 1
+
+        model.register_forward_pre_hook(begin_pass)
         before_use, step = updater.before_use, updater.step
 
         def published(point: str, unit: Unit) -> None:
             if point == "published":
-                self.published[unit.name].append(updater._channels[unit].clock.applied)
+                versions = self.published[unit.name]
+                assert isinstance(versions, list)
+                versions.append(updater._channels[unit].clock.applied)
 
         def used(unit: Unit) -> None:
             channel = updater._channels.get(unit)
@@ -57,11 +73,18 @@ class History:
                 assert clock.staleness <= max_staleness, (
                     f"{unit.name} misses {clock.staleness} steps, {max_staleness} may be"
                 )
-                self.used[-1][unit.name] = clock.adopted
+                self.used[-1][unit.name] = seen[unit.name] = clock.adopted
+            elif channel is not None and seen[unit.name] != channel.clock.adopted:
+                self.later[-1].setdefault(passes[0], {})[unit.name] = seen[unit.name] = channel.clock.adopted
+            if channel is None and unit.trained and unit.name not in self.used[-1]:
+                self.exact[-1].add(unit.name)
+                self.used[-1][unit.name] = max(slot.steps for slot in unit.slots)
 
         def stepped() -> None:
             step()
             self.used.append({})
+            self.later.append({})
+            passes[0] = 0
             self.exact.append(set())
 
         gates.on_pass = published
@@ -85,7 +108,7 @@ class _UnitReplay:
     """A unit's updates so far, and the gradients of all its steps."""
 
     names: list[str]
-    versions: list[int]
+    versions: Iterator[int]
     applied: int = 0
     given: list[dict[str, _Given]] = field(default_factory=list)
 
@@ -113,10 +136,10 @@ class Replay:
     ) -> None:
         self.plain = plain
         self._clip_norm = clip_norm
-        self._used = history.used
+        self._used, self._later = history.used, history.later
         self._exact = history.exact
         self._units = {
-            name: _UnitReplay(names, list(history.published[name])) for name, names in history.parameters.items()
+            name: _UnitReplay(names, iter(history.published[name])) for name, names in history.parameters.items()
         }
         self._template = factory(plain.parameters())
         self._schedule = None if constant_lr else schedule(self._template)
@@ -140,7 +163,9 @@ class Replay:
         for number, micro_batches in enumerate(steps):
             for name, last in self._used[number].items():
                 self._advance(self._units[name], last)
-            for batch in micro_batches:
+            for made, batch in enumerate(micro_batches, 1):
+                for name, last in self._later[number].get(made, {}).items():
+                    self._advance(self._units[name], last)
                 loss = self.plain(*batch)
                 (loss / len(micro_batches)).backward()
                 losses.append(loss.detach())
@@ -181,7 +206,7 @@ class Replay:
     def _advance(self, unit: _UnitReplay, last: int) -> None:
         """Make a unit's updates, version by version as the engine did, up to step ``last``; the model then has them."""
         while unit.applied < last:
-            following = unit.versions.pop(0)
+            following = next(unit.versions)
             for name in unit.names:
                 parts = [given[name] for given in unit.given[unit.applied : following] if name in given]
                 if parts:

@@ -56,12 +56,12 @@ class Run:
         torch.manual_seed(7)
         self.plain = Chain(scale.width, scale.depth)
         self.width = scale.width
-        update = {"exact_steps": 0, **update}
+        update = {"exact_steps": 0, "on_time": "never", **update}
         settings = config(folder, ram=scale.ram, mode="lock-free", max_staleness=max_staleness, **update)
         self.model, self.optimizer = offload.prepare(copy.deepcopy(self.plain), adamw, settings)
         self.engine: offload.Engine = self.optimizer.engine  # type: ignore[attr-defined]
         self.gates = UpdaterGates(self.engine)
-        self.history = History(self.gates, max_staleness)
+        self.history = History(self.gates, max_staleness, self.model)
         self.steps: list[list[Batch]] = []
         self.losses: list[Tensor] = []
         self.boxes = {box.unit.name: box for box in self.gates.updater._channels.values()}

@@ -38,7 +38,7 @@ Model = tuple[list[UnitSize], int]
 
 def budget(model: Model) -> LockFreeBudget:
     """Of units and a number of states."""
-    return LockFreeBudget(*model, PAGE_BYTES, n_threads=1)
+    return LockFreeBudget(*model, PAGE_BYTES, n_threads=1, may_be_on_time=False)
 
 
 def divided(model: Model, ram_bytes: int, *, eager: bool) -> Division:
@@ -110,6 +110,45 @@ def test_more_memory_never_makes_less_room_for_gradients(model: Model, eager: bo
     assert rich.gradient_bytes == (1 if eager else 2) * total + 2 * largest
     assert rich.resident is (units[0].dtype is torch.float32)
     assert rich.state_frames == sum(slice_frames(model, masters=not rich.resident)), "everything fits"
+
+
+@given(model=models(), ram_bytes=st.integers(0, 64 << 20), eager=st.booleans())
+def test_units_are_on_time_where_their_states_fit_beside_the_rest(model: Model, ram_bytes: int, eager: bool) -> None:
+    units, n_states = model
+    both = LockFreeBudget(units, n_states, PAGE_BYTES, n_threads=1)
+    assert both.smallest_bytes == budget(model).smallest_bytes
+    try:
+        without = divided(model, ram_bytes, eager=eager)
+    except BudgetError:
+        with pytest.raises(BudgetError):
+            both.divide(ram_bytes, eager=eager)
+        return
+    found = both.divide(ram_bytes, eager=eager)
+    if not found.on_time:
+        assert found == without
+        return
+    assert found.resident
+    late = [unit for place, unit in enumerate(units) if unit.slice_numels and place not in found.on_time]
+    now = [units[place] for place in found.on_time]
+    states = [sum(ceil_div(4 * n_states * n, PAGE_BYTES) for n in unit.slice_numels) for unit in now]
+    gradients = [0 if eager else ceil_div(unit.gradient_bytes, PAGE_BYTES) + 1 for unit in now]
+    slices = slice_frames((late, n_states), masters=False)
+    largest = max(slice_frames(model, masters=False))
+    assert found.parameter_frames >= sum(map(frames_of, units)) + largest + sum(states) + sum(gradients)
+    assert least_frames(slices) <= found.state_frames <= sum(slices)
+    on_their_way = [unit.gradient_bytes for unit in late]
+    assert found.gradient_bytes == (1 if eager else 2) * sum(on_their_way) + 2 * max(on_their_way, default=0)
+    assert found.direct_bytes == (max(unit.gradient_bytes for unit in now) if eager else 0)
+    frames = found.parameter_frames + found.state_frames
+    assert found.gradient_bytes + found.direct_bytes + both.scratch_bytes + frames * PAGE_BYTES <= ram_bytes
+
+
+@given(model=models(), eager=st.booleans())
+def test_in_a_large_budget_every_unit_is_on_time(model: Model, eager: bool) -> None:
+    units = model[0]
+    found = LockFreeBudget(*model, PAGE_BYTES, n_threads=1).divide(1 << 30, eager=eager)
+    trained = {place for place, unit in enumerate(units) if unit.slice_numels}
+    assert found.on_time == (trained if units[0].dtype is torch.float32 else frozenset())
 
 
 def test_parameters_that_do_not_fit_stream_with_masters() -> None:
