@@ -13,8 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +24,9 @@ from benchmarks import common
 from benchmarks.common import GPT, SIZES, batch, fused_adamw, plain_step
 from offload.heap import give_back_large_blocks, keep_freed_memory, without_tcache
 from offload.profiling.live_storages import Holder, LiveStorages
+from offload.store.store_parts import StoreParts
+from optim.lockfree.unit_channel import GradientSum, UnitChannel
+from optim.unit import Slot
 
 if TYPE_CHECKING:
     from benchmarks.torch_offload import TorchOffload
@@ -52,6 +55,11 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ssd-limit", type=float, metavar="MB_PER_S", help="ssd.limit_mb_per_s, to model a slower disk"
     )
+    parser.add_argument("--mode", choices=["exact", "lock-free", "auto"], help="update.mode of the engine")
+    parser.add_argument("--max-staleness", type=int, help="update.max_staleness of the engine")
+    parser.add_argument("--exact-steps", type=int, help="update.exact_steps of the engine")
+    parser.add_argument("--on-time", choices=["auto", "never"], help="update.on_time of the engine")
+    parser.add_argument("--updates-off", action="store_true", help="lock-free mode whose gradients are dropped")
     parser.add_argument(
         "--recompute", action="store_true", help="each block is computed again in the backward pass, on both sides"
     )
@@ -96,7 +104,8 @@ class Engine:
         config = engine_config(a)
         with offload.deferred_init(config):
             model = GPT(*SIZES[a.size], a.seq, a.recompute)
-        self.model, self.optimizer = offload.prepare(model, fused_adamw, config)
+        with updates_off() if a.updates_off else nullcontext():
+            self.model, self.optimizer = offload.prepare(model, fused_adamw, config)
         self.engine: Any = self.optimizer.engine  # type: ignore[attr-defined]
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
@@ -111,6 +120,7 @@ class Engine:
         """Memory by tier, and the plan's forecast."""
         return {
             "planned_step_s": self.engine.planned_step_s,
+            "updates": self.engine.memory_report().updates,
             "device_units": self.engine.stats().device_units,
             "units": len(self.engine.debug.units),
             "memory": dataclasses.asdict(self.engine.memory_report()),
@@ -134,13 +144,41 @@ def engine_config(a: argparse.Namespace) -> dict[str, Any]:
     }
     if a.device_share is not None:
         config["device"] = "cuda" if a.device == "cuda" else "cpu-emulated"
-    if a.clip_norm is not None:
-        config["update"] = {"clip_norm": a.clip_norm}
+    update = {
+        "clip_norm": a.clip_norm, "mode": a.mode, "max_staleness": a.max_staleness, "exact_steps": a.exact_steps,
+        "on_time": a.on_time,
+    }  # fmt: skip
+    if _given(update):
+        config["update"] = _given(update)
+    if a.mode == "auto":  # what a forecast needs
+        d_model, n_layer = SIZES[a.size]
+        arguments = {"d_model": d_model, "n_layer": n_layer, "seq": a.seq, "recompute": a.recompute}
+        config["model"] = {"factory": "benchmarks.common:GPT", "arguments": arguments}
+        config["train"] = {"steps": 1, "batch": a.batch, "seq": a.seq, "threads": a.threads}
     return config
 
 
 def _given(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if value is not None}
+
+
+class DroppingUnitChannel(UnitChannel):
+    """Takes gradients as any channel does, and throws them away: training without updates, the rest as it is."""
+
+    def put(self, sums: dict[Slot, GradientSum]) -> int:
+        """Drop one step's gradients; returns the bytes that are free afterwards."""
+        return sum(total.release() for total in sums.values())
+
+
+@contextmanager
+def updates_off() -> Iterator[None]:
+    """Lock-free engines made inside drop the gradients that their update threads get."""
+    kept = StoreParts.channel
+    StoreParts.channel = lambda parts, unit: DroppingUnitChannel(unit)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        StoreParts.channel = kept  # type: ignore[method-assign]
 
 
 class Count:
@@ -272,7 +310,7 @@ def options_of(a: argparse.Namespace, names: Sequence[str]) -> list[object]:
 #: What a measured process needs to know of a command line that has `model_arguments` and a batch.
 OPTIONS: Final = (
     "size", "ram_share", "device_share", "device_states", "device", "clip_norm", "activations", "blocks", "ssd_limit",
-    "recompute", "batch", "seq", "threads", "dir",
+    "recompute", "mode", "max_staleness", "exact_steps", "on_time", "updates_off", "batch", "seq", "threads", "dir",
 )  # fmt: skip
 
 

@@ -14,13 +14,13 @@ from offload.budget.smallest import FactoryError, smallest_budget
 from offload.callbacks import Callback
 from offload.checkpoint.commit_weights import ExportError
 from offload.checkpoint.compatibility import Change, Resumed
+from offload.choosing.preparation import deferred_init, initialize, prepare
 from offload.config import Config, ConfigError, load_config
 from offload.cutting.announcing import announce
 from offload.cutting.make_cut import gathered
-from offload.engine import Engine, initialize, prepare
+from offload.engine import Engine
 from offload.parameters.paged_parameter import PagedParameter
 from offload.profiling.stats import MemoryReport, Stats, TierUse
-from offload.store.deferred_init import deferred_init
 from offload.weights.load import load_weights
 from offload.weights.pretrained import from_pretrained
 from pagemem.errors import (

@@ -16,10 +16,12 @@ from offload.budget.verdict import Available
 from offload.checkpoint.commit_weights import DTYPES
 from offload.checkpoint.export import export_run
 from offload.checkpoint.verify import verify_run
+from offload.choosing.update_choice import choose_updates
 from offload.config import Config, ConfigError, load_config_file
 from offload.config_template import config_template
 from offload.console.output import BROKEN_PIPE, Output, OutputClosed
 from offload.console.tables import print_line
+from offload.factories import model_factory
 from offload.forecast.forecast import check_forecastable, forecast
 from offload.forecast.planned_trace import check_trace_file, write_planned_trace
 from offload.forecast.rates import rates_of
@@ -109,6 +111,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     console = Output()
     with shown(console) as progress:
         explained = arguments.explain or arguments.explain_trace is not None
+        if config.update.mode == "auto" and config.model is not None:
+            config = choose_updates(config, model_factory(config.model), rates=rates, progress=progress)
         found = forecast(
             config,
             rates,

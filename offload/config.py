@@ -204,7 +204,7 @@ class UpdateConfig(_Section):
     @property
     def said(self) -> str:
         """The mode, and where it was chosen by a forecast, why, in one line."""
-        return self._why or self.mode
+        return self._why or ("exact (auto: no forecast was made)" if self.mode == "auto" else self.mode)
 
     def chosen(self, mode: Literal["exact", "lock-free"], why: str) -> UpdateConfig:
         """The same with a mode that "auto" stands for."""

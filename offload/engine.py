@@ -1,4 +1,4 @@
-"""The engine people use: `prepare` for a training loop of one's own, `initialize` for a whole engine."""
+"""The engine people use; `offload.choosing.preparation` makes it."""
 
 from __future__ import annotations
 
@@ -336,15 +336,3 @@ class Engine:
                 raise
             # The first error is why, as a rule: a device that failed cannot be let go of either.
             error.add_note(f"the engine could not be closed in order, either: {failure}")
-
-
-def initialize(model: nn.Module, config: ConfigLike, optimizer: OptimizerLike = None) -> Engine:
-    """An engine around ``model``; see `Engine` for arguments and errors."""
-    return Engine(model, config, optimizer)
-
-
-def prepare(model: nn.Module, optimizer: OptimizerLike, config: ConfigLike) -> tuple[nn.Module, PagedOptimizer]:
-    """The same model, its parameters now paged, and its optimizer, for your own loop: forward, ``loss.backward()``,
-    ``optimizer.step()``. Close ``optimizer.engine`` at the end."""
-    engine = Engine(model, config, optimizer)
-    return model, engine.optimizer

@@ -15,8 +15,6 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,15 +23,12 @@ import torch
 
 import offload
 from benchmarks import common
-from benchmarks.subjects import Pipe
+from benchmarks.subjects import Pipe, updates_off
 from examples.byte_gpt import byte_gpt, python_source_text
 from offload.config import OptimizerConfig, TrainConfig
 from offload.launch.loop import learning_rate
 from offload.launch.summary import BITS_PER_NAT
-from offload.store.store_parts import StoreParts
-from optim.lockfree.unit_channel import GradientSum, UnitChannel
 from optim.lockfree.updater import LockFreeUpdater
-from optim.unit import Slot
 
 OPTIMIZER: Final = {"name": "adamw", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -92,25 +87,6 @@ class Job:
     def model(self) -> torch.nn.Module:
         """The model, initialised by the global generator."""
         return byte_gpt(self.d_model, self.n_layer, self.n_head, self.seq)
-
-
-class DroppingUnitChannel(UnitChannel):
-    """Takes gradients as any mailbox does, and throws them away: training without updates, the rest as it is."""
-
-    def put(self, sums: dict[Slot, GradientSum]) -> int:
-        """Drop one step's gradients; returns the bytes that are free afterwards."""
-        return sum(total.release() for total in sums.values())
-
-
-@contextmanager
-def updates_off() -> Iterator[None]:
-    """Engines made inside drop their gradients."""
-    kept = StoreParts.channel
-    StoreParts.channel = lambda parts, unit: DroppingUnitChannel(unit)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        StoreParts.channel = kept  # type: ignore[method-assign]
 
 
 class Trainer:

@@ -54,14 +54,14 @@ class Sizes:
         """Sizes for the configuration's budget, or for another one."""
         ram_bytes = config.memory.ram if ram_bytes is None else ram_bytes
         page = config.memory.page
-        least, most = knobs.SLICE_NUMEL[config.update.mode]
+        least, most = knobs.SLICE_NUMEL["lock-free" if config.update.lock_free else "exact"]
         most *= min(1 << max(0, (ram_bytes // knobs.LARGE_BUDGET_BYTES).bit_length() - 1), knobs.MOST_SLICE_GROWTH)
         return cls(
             ram_bytes,
             resolve_page_bytes(ram_bytes) if page == "auto" else int(page),
             min(max(1 << (ram_bytes // 128).bit_length(), least), most),
             None if config.model is None else COMPUTE_DTYPES[config.model.dtype],
-            config.update.mode == "exact" and config.device == "cpu",
+            not config.update.lock_free and config.device == "cpu",
         )
 
     def fits(self, numel: int, dtype: torch.dtype) -> bool:
@@ -252,7 +252,7 @@ def budget_need(
         units = units_at(sizes)
         frames, unit = max(((unit.frames(sizes, n_states), unit) for unit in units), key=lambda pair: pair[0])
         need_bytes = frames * sizes.page_bytes
-        if config.update.mode == "lock-free":
+        if config.update.lock_free:
             lock_free_bytes = sum(unit.gradient_bytes(sizes.compute_dtype) for unit in units)
             need_bytes = max(need_bytes, lock_free_bytes)
             if need_bytes <= ram_bytes and any(unit.kept for unit in units):

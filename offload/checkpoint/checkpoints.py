@@ -245,7 +245,7 @@ class Checkpoints:
             slot.steps, slot.edited = int(state["update_steps"][slot.name]), slot.name in state["edited"]
             # Exact mode continues from where lock-free mode had the parameters; commits of format 1 may lack the entry.
             slot.lookahead = (
-                tuple(state.get("lookahead", {}).get(slot.name, ())) if self._config.update.mode == "lock-free" else ()
+                tuple(state.get("lookahead", {}).get(slot.name, ())) if self._config.update.lock_free else ()
             )
 
     def _set_hypers(self, groups: Sequence[Mapping[str, Any]], *, keep: bool) -> None:

@@ -86,6 +86,7 @@ class Forecast:
             none was timed.
         kernels_timed: kernels that were run on this machine, and the seconds that took; kernels_rated: those that could
             not be.
+        updates: the mode of updates; where "auto" stands for it, with why.
     """
 
     parameters: int
@@ -116,6 +117,7 @@ class Forecast:
     kernels_rated: int
     fit: Fit
     rates: Rates
+    updates: str = "exact"
     explained: tuple[Explained, ...] = ()
 
 
@@ -145,8 +147,9 @@ def forecast(
         RehearsalError, FactoryError: the model cannot be built, or its step not be performed, without values.
     """
     check_forecastable(config)
-    assert config.model is not None and config.train is not None and config.train.seq is not None
-    make_model = model_factory(config.model)
+    model, train = config.model, config.train
+    assert model is not None and train is not None and train.seq is not None
+    make_model = model_factory(model)
     argument = depth_argument(config, depth)
     progress("the model without bytes")
     need = smallest_budget(make_model, None, config)
@@ -157,18 +160,32 @@ def forecast(
     with threads_of(config), rehearsed(make_model, config, CostMode(kernels), rates) as engine:
         mover = engine.store.mover
         start = _phase(engine, mover.host.used_frames, mover.ssd.used_frames)
-        engine.rehearse(config.train.batch, config.train.seq)
+        engine.rehearse(train.batch, train.seq)
         progress("the plan, followed on paper")
         room = room or available_here(config)
         found = _found(engine, rates, kernels, start, need, base_bytes, room)
         found = replace(found, explained=tuple(map(explain, planned_tiers(engine))) if explained else ())
     if not largest:
         return found
-    taken = found.fit.taken
     progress("the largest batch and depth")
-    layers = largest_depth(config, room, taken, base_bytes, argument) if argument else None
-    fit = replace(found.fit, largest_batch=largest_batch(config, room, taken, base_bytes), largest_depth=layers)
-    return replace(found, fit=replace(fit, depth_argument=argument))
+    return replace(found, fit=_largest(config, room, found.fit, base_bytes, argument))
+
+
+def _largest(config: Config, room: Available, fit: Fit, base_bytes: int, argument: str) -> Fit:
+    return replace(
+        fit, largest_batch=largest_batch(config, room, fit.taken, base_bytes), depth_argument=argument,
+        largest_depth=largest_depth(config, room, fit.taken, base_bytes, argument) if argument else None,
+    )  # fmt: skip
+
+
+def predicted(engine: Rehearsal, rates: Rates, kernels: Kernels) -> tuple[StepTimes, float]:
+    """The times of a rehearsed step, and the seconds of it by which moves slow compute down."""
+    spec = late_spec(engine, rates)
+    times = StepTimes.of(engine, None if spec is None else simulate_late(spec))
+    slowed = isinstance(kernels, TimedKernels) and torch.get_num_threads() >= len(os.sched_getaffinity(0))
+    move_s = MOVING_S_PER_BYTE if rates.move_s_per_byte is None else rates.move_s_per_byte
+    moving_s = move_s * (times.read_bytes + times.written_bytes) if slowed else 0.0
+    return replace(times, step_s=times.step_s + moving_s), moving_s
 
 
 def _found(
@@ -182,12 +199,8 @@ def _found(
 ) -> Forecast:
     config, mover = engine.config, engine.store.mover
     step, commit = _at_step(engine), _at_step(engine, commit_frames(mover, config.commit.keep))
-    spec = late_spec(engine, rates)
-    times = StepTimes.of(engine, None if spec is None else simulate_late(spec))
+    times, moving_s = predicted(engine, rates, kernels)
     timed = kernels if isinstance(kernels, TimedKernels) else None
-    busy_cores = torch.get_num_threads() >= len(os.sched_getaffinity(0))
-    move_s = MOVING_S_PER_BYTE if rates.move_s_per_byte is None else rates.move_s_per_byte
-    moving_s = move_s * (times.read_bytes + times.written_bytes) if timed and busy_cores else 0.0
     base_bytes = max(base_bytes, _resident_now_bytes()) if timed else base_bytes
     fit = _fit(engine, step, need, base_bytes, room)
     stored, stats = [p for _, p in all_parameters(engine.model) if not is_wrapper(p)], engine.engine.stats()
@@ -206,7 +219,7 @@ def _found(
         export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
         export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in stored),
         ops=len(engine.host.follower.trace.ops),
-        times=replace(times, step_s=times.step_s + moving_s),
+        times=times,
         moving_s=moving_s,
         recomputed_blocks=stats.recomputed_blocks,
         device_units=stats.device_units,
@@ -220,6 +233,7 @@ def _found(
         kernels_rated=timed.n_others if timed else 0,
         fit=fit,
         rates=rates,
+        updates=config.update.said,
     )
 
 

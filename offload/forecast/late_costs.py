@@ -7,7 +7,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from torch.utils._python_dispatch import _disable_current_modes
 
 from offload.forecast.late_updates import LateSpec, LateTask, LateTaskKind, LateUnit
-from offload.forecast.rates import Rates
+from offload.forecast.rates import Rates, measured_ram_speed
 from offload.forecast.rehearsal import Rehearsal
 from optim import knobs
 from optim.lockfree.updater import LockFreeUpdater
@@ -26,6 +26,8 @@ from optim.unit import Unit
 #: gradient and result: read and written.
 _STATE_BYTES: Final = 8
 _OTHER_BYTES: Final = 16
+#: Bytes that pass for each element whose new value is copied into the parameters in use.
+_ADOPTED_BYTES: Final = 8
 _NUMEL: Final = 1 << 22
 _RUNS: Final = 3
 
@@ -34,11 +36,26 @@ def update_s_per_element(n_states: int, rates: Rates, n_threads: int) -> float:
     """Seconds of the update thread for an element: measured, or by the bytes at a given rate."""
     if rates.ram is not None:
         return (_OTHER_BYTES + _STATE_BYTES * n_states) / rates.ram
+    return (
+        _outside(lambda: _measured_s(n_threads))
+        * (_OTHER_BYTES + _STATE_BYTES * n_states)
+        / (_OTHER_BYTES + 2 * _STATE_BYTES)
+    )
+
+
+def _outside(measure: Callable[[], float]) -> float:
+    """What is measured on a thread of its own, which has its own compute threads and nothing of the rehearsal."""
     found: list[float] = []
-    thread = threading.Thread(target=lambda: found.append(_measured_s(n_threads)))  # with threads of its own, as there
+    n_threads = torch.get_num_threads()
+
+    def run() -> None:
+        torch.set_num_threads(n_threads)
+        found.append(measure())
+
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    return found[0] * (_OTHER_BYTES + _STATE_BYTES * n_states) / (_OTHER_BYTES + 2 * _STATE_BYTES)
+    return found[0]
 
 
 def _measured_s(n_threads: int) -> float:
@@ -72,25 +89,24 @@ def late_spec(engine: Rehearsal, rates: Rates) -> LateSpec | None:
         for access in op.accesses:
             first_use.setdefault(access.tensor, place)
     n_threads, cores = config.update.threads, len(os.sched_getaffinity(0))
-    units, number = [], 0
-    n_states = 0
-    for channel in engine.channels:
-        n_states = _n_states(channel.unit)
-        number += len(channel.unit.slices)
+    n_states = _n_states(engine.channels[0].unit) if engine.channels else 0
     each_s = update_s_per_element(n_states, rates, n_threads) if engine.channels else 0.0
-    number = 0
+    per_byte_s = 1 / (rates.ram or _outside(measured_ram_speed))
+    ops_s = [op.duration_s for op in ops]
+    units, number = [], 0
     for channel in engine.channels:
-        resident = [number + k in updater.resident_slices for k in range(len(channel.unit.slices))]
+        resident = [number + k in updater.windows.resident for k in range(len(channel.unit.slices))]
         number += len(resident)
         handed_over = min(max(0, channel.handed_over - 1), len(ops) - 1)
-        units.append(
-            LateUnit(
-                first_use.get(channel.unit.parameters.id, 0), handed_over, _tasks(channel.unit, resident, each_s)
-            )
-        )  # fmt: skip
+        used = first_use.get(channel.unit.parameters.id, 0)
+        units.append(LateUnit(used, handed_over, _tasks(channel.unit, resident, each_s)))
+        ops_s[used] += _ADOPTED_BYTES * per_byte_s * sum(part.numel for part in channel.unit.slices)
+    if ops_s:  # Gradients are looked at as they come.
+        checked_bytes = sum(unit.gradient_bytes for unit in engine.store.index.units if unit.trained)
+        ops_s[-1] += 0.0 if config.update.clip_norm is not None else checked_bytes * per_byte_s
     limit = math.inf if rates.ssd_limit is None else rates.ssd_limit
     return LateSpec(
-        [op.duration_s for op in ops], units, min(rates.ssd_read, limit), min(rates.ssd_write, limit),
+        ops_s, units, min(rates.ssd_read, limit), min(rates.ssd_write, limit),
         rates.ssd_limit is not None, config.update.max_staleness,
         min(1.0, cores / (torch.get_num_threads() + n_threads)),
     )  # fmt: skip

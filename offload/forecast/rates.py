@@ -98,7 +98,7 @@ def rates_of(
         return Rates(None, None, read, write, up, None, shared, move_s, source)
     with threads_of(config):
         return Rates(
-            flops or _measured_flops(), ram or _measured_copy(), read, write, up, device_ram, shared, move_s, source
+            flops or _measured_flops(), ram or measured_ram_speed(), read, write, up, device_ram, shared, move_s, source
         )
 
 
@@ -107,7 +107,8 @@ def _measured_flops() -> float:
     return 2.0 * _MATRIX**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
 
 
-def _measured_copy() -> float:
+def measured_ram_speed() -> float:
+    """Bytes a second that a copy reads and writes here."""
     return 2e9 * copy_gb_per_s()
 
 
@@ -115,7 +116,7 @@ def kernels_of(rates: Rates, progress: Callable[[int], None] = lambda n_timed: N
     """What tells the time of kernels: the rates, or this machine; ``progress`` is told how many it has timed."""
     if rates.flops is not None and rates.ram is not None:
         return RatedKernels(rates.flops, rates.device_ram or rates.ram, rates.ram)
-    return TimedKernels(RatedKernels(_measured_flops(), _measured_copy()), progress)
+    return TimedKernels(RatedKernels(_measured_flops(), measured_ram_speed()), progress)
 
 
 @contextmanager

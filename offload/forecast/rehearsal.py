@@ -24,6 +24,7 @@ from offload.engine import Engine
 from offload.forecast.kernels import CostMode
 from offload.forecast.meta_tier import AttentionOfCpu, MetaArena, MetaDevice, NoFiles, NoSources, RowsOfOneSequence
 from offload.forecast.rates import Rates
+from offload.parameters.optimizer_template import OptimizerLike
 from offload.profiling.live_storages import Holder, LiveStorages
 from offload.store.deferred_init import built_into
 from offload.store.page_store import PageStore
@@ -252,12 +253,15 @@ def _no_collection() -> Iterator[None]:
 
 
 @contextmanager
-def rehearsed(make_model: Callable[[], nn.Module], config: Config, cost: CostMode, rates: Rates) -> Iterator[Rehearsal]:
+def rehearsed(
+    make_model: Callable[[], nn.Module], config: Config, cost: CostMode, rates: Rates, optimizer: OptimizerLike = None
+) -> Iterator[Rehearsal]:
     """An engine without bytes for the model of a factory, built as `deferred_init` builds it; closed at the end.
 
     Args:
         cost: what kernels take.
         rates: of the page files, and of copies to the device.
+        optimizer: as for `offload.Engine`.
 
     Raises:
         BudgetError, ConfigError, ValueError: as `offload.Engine`.
@@ -271,5 +275,5 @@ def rehearsed(make_model: Callable[[], nn.Module], config: Config, cost: CostMod
             parts = _Parts(elsewhere, rates, cost)
             with built_into(lambda: PageStore(elsewhere, parts)):
                 model = make_model()
-            with Engine(model, elsewhere) as engine:
+            with Engine(model, elsewhere, optimizer) as engine:
                 yield Rehearsal(engine, parts, outside)

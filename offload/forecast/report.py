@@ -25,9 +25,9 @@ UNDISTURBED: Final = 0.9
 
 
 @contextmanager
-def shown(console: Console) -> Iterator[Callable[[str], None]]:
+def shown(console: Console, what: str = "plan") -> Iterator[Callable[[str], None]]:
     """Inside, what is being done is shown on a terminal, with the time since the beginning."""
-    bar = LiveBar(console, TextColumn("plan"), TextColumn("{task.description}"), TimeElapsedColumn())
+    bar = LiveBar(console, TextColumn(what), TextColumn("{task.description}"), TimeElapsedColumn())
     task = bar.add_task("", total=None)
     with bar:
         yield lambda stage: bar.move(task, description=stage)
@@ -70,6 +70,7 @@ def step_rows(found: Forecast) -> list[tuple[str, str]]:
     moving = f"; {found.moving_s:.3f} s by which moves slow it down" if found.moving_s else ""
     ops = f"{found.ops} ops" + (" of host memory" if found.step.device_pages else "")
     rows = [
+        ("updates", found.updates),
         (
             "step, predicted",
             f"{times.step_s:.3f} s, of which compute {times.compute_s:.3f} s, in {ops}{moving}",

@@ -262,7 +262,7 @@ class TrainingLoop:
     def _commit_at_end(self, ended: BaseException | None) -> None:
         """Commit what is not committed; raises what ended the run, afterwards."""
         # In lock-free mode a background commit leaves out what was on its way.
-        committed = self._first if self._config.update.mode == "lock-free" else self.committed
+        committed = self._first if self._config.update.lock_free else self.committed
         if self._config.commit.at_end and self._engine.steps > committed:
             # The commit holds the best loss so far. Where a callback raised before the commit of that name, it is this.
             name = self._commit_name()

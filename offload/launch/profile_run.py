@@ -18,11 +18,11 @@ from rich.console import Console
 
 from offload.config import Config, TrainingConfig
 from offload.console.tables import print_line, print_rows
-from offload.engine import Engine, initialize
+from offload.engine import Engine
 from offload.factories import data_factory, model_factory
 from offload.launch.batches import Batches
 from offload.launch.loop import learning_rate, one_step
-from offload.launch.setup import build, check_budget
+from offload.launch.setup import build, check_budget, with_mode
 from offload.profiling.profile import WRITTEN, Profile, check_profile_folder, check_steps
 from offload.profiling.summary import summary_rows
 
@@ -56,9 +56,10 @@ def profile_run(config: Config, steps: int, to: Path, console: Console) -> dict[
         paths = [str(folder / "pages") for folder in folders]
         config = config.model_copy(update={"ssd": config.ssd.model_copy(update={"paths": paths}), "output": None})
         make_model, make_data = model_factory(config.model), data_factory(config.data, folders[0] / "data", config.seed)
+        config = with_mode(make_model, config, console)
         check_budget(make_model, config, console)
         model, batches = build(config, make_model, make_data, stack)
-        with initialize(model, config) as engine:
+        with Engine(model, config) as engine:
             title = config.model.factory if output is None else output.run
             profile = _profile(engine, config, batches, steps, to, title, console)
     print_rows("Profile", summary_rows(profile.summary), console)

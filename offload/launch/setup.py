@@ -11,9 +11,11 @@ from rich.console import Console
 from torch import nn
 
 from offload.budget.verdict import verdict_of
+from offload.choosing.update_choice import choose_updates
 from offload.config import Config, TrainingConfig
 from offload.console.tables import print_line
 from offload.factories import calls_of
+from offload.forecast.report import shown
 from offload.launch.batches import Batches
 from offload.machine.facts import available_here
 from offload.store.deferred_init import deferred_init
@@ -32,6 +34,16 @@ def check_budget(make_model: Callable[[], nn.Module], config: Config, console: C
         text = f"memory.ram is checked only while the model is built, unit by unit: {verdict.unknown}"
         print_line(console, text)
     verdict.check()
+
+
+def with_mode(make_model: Callable[[], nn.Module], config: TrainingConfig, console: Console) -> TrainingConfig:
+    """The configuration with the mode of updates that "auto" stands for, which the console says, with why."""
+    if config.update.mode != "auto":
+        return config
+    with shown(console, "updates") as progress:
+        chosen = choose_updates(config, make_model, progress=progress)
+    print_line(console, f"updates: {chosen.update.said}")
+    return chosen
 
 
 def build(

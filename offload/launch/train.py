@@ -20,7 +20,7 @@ from offload.checkpoint.compatibility import Resumed
 from offload.config import Config, TrainingConfig
 from offload.console.output import BROKEN_PIPE, Output, is_closed
 from offload.console.tables import print_line, print_rows
-from offload.engine import Engine, initialize
+from offload.engine import Engine
 from offload.factories import data_factory, model_factory
 from offload.launch.batches import Batches
 from offload.launch.interrupt import Interrupt, noted
@@ -30,7 +30,7 @@ from offload.launch.metrics_file import FORMATS, MetricsFile, kept_metrics
 from offload.launch.progress import Progress
 from offload.launch.reporter import Reporter, made_callback
 from offload.launch.run_folder import CURVE, DATA, RunFolder, check_free, removed_unless_begun
-from offload.launch.setup import build, check_budget
+from offload.launch.setup import build, check_budget, with_mode
 from offload.launch.summary import summary_rows
 from offload.machine.calibration import calibrated, is_off
 from offload.parameters.inner_tensors import n_elements
@@ -100,6 +100,7 @@ def launch(config: Config, console: Console | None = None) -> int:
             text = f"finished: the newest commit is of step {step}, train.steps is {config.train.steps}; raise it to "
             print_line(console, text + "train on")
             return 0
+        config = with_mode(make_model, config, console)
         check_budget(make_model, config, console)
         if not is_off():
             machine = calibrated(config.ssd.paths)
@@ -107,7 +108,7 @@ def launch(config: Config, console: Console | None = None) -> int:
             print_line(console, f"this machine: {machine.line}")
         folder.claim()
         model, batches = build(config, make_model, make_data, stack)
-        with initialize(model, config) as engine, noted(commits=config.commit.at_end) as interrupt:
+        with Engine(model, config) as engine, noted(commits=config.commit.at_end) as interrupt:
             record = ValidationRecord()
             engine.track("launch", record)
             resumed = _resume(engine, console) if resumes else None

@@ -21,7 +21,6 @@ from typing import Final
 import psutil  # type: ignore[import-untyped]
 import torch
 
-import offload
 from offload.budget.verdict import Available
 from offload.config import Config, ConfigError, load_config_file
 from offload.machine.bench_ssd import (
@@ -174,7 +173,7 @@ def gather(file: Path | None, changes: Sequence[str] = (), *, bench: bool = True
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": version("numpy"),
-            "offload": offload.__version__,
+            "offload": sys.modules["offload"].__version__,
         },
         packages=package_facts(sys.path),
         cpu=CpuFact(
@@ -200,7 +199,7 @@ def config_fact(file: Path, changes: Sequence[str] = ()) -> ConfigFact:
 
 def package_facts(search_path: Sequence[str]) -> tuple[PackageFact, ...]:
     """The four packages, as this search path finds them."""
-    home = Path(offload.__file__).resolve().parent.parent
+    home = Path(__file__).resolve().parents[2]
     distributions = packages_distributions()
     facts = []
     for name in PACKAGES:

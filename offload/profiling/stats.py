@@ -107,11 +107,16 @@ class TierUse:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Use of every tier ("device" where there is one, "host", "ssd"), host bytes by tag, and the page size."""
+    """Use of every tier ("device" where there is one, "host", "ssd"), host bytes by tag, and the page size.
+
+    Attributes:
+        updates: the mode of updates; where ``update.mode`` is "auto", with both forecasts or what else chose it.
+    """
 
     tiers: dict[str, TierUse]
     by_tag: dict[str, int]
     page_bytes: int
+    updates: str = "exact"
 
 
 def commit_frames(mover: HostMover, n_kept: int) -> int:
@@ -151,7 +156,12 @@ def memory_report(store: PageStore, updater: Updater, committer: Committer) -> M
         ssd_planned,
         committing,
     )
-    return MemoryReport({**_device_use(store), "host": host, "ssd": ssd}, store.bytes_by_tag(in_flight), page_bytes)
+    return MemoryReport(
+        {**_device_use(store), "host": host, "ssd": ssd},
+        store.bytes_by_tag(in_flight),
+        page_bytes,
+        store.config.update.said,
+    )
 
 
 def _device_use(store: PageStore) -> dict[str, TierUse]:

@@ -25,24 +25,7 @@ from offload.store.set_later import SetLater
 
 
 def deferred_init(config: ConfigLike) -> AbstractContextManager[PageStore]:
-    """Page the parameters of every module built inside the block, right after its constructor.
-
-    Give the finished model to `offload.prepare` or `offload.initialize` with the same configuration. Pages of modules
-    that are built but not part of that model are freed then. If the block raises, or leaves nothing in pages, the store
-    is closed; to discard a model without making an engine, call ``close()`` of the store that the block yields.
-
-    Modules that are built on meta wait: their parameters go to pages when they are set, as transformers'
-    ``from_pretrained`` does. What that reads from safetensors files stays there until it is changed. Modules that other
-    threads build are left alone.
-
-    Raises:
-        BudgetError: a module's parameters do not fit in the budget; the error proposes the smallest budget for what has
-            been built so far. `offload.smallest_budget` covers the whole model.
-        RunDirectoryError: a page-file path is unusable.
-        RuntimeError: another `deferred_init` block is open.
-        ValueError: a parameter is of a kind that pages cannot hold.
-        ImportError, StorageError: transformers loads a checkpoint in another way than is known here, a pickle, say.
-    """
+    """As `offload.deferred_init`, with the mode of updates that the configuration names ("auto": exact)."""
     return built_into(lambda: PageStore(load_config(config)))
 
 

@@ -216,7 +216,7 @@ class PageStore:
         In lock-free mode that is parameters only: states come and go with the update thread.
         """
         tensors = [unit.parameters for unit in self.index.units]
-        if self.config.update.mode == "exact":
+        if not self.config.update.lock_free:
             parts = [part for unit in self.index.units for part in unit.slices]
             tensors += [tensor for part in parts for tensor in (part.master, part.states) if tensor is not None]
         self.driver.set_order(tensors)

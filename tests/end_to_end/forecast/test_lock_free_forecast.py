@@ -10,9 +10,11 @@ from pairwise import each_value
 from offload.forecast.forecast import forecast
 
 
-@each_value(ram=[6 << 20, 8 << 20, 64 << 20], clip_norm=[None, 0.5])
-def test_lock_free_units_and_pages_are_those_of_the_engine(ram: int, clip_norm: float | None, tmp_path: Path) -> None:
-    update = {"mode": "lock-free", "exact_steps": 0, "clip_norm": clip_norm}
+@each_value(ram=[6 << 20, 8 << 20, 64 << 20], clip_norm=[None, 0.5], on_time=["auto", "never"])
+def test_lock_free_units_and_pages_are_those_of_the_engine(
+    ram: int, clip_norm: float | None, on_time: str, tmp_path: Path
+) -> None:
+    update = {"mode": "lock-free", "exact_steps": 0, "clip_norm": clip_norm, "on_time": on_time}
     config = gpt_config(tmp_path, ram, update=update)
     report, start_pages, plan = trained(config)
     found = forecast(config, RATES)
@@ -23,4 +25,4 @@ def test_lock_free_units_and_pages_are_those_of_the_engine(ram: int, clip_norm: 
     assert found.times.step_s >= found.times.compute_s > 0
     if ram == 64 << 20:
         assert found.times.waits_s["updates"] == 0.0
-        assert found.times.busy["update"] > 0 and found.times.read_bytes == 0.0
+        assert (found.times.busy["update"] > 0) is (on_time == "never") and found.times.read_bytes == 0.0

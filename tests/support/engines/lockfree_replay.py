@@ -47,13 +47,8 @@ class History:
         self.used: list[dict[str, int]] = [{}]
         self.later: list[dict[int, dict[str, int]]] = [{}]
         self.exact: list[set[str]] = [set()]
-        passes = [0]
         seen: dict[str, int] = {}
-
-        def begin_pass(_module: nn.Module, _args: object) -> None:
-            passes[0] += 1
-
-        model.register_forward_pre_hook(begin_pass)
+        passes = _counted_passes(model)
         before_use, step = updater.before_use, updater.step
 
         def published(point: str, unit: Unit) -> None:
@@ -90,6 +85,17 @@ class History:
         gates.on_pass = published
         updater.before_use = used  # type: ignore[method-assign]
         updater.step = stepped  # type: ignore[method-assign]
+
+
+def _counted_passes(model: nn.Module) -> list[int]:
+    """A list of one number, which counts forward passes."""
+    passes = [0]
+
+    def begin_pass(_module: nn.Module, _args: object) -> None:
+        passes[0] += 1
+
+    model.register_forward_pre_hook(begin_pass)
+    return passes
 
 
 @dataclass
