@@ -123,9 +123,10 @@ def _plan(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     if arguments.explain_trace is not None:
+        assert found.explained is not None
         write_planned_trace(arguments.explain_trace, found.explained)
         if not arguments.explain:
-            found = replace(found, explained=())
+            found = replace(found, explained=None)
     print_forecast(found, console, as_json=arguments.json)
     return 0
 

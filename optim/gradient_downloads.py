@@ -147,7 +147,7 @@ class GradientDownloadQueue:
         n_bytes = gradient.numel() * gradient.dtype.itemsize
         while self._waiting and self._waiting_bytes + n_bytes > self._limit_bytes:
             yield self._pop()
-        if unit.resident_driver is not None and (unit.sums_resident or used_in_place(unit, slot)):
+        if unit.device_resident and (unit.sums_resident or used_in_place(unit, slot)):
             self._waiting.append(Download(unit, slot, gradient, None, self._loss))
         else:
             self._waiting.append((yield from self._begin_copy(unit, slot, gradient)))

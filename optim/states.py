@@ -50,7 +50,7 @@ class StateAccess:
     """Reads and writes whole per-parameter states (exp_avg, ..., master) of units through their slices.
 
     Args:
-        driver: gives host pages; device-resident units have a driver of their own.
+        driver: gives pages.
         spill_folder: where the files of large states that are read are, beside the budget; None: they are in RAM.
     """
 
@@ -109,10 +109,10 @@ class StateAccess:
                     continue
                 key = (OpKind.UPDATE, (unit.index, index, "edit", slot.order))
                 accesses = [Access(unit.parameters.id, AccessMode.READ), Access(part.master.id, AccessMode.MODIFY)]
-                driver = unit.resident_driver or self._driver
-                with driver.op(key, f"master of {slot.name}", accesses):
-                    value = driver.mover.tenants.view(unit.parameters, unit.dtype, begin, end - begin)
-                    master = state_view(driver.mover, part, part.master, 0, begin, end - begin)
+                mover = self._driver.mover_of(unit.parameters)
+                with self._driver.op(key, f"master of {slot.name}", accesses):
+                    value = mover.tenants.view(unit.parameters, unit.dtype, begin, end - begin)
+                    master = state_view(mover, part, part.master, 0, begin, end - begin)
                     master.copy_(torch.where(master.to(unit.dtype) == value, master, value.float()))
 
     def _visit(
@@ -124,6 +124,8 @@ class StateAccess:
             if begin >= end or tensor is None:
                 continue
             key = (OpKind.UPDATE, (unit.index, index, "state", number, slot.order))
-            driver = unit.resident_driver or self._driver
-            with driver.op(key, f"states of {slot.name}", [Access(tensor.id, mode)]):
-                visit(state_view(driver.mover, part, tensor, number or 0, begin, end - begin), begin - slot.offset)
+            with self._driver.op(key, f"states of {slot.name}", [Access(tensor.id, mode)]):
+                visit(
+                    state_view(self._driver.mover_of(tensor), part, tensor, number or 0, begin, end - begin),
+                    begin - slot.offset,
+                )

@@ -22,7 +22,7 @@ class Training:
     """The training run of one engine.
 
     Attributes:
-        driver: gives host pages and keeps the trace; device-resident units have a driver of their own.
+        driver: gives pages and keeps the trace.
         index: the model's units.
         hypers: current hyper-parameters of all groups, asked for whenever an update is decided on.
         other_gradients: gradients that the updater does not keep, but that count in the norm.

@@ -22,7 +22,6 @@ from pagemem.process.gone import Gone
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.state_machine import StateMachine
 from pagemem.units import ceil_div, round_up
-from scheduler.execution.driver import Driver
 
 SLOT_ALIGN_NUMEL: Final = 64
 SLICE_ALIGN_NUMEL: Final = 1024
@@ -191,8 +190,8 @@ class Unit:
 
     Attributes:
         device: the copy of ``parameters`` that compute uses, where it does not use them in host memory.
-        resident_driver: the driver of the device, of a unit whose parameters, masters and states stay in its pages and
-            are updated there; None: updates are made in host memory.
+        device_resident: whether parameters, masters and states stay in pages of the device and are updated there; if
+            not, updates are made in host memory.
         bound: its parameters, where they are bound between uses, too.
         views: weights saved by autograd that may still be asked for.
         version: updates and edits so far; a saved weight of another version must not be used.
@@ -210,7 +209,7 @@ class Unit:
     slices: list[Slice]
     gradients: PagedTensor | None = None
     device: PagedTensor | None = None
-    resident_driver: Driver | None = None
+    device_resident: bool = False
     bound: Bound | None = None
     views: Gone[None] = field(default_factory=Gone)
     version: int = 0
@@ -234,7 +233,7 @@ class Unit:
     @property
     def sums_resident(self) -> bool:
         """Whether paged gradients have pages on the device that are theirs for good."""
-        return self.resident_driver is not None and self.gradients is not None and self.gradients.resident
+        return self.device_resident and self.gradients is not None and self.gradients.resident
 
     @property
     def trained(self) -> bool:

@@ -25,6 +25,7 @@ from offload.forecast.rates import Rates
 from offload.forecast.rehearsal import rehearsed
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
+from pagemem.tier import Tier
 from scheduler.lookahead.planner import cost_s, make_plan
 from scheduler.planning.bounds import check_bounds
 from scheduler.planning.machine import TierSpec
@@ -105,11 +106,12 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     cost = CostMode(RatedKernels(a.flops, a.ram_speed * 1e6))
     with rehearsed(lambda: GPT(*SIZES[a.size], a.seq, False), config, cost, Rates(1e9, 1e9, 1e9, 1e9, 1e9)) as engine:
         engine.rehearse(a.batch, a.seq)
-        trace, planner = engine.host.follower.trace, engine.host.planner
-        n_bytes, tier = planner.n_bytes(trace), planner.tier()
+        trace = engine.driver.follower.trace
+        work = engine.driver.planner.work(trace)
+        n_bytes, machine = work.n_bytes, work.machine
     found = []
     for mb_per_s in MB_PER_S:
-        disk = TierSpec(tier.n_frames, tier.page_bytes, mb_per_s * 1e6, mb_per_s * 1e6)
+        disk = TierSpec(machine.n_frames[Tier.HOST], machine.page_bytes, mb_per_s * 1e6, mb_per_s * 1e6)
         for share in SHARES:
             step, sizes = put_off(trace, n_bytes, share, a.ram_speed * 1e6)
             try:

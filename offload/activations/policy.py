@@ -102,7 +102,7 @@ class RecomputeChoice:
 
     def _cost_s(self, trace: Trace, blocks: list[Block]) -> float:
         planner = self._driver.planner
-        with self._driver.mover.changed:
+        with self._driver.memories.locked():
             parts = [part for block in blocks for part in _parts(block)]
             return planner.cost_s(recomputed(trace, parts, planner.n_bytes(trace)))
 

@@ -35,7 +35,7 @@ from offload.store.deferred_init import store_of
 from offload.store.make_updater import make_updater
 from offload.store.page_store import PageStore
 from offload.store.page_views import adopt_view, check_unviewed
-from offload.store.plan_file import plan_keepers
+from offload.store.plan_file import plan_keeper
 from offload.store.store_parts import StoreParts
 from optim.exact.updater import ExactUpdater, is_eager
 from optim.lockfree.updater import LockFreeUpdater
@@ -167,14 +167,14 @@ def build_parts(
     store.set_order()
     updater = make_updater(store, rule, paged_optimizer.hypers, scaling, partial(_other_gradients, model))
     undo.append(updater.close)
-    keepers = plan_keepers(store)
+    keeper = plan_keeper(store)
     checkpoints = Checkpoints(model, store, paged_optimizer, updater, config)
     _track_own_states(checkpoints, model, scaling)
     activations = _saved_activations(config, store)
     choice, memory = None, config.memory
     if activations is not None and memory.activations is not None and memory.recompute == "auto":
         choice = _recompute_choice(model, activations, memory.activations, store, undo)
-    step = TrainingStep(store, updater, scaling.loss_scale, config.update.accumulation, choice, keepers)
+    step = TrainingStep(store, updater, scaling.loss_scale, config.update.accumulation, choice, keeper)
     saved, structure = SavedWeights(store.binder), Structure(model)
     undo += saved.around_forward(model, structure.is_known)
     undo += keep_fast_paths(model, store.binder)

@@ -6,7 +6,7 @@ NO GRADIENTS --(backward, add_gradient)--> UNDER WAY --(optimizer.step)--> NO GR
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -61,7 +61,7 @@ class TrainingStep:
         loss_scale: LossScale | None,
         accumulation: int,
         recompute_choice: RecomputeChoice | None,
-        plan_keepers: Sequence[PlanKeeper],
+        plan_keeper: PlanKeeper,
     ) -> None:
         self.made = 0
         self.loss_scale = loss_scale
@@ -69,7 +69,7 @@ class TrainingStep:
         self._updater = updater
         self._accumulation = accumulation
         self._recompute_choice = recompute_choice
-        self._plan_keepers = plan_keepers
+        self._plan_keeper = plan_keeper
         self._micro_batches = 0
 
     @property
@@ -112,8 +112,7 @@ class TrainingStep:
         self.go_on_from(self.made + 1)
         if self._recompute_choice is not None:
             self._recompute_choice.step_ended()
-        for keeper in self._plan_keepers:
-            keeper.keep()
+        self._plan_keeper.keep()
         self._store.binder.bindings.step_ended()
 
     def go_on_from(self, made: int) -> None:

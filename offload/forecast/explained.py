@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from offload.forecast.planned_tiers import PlannedTier
+from offload.forecast.planned import Planned
 from offload.profiling.perfetto import DOWNLOADS, NETWORK, TrackPiece
 from pagemem.frames.page import TensorId
 from pagemem.telemetry.events import Event, EventKind
@@ -16,9 +16,6 @@ from pagemem.units import format_bytes
 from scheduler.planning.simulator import PlannedCycle, TimedTask, planned_cycle
 from scheduler.planning.task import NO_OP, Lane, TaskKind
 
-#: Lanes of the plan above host memory, as the profiler and the table call them.
-_ABOVE: Final = {Lane.SSD_READ: Lane.H2D, Lane.SSD_WRITE: Lane.D2H}
-_KIND_ABOVE: Final = {TaskKind.LOAD: TaskKind.UPLOAD, TaskKind.STORE: TaskKind.DOWNLOAD}
 #: What a profile records of each kind of task.
 _EVENTS: Final = {
     TaskKind.LOAD: EventKind.READ, TaskKind.STORE: EventKind.WRITE, TaskKind.UPLOAD: EventKind.UPLOAD,
@@ -68,12 +65,11 @@ class Explained:
     """A cycle of a plan.
 
     Attributes:
-        tier: whose plan it is: "host" or "device". n_steps: of the cycle. end_s: its length.
+        n_steps: of the cycle. end_s: its length.
         ops: kind and name of each op of the cycle.
         recording: the cycle as a profile would have recorded it. others: what moves and no profile records.
     """
 
-    tier: str
     n_steps: int
     end_s: float
     ops: tuple[str, ...]
@@ -82,37 +78,28 @@ class Explained:
     others: Mapping[str, Sequence[TrackPiece]]
 
 
-def explain(planned: PlannedTier) -> Explained:
+def explain(planned: Planned) -> Explained:
     """A plan, simulated."""
     cycle = planned_cycle(planned.plan, planned.work)
     trace = planned.work.trace
     ops = tuple(f"{op.kind.value} {op.name}" for op in trace.ops) * cycle.n_steps
     waited = {(op.wait.tensor, op.begin_s): op.waits_s for op in cycle.ops if op.wait is not None}
     tasks = tuple(_explained(task, planned, waited) for task in cycle.tasks)
-    tier = "device" if planned.above else "host"
-    return Explained(tier, cycle.n_steps, cycle.end_s, ops, tasks, _recording(cycle, planned), _others(cycle, planned))
+    return Explained(cycle.n_steps, cycle.end_s, ops, tasks, _recording(cycle, planned), _others(cycle, planned))
 
 
-def _lane(lane: Lane, planned: PlannedTier) -> Lane:
-    return _ABOVE.get(lane, lane) if planned.above else lane
-
-
-def _kind(kind: TaskKind, planned: PlannedTier) -> TaskKind:
-    return _KIND_ABOVE.get(kind, kind) if planned.above else kind
-
-
-def _name(planned: PlannedTier, task: TimedTask) -> str:
+def _name(planned: Planned, task: TimedTask) -> str:
     return planned.names.get(task.task.tensor, "room")
 
 
-def _explained(timed: TimedTask, planned: PlannedTier, waited: Mapping[tuple[TensorId, float], float]) -> ExplainedTask:
+def _explained(timed: TimedTask, planned: Planned, waited: Mapping[tuple[TensorId, float], float]) -> ExplainedTask:
     """``waited``: seconds of waits by the tensor and the time at which it was there."""
     task = timed.task
     return ExplainedTask(
-        kind=_kind(task.kind, planned).value,
+        kind=task.kind.value,
         tensor=_name(planned, timed),
-        lane=_lane(task.lane, planned).value,
-        tier="device" if planned.above and task.kind is TaskKind.LOAD else task.tier.value,
+        lane=task.lane.value,
+        tier=task.tier.value,
         n_bytes=task.n_bytes,
         moves=timed.moves,
         restores=timed.restores,
@@ -120,7 +107,7 @@ def _explained(timed: TimedTask, planned: PlannedTier, waited: Mapping[tuple[Ten
         needed_by=None if task.needed_at == NO_OP else task.needed_at,
         begin_s=timed.begin_s,
         end_s=timed.end_s,
-        kept_by=None if timed.behind is None else _lane(timed.behind, planned).value,
+        kept_by=None if timed.behind is None else timed.behind.value,
         waits_s=waited.get((task.tensor, timed.end_s), 0.0) if timed.moves else 0.0,
     )
 
@@ -151,14 +138,14 @@ def title_of(found: Explained) -> str:
     """What the rows are of."""
     steps = "a step" if found.n_steps == 1 else f"a cycle of {found.n_steps} steps"
     end = f"{found.end_s * 1e3:.2f} ms"
-    return f"plan of {found.tier} memory: {steps}, {len(found.ops)} ops, {len(found.tasks)} tasks, ends at {end}"
+    return f"plan: {steps}, {len(found.ops)} ops, {len(found.tasks)} tasks, ends at {end}"
 
 
-def _others(cycle: PlannedCycle, planned: PlannedTier) -> dict[str, list[TrackPiece]]:
+def _others(cycle: PlannedCycle, planned: Planned) -> dict[str, list[TrackPiece]]:
     """Tasks of kinds that no profile records, by their track."""
     found: dict[str, list[TrackPiece]] = {}
     for task in cycle.tasks:
-        kind = _kind(task.task.kind, planned)
+        kind = task.task.kind
         if task.moves and kind in _TRACKS:
             piece = TrackPiece(
                 _name(planned, task), kind.value, (task.begin_s, task.end_s), {"bytes": task.task.n_bytes}
@@ -167,7 +154,7 @@ def _others(cycle: PlannedCycle, planned: PlannedTier) -> dict[str, list[TrackPi
     return found
 
 
-def _recording(cycle: PlannedCycle, planned: PlannedTier) -> Recording:
+def _recording(cycle: PlannedCycle, planned: Planned) -> Recording:
     """What a profile of the cycle would have: ops, waits, steps, and what moves; nothing of bytes held."""
     trace, sizes = planned.work.trace, planned.work.n_bytes
     ops: list[OpSpan] = []
@@ -179,7 +166,7 @@ def _recording(cycle: PlannedCycle, planned: PlannedTier) -> Recording:
         n_bytes = sum(sizes[tensor] for tensor in used)
         ops.append(OpSpan(op.kind.value, op.name, first, n_bytes, timed.begin_s, timed.end_s))
         if timed.wait is not None:
-            lane = _lane(timed.wait.lane, planned)
+            lane = timed.wait.lane
             cause = WaitCause(_LANE_NAMES.get(lane, lane.value), "predicted")
             tensor, begin_s = timed.wait.tensor, timed.begin_s - timed.wait.seconds
             name = planned.names.get(tensor, "room")
@@ -188,7 +175,7 @@ def _recording(cycle: PlannedCycle, planned: PlannedTier) -> Recording:
     events = [
         Event(kind, _name(planned, task), task.task.n_bytes, task.begin_s, task.end_s - task.begin_s)
         for task in cycle.tasks
-        if task.moves and (kind := _EVENTS.get(_kind(task.task.kind, planned))) is not None
+        if task.moves and (kind := _EVENTS.get(task.task.kind)) is not None
     ]
     end_s = max([cycle.end_s, *(event.start_s + event.duration_s for event in events)])
     return Recording(0.0, end_s, Timeline(0.0, end_s, {}, []), ops, events, waits, steps, 0.0, 0.0, 0)
@@ -197,6 +184,6 @@ def _recording(cycle: PlannedCycle, planned: PlannedTier) -> Recording:
 def as_dict(found: Explained) -> dict[str, Any]:
     """Plain values for JSON."""
     return {
-        "tier": found.tier, "steps": found.n_steps, "end_s": found.end_s, "ops": list(found.ops),
+        "steps": found.n_steps, "end_s": found.end_s, "ops": list(found.ops),
         "tasks": [{name: getattr(task, name) for name in ExplainedTask.__slots__} for task in found.tasks],
     }  # fmt: skip

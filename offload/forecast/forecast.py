@@ -33,7 +33,7 @@ from offload.forecast.fit import (
 from offload.forecast.kernels import CostMode, Kernels, TimedKernels
 from offload.forecast.late_costs import late_spec
 from offload.forecast.late_updates import simulate_late
-from offload.forecast.planned_tiers import planned_tiers
+from offload.forecast.planned import planned
 from offload.forecast.rates import Rates, kernels_of, threads_of
 from offload.forecast.rehearsal import Rehearsal, rehearsed
 from offload.forecast.step_times import StepTimes
@@ -43,6 +43,7 @@ from offload.parameters.inner_tensors import all_parameters, is_wrapper, n_eleme
 from offload.profiling.stats import commit_frames
 from pagemem.durable.page_reader import CHUNK_BYTES
 from pagemem.frames.page import TensorId
+from pagemem.tier import Tier
 
 #: Processor time of the I/O threads on the machine of `benchmarks/README.md`. Where all cores compute, compute is so
 #: much longer.
@@ -118,7 +119,7 @@ class Forecast:
     fit: Fit
     rates: Rates
     updates: str = "exact"
-    explained: tuple[Explained, ...] = ()
+    explained: Explained | None = None
 
 
 def forecast(
@@ -164,7 +165,7 @@ def forecast(
         progress("the plan, followed on paper")
         room = room or available_here(config)
         found = _found(engine, rates, kernels, start, need, base_bytes, room)
-        found = replace(found, explained=tuple(map(explain, planned_tiers(engine))) if explained else ())
+        found = replace(found, explained=explain(planned(engine)) if explained else None)
     if not largest:
         return found
     progress("the largest batch and depth")
@@ -218,7 +219,7 @@ def _found(
         resume=Phase(0, 0, commit.ssd_pages, commit.ssd_bytes),
         export_ram_bytes=2 * max(mover.arena.page_bytes, CHUNK_BYTES),
         export_bytes=sum(parameter.numel() * parameter.element_size() for parameter in stored),
-        ops=len(engine.host.follower.trace.ops),
+        ops=len(engine.driver.follower.trace.ops),
         times=times,
         moving_s=moving_s,
         recomputed_blocks=stats.recomputed_blocks,
@@ -282,11 +283,11 @@ def _phase(engine: Rehearsal, host_pages: int, ssd_pages: int, device_pages: int
 
 def _resident_bytes(engine: Rehearsal) -> int:
     mover = engine.store.mover
-    used = set(engine.host.follower.trace.tensors())
+    used = set(engine.driver.follower.trace.tensors())
     used |= _late(engine)
     return (
         sum(t.n_frames for t in mover.tensors.values() if t.id in used) * mover.arena.page_bytes
-        + engine.store.driver.overhead_bytes
+        + engine.store.driver.memories.overhead_bytes
     )
 
 
@@ -303,9 +304,9 @@ def _late(engine: Rehearsal) -> set[TensorId]:
 
 def _at_step(engine: Rehearsal, commits_pages: int = 0) -> Phase:
     """The most during the steps, with pages that commits keep."""
-    plan, upper, mover = engine.store.driver.follower.plan, engine.upper, engine.store.mover
+    plan, mover = engine.driver.follower.plan, engine.store.mover
     assert plan is not None
-    device_pages = 0 if upper is None or upper.follower.plan is None else upper.follower.plan.peak_frames
+    device_pages = plan.peaks.get(Tier.DEVICE, 0)
     ssd_pages = mover.planned_page_file_frames([*plan.stored(), *_late(engine)]) + commits_pages
     host_pages = plan.peak_frames + engine.engine.debug.updater.state_frames
     return _phase(engine, host_pages, ssd_pages, device_pages, engine.peak_gradient_bytes)

@@ -83,7 +83,7 @@ def late_spec(engine: Rehearsal, rates: Rates) -> LateSpec | None:
     updater = engine.engine.debug.updater
     if not isinstance(updater, LockFreeUpdater):
         return None
-    config, ops = engine.config, engine.host.follower.trace.ops
+    config, ops = engine.config, engine.driver.follower.trace.ops
     first_use: dict[int, int] = {}
     for place, op in enumerate(ops):
         for access in op.accesses:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +11,6 @@ from offload.profiling.perfetto import DOWNLOADS, NETWORK, PLANNED, write_trace
 from pagemem.errors import StorageError
 from pagemem.folders.own_file import draft_of, naming
 from pagemem.folders.small_file import open_regular
-from pagemem.telemetry.recorder import Recording
 
 #: How each file of `offload.profiling.perfetto` begins.
 _BEGINNING: Final = b'{"displayTimeUnit":"ms","traceEvents":['
@@ -40,20 +38,12 @@ def _is_trace(path: Path) -> bool:
             os.close(fd)
 
 
-def write_planned_trace(path: Path, found: Sequence[Explained]) -> None:
-    """A trace-event file of all tiers' cycles, with the tracks of a profile's. Ops and steps are those of the uppermost
-    tier.
+def write_planned_trace(path: Path, found: Explained) -> None:
+    """A trace-event file of a cycle, with the tracks of a profile's.
 
     Raises:
         StorageError: it cannot be written, see `check_trace_file`.
     """
     check_trace_file(path)
-    top = found[-1].recording
-    events = [event for each in found for event in each.recording.events]
-    waits = [wait for each in found for wait in each.recording.waits]
-    end_s = max(each.recording.end_s for each in found)
-    recording = Recording(0.0, end_s, top.timeline, top.ops, events, waits, top.step_ends_s, 0.0, 0.0, 0)
-    others = {
-        track: [piece for each in found for piece in each.others.get(track, ())] for track in (DOWNLOADS, NETWORK)
-    }
-    write_trace(path, recording, process=PLANNED, more=others)
+    others = {track: found.others.get(track, ()) for track in (DOWNLOADS, NETWORK)}
+    write_trace(path, found.recording, process=PLANNED, more=others)

@@ -43,12 +43,12 @@ from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.sources.source_transfers import SourceFiles
 from pagemem.telemetry.events import EventSink
+from pagemem.tier import Tier
 from scheduler.execution.driver import Driver
-from scheduler.execution.lower_tier import LowerTier
 from scheduler.planning.trace import Access, HostClock, OpKey
 
 #: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything
-#: anew. With a device one more is recorded: what it asks of host memory by plan.
+#: anew.
 STEPS: Final = 3
 
 
@@ -56,20 +56,21 @@ class RehearsalError(OffloadError):
     """A model whose step cannot be performed on torch's meta device; says why."""
 
 
-class _OnDevice(Driver):
-    """The engine's driver of the device, which says that updates inside of its ops are made there."""
+class _Rehearsed(Driver):
+    """The engine's driver, which says whether updates inside of its ops are made on a device."""
 
     def __init__(self, cost: CostMode, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._cost = cost
 
     def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        """Begin an op there."""
-        self._cost.updates_are_made(on_device=True)
+        """As `Driver.begin`."""
+        on_device = any(self.memories.of(access.tensor).tier is Tier.DEVICE for access in accesses)
+        self._cost.updates_are_made(on_device=on_device)
         return super().begin(key, name, accesses)
 
     def end(self, held: Sequence[PagedTensor]) -> None:
-        """End an op there."""
+        """As `Driver.end`."""
         super().end(held)
         self._cost.updates_are_made(on_device=False)
 
@@ -126,8 +127,7 @@ class _Parts(StoreParts):
     """The parts of the engine's page store without bytes, and with the clock of the rehearsal."""
 
     device: ClassVar[str] = "meta"
-    host: Driver
-    upper: Driver | None = None
+    made: Driver
 
     def __init__(self, config: Config, rates: Rates, cost: CostMode) -> None:
         super().__init__(config)
@@ -141,7 +141,7 @@ class _Parts(StoreParts):
 
     def channel(self, unit: Unit) -> UnitChannel:
         """One that nobody takes from."""
-        self.channels.append(_SilentChannel(unit, self.host))
+        self.channels.append(_SilentChannel(unit, self.made))
         return self.channels[-1]
 
     def arena(self, n_frames: int, page_bytes: int) -> Arena:
@@ -159,14 +159,16 @@ class _Parts(StoreParts):
     def driver(self, mover: Mover, sink: EventSink) -> Driver:
         """One that times ops by the cost of their kernels."""
         rates = self.rates
-        self.host = Driver(mover, sink, lambda: rates.ssd_beside, clock=HostClock(lambda: self._cost.seconds))
-        return self.host
+        self.made = _Rehearsed(self._cost, mover, sink, lambda: rates.ssd_beside, clock=self._clock())
+        return self.made
 
-    def device_driver(self, mover: DeviceMover, lower: LowerTier, sink: EventSink) -> Driver:
+    def connect(self, driver: Driver, mover: DeviceMover) -> None:
         """Likewise."""
-        h2d, clock = self.rates.h2d, HostClock(lambda: self._cost.seconds)
-        self.upper = _OnDevice(self._cost, mover, sink, lambda: (h2d, h2d), clock=clock, lower=lower)
-        return self.upper
+        h2d = self.rates.h2d
+        driver.add_device(mover, lambda: (h2d, h2d), self._clock())
+
+    def _clock(self) -> HostClock:
+        return HostClock(lambda: self._cost.seconds)
 
     def scaling(self) -> Scaling:
         """Without a look at values."""
@@ -181,7 +183,7 @@ class Rehearsal:
 
     Attributes:
         outside: tensors that are not in pages.
-        store, host, upper: of the engine: pages, the driver of host memory, and that of the device, if any.
+        store, driver: of the engine.
         channels: of the units that lock-free mode's update thread has. rates: of page files and of copies up.
     """
 
@@ -189,7 +191,7 @@ class Rehearsal:
         self.engine = engine
         self.outside = outside
         self.config, self.model, self.store = engine.config, engine.model, engine.debug.store
-        self.host, self.upper, self.channels, self.rates = parts.host, parts.upper, parts.channels, parts.rates
+        self.driver, self.channels, self.rates = parts.made, parts.channels, parts.rates
 
     @property
     def peak_gradient_bytes(self) -> int:
@@ -204,13 +206,12 @@ class Rehearsal:
             RehearsalError: the model needs values, or leaves no plan.
             BudgetError: as in a real step.
         """
-        enough = STEPS + (self.store.device_tier is not None)
-        self._perform(rows, tokens, enough if steps is None else steps)
+        self._perform(rows, tokens, STEPS if steps is None else steps)
         if steps is None:
             self._check_planned()
             choice = self.engine.debug.recompute_choice
             while choice is not None and choice.open and choice.decide():
-                self._perform(rows, tokens, enough)
+                self._perform(rows, tokens, STEPS)
                 self._check_planned()
 
     def _perform(self, rows: int, tokens: int, steps: int) -> None:
@@ -230,10 +231,10 @@ class Rehearsal:
                 ) from error
             self.engine.optimizer.step()
             self.engine.optimizer.zero_grad()
-        self.host.quiesce()
+        self.driver.quiesce()
 
     def _check_planned(self) -> None:
-        if any(driver.follower.plan is None for driver in (self.host, self.upper) if driver is not None):
+        if self.driver.follower.plan is None:
             raise RehearsalError(
                 "views of parameters in use leave no room to plan in, so every step would be fetched on demand; raise "
                 "memory.ram"

@@ -68,7 +68,7 @@ def step_rows(found: Forecast) -> list[tuple[str, str]]:
     """The predicted step and what it moves, as (what, value) pairs."""
     times = found.times
     moving = f"; {found.moving_s:.3f} s by which moves slow it down" if found.moving_s else ""
-    ops = f"{found.ops} ops" + (" of host memory" if found.step.device_pages else "")
+    ops = f"{found.ops} ops"
     rows = [
         ("updates", found.updates),
         (
@@ -169,18 +169,18 @@ def print_forecast(found: Forecast, console: Console, *, as_json: bool) -> None:
         print_line(console, json.dumps(as_dict(found)))
         return
     print_rows("Plan", forecast_rows(found), console)
-    for explained in found.explained:
-        print_line(console, title_of(explained))
-        print_rows("Tasks, times in ms", explained_rows(explained), console, HEADINGS)
+    if found.explained is not None:
+        print_line(console, title_of(found.explained))
+        print_rows("Tasks, times in ms", explained_rows(found.explained), console, HEADINGS)
     if not found.times.steady:
         print_line(console, "the plan's cycles did not come to repeat in time: the step is the mean of those simulated")
 
 
 def as_dict(found: Forecast) -> dict[str, Any]:
     """Plain values, with the bytes moved per parameter beside those per step."""
-    plain = asdict(replace(found, explained=()))
-    if found.explained:
-        plain["explained"] = [explained_dict(each) for each in found.explained]
+    plain = asdict(replace(found, explained=None))
+    if found.explained is not None:
+        plain["explained"] = explained_dict(found.explained)
     else:
         del plain["explained"]
     return {

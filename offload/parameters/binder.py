@@ -78,9 +78,9 @@ class Binder:
         self.bindings = bindings(self)
         self.state_copies.before_copies = self.bindings.let_go
 
-    def compute_on(self, driver: Driver, mover: Mover, device: torch.device, units: Iterable[Unit]) -> None:
+    def compute_on(self, mover: Mover, device: torch.device, units: Iterable[Unit]) -> None:
         """Bind ``units`` in another mover's arena from now on, on another device."""
-        self.driver, self.mover, self.torch_device = driver, mover, device
+        self.mover, self.torch_device = mover, device
         self.edits.follow(mover)
         self.units = {unit.compute.id: unit for unit in units}
 

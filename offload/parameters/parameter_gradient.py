@@ -72,9 +72,7 @@ class ParameterGradient:
             return self._slot.own
         if self._shown is None or not self._shown.is_current:
             place = GradientPlace(updater, self._unit, self._slot, self._slot.generation, self._binder.save_hooks)
-            on_device = self._unit.sums_resident or (
-                self._slot.direct is not None and self._unit.resident_driver is not None
-            )
+            on_device = self._unit.sums_resident or (self._slot.direct is not None and self._unit.device_resident)
             self._shown = PagedGradient.standing_for(
                 place, self._binder.torch_device if on_device else torch.device("cpu")
             )

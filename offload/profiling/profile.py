@@ -149,7 +149,7 @@ class Profile:
             raise RuntimeError("a profile is used once; call engine.profile() again")
         open_profile_folder(self.folder)
         self._begun = self._stats()
-        self._recorder = Recorder((self._store.device_tier or self._store).driver.causes())
+        self._recorder = Recorder(self._store.driver.causes())
         self._onward = self._store.counters.onward
         self._held = attach(self._store, self._recorder, self._recorder)
         self._lock_use = self._counting.__enter__()
@@ -207,7 +207,6 @@ def attach(store: PageStore, watcher: Recorder | None, onward: EventSink) -> Map
         held = store.mover.watch(watcher)
         if device is not None:
             held |= device.mover.watch(watcher)
-            device.driver.watcher = watcher
         for tag, n_bytes in store.budget.watch(watcher).items():
             # The arena itself is reserved whole; what it holds is counted page by page.
             outside = n_bytes - store.mover.arena.n_bytes if tag is Tag.STAGING else n_bytes

@@ -10,7 +10,7 @@ from offload.store.page_store import PageStore
 from optim.updater import Updater
 from pagemem.residency.host_mover import HostMover
 from pagemem.telemetry.events import EventKind
-from pagemem.tier import TRANSIENT
+from pagemem.tier import TRANSIENT, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +69,16 @@ def stats_of(store: PageStore, updater: Updater, choice: RecomputeChoice | None)
         dropped_steps=updater.dropped_steps,
         dropped_gradients=updater.dropped_gradients,
         recomputed_blocks=0 if choice is None else choice.blocks.n_recomputed,
-        device_units=sum(unit.resident_driver is not None for unit in store.index.units),
-        on_demand_bytes=driver.bringer.on_demand_bytes,
+        device_units=sum(unit.device_resident for unit in store.index.units),
+        on_demand_bytes=driver.memories.on_demand_bytes,
         planned_passes=driver.tracks.passes.follower.planned_steps,
     )
 
 
 def planned_step_s(store: PageStore) -> float | None:
-    """Seconds of a step as the plans predict them; None while one is missing. A step waits for both tiers."""
-    plans = [driver.follower.plan for driver in (store.driver, store.driver.above) if driver is not None]
-    made = [plan for plan in plans if plan is not None]
-    if len(made) < len(plans):
-        return None
-    return max(plan.compute_s for plan in made) + sum(plan.step_s - plan.compute_s for plan in made)
+    """Seconds of a step as the plan predicts them; None while there is none."""
+    plan = store.driver.follower.plan
+    return None if plan is None else plan.step_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +164,12 @@ def memory_report(store: PageStore, updater: Updater, committer: Committer) -> M
 def _device_use(store: PageStore) -> dict[str, TierUse]:
     if (device := store.device_tier) is None:
         return {}
-    plan, page_bytes, book = device.driver.follower.plan, store.page_bytes, device.mover.host
+    plan, page_bytes, book = store.driver.follower.plan, store.page_bytes, device.mover.host
     use = TierUse(
         device.budget.limit_bytes,
         book.used_frames * page_bytes,
         book.peak_frames * page_bytes,
         device.mover.tenants.touched_frames,
-        None if plan is None else plan.peak_frames,
+        None if plan is None else plan.peaks[Tier.DEVICE],
     )
     return {"device": use}

@@ -116,7 +116,7 @@ def give_sources(store: PageStore, sources: Sources) -> list[nn.Parameter]:
 def _take(store: PageStore, unit: Unit, pieces: Mapping[Slot, Sequence[SourcePiece]]) -> bool:
     tensor = unit.parameters
     covered = all(pieces.get(slot) or not slot.numel for slot in unit.slots)
-    on_device = unit.resident_driver is not None or (unit.device is not None and unit.device.held)
+    on_device = unit.device_resident or (unit.device is not None and unit.device.held)
     if not covered or tensor.held or on_device:
         return False
     store.mover.make_writable(tensor)

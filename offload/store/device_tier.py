@@ -1,7 +1,7 @@
 """The device tier of one engine: a budget, an arena, and who moves what in it, above the host tier.
 
-SSD --(host plan)--> host pages --(device plan)--> device pages, where compute runs
-                         ^-- updates, on the CPU      ^-- updates of device-resident units
+SSD --(loads)--> host pages --(uploads)--> device pages, where compute runs
+                     ^-- updates, on the CPU      ^-- updates of device-resident units
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pagemem.telemetry.events import EventSink
 from pagemem.tier import Tag, Tier
 from pagemem.units import format_bytes
 from scheduler.execution.driver import Driver
-from scheduler.execution.lower_tier import LowerTier
-from scheduler.planning.trace import Access, AccessMode, OpKind
+from scheduler.execution.edits_above import EditsAbove
+from scheduler.planning.trace import AccessMode
 
 
 class DeviceTier:
@@ -31,9 +31,9 @@ class DeviceTier:
 
     Args:
         device_bytes: the budget, at least one page.
-        below: the driver of host memory; ``host`` owns its pages.
+        driver: gives ops the pages of both tiers from now on; ``host`` owns those of host memory.
         accelerator: the device.
-        make_driver: makes the driver of the device.
+        connect: has the driver know the device.
 
     Raises:
         MemoryError: the device has no room for the arena. StorageError: the system starts no more threads.
@@ -42,11 +42,11 @@ class DeviceTier:
     def __init__(
         self,
         device_bytes: int,
-        below: Driver,
+        driver: Driver,
         host: HostMover,
         sink: EventSink,
         accelerator: Accelerator,
-        make_driver: Callable[[DeviceMover, LowerTier, EventSink], Driver],
+        connect: Callable[[Driver, DeviceMover], None],
     ) -> None:
         self.budget = Budget(Tier.DEVICE, device_bytes)
         page_bytes = host.arena.page_bytes
@@ -57,9 +57,9 @@ class DeviceTier:
             undo.callback(arena.close)
             self.mover = DeviceMover(arena, host, accelerator, sink)
             undo.pop_all()
-        self._lower = LowerTier(self.mover, below)
-        self.driver = make_driver(self.mover, self._lower, sink)
-        below.put_above(self.driver)
+        self._driver = driver
+        self._edits = EditsAbove(self.mover, driver)
+        connect(driver, self.mover)
 
     def mirror(self, unit: Unit) -> PagedTensor:
         """A unit's parameters on the device.
@@ -89,11 +89,11 @@ class DeviceTier:
         Raises:
             StorageError: one cannot be read, or the device fails; the engine is to be closed.
         """
-        self.driver.evict_all()
+        self._driver.evict_all(Tier.DEVICE)
         frame = 0
         for unit in units:
             assert unit.device is not None
-            unit.parameters, unit.device, unit.resident_driver = unit.device, None, self.driver
+            unit.parameters, unit.device, unit.device_resident = unit.device, None, True
             self._place(unit.parameters, FrameId(frame))
             frame += unit.parameters.n_frames
             for part in unit.slices:
@@ -117,10 +117,13 @@ class DeviceTier:
     def renewed(self, tensor: PagedTensor) -> None:
         """An update has changed what lies below: what the device has of it is dropped, or copied anew where views are
         in use."""
-        key = (OpKind.UPDATE, ("renewed", tensor.id))
-        with self.driver.op(key, tensor.name, [Access(tensor.id, AccessMode.RENEW)]):
-            if not self.mover.renew(tensor):
-                self._lower.fill(tensor)
+        if not self.mover.renew(tensor):
+            self._fill(tensor)
+
+    def _fill(self, tensor: PagedTensor) -> None:
+        """Copy what is below into the frames that a tensor has."""
+        with self._driver.memories.lower_pinned(tensor) as lower:
+            self.mover.tenants.bytes_of(tensor).copy_(self.mover.below.tenants.bytes_of(lower))
 
     def _place(self, tensor: PagedTensor, frame: FrameId) -> None:
         """Make a tensor device-resident, as it is below, in the free frames from ``frame`` on. Updates of it are made
@@ -129,17 +132,16 @@ class DeviceTier:
         Raises:
             StorageError: it cannot be read, or the device fails; the tensor is intact below.
         """
-        with self.driver.untraced(), self._lower.holds([tensor.id], tensor.name):
+        with self._driver.untraced(), self._driver.memories.lower_pinned(tensor):
             self.mover.start_load(tensor, frame)
             self.mover.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
             self.mover.monitor.check()
-            self._lower.copied([tensor])
+            self.mover.wait_for(tensor)
         tensor.resident = True
 
     def _place_empty(self, tensor: PagedTensor, frame: FrameId) -> None:
         """Make a new tensor device-resident, of which there is nothing below and never will be."""
         self.mover.start_load(tensor, frame, fresh=True)
-        self.mover.prefetched_unused.discard(tensor.id)
         tensor.resident = True
 
     def bring_down(self) -> None:
@@ -150,12 +152,12 @@ class DeviceTier:
             StorageError: a page file failed, or has no room for what has to leave. DeviceError: the calling thread's
                 compute goes where this would not be ordered with it. The device has everything.
         """
-        with self.driver.untraced():
+        with self._driver.untraced():
             for tensor in list(self.mover.tensors.values()):
                 tensor.note_writes()
                 changed = tensor.id in self.mover.edited or tensor.id in self.mover.changed_resident
                 if changed or (tensor.may_be_aliased and tensor.readable):
-                    self._lower.write_back(tensor, AccessMode.CREATE)
+                    self._edits.copy_down(tensor, AccessMode.CREATE)
 
     def bring_up(self) -> None:
         """Between two steps: device-resident tensors are to be what lies below of them.
@@ -163,10 +165,10 @@ class DeviceTier:
         Raises:
             StorageError: one cannot be read; DeviceError: as `bring_down`. It and those after it are as they were.
         """
-        with self.driver.untraced():
+        with self._driver.untraced():
             for tensor in list(self.mover.tensors.values()):
                 if tensor.resident and self.mover.mirrors(tensor):
-                    self._lower.fill(tensor)
+                    self._fill(tensor)
                     if tensor.id in self.mover.changed_resident:
                         self.mover.written_back(tensor)
 

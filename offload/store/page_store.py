@@ -102,7 +102,7 @@ class PageStore:
             if self.accelerator is not None and config.memory.device is not None:
                 self.device_tier = DeviceTier(
                     config.memory.device, self.driver, self.mover, self.counters, self.accelerator,
-                    self.parts.device_driver,
+                    self.parts.connect,
                 )  # fmt: skip
             undo.pop_all()
         self._neighbours = Neighbours(self.page_bytes)
@@ -192,7 +192,7 @@ class PageStore:
         mirrors = {unit: tier.mirror(unit) for unit in self.index.units}
         for unit, mirror in mirrors.items():
             unit.device = mirror
-        self.binder.compute_on(tier.driver, tier.mover, tier.mover.accelerator.torch_device, self.index.units)
+        self.binder.compute_on(tier.mover, tier.mover.accelerator.torch_device, self.index.units)
 
     def make_resident(self, *, sums: bool) -> None:
         """Make as many units device-resident as have room beside those that are streamed; once all have their states.
@@ -219,7 +219,7 @@ class PageStore:
         if not self.config.update.lock_free:
             parts = [part for unit in self.index.units for part in unit.slices]
             tensors += [tensor for part in parts for tensor in (part.master, part.states) if tensor is not None]
-        self.driver.set_order(tensors)
+        self.driver.memories.set_order(tensors)
 
     def forget(self, unit: Unit) -> None:
         """Free the pages of a unit, of which there must be no views. Using its parameters raises from now on."""
@@ -253,7 +253,7 @@ class PageStore:
             check_lockable(self.config.memory.ram)
             assert isinstance(self.mover.arena, HostArena)
             self.mover.arena.pin(pin)
-        self.driver.set_overhead(self.config.memory.ram - n_frames * self.page_bytes)
+        self.driver.memories.set_overhead(self.config.memory.ram - n_frames * self.page_bytes)
 
     def bytes_by_tag(self, direct_gradient_bytes: int) -> dict[str, int]:
         """Bytes of host memory by what they are held for; gradients outside the arena are given."""

@@ -1,8 +1,7 @@
 """A plan as a file: JSON for people and programs to look at; the engine does not read it.
 
-Each run keeps the plan it follows in its first folder of ``ssd.paths``, as `PLAN_NAME` (that of a device tier as
-`DEVICE_PLAN_NAME`); a later plan replaces it. A run that goes on traces a step and plans anew, for the budget that it
-then has.
+Each run keeps the plan it follows in its first folder of ``ssd.paths``, as `PLAN_NAME`; a later plan replaces it. A run
+that goes on traces a step and plans anew, for the budget that it then has.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from scheduler.planning.plan import Plan
 from scheduler.planning.task import NO_FRAME, NO_OP, Task
 
 PLAN_NAME: Final = "plan.json"
-DEVICE_PLAN_NAME: Final = "plan-device.json"
-FORMAT: Final = "offload plan 2"
+FORMAT: Final = "offload plan 3"
 
 
 def plan_content(driver: Driver, plan: Plan) -> dict[str, Any]:
@@ -31,15 +29,16 @@ def plan_content(driver: Driver, plan: Plan) -> dict[str, Any]:
     of them; ``initial`` is the first frame of each tensor when a cycle begins. Ops of tasks are numbers of the cycle,
     and what ``after`` names are places in ``tasks``.
     """
-    mover, trace = driver.mover, driver.follower.trace
+    trace, of = driver.follower.trace, driver.planner.tensor
     known = {task.tensor for task in (*plan.tasks, *plan.carried)} | {*plan.initial, *trace.tensors()}
-    tensors = {tensor.id: tensor for tensor in mover.tensors.values()}
     return {
-        "format": FORMAT, "page_bytes": mover.arena.page_bytes, "frames": plan.n_frames,
-        "peak_frames": plan.peak_frames, "steps": plan.n_steps, "closed": plan.closed, "read_bytes": plan.read_bytes,
+        "format": FORMAT, "page_bytes": driver.mover.arena.page_bytes,
+        "frames": {tier.value: n_frames for tier, n_frames in plan.frames.items()},
+        "peak_frames": {tier.value: n_frames for tier, n_frames in plan.peaks.items()},
+        "steps": plan.n_steps, "closed": plan.closed, "read_bytes": plan.read_bytes,
         "written_bytes": plan.written_bytes, "step_s": plan.step_s, "compute_s": plan.compute_s,
-        "names": {tensor: tensors[tensor].name for tensor in sorted(known)},
-        "tensor_bytes": {tensor: tensors[tensor].n_bytes for tensor in sorted(known)},
+        "names": {tensor: of(tensor).name for tensor in sorted(known)},
+        "tensor_bytes": {tensor: of(tensor).n_bytes for tensor in sorted(known)},
         "ops": [
             {"kind": op.key[0].value, "key": op.key[1], "name": op.name, "seconds": op.duration_s} for op in trace.ops
         ],
@@ -90,10 +89,6 @@ class PlanKeeper:
             warnings.warn(f"the plan could not be kept, training goes on by it: {error}", RuntimeWarning, stacklevel=2)
 
 
-def plan_keepers(store: PageStore) -> list[PlanKeeper]:
-    """A keeper for the plan of each tier that has one."""
-    folder = store.directories[0]
-    keepers = [PlanKeeper(store.driver, folder.path / PLAN_NAME)]
-    if store.device_tier is not None:
-        keepers.append(PlanKeeper(store.device_tier.driver, folder.path / DEVICE_PLAN_NAME))
-    return keepers
+def plan_keeper(store: PageStore) -> PlanKeeper:
+    """The keeper of an engine's plan."""
+    return PlanKeeper(store.driver, store.directories[0].path / PLAN_NAME)

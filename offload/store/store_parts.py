@@ -24,7 +24,6 @@ from pagemem.sources.source_reader import CHUNK_BYTES
 from pagemem.sources.source_transfers import SourceFiles
 from pagemem.telemetry.events import EventSink
 from scheduler.execution.driver import Driver
-from scheduler.execution.lower_tier import LowerTier
 
 
 class StoreParts:
@@ -91,9 +90,9 @@ class StoreParts:
         """The driver of host memory."""
         return Driver(mover, sink, mover.bandwidth)
 
-    def device_driver(self, mover: DeviceMover, lower: LowerTier, sink: EventSink) -> Driver:
-        """The driver of the device."""
-        return Driver(mover, sink, mover.bandwidth, clock=mover.accelerator, lower=lower)
+    def connect(self, driver: Driver, mover: DeviceMover) -> None:
+        """Have a driver give ops the pages of a device, too."""
+        driver.add_device(mover, mover.bandwidth, mover.accelerator)
 
     def scaling(self) -> Scaling:
         """Clipping and loss scaling: the latter dynamic for fp16 parameters unless the configuration says otherwise."""

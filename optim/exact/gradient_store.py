@@ -42,7 +42,7 @@ def flat_gradient(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
 
 def _host_bytes(unit: Unit, gradient: torch.Tensor) -> int:
     """What of the host's budget a gradient takes as autograd made it."""
-    return 0 if unit.resident_driver is not None else gradient.numel() * gradient.dtype.itemsize
+    return 0 if unit.device_resident else gradient.numel() * gradient.dtype.itemsize
 
 
 class GradientStore:
@@ -89,7 +89,7 @@ class GradientStore:
         begun = any(other.paged for other in unit.slots)
         mode = AccessMode.MODIFY if begun else AccessMode.CREATE
         key = (OpKind.GRADIENT, (unit.index, slot.order, slot.arrivals))
-        with self.driver_of(unit).op(key, f"gradient of {slot.name}", [Access(unit.gradients.id, mode)]):
+        with self._driver.op(key, f"gradient of {slot.name}", [Access(unit.gradients.id, mode)]):
             total = self.view(unit, slot)
             flat = flat.to(total.device)
             if slot.paged:
@@ -110,11 +110,7 @@ class GradientStore:
     def view(self, unit: Unit, slot: Slot) -> torch.Tensor:
         """The flat paged sum of one parameter; its pages must be pinned by the op under way."""
         assert unit.gradients is not None
-        return self.driver_of(unit).mover.tenants.view(unit.gradients, slot.dtype, slot.offset, slot.numel)
-
-    def driver_of(self, unit: Unit) -> Driver:
-        """Who gives the pages of the unit's sums."""
-        return unit.resident_driver if unit.resident_driver is not None and unit.sums_resident else self._driver
+        return self._driver.mover_of(unit.gradients).tenants.view(unit.gradients, slot.dtype, slot.offset, slot.numel)
 
     @contextmanager
     def values(self, unit: Unit, slot: Slot) -> Iterator[torch.Tensor]:
@@ -124,15 +120,15 @@ class GradientStore:
             yield slot.direct
             return
         assert unit.gradients is not None
-        driver, key = self.driver_of(unit), (OpKind.GRADIENT, (unit.index, slot.order, "used"))
-        with driver.op(key, f"gradient of {slot.name}", [Access(unit.gradients.id, AccessMode.READ)]):
+        key = (OpKind.GRADIENT, (unit.index, slot.order, "used"))
+        with self._driver.op(key, f"gradient of {slot.name}", [Access(unit.gradients.id, AccessMode.READ)]):
             flat = self.view(unit, slot)
             before = flat._version
             try:
                 yield flat
             finally:
                 if flat._version != before:
-                    driver.mover.touch(unit.gradients)
+                    self._driver.mover_of(unit.gradients).touch(unit.gradients)
 
     def scale(self, unit: Unit, slots: Sequence[Slot], coefficient: torch.Tensor) -> None:
         """Multiply gradients in place, the user's own tensors among them."""
@@ -195,6 +191,6 @@ class GradientStore:
         ):
             if not consumed:
                 key = (OpKind.GRADIENT, (unit.index, "cleared"))
-                with self._driver.op(key, f"gradients of {unit.name}", [Access(unit.gradients.id, AccessMode.RENEW)]):
+                with self._driver.op(key, f"gradients of {unit.name}", [Access(unit.gradients.id, AccessMode.DISCARD)]):
                     pass
-            self._driver.consume(unit.gradients)
+            self._driver.memories.consume(unit.gradients)

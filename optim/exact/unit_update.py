@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -95,22 +95,15 @@ class UnitUpdate:
         self, unit: Unit, number: int, part: Slice, pieces: Sequence[Piece], pending: Pending, spent: Sequence[Slot], *,
         last: bool,
     ) -> None:  # fmt: skip
-        sums = self._paged_sums(unit, spent if last else ())
         accesses = [Access(unit.parameters.id, AccessMode.MODIFY)]
         accesses += [Access(t.id, AccessMode.MODIFY) for t in (part.states, part.master) if t is not None]
-        here = unit.resident_driver is None or unit.sums_resident
-        accesses += sums if here else []
-        with (
-            (unit.resident_driver or self._driver).op(
-                (OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses
-            ),
-            nullcontext() if here or not sums else self._brought_up(unit, number, sums),
-        ):
+        accesses += self._paged_sums(unit, spent if last else ())
+        with self._driver.op((OpKind.UPDATE, (unit.index, number)), f"update of {unit.name}", accesses):
             started_s = time.perf_counter()
             self._torn = unit
             self._apply(unit, part, pieces, pending, last=last)
             spent_s = time.perf_counter() - started_s
-        if unit.resident_driver is None:
+        if not unit.device_resident:
             self._changed([t for t in (unit.parameters if last else None, part.states, part.master) if t is not None])
         self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
 
@@ -122,12 +115,8 @@ class UnitUpdate:
         ends = not unit.sums_resident and all(slot in spent for slot in paged)
         return [Access(unit.gradients.id, AccessMode.CONSUME if ends else AccessMode.READ)]
 
-    def _brought_up(self, unit: Unit, number: int, sums: Sequence[Access]) -> AbstractContextManager[None]:
-        """Have paged gradients in host memory for an update on a device."""
-        return self._driver.op((OpKind.GRADIENT, (unit.index, number, "up")), f"gradients of {unit.name}", sums)
-
     def _apply(self, unit: Unit, part: Slice, pieces: Sequence[Piece], pending: Pending, *, last: bool) -> None:
-        mover = (unit.resident_driver or self._driver).mover
+        mover = self._driver.mover_of(unit.parameters)
         for group, hyper in enumerate(pending.hypers):
             chosen = [piece for piece in pieces if piece.slot.group == group]
             if not chosen:

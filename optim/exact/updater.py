@@ -84,7 +84,7 @@ class ExactUpdater(Updater):
 
     def may_bind(self, unit: Unit) -> bool:
         """Whether a unit's parameters may be bound between uses, of which nobody would tell."""
-        return self._downloads is None and unit.resident_driver is None and unit.pending is None
+        return self._downloads is None and not unit.device_resident and unit.pending is None
 
     def admit(self, unit: Unit, bound: BoundUnit) -> list[Hook] | None:
         """Between two steps: have a bound unit, whose states stay in memory too, be updated without its pages being
@@ -164,11 +164,11 @@ class ExactUpdater(Updater):
 
     def _viewed(self, unit: Unit) -> bool:
         """Whether somebody has a view of what an update would change: the backward pass may ask for it again."""
-        if unit.device is not None and unit.resident_driver is None:
+        if unit.device is not None and not unit.device_resident:
             return False  # Compute has a copy, which is not changed.
         if unit.bound is not None:
             return unit.bound.aliased or self._driver.viewed(unit.compute, beside=len(unit.slots))
-        return (unit.resident_driver or self._driver).viewed(unit.compute)
+        return self._driver.viewed(unit.compute)
 
     def _forget(self, unit: Unit, slots: Sequence[Slot]) -> None:
         # What only a first step leaves to be cleared is not part of the plan of later ones.

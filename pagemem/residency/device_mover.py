@@ -1,9 +1,12 @@
 """Residency in the device arena: whole tensors of host pages, copied up, and dropped when their frames are wanted.
 
 What is on the device is a copy: the tier below is authoritative, and may for its part have the bytes on SSD. A tensor
-that compute edits is written back at once by the training thread (`scheduler.execution.lower_tier`); updates of it
+that compute edits is written back at once by the training thread (`scheduler.execution.edits_above`); updates of it
 are made below, after which the copy is out of date and is dropped. So nothing is ever stored from here, and dropping
 costs nothing.
+
+The copy of a load waits until the tensor is in host memory, which nothing here sees to. It is there, for compute that
+is put behind it (`DeviceMover.wait_for`), as soon as the copy is enqueued on the device.
 
 A device-resident tensor is changed in its frames, is authoritative here, and never leaves. Below is what
 it was when it was last brought down, for a commit.
@@ -17,7 +20,7 @@ from pagemem import knobs
 from pagemem.devices.accelerator import Accelerator, DeviceEvent
 from pagemem.devices.arena import Arena
 from pagemem.files.transfer import Completion
-from pagemem.frames.page import FrameId, TensorId
+from pagemem.frames.page import TensorId
 from pagemem.process.closing import close_all
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.mover import Mover
@@ -37,7 +40,6 @@ class DeviceMover(Mover):
         accelerator: makes the copies, and says what compute is enqueued.
 
     Attributes:
-        prefetched_unused: tensors whose load has begun since their last use.
         edited: tensors that were changed here and that have not been written back yet.
         changed_resident: likewise, of device-resident ones, which stay so for many steps.
 
@@ -53,10 +55,10 @@ class DeviceMover(Mover):
         self._ids = below._ids  # one tensor has one number in all tiers
         self.below = below
         self.accelerator = accelerator
-        self.prefetched_unused: set[TensorId] = set()
         self.edited: dict[TensorId, PagedTensor] = {}
         self.changed_resident: dict[TensorId, PagedTensor] = {}
         self._lower: dict[TensorId, PagedTensor] = {}
+        self._copies: dict[TensorId, PagedTensor] = {}  # by the number of what is below
         self._events: dict[TensorId, DeviceEvent] = {}  # of copies that compute has not been put behind yet
         self._copier = UploadQueue(below, accelerator, self.monitor.note_failure, sink)
 
@@ -66,12 +68,26 @@ class DeviceMover(Mover):
             tensor = self.create(lower.name, lower.tag, lower.n_bytes)
             tensor.become(Residency.STORED)
             tensor.ssd_valid = True
-            self._lower[tensor.id] = lower
+            self._lower[tensor.id], self._copies[lower.id] = lower, tensor
             return tensor
 
     def lower(self, tensor: TensorId) -> PagedTensor:
         """The tensor below that one of the device is a copy of."""
         return self._lower[tensor]
+
+    def copy_of(self, lower: PagedTensor) -> PagedTensor | None:
+        """The tensor of the device that is a copy of one below, if there is one. Any thread."""
+        return self._copies.get(lower.id)
+
+    def waits_below(self, tensor: PagedTensor) -> bool:
+        """Whether the copy of a tensor has yet to begin, until when what is below must stay. With the lock of the mover
+        below held."""
+        return tensor.state is Residency.LOADING and self._copier.waits_for(self._lower[tensor.id])
+
+    def is_given(self, tensor: PagedTensor) -> bool:
+        """Whether the copy of a tensor is on its way and needs nothing below any more. With the lock of the mover
+        below held."""
+        return tensor.state is Residency.LOADING and not self._copier.has(self._lower[tensor.id])
 
     def mirrors(self, tensor: PagedTensor) -> bool:
         """Whether there is one below of which a tensor is a copy."""
@@ -81,19 +97,11 @@ class DeviceMover(Mover):
         """As `Mover.forget`."""
         super().forget(tensor)
         self._events.pop(tensor.id, None)
-        self._lower.pop(tensor.id, None)
-        self.prefetched_unused.discard(tensor.id)
+        lower = self._lower.pop(tensor.id, None)
+        if lower is not None and self._copies.get(lower.id) is tensor:
+            del self._copies[lower.id]
 
     # ---- moves -------------------------------------------------------------------------------------------------
-
-    def start_load(self, tensor: PagedTensor, frame: FrameId, *, fresh: bool = False, background: bool = False) -> None:
-        """As `Mover.start_load`; the copy waits until the tensor is in host memory, which nothing here sees to.
-
-        It is there, for compute that is put behind it (`wait_for`), as soon as the copy is enqueued on the device.
-        """
-        with self.changed:
-            super().start_load(tensor, frame, fresh=fresh, background=background)
-            self.prefetched_unused.add(tensor.id)
 
     def _read(self, tensor: PagedTensor, done: Completion, *, background: bool) -> None:
         def enqueued(result: DeviceEvent | BaseException) -> None:
@@ -164,9 +172,10 @@ class DeviceMover(Mover):
             self.monitor.ended(None)
             tensor.become(Residency.STORED)
             self._move_out(tensor)
-            self.prefetched_unused.discard(tensor.id)
             self.monitor.notify()
-            return True
+        with self.below.changed:
+            self.below.monitor.notify()  # what is there may leave now
+        return True
 
     def take_back_loads(self) -> None:
         """Undo all loads whose copies have not begun."""
@@ -208,7 +217,6 @@ class DeviceMover(Mover):
                 self.drop(tensor)
             else:
                 self.wait_for(tensor)
-            self.prefetched_unused.discard(tensor.id)
             return tensor.frame is None
 
     # ---- the rest ----------------------------------------------------------------------------------------------

@@ -127,6 +127,14 @@ class UploadQueue:
             found, self._waiting = len(kept) < len(self._waiting), kept
             return found
 
+    def has(self, tensor: PagedTensor) -> bool:
+        """Whether the copy of a tensor has not been given to the device wholly. With the lock held."""
+        return any(upload.tensor is tensor for upload in self._waiting)
+
+    def waits_for(self, tensor: PagedTensor) -> bool:
+        """Whether the copy of a tensor has not begun. With the lock held."""
+        return any(upload.tensor is tensor and upload.state is UploadState.WAITING for upload in self._waiting)
+
     def close(self, patience_s: float | None = None) -> None:
         """Make the copies that can be made, end and join the threads. Idempotent.
 

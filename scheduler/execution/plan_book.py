@@ -7,7 +7,7 @@ the first op by which it differs from what was expected.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pagemem.frames.page import TensorId
@@ -15,7 +15,8 @@ from scheduler import knobs
 from scheduler.lookahead.next_uses import NextUses
 from scheduler.planning.durations import Durations
 from scheduler.planning.plan import Plan
-from scheduler.planning.task import Task
+from scheduler.planning.sources import COPIES, TensorSource
+from scheduler.planning.task import ARRIVALS, Task
 from scheduler.planning.trace import OpKey, Trace
 
 
@@ -41,6 +42,7 @@ class PlannedStep:
 
     Attributes:
         trace: the step, with the durations that the plan was made with.
+        sources: what those of its tensors are copies of that are.
         durations: of the steps that followed the plan. n_steps: how many did, to the end and without a difference.
         signature: its ops. uses: when its tensors are used.
     """
@@ -48,6 +50,7 @@ class PlannedStep:
     trace: Trace
     plan: Plan
     durations: Durations = field(default_factory=Durations)
+    sources: Mapping[TensorId, TensorSource] = field(default_factory=dict)
     n_steps: int = 0
     signature: Signature = field(init=False)
     uses: NextUses = field(init=False)
@@ -55,8 +58,12 @@ class PlannedStep:
 
     def __post_init__(self) -> None:
         self.signature = Signature(self.trace.keys)
-        self.uses = NextUses(self.trace)
-        for task in self.plan.loads:
+        copied_at: dict[TensorId, list[int]] = {}
+        for task in self.plan.tasks:
+            if task.kind in COPIES and not task.fresh and task.tensor in self.sources:
+                copied_at.setdefault(self.sources[task.tensor].tensor, []).append(task.trigger)
+        self.uses = NextUses(self.trace, copied_at)
+        for task in (task for task in self.plan.tasks if task.kind in ARRIVALS):
             self._loaded_for.setdefault(task.tensor, []).append(task.needed_at % len(self.plan.keys))
 
     def serves(self, task: Task, position: int) -> bool:

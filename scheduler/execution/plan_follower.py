@@ -18,19 +18,18 @@ from typing import Final
 
 from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
-from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import Event, EventKind, EventSink
-from scheduler.execution.lower_tier import LowerTier
 from scheduler.execution.plan_book import PlanBook, PlannedStep, Signature
 from scheduler.execution.planned_moves import PlannedMoves
-from scheduler.execution.read_lane import ReadLane
 from scheduler.execution.rest import Rest
-from scheduler.execution.tier_planner import TierPlanner
+from scheduler.execution.step_planner import StepPlanner
 from scheduler.lookahead.next_uses import NEVER
 from scheduler.planning.cursor import Advance, Cursor
 from scheduler.planning.durations import Durations
 from scheduler.planning.plan import Plan
 from scheduler.planning.trace import OpKey, OpKind, Trace, TraceRecorder
+from scheduler.tiers.memories import Memories
 
 
 class Mode(enum.Enum):
@@ -44,15 +43,13 @@ _BLANK: Final = Trace(())
 
 
 class PlanFollower:
-    """Makes and follows the plans of one tier. Training thread only, with the mover's lock held.
+    """Makes and follows plans. Training thread only, with the movers' locks held.
 
     Args:
-        mover: owner of all residency.
-        lane: starts planned loads.
+        memories: of all tiers; a device may be added before the first op.
         recorder: the ops of the step under way.
-        planner: makes plans for the tier.
+        planner: makes plans.
         sink: takes deviations.
-        lower: the tier that tensors are copied up from; None above page files.
 
     Attributes:
         planned_steps: that followed a plan, wholly or but for what differed. deviations: those of them that differed
@@ -64,25 +61,20 @@ class PlanFollower:
 
     def __init__(
         self,
-        mover: Mover,
-        lane: ReadLane,
+        memories: Memories,
         recorder: TraceRecorder,
-        planner: TierPlanner,
+        planner: StepPlanner,
         sink: EventSink,
-        lower: LowerTier | None,
     ) -> None:
-        self.planned_steps = 0
-        self.deviations = 0
-        self.plans_made = 0
+        self.planned_steps = self.deviations = self.plans_made = 0
         self.differs = False
-        self.rest = Rest(mover)
+        self.rest = Rest(memories.host.mover)
         self._records_whole = True
-        self._mover = mover
-        self._moves = PlannedMoves(mover, lane, lower)
+        self._memories = memories
+        self._moves = PlannedMoves(memories)
         self._recorder = recorder
         self._planner = planner
         self._sink = sink
-        self._lower = lower
         self._book = PlanBook()
         self._cursor = Cursor()
         self._entry: PlannedStep | None = None
@@ -97,6 +89,16 @@ class PlanFollower:
     def mode(self) -> Mode:
         """How ops get their tensors."""
         return Mode.ON_DEMAND if self._entry is None else Mode.PLANNED
+
+    @property
+    def planned(self) -> bool:
+        """Whether there is a plan for the step under way."""
+        return self._entry is not None
+
+    @property
+    def moves(self) -> bool:
+        """Whether it is followed op by op."""
+        return self._entry is not None and not self.rest.active
 
     @property
     def plan(self) -> Plan | None:
@@ -127,7 +129,7 @@ class PlanFollower:
 
     def next_use(self, tensor: TensorId) -> int:
         """Ops until the plan uses what a tensor holds, at least; `NEVER` where it does not."""
-        if tensor in self._announced:
+        if tensor in self._announced or self._memories.is_to_be_copied(tensor):
             return 0
         return NEVER if self._entry is None else self._entry.uses.distance(tensor, self._cursor.position)
 
@@ -160,8 +162,6 @@ class PlanFollower:
         self._moves.start(entry, found, leaves=self._leaves)
 
     def _begin_step(self, entry: PlannedStep) -> None:
-        if self._lower is not None:
-            self._lower.step_begins()
         if self._cursor.begin_step(entry.plan) and not entry.plan.closed:
             self._moves.placed = False
         self._leaves = self._book.expected_after(entry) is not entry
@@ -176,10 +176,12 @@ class PlanFollower:
         for position in updates:
             self._recorder.assume(entry.trace.ops[position % len(entry.trace.ops)])
 
-    def missed(self, name: str, tensor: str) -> None:
+    def missed(self, name: str, tensor: PagedTensor) -> None:
         """The plan has not brought a tensor of the op under way, which is fetched on demand."""
-        if self._entry is not None:
-            self._differ(f"{name}: the plan has not brought {tensor}")
+        if self._moves.is_left_out(tensor.id):
+            self._moves.placed = False  # what leaves for it comes back
+        elif self._entry is not None:
+            self._differ(f"{name}: the plan has not brought {tensor.name}")
 
     def announce(self, tensors: Iterable[TensorId]) -> None:
         """What is used next: it is not made to leave before the next step. See `Driver.announce`."""
@@ -204,7 +206,7 @@ class PlanFollower:
     def resident_tensors(self) -> frozenset[TensorId]:
         """Between two steps: the tensors that the plan never moves, which are where it has them; from now on their ops
         may be left out. None of them where the plan moves some, or is not yet the one that is going to stay."""
-        alone = self._lower is None and len(self._book) == 1
+        alone = self._memories.device is None and len(self._book) == 1
         if alone and not self.rest.active and self._entry is not None and self._moves.placed:
             self.rest.try_begin(self._entry)
         return self.rest.tensors
@@ -266,7 +268,8 @@ class PlanFollower:
     def _end_step_as_planned(self, entry: PlannedStep, trace: Trace) -> bool:
         """The step was the plan's; returns whether that is made once more with better times."""
         if not entry.n_steps:
-            self._mover.tenants.reset_touched()
+            for memory in self._memories.all:
+                memory.mover.tenants.reset_touched()
         entry.n_steps += 1
         refined = entry.durations.add(entry.trace, trace)
         made = refined is not None and self._plan_for(refined, entry.durations)
@@ -281,9 +284,8 @@ class PlanFollower:
             if entry is not None and not made:
                 self._moves.place(expected, 0)  # what it begins with comes before it does
         elif self._leaves:
-            self._moves.placed = (
-                False  # Loads for the next step were left out, and it goes on by the same plan after all.
-            )
+            # Loads for the next step were left out, and it goes on by the same plan after all.
+            self._moves.placed = False
         self._entry = expected
 
     def _end_planned_step(self, entry: PlannedStep) -> PlannedStep:
@@ -335,7 +337,8 @@ class PlanFollower:
             self._emit_deviation(f"no plan: {error}")
             return False
         self.plans_made += 1
-        self._book.keep(PlannedStep(trace, plan, durations or Durations()))
+        sources = self._planner.sources(trace.tensors())
+        self._book.keep(PlannedStep(trace, plan, durations or Durations(), sources))
         return True
 
     def _enter(self, entry: PlannedStep, position: int = 0) -> None:

@@ -1,33 +1,36 @@
-"""Beginning the moves of a plan: those that an op triggers, and those that put a tier where the plan has it."""
+"""Beginning the moves of a plan: those that an op triggers, and those that put all tiers where the plan has them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from pagemem.frames.page import FrameId, TensorId
-from pagemem.residency.mover import Mover
-from pagemem.residency.paged_tensor import Residency
-from scheduler.execution.lower_tier import LowerTier
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.tier import Tier
 from scheduler.execution.plan_book import PlannedStep
-from scheduler.execution.read_lane import ReadLane
 from scheduler.lookahead.placements import loads_to_enter
 from scheduler.planning.cursor import Advance
-from scheduler.planning.task import Task
+from scheduler.planning.task import Task, TaskKind
 from scheduler.planning.trace import OpKind
+from scheduler.tiers.memories import Memories
 
 
 class PlannedMoves:
-    """Begins moves of one tier. Training thread only, with the mover's lock held.
+    """Begins moves. Training thread only, with the movers' locks held.
+
+    Args:
+        memories: of all tiers; a device may be added before the first op.
 
     Attributes:
         placed: tensors are where the plan has them, or on their way there.
         frames: where the plan has each tensor that it uses.
     """
 
-    def __init__(self, mover: Mover, lane: ReadLane, lower: LowerTier | None) -> None:
+    def __init__(self, memories: Memories) -> None:
         self.placed = False
         self.frames: dict[TensorId, FrameId] = {}
-        self._mover = mover
-        self._lane = lane
-        self._lower = lower
+        self._left_out: set[TensorId] = set()
+        self._memories = memories
 
     def start(self, planned: PlannedStep, to: Advance, *, leaves: bool) -> None:
         """Begin the moves of an op, and of those before it that are not made: but loads that only they needed.
@@ -42,49 +45,90 @@ class PlannedMoves:
             return task.needed_at % n_ops in unmade and not planned.serves(task, to.position)
 
         if unmade:
-            self._lane.cancel(idle)
+            for memory in reversed(self._memories.all):
+                memory.lane.cancel(idle)
         for position in (*to.skipped, to.position):
             for store in plan.stores_at.get(position, ()):
-                tensor = self._mover.tensors[store.tensor]
-                tensor.to_store = tensor.state is Residency.ARRIVING
-                if tensor.state is Residency.DIRTY and not tensor.pins:
-                    self._mover.start_store(tensor)
-            loads = [
+                self._store(self._memories.host.mover.tensors[store.tensor])
+            wanted = [
                 task
-                for task in plan.loads_at.get(position, ())
+                for task in plan.arriving_at.get(position, ())
                 if not (unmade and idle(task)) and not (leaves and task.needed_at >= n_ops)
             ]
-            if loads:
-                self.frames.update((task.tensor, task.frame) for task in loads)
-                self._lane.submit(loads)
-        if self._lane.stuck:
-            self._lane.pump()
+            if wanted:
+                self._begin(wanted)
+        for memory in self._memories.all:
+            if memory.lane.stuck:
+                memory.lane.pump()
+
+    def _begin(self, tasks: Sequence[Task]) -> None:
+        self.frames.update((task.tensor, task.frame) for task in tasks)
+        numbered = [(next(self._memories.numbers), task) for task in tasks]
+        # From the top: what is read by a copy up does not leave for a load that follows it.
+        for memory in reversed(self._memories.all):
+            own = [entry for entry in numbered if entry[1].tier is memory.tier]
+            if own:
+                memory.lane.enqueue(own)
+
+    def _store(self, tensor: PagedTensor) -> None:
+        tensor.to_store = tensor.state is Residency.ARRIVING
+        if tensor.state is Residency.DIRTY and not tensor.pins:
+            self._memories.host.mover.start_store(tensor)
 
     def place(self, planned: PlannedStep, position: int) -> None:
         """Put every tensor where the plan has it at an op, and queue the loads that would be under way then.
 
-        Only what costs nothing is moved out here; the lane makes dirty tenants leave when a load wants their frames.
+        Only what costs nothing is moved out here; the lanes make dirty tenants leave when a load wants their frames.
         """
-        self._lane.clear()
-        n_bytes = {tensor.id: tensor.n_bytes for tensor in self._mover.tensors.values()}
-        loads = loads_to_enter(planned.plan, planned.uses, n_bytes, self._mover.arena.page_bytes, position)
-        self.frames = {task.tensor: task.frame for task in loads}
-        for tensor in self._mover.tensors.values():
-            movable = tensor.state is Residency.CLEAN and not tensor.held and not tensor.uploads
-            if not movable or self.frames.get(tensor.id) == tensor.frame:
-                continue
-            if tensor.frame is not None and tensor.frame < self._mover.tenants.n_shared_frames:
-                self._mover.drop(tensor)
+        tensors = {tensor.id: tensor for memory in self._memories.all for tensor in memory.mover.tensors.values()}
+        tiers = {tensor: memory.tier for memory in self._memories.all for tensor in memory.mover.tensors}
+        n_bytes = {number: tensor.n_bytes for number, tensor in tensors.items()}
+        page_bytes = self._memories.host.mover.arena.page_bytes
+        loads = loads_to_enter(planned.plan, planned.uses, n_bytes, page_bytes, position, tiers)
+        self.frames = {task.tensor: task.frame for of_tier in loads.values() for task in of_tier}
+        self._leave_out(planned, loads, tensors)
+        for memory in reversed(self._memories.all):
+            memory.forget_loads()
+            for tensor in memory.mover.tensors.values():
+                movable = tensor.state is Residency.CLEAN and not tensor.held and not tensor.uploads
+                if not movable or self.frames.get(tensor.id) == tensor.frame:
+                    continue
+                if tensor.frame is not None and tensor.frame < memory.mover.tenants.n_shared_frames:
+                    memory.mover.drop(tensor)
         self.placed = True
-        self._lane.submit(loads)
+        for memory in reversed(self._memories.all):
+            memory.lane.submit(loads[memory.tier])
+
+    def _leave_out(
+        self, planned: PlannedStep, loads: dict[Tier, list[Task]], tensors: Mapping[TensorId, PagedTensor]
+    ) -> None:
+        """Of copies that are to be there already, leave out those that are not, and whose originals do not come."""
+        coming = {task.tensor for task in loads[Tier.HOST]}
+        self._left_out.clear()
+        for tier, tasks in loads.items():
+            for task in list(tasks):
+                source = planned.sources.get(task.tensor)
+                if task.kind is not TaskKind.UPLOAD or task.fresh or source is None or source.tensor in coming:
+                    continue
+                if tensors[task.tensor].frame != task.frame:
+                    loads[tier].remove(task)
+                    self._left_out.update((task.tensor, source.tensor))
+
+    def is_left_out(self, tensor: TensorId) -> bool:
+        """Whether a tensor is brought by the op that uses it next, which begins: in going over to the plan, what it is
+        a copy of had no place below. So is that, for it."""
+        left_out = tensor in self._left_out
+        self._left_out.discard(tensor)
+        return left_out
 
     def forget(self) -> None:
         """Loads that have not begun are not wanted, and the plan's placement is to be brought before going on."""
-        self._lane.clear()
+        for memory in reversed(self._memories.all):
+            memory.forget_loads()
         self.placed = False
 
     def disturb(self) -> None:
         """Something other than the plan is about to move tensors: as `forget`, and copies up that wait are undone."""
         self.forget()
-        if self._lower is not None:
-            self._lower.cancel_loads()
+        for memory in self._memories.all:
+            memory.take_back_loads()

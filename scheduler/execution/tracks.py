@@ -1,17 +1,16 @@
 """The two things that repeat: training steps, and forward passes that evaluate. Each has ops, a trace and plans of its
-own; both use the lanes of one tier, one at a time."""
+own; both use the same lanes, one at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from pagemem.residency.mover import Mover
 from pagemem.telemetry.events import EventSink
-from scheduler.execution.lower_tier import LowerTier
+from pagemem.tier import Tier
 from scheduler.execution.plan_follower import PlanFollower
-from scheduler.execution.read_lane import ReadLane
-from scheduler.execution.tier_planner import TierPlanner
-from scheduler.planning.trace import Clock, HostClock, TraceRecorder
+from scheduler.execution.step_planner import StepPlanner
+from scheduler.planning.trace import Clock, TraceRecorder
+from scheduler.tiers.memories import Memories
 
 
 class Track:
@@ -27,10 +26,10 @@ class Track:
 
 
 class Tracks:
-    """Steps and passes of one tier, and which of the two compute is in.
+    """Steps and passes, and which of the two compute is in.
 
     Args:
-        clock: times ops; None: the training thread's own. For others see `PlanFollower`.
+        clocks: time the ops of each tier; may grow before the first op. For others see `PlanFollower`.
 
     Attributes:
         steps, passes: the two. active: the one that the last op was of.
@@ -38,16 +37,14 @@ class Tracks:
 
     def __init__(
         self,
-        mover: Mover,
-        lane: ReadLane,
-        planner: TierPlanner,
+        memories: Memories,
+        planner: StepPlanner,
         sink: EventSink,
-        clock: Clock | None,
-        lower: LowerTier | None,
+        clocks: dict[Tier, Clock],
     ) -> None:
         def make() -> Track:
-            recorder = TraceRecorder(clock or HostClock())
-            return Track(recorder, PlanFollower(mover, lane, recorder, planner, sink, lower))
+            recorder = TraceRecorder(clocks)
+            return Track(recorder, PlanFollower(memories, recorder, planner, sink))
 
         self.steps, self.passes = make(), make()
         self.active = self.steps

@@ -65,7 +65,7 @@ class Cycle:
         return ends_s[self.end - 1] - (ends_s[self.start - 1] if self.start else 0.0)
 
 
-def find_cycle(work: Work, *, single_step_cycle: bool, fast: bool) -> Cycle:
+def find_cycle(work: Work, *, fast: bool) -> Cycle:
     """Have a reader pass over steps until a placement comes again, or there are enough to choose from.
 
     Raises:
@@ -75,16 +75,14 @@ def find_cycle(work: Work, *, single_step_cycle: bool, fast: bool) -> Cycle:
     few = fast or n_ops * len(work.machine.n_frames) > knobs.VERY_MANY_OPS
     most_steps, shortest = (FEW_STEPS, SHORT_CYCLE_STEPS) if few else (MAX_STEPS, MIN_CYCLE_STEPS)
     placements = [reader.placement()]
-    seen = slice(-2, -1) if single_step_cycle else slice(0, -1)
-    while len(placements) <= most_steps and (len(placements) < 2 or placements[-1] not in placements[seen]):
+    while len(placements) <= most_steps and (len(placements) < 2 or placements[-1] not in placements[:-1]):
         reader.read_step(len(placements) - 1)
         placements.append(reader.placement())
     last = len(placements) - 1
-    closed = placements[-1] in placements[seen]
-    first = last - 1 if single_step_cycle else placements.index(placements[-1])
+    first = placements.index(placements[-1])
+    closed = first < last
     if not closed:
-        lengths = range(1, 2) if single_step_cycle else range(shortest, most_steps + 1)
-        first, last = _least_different(placements, work.n_bytes, lengths)
+        first, last = _least_different(placements, work.n_bytes, range(shortest, most_steps + 1))
     begins = placements[first]
     if not closed and any(tensor in work.sources for tensor, _, _, _ in begins if tensor not in work.resident):
         return _read_again(work, begins, last - first)

@@ -251,7 +251,7 @@ class Dependencies:
             room.used_until = until
         for access in op.accesses:
             of = self._of[access.tensor]
-            if access.mode is AccessMode.RENEW:
+            if access.mode is AccessMode.DISCARD:
                 continue
             of.used_until = max(of.used_until, until)
             self._is_over(of.made, now + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,14 +12,19 @@ from scheduler.planning.trace import AccessMode, Trace
 
 #: Further away than any op.
 NEVER: Final = 1 << 40
-_REPLACES: Final = frozenset({AccessMode.CREATE, AccessMode.RENEW})
+_REPLACES: Final = frozenset({AccessMode.CREATE, AccessMode.DISCARD})
 
 
 @dataclass(slots=True)
 class NextUses:
-    """The ops that use each tensor of a trace, as a cycle."""
+    """The ops that use each tensor of a trace, as a cycle.
+
+    Attributes:
+        copied_at: of tensors that are copied up from where they are, the ops with which that begins in some step.
+    """
 
     trace: Trace
+    copied_at: Mapping[TensorId, Iterable[int]] = field(default_factory=dict)
     _uses: dict[TensorId, list[int]] = field(default_factory=dict)
     _modes: dict[tuple[TensorId, int], AccessMode] = field(default_factory=dict)
 
@@ -29,6 +35,11 @@ class NextUses:
                 if not uses or uses[-1] != index:
                     uses.append(index)
                     self._modes[access.tensor, index] = access.mode
+        for tensor, triggers in self.copied_at.items():
+            for index in sorted({trigger % len(self.trace.ops) for trigger in triggers}):
+                if (tensor, index) not in self._modes:
+                    bisect.insort(self._uses.setdefault(tensor, []), index)
+                    self._modes[tensor, index] = AccessMode.READ
 
     def next(self, tensor: TensorId, position: int) -> tuple[int, AccessMode] | None:
         """Ops from ``position`` (of any cycle) to the first one that uses a tensor, 0 for that op itself, and how it

@@ -44,7 +44,6 @@ def make_plan(
     resident: Mapping[TensorId, FrameId] | None = None,
     sources: Mapping[TensorId, TensorSource] | None = None,
     *,
-    single_step_cycle: bool = False,
     fast: bool = False,
 ) -> Plan:
     """Schedule all that a step that repeats moves.
@@ -55,7 +54,6 @@ def make_plan(
         tiers: frames, and the bandwidths of lanes.
         resident: tensors that are in memory for good, in the trace or not, and their first frames.
         sources: what tensors are made of that are not made of their page files.
-        single_step_cycle: every step has the same moves, at the price of restoring the placement when a step begins.
         fast: in a tenth to a third of the time, for comparing steps: one short reader.
 
     Returns:
@@ -66,21 +64,21 @@ def make_plan(
         ValueError: the step cannot be planned at all, see `Work`.
     """
     work = Work.of(trace, n_bytes, tiers, resident, sources)
-    return plan_work(work, single_step_cycle=single_step_cycle, fast=fast)
+    return plan_work(work, fast=fast)
 
 
-def plan_work(work: Work, *, single_step_cycle: bool = False, fast: bool = False) -> Plan:
+def plan_work(work: Work, *, fast: bool = False) -> Plan:
     """As `make_plan`."""
     if not work.trace.ops:
         return _idle(work)
-    best, best_work = _plan_with(work, single_step_cycle, fast), work
+    best, best_work = _plan_with(work, fast), work
     if not best.tasks or fast:
         return best
     for tier in work.machine.n_frames:
         begun_with = best_work
         for kept in _kept_sets(begun_with, tier):
             try:
-                found = _plan_with(replace(begun_with, resident=kept), single_step_cycle, fast)
+                found = _plan_with(replace(begun_with, resident=kept), fast)
             except BudgetError:
                 break  # the next one keeps more
             if cost_s(found) < cost_s(best):
@@ -89,8 +87,10 @@ def plan_work(work: Work, *, single_step_cycle: bool = False, fast: bool = False
 
 
 def cost_s(plan: Plan) -> float:
-    """Seconds that a step is charged for in comparing plans: as predicted, and what its moves take from compute."""
-    return plan.step_s + knobs.MOVE_S_PER_BYTE * plan.moved_bytes
+    """Seconds that a step is charged for in comparing plans: as predicted, and what its moves take from compute, where
+    that is not on a device."""
+    moving_s = 0.0 if Tier.DEVICE in plan.frames else knobs.MOVE_S_PER_BYTE * plan.moved_bytes
+    return plan.step_s + moving_s
 
 
 def _idle(work: Work) -> Plan:
@@ -141,10 +141,10 @@ def _kept_sets(work: Work, tier: Tier) -> Iterator[dict[TensorId, FrameId]]:
         before = kept
 
 
-def _plan_with(work: Work, single_step_cycle: bool, fast: bool) -> Plan:
+def _plan_with(work: Work, fast: bool) -> Plan:
     """The plan that one reader finds."""
     trace, n_bytes = work.trace, work.n_bytes
-    cycle = find_cycle(work, single_step_cycle=single_step_cycle, fast=fast)
+    cycle = find_cycle(work, fast=fast)
     inside, wrapped = tasks_of(cycle, trace, n_bytes)
     tasks = with_dependencies(
         work,

@@ -42,7 +42,7 @@ class LookaheadReader(Residence):
     def bring(self, op: Op, now: int, before_s: float) -> float:
         """Have every tensor of an op in its tier; returns when the op can begin for their sake."""
         own = frozenset(access.tensor for access in op.accesses)
-        wanted = [(a.tensor, a.mode is AccessMode.CREATE) for a in op.accesses if a.mode is not AccessMode.RENEW]
+        wanted = [(a.tensor, a.mode is AccessMode.CREATE) for a in op.accesses if a.mode is not AccessMode.DISCARD]
         if op.conditional is not None and self.work.room_frames(op.conditional):
             wanted.append((room_of(now % len(self.work.trace.ops)), True))
         ready_s = 0.0
@@ -125,7 +125,7 @@ class LookaheadReader(Residence):
             self.tasks.append((now, Task(TaskKind.UPDATE, changed[0], tier, op.lane, n_bytes, now)))
         for access in op.accesses:
             tensor, tenant = access.tensor, self.tenant(access.tensor)
-            if access.mode is AccessMode.RENEW:
+            if access.mode is AccessMode.DISCARD:
                 self.since(tensor, now + 1, done_s)
                 if tenant is not None:
                     tenant.locked_until = max(tenant.locked_until, now)

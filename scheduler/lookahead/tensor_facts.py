@@ -68,7 +68,7 @@ def facts_of(work: Work) -> dict[TensorId, TensorFacts]:
         renewed: set[TensorId] = set()
         for access in op.accesses:
             own = found[access.tensor]
-            if access.mode is AccessMode.RENEW:
+            if access.mode is AccessMode.DISCARD:
                 renewed.add(access.tensor)
             else:
                 used.add(access.tensor)

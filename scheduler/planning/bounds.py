@@ -252,7 +252,7 @@ class Replay:
         """Let an op look at its tensors and change them."""
         waits_for: set[int] = set()
         for access in op.accesses:
-            if access.mode is AccessMode.RENEW:
+            if access.mode is AccessMode.DISCARD:
                 continue
             self._look(op, access)
             waits_for |= self.frames.waits(access)
@@ -264,7 +264,7 @@ class Replay:
             self.frames.lock(TensorId(-1 - self.now % len(self.work.trace.ops)), until)
         self._is_over(waits_for)
         for access in op.accesses:
-            if access.mode is not AccessMode.RENEW:
+            if access.mode is not AccessMode.DISCARD:
                 self.frames.lock(access.tensor, until)
             self._change(access, set())
         if self.lanes is not None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.tier import Tier
-from scheduler.planning.task import Lane, Task, TaskKind
+from scheduler.planning.task import ARRIVALS, Lane, Task, TaskKind
 from scheduler.planning.trace import OpKey
 
 
@@ -37,7 +37,7 @@ class Plan:
         step_s: seconds of one step, predicted with the planner's bandwidths, its share of restoring included.
             compute_s: of them without any wait.
         tasks_at, behind_at: the tasks by their trigger: those that start when it begins, and when it is over.
-        loads_at, stores_at: of them those between page files and host memory.
+        arriving_at: of them those that take frames. stores_at: those that bring tensors to page files.
     """
 
     keys: tuple[OpKey, ...]
@@ -53,14 +53,14 @@ class Plan:
     compute_s: float
     tasks_at: Mapping[int, tuple[Task, ...]] = field(init=False, compare=False, repr=False)
     behind_at: Mapping[int, tuple[Task, ...]] = field(init=False, compare=False, repr=False)
-    loads_at: Mapping[int, tuple[Task, ...]] = field(init=False, compare=False, repr=False)
+    arriving_at: Mapping[int, tuple[Task, ...]] = field(init=False, compare=False, repr=False)
     stores_at: Mapping[int, tuple[Task, ...]] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         found = {
             "tasks_at": by_trigger(task for task in self.tasks if not task.behind),
             "behind_at": by_trigger(task for task in self.tasks if task.behind),
-            "loads_at": by_trigger(self.loads),
+            "arriving_at": by_trigger(task for task in self.tasks if task.kind in ARRIVALS),
             "stores_at": by_trigger(self.stores),
         }
         for name, tasks in found.items():

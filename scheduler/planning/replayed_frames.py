@@ -230,7 +230,7 @@ class ReplayedFrames:
 
     def problem(self, access: Access) -> str | None:
         """What an op finds wrong with a tensor."""
-        if access.mode is AccessMode.RENEW:
+        if access.mode is AccessMode.DISCARD:
             return None
         tensor = access.tensor
         if tensor not in self.where:
@@ -260,7 +260,7 @@ class ReplayedFrames:
         """What becomes of a tensor's content in an op, or ``by`` the run that performs it."""
         tensor = access.tensor
         root = self._root[tensor]
-        if access.mode is AccessMode.RENEW:
+        if access.mode is AccessMode.DISCARD:
             self._versions += 1
             self._latest[root] = self._filed[root] = self._versions
             for other in list(chain_of(tensor, self._work.sources))[1:]:

@@ -39,6 +39,10 @@ class TaskKind(enum.Enum):
     DROP = "drop"
 
 
+#: Kinds that take the frames of their window from whoever has them, once that may leave.
+ARRIVALS: Final = frozenset({TaskKind.LOAD, TaskKind.UPLOAD, TaskKind.GATHER, TaskKind.DROP})
+
+
 class Lane(enum.Enum):
     """What can be busy."""
 

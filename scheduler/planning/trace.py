@@ -34,8 +34,7 @@ class AccessMode(enum.Enum):
     """How an op uses a tensor.
 
     CREATE writes it without looking at what it held; CONSUME reads it for the last time, its content is dead after, and
-    undefined until it is created again. RENEW does not touch it: what lies in the tier below changes, so that a copy in
-    this one is out of date, and one made before must not be used after.
+    undefined until it is created again. DISCARD does not touch it: its content is of no use from then on.
     """
 
     # Members are single: enum's own hash, of the name, is a Python call.
@@ -45,13 +44,13 @@ class AccessMode(enum.Enum):
     MODIFY = "modify"
     CREATE = "create"
     CONSUME = "consume"
-    RENEW = "renew"
+    DISCARD = "discard"
 
 
 #: Modes after which a tensor has content that is not in the page files.
 CHANGES: Final = frozenset({AccessMode.MODIFY, AccessMode.CREATE})
-#: Modes after which what is in this tier of a tensor is of no use.
-ENDS: Final = frozenset({AccessMode.CONSUME, AccessMode.RENEW})
+#: Modes after which the content of a tensor is of no use.
+ENDS: Final = frozenset({AccessMode.CONSUME, AccessMode.DISCARD})
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +175,18 @@ class HostClock:
 
 @dataclass(slots=True)
 class TraceRecorder:
-    """Collects the ops of the step under way, and when each one computed. Training thread only."""
+    """Collects the ops of the step under way, and when each one computed. Training thread only.
 
-    clock: Clock = field(default_factory=HostClock)
+    Attributes:
+        clocks: that time the ops of each tier.
+    """
+
+    clocks: dict[Tier, Clock] = field(default_factory=lambda: {Tier.HOST: HostClock()})
     ops: list[Op] = field(default_factory=list)
     _last_by_tensor: dict[TensorId, int] = field(default_factory=dict)
     _began: Any = None
-    _spans: list[tuple[Op, Any, Any]] = field(default_factory=list)
+    _clock: Clock = field(default_factory=HostClock)
+    _spans: list[tuple[Op, Clock, Any, Any]] = field(default_factory=list)
     _assumed: set[int] = field(default_factory=set)
 
     @property
@@ -192,12 +196,13 @@ class TraceRecorder:
 
     def assume(self, op: Op) -> None:
         """Append an op that is not performed, but may be in later steps of the same kind."""
-        self._assumed.add(self.begin(op.key, op.name, op.accesses))
+        self._assumed.add(self.begin(op.key, op.name, op.accesses, op.lane))
 
-    def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> int:
+    def begin(self, key: OpKey, name: str, accesses: Sequence[Access], lane: Lane = Lane.COMPUTE) -> int:
         """Append an op; returns its index."""
         index = len(self.ops)
-        self.ops.append(Op(key, name, tuple(accesses), until=index))
+        self.ops.append(Op(key, name, tuple(accesses), until=index, lane=lane))
+        self._clock = self.clocks[accesses[0].tier if accesses else Tier.HOST]
         for access in accesses:
             self._last_by_tensor[access.tensor] = index
         return index
@@ -209,12 +214,12 @@ class TraceRecorder:
 
     def go_on(self) -> None:
         """Compute has what it needs: from here on the time is the last op's."""
-        self._began = self.clock.stamp()
+        self._began = self._clock.stamp()
 
     def pause(self) -> None:
         """What comes next is not the last op's compute: a wait, something outside the step, or its end."""
         if self._began is not None and self.ops:
-            self._spans.append((self.ops[-1], self._began, self.clock.stamp()))
+            self._spans.append((self.ops[-1], self._clock, self._began, self._clock.stamp()))
         self._began = None
 
     def views_ended(self, tensor: TensorId) -> None:
@@ -231,8 +236,8 @@ class TraceRecorder:
             assumed: whether the trace is to have what was assumed, too.
         """
         if timed:
-            for op, begun, ended in self._spans:
-                op.duration_s += self.clock.seconds(begun, ended)
+            for op, clock, begun, ended in self._spans:
+                op.duration_s += clock.seconds(begun, ended)
         if not assumed and self._assumed:
             self._leave_assumed_out()
         trace = Trace(tuple(self.ops))

@@ -70,7 +70,7 @@ def test_each_read_sees_what_was_written_last(
     ):
         rig = Rig(6, "".join(PAGES), PAGES)
         rig.mover.sources = sources
-        rig.driver.set_order(rig.tensors[letter] for letter in order)
+        rig.driver.memories.set_order(rig.tensors[letter] for letter in order)
         try:
             originate(rig, Path(folder) / "file")
             written: set[str] = set()

@@ -22,8 +22,8 @@ from pagemem.frames.page import FrameId
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.upload_queue import _close_at_exit
-from scheduler.execution.read_lane import ReadLane
 from scheduler.planning.task import load_task
+from scheduler.tiers.load_lane import LoadLane
 
 R = Residency
 
@@ -38,7 +38,7 @@ def tiers() -> Iterator[Tiers]:
 def test_a_copy_waits_for_its_host_pages(tiers: Tiers) -> None:
     tensor = tiers.stored(7, "t")
     tiers.device.start_load(tensor, FrameId(1))
-    assert tensor.state is R.LOADING and tensor.id in tiers.device.prefetched_unused
+    assert tensor.state is R.LOADING
     tiers.comes(tensor, 0)
     tiers.arrives(tensor)
     assert tiers.holds(tensor, 7)
@@ -62,7 +62,7 @@ def test_a_copy_that_has_not_begun_is_taken_back(tiers: Tiers) -> None:
     tensor = tiers.stored(7, "t")
     tiers.device.start_load(tensor, FrameId(0))
     assert tiers.device.take_back_load(tensor)
-    assert tensor.state is R.STORED and tensor.frame is None and tensor.id not in tiers.device.prefetched_unused
+    assert tensor.state is R.STORED and tensor.frame is None
     assert not tiers.device.take_back_load(tensor), "there is none any more"
     tiers.device.monitor.settle()
     tiers.comes(tensor, 0)
@@ -72,7 +72,7 @@ def test_a_copy_that_has_not_begun_is_taken_back(tiers: Tiers) -> None:
 def test_a_window_is_freed_of_a_copy_that_waits(tiers: Tiers) -> None:
     """Otherwise what is used first would wait for what the host brings only afterwards."""
     late, soon = tiers.stored(1, "late"), tiers.stored(2, "soon")
-    lane = ReadLane(tiers.device)
+    lane = LoadLane(tiers.device)
     tiers.device.start_load(late, FrameId(0))
     lane.submit([load_task(soon.id, soon.n_bytes, FrameId(0), 0, 1)])
     assert late.state is R.STORED and soon.state is R.LOADING
@@ -176,7 +176,7 @@ def test_what_was_to_be_stored_by_now_is_stored_when_it_is_there(tiers: Tiers) -
 
 def test_a_load_waits_for_what_arrives_in_its_place_and_then_for_its_way_out(tiers: Tiers) -> None:
     waiting = tiers.below.stored(1, "waiting")
-    lower, lane = tiers.saved(5), ReadLane(tiers.below.mover)
+    lower, lane = tiers.saved(5), LoadLane(tiers.below.mover)
     lane.submit([load_task(waiting.id, waiting.n_bytes, FrameId(0), 0, 1)])
     assert not lane.stuck and lower.state is R.ARRIVING and waiting.state is R.STORED
     tiers.is_there(lower)
@@ -216,7 +216,7 @@ def test_what_is_copied_up_is_discarded_when_the_copy_is_made(tiers: Tiers) -> N
 
 def test_a_load_into_the_frames_that_a_tensor_is_about_to_lose_waits_for_that(tiers: Tiers) -> None:
     """What is created anew there by plan must not be taken for what is still being copied from there."""
-    lower, lane = tiers.below.dirty(3), ReadLane(tiers.below.mover)
+    lower, lane = tiers.below.dirty(3), LoadLane(tiers.below.mover)
     tiers.below.mover.begin_upload(lower)
     tiers.below.mover.discard_soon(lower)
     lane.submit([load_task(lower.id, lower.n_bytes, FrameId(0), 0, 1, fresh=True)])
@@ -227,7 +227,7 @@ def test_a_load_into_the_frames_that_a_tensor_is_about_to_lose_waits_for_that(ti
 
 
 def test_what_is_waited_for_to_go_is_not_taken_for_what_is_to_come(tiers: Tiers) -> None:
-    lower, lane = tiers.below.dirty(3), ReadLane(tiers.below.mover)
+    lower, lane = tiers.below.dirty(3), LoadLane(tiers.below.mover)
     tiers.below.mover.begin_upload(lower)
     tiers.below.mover.discard_soon(lower)
     lane.submit([load_task(lower.id, lower.n_bytes, FrameId(0), 0, 1, fresh=True)])

@@ -28,14 +28,16 @@ def watch(driver: type[Driver], patch: pytest.MonkeyPatch) -> Callable[[], int]:
         if type(self) is Driver:
             reads: set[TensorId] = {access.tensor for access in accesses if access.mode is AccessMode.READ}
             seen[id(held)] = [
-                (t, self.mover.tenants.bytes_of(t).clone()) for t in held if t.id in reads and not t.may_be_aliased
+                (t, self.mover_of(t).tenants.bytes_of(t).clone())
+                for t in held
+                if t.id in reads and not t.may_be_aliased
             ]
         return held
 
     def watched_end(self: Driver, held: list[PagedTensor]) -> None:
         nonlocal compared
         for tensor, before in seen.pop(id(held), []):
-            assert torch.equal(self.mover.tenants.bytes_of(tensor), before), (
+            assert torch.equal(self.mover_of(tensor).tenants.bytes_of(tensor), before), (
                 f"{tensor.name} was only to be read and has changed"
             )
             compared += 1

@@ -64,7 +64,7 @@ def test_close_ends_where_an_edit_cannot_be_written_back(
     with late_device(monkeypatch):
         engine = offload.initialize(built(), on_late(tmp_path, device="512KiB", device_states="never"), adamw)
         train(engine, 6)
-        driver = engine.debug.device_tier.driver
+        driver = engine.debug.driver
         calls = 0
 
         def fails() -> None:
@@ -73,7 +73,7 @@ def test_close_ends_where_an_edit_cannot_be_written_back(
             if calls > done:
                 raise RuntimeError("the device is lost")
 
-        monkeypatch.setattr(driver._lower, "write_back_edited", fails)
+        monkeypatch.setattr(driver._edits, "write_back", fails)
         with pytest.raises(RuntimeError, match="the device is lost"):
             train(engine, 1)
         assert driver.follower.planned_steps

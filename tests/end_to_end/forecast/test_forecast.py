@@ -59,7 +59,7 @@ def test_with_a_device_too(case: str, device: int, states: str, tmp_path: Path) 
     memory = {"ram": LITTLE_RAM + PAGE_BYTES, "page": PAGE_BYTES, "device": device, "device_states": states}
     config = gpt_config(tmp_path, LITTLE_RAM, device="cpu-emulated", **{**CASES[case], "memory": memory})
     try:
-        report, start_pages, plan = trained(config, STEPS + 1)
+        report, start_pages, plan = trained(config, STEPS)
     except BudgetError as error:
         with pytest.raises(BudgetError, match=f"^{re.escape(str(error))}$"):
             forecast(config, RATES)
@@ -67,11 +67,13 @@ def test_with_a_device_too(case: str, device: int, states: str, tmp_path: Path) 
     found = forecast(config, RATES)
     host, on_device = report.tiers["host"], report.tiers["device"]
     assert found.start.ssd_pages == start_pages and found.ops == plan.ops_per_step
-    assert found.step.host_pages == host.planned_peak_pages == host.peak_pages
+    # What passes through host memory on its way up is placed by the times that the plan was made with.
+    assert host.planned_peak_pages is not None and host.peak_pages <= host.planned_peak_pages
+    assert found.step.host_pages == pytest.approx(host.planned_peak_pages, abs=2)
     assert found.step.device_pages == on_device.planned_peak_pages == on_device.peak_pages
     assert (found.device_units > 0) is (states == "auto" and device >= 20 * PAGE_BYTES)
     if found.device_units == found.units:
-        assert found.times.h2d_bytes == found.times.read_bytes == found.times.written_bytes == found.ops == 0
+        assert found.times.h2d_bytes == found.times.read_bytes == found.times.written_bytes == 0
     else:
         assert found.times.h2d_bytes > 0 and 0 < found.times.busy["h2d"] < 1 and found.times.waits_s["h2d"] >= 0
     assert found.times.step_s == pytest.approx(found.times.compute_s + sum(found.times.waits_s.values()), rel=0.02)
@@ -112,10 +114,10 @@ def test_the_ops_and_their_accesses_are_those_of_the_engine(tmp_path: Path) -> N
         Rates(1e9, 1e9, 1e9, 1e9, 1e9),
     ) as engine:
         engine.rehearse(ROWS, TOKENS)
-        assert engine.host.follower.trace.keys == plan.keys[: plan.ops_per_step]
-        longest = max(op.until - index for index, op in enumerate(engine.host.follower.trace.ops))
+        assert engine.driver.follower.trace.keys == plan.keys[: plan.ops_per_step]
+        longest = max(op.until - index for index, op in enumerate(engine.driver.follower.trace.ops))
         assert longest > 0  # The views of a weight that outlive their op have been seen.
-        assert (engine.host.follower.deviations, engine.host.follower.planned_steps) == (0, 1)
+        assert (engine.driver.follower.deviations, engine.driver.follower.planned_steps) == (0, 1)
 
 
 @pytest.mark.parametrize("n_pages", [24, 36, 56])

@@ -16,10 +16,10 @@ from small_runs import config as small_config
 from small_runs import train as step
 
 import offload
-from offload.store.plan_file import DEVICE_PLAN_NAME, FORMAT, PLAN_NAME, task_content
+from offload.store.plan_file import FORMAT, PLAN_NAME, task_content
 from pagemem.frames.page import TensorId
-from scheduler.execution.driver import Driver
 from scheduler.planning.plan import Plan
+from scheduler.planning.task import TaskKind
 
 
 def config_of(folder: Path, memory: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -47,36 +47,33 @@ def assert_is(content: dict[str, Any], plan: Plan) -> None:
     for key, tasks in (("tasks", plan.tasks), ("carried", plan.carried)):
         assert content[key] == [task_content(task) for task in tasks]
     assert {int(tensor): frame for tensor, frame in content["initial"].items()} == dict(plan.initial)
-    for key in ("closed", "peak_frames", "read_bytes", "written_bytes", "step_s", "compute_s"):
+    for key in ("closed", "read_bytes", "written_bytes", "step_s", "compute_s"):
         assert content[key] == getattr(plan, key)
-    assert (content["frames"], content["steps"]) == (plan.n_frames, plan.n_steps)
+    assert content["frames"] == {tier.value: n_frames for tier, n_frames in plan.frames.items()}
+    assert content["peak_frames"] == {tier.value: n_frames for tier, n_frames in plan.peaks.items()}
+    assert content["steps"] == plan.n_steps
     assert len(content["ops"]) * content["steps"] == len(plan.keys)
-
-
-def drivers(engine: offload.Engine) -> list[Driver]:
-    """The driver of host memory, and the device's."""
-    tier = engine.debug.device_tier
-    return [engine.debug.driver, *([] if tier is None else [tier.driver])]
 
 
 @pytest.mark.parametrize("more", [{}, {"device": "cpu-emulated", "memory": {"device": "1MiB"}}])
 def test_the_file_is_the_plan_that_is_followed(more: dict[str, Any], tmp_path: Path) -> None:
     def look(engine: offload.Engine) -> None:
-        for driver, name in zip(drivers(engine), (PLAN_NAME, DEVICE_PLAN_NAME)):
-            content = read(tmp_path / "pages" / name)
-            plan = driver.follower.plan
-            assert plan is not None and plan.loads, "not everything fits"
-            assert_is(content, plan)
-            assert content["page_bytes"] == driver.mover.arena.page_bytes
-            assert [(op["kind"], op["name"], op["seconds"]) for op in content["ops"]] == [
-                (op.key[0].value, op.name, op.duration_s) for op in driver.follower.trace.ops
-            ]
-            assert json.dumps([op["key"] for op in content["ops"]]) == json.dumps(
-                [op.key[1] for op in driver.follower.trace.ops]
-            )
-            for number, tensor_name in content["names"].items():
-                known = driver.mover.tensors[TensorId(int(number))]
-                assert (tensor_name, content["tensor_bytes"][number]) == (known.name, known.n_bytes)
+        driver = engine.debug.driver
+        content = read(tmp_path / "pages" / PLAN_NAME)
+        plan = driver.follower.plan
+        assert plan is not None and plan.loads, "not everything fits"
+        assert "device" not in more or any(task.kind is TaskKind.UPLOAD for task in plan.tasks)
+        assert_is(content, plan)
+        assert content["page_bytes"] == driver.mover.arena.page_bytes
+        assert [(op["kind"], op["name"], op["seconds"]) for op in content["ops"]] == [
+            (op.key[0].value, op.name, op.duration_s) for op in driver.follower.trace.ops
+        ]
+        assert json.dumps([op["key"] for op in content["ops"]]) == json.dumps(
+            [op.key[1] for op in driver.follower.trace.ops]
+        )
+        for number, tensor_name in content["names"].items():
+            known = driver.planner.tensor(TensorId(int(number)))
+            assert (tensor_name, content["tensor_bytes"][number]) == (known.name, known.n_bytes)
 
     train(config_of(tmp_path, **more), look, steps=6)
 
@@ -110,7 +107,7 @@ def test_a_run_that_goes_on_with_another_budget_has_another_plan(tmp_path: Path)
     before = train(config_of(tmp_path), kept)
     after = train(config_of(tmp_path, memory={"ram": "64MiB"}), gone_on, steps=0)
     assert before["tasks"] and not after["tasks"], "with 64MiB everything stays"
-    assert before["frames"] < after["frames"]
+    assert before["frames"]["host"] < after["frames"]["host"]
 
 
 def test_a_file_that_cannot_be_written_is_said_and_training_goes_on(

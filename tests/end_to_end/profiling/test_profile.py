@@ -115,7 +115,7 @@ def test_with_a_device_its_bytes_and_copies_are_recorded_too(device: int | str, 
         assert {"forward", "backward", "update"} <= {op.phase for op in recording.ops}
         assert all(begin.end_s <= end.start_s for begin, end in zip(recording.ops, recording.ops[1:], strict=False))
         assert "copies to the device" in (tmp_path / "profile" / "trace.json").read_text()
-        assert tier.driver.watcher is None and tier.mover.monitor.watcher is None
+        assert engine.debug.driver.watcher is None and tier.mover.monitor.watcher is None
         assert_equal(engine.model, plain)
     assert_closed(engine)
 

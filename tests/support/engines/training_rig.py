@@ -11,8 +11,10 @@ from cross_references import check_mover
 from event_log import EventLog
 from fake_page_files import ThreadedPageFiles
 
+from pagemem.devices.accelerator import RamDevice
 from pagemem.devices.arena import HostArena
 from pagemem.frames.page import TensorId
+from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
@@ -32,10 +34,13 @@ def pattern(n_bytes: int, salt: int) -> torch.Tensor:
 class Rig:
     """Tensors A, B, C, ... of one page or as ``pages`` says, and the pattern each one must hold.
 
-    An op is written as ``"Ar Bw"``: A is read, B modified (c: created, x: consumed); ``"u: Bw"`` is an update.
+    An op is written as ``"Ar Bw"``: A is read, B modified (c: created, x: consumed); ``"u: Bw"`` is an update. With
+    frames on a device, ``"ar"`` reads the copy of A there.
     """
 
-    def __init__(self, n_frames: int, letters: str = "ABCDE", pages: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, n_frames: int, letters: str = "ABCDE", pages: dict[str, int] | None = None, device_frames: int = 0
+    ) -> None:
         self.files = ThreadedPageFiles()
         self.log = EventLog()
         self.mover = HostMover(HostArena(n_frames, PAGE_BYTES), self.files, self.log)  # type: ignore[arg-type]
@@ -44,18 +49,25 @@ class Rig:
             letter: self.mover.create(letter, Tag.PARAM, (pages or {}).get(letter, 1) * PAGE_BYTES)
             for letter in letters
         }
+        self.device: DeviceMover | None = None
+        if device_frames:
+            arena = HostArena(device_frames, PAGE_BYTES)
+            self.device = device = DeviceMover(arena, self.mover, RamDevice(), self.log)
+            self.driver.add_device(device, device.bandwidth, device.accelerator)
+            for letter, tensor in list(self.tensors.items()):
+                self.tensors[letter.lower()] = device.mirror(tensor)
         self.salts: dict[TensorId, int] = {tensor.id: 0 for tensor in self.tensors.values()}
         self._salt = 0
         self._consumed: set[str] = set()
 
     def view(self, tensor: PagedTensor) -> torch.Tensor:
-        """The tensor's host bytes now."""
+        """The tensor's bytes now."""
         assert tensor.frame is not None
-        return self.mover.arena.view(tensor.frame, 0, torch.int32, tensor.n_bytes // 4)
+        return self.driver.mover_of(tensor).arena.view(tensor.frame, 0, torch.int32, tensor.n_bytes // 4)
 
     def check(self, tensor: PagedTensor, when: str = "") -> None:
         """The host bytes are what was written last."""
-        wanted = pattern(tensor.n_bytes, self.salts[tensor.id])
+        wanted = pattern(tensor.n_bytes, self.salts[self.driver.memories.in_host(tensor.id)])
         assert torch.equal(self.view(tensor), wanted), f"{when}: {tensor.name} holds something else"
 
     def write(self, tensor: PagedTensor) -> None:
@@ -71,7 +83,16 @@ class Rig:
 
     def lease(self, letter: str) -> torch.Tensor:
         """A view of a resident tensor's first bytes that keeps it where it is."""
-        return self.mover.lease(self.tensors[letter], 0, torch.int32, 16)
+        tensor = self.tensors[letter]
+        return self.driver.mover_of(tensor).lease(tensor, 0, torch.int32, 16)
+
+    def _changed(self, letter: str) -> None:
+        """What the device has of a tensor is out of date."""
+        if self.device is not None:
+            copy = self.tensors[letter.lower()]
+            if not self.device.renew(copy):
+                with self.driver.memories.lower_pinned(copy) as lower:
+                    self.view(copy).copy_(self.view(lower))
 
     def op(self, text: str) -> None:
         """Perform one op, checking what it reads."""
@@ -86,8 +107,10 @@ class Rig:
                 if word[1] in "cw":
                     self.write(tensor)
         for word in words:
+            if word[1] in "cwx":
+                self._changed(word[0])
             if word[1] == "x":
-                self.driver.consume(self.tensors[word[0]])
+                self.driver.memories.consume(self.tensors[word[0]])
                 self._consumed.add(word[0])
                 self.salts[self.tensors[word[0]].id] = 0
 
@@ -96,7 +119,12 @@ class Rig:
         for text in ops:
             self.op(text)
         self.driver.end_step(repeatable=repeatable)
-        check_mover(self.mover)
+        self.check_books()
+
+    def check_books(self) -> None:
+        """Every tier's books agree."""
+        for memory in self.driver.memories.all:
+            check_mover(memory.mover)
 
     def read_all(self) -> None:
         """Check the content of every tensor that was not consumed, between steps."""
@@ -107,16 +135,20 @@ class Rig:
     def close(self) -> None:
         """End all threads."""
         self.driver.quiesce()
-        self.mover.close()
+        for memory in reversed(self.driver.memories.all):
+            memory.mover.close()
         self.files.close()
-        check_mover(self.mover)
-        self.mover.arena.close()
+        self.check_books()
+        for memory in self.driver.memories.all:
+            memory.mover.arena.close()
 
 
 @contextmanager
-def rig(n_frames: int, letters: str = "ABCDE", pages: dict[str, int] | None = None) -> Iterator[Rig]:
+def rig(
+    n_frames: int, letters: str = "ABCDE", pages: dict[str, int] | None = None, device_frames: int = 0
+) -> Iterator[Rig]:
     """A rig that is closed at the end of the block."""
-    made = Rig(n_frames, letters, pages)
+    made = Rig(n_frames, letters, pages, device_frames)
     try:
         yield made
     finally:

@@ -87,6 +87,8 @@ def test_the_surface() -> None:
                 "--machine-device",
                 "--largest",
                 "--depth",
+                "--explain",
+                "--explain-trace",
                 "--json",
             )
         ),

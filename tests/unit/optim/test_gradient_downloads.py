@@ -53,7 +53,7 @@ class Updater:
         self.taken: list[str] = []
         self.kept: list[torch.Tensor] = []
         self.keeps = False
-        self.unit: Any = SimpleNamespace(resident_driver=None)
+        self.unit: Any = SimpleNamespace(device_resident=False)
 
     def take(self, downloads: Iterable[Download]) -> None:
         for download in downloads:

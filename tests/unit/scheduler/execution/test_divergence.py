@@ -20,19 +20,19 @@ LETTERS = "ABCDEFG"
 ops = st.lists(
     st.tuples(st.sampled_from(LETTERS), st.sampled_from("rrwc")), min_size=1, max_size=2, unique_by=lambda use: use[0]
 ).map(lambda uses: " ".join(letter + mode for letter, mode in uses))
+#: One on a device.
+above = st.lists(st.sampled_from(LETTERS.lower()), min_size=1, max_size=2, unique=True).map(
+    lambda letters: " ".join(f"{letter}r" for letter in letters)
+)
 updates = st.sampled_from(LETTERS).map("u: {}w".format)
 steps = st.lists(st.one_of(ops, ops, updates), min_size=1, max_size=12)
-#: What becomes of a step: a place, what to do there, and with which op.
-edits = st.lists(
-    st.tuples(
-        st.integers(0, 11),
-        st.sampled_from(
-            ["leave out", "insert", "replace", "leave out more", "again", "aside", "pass", "announce", "hold"]
-        ),
-        ops,
-    ),
-    max_size=4,
-)
+steps_above = st.lists(st.one_of(above, above, above, ops, updates), min_size=1, max_size=12)
+
+
+def edits(ops: st.SearchStrategy[str]) -> st.SearchStrategy[list[tuple[int, str, str]]]:
+    """What becomes of a step: places, what to do there, and with which op."""
+    kinds = ["leave out", "insert", "replace", "leave out more", "again", "aside", "pass", "announce", "hold"]
+    return st.lists(st.tuples(st.integers(0, 11), st.sampled_from(kinds), ops), max_size=4)
 
 
 def perform(r: Rig, step: list[str], changes: list[tuple[int, str, str]]) -> None:
@@ -52,8 +52,8 @@ def perform(r: Rig, step: list[str], changes: list[tuple[int, str, str]]) -> Non
                     r.op(other)
             elif what == "pass":
                 with r.driver.evaluating():
-                    r.op(other.replace("w", "r").replace("c", "r"))
-                    r.op("Ar")
+                    r.op(" ".join(f"{word[0]}r" for word in other.split()))
+                    r.op("Ar" if r.device is None else "ar")
             elif what == "announce":
                 r.driver.announce([r.tensors[word[0]].id for word in other.split()])
         if place not in left_out:
@@ -80,7 +80,7 @@ def quick_plans() -> Iterator[None]:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     step=steps,
-    turns=st.lists(edits, min_size=1, max_size=6),
+    turns=st.lists(edits(ops), min_size=1, max_size=6),
     n_frames=st.integers(3, 8),
     pages=st.dictionaries(st.sampled_from(LETTERS[2:5]), st.just(2), max_size=1),
 )
@@ -88,13 +88,38 @@ def test_any_steps_after_any_plan_are_right(
     step: list[str], turns: list[list[tuple[int, str, str]]], n_frames: int, pages: dict[str, int]
 ) -> None:
     with rig(n_frames + sum(pages.values()), LETTERS, pages) as r:
-        planned(r, *step)
-        for changes in turns:
-            perform(r, step, changes)
-        r.step(*step)
-        follower = r.driver.follower
-        assert follower.planned_steps + r.driver.on_demand_steps == len(turns) + 3
-        before = follower.deviations
-        r.step(*step)
-        assert follower.deviations == before, "the step is known, and was just made"
-        r.read_all()
+        perform_all(r, step, turns)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    step=steps_above,
+    turns=st.lists(edits(st.one_of(ops, above)), min_size=1, max_size=6),
+    n_frames=st.integers(3, 8),
+    device_frames=st.integers(3, 7),
+    pages=st.dictionaries(st.sampled_from(LETTERS[2:5]), st.just(2), max_size=1),
+)
+def test_any_steps_over_a_device_are_right(
+    step: list[str],
+    turns: list[list[tuple[int, str, str]]],
+    n_frames: int,
+    device_frames: int,
+    pages: dict[str, int],
+) -> None:
+    more = sum(pages.values())
+    with rig(n_frames + more, LETTERS, pages, device_frames + more) as r:
+        perform_all(r, step, turns)
+
+
+def perform_all(r: Rig, step: list[str], turns: list[list[tuple[int, str, str]]]) -> None:
+    """Make steps with differences after a plan, and the plan's own step again."""
+    planned(r, *step)
+    for changes in turns:
+        perform(r, step, changes)
+    r.step(*step)
+    follower = r.driver.follower
+    assert follower.planned_steps + r.driver.on_demand_steps == len(turns) + 3
+    before = follower.deviations
+    r.step(*step)
+    assert follower.deviations == before, "the step is known, and was just made"
+    r.read_all()

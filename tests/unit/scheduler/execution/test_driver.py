@@ -14,9 +14,9 @@ from training_rig import PAGE_BYTES, Rig, rig
 from pagemem.errors import BudgetError
 from pagemem.residency.paged_tensor import Residency
 from pagemem.telemetry.events import EventKind
-from scheduler.execution import tier_planner as planning_module
+from scheduler.execution import step_planner as planning_module
 from scheduler.execution.plan_follower import Mode
-from scheduler.lookahead.planner import make_plan
+from scheduler.lookahead.planner import plan_work
 from scheduler.planning.bounds import PlanError
 from scheduler.planning.plan import Plan
 from scheduler.planning.task import TaskKind
@@ -84,13 +84,13 @@ def test_tensors_of_an_op_that_stand_in_each_others_way_are_placed_side_by_side(
 def test_a_plan_that_does_not_hold_is_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Plan] = []
 
-    def make_plan_without_stores(*arguments: Any, **named: Any) -> Plan:
-        plan = make_plan(*arguments, **named)
+    def plan_without_stores(*arguments: Any, **named: Any) -> Plan:
+        plan = plan_work(*arguments, **named)
         assert plan.stores
         made.append(plan)
         return without(plan, lambda task: task.kind is TaskKind.STORE)
 
-    monkeypatch.setattr(planning_module, "make_plan", make_plan_without_stores)
+    monkeypatch.setattr(planning_module, "plan_work", plan_without_stores)
     with rig(2) as r:
         for number in (1, 2):
             with pytest.raises(PlanError, match="leaves dirty: it was not stored after its last change$"):
@@ -225,9 +225,9 @@ def test_what_differs_in_one_step_costs_only_what_depended_on_it(n_frames: int) 
         planned(r, *ops)
         for _ in range(3):
             r.step(*ops)
-        counted = r.driver.bringer.on_demand_bytes
+        counted = r.driver.memories.on_demand_bytes
         r.step(*ops[:3], "Xr", *ops[4:])
-        assert r.driver.bringer.on_demand_bytes - counted <= 3 * PAGE_BYTES, (
+        assert r.driver.memories.on_demand_bytes - counted <= 3 * PAGE_BYTES, (
             "X, what left for it, and what was expected there"
         )
         r.read_all()

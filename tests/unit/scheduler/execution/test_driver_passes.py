@@ -25,10 +25,10 @@ def test_passes_that_repeat_are_planned_and_fetch_nothing_on_demand(n_frames: in
         evaluate(r, *PASS)
         passes = r.driver.tracks.passes.follower
         assert passes.mode is Mode.PLANNED
-        before = r.driver.bringer.on_demand_bytes
+        before = r.driver.memories.on_demand_bytes
         for _ in range(5):
             evaluate(r, *PASS)
-        assert r.driver.bringer.on_demand_bytes == before
+        assert r.driver.memories.on_demand_bytes == before
         assert (passes.planned_steps, passes.deviations) == (5, 0)
         assert (r.driver.follower.planned_steps, r.driver.follower.deviations, r.driver.on_demand_steps) == (1, 0, 1)
         r.read_all()
@@ -70,14 +70,14 @@ def test_what_is_announced_comes_in_before_its_op(n_frames: int) -> None:
             r.op(text)
         r.mover.store_all()
         r.driver.evict_all()
-        before = r.driver.bringer.on_demand_bytes
+        before = r.driver.memories.on_demand_bytes
         r.driver.announce([r.tensors["D"].id, r.tensors["C"].id])
         assert {r.tensors[letter].state for letter in "DC"} <= {Residency.LOADING, Residency.CLEAN}
         for text in ("Dr", "Cr"):
             r.op(text)
-        assert r.driver.bringer.on_demand_bytes == before
+        assert r.driver.memories.on_demand_bytes == before
         r.op("Ar")
-        assert r.driver.bringer.on_demand_bytes - before == PAGE_BYTES
+        assert r.driver.memories.on_demand_bytes - before == PAGE_BYTES
         r.read_all()
 
 

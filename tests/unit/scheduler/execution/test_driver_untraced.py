@@ -11,13 +11,14 @@ from driver_steps import PLAIN, STEP, planned
 from training_rig import rig
 
 from pagemem.residency.paged_tensor import Residency
-from scheduler.execution import tier_planner as planning_module
+from scheduler.execution import step_planner as planning_module
 from scheduler.execution.plan_follower import Mode
 from scheduler.lookahead.cycle import MAX_STEPS
-from scheduler.lookahead.planner import make_plan
+from scheduler.lookahead.planner import plan_work
 from scheduler.planning.durations import MEASURED_STEPS, Durations
 from scheduler.planning.plan import Plan
 from scheduler.planning.trace import Op, OpKind, Trace, TraceRecorder
+from scheduler.planning.work import Work
 
 # ---- interludes -----------------------------------------------------------------------------------------------------
 
@@ -45,11 +46,11 @@ def test_the_plan_is_made_once_more_with_the_times_of_planned_steps(
 ) -> None:
     made: list[float] = []
 
-    def spied(trace: Trace, *rest: Any, **named: Any) -> Plan:
-        made.append(trace.compute_s)
-        return make_plan(trace, *rest, **named)
+    def spied(work: Work, **named: Any) -> Plan:
+        made.append(work.trace.compute_s)
+        return plan_work(work, **named)
 
-    monkeypatch.setattr(planning_module, "make_plan", spied)
+    monkeypatch.setattr(planning_module, "plan_work", spied)
     with rig(n_frames) as r:
         step_s = iter([9.0, 8.0, 1.0, 3.0, 2.0])
         finish = TraceRecorder.finish

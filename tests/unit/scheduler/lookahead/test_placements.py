@@ -7,6 +7,7 @@ import random
 import pytest
 
 from pagemem.frames.page import TensorId
+from pagemem.tier import Tier
 from scheduler.lookahead.next_uses import NEVER, NextUses
 from scheduler.lookahead.placements import loads_to_enter
 from scheduler.lookahead.planner import make_plan
@@ -60,7 +61,7 @@ def test_entering_a_plan_at_any_op_puts_everything_where_following_it_does(seed:
     n_bytes = {tensor: 4096 * (1 + tensor % 2) for tensor in step.tensors()}
     tier = TierSpec(5, 4096, 1e8, 1e8)
     plan = make_plan(step, n_bytes, tier)
-    uses = NextUses(step)
+    uses, tiers = NextUses(step), dict.fromkeys(n_bytes, Tier.HOST)
     entered_at: list[int] = []
 
     class Walk(Replay):
@@ -68,7 +69,7 @@ def test_entering_a_plan_at_any_op_puts_everything_where_following_it_does(seed:
             super()._perform(op, position, until)
             following = position + 1
             if following < len(plan.keys):
-                loads = loads_to_enter(plan, uses, n_bytes, tier.page_bytes, following)
+                loads = loads_to_enter(plan, uses, n_bytes, tier.page_bytes, following, tiers)[Tier.HOST]
                 assert {task.tensor: task.frame for task in loads} == self.where, f"at op {following}"
                 entered_at.append(following)
 

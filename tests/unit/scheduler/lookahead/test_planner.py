@@ -205,7 +205,7 @@ def test_a_slow_disk_is_predicted_to_stall_and_a_fast_one_not() -> None:
 def test_tasks_are_grouped_by_trigger_in_order() -> None:
     plan = plan_for(step("Ar", "Bw", "Cw", "Ar", "Dr", "Bw"), n_frames=2)
     assert plan.loads and plan.stores
-    assert plan.loads_at == by_trigger(plan.loads) and plan.stores_at == by_trigger(plan.stores)
+    assert plan.arriving_at == by_trigger(plan.loads) and plan.stores_at == by_trigger(plan.stores)
     a, b, c = (
         load_task(tensor(letter), PAGE_BYTES, plan.loads[0].frame, trigger, 9)
         for letter, trigger in (("A", 4), ("B", 1), ("C", 4))

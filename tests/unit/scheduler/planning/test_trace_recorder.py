@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pagemem.tier import Tier
 from scheduler.planning.trace import Op, OpKind, Trace, TraceRecorder
 
 
@@ -23,7 +24,7 @@ class Ticks:
 
 def test_an_op_lasts_from_having_its_tensors_to_the_next_op_less_what_is_not_its_own() -> None:
     clock = Ticks()
-    recorder = TraceRecorder(clock)
+    recorder = TraceRecorder({Tier.HOST: clock})
     recorder.pause()
     recorder.begin((OpKind.FORWARD, 0), "first", [])
     recorder.go_on()  # 1
@@ -43,7 +44,7 @@ def test_an_op_lasts_from_having_its_tensors_to_the_next_op_less_what_is_not_its
 
 def test_durations_that_nobody_wants_are_not_asked_for() -> None:
     clock = Ticks()
-    recorder = TraceRecorder(clock)
+    recorder = TraceRecorder({Tier.HOST: clock})
     for timed in (False, True):
         recorder.begin((OpKind.FORWARD, 0), "op", [])
         recorder.go_on()

@@ -17,9 +17,9 @@ from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.tier import Tag
 from scheduler import knobs
-from scheduler.execution.on_demand import OnDemand
 from scheduler.execution.plan_follower import Mode
-from scheduler.execution.read_ahead import ReadAhead
+from scheduler.tiers.on_demand import OnDemand
+from scheduler.tiers.read_ahead import ReadAhead
 
 LETTERS = string.ascii_uppercase[:12]
 
@@ -273,7 +273,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def in_page_files(of: Rig) -> None:
     """Have all tensors in page files only, with a pattern in each."""
-    of.driver.set_order(of.tensors.values())
+    of.driver.memories.set_order(of.tensors.values())
     for letter in of.tensors:
         of.op(f"{letter}w")
     of.driver.evict_all()

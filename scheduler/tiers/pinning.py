@@ -6,16 +6,15 @@ What a plan brings is waited for; the rest is fetched on demand.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
-from scheduler.execution.lower_tier import LowerTier
-from scheduler.execution.on_demand import OnDemand
-from scheduler.execution.plan_follower import Mode, PlanFollower
-from scheduler.execution.read_lane import ReadLane
 from scheduler.planning.trace import CHANGES, Access, AccessMode
+from scheduler.tiers.load_lane import LoadLane
+from scheduler.tiers.on_demand import OnDemand, PlanView
 
 
 def is_usable(tensor: PagedTensor, mode: AccessMode) -> bool:
@@ -25,14 +24,20 @@ def is_usable(tensor: PagedTensor, mode: AccessMode) -> bool:
     return tensor.readable
 
 
+def never() -> bool:
+    """It is not enough before the tensor is there."""
+    return False
+
+
 class Bringer:
-    """Brings tensors for ops. Training thread only, with the mover's lock held (waiting gives it up).
+    """Brings tensors for ops. Training thread only, with the mover's lock held in host memory (waiting gives it up).
 
     Args:
         mover: owner of all residency.
         lane: planned loads. on_demand: fetches what they do not bring.
-        lower: the tier that tensors are copied up from; None above page files.
         follower: the plans of what the op under way belongs to; None: it is not recorded.
+        held_below: has what a tensor is copied from where it can be, for an op called by name, and says whether; it is
+            not where the copy is on its way. None: tensors come from page files.
 
     Attributes:
         on_demand_bytes: that ops had to fetch themselves, since no plan had brought them.
@@ -41,49 +46,64 @@ class Bringer:
     def __init__(
         self,
         mover: Mover,
-        lane: ReadLane,
+        lane: LoadLane,
         on_demand: OnDemand,
-        lower: LowerTier | None,
-        follower: Callable[[], PlanFollower | None],
+        follower: Callable[[], PlanView | None],
+        held_below: Callable[[PagedTensor, str], AbstractContextManager[bool]] | None = None,
     ) -> None:
         self.on_demand_bytes = 0
         self._mover = mover
         self._lane = lane
         self._on_demand = on_demand
-        self._lower = lower
         self._follower = follower
+        self._held_below = held_below
 
-    def bring(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
-        """Make a tensor usable in this way for the op called ``name``.
+    def bring(self, tensor: PagedTensor, mode: AccessMode, name: str, enough: Callable[[], bool] = never) -> bool:
+        """Make a tensor usable in this way for the op called ``name``, and pin it, or wait until it is ``enough``;
+        returns whether it is pinned.
+
+        Of a device, the lock is not held while what is below is waited for: copies up end meanwhile.
 
         Raises:
             BudgetError: it has no room beside what is held. StorageError: it cannot be read. Nothing was lost.
         """
-        lower = self._lower
-        if lower is None:
-            self._bring(tensor, mode, name)
-        elif lower.must_be_op_below(tensor) or not is_usable(tensor, mode) or tensor.id in self._lane:
-            with lower.holds([tensor.id], name):
-                self._bring(tensor, mode, name)
-            lower.copied([tensor])
+        if self._held_below is None:
+            if not self._bring(tensor, mode, name, enough):
+                return False
+            tensor.pins += 1
+            return True
+        while not self._pin_if_usable(tensor, mode):
+            with self._held_below(tensor, name) as held, self._mover.changed:
+                if held:
+                    self._bring(tensor, mode, name, enough)
+                    tensor.pins += 1
+                    return True
+                self._mover.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
+                self._mover.monitor.check()
+        return True
+
+    def _pin_if_usable(self, tensor: PagedTensor, mode: AccessMode) -> bool:
+        with self._mover.changed:
+            usable = is_usable(tensor, mode) and tensor.id not in self._lane
+            tensor.pins += usable
+            return usable
 
     def announce(self, tensors: Sequence[TensorId]) -> None:
         """See `Driver.announce`."""
         follower = self._follower()
-        if self._lower is not None:
-            self._lower.announce(tensors)
-        elif follower is not None:
-            with self._mover.changed:
-                self._mover.monitor.check()
-                follower.announce(tensors)
-                for tensor in map(self._mover.tensors.__getitem__, tensors):
-                    # One that waits in the lane is about to get the place that the plan has for it.
-                    if tensor.frame is None and tensor.id not in self._lane and tensor.state is Residency.STORED:
-                        self._on_demand.begin_early(tensor, follower)
+        if follower is None:
+            return
+        with self._mover.changed:
+            self._mover.monitor.check()
+            follower.announce(tensors)
+            for tensor in map(self._mover.tensors.__getitem__, tensors):
+                # One that waits in the lane is about to get the place that the plan has for it.
+                if tensor.frame is None and tensor.id not in self._lane and tensor.state is Residency.STORED:
+                    self._on_demand.begin_early(tensor, follower)
 
-    def _bring(self, tensor: PagedTensor, mode: AccessMode, name: str) -> None:
+    def _bring(self, tensor: PagedTensor, mode: AccessMode, name: str, enough: Callable[[], bool]) -> bool:
         follower = self._follower()
-        planned = follower is not None and (follower.rest.active or follower.mode is Mode.PLANNED)
+        planned = follower is not None and follower.planned
         ahead = self._on_demand.read_ahead
         if ahead is not None and not planned and tensor.frame is not None and mode is not AccessMode.CREATE:
             ahead.follow(tensor)
@@ -102,82 +122,76 @@ class Bringer:
                 self._lane.free(tensor)
             return tensor.id not in self._lane and not tensor.moving
 
-        self._mover.monitor.wait_until(lambda: usable() or hopeless(), tensor.name, tensor.n_bytes)
+        self._mover.monitor.wait_until(lambda: enough() or usable() or hopeless(), tensor.name, tensor.n_bytes)
         if is_usable(tensor, mode):
-            return
+            return True
+        if enough():
+            return False
         self.on_demand_bytes += 0 if mode is AccessMode.CREATE else tensor.n_bytes
-        by_plan = None if follower is None or follower.rest.active or follower.mode is Mode.ON_DEMAND else follower
-        if by_plan is not None:
-            by_plan.missed(name, tensor.name)
+        by_plan = follower if follower is not None and follower.moves else None
+        if by_plan is not None and mode is not AccessMode.CREATE:  # nothing is to be brought for that
+            by_plan.missed(name, tensor)
         self._on_demand.fetch(tensor, name, fresh=mode is AccessMode.CREATE, by_plan=by_plan)
+        return True
 
 
 class Pinner:
-    """Pins tensors for ops. Training thread only, with the mover's lock held (waiting gives it up).
+    """Pins tensors for ops. Training thread only, with the mover's lock held in host memory (waiting gives it up).
 
     Args:
         mover: owner of all residency.
         on_demand: moves tensors that stand in each other's way.
-        bring: makes one tensor usable for an op, which is called by name.
+        bring: makes one tensor usable for an op, which is called by name, and pins it; see `Bringer.bring`.
         lane: planned loads, which may wait for what is unpinned.
-        lower: the tier that tensors are copied up from; None above page files.
+        held_for: has what the tensors of an op are copied from where they can be, all at once.
     """
 
     def __init__(
         self,
         mover: Mover,
         on_demand: OnDemand,
-        bring: Callable[[PagedTensor, AccessMode, str], None],
-        lane: ReadLane,
-        lower: LowerTier | None,
+        bring: Callable[[PagedTensor, AccessMode, str, Callable[[], bool]], bool],
+        lane: LoadLane,
+        held_for: Callable[[Sequence[Access], str], AbstractContextManager[None]],
     ) -> None:
         self._mover = mover
         self._on_demand = on_demand
         self._bring = bring
         self._lane = lane
-        self._lower = lower
+        self._held_for = held_for
         self._sequence = 0
 
-    def pin(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        """Pin the tensors of an op once they are usable."""
+    def pin(self, name: str, accesses: Sequence[Access], enough: Callable[[], bool] = never) -> list[PagedTensor]:
+        """Pin the tensors of an op once they are usable; those that are not when it is ``enough`` are left out."""
         held: list[PagedTensor] = []
         try:
             for access in accesses:
                 tensor = self._mover.tensors[access.tensor]
-                self._bring(tensor, access.mode, name)
-                tensor.pins += 1
-                held.append(tensor)
+                if self._bring(tensor, access.mode, name, enough):
+                    held.append(tensor)
         except BudgetError:
             self.unpin(held)
-            with self._lane.paused():
-                held = self._pin_packed(name, accesses)
+            with self._held_for(accesses, name), self._mover.changed, self._lane.paused():
+                held = self._pack(name, accesses)
         except BaseException:
             self.unpin(held)
             raise
         self._sequence += 1
-        for access in accesses:
-            tensor = self._mover.tensors[access.tensor]
-            self._mover.tenants.used(tensor, self._sequence)
-            if access.mode in CHANGES:
-                self._mover.touch(tensor)
+        with self._mover.changed:
+            for access in accesses:
+                tensor = self._mover.tensors[access.tensor]
+                self._mover.tenants.used(tensor, self._sequence)
+                if access.mode in CHANGES:
+                    self._mover.touch(tensor)
         return held
 
     def unpin(self, held: Sequence[PagedTensor]) -> None:
         """Tensors may move again, unless views of them live on."""
-        for tensor in held:
-            tensor.pins -= 1
-        if self._lane.stuck:
-            self._lane.pump()
-
-    def _pin_packed(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        if self._lower is None:
-            return self._pack(name, accesses)
-        tensors = self._mover.tensors
-        streamed = [access.tensor for access in accesses if not tensors[access.tensor].resident]
-        with self._lower.holds(streamed, name):
-            held = self._pack(name, accesses)
-        self._lower.copied(held)
-        return held
+        with self._mover.changed:
+            for tensor in held:
+                tensor.pins -= 1
+            if self._lane.stuck:
+                self._lane.pump()
 
     def _pack(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         """Pin tensors that stood in each other's way: move them out and place them anew, side by side.

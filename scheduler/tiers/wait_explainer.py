@@ -14,7 +14,7 @@ from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.telemetry.recorder import UNKNOWN_CAUSE, WaitCause
-from scheduler.execution.read_lane import ReadLane
+from scheduler.tiers.load_lane import LoadLane
 
 _COMMIT: Final = "commit of "
 READING: Final = "it was being read"
@@ -39,7 +39,7 @@ class WaitExplainer:
     """
 
     _mover: Mover
-    _lane: ReadLane
+    _lane: LoadLane
     _named: dict[str, PagedTensor] = field(default_factory=dict)
 
     def __call__(self, name: str) -> WaitCause:
@@ -92,7 +92,7 @@ class DeviceCauses:
             return self._below(name)
 
 
-def _in_queue(mover: Mover, lane: ReadLane, tensor: PagedTensor) -> WaitCause:
+def _in_queue(mover: Mover, lane: LoadLane, tensor: PagedTensor) -> WaitCause:
     """The first queued load cannot start, and the others wait behind it."""
     task = lane.first
     assert task is not None

@@ -18,8 +18,9 @@ from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import Event, EventKind, NullSink
 from pagemem.telemetry.recorder import UNKNOWN_CAUSE, Recorder, WaitCause
 from pagemem.tier import Tag, Tier
-from scheduler.execution.read_lane import ReadLane
-from scheduler.execution.wait_explainer import (
+from scheduler.planning.task import Task, load_task
+from scheduler.tiers.load_lane import LoadLane
+from scheduler.tiers.wait_explainer import (
     ARRIVING,
     BEHIND,
     COMMITTING,
@@ -33,7 +34,6 @@ from scheduler.execution.wait_explainer import (
     DeviceCauses,
     WaitExplainer,
 )  # fmt: skip
-from scheduler.planning.task import Task, load_task
 
 
 def load(gates: Gates, name: str, frame: int) -> Task:
@@ -42,7 +42,7 @@ def load(gates: Gates, name: str, frame: int) -> Task:
     return load_task(tensor.id, tensor.n_bytes, FrameId(frame), 0, 0)
 
 
-def cause(gates: Gates, lane: ReadLane, name: str) -> WaitCause:
+def cause(gates: Gates, lane: LoadLane, name: str) -> WaitCause:
     """Asked as a recorder asks."""
     with gates.mover.changed:
         return WaitExplainer(gates.mover, lane)(name)
@@ -50,7 +50,7 @@ def cause(gates: Gates, lane: ReadLane, name: str) -> WaitCause:
 
 def test_under_way_in_either_direction() -> None:
     with opened() as gates:
-        lane = ReadLane(gates.mover)
+        lane = LoadLane(gates.mover)
         gates.stored(1, "a")
         lane.submit([load(gates, "a", 0)])
         assert cause(gates, lane, "a") == WaitCause("read", READING)
@@ -65,7 +65,7 @@ def test_under_way_in_either_direction() -> None:
 
 def test_a_load_waits_for_the_tenant_of_its_place_and_others_behind_it() -> None:
     with opened() as gates:
-        lane = ReadLane(gates.mover)
+        lane = LoadLane(gates.mover)
         gates.stored(1, "a")
         gates.stored(2, "b")
         gates.dirty(3, name="tenant")
@@ -80,7 +80,7 @@ def test_a_load_waits_for_the_tenant_of_its_place_and_others_behind_it() -> None
 
 def test_a_load_waits_for_what_is_still_being_read_into_its_place() -> None:
     with opened() as gates:
-        lane = ReadLane(gates.mover)
+        lane = LoadLane(gates.mover)
         for name in ("tenant", "a", "b"):
             gates.stored(1, name)
         lane.submit([load(gates, "tenant", 0), load(gates, "a", 0), load(gates, "b", 1)])
@@ -92,7 +92,7 @@ def test_a_load_waits_for_what_is_still_being_read_into_its_place() -> None:
 
 def test_a_place_in_use_is_named() -> None:
     with opened() as gates:
-        lane = ReadLane(gates.mover)
+        lane = LoadLane(gates.mover)
         gates.stored(1, "a")
         tenant = gates.dirty(2, name="tenant")
         tenant.pins += 1
@@ -104,7 +104,7 @@ def test_a_place_in_use_is_named() -> None:
 
 def test_what_nobody_has_begun_to_bring_in_has_no_place_yet() -> None:
     with opened() as gates:
-        lane = ReadLane(gates.mover)
+        lane = LoadLane(gates.mover)
         gates.stored(1, "a")
         gates.mover.start_store(gates.dirty(2, name="b"))
         assert cause(gates, lane, "a") == WaitCause("write", NO_PLACE, "b")
@@ -113,7 +113,7 @@ def test_what_nobody_has_begun_to_bring_in_has_no_place_yet() -> None:
 
 def test_a_tensor_made_or_made_anew_later_is_known_by_its_name() -> None:
     with opened() as gates:
-        lane = ReadLane(gates.mover)
+        lane = LoadLane(gates.mover)
         first = gates.dirty(1, name="a")
         causes = WaitExplainer(gates.mover, lane)
         gates.mover.forget(first)
@@ -132,7 +132,7 @@ class Watched:
     """A recorder of a mover's waits, which says when one has begun."""
 
     def __init__(self, gates: Gates) -> None:
-        self.lane = ReadLane(gates.mover)
+        self.lane = LoadLane(gates.mover)
         self.causes = WaitExplainer(gates.mover, self.lane)
         self.begun = threading.Event()
         self.gates = gates
@@ -221,7 +221,7 @@ def test_the_cause_of_a_wait_that_failed_is_no_others() -> None:
 def test_of_the_device_it_is_the_copy_once_host_memory_has_the_tensor_and_what_that_waits_for_before() -> None:
     with opened() as gates:
         arena = HostArena(2, PAGE_BYTES)
-        lower, lane = gates.stored(1, "a"), ReadLane(gates.mover)
+        lower, lane = gates.stored(1, "a"), LoadLane(gates.mover)
         device = DeviceMover(arena, gates.mover, RamDevice(), NullSink())
         tensor = device.mirror(lower)
         causes = DeviceCauses(device, WaitExplainer(gates.mover, lane))

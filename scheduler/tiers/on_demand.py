@@ -6,7 +6,7 @@ mover's lock held (waiting gives it up).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from pagemem.errors import BudgetError
@@ -16,18 +16,32 @@ from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.tier import Tag
 from pagemem.units import format_bytes
-from scheduler.execution.read_ahead import ReadAhead
 from scheduler.lookahead.next_uses import NEVER
+from scheduler.tiers.read_ahead import ReadAhead
 
 
 class PlanView(Protocol):
     """What a plan says to whoever fetches beside it."""
+
+    @property
+    def planned(self) -> bool:
+        """Whether there is a plan for what is under way."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether it is followed op by op; not so where nothing moves."""
 
     def frame_for(self, tensor: TensorId) -> FrameId | None:
         """Where the plan has a tensor now; None: nowhere, or it is not known."""
 
     def next_use(self, tensor: TensorId) -> int:
         """Ops until the plan uses what a tensor holds; `NEVER` where it does not."""
+
+    def missed(self, name: str, tensor: PagedTensor) -> None:
+        """The plan has not brought a tensor of the op under way, called by name, which is fetched on demand."""
+
+    def announce(self, tensors: Iterable[TensorId]) -> None:
+        """What is used next."""
 
 
 class OnDemand:

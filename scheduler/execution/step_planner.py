@@ -1,0 +1,121 @@
+"""Making plans for the memory as it is: all tiers, their frames and tensors, and the bandwidths. Moves nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from pagemem.errors import BudgetError
+from pagemem.frames.page import FrameId, TensorId
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import PagedTensor
+from pagemem.tier import Tier
+from scheduler import knobs
+from scheduler.lookahead.planner import cost_s, plan_work
+from scheduler.planning.bounds import check_work
+from scheduler.planning.machine import Machine
+from scheduler.planning.plan import Plan
+from scheduler.planning.sources import TensorSource
+from scheduler.planning.task import Lane, TaskKind
+from scheduler.planning.trace import Trace
+from scheduler.planning.work import Work
+
+#: Bandwidths from what is below a tier, and to it, in bytes/s.
+Bandwidth = Callable[[], tuple[float, float]]
+#: The lanes that fill a tier, and empty it.
+_LANES: Mapping[Tier, tuple[Lane, Lane]] = {
+    Tier.HOST: (Lane.SSD_READ, Lane.SSD_WRITE),
+    Tier.DEVICE: (Lane.H2D, Lane.D2H),
+}
+
+
+class StepPlanner:
+    """Makes plans for all tiers. Training thread only, with the movers' locks held.
+
+    Args:
+        mover: owner of residency in host memory.
+        bandwidth: of the page files, asked for whenever a plan is made.
+    """
+
+    def __init__(self, mover: Mover, bandwidth: Bandwidth) -> None:
+        self._movers: list[tuple[Mover, Bandwidth]] = [(mover, bandwidth)]
+
+    def add(self, mover: DeviceMover, bandwidth: Bandwidth) -> None:
+        """Plan for a device, too, whose tensors are copied up from host memory."""
+        self._movers.append((mover, bandwidth))
+
+    def machine(self, share: float | None = None) -> Machine:
+        """The tiers and lanes, with a share of the bandwidths; None: with as much as a plan relies on."""
+        share = knobs.RELIABLE_SHARE if share is None else share
+        bytes_per_s = {
+            lane: share * speed
+            for mover, bandwidth in self._movers
+            for lane, speed in zip(_LANES[mover.tier], bandwidth(), strict=True)
+        }
+        frames = {mover.tier: mover.tenants.n_shared_frames for mover, _ in self._movers}
+        return Machine(self._movers[0][0].arena.page_bytes, frames, bytes_per_s)
+
+    def tensor(self, tensor: TensorId) -> PagedTensor:
+        """A tensor of any tier."""
+        return next(mover.tensors[tensor] for mover, _ in self._movers if tensor in mover.tensors)
+
+    def tiers(self) -> dict[TensorId, Tier]:
+        """Of every tensor."""
+        return {tensor: mover.tier for mover, _ in self._movers for tensor in mover.tensors}
+
+    def n_bytes(self, trace: Trace) -> dict[TensorId, int]:
+        """Sizes of what a step uses."""
+        return {tensor: self.tensor(tensor).n_bytes for tensor in trace.tensors()}
+
+    def work(self, trace: Trace, share: float | None = None) -> Work:
+        """A step to be planned, or simulated; with a share of the bandwidths as for `machine`.
+
+        Raises:
+            ValueError: it cannot be planned at all, see `Work`.
+        """
+        resident = self.resident()
+        used = dict.fromkeys([*trace.tensors(), *resident])
+        sources = self.sources(used)
+        tensors = [*used, *(source.tensor for source in sources.values())]
+        n_bytes = {tensor: self.tensor(tensor).n_bytes for tensor in tensors}
+        tiers = self.tiers()
+        return Work.of(
+            trace, n_bytes, self.machine(share), resident, sources, {tensor: tiers[tensor] for tensor in resident}
+        )
+
+    def sources(self, tensors: Sequence[TensorId] | Mapping[TensorId, object]) -> dict[TensorId, TensorSource]:
+        """Which of the tensors are copies of others, below. One that is device-resident is none."""
+        found: dict[TensorId, TensorSource] = {}
+        for mover, _ in self._movers[1:]:
+            assert isinstance(mover, DeviceMover)
+            for tensor in map(mover.tensors.get, tensors):
+                if tensor is not None and mover.mirrors(tensor) and not tensor.resident:
+                    lower = mover.lower(tensor.id)
+                    found[tensor.id] = TensorSource(TaskKind.UPLOAD, lower.id, tensor.n_bytes)
+        return found
+
+    def plan(self, trace: Trace) -> Plan:
+        """The plan for a step, checked.
+
+        Raises:
+            BudgetError: there is none: the tensors of one op do not fit together.
+            PlanError: it does not hold, which is a defect.
+        """
+        work = self.work(trace)
+        plan = plan_work(work)
+        check_work(plan, work)
+        return plan
+
+    def cost_s(self, trace: Trace) -> float:
+        """What a step would cost by a plan, roughly; infinite where there is none. Only to be compared with other
+        steps'."""
+        try:
+            return cost_s(plan_work(self.work(trace), fast=True))
+        except BudgetError:
+            return math.inf
+
+    def resident(self) -> dict[TensorId, FrameId]:
+        """What is in a tier for good, and its first frames."""
+        tensors = (tensor for mover, _ in self._movers for tensor in mover.tensors.values())
+        return {t.id: t.frame for t in tensors if t.resident and t.frame is not None}

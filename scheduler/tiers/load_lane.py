@@ -1,0 +1,194 @@
+"""The lane of what comes into one tier: planned loads in order, each started as soon as its window is free.
+
+A load whose window still has tenants waits for them: a clean one is dropped, a dirty one stored and then dropped, one
+in flight waited for, and one that an earlier task of the tier above copies up first. One that is *held* (pinned, or
+seen through a living view) cannot be waited for by the thread that holds it; the lane then reports itself `stuck`, and
+the driver takes what it waits for out of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from pagemem.frames.page import TensorId
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.units import ceil_div
+from scheduler.planning.task import Task, TaskKind
+
+
+class LoadLane:
+    """A queue of loads, pumped with the mover's lock held after every change of state, on whichever thread made it.
+
+    Args:
+        mover: owner of residency in the tier.
+        numbers: of tasks, in the order in which they were begun over all lanes.
+
+    Attributes:
+        above: the lane of copies to the tier above, which read what is here; None: nothing is copied up.
+    """
+
+    def __init__(self, mover: Mover, numbers: Iterator[int] | None = None) -> None:
+        self.above: LoadLane | None = None
+        self._mover = mover
+        self._numbers = itertools.count() if numbers is None else numbers
+        self._tasks: deque[tuple[int, Task]] = deque()
+        # Numbers of the queued tasks of each tensor, replaced as a whole: the lane below looks from other threads.
+        self._queued: dict[TensorId, tuple[int, ...]] = {}
+        self._started: dict[TensorId, int] = {}
+        self._pumping = False
+        self._look_again = False
+        self._paused = False
+        self._held_up = False
+        self._behind_copy_up = False
+        mover.monitor.on_change(self.pump)
+
+    def __contains__(self, tensor: TensorId) -> bool:
+        return tensor in self._queued
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it waits for what is held."""
+        return self._held_up or (self._behind_copy_up and self.above is not None and self.above.stuck)
+
+    @property
+    def first(self) -> Task | None:
+        """The load that the others wait behind, if one waits."""
+        return self._tasks[0][1] if self._tasks else None
+
+    def submit(self, tasks: Iterable[Task], *, first: bool = False) -> None:
+        """Queue loads, behind those that wait or before them."""
+        self.enqueue([(next(self._numbers), task) for task in tasks], first=first)
+
+    def enqueue(self, numbered: Sequence[tuple[int, Task]], *, first: bool = False) -> None:
+        """As `submit`, of tasks that have their numbers."""
+        with self._mover.changed:
+            if first:
+                self._tasks.extendleft(reversed(numbered))
+            else:
+                self._tasks.extend(numbered)
+            for number, task in numbered:
+                self._queued[task.tensor] = (*self._queued.get(task.tensor, ()), number)
+            self.pump()
+
+    def clear(self) -> None:
+        """Forget the loads that have not started. Those under way complete."""
+        self.cancel(lambda _: True)
+
+    def cancel(self, unwanted: Callable[[Task], bool]) -> None:
+        """Forget those loads that have not started and are ``unwanted``."""
+        with self._mover.changed:
+            kept = [entry for entry in self._tasks if not unwanted(entry[1])]
+            if len(kept) < len(self._tasks):
+                queued: dict[TensorId, tuple[int, ...]] = {}
+                for number, task in kept:
+                    queued[task.tensor] = (*queued.get(task.tensor, ()), number)
+                self._tasks, self._queued = deque(kept), queued
+            self.pump()  # what is first now may start, or be held up
+
+    def free(self, tensor: PagedTensor) -> None:
+        """Have a lane that is stuck go on, or, if that is not enough, forget the next load of a tensor: whoever calls
+        brings it."""
+        while self.stuck and tensor.id in self and not tensor.moving:
+            self._pop()
+            self.pump()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Start no load inside the block."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+            self.pump()
+
+    def pump(self) -> None:
+        """Start every load that can start now."""
+        self._look_again = True
+        if self._pumping or self._paused:
+            return  # a copy that is over as soon as it begins
+        self._pumping = True
+        try:
+            while self._look_again:
+                self._look_again = self._held_up = self._behind_copy_up = False
+                # After a failed copy nothing is begun until the training thread knows: the same could fail for ever.
+                while self._tasks and not self._mover.monitor.failed and self._start(*self._tasks[0]):
+                    self._pop()
+        finally:
+            self._pumping = False
+
+    def _pop(self) -> None:
+        number, task = self._tasks.popleft()
+        left = tuple(other for other in self._queued[task.tensor] if other != number)
+        if left:
+            self._queued[task.tensor] = left
+        else:
+            del self._queued[task.tensor]
+
+    def _start(self, number: int, task: Task) -> bool:
+        if task.kind is TaskKind.DROP:
+            return self._make_room(number, task, ceil_div(task.n_bytes, self._mover.arena.page_bytes))
+        tensor = self._mover.tensors[task.tensor]
+        if self._mover.expires(tensor):
+            return False  # what is there of it has to go first, also from the very frames that it is to have
+        if tensor.frame == task.frame:
+            return True
+        if tensor.frame is not None and not self._leaves(tensor, number):
+            return False
+        if not self._make_room(number, task, tensor.n_frames):
+            return False
+        self._started[tensor.id] = number
+        # A tensor that the plan took for dead by now and that is not, because the step goes another way, keeps its
+        # content.
+        self._mover.start_load(tensor, task.frame, fresh=task.fresh and tensor.state is Residency.ABSENT)
+        return True
+
+    def _make_room(self, number: int, task: Task, n_frames: int) -> bool:
+        # Every tenant is asked to leave before giving up, so that several copies out run at once.
+        leaving = [self._leaves(tenant, number) for tenant in self.tenants(task.frame, n_frames)]
+        return all(leaving)
+
+    def tenants(self, first: int, n_frames: int) -> list[PagedTensor]:
+        """Who holds the frames from ``first`` on. With the mover's lock held."""
+        return [self._mover.tensors[owner] for _, _, owner in self._mover.host.taken(first, first + n_frames)]
+
+    def _leaves(self, tenant: PagedTensor, number: int) -> bool:
+        """Make a tenant give up its frames if it can; False while it cannot."""
+        if tenant.held:
+            self._held_up = True
+            return False
+        if tenant.uploads:
+            return False
+        if self.above is not None and self.above.copies(tenant, before=number):
+            self._behind_copy_up = True
+            return False
+        if tenant.state is Residency.DIRTY:
+            self._mover.start_store(tenant)
+            return False
+        if tenant.state is not Residency.CLEAN:
+            # A copy up that waits for host memory would wait for ever if this window is for what is used before.
+            return self._mover.take_back_load(tenant)
+        self._mover.drop(tenant)
+        return True
+
+    def copies(self, below: PagedTensor, *, before: int = sys.maxsize) -> bool:
+        """Whether a task begun earlier than the one numbered ``before`` has yet to copy a tensor of the tier below.
+
+        Any thread, with the lock of the mover below held.
+        """
+        if not isinstance(self._mover, DeviceMover):
+            return False
+        copy = self._mover.copy_of(below)
+        if copy is None:
+            return False
+        # In this order: a task is in the queue until its copy has been asked for.
+        queued = self._queued.get(copy.id)
+        if queued is not None and queued[0] < before:
+            return True
+        return self._mover.waits_below(copy) and self._started.get(copy.id, before) < before

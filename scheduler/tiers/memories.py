@@ -1,0 +1,174 @@
+"""The memory of all tiers, as ops use it: which tier a tensor is in, pinning over tiers, and their locks in order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from pagemem.frames.page import TensorId
+from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.tier import Tier
+from scheduler.planning.trace import Access, AccessMode
+from scheduler.tiers.on_demand import PlanView
+from scheduler.tiers.tier_memory import TierMemory
+
+
+class Memories:
+    """Host memory, and a device above it where there is one. Training thread only.
+
+    The lock of a device's mover is taken before that of host memory.
+
+    Args:
+        mover: owner of residency in host memory.
+        followed: the plans of what the op under way belongs to; None: it is not recorded.
+
+    Attributes:
+        numbers: of tasks, in the order in which they are begun over all lanes.
+        host, device: the tiers; no device: None. all: both, host memory first.
+    """
+
+    def __init__(self, mover: Mover, followed: Callable[[], PlanView | None]) -> None:
+        self.numbers = itertools.count()
+        self.host = TierMemory(mover, self.numbers, followed)
+        self.device: TierMemory | None = None
+        self.all = [self.host]
+        self._followed = followed
+
+    def add_device(self, mover: DeviceMover) -> None:
+        """Have a device, too, whose tensors are copied up from host memory. Once, before the first op."""
+        self.device = TierMemory(mover, self.numbers, self._followed, self.host)
+        self.all.append(self.device)
+
+    def set_order(self, tensors: Iterable[PagedTensor]) -> None:
+        """In which order passes go through tensors of host memory: what is fetched on demand is read ahead in it, or
+        backwards."""
+        assert self.host.read_ahead is not None
+        self.host.read_ahead.set_order(tensors)
+
+    def set_overhead(self, n_bytes: int) -> None:
+        """What the budget of host memory holds beside the arena from now on."""
+        self.host.on_demand.overhead_bytes = n_bytes
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What the budget of host memory holds beside the arena."""
+        return self.host.on_demand.overhead_bytes
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The locks of all movers, in their order."""
+        with ExitStack() as locks:
+            for memory in reversed(self.all):
+                locks.enter_context(memory.mover.changed)
+            yield
+
+    # ---- which tier --------------------------------------------------------------------------------------------
+
+    def of(self, tensor: TensorId) -> TierMemory:
+        """The tier that a tensor is in."""
+        return self.host if self.device is None or tensor in self.host.mover.tensors else self.device
+
+    def placed(self, accesses: Sequence[Access]) -> list[Access]:
+        """Accesses with the tiers that their tensors are in."""
+        return [Access(access.tensor, access.mode, self.of(access.tensor).tier, access.via) for access in accesses]
+
+    def in_host(self, tensor: TensorId) -> TensorId:
+        """A tensor, or what it is a copy of."""
+        if self.device is None:
+            return tensor
+        device = self.device.device
+        known = device.tensors.get(tensor)
+        return device.lower(tensor).id if known is not None and device.mirrors(known) else tensor
+
+    def is_to_be_copied(self, tensor: TensorId) -> bool:
+        """Whether a tensor of host memory has yet to be copied up, by a task that was begun."""
+        lower, above = self.host.mover.tensors.get(tensor), self.host.lane.above
+        return lower is not None and above is not None and above.copies(lower)
+
+    @property
+    def on_demand_bytes(self) -> int:
+        """Bytes that ops had to fetch themselves, over all lanes, since no plan had brought them."""
+        return sum(memory.bringer.on_demand_bytes for memory in self.all)
+
+    # ---- ops ---------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise what a copy failed with. With the locks held."""
+        for memory in self.all:
+            memory.mover.monitor.check()
+
+    def pin(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        """Pin the tensors of an op once they are usable, those first that are waited for in host memory.
+
+        Raises:
+            BudgetError, StorageError: as `Pinner.pin`; none is pinned.
+        """
+        held: list[PagedTensor] = []
+        try:
+            for memory in self.all:
+                own = [access for access in touching(accesses) if access.tier is memory.tier]
+                if own and memory is self.host:
+                    with memory.mover.changed:
+                        held += memory.pinner.pin(name, own)
+                elif own:
+                    held += memory.pinner.pin(name, own)
+        except BaseException:
+            self.unpin(held)
+            raise
+        return held
+
+    def unpin(self, held: Sequence[PagedTensor]) -> None:
+        """Tensors may move again, unless views of them live on."""
+        for memory in self.all:
+            own = [tensor for tensor in held if tensor.id in memory.mover.tensors]
+            if own:
+                memory.pinner.unpin(own)
+
+    def collect_views(self) -> list[PagedTensor]:
+        """Tensors of which the last view has ended. With the locks held."""
+        return [tensor for memory in self.all for tensor in memory.mover.collect_leases()]
+
+    @contextmanager
+    def lower_pinned(self, tensor: PagedTensor) -> Iterator[PagedTensor]:
+        """Have what a tensor of the device is a copy of in host memory inside the block, which is no op; yields it.
+
+        Raises:
+            BudgetError: it does not fit there. StorageError: a page file failed. Nothing was lost.
+        """
+        assert self.device is not None
+        with self.device.lower_pinned([tensor], tensor.name) as lower:
+            yield lower[0]
+
+    def consume(self, tensor: PagedTensor) -> None:
+        """Declare a tensor's content dead, after the op that consumed it has ended."""
+        mover = self.of(tensor.id).mover
+        mover.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
+        mover.discard(tensor)
+
+    # ---- all of them -------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Wait until no copy is under way."""
+        for memory in reversed(self.all):
+            memory.mover.monitor.settle()
+
+    def evict(self, tier: Tier) -> None:
+        """Store what is dirty and give all frames of a tier up.
+
+        Raises:
+            AssertionError: something is held. StorageError: a copy failed; it is still intact in memory.
+        """
+        for memory in self.all:
+            if memory.tier is tier:
+                memory.mover.store_all()
+                for tensor in memory.mover.tensors.values():
+                    if tensor.state is Residency.CLEAN and not tensor.resident:
+                        memory.mover.drop(tensor)
+
+
+def touching(accesses: Sequence[Access]) -> list[Access]:
+    """Those for which a tensor has to be in its tier."""
+    return [access for access in accesses if access.mode is not AccessMode.DISCARD]
