@@ -49,5 +49,9 @@ KEPT_PLANS: int = 8
 #: as where every step takes other experts, planning would cost more than it saves.
 NOVEL_STEPS: int = 3
 
+#: How many times as long as the longer of two steps a step with the ops of both may be, where each step is a new one
+#: and one plan is to serve all. Chosen: experts of 16, of which half are used at a time, come below it.
+JOINED_GROWTH: float = 1.5
+
 #: Kinds of steps that are known to have come before.
 SIGNATURES_SEEN: int = 64

@@ -84,6 +84,7 @@ class PlanBook:
         self._novel: deque[bool] = deque(maxlen=knobs.KEPT_PLANS)
         self._last: Signature | None = None
         self._n_unplanned = 0
+        self._joined: Signature | None = None  # of the plan that the next one takes the place of
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -99,6 +100,9 @@ class PlanBook:
     def keep(self, planned: PlannedStep) -> None:
         """Keep a plan, in place of one of the same ops, or of the one that was not used for longest."""
         self._plans.pop(planned.signature, None)
+        if self._joined is not None:
+            self._plans.pop(self._joined, None)
+            self._joined = None
         while len(self._plans) >= knobs.KEPT_PLANS:
             del self._plans[next(iter(self._plans))]
         self._plans[planned.signature] = planned
@@ -138,14 +142,33 @@ class PlanBook:
             self._plans[signature] = known
             return False
         self._n_unplanned += 1
-        worth = (
-            not self._plans
-            or not novel
-            or sum(self._novel) <= knobs.NOVEL_STEPS
-            or self._n_unplanned > knobs.KEPT_PLANS
-        )
+        worth = not self._plans or not novel or not self._mostly_novel or self._n_unplanned > knobs.KEPT_PLANS
         self._n_unplanned *= not worth
         return worth
+
+    @property
+    def _mostly_novel(self) -> bool:
+        return sum(self._novel) > knobs.NOVEL_STEPS
+
+    def wanted(self, followed: PlannedStep | None, trace: Trace) -> Trace | None:
+        """A step has ended that no plan has, and ``followed`` one to some extent.
+
+        Returns:
+            What a plan is worth making for: that step; or, where nearly each is a new one, one with the ops of it and
+            of the plan followed, in the place of that: what a step leaves out costs less than ops that no plan has.
+            None: nothing.
+        """
+        worth, self._joined = self.ended(Signature(trace.keys)), None
+        if followed is not None:
+            trace.take_durations(followed.trace)
+            if self._mostly_novel:
+                both = followed.trace.joined(trace)
+                if len(both.ops) == len(followed.trace.ops):
+                    return None
+                if len(both.ops) <= knobs.JOINED_GROWTH * max(len(followed.trace.ops), len(trace.ops)):
+                    self._joined = followed.signature
+                    return both
+        return trace if worth else None
 
     def expected(self) -> PlannedStep | None:
         """The plan that the next step is expected to follow; None: there are no plans."""

@@ -258,10 +258,8 @@ class PlanFollower:
         made = False
         if entry is not None and as_planned:
             made = self._end_step_as_planned(entry, trace)
-        elif repeatable and self._book.ended(Signature(trace.keys)):
-            if entry is not None:
-                trace.take_durations(entry.trace)
-            made = self._plan_for(trace)
+        elif repeatable and (wanted := self._book.wanted(entry, trace)) is not None:
+            made = self._plan_for(wanted)
         self._expect_next(entry, made)
         return made
 

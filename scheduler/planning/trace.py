@@ -10,7 +10,8 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from typing import Any, Final, Protocol
 
 from pagemem.frames.page import TensorId
@@ -137,6 +138,27 @@ class Trace:
             if op.key != before.key:
                 return
             op.duration_s = op.duration_s or before.duration_s
+
+    def joined(self, other: Trace) -> Trace:
+        """A step with the ops of both: those that they have in common, in order, once. Ops last as long as here, or as
+        there where they are not here."""
+        mine: dict[int, int] = {}
+        others: dict[int, int] = {}
+        ops: list[Op] = []
+        keys, other_keys = self.keys, other.keys
+        for tag, start, end, other_start, other_end in SequenceMatcher(None, keys, other_keys, False).get_opcodes():
+            if tag == "equal":
+                others.update((other_start + index, len(ops) + index) for index in range(end - start))
+            mine.update((start + index, len(ops) + index) for index in range(end - start))
+            ops += self.ops[start:end]
+            if tag != "equal":
+                others.update((other_start + index, len(ops) + index) for index in range(other_end - other_start))
+                ops += other.ops[other_start:other_end]
+        until = list(range(len(ops)))
+        for trace, places in ((self, mine), (other, others)):
+            for index, place in places.items():
+                until[place] = max(until[place], places[trace.ops[index].until])
+        return Trace(tuple(replace(op, until=last) for op, last in zip(ops, until, strict=True)))
 
     def first_uses(self) -> dict[TensorId, int]:
         """Every tensor accessed, in order of first use, and the op of that."""

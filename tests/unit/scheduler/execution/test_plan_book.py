@@ -82,3 +82,19 @@ def test_a_cleared_book_expects_nothing() -> None:
     ended(made, "ab")
     made.clear()
     assert made.expected() is None and ended(made, "ab")
+
+
+def test_where_every_step_is_new_a_plan_for_the_ops_of_all_takes_the_place_of_the_one_followed() -> None:
+    made, _ = book("ax")
+    for number in range(knobs.NOVEL_STEPS):
+        assert ended(made, f"ax{number}")
+    followed = planned("a0123456x")
+    made.keep(followed)
+    both = made.wanted(followed, planned("a02467x").trace)
+    assert both is not None and [op.name for op in both.ops] == list("a01234567x")
+    joined = PlannedStep(both, host_plan(both, 1, {}))
+    made.keep(joined)
+    assert made.of(followed.signature) is None and made.of(joined.signature) is joined
+    assert made.wanted(joined, planned("a357x").trace) is None, "it has all of these ops"
+    assert made.wanted(joined, planned("bcdefghijk").trace) is None, "the two have nothing in common"
+    assert made.of(joined.signature) is joined

@@ -60,3 +60,19 @@ def test_ops_that_were_not_timed_last_as_long_as_before_as_far_as_the_steps_begi
     later = step((0, 0.0), (1, 0.0), (2, 7.0), (4, 0.0), (5, 0.0))
     later.take_durations(step((0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0), (5, 5.0)))
     assert [op.duration_s for op in later.ops] == [1.0, 2.0, 7.0, 0.0, 0.0]
+
+
+def test_two_steps_joined_have_their_common_ops_once_and_views_live_as_long_as_in_either() -> None:
+    def step(letters: str, seconds: float, **until: int) -> Trace:
+        return Trace(
+            tuple(
+                Op((OpKind.FORWARD, letter), letter, (), seconds, until.get(letter, index))
+                for index, letter in enumerate(letters)
+            )
+        )
+
+    joined = step("abcx", 1.0, b=2).joined(step("adcy", 2.0, a=3))
+    assert [(op.name, op.duration_s, op.until) for op in joined.ops] == [
+        ("a", 1.0, 5), ("b", 1.0, 3), ("d", 2.0, 2), ("c", 1.0, 3), ("x", 1.0, 4), ("y", 2.0, 5),
+    ]  # fmt: skip
+    assert step("ab", 1.0).joined(step("ab", 2.0)) == step("ab", 1.0)
