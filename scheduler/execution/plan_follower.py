@@ -227,16 +227,13 @@ class PlanFollower:
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
-    def end_step(self, *, repeatable: bool) -> bool:
+    def end_step(self, *, repeatable: bool) -> None:
         """The step under way ends; choose the plan of the next one.
 
         Where views in use leave the planner no window, steps stay on demand; that is counted and emitted.
 
         Args:
             repeatable: a plan may be made of it.
-
-        Returns:
-            Whether one was made.
 
         Raises:
             PlanError: the plan does not hold, which is a defect; it is not followed.
@@ -246,7 +243,7 @@ class PlanFollower:
         if self.rest.active:
             self._recorder.finish(timed=False)
             self.planned_steps += 1
-            return False
+            return
         if entry is not None:
             entry = self._end_planned_step(entry)
         trace = self._recorder.finish(timed=repeatable and self.wants_times, assumed=not self.differs)
@@ -261,7 +258,6 @@ class PlanFollower:
         elif repeatable and (wanted := self._book.wanted(entry, trace)) is not None:
             made = self._plan_for(wanted)
         self._expect_next(entry, made)
-        return made
 
     def _end_step_as_planned(self, entry: PlannedStep, trace: Trace) -> bool:
         """The step was the plan's; returns whether that is made once more with better times."""
@@ -330,7 +326,8 @@ class PlanFollower:
     def _plan_for(self, trace: Trace, durations: Durations | None = None) -> bool:
         """Make a plan and keep it; where there is none, the present one stays. Returns whether there is one."""
         try:
-            plan = self._planner.plan(trace)
+            # Another kind of step may never come again. If it does, there is a better plan once it was measured.
+            plan = self._planner.plan(trace, fast=durations is None and len(self._book) > 0)
         except BudgetError as error:
             self._emit_deviation(f"no plan: {error}")
             return False

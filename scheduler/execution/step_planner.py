@@ -95,15 +95,18 @@ class StepPlanner:
                     found[tensor.id] = TensorSource(TaskKind.UPLOAD, lower.id, tensor.n_bytes)
         return found
 
-    def plan(self, trace: Trace) -> Plan:
+    def plan(self, trace: Trace, *, fast: bool = False) -> Plan:
         """The plan for a step, checked.
+
+        Args:
+            fast: the first one that is found, not the best of several.
 
         Raises:
             BudgetError: there is none: the tensors of one op do not fit together.
             PlanError: it does not hold, which is a defect.
         """
         work = self.work(trace)
-        plan = plan_work(work)
+        plan = plan_work(work, fast=fast)
         check_work(plan, work)
         return plan
 
