@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from pagemem.frames.page import TensorId
+from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
@@ -38,8 +38,8 @@ class LoadLane:
         self._mover = mover
         self._numbers = itertools.count() if numbers is None else numbers
         self._tasks: deque[tuple[int, Task]] = deque()
-        # Numbers of the queued tasks of each tensor, replaced as a whole: the lane below looks from other threads.
-        self._queued: dict[TensorId, tuple[int, ...]] = {}
+        # Of each tensor's queued tasks the numbers and frames, replaced as a whole: others look without the lock.
+        self._queued: dict[TensorId, tuple[tuple[int, FrameId], ...]] = {}
         self._started: dict[TensorId, int] = {}
         self._pumping = False
         self._look_again = False
@@ -73,7 +73,7 @@ class LoadLane:
             else:
                 self._tasks.extend(numbered)
             for number, task in numbered:
-                self._queued[task.tensor] = (*self._queued.get(task.tensor, ()), number)
+                self._queued[task.tensor] = (*self._queued.get(task.tensor, ()), (number, task.frame))
             self.pump()
 
     def clear(self) -> None:
@@ -85,9 +85,9 @@ class LoadLane:
         with self._mover.changed:
             kept = [entry for entry in self._tasks if not unwanted(entry[1])]
             if len(kept) < len(self._tasks):
-                queued: dict[TensorId, tuple[int, ...]] = {}
+                queued: dict[TensorId, tuple[tuple[int, FrameId], ...]] = {}
                 for number, task in kept:
-                    queued[task.tensor] = (*queued.get(task.tensor, ()), number)
+                    queued[task.tensor] = (*queued.get(task.tensor, ()), (number, task.frame))
                 self._tasks, self._queued = deque(kept), queued
             self.pump()  # what is first now may start, or be held up
 
@@ -125,7 +125,7 @@ class LoadLane:
 
     def _pop(self) -> None:
         number, task = self._tasks.popleft()
-        left = tuple(other for other in self._queued[task.tensor] if other != number)
+        left = tuple(other for other in self._queued[task.tensor] if other[0] != number)
         if left:
             self._queued[task.tensor] = left
         else:
@@ -177,6 +177,11 @@ class LoadLane:
         self._mover.drop(tenant)
         return True
 
+    def moves(self, tensor: PagedTensor) -> bool:
+        """Whether a tensor has yet to come, or to move to other frames. Any thread, without the lock: a task whose
+        tensor is in its frames may be in the queue still."""
+        return any(frame != tensor.frame for _, frame in self._queued.get(tensor.id, ()))
+
     def copies(self, below: PagedTensor, *, before: int = sys.maxsize) -> bool:
         """Whether a task begun earlier than the one numbered ``before`` has yet to copy a tensor of the tier below.
 
@@ -189,6 +194,6 @@ class LoadLane:
             return False
         # In this order: a task is in the queue until its copy has been asked for.
         queued = self._queued.get(copy.id)
-        if queued is not None and queued[0] < before:
+        if queued is not None and queued[0][0] < before:
             return True
         return self._mover.waits_below(copy) and self._started.get(copy.id, before) < before

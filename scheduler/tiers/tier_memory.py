@@ -90,7 +90,7 @@ class TierMemory:
         lower, below = self.device.lower(tensor.id), self._below
 
         def is_on_its_way() -> bool:
-            return self.device.is_given(tensor) or (tensor.readable and tensor.id not in self.lane)
+            return self.device.is_given(tensor) or (tensor.readable and not self.lane.moves(tensor))
 
         with below.mover.changed:
             held = below.pinner.pin(name, [_read(lower)], is_on_its_way)

@@ -127,7 +127,9 @@ def test_modules_and_files_that_pages_name_exist() -> None:
         text = page.read_text()
         modules = set(re.findall(r"\b(benchmarks(?:\.[a-z]\w*)+)\b(?!/)", text)) - {"benchmarks.md"}
         lost |= {f"{name_of(page)}: {name}" for name in modules if importlib.util.find_spec(name) is None}
-        files = re.findall(r"\b((?:pagemem|scheduler|optim|offload|tests|examples|benchmarks)/[\w/]+\.\w+)", text)
+        files = re.findall(
+            r"(?<![\w/])((?:pagemem|scheduler|optim|offload|tests|examples|benchmarks)/[\w/]+\.\w+)", text
+        )
         lost |= {f"{name_of(page)}: {name}" for name in files if not (ROOT / name).exists()}
     assert lost == set()
 

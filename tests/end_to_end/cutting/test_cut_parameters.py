@@ -326,5 +326,5 @@ def test_the_forecast_rehearses_slices(tmp_path: Path) -> None:
     with rehearsed(lambda: WideVocabulary(tied=True, bias=True), settings, cost, rates) as rehearsal:
         assert isinstance(rehearsal.model.head.weight, CutParameter)
         rehearsal.rehearse(2, 12)
-        plan = rehearsal.host.follower.plan
+        plan = rehearsal.driver.follower.plan
     assert plan is not None
