@@ -178,8 +178,8 @@ class PlanFollower:
 
     def missed(self, name: str, tensor: PagedTensor) -> None:
         """The plan has not brought a tensor of the op under way, which is fetched on demand."""
-        if self._moves.is_left_out(tensor.id):
-            self._moves.placed = False  # what leaves for it comes back
+        if self._moves.is_left_out(tensor.id) or not self._moves.placed:
+            self._moves.placed = False  # what leaves for it comes back, but perhaps not for this op
         elif self._entry is not None:
             self._differ(f"{name}: the plan has not brought {tensor.name}")
 
