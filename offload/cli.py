@@ -6,35 +6,28 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import offload
 from offload import starting
-from offload.budget.verdict import Available
 from offload.checkpoint.commit_weights import DTYPES
 from offload.checkpoint.export import export_run
 from offload.checkpoint.verify import verify_run
-from offload.choosing.update_choice import choose_updates
 from offload.config import Config, ConfigError, load_config_file
 from offload.config_template import config_template
 from offload.console.output import BROKEN_PIPE, Output, OutputClosed
 from offload.console.tables import print_line
-from offload.factories import model_factory
-from offload.forecast.forecast import check_forecastable, forecast
-from offload.forecast.planned_trace import check_trace_file, write_planned_trace
-from offload.forecast.rates import rates_of
-from offload.forecast.report import print_forecast, shown
 from offload.heap import without_tcache
 from offload.launch.interrupt import INTERRUPTED, only_exit_is_left, own_process
+from offload.launch.plan_command import plan
 from offload.launch.profile_run import profile_run
 from offload.launch.train import launch
 from offload.machine.bench_ssd import full_plan
 from offload.machine.bench_ssd_report import run_bench_ssd
-from offload.machine.calibration import calibrated, keep_bench
+from offload.machine.calibration import keep_bench
 from offload.machine.doctor import run_doctor
-from offload.machine.facts import available_here
 from offload.profiling.plain import profile_plain
 from pagemem.errors import OffloadError
 from pagemem.units import parse_bytes
@@ -82,71 +75,7 @@ def _read_config(arguments: argparse.Namespace, *more: str) -> Config:
 
 def _plan(arguments: argparse.Namespace) -> int:
     config = _read_config(arguments, *([] if arguments.ram is None else [f"memory.ram={arguments.ram}"]))
-    check_forecastable(config)
-    if arguments.explain_trace is not None:
-        check_trace_file(arguments.explain_trace)
-    _check_device_options(config, arguments)
-    mb_per_s = {
-        "ram": arguments.ram_speed,
-        "ssd_read": arguments.ssd_read,
-        "ssd_write": arguments.ssd_write,
-        "h2d": arguments.h2d,
-        "device_ram": arguments.device_ram_speed,
-    }
-    bytes_per_s = {name: None if value is None else value * 1e6 for name, value in mb_per_s.items()}
-    machine = None
-    if arguments.flops is None or arguments.ram_speed is None:  # else it is a forecast for another machine
-        machine = calibrated(config.ssd.paths)
-        machine.apply()
-    rates = rates_of(config, flops=arguments.flops, **bytes_per_s, here=machine)
-    ram_bytes, disk_bytes, device_bytes = arguments.machine_ram, arguments.machine_disk, arguments.machine_device
-    room = None
-    if not ram_bytes is disk_bytes is device_bytes is None:
-        here = available_here(config)
-        room = Available(
-            here.ram_bytes if ram_bytes is None else ram_bytes,
-            here.disk_bytes if disk_bytes is None else disk_bytes,
-            device_bytes,
-        )
-    console = Output()
-    with shown(console) as progress:
-        explained = arguments.explain or arguments.explain_trace is not None
-        if config.update.mode == "auto" and config.model is not None:
-            config = choose_updates(config, model_factory(config.model), rates=rates, progress=progress)
-        found = forecast(
-            config,
-            rates,
-            room,
-            largest=arguments.largest,
-            depth=arguments.depth,
-            explained=explained,
-            progress=progress,
-        )
-    if arguments.explain_trace is not None:
-        assert found.explained is not None
-        write_planned_trace(arguments.explain_trace, found.explained)
-        if not arguments.explain:
-            found = replace(found, explained=None)
-    print_forecast(found, console, as_json=arguments.json)
-    return 0
-
-
-def _check_device_options(config: Config, arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for options that need a device which the configuration does not name, and the reverse."""
-    names = ("machine_device", "h2d", "device_ram_speed", "flops", "ram_speed")
-    given = {f"--{name.replace('_', '-')}": getattr(arguments, name) is not None for name in names}
-    of_device = [option for option in list(given)[:3] if given[option]]
-    if config.device == "cpu" and of_device:
-        raise ConfigError(
-            f'{of_device[0]}: device is "cpu", which has no memory of its own; --set device=cuda --set '
-            "memory.device=SIZE"
-        )
-    missing = [option for option in given if option != "--h2d" and not given[option]]
-    if config.device.startswith("cuda") and missing:
-        raise ConfigError(
-            f'device is "{config.device}", of which the kernels of a CPU tell nothing: give {", ".join(missing)} as '
-            "well"
-        )
+    return plan(config, arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:

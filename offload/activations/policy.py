@@ -32,7 +32,7 @@ class RecomputeChoice:
     """Decides for one engine. Training thread only.
 
     Args:
-        driver: of host memory, where saved tensors have pages.
+        driver: has the trace and the plan of steps.
         limit_bytes: of saved tensors that stay.
 
     Attributes:

@@ -61,7 +61,7 @@ class SavedActivations:
     """Keeps one engine's saved tensors. Training thread only; storages may end on any, at any moment.
 
     Args:
-        driver: of host memory, where the pages are.
+        driver: gives host pages.
         limit_bytes: of saved tensors to keep as they are, including those being downloaded from a device.
         chunk_bytes: of one paged tensor.
         device: what copies between the device and host pages; None: compute is in host memory.

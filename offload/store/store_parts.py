@@ -87,7 +87,7 @@ class StoreParts:
         return SourceFiles(page_files.reads, page_files.throttle, n_threads=n_threads, chunk_bytes=chunk_bytes)
 
     def driver(self, mover: Mover, sink: EventSink) -> Driver:
-        """The driver of host memory."""
+        """The driver, which knows host memory; see `connect`."""
         return Driver(mover, sink, mover.bandwidth)
 
     def connect(self, driver: Driver, mover: DeviceMover) -> None:

@@ -49,7 +49,7 @@ class GradientStore:
     """Keeps the gradients of the step under way.
 
     Args:
-        driver: gives host pages.
+        driver: gives pages.
         budget: of direct gradients; what does not fit goes to pages.
         changed: told of sums that were changed.
         spill_folder: where gradients of cut parameters are put together for their norm, beside the budget; None: in

@@ -24,7 +24,7 @@ class UnitUpdate:
     """Updates units with the gradients in a store.
 
     Args:
-        driver: gives host pages.
+        driver: gives pages.
         rule: what an update does.
         updated: told of each unit whose parameters were updated.
         changed: told of tensors in host memory that an op has changed, once it is over.

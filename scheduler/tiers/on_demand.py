@@ -48,7 +48,7 @@ class OnDemand:
     """Brings tensors in and out, one at a time.
 
     Args:
-        mover: owner of all residency.
+        mover: owner of residency in the tier.
         take_back_loads: undoes loads whose copies have not begun, and which may wait for what is not coming.
         read_ahead: is told of tensors that are being brought; None: nothing is read ahead.
 

@@ -33,7 +33,7 @@ class Bringer:
     """Brings tensors for ops. Training thread only, with the mover's lock held in host memory (waiting gives it up).
 
     Args:
-        mover: owner of all residency.
+        mover: owner of residency in the tier.
         lane: planned loads. on_demand: fetches what they do not bring.
         follower: the plans of what the op under way belongs to; None: it is not recorded.
         held_below: has what a tensor is copied from where it can be, for an op called by name, and says whether; it is
@@ -139,7 +139,7 @@ class Pinner:
     """Pins tensors for ops. Training thread only, with the mover's lock held in host memory (waiting gives it up).
 
     Args:
-        mover: owner of all residency.
+        mover: owner of residency in the tier.
         on_demand: moves tensors that stand in each other's way.
         bring: makes one tensor usable for an op, which is called by name, and pins it; see `Bringer.bring`.
         lane: planned loads, which may wait for what is unpinned.
