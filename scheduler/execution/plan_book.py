@@ -154,14 +154,14 @@ class PlanBook:
         """A step has ended that no plan has, and ``followed`` one to some extent.
 
         Returns:
-            What a plan is worth making for: that step; or, where nearly each is a new one, one with the ops of it and
-            of the plan followed, in the place of that: what a step leaves out costs less than ops that no plan has.
-            None: nothing.
+            What a plan is worth making for: that step; or, where it is a new one as nearly each is, one with the ops of
+            it and of the plan followed, in the place of that: what a step leaves out costs less than ops that no plan
+            has. None: nothing.
         """
         worth, self._joined = self.ended(Signature(trace.keys)), None
         if followed is not None:
             trace.take_durations(followed.trace)
-            if self._mostly_novel:
+            if self._novel[-1] and self._mostly_novel:
                 both = followed.trace.joined(trace)
                 if len(both.ops) == len(followed.trace.ops):
                     return None
