@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from committed_runs import Run, Setup, assert_same
 from losing_disk import LosingDisk
+from pairwise import full_product
 from tiny_models import Case
 from torch import Tensor, nn
 
@@ -60,12 +61,12 @@ def state(run: Run) -> dict[str, Any]:
     return {key: value for key, value in run.state().items() if key not in ("numpy", "python", "torch")}
 
 
-@pytest.mark.parametrize("more", [0, 1, 3])
-@pytest.mark.parametrize(
-    "ssd", [{}, {"direct": False}, {"checksums": False}], ids=["probed", "page cache", "no checksums"]
+@full_product(
+    failing=[0, 1, 2],
+    ram={"paged": RAM, "all in RAM": 16 << 20},
+    ssd={"probed": {}, "page cache": {"direct": False}, "no checksums": {"checksums": False}},
+    more=[0, 1, 3],
 )
-@pytest.mark.parametrize("ram", [RAM, 16 << 20], ids=["paged", "all in RAM"])
-@pytest.mark.parametrize("failing", [0, 1, 2])
 def test_what_is_called_committed_is_on_the_disk(
     failing: int, ram: int, ssd: dict[str, Any], more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,7 +190,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("mode", ["lock-free", "device"])
+@pytest.mark.parametrize("mode", [pytest.param("lock-free", marks=pytest.mark.long), "device"])
 @pytest.mark.timeout(120)
 def test_programs_that_end_without_closing(tmp_path: Path, mode: str) -> None:
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])

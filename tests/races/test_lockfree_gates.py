@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from lockfree_run import RESIDENT, STREAMING, Run, Scale, running
+from pairwise import each_value, full_product
 from updater_gates import POINTS
 
 import offload
@@ -20,9 +21,7 @@ UNITS = ("layers.0", "layers.1", "layers.2")
 SECOND = UNITS[1]
 
 
-every_point = pytest.mark.parametrize("point", POINTS)
-every_unit = pytest.mark.parametrize("unit", UNITS)
-every_scale = pytest.mark.parametrize("scale", [RESIDENT, STREAMING], ids=["all_in_ram", "streaming"])
+SCALES = {"all_in_ram": RESIDENT, "streaming": STREAMING}
 
 
 def test_the_scales_are_what_they_are_named(tmp_path: Path) -> None:
@@ -34,9 +33,7 @@ def test_the_scales_are_what_they_are_named(tmp_path: Path) -> None:
         assert all(part.master is not None for box in run.boxes.values() for part in box.unit.slices)
 
 
-@every_point
-@every_unit
-@every_scale
+@full_product(point=POINTS, unit=UNITS, scale=SCALES)
 def test_another_step_does_not_wait(point: str, unit: str, scale: Scale, tmp_path: Path) -> None:
     with running(tmp_path, 1, scale) as run:
         run.warm_up()
@@ -47,9 +44,7 @@ def test_another_step_does_not_wait(point: str, unit: str, scale: Scale, tmp_pat
         run.assert_replayed()
 
 
-@every_point
-@every_unit
-@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+@full_product(point=POINTS, unit=UNITS, max_staleness=[0, 1, 3])
 def test_the_step_that_would_miss_too_many_waits_and_no_other(
     point: str, unit: str, max_staleness: int, tmp_path: Path
 ) -> None:
@@ -97,13 +92,12 @@ LOOKS = [
 ]
 
 
-@every_point
-@pytest.mark.parametrize(
-    ("look", "scale"),
-    LOOKS,
-    ids=[f"{look}-{'all_in_ram' if scale is RESIDENT else 'streaming'}" for look, scale in LOOKS],
+@each_value(
+    at={f"{look}-{'all_in_ram' if scale is RESIDENT else 'streaming'}": (look, scale) for look, scale in LOOKS},
+    point=POINTS,
 )
-def test_a_look_waits_until_everything_is_applied(point: str, look: str, scale: Scale, tmp_path: Path) -> None:
+def test_a_look_waits_until_everything_is_applied(at: tuple[str, Scale], point: str, tmp_path: Path) -> None:
+    look, scale = at
     with running(tmp_path, 4, scale) as run:
         run.warm_up()
         run.catch(point, SECOND)
@@ -116,8 +110,7 @@ def test_a_look_waits_until_everything_is_applied(point: str, look: str, scale: 
         run.assert_replayed()
 
 
-@every_point
-@every_scale
+@each_value(point=POINTS, scale=SCALES)
 def test_an_edit_comes_after_all_updates_and_before_the_next(point: str, scale: Scale, tmp_path: Path) -> None:
     with running(tmp_path, 4, scale) as run:
         run.warm_up()
@@ -137,7 +130,7 @@ def test_an_edit_comes_after_all_updates_and_before_the_next(point: str, scale: 
         assert torch.equal(run.model.state_dict()[f"{SECOND}.weight"], before * 0.5), "the edit was lost"
 
 
-@every_point
+@pytest.mark.parametrize("point", POINTS)
 def test_zero_grad_throws_away_what_was_not_handed_over_and_nothing_else(point: str, tmp_path: Path) -> None:
     with running(tmp_path, 4) as run:
         run.warm_up()
@@ -155,8 +148,7 @@ def test_zero_grad_throws_away_what_was_not_handed_over_and_nothing_else(point: 
         assert run.gates.waits == []
 
 
-@every_point
-@every_unit
+@each_value(point=POINTS, unit=UNITS)
 def test_closing_ends_the_updater_wherever_it_stands(point: str, unit: str, tmp_path: Path) -> None:
     with running(tmp_path, 4) as run:
         run.warm_up()
@@ -169,7 +161,7 @@ def test_closing_ends_the_updater_wherever_it_stands(point: str, unit: str, tmp_
         assert run.gates.passed.count(("slice", unit)) == begun
 
 
-@every_unit
+@pytest.mark.parametrize("unit", UNITS)
 def test_a_version_is_published_only_when_every_slice_is_done(unit: str, tmp_path: Path) -> None:
     with running(tmp_path, 4) as run:
         run.warm_up()

@@ -56,6 +56,15 @@ def each_value(**parameters: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDe
     return _parametrized(parameters, each_once)
 
 
+def every_third(start: int, **parameters: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """As `each_value`, where other tests have these values, too: `make test` has a third of its choices.
+
+    Args:
+        start: the first choice that it has: another one for each test of a kind.
+    """
+    return _parametrized(parameters, lambda sizes: set(sorted(each_once(sizes))[start % 3 :: 3]))
+
+
 def _parametrized(
     parameters: Mapping[str, Sequence[Any] | Mapping[str, Any]], part: Callable[[Sequence[int]], set[Choice]]
 ) -> pytest.MarkDecorator:

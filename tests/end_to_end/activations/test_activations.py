@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import each_value
+from pairwise import every_third
 from parity import Parity, adamw, state_bytes
 from tiny_models import CASES
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
 
 
-@each_value(name=tuple(CASES), limit=[0, "64KiB"], update={"whole": (None, 1), "clipped and accumulated": (0.5, 3)})
+@every_third(1, name=tuple(CASES), limit=[0, "64KiB"], update={"whole": (None, 1), "clipped and accumulated": (0.5, 3)})
 def test_steps_equal_plain_torch(name: str, limit: int | str, update: tuple[float | None, int], tmp_path: Path) -> None:
     clip_norm, accumulation = update
     parity = Parity(

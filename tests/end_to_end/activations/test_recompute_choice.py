@@ -119,7 +119,7 @@ class Pair:
         pytest.param(False, {}, id="eager"),
         pytest.param(False, {"clip_norm": 0.5}, id="clipped", marks=pytest.mark.long),
         pytest.param(False, {"accumulation": 2}, id="accumulated", marks=pytest.mark.long),
-        pytest.param(True, {}, id="three tiers"),
+        pytest.param(True, {}, id="three tiers", marks=pytest.mark.long),
         pytest.param(True, {"accumulation": 2}, id="three tiers, accumulated", marks=pytest.mark.long),
     ],
 )

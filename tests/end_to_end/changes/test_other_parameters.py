@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import each_value
 from parity import adamw
 from safetensors.torch import load_file
 from small_runs import (
@@ -67,8 +68,7 @@ CHANGES: dict[str, tuple[Callable[[GPT], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("at", ["step", "save", "export", "resume"])
-@pytest.mark.parametrize("name", CHANGES)
+@each_value(name=tuple(CHANGES), at=["step", "save", "export", "resume"])
 def test_a_model_with_other_parameters_is_refused_before_a_byte_is_written(name: str, at: str, tmp_path: Path) -> None:
     change, message = CHANGES[name]
     with engine_of(built(), tmp_path, start="step") as engine:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.long)])
 def test_runs_that_are_killed_again_and_again_end_with_the_bits_of_one_that_never_was(
     kills: int, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cross_references import check_mover
 from late_device import late_device
-from pairwise import each_value
+from pairwise import each_value, every_third
 from parity import Parity, adamw, state_bytes
 from safetensors.torch import load_file
 from small_runs import assert_closed, assert_equal, built, config, train, train_plain
@@ -32,7 +32,7 @@ def homes(folder: Path, device: str = ALL, states: str = "auto", dtype: str = "f
     return made | {"device": "cpu-emulated", "memory": memory, "model": {"factory": "unused:unused", "dtype": dtype}}
 
 
-@each_value(name=tuple(CASES), clip_norm=[None, 0.5], device=[SOME, ALL])
+@every_third(0, name=tuple(CASES), clip_norm=[None, 0.5], device=[SOME, ALL])
 def test_on_a_late_device_every_step_equals_plain_torch(
     name: str, clip_norm: float | None, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

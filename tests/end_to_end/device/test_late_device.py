@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from late_device import late_device
-from pairwise import each_value
+from pairwise import every_third
 from parity import Parity, adamw, state_bytes
 from small_runs import assert_closed, assert_equal, batches, built, config, train, train_plain
 from tiny_models import CASES
@@ -18,7 +18,7 @@ import offload
 from offload import knobs
 
 
-@each_value(name=tuple(CASES), clip_norm=[None, 0.5])
+@every_third(0, name=tuple(CASES), clip_norm=[None, 0.5])
 def test_every_step_equals_plain_torch(
     name: str, clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -31,7 +31,7 @@ def test_every_step_equals_plain_torch(
     assert stats.deviations == 0 and stats.planned_steps >= parity.steps - 4
 
 
-@each_value(name=tuple(CASES), limit=[0, "64KiB"])
+@every_third(1, name=tuple(CASES), limit=[0, "64KiB"])
 def test_saved_tensors_go_down_and_come_back_late(
     name: str, limit: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

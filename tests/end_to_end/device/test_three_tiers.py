@@ -14,7 +14,7 @@ import torch
 from cross_references import check_mover
 from edits import EDITS
 from late_device import late_device
-from pairwise import each_value, full_product
+from pairwise import each_value, every_third, full_product
 from parity import Parity, adamw, smallest_ram, state_bytes
 from small_runs import assert_closed, assert_equal, batches, built, config, train, train_plain
 from tiny_models import CASES
@@ -54,7 +54,7 @@ def test_every_step_equals_plain_torch(name: str, device: str, clip_norm: float 
     assert parity.run().steps == parity.steps
 
 
-@each_value(name=tuple(CASES), clip_norm=[None, 0.5])
+@every_third(1, name=tuple(CASES), clip_norm=[None, 0.5])
 def test_host_memory_may_be_as_small_as_without_a_device(name: str, clip_norm: float | None, tmp_path: Path) -> None:
     parity = Parity(CASES[name], tmp_path, 0, clip_norm, each_step=False)
     parity.ram = smallest_ram(dataclasses.replace(parity, steps=2))
@@ -63,7 +63,7 @@ def test_host_memory_may_be_as_small_as_without_a_device(name: str, clip_norm: f
     assert stats.bytes_read > 0 and stats.bytes_written > 0
 
 
-@each_value(name=tuple(CASES), clip_norm=[None, 0.5])
+@every_third(2, name=tuple(CASES), clip_norm=[None, 0.5])
 def test_both_plans_are_followed(name: str, clip_norm: float | None, tmp_path: Path) -> None:
     parity = Parity(
         CASES[name], tmp_path, state_bytes(CASES[name]) // 2 + (1 << 20), clip_norm, each_step=False, steps=10
@@ -74,7 +74,7 @@ def test_both_plans_are_followed(name: str, clip_norm: float | None, tmp_path: P
     assert stats.planned_steps >= parity.steps - 4, "one more step on demand for each plan of the device"
 
 
-@full_product(name=["gpt", "tied"], clip_norm=[None, 0.5], late=[False, True])
+@each_value(name=["gpt", "tied"], clip_norm=[None, 0.5], late=[False, True])
 def test_tensors_that_are_read_in_many_requests_are_copied_as_they_come(
     name: str, clip_norm: float | None, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,8 +129,7 @@ def test_a_view_in_use_sees_the_update_as_in_plain_torch(states: str, tmp_path: 
     assert_closed(engine)
 
 
-@pytest.mark.parametrize("device", ["1MiB", "3MiB", "64MiB"])
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@each_value(device=["1MiB", "3MiB", "64MiB"], clip_norm=[None, 0.5])
 def test_a_run_goes_on_from_a_commit(clip_norm: float | None, device: str, tmp_path: Path) -> None:
     plain = built()
     optimizer = adamw(plain.parameters())

@@ -114,6 +114,7 @@ def test_what_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_device_of_its_own_is_another_thing_to_fit_in(tmp_path: Path) -> None:
     config = gpt_config(
         tmp_path, LITTLE_RAM, device="cpu-emulated", memory={"ram": LITTLE_RAM, "page": PAGE_BYTES, "device": 1 << 20}
@@ -181,6 +182,7 @@ def test_the_largest_batch_fits_and_one_row_more_does_not(tmp_path: Path) -> Non
         assert (taken_by(larger, found.base_bytes, room).ram_bytes <= room.ram_bytes) == fits
 
 
+@pytest.mark.long
 def test_the_largest_depth_is_what_memory_and_disk_allow(tmp_path: Path) -> None:
     config = gpt_config(tmp_path, LITTLE_RAM)
     taken = forecast(config, RATES).fit.taken

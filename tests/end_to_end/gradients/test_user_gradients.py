@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import full_product
+from pairwise import each_value, full_product
 from parity import compare
 from small_runs import assert_closed
 from torch import nn
@@ -45,8 +45,7 @@ def check(loop: Loop, folder: Path, place: str, **update: Any) -> None:
         assert_closed(engine)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", LOOPS)
+@each_value(name=tuple(LOOPS), place=tuple(PLACES))
 def test_everything_works_where_updates_wait_for_the_step(name: str, place: str, tmp_path: Path) -> None:
     check(LOOPS[name], tmp_path, place, start="step")
 
@@ -55,8 +54,7 @@ def test_everything_works_where_updates_wait_for_the_step(name: str, place: str,
 REFUSED = {"never cleared": "call optimizer.zero_grad() after each step", "skipping": "engine.abandon_step()"}
 
 
-@pytest.mark.parametrize("place", ["ram", "ssd", "device"])
-@pytest.mark.parametrize("name", LOOPS)
+@each_value(name=tuple(LOOPS), place=["ram", "ssd", "device"])
 def test_otherwise_it_works_too_or_says_what_to_set(name: str, place: str, tmp_path: Path) -> None:
     if name not in REFUSED:
         check(LOOPS[name], tmp_path, place)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lockfree_replay import History, Replay, assert_replayed
-from pairwise import each_value, full_product
+from pairwise import each_value, every_third, full_product
 from parity import Parity, adamw, schedule, smallest_ram, state_bytes
 from small_runs import assert_closed
 from tiny_models import CASES, Case
@@ -27,7 +27,9 @@ def resident_ram(case: Case) -> int:
     return 3 * state_bytes(case) + (8 << 20)
 
 
-@each_value(name=tuple(CASES), residency=["all_in_ram", "smallest_budget"], clip_norm=[None, 0.5], accumulation=[1, 3])
+@every_third(
+    0, name=tuple(CASES), residency=["all_in_ram", "smallest_budget"], clip_norm=[None, 0.5], accumulation=[1, 3]
+)
 def test_without_staleness_every_step_equals_plain_torch(
     name: str, residency: str, clip_norm: float | None, accumulation: int, tmp_path: Path
 ) -> None:
@@ -149,7 +151,7 @@ LATE: dict[float | None, dict[int, int]] = {
 }
 
 
-@full_product(budget=range(6), pace=["free", "late"], clipping=[(None, 1), (None, 2), (0.5, 1), (0.5, 2)])
+@each_value(budget=range(6), pace=["free", "late"], clipping=[(None, 1), (None, 2), (0.5, 1), (0.5, 2)])
 def test_units_on_time_beside_late_ones_follow_from_the_history(
     budget: int, pace: str, clipping: tuple[float | None, int], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cross_references import check_mover
+from pairwise import each_value
 from parity import adamw, compare
 from small_runs import assert_closed, assert_equal, built, config
 from tiny_models import CASES, GPT
@@ -157,8 +158,7 @@ def train(case: str, *pairs: tuple[nn.Module, torch.optim.Optimizer], steps: int
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", BUILDS)
+@each_value(name=tuple(BUILDS), dtype=["fp32", "bf16"])
 def test_units_values_and_training_are_those_of_a_plain_build(name: str, dtype: str, tmp_path: Path) -> None:
     build, case = BUILDS[name]
     settings = config(tmp_path) | {"model": {"factory": "unused:unused", "dtype": dtype}}

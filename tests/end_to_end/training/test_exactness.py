@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairwise import each_value, full_product
+from pairwise import every_third, full_product
 from parity import Parity, smallest_ram, state_bytes
 from tiny_models import CASES
 from torch import nn
@@ -38,7 +38,7 @@ def test_every_step_equals_plain_torch(
         assert stats.bytes_read > 0 and stats.bytes_written > 0
 
 
-@each_value(name=tuple(CASES), residency=RESIDENCIES, clip_norm=[None, 0.5])
+@every_third(2, name=tuple(CASES), residency=RESIDENCIES, clip_norm=[None, 0.5])
 def test_planned_steps_equal_plain_torch(name: str, residency: str, clip_norm: float | None, tmp_path: Path) -> None:
     parity = Parity(CASES[name], tmp_path, 0, clip_norm, each_step=False, steps=9)
     parity.ram = budget(residency, parity)

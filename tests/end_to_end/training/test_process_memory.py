@@ -111,6 +111,7 @@ def test_a_large_block_that_is_freed_stays_with_the_process_or_leaves_it(tmp_pat
     assert {heap: n_mib > 48 for heap, n_mib in grown.items()} == {"keep": True, "trim": False}
 
 
+@pytest.mark.long
 def test_a_block_of_the_size_of_an_unpacked_weight_stays_only_where_it_is_told_to(tmp_path: Path) -> None:
     for package in ("bitsandbytes", "peft", "transformers"):
         pytest.importorskip(package)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import full_product
+from pairwise import each_value, full_product
 from parity import compare
 from small_runs import PAGE_BYTES, assert_closed
 from torch import Tensor, nn
@@ -143,8 +143,7 @@ def train_alike(
     assert_closed(engine)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as-stored", "bf16"])
-@pytest.mark.parametrize("name", LIST)
+@each_value(name=tuple(LIST), dtype={"as-stored": None, "bf16": torch.bfloat16})
 def test_values_are_those_of_from_pretrained(name: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
     built(name).save_pretrained(tmp_path / "weights", max_shard_size="100KB")  # type: ignore[operator]
     torch.manual_seed(3)

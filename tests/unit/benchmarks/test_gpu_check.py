@@ -103,7 +103,7 @@ def test_a_process_that_does_not_answer_has_failed_with_its_last_words() -> None
     assert found == Outcome(Status.FAILED, detail="its process ended with 1 and no answer: no such device")
 
 
-@pytest.mark.parametrize("answers", [False, True])
+@pytest.mark.parametrize("answers", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_process_that_hangs_is_killed_with_what_it_started(answers: bool, tmp_path: Path) -> None:
     """Its children keep the pipe open, so that waiting for the end of its output would be waiting for them."""
     pipe = tmp_path / "held"

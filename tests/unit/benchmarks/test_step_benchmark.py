@@ -137,7 +137,9 @@ def test_flops_are_those_of_the_products() -> None:
     assert step_flops("27m", 1, 256) < 1.2 * 6 * products * 256
 
 
-@pytest.mark.parametrize("kind", [pytest.param(PLAIN, marks=pytest.mark.long), SAME_HEAP, ENGINE])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(PLAIN, marks=pytest.mark.long), pytest.param(SAME_HEAP, marks=pytest.mark.long), ENGINE]
+)
 def test_a_measured_process_steps_and_ends(kind: str, tmp_path) -> None:
     given = ["--ram-share", 2.0, "--batch", 1, "--seq", 16, "--threads", 1, "--dir", tmp_path]
     process = subjects.Process(kind, given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations, product
 
 import pytest
-from pairwise import each_once, each_value, full_product, pairwise
+from pairwise import each_once, each_value, every_third, full_product, pairwise
 
 
 @pytest.mark.parametrize("sizes", [(10, 3, 2, 2), (2, 2, 2), (4, 3, 3), (7, 4, 2), (1, 1, 1), (3, 5)])
@@ -44,3 +44,13 @@ def test_two_values_do_not_always_come_together() -> None:
 def test_the_rest_of_the_values_is_long() -> None:
     _, cases = each_value(name=("a", "b", "c"), clip_norm=(None, 0.5)).args
     assert [case.id for case in cases if not case.marks] == ["a-None", "b-0.5", "c-None"]
+
+
+def test_thirds_make_up_every_value() -> None:
+    short: set[str] = set()
+    for start in range(3):
+        _, cases = every_third(start, name="abcdefg", clip_norm=(None, 0.5)).args
+        some = {case.id for case in cases if not case.marks}
+        assert len(some) in (2, 3) and not some & short
+        short |= some
+    assert {name[0] for name in short} == set("abcdefg")
