@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pagemem.frames.page import TensorId
 from scheduler import knobs
@@ -44,6 +45,7 @@ class PlannedStep:
         trace: the step, with the durations that the plan was made with.
         sources: what those of its tensors are copies of that are.
         durations: of the steps that followed the plan. n_steps: how many did, to the end and without a difference.
+        joined: it has the ops of steps that differ, see `PlanBook.wanted`.
         signature: its ops. uses: when its tensors are used.
     """
 
@@ -52,6 +54,7 @@ class PlannedStep:
     durations: Durations = field(default_factory=Durations)
     sources: Mapping[TensorId, TensorSource] = field(default_factory=dict)
     n_steps: int = 0
+    joined: bool = False
     signature: Signature = field(init=False)
     uses: NextUses = field(init=False)
     _loaded_for: dict[TensorId, list[int]] = field(default_factory=dict)
@@ -72,6 +75,18 @@ class PlannedStep:
         others = (at for at in self._loaded_for.get(task.tensor, ()) if at != task.needed_at % n_ops)
         again = min(((at - position) % n_ops for at in others), default=n_ops)
         return self.uses.distance(task.tensor, position) < again
+
+
+class WorthPlanning(NamedTuple):
+    """What a plan is worth making for.
+
+    Attributes:
+        durations: of the steps it was measured in; None: it was not. joined: it has the ops of steps that differ.
+    """
+
+    trace: Trace
+    durations: Durations | None = None
+    joined: bool = False
 
 
 class PlanBook:
@@ -150,25 +165,31 @@ class PlanBook:
     def _mostly_novel(self) -> bool:
         return sum(self._novel) > knobs.NOVEL_STEPS
 
-    def wanted(self, followed: PlannedStep | None, trace: Trace) -> Trace | None:
+    def wanted(self, followed: PlannedStep | None, trace: Trace) -> WorthPlanning | None:
         """A step has ended that no plan has, and ``followed`` one to some extent.
 
         Returns:
             What a plan is worth making for: that step; or, where it is a new one as nearly each is, one with the ops of
             it and of the plan followed, in the place of that: what a step leaves out costs less than ops that no plan
-            has. None: nothing.
+            has. None: nothing; so, too, where the plan followed is such a one and has all of the step's ops (and few
+            more, if the kind came before), until the times of some steps are known.
         """
         worth, self._joined = self.ended(Signature(trace.keys)), None
-        if followed is not None:
-            trace.take_durations(followed.trace)
-            if self._novel[-1] and self._mostly_novel:
-                both = followed.trace.joined(trace)
-                if len(both.ops) == len(followed.trace.ops):
-                    return None
-                if len(both.ops) <= knobs.JOINED_GROWTH * max(len(followed.trace.ops), len(trace.ops)):
-                    self._joined = followed.signature
-                    return both
-        return trace if worth else None
+        if followed is None:
+            return WorthPlanning(trace) if worth else None
+        trace.take_durations(followed.trace)
+        if not (followed.joined or (self._novel[-1] and self._mostly_novel)):
+            return WorthPlanning(trace) if worth else None
+        both, n_ops = followed.trace.joined(trace), len(followed.trace.ops)
+        longest = knobs.JOINED_GROWTH * max(n_ops, len(trace.ops))
+        comes_again_shorter = not self._novel[-1] and len(trace.ops) < knobs.JOINED_SERVES * len(both.ops)
+        if len(both.ops) > longest or comes_again_shorter:
+            return WorthPlanning(trace) if worth else None
+        if len(both.ops) > n_ops:
+            self._joined = followed.signature
+            return WorthPlanning(both, joined=True)
+        refined = followed.durations.add(followed.trace, trace.joined(followed.trace)) if followed.joined else None
+        return None if refined is None else WorthPlanning(refined, followed.durations, joined=True)
 
     def expected(self) -> PlannedStep | None:
         """The plan that the next step is expected to follow; None: there are no plans."""

@@ -256,7 +256,7 @@ class PlanFollower:
         if entry is not None and as_planned:
             made = self._end_step_as_planned(entry, trace)
         elif repeatable and (wanted := self._book.wanted(entry, trace)) is not None:
-            made = self._plan_for(wanted)
+            made = self._plan_for(*wanted)
         self._expect_next(entry, made)
 
     def _end_step_as_planned(self, entry: PlannedStep, trace: Trace) -> bool:
@@ -323,17 +323,18 @@ class PlanFollower:
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _plan_for(self, trace: Trace, durations: Durations | None = None) -> bool:
+    def _plan_for(self, trace: Trace, durations: Durations | None = None, joined: bool = False) -> bool:
         """Make a plan and keep it; where there is none, the present one stays. Returns whether there is one."""
         try:
-            # Another kind of step may never come again. If it does, there is a better plan once it was measured.
-            plan = self._planner.plan(trace, fast=durations is None and len(self._book) > 0)
+            # Another kind of step may never come again. If it does, there is a better plan once it was measured. One
+            # that is joined does not last either, and its steps leave much out.
+            plan = self._planner.plan(trace, fast=joined or (durations is None and len(self._book) > 0))
         except BudgetError as error:
             self._emit_deviation(f"no plan: {error}")
             return False
         self.plans_made += 1
         sources = self._planner.sources(trace.tensors())
-        self._book.keep(PlannedStep(trace, plan, durations or Durations(), sources))
+        self._book.keep(PlannedStep(trace, plan, durations or Durations(), sources, joined=joined))
         return True
 
     def _enter(self, entry: PlannedStep, position: int = 0) -> None:

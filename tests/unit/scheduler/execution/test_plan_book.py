@@ -90,11 +90,34 @@ def test_where_every_step_is_new_a_plan_for_the_ops_of_all_takes_the_place_of_th
         assert ended(made, f"ax{number}")
     followed = planned("a0123456x")
     made.keep(followed)
-    both = made.wanted(followed, planned("a02467x").trace)
-    assert both is not None and [op.name for op in both.ops] == list("a01234567x")
-    joined = PlannedStep(both, host_plan(both, 1, {}))
+    wanted = made.wanted(followed, planned("a02467x").trace)
+    assert wanted is not None and wanted.joined and [op.name for op in wanted.trace.ops] == list("a01234567x")
+    joined = PlannedStep(wanted.trace, host_plan(wanted.trace, 1, {}), joined=True)
     made.keep(joined)
     assert made.of(followed.signature) is None and made.of(joined.signature) is joined
     assert made.wanted(joined, planned("a357x").trace) is None, "it has all of these ops"
     assert made.wanted(joined, planned("bcdefghijk").trace) is None, "the two have nothing in common"
     assert made.of(joined.signature) is joined
+
+
+def test_steps_that_leave_out_ops_of_a_joined_plan_get_none_of_their_own_but_times_for_it() -> None:
+    made, _ = book()
+    everything = "abcdefghijklmnopqrstx"
+    joined = PlannedStep(planned(everything).trace, host_plan(planned(everything).trace, 1, {}), joined=True)
+    made.keep(joined)
+    wanted = []
+    for left_out in "bcbd":  # the first of the four steps is not measured
+        trace = planned(everything.replace(left_out, "")).trace
+        for op in trace.ops:
+            op.duration_s = 5.0
+        wanted.append(made.wanted(joined, trace))
+    assert wanted[:3] == [None] * 3
+    refined = wanted[3]
+    assert refined is not None and refined.joined and refined.durations is joined.durations
+    assert refined.trace.keys == joined.trace.keys and {op.duration_s for op in refined.trace.ops} == {5.0}
+    assert made.wanted(joined, planned(everything.replace("b", "")).trace) is None
+    grown = made.wanted(joined, planned(everything.replace("b", "y")).trace)
+    assert grown is not None and grown.joined, "though few steps were new"
+    assert made.wanted(joined, planned("abcdefx").trace) is None, "it leaves out much, and may not come again"
+    short = made.wanted(joined, planned("abcdefx").trace)
+    assert short is not None and not short.joined
