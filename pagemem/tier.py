@@ -9,6 +9,9 @@ from typing import Final
 class Tier(enum.Enum):
     """A kind of memory, fastest first."""
 
+    # Members are single: enum's own hash, of the name, is a Python call.
+    __hash__ = object.__hash__
+
     DEVICE = "device"
     HOST = "host"
     SSD = "ssd"
