@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from optim.lockfree.batch_update import scratch_bytes
-from optim.lockfree.state_windows import least_frames
 from pagemem.errors import BudgetError
 from pagemem.units import ceil_div, format_bytes
+from scheduler.planning.update_round import least_frames
 
 
 @dataclass(frozen=True, slots=True)

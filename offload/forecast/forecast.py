@@ -31,8 +31,6 @@ from offload.forecast.fit import (
     largest_depth,
 )
 from offload.forecast.kernels import CostMode, Kernels, TimedKernels
-from offload.forecast.late_costs import late_spec
-from offload.forecast.late_updates import simulate_late
 from offload.forecast.planned import planned
 from offload.forecast.rates import Rates, kernels_of, threads_of
 from offload.forecast.rehearsal import Rehearsal, rehearsed
@@ -181,8 +179,7 @@ def _largest(config: Config, room: Available, fit: Fit, base_bytes: int, argumen
 
 def predicted(engine: Rehearsal, rates: Rates, kernels: Kernels) -> tuple[StepTimes, float]:
     """The times of a rehearsed step, and the seconds of it by which moves slow compute down."""
-    spec = late_spec(engine, rates)
-    times = StepTimes.of(engine, None if spec is None else simulate_late(spec))
+    times = StepTimes.of(engine)
     slowed = isinstance(kernels, TimedKernels) and torch.get_num_threads() >= len(os.sched_getaffinity(0))
     move_s = MOVING_S_PER_BYTE if rates.move_s_per_byte is None else rates.move_s_per_byte
     moving_s = move_s * (times.read_bytes + times.written_bytes) if slowed else 0.0

@@ -1,26 +1,27 @@
-"""What lock-free updates take on this machine or at given rates, and the tasks of a rehearsed engine's late units."""
+"""What lock-free updates take on this machine or at given rates, of the update thread and of training."""
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 import torch
 from threadpoolctl import threadpool_limits
 from torch.utils._python_dispatch import _disable_current_modes
 
-from offload.forecast.late_updates import LateSpec, LateTask, LateTaskKind, LateUnit
 from offload.forecast.rates import Rates, measured_ram_speed
 from offload.forecast.rehearsal import Rehearsal
 from optim import knobs
-from optim.lockfree.updater import LockFreeUpdater
 from optim.rules import AdamRule, Batch
 from optim.unit import Unit
+from scheduler.planning.trace import Op, Trace
+from scheduler.planning.update_round import RoundUnit
+from scheduler.planning.work import Work
 
 #: Bytes of an update that pass between memory and processor for each element and state, beside those of parameter,
 #: gradient and result: read and written.
@@ -78,56 +79,40 @@ def _measured_s(n_threads: int) -> float:
     return statistics.median(took_s) / _NUMEL
 
 
-def late_spec(engine: Rehearsal, rates: Rates) -> LateSpec | None:
-    """What `simulate_late` is to be told of a rehearsed engine; None in exact mode."""
-    updater = engine.engine.debug.updater
-    if not isinstance(updater, LockFreeUpdater):
-        return None
-    config, ops = engine.config, engine.driver.follower.trace.ops
-    first_use: dict[int, int] = {}
-    for place, op in enumerate(ops):
-        for access in op.accesses:
-            first_use.setdefault(access.tensor, place)
+def with_late_costs(work: Work, engine: Rehearsal) -> Work:
+    """A rehearsed step with what lock-free updates take: of the update thread, and of the training thread beside its
+    kernels. As it is in exact mode."""
+    updates, config, rates = work.updates, engine.config, engine.rates
+    if updates is None:
+        return work
+    channels = {channel.unit.parameters.id: channel for channel in engine.channels}
     n_threads, cores = config.update.threads, len(os.sched_getaffinity(0))
-    n_states = _n_states(engine.channels[0].unit) if engine.channels else 0
-    each_s = update_s_per_element(n_states, rates, n_threads) if engine.channels else 0.0
+    ops = work.trace.ops
+    each_s = 0.0
+    if channels:
+        each_s = update_s_per_element(_n_states(engine.channels[0].unit), rates, n_threads)
     per_byte_s = 1 / (rates.ram or _outside(measured_ram_speed))
     ops_s = [op.duration_s for op in ops]
-    units, number = [], 0
-    for channel in engine.channels:
-        resident = [number + k in updater.windows.resident for k in range(len(channel.unit.slices))]
-        number += len(resident)
-        handed_over = min(max(0, channel.handed_over - 1), len(ops) - 1)
-        used = first_use.get(channel.unit.parameters.id, 0)
-        units.append(LateUnit(used, handed_over, _tasks(channel.unit, resident, each_s)))
-        ops_s[used] += _ADOPTED_BYTES * per_byte_s * sum(part.numel for part in channel.unit.slices)
+    slices: list[Op] = []
+    units: list[RoundUnit] = []
+    for unit in updates.units:
+        channel = channels[unit.parameters]
+        parts = channel.unit.slices
+        timed = zip(unit.ops, parts, strict=True)
+        slices += [replace(updates.trace.ops[op], duration_s=part.numel * each_s) for op, part in timed]
+        units.append(replace(unit, handed_over=min(max(0, channel.handed_over - 1), len(ops) - 1)))
+        ops_s[unit.first_use] += _ADOPTED_BYTES * per_byte_s * sum(part.numel for part in parts)
     if ops_s:  # Gradients are looked at as they come.
         checked_bytes = sum(unit.gradient_bytes for unit in engine.store.index.units if unit.trained)
         ops_s[-1] += 0.0 if config.update.clip_norm is not None else checked_bytes * per_byte_s
-    limit = math.inf if rates.ssd_limit is None else rates.ssd_limit
-    return LateSpec(
-        ops_s, units, min(rates.ssd_read, limit), min(rates.ssd_write, limit),
-        rates.ssd_limit is not None, config.update.max_staleness,
-        min(1.0, cores / (torch.get_num_threads() + n_threads)),
-    )  # fmt: skip
+    return replace(
+        work,
+        trace=Trace(tuple(replace(op, duration_s=op_s) for op, op_s in zip(ops, ops_s, strict=True))),
+        machine=replace(work.machine, together=min(1.0, cores / (torch.get_num_threads() + n_threads))),
+        updates=replace(updates, trace=Trace(tuple(slices)), units=tuple(units)),
+    )
 
 
 def _n_states(unit: Unit) -> int:
     states, numel = unit.slices[0].states, unit.slices[0].numel
     return 0 if states is None else round(states.n_bytes / (4 * numel))
-
-
-def _tasks(unit: Unit, resident: Sequence[bool], each_s: float) -> list[LateTask]:
-    tasks: list[LateTask] = []
-    for part, stays in zip(unit.slices, resident, strict=True):
-        n_bytes = sum(tensor.n_bytes for tensor in (part.states, part.master) if tensor is not None)
-        if stays or not n_bytes:
-            tasks.append(LateTask(LateTaskKind.UPDATE, "update", 0, part.numel * each_s))
-            continue
-        at = len(tasks)
-        tasks += [
-            LateTask(LateTaskKind.LOAD, "ssd_read", n_bytes, 0.0),
-            LateTask(LateTaskKind.UPDATE, "update", 0, part.numel * each_s, (at,)),
-            LateTask(LateTaskKind.STORE, "ssd_write", n_bytes, 0.0, (at + 1,)),
-        ]
-    return tasks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from offload.forecast.late_costs import with_late_costs
 from offload.forecast.rehearsal import Rehearsal
 from pagemem.frames.page import TensorId
 from scheduler.planning.machine import SharedRate
@@ -32,4 +33,4 @@ def planned(engine: Rehearsal) -> Planned:
     shared = () if limit is None else (SharedRate(frozenset(rates), limit),)
     machine = replace(work.machine, bytes_per_s={**work.machine.bytes_per_s, **rates}, shared=shared)
     names = {tensor: planner.tensor(tensor).name for tensor in planner.tiers()}
-    return Planned(plan, replace(work, machine=machine), names)
+    return Planned(plan, with_late_costs(replace(work, machine=machine), engine), names)

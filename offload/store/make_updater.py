@@ -16,8 +16,8 @@ from offload.store.page_store import PageStore
 from optim.exact.updater import ExactUpdater, is_eager
 from optim.gradient_budget import GradientBudget
 from optim.gradient_downloads import GradientDownloadQueue
+from optim.lockfree.late_round import round_of
 from optim.lockfree.limits import GradientBudgets, StalenessBound
-from optim.lockfree.state_windows import StateWindows
 from optim.lockfree.update_thread import UpdateThread
 from optim.lockfree.updater import LockFreeUpdater
 from optim.loss_scale import Scaling
@@ -148,10 +148,14 @@ def _make_lock_free(store: PageStore, rule: UpdateRule, training: Training) -> U
                 key = (OpKind.FORWARD, ("fix", unit.index))
                 with store.driver.op(key, unit.name, [Access(unit.parameters.id, AccessMode.READ)]):
                     unit.parameters.resident = True
-    slices = [tuple(t for t in (part.states, part.master) if t is not None) for unit in late for part in unit.slices]
-    windows = StateWindows(store.mover, slices, first_frame, division.state_frames)
     channels = [store.parts.channel(unit) for unit in late]
-    thread = UpdateThread(store.mover, rule, channels, windows, store.counters, n_threads=update.threads)
+    # Gradients that are handed over as they are complete come from the last unit first.
+    in_turn = channels[::-1] if training.eager else channels
+    late_round = round_of(
+        [channel.unit for channel in in_turn], first_frame, division.state_frames, update.max_staleness
+    )
+    follower = store.driver.planner.follow_updates(late_round)
+    thread = UpdateThread(store.mover, rule, in_turn, follower, store.counters, n_threads=update.threads)
     budgets = GradientBudgets(
         GradientBudget(store.budget, division.gradient_bytes, lock_free.scratch_bytes),
         GradientBudget(store.budget, division.direct_bytes),

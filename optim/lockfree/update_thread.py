@@ -3,10 +3,10 @@
     IDLE --start--> RUNNING --stop--> STOPPED
                     RUNNING --error--> FAILED
 
-It takes the batch of the unit that is furthest behind (one that the training thread waits for first), streams the
-unit's slices of optimizer states through its own windows of host memory, and publishes the new parameters when all of
-them are there. While a slice is updated the next one is read and the one before is written. The arithmetic is in
-`optim.lockfree.batch_update`.
+It takes the batch of the unit that is furthest behind (one that the training thread waits for first), has the unit's
+slices of optimizer states come and go by the plan of its round (`scheduler.execution.round_follower`), and publishes
+the new parameters when all of them are there. While a slice is updated the next ones are read and the one before is
+written. The arithmetic is in `optim.lockfree.batch_update`.
 
 The first error ends the thread; it is kept in `failure` and raised on the training thread. The unit that was being
 updated then has some of its slices updated and others not, and none of its new parameters published: training goes on
@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, zip_longest
+from itertools import accumulate, chain, islice
 from typing import Final
 
 import torch
@@ -32,7 +32,6 @@ from threadpoolctl import threadpool_limits
 
 from optim import knobs
 from optim.lockfree.batch_update import BatchUpdate, piece_numel
-from optim.lockfree.state_windows import StateWindows
 from optim.lockfree.unit_channel import GradientBatch, UnitChannel
 from optim.rules import UpdateRule
 from optim.unit import Unit
@@ -42,6 +41,9 @@ from pagemem.residency.wait_lock import WaitLock
 from pagemem.state_machine import StateMachine
 from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.units import MiB
+from scheduler.execution.round_follower import RoundFollower
+from scheduler.planning.round_cursor import AHEAD
+from scheduler.planning.update_round import furthest_behind
 
 
 class UpdaterState(enum.Enum):
@@ -71,8 +73,8 @@ class UpdateThread:
 
     Args:
         mover: owner of all residency.
-        channels: one for each unit, in the order in which the model uses them.
-        windows: host memory for slices; slice ``k`` of unit ``u`` has the number ``first_slice[u] + k``.
+        channels: one for each unit, in the order of its round.
+        follower: brings slices of states; they are the ops of the round, in order.
         n_threads: compute threads of an update.
     """
 
@@ -81,7 +83,7 @@ class UpdateThread:
         mover: Mover,
         rule: UpdateRule,
         channels: Sequence[UnitChannel],
-        windows: StateWindows,
+        follower: RoundFollower,
         sink: EventSink,
         *,
         n_threads: int = 1,
@@ -91,13 +93,14 @@ class UpdateThread:
         self._mover = mover
         self._rule = rule
         self._channels = list(channels)
-        self.windows = windows
+        self.follower = follower
         self._sink = sink
         self._n_threads = n_threads
         self._piece_numel = piece_numel((part.numel for channel in channels for part in channel.unit.slices), n_threads)
         self._gate: Callable[[str, Unit], None] | None = None  # where tests hold the thread
-        first_slices = accumulate((len(channel.unit.slices) for channel in channels), initial=0)
-        self._first_slice = {channel.unit: first for channel, first in zip(channels, first_slices, strict=False)}
+        first_ops = accumulate((len(channel.unit.slices) for channel in channels), initial=0)
+        self._first_op = {channel.unit: first for channel, first in zip(channels, first_ops, strict=False)}
+        self._served = len(channels) - 1  # the unit that is served, or was last
         self._wanted: UnitChannel | None = None
         self._work = threading.Event()
         self._progress = WaitLock("updates")
@@ -214,17 +217,19 @@ class UpdateThread:
     def _serve_next(self) -> None:
         self._work.clear()
         self._rest()
-        channel = self._choose()
-        if channel is None:
+        place = self._choose()
+        if place is None:
             self._check_stop()
             self._work.wait()
             return
+        channel = self._channels[place]
         self._at("chosen", channel.unit)
         batch = channel.take()
         if batch is None:
             # The training thread has it for a moment, to add a step; it wakes us when it puts it back.
             return
         self._at("taken", channel.unit)
+        self._served = place
         self._apply(channel, batch)
         self._at("applied", channel.unit)
         channel.publish(batch)
@@ -236,12 +241,17 @@ class UpdateThread:
         if self._gate is not None:
             self._gate(point, unit)
 
-    def _choose(self) -> UnitChannel | None:
+    def _choose(self, but: UnitChannel | None = None) -> int | None:
+        """Place of the channel to be served next; not that of ``but``."""
         wanted = self._wanted
-        if wanted is not None and wanted.has_work:
-            return wanted
-        busy = [channel for channel in self._channels if channel.has_work]
-        return min(busy, key=lambda box: box.clock.applied - box.clock.produced, default=None)
+        if wanted is not None and wanted is not but and wanted.has_work:
+            return self._channels.index(wanted)
+        behind = (
+            (place, channel.clock.produced - channel.clock.applied)
+            for place, channel in enumerate(self._channels)
+            if channel is not but and channel.has_work
+        )
+        return furthest_behind(behind, self._served, len(self._channels))
 
     def _check_stop(self) -> None:
         if self._stopping:
@@ -250,24 +260,28 @@ class UpdateThread:
     def _apply(self, channel: UnitChannel, batch: GradientBatch) -> None:
         """Turn the gradients of a batch into new parameter values."""
         unit = channel.unit
-        first = self._first_slice[unit]
+        first = self._first_op[unit]
         update = BatchUpdate(self._mover, self._rule, self._scratch, channel, batch)
-        following = [first + place for place, _, _ in update.parts[1:]]
-        for (place, part, pieces), next_slice in zip_longest(update.parts, following):
+        ops = [first + place for place, _, _ in update.parts]
+        for number, (op, (_, part, pieces)) in enumerate(zip(ops, update.parts, strict=True)):
             self._check_stop()
-            upcoming = self._next_unit_slice(channel) if next_slice is None else next_slice
-            with self.windows.held(first + place, upcoming):
+            following = list(islice(chain(ops[number + 1 :], self._next_unit_ops(channel)), AHEAD))
+            with self.follower.held(op, following):
                 self._at("slice", unit)
                 started_s = time.perf_counter()
                 update.apply(part, pieces)
                 spent_s = time.perf_counter() - started_s
+            self.follower.took(op, spent_s)
             self._sink.emit(Event(EventKind.UPDATE, unit.name, part.numel * unit.dtype.itemsize, started_s, spent_s))
         update.finish()
 
-    def _next_unit_slice(self, served: UnitChannel) -> int | None:
-        """The first slice of the unit that is served after this one, as far as can be known."""
-        following = self._choose()
-        return None if following is None or following is served else self._first_slice[following.unit]
+    def _next_unit_ops(self, served: UnitChannel) -> Iterator[int]:
+        """The ops of the unit that is served after this one, as far as can be known."""
+        place = self._choose(served)
+        if place is not None:
+            unit = self._channels[place].unit
+            first = self._first_op[unit]
+            yield from range(first, first + len(unit.slices))
 
 
 def _stop_at_exit(thread: weakref.ref[UpdateThread], process: int) -> None:

@@ -31,7 +31,6 @@ from optim.exact.updater import ExactUpdater
 from optim.lockfree.adoption import Adoption
 from optim.lockfree.gradient_room import GradientRoom
 from optim.lockfree.limits import GradientBudgets, StalenessBound
-from optim.lockfree.state_windows import StateWindows
 from optim.lockfree.unit_channel import GradientSum, UnitChannel
 from optim.lockfree.update_thread import UpdateThread
 from optim.rules import UpdateRule
@@ -74,7 +73,7 @@ class LockFreeUpdater(ExactUpdater):
         updated: Callable[[Unit], None] = lambda unit: None,
     ) -> None:
         super().__init__(training, rule, budgets.on_time, updated)
-        self.state_frames = thread.windows.n_frames
+        self.state_frames = thread.follower.n_frames
         self.lock = thread.lock
         self._thread = thread
         self._channels = {channel.unit: channel for channel in channels}
@@ -96,11 +95,6 @@ class LockFreeUpdater(ExactUpdater):
     def most_direct_bytes(self) -> int:
         """As `peak_direct_bytes`, with all that gradients on their way may ever take."""
         return super().peak_direct_bytes + self._late_budget.limit_bytes
-
-    @property
-    def windows(self) -> StateWindows:
-        """Where the states of late units are in memory, slice by slice."""
-        return self._thread.windows
 
     @property
     def direct_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from pagemem.errors import BudgetError
 from pagemem.frames.page import FrameId, TensorId
@@ -12,6 +13,7 @@ from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tier
 from scheduler import knobs
+from scheduler.execution.round_follower import RoundFollower
 from scheduler.lookahead.planner import cost_s, plan_work
 from scheduler.planning.bounds import check_work
 from scheduler.planning.machine import Machine
@@ -19,6 +21,7 @@ from scheduler.planning.plan import Plan
 from scheduler.planning.sources import TensorSource
 from scheduler.planning.task import Lane, TaskKind
 from scheduler.planning.trace import Trace
+from scheduler.planning.update_round import UpdateRound
 from scheduler.planning.work import Work
 
 #: Bandwidths from what is below a tier, and to it, in bytes/s.
@@ -36,14 +39,27 @@ class StepPlanner:
     Args:
         mover: owner of residency in host memory.
         bandwidth: of the page files, asked for whenever a plan is made.
+
+    Attributes:
+        updates: follows the plan of updates that another thread makes beside the steps; None: there are none.
     """
 
     def __init__(self, mover: Mover, bandwidth: Bandwidth) -> None:
         self._movers: list[tuple[Mover, Bandwidth]] = [(mover, bandwidth)]
+        self.updates: RoundFollower | None = None
 
     def add(self, mover: DeviceMover, bandwidth: Bandwidth) -> None:
         """Plan for a device, too, whose tensors are copied up from host memory."""
         self._movers.append((mover, bandwidth))
+
+    def follow_updates(self, updates: UpdateRound) -> RoundFollower:
+        """Have updates beside the steps be in the plan; returns what brings their tensors. Once, before the first op.
+
+        Raises:
+            BudgetError: one of them does not fit in the memory that the round has.
+        """
+        self.updates = RoundFollower(self._movers[0][0], updates, self.machine())
+        return self.updates
 
     def machine(self, share: float | None = None) -> Machine:
         """The tiers and lanes, with a share of the bandwidths; None: with as much as a plan relies on."""
@@ -80,9 +96,10 @@ class StepPlanner:
         tensors = [*used, *(source.tensor for source in sources.values())]
         n_bytes = {tensor: self.tensor(tensor).n_bytes for tensor in tensors}
         tiers = self.tiers()
-        return Work.of(
+        work = Work.of(
             trace, n_bytes, self.machine(share), resident, sources, {tensor: tiers[tensor] for tensor in resident}
         )
+        return work if self.updates is None else replace(work, updates=self.updates.beside(trace))
 
     def sources(self, tensors: Sequence[TensorId] | Mapping[TensorId, object]) -> dict[TensorId, TensorSource]:
         """Which of the tensors are copies of others, below. One that is device-resident is none."""
@@ -106,7 +123,9 @@ class StepPlanner:
             PlanError: it does not hold, which is a defect.
         """
         work = self.work(trace)
-        plan = plan_work(work, fast=fast)
+        plan = plan_work(replace(work, updates=None), fast=fast)
+        if self.updates is not None:
+            plan = replace(plan, updates=self.updates.plan)
         check_work(plan, work)
         return plan
 
@@ -114,7 +133,7 @@ class StepPlanner:
         """What a step would cost by a plan, roughly; infinite where there is none. Only to be compared with other
         steps'."""
         try:
-            return cost_s(plan_work(self.work(trace), fast=True))
+            return cost_s(plan_work(replace(self.work(trace), updates=None), fast=True))
         except BudgetError:
             return math.inf
 

@@ -240,6 +240,8 @@ class Dependencies:
                 of.made, of.reads = {run}, set()
             else:
                 of.reads.add(run)
+        if self._work.thread is Lane.UPDATE:
+            self._is_over([run], now + 1)
 
     def _perform(self, op: Op, now: int, behind: set[_Run]) -> None:
         if op.lane is not Lane.COMPUTE:

@@ -14,7 +14,7 @@ Source: Angel-PTM (VLDB 2023), unified scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -31,6 +31,7 @@ from scheduler.planning.plan import Plan
 from scheduler.planning.sources import TensorSource, chain_of
 from scheduler.planning.task import NO_FRAME, Lane, Task
 from scheduler.planning.trace import CHANGES, AccessMode, Trace
+from scheduler.planning.update_round import WINDOWS
 from scheduler.planning.work import Work
 
 #: What a step must do with a tensor that can be kept: its content is the same tensor's from step to step.
@@ -68,7 +69,55 @@ def make_plan(
 
 
 def plan_work(work: Work, *, fast: bool = False) -> Plan:
-    """As `make_plan`."""
+    """As `make_plan`; with the plan of updates beside the step, where it has some."""
+    plan = _plan_step(work, fast)
+    return plan if work.updates is None else replace(plan, updates=plan_updates(work))
+
+
+def plan_updates(work: Work) -> Plan:
+    """The plan of the updates beside a step: a part of their tensors stays, the others pass through the frames left.
+
+    The order is a cycle, so what is kept had best be the same for good: as much as leaves frames for `WINDOWS` slices.
+    Frames are chosen as if reading, updating and writing took equally long, so that one slice can be in each of them at
+    a time; the rates give the time of a round alone.
+
+    Raises:
+        BudgetError: the tensors of one slice do not fit together.
+    """
+    absolute = work.of_updates()
+    first = absolute.below[Tier.HOST]
+    n_frames = absolute.machine.n_frames[Tier.HOST] - first
+    sizes = [sum(absolute.frames(access.tensor) for access in op.accesses) for op in absolute.trace.ops]
+    equally = dict.fromkeys((Lane.SSD_READ, Lane.SSD_WRITE), float(work.page_bytes))
+    machine = Machine(work.page_bytes, {Tier.HOST: n_frames}, equally)
+    ops = tuple(replace(op, duration_s=float(size)) for op, size in zip(absolute.trace.ops, sizes, strict=True))
+    alone = replace(absolute, trace=Trace(ops), machine=machine, below={})
+    if not alone.trace.ops:
+        return replace(_idle(alone), frames=absolute.machine.n_frames)
+    share = 1.0 if sum(sizes) <= n_frames else 1 - WINDOWS * max(sizes) / n_frames
+    kept = next(_kept_sets(alone, Tier.HOST, [share]), {})
+    plan = _plan_with(replace(alone, resident=kept), fast=True)
+    updates_s = sum(op.duration_s for op in absolute.trace.ops)
+    read_s, write_s = (
+        work.machine.seconds(lane, plan.lane_bytes.get(lane, 0)) / plan.n_steps
+        for lane in (Lane.SSD_READ, Lane.SSD_WRITE)
+    )
+    return replace(
+        plan,
+        frames=absolute.machine.n_frames,
+        initial={tensor: FrameId(frame + first) for tensor, frame in plan.initial.items()},
+        tasks=tuple(_moved_up(task, first) for task in plan.tasks),
+        carried=tuple(_moved_up(task, first) for task in plan.carried),
+        step_s=max(updates_s, read_s, write_s),
+        compute_s=updates_s,
+    )
+
+
+def _moved_up(task: Task, n_frames: int) -> Task:
+    return task if task.frame == NO_FRAME else replace(task, frame=FrameId(task.frame + n_frames))
+
+
+def _plan_step(work: Work, fast: bool) -> Plan:
     if not work.trace.ops:
         return _idle(work)
     best, best_work = _plan_with(work, fast), work
@@ -76,7 +125,8 @@ def plan_work(work: Work, *, fast: bool = False) -> Plan:
         return best
     for tier in work.machine.n_frames:
         begun_with = best_work
-        for kept in _kept_sets(begun_with, tier):
+        shares = knobs.KEPT_SHARES if len(work.trace.ops) <= knobs.MANY_OPS else (knobs.ONE_SHARE,)
+        for kept in _kept_sets(begun_with, tier, shares):
             try:
                 found = _plan_with(replace(begun_with, resident=kept), fast)
             except BudgetError:
@@ -99,9 +149,9 @@ def _idle(work: Work) -> Plan:
     return Plan((), 1, frames, dict(work.resident), (), (), True, _peaks(work, work.resident, ()), {}, 0.0, 0.0)
 
 
-def _kept_sets(work: Work, tier: Tier) -> Iterator[dict[TensorId, FrameId]]:
-    """What each further plan keeps beside ``resident`` in a tier: tensors by number of ops that use them, then in step
-    order."""
+def _kept_sets(work: Work, tier: Tier, shares: Sequence[float]) -> Iterator[dict[TensorId, FrameId]]:
+    """What each further plan keeps beside ``resident`` in a tier, which is so much of its frames: tensors by number of
+    ops that use them, then in step order."""
     n_uses: dict[TensorId, int] = {}
     passing: set[TensorId] = set(work.resident)
     changed: set[TensorId] = set()
@@ -122,7 +172,7 @@ def _kept_sets(work: Work, tier: Tier) -> Iterator[dict[TensorId, FrameId]]:
     wanted.sort(key=lambda tensor: -n_uses[tensor])
     n_frames, page_bytes = work.machine.n_frames[tier], work.page_bytes
     before: dict[TensorId, FrameId] = {}
-    for share in knobs.KEPT_SHARES if len(work.trace.ops) <= knobs.MANY_OPS else (knobs.ONE_SHARE,):
+    for share in shares:
         frames = PageAllocator(tier, page_bytes, n_frames)
         for tensor, frame in work.resident.items():
             if work.tiers[tensor] is tier:

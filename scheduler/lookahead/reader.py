@@ -118,7 +118,7 @@ class LookaheadReader(Residence):
     def use(self, op: Op, now: int, until: int, done_s: float) -> None:
         """Note what an op, over at ``done_s``, does to its tensors."""
         beside = op.lane is not Lane.COMPUTE
-        if beside:
+        if beside and op.accesses:
             changed = [a.tensor for a in op.accesses if a.mode in CHANGES] or [op.accesses[0].tensor]
             n_bytes = sum(self.work.n_bytes[access.tensor] for access in op.accesses)
             tier = self.facts[changed[0]].tier

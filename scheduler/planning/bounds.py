@@ -54,6 +54,8 @@ def check_work(plan: Plan, work: Work) -> None:
     an op, a view or a task, or whose content is nowhere below; the room of a conditional op is there; no more frames
     are used than there are.
 
+    The plan of the updates beside it likewise, and that its frames are none of the step's.
+
     Args:
         work: what the plan was made of.
 
@@ -69,6 +71,12 @@ def check_work(plan: Plan, work: Work) -> None:
     for tier, touched in replay.frames.touched.items():
         said = plan.peaks.get(tier, 0)
         replay.require(said >= len(touched), f"{len(touched)} frames are touched, the plan says {said}")
+    replay.require((plan.updates is None) == (work.updates is None), "the updates beside the step are not planned")
+    if plan.updates is not None and work.updates is not None:
+        first = work.updates.first_frame
+        step_frames = plan.frames.get(Tier.HOST, 0)
+        replay.require(step_frames <= first, f"updates have frames from {first} on, the step has {step_frames}")
+        check_work(plan.updates, work.of_updates())
 
 
 class Replay:
@@ -123,7 +131,8 @@ class Replay:
             op = trace.ops[position % len(trace.ops)]
             tasks, behind = plan.tasks_at.get(position, ()), plan.behind_at.get(position, ())
             updates = sum(task.kind is TaskKind.UPDATE for task in tasks)
-            self.require((op.lane is Lane.UPDATE) == updates, f"{op.name} has {updates} updates", position)
+            wanted = op.lane is Lane.UPDATE and bool(op.accesses)
+            self.require(wanted == updates, f"{op.name} has {updates} updates", position)
             for access in op.accesses:
                 if access.via is not None:
                     ways = behind if access.mode in CHANGES else [t for t in tasks if t.frame == NO_FRAME]
@@ -234,11 +243,14 @@ class Replay:
             self._restore()
         n_ops = len(self.work.trace.ops)
         for position in range(len(self.plan.keys)):
-            for task in self.plan.tasks_at.get(position, ()):
+            tasks = self.plan.tasks_at.get(position, ())
+            for task in tasks:
                 self._start(task, self._places[id(task)])
             op = self.work.trace.ops[position % n_ops]
             if op.lane is Lane.COMPUTE:
                 self._perform(op, position, until=self.now - position % n_ops + op.until)
+            elif op.lane is self.work.thread:
+                self._is_over({self._run_of[self._places[id(t)]] for t in tasks if t.kind is TaskKind.UPDATE})
             self.now += 1
             behind = self.plan.behind_at.get(position, ())
             for task in behind:

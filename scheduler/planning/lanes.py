@@ -13,90 +13,29 @@ nanoseconds, rounded up.
 
 What will be submitted while a task is under way may slow it down, so a task's end is known only once the clock is
 there: the training thread's ops and submissions drive it.
+
+Where another thread updates beside the steps (`Beside`), it acts when one of its updates begins or ends. Its moves give
+way to those of the step where both could begin, and the two threads slow each other down (`Machine.together`).
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Final
 
 from pagemem.frames.page import TensorId
+from pagemem.tier import Tier
+from scheduler.planning.lane_queues import Beside, LaneQueue, Line, PerformedOp, Run, SimulatedWait
 from scheduler.planning.machine import Machine
-from scheduler.planning.task import Lane, Task
+from scheduler.planning.task import Lane, Task, TaskKind
 from scheduler.planning.trace import Op
 
 NS: Final = 1_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class SimulatedWait:
-    """An op that began later than the one before it ended.
-
-    Attributes:
-        op: its index in the cycle.
-        tensor: what it waited for.
-        lane: the lane that made it late: ``ssd_write`` also where a load waited for frames to be stored first.
-    """
-
-    op: int
-    name: str
-    seconds: float
-    tensor: TensorId
-    lane: Lane
-
-
-@dataclass(slots=True)
-class Run:
-    """One execution of a task.
-
-    Attributes:
-        number: that the replay gave it. follows: runs that are over before it begins.
-        asked_ns: when it was submitted. could_ns: when it could begin but for the lane. begun_ns, ended_ns: of its work
-            there. -1 as long as they are not known.
-        left_ns: of its work, at the rate that the lane has alone.
-        by: the lane that makes it as late as it is.
-    """
-
-    number: int
-    task: Task
-    follows: tuple[int, ...]
-    needs_lane: bool
-    left_ns: int
-    asked_ns: int
-    by: Lane
-    could_ns: int = -1
-    begun_ns: int = -1
-    ended_ns: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class PerformedOp:
-    """An op of the cycle, by its index there."""
-
-    position: int
-    begun_ns: int
-    ended_ns: int
-
-
-@dataclass(slots=True)
-class _LaneQueue:
-    """Runs of one lane: those that cannot begin yet, those that could but for the lane, and the one it works on.
-    ``head_ns``: when the last one of the others could."""
-
-    waiting: deque[Run] = field(default_factory=deque)
-    ready: deque[Run] = field(default_factory=deque)
-    active: Run | None = None
-    head_ns: int = 0
-
-    def runs(self) -> Iterator[Run]:
-        """In order."""
-        if self.active is not None:
-            yield self.active
-        yield from self.ready
-        yield from self.waiting
+#: What compute does, as a piece of work of its lane.
+_COMPUTE: Final = Task(TaskKind.UPDATE, TensorId(-1), Tier.HOST, Lane.COMPUTE, 0, 0)
 
 
 def ceil_ns(seconds: float) -> int:
@@ -111,6 +50,7 @@ class SimulatedLanes:
         now_ns: when the training thread is where the replay is.
         waits: of the ops since the list was last replaced.
         busy_ns: of each lane, up to where its tasks were followed.
+        beside: a thread that updates beside the steps.
         performed, started: ops, and runs of tasks as they are submitted, where somebody has put a list there.
     """
 
@@ -121,8 +61,10 @@ class SimulatedLanes:
         self.busy_ns: dict[Lane, int] = dict.fromkeys(Lane, 0)
         self.performed: list[PerformedOp] | None = None
         self.started: list[Run] | None = None
+        self.beside: Beside | None = None
+        self._noted: list[Run] = []
         self._clock_ns = 0
-        self._lanes = {lane: _LaneQueue() for lane in Lane}
+        self._lanes = {lane: LaneQueue() for lane in Lane}
         self._runs: dict[int, Run] = {}
 
     # ---- what the replay tells ---------------------------------------------------------------------------------
@@ -143,12 +85,25 @@ class SimulatedLanes:
         self._runs[run] = made
         if self.started is not None:
             self.started.append(made)
-        self._lanes[task.lane].waiting.append(made)
+        self._lanes[task.lane].step.waiting.append(made)
         self._begin_what_can()
 
+    def submit(self, run: int, task: Task, follows: Iterable[int], duration_s: float | None = None) -> None:
+        """A task of the updates beside the steps goes to its lane, at the time that `Beside` was told of. For the
+        arguments see `start`; its numbers are none of the step's."""
+        takes_s = self.machine.seconds(task.lane, task.n_bytes) if duration_s is None else duration_s
+        known = tuple(sorted(other for other in follows if other in self._runs))
+        made = Run(run, task, known, True, ceil_ns(takes_s), self._clock_ns, task.lane, beside=True)
+        self._runs[run] = made
+        if self.started is not None:
+            self.started.append(made)
+        self._lanes[task.lane].beside.waiting.append(made)
+
     def perform(self, op: Op, position: int, waits_for: Iterable[int]) -> None:
-        """An op of compute waits for runs of tasks and runs."""
+        """An op of compute waits for what is beside the steps, and for runs of tasks, and runs."""
         self._advance(self.now_ns)
+        if self.beside is not None:
+            self._wait_beside(self.beside, op, position)
         wanted = [self._runs[run] for run in waits_for if run in self._runs]
         while any(run.ended_ns < 0 for run in wanted):
             if not self._next_event():
@@ -160,11 +115,40 @@ class SimulatedLanes:
         if last is not None:
             seconds = (begin_ns - self.now_ns) / NS
             self.waits.append(SimulatedWait(position, op.name, seconds, last.task.tensor, last.by))
+        self.now_ns = begin_ns
         takes_ns = ceil_ns(op.duration_s)
-        self.busy_ns[Lane.COMPUTE] += takes_ns
-        self.now_ns = begin_ns + takes_ns
+        if self.beside is None:
+            self.busy_ns[Lane.COMPUTE] += takes_ns
+            self.now_ns += takes_ns
+        else:
+            self._compute(takes_ns)
+            self.beside.performed(position)
+            self._begin_what_can()
         if self.performed is not None:
             self.performed.append(PerformedOp(position, begin_ns, self.now_ns))
+
+    def _wait_beside(self, beside: Beside, op: Op, position: int) -> None:
+        """Wait until no parameters of an op miss too many steps."""
+        waited_for: TensorId | None = None
+        while (late := beside.too_late(position)) is not None:
+            waited_for = late
+            self._begin_what_can()
+            if not self._next_event():
+                raise AssertionError(f"{op.name} waits for an update that nobody makes")
+        if waited_for is not None and self._clock_ns > self.now_ns:
+            seconds = (self._clock_ns - self.now_ns) / NS
+            self.waits.append(SimulatedWait(position, op.name, seconds, waited_for, Lane.UPDATE))
+            self.now_ns = self._clock_ns
+
+    def _compute(self, takes_ns: int) -> None:
+        """Compute for so long, or longer, as long as updates work on the same cores."""
+        self._advance(self.now_ns)
+        work = Run(-1, _COMPUTE, (), True, takes_ns, self.now_ns, Lane.COMPUTE)
+        if takes_ns:
+            self._lanes[Lane.COMPUTE].active = work
+        while self._lanes[Lane.COMPUTE].active is work:
+            self._next_event()
+        self.now_ns = max(self.now_ns, self._clock_ns)
 
     def pending(self) -> tuple[object, ...]:
         """All that is under way when the training thread is where the replay is: two moments with the same are
@@ -230,34 +214,42 @@ class SimulatedLanes:
         self._begin_what_can()
 
     def _slowed(self) -> dict[Lane, float]:
-        if not self.machine.shared:
+        if not self.machine.slows:
             return {}
         return self.machine.slowed(lane for lane, queue in self._lanes.items() if queue.active is not None)
 
     def _begin_what_can(self) -> None:
-        """At the clock's time; ends of tasks that take no time let others begin."""
+        """At the clock's time; ends of tasks that take no time let others begin, and so does what is beside the
+        steps."""
         again = True
         while again:
             again = False
             for queue in self._lanes.values():
                 again |= self._begin_in(queue)
+            noted, self._noted = self._noted, []
+            for run in noted:
+                assert self.beside is not None
+                self.beside.noted(run)
+                again = True
 
-    def _begin_in(self, queue: _LaneQueue) -> bool:
+    def _begin_in(self, queue: LaneQueue) -> bool:
         """Begin what can in one lane; returns whether something ended by that."""
         ended = False
-        while queue.waiting and all(self._is_over(other) for other in queue.waiting[0].follows):
-            run = queue.waiting.popleft()
-            self._could_begin(run, queue)
-            if run.needs_lane:
-                queue.ready.append(run)
-            else:
-                self._end(run)
-                ended = True
-        while queue.active is None and queue.ready:
-            run = queue.ready.popleft()
+        for line in queue.lines:
+            while line.waiting and all(self._is_over(other) for other in line.waiting[0].follows):
+                run = line.waiting.popleft()
+                self._could_begin(run, line)
+                if run.needs_lane:
+                    line.ready.append(run)
+                else:
+                    self._end(run)
+                    ended = True
+        while queue.active is None and (line := queue.step if queue.step.ready else queue.beside).ready:
+            run = line.ready.popleft()
             if self._clock_ns > run.could_ns:
                 run.by = run.task.lane
             run.begun_ns = self._clock_ns
+            self._note(run)
             if run.left_ns:
                 queue.active = run
             else:
@@ -265,16 +257,20 @@ class SimulatedLanes:
                 ended = True
         return ended
 
-    def _could_begin(self, run: Run, queue: _LaneQueue) -> None:
+    def _note(self, run: Run) -> None:
+        if run.beside and run.task.kind is TaskKind.UPDATE:
+            self._noted.append(run)
+
+    def _could_begin(self, run: Run, line: Line) -> None:
         """A run could begin now, but for the lane: note what made it as late as that."""
         latest_ns = run.asked_ns
         for other in run.follows:
             followed = self._runs.get(other)
             if followed is not None and followed.ended_ns > latest_ns:
                 latest_ns, run.by = followed.ended_ns, followed.by
-        if queue.head_ns > latest_ns:
+        if line.head_ns > latest_ns:
             run.by = run.task.lane
-        queue.head_ns = run.could_ns = self._clock_ns
+        line.head_ns = run.could_ns = self._clock_ns
 
     def _is_over(self, number: int) -> bool:
         run = self._runs.get(number)
@@ -284,3 +280,4 @@ class SimulatedLanes:
         run.ended_ns = self._clock_ns
         if run.begun_ns < 0:
             run.begun_ns = self._clock_ns
+        self._note(run)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from pagemem.tier import Tier
 from scheduler.planning.task import Lane
+
+#: Lanes that compute on the processor.
+_CORES: Final = frozenset({Lane.COMPUTE, Lane.UPDATE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +31,14 @@ class Machine:
         n_frames: of each tier that has frames.
         bytes_per_s: of each lane that moves bytes; one that is not named takes no time.
         shared: limits on lanes together; no lane is in two of them.
+        together: speed of compute and of updates while both work on the same cores, over that of each alone.
     """
 
     page_bytes: int
     n_frames: Mapping[Tier, int]
     bytes_per_s: Mapping[Lane, float]
     shared: tuple[SharedRate, ...] = ()
+    together: float = 1.0
 
     def rate(self, lane: Lane) -> float:
         """Bytes a second of a lane while it works alone.
@@ -56,11 +62,18 @@ class Machine:
         """
         return n_bytes / self.rate(lane)
 
+    @property
+    def slows(self) -> bool:
+        """Whether lanes slow each other down."""
+        return bool(self.shared) or self.together < 1
+
     def slowed(self, working: Iterable[Lane]) -> dict[Lane, float]:
         """Of lanes that work at a time those that slow each other down: their rates over what each has alone. A shared
         rate is divided equally, and what one lane cannot use is the others'."""
         found: dict[Lane, float] = {}
-        at_work = set(working) if self.shared else set()
+        at_work = set(working)
+        if self.together < 1 and at_work >= _CORES:
+            found = dict.fromkeys(_CORES, self.together)
         for limit in self.shared:
             left_bytes_per_s, sharing = limit.bytes_per_s, sorted(at_work & limit.lanes, key=self.rate)
             for number, lane in enumerate(sharing):

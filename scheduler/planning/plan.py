@@ -36,6 +36,8 @@ class Plan:
         lane_bytes: that a cycle moves at most, restoring its first placement included.
         step_s: seconds of one step, predicted with the planner's bandwidths, its share of restoring included.
             compute_s: of them without any wait.
+        updates: of the updater's round (`scheduler.planning.update_round`), whose ops trigger its tasks; None: updates
+            are ops of the step.
         tasks_at, behind_at: the tasks by their trigger: those that start when it begins, and when it is over.
         arriving_at: of them those that take frames. stores_at: those that bring tensors to page files.
     """
@@ -51,6 +53,7 @@ class Plan:
     lane_bytes: Mapping[Lane, int]
     step_s: float
     compute_s: float
+    updates: Plan | None = None
     tasks_at: Mapping[int, tuple[Task, ...]] = field(init=False, compare=False, repr=False)
     behind_at: Mapping[int, tuple[Task, ...]] = field(init=False, compare=False, repr=False)
     arriving_at: Mapping[int, tuple[Task, ...]] = field(init=False, compare=False, repr=False)

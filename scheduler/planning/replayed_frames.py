@@ -82,9 +82,11 @@ class ReplayedFrames:
 
     def window(self, tensor: TensorId, frame: int, now: int) -> range:
         """The frames of a tensor that begins at ``frame``."""
-        size, there = self.size(tensor), len(self._frames.get(self.tier(tensor), ()))
-        if frame < 0 or frame + size > there:
-            raise PlanError(f"op {now}: {tensor} has no frames {frame}..{frame + size - 1}: there are {there}")
+        tier, size = self.tier(tensor), self.size(tensor)
+        there, below = len(self._frames.get(tier, ())), self._work.below.get(tier, 0)
+        if frame < below or frame + size > there:
+            others = f", of which {below} are another's" if below else ""
+            raise PlanError(f"op {now}: {tensor} has no frames {frame}..{frame + size - 1}: there are {there}{others}")
         return range(frame, frame + size)
 
     def place(self, tensor: TensorId, frame: int, now: int) -> None:

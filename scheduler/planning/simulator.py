@@ -1,20 +1,24 @@
 """Follows a plan on paper: when each op and each task begins and ends, given bandwidths. Pure and deterministic.
 
 `scheduler.planning.bounds` replays the plan frame by frame and says what moves; `scheduler.planning.lanes` says how
-long it takes.
+long it takes. Where a thread updates beside the steps, `scheduler.planning.round_replay` performs its round on the same
+lanes.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
 from scheduler.planning.bounds import Replay
-from scheduler.planning.lanes import NS, PerformedOp, Run, SimulatedLanes, SimulatedWait
+from scheduler.planning.lane_queues import PerformedOp, Run, SimulatedWait
+from scheduler.planning.lanes import NS, SimulatedLanes
 from scheduler.planning.machine import Machine, TierSpec
 from scheduler.planning.plan import Plan
+from scheduler.planning.round_replay import RoundReplay
 from scheduler.planning.sources import TensorSource
 from scheduler.planning.task import Lane, Task
 from scheduler.planning.trace import Trace
@@ -22,6 +26,9 @@ from scheduler.planning.work import Work
 
 #: Cycles performed at most before the step time is taken of all of them together.
 MAX_CYCLES: Final = 24
+#: The same for steps that a round of updates is beside, and those of them, the first ones, that are left out.
+ROUND_CYCLES: Final = 40
+ROUND_LEAD_CYCLES: Final = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,7 @@ class Simulation:
         busy: share of that time that each lane is busy.
         waits: of the last cycle, by op.
         lane_bytes: moved per step by each lane, over the same cycles as ``step_s``.
+        missed: steps that parameters of units that are updated beside the steps miss at their first use, mean.
     """
 
     step_s: float
@@ -40,6 +48,7 @@ class Simulation:
     busy: Mapping[Lane, float]
     waits: tuple[SimulatedWait, ...]
     lane_bytes: Mapping[Lane, float]
+    missed: float = 0.0
 
     @property
     def read_bytes(self) -> float:
@@ -78,29 +87,49 @@ def simulate_work(plan: Plan, work: Work) -> Simulation:
     for lane, bytes_per_s in work.machine.bytes_per_s.items():
         if bytes_per_s <= 0:
             raise ValueError(f"bandwidths must be above 0, not {bytes_per_s} bytes/s of {lane.value}")
-    lanes = SimulatedLanes(work.machine)
-    replay = Replay(work, plan, lanes)
+    lanes, replay, beside = _begun(plan, work)
+    most, lead = (MAX_CYCLES, 0) if beside is None else (ROUND_CYCLES, ROUND_LEAD_CYCLES)
+    began = _CycleEnd((), 0, dict.fromkeys(Lane, 0), dict.fromkeys(Lane, 0))
+    waits: list[SimulatedWait] = []
     ends: list[_CycleEnd] = []
     found: _CycleEnd | None = None
-    while found is None and len(ends) < MAX_CYCLES:
+    while found is None and len(ends) < most:
         lanes.waits = []
         replay.cycle()
-        end = _cycle_end(replay, lanes)
+        waits += lanes.waits if len(ends) >= lead else ()
+        end = _cycle_end(replay, lanes, beside)
         found = next((earlier for earlier in reversed(ends) if earlier.state == end.state), None)
         ends.append(end)
-    n_steps = plan.n_steps * (len(ends) - (ends.index(found) + 1 if found else 0))
+    n_cycles = len(ends) - (ends.index(found) + 1 if found else lead)
     if found is not None:
         began, last = found, ends[-1]
+    elif beside is None:
+        last = _all_over(replay, lanes)
     else:
-        began, last = _CycleEnd((), 0, dict.fromkeys(Lane, 0), dict.fromkeys(Lane, 0)), _all_over(replay, lanes)
-    spent_ns = last.at_ns - began.at_ns
+        began, last = ends[lead - 1], ends[-1]
+    n_steps, spent_ns = plan.n_steps * n_cycles, last.at_ns - began.at_ns
     return Simulation(
         step_s=spent_ns / n_steps / NS,
         steady=found is not None,
         busy={lane: (last.busy_ns[lane] - began.busy_ns[lane]) / spent_ns if spent_ns else 0.0 for lane in Lane},
-        waits=tuple(lanes.waits),
+        waits=tuple(lanes.waits if beside is None or found is not None else _shared_out(waits, n_cycles)),
         lane_bytes={lane: (last.moved_bytes[lane] - began.moved_bytes[lane]) / n_steps for lane in Lane},
+        missed=statistics.mean(beside.missed[len(beside.missed) // 2 :]) if beside and beside.missed else 0.0,
     )
+
+
+def _begun(plan: Plan, work: Work) -> tuple[SimulatedLanes, Replay, RoundReplay | None]:
+    """Lanes, and who is followed on them."""
+    lanes = SimulatedLanes(work.machine)
+    replay = Replay(work, plan, lanes)
+    beside = None if plan.updates is None else RoundReplay(plan, work, lanes)
+    lanes.beside = beside
+    return lanes, replay, beside
+
+
+def _shared_out(waits: list[SimulatedWait], n_cycles: int) -> list[SimulatedWait]:
+    """Waits of so many cycles, as if each of these had its part of all."""
+    return [replace(wait, seconds=wait.seconds / n_cycles) for wait in waits]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +142,15 @@ class _CycleEnd:
     moved_bytes: Mapping[Lane, int]
 
 
-def _cycle_end(replay: Replay, lanes: SimulatedLanes) -> _CycleEnd:
+def _cycle_end(replay: Replay, lanes: SimulatedLanes, beside: RoundReplay | None) -> _CycleEnd:
     frames = replay.frames
     held = tuple((tensor, frames.where[tensor], frames.is_dirty(tensor)) for tensor in sorted(frames.where))
-    return _CycleEnd((held, lanes.pending()), lanes.now_ns, dict(lanes.busy_ns), dict(replay.moved_bytes))
+    moved = dict(replay.moved_bytes)
+    state: tuple[object, ...] = ()
+    if beside is not None:
+        moved = {lane: n_bytes + beside.moved_bytes[lane] for lane, n_bytes in moved.items()}
+        state = beside.state()
+    return _CycleEnd((held, lanes.pending(), state), lanes.now_ns, dict(lanes.busy_ns), moved)
 
 
 def _all_over(replay: Replay, lanes: SimulatedLanes) -> _CycleEnd:
@@ -192,11 +226,11 @@ def planned_cycle(plan: Plan, work: Work) -> PlannedCycle:
     Raises:
         PlanError: the plan does not hold. ValueError: a bandwidth is not above 0.
     """
-    lanes = SimulatedLanes(work.machine)
-    replay, seen = Replay(work, plan, lanes), set[tuple[object, ...]]()
+    lanes, replay, beside = _begun(plan, work)
+    seen = set[tuple[object, ...]]()
     while len(seen) < MAX_CYCLES:
         replay.cycle()
-        state = lanes.pending()
+        state = (lanes.pending(), () if beside is None else beside.state())
         if state in seen:
             break
         seen.add(state)
@@ -212,7 +246,7 @@ def planned_cycle(plan: Plan, work: Work) -> PlannedCycle:
         plan.n_steps,
         (end_ns - began_ns) / NS,
         tuple(_op(op, waits, began_ns) for op in performed),
-        tuple(_task(run, began_ns, restores=id(run.task) not in planned) for run in started),
+        tuple(_task(run, began_ns, restores=not run.beside and id(run.task) not in planned) for run in started),
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.tier import Tier
 from pagemem.units import ceil_div
 from scheduler.planning.machine import Machine, TierSpec, machine_of
 from scheduler.planning.sources import COPIES, TensorSource, chain_of
-from scheduler.planning.task import TaskKind
+from scheduler.planning.task import Lane, TaskKind
 from scheduler.planning.trace import CHANGES, Conditional, Trace
+from scheduler.planning.update_round import UpdateRound
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,9 @@ class Work:
         resident: tensors that are in memory for good, in the trace or not, and their first frames.
         sources: what tensors are made of that are not made of their page files.
         tiers: of every tensor; `Work.of` finds them.
+        updates: what a thread beside that of the step does meanwhile, in memory of its own.
+        thread: the lane whose ops the thread performs that reaches them: with UPDATE, updates are not beside it.
+        below: frames at the beginning of a tier that are not of this work.
 
     Raises:
         ValueError: a tensor is used in two tiers, is made of itself, or of its like by a task that copies nothing.
@@ -36,6 +40,9 @@ class Work:
     resident: Mapping[TensorId, FrameId] = field(default_factory=dict)
     sources: Mapping[TensorId, TensorSource] = field(default_factory=dict)
     tiers: Mapping[TensorId, Tier] = field(default_factory=dict)
+    updates: UpdateRound | None = None
+    thread: Lane = Lane.COMPUTE
+    below: Mapping[Tier, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -70,6 +77,14 @@ class Work:
                 if below in changed:
                     raise ValueError(f"{changed[below]} changes what resident tensor {tensor} is a copy of")
         return cls(trace, n_bytes, machine_of(tiers), resident or {}, sources, found)
+
+    def of_updates(self) -> Work:
+        """The round of updates alone, as work of its thread."""
+        updates = self.updates
+        assert updates is not None
+        end = updates.first_frame + updates.n_frames
+        alone = Work.of(updates.trace, updates.n_bytes, replace(self.machine, n_frames={Tier.HOST: end}))
+        return replace(alone, thread=Lane.UPDATE, below={Tier.HOST: int(updates.first_frame)})
 
     @property
     def page_bytes(self) -> int:

@@ -28,14 +28,16 @@ class LoadLane:
     Args:
         mover: owner of residency in the tier.
         numbers: of tasks, in the order in which they were begun over all lanes.
+        background: its copies give way to others.
 
     Attributes:
         above: the lane of copies to the tier above, which read what is here; None: nothing is copied up.
     """
 
-    def __init__(self, mover: Mover, numbers: Iterator[int] | None = None) -> None:
+    def __init__(self, mover: Mover, numbers: Iterator[int] | None = None, *, background: bool = False) -> None:
         self.above: LoadLane | None = None
         self._mover = mover
+        self._background = background
         self._numbers = itertools.count() if numbers is None else numbers
         self._tasks: deque[tuple[int, Task]] = deque()
         # Of each tensor's queued tasks the numbers and frames, replaced as a whole: others look without the lock.
@@ -146,7 +148,8 @@ class LoadLane:
         self._started[tensor.id] = number
         # A tensor that the plan took for dead by now and that is not, because the step goes another way, keeps its
         # content.
-        self._mover.start_load(tensor, task.frame, fresh=task.fresh and tensor.state is Residency.ABSENT)
+        fresh = task.fresh and tensor.state is Residency.ABSENT
+        self._mover.start_load(tensor, task.frame, fresh=fresh, background=self._background)
         return True
 
     def _make_room(self, number: int, task: Task, n_frames: int) -> bool:
@@ -169,7 +172,7 @@ class LoadLane:
             self._behind_copy_up = True
             return False
         if tenant.state is Residency.DIRTY:
-            self._mover.start_store(tenant)
+            self._mover.start_store(tenant, background=self._background)
             return False
         if tenant.state is not Residency.CLEAN:
             # A copy up that waits for host memory would wait for ever if this window is for what is used before.

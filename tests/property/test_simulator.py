@@ -14,7 +14,7 @@ from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.lookahead.planner import make_plan
 from scheduler.planning.bounds import PlanError
-from scheduler.planning.lanes import SimulatedWait
+from scheduler.planning.lane_queues import SimulatedWait
 from scheduler.planning.machine import TierSpec
 from scheduler.planning.plan import Plan
 from scheduler.planning.simulator import Simulation, simulate

@@ -68,7 +68,9 @@ def delay_the_disk(run: Run, delays: Delays) -> None:
 @pytest.mark.parametrize("max_staleness", [1, 4])
 def test_many_steps_with_delays_at_random(max_staleness: int, steps: int, tmp_path: Path) -> None:
     with running(tmp_path, max_staleness, TINY) as run:
-        assert not run.resident and len(run.gates.thread.windows._resident) == 0, "parameters and states are to stream"
+        ops = run.gates.thread.follower.plan.keys
+        streamed = {task.tensor for task in run.gates.thread.follower.plan.stores}
+        assert not run.resident and len(streamed) == 2 * len(set(ops)), "parameters, states and masters are to stream"
         run.warm_up()
         run.gates.hold("chosen")
         run.step(2)

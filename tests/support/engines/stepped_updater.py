@@ -107,7 +107,7 @@ class SteppedUpdater:
         self._boxes, self._pages = boxes, pages
         self._wanted: UnitChannel | None = None
         self._at: Iterator[None] = self._serve()
-        self.windows = SimpleNamespace(n_frames=0)
+        self.follower = SimpleNamespace(n_frames=0)
         self.lock = WaitLock("updates")
         self.moving = False
         self.choice = 0

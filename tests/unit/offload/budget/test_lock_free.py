@@ -14,10 +14,10 @@ from offload.budget.lock_free import Division, LockFreeBudget, UnitSize
 from offload.budget.need import Sizes, UnitShape, budget_need
 from offload.config import Config, load_config
 from optim.lockfree.batch_update import scratch_bytes
-from optim.lockfree.state_windows import least_frames
 from optim.unit import cut, lay_out
 from pagemem.errors import BudgetError
 from pagemem.units import KiB, MiB, ceil_div
+from scheduler.planning.update_round import least_frames
 
 PAGE_BYTES = 64 * KiB
 SLICE_NUMEL = 1 << 14

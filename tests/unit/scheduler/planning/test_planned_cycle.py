@@ -7,7 +7,7 @@ from dataclasses import replace
 from replays import PAGE_BYTES, host_plan
 
 from pagemem.frames.page import FrameId, TensorId
-from scheduler.planning.lanes import SimulatedWait
+from scheduler.planning.lane_queues import SimulatedWait
 from scheduler.planning.machine import TierSpec
 from scheduler.planning.plan import Plan
 from scheduler.planning.simulator import PlannedCycle, TimedOp, TimedTask, planned_cycle

@@ -1,4 +1,5 @@
-"""The updater's windows: what stays, what passes through, what is read early, and what happens when a copy fails."""
+"""The plan of a round of updates, followed: what stays, what passes through, what is read early, slices out of turn,
+and what happens when a copy fails."""
 
 from __future__ import annotations
 
@@ -15,22 +16,25 @@ from fake_page_files import TIMEOUT_S, FakePageFiles, GatedPageFiles, ThreadedPa
 from torch import Tensor
 from training_rig import PAGE_BYTES, pattern
 
-from optim.lockfree.state_windows import RING_WINDOWS, StateWindows, least_frames
 from pagemem.devices.arena import HostArena
 from pagemem.errors import StorageError
-from pagemem.frames.page import FrameId
+from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.telemetry.events import EventKind
-from pagemem.tier import Tag
+from pagemem.tier import Tag, Tier
+from scheduler.execution.round_follower import RoundFollower
+from scheduler.planning.machine import Machine
+from scheduler.planning.task import Lane
+from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.planning.update_round import WINDOWS, RoundUnit, UpdateRound, least_frames
 
 #: Frames below the updater's, which the training thread uses.
 SHARED = 4
 
 
 class Cycle:
-    """Slices of some numbers of pages in windows of ``n_frames`` frames; each visit checks and changes what a slice
-    holds.
+    """Slices of some numbers of pages in ``n_frames`` frames; each visit checks and changes what a slice holds.
 
     Args:
         sizes: pages of each slice; a pair is a slice of two tensors.
@@ -46,9 +50,22 @@ class Cycle:
                 tuple(self.mover.create(f"{number}.{k}", Tag.MOMENT, n * PAGE_BYTES) for k, n in enumerate(pages))
             )
         self.first_frame = self.mover.tenants.set_aside(n_frames)
-        self.windows = StateWindows(self.mover, self.slices, self.first_frame, n_frames)
-        self._salts = dict.fromkeys((t.id for tensors in self.slices for t in tensors), 0)
+        ops = tuple(
+            Op((OpKind.UPDATE, number), f"slice {number}", tuple(Access(t.id, AccessMode.MODIFY) for t in tensors),
+               0.0, number, Lane.UPDATE)
+            for number, tensors in enumerate(self.slices)
+        )  # fmt: skip
+        units = tuple(RoundUnit(op.name, TensorId(1000 + n), range(n, n + 1)) for n, op in enumerate(ops))
+        n_bytes = {tensor.id: tensor.n_bytes for tensors in self.slices for tensor in tensors}
+        updates = UpdateRound(Trace(ops), n_bytes, self.first_frame, n_frames, units)
+        self.follower = RoundFollower(self.mover, updates, Machine(PAGE_BYTES, {Tier.HOST: SHARED}, {}))
+        self._salts = dict.fromkeys(n_bytes, 0)
         self._salt = 0
+
+    @property
+    def streamed(self) -> set[TensorId]:
+        """Tensors that the plan has leave."""
+        return {task.tensor for task in self.follower.plan.stores}
 
     def view(self, tensor: PagedTensor) -> Tensor:
         """A tensor's host bytes."""
@@ -67,22 +84,20 @@ class Cycle:
         self._salts[tensor.id] = self._salt
         self.view(tensor).copy_(pattern(tensor.n_bytes, self._salt))
 
-    def visit(self, number: int, then_fetch: int | None = None) -> None:
+    def visit(self, number: int, *following: int) -> None:
         """What the updater does with a slice."""
-        with self.windows.held(number):
-            if then_fetch is not None:
-                self.windows.prefetch(then_fetch)
+        with self.follower.held(number, following):
             for tensor in self.slices[number]:
                 assert tensor.frame is not None and tensor.frame >= self.first_frame and tensor.pins == 1
                 self.check(tensor)
                 self.write(tensor)
 
     def go_round(self, times: int) -> None:
-        """Visit all slices, fetching the next one meanwhile."""
+        """Visit all slices, with the next two known."""
         count = len(self.slices)
         for _ in range(times):
             for number in range(count):
-                self.visit(number, (number + 1) % count)
+                self.visit(number, (number + 1) % count, (number + 2) % count)
                 check_mover(self.mover)
 
     def states(self) -> list[str]:
@@ -92,7 +107,7 @@ class Cycle:
 
 @contextmanager
 def streaming(sizes: Sequence[int | tuple[int, int]], n_frames: int) -> Iterator[tuple[Cycle, ThreadedPageFiles]]:
-    """Windows over page files whose copies are made at once."""
+    """A round over page files whose copies are made at once."""
     files = ThreadedPageFiles()
     cycle = Cycle(files, sizes, n_frames)
     try:
@@ -105,7 +120,7 @@ def streaming(sizes: Sequence[int | tuple[int, int]], n_frames: int) -> Iterator
 
 
 class Gated:
-    """Windows over page files whose copies wait for the test; the updater's side runs on a thread of its own.
+    """A round over page files whose copies wait for the test; the updater's side runs on a thread of its own.
 
     Args:
         n_tensors: of a page each, in every slice.
@@ -114,16 +129,16 @@ class Gated:
     def __init__(self, count: int, n_tensors: int = 1) -> None:
         self.files = GatedPageFiles()
         size = (1, 1) if n_tensors == 2 else 1
-        self.cycle = Cycle(self.files, [size] * count, RING_WINDOWS * n_tensors)
+        self.cycle = Cycle(self.files, [size] * count, WINDOWS * n_tensors)
         self._updater = ThreadPoolExecutor(1, "updater")
         for number in range(count):
             self.cycle.visit(number)
             for _ in range(n_tensors):
                 self.files.take("write").open()
 
-    def begin(self, number: int) -> Future[None]:
+    def begin(self, number: int, *following: int) -> Future[None]:
         """Begin a visit."""
-        return self._updater.submit(self.cycle.visit, number)
+        return self._updater.submit(self.cycle.visit, number, *following)
 
     def close(self) -> None:
         """Let everything end."""
@@ -135,10 +150,10 @@ class Gated:
 
 @pytest.fixture
 def five() -> Iterator[Gated]:
-    """Five slices that were visited once: the last one is in the ring, the others were stored and left."""
+    """Five slices that were visited once: the last three are in memory, the others were stored and left."""
     gated = Gated(5)
     try:
-        assert gated.cycle.states() == ["stored"] * 4 + ["clean"]
+        assert gated.cycle.states() == ["stored"] * 2 + ["clean"] * 3
         yield gated
     finally:
         gated.close()
@@ -149,7 +164,7 @@ def pairs() -> Iterator[Gated]:
     """Five slices of two tensors, likewise."""
     gated = Gated(5, 2)
     try:
-        assert gated.cycle.states() == ["stored"] * 4 + ["clean"]
+        assert gated.cycle.states() == ["stored"] * 2 + ["clean"] * 3
         yield gated
     finally:
         gated.close()
@@ -164,45 +179,58 @@ def test_least_frames(sizes: list[int], frames: int) -> None:
 
 def test_where_all_slices_fit_nothing_is_ever_copied() -> None:
     with streaming([1, 2, (1, 1), 3], 8) as (cycle, files):
-        assert len(cycle.windows._resident) == 4
+        assert not cycle.streamed
         cycle.go_round(3)
         assert files.n_reads == files.n_writes == 0
         assert cycle.states() == ["dirty"] * 4
 
 
-@pytest.mark.parametrize("resident", [0, 1, 3])
-def test_as_many_slices_as_fit_stay_and_the_others_pass_through(resident: int) -> None:
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_as_many_slices_as_fit_stay_and_the_others_pass_through(kept: int) -> None:
     sizes: list[int | tuple[int, int]] = [2, 1, (1, 1), 2, 1, (1, 1), 2]
-    frames = RING_WINDOWS * 2 + sum(sum(s) if isinstance(s, tuple) else s for s in sizes[:resident])
+    frames = WINDOWS * 2 + sum(sum(s) if isinstance(s, tuple) else s for s in sizes[:kept])
     with streaming(sizes, frames) as (cycle, files):
-        assert len(cycle.windows._resident) == resident
+        # Of small slices there may be room for another one beside the three.
+        passing, most = len(cycle.streamed), sum(len(tensors) for tensors in cycle.slices[kept:])
+        assert most - 2 <= passing <= most
         cycle.go_round(4)
         cycle.mover.monitor.settle()
-        passing = sum(len(tensors) for tensors in cycle.slices[resident:])
         assert files.n_writes == 4 * passing
-        # The first time there is nothing to read; at the end one is fetched for a fifth time.
-        assert 0 < files.n_reads <= 3 * passing + len(cycle.slices[resident])
-        assert cycle.states()[:resident] == ["dirty"] * resident
+        # The first time there is nothing to read; at the end two are fetched for a fifth time.
+        assert 0 < files.n_reads <= 3 * passing + 2 * 2
+        stay = [tensor for tensors in cycle.slices for tensor in tensors if tensor.id not in cycle.streamed]
+        assert [tensor.state for tensor in stay] == [Residency.DIRTY] * len(stay)
         assert not cycle.log.of(EventKind.WAIT), "the updater's waits are not the training thread's"
 
 
 def test_any_order_of_visits_is_served() -> None:
-    with streaming([1, (1, 2), 3, 2, 1, 1], 3 * RING_WINDOWS) as (cycle, _):
+    with streaming([1, (1, 2), 3, 2, 1, 1], 3 * WINDOWS) as (cycle, _):
         for number in [5, 0, 2, 2, 1, 5, 4, 3, 0, 0, 1, 2, 4, 5, 3, 1]:
-            cycle.visit(number, (number * 2) % 6)
+            cycle.visit(number, (number * 2) % 6, (number + 3) % 6)
             check_mover(cycle.mover)
 
 
-def test_a_slice_without_states_takes_no_window() -> None:
-    with streaming([1], 1) as (cycle, _):
-        windows = StateWindows(cycle.mover, [(), ()], FrameId(SHARED), 0)
-        with windows.held(0):
-            windows.prefetch(1)
+def test_what_is_visited_out_of_turn_costs_one_read_and_the_plan_goes_on_behind_it() -> None:
+    with streaming([1] * 12, WINDOWS) as (cycle, files):
+        cycle.go_round(2)
+        cycle.mover.monitor.settle()
+        before = files.n_reads
+        for place, number in enumerate(order := [0, 1, 2, 7, 8, 9, 10, 11, 3, 4, 5, 6]):
+            cycle.visit(number, *order[place + 1 : place + 3])
+        cycle.mover.monitor.settle()
+        assert files.n_reads - before <= 12, "nothing was read twice"
 
 
-def test_what_is_needed_is_read_early_and_not_twice(five: Gated) -> None:
-    five.cycle.windows.prefetch(0)
-    five.cycle.windows.prefetch(0)
+def test_a_slice_without_states_takes_no_frames() -> None:
+    with streaming([(), ()], 0) as (cycle, _):  # type: ignore[list-item]
+        assert cycle.follower.n_frames == 0
+        with cycle.follower.held(0, [1]):
+            pass
+
+
+def test_what_comes_next_is_read_early_and_not_twice(five: Gated) -> None:
+    five.cycle.visit(4, 0)
+    five.files.take("write").open()
     five.files.take("read").open()
     assert five.files.idle()
     five.cycle.visit(0)
@@ -210,7 +238,8 @@ def test_what_is_needed_is_read_early_and_not_twice(five: Gated) -> None:
 
 
 def test_a_visit_waits_for_a_read_that_is_under_way(five: Gated) -> None:
-    five.cycle.windows.prefetch(0)
+    five.cycle.visit(4, 0)
+    five.files.take("write").open()
     read = five.files.take("read")
     visit = five.begin(0)
     assert not visit.done()
@@ -219,40 +248,21 @@ def test_a_visit_waits_for_a_read_that_is_under_way(five: Gated) -> None:
     five.files.take("write").open()
 
 
-def test_what_was_read_early_leaves_only_for_what_is_needed(five: Gated) -> None:
+def test_a_slice_in_use_stays_while_what_is_to_have_its_place_waits(five: Gated) -> None:
     cycle = five.cycle
-    for number in (0, 3, 4):
-        cycle.windows.prefetch(number)
-        five.files.take("read").open()
-    assert cycle.states() == ["clean", "stored", "stored", "clean", "clean"]
-    cycle.windows.prefetch(1)
-    assert five.files.idle() and cycle.states()[1] == "stored", "three were read early already"
-    visit = five.begin(1)
-    five.files.take("read").open()
-    visit.result(TIMEOUT_S)
-    assert cycle.states().count("stored") == 2 and cycle.states()[1] == "storing"
+    with cycle.follower.held(4, [0]):  # a round later the plan has slice 0 where slice 4 still is
+        tensor = cycle.slices[4][0]
+        assert five.files.idle() and tensor.readable and tensor.pins == 1
+        cycle.write(tensor)
     five.files.take("write").open()
-
-
-def test_a_slice_that_is_in_use_or_moving_is_not_stolen(five: Gated) -> None:
-    cycle = five.cycle
-    with cycle.windows.held(4):
-        cycle.windows.prefetch(0)
-        moving = five.files.take("read")
-        cycle.windows.prefetch(3)
-        five.files.take("read").open()
-        visit = five.begin(1)
-        read = five.files.take("read")
-        assert [cycle.states()[number] for number in (0, 3, 4)] == ["loading", "stored", "dirty"]
-        read.open()
-        visit.result(TIMEOUT_S)
-    moving.open()
+    five.files.take("read").open()
+    assert cycle.states() == ["clean", "stored", "clean", "clean", "stored"]
 
 
 @pytest.mark.parametrize("dirty", [False, True])
-@pytest.mark.parametrize("resident", [False, True])
-def test_a_tensor_that_the_training_thread_moved_elsewhere_comes_back(dirty: bool, resident: bool) -> None:
-    with streaming([(1, 1), 1, 2, 1, 2], 6 + (2 if resident else 0)) as (cycle, _):
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_tensor_that_the_training_thread_moved_elsewhere_comes_back(dirty: bool, kept: bool) -> None:
+    with streaming([(1, 1), 1, 2, 1, 2], 6 + (2 if kept else 0)) as (cycle, _):
         cycle.go_round(2)
         cycle.mover.monitor.settle()
         tensor = cycle.slices[0][1]
@@ -266,7 +276,6 @@ def test_a_tensor_that_the_training_thread_moved_elsewhere_comes_back(dirty: boo
         if dirty:
             cycle.mover.touch(tensor)
             cycle.write(tensor)
-        cycle.windows.prefetch(0)
         cycle.go_round(2)
         assert cycle.mover.host.owner(FrameId(1)) is None
 
@@ -282,6 +291,19 @@ def test_a_read_that_fails_is_raised_and_can_be_tried_again(five: Gated) -> None
     again = five.begin(0)
     five.files.take("read").open()
     again.result(TIMEOUT_S)
+    five.files.take("write").open()
+
+
+def test_after_a_failure_that_another_thread_was_told_of_a_visit_goes_on(five: Gated) -> None:
+    """What was queued rests until somebody knows of the failure, and nobody else would begin it again."""
+    cycle = five.cycle
+    with cycle.mover.changed:
+        cycle.mover.monitor.note_failure(StorageError("another's"))
+        with pytest.raises(StorageError, match="another's"):
+            cycle.mover.monitor.check()
+    visit = five.begin(1)
+    five.files.take("read").open()
+    visit.result(TIMEOUT_S)
     five.files.take("write").open()
 
 
@@ -310,12 +332,10 @@ def test_a_write_that_fails_is_raised_before_anything_else_is_begun(five: Gated)
         five.begin(0).result(TIMEOUT_S)
     assert five.files.idle() and cycle.states()[4] == "dirty"
     cycle.check(cycle.slices[4][0])
-    cycle.windows.prefetch(0)
-    assert cycle.states()[4] == "storing", "it is stored before it leaves"
+    visit = five.begin(4)
+    visit.result(TIMEOUT_S)
     five.files.take("write").open()
+    again = five.begin(0)
     five.files.take("read").open()
-    for number in (1, 4):
-        visit = five.begin(number)
-        five.files.take("read").open()
-        visit.result(TIMEOUT_S)
-        five.files.take("write").open()
+    again.result(TIMEOUT_S)
+    five.files.take("write").open()
