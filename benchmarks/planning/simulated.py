@@ -37,13 +37,13 @@ from pagemem.units import KiB
 from scheduler.execution.driver import Driver
 from scheduler.lookahead.planner import plan_work
 from scheduler.planning.bounds import Replay
-from scheduler.planning.lanes import SimulatedLanes
 from scheduler.planning.machine import Machine, SharedRate
-from scheduler.planning.simulator import simulate_work
 from scheduler.planning.sources import TensorSource
 from scheduler.planning.task import Lane, TaskKind
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 from scheduler.planning.work import Work
+from scheduler.simulation.lanes import SimulatedLanes
+from scheduler.simulation.simulator import simulate_work
 
 CASES: Final = ("all lanes", "shared rate", "engine")
 RATIO: Final = "simulated / executed step"

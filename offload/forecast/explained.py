@@ -13,8 +13,8 @@ from pagemem.telemetry.events import Event, EventKind
 from pagemem.telemetry.recorder import OpSpan, Recording, WaitCause, WaitSpan
 from pagemem.telemetry.timeline import Timeline
 from pagemem.units import format_bytes
-from scheduler.planning.simulator import PlannedCycle, TimedTask, planned_cycle
 from scheduler.planning.task import NO_OP, Lane, TaskKind
+from scheduler.simulation.simulator import PlannedCycle, TimedTask, planned_cycle
 
 #: What a profile records of each kind of task.
 _EVENTS: Final = {
@@ -43,6 +43,7 @@ class ExplainedTask:
         begin_s, end_s: predicted, since the cycle's beginning.
         kept_by: the lane that kept it from starting when its op did; None: nothing did.
         waits_s: that the op which needs it waits for it.
+        beside: its ops are those of the round of updates beside the steps.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class ExplainedTask:
     end_s: float
     kept_by: str | None
     waits_s: float
+    beside: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,14 @@ class Explained:
 
     Attributes:
         n_steps: of the cycle. end_s: its length.
-        ops: kind and name of each op of the cycle.
+        ops: kind and name of each op of the cycle. update_ops: names of those of the round of updates beside it.
         recording: the cycle as a profile would have recorded it. others: what moves and no profile records.
     """
 
     n_steps: int
     end_s: float
     ops: tuple[str, ...]
+    update_ops: tuple[str, ...]
     tasks: tuple[ExplainedTask, ...]
     recording: Recording
     others: Mapping[str, Sequence[TrackPiece]]
@@ -85,7 +88,11 @@ def explain(planned: Planned) -> Explained:
     ops = tuple(f"{op.kind.value} {op.name}" for op in trace.ops) * cycle.n_steps
     waited = {(op.wait.tensor, op.begin_s): op.waits_s for op in cycle.ops if op.wait is not None}
     tasks = tuple(_explained(task, planned, waited) for task in cycle.tasks)
-    return Explained(cycle.n_steps, cycle.end_s, ops, tasks, _recording(cycle, planned), _others(cycle, planned))
+    updates = planned.work.updates
+    update_ops = () if updates is None else tuple(op.name for op in updates.trace.ops)
+    return Explained(
+        cycle.n_steps, cycle.end_s, ops, update_ops, tasks, _recording(cycle, planned), _others(cycle, planned)
+    )
 
 
 def _name(planned: Planned, task: TimedTask) -> str:
@@ -109,6 +116,7 @@ def _explained(timed: TimedTask, planned: Planned, waited: Mapping[tuple[TensorI
         end_s=timed.end_s,
         kept_by=None if timed.behind is None else timed.behind.value,
         waits_s=waited.get((task.tensor, timed.end_s), 0.0) if timed.moves else 0.0,
+        beside=timed.beside,
     )
 
 
@@ -119,16 +127,18 @@ def explained_rows(found: Explained) -> list[tuple[str, ...]]:
     """A row for each task, in the order in which they begin; see `HEADINGS`. Times are milliseconds."""
     n_ops = len(found.ops)
 
-    def op(index: int | None) -> str:
+    def op(task: ExplainedTask, index: int | None) -> str:
         if index is None:
             return "-"
+        if task.beside:
+            return f"beside: {index} {found.update_ops[index]}"
         return f"{index} {found.ops[index % n_ops]}" + (", next cycle" if index >= n_ops else "")
 
     return [
         (
             f"{task.begin_s * 1e3:.2f}", f"{task.end_s * 1e3:.2f}", task.kind, task.tensor, task.tier,
-            format_bytes(task.n_bytes) if task.moves else "-", "restoring" if task.restores else op(task.trigger),
-            op(task.needed_by), task.kept_by or "-", f"{task.waits_s * 1e3:.2f}" if task.waits_s else "-",
+            format_bytes(task.n_bytes) if task.moves else "-", "restoring" if task.restores else op(task, task.trigger),
+            op(task, task.needed_by), task.kept_by or "-", f"{task.waits_s * 1e3:.2f}" if task.waits_s else "-",
         )
         for task in sorted(found.tasks, key=lambda task: task.begin_s)
     ]  # fmt: skip
@@ -184,6 +194,6 @@ def _recording(cycle: PlannedCycle, planned: Planned) -> Recording:
 def as_dict(found: Explained) -> dict[str, Any]:
     """Plain values for JSON."""
     return {
-        "steps": found.n_steps, "end_s": found.end_s, "ops": list(found.ops),
+        "steps": found.n_steps, "end_s": found.end_s, "ops": list(found.ops), "update_ops": list(found.update_ops),
         "tasks": [{name: getattr(task, name) for name in ExplainedTask.__slots__} for task in found.tasks],
     }  # fmt: skip

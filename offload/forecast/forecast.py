@@ -1,7 +1,7 @@
 """`offload plan FILE`: what a run will take, before it is begun. Nothing is trained and no weight is made.
 
 The step is rehearsed without bytes (`offload.forecast.rehearsal`), which gives units, pages, ops and plan as the engine
-would make them; the plan is then simulated (`scheduler.planning.simulator`) with the bandwidths given. Pages are the
+would make them; the plan is then simulated (`scheduler.simulation.simulator`) with the bandwidths given. Pages are the
 engine's; times are as good as the rates they are computed from.
 """
 

@@ -10,8 +10,8 @@ from offload.forecast.planned import planned
 from offload.forecast.rehearsal import Rehearsal
 from pagemem.tier import Tier
 from scheduler.planning.plan import Plan
-from scheduler.planning.simulator import Simulation, simulate_work
 from scheduler.planning.task import Lane
+from scheduler.simulation.simulator import Simulation, simulate_work
 
 #: The lane of copies from host memory to the device.
 H2D: Final = "h2d"

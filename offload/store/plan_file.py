@@ -14,12 +14,13 @@ from typing import Any, Final
 from offload.store.page_store import PageStore
 from pagemem.errors import StorageError
 from pagemem.folders.own_file import replace_file
+from pagemem.frames.page import TensorId
 from scheduler.execution.driver import Driver
 from scheduler.planning.plan import Plan
 from scheduler.planning.task import NO_FRAME, NO_OP, Task
 
 PLAN_NAME: Final = "plan.json"
-FORMAT: Final = "offload plan 3"
+FORMAT: Final = "offload plan 4"
 
 
 def plan_content(driver: Driver, plan: Plan) -> dict[str, Any]:
@@ -27,10 +28,11 @@ def plan_content(driver: Driver, plan: Plan) -> dict[str, Any]:
 
     ``names`` and ``tensor_bytes`` are by the tensor's number; ``ops`` are those of one step, and a cycle is ``steps``
     of them; ``initial`` is the first frame of each tensor when a cycle begins. Ops of tasks are numbers of the cycle,
-    and what ``after`` names are places in ``tasks``.
+    and what ``after`` names are places in ``tasks``. ``updates`` is the round of updates that another thread makes
+    beside the steps, in the same form: its tasks' ops are those of the round.
     """
     trace, of = driver.follower.trace, driver.planner.tensor
-    known = {task.tensor for task in (*plan.tasks, *plan.carried)} | {*plan.initial, *trace.tensors()}
+    known = {*_tensors(plan), *trace.tensors(), *([] if plan.updates is None else _tensors(plan.updates))}
     return {
         "format": FORMAT, "page_bytes": driver.mover.arena.page_bytes,
         "frames": {tier.value: n_frames for tier, n_frames in plan.frames.items()},
@@ -43,7 +45,30 @@ def plan_content(driver: Driver, plan: Plan) -> dict[str, Any]:
             {"kind": op.key[0].value, "key": op.key[1], "name": op.name, "seconds": op.duration_s} for op in trace.ops
         ],
         "initial": dict(sorted(plan.initial.items())), "carried": [task_content(task) for task in plan.carried],
-        "tasks": [task_content(task) for task in plan.tasks],
+        "tasks": [task_content(task) for task in plan.tasks], "updates": _updates_content(driver, plan),
+    }  # fmt: skip
+
+
+def _tensors(plan: Plan) -> set[TensorId]:
+    return {task.tensor for task in (*plan.tasks, *plan.carried)} | plan.initial.keys()
+
+
+def _updates_content(driver: Driver, plan: Plan) -> dict[str, Any] | None:
+    updates, follower = plan.updates, driver.planner.updates
+    if updates is None or follower is None:
+        return None
+    beside = follower.beside(driver.follower.trace)
+    return {
+        "first_frame": beside.first_frame, "frames": beside.n_frames, "max_staleness": beside.max_staleness,
+        "rounds": updates.n_steps, "closed": updates.closed, "read_bytes": updates.read_bytes,
+        "written_bytes": updates.written_bytes,
+        "ops": [{"name": op.name, "seconds": op.duration_s} for op in beside.trace.ops],
+        "units": [
+            {"name": unit.name, "ops": list(unit.ops), "first_use": unit.first_use, "handed_over": unit.handed_over}
+            for unit in beside.units
+        ],
+        "initial": dict(sorted(updates.initial.items())), "carried": [task_content(task) for task in updates.carried],
+        "tasks": [task_content(task) for task in updates.tasks],
     }  # fmt: skip
 
 

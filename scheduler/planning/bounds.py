@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.tier import Tier
-from scheduler.planning.lanes import SimulatedLanes
 from scheduler.planning.machine import Machine, TierSpec
 from scheduler.planning.plan import Plan
 from scheduler.planning.replayed_frames import PlanError as PlanError
@@ -73,10 +72,21 @@ def check_work(plan: Plan, work: Work) -> None:
         replay.require(said >= len(touched), f"{len(touched)} frames are touched, the plan says {said}")
     replay.require((plan.updates is None) == (work.updates is None), "the updates beside the step are not planned")
     if plan.updates is not None and work.updates is not None:
-        first = work.updates.first_frame
-        step_frames = plan.frames.get(Tier.HOST, 0)
-        replay.require(step_frames <= first, f"updates have frames from {first} on, the step has {step_frames}")
+        first, taken = work.updates.first_frame, plan.frames.get(Tier.HOST, 0)
+        replay.require(taken <= first, f"updates have frames from {first} on, the step has {taken}")
         check_work(plan.updates, work.of_updates())
+
+
+class Lanes(Protocol):
+    """Is told of a replay as it goes on, see `scheduler.simulation.lanes`."""
+
+    def start(
+        self, run: int, task: Task, follows: Iterable[int], duration_s: float | None = None, *, needs_lane: bool = True
+    ) -> None:
+        """A task goes to its lane."""
+
+    def perform(self, op: Op, position: int, waits_for: Iterable[int]) -> None:
+        """An op of compute waits for runs of tasks and is made."""
 
 
 class Replay:
@@ -90,7 +100,7 @@ class Replay:
         PlanError: the plan is not one of this trace, or cannot begin.
     """
 
-    def __init__(self, work: Work, plan: Plan, lanes: SimulatedLanes | None = None) -> None:
+    def __init__(self, work: Work, plan: Plan, lanes: Lanes | None = None) -> None:
         self.work = work
         self.plan = plan
         self.lanes = lanes
@@ -153,16 +163,6 @@ class Replay:
     def touched(self) -> set[int]:
         """Frames of host memory that were used."""
         return self.frames.touched[Tier.HOST]
-
-    @property
-    def bytes_read(self) -> int:
-        """Of page files."""
-        return self.moved_bytes[Lane.SSD_READ]
-
-    @property
-    def bytes_written(self) -> int:
-        """To page files."""
-        return self.moved_bytes[Lane.SSD_WRITE]
 
     # ---- tasks -------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,11 @@ from scheduler.lookahead.planner import plan_work
 from scheduler.planning.bounds import check_work
 from scheduler.planning.machine import Machine
 from scheduler.planning.plan import Plan
-from scheduler.planning.simulator import planned_cycle
 from scheduler.planning.sources import TensorSource
 from scheduler.planning.task import NO_FRAME, NO_OP, Lane, TaskKind
 from scheduler.planning.trace import Access, AccessMode, Conditional, Op, OpKind, Trace
 from scheduler.planning.work import Work
+from scheduler.simulation.simulator import planned_cycle
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "schedule.md"
 NAMES: Final = ("A", "B", "SA", "SB", "GA", "GB", "X", "E", "F", "a", "b", "s")

@@ -16,11 +16,11 @@ from pagemem.tier import Tier
 from scheduler.lookahead.planner import plan_work
 from scheduler.planning.bounds import Replay, check_work
 from scheduler.planning.machine import Machine
-from scheduler.planning.simulator import simulate_work
 from scheduler.planning.sources import TensorSource
 from scheduler.planning.task import Lane, TaskKind
 from scheduler.planning.trace import Access, AccessMode, Conditional, Op, OpKind, Trace
 from scheduler.planning.work import Work
+from scheduler.simulation.simulator import simulate_work
 
 PAGE_BYTES = 1 << 16
 PAGE_S = 1e-3

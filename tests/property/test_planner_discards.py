@@ -13,8 +13,8 @@ from pagemem.frames.page import TensorId
 from scheduler.lookahead.planner import make_plan
 from scheduler.planning.bounds import PlanError, check_bounds
 from scheduler.planning.machine import TierSpec
-from scheduler.planning.simulator import simulate
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.simulation.simulator import simulate
 
 PAGE_BYTES = 1 << 16
 

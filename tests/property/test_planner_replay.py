@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replays import host_work
+from replays import host_work, moved_bytes
 
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
@@ -88,11 +88,12 @@ def check(work: Work, plan: Plan) -> Replay:
     replay = work.replay(plan)
     began = dict(replay.where)
     for _ in range(3):
-        moved = replay.bytes_read, replay.bytes_written
+        moved = moved_bytes(replay)
         replay.cycle()
         assert not plan.closed or replay.where == began, "a closed plan ends where it began"
     # Less where an op's tensors were placed anew and one of them came to where it was.
-    assert replay.bytes_read - moved[0] <= plan.read_bytes and replay.bytes_written - moved[1] <= plan.written_bytes
+    read, written = (now - then for now, then in zip(moved_bytes(replay), moved, strict=True))
+    assert read <= plan.read_bytes and written <= plan.written_bytes
     assert plan.peak_frames == len(replay.touched) <= plan.n_frames
     check_bounds(plan, work.trace, work.n_bytes, TierSpec(plan.n_frames, PAGE_BYTES, BYTES_PER_S, BYTES_PER_S))
     return replay
@@ -139,7 +140,7 @@ def test_with_a_frame_for_every_page_nothing_is_read_or_written(work: Work) -> N
     assert plan.stores == ()
     assert all(load.fresh for load in plan.loads)
     replay = check(work, plan)
-    assert (replay.bytes_read, replay.bytes_written) == (0, 0)
+    assert moved_bytes(replay) == (0, 0)
 
 
 @given(steps(), st.data())

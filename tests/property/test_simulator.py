@@ -14,12 +14,12 @@ from pagemem.frames.page import FrameId, TensorId
 from pagemem.units import KiB
 from scheduler.lookahead.planner import make_plan
 from scheduler.planning.bounds import PlanError
-from scheduler.planning.lane_queues import SimulatedWait
 from scheduler.planning.machine import TierSpec
 from scheduler.planning.plan import Plan
-from scheduler.planning.simulator import Simulation, simulate
 from scheduler.planning.task import Lane, Task, load_task, store_task
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
+from scheduler.simulation.lane_queues import SimulatedWait
+from scheduler.simulation.simulator import Simulation, simulate
 
 PAGE_BYTES = 64 * KiB
 #: One page takes a millisecond.

@@ -26,7 +26,7 @@ from offload.forecast.report import forecast_rows
 from pagemem.errors import BudgetError
 from scheduler.planning.durations import MEASURED_STEPS
 from scheduler.planning.machine import TierSpec
-from scheduler.planning.simulator import simulate
+from scheduler.simulation.simulator import simulate
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "byte_gpt.toml"
 

@@ -12,8 +12,8 @@ from lockfree_run import Run, Scale, running
 
 from optim.unit import Unit
 
-#: A layer is the smallest that is a unit of its own. Its states and master fill three frames, of which the ring has
-#: nine.
+#: A layer is the smallest that is a unit of its own. Its states and master fill three frames, of which the
+#: round has nine.
 TINY = Scale(92, 7, 1_240_000)
 LONGEST_S = 0.002
 

@@ -32,7 +32,7 @@ class Scale:
 
 #: Each layer is a unit of two slices, and all of them stay in memory.
 RESIDENT = Scale(224, 3, (4 << 20) - (64 << 10))
-#: Each layer is a unit of one slice; parameters come and go, and states pass through a ring.
+#: Each layer is a unit of one slice; parameters come and go, and states pass through three slices' room.
 STREAMING = Scale(128, 12, 2_500_000)
 
 

@@ -12,7 +12,7 @@ from scheduler.lookahead.dependencies import with_dependencies
 from scheduler.planning.bounds import Replay
 from scheduler.planning.machine import TierSpec
 from scheduler.planning.plan import Plan
-from scheduler.planning.task import Task
+from scheduler.planning.task import Lane, Task
 from scheduler.planning.trace import Trace
 from scheduler.planning.work import Work
 
@@ -76,12 +76,18 @@ def without(plan: Plan, leave_out: Callable[[Task], bool]) -> Plan:
     return replace(plan, tasks=tuple(tasks))
 
 
+def moved_bytes(replay: Replay) -> tuple[int, int]:
+    """Bytes that a replay has read and written so far."""
+    return replay.moved_bytes[Lane.SSD_READ], replay.moved_bytes[Lane.SSD_WRITE]
+
+
 def bytes_a_step(
     plan: Plan, trace: Trace, n_bytes: Mapping[TensorId, int], resident: Mapping[TensorId, FrameId] | None = None
 ) -> tuple[float, float]:
     """Bytes read and written a step, in the second cycle: in it tensors are dirty when it begins."""
     replay = Replay(host_work(plan, trace, n_bytes, resident), plan)
     replay.cycle()
-    read, written = replay.bytes_read, replay.bytes_written
+    before = moved_bytes(replay)
     replay.cycle()
-    return (replay.bytes_read - read) / plan.n_steps, (replay.bytes_written - written) / plan.n_steps
+    read, written = (now - then for now, then in zip(moved_bytes(replay), before, strict=True))
+    return read / plan.n_steps, written / plan.n_steps

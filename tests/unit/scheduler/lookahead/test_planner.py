@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from replays import host_work
+from replays import host_work, moved_bytes
 
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
@@ -46,11 +46,12 @@ def plan_for(trace: Trace, n_frames: int, pages: dict[str, int] | None = None) -
     replay = Replay(host_work(plan, trace, n_bytes), plan)
     began = dict(replay.where)
     for _ in range(3):
-        moved = replay.bytes_read, replay.bytes_written
+        moved = moved_bytes(replay)
         replay.cycle()
         assert not plan.closed or replay.where == began
     assert plan.peak_frames == len(replay.touched)
-    assert (replay.bytes_read - moved[0], replay.bytes_written - moved[1]) == (plan.read_bytes, plan.written_bytes)
+    read, written = (now - then for now, then in zip(moved_bytes(replay), moved, strict=True))
+    assert (read, written) == (plan.read_bytes, plan.written_bytes)
     return plan
 
 

@@ -14,8 +14,9 @@ nanoseconds, rounded up.
 What will be submitted while a task is under way may slow it down, so a task's end is known only once the clock is
 there: the training thread's ops and submissions drive it.
 
-Where another thread updates beside the steps (`Beside`), it acts when one of its updates begins or ends. Its moves give
-way to those of the step where both could begin, and the two threads slow each other down (`Machine.together`).
+Where another thread updates beside the steps (`SecondThread`), it acts when one of its updates begins or ends. Its
+moves give way to those of the step where both could begin, and the two threads slow each other down
+(`Machine.together`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from typing import Final
 
 from pagemem.frames.page import TensorId
 from pagemem.tier import Tier
-from scheduler.planning.lane_queues import Beside, LaneQueue, Line, PerformedOp, Run, SimulatedWait
 from scheduler.planning.machine import Machine
 from scheduler.planning.task import Lane, Task, TaskKind
 from scheduler.planning.trace import Op
+from scheduler.simulation.lane_queues import LaneQueue, Line, PerformedOp, Run, SecondThread, SimulatedWait
 
 NS: Final = 1_000_000_000
 
@@ -61,7 +62,7 @@ class SimulatedLanes:
         self.busy_ns: dict[Lane, int] = dict.fromkeys(Lane, 0)
         self.performed: list[PerformedOp] | None = None
         self.started: list[Run] | None = None
-        self.beside: Beside | None = None
+        self.beside: SecondThread | None = None
         self._noted: list[Run] = []
         self._clock_ns = 0
         self._lanes = {lane: LaneQueue() for lane in Lane}
@@ -89,7 +90,7 @@ class SimulatedLanes:
         self._begin_what_can()
 
     def submit(self, run: int, task: Task, follows: Iterable[int], duration_s: float | None = None) -> None:
-        """A task of the updates beside the steps goes to its lane, at the time that `Beside` was told of. For the
+        """A task of the updates beside the steps goes to its lane, at the time that `SecondThread` was told of. For the
         arguments see `start`; its numbers are none of the step's."""
         takes_s = self.machine.seconds(task.lane, task.n_bytes) if duration_s is None else duration_s
         known = tuple(sorted(other for other in follows if other in self._runs))
@@ -127,7 +128,7 @@ class SimulatedLanes:
         if self.performed is not None:
             self.performed.append(PerformedOp(position, begin_ns, self.now_ns))
 
-    def _wait_beside(self, beside: Beside, op: Op, position: int) -> None:
+    def _wait_beside(self, beside: SecondThread, op: Op, position: int) -> None:
         """Wait until no parameters of an op miss too many steps."""
         waited_for: TensorId | None = None
         while (late := beside.too_late(position)) is not None:

@@ -14,20 +14,20 @@ from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.tier import Tier
-from scheduler.planning.lane_queues import Run
-from scheduler.planning.lanes import SimulatedLanes
 from scheduler.planning.plan import Plan
 from scheduler.planning.round_cursor import AHEAD, RoundCursor
 from scheduler.planning.task import Lane, Task, TaskKind, load_task, store_task
 from scheduler.planning.update_round import furthest_behind
 from scheduler.planning.work import Work
+from scheduler.simulation.lane_queues import Run
+from scheduler.simulation.lanes import SimulatedLanes
 
 #: Numbers of its runs, which are none of the step's.
 _FIRST_RUN: Final = 1 << 40
 
 
 class RoundReplay:
-    """Serves the units of a round; see `scheduler.planning.lane_queues.Beside`.
+    """Serves the units of a round; see `scheduler.simulation.lane_queues.SecondThread`.
 
     Args:
         plan: of the step and of the round. work: what they were made of. lanes: those of the step.
@@ -46,6 +46,7 @@ class RoundReplay:
         self._cursor = RoundCursor(plan.updates, work.updates)
         self._initial = plan.updates.initial
         self._frames_of = {tensor: -(-n // work.page_bytes) for tensor, n in work.updates.n_bytes.items()}
+        self._op_of = {access.tensor: n for n, op in enumerate(work.updates.trace.ops) for access in op.accesses}
         self._n_ops = len(work.trace.ops)
         self._used_at: dict[int, list[int]] = defaultdict(list)
         self._given_at: dict[int, list[int]] = defaultdict(list)
@@ -68,7 +69,7 @@ class RoundReplay:
     # ---- what the lanes tell -----------------------------------------------------------------------------------
 
     def too_late(self, position: int) -> TensorId | None:
-        """As `Beside.too_late`."""
+        """As `SecondThread.too_late`."""
         used = self._used_at.get(position % self._n_ops, ())
         for number in used:
             if self._behind(number) > self._updates.max_staleness:
@@ -80,13 +81,13 @@ class RoundReplay:
         return None
 
     def performed(self, position: int) -> None:
-        """As `Beside.performed`."""
+        """As `SecondThread.performed`."""
         for number in self._given_at.get(position % self._n_ops, ()):
             self._produced[number] += 1
         self._serve()
 
     def noted(self, run: Run) -> None:
-        """As `Beside.noted`."""
+        """As `SecondThread.noted`."""
         if not self._began:
             self._began = True
             for task in self._cursor.upcoming(list(islice(self._following(), AHEAD))):
@@ -104,7 +105,7 @@ class RoundReplay:
         self._serve()
 
     def state(self) -> tuple[object, ...]:
-        """As `Beside.state`."""
+        """As `SecondThread.state`."""
         behind = tuple(map(self._behind, range(len(self._units))))
         left = None if self._unit is None else self._produced[self._unit] - self._batch
         held = tuple(sorted((*self._where.items(),)))
@@ -177,7 +178,7 @@ class RoundReplay:
         if tensor in self._stored or tensor not in self._initial:
             if tensor in self._stored:
                 follows.append(self._stored[tensor])
-            task = load_task(tensor, self._size(tensor), frame, self._op, self._op)
+            task = load_task(tensor, self._size(tensor), frame, self._op, self._op_of[tensor])
             self._loading[tensor] = self._submit(task, follows)
 
     def _leave(self, tensor: TensorId) -> Sequence[int]:

@@ -7,13 +7,13 @@ from dataclasses import replace
 from replays import PAGE_BYTES, host_plan
 
 from pagemem.frames.page import FrameId, TensorId
-from scheduler.planning.lane_queues import SimulatedWait
 from scheduler.planning.machine import TierSpec
 from scheduler.planning.plan import Plan
-from scheduler.planning.simulator import PlannedCycle, TimedOp, TimedTask, planned_cycle
 from scheduler.planning.task import Lane, Task, load_task, store_task
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 from scheduler.planning.work import Work
+from scheduler.simulation.lane_queues import SimulatedWait
+from scheduler.simulation.simulator import PlannedCycle, TimedOp, TimedTask, planned_cycle
 
 A, B = TensorId(0), TensorId(1)
 

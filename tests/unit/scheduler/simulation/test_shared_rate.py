@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.tier import Tier
-from scheduler.planning.lane_queues import SimulatedWait
-from scheduler.planning.lanes import NS, SimulatedLanes
 from scheduler.planning.machine import Machine, SharedRate
 from scheduler.planning.task import Lane, Task, load_task, store_task
 from scheduler.planning.trace import Op, OpKind
+from scheduler.simulation.lane_queues import SimulatedWait
+from scheduler.simulation.lanes import NS, SimulatedLanes
 
 READ, WRITE = Lane.SSD_READ, Lane.SSD_WRITE
 DISK = frozenset((READ, WRITE))

@@ -11,11 +11,11 @@ from pagemem.tier import Tier
 from scheduler.lookahead.planner import plan_work
 from scheduler.planning.bounds import check_work
 from scheduler.planning.machine import Machine, SharedRate
-from scheduler.planning.simulator import Simulation, planned_cycle, simulate_work
 from scheduler.planning.task import Lane, TaskKind
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 from scheduler.planning.update_round import RoundUnit, UpdateRound, furthest_behind
 from scheduler.planning.work import Work
+from scheduler.simulation.simulator import Simulation, planned_cycle, simulate_work
 
 MB = 10**6
 #: Frames of the step, which uses none.

@@ -54,7 +54,7 @@ class Run:
     beside: bool = False
 
 
-class Beside(Protocol):
+class SecondThread(Protocol):
     """A thread that updates beside the steps. It is told of what happens, at the time when it does, and answers by
     submitting tasks (`SimulatedLanes.submit`)."""
 

@@ -1,8 +1,8 @@
 """Follows a plan on paper: when each op and each task begins and ends, given bandwidths. Pure and deterministic.
 
-`scheduler.planning.bounds` replays the plan frame by frame and says what moves; `scheduler.planning.lanes` says how
-long it takes. Where a thread updates beside the steps, `scheduler.planning.round_replay` performs its round on the same
-lanes.
+`scheduler.planning.bounds` replays the plan frame by frame and says what moves; `scheduler.simulation.lanes` says how
+long it takes. Where a thread updates beside the steps, `scheduler.simulation.round_replay` performs its round on the
+same lanes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Final
 
 from pagemem.frames.page import FrameId, TensorId
 from scheduler.planning.bounds import Replay
-from scheduler.planning.lane_queues import PerformedOp, Run, SimulatedWait
-from scheduler.planning.lanes import NS, SimulatedLanes
 from scheduler.planning.machine import Machine, TierSpec
 from scheduler.planning.plan import Plan
-from scheduler.planning.round_replay import RoundReplay
 from scheduler.planning.sources import TensorSource
 from scheduler.planning.task import Lane, Task
 from scheduler.planning.trace import Trace
 from scheduler.planning.work import Work
+from scheduler.simulation.lane_queues import PerformedOp, Run, SimulatedWait
+from scheduler.simulation.lanes import NS, SimulatedLanes
+from scheduler.simulation.round_replay import RoundReplay
 
 #: Cycles performed at most before the step time is taken of all of them together.
 MAX_CYCLES: Final = 24
@@ -191,6 +191,7 @@ class TimedTask:
         moves: whether it has anything to do: a tensor that did not change is not stored, one that is there not loaded.
         restores: it belongs to no op, and puts the first placement of the cycle up.
         behind: the lane that kept it from starting when it was asked for, if one did.
+        beside: its ops are those of the round of updates beside the steps.
     """
 
     task: Task
@@ -200,6 +201,7 @@ class TimedTask:
     moves: bool
     restores: bool
     behind: Lane | None
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,4 +260,4 @@ def _op(op: PerformedOp, waits: list[SimulatedWait], began_ns: int) -> TimedOp:
 def _task(run: Run, began_ns: int, *, restores: bool) -> TimedTask:
     asked_s, begin_s, end_s = ((at_ns - began_ns) / NS for at_ns in (run.asked_ns, run.begun_ns, run.ended_ns))
     late = run.begun_ns > run.asked_ns
-    return TimedTask(run.task, asked_s, begin_s, end_s, run.needs_lane, restores, run.by if late else None)
+    return TimedTask(run.task, asked_s, begin_s, end_s, run.needs_lane, restores, run.by if late else None, run.beside)
