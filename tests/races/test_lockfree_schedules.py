@@ -19,7 +19,7 @@ from hypothesis import Phase, given, settings
 from lockfree_run import RESIDENT, Run, Scale, running
 from updater_gates import ANY, POINTS, TIMEOUT_S
 
-#: Each layer is a unit of one slice; parameters come and go, and states pass through three slices' room. Smaller than `STREAMING`.
+#: Each layer is a unit of one slice; parameters come and go, and states, too. Smaller than `STREAMING`.
 SMALL = Scale(92, 7, 1_240_000)
 LOOK_S = 0.1
 
