@@ -47,6 +47,12 @@ def _direct(value: object) -> bool | str:
     raise ValueError(f'must be "auto", true or false, not {value!r}')
 
 
+def _worker(value: object) -> bool | str:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError(f'must be "auto", true or false, not {value!r}')
+
+
 def _device(value: str) -> str:
     if re.fullmatch(r"cpu|cpu-emulated|cuda(:\d+)?", value) is None:
         raise ValueError(f'must be "cpu", "cuda", "cuda:N" or "cpu-emulated", not {value!r}')
@@ -180,6 +186,9 @@ class UpdateConfig(_Section):
     mode does, so that only the others can be late; "never": the update thread has all updates."""
     threads: int = Field(default=1, ge=1, le=64)
     """Lock-free mode: compute threads of the updates, which run beside those of the step."""
+    worker: Annotated[Literal["auto"] | bool, BeforeValidator(_worker)] = "auto"
+    """Exact mode: whether a thread of its own makes the updates in RAM, beside compute. "auto": where there is a
+    device, so that the thread that gives it work does not stop for them."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest global 2-norm of the gradients; larger ones are scaled down. None: no clipping. With clipping, updates
     wait for the whole backward pass and gradients are kept in pages until then."""

@@ -81,13 +81,19 @@ class GradientDownloadQueue:
             buffer where the device needs one.
         limit_bytes: of gradients on their way; a larger one goes on at once.
         kept_bytes: of gradients that the updater keeps as they are; a device's buffer has room for them, too.
+        finish_update: waits until the oldest update that a worker has yet to make is made, so that the room of its
+            gradients is free; returns whether there was one.
 
     Raises:
         MemoryError: the buffer cannot be mapped.
     """
 
-    def __init__(self, accelerator: Accelerator, budget: Budget, limit_bytes: int, kept_bytes: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, budget: Budget, limit_bytes: int, kept_bytes: int,
+        finish_update: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         self._accelerator = accelerator
+        self._finish_update = finish_update
         self._limit_bytes = limit_bytes
         buffer_bytes = limit_bytes + kept_bytes if accelerator.stages_gradients else 0
         reserved = budget.reserve(Tag.GRAD, buffer_bytes, "gradients on their way down")
@@ -207,8 +213,12 @@ class GradientDownloadQueue:
         if self._buffer is None or not 0 < n_bytes <= self._buffer.n_bytes:
             return None
         span = self._buffer.take(n_bytes)
-        while span is None and self._waiting:
-            yield self._pop()
+        while span is None:
+            # First what a worker has yet to use is waited for, so that what goes on does not depend on how far it is.
+            if not self._finish_update():
+                if not self._waiting:
+                    break
+                yield self._pop()
             span = self._buffer.take(n_bytes)
         return span
 

@@ -167,6 +167,10 @@ class _Parts(StoreParts):
         h2d = self.rates.h2d
         driver.add_device(mover, lambda: (h2d, h2d), self._clock())
 
+    def add_worker(self, driver: Driver) -> None:
+        """Ops are made one after the other; those that a worker makes are on its lane."""
+        driver.updates.beside = self.worker_wanted
+
     def _clock(self) -> HostClock:
         return HostClock(lambda: self._cost.seconds)
 

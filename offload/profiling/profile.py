@@ -149,7 +149,7 @@ class Profile:
             raise RuntimeError("a profile is used once; call engine.profile() again")
         open_profile_folder(self.folder)
         self._begun = self._stats()
-        self._recorder = Recorder(self._store.driver.causes())
+        self._recorder = Recorder(self._store.driver.memories.causes())
         self._onward = self._store.counters.onward
         self._held = attach(self._store, self._recorder, self._recorder)
         self._lock_use = self._counting.__enter__()

@@ -28,12 +28,15 @@ from optim.unit import Hyper, Unit
 from optim.updater import Updater
 from pagemem.budget import Budget
 from pagemem.errors import BudgetError
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tier
 from pagemem.units import format_bytes
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 #: Part of the budget that buffers for files that are read in place may take: 8 MiB of 512 MiB, eight reads of 1 MiB.
 _BUFFER_PART: Final = 64
+#: Part of the budget that gradients waiting for a worker take where not all states fit in RAM: 256 MiB of 8 GiB.
+_BACKLOG_PART: Final = 32
 
 Hypers = Callable[[], Sequence[Hyper]]
 
@@ -62,28 +65,36 @@ def make_updater(
 def _make_exact(store: PageStore, rule: UpdateRule, training: Training) -> Updater:
     device = store.accelerator
     # The largest gradient once as autograd made it, and once on its way down from a device.
-    direct_bytes, on_their_way_bytes = divide_exactly(store, direct=training.eager, on_their_way=device is not None)
+    backlog = training.eager and store.parts.worker_wanted
+    direct_bytes, on_their_way_bytes = divide_exactly(
+        store, direct=training.eager, on_their_way=device is not None, backlog=backlog
+    )
     # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into, reserved
     # as a whole.
     budget = Budget(Tier.HOST, direct_bytes) if device is not None and device.stages_gradients else store.budget
     gradients = GradientBudget(budget, direct_bytes)
     downloads = None
     if device is not None:
-        downloads = GradientDownloadQueue(device, store.budget, on_their_way_bytes, direct_bytes)
+        finish_update = store.driver.updates.finish_oldest
+        downloads = GradientDownloadQueue(device, store.budget, on_their_way_bytes, direct_bytes, finish_update)
+    store.parts.add_worker(store.driver)
     return ExactUpdater(training, rule, gradients, store.updated, downloads, store.parts.spill_folder)
 
 
-def divide_exactly(store: PageStore, *, direct: bool, on_their_way: bool = False) -> tuple[int, int]:
+def divide_exactly(
+    store: PageStore, *, direct: bool, on_their_way: bool = False, backlog: bool = False
+) -> tuple[int, int]:
     """Once all units are known: cut the gradients outside the arena, and buffers for files that are read in place, out
     of its share of the budget. Without room for the latter such reads stay as short as a page.
 
     Args:
         direct: whether gradients are ever used as autograd made them.
         on_their_way: whether some are on their way down from a device.
+        backlog: whether some wait for a worker that makes updates.
 
     Returns:
         Bytes for gradients in use, and for gradients on their way: as many as the largest unit has, or 0 where
-        there is no room for that.
+        there is no room for that. With a ``backlog`` there are more of those in use, see `_backlog_bytes`.
 
     Raises:
         BudgetError: the run's commits were made with a larger budget, and this one cannot go on from them.
@@ -105,6 +116,9 @@ def divide_exactly(store: PageStore, *, direct: bool, on_their_way: bool = False
         fits = wanted and (left_bytes - largest_bytes) // store.page_bytes >= need_frames
         given_bytes.append(largest_bytes if fits else 0)
         left_bytes -= given_bytes[-1]
+    if backlog and given_bytes[0]:
+        more_bytes = _backlog_bytes(store, left_bytes, need_frames)
+        given_bytes[0], left_bytes = given_bytes[0] + more_bytes, left_bytes - more_bytes
     buffer_bytes = store.sources.larger_buffers(ram_bytes // _BUFFER_PART)
     if (left_bytes - buffer_bytes) // store.page_bytes < need_frames:
         buffer_bytes = 0
@@ -112,6 +126,23 @@ def divide_exactly(store: PageStore, *, direct: bool, on_their_way: bool = False
     if buffer_bytes:
         store.sources.enlarge_buffers(buffer_bytes)
     return given_bytes[0], given_bytes[1]
+
+
+def _backlog_bytes(store: PageStore, left_bytes: int, need_frames: int) -> int:
+    """Room for gradients that wait for a worker: of all units that are updated in host memory where pages for all
+    states are left beside it, else a small part of the budget."""
+    units = [unit for unit in store.index.units if not unit.device_resident]
+    all_bytes = sum(unit.gradient_bytes for unit in units)
+    frames = sum(tensor.n_frames for unit in units for tensor in _lasting(unit))
+    spare_bytes = left_bytes - max(frames, need_frames) * store.page_bytes
+    small_bytes = min(store.config.memory.ram // _BACKLOG_PART, left_bytes - need_frames * store.page_bytes)
+    return max(0, min(all_bytes, max(spare_bytes, small_bytes)))
+
+
+def _lasting(unit: Unit) -> list[PagedTensor]:
+    """What a unit has from step to step."""
+    states = (tensor for part in unit.slices for tensor in (part.states, part.master))
+    return [unit.parameters, *(tensor for tensor in states if tensor is not None)]
 
 
 def _update_frames(unit: Unit) -> int:

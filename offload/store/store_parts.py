@@ -94,6 +94,25 @@ class StoreParts:
         """Have a driver give ops the pages of a device, too."""
         driver.add_device(mover, mover.bandwidth, mover.accelerator)
 
+    def add_worker(self, driver: Driver) -> None:
+        """Have updates made beside compute where that is asked for: by every core where compute is a device, otherwise
+        by those that do not compute, at least one.
+
+        Raises:
+            StorageError: the system starts no more threads.
+        """
+        if self.worker_wanted:
+            n_threads = torch.get_num_threads()
+            if self.config.device == "cpu":
+                n_threads = max(1, len(os.sched_getaffinity(0)) - n_threads)
+            driver.updates.add_worker(n_threads)
+
+    @property
+    def worker_wanted(self) -> bool:
+        """Whether updates are to be made beside compute."""
+        wanted = self.config.update.worker
+        return self.config.device != "cpu" if wanted == "auto" else bool(wanted)
+
     def scaling(self) -> Scaling:
         """Clipping and loss scaling: the latter dynamic for fp16 parameters unless the configuration says otherwise."""
         wanted = self.config.update.loss_scale

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,8 +71,9 @@ class GradientStore:
         That of a device-resident unit is on the device, among what autograd has, and not in the host's budget.
         """
         flat = flat_gradient(slot, gradient)
-        if not self._budget.take(_host_bytes(unit, flat)):
-            return False
+        while not self._budget.take(_host_bytes(unit, flat)):
+            if not self._driver.updates.finish_oldest():  # whose gradients may be the room for it
+                return False
         slot.direct = flat
         return True
 
@@ -181,7 +183,8 @@ class GradientStore:
         had_pages = any(slot.paged for slot in slots)
         for slot in slots:
             if slot.direct is not None:
-                self._budget.release(_host_bytes(unit, slot.direct))
+                # A worker may have yet to use it.
+                self._driver.updates.when_made(partial(self._budget.release, _host_bytes(unit, slot.direct)))
             slot.forget_gradient()
         if (
             had_pages

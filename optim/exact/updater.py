@@ -2,8 +2,9 @@
 
 A unit is updated when its last gradient of the step has arrived, which the steps before foretell (`eager`), or,
 with clipping or ``start="step"``, after the optimizer step and before the unit is next used (`pending`). What that
-means for those who look at gradients is in `optim.updater`. Everything runs on the training thread: on a machine whose
-cores are all computing, a second thread for updates takes cores from the matrix products (see docs/exact_updates.md).
+means for those who look at gradients is in `optim.updater`. All is decided on the training thread. The arithmetic is a
+worker's where there is one (`scheduler.tiers.update_lane`), as where compute is a device; on a machine whose cores are
+all computing, a second thread takes cores from the matrix products (see docs/exact_updates.md).
 
 Per unit and step:   waiting --gradients--> updated --optimizer step--> waiting           (eager)
                      waiting --gradients, optimizer step--> pending --use--> waiting      (otherwise)
@@ -84,7 +85,8 @@ class ExactUpdater(Updater):
 
     def may_bind(self, unit: Unit) -> bool:
         """Whether a unit's parameters may be bound between uses, of which nobody would tell."""
-        return self._downloads is None and not unit.device_resident and unit.pending is None
+        free = self._downloads is None and not self._driver.updates.beside
+        return free and not unit.device_resident and unit.pending is None
 
     def admit(self, unit: Unit, bound: BoundUnit) -> list[Hook] | None:
         """Between two steps: have a bound unit, whose states stay in memory too, be updated without its pages being
@@ -111,7 +113,7 @@ class ExactUpdater(Updater):
 
     def close(self) -> None:
         """As `Updater.close`."""
-        close_all(self.bound.close, super().close)
+        close_all(self._driver.updates.close, self.bound.close, super().close)
 
     @property
     def step_under_way(self) -> bool:
@@ -243,13 +245,13 @@ class ExactUpdater(Updater):
         """Make an update now where its gradients or its values are looked at, else before the unit is next used."""
         if any(slot.own is not None for slot in unit.slots) or self._viewed(unit):
             # Now, while the user's tensors are what they are, and for views to show it.
-            self._update.run(unit, pending, spent=())
+            self._update.run(unit, pending, spent=(), beside=False)
         elif self._eager and not unit.touched:
             # Whether gradients are looked at after the step, the first one shows.
             spent = [s for s in unit.slots if s.group >= 0 and s.has_bytes] if self._arrivals.foretold else []
             self._update.run(unit, pending, spent=spent)
         elif unit.bound is not None:
-            self._update.run(unit, pending, spent=())  # Nobody may tell of its next use.
+            self._update.run(unit, pending, spent=(), beside=False)  # Nobody may tell of its next use.
         else:
             unit.pending = pending
 
@@ -261,6 +263,7 @@ class ExactUpdater(Updater):
         """
         if self._downloads is not None:
             self._downloads.drop()
+        self._driver.updates.finish()
         self._update.check_whole()
         self.bound.clear()
         super().abandon()
@@ -297,6 +300,11 @@ class ExactUpdater(Updater):
             self.catch_up(unit)
         self._make_pending(unit)
 
+    def drain(self) -> None:
+        """As `Updater.drain`."""
+        super().drain()
+        self._driver.updates.finish()
+
     def settle(self, unit: Unit) -> None:
         """Before a use outside the step: as before any other."""
         self.before_use(unit)
@@ -311,7 +319,9 @@ class ExactUpdater(Updater):
     def consistent(self, *, whole: bool) -> Iterator[None]:
         """Between two steps: inside the block every update of the steps made is in parameters and states."""
         self.catch_up(None)
+        self._driver.updates.finish()
         self._update.check_whole()
         self._arrivals.check_between_steps()
         self.drain()
+        self._update.check_whole()
         yield

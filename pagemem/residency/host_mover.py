@@ -223,6 +223,21 @@ class HostMover(Mover):
             finally:
                 self.monitor.notify()
 
+    def end_update(self, tensor: PagedTensor) -> None:
+        """One of the changes that `PagedTensor.updates` counts is over, or given up: what was put off until then is
+        done. Any thread.
+
+        Raises:
+            DiskFullError: there is no room to store it; the tensor is dirty and whole.
+        """
+        with self.changed:
+            tensor.updates -= 1
+            self._discard_if_expired(tensor)
+            if not tensor.updates:
+                to_store, tensor.to_store = tensor.to_store, False
+                if to_store and tensor.state is Residency.DIRTY and not tensor.pins:
+                    self.start_store(tensor)
+
     # ---- durability --------------------------------------------------------------------------------------------
 
     def sync(self) -> None:

@@ -133,7 +133,7 @@ class Mover(ABC):
         with self.changed:
             # It counts as expired as long as it is waited for: whoever looks meanwhile must not take it for what is to
             # come.
-            self.monitor.wait_until(lambda: not (self.expires(tensor) and tensor.moving), tensor.name, tensor.n_bytes)
+            self.monitor.wait_until(lambda: not (self.expires(tensor) and tensor.busy), tensor.name, tensor.n_bytes)
             self._discard_if_expired(tensor)
 
     def _discard_expired(self) -> list[PagedTensor]:
@@ -141,7 +141,7 @@ class Mover(ABC):
         discarded: list[PagedTensor] = []
         for _ in range(len(self._expired)):
             tensor = self._expired.popleft()
-            if tensor.held or tensor.moving:
+            if tensor.held or tensor.busy:
                 self._expired.append(tensor)
             else:
                 self.discard(tensor)
@@ -161,7 +161,7 @@ class Mover(ABC):
 
     def _discard_if_expired(self, tensor: PagedTensor) -> None:
         """Discard a tensor at once that was noted down as expired, if nothing speaks against it."""
-        if self.expires(tensor) and not tensor.held and not tensor.moving:
+        if self.expires(tensor) and not (tensor.held or tensor.busy):
             self._expired.remove(tensor)
             self.discard(tensor)
 

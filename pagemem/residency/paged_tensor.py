@@ -94,6 +94,8 @@ class PagedTensor:
         pins: uses under way that need the host frames to stay.
         uploads: copies of the host frames to the device that are under way, perhaps of what a load has brought so far;
             until they end it neither moves nor changes.
+        updates: changes that a worker makes beside compute and that are not over, begun or not: nobody else reads or
+            changes it before, and a plan's stores of it are made after.
         leases: live views of the host frames that were handed out, see `pagemem.devices.arena.HostArena.lease`.
         last_use: sequence number of the last use, for least-recently-used ranking.
     """
@@ -118,6 +120,7 @@ class PagedTensor:
     resident: bool = False
     pins: int = 0
     uploads: int = 0
+    updates: int = 0
     leases: int = 0
     last_use: int = 0
     history: list[Residency] = field(default_factory=list)
@@ -129,14 +132,24 @@ class PagedTensor:
         return cls(tensor, name, tag, padded_bytes, ceil_div(padded_bytes, page_bytes))
 
     @property
+    def whole(self) -> bool:
+        """Whether the host frames have all of the content, perhaps before updates that are not over."""
+        return self.state in READABLE
+
+    @property
     def readable(self) -> bool:
         """Whether compute may read the host frames now."""
-        return self.state in READABLE
+        return self.state in READABLE and not self.updates
 
     @property
     def moving(self) -> bool:
         """Whether a copy from or to the host frames is under way that moving or discarding it has to wait for."""
         return self.state in IN_FLIGHT or self.uploads > 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a copy or an update is under way that discarding it has to wait for."""
+        return self.moving or self.updates > 0
 
     @property
     def held(self) -> bool:

@@ -68,22 +68,24 @@ class Upload:
     @property
     def stale(self) -> bool:
         """Whether what it has copied so far came by a load that failed."""
-        there = self.tensor.readable or self.tensor.state is Residency.LOADING
+        there = self.tensor.whole or self.tensor.state is Residency.LOADING
         return self.state is UploadState.BEGUN and not (there and self.arrived is self.tensor.arrived)
 
     @property
     def can_go_on(self) -> bool:
         """Whether there is something to do for it."""
-        if self.tensor.readable or self.stale:
+        if self.state is UploadState.WAITING and self.tensor.updates:
+            return False  # what it has is out of date; a copy that has begun was asked for before
+        if self.tensor.whole or self.stale:
             return True
         return self.tensor.state is Residency.LOADING and len(self.tensor.arrived) > self.n_taken
 
     def take(self) -> list[Span]:
         """What has come since the last time, joined where it is adjacent; all that is left, once all is there."""
         if self.state is UploadState.WAITING:
-            if self.tensor.readable:
+            if self.tensor.whole:
                 return [(0, self.tensor.n_bytes)]
             self.arrived = self.tensor.arrived
         before, come = self.arrived[: self.n_taken], self.arrived[self.n_taken :]
         self.n_taken = len(self.arrived)
-        return without([(0, self.tensor.n_bytes)], before) if self.tensor.readable else union(come)
+        return without([(0, self.tensor.n_bytes)], before) if self.tensor.whole else union(come)

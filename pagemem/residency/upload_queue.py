@@ -205,7 +205,7 @@ class UploadQueue:
             source = self._below.begin_upload(upload.tensor)
         else:
             source = self._below.tenants.bytes_of(upload.tensor)
-        if upload.tensor.readable:
+        if upload.tensor.whole:
             self._end(upload)
         return source, spans
 

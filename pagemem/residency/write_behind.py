@@ -62,7 +62,7 @@ class WriteBehind:
         for tensor in map(self._mover.tensors.__getitem__, tenants.by_use()):
             if left_frames <= 0:
                 return
-            if tensor.held or self._mover.expires(tensor):
+            if tensor.held or tensor.updates or self._mover.expires(tensor):
                 continue
             left_frames -= tensor.n_frames
             if tensor.state is Residency.DIRTY:

@@ -3,21 +3,19 @@ otherwise.
 
 On demand, each op fetches what it lacks, synchronously, in place of the least recently used tensors, and is recorded;
 from the record of a whole step a plan is made. By plan (`scheduler.execution.plan_follower`), the training thread waits
-only for what its own op needs; what differs from the plan is fetched on demand. Forward passes that evaluate
-(`Driver.evaluating`) repeat like steps and have plans of their own. Ops in `untraced` are fetched on demand and not
-recorded.
+only for what its own op needs. Forward passes that evaluate (`Driver.evaluating`) repeat like steps and have plans of
+their own. Ops in `untraced` are fetched on demand and not recorded.
 
-There is one trace and one plan for host memory and a device above it. Ops of the device are timed by the device's own
-clock: the training thread is ahead of it. Updates and gradients that are made in host memory are beside them.
+Ops of a device are timed by the device's own clock: the training thread is ahead of it. Updates and gradients that are
+made in host memory are beside them.
 
-Everything here runs on the training thread; the copies run on threads of page files and devices and report to the
-movers. The lock of a device's mover is taken before that of host memory.
+Everything here runs on the training thread. The lock of a device's mover is taken before that of host memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from pagemem.frames.page import TensorId
 from pagemem.process.closing import close_all
@@ -25,19 +23,18 @@ from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import EventSink
-from pagemem.telemetry.recorder import Recorder, WaitCause
+from pagemem.telemetry.recorder import Recorder
 from pagemem.tier import Tier
 from scheduler.execution.edits_above import EditsAbove
 from scheduler.execution.plan_follower import Mode, PlanFollower
 from scheduler.execution.step_planner import Bandwidth, StepPlanner
 from scheduler.execution.tracks import Track, Tracks
+from scheduler.execution.update_ops import Entered, UpdateOps
 from scheduler.planning.task import Lane
-from scheduler.planning.trace import Access, Clock, HostClock, OpKey, OpKind, TraceRecorder
+from scheduler.planning.trace import Access, Clock, HostClock, Op, OpKey, OpKind, TraceRecorder
 from scheduler.tiers.memories import Memories, touching
-from scheduler.tiers.wait_explainer import DeviceCauses, WaitExplainer
 
-#: Kinds of ops that are made beside the compute of a device where they are made in host memory.
-_BESIDE = frozenset({OpKind.UPDATE, OpKind.GRADIENT})
+_BESIDE = frozenset({OpKind.UPDATE, OpKind.GRADIENT})  # the compute of a device, where they are in host memory
 
 
 class Driver:
@@ -53,6 +50,7 @@ class Driver:
         watcher: is told of ops and steps, while somebody profiles.
         planner: makes plans. memories: of the tiers.
         tracks: the ops and the plans of steps, and of passes.
+        updates: ops that are updates.
     """
 
     def __init__(self, mover: Mover, sink: EventSink, bandwidth: Bandwidth, clock: Clock | None = None) -> None:
@@ -61,10 +59,12 @@ class Driver:
         self.watcher: Recorder | None = None
         self.planner = StepPlanner(mover, bandwidth)
         self.memories = Memories(mover, self._followed)
+        self.updates = UpdateOps(self)
         self._edits: EditsAbove | None = None
         self._clocks: dict[Tier, Clock] = {Tier.HOST: clock or HostClock()}
         self.tracks = Tracks(self.memories, self.planner, sink, self._clocks)
-        self.memories.host.on_demand.make_way = self._make_way
+        short = "no room beside a plan that moves nothing"
+        self.memories.host.on_demand.make_way = lambda: self.follower.end_rest(short if self._recording else None)
         self._unsettled_steps = 0
         self._recording = True
         self._n_passes = 0
@@ -131,51 +131,68 @@ class Driver:
 
     def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         """Begin an op, see `op`; returns what `end` must be given."""
-        edits, lane = self._edits, Lane.COMPUTE
-        if edits is not None:
-            accesses = self.memories.placed(accesses)
-            if any(access.tier is Tier.DEVICE for access in accesses):
-                edits.check()
-            elif key[0] in _BESIDE:
-                lane = Lane.UPDATE
-            self.settle_edits()
-            edits.kind = key[0]
-        watcher, track = self.watcher, self._track
-        follows = self._recording and not self.follower.rest.active
-        if self._recording:
-            track.recorder.pause()
-        if watcher is not None:
-            watcher.ends()
-        if edits is None:
+        if self._edits is None:
+            accesses, lane, follows = self._prepare(key, accesses, Lane.COMPUTE)
             with self.mover.changed:
-                self._collect_views()
-                self._go_to(track, key, name, accesses, lane, follows=follows)
+                op = self._go_to(key, name, accesses, lane, follows=follows)
                 held = self.memories.host.pinner.pin(name, touching(accesses))
         else:
-            with self.memories.locked():
-                self._go_to(track, key, name, accesses, lane, follows=follows)
+            accesses, op = self.enter(key, name, accesses, Lane.COMPUTE)
             held = self.memories.pin(name, accesses)
-        if watcher is not None:
-            watcher.begins(key[0].value, name, held[0].name if held else "", sum(tensor.n_bytes for tensor in held))
-        # A plan that is to stay needs no times, and a device takes two events for each.
-        if follows and track.follower.wants_times:
-            track.recorder.go_on()
+        self.compute(key, name, held, op)
         return held
 
-    def _go_to(
-        self, track: Track, key: OpKey, name: str, accesses: Sequence[Access], lane: Lane, *, follows: bool
-    ) -> None:
-        """Begin what an op triggers, and record it. With the locks held."""
+    def enter(self, key: OpKey, name: str, accesses: Sequence[Access], lane: Lane) -> Entered:
+        """Begin what an op triggers."""
+        accesses, lane, follows = self._prepare(key, accesses, lane)
+        with self.memories.locked():
+            return accesses, self._go_to(key, name, accesses, lane, follows=follows)
+
+    def _prepare(self, key: OpKey, accesses: Sequence[Access], lane: Lane) -> tuple[Sequence[Access], Lane, bool]:
+        """Before an op; returns its accesses with their tiers, its lane, and whether it is followed, and recorded."""
+        if self._edits is not None:
+            accesses = self.memories.placed(accesses)
+            on_device = any(access.tier is Tier.DEVICE for access in accesses)
+            if on_device:
+                self._edits.check()
+            lane = Lane.UPDATE if key[0] in _BESIDE and not on_device else Lane.COMPUTE
+            self.settle_edits()
+            self._edits.kind = key[0]
+        if self._recording:
+            self._recorder.pause()
+        if self.watcher is not None:
+            self.watcher.ends()
+        track, follows = self._track, self._recording and not self.follower.rest.active
+        if follows and not (track is self.tracks.active and track.follower.goes_on(key)):
+            self.updates.finish()
+        return accesses, lane, follows
+
+    def compute(self, key: OpKey, name: str, held: Sequence[PagedTensor], op: Op | None) -> None:
+        """The time from now on is that of an op, whose tensors are held; None: it is not recorded."""
+        if self.watcher is not None:
+            n_bytes = sum(tensor.n_bytes for tensor in held)
+            self.watcher.begins(key[0].value, name, held[0].name if held else "", n_bytes)
+        # A plan that is to stay needs no times, and a device takes two events for each.
+        if op is not None and self._track.follower.wants_times:
+            self._recorder.go_on()
+
+    def _go_to(self, key: OpKey, name: str, accesses: Sequence[Access], lane: Lane, *, follows: bool) -> Op | None:
+        """Begin what an op triggers, and record it; returns it then. With the locks held."""
+        if self._edits is None:
+            self._collect_views()
         self.memories.check()
         if follows:
+            track = self._track
             self.tracks.go_to(track)
             track.follower.follow(key)
             track.recorder.begin(key, name, accesses, lane)
+        recorded = self._recorder.ops[-1] if follows else None
         if self.memories.host.read_ahead is not None:
             # Of a plan that rests, uses are not seen, and nothing leaves without its being told.
             self.memories.host.read_ahead.op_begins(
                 (self.memories.in_host(access.tensor) for access in accesses), pauses=self.follower.rest.active
             )
+        return recorded
 
     def end(self, held: Sequence[PagedTensor]) -> None:
         """End an op: its tensors may move again, unless views of them live on. What was edited above another tier is
@@ -190,20 +207,9 @@ class Driver:
         self.memories.unpin(held)
         self._edits.write_back()
 
-    @contextmanager
-    def in_passing(self, tensor: PagedTensor) -> Iterator[bool]:
-        """Without an op and without moves: yields whether a tensor is in memory and may be changed in the block."""
-        mover = self.mover_of(tensor)
-        with mover.changed:
-            free = tensor.readable and not tensor.snapshot_pending and not tensor.uploads
-            if free:
-                tensor.pins += 1
-                mover.touch(tensor)
-        try:
-            yield free
-        finally:
-            if free:
-                self.end([tensor])
+    def in_passing(self, tensor: PagedTensor) -> AbstractContextManager[bool]:
+        """See `Memories.in_passing`."""
+        return self.memories.in_passing(tensor)
 
     def viewed(self, tensor: PagedTensor, *, beside: int = 0) -> bool:
         """Whether somebody has a view of a tensor, ``beside`` as many as are known."""
@@ -232,6 +238,8 @@ class Driver:
         self._recorder.pause()
         if self.watcher is not None:
             self.watcher.step_ends()
+        if not self.follower.goes_on(None):
+            self.updates.finish()
         if self._unsettled_steps:
             self._unsettled_steps -= 1
             repeatable = False
@@ -244,6 +252,7 @@ class Driver:
         """Forget the ops since the last step's end. The next op is the first one of a step again."""
         if self.watcher is not None:
             self.watcher.ends()
+        self.updates.finish()
         with self.memories.locked():
             self._collect_views()
             if self._recorder.ops:
@@ -253,6 +262,7 @@ class Driver:
     def invalidate_plan(self, steps: int) -> None:
         """Between two steps: the next ones have other ops. The first ``steps`` of them do not repeat yet; they are
         fetched on demand, then there is a new plan. That counts as no deviation."""
+        self.updates.finish()
         with self.memories.locked():
             self._unsettled_steps = steps
             self.tracks.both(PlanFollower.invalidate)
@@ -268,6 +278,7 @@ class Driver:
             yield
         finally:
             self._recorder.pause()
+            self.updates.finish()
             with self.memories.locked():
                 self._collect_views()
                 if self._n_passes == 1 and self._recorder.ops:
@@ -280,6 +291,7 @@ class Driver:
         recording, computing = self._recording, self._recorder.computing
         if recording:
             self._recorder.pause()
+            self.updates.finish()
             with self.memories.locked():
                 self.tracks.active.follower.disturb()
         self._recording = False
@@ -296,6 +308,7 @@ class Driver:
         close_all(
             *([] if self._edits is None else [self.settle_edits]),
             self.follower.rest.let_go,
+            self.updates.finish,
             self._disturb,
             self.memories.settle,
         )
@@ -325,12 +338,6 @@ class Driver:
         self.settle_edits()
         self.memories.evict(tier)
 
-    def causes(self) -> Callable[[str], WaitCause]:
-        """Explains waits, for the profiler."""
-        host = WaitExplainer(self.mover, self.memories.host.lane)
-        device = self.memories.device
-        return host if device is None else DeviceCauses(device.device, host)
-
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _collect_views(self) -> None:
@@ -341,6 +348,3 @@ class Driver:
 
     def _followed(self) -> PlanFollower | None:
         return self._track.follower if self._recording else None
-
-    def _make_way(self) -> bool:
-        return self.follower.end_rest("no room beside a plan that moves nothing" if self._recording else None)

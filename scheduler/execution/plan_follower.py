@@ -135,6 +135,16 @@ class PlanFollower:
 
     # ---- ops ---------------------------------------------------------------------------------------------------
 
+    def goes_on(self, key: OpKey | None) -> bool:
+        """Whether the next op, or the end of the step (None), is the one expected, and the plan goes on from it: no
+        load that was begun is taken back then."""
+        entry = self._entry
+        if entry is None or self.rest.active:
+            return key is not None or self.rest.active
+        if key is None:
+            return self._cursor.at_end and not (self.differs or self._leaves or self.wants_times)
+        return self._moves.placed and self._cursor.expects(entry.plan, key, begins=not self._recorder.ops)
+
     def follow(self, key: OpKey) -> None:
         """Take the step to ``key`` along its plan, starting what that triggers."""
         entry = self._entry
@@ -151,7 +161,7 @@ class PlanFollower:
                 self._enter(other, len(performed))
                 entry, found = other, self._cursor.advance(other.plan, key)
             else:
-                self._note_difference(entry.plan, key, found)
+                self._differ(self._cursor.difference(entry.plan, key, found))
         if found is None:
             return
         self._at = found.position
@@ -186,13 +196,6 @@ class PlanFollower:
     def announce(self, tensors: Iterable[TensorId]) -> None:
         """What is used next: it is not made to leave before the next step. See `Driver.announce`."""
         self._announced.update(tensors)
-
-    def _note_difference(self, plan: Plan, key: OpKey, found: Advance | None) -> None:
-        at = self._cursor.position if found is None else found.skipped.start
-        if found is None and self._cursor.at_end:
-            self._differ(f"the step goes on with {key[1]!r}, which it did not in the trace")
-        else:
-            self._differ(f"op {at} was {plan.keys[at][1]!r} in the trace and is {key[1]!r} now")
 
     def _differ(self, why: str) -> None:
         """Count a step that is not as its plan has it, once."""

@@ -71,8 +71,8 @@ class PlannedMoves:
                 memory.lane.enqueue(own)
 
     def _store(self, tensor: PagedTensor) -> None:
-        tensor.to_store = tensor.state is Residency.ARRIVING
-        if tensor.state is Residency.DIRTY and not tensor.pins:
+        tensor.to_store = tensor.state is Residency.ARRIVING or tensor.updates > 0
+        if tensor.state is Residency.DIRTY and not tensor.pins and not tensor.updates:
             self._memories.host.mover.start_store(tensor)
 
     def place(self, planned: PlannedStep, position: int) -> None:
@@ -90,7 +90,8 @@ class PlannedMoves:
         for memory in reversed(self._memories.all):
             memory.forget_loads()
             for tensor in memory.mover.tensors.values():
-                movable = tensor.state is Residency.CLEAN and not tensor.held and not tensor.uploads
+                in_use = tensor.held or tensor.uploads or tensor.updates
+                movable = tensor.state is Residency.CLEAN and not in_use
                 if not movable or self.frames.get(tensor.id) == tensor.frame:
                     continue
                 if tensor.frame is not None and tensor.frame < memory.mover.tenants.n_shared_frames:

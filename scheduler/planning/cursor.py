@@ -73,6 +73,20 @@ class Cursor:
         self.position, self._n_unknown = found + 1, 0
         return Advance(found, skipped)
 
+    def expects(self, plan: Plan, key: OpKey, *, begins: bool) -> bool:
+        """Whether ``key`` is the next planned op; one that ``begins`` a cycle is where the cycle need not be restored
+        for it."""
+        anew = begins and self.position >= len(plan.keys)
+        position = 0 if anew and plan.closed else self.position
+        return position < len(plan.keys) and plan.keys[position] == key
+
+    def difference(self, plan: Plan, key: OpKey, found: Advance | None) -> str:
+        """What is not as planned where the step goes on with ``key``, which was ``found`` there."""
+        if found is None and self.at_end:
+            return f"the step goes on with {key[1]!r}, which it did not in the trace"
+        at = self.position if found is None else found.skipped.start
+        return f"op {at} was {plan.keys[at][1]!r} in the trace and is {key[1]!r} now"
+
     def _find_ahead(self, plan: Plan, key: OpKey) -> int | None:
         # With every op that is not found the stretch grows: a part left out may be longer than it.
         left = knobs.RESYNC_OPS + 2 * self._n_unknown

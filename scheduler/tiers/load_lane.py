@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.device_mover import DeviceMover
@@ -20,6 +21,13 @@ from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.units import ceil_div
 from scheduler.planning.task import Task, TaskKind
+
+
+class Needed(Protocol):
+    """Says whether an update has yet to use a tensor."""
+
+    def __call__(self, tensor: PagedTensor, *, before: int) -> bool:
+        """See `scheduler.tiers.update_lane.UpdateLane.needs`."""
 
 
 class LoadLane:
@@ -32,10 +40,13 @@ class LoadLane:
 
     Attributes:
         above: the lane of copies to the tier above, which read what is here; None: nothing is copied up.
+        needed: whether an update beside compute that was begun earlier than a task has yet to use a tensor, see
+            `scheduler.tiers.update_lane`; None: there are none.
     """
 
     def __init__(self, mover: Mover, numbers: Iterator[int] | None = None, *, background: bool = False) -> None:
         self.above: LoadLane | None = None
+        self.needed: Needed | None = None
         self._mover = mover
         self._background = background
         self._numbers = itertools.count() if numbers is None else numbers
@@ -137,8 +148,10 @@ class LoadLane:
         if task.kind is TaskKind.DROP:
             return self._make_room(number, task, ceil_div(task.n_bytes, self._mover.arena.page_bytes))
         tensor = self._mover.tensors[task.tensor]
-        if self._mover.expires(tensor):
-            return False  # what is there of it has to go first, also from the very frames that it is to have
+        if self._mover.expires(tensor) and not (tensor.updates and not self._needs(tensor, number)):
+            # What is there of it has to go first, also from the very frames that it is to have; unless it is brought
+            # for the updates after which it expires.
+            return False
         if tensor.frame == task.frame:
             return True
         if tensor.frame is not None and not self._leaves(tensor, number):
@@ -163,6 +176,8 @@ class LoadLane:
 
     def _leaves(self, tenant: PagedTensor, number: int) -> bool:
         """Make a tenant give up its frames if it can; False while it cannot."""
+        if self._needs(tenant, number):
+            return False
         if tenant.held:
             self._held_up = True
             return False
@@ -180,10 +195,15 @@ class LoadLane:
         self._mover.drop(tenant)
         return True
 
-    def moves(self, tensor: PagedTensor) -> bool:
-        """Whether a tensor has yet to come, or to move to other frames. Any thread, without the lock: a task whose
-        tensor is in its frames may be in the queue still."""
-        return any(frame != tensor.frame for _, frame in self._queued.get(tensor.id, ()))
+    def _needs(self, tensor: PagedTensor, number: int) -> bool:
+        """Whether an update begun earlier than the task with this number has yet to use a tensor."""
+        return tensor.updates > 0 and self.needed is not None and self.needed(tensor, before=number)
+
+    def moves(self, tensor: PagedTensor, *, before: int = sys.maxsize) -> bool:
+        """Whether a tensor has yet to come, or to move to other frames, by a task begun earlier than the one numbered
+        ``before``. Any thread, without the lock: a task whose tensor is in its frames may be in the queue still."""
+        queued = self._queued.get(tensor.id, ())
+        return any(number < before and frame != tensor.frame for number, frame in queued)
 
     def copies(self, below: PagedTensor, *, before: int = sys.maxsize) -> bool:
         """Whether a task begun earlier than the one numbered ``before`` has yet to copy a tensor of the tier below.

@@ -8,12 +8,16 @@ from contextlib import ExitStack, contextmanager
 
 from pagemem.frames.page import TensorId
 from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.host_mover import HostMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
+from pagemem.telemetry.recorder import WaitCause
 from pagemem.tier import Tier
 from scheduler.planning.trace import Access, AccessMode
 from scheduler.tiers.on_demand import PlanView
 from scheduler.tiers.tier_memory import TierMemory
+from scheduler.tiers.update_lane import UpdateLane
+from scheduler.tiers.wait_explainer import DeviceCauses, WaitExplainer
 
 
 class Memories:
@@ -28,12 +32,14 @@ class Memories:
     Attributes:
         numbers: of tasks, in the order in which they are begun over all lanes.
         host, device: the tiers; no device: None. all: both, host memory first.
+        updates: made beside compute; None: there is no worker.
     """
 
     def __init__(self, mover: Mover, followed: Callable[[], PlanView | None]) -> None:
         self.numbers = itertools.count()
         self.host = TierMemory(mover, self.numbers, followed)
         self.device: TierMemory | None = None
+        self.updates: UpdateLane | None = None
         self.all = [self.host]
         self._followed = followed
 
@@ -41,6 +47,33 @@ class Memories:
         """Have a device, too, whose tensors are copied up from host memory. Once, before the first op."""
         self.device = TierMemory(mover, self.numbers, self._followed, self.host)
         self.all.append(self.device)
+
+    def add_worker(self, n_threads: int) -> UpdateLane:
+        """Have updates in host memory made beside compute, from the first op on; returns their lane.
+
+        Args:
+            n_threads: compute threads of an update.
+
+        Raises:
+            StorageError: the system starts no more threads.
+        """
+        host = self.host
+        assert isinstance(host.mover, HostMover)
+        lane = UpdateLane(
+            host.mover, host.lane, lambda: next(self.numbers), host.pinner.pin, host.pinner.unpin, n_threads
+        )
+        self.updates = host.bringer.updates = lane
+        host.lane.needed = lane.needs
+        return lane
+
+    def finish_updates(self) -> None:
+        """Wait until all updates made beside compute are over. Without the lock of a device.
+
+        Raises:
+            BudgetError, StorageError: as `UpdateLane.finish`.
+        """
+        if self.updates is not None:
+            self.updates.finish()
 
     def set_order(self, tensors: Iterable[PagedTensor]) -> None:
         """In which order passes go through tensors of host memory: what is fetched on demand is read ahead in it, or
@@ -132,6 +165,22 @@ class Memories:
         return [tensor for memory in self.all for tensor in memory.mover.collect_leases()]
 
     @contextmanager
+    def in_passing(self, tensor: PagedTensor) -> Iterator[bool]:
+        """Without an op and without moves: yields whether a tensor of host memory is there and may be changed in the
+        block."""
+        mover = self.host.mover
+        with mover.changed:
+            free = tensor.readable and not tensor.snapshot_pending and not tensor.uploads
+            if free:
+                tensor.pins += 1
+                mover.touch(tensor)
+        try:
+            yield free
+        finally:
+            if free:
+                self.unpin([tensor])
+
+    @contextmanager
     def lower_pinned(self, tensor: PagedTensor) -> Iterator[PagedTensor]:
         """Have what a tensor of the device is a copy of in host memory inside the block, which is no op; yields it.
 
@@ -143,10 +192,18 @@ class Memories:
             yield lower[0]
 
     def consume(self, tensor: PagedTensor) -> None:
-        """Declare a tensor's content dead, after the op that consumed it has ended."""
+        """Declare a tensor's content dead, after the op that consumed it has ended, or once the worker has made it."""
         mover = self.of(tensor.id).mover
+        if tensor.updates:
+            mover.discard_soon(tensor)
+            return
         mover.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
         mover.discard(tensor)
+
+    def causes(self) -> Callable[[str], WaitCause]:
+        """Explains waits, for the profiler."""
+        host = WaitExplainer(self.host.mover, self.host.lane)
+        return host if self.device is None else DeviceCauses(self.device.device, host)
 
     # ---- all of them -------------------------------------------------------------------------------------------
 

@@ -75,16 +75,14 @@ class OnDemand:
         """
         tensor.pins += 1  # From its first instant there, no planned load makes it leave.
         try:
-            while not tensor.readable:
+            while not tensor.whole:
                 self.mover.monitor.check()  # what has failed is not tried for ever
                 if tensor.frame is None:
                     self._begin(tensor, name, lambda: self._choose(tensor, lowest, by_plan), fresh=fresh)
                     if self.read_ahead is not None and not (fresh or lowest or by_plan):
                         self.read_ahead.follow(tensor)
                 # Who else has a use for it may have begun to bring it, or take it away again.
-                self.mover.monitor.wait_until(
-                    lambda: tensor.readable or tensor.frame is None, tensor.name, tensor.n_bytes
-                )
+                self.mover.monitor.wait_until(lambda: tensor.whole or tensor.frame is None, tensor.name, tensor.n_bytes)
         finally:
             tensor.pins -= 1
 
@@ -113,9 +111,9 @@ class OnDemand:
     def begin_early(self, tensor: PagedTensor, by_plan: PlanView) -> bool:
         """Begin to bring in a tensor that is used soon, in place of what the plan uses much later and that is clean;
         does not wait. Returns whether there was such a place."""
-        window = self._choose(tensor, False, by_plan)
+        window, tensors = self._choose(tensor, False, by_plan), self.mover.tensors
         if window is None or any(
-            by_plan.next_use(tenant) == 0 or self.mover.tensors[tenant].state is not Residency.CLEAN
+            by_plan.next_use(tenant) == 0 or tensors[tenant].state is not Residency.CLEAN or tensors[tenant].updates
             for tenant in window.tenants
         ):
             return False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
@@ -18,15 +19,26 @@ from scheduler.tiers.on_demand import OnDemand, PlanView
 
 
 def is_usable(tensor: PagedTensor, mode: AccessMode) -> bool:
-    """Whether an op may use a tensor in this way now."""
+    """Whether an op may use a tensor in this way now, once its updates are over."""
     if mode in CHANGES:
         return tensor.state in (Residency.CLEAN, Residency.DIRTY) and not tensor.uploads
-    return tensor.readable
+    return tensor.whole
 
 
 def never() -> bool:
     """It is not enough before the tensor is there."""
     return False
+
+
+class UpdatesBeside(Protocol):
+    """Updates that are made beside compute: `scheduler.tiers.update_lane.UpdateLane`."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is not over."""
+
+    def finish(self, tensor: PagedTensor | None = None) -> None:
+        """Have those of a tensor made, or all."""
 
 
 class Bringer:
@@ -41,6 +53,7 @@ class Bringer:
 
     Attributes:
         on_demand_bytes: that ops had to fetch themselves, since no plan had brought them.
+        updates: those that are made beside compute; None: there are none.
     """
 
     def __init__(
@@ -52,6 +65,7 @@ class Bringer:
         held_below: Callable[[PagedTensor, str], AbstractContextManager[bool]] | None = None,
     ) -> None:
         self.on_demand_bytes = 0
+        self.updates: UpdatesBeside | None = None
         self._mover = mover
         self._lane = lane
         self._on_demand = on_demand
@@ -102,6 +116,8 @@ class Bringer:
                     self._on_demand.begin_early(tensor, follower)
 
     def _bring(self, tensor: PagedTensor, mode: AccessMode, name: str, enough: Callable[[], bool]) -> bool:
+        if self.updates is not None and tensor.updates and not enough():
+            self.updates.finish(tensor)
         follower = self._follower()
         planned = follower is not None and follower.planned
         ahead = self._on_demand.read_ahead
@@ -119,14 +135,20 @@ class Bringer:
             if tensor.moving:
                 return False
             if self._lane.stuck:
+                if self.updates is not None and self.updates.busy:
+                    return True  # no load that one of them waits for is to be taken out
                 self._lane.free(tensor)
             return tensor.id not in self._lane and not tensor.moving
 
-        self._mover.monitor.wait_until(lambda: enough() or usable() or hopeless(), tensor.name, tensor.n_bytes)
-        if is_usable(tensor, mode):
-            return True
-        if enough():
-            return False
+        while True:
+            self._mover.monitor.wait_until(lambda: enough() or usable() or hopeless(), tensor.name, tensor.n_bytes)
+            if is_usable(tensor, mode):
+                return True
+            if enough():
+                return False
+            if self.updates is None or not self.updates.busy:
+                break
+            self.updates.finish()  # what leaves for a tensor that is fetched must not be one of theirs
         self.on_demand_bytes += 0 if mode is AccessMode.CREATE else tensor.n_bytes
         by_plan = follower if follower is not None and follower.moves else None
         if by_plan is not None and mode is not AccessMode.CREATE:  # nothing is to be brought for that
@@ -176,14 +198,19 @@ class Pinner:
         except BaseException:
             self.unpin(held)
             raise
+        self.used(accesses)
+        with self._mover.changed:
+            for access in accesses:
+                if access.mode in CHANGES:
+                    self._mover.touch(self._mover.tensors[access.tensor])
+        return held
+
+    def used(self, accesses: Sequence[Access]) -> None:
+        """The tensors of an op are those used last."""
         self._sequence += 1
         with self._mover.changed:
             for access in accesses:
-                tensor = self._mover.tensors[access.tensor]
-                self._mover.tenants.used(tensor, self._sequence)
-                if access.mode in CHANGES:
-                    self._mover.touch(tensor)
-        return held
+                self._mover.tenants.used(self._mover.tensors[access.tensor], self._sequence)
 
     def unpin(self, held: Sequence[PagedTensor]) -> None:
         """Tensors may move again, unless views of them live on."""

@@ -109,6 +109,7 @@ class ReadAhead:
 
         def leaves(tenant: TensorId) -> bool:
             clean = tensors[tenant].state is Residency.CLEAN and mover.tenants.droppable(tenant)
+            clean = clean and not tensors[tenant].updates
             return clean and tenant not in kept and tenant not in self._begun
 
         def cost(tenants: Sequence[TensorId]) -> int:

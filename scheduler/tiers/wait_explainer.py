@@ -27,6 +27,7 @@ IN_USE: Final = "its place was in use"
 NO_PLACE: Final = "no place was free for it while others were being written out"
 COPYING: Final = "it was being copied to the device"
 COMING_DOWN: Final = "the device was still copying it down"
+UPDATING: Final = "its update had yet to be made"
 COMMITTING: Final = "a commit had yet to store it"
 
 
@@ -49,6 +50,8 @@ class WaitExplainer:
             return UNKNOWN_CAUSE
         if name.startswith(_COMMIT):
             return WaitCause("write", COMMITTING)
+        if tensor.updates:
+            return WaitCause("update", UPDATING)
         if tensor.id in self._lane:
             return _in_queue(self._mover, self._lane, tensor)
         if tensor.state is Residency.LOADING:
