@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cross_references import check_mover
+from pairwise import each_value
 from small_runs import assert_closed
 from tiny_models import Block
 from torch import Tensor, nn
 
 import offload
+from optim.lockfree.updater import LockFreeUpdater
 
 #: The first step is not foretold, the second is traced; from the third on there is a plan.
 WARM_UP = 2
@@ -75,6 +77,48 @@ def trained(
 def test_after_the_first_steps_none_leaves_the_plan(bytes_each: float, tmp_path: Path) -> None:
     found = trained(tmp_path, 128, 3, bytes_each, 14, page="64KiB")
     assert not found["resident"] and found["late"] == 0 and found["planned"] >= 14 - WARM_UP
+
+
+@each_value(bytes_each=[11.0, 12.0, 13.0, 14.5, 17.0, 26.0], max_staleness=[1, 2, 4, 8])
+def test_planned_steps_with_staleness_keep_their_bounds_at_six_budgets(
+    bytes_each: float, max_staleness: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(7)
+    model = Wide(128, 3)
+    ram = int(bytes_each * sum(parameter.numel() for parameter in model.parameters()))
+    settings = {
+        "memory": {"ram": ram, "page": "64KiB"},
+        "ssd": {"paths": [str(tmp_path / "pages")], "limit_mb_per_s": 100},
+        "update": {"mode": "lock-free", "exact_steps": 0, "max_staleness": max_staleness},
+    }
+    generator = torch.Generator().manual_seed(11)
+    steps = 12
+    with offload.initialize(model, settings, lambda ps: torch.optim.AdamW(ps, lr=1e-3, fused=True)) as engine:
+        updater, mover = engine.debug.updater, engine.debug.mover
+        assert isinstance(updater, LockFreeUpdater)
+        updates = engine.debug.store.driver.planner.updates
+        assert updates is not None
+        first_frame, missed = mover.tenants.n_shared_frames, 0
+        for _ in range(steps):
+            cut = torch.randint(0, VOCAB, (2, TOKENS + 1), generator=generator)
+            engine.backward(engine(cut[:, :-1], cut[:, 1:]))
+            engine.step()
+            missed = max(missed, engine.staleness)
+        assert missed <= max_staleness + 1, "between two steps the one just made counts, too"
+        plan = engine.debug.store.driver.follower.plan
+        assert plan is not None and plan.updates is updates.plan and engine.stats().planned_steps >= steps - WARM_UP
+        assert plan.n_frames == first_frame and all(task.frame >= first_frame for task in updates.plan.loads)
+        engine.drain()
+        for channel in updater._channels.values():
+            clock = channel.clock
+            assert (clock.produced, clock.applied, clock.adopted) == (steps, steps, steps)
+        report = engine.memory_report().tiers["host"]
+        assert report.peak_bytes <= ram and report.planned_peak_pages * mover.arena.page_bytes <= ram
+        with updater.lock, mover.changed:
+            states = [t for unit in updater._channels for part in unit.slices for t in (part.states, part.master)]
+            assert all(t is None or t.frame is None or t.frame >= first_frame for t in states)
+        check_mover(mover)
+    assert_closed(engine)
 
 
 @pytest.mark.long
