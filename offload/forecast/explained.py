@@ -14,6 +14,7 @@ from pagemem.telemetry.recorder import OpSpan, Recording, WaitCause, WaitSpan
 from pagemem.telemetry.timeline import Timeline
 from pagemem.units import format_bytes
 from scheduler.planning.task import NO_OP, Lane, TaskKind
+from scheduler.planning.trace import Op
 from scheduler.simulation.simulator import PlannedCycle, TimedTask, planned_cycle
 
 #: What a profile records of each kind of task.
@@ -85,7 +86,7 @@ def explain(planned: Planned) -> Explained:
     """A plan, simulated."""
     cycle = planned_cycle(planned.plan, planned.work)
     trace = planned.work.trace
-    ops = tuple(f"{op.kind.value} {op.name}" for op in trace.ops) * cycle.n_steps
+    ops = tuple(map(_label, trace.ops)) * cycle.n_steps
     waited = {(op.wait.tensor, op.begin_s): op.waits_s for op in cycle.ops if op.wait is not None}
     tasks = tuple(_explained(task, planned, waited) for task in cycle.tasks)
     updates = planned.work.updates
@@ -93,6 +94,11 @@ def explain(planned: Planned) -> Explained:
     return Explained(
         cycle.n_steps, cycle.end_s, ops, update_ops, tasks, _recording(cycle, planned), _others(cycle, planned)
     )
+
+
+def _label(op: Op) -> str:
+    kind = op.kind.value
+    return op.name if op.name.startswith(kind) else f"{kind} {op.name}"
 
 
 def _name(planned: Planned, task: TimedTask) -> str:

@@ -65,6 +65,7 @@ def test_rows_name_ops_by_kind_and_number(tmp_path: Path) -> None:
     assert len(rows) == len(explained.tasks) and all(len(row) == len(HEADINGS) for row in rows)
     begins = [float(row[0]) for row in rows]
     assert begins == sorted(begins)
+    assert not any("update update" in op for op in explained.ops), "the name of an update says what it is"
     needing = {row[7].partition(",")[0] for row in rows} - {"-"}
     assert needing <= {f"{index} {op}" for index, op in enumerate(explained.ops)} | {
         f"{index + len(explained.ops)} {op}" for index, op in enumerate(explained.ops)
