@@ -1,6 +1,7 @@
 """What `offload plan` says against what a run does: peaks of each tier, memory of the process, step time.
 
     python -m benchmarks.planning.forecast --sizes 27m 112m 357m
+    python -m benchmarks.planning.forecast --sizes 27m --mode lock-free --ram-shares 0.833 1.2 --ssd-limit 200
 
 For each size and share of RAM: the disk is measured as `offload doctor` measures it, the plan is made by the command in
 a process of its own, then the same configuration is trained, and the plan is made once more: where both plans differ,
@@ -45,7 +46,17 @@ def arguments() -> argparse.Namespace:
         metavar="SIZE",
         help="memory.activations, on both sides; the run's heap is then one that joins free blocks",
     )
+    parser.add_argument("--mode", choices=["exact", "lock-free"], default="exact", help="update.mode of both")
+    parser.add_argument("--max-staleness", type=int, default=4, help="update.max_staleness of both")
+    parser.add_argument("--ssd-limit", type=float, metavar="MB_PER_S", help="ssd.limit_mb_per_s of both")
     return common.step_arguments(parser, steps=9)
+
+
+def update_of(a: argparse.Namespace) -> dict[str, Any]:
+    """The section of both sides; in lock-free mode no step is exact."""
+    if a.mode == "exact":
+        return {"mode": "exact"}
+    return {"mode": a.mode, "exact_steps": 0, "max_staleness": a.max_staleness}
 
 
 def plan_of(a: argparse.Namespace, size: str, share: float, disk: tuple[float, float]) -> dict[str, Any]:
@@ -53,7 +64,8 @@ def plan_of(a: argparse.Namespace, size: str, share: float, disk: tuple[float, f
     d_model, n_layer = SIZES[size]
     config = {
         "memory": {"ram": int(share * 12 * common.n_parameters(d_model, n_layer, a.seq)), "activations": a.activations},
-        "ssd": {"paths": [f"{a.dir}/pages"]},
+        "ssd": {"paths": [f"{a.dir}/pages"], "limit_mb_per_s": a.ssd_limit},
+        "update": update_of(a),
         "model": {
             "factory": "benchmarks.common:GPT",
             "arguments": {"d_model": d_model, "n_layer": n_layer, "seq": a.seq},
@@ -95,6 +107,8 @@ def run_of(a: argparse.Namespace, size: str, share: float) -> dict[str, Any]:
     ]
     if a.activations is not None:
         options += ["--activations", a.activations]
+    for name, value in {**update_of(a), "ssd_limit": a.ssd_limit}.items():
+        options += [] if value is None else [f"--{name.replace('_', '-')}", value]
     process = Process(ENGINE, options, tcache_disabled=a.activations is not None)
     steps = []
     for number in range(WARM_UP + a.steps):

@@ -304,6 +304,7 @@ def _at_step(engine: Rehearsal, commits_pages: int = 0) -> Phase:
     plan, mover = engine.driver.follower.plan, engine.store.mover
     assert plan is not None
     device_pages = plan.peaks.get(Tier.DEVICE, 0)
-    ssd_pages = mover.planned_page_file_frames([*plan.stored(), *_late(engine)]) + commits_pages
+    stored = [*plan.stored(), *(plan.updates.stored() if plan.updates is not None else ())]
+    ssd_pages = mover.planned_page_file_frames(stored) + commits_pages
     host_pages = plan.peak_frames + engine.engine.debug.updater.state_frames
     return _phase(engine, host_pages, ssd_pages, device_pages, engine.peak_gradient_bytes)

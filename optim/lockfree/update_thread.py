@@ -205,6 +205,7 @@ class UpdateThread:
             del self._scratch
             with self._progress:
                 self._progress.notify_all()
+            self.follower.forget()
 
     def _rest(self) -> None:
         with self._progress:

@@ -79,6 +79,10 @@ class RoundFollower:
         """The update of a slice has taken so long."""
         self._took_s[op] = seconds
 
+    def forget(self) -> None:
+        """The updater ends: loads that have not begun are not wanted."""
+        self._lane.clear()
+
     @contextmanager
     def held(self, op: int, following: Sequence[int] = ()) -> Iterator[None]:
         """Have a slice in host memory, to be changed, inside the block; what passes through is stored afterwards.
