@@ -59,6 +59,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-staleness", type=int, help="update.max_staleness of the engine")
     parser.add_argument("--exact-steps", type=int, help="update.exact_steps of the engine")
     parser.add_argument("--on-time", choices=["auto", "never"], help="update.on_time of the engine")
+    parser.add_argument("--worker", choices=["true", "false"], help="update.worker of the engine")
     parser.add_argument("--updates-off", action="store_true", help="lock-free mode whose gradients are dropped")
     parser.add_argument(
         "--recompute", action="store_true", help="each block is computed again in the backward pass, on both sides"
@@ -146,7 +147,7 @@ def engine_config(a: argparse.Namespace) -> dict[str, Any]:
         config["device"] = "cuda" if a.device == "cuda" else "cpu-emulated"
     update = {
         "clip_norm": a.clip_norm, "mode": a.mode, "max_staleness": a.max_staleness, "exact_steps": a.exact_steps,
-        "on_time": a.on_time,
+        "on_time": a.on_time, "worker": {"true": True, "false": False}.get(a.worker),
     }  # fmt: skip
     if _given(update):
         config["update"] = _given(update)
@@ -310,7 +311,8 @@ def options_of(a: argparse.Namespace, names: Sequence[str]) -> list[object]:
 #: What a measured process needs to know of a command line that has `model_arguments` and a batch.
 OPTIONS: Final = (
     "size", "ram_share", "device_share", "device_states", "device", "clip_norm", "activations", "blocks", "ssd_limit",
-    "recompute", "mode", "max_staleness", "exact_steps", "on_time", "updates_off", "batch", "seq", "threads", "dir",
+    "recompute", "mode", "max_staleness", "exact_steps", "on_time", "worker", "updates_off", "batch", "seq", "threads",
+    "dir",
 )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ their only use in the forward pass and come back before their only use in the ba
 needed last, which is why it goes.
 
 On a device, storages are downloaded to host pages and uploaded again without synchronising the host: a storage is freed
-once compute is ordered behind its download, when younger downloads need the room.
+once compute is ordered behind its download, when younger downloads need the room. One storage is uploaded ahead, while
+the device computes with the one saved after it.
 
 How many bytes have to go is known from the pass before: the most that was saved at once, less the limit, and how much
 of it had recipes. In the first pass everything goes that can.
@@ -30,6 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from offload import knobs
 from offload.activations.recipes import Layout, recipe_of
 from offload.activations.saved_storage import (
+    AheadOfUse,
     ByteCounts,
     KeptTensor,
     Leaving,
@@ -76,6 +78,8 @@ class SavedActivations:
         self._leaving: deque[Leaving] = deque()
         self._storages: weakref.WeakValueDictionary[int, SavedStorage] = weakref.WeakValueDictionary()
         self._waiting: deque[weakref.ref[SavedStorage]] = deque()
+        self._written: list[weakref.ref[SavedStorage]] = []  # to pages, in order; the last ones are needed first
+        self._ahead: AheadOfUse | None = None
         self._pool: dict[int, list[PagedTensor]] = defaultdict(list)
         self._used: set[PagedTensor] = set()
         self._unused: Gone[list[PagedTensor]] = Gone()
@@ -158,6 +162,7 @@ class SavedActivations:
         if event is not None and not has_reached(event):
             self._leaving.append(Leaving(original, weakref.ref(storage), event))
         storage.original = None
+        self._written.append(weakref.ref(storage))
         self._let_go(self._leaving_limit_bytes)
 
     def _give_back(self, storage: SavedStorage) -> None:
@@ -213,6 +218,7 @@ class SavedActivations:
             raise changed_in_place(layout.size)
         if storage.restored is None:
             storage.restored = self._read(storage) if storage.recipe is None else storage.recipe.result(self._input)
+            self._read_ahead()
         flat = storage.restored
         storage.n_views -= 1
         if storage.n_views <= 0 and not storage.consumed:
@@ -224,6 +230,38 @@ class SavedActivations:
         return packed.unpack() if isinstance(packed, KeptTensor) else self.unpack(packed)
 
     def _read(self, storage: SavedStorage) -> Tensor:
+        """Have a storage whose bytes are in pages back; of a device, compute is put behind its copy."""
+        if self._ahead is not None and self._ahead.storage() is storage:
+            ahead, self._ahead = self._ahead, None
+            self._follow(ahead.event)
+            return ahead.flat
+        flat, event = self._begin_read(storage)
+        if event is not None:
+            self._follow(event)
+        return flat
+
+    def _read_ahead(self) -> None:
+        """On a device: begin to copy up what the backward pass needs next, which was saved before, so that the copy is
+        beside what it computes now."""
+        self._forget_ahead()
+        if self._device is None or self._ahead is not None or _graph_is_kept():
+            return
+        while self._written:
+            storage = self._written[-1]()
+            if storage is not None and storage.chunks and not storage.spoiled and storage.restored is None:
+                flat, event = self._begin_read(storage)
+                if event is not None:
+                    self._ahead = AheadOfUse(weakref.ref(storage), flat, event)
+                return
+            self._written.pop()
+
+    def _forget_ahead(self) -> None:
+        """Free what was copied up for nobody."""
+        if self._ahead is not None and self._ahead.storage() is None:
+            ahead, self._ahead = self._ahead, None
+            self._follow(ahead.event)  # the memory is not another's before
+
+    def _begin_read(self, storage: SavedStorage) -> tuple[Tensor, DeviceEvent | None]:
         if storage.consumed:
             raise RuntimeError(
                 "what this backward pass needs was given up by one that failed while it was brought back; run the "
@@ -245,10 +283,11 @@ class SavedActivations:
                 if for_good:
                     storage.consumed = True
                     self._driver.mover.discard_soon(chunk)
-        finally:
-            if event is not None:  # also where a later chunk failed: the memory is not another's before
+        except BaseException:
+            if event is not None:  # of the chunks before: the memory is not another's before
                 self._follow(event)
+            raise
         if for_good:
             self._used.difference_update(storage.chunks)
             storage.chunks.clear()
-        return flat
+        return flat, event

@@ -136,6 +136,16 @@ class Leaving:
             storage.spoiled = True
 
 
+@dataclass(frozen=True, slots=True)
+class AheadOfUse:
+    """A storage that is being uploaded to a device before it is needed, and the memory that it comes to, which is kept
+    until compute is put behind the event."""
+
+    storage: weakref.ref[SavedStorage]
+    flat: Tensor
+    event: DeviceEvent
+
+
 class ByteCounts(NamedTuple):
     """Bytes of storages: of all saved ones, those with a recipe, those freed and recomputed, those that go to pages."""
 

@@ -45,6 +45,7 @@ from pagemem.sources.source_transfers import SourceFiles
 from pagemem.telemetry.events import EventSink
 from pagemem.tier import Tier
 from scheduler.execution.driver import Driver
+from scheduler.execution.update_ops import Entered
 from scheduler.planning.trace import Access, HostClock, OpKey
 
 #: One that foretells the gradients, one that is recorded, and one that follows the plan, which first places everything
@@ -63,11 +64,11 @@ class _Rehearsed(Driver):
         super().__init__(*arguments, **named)
         self._cost = cost
 
-    def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
-        """As `Driver.begin`."""
+    def enter(self, key: OpKey, name: str, accesses: Sequence[Access]) -> Entered:
+        """As `Driver.enter`, which every op goes through where there is a device."""
         on_device = any(self.memories.of(access.tensor).tier is Tier.DEVICE for access in accesses)
         self._cost.updates_are_made(on_device=on_device)
-        return super().begin(key, name, accesses)
+        return super().enter(key, name, accesses)
 
     def end(self, held: Sequence[PagedTensor]) -> None:
         """As `Driver.end`."""

@@ -6,15 +6,15 @@ tensor that is being read from the page files, what has come is copied up while 
 are one pipeline.
 
 A device makes its copies later than they are enqueued, up and down. Who asked hears when one is, with an event to
-put compute behind. The host pages stay as they are until the copy is made, which a second thread waits for. It must not
-be the first: who asked may be told only after a lock is free whose holder waits for those pages.
+put compute behind. The host pages stay as they are until the copy is made, which a second thread waits for, and a third
+for copies down (`pagemem.residency.copy_ends`). It must not be the first: who asked may be told only after a lock is
+free whose holder waits for those pages.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-import queue
 import threading
 import time
 import weakref
@@ -24,9 +24,10 @@ from typing import Final
 
 import torch
 
-from pagemem.devices.accelerator import Accelerator, Copy, DeviceEvent, has_reached
+from pagemem.devices.accelerator import Accelerator, Copy, DeviceEvent
 from pagemem.files.threads import small_stacks
 from pagemem.files.transfer import Completion
+from pagemem.residency.copy_ends import CopyEnds
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.residency.upload import OnEnqueued, Span, Upload, UploadState
@@ -61,18 +62,23 @@ class UploadQueue:
         self._gate = threading.Event()
         self.copied_bytes = 0
         self.busy_s = 0.0
-        self._under_way: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._up_ends, self._down_ends = (
+            CopyEnds(f"pagemem-{way}-ends", self._enter_thread, below.monitor.note_failure) for way in ("h2d", "d2h")
+        )
         below.monitor.on_change(self._look)
         below.on_part = self._look
         # Daemons, as I/O threads are: a program that dies without closing its engine must not hang on them.
         self._begins = threading.Thread(target=self._run, name="pagemem-h2d", daemon=True)
-        self._ends = threading.Thread(target=self._run_ends, name="pagemem-h2d-ends", daemon=True)
+        started: list[CopyEnds] = []
         with small_stacks():
-            self._ends.start()
             try:
+                for ends in (self._up_ends, self._down_ends):
+                    ends.start()
+                    started.append(ends)
                 self._begins.start()
             except BaseException:
-                self._under_way.put(None)
+                for ends in started:
+                    ends.end()
                 raise
         self._at_exit = partial(_close_at_exit, weakref.ref(self), os.getpid())
         atexit.register(self._at_exit)
@@ -97,24 +103,12 @@ class UploadQueue:
     def begun(self, tensor: PagedTensor, copy: Copy) -> None:
         """Somebody else gave the device a copy up from a tensor's pages, having called `HostMover.begin_upload`."""
         made = partial(self._made, tensor, tensor.n_bytes, copy)
-        self._ends_by(partial(self._over, made, partial(self._below.end_upload, tensor)), copy)
+        self._up_ends.add(partial(self._over, made, partial(self._below.end_upload, tensor)), copy)
 
     def arrives(self, tensor: PagedTensor, event: DeviceEvent) -> None:
         """A copy down into the pages of a tensor, for which `HostMover.begin_arrival` was called, is enqueued on the
         device."""
-        self._ends_by(partial(self._over, event.wait, partial(self._below.end_arrival, tensor)), event)
-
-    def _ends_by(self, finish: Callable[[], None], event: DeviceEvent) -> None:
-        """Have a copy's end noted, whatever happens: now, where it is made already, else by the thread that waits for
-        it (or for an error)."""
-        made = False
-        try:
-            made = has_reached(event)
-        finally:
-            if not made:
-                self._under_way.put(finish)
-        if made:
-            finish()
+        self._down_ends.add(partial(self._over, event.wait, partial(self._below.end_arrival, tensor)), event)
 
     def take_back(self, tensor: PagedTensor) -> bool:
         """Forget the copy of a tensor if it has not begun; returns whether it was forgotten. Any thread."""
@@ -146,8 +140,9 @@ class UploadQueue:
             self._closing = True
         self._gate.set()
         self._begins.join(patience_s)
-        self._under_way.put(None)
-        self._ends.join(patience_s)
+        for ends in (self._up_ends, self._down_ends):
+            ends.end()
+            ends.join(patience_s)
 
     def _look(self) -> None:
         if any(upload.can_go_on for upload in self._waiting):
@@ -184,15 +179,6 @@ class UploadQueue:
             # Not kept while waiting for the next one: they hold views of both arenas.
             del upload, source
 
-    def _run_ends(self) -> None:
-        self._enter_thread()
-        while (finish := self._under_way.get()) is not None:
-            try:
-                finish()
-            except BaseException as failure:  # likewise
-                self._below.monitor.note_failure(failure)
-            del finish
-
     def _begin(self, upload: Upload) -> tuple[torch.Tensor, list[Span]]:
         """The bytes of a tensor, and which of them can be copied now; the last ones if its state is ENDED then. With
         the lock held.
@@ -219,7 +205,7 @@ class UploadQueue:
         upload.arrived, upload.n_taken = [], 0
         assert upload.copy is not None
         # Not here, which would be waiting with the lock held.
-        self._under_way.put(self._let_go(upload.tensor, upload.copy))
+        self._up_ends.put(self._let_go(upload.tensor, upload.copy))
 
     def _give(self, upload: Upload, source: torch.Tensor, spans: Sequence[Span]) -> None:
         """Have bytes copied, and tell who asked when these are the last."""
@@ -227,7 +213,7 @@ class UploadQueue:
         try:
             for start, end in spans:
                 upload.copy = copy = self._accelerator.copy_up(source[start:end], upload.into[start:end], upload.after)
-                self._ends_by(partial(self._made, upload.tensor, end - start, copy), copy)
+                self._up_ends.add(partial(self._made, upload.tensor, end - start, copy), copy)
         except BaseException as raised:  # it goes to who asked, and from there to the training thread
             error = raised
             with self._below.changed:
@@ -243,7 +229,7 @@ class UploadQueue:
             if upload.copy is None:
                 self._below.end_upload(upload.tensor)
             else:
-                self._ends_by(self._let_go(upload.tensor, upload.copy), upload.copy)
+                self._up_ends.add(self._let_go(upload.tensor, upload.copy), upload.copy)
         finally:
             upload.on_enqueued(result)
 

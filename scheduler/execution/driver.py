@@ -132,24 +132,25 @@ class Driver:
     def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         """Begin an op, see `op`; returns what `end` must be given."""
         if self._edits is None:
-            accesses, lane, follows = self._prepare(key, accesses, Lane.COMPUTE)
+            accesses, lane, follows = self._prepare(key, accesses)
             with self.mover.changed:
                 op = self._go_to(key, name, accesses, lane, follows=follows)
                 held = self.memories.host.pinner.pin(name, touching(accesses))
         else:
-            accesses, op = self.enter(key, name, accesses, Lane.COMPUTE)
+            accesses, op = self.enter(key, name, accesses)
             held = self.memories.pin(name, accesses)
         self.compute(key, name, held, op)
         return held
 
-    def enter(self, key: OpKey, name: str, accesses: Sequence[Access], lane: Lane) -> Entered:
+    def enter(self, key: OpKey, name: str, accesses: Sequence[Access]) -> Entered:
         """Begin what an op triggers."""
-        accesses, lane, follows = self._prepare(key, accesses, lane)
+        accesses, lane, follows = self._prepare(key, accesses)
         with self.memories.locked():
             return accesses, self._go_to(key, name, accesses, lane, follows=follows)
 
-    def _prepare(self, key: OpKey, accesses: Sequence[Access], lane: Lane) -> tuple[Sequence[Access], Lane, bool]:
+    def _prepare(self, key: OpKey, accesses: Sequence[Access]) -> tuple[Sequence[Access], Lane, bool]:
         """Before an op; returns its accesses with their tiers, its lane, and whether it is followed, and recorded."""
+        lane = Lane.UPDATE if self.updates.beside and key[0] is OpKind.UPDATE else Lane.COMPUTE
         if self._edits is not None:
             accesses = self.memories.placed(accesses)
             on_device = any(access.tier is Tier.DEVICE for access in accesses)

@@ -8,7 +8,6 @@ from typing import Protocol
 
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tier
-from scheduler.planning.task import Lane
 from scheduler.planning.trace import Access, Op, OpKey
 from scheduler.tiers.memories import Memories, touching
 
@@ -25,7 +24,10 @@ class OpsOfSteps(Protocol):
     def in_step(self) -> bool:
         """Whether ops are part of a step."""
 
-    def enter(self, key: OpKey, name: str, accesses: Sequence[Access], lane: Lane) -> Entered:
+    def begin(self, key: OpKey, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
+        """See `Driver.begin`."""
+
+    def enter(self, key: OpKey, name: str, accesses: Sequence[Access]) -> Entered:
         """Begin what an op triggers."""
 
     def compute(self, key: OpKey, name: str, held: Sequence[PagedTensor], op: Op | None) -> None:
@@ -78,21 +80,23 @@ class UpdateOps:
         Raises:
             As `Driver.op`, and what ``work`` raises.
         """
-        accesses, op = self._driver.enter(key, name, accesses, Lane.UPDATE if self.beside else Lane.COMPUTE)
-        updates, uses = self._memories.updates, touching(accesses)
-        below = all(access.tier is Tier.HOST for access in accesses)
-        if updates is not None and beside and below and self._driver.in_step:
+        updates = self._memories.updates
+        below = all(self._memories.of(access.tensor).tier is Tier.HOST for access in accesses)
+        if updates is None or not (beside and below and self._driver.in_step):
+            held = self._driver.begin(key, name, accesses)
+        else:
+            accesses, op = self._driver.enter(key, name, accesses)
 
             def took(seconds: float) -> None:
                 if op is not None:
                     op.duration_s += seconds
 
-            if updates.submit(name, uses, work, begun, took):
-                self._memories.host.pinner.used(uses)
+            if updates.submit(name, touching(accesses), work, begun, took):
+                self._memories.host.pinner.used(touching(accesses))
                 return
             updates.finish()
-        held = self._memories.pin(name, accesses)
-        self._driver.compute(key, name, held, op)
+            held = self._memories.pin(name, accesses)
+            self._driver.compute(key, name, held, op)
         try:
             begun()
             work()

@@ -17,6 +17,7 @@ from pagemem.telemetry.recorder import UNKNOWN_CAUSE, WaitCause
 from scheduler.tiers.load_lane import LoadLane
 
 _COMMIT: Final = "commit of "
+_UPDATE: Final = "update of "  # what all updates are waited for by
 READING: Final = "it was being read"
 WRITING: Final = "it was being written"
 BEHIND: Final = "its read waited behind another"
@@ -45,6 +46,8 @@ class WaitExplainer:
 
     def __call__(self, name: str) -> WaitCause:
         """What a wait for the tensor named ``name`` has to wait for now. With the mover's lock held."""
+        if name.startswith(_UPDATE):
+            return WaitCause("update", UPDATING)
         tensor = self._find(name.removeprefix(_COMMIT))
         if tensor is None:
             return UNKNOWN_CAUSE

@@ -13,7 +13,7 @@ import torch
 from broken_device import broken, fails
 from cross_references import check_mover
 from event_log import EventLog
-from gated_device import GatedDevice, Tiers, opened_tiers
+from gated_device import GatedDevice, GatedEvent, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES, opened
 
 from pagemem.devices.arena import HostArena
@@ -335,7 +335,28 @@ def test_threads_join_the_device_before_anything_else() -> None:
         mover = DeviceMover(HostArena(1, PAGE_BYTES), below.mover, Joined(), EventLog())
         mover.close()
         mover.arena.close()
-    assert sorted(joined) == ["pagemem-h2d", "pagemem-h2d-ends"]
+    assert sorted(joined) == ["pagemem-d2h-ends", "pagemem-h2d", "pagemem-h2d-ends"]
+
+
+def test_a_copy_up_ends_though_one_down_that_was_asked_for_before_does_not(
+    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up = GatedEvent()
+
+    def copy_up(source: torch.Tensor, into: torch.Tensor, after: object) -> GatedEvent:
+        into.copy_(source)
+        return up
+
+    monkeypatch.setattr(tiers.device.accelerator, "copy_up", copy_up)
+    saved = tiers.saved(5, 1)
+    tensor = tiers.device.mirror(tiers.below.dirty(1))
+    lower = tiers.device.lower(tensor.id)
+    tiers.device.start_load(tensor, FrameId(0))
+    tiers.arrives(tensor)
+    up.open()
+    tiers.below.mover.monitor.wait_until(lambda: not lower.uploads, lower.name)
+    assert saved.state is R.ARRIVING
+    tiers.is_there(saved)
 
 
 def test_the_end_of_the_program_ends_the_threads_of_a_mover_that_nobody_closed(tiers: Tiers) -> None:
@@ -343,8 +364,8 @@ def test_the_end_of_the_program_ends_the_threads_of_a_mover_that_nobody_closed(t
     close = copier._at_exit
     assert close.func is _close_at_exit
     _close_at_exit(weakref.ref(copier), os.getpid() + 1)
-    assert copier._begins.is_alive() and copier._ends.is_alive(), "a child process has no such threads"
+    assert copier._begins.is_alive() and copier._up_ends._thread.is_alive(), "a child process has no such threads"
     tensor = tiers.stored(7, "its pages never come")
     tiers.device.start_load(tensor, FrameId(0))
     close()
-    assert not copier._begins.is_alive() and not copier._ends.is_alive()
+    assert not copier._begins.is_alive() and not copier._up_ends._thread.is_alive()

@@ -241,3 +241,40 @@ def test_values_edited_and_saved_are_those_of_the_device(tmp_path: Path, monkeyp
             assert_equal(engine.model, plain)
             assert torch.equal(engine(*batches(1)[0]), plain(*batches(1)[0]))
         assert_closed(engine)
+
+
+def test_what_the_backward_pass_needs_next_is_on_its_way_up_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One storage ahead of the op that needs it, and none left behind."""
+    made = config(tmp_path, ram=4 << 20)
+    memory = made["memory"] | {"device": "8MiB", "activations": 0, "recompute": "never"}
+    made |= {"device": "cpu-emulated", "memory": memory}
+    monkeypatch.setattr(knobs, "LEAST_SAVED_BYTES", 1024)
+    plain = built()
+    optimizer = adamw(plain.parameters())
+    with late_device(monkeypatch), offload.initialize(built(), made, adamw) as engine:
+        saved = engine.debug.binder.activations
+        assert saved is not None
+        begin, read = saved._begin_read, saved._read
+        begun: list[object] = []
+        ahead: list[bool] = []
+
+        def begins(storage: object) -> object:
+            begun.append(storage)
+            return begin(storage)
+
+        def reads(storage: object) -> object:
+            ahead.append(any(storage is other for other in begun))
+            return read(storage)
+
+        train(engine, 3)
+        monkeypatch.setattr(saved, "_begin_read", begins)
+        monkeypatch.setattr(saved, "_read", reads)
+        train(engine, 1)
+        assert ahead.count(False) == 1 and len(ahead) > 5, "all but the one that is needed first"
+        assert saved._ahead is None and not saved._written
+        train_plain(plain, optimizer, 3)
+        train_plain(plain, optimizer, 1)
+        assert_equal(engine.model, plain)
+        assert engine.stats().deviations == 0

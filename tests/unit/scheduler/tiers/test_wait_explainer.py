@@ -30,6 +30,7 @@ from scheduler.tiers.wait_explainer import (
     MAKING_ROOM_FIRST,
     NO_PLACE,
     READING,
+    UPDATING,
     WRITING,
     DeviceCauses,
     WaitExplainer,
@@ -61,6 +62,14 @@ def test_under_way_in_either_direction() -> None:
         assert cause(gates, lane, "commit of b") == WaitCause("write", COMMITTING)
         gates.files.take("write").open()
         assert cause(gates, lane, "nobody") == cause(gates, lane, "a") == UNKNOWN_CAUSE
+
+
+def test_an_update_that_a_worker_has_yet_to_make() -> None:
+    with opened() as gates:
+        lane, tensor = LoadLane(gates.mover), gates.dirty(1, name="a")
+        tensor.updates = 1
+        assert cause(gates, lane, "a") == WaitCause("update", UPDATING) == cause(gates, lane, "update of a")
+        tensor.updates = 0
 
 
 def test_a_load_waits_for_the_tenant_of_its_place_and_others_behind_it() -> None:
