@@ -25,7 +25,7 @@ class UpdateJob:
         loads: the lane that brings them.
         work: makes it, on any thread.
         ended: called on the training thread once it is over. spent_s: seconds that it took, known then.
-        running: whether somebody is making it.
+        running: whether the worker is making it. taken: whether the training thread is, or brings its tensors for that.
     """
 
     number: int
@@ -36,7 +36,13 @@ class UpdateJob:
     work: Callable[[], None]
     ended: list[Callable[[], None]] = field(default_factory=list)
     running: bool = False
+    taken: bool = False
     spent_s: float = 0.0
+
+    @property
+    def begun(self) -> bool:
+        """Whether somebody has begun to make it."""
+        return self.running or self.taken
 
     def has(self, tensor: PagedTensor) -> bool:
         """Whether it uses a tensor."""

@@ -185,7 +185,7 @@ class UpdateLane:
             if over():
                 return None
             job = self._jobs[0]
-            job.running = self._taking_over = True
+            job.taken = self._taking_over = True
             return job
 
     def _take_over(self, job: UpdateJob) -> None:
@@ -200,7 +200,7 @@ class UpdateLane:
                 self._unpin(held)
                 self._end(job)
         finally:
-            job.running = self._taking_over = False
+            job.taken = self._taking_over = False
 
     def close(self, patience_s: float | None = None) -> None:
         """End the thread after the update that it is making; those after it are given up. Idempotent.
@@ -211,7 +211,7 @@ class UpdateLane:
         atexit.unregister(self._at_exit)
         with self._mover.changed:
             self._closing = True
-            for job in [job for job in self._jobs if not job.running]:
+            for job in [job for job in self._jobs if not job.begun]:
                 for tensor, _ in job.uses:
                     tensor.to_store = False
                 self._leave(job)
@@ -223,18 +223,18 @@ class UpdateLane:
 
     def _is_stuck(self) -> bool:
         """Whether the oldest update waits for what does not come by itself."""
-        if not self._jobs or self._jobs[0].running:
+        if not self._jobs or self._jobs[0].begun:
             return False
         job = self._jobs[0]
         return job.lacks or (self._loads.stuck and not job.is_ready)
 
     def _look(self) -> None:
-        if self._jobs and not self._jobs[0].running and (self._jobs[0].is_ready or self._jobs[0].to_store()):
+        if self._jobs and not self._jobs[0].begun and (self._jobs[0].is_ready or self._jobs[0].to_store()):
             self._gate.set()
 
     def _begin_next(self) -> UpdateJob | None:
         """The oldest update, if it can begin."""
-        if not self._jobs or self._jobs[0].running:
+        if not self._jobs or self._jobs[0].begun:
             return None
         job = self._jobs[0]
         for tensor in job.to_store():

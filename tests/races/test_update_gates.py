@@ -176,3 +176,23 @@ def test_closing_waits_for_the_update_under_way_and_gives_up_those_behind_it(upd
     assert not updates.lane._thread.is_alive() and updates.told == ["a"]
     updates.lane.close()
     assert not updates.submit(first), "who is closed takes nothing"
+
+
+def test_what_waits_to_be_moved_is_no_obstacle_for_whoever_makes_an_update(updates: Updates) -> None:
+    """One tensor failed to come; another one is to give way to what is behind that in the lane."""
+    tensor, states = updates.gates.stored(0, "a"), updates.gates.stored(0, "states")
+    updates.gates.mover.start_load(tensor, FrameId(0))
+    updates.gates.files.take("read").open()
+    updates.gates.dirty(3, 2, "in the way")
+    updates.let.set()
+    updates.load(states, 1)
+    updates.load(tensor, 2)
+    assert updates.submit(tensor, states)
+    updates.gates.files.take("read").fail(StorageError("a sector is gone"))
+    with pytest.raises(StorageError, match="a sector is gone"):
+        updates.lane.finish()
+    finishing = updates.gates.training.submit(updates.lane.finish)
+    for kind in ("write", "read", "read"):  # what is in the way, the one that moves, the other one
+        updates.gates.files.take(kind).open()
+    finishing.result(30)
+    assert tensor.frame == 2 and updates.gates.holds(states, 1) and not tensor.updates
