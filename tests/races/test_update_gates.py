@@ -192,6 +192,8 @@ def test_what_waits_to_be_moved_is_no_obstacle_for_whoever_makes_an_update(updat
     with pytest.raises(StorageError, match="a sector is gone"):
         updates.lane.finish()
     finishing = updates.gates.training.submit(updates.lane.finish)
+    while not updates.lane._taking_over:
+        assert not finishing.done()
     for kind in ("write", "read", "read"):  # what is in the way, the one that moves, the other one
         updates.gates.files.take(kind).open()
     finishing.result(30)
