@@ -180,10 +180,7 @@ def test_closing_waits_for_the_update_under_way_and_gives_up_those_behind_it(upd
 
 def test_what_waits_to_be_moved_is_no_obstacle_for_whoever_makes_an_update(updates: Updates) -> None:
     """One tensor failed to come; another one is to give way to what is behind that in the lane."""
-    tensor, states = updates.gates.stored(0, "a"), updates.gates.stored(0, "states")
-    updates.gates.mover.start_load(tensor, FrameId(0))
-    updates.gates.files.take("read").open()
-    updates.gates.dirty(3, 2, "in the way")
+    states, tensor = updates.gates.stored(0, "states"), updates.gates.dirty(0, 0, "a")
     updates.let.set()
     updates.load(states, 1)
     updates.load(tensor, 2)
@@ -194,7 +191,7 @@ def test_what_waits_to_be_moved_is_no_obstacle_for_whoever_makes_an_update(updat
     finishing = updates.gates.training.submit(updates.lane.finish)
     while not updates.lane._taking_over:
         assert not finishing.done()
-    for kind in ("write", "read", "read"):  # what is in the way, the one that moves, the other one
+    for kind in ("write", "read", "read"):  # the one that moves, and the other one
         updates.gates.files.take(kind).open()
     finishing.result(30)
     assert tensor.frame == 2 and updates.gates.holds(states, 1) and not tensor.updates
