@@ -187,13 +187,12 @@ class Driver:
             self.tracks.go_to(track)
             track.follower.follow(key)
             track.recorder.begin(key, name, accesses, lane)
-        recorded = self._recorder.ops[-1] if follows else None
         if self.memories.host.read_ahead is not None:
             # Of a plan that rests, uses are not seen, and nothing leaves without its being told.
             self.memories.host.read_ahead.op_begins(
                 (self.memories.in_host(access.tensor) for access in accesses), pauses=self.follower.rest.active
             )
-        return recorded
+        return self._recorder.ops[-1] if follows else None
 
     def end(self, held: Sequence[PagedTensor]) -> None:
         """End an op: its tensors may move again, unless views of them live on. What was edited above another tier is

@@ -13,7 +13,7 @@ import torch
 from broken_device import broken, fails
 from cross_references import check_mover
 from event_log import EventLog
-from gated_device import GatedDevice, GatedEvent, Tiers, opened_tiers
+from gated_device import GatedDevice, Tiers, opened_tiers
 from gated_mover import PAGE_BYTES, opened
 
 from pagemem.devices.arena import HostArena
@@ -336,27 +336,6 @@ def test_threads_join_the_device_before_anything_else() -> None:
         mover.close()
         mover.arena.close()
     assert sorted(joined) == ["pagemem-d2h-ends", "pagemem-h2d", "pagemem-h2d-ends"]
-
-
-def test_a_copy_up_ends_though_one_down_that_was_asked_for_before_does_not(
-    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    up = GatedEvent()
-
-    def copy_up(source: torch.Tensor, into: torch.Tensor, after: object) -> GatedEvent:
-        into.copy_(source)
-        return up
-
-    monkeypatch.setattr(tiers.device.accelerator, "copy_up", copy_up)
-    saved = tiers.saved(5, 1)
-    tensor = tiers.device.mirror(tiers.below.dirty(1))
-    lower = tiers.device.lower(tensor.id)
-    tiers.device.start_load(tensor, FrameId(0))
-    tiers.arrives(tensor)
-    up.open()
-    tiers.below.mover.monitor.wait_until(lambda: not lower.uploads, lower.name)
-    assert saved.state is R.ARRIVING
-    tiers.is_there(saved)
 
 
 def test_the_end_of_the_program_ends_the_threads_of_a_mover_that_nobody_closed(tiers: Tiers) -> None:

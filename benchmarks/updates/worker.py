@@ -1,6 +1,6 @@
 """Step time with exact updates made by a worker beside compute, over that with updates on the training thread.
 
-    python -m benchmarks.update_worker --size 27m --ram-share 0.25 --threads 2
+    python -m benchmarks.updates.worker --size 27m --ram-share 0.25 --threads 2
 
 Two processes of the engine on the CPU take turns (`benchmarks.turns`), one with `update.worker` and one without. Losses
 must be equal, bit for bit.
@@ -25,7 +25,7 @@ RATIO_OF: Final = "step with a worker for updates / on the training thread"
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.update_worker", description=__doc__.splitlines()[0] if __doc__ else ""
+        prog="python -m benchmarks.updates.worker", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     model_arguments(parser)
     common.batch_arguments(parser)

@@ -1,6 +1,6 @@
 """Updates of a large model on the thread that launches kernels, or on a worker.
 
-    python -m benchmarks.planning.launching
+    python -m benchmarks.updates.launching
 
 A model of Llama's shape with 6.7 billion parameters in bf16, rehearsed on meta for a GPU, with all states in RAM or on
 the device. Two clocks are followed beside the device's: that of the thread that launches what the device computes, and
@@ -45,7 +45,7 @@ STEPS: Final = 4
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.planning.launching", description=__doc__.splitlines()[0] if __doc__ else ""
+        prog="python -m benchmarks.updates.launching", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--flops", type=float, default=4e14, help="of the device (default: 4e14)")

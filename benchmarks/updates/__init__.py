@@ -1,0 +1,1 @@
+"""Benchmarks of who makes exact updates, and when."""
