@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from late_device import late_device
-from pairwise import each_value
 from parity import Parity, adamw, state_bytes
 from small_runs import assert_closed, assert_equal, batches, built, config, train, train_plain
 from tiny_models import CASES
@@ -113,9 +114,12 @@ def test_closing_in_the_midst_of_updates_gives_everything_back(tmp_path: Path) -
     assert_closed(engine)
 
 
-@each_value(name=("gpt", "tied", "bf16"), kind=("plain", "clipped", "accumulated", "step"))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("tied", "plain"), ("partly_trained", "clipped"), ("two_backwards", "accumulated"), ("evaluating", "step")],
+)
 def test_bits_are_plain_pytorchs_on_the_cpu_too(name: str, kind: str, tmp_path: Path) -> None:
-    case = CASES.get(name, CASES["gpt"])
+    case = CASES[name]
     extra: dict[str, Any] = {"worker": True}
     if kind == "step":
         extra["start"] = "step"
@@ -123,6 +127,39 @@ def test_bits_are_plain_pytorchs_on_the_cpu_too(name: str, kind: str, tmp_path: 
     ram = state_bytes(case) // 2 + (1 << 20)
     parity = Parity(case, tmp_path, ram, 0.5 if kind == "clipped" else None, accumulation, steps=7, extra=extra)
     assert parity.run().planned_steps >= 3
+
+
+@pytest.mark.parametrize(("dtype", "loss_scale"), [("bf16", "auto"), ("fp16", 256.0)])
+def test_sixteen_bits_and_loss_scaling(
+    dtype: str, loss_scale: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits with a worker and without."""
+    found = []
+    with late_device(monkeypatch):
+        for worker in (True, False):
+            made = on_device(tmp_path / str(worker), worker=worker, loss_scale=loss_scale) | {"model": {"dtype": dtype}}
+            with offload.initialize(built(), made, adamw) as engine:
+                train(engine, 5)
+                found.append((engine.model.state_dict(), engine.optimizer.state_dict()["state"]))
+    (model, states), (other, other_states) = found
+    assert all(torch.equal(model[name], other[name]) for name in other)
+    assert all(torch.equal(states[i][key], other_states[i][key]) for i in other_states for key in other_states[i])
+
+
+def test_a_forked_child_has_no_worker_and_the_parent_goes_on(tmp_path: Path) -> None:
+    plain = built()
+    train_plain(plain, adamw(plain.parameters()), 3)
+    with offload.initialize(built(), on_device(tmp_path), adamw) as engine:
+        train(engine, 3)
+        child = os.fork()
+        if not child:
+            with suppress(RuntimeError):  # refused
+                engine.drain()
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert_equal(engine.model, plain)
+    assert_closed(engine)
 
 
 def test_what_is_read_between_steps_has_every_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
