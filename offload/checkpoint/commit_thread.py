@@ -14,7 +14,7 @@ from typing import Final
 
 from pagemem.files.threads import start_thread
 from pagemem.process import interrupts
-from pagemem.residency.wait_lock import WaitLock
+from pagemem.process.wait_lock import WaitLock
 from pagemem.state_machine import StateMachine
 
 #: How often a wait for a commit checks for Ctrl-C.

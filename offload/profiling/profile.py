@@ -25,7 +25,7 @@ from offload.store.page_store import PageStore
 from pagemem.errors import RunDirectoryError, StorageError
 from pagemem.folders.own_file import draft_of, make_folder, remove_draft, replace_file
 from pagemem.folders.small_file import read_small
-from pagemem.residency.wait_lock import LockUse, WaitLock, counted
+from pagemem.process.wait_lock import LockUse, WaitLock, counted
 from pagemem.telemetry.events import EventSink
 from pagemem.telemetry.recorder import Recorder, Recording
 from pagemem.tier import Tag, Tier

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from offload.profiling.bottleneck import bottleneck
 from offload.profiling.stats import TierUse
-from pagemem.residency.wait_lock import LockUse
+from pagemem.process.wait_lock import LockUse
 from pagemem.telemetry.events import Event, EventKind
 from pagemem.telemetry.intervals import Interval, clipped, total_s, without
 from pagemem.telemetry.recorder import Recording, WaitSpan

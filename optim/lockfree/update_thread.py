@@ -36,8 +36,8 @@ from optim.lockfree.unit_channel import GradientBatch, UnitChannel
 from optim.rules import UpdateRule
 from optim.unit import Unit
 from pagemem.files.threads import start_thread
+from pagemem.process.wait_lock import WaitLock
 from pagemem.residency.mover import Mover
-from pagemem.residency.wait_lock import WaitLock
 from pagemem.state_machine import StateMachine
 from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.units import MiB

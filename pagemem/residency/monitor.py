@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from pagemem.errors import OffloadError
-from pagemem.residency.wait_lock import WaitLock
+from pagemem.process.wait_lock import WaitLock
 from pagemem.telemetry.events import Event, EventKind, EventSink
 from pagemem.telemetry.recorder import Recorder
 

@@ -36,7 +36,7 @@ from optim.loss_scale import Scaling
 from optim.training import Training
 from optim.unit import Slot, Unit, UnitIndex
 from pagemem.budget import Budget
-from pagemem.residency.wait_lock import WaitLock
+from pagemem.process.wait_lock import WaitLock
 from pagemem.telemetry.events import NullSink
 from pagemem.tier import Tag, Tier
 from scheduler.execution.plan_follower import Mode

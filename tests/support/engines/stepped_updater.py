@@ -14,7 +14,7 @@ from torch import Tensor
 from optim.lockfree.unit_channel import GradientBatch, GradientSum, UnitChannel, Version
 from optim.lockfree.unit_clock import UnitClock
 from optim.unit import Slot, Unit
-from pagemem.residency.wait_lock import WaitLock
+from pagemem.process.wait_lock import WaitLock
 
 #: Elements of a parameter, which is also how many steps can be told apart.
 N = 64

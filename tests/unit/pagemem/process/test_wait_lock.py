@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pagemem.residency.wait_lock import WaitLock, counted
+from pagemem.process.wait_lock import WaitLock, counted
 
 
 class Clock:
@@ -22,7 +22,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("pagemem.residency.wait_lock.time", made)
+    monkeypatch.setattr("pagemem.process.wait_lock.time", made)
     return made
 
 
