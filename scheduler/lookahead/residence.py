@@ -158,6 +158,8 @@ class Residence:
             if not fresh:
                 self._written_back(facts, now, staying)
         if tenant is not None and tenant.dead:
+            if tenant.locked_until >= now:  # of what it held somebody has a view: nothing else can come to it
+                raise self.shortage(self.work.trace.ops[now % len(self.work.trace.ops)])
             self.evict(facts.tensor, now, staying)
             book.trigger = max(book.trigger, tenant.locked_until + 1, tenant.busy_trigger)
             self.since(facts.tensor, book.trigger, tenant.busy_s)

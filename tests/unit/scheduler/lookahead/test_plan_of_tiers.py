@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from pagemem.errors import BudgetError
 from pagemem.frames.page import TensorId
 from pagemem.tier import Tier
 from scheduler.lookahead.planner import plan_work
@@ -130,3 +131,20 @@ def test_one_tensor_is_in_one_tier() -> None:
         work_of([op(0, Access(A, READ, H)), op(1, Access(A, READ, D))], 2, 2, {})
     with pytest.raises(ValueError, match="is made of itself"):
         work_of([op(0, Access(A, READ))], 2, 2, {A: TensorSource(TaskKind.GATHER, A, PAGE_BYTES)})
+
+
+@pytest.mark.parametrize("source", [TaskKind.UPLOAD, TaskKind.GATHER])
+def test_a_copy_that_is_renewed_while_a_view_of_it_lives_is_in_no_plan(source: TaskKind) -> None:
+    """Its frames would have to be filled anew, which is done on demand; a plan would have it come too late."""
+    tier = D if source is TaskKind.UPLOAD else H
+    first = replace_until(op(0, Access(UP_A, READ, tier)), 2)
+    ops = [first, op(1, Access(A, MODIFY)), op(2, Access(UP_A, READ, tier))]
+    work = work_of(ops, 5, 5, {UP_A: TensorSource(source, A, PAGE_BYTES)})
+    with pytest.raises(BudgetError):
+        plan_work(work)
+    planned(work_of([replace_until(first, 1), *ops[1:]], 5, 5, {UP_A: TensorSource(source, A, PAGE_BYTES)}))
+
+
+def replace_until(of: Op, until: int) -> Op:
+    """The op, with a view that lives until another."""
+    return replace(of, until=until)
