@@ -39,6 +39,10 @@ class DeviceError(OffloadError):
     """A device is not there, or is used in a way that its copies cannot be ordered with. Nothing was changed."""
 
 
+class RankError(OffloadError):
+    """Another rank failed, has left, or does something else than this one. Nothing is exchanged any more."""
+
+
 class RunDirectoryError(OffloadError):
     """A run directory belongs to something else, is in use, or cannot be written. It was not changed."""
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 #: measured.
 RELIABLE_SHARE: float = 0.7
 
+#: Bandwidth of the comm lane, bytes/s, assumed until it has moved something. A guess at ten-gigabit Ethernet.
+ASSUMED_COMM_BYTES_PER_S: float = 1e9
+
 #: Seconds that a byte moved beside computing adds to a step. Origin: I/O threads take a core for 0.2 s a GB, checksums
 #: included, and the threads that compute wait for the one that is held up.
 MOVE_S_PER_BYTE: float = 2e-10

@@ -60,10 +60,17 @@ class DeviceMover(Mover):
         self._lower: dict[TensorId, PagedTensor] = {}
         self._copies: dict[TensorId, PagedTensor] = {}  # by the number of what is below
         self._events: dict[TensorId, DeviceEvent] = {}  # of copies that compute has not been put behind yet
+        self.gathered.comes_up = self._comes_up
         self._copier = UploadQueue(below, accelerator, self.monitor.note_failure, sink)
 
     def mirror(self, lower: PagedTensor) -> PagedTensor:
-        """A tensor of the device whose content is that of one below."""
+        """A tensor of the device whose content is that of one below.
+
+        Raises:
+            ValueError: that one is gathered, which is done where it is used: mirror its shard and gather here.
+        """
+        if lower.id in self.below.gathered:
+            raise ValueError(f"{lower.name} is gathered in host memory; copy its shard up and gather on the device")
         with self.changed:
             tensor = self.create(lower.name, lower.tag, lower.n_bytes)
             tensor.become(Residency.STORED)
@@ -84,6 +91,15 @@ class DeviceMover(Mover):
         below held."""
         return tensor.state is Residency.LOADING and self._copier.waits_for(self._lower[tensor.id])
 
+    def _comes_up(self, tensor: PagedTensor, before: int) -> bool:
+        """Whether what a copy that is on its way needs below is there, or comes by tasks numbered before another."""
+        if not self.mirrors(tensor):
+            return True
+        lower = self._lower[tensor.id]
+        with self.below.changed:
+            there = lower.readable or lower.state is Residency.LOADING or not self.waits_below(tensor)
+            return there or self.below.gathered.is_queued(lower.id, before)
+
     def is_given(self, tensor: PagedTensor) -> bool:
         """Whether the copy of a tensor is on its way and needs nothing below any more. With the lock of the mover
         below held."""
@@ -92,6 +108,10 @@ class DeviceMover(Mover):
     def mirrors(self, tensor: PagedTensor) -> bool:
         """Whether there is one below of which a tensor is a copy."""
         return tensor.id in self._lower
+
+    def pairs(self) -> list[tuple[PagedTensor, PagedTensor]]:
+        """Every copy, and the tensor below that it is one of."""
+        return [(self.tensors[number], lower) for number, lower in self._lower.items()]
 
     def forget(self, tensor: PagedTensor) -> None:
         """As `Mover.forget`."""
@@ -167,7 +187,8 @@ class DeviceMover(Mover):
     def take_back_load(self, tensor: PagedTensor) -> bool:
         """Undo a load whose copy has not begun; returns whether it was one. One that has begun ends by itself."""
         with self.changed:
-            if tensor.state is not Residency.LOADING or not self._copier.take_back(self._lower[tensor.id]):
+            begins = tensor.state is Residency.LOADING and self.mirrors(tensor)
+            if not begins or not self._copier.take_back(self._lower[tensor.id]):
                 return False
             self.monitor.ended(None)
             tensor.become(Residency.STORED)
@@ -211,8 +232,9 @@ class DeviceMover(Mover):
             Whether that was possible; if not, views of it are in use and its frames have to be filled anew.
         """
         with self.changed:
+            self.gathered.changed(tensor)
             self.take_back_load(tensor)
-            self.monitor.wait_until(lambda: tensor.state is not Residency.LOADING, tensor.name, tensor.n_bytes)
+            self.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
             if tensor.state is Residency.CLEAN and not tensor.held:
                 self.drop(tensor)
             else:

@@ -141,7 +141,7 @@ class HostMover(Mover):
                 if error is not None:
                     self.snapshots.give_up(error)
             tensor.dirtied_during_store = False
-            self._discard_if_expired(tensor)
+            self.discard_if_expired(tensor)
             self.monitor.notify()
         self._emit(EventKind.WRITE, tensor, started_s)
 
@@ -195,7 +195,7 @@ class HostMover(Mover):
         with self.changed:
             tensor.uploads -= 1
             self.monitor.ended(None)
-            self._discard_if_expired(tensor)
+            self.discard_if_expired(tensor)
             self.monitor.notify()
 
     def begin_arrival(self, tensor: PagedTensor) -> torch.Tensor:
@@ -215,7 +215,7 @@ class HostMover(Mover):
         with self.changed:
             tensor.become(Residency.DIRTY)
             self.monitor.ended(None)
-            self._discard_if_expired(tensor)
+            self.discard_if_expired(tensor)
             to_store, tensor.to_store = tensor.to_store and tensor.state is Residency.DIRTY, False
             try:
                 if to_store:
@@ -232,7 +232,7 @@ class HostMover(Mover):
         """
         with self.changed:
             tensor.updates -= 1
-            self._discard_if_expired(tensor)
+            self.discard_if_expired(tensor)
             if not tensor.updates:
                 to_store, tensor.to_store = tensor.to_store, False
                 if to_store and tensor.state is Residency.DIRTY and not tensor.pins:

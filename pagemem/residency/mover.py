@@ -3,9 +3,7 @@
 A move is prepare (frames reserved, tensor in a state that forbids others to touch it) -> copy (I/O threads) -> complete
 or abort. The source stays authoritative until the move completes, so a failed or cancelled move loses nothing. What is
 below the arena, page files or host memory, is known to `pagemem.residency.host_mover` and
-`pagemem.residency.device_mover`.
-
-One lock guards all bookkeeping, see `pagemem.residency.monitor`.
+`pagemem.residency.device_mover`. One lock guards all bookkeeping, see `pagemem.residency.monitor`.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import ClassVar
@@ -25,6 +23,7 @@ from pagemem.errors import TransitionError
 from pagemem.files.transfer import Completion
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.process.gone import Gone
+from pagemem.residency.gathered import GatheredTensors
 from pagemem.residency.monitor import CopyMonitor
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.tenants import Tenants
@@ -43,6 +42,7 @@ class Mover(ABC):
         tensors: every record.
         monitor: copies under way, waits for them and their errors; ``changed`` is its lock.
         tenants: who has which frames; ``arena`` and ``host`` are its arena and allocator.
+        gathered: those of the tensors that are gathered from the shards of all ranks.
     """
 
     #: The tier of the arena, and the budget that is too small when it is.
@@ -56,6 +56,7 @@ class Mover(ABC):
         self._ids = itertools.count()
         self._expired: deque[PagedTensor] = deque()
         self._expiring: Gone[Iterable[PagedTensor]] = Gone()
+        self.gathered = GatheredTensors(self)
         self._use(Tenants(arena, self.tier, self.tensors))
 
     def _use(self, tenants: Tenants) -> None:
@@ -76,20 +77,14 @@ class Mover(ABC):
 
     def watch(self, watcher: Recorder | None) -> dict[tuple[Tier, Tag], int]:
         """Tell ``watcher`` (None: nobody) of every change of what tensors hold from now on; returns what they hold
-        then.
-
-        In an arena that is whole frames, in page files the bytes of copies.
-        """
+        then: in an arena whole frames, in page files the bytes of copies."""
         with self.changed:
             self.monitor.watcher = watcher
-            found: dict[tuple[Tier, Tag], int] = {}
+            found = Counter[tuple[Tier, Tag]]()
             for tensor in self.tensors.values():
                 if tensor.frame is not None:
-                    key = (self.tier, tensor.tag)
-                    found[key] = found.get(key, 0) + tensor.n_frames * self.arena.page_bytes
-            return found
-
-    # ---- what lies below ---------------------------------------------------------------------------------------
+                    found[self.tier, tensor.tag] += tensor.n_frames * self.arena.page_bytes
+            return dict(found)
 
     @abstractmethod
     def _read(self, tensor: PagedTensor, done: Completion, *, background: bool) -> None:
@@ -134,7 +129,7 @@ class Mover(ABC):
             # It counts as expired as long as it is waited for: whoever looks meanwhile must not take it for what is to
             # come.
             self.monitor.wait_until(lambda: not (self.expires(tensor) and tensor.busy), tensor.name, tensor.n_bytes)
-            self._discard_if_expired(tensor)
+            self.discard_if_expired(tensor)
 
     def _discard_expired(self) -> list[PagedTensor]:
         self._note_expired()
@@ -152,14 +147,14 @@ class Mover(ABC):
         """Discard a tensor now, or once what is moving it, or holding it, lets go of it. Does not wait."""
         with self.changed:
             self._expired.append(tensor)
-            self._discard_if_expired(tensor)
+            self.discard_if_expired(tensor)
 
     def expires(self, tensor: PagedTensor) -> bool:
         """Whether what there is of a tensor is about to be discarded."""
         self._note_expired()
         return tensor in self._expired
 
-    def _discard_if_expired(self, tensor: PagedTensor) -> None:
+    def discard_if_expired(self, tensor: PagedTensor) -> None:
         """Discard a tensor at once that was noted down as expired, if nothing speaks against it."""
         if self.expires(tensor) and not (tensor.held or tensor.busy):
             self._expired.remove(tensor)
@@ -169,6 +164,8 @@ class Mover(ABC):
         """Declare the content dead: the next load reads zeros. Page-file frames stay the tensor's for re-use."""
         with self.changed:
             if tensor.state is Residency.ABSENT:
+                return
+            if self.gathered.discards(tensor):
                 return
             tensor.refuse_held("discard")
             tensor.become(Residency.ABSENT)
@@ -186,9 +183,8 @@ class Mover(ABC):
         with self.changed:
             tensor.refuse_held("drop")
             if tensor.state is not Residency.CLEAN:
-                raise TransitionError(
-                    f"{tensor.name}: {tensor.state.value} -> dropped is not a legal move: it is not clean"
-                )
+                state = tensor.state.value
+                raise TransitionError(f"{tensor.name}: {state} -> dropped is not a legal move: it is not clean")
             tensor.become(Residency.STORED if tensor.ssd_valid else Residency.ABSENT)
             self._move_out(tensor)
 
@@ -196,6 +192,7 @@ class Mover(ABC):
         """Discard a tensor and give all its frames back. It must be neither held nor in flight."""
         with self.changed:
             self.discard(tensor)
+            self.gathered.forget(tensor)
             del self.tensors[tensor.id]
 
     def lease(self, tensor: PagedTensor, offset_bytes: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
@@ -212,8 +209,7 @@ class Mover(ABC):
         """
         with self.changed:
             freed = self._discard_expired()
-            for tensor_id in self.arena.ended_leases():
-                tensor = self.tensors.get(tensor_id)
+            for tensor in map(self.tensors.get, self.arena.ended_leases()):
                 if tensor is None:
                     continue
                 tensor.leases -= 1
@@ -241,21 +237,23 @@ class Mover(ABC):
             self._move_in(tensor, frame)
             tensor.arrived = []
             if fresh or tensor.state is Residency.ABSENT:
-                if not fresh:
-                    self.tenants.bytes_of(tensor).zero_()
                 if fresh:
                     tensor.ssd_valid, tensor.origin = False, None
+                else:
+                    self.tenants.bytes_of(tensor).zero_()
                 tensor.become(Residency.CLEAN)
                 self.monitor.notify()
-                return
-            done = Completion(partial(self._loaded, tensor, time.perf_counter()))
-            self._begin(tensor, Residency.LOADING, done, partial(self._read, background=background))
+            elif tensor.id in self.gathered:
+                ended = Completion(partial(self._end_load, tensor))
+                self._begin(tensor, Residency.LOADING, ended, self.gathered.fill)
+            else:
+                done = Completion(partial(self._loaded, tensor, time.perf_counter()))
+                self._begin(tensor, Residency.LOADING, done, partial(self._read, background=background))
 
     def _begin(
         self, tensor: PagedTensor, state: Residency, done: Completion, move: Callable[[PagedTensor, Completion], None]
     ) -> None:
-        """Change the state of a tensor and begin what ends that state again, by ``done``, once, whatever is raised
-        here."""
+        """Change a tensor's state and begin what ends it again, by ``done``, once, whatever is raised here."""
         self.monitor.in_flight += 1
         moving = False
         try:
@@ -310,6 +308,7 @@ class Mover(ABC):
         with self.changed:
             if tensor.snapshot_pending:
                 raise AssertionError(f"{tensor.name} is changed while a snapshot waits for its content")
+            self.gathered.changed(tensor)
             if tensor.state is Residency.STORING:
                 tensor.dirtied_during_store = True
                 return
@@ -345,5 +344,5 @@ class Mover(ABC):
         self.monitor.check()
 
     def close(self) -> None:
-        """Wait until no copy is under way; as `CopyMonitor.close`. Idempotent."""
+        """As `CopyMonitor.close`. Idempotent."""
         self.monitor.close()

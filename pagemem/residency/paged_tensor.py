@@ -91,6 +91,8 @@ class PagedTensor:
         tentative: nobody hears of it if the load under way fails: whoever wants the tensor loads it again.
         to_store: it is to be stored as soon as what is arriving is there.
         resident: its host frames stay its own for good: it is never moved or dropped.
+        kept_at: of one that all ranks have, or are about to have, where the plan has it: it leaves where the plan says
+            so, never for what is fetched on demand. None: it may leave.
         pins: uses under way that need the host frames to stay.
         uploads: copies of the host frames to the device that are under way, perhaps of what a load has brought so far;
             until they end it neither moves nor changes.
@@ -118,6 +120,7 @@ class PagedTensor:
     tentative: bool = False
     to_store: bool = False
     resident: bool = False
+    kept_at: FrameId | None = None
     pins: int = 0
     uploads: int = 0
     updates: int = 0

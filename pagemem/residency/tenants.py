@@ -43,7 +43,8 @@ class Tenants:
     def droppable(self, tensor_id: TensorId) -> bool:
         """Whether the tensor's host frames can be given up after at most one store."""
         tensor = self._tensors[tensor_id]
-        return not tensor.held and not tensor.uploads and tensor.state in (Residency.CLEAN, Residency.DIRTY)
+        free = not tensor.held and tensor.kept_at is None and not tensor.uploads
+        return free and tensor.state in (Residency.CLEAN, Residency.DIRTY)
 
     def choose(
         self,

@@ -7,7 +7,7 @@ are one pipeline.
 
 A device makes its copies later than they are enqueued, up and down. Who asked hears when one is, with an event to
 put compute behind. The host pages stay as they are until the copy is made, which a second thread waits for, and a third
-for copies down (`pagemem.residency.copy_ends`). It must not be the first: who asked may be told only after a lock is
+for copies down (`pagemem.devices.copy_ends`). It must not be the first: who asked may be told only after a lock is
 free whose holder waits for those pages.
 """
 
@@ -25,9 +25,9 @@ from typing import Final
 import torch
 
 from pagemem.devices.accelerator import Accelerator, Copy, DeviceEvent
+from pagemem.devices.copy_ends import CopyEnds
 from pagemem.files.threads import small_stacks
 from pagemem.files.transfer import Completion
-from pagemem.residency.copy_ends import CopyEnds
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.residency.upload import OnEnqueued, Span, Upload, UploadState

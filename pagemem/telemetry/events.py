@@ -14,8 +14,8 @@ from typing import Protocol
 
 
 class EventKind(enum.Enum):
-    """What happened. READ and WRITE move pages between host and page file, UPLOAD from host to device; WAIT blocks the
-    training thread."""
+    """What happened. READ and WRITE move pages between host and page file, UPLOAD from host to device, COMM between
+    ranks; WAIT blocks the training thread."""
 
     # Members are single: enum's own hash, of the name, is a Python call.
     __hash__ = object.__hash__
@@ -23,6 +23,7 @@ class EventKind(enum.Enum):
     READ = "read"
     WRITE = "write"
     UPLOAD = "upload"
+    COMM = "comm"
     WAIT = "wait"
     UPDATE = "update"
     UPDATE_WAIT = "update wait"

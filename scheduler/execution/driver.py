@@ -7,9 +7,7 @@ only for what its own op needs. Forward passes that evaluate (`Driver.evaluating
 their own. Ops in `untraced` are fetched on demand and not recorded.
 
 Ops of a device are timed by the device's own clock: the training thread is ahead of it. Updates and gradients that are
-made in host memory are beside them.
-
-Everything here runs on the training thread. The lock of a device's mover is taken before that of host memory.
+made in host memory are beside them. All runs on the training thread; a device's lock is taken before the host's.
 """
 
 from __future__ import annotations
@@ -19,12 +17,14 @@ from contextlib import AbstractContextManager, contextmanager
 
 from pagemem.frames.page import TensorId
 from pagemem.process.closing import close_all
+from pagemem.ranks.comm_lane import CommLane
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import EventSink
 from pagemem.telemetry.recorder import Recorder
 from pagemem.tier import Tier
+from scheduler.execution.agreement import RankAgreement
 from scheduler.execution.edits_above import EditsAbove
 from scheduler.execution.plan_follower import Mode, PlanFollower
 from scheduler.execution.step_planner import Bandwidth, StepPlanner
@@ -58,7 +58,7 @@ class Driver:
         self.on_demand_steps = 0
         self.watcher: Recorder | None = None
         self.planner = StepPlanner(mover, bandwidth)
-        self.memories = Memories(mover, self._followed)
+        self.memories = Memories(mover, lambda: self._track.follower if self._recording else None)
         self.updates = UpdateOps(self)
         self._edits: EditsAbove | None = None
         self._clocks: dict[Tier, Clock] = {Tier.HOST: clock or HostClock()}
@@ -70,15 +70,17 @@ class Driver:
         self._n_passes = 0
 
     def add_device(self, mover: DeviceMover, bandwidth: Bandwidth, clock: Clock) -> None:
-        """Have ops use tensors of a device, too, that are copied up from here. Once, before the first op.
-
-        Args:
-            bandwidth: of copies up and down, in bytes/s. clock: times its ops.
-        """
+        """Have ops use tensors of a device, too, that are copied up from here, and down, at a bandwidth in bytes/s;
+        ``clock`` times them. Once, before the first op."""
         self._clocks[Tier.DEVICE] = clock
         self.memories.add_device(mover)
         self._edits = EditsAbove(mover, self)
         self.planner.add(mover, bandwidth)
+
+    def add_ranks(self, lane: CommLane) -> None:
+        """Have other ranks, too, which make the same ops. Once, before the first op and after `add_device`."""
+        self.memories.add_ranks(lane)
+        self.planner.ranks = RankAgreement(lane)
 
     def mover_of(self, tensor: PagedTensor) -> Mover:
         """The owner of a tensor's residency."""
@@ -120,7 +122,7 @@ class Driver:
 
         Raises:
             BudgetError: they do not fit together with what is held; nothing was lost.
-            StorageError: a page file failed; every tensor is intact where it was.
+            StorageError, RankError: a page file or another rank failed; every tensor is intact where it was.
             DeviceError: the calling thread's compute goes where copies are not ordered with it.
         """
         held = self.begin(key, name, accesses)
@@ -156,7 +158,8 @@ class Driver:
             on_device = any(access.tier is Tier.DEVICE for access in accesses)
             if on_device:
                 self._edits.check()
-            lane = Lane.UPDATE if key[0] in _BESIDE and not on_device else Lane.COMPUTE
+            here = on_device or any(access.via for access in accesses)  # what arrives has a lane of its own
+            lane = Lane.UPDATE if key[0] in _BESIDE and not here else Lane.COMPUTE
             self.settle_edits()
             self._edits.kind = key[0]
         if self._recording:
@@ -213,17 +216,14 @@ class Driver:
 
     def viewed(self, tensor: PagedTensor, *, beside: int = 0) -> bool:
         """Whether somebody has a view of a tensor, ``beside`` as many as are known."""
-        if tensor.leases <= beside:
-            return False
-        self.settle_edits()
+        if tensor.leases > beside:
+            self.settle_edits()
         return tensor.leases > beside
 
     def announce(self, tensors: Sequence[TensorId]) -> None:
         """Have tensors brought in that the next ops use, in this order, as is known only now: the experts that a gate
         has chosen. Does not wait; those without room beside each other are fetched by their ops. Those of a device come
-        to host memory, and are copied up by their ops.
-
-        Training thread, between two ops.
+        to host memory, and are copied up by their ops. Training thread, between two ops.
         """
         self.memories.host.bringer.announce([self.memories.in_host(tensor) for tensor in tensors])
 
@@ -243,8 +243,8 @@ class Driver:
         if self._unsettled_steps:
             self._unsettled_steps -= 1
             repeatable = False
+        self._agree()
         with self.memories.locked():
-            self._collect_views()
             self.on_demand_steps += self.follower.mode is Mode.ON_DEMAND
             self.follower.end_step(repeatable=repeatable and bool(self._recorder.ops))
 
@@ -263,9 +263,8 @@ class Driver:
         """Between two steps: the next ones have other ops. The first ``steps`` of them do not repeat yet; they are
         fetched on demand, then there is a new plan. That counts as no deviation."""
         self.updates.finish()
-        with self.memories.locked():
-            self._unsettled_steps = steps
-            self.tracks.both(PlanFollower.invalidate)
+        self._unsettled_steps = steps
+        self.tracks.both(PlanFollower.invalidate)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -276,11 +275,12 @@ class Driver:
         self._n_passes += 1
         try:
             yield
+            if self._n_passes == 1:
+                self._agree()
         finally:
             self._recorder.pause()
             self.updates.finish()
             with self.memories.locked():
-                self._collect_views()
                 if self._n_passes == 1 and self._recorder.ops:
                     self._track.follower.end_step(repeatable=True)
             self._n_passes -= 1
@@ -309,13 +309,10 @@ class Driver:
             *([] if self._edits is None else [self.settle_edits]),
             self.follower.rest.let_go,
             self.updates.finish,
-            self._disturb,
+            lambda: self.tracks.both(PlanFollower.disturb),
+            self.memories.drain,
             self.memories.settle,
         )
-
-    def _disturb(self) -> None:
-        with self.memories.locked():
-            self.tracks.both(PlanFollower.disturb)
 
     def settle_edits(self) -> None:
         """Have what was edited on a device until now written back.
@@ -346,5 +343,8 @@ class Driver:
             if self._recording:
                 self._recorder.views_ended(tensor.id)
 
-    def _followed(self) -> PlanFollower | None:
-        return self._track.follower if self._recording else None
+    def _agree(self) -> None:
+        """A step or pass ends, on all ranks alike. Later ends of views are not this one's."""
+        with self.memories.locked():
+            self._collect_views()
+        self._track.follower.agree()

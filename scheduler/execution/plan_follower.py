@@ -5,8 +5,7 @@
 
 In PLANNED each op starts the moves that the plan triggers there. Of a step that differs, only what differs is fetched
 on demand: ops that the plan does not have, and what it has not brought in time. Where the ops are those of another kind
-of step that has a plan, the step goes on by that one. A plan is made once more with the times of steps that followed
-it.
+of step that has a plan, the step goes on by that one. A plan is made anew with the times of steps that followed it.
 """
 
 from __future__ import annotations
@@ -59,13 +58,7 @@ class PlanFollower:
         rest: whether steps follow a plan that moves nothing, so that ops of its tensors may be left out.
     """
 
-    def __init__(
-        self,
-        memories: Memories,
-        recorder: TraceRecorder,
-        planner: StepPlanner,
-        sink: EventSink,
-    ) -> None:
+    def __init__(self, memories: Memories, recorder: TraceRecorder, planner: StepPlanner, sink: EventSink) -> None:
         self.planned_steps = self.deviations = self.plans_made = 0
         self.differs = False
         self.rest = Rest(memories.host.mover)
@@ -154,6 +147,8 @@ class PlanFollower:
         if not self._recorder.ops:
             self._begin_step(entry)
         found = self._cursor.advance(entry.plan, key)
+        if found is None or found.skipped:
+            self._moves.let_leave()
         if found is None or self._passes_over(found.skipped):
             performed = self._recorder.performed
             other = self._book.beginning_with(performed, key, entry)
@@ -174,6 +169,7 @@ class PlanFollower:
     def _begin_step(self, entry: PlannedStep) -> None:
         if self._cursor.begin_step(entry.plan) and not entry.plan.closed:
             self._moves.placed = False
+            self._moves.let_leave()
         self._leaves = self._book.expected_after(entry) is not entry
 
     def _passes_over(self, skipped: range) -> bool:
@@ -209,7 +205,7 @@ class PlanFollower:
     def resident_tensors(self) -> frozenset[TensorId]:
         """Between two steps: the tensors that the plan never moves, which are where it has them; from now on their ops
         may be left out. None of them where the plan moves some, or is not yet the one that is going to stay."""
-        alone = self._memories.device is None and len(self._book) == 1
+        alone = self._memories.device is None and self._planner.ranks is None and len(self._book) == 1
         if alone and not self.rest.active and self._entry is not None and self._moves.placed:
             self.rest.try_begin(self._entry)
         return self.rest.tensors
@@ -229,6 +225,11 @@ class PlanFollower:
         return True
 
     # ---- steps -------------------------------------------------------------------------------------------------
+
+    def agree(self) -> None:
+        """A step ends: have it be the same for all ranks. Without the movers' locks; see `RankAgreement.end_step`."""
+        plan = None if self._entry is None else self._entry.plan
+        self.differs = self._planner.agree(self._recorder, plan, differs=self.differs, timed=self.wants_times)
 
     def end_step(self, *, repeatable: bool) -> None:
         """The step under way ends; choose the plan of the next one.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pagemem.frames.page import FrameId, TensorId
+from pagemem.residency.gather_ticket import GatherTicket
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.tier import Tier
+from pagemem.units import ceil_div
 from scheduler.execution.plan_book import PlannedStep
 from scheduler.lookahead.placements import loads_to_enter
 from scheduler.planning.cursor import Advance
@@ -50,10 +52,10 @@ class PlannedMoves:
         for position in (*to.skipped, to.position):
             for store in plan.stores_at.get(position, ()):
                 self._store(self._memories.host.mover.tensors[store.tensor])
+            arriving = plan.arriving_at.get(position, ())
+            self._take_frames(arriving)
             wanted = [
-                task
-                for task in plan.arriving_at.get(position, ())
-                if not (unmade and idle(task)) and not (leaves and task.needed_at >= n_ops)
+                task for task in arriving if not (unmade and idle(task)) and not (leaves and task.needed_at >= n_ops)
             ]
             if wanted:
                 self._begin(wanted)
@@ -61,14 +63,32 @@ class PlannedMoves:
             if memory.lane.stuck:
                 memory.lane.pump()
 
+    def _take_frames(self, tasks: Sequence[Task]) -> None:
+        """The plan has others in the frames of these tasks from now on, whether or not they are begun."""
+        for memory in self._memories.all:
+            for tensor in memory.mover.gathered.kept():
+                assert tensor.kept_at is not None
+                first, last = tensor.kept_at, tensor.kept_at + tensor.n_frames - 1
+                for task in tasks:
+                    end = task.frame + ceil_div(task.n_bytes, memory.mover.arena.page_bytes)
+                    if task.tier is memory.tier and task.frame <= last and first < end:
+                        tensor.kept_at = None
+
     def _begin(self, tasks: Sequence[Task]) -> None:
         self.frames.update((task.tensor, task.frame) for task in tasks)
         numbered = [(next(self._memories.numbers), task) for task in tasks]
+        tickets: dict[int, GatherTicket] = {}
+        for number, task in numbered:
+            if task.kind is TaskKind.GATHER:  # in this order on all ranks, whenever each begins
+                mover = self._memories.of(task.tensor).mover
+                tickets[number] = mover.gathered.ticket(mover.tensors[task.tensor], planned=True)
+                mover.tensors[task.tensor].kept_at = task.frame
         # From the top: what is read by a copy up does not leave for a load that follows it.
         for memory in reversed(self._memories.all):
             own = [entry for entry in numbered if entry[1].tier is memory.tier]
             if own:
-                memory.lane.enqueue(own)
+                own_tickets = {number: tickets[number] for number, _ in own if number in tickets}
+                memory.lane.enqueue(own, own_tickets)
 
     def _store(self, tensor: PagedTensor) -> None:
         tensor.to_store = tensor.state is Residency.ARRIVING or tensor.updates > 0
@@ -90,7 +110,7 @@ class PlannedMoves:
         for memory in reversed(self._memories.all):
             memory.forget_loads()
             for tensor in memory.mover.tensors.values():
-                in_use = tensor.held or tensor.uploads or tensor.updates
+                in_use = tensor.held or tensor.uploads or tensor.updates or tensor.kept_at is not None
                 movable = tensor.state is Residency.CLEAN and not in_use
                 if not movable or self.frames.get(tensor.id) == tensor.frame:
                     continue
@@ -103,12 +123,18 @@ class PlannedMoves:
     def _leave_out(
         self, planned: PlannedStep, loads: dict[Tier, list[Task]], tensors: Mapping[TensorId, PagedTensor]
     ) -> None:
-        """Of copies that are to be there already, leave out those that are not, and whose originals do not come."""
+        """Of copies that are to be there already, leave out those that are not, and whose originals do not come; and
+        what is gathered."""
         coming = {task.tensor for task in loads[Tier.HOST]}
         self._left_out.clear()
         for tier, tasks in loads.items():
             for task in list(tasks):
                 source = planned.sources.get(task.tensor)
+                if source is not None and source.kind is TaskKind.GATHER:
+                    # This rank may be the only one that goes over: the op that uses it asks the others.
+                    loads[tier].remove(task)
+                    self._left_out.update((task.tensor, source.tensor))
+                    continue
                 if task.kind is not TaskKind.UPLOAD or task.fresh or source is None or source.tensor in coming:
                     continue
                 if tensors[task.tensor].frame != task.frame:
@@ -126,7 +152,13 @@ class PlannedMoves:
         """Loads that have not begun are not wanted, and the plan's placement is to be brought before going on."""
         for memory in reversed(self._memories.all):
             memory.forget_loads()
+        self.let_leave()
         self.placed = False
+
+    def let_leave(self) -> None:
+        """What all ranks have gathered may leave. On all ranks."""
+        for memory in self._memories.all:
+            memory.mover.gathered.let_leave()
 
     def disturb(self) -> None:
         """Something other than the plan is about to move tensors: as `forget`, and copies up that wait are undone."""

@@ -13,14 +13,15 @@ from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tier
 from scheduler import knobs
+from scheduler.execution.agreement import RankAgreement
 from scheduler.execution.round_follower import RoundFollower
 from scheduler.lookahead.planner import cost_s, plan_work
 from scheduler.planning.bounds import check_work
 from scheduler.planning.machine import Machine
 from scheduler.planning.plan import Plan
-from scheduler.planning.sources import TensorSource
+from scheduler.planning.sources import TensorSource, chain_of
 from scheduler.planning.task import Lane, TaskKind
-from scheduler.planning.trace import Trace
+from scheduler.planning.trace import Trace, TraceRecorder
 from scheduler.planning.update_round import UpdateRound
 from scheduler.planning.work import Work
 
@@ -42,9 +43,11 @@ class StepPlanner:
 
     Attributes:
         updates: follows the plan of updates that another thread makes beside the steps; None: there are none.
+        ranks: with which all plans are to be equal; None: there are no others.
     """
 
     def __init__(self, mover: Mover, bandwidth: Bandwidth) -> None:
+        self.ranks: RankAgreement | None = None
         self._movers: list[tuple[Mover, Bandwidth]] = [(mover, bandwidth)]
         self.updates: RoundFollower | None = None
 
@@ -64,13 +67,27 @@ class StepPlanner:
     def machine(self, share: float | None = None) -> Machine:
         """The tiers and lanes, with a share of the bandwidths; None: with as much as a plan relies on."""
         share = knobs.RELIABLE_SHARE if share is None else share
-        bytes_per_s = {
-            lane: share * speed
+        agreed = {} if self.ranks is None else self.ranks.bytes_per_s
+        bytes_per_s = {lane: share * speed for lane, speed in (agreed or self.speeds()).items()}
+        frames = {mover.tier: mover.tenants.n_shared_frames for mover, _ in self._movers}
+        return Machine(self._movers[0][0].arena.page_bytes, frames, bytes_per_s)
+
+    def speeds(self) -> dict[Lane, float]:
+        """Bandwidths of this rank's lanes."""
+        found = {
+            lane: speed
             for mover, bandwidth in self._movers
             for lane, speed in zip(_LANES[mover.tier], bandwidth(), strict=True)
         }
-        frames = {mover.tier: mover.tenants.n_shared_frames for mover, _ in self._movers}
-        return Machine(self._movers[0][0].arena.page_bytes, frames, bytes_per_s)
+        if self.ranks is not None:
+            found[Lane.COMM] = self.ranks.comm_bytes_per_s or knobs.ASSUMED_COMM_BYTES_PER_S
+        return found
+
+    def agree(self, recorder: TraceRecorder, plan: Plan | None, *, differs: bool, timed: bool) -> bool:
+        """As `RankAgreement.end_step`, if there are other ranks; returns whether the step is not as the plan has it."""
+        if self.ranks is None or not recorder.ops:
+            return differs
+        return self.ranks.end_step(recorder, plan, self.speeds(), differs=differs, timed=timed)
 
     def tensor(self, tensor: TensorId) -> PagedTensor:
         """A tensor of any tier."""
@@ -93,7 +110,7 @@ class StepPlanner:
         resident = self.resident()
         used = dict.fromkeys([*trace.tensors(), *resident])
         sources = self.sources(used)
-        tensors = [*used, *(source.tensor for source in sources.values())]
+        tensors = dict.fromkeys(link for tensor in used for link in chain_of(tensor, sources))
         n_bytes = {tensor: self.tensor(tensor).n_bytes for tensor in tensors}
         tiers = self.tiers()
         work = Work.of(
@@ -102,15 +119,18 @@ class StepPlanner:
         return work if self.updates is None else replace(work, updates=self.updates.beside(trace))
 
     def sources(self, tensors: Sequence[TensorId] | Mapping[TensorId, object]) -> dict[TensorId, TensorSource]:
-        """Which of the tensors are copies of others, below. One that is device-resident is none."""
-        found: dict[TensorId, TensorSource] = {}
+        """What the tensors are made of that are copies of others, and what those are, and so on. One that is
+        device-resident is none."""
+        known: dict[TensorId, TensorSource] = {}
+        for mover, _ in self._movers:
+            for whole, shard, moved_bytes in mover.gathered.sources():
+                known[whole.id] = TensorSource(TaskKind.GATHER, shard.id, moved_bytes)
         for mover, _ in self._movers[1:]:
             assert isinstance(mover, DeviceMover)
-            for tensor in map(mover.tensors.get, tensors):
-                if tensor is not None and mover.mirrors(tensor) and not tensor.resident:
-                    lower = mover.lower(tensor.id)
-                    found[tensor.id] = TensorSource(TaskKind.UPLOAD, lower.id, tensor.n_bytes)
-        return found
+            for copy, lower in mover.pairs():
+                if not copy.resident:
+                    known[copy.id] = TensorSource(TaskKind.UPLOAD, lower.id, copy.n_bytes)
+        return {link: known[link] for tensor in tensors for link in chain_of(tensor, known) if link in known}
 
     def plan(self, trace: Trace, *, fast: bool = False) -> Plan:
         """The plan for a step, checked.

@@ -46,6 +46,7 @@ class Tracks:
             recorder = TraceRecorder(clocks)
             return Track(recorder, PlanFollower(memories, recorder, planner, sink))
 
+        self._memories = memories
         self.steps, self.passes = make(), make()
         self.active = self.steps
 
@@ -57,5 +58,6 @@ class Tracks:
 
     def both(self, do: Callable[[PlanFollower], None]) -> None:
         """Do something to the plans of both."""
-        for track in (self.steps, self.passes):
-            do(track.follower)
+        with self._memories.locked():
+            for track in (self.steps, self.passes):
+                do(track.follower)

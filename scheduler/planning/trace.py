@@ -257,15 +257,22 @@ class TraceRecorder:
             timed: whether anybody wants the ops' durations, for which a device is waited for; else they are 0.
             assumed: whether the trace is to have what was assumed, too.
         """
-        if timed:
-            for op, clock, begun, ended in self._spans:
-                op.duration_s += clock.seconds(begun, ended)
-        if not assumed and self._assumed:
-            self._leave_assumed_out()
+        self.resolve_times(timed=timed, assumed=assumed)
         trace = Trace(tuple(self.ops))
         self.ops, self._spans, self._began, self._assumed = [], [], None, set()
         self._last_by_tensor = {}
         return trace
+
+    def resolve_times(self, *, timed: bool, assumed: bool) -> None:
+        """Have the ops be those of `finish`, with their durations, which adds nothing to them then."""
+        self.pause()
+        if timed:
+            for op, clock, begun, ended in self._spans:
+                op.duration_s += clock.seconds(begun, ended)
+        self._spans = []
+        if not assumed and self._assumed:
+            self._leave_assumed_out()
+            self._assumed = set()
 
     def _leave_assumed_out(self) -> None:
         kept_until: list[int] = []  # ops kept up to each one

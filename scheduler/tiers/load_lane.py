@@ -1,9 +1,10 @@
-"""The lane of what comes into one tier: planned loads in order, each started as soon as its window is free.
+"""The lane of what comes into one tier: planned loads in order, each started as soon as its window is free. A gather
+is one, too: its window is what it waits for here; it has its place among those of all ranks already.
 
 A load whose window still has tenants waits for them: a clean one is dropped, a dirty one stored and then dropped, one
 in flight waited for, and one that an earlier task of the tier above copies up first. One that is *held* (pinned, or
 seen through a living view) cannot be waited for by the thread that holds it; the lane then reports itself `stuck`, and
-the driver takes what it waits for out of it.
+the driver takes what it waits for out of it. Gathers that wait in it are refused then, as other ranks wait for them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.device_mover import DeviceMover
+from pagemem.residency.gather_ticket import GatherTicket
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.units import ceil_div
@@ -54,15 +56,20 @@ class LoadLane:
         # Of each tensor's queued tasks the numbers and frames, replaced as a whole: others look without the lock.
         self._queued: dict[TensorId, tuple[tuple[int, FrameId], ...]] = {}
         self._started: dict[TensorId, int] = {}
+        self._tickets: dict[int, GatherTicket] = {}  # of gathers that wait, by the numbers of their tasks
         self._pumping = False
         self._look_again = False
         self._paused = False
         self._held_up = False
         self._behind_copy_up = False
+        mover.gathered.is_queued = self._is_queued
         mover.monitor.on_change(self.pump)
 
     def __contains__(self, tensor: TensorId) -> bool:
         return tensor in self._queued
+
+    def _is_queued(self, tensor: TensorId, before: int) -> bool:
+        return any(number < before for number, _ in self._queued.get(tensor, ()))
 
     @property
     def stuck(self) -> bool:
@@ -78,9 +85,17 @@ class LoadLane:
         """Queue loads, behind those that wait or before them."""
         self.enqueue([(next(self._numbers), task) for task in tasks], first=first)
 
-    def enqueue(self, numbered: Sequence[tuple[int, Task]], *, first: bool = False) -> None:
-        """As `submit`, of tasks that have their numbers."""
+    def enqueue(
+        self,
+        numbered: Sequence[tuple[int, Task]],
+        tickets: Mapping[int, GatherTicket] | None = None,
+        *,
+        first: bool = False,
+    ) -> None:
+        """As `submit`, of tasks that have their numbers, and of which gathers have ``tickets``."""
         with self._mover.changed:
+            for number, ticket in (tickets or {}).items():
+                self._tickets[number], ticket.number = ticket, number
             if first:
                 self._tasks.extendleft(reversed(numbered))
             else:
@@ -102,7 +117,15 @@ class LoadLane:
                 for number, task in kept:
                     queued[task.tensor] = (*queued.get(task.tensor, ()), (number, task.frame))
                 self._tasks, self._queued = deque(kept), queued
+                for number in self._tickets.keys() - {number for number, _ in kept}:
+                    self._mover.gathered.refuse(self._tickets.pop(number))
+                self._mover.gathered.look()  # a shard may have been among them
             self.pump()  # what is first now may start, or be held up
+
+    def refuse_gathers(self) -> None:
+        """Forget the gathers that have not started; so do all other ranks, and their ops make them."""
+        if self._tickets:
+            self.cancel(lambda task: task.kind is TaskKind.GATHER)
 
     def free(self, tensor: PagedTensor) -> None:
         """Have a lane that is stuck go on, or, if that is not enough, forget the next load of a tensor: whoever calls
@@ -133,11 +156,16 @@ class LoadLane:
                 # After a failed copy nothing is begun until the training thread knows: the same could fail for ever.
                 while self._tasks and not self._mover.monitor.failed and self._start(*self._tasks[0]):
                     self._pop()
+                if self.stuck:
+                    self.refuse_gathers()
         finally:
             self._pumping = False
 
     def _pop(self) -> None:
         number, task = self._tasks.popleft()
+        ticket = self._tickets.pop(number, None)
+        if ticket is not None:
+            self._mover.gathered.refuse(ticket)  # unless it has started
         left = tuple(other for other in self._queued[task.tensor] if other[0] != number)
         if left:
             self._queued[task.tensor] = left
@@ -147,18 +175,25 @@ class LoadLane:
     def _start(self, number: int, task: Task) -> bool:
         if task.kind is TaskKind.DROP:
             return self._make_room(number, task, ceil_div(task.n_bytes, self._mover.arena.page_bytes))
-        tensor = self._mover.tensors[task.tensor]
+        tensor, ticket = self._mover.tensors[task.tensor], self._tickets.get(number)
+        if ticket is not None and not ticket.undecided:
+            return True
         if self._mover.expires(tensor) and not (tensor.updates and not self._needs(tensor, number)):
             # What is there of it has to go first, also from the very frames that it is to have; unless it is brought
             # for the updates after which it expires.
             return False
-        if tensor.frame == task.frame:
+        if ticket is not None and tensor.moving:
+            return False
+        if tensor.frame == task.frame and (ticket is None or self._mover.gathered.is_whole(tensor)):
+            if ticket is not None:
+                self._mover.gathered.claim(ticket)
             return True
         if tensor.frame is not None and not self._leaves(tensor, number):
             return False
         if not self._make_room(number, task, tensor.n_frames):
             return False
         self._started[tensor.id] = number
+        self._mover.gathered.using = ticket
         # A tensor that the plan took for dead by now and that is not, because the step goes another way, keeps its
         # content.
         fresh = task.fresh and tensor.state is Residency.ABSENT
@@ -181,7 +216,7 @@ class LoadLane:
         if tenant.held:
             self._held_up = True
             return False
-        if tenant.uploads:
+        if tenant.uploads or self._mover.gathered.awaits(tenant):
             return False
         if self.above is not None and self.above.copies(tenant, before=number):
             self._behind_copy_up = True

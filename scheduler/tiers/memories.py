@@ -5,8 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Final
+
+import torch
 
 from pagemem.frames.page import TensorId
+from pagemem.ranks.collectives import ShardLayout
+from pagemem.ranks.comm_lane import CommLane
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.mover import Mover
@@ -15,9 +20,15 @@ from pagemem.telemetry.recorder import WaitCause
 from pagemem.tier import Tier
 from scheduler.planning.trace import Access, AccessMode
 from scheduler.tiers.on_demand import PlanView
+from scheduler.tiers.reducing import ReduceScatter
 from scheduler.tiers.tier_memory import TierMemory
 from scheduler.tiers.update_lane import UpdateLane
 from scheduler.tiers.wait_explainer import DeviceCauses, WaitExplainer
+
+_NO_WORKER: Final = (
+    "updates are made beside compute, and shards gathered for other ranks: nothing orders the two; have the training "
+    "thread make them (update.worker: false)"
+)
 
 
 class Memories:
@@ -42,6 +53,19 @@ class Memories:
         self.updates: UpdateLane | None = None
         self.all = [self.host]
         self._followed = followed
+        self._comm: CommLane | None = None
+
+    def add_ranks(self, lane: CommLane) -> None:
+        """Have other ranks, too. Once, after `add_device`.
+
+        Raises:
+            ValueError: updates are made beside compute.
+        """
+        if self.updates is not None:
+            raise ValueError(_NO_WORKER)
+        self._comm = lane
+        for memory in self.all:
+            memory.mover.gathered.lane = lane
 
     def add_device(self, mover: DeviceMover) -> None:
         """Have a device, too, whose tensors are copied up from host memory. Once, before the first op."""
@@ -56,7 +80,10 @@ class Memories:
 
         Raises:
             StorageError: the system starts no more threads.
+            ValueError: there are other ranks.
         """
+        if self._comm is not None:
+            raise ValueError(_NO_WORKER)
         host = self.host
         assert isinstance(host.mover, HostMover)
         lane = UpdateLane(
@@ -109,7 +136,11 @@ class Memories:
         return [Access(access.tensor, access.mode, self.of(access.tensor).tier, access.via) for access in accesses]
 
     def in_host(self, tensor: TensorId) -> TensorId:
-        """A tensor, or what it is a copy of."""
+        """A tensor, or the one of page files that it is made of here."""
+        for memory in reversed(self.all):
+            wholes = memory.mover.gathered
+            if tensor in wholes:
+                tensor = wholes.shard(memory.mover.tensors[tensor]).id
         if self.device is None:
             return tensor
         device = self.device.device
@@ -124,7 +155,13 @@ class Memories:
     @property
     def on_demand_bytes(self) -> int:
         """Bytes that ops had to fetch themselves, over all lanes, since no plan had brought them."""
-        return sum(memory.bringer.on_demand_bytes for memory in self.all)
+        bringers = [memory.bringer for memory in self.all]
+        return sum(bringer.on_demand_bytes + bringer.gatherer.on_demand_bytes for bringer in bringers)
+
+    def causes(self) -> Callable[[str], WaitCause]:
+        """Explains waits, for the profiler."""
+        host = WaitExplainer(self.host.mover, self.host.lane)
+        return host if self.device is None else DeviceCauses(self.device.device, host)
 
     # ---- ops ---------------------------------------------------------------------------------------------------
 
@@ -200,12 +237,31 @@ class Memories:
         mover.monitor.wait_until(lambda: not tensor.moving, tensor.name, tensor.n_bytes)
         mover.discard(tensor)
 
-    def causes(self) -> Callable[[str], WaitCause]:
-        """Explains waits, for the profiler."""
-        host = WaitExplainer(self.host.mover, self.host.lane)
-        return host if self.device is None else DeviceCauses(self.device.device, host)
+    def reduce_scatter(
+        self, whole: torch.Tensor, into: PagedTensor, layout: ShardLayout, source: PagedTensor | None = None
+    ) -> None:
+        """Begin to have the sum over all ranks of a tensor come to a shard in host memory, inside an op that creates
+        ``into`` via REDUCE_SCATTER. On all ranks; what uses ``into`` next waits for it.
+
+        Args:
+            whole: flat, of the layout's dtype; it stays as it is until then.
+            source: the paged tensor that ``whole`` is a view of, which the op consumes, and which expires then: who
+                uses it next calls `Mover.end_expiry` before. None: it is memory that is not paged.
+        """
+        assert self._comm is not None
+        with self.locked():
+            owner = None if source is None else (self.of(source.id).mover, source)
+            assert isinstance(self.host.mover, HostMover)
+            self._comm.submit(ReduceScatter(self.host.mover, whole, into, layout, owner))
+            if owner is not None:
+                owner[0].discard_soon(owner[1])
 
     # ---- all of them -------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Wait until no collective is under way, with no lock held and no gather waiting for frames."""
+        if self._comm is not None:
+            self._comm.drain()
 
     def settle(self) -> None:
         """Wait until no copy is under way."""

@@ -14,6 +14,7 @@ from pagemem.frames.page import TensorId
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor, Residency
 from scheduler.planning.trace import CHANGES, Access, AccessMode
+from scheduler.tiers.gathering import Gatherer
 from scheduler.tiers.load_lane import LoadLane
 from scheduler.tiers.on_demand import OnDemand, PlanView
 
@@ -52,7 +53,8 @@ class Bringer:
             not where the copy is on its way. None: tensors come from page files.
 
     Attributes:
-        on_demand_bytes: that ops had to fetch themselves, since no plan had brought them.
+        on_demand_bytes: that ops had to fetch themselves, since no plan had brought them; without what they gathered.
+        gatherer: brings those that are gathered.
         updates: those that are made beside compute; None: there are none.
     """
 
@@ -71,6 +73,7 @@ class Bringer:
         self._on_demand = on_demand
         self._follower = follower
         self._held_below = held_below
+        self.gatherer = Gatherer(mover, on_demand, follower, self.bring)
 
     def bring(self, tensor: PagedTensor, mode: AccessMode, name: str, enough: Callable[[], bool] = never) -> bool:
         """Make a tensor usable in this way for the op called ``name``, and pin it, or wait until it is ``enough``;
@@ -166,6 +169,7 @@ class Pinner:
         bring: makes one tensor usable for an op, which is called by name, and pins it; see `Bringer.bring`.
         lane: planned loads, which may wait for what is unpinned.
         held_for: has what the tensors of an op are copied from where they can be, all at once.
+        gatherer: brings those that are gathered.
     """
 
     def __init__(
@@ -175,16 +179,31 @@ class Pinner:
         bring: Callable[[PagedTensor, AccessMode, str, Callable[[], bool]], bool],
         lane: LoadLane,
         held_for: Callable[[Sequence[Access], str], AbstractContextManager[None]],
+        gatherer: Gatherer,
     ) -> None:
         self._mover = mover
         self._on_demand = on_demand
         self._bring = bring
         self._lane = lane
         self._held_for = held_for
+        self._gatherer = gatherer
         self._sequence = 0
 
     def pin(self, name: str, accesses: Sequence[Access], enough: Callable[[], bool] = never) -> list[PagedTensor]:
         """Pin the tensors of an op once they are usable; those that are not when it is ``enough`` are left out."""
+        wholes = [access for access in accesses if access.tensor in self._mover.gathered]
+        held = self._pin_own(name, [access for access in accesses if access not in wholes], enough)
+        if wholes:
+            held = self._pin_gathered(name, accesses, wholes, held)
+        self.used(accesses)
+        with self._mover.changed:
+            for access in accesses:
+                if access.mode in CHANGES:
+                    self._mover.touch(self._mover.tensors[access.tensor])
+        return held
+
+    def _pin_own(self, name: str, accesses: Sequence[Access], enough: Callable[[], bool]) -> list[PagedTensor]:
+        """Those that this rank brings itself."""
         held: list[PagedTensor] = []
         try:
             for access in accesses:
@@ -198,11 +217,28 @@ class Pinner:
         except BaseException:
             self.unpin(held)
             raise
-        self.used(accesses)
-        with self._mover.changed:
-            for access in accesses:
-                if access.mode in CHANGES:
-                    self._mover.touch(self._mover.tensors[access.tensor])
+        return held
+
+    def _pin_gathered(
+        self, name: str, accesses: Sequence[Access], wholes: Sequence[Access], own: list[PagedTensor]
+    ) -> list[PagedTensor]:
+        """Those that are gathered, beside an op's ``own`` ones; returns all. Where one finds no room on any rank, all
+        ranks place all of them anew."""
+        held = list(own)
+        try:
+            for access in wholes:
+                tensor = self._mover.tensors[access.tensor]
+                self._gatherer.bring(tensor, name)
+                held.append(tensor)
+        except BudgetError:
+            self.unpin(held)
+            with self._held_for(accesses, name), self._mover.changed, self._lane.paused():
+                self._lane.refuse_gathers()
+                self._mover.gathered.let_leave()  # all of them are asked for anew
+                held = self._pack(name, accesses)
+        except BaseException:
+            self.unpin(held)
+            raise
         return held
 
     def used(self, accesses: Sequence[Access]) -> None:
@@ -226,13 +262,17 @@ class Pinner:
         Those of which a view lives stay where they are.
         """
         own = [self._mover.tensors[access.tensor] for access in accesses]
+        wholes = [tensor for tensor in own if tensor.id in self._mover.gathered]
         for tensor in own:
             if not tensor.held:
                 self._on_demand.move_out(tensor)
         modes = {access.tensor: access.mode for access in accesses}
         held: list[PagedTensor] = []
         try:
-            for tensor in sorted(own, key=lambda t: (not t.held, -t.n_frames)):
+            for tensor in sorted(wholes, key=lambda t: (-t.n_frames, t.id)):  # in the order of all ranks
+                self._gatherer.bring(tensor, name, lowest=True)
+                held.append(tensor)
+            for tensor in sorted((t for t in own if t not in wholes), key=lambda t: (not t.held, -t.n_frames)):
                 if tensor.held:
                     self._await_copy(tensor, modes[tensor.id])
                 else:

@@ -44,8 +44,8 @@ class ReadAhead:
         are not read ahead."""
         self._orders, self._places = {}, {}
         for tensor in tensors:
-            if self._mover.tensors.get(tensor.id) is not tensor:
-                continue  # a state that stays on the device: ids are unique within a mover only
+            if self._mover.tensors.get(tensor.id) is not tensor or tensor.id in self._mover.gathered:
+                continue  # a state that stays on the device: ids are unique within a mover only; or all ranks' matter
             order = self._orders.setdefault(tensor.tag, [])
             self._places[tensor.id] = len(order)
             order.append(tensor)

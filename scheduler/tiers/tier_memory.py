@@ -48,7 +48,7 @@ class TierMemory:
         self.read_ahead = ReadAhead(mover) if below is None else None
         self.on_demand = OnDemand(mover, self.take_back_loads, self.read_ahead)
         self.bringer = Bringer(mover, self.lane, self.on_demand, followed, None if below is None else self._held_below)
-        self.pinner = Pinner(mover, self.on_demand, self._bring, self.lane, self._held_for)
+        self.pinner = Pinner(mover, self.on_demand, self._bring, self.lane, self._held_for, self.bringer.gatherer)
         self._below = below
         if below is not None:
             below.lane.above = self.lane
@@ -107,6 +107,8 @@ class TierMemory:
             yield
             return
         tensors = [self.mover.tensors[access.tensor] for access in accesses]
+        wholes = self.mover.gathered
+        tensors = [wholes.shard(tensor) if tensor.id in wholes else tensor for tensor in tensors]
         streamed = [tensor for tensor in tensors if not tensor.resident and self.device.mirrors(tensor)]
         with self.lower_pinned(streamed, name):
             yield

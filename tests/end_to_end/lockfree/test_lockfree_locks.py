@@ -14,7 +14,7 @@ from lockfree_run import STREAMING, Run, running
 from torch import Tensor
 
 from optim.unit import Unit
-from pagemem.residency.wait_lock import WaitLock, counted
+from pagemem.process.wait_lock import WaitLock, counted
 
 
 class Held:
