@@ -20,7 +20,7 @@ from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import IN_FLIGHT, PagedTensor, Residency
 from pagemem.telemetry.events import EventKind
 from pagemem.tier import Tier
-from scheduler.lookahead.planner import plan_updates
+from scheduler.lookahead.planner import plan_work
 from scheduler.planning.bounds import check_work
 from scheduler.planning.machine import Machine
 from scheduler.planning.round_cursor import RoundCursor
@@ -47,8 +47,10 @@ class RoundFollower:
 
     def __init__(self, mover: Mover, updates: UpdateRound, machine: Machine) -> None:
         work = replace(Work.of(Trace(()), {}, machine), updates=updates)
-        self.plan = plan_updates(work)
-        check_work(self.plan, work.of_updates())
+        plan = plan_work(work)
+        check_work(plan, work)
+        assert plan.updates is not None
+        self.plan = plan.updates
         self._updates = updates
         self._mover = mover
         self._cursor = RoundCursor(self.plan, updates)

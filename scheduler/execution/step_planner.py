@@ -142,11 +142,11 @@ class StepPlanner:
             BudgetError: there is none: the tensors of one op do not fit together.
             PlanError: it does not hold, which is a defect.
         """
-        work = self.work(trace)
-        plan = plan_work(replace(work, updates=None), fast=fast)
-        if self.updates is not None:
-            plan = replace(plan, updates=self.updates.plan)
+        work = replace(self.work(trace), updates=None)
+        plan = plan_work(work, fast=fast)
         check_work(plan, work)
+        if self.updates is not None:
+            plan = replace(plan, updates=self.updates.plan)  # Checked when it was made.
         return plan
 
     def cost_s(self, trace: Trace) -> float:
