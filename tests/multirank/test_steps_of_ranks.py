@@ -4,6 +4,7 @@ the one plan, which is the same on all of them."""
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from fake_ranks import Meeting
 from rank_rigs import PAGE_BYTES, RankRig, cut, on_ranks, right
 
 from pagemem.errors import BudgetError, RankError, StorageError
+from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag, Tier
 from scheduler import knobs
 from scheduler.execution.plan_follower import Mode
@@ -201,6 +203,40 @@ def test_what_is_gathered_in_host_memory_is_not_copied_up() -> None:
             r.device.mirror(whole)
 
     right(on_ranks(2, body, n_frames=9, device_frames=5))
+
+
+def test_a_shard_that_changes_while_it_is_gathered_on_a_device_leaves_nothing_old() -> None:
+    meeting, outdated = Meeting(2), threading.Event()
+
+    def held_up(rank: int, called: str) -> None:
+        if (rank, called) == (1, "exchange"):  # it has voted, and reads the shard
+            assert outdated.wait(60)
+
+    def body(r: RankRig) -> None:
+        assert r.device is not None
+        whole, shard, wholes = r.tensors["p"], r.tensors["a"], r.device.gathered
+        r.op("ar")
+        with r.device.changed:
+            window = r.device.tenants.choose(whole.n_frames, len)
+            assert window is not None and not window.tenants
+            wholes.using = wholes.ticket(whole, planned=True)
+            r.device.start_load(whole, window.first)
+        while not shard.uploads:  # nobody is told of a vote
+            time.sleep(0.001)
+        outdate = wholes.outdate
+
+        def tell(tensor: PagedTensor) -> None:
+            outdate(tensor)
+            if not r.rank:
+                outdated.set()
+
+        wholes.outdate = tell  # type: ignore[method-assign]
+        r.op("u: Aw")  # the copy on the device is renewed, once nobody reads it any more
+        assert not wholes.is_whole(whole)
+        r.op("pr")
+
+    meeting.broken = held_up
+    right(on_ranks(2, body, n_frames=9, meeting=meeting, device_frames=5))
 
 
 def test_updates_beside_compute_and_ranks_are_refused_together() -> None:
