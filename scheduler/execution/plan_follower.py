@@ -154,6 +154,7 @@ class PlanFollower:
             other = self._book.beginning_with(performed, key, entry)
             if other is not None:
                 self._enter(other, len(performed))
+                self._leaves = self._book.expected_after(other) is not other
                 entry, found = other, self._cursor.advance(other.plan, key)
             else:
                 self._differ(self._cursor.difference(entry.plan, key, found))

@@ -3,7 +3,8 @@ is one, too: its window is what it waits for here; it has its place among those 
 
 A load whose window still has tenants waits for them: a clean one is dropped, a dirty one stored and then dropped, one
 in flight waited for, and one that an earlier task of the tier above copies up first. One that is *held* (pinned, or
-seen through a living view) cannot be waited for by the thread that holds it; the lane then reports itself `stuck`, and
+seen through a living view) cannot be waited for by the thread that holds it, nor one of updates by the thread that
+makes them in the worker's place; the lane then reports itself `stuck`, and
 the driver takes what it waits for out of it. Gathers that wait in it are refused then, as other ranks wait for them.
 """
 
@@ -25,11 +26,15 @@ from pagemem.units import ceil_div
 from scheduler.planning.task import Task, TaskKind
 
 
-class Needed(Protocol):
-    """Says whether an update has yet to use a tensor."""
+class UpdatesBefore(Protocol):
+    """What loads wait for: see `scheduler.tiers.update_lane.UpdateLane`."""
 
-    def __call__(self, tensor: PagedTensor, *, before: int) -> bool:
-        """See `scheduler.tiers.update_lane.UpdateLane.needs`."""
+    @property
+    def taking_over(self) -> bool:
+        """Whether the training thread brings what one needs."""
+
+    def needs(self, tensor: PagedTensor, *, before: int) -> bool:
+        """Whether an update has yet to use a tensor."""
 
 
 class LoadLane:
@@ -42,13 +47,13 @@ class LoadLane:
 
     Attributes:
         above: the lane of copies to the tier above, which read what is here; None: nothing is copied up.
-        needed: whether an update beside compute that was begun earlier than a task has yet to use a tensor, see
-            `scheduler.tiers.update_lane`; None: there are none.
+        updates: those made beside compute, whose tensors do not leave for loads that were begun later; None: there are
+            none.
     """
 
     def __init__(self, mover: Mover, numbers: Iterator[int] | None = None, *, background: bool = False) -> None:
         self.above: LoadLane | None = None
-        self.needed: Needed | None = None
+        self.updates: UpdatesBefore | None = None
         self._mover = mover
         self._background = background
         self._numbers = itertools.count() if numbers is None else numbers
@@ -231,8 +236,12 @@ class LoadLane:
         return True
 
     def _needs(self, tensor: PagedTensor, number: int) -> bool:
-        """Whether an update begun earlier than the task with this number has yet to use a tensor."""
-        return tensor.updates > 0 and self.needed is not None and self.needed(tensor, before=number)
+        """Whether an update begun earlier than the task with this number, which is waited for, has yet to use a
+        tensor."""
+        needed = tensor.updates > 0 and self.updates is not None and self.updates.needs(tensor, before=number)
+        if needed and self.updates is not None and self.updates.taking_over:
+            self._held_up = True  # the training thread makes it, and is not to wait for what is behind this load
+        return needed
 
     def moves(self, tensor: PagedTensor, *, before: int = sys.maxsize) -> bool:
         """Whether a tensor has yet to come, or to move to other frames, by a task begun earlier than the one numbered

@@ -89,8 +89,7 @@ class Memories:
         lane = UpdateLane(
             host.mover, host.lane, lambda: next(self.numbers), host.pinner.pin, host.pinner.unpin, n_threads
         )
-        self.updates = host.bringer.updates = lane
-        host.lane.needed = lane.needs
+        self.updates = host.bringer.updates = host.lane.updates = lane
         return lane
 
     def finish_updates(self) -> None:

@@ -131,6 +131,11 @@ class UpdateLane:
         """Whether an update is not over that is not being made on the training thread."""
         return bool(self._jobs) and not self._taking_over
 
+    @property
+    def taking_over(self) -> bool:
+        """Whether the training thread brings what an update needs, and makes it."""
+        return self._taking_over
+
     def needs(self, tensor: PagedTensor, *, before: int = sys.maxsize) -> bool:
         """Whether a tensor is to stay for an update that is under way, or was begun earlier than the task numbered
         ``before``. Any thread, with the mover's lock held."""
@@ -192,6 +197,7 @@ class UpdateLane:
         """Bring the tensors of an update and make it, on the training thread."""
         try:
             with self._mover.changed:
+                self._loads.pump()  # loads that wait for an update are held up from now on
                 held = self._pin(job.name, job.accesses)
             self.made_here += 1
             try:

@@ -195,3 +195,21 @@ def test_what_waits_to_be_moved_is_no_obstacle_for_whoever_makes_an_update(updat
         updates.gates.files.take(kind).open()
     finishing.result(30)
     assert tensor.frame == 2 and updates.gates.holds(states, 1) and not tensor.updates
+
+
+def test_a_load_behind_an_update_is_no_obstacle_for_whoever_makes_it(updates: Updates) -> None:
+    """A disk error has cost an update its states; its other tensor is to move, once it is made, behind a load that
+    waits for it."""
+    tensor, states, later = updates.gates.dirty(0, 1, "a"), *map(updates.gates.stored, (0, 5), ("states", "later"))
+    updates.let.set()
+    updates.load(states, 0)
+    assert updates.submit(tensor, states)
+    updates.load(later, 1)
+    updates.load(tensor, 2)
+    updates.gates.files.take("read").fail(StorageError("a sector is gone"))
+    with pytest.raises(StorageError, match="a sector is gone"):
+        updates.lane.finish()
+    finishing = updates.gates.training.submit(updates.lane.finish)
+    updates.gates.files.take("read").open()
+    finishing.result(10)
+    assert updates.lane.made_here == 1 and updates.gates.holds(states, 1) and not tensor.updates

@@ -218,6 +218,25 @@ def test_steps_that_alternate_each_follow_their_own_plan(n_frames: int) -> None:
         r.read_all()
 
 
+def test_the_end_of_a_step_that_turned_out_to_be_of_another_kind_knows_what_comes_then() -> None:
+    """Loads for the next step are taken back at its end: updates that wait for them are made before."""
+    first, other = ("Ar", "Br", "Bw", "Aw"), ("Ar", "Cr", "Cw", "Aw")
+    with rig(2) as r:
+        for _ in range(6):  # until it is known how long each op takes
+            for step in (first, first, other):
+                r.step(*step)
+        follower = r.driver.follower
+        r.step(*first)
+        r.step(*first)
+        for op in other:
+            r.op(op)
+        of_other = follower.plan
+        assert not follower.wants_times and not follower.differs
+        assert not follower.goes_on(None)
+        r.driver.end_step(repeatable=True)
+        assert follower.plan is not of_other
+
+
 @pytest.mark.parametrize("n_frames", [2, 4])
 def test_what_differs_in_one_step_costs_only_what_depended_on_it(n_frames: int) -> None:
     ops = tuple(f"{letter}{mode}" for mode in "rw" for letter in "ABCDEFGH")
