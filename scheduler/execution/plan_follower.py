@@ -150,10 +150,9 @@ class PlanFollower:
         if found is None or found.skipped:
             self._moves.let_leave()
         if found is None or self._passes_over(found.skipped):
-            performed = self._recorder.performed
-            other = self._book.beginning_with(performed, key, entry)
+            other = self._book.beginning_with(self._recorder.performed, key, entry)
             if other is not None:
-                self._enter(other, len(performed))
+                self._enter(other, len(self._recorder.performed))
                 self._leaves = self._book.expected_after(other) is not other
                 entry, found = other, self._cursor.advance(other.plan, key)
             else:

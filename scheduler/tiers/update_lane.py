@@ -168,13 +168,18 @@ class UpdateLane:
         return True
 
     def collect(self) -> bool:
-        """Tell of the updates that are over; returns whether there were any."""
-        with self._mover.changed:
-            over, self._over = self._over, []
-        for job in over:
-            for call in job.ended:
-                call()
-        return bool(over)
+        """Tell of the updates that are over; returns whether there were any. What telling one of them raises leaves the
+        others to the next call."""
+        found = False
+        while True:
+            with self._mover.changed:
+                while self._over and not self._over[0].ended:
+                    del self._over[0]
+                    found = True
+                if not self._over:
+                    return found
+                call = self._over[0].ended.pop(0)
+            call()
 
     def _next_to_take_over(self, tensor: PagedTensor | None) -> UpdateJob | None:
         """Wait for the worker; returns the update that it waits for in vain, if there is one."""

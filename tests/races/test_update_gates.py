@@ -213,3 +213,21 @@ def test_a_load_behind_an_update_is_no_obstacle_for_whoever_makes_it(updates: Up
     updates.gates.files.take("read").open()
     finishing.result(10)
     assert updates.lane.made_here == 1 and updates.gates.holds(states, 1) and not tensor.updates
+
+
+def test_what_telling_of_an_update_raises_costs_no_other_one_its_telling(updates: Updates) -> None:
+    """As Ctrl-C does: gradients' room would never be given back."""
+    tensors = [updates.gates.dirty(0, frame, name) for frame, name in enumerate("ab")]
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert updates.submit(tensors[0])
+    updates.lane.when_done(interrupted)
+    updates.lane.when_done(lambda: updates.told.append("after it"))
+    assert updates.submit(tensors[1])
+    updates.let.set()
+    with pytest.raises(KeyboardInterrupt):
+        updates.lane.finish()
+    updates.lane.finish()
+    assert updates.told == ["a", "after it", "b"]
