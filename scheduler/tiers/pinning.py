@@ -144,6 +144,8 @@ class Bringer:
             return tensor.id not in self._lane and not tensor.moving
 
         while True:
+            if not usable():
+                self._lane.pump()  # which begins nothing between a failed copy and its being told of
             self._mover.monitor.wait_until(lambda: enough() or usable() or hopeless(), tensor.name, tensor.n_bytes)
             if is_usable(tensor, mode):
                 return True

@@ -50,8 +50,10 @@ class UpdateJob:
 
     @property
     def lacks(self) -> bool:
-        """Whether a tensor is not there, and nothing is to bring it."""
-        return any(not (t.whole or t.moving or t.id in self.loads) for t, _ in self.uses)
+        """Whether a tensor is not there, and nothing is to bring it. Loads that were begun later may wait for this
+        update."""
+        loads, number = self.loads, self.number
+        return any(not (t.whole or t.moving or loads.moves(t, before=number)) for t, _ in self.uses)
 
     @property
     def would_lack(self) -> bool:

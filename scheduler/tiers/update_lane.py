@@ -190,6 +190,7 @@ class UpdateLane:
         with self._mover.changed:
             if over():
                 return None
+            self._loads.pump()  # which begins nothing between a failed copy and its being told of
             why = self._jobs[0].name if tensor is None else tensor.name
             self._mover.monitor.wait_until(lambda: over() or self._is_stuck(), why)
             if over():

@@ -231,3 +231,51 @@ def test_what_telling_of_an_update_raises_costs_no_other_one_its_telling(updates
         updates.lane.finish()
     updates.lane.finish()
     assert updates.told == ["a", "after it", "b"]
+
+
+def test_loads_go_on_for_whoever_waits_again_once_an_error_is_told_of(updates: Updates) -> None:
+    first, second = updates.gates.stored(0, "first"), updates.gates.stored(0, "second")
+    updates.let.set()
+    updates.load(first, 0)
+    assert updates.submit(first)
+    updates.load(second, 0)  # in the place of the other one, once that is updated
+    assert updates.submit(second)
+    updates.gates.files.take("read").open()
+    updates.lane.finish(first)
+    updates.gates.files.take("write").fail(StorageError("a sector is gone"))
+    with pytest.raises(StorageError, match="a sector is gone"):
+        updates.lane.finish()
+    finishing = updates.gates.training.submit(updates.lane.finish)
+    for kind in ("write", "read"):
+        updates.gates.files.take(kind).open()
+    finishing.result(10)
+    assert second.frame == 0 and updates.gates.holds(second, 1) and not second.updates
+
+
+def test_a_load_that_waits_for_an_update_does_not_bring_what_it_lacks(updates: Updates) -> None:
+    """The sum that an update consumes failed to come; its frames are next those of another one's, in the next step."""
+    tensor = updates.gates.stored(0, "gradients")
+    updates.let.set()
+    updates.load(tensor, 0)
+    assert updates.submit(tensor)
+    updates.gates.mover.discard_soon(tensor)
+    updates.load(tensor, 1)
+    updates.gates.files.take("read").fail(StorageError("a sector is gone"))
+    with pytest.raises(StorageError, match="a sector is gone"):
+        updates.lane.finish()
+    finishing = updates.gates.training.submit(updates.lane.finish)
+    updates.gates.files.take("read").open()
+    finishing.result(10)
+    assert updates.lane.made_here == 1 and not tensor.updates
+
+
+def test_loads_go_on_for_an_op_that_waits_for_one_once_an_error_is_told_of(updates: Updates) -> None:
+    coming, leaving = updates.gates.stored(1, "coming"), updates.gates.dirty(0, 0, "leaving")
+    updates.load(coming, 0)
+    updates.gates.files.take("write").fail(StorageError("a sector is gone"))
+    with pytest.raises(StorageError, match="a sector is gone"):
+        updates.gates.mover.monitor.check()
+    value = updates.reads(coming)
+    for kind in ("write", "read"):
+        updates.gates.files.take(kind).open()
+    assert value() == 1 and leaving.frame is None
