@@ -80,7 +80,7 @@ class HandOff(RuleBasedStateMachine):
         )
         driver = SimpleNamespace(
             mover=mover, mode=Mode.ON_DEMAND, end_step=lambda repeatable: None, viewed=lambda tensor: False,
-            in_passing=lambda tensor: nullcontext(tensor.resident), updates=SimpleNamespace(finish=lambda: None),
+            in_passing=lambda tensor: nullcontext(tensor.resident), updates=SimpleNamespace(finish=list, close=list),
         )  # fmt: skip
         states = SimpleNamespace(follow_edits=lambda unit: None)
         run = Training(
