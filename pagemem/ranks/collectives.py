@@ -15,8 +15,8 @@ class ShardLayout:
 
     Attributes:
         dtype: of the elements.
-        ranges: [start, end) of each rank, in rank order; adjacent, from 0 on. They need not be of one length, and may
-            be empty.
+        ranges: [start, end) of each shard rank, in their order; adjacent, from 0 on. They need not be of one length,
+            and may be empty. A single one is every rank's.
 
     Raises:
         ValueError: they are not adjacent, or do not begin at 0.
@@ -47,6 +47,10 @@ class ShardLayout:
         """Of the largest shard, which is what a paged tensor of a shard has on every rank, so that plans are equal."""
         return max(end - start for start, end in self.ranges) * self.dtype.itemsize
 
+    def place(self, shard_rank: int) -> int:
+        """The place of a shard rank's range."""
+        return shard_rank if len(self.ranges) > 1 else 0
+
     def part(self, whole: torch.Tensor, rank: int) -> torch.Tensor:
         """A rank's elements of a whole flat tensor of this dtype, as a view."""
         start, end = self.ranges[rank]
@@ -63,9 +67,9 @@ class Collectives(Protocol):
 
     Promised to whoever implements it:
 
-    - `exchange`, `gather` and `reduce_scatter` are called on one thread, that of the comm lane, one at a time, and on
-      all ranks in the same order with the same layouts: before each of the latter two all ranks have exchanged what
-      comes next, and agree. So one process group with its usual rule of order will do.
+    - `exchange`, `gather`, `reduce_scatter` and `fill` are called on one thread, that of the comm lane, one at a time,
+      and on all ranks in the same order with the same layouts: before each of the latter three all ranks have exchanged
+      what comes next, and agree. So one process group with its usual rule of order will do.
     - `agree` is called on the training thread, on all ranks in the same order, perhaps while the other thread is inside
       one of the above: it needs a process group of its own. No lock is held meanwhile.
     - Tensors are flat, contiguous, on one device, and stay where they are and as they are until the call returns, but
@@ -82,6 +86,14 @@ class Collectives(Protocol):
     def n_ranks(self) -> int:
         """How many ranks there are."""
 
+    @property
+    def n_shards(self) -> int:
+        """Ranks among which a unit is cut. World rank = replica * n_shards + shard_rank."""
+
+    @property
+    def shard_rank(self) -> int:
+        """This rank's place among them: that of its range in a layout."""
+
     def exchange(self, words: tuple[int, ...]) -> Sequence[Sequence[int]]:
         """What every rank has called it with, in rank order. As many 64-bit integers on all ranks."""
 
@@ -92,6 +104,9 @@ class Collectives(Protocol):
     def reduce_scatter(self, whole: torch.Tensor, into: torch.Tensor, layout: ShardLayout) -> None:
         """Fill ``into`` (this rank's elements) with the sum over all ranks' ``whole``, added up in rank order: ((0 + 1)
         + 2) + ..., so that the bits do not depend on who adds."""
+
+    def fill(self, whole: torch.Tensor, layout: ShardLayout) -> None:
+        """Fill the parts of a whole tensor that are other shard ranks' with theirs; this rank's is right already."""
 
     def agree(self, values: Sequence[float]) -> Sequence[Sequence[float]]:
         """What every rank has called it with, in rank order. As many on all ranks."""

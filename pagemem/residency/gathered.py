@@ -166,7 +166,7 @@ class GatheredTensors:
         """Have a tensor gathered next, after all that was asked for before. Training thread; on all ranks. For the
         arguments see `GatherTicket`."""
         assert self.lane is not None
-        source = self.shard(tensor), self.layout(tensor), self.lane.collectives.rank
+        source = self.shard(tensor), self.layout(tensor), self.lane.collectives.shard_rank
         ticket = GatherTicket(self.mover, tensor, *source, planned=planned)
         ticket.comes_up, ticket.on_end = self.comes_up, self._ended
         ticket.load, ticket.fills, ticket.has, ticket.refused = load, fills, has, refused

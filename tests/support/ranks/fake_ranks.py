@@ -82,9 +82,26 @@ class MemoryCollectives:
         for rank, part in enumerate(self._meet("lane", "gather", shard.clone())):
             layout.part(into, rank).copy_(part)
 
+    @property
+    def n_shards(self) -> int:
+        """See the protocol: all of them."""
+        return self.n_ranks
+
+    @property
+    def shard_rank(self) -> int:
+        """See the protocol."""
+        return self.rank
+
+    def fill(self, whole: torch.Tensor, layout: ShardLayout) -> None:
+        """See the protocol."""
+        for rank, part in enumerate(self._meet("lane", "fill", layout.part(whole, self.rank).clone())):
+            if rank != self.rank:
+                layout.part(whole, rank).copy_(part)
+
     def reduce_scatter(self, whole: torch.Tensor, into: torch.Tensor, layout: ShardLayout) -> None:
         """See the protocol."""
-        first, *others = (layout.part(other, self.rank) for other in self._meet("lane", "reduce", whole.clone()))
+        place = layout.place(self.rank)
+        first, *others = (layout.part(other, place) for other in self._meet("lane", "reduce", whole.clone()))
         into.copy_(first)
         for other in others:
             into.add_(other)
