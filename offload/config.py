@@ -192,6 +192,9 @@ class UpdateConfig(_Section):
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest global 2-norm of the gradients; larger ones are scaled down. None: no clipping. With clipping, updates
     wait for the whole backward pass and gradients are kept in pages until then."""
+    norm: Literal["auto", "torch", "blocks"] = "auto"
+    """How the gradients' norm is summed up: "torch" as ``torch.nn.utils.clip_grad_norm_`` does, "blocks" over blocks of
+    64 elements, exactly, so that it is the same for any number of ranks. "auto": "torch" on one rank, else "blocks"."""
     loss_scale: Annotated[Literal["auto"] | float, BeforeValidator(_scale)] = "auto"
     """What losses are multiplied by before backward: "auto" is dynamic for fp16 parameters and none for others; a
     number is fixed. A step whose gradients overflow is dropped. In your own loop call backward on
@@ -220,6 +223,21 @@ class UpdateConfig(_Section):
         made = self.model_copy(update={"mode": mode})
         made._why = why
         return made
+
+
+Degree = Literal["none", "states", "gradients", "all"]
+
+
+class ParallelConfig(_Section):
+    """How the processes of a run, its ranks, share a model. All ranks have the same section."""
+
+    degree: Degree = "all"
+    """What is cut: "none": nothing, every rank has and updates everything; "states": masters and optimizer states, and
+    the summed gradients; "gradients": the same, as sums are never kept whole here; "all": parameters as well, which are
+    gathered for each use, unless there is room to keep them. Never changes a bit of what is trained."""
+    degree_of: dict[str, Degree] = {}
+    """Other degrees for some units: of the patterns (as in shells, such as "*.norm*") that match the name of one of a
+    unit's parameters, the first decides."""
 
 
 class CommitConfig(_Section):
@@ -370,6 +388,8 @@ class Config(_Section):
     """Page files."""
     update: UpdateConfig = UpdateConfig()
     """Updates."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Ranks, where the program was started as one of several (by torchrun)."""
     commit: CommitConfig = CommitConfig()
     """Commits."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -25,8 +25,8 @@ from offload.parameters.optimizer_template import OptimizerLike
 from offload.profiling.profile import Profile
 from offload.profiling.stats import MemoryReport, Stats, memory_report, planned_step_s, stats_of
 from offload.store.page_store import PageStore
-from optim.loss_scale import LossScale
 from optim.optimizer import PagedOptimizer, refusing_updater, without_compiler
+from optim.scaling.loss_scale import LossScale
 from pagemem.process import forks, interrupts
 from pagemem.process.closing import close_all
 from pagemem.process.interrupts import left_open

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from optim.gradient_errors import stale_gradient, torn_step
+from optim.gradient_errors import stale_gradient, torn_step, uncleared_gradient
 from optim.unit import Grad, Slot, Unit, UnitIndex
 
 
@@ -73,6 +73,12 @@ class Arrivals:
         for unit in self._index.units:
             if unit.updated:
                 raise torn_step(unit)
+
+    def check_cleared(self) -> None:
+        """Raise where plain PyTorch would use a gradient again that was used up in an earlier step."""
+        for unit, slot in self._index.slots():
+            if slot.grad is Grad.SPENT and not unit.updated:
+                raise uncleared_gradient(slot)
 
     def forget(self) -> None:
         """No gradient of the step under way has arrived."""

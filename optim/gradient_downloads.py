@@ -23,7 +23,7 @@ from typing import Final
 
 import torch
 
-from optim.clip import check_loss
+from optim.scaling.clip import check_loss
 from optim.unit import Slot, Unit
 from pagemem.budget import Budget
 from pagemem.devices.accelerator import REACHED, Accelerator, DeviceEvent, has_reached

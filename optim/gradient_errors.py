@@ -95,3 +95,13 @@ def late_use(slot: Slot) -> RuntimeError:
         f"{slot.name} is used in the backward pass after its gradient was complete, as it was in the step before, and "
         f"may have been updated; save it for backward (ctx.save_for_backward), or {START_HINT}"
     )
+
+
+def check_unshared(unit: Unit, slot: Slot) -> None:
+    """Raise RuntimeError where a gradient is to be read or changed of which each rank has its own until ranks have
+    summed them."""
+    if unit.sharing is not None:
+        raise RuntimeError(
+            f"{slot.name}: with several ranks its gradient is on none of them alone, so it can be neither read nor "
+            "changed; use update.clip_norm to clip (transformers: max_grad_norm=0), and one rank to look at gradients"
+        )

@@ -63,7 +63,7 @@ class StateAccess:
         """Give every slice of a unit its states, which read as zeros and hold no bytes yet."""
         for number, part in enumerate(unit.slices):
             if self.state_names and part.states is None:
-                n_bytes = len(self.state_names) * part.numel * torch.float32.itemsize
+                n_bytes = len(self.state_names) * part.state_bytes
                 part.states = self._driver.mover.create(f"states {number} of {unit.name}", Tag.MOMENT, n_bytes)
 
     def read(self, places: Places, shape: torch.Size, number: int) -> torch.Tensor:
@@ -111,7 +111,7 @@ class StateAccess:
                 accesses = [Access(unit.parameters.id, AccessMode.READ), Access(part.master.id, AccessMode.MODIFY)]
                 mover = self._driver.mover_of(unit.parameters)
                 with self._driver.op(key, f"master of {slot.name}", accesses):
-                    value = mover.tenants.view(unit.parameters, unit.dtype, begin, end - begin)
+                    value = mover.tenants.view(unit.parameters, unit.dtype, begin - unit.first, end - begin)
                     master = state_view(mover, part, part.master, 0, begin, end - begin)
                     master.copy_(torch.where(master.to(unit.dtype) == value, master, value.float()))
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from optim.clip import total_norm
-from optim.loss_scale import Scaling
+from optim.scaling.clip import check_loss, total_norm
+from optim.scaling.loss_scale import Scaling
 from optim.unit import Hyper, UnitIndex
+from pagemem.ranks.collectives import Collectives
 from pagemem.telemetry.events import EventSink
 from scheduler.execution.driver import Driver
 
@@ -29,6 +30,8 @@ class Training:
         scaling: clipping and loss scaling.
         eager: whether a unit is updated as soon as its gradients are complete, not at the optimizer step.
         sink: takes updates and waits.
+        collectives: what connects the ranks that share the units; None: there is one rank.
+        blocks: whether the gradients' norm is that of `optim.scaling.block_norm`.
     """
 
     driver: Driver
@@ -38,6 +41,23 @@ class Training:
     scaling: Scaling
     eager: bool
     sink: EventSink
+    collectives: Collectives | None = None
+    blocks: bool = False
+
+    def check_loss(self, value: float, step: int) -> None:
+        """Raise, on all ranks, unless the loss of each is a number.
+
+        Args:
+            step: of the optimizer, that it is for; from 1.
+
+        Raises:
+            NonFiniteError: one is NaN or infinite. RankError: another rank failed.
+        """
+        if self.collectives is None:
+            check_loss(value, step)
+            return
+        for rank, (other,) in enumerate(self.collectives.agree([value])):
+            check_loss(other, step, f" on rank {rank}")
 
     def coefficient(
         self, norms: list[tuple[int, torch.Tensor]], found: Callable[[torch.Tensor], None]

@@ -18,13 +18,10 @@ from typing import Any, Final, Protocol
 
 import torch
 
+from optim.sharing import Sharing
 from pagemem.process.gone import Gone
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.state_machine import StateMachine
-from pagemem.units import ceil_div, round_up
-
-SLOT_ALIGN_NUMEL: Final = 64
-SLICE_ALIGN_NUMEL: Final = 1024
 
 #: Hyper-parameters of one parameter group as they were at one moment.
 Hyper = Mapping[str, Any]
@@ -136,17 +133,27 @@ class Slot:
 
 @dataclass(slots=True, eq=False)
 class Slice:
-    """Elements [begin, end) of a unit's layout with the paged tensors of their optimizer states and fp32 master."""
+    """Elements [begin, end) of a unit's layout with the paged tensors of their optimizer states and fp32 master.
+
+    Attributes:
+        room_numel: elements that the tensors have room for: as many on every rank; None: as many as there are.
+    """
 
     begin: int
     end: int
     states: PagedTensor | None = None
     master: PagedTensor | None = None
+    room_numel: int | None = None
 
     @property
     def numel(self) -> int:
         """Elements covered, gaps between parameters included."""
         return self.end - self.begin
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one fp32 state."""
+        return (self.numel if self.room_numel is None else self.room_numel) * torch.float32.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +196,7 @@ class Unit:
     """Parameters that move together.
 
     Attributes:
+        sharing: how ranks share it; None: there is one rank.
         device: the copy of ``parameters`` that compute uses, where it does not use them in host memory.
         device_resident: whether parameters, masters and states stay in pages of the device and are updated there; if
             not, updates are made in host memory.
@@ -208,6 +216,7 @@ class Unit:
     slots: list[Slot]
     slices: list[Slice]
     gradients: PagedTensor | None = None
+    sharing: Sharing | None = None
     device: PagedTensor | None = None
     device_resident: bool = False
     bound: Bound | None = None
@@ -227,8 +236,23 @@ class Unit:
 
     @property
     def compute(self) -> PagedTensor:
-        """The parameters as compute uses them: on the device, or in host memory."""
-        return self.device or self.parameters
+        """The parameters as compute uses them: gathered, on the device, or in host memory."""
+        return (self.sharing and self.sharing.unsharded) or self.device or self.parameters
+
+    @property
+    def numel(self) -> int:
+        """Elements of the layout."""
+        return self.slices[-1].end if self.sharing is None else self.sharing.layout.numel
+
+    @property
+    def first(self) -> int:
+        """The element of the layout that ``parameters`` begin with."""
+        return 0 if self.sharing is None else self.sharing.first
+
+    @property
+    def kept_numel(self) -> int:
+        """Elements that ``parameters`` have room for."""
+        return self.sharing.room_numel if self.sharing is not None and self.sharing.cuts_parameters else self.numel
 
     @property
     def sums_resident(self) -> bool:
@@ -256,36 +280,6 @@ class Whole:
 
     places: tuple[tuple[Unit, Slot], ...]
     shape: torch.Size
-
-
-@dataclass(frozen=True, slots=True)
-class UnitLayout:
-    """Where the parameters of a unit lie, before it has any pages."""
-
-    slots: tuple[tuple[str, torch.Size, int], ...]
-    numel: int
-
-
-def lay_out(parameters: Sequence[tuple[str, torch.Size]]) -> UnitLayout:
-    """Lay parameters one after another; returns (name, shape, first element) of each and the elements in all."""
-    placed: list[tuple[str, torch.Size, int]] = []
-    numel = 0
-    for name, shape in parameters:
-        placed.append((name, shape, numel))
-        numel += round_up(max(1, shape.numel()), SLOT_ALIGN_NUMEL)  # An empty parameter has a place, too.
-    return UnitLayout(tuple(placed), numel)
-
-
-def largest_slice(numel: int, slice_numel: int) -> int:
-    """Elements of the largest slice that `cut` makes: of the first one."""
-    count = max(1, round(numel / slice_numel))
-    return min(round_up(ceil_div(numel, count), SLICE_ALIGN_NUMEL), numel)
-
-
-def cut(numel: int, slice_numel: int) -> list[Slice]:
-    """Cut a layout of ``numel`` elements into slices of about equal size, near ``slice_numel`` elements each."""
-    step = largest_slice(numel, slice_numel)
-    return [Slice(begin, min(begin + step, numel)) for begin in range(0, numel, step)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ import torch
 
 from optim import gradient_errors
 from optim.arrivals import Arrivals
-from optim.clip import check_loss
 from optim.gradient_budget import GradientBudget
 from optim.gradient_downloads import Download, GradientDownloadQueue
 from optim.training import Training
@@ -54,6 +53,7 @@ class Updater(ABC):
         self._slots = training.index.slots()
         self._arrivals = Arrivals(training.index)
         self._used_hypers: Sequence[Hyper] | None = None
+        self._divided = False  # by the number of ranks: the losses of the step under way
         self.state_frames = self._peak_bytes = 0
         self.grad_norm: torch.Tensor | None = None
         self.dropped_steps = self.dropped_gradients = 0
@@ -140,13 +140,14 @@ class Updater(ABC):
         """A backward pass begins with a loss (one element) for an optimizer step, counted from 1.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite. With a loss on a device nobody waits for it: what first uses
-                one of its gradients raises instead, and drops them all.
+            NonFiniteError: the loss is NaN or infinite, on any rank. With one on a device nobody waits for it: what
+                first uses one of its gradients raises instead, and drops them all.
         """
         if self._downloads is not None and loss.device == self._downloads.torch_device:
             self._take_all(self._downloads.expect(loss, step))
         else:
-            check_loss(float(loss.detach()), step)
+            self._training.check_loss(float(loss.detach()), step)
+        self._divided = True
 
     def gradient(self, unit: Unit, slot: Slot, gradient: torch.Tensor) -> None:
         """Take one gradient from autograd; the unit is updated when it was the last one it waited for.
@@ -183,8 +184,8 @@ class Updater(ABC):
 
     def _uses_in_place(self, unit: Unit, slot: Slot) -> bool:
         """Whether a gradient that comes now is the parameter's only one of the step, and used as autograd made it."""
-        single = self._arrivals.is_single(slot)
-        return self._eager and single and slot.group >= 0 and not unit.touched and not slot.has_bytes
+        single = self._arrivals.is_single(slot) and not unit.touched and not slot.has_bytes
+        return self._eager and single and slot.group >= 0 and unit.sharing is None
 
     @property
     def step_under_way(self) -> bool:
@@ -202,7 +203,7 @@ class Updater(ABC):
         self.catch_up(unit)
         if gradient is None and slot.grad is Grad.NONE:
             return
-        self._check_unspent(unit, slot)
+        self._before_change(unit, slot)
         unit.touched = unit.touched or slot.arrivals > 0
         if gradient is not None:
             self._before_look(unit)
@@ -216,10 +217,9 @@ class Updater(ABC):
         """``parameter.grad.zero_()``.
 
         Raises:
-            RuntimeError: the parameter's update of this step has been made.
+            RuntimeError: as `assign`.
         """
-        self.catch_up(unit)
-        self._check_unspent(unit, slot)
+        self._before_change(unit, slot)
         unit.touched = unit.touched or slot.arrivals > 0
         self._drop(unit, slot, Grad.ZEROS)
 
@@ -231,6 +231,7 @@ class Updater(ABC):
             RuntimeError: it has been used up. BudgetError, StorageError: its pages cannot be brought.
         """
         self.catch_up(unit)
+        gradient_errors.check_unshared(unit, slot)
         unit.touched = True
         if slot.grad is Grad.SPENT:
             raise self._spent(slot)
@@ -248,6 +249,8 @@ class Updater(ABC):
             StaleGradientError: it has been used up.
         """
         self.catch_up(unit)
+        if slot.grad is not Grad.NONE:
+            gradient_errors.check_unshared(unit, slot)
         if slot.grad is Grad.SPENT:
             raise gradient_errors.stale_gradient(unit, slot)
         if slot.own is not None:
@@ -263,10 +266,7 @@ class Updater(ABC):
         return found if self._downloads is None else found.to(self._downloads.torch_device)
 
     def clear(self, *, zeros: bool = False) -> None:
-        """``optimizer.zero_grad()``: after a step, or in place of one.
-
-        Args:
-            zeros: leave zeros, not None.
+        """``optimizer.zero_grad()``: after a step, or in place of one; leaves ``zeros``, or None.
 
         Raises:
             RuntimeError: some updates of the step have been made already; nothing was changed.
@@ -277,9 +277,7 @@ class Updater(ABC):
         skipped = any(slot.arrivals for _, slot in self._slots)
         # What a step that is skipped ends with is not part of any plan.
         with self._driver.untraced() if skipped else nullcontext():
-            for unit, slot in self._slots:
-                if slot.grad is not Grad.NONE:
-                    self._drop(unit, slot, Grad.ZEROS if zeros else Grad.NONE)
+            self._drop_all(Grad.ZEROS if zeros else Grad.NONE)
         self._arrivals.forget()
         if skipped:
             self._driver.abandon_step()
@@ -287,16 +285,16 @@ class Updater(ABC):
     def abandon(self) -> None:
         """Give the step under way up: gradients that were not used are dropped, updates that were made stay."""
         with self._driver.untraced():
-            for unit, slot in self._slots:
-                if slot.grad is not Grad.NONE:
-                    self._drop(unit, slot, Grad.NONE)
+            self._drop_all(Grad.NONE)
         self._arrivals.restart()
         self._used_hypers = None
         self._driver.abandon_step()
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _check_unspent(self, unit: Unit, slot: Slot) -> None:
+    def _before_change(self, unit: Unit, slot: Slot) -> None:
+        self.catch_up(unit)
+        gradient_errors.check_unshared(unit, slot)
         if slot.grad is Grad.SPENT and unit.updated:
             raise self._spent(slot)
 
@@ -304,6 +302,11 @@ class Updater(ABC):
         for unit in self._index.units:
             unit.touched = True  # Whoever wants one gradient is going to want others.
         return gradient_errors.spent_gradient(slot)
+
+    def _drop_all(self, grad: Grad) -> None:
+        for unit, slot in self._slots:
+            if slot.grad is not Grad.NONE:
+                self._drop(unit, slot, grad)
 
     def _drop(self, unit: Unit, slot: Slot, grad: Grad) -> None:
         """Have a gradient be NONE or ZEROS; bytes that a pending update needs stay until it is made."""
@@ -323,15 +326,12 @@ class Updater(ABC):
         """Check that the step can be made; returns its hyper-parameters.
 
         Raises:
-            RuntimeError: hyper-parameters changed after updates of this step had used them, or a gradient of an earlier
-                step was used up, but not cleared, so that plain PyTorch would use it again.
+            RuntimeError: updates of this step had used other ones, or an earlier step's gradient was not cleared.
         """
         hypers = self._training.hypers()
         if self._used_hypers is not None and list(self._used_hypers) != list(hypers):
             raise gradient_errors.changed_hypers()
-        for unit, slot in self._slots:
-            if slot.grad is Grad.SPENT and not unit.updated:
-                raise gradient_errors.uncleared_gradient(slot)
+        self._arrivals.check_cleared()
         return hypers
 
     def _use_hypers(self) -> Sequence[Hyper]:
@@ -346,5 +346,5 @@ class Updater(ABC):
     def _end_step(self) -> None:
         repeatable = self._arrivals.foretold
         self._arrivals.end_step()
-        self._used_hypers = None
+        self._used_hypers, self._divided = None, False
         self._driver.end_step(repeatable=repeatable)

@@ -39,9 +39,9 @@ from offload.store.plan_file import plan_keeper
 from offload.store.store_parts import StoreParts
 from optim.exact.updater import ExactUpdater, is_eager
 from optim.lockfree.updater import LockFreeUpdater
-from optim.loss_scale import Scaling
 from optim.optimizer import PagedOptimizer
 from optim.rules import rule_for
+from optim.scaling.loss_scale import Scaling
 from optim.states import StateAccess
 from optim.unit import Slot, Unit, Whole
 from optim.updater import Updater
@@ -181,7 +181,7 @@ def build_parts(
     trainable = optimizer is None or isinstance(optimizer, OptimizerConfig)
     trims, binder = _trims(config, model), store.binder
     binder.train(model, updater, activations, saved.scope, structure.check, only_trainable=trainable, trims=trims)
-    in_ram = activations is None and store.device_tier is None
+    in_ram = activations is None and store.device_tier is None and store.collectives is None
     if in_ram and isinstance(updater, ExactUpdater) and not isinstance(updater, LockFreeUpdater):
         binder.bindings.follow(model, store.index.units, updater)
     for module in model.modules():

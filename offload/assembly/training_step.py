@@ -17,7 +17,7 @@ from offload.cutting.cut_parameter import CutParameter
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.page_store import PageStore
 from offload.store.plan_file import PlanKeeper
-from optim.loss_scale import LossScale
+from optim.scaling.loss_scale import LossScale
 from optim.unit import Slot, Unit
 from optim.updater import Updater
 from pagemem.process import interrupts
@@ -97,8 +97,9 @@ class TrainingStep:
         """Backward of one micro-batch; see `Engine.backward`."""
         loss = _loss_in(output)
         self._updater.expect(loss, self.made + 1)
-        if self._accumulation > 1:
-            loss = loss / self._accumulation
+        parts = self._accumulation * (1 if self._store.collectives is None else self._store.collectives.n_ranks)
+        if parts > 1:
+            loss = loss / parts
         self.scaled(loss).backward()  # type: ignore[no-untyped-call]
         self._micro_batches += 1
 

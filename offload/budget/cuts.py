@@ -12,7 +12,7 @@ from torch import nn
 from offload.cutting.cuttable import fewest_slices
 from offload.parameters.grouping import Group
 from offload.parameters.inner_tensors import owner_of, slice_name
-from optim.unit import SLOT_ALIGN_NUMEL
+from optim.layout import SLOT_ALIGN_NUMEL
 from pagemem.units import round_up
 
 #: Whether a unit of so many elements of a dtype fits.

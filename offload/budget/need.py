@@ -23,7 +23,7 @@ from offload.config import Config, resolve_page_bytes
 from offload.cutting.cuttable import row_blocks
 from offload.parameters.grouping import Group, common_name, groups_of, units_of
 from offload.parameters.inner_tensors import all_parameters, owner_of
-from optim.unit import cut, largest_slice, lay_out
+from optim.layout import cut, largest_slice, lay_out
 from pagemem.devices.host_memory import usable_bytes
 from pagemem.errors import BudgetError
 from pagemem.frames.page import MIN_PAGE_BYTES

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from offload.commits.plain_state import decode
 from offload.commits.stored_layout import StoredUnit
-from optim.unit import SLICE_ALIGN_NUMEL
+from optim.layout import SLICE_ALIGN_NUMEL
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.durable.manifest import Manifest
 from pagemem.errors import CommitError

@@ -14,7 +14,7 @@ from typing import Final
 
 from torch import nn
 
-from optim.unit import SLOT_ALIGN_NUMEL
+from optim.layout import SLOT_ALIGN_NUMEL
 
 #: Rows of a weight are the dimension that the gradient of a linear layer's input sums over. MKL adds this sum up in
 #: blocks of so many, one after another: sums of slices that begin there have the bits of the sum of all. Measured with

@@ -24,7 +24,7 @@ _EVENTS: Final = {
 }  # fmt: skip
 #: Tracks of kinds of tasks that no profile records.
 _TRACKS: Final = {
-    TaskKind.DOWNLOAD: DOWNLOADS, TaskKind.GATHER: NETWORK, TaskKind.REDUCE_SCATTER: NETWORK,
+    TaskKind.DOWNLOAD: DOWNLOADS, TaskKind.GATHER: NETWORK, TaskKind.REDUCE_SCATTER: NETWORK, TaskKind.FILL: NETWORK,
 }  # fmt: skip
 #: The profiler's names of lanes, in causes of waits.
 _LANE_NAMES: Final = {Lane.SSD_READ: "read", Lane.SSD_WRITE: "write"}

@@ -31,7 +31,7 @@ from offload.store.page_store import PageStore
 from offload.store.store_parts import StoreParts
 from optim.lockfree.unit_channel import GradientSum, UnitChannel
 from optim.lockfree.updater import LockFreeUpdater
-from optim.loss_scale import LossScale, Scaling
+from optim.scaling.loss_scale import LossScale, Scaling
 from optim.unit import Slot, Unit
 from pagemem.devices.accelerator import Accelerator
 from pagemem.devices.arena import Arena

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from optim.unit import SLICE_ALIGN_NUMEL
+from optim.layout import SLICE_ALIGN_NUMEL
 from pagemem.units import ceil_div
 
 #: Fused kernels round alike on both sides of such a cut.

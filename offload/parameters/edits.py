@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from offload.parameters.paged_parameter import PagedParameter, Place
 from offload.parameters.tensor_functions import no_torch_function
 from optim.unit import Slot, Unit
 from pagemem.residency.mover import Mover
+from pagemem.residency.paged_tensor import PagedTensor
 
 
 @dataclass(slots=True)
@@ -36,6 +38,30 @@ class _Lent:
                 if parameter is None or parameter._version != version:
                     slot.edited = found = True
         return found
+
+
+@dataclass(slots=True)
+class _Shown:
+    """The bytes of a gathered tensor as they were when memory of it was given out through which torch counts no
+    writes."""
+
+    mover: Mover
+    tensor: PagedTensor
+    digest: int
+
+    @classmethod
+    def of(cls, mover: Mover, tensor: PagedTensor) -> _Shown:
+        """As they are now."""
+        return cls(mover, tensor, cls._digest(mover, tensor))
+
+    def __call__(self) -> bool:
+        """Whether they have changed."""
+        return self._digest(self.mover, self.tensor) != self.digest
+
+    @staticmethod
+    def _digest(mover: Mover, tensor: PagedTensor) -> int:
+        with no_torch_function():
+            return xxhash.xxh3_64_intdigest(mover.tenants.bytes_of(tensor).numpy().data)
 
 
 class Edits:
@@ -97,7 +123,13 @@ class Edits:
         return begin == place.slot.offset * place.slot.dtype.itemsize
 
     def changed(self, place: Place) -> None:
-        """A bound parameter was written to."""
+        """A bound parameter was written to.
+
+        Raises:
+            RuntimeError: ranks have parts of it; what was written is lost.
+        """
+        if self._mover.gathered.note_write(place.unit.compute):
+            self._mover.gathered.refuse_writes()
         place.unit.version += 1
         place.slot.edited = True
         self._mover.touch(place.unit.compute)
@@ -112,7 +144,10 @@ class Edits:
             in_pass: whether it is inside of a forward or backward pass: for kernels, which read.
         """
         place, tensor = parameter._place, parameter._place.unit.compute
-        if counted and not parameter.requires_grad:
+        if tensor.id in self._mover.gathered and not counted:
+            if not in_pass and tensor.written is None:
+                tensor.written = _Shown.of(self._mover, tensor)
+        elif counted and not (parameter.requires_grad and tensor.id not in self._mover.gathered):
             # Frozen weights are looked at through views, in each step by some modules, and hardly ever written to.
             lent = tensor.written if isinstance(tensor.written, _Lent) else _Lent()
             lent.versions.setdefault(place.slot, (weakref.ref(parameter), parameter._version))
@@ -125,7 +160,7 @@ class Edits:
             if place.seen is None or not place.unit.live_views:
                 place.seen = weakref.ref(parameter), parameter._version
                 self._watched.setdefault(place.unit, {})[place.slot] = place
-        elif not in_pass:
+        elif not in_pass and tensor.id not in self._mover.gathered:
             place.unit.version += 1  # Writes will go unnoticed.
 
     def notice(self, unit: Unit) -> None:

@@ -23,6 +23,7 @@ from offload.parameters.paged_parameter import PagedParameter
 from offload.store.masters import add_masters, narrow
 from offload.store.new_units import Sources, of_slices, pieces_in_unit
 from offload.store.page_store import PageStore
+from offload.store.sharing import gather_units, share_units
 from optim.unit import Slot, Unit
 from pagemem.sources.source_files import Origin, SourcePiece
 
@@ -38,6 +39,8 @@ def adopt(store: PageStore, model: nn.Module, optimized: Collection[int]) -> Non
         BudgetError: the arena, or the device, cannot hold a unit.
     """
     _repack(store, model)
+    if store.collectives is not None:
+        share_units(store, store.collectives)
     trained: set[Unit] = set()
     for order, (name, parameter) in enumerate(all_parameters(model)):
         if isinstance(parameter, PagedParameter):
@@ -50,6 +53,7 @@ def adopt(store: PageStore, model: nn.Module, optimized: Collection[int]) -> Non
         names[name] += 1  # Parameters of several dtypes in one module are several units.
         unit.name = unit.parameters.name = name if names[name] == 1 else f"{name} ({names[name]})"
         _convert(store, unit, store.compute_dtype or unit.dtype, trained=unit in trained)
+    gather_units(store)
     if store.device_tier is not None:
         store.compute_on(store.device_tier)
     device = None if store.accelerator is None else store.accelerator.torch_device
@@ -121,6 +125,9 @@ def _take(store: PageStore, unit: Unit, pieces: Mapping[Slot, Sequence[SourcePie
         return False
     store.mover.make_writable(tensor)
     in_files = [piece for slot in unit.slots for piece in pieces.get(slot, ())]
+    if in_files and unit.sharing is not None and unit.sharing.cuts_parameters:
+        size, (begin, end) = unit.dtype.itemsize, unit.sharing.own
+        in_files = Origin.of(in_files, unit.numel * size).part(begin * size, end * size)
     if in_files:
         store.mover.originate(tensor, Origin.of(in_files, tensor.n_bytes))
     unit.version += 1
@@ -139,7 +146,7 @@ def _convert(store: PageStore, unit: Unit, dtype: torch.dtype, *, trained: bool)
     if trained and dtype is not torch.float32:
         add_masters(store.mover, store.driver, unit)
     if dtype is not unit.dtype:
-        store.replace_parameters(unit, narrow(store.mover, store.driver, unit, dtype), dtype)
+        store.narrow(unit, narrow(store.mover, store.driver, unit, dtype), dtype)
 
 
 def give_back(store: PageStore, model: nn.Module) -> None:

@@ -20,8 +20,8 @@ from optim.lockfree.late_round import round_of
 from optim.lockfree.limits import GradientBudgets, StalenessBound
 from optim.lockfree.update_thread import UpdateThread
 from optim.lockfree.updater import LockFreeUpdater
-from optim.loss_scale import Scaling
 from optim.rules import UpdateRule
+from optim.scaling.loss_scale import Scaling
 from optim.states import StateAccess
 from optim.training import OtherGradients, Training
 from optim.unit import Hyper, Unit
@@ -30,7 +30,7 @@ from pagemem.budget import Budget
 from pagemem.errors import BudgetError
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tier
-from pagemem.units import format_bytes
+from pagemem.units import ceil_div, format_bytes
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 #: Part of the budget that buffers for files that are read in place may take: 8 MiB of 512 MiB, eight reads of 1 MiB.
@@ -58,7 +58,10 @@ def make_updater(
     exact = not update.lock_free
     others = other_gradients(keeps_unoptimized=(ExactUpdater if exact else LockFreeUpdater).keeps_unoptimized)
     eager = is_eager(scaling, update.start)
-    training = Training(store.driver, store.index, hypers, others, scaling, eager, store.counters)
+    blocks = update.norm == "blocks" or store.collectives is not None
+    training = Training(
+        store.driver, store.index, hypers, others, scaling, eager, store.counters, store.collectives, blocks
+    )
     return _make_exact(store, rule, training) if exact else _make_lock_free(store, rule, training)
 
 
@@ -67,7 +70,7 @@ def _make_exact(store: PageStore, rule: UpdateRule, training: Training) -> Updat
     # The largest gradient once as autograd made it, and once on its way down from a device.
     backlog = training.eager and store.parts.worker_wanted
     direct_bytes, on_their_way_bytes = divide_exactly(
-        store, direct=training.eager, on_their_way=device is not None, backlog=backlog
+        store, direct=training.eager and store.collectives is None, on_their_way=device is not None, backlog=backlog
     )
     # Of a device with memory of its own, gradients that are kept are in the buffer that they came down into, reserved
     # as a whole.
@@ -99,7 +102,7 @@ def divide_exactly(
     Raises:
         BudgetError: the run's commits were made with a larger budget, and this one cannot go on from them.
     """
-    need_frames, ram_bytes = max(map(_update_frames, store.index.units)), store.config.memory.ram
+    need_frames, ram_bytes = max(_update_frames(store, unit) for unit in store.index.units), store.config.memory.ram
     if need_frames > ram_bytes // store.page_bytes:
         if not store.earlier.whole:
             raise AssertionError(f"an update needs {need_frames} pages, which the check of the budget has not seen")
@@ -145,16 +148,23 @@ def _lasting(unit: Unit) -> list[PagedTensor]:
     return [unit.parameters, *(tensor for tensor in states if tensor is not None)]
 
 
-def _update_frames(unit: Unit) -> int:
-    """Pages that a unit's update needs at once."""
+def _update_frames(store: PageStore, unit: Unit) -> int:
+    """Pages that a unit's update needs at once, or with other ranks its use, or the sum of its gradients."""
     parts = [sum(t.n_frames for t in (part.states, part.master) if t is not None) for part in unit.slices]
+    if unit.sharing is not None:
+        whole, own = (
+            ceil_div(n_bytes, store.page_bytes)
+            for n_bytes in (unit.sharing.layout.n_bytes, unit.sharing.layout.shard_bytes)
+        )
+        kept = unit.parameters.n_frames
+        return max(kept + whole, (whole + own) * unit.trained, kept + own + max(parts))
     gradients = unit.parameters.n_frames if unit.trained else 0
     return unit.parameters.n_frames + gradients + max(parts)
 
 
 def _size_of(unit: Unit) -> UnitSize:
     slices = [part.numel for part in unit.slices] if unit.trained else []
-    return UnitSize(unit.dtype, unit.slices[-1].end, unit.gradient_bytes, slices)
+    return UnitSize(unit.dtype, unit.numel, unit.gradient_bytes, slices)
 
 
 def _make_lock_free(store: PageStore, rule: UpdateRule, training: Training) -> Updater:

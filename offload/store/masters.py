@@ -30,24 +30,26 @@ def add_masters(mover: HostMover, driver: Driver, unit: Unit) -> None:
     wide, view = unit.parameters, mover.tenants.view
     with driver.untraced():
         for number, part in enumerate(unit.slices):
-            part.master = mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.numel * 4)
-            if wide.state is Residency.ABSENT:  # without values yet, and so is the master
+            part.master = mover.create(f"master {number} of {unit.name}", Tag.MASTER, part.state_bytes)
+            if wide.state is Residency.ABSENT or not part.numel:  # without values yet, and so is the master
                 continue
-            if _originated(mover, wide, part, unit.dtype):
+            if _originated(mover, unit, part):
                 continue
             accesses = [Access(wide.id, AccessMode.READ), Access(part.master.id, AccessMode.CREATE)]
             with driver.op((OpKind.FORWARD, ("master", unit.index, number)), unit.name, accesses):
-                values = view(wide, unit.dtype, part.begin, part.numel)
+                values = view(wide, unit.dtype, part.begin - unit.first, part.numel)
                 view(part.master, torch.float32, 0, part.numel).copy_(values)
     for slot in unit.slots:
         slot.edited = False
 
 
-def _originated(mover: HostMover, wide: PagedTensor, part: Slice, dtype: torch.dtype) -> bool:
+def _originated(mover: HostMover, unit: Unit, part: Slice) -> bool:
     """Have a master's values come from the files that the parameters' do; returns whether they can, to the bit."""
+    wide, dtype = unit.parameters, unit.dtype
     if wide.origin is None or part.master is None:
         return False
-    pieces = wide.origin.part(part.begin * dtype.itemsize, part.end * dtype.itemsize)
+    begin, end = part.begin - unit.first, part.end - unit.first
+    pieces = wide.origin.part(begin * dtype.itemsize, end * dtype.itemsize)
     if not pieces:
         return True  # a gap: zeros
     size_bytes = round_up(part.numel * dtype.itemsize, BLOCK_BYTES)
@@ -64,7 +66,7 @@ def narrow(mover: HostMover, driver: Driver, unit: Unit, dtype: torch.dtype) -> 
     Raises:
         BudgetError: host memory cannot hold both.
     """
-    wide, numel = unit.parameters, unit.slices[-1].end
+    wide, numel = unit.parameters, unit.kept_numel
     made = mover.create(unit.name, Tag.PARAM, numel * dtype.itemsize)
     if wide.state is Residency.ABSENT:
         return made

@@ -21,7 +21,8 @@ from offload.parameters.binder import Binder
 from offload.parameters.grouping import Group
 from offload.parameters.paged_parameter import PagedParameter
 from offload.store.masters import copy_slot
-from optim.unit import Slot, Unit, UnitIndex, cut, lay_out
+from optim.layout import cut, lay_out
+from optim.unit import Slot, Unit, UnitIndex
 from pagemem.residency.host_mover import HostMover
 from pagemem.sources.source_files import Origin, SourcePiece
 from pagemem.sources.source_transfers import SourceFiles
@@ -115,7 +116,7 @@ class UnitMaker:
         with self.driver.untraced():
             with self.driver.op((OpKind.FORWARD, ("place", unit.index)), unit.name, accesses):
                 assert tensor.frame is not None
-                flat = mover.arena.view(tensor.frame, 0, unit.dtype, unit.slices[-1].end)
+                flat = mover.arena.view(tensor.frame, 0, unit.dtype, unit.numel)
                 flat.zero_()
                 for (parameter, slot), found in zip(pairs, pieces, strict=True):
                     if found:

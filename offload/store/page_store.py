@@ -23,6 +23,7 @@ from offload.cutting.cuttable import row_blocks
 from offload.cutting.make_cut import cut_parameter, release
 from offload.modules.conversions import guard_conversions
 from offload.modules.saving import guard_saving
+from offload.parallel.shareable import check_shareable
 from offload.parameters.binder import Binder
 from offload.parameters.grouping import Group, Neighbours, own_groups
 from offload.parameters.inner_tensors import own_parameters, reveal_all
@@ -39,6 +40,8 @@ from pagemem.devices.arena import HostArena
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.process import forks, interrupts
 from pagemem.process.closing import close_all
+from pagemem.ranks.collectives import Collectives
+from pagemem.ranks.comm_lane import CommLane
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.telemetry.events import Counters
@@ -64,8 +67,7 @@ class PageStore:
     def __init__(self, config: Config, parts: StoreParts | None = None) -> None:
         self.config = config
         self.parts = parts or StoreParts(config)
-        ram_bytes = config.memory.ram
-        sizes = Sizes.of(config)
+        ram_bytes, sizes = config.memory.ram, Sizes.of(config)
         self.compute_dtype = sizes.compute_dtype
         self.counters = Counters()
         self.accelerator = None if config.device == "cpu" else self.parts.accelerator()
@@ -98,6 +100,7 @@ class PageStore:
             self.mover = HostMover(arena, self.page_files, self.counters, self.sources)
             self.earlier.restore(self.mover.copies)
             self.driver = self.parts.driver(self.mover, self.counters)
+            self.comm = self._connect_ranks(undo)
             self.device_tier: DeviceTier | None = None
             if self.accelerator is not None and config.memory.device is not None:
                 self.device_tier = DeviceTier(
@@ -111,6 +114,22 @@ class PageStore:
         made_here = self.mover, self.driver, self.binder, self.index, self.sources
         self.maker = UnitMaker(config, self.page_bytes, self.slice_numel, *made_here, self.parts.device)
         forks.disown_in_children(self)
+
+    def _connect_ranks(self, undo: ExitStack) -> CommLane | None:
+        """The lane to the other ranks, if there are any; none of them makes what does not work with several."""
+        collectives = self.parts.collectives()
+        if collectives is None:
+            return None
+        check_shareable(self.config)
+        comm = CommLane(collectives, self.counters)
+        undo.callback(comm.close)
+        self.driver.add_ranks(comm)
+        return comm
+
+    @property
+    def collectives(self) -> Collectives | None:
+        """What connects the ranks; None: there is one."""
+        return None if self.comm is None else self.comm.collectives
 
     # ---- parameters --------------------------------------------------------------------------------------------
 
@@ -166,14 +185,18 @@ class PageStore:
         tensors = list(self.mover.tensors.values())
         return {file.path for tensor in tensors if tensor.origin is not None for file in tensor.origin.files}
 
-    def replace_parameters(self, unit: Unit, made: PagedTensor, dtype: torch.dtype) -> None:
-        """Have a unit go on in ``made``, which holds its values in another dtype; its old pages are given back."""
+    def replace(self, unit: Unit, made: PagedTensor) -> None:
+        """Have a unit go on in ``made``, which holds what it keeps of its values; its old pages are given back."""
         self.driver.quiesce()
         del self.binder.units[unit.parameters.id]
         self.mover.forget(unit.parameters)
-        unit.parameters, unit.dtype = made, dtype
+        unit.parameters = made
         self.binder.units[made.id] = unit
-        self.narrowed = True
+
+    def narrow(self, unit: Unit, made: PagedTensor, dtype: torch.dtype) -> None:
+        """Have a unit go on in ``made``, which holds its values in another dtype; its old pages are given back."""
+        self.replace(unit, made)
+        unit.dtype, self.narrowed = dtype, True
         for slot in unit.slots:
             slot.dtype, slot.edited = dtype, False
 
@@ -277,6 +300,7 @@ class PageStore:
             unhook()
         close_all(
             self.driver.quiesce,
+            *([] if self.comm is None else [self.comm.close]),
             *([] if self.device_tier is None else [self.device_tier.close]),
             self.mover.close,
             self.sources.close,

@@ -11,13 +11,14 @@ import torch
 
 from offload.config import Config
 from optim.lockfree.unit_channel import UnitChannel
-from optim.loss_scale import LossScale, Scaling
+from optim.scaling.loss_scale import LossScale, Scaling
 from optim.unit import Unit
 from pagemem.devices.accelerator import Accelerator, RamDevice
 from pagemem.devices.arena import Arena, HostArena
 from pagemem.devices.cuda import CudaDevice
 from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
+from pagemem.ranks.collectives import Collectives
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
 from pagemem.sources.source_reader import CHUNK_BYTES
@@ -50,6 +51,10 @@ class StoreParts:
             return RamDevice()
         _, _, index = self.config.device.partition(":")
         return CudaDevice(int(index) if index else None)
+
+    def collectives(self) -> Collectives | None:
+        """What connects the ranks that share the model; None: there is one rank."""
+        return None
 
     def channel(self, unit: Unit) -> UnitChannel:
         """What hands a unit's gradients to the update thread, in lock-free mode."""

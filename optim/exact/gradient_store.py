@@ -9,6 +9,7 @@ thread only.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,14 +17,16 @@ from pathlib import Path
 
 import torch
 
-from optim.clip import gradient_norm
 from optim.gradient_budget import GradientBudget
-from optim.unit import SLOT_ALIGN_NUMEL, Grad, Slot, Unit, Whole
+from optim.layout import SLOT_ALIGN_NUMEL
+from optim.scaling.clip import gradient_norm
+from optim.unit import Grad, Piece, Slice, Slot, Unit, Whole, pieces_of
 from pagemem.files.spilled import SpilledTensor
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
 from pagemem.units import round_up
 from scheduler.execution.driver import Driver
+from scheduler.planning.task import TaskKind
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 #: Told of tensors in host memory that an op has changed, once it is over.
@@ -88,6 +91,8 @@ class GradientStore:
         if unit.gradients is None:
             n_bytes = round_up(max(1, unit.slots[-1].end), SLOT_ALIGN_NUMEL) * flat.dtype.itemsize
             unit.gradients = self._driver.mover.create(f"gradients of {unit.name}", Tag.GRAD, n_bytes)
+        if unit.sharing is not None:
+            self._driver.mover.end_expiry(unit.gradients)  # the last step's may still be summed
         begun = any(other.paged for other in unit.slots)
         mode = AccessMode.MODIFY if begun else AccessMode.CREATE
         key = (OpKind.GRADIENT, (unit.index, slot.order, slot.arrivals))
@@ -108,6 +113,50 @@ class GradientStore:
             self._budget.release(_host_bytes(unit, kept))
         if not unit.sums_resident:
             self._changed([unit.gradients])
+
+    def reduce(self, unit: Unit, divisor: int) -> None:
+        """Begin to sum a unit's gradients of the step, which are all in pages, over all ranks. On all ranks.
+
+        Args:
+            divisor: of the sum.
+
+        Raises:
+            BudgetError: no host pages for both; nothing was begun. RankError: another rank failed.
+        """
+        sharing = unit.sharing
+        assert sharing is not None and unit.gradients is not None
+        if sharing.sums is None:
+            name = f"summed gradients of {unit.name}"
+            sharing.sums = self._driver.mover.create(name, Tag.GRAD, sharing.layout.shard_bytes)
+        self._driver.mover.end_expiry(sharing.sums)
+        accesses = [
+            Access(unit.gradients.id, AccessMode.CONSUME),
+            Access(sharing.sums.id, AccessMode.CREATE, via=TaskKind.REDUCE_SCATTER),
+        ]
+        parts = zlib.crc32(bytes(slot.paged for slot in unit.slots))
+        with self._driver.op((OpKind.GRADIENT, (unit.index, "sum")), sharing.sums.name, accesses):
+            whole = self._driver.mover.tenants.view(unit.gradients, unit.dtype, 0, unit.numel)
+            self._driver.memories.reduce_scatter(
+                whole, sharing.sums, sharing.layout, unit.gradients, parts=parts, divisor=divisor
+            )
+        sharing.reduced = True
+
+    def piece(self, unit: Unit, piece: Piece) -> torch.Tensor:
+        """The flat paged sum of a piece, over all ranks where they share the unit; its pages must be pinned."""
+        sharing = unit.sharing
+        if sharing is None:
+            begin = piece.begin - piece.slot.offset
+            return self.view(unit, piece.slot)[begin : begin + piece.numel]
+        assert sharing.sums is not None and sharing.reduced
+        return self._driver.mover.tenants.view(sharing.sums, unit.dtype, piece.begin - sharing.own[0], piece.numel)
+
+    @contextmanager
+    def pieces(self, unit: Unit) -> Iterator[Iterator[torch.Tensor]]:
+        """Inside the block: the summed gradients of a shared unit's optimized parameters in the own range, in order."""
+        assert unit.sharing is not None and unit.sharing.sums is not None
+        key, access = (OpKind.GRADIENT, (unit.index, "norm")), Access(unit.sharing.sums.id, AccessMode.READ)
+        with self._driver.op(key, unit.sharing.sums.name, [access]):
+            yield (self.piece(unit, piece) for piece in pieces_of(unit, Slice(*unit.sharing.own)))
 
     def view(self, unit: Unit, slot: Slot) -> torch.Tensor:
         """The flat paged sum of one parameter; its pages must be pinned by the op under way."""
@@ -186,14 +235,14 @@ class GradientStore:
                 # A worker may have yet to use it.
                 self._driver.updates.when_made(partial(self._budget.release, _host_bytes(unit, slot.direct)))
             slot.forget_gradient()
-        if (
-            had_pages
-            and unit.gradients is not None
-            and not unit.sums_resident
-            and not any(slot.paged for slot in unit.slots)
-        ):
+        sums = unit.gradients
+        if unit.sharing is not None and unit.sharing.reduced:
+            sums = unit.sharing.sums
+        if had_pages and sums is not None and not unit.sums_resident and not any(slot.paged for slot in unit.slots):
+            if unit.sharing is not None:
+                unit.sharing.reduced = False
             if not consumed:
                 key = (OpKind.GRADIENT, (unit.index, "cleared"))
-                with self._driver.op(key, f"gradients of {unit.name}", [Access(unit.gradients.id, AccessMode.DISCARD)]):
+                with self._driver.op(key, f"gradients of {unit.name}", [Access(sums.id, AccessMode.DISCARD)]):
                     pass
-            self._driver.memories.consume(unit.gradients)
+            self._driver.memories.consume(sums)

@@ -21,6 +21,7 @@ from optim.states import StateAccess, state_view
 from optim.unit import Grad, Hyper, Pending, Piece, Slice, Slot, Unit, pieces_of
 from pagemem.telemetry.events import Event, EventKind, EventSink
 from scheduler.execution.driver import Driver
+from scheduler.planning.task import TaskKind
 from scheduler.planning.trace import Access, AccessMode, OpKind
 
 
@@ -117,7 +118,8 @@ class UnitUpdate:
             self._store.scale(unit, used, pending.coefficient)
             pending = Pending(pending.hypers, None)
         parts = [(number, part, pieces_of(unit, part)) for number, part in enumerate(unit.slices)]
-        parts = [entry for entry in parts if entry[2]]
+        # Every rank makes the ops of all slices, whatever it has of them.
+        parts = [entry for entry in parts if entry[2] or unit.sharing is not None]
         for number, part, pieces in parts:
             last = part is parts[-1][1]
             work = SliceUpdate.of(unit, part, pieces, pending, last=last)
@@ -130,10 +132,19 @@ class UnitUpdate:
             unit.bound.count_update()
         unit.pending = self._torn = None
         self._store.forget(unit, spent, consumed=True)
+        if unit.sharing is not None and not unit.sharing.cuts_parameters and len(unit.sharing.layout.ranges) > 1:
+            self._fill(unit)
         for slot in spent:
             if slot.grad is Grad.HELD:
                 slot.become(Grad.SPENT)
         self._updated(unit)
+
+    def _fill(self, unit: Unit) -> None:
+        """Have the parts come that other ranks have updated."""
+        assert unit.sharing is not None
+        access = Access(unit.parameters.id, AccessMode.MODIFY, via=TaskKind.FILL)
+        with self._driver.op((OpKind.UPDATE, (unit.index, "fill")), unit.name, [access]):
+            self._driver.memories.fill(unit.parameters, unit.sharing.layout)
 
     def _run_slice(self, number: int, one: SliceUpdate, spent: Sequence[Slot], *, beside: bool) -> None:
         unit, part = one.unit, one.part
@@ -163,6 +174,9 @@ class UnitUpdate:
 
     def _paged_sums(self, unit: Unit, spent: Sequence[Slot]) -> list[Access]:
         """What an update needs of the unit's paged gradients, of which those of ``spent`` are of no use after it."""
+        if unit.sharing is not None:
+            assert unit.sharing.sums is not None
+            return [Access(unit.sharing.sums.id, AccessMode.CONSUME if spent else AccessMode.READ)]
         paged = [slot for slot in unit.slots if slot.paged]
         if unit.gradients is None or not any(slot.group >= 0 for slot in paged):
             return []
@@ -176,7 +190,7 @@ class UnitUpdate:
             batch = Batch([], [], [[] for _ in self._rule.state_names], [])
             narrow = []
             for piece, direct, steps in chosen:
-                parameter = mover.tenants.view(unit.parameters, unit.dtype, piece.begin, piece.numel)
+                parameter = mover.tenants.view(unit.parameters, unit.dtype, piece.begin - unit.first, piece.numel)
                 gradient = self._gradient(unit, piece, direct).to(parameter.device)
                 if part.master is not None:
                     master = state_view(mover, part, part.master, 0, piece.begin, piece.numel)
@@ -198,6 +212,7 @@ class UnitUpdate:
                 parameter.copy_(master)
 
     def _gradient(self, unit: Unit, piece: Piece, direct: torch.Tensor | None) -> torch.Tensor:
+        if direct is None:
+            return self._store.piece(unit, piece)
         begin = piece.begin - piece.slot.offset
-        flat = self._store.view(unit, piece.slot) if direct is None else direct
-        return flat[begin : begin + piece.numel]
+        return direct[begin : begin + piece.numel]

@@ -19,15 +19,17 @@ from typing import ClassVar, Literal
 
 import torch
 
-from optim.clip import check_finite, gradient_norm
 from optim.exact.bound_unit import BoundUnit, Hook
 from optim.exact.bound_updates import BoundUpdates
 from optim.exact.gradient_store import GradientStore
+from optim.exact.norms import GradientNorms
+from optim.exact.rank_sums import RankSums
 from optim.exact.unit_update import UnitUpdate
 from optim.gradient_budget import GradientBudget
 from optim.gradient_downloads import GradientDownloadQueue
-from optim.loss_scale import Scaling
 from optim.rules import UpdateRule
+from optim.scaling.clip import check_finite, gradient_norm
+from optim.scaling.loss_scale import Scaling
 from optim.training import Training
 from optim.unit import Grad, Pending, Slot, Unit
 from optim.updater import Updater
@@ -75,7 +77,10 @@ class ExactUpdater(Updater):
         self._behind = WriteBehind(training.driver.mover)
         self._store = GradientStore(training.driver, budget, self._changed, spill_folder)
         self._update = UnitUpdate(training.driver, rule, self._store, training.sink, updated, self._changed)
-        self._every_slot = training.index.slots(optimized=False)
+        self._ranks = None
+        if training.collectives is not None:
+            self._ranks = RankSums(self._store, training.collectives, self._update_shared)
+        self._norms = GradientNorms(training, self._store, self._ranks)
         self.bound = BoundUpdates(
             training.driver.mover, rule, budget, self._use_hypers, self.gradient, updated, self._viewed,
             self._update.whole, training.sink,
@@ -142,7 +147,7 @@ class ExactUpdater(Updater):
         final = self._arrivals.is_final(slot)
 
         def note_norm(flat: torch.Tensor) -> None:
-            asked = final and self._training.scaling.needs_norm and slot.whole is None
+            asked = final and self._training.scaling.needs_norm and slot.whole is None and not self._training.blocks
             slot.norm = gradient_norm(flat) if asked else None
 
         if not (final and self._uses_in_place(unit, slot) and self._store.keep(unit, slot, gradient)):
@@ -154,11 +159,17 @@ class ExactUpdater(Updater):
         if self._eager and self._arrivals.complete(unit) and not self._viewed(unit):
             hypers = self._use_hypers()
             used = [slot for slot in unit.slots if slot.group >= 0 and slot.grad is Grad.HELD]
-            if self._may_apply(unit, used):
+            if self._ranks is not None:
+                self._ranks.update(unit, Pending(hypers, None), divides=not self._divided)
+            elif self._may_apply(unit, used):
                 self._update.run(unit, Pending(hypers, None), spent=used)
             unit.updated = unit.ended = True
             if unit.bound is not None:
                 unit.bound.make_asked()
+
+    def _update_shared(self, unit: Unit, pending: Pending) -> None:
+        """Update a unit whose gradients are summed; they are of no use after that."""
+        self._update.run(unit, pending, spent=[slot for slot in unit.slots if slot.has_bytes], beside=False)
 
     def _may_apply(self, unit: Unit, found: Sequence[Slot]) -> bool:
         """Whether the gradients of a unit, which are all there, may be applied; those that may not are dropped here."""
@@ -205,6 +216,7 @@ class ExactUpdater(Updater):
         self.catch_up(None)
         if self._downloads is not None:
             self._downloads.end_step()
+        self._finish_sums()
         self._update.check_whole()
         self.bound.leave_unfinished()
         hypers = self._begin_step()
@@ -218,11 +230,12 @@ class ExactUpdater(Updater):
         waiting = [
             u for u in self._index.units if any(s.group >= 0 and s.grad in (Grad.HELD, Grad.OWN) for s in u.slots)
         ]
-        coefficient = self._coefficient() if self._training.scaling.needs_norm else None
+        coefficient = self._coefficient(waiting) if self._training.scaling.needs_norm else None
         if self._training.scaling.needs_norm and waiting and coefficient is None:
             self.dropped_steps += 1
         else:
             self._decide_all(waiting, Pending(hypers, coefficient))
+        self._finish_sums()
         self._end_step()
 
     def _fill_wholes(self) -> None:
@@ -243,7 +256,12 @@ class ExactUpdater(Updater):
 
     def _decide(self, unit: Unit, pending: Pending) -> None:
         """Make an update now where its gradients or its values are looked at, else before the unit is next used."""
-        if any(slot.own is not None for slot in unit.slots) or self._viewed(unit):
+        if self._ranks is not None and unit.sharing is not None:
+            if unit.sharing.reduced:
+                self._update_shared(unit, pending)
+            else:
+                self._ranks.update(unit, pending, divides=not self._divided)
+        elif any(slot.own is not None for slot in unit.slots) or self._viewed(unit):
             # Now, while the user's tensors are what they are, and for views to show it.
             self._update.run(unit, pending, spent=(), beside=False)
         elif self._eager and not unit.touched:
@@ -263,6 +281,7 @@ class ExactUpdater(Updater):
         """
         if self._downloads is not None:
             self._downloads.drop()
+        self._finish_sums()
         self._driver.updates.finish()
         self._update.check_whole()
         self.bound.clear()
@@ -277,20 +296,13 @@ class ExactUpdater(Updater):
                 self.clear()
                 raise
 
-    def _coefficient(self) -> torch.Tensor | None:
-        """As `Training.coefficient`; gradients of parameters that are not optimized are multiplied here."""
-        found = [
-            (slot.order, self._store.norm(unit, slot) if slot.whole is None else self._store.norm_of_whole(slot.whole))
-            for unit, slot in self._every_slot
-            if slot.whole is None or slot is slot.whole.places[0][1]
-        ]
-        norms = [(order, norm) for order, norm in found if norm is not None]
-        coefficient = self._training.coefficient(norms, self._note_norm)
-        if coefficient is not None:
-            for unit, slot in self._every_slot:
-                if slot.group < 0 and slot.grad in (Grad.HELD, Grad.OWN):
-                    self._store.scale(unit, [slot], coefficient)
-        return coefficient
+    def _finish_sums(self) -> None:
+        if self._ranks is not None:
+            self._ranks.finish()
+
+    def _coefficient(self, waiting: Sequence[Unit]) -> torch.Tensor | None:
+        """As `GradientNorms.coefficient`."""
+        return self._norms.coefficient(waiting, self._note_norm, divides=not self._divided)
 
     # ---- updates -----------------------------------------------------------------------------------------------
 

@@ -25,7 +25,6 @@ from typing import ClassVar
 
 import torch
 
-from optim.clip import gradient_norm, is_finite
 from optim.exact.gradient_store import flat_gradient
 from optim.exact.updater import ExactUpdater
 from optim.lockfree.adoption import Adoption
@@ -34,6 +33,7 @@ from optim.lockfree.limits import GradientBudgets, StalenessBound
 from optim.lockfree.unit_channel import GradientSum, UnitChannel
 from optim.lockfree.update_thread import UpdateThread
 from optim.rules import UpdateRule
+from optim.scaling.clip import gradient_norm, is_finite
 from optim.states import StateAccess
 from optim.training import Training
 from optim.unit import Grad, Hyper, Pending, Slot, Unit
@@ -242,7 +242,7 @@ class LockFreeUpdater(ExactUpdater):
             unit for unit in self._index.units if unit not in self._channels
             and any(slot.group >= 0 and slot.grad in (Grad.HELD, Grad.OWN) for slot in unit.slots)
         ]  # fmt: skip
-        coefficient = self._coefficient() if self._training.scaling.needs_norm else None
+        coefficient = self._coefficient(on_time) if self._training.scaling.needs_norm else None
         if self._training.scaling.needs_norm and (late or on_time) and coefficient is None:
             self.dropped_steps += 1
             for unit in late:
@@ -259,7 +259,7 @@ class LockFreeUpdater(ExactUpdater):
     def _note_norm(self, total: torch.Tensor) -> None:
         Updater._note_norm(self, total)
 
-    def _coefficient(self) -> torch.Tensor | None:
+    def _coefficient(self, waiting: Sequence[Unit]) -> torch.Tensor | None:
         """As `Training.coefficient`; the user's own tensors are multiplied here."""
         norms = []
         for unit, slot in self._slots:

@@ -34,6 +34,7 @@ class CollectiveKind(enum.IntEnum):
 
     GATHER = 0
     REDUCE_SCATTER = 1
+    FILL = 2
 
 
 class Vote(enum.IntEnum):

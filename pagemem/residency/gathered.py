@@ -48,6 +48,7 @@ class GatheredTensors:
         self.n_tickets = 0
         self.using: GatherTicket | None = None
         self._sources: dict[TensorId, tuple[PagedTensor, ShardLayout]] = {}
+        self._written: PagedTensor | None = None
         self._made_of: dict[TensorId, list[PagedTensor]] = {}
         self._open: dict[TensorId, list[GatherTicket]] = {}
         mover.monitor.on_change(self.look)
@@ -130,6 +131,27 @@ class GatheredTensors:
             raise AssertionError(f"{tensor.name} is gathered and cannot be changed; change {self.shard(tensor).name}")
         for whole in self._made_of.get(tensor.id, ()):
             self.outdate(whole)
+
+    def note_write(self, tensor: PagedTensor) -> bool:
+        """A tensor was written to; returns whether it is gathered, which `refuse_writes` tells of."""
+        if tensor.id not in self._sources:
+            return False
+        self._written = self._written or tensor
+        self.outdate(tensor)
+        return True
+
+    def refuse_writes(self) -> None:
+        """Raise where gathered tensors were written to: they are gathered anew.
+
+        Raises:
+            RuntimeError: names one.
+        """
+        tensor, self._written = self._written, None
+        if tensor is not None:
+            raise RuntimeError(
+                f"{tensor.name} was written to, of which each rank has a part: what was written is lost; write to the "
+                "model before offload.prepare, or load weights by offload.load_weights or from a commit"
+            )
 
     def discards(self, tensor: PagedTensor) -> bool:
         """A tensor is to be discarded: returns whether nothing is left to do for that, as it is gathered."""

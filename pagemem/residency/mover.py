@@ -216,7 +216,8 @@ class Mover(ABC):
                 if tensor.leases == 0:
                     freed.append(tensor)
                     tensor.note_writes()
-                    if tensor.may_be_aliased and tensor.readable:
+                    aliased = tensor.may_be_aliased and tensor.readable
+                    if aliased and not self.gathered.note_write(tensor):
                         self.make_writable(tensor)
                         self.touch(tensor)
                     tensor.may_be_aliased, tensor.written = False, None

@@ -18,6 +18,7 @@ LANE_OF: Final[Mapping[TaskKind, Lane]] = {
     TaskKind.DOWNLOAD: Lane.D2H,
     TaskKind.GATHER: Lane.COMM,
     TaskKind.REDUCE_SCATTER: Lane.COMM,
+    TaskKind.FILL: Lane.COMM,
     TaskKind.UPDATE: Lane.UPDATE,
 }
 #: Kinds of tasks that make a tensor of another one.

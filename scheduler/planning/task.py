@@ -22,8 +22,9 @@ class TaskKind(enum.Enum):
     """What a task does to a tensor.
 
     LOAD and STORE: page files and host memory. UPLOAD and DOWNLOAD: host memory and a device. GATHER: makes a tensor of
-    the shards of all ranks; REDUCE_SCATTER: the own shard of the sum of all ranks' tensors. UPDATE: a worker changes it
-    beside compute. DROP: its frames are emptied, for something that is known at run time only.
+    the shards of all ranks; REDUCE_SCATTER: the own shard of the sum of all ranks' tensors; FILL: the parts of the
+    other ranks, in a tensor of which every rank has its own. UPDATE: a worker changes it beside compute. DROP: its
+    frames are emptied, for something that is known at run time only.
     """
 
     # Members are single: enum's own hash, of the name, is a Python call.
@@ -35,6 +36,7 @@ class TaskKind(enum.Enum):
     DOWNLOAD = "download"
     GATHER = "gather"
     REDUCE_SCATTER = "reduce_scatter"
+    FILL = "fill"
     UPDATE = "update"
     DROP = "drop"
 

@@ -62,7 +62,8 @@ class Access:
         tier: where it is used. A copy in another tier is another tensor.
         via: what moves the bytes where the op does not touch the tensor itself. CREATE via DOWNLOAD or REDUCE_SCATTER:
             they arrive after the op, from what it CONSUMEs or from memory that is not paged. READ or CONSUME via
-            UPLOAD: they are copied up for the op, out of the paged memory.
+            UPLOAD: they are copied up for the op, out of the paged memory. MODIFY via FILL: other ranks' parts arrive
+            after the op.
     """
 
     tensor: TensorId

@@ -20,7 +20,7 @@ from pagemem.telemetry.recorder import WaitCause
 from pagemem.tier import Tier
 from scheduler.planning.trace import Access, AccessMode
 from scheduler.tiers.on_demand import PlanView
-from scheduler.tiers.reducing import ReduceScatter
+from scheduler.tiers.reducing import Fill, ReduceScatter
 from scheduler.tiers.tier_memory import TierMemory
 from scheduler.tiers.update_lane import UpdateLane
 from scheduler.tiers.wait_explainer import DeviceCauses, WaitExplainer
@@ -165,9 +165,10 @@ class Memories:
     # ---- ops ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise what a copy failed with. With the locks held."""
+        """Raise what a copy failed with, and where gathered tensors were written to. With the locks held."""
         for memory in self.all:
             memory.mover.monitor.check()
+            memory.mover.gathered.refuse_writes()
 
     def pin(self, name: str, accesses: Sequence[Access]) -> list[PagedTensor]:
         """Pin the tensors of an op once they are usable, those first that are waited for in host memory.
@@ -237,8 +238,9 @@ class Memories:
         mover.discard(tensor)
 
     def reduce_scatter(
-        self, whole: torch.Tensor, into: PagedTensor, layout: ShardLayout, source: PagedTensor | None = None
-    ) -> None:
+        self, whole: torch.Tensor, into: PagedTensor, layout: ShardLayout, source: PagedTensor | None = None,
+        *, parts: int = 0, divisor: int = 1,
+    ) -> None:  # fmt: skip
         """Begin to have the sum over all ranks of a tensor come to a shard in host memory, inside an op that creates
         ``into`` via REDUCE_SCATTER. On all ranks; what uses ``into`` next waits for it.
 
@@ -246,14 +248,26 @@ class Memories:
             whole: flat, of the layout's dtype; it stays as it is until then.
             source: the paged tensor that ``whole`` is a view of, which the op consumes, and which expires then: who
                 uses it next calls `Mover.end_expiry` before. None: it is memory that is not paged.
+            parts: a number for what of ``whole`` is to be summed, equal on all ranks. divisor: of the sum.
         """
         assert self._comm is not None
         with self.locked():
             owner = None if source is None else (self.of(source.id).mover, source)
             assert isinstance(self.host.mover, HostMover)
-            self._comm.submit(ReduceScatter(self.host.mover, whole, into, layout, owner))
+            self._comm.submit(ReduceScatter(self.host.mover, whole, into, layout, owner, parts, divisor))
             if owner is not None:
                 owner[0].discard_soon(owner[1])
+
+    def fill(self, into: PagedTensor, layout: ShardLayout) -> None:
+        """Begin to have the other ranks' parts come to a tensor in host memory, inside an op that modifies ``into`` via
+        FILL. On all ranks; what uses ``into`` next waits for it.
+
+        Args:
+            layout: which elements of ``into`` are right on which rank.
+        """
+        assert self._comm is not None and isinstance(self.host.mover, HostMover)
+        with self.locked():
+            self._comm.submit(Fill(self.host.mover, into, layout))
 
     # ---- all of them -------------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ OPS: Final = (
     op(4, OpKind.UPDATE, "update B", "modify B", "modify SB", "consume GB", lane=Lane.UPDATE),
     op(5, OpKind.BACKWARD, "backward a", "read a", "create GA via reduce_scatter"),
     op(6, OpKind.UPDATE, "update A", "modify A", "modify SA", "consume GA", lane=Lane.UPDATE),
+    op(7, OpKind.UPDATE, "fill B", "modify B via fill"),
 )
 
 

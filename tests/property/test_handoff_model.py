@@ -32,7 +32,7 @@ from optim.gradient_budget import GradientBudget
 from optim.lockfree.limits import GradientBudgets, StalenessBound
 from optim.lockfree.unit_channel import Version
 from optim.lockfree.updater import LockFreeUpdater
-from optim.loss_scale import Scaling
+from optim.scaling.loss_scale import Scaling
 from optim.training import Training
 from optim.unit import Slot, Unit, UnitIndex
 from pagemem.budget import Budget

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from optim.layout import cut, lay_out
 from optim.lockfree.unit_channel import GradientSum
-from optim.unit import Slot, Unit, cut, lay_out
+from optim.unit import Slot, Unit
 from pagemem.frames.page import FrameId, TensorId
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag

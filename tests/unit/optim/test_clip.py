@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from optim.clip import check_finite, clip_coefficient, gradient_norm, total_norm
+from optim.scaling.clip import check_finite, clip_coefficient, gradient_norm, total_norm
 from pagemem.errors import NonFiniteError
 
 SHAPES = [(7,), (64, 33), (1,), (128, 128), (3, 5, 7), (1001,)]

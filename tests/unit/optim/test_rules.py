@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from optim.layout import SLICE_ALIGN_NUMEL, cut
 from optim.rules import AdamRule, Batch, SGDRule, UpdateRule, rule_for
-from optim.unit import SLICE_ALIGN_NUMEL, cut
 
 Parameters = list[torch.nn.Parameter]
 STEPS = 5

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from optim.loss_scale import FIRST_SCALE, GROWTH_INTERVAL, LEAST_SCALE, MOST_SCALE, LossScale, Scaling
+from optim.scaling.loss_scale import FIRST_SCALE, GROWTH_INTERVAL, LEAST_SCALE, MOST_SCALE, LossScale, Scaling
 
 
 def test_an_overflow_halves_and_a_run_of_good_steps_doubles() -> None:

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optim.unit import SLICE_ALIGN_NUMEL, SLOT_ALIGN_NUMEL, Slice, Slot, Unit, UnitIndex, cut, lay_out, pieces_of
+from optim.layout import SLICE_ALIGN_NUMEL, SLOT_ALIGN_NUMEL, cut, lay_out
+from optim.unit import Slice, Slot, Unit, UnitIndex, pieces_of
 from pagemem.frames.page import TensorId
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag

@@ -13,8 +13,8 @@ from hypothesis import given
 from offload.budget.lock_free import Division, LockFreeBudget, UnitSize
 from offload.budget.need import Sizes, UnitShape, budget_need
 from offload.config import Config, load_config
+from optim.layout import cut, lay_out
 from optim.lockfree.batch_update import scratch_bytes
-from optim.unit import cut, lay_out
 from pagemem.errors import BudgetError
 from pagemem.units import KiB, MiB, ceil_div
 from scheduler.planning.update_round import least_frames

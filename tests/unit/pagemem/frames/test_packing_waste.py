@@ -21,7 +21,7 @@ from torch import nn
 from offload.budget.need import Sizes
 from offload.config import load_config
 from offload.parameters.grouping import units_of
-from optim.unit import cut, lay_out
+from optim.layout import cut, lay_out
 from pagemem.frames.allocator import PageAllocator
 from pagemem.frames.page import TensorId
 from pagemem.residency.paged_tensor import PagedTensor

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from optim.clip import clip_coefficient
+from optim.scaling.clip import clip_coefficient
 
 FIRST_SCALE: Final = 2.0**16
 GROWTH_INTERVAL: Final = 2000

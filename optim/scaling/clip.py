@@ -50,19 +50,19 @@ def is_finite(flat: torch.Tensor) -> bool:
     return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(flat).all())
 
 
-def check_loss(value: float, step: int) -> None:
+def check_loss(value: float, step: int, where: str = "") -> None:
     """Raise unless a loss is a number.
 
     Args:
-        step: of the optimizer, that it is for; from 1.
+        step: of the optimizer, that it is for; from 1. where: which rank's, for the message.
 
     Raises:
         NonFiniteError: it is NaN or infinite.
     """
     if not math.isfinite(value):
         raise NonFiniteError(
-            f"the loss of step {step} is {value}: no parameter changed by it; lower the learning rate or look at the "
-            "batch"
+            f"the loss of step {step}{where} is {value}: no parameter changed by it; lower the learning rate or look "
+            "at the batch"
         )
 
 
