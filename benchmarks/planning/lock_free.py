@@ -64,10 +64,11 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     if a.disk_ratio is not None:
         limit_mb_per_s = STATE_BYTES * n / (a.disk_ratio * _step_without_updates_s(a, shared)) / 1e6
         shared += ["--ssd-limit", limit_mb_per_s]
-    processes = {kind: _process(a, kind, shared) for kind in a.kinds}
-    for process in processes.values():
+    processes = {}
+    for kind in a.kinds:  # One after the other: what one times when it is built, the others would disturb.
+        processes[kind] = _process(a, kind, shared)
         for _ in range(WARM_UP):
-            process.step()
+            processes[kind].step()
     made = turns.take(processes, a.turns, a.turn)
     summaries = {kind: process.end() for kind, process in processes.items()}
     _clean(a)

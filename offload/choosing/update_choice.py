@@ -1,8 +1,9 @@
 """Which updates `update.mode = "auto"` stands for: the ones whose steps are forecast to be quicker.
 
 A step is rehearsed and simulated in both modes (`offload.forecast.rehearsal`), by the same kernels' times and the same
-rates of the disk. Where lock-free updates cannot be made, or nothing can be forecast, updates are exact, and the choice
-says why. A run that goes on from a commit keeps the mode it was begun with.
+rates of the disk. Where lock-free updates cannot be made, or nothing can be forecast (as on a machine that other
+programs keep busy), updates are exact, and the choice says why. A run that goes on from a commit keeps the mode it was
+begun with.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import nn
 from offload.budget.smallest import smallest_budget
 from offload.config import Config
 from offload.forecast.forecast import predicted
-from offload.forecast.kernels import CostMode, Kernels
+from offload.forecast.kernels import CostMode, Kernels, TimedKernels
 from offload.forecast.rates import Rates, kernels_of, rates_of, threads_of
 from offload.forecast.rehearsal import rehearsed
+from offload.forecast.timed_runs import UNDISTURBED
 from offload.machine.calibration import calibrated
 from offload.parameters.optimizer_template import OptimizerLike
 from pagemem.durable.commit_folder import CommitFolder
@@ -62,6 +64,10 @@ def choose_updates(
             seconds[mode] = _step_s(_with_mode(config, mode), make_model, optimizer, rates, kernels)
     except (OffloadError, OSError) as error:
         return _chosen(config, "exact", seconds, f"nothing more can be forecast: {_first_line(error)}")
+    share = kernels.undisturbed_share if isinstance(kernels, TimedKernels) else 1.0
+    if share < UNDISTURBED:
+        busy = f"which is too uncertain: kernels had a processor for {share:.0%} of the time in which they were timed"
+        return _chosen(config, "exact", seconds, f"{busy}, as other programs compute on this machine")
     quicker: Mode = "lock-free" if seconds["lock-free"] < WORTH_IT * seconds["exact"] else "exact"
     return _chosen(config, quicker, seconds, "")
 

@@ -9,7 +9,6 @@ Kernels come as torch dispatches them, with tensors of torch's meta device.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cache
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from offload.forecast.timed_runs import counted, timed_runs, told_s
 from offload.profiling.live_storages import tensors_in
 
 _ATEN: Final = torch.ops.aten
@@ -31,9 +31,6 @@ _UNTOUCHED: Final = frozenset(
 )
 _ATTENTION: Final = _ATEN._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD: Final = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
-#: A kernel is run until it took so long in all, but not more often than `_MOST_RUNS`.
-_LEAST_S: Final = 0.02
-_MOST_RUNS: Final = 5
 #: Written before each run: in a step a kernel finds little of what it reads in the processor's caches, which hold no
 #: more than this.
 _FLUSH_BYTES: Final = 48 << 20
@@ -94,8 +91,8 @@ class TimedKernels:
 
     @property
     def undisturbed_share(self) -> float:
-        """Of the time in which kernels ran, the share in which the thread that runs them had a processor. A machine
-        that is busy with something else gives it less."""
+        """Of the time of those runs that count, the share in which the thread that runs them had a processor. A machine
+        that is so busy with something else that no other runs were to be had gives it less."""
         return min(1.0, self._on_processor_s / self._ran_s) if self._ran_s else 1.0
 
     def seconds(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> float:
@@ -113,8 +110,7 @@ class TimedKernels:
 
     def _key(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
         values, structure = tree_flatten((args, dict(kwargs)))
-        shapes = tuple((tuple(v.shape), v.stride(), v.dtype) if isinstance(v, Tensor) else str(v) for v in values)
-        return func, str(structure), shapes
+        return func, str(structure), tuple(_told_apart(value) for value in values)
 
     def _timed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
         began_s = time.perf_counter()
@@ -126,23 +122,20 @@ class TimedKernels:
                 # It wants other values than ones, or has no CPU kernel. Rated by flops and bytes instead, and counted:
                 # the table says how many kernels were.
                 return None
-            took_s: list[float] = []
             flush = torch.zeros(_FLUSH_BYTES // 4)
-            while len(took_s) < _MOST_RUNS and (sum(took_s) < _LEAST_S or len(took_s) < 2):
-                flush.add_(1.0)
-                on_processor_s = time.thread_time()
-                took_s.append(_once_s(lambda: func(*real_args, **real_kwargs)))
-                self._on_processor_s += time.thread_time() - on_processor_s
-        self._ran_s += sum(took_s)
+            made = timed_runs(lambda: func(*real_args, **real_kwargs), lambda: flush.add_(1.0))
+        self._ran_s += sum(one.took_s for one in counted(made))
+        self._on_processor_s += sum(one.on_processor_s for one in counted(made))
         self._progress(self.n_timed + 1)
         self.spent_s += time.perf_counter() - began_s
-        return statistics.median(took_s)
+        return told_s(made)
 
 
-def _once_s(run: Callable[[], object]) -> float:
-    began_s = time.perf_counter()
-    run()
-    return time.perf_counter() - began_s
+def _told_apart(value: Any) -> Hashable:
+    """What of an argument a kernel's time depends on; one generator of random numbers is as fast as another."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    return "generator" if isinstance(value, torch.Generator) else str(value)
 
 
 def _real(value: Any) -> Any:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import statistics
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
@@ -16,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from offload.forecast.rates import Rates, measured_ram_speed
 from offload.forecast.rehearsal import Rehearsal
+from offload.forecast.timed_runs import timed_runs, told_s
 from optim import knobs
 from optim.rules import AdamRule, Batch
 from optim.unit import Unit
@@ -30,7 +29,6 @@ _OTHER_BYTES: Final = 16
 #: Bytes that pass for each element whose new value is copied into the parameters in use.
 _ADOPTED_BYTES: Final = 8
 _NUMEL: Final = 1 << 22
-_RUNS: Final = 3
 
 
 def update_s_per_element(n_states: int, rates: Rates, n_threads: int) -> float:
@@ -67,16 +65,15 @@ def _measured_s(n_threads: int) -> float:
         values = [torch.ones(_NUMEL) for _ in range(4)]
         size = min(knobs.PIECE_NUMEL * n_threads, _NUMEL)
         scratch = torch.empty(2, size)
-        took_s = []
-        for _ in range(_RUNS):
-            began_s = time.perf_counter()
-            for begin in range(0, _NUMEL, size):
+
+        def update() -> None:
+            for begin in range(0, size * (_NUMEL // size), size):
                 parameter, gradient, *states = (value[begin : begin + size] for value in values)
                 rule.apply_lookahead((1e-4, 1e-8), -1, parameter, states, scratch[1], scratch[0])
                 rule.apply(hyper, Batch([scratch[0]], [gradient], [[state] for state in states], [5]))
                 gradient.copy_(scratch[0])
-            took_s.append(time.perf_counter() - began_s)
-    return statistics.median(took_s) / _NUMEL
+
+        return told_s(timed_runs(update)) / (size * (_NUMEL // size))
 
 
 def with_late_costs(work: Work, engine: Rehearsal) -> Work:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, Final
+from typing import Any
 
 from rich.console import Console
 from rich.progress import TextColumn, TimeElapsedColumn
@@ -18,10 +18,8 @@ from offload.forecast.explained import as_dict as explained_dict
 from offload.forecast.fit import Fit
 from offload.forecast.forecast import Forecast
 from offload.forecast.step_times import H2D
+from offload.forecast.timed_runs import UNDISTURBED
 from pagemem.units import format_bytes
-
-#: A thread that nothing disturbs has its processor for more of the time.
-UNDISTURBED: Final = 0.9
 
 
 @contextmanager

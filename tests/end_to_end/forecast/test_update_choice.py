@@ -19,10 +19,11 @@ from examples.byte_gpt import byte_gpt
 from offload.choosing import update_choice
 from offload.choosing.update_choice import choose_updates
 from offload.config import Config
-from offload.forecast import late_costs
+from offload.forecast import late_costs, timed_runs
 from offload.forecast.forecast import forecast
 from offload.forecast.rates import Rates
 from offload.forecast.report import forecast_rows
+from offload.forecast.timed_runs import TimedRun
 
 #: Does not quite hold the states of all units; in exact mode those of more than in lock-free mode.
 RAM = 11 << 19
@@ -74,6 +75,12 @@ def test_plan_says_the_choice_and_forecasts_it(rates: Rates, mode: str, tmp_path
 def test_a_budget_too_small_for_lock_free_updates_leaves_exact_ones(tmp_path: Path) -> None:
     mode, said = chosen(config(tmp_path, 2 << 20), SLOW)
     assert mode == "exact" and "lock-free updates keep the gradients of the whole model in RAM" in said
+
+
+def test_times_of_a_busy_machine_leave_exact_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timed_runs, "timed_run", lambda work: TimedRun(0.1, 0.04))
+    mode, said = chosen(config(tmp_path), replace(SLOW, flops=None, ram=None))
+    assert mode == "exact" and "kernels had a processor for 40% of the time in which they were timed" in said
 
 
 def test_a_device_leaves_exact_updates(tmp_path: Path) -> None:

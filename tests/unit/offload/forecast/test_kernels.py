@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload.forecast import kernels
+from offload.forecast import kernels, timed_runs
 from offload.forecast.kernels import CostMode, RatedKernels, TimedKernels, flops_of
+from offload.forecast.timed_runs import TimedRun
 
 ATEN = torch.ops.aten
 
@@ -45,15 +46,42 @@ def test_each_kernel_of_each_shape_is_timed_once() -> None:
     assert timed.n_timed == 4
 
 
-def test_a_kernel_takes_the_median_of_some_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    took = iter([0.001, 0.009, 0.002, 0.004, 0.005, 0.1])
+def of_runs(monkeypatch: pytest.MonkeyPatch, *made: TimedRun) -> None:
+    """Have runs take what is said, one after the other."""
+    left = iter(made)
 
-    def once_s(work: Callable[[], object]) -> float:
+    def timed_run(work: Callable[[], object]) -> TimedRun:
         work()
-        return next(took)
+        return next(left)
 
-    monkeypatch.setattr(kernels, "_once_s", once_s)
+    monkeypatch.setattr(timed_runs, "timed_run", timed_run)
+
+
+def test_a_kernel_takes_the_median_of_some_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_runs(monkeypatch, *(TimedRun(took_s, took_s) for took_s in (0.001, 0.009, 0.002, 0.004, 0.005, 0.1)))
     assert run(TimedKernels(Asked()), lambda: torch.empty(8, 8) @ torch.empty(8, 8)) == 0.004  # Five runs make 0.02 s.
+
+
+def test_another_programs_time_slices_are_no_time_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited, preempted = TimedRun(0.03, 0.01), TimedRun(0.02, 0.02, preempted=True)
+    of_runs(monkeypatch, waited, preempted, TimedRun(0.012, 0.012), waited, TimedRun(0.014, 0.014))
+    timed = TimedKernels(Asked())
+    assert run(timed, lambda: torch.empty(8, 8) @ torch.empty(8, 8)) == pytest.approx(0.013)
+    assert timed.undisturbed_share == 1.0
+
+
+def test_where_every_run_is_disturbed_the_shortest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_runs(monkeypatch, *(TimedRun(took_s, 0.01) for took_s in (0.05, 0.02, 0.09)))
+    timed = TimedKernels(Asked())
+    assert run(timed, lambda: torch.empty(8, 8) @ torch.empty(8, 8)) == 0.02  # Three runs make 0.1 s.
+    assert timed.undisturbed_share == 0.5
+
+
+def test_one_generator_is_as_fast_as_another() -> None:
+    timed = TimedKernels(Asked())
+    for _ in range(2):
+        run(timed, lambda: torch.empty(8).normal_(generator=torch.Generator()))
+    assert timed.n_timed == 1
 
 
 def test_a_whole_step_can_be_timed() -> None:
@@ -122,8 +150,6 @@ def test_the_share_of_time_with_a_processor_is_told(monkeypatch: pytest.MonkeyPa
     told: list[int] = []
     timed = TimedKernels(Asked(), told.append)
     assert timed.undisturbed_share == 1.0
-    now_s = iter(range(1000))
-    monkeypatch.setattr(kernels, "_once_s", lambda work: 4.0)
-    monkeypatch.setattr(kernels.time, "thread_time", lambda: float(next(now_s)))
+    monkeypatch.setattr(timed_runs, "timed_run", lambda work: TimedRun(4.0, 1.0))
     run(timed, lambda: torch.empty(8, 8) @ torch.empty(8, 8))
     assert timed.undisturbed_share == 0.25 and told == [1]
