@@ -231,6 +231,11 @@ Degree = Literal["none", "states", "gradients", "all"]
 class ParallelConfig(_Section):
     """How the processes of a run, its ranks, share a model. All ranks have the same section."""
 
+    shard: int | None = Field(default=None, ge=1)
+    """Ranks among which units are cut; ranks r with the same ``r // shard`` have the whole model together, and such
+    groups are replicas of each other. None: all ranks over ``replicate``."""
+    replicate: int | None = Field(default=None, ge=1)
+    """Groups of ``shard`` ranks. None: as many as there are; with neither given, one."""
     degree: Degree = "all"
     """What is cut: "none": nothing, every rank has and updates everything; "states": masters and optimizer states, and
     the summed gradients; "gradients": the same, as sums are never kept whole here; "all": parameters as well, which are

@@ -46,6 +46,12 @@ def _get(flat: torch.Tensor, first: int, view: torch.Tensor, begin: int) -> None
     view.copy_(flat[first + begin : first + begin + view.numel()])
 
 
+def _check_unshared(places: Places) -> None:
+    for unit, slot in places:
+        if unit.sharing is not None:
+            raise RuntimeError(f"{slot.name}: with several ranks no rank has its optimizer states, only parts of them")
+
+
 class StateAccess:
     """Reads and writes whole per-parameter states (exp_avg, ..., master) of units through their slices.
 
@@ -74,7 +80,9 @@ class StateAccess:
 
         Raises:
             DiskFullError, StorageError: there is no room for it, or a page file failed.
+            RuntimeError: ranks have parts of it.
         """
+        _check_unshared(places)
         whole = SpilledTensor(self._spill_folder, shape, torch.float32)
         for first, unit, slot in _numbered(places):
             self._visit(unit, slot, AccessMode.READ, number, partial(_put, whole, first))
@@ -87,8 +95,9 @@ class StateAccess:
             places: as for `read`.
 
         Raises:
-            ValueError: the value has another shape; nothing was changed.
+            ValueError: the value has another shape. RuntimeError: ranks have parts of it. Nothing was changed.
         """
+        _check_unshared(places)
         if value.ndim and value.shape != shape:
             name = places[0][1].name
             raise ValueError(f"{name}: a state of shape {tuple(value.shape)} for a parameter of {tuple(shape)}")

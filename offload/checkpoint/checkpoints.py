@@ -103,12 +103,14 @@ class Checkpoints:
             ValueError: the name is empty, too long, or not one line. Nothing was begun, as after the next.
             CommitError: a tracked state, a parameter group or a buffer has something that cannot be committed; says
                 where.
-            RuntimeError: the model no longer has the parameters that are in pages.
+            RuntimeError: the model no longer has the parameters that are in pages; or there are several ranks.
         """
         if name is not None and (not name or len(name) > _MAX_NAME or not name.isprintable()):
             raise ValueError(
                 f"a commit's name is one line of 1 to {_MAX_NAME} characters, not {name[: _MAX_NAME + 1]!r}"
             )
+        if self._store.collectives is not None:
+            raise RuntimeError("several ranks cannot commit yet; use one rank, or save what you gather of the model")
         self._store.binder.check_structure()
         self._store.binder.without_values.check(self._slots())
         self._store.binder.bindings.let_go()  # A commit has what is changed copied before.

@@ -38,6 +38,7 @@ from pagemem.devices.arena import Arena
 from pagemem.errors import OffloadError
 from pagemem.files.page_file import PageFiles
 from pagemem.folders.run_directory import RunDirectory
+from pagemem.ranks.collectives import Collectives
 from pagemem.residency.device_mover import DeviceMover
 from pagemem.residency.mover import Mover
 from pagemem.residency.paged_tensor import PagedTensor
@@ -135,6 +136,10 @@ class _Parts(StoreParts):
         self.rates = rates
         self._cost = cost
         self.channels: list[_SilentChannel] = []
+
+    def collectives(self) -> Collectives | None:
+        """None: it is not one of the ranks that train."""
+        return None
 
     def accelerator(self) -> Accelerator:
         """None that copies anything."""

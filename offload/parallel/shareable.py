@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offload.config import Config, ConfigError
+from offload.config import Config, ConfigError, ParallelConfig
 
 
 def check_shareable(config: Config) -> None:
@@ -20,3 +20,20 @@ def check_shareable(config: Config) -> None:
     found = [setting for setting, wanted in refused.items() if wanted]
     if found:
         raise ConfigError(f"several ranks do not work with {' and '.join(found)} yet; leave it out, or use one rank")
+
+
+def shards_of(parallel: ParallelConfig, n_ranks: int) -> int:
+    """Ranks among which units are cut.
+
+    Raises:
+        ConfigError: ``shard`` and ``replicate`` do not make up so many ranks.
+    """
+    shard, replicate = parallel.shard, parallel.replicate
+    if shard is None:
+        shard = n_ranks // (replicate or 1)
+    if shard * (replicate or max(1, n_ranks // shard)) != n_ranks:
+        raise ConfigError(
+            f"parallel.shard = {parallel.shard} and parallel.replicate = {replicate} do not make up {n_ranks} ranks; "
+            "their product must be the number of ranks"
+        )
+    return shard

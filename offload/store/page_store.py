@@ -23,7 +23,6 @@ from offload.cutting.cuttable import row_blocks
 from offload.cutting.make_cut import cut_parameter, release
 from offload.modules.conversions import guard_conversions
 from offload.modules.saving import guard_saving
-from offload.parallel.shareable import check_shareable
 from offload.parameters.binder import Binder
 from offload.parameters.grouping import Group, Neighbours, own_groups
 from offload.parameters.inner_tensors import own_parameters, reveal_all
@@ -40,7 +39,6 @@ from pagemem.devices.arena import HostArena
 from pagemem.folders.run_directory import RunDirectory
 from pagemem.process import forks, interrupts
 from pagemem.process.closing import close_all
-from pagemem.ranks.collectives import Collectives
 from pagemem.ranks.comm_lane import CommLane
 from pagemem.residency.host_mover import HostMover
 from pagemem.residency.paged_tensor import PagedTensor
@@ -79,11 +77,8 @@ class PageStore:
         interrupts.guard(self)
         with ExitStack() as undo:
             undo.callback(interrupts.unguard, self)
-            self.directories: list[RunDirectory] = []
-            for path in config.ssd.paths:
-                directory = RunDirectory(Path(path))
-                undo.callback(directory.close)
-                self.directories.append(directory)
+            self.collectives = self.parts.collectives()
+            self.directories = self._open_directories(undo)
             # A run that goes on keeps the sizes it was begun with.
             self.earlier = EarlierCommits(self.directories)
             self.page_bytes, self.slice_numel = self.earlier.sizes(
@@ -100,7 +95,10 @@ class PageStore:
             self.mover = HostMover(arena, self.page_files, self.counters, self.sources)
             self.earlier.restore(self.mover.copies)
             self.driver = self.parts.driver(self.mover, self.counters)
-            self.comm = self._connect_ranks(undo)
+            self.comm = None if self.collectives is None else CommLane(self.collectives, self.counters)
+            if self.comm is not None:
+                undo.callback(self.comm.close)
+                self.driver.add_ranks(self.comm)
             self.device_tier: DeviceTier | None = None
             if self.accelerator is not None and config.memory.device is not None:
                 self.device_tier = DeviceTier(
@@ -115,21 +113,14 @@ class PageStore:
         self.maker = UnitMaker(config, self.page_bytes, self.slice_numel, *made_here, self.parts.device)
         forks.disown_in_children(self)
 
-    def _connect_ranks(self, undo: ExitStack) -> CommLane | None:
-        """The lane to the other ranks, if there are any; none of them makes what does not work with several."""
-        collectives = self.parts.collectives()
-        if collectives is None:
-            return None
-        check_shareable(self.config)
-        comm = CommLane(collectives, self.counters)
-        undo.callback(comm.close)
-        self.driver.add_ranks(comm)
-        return comm
-
-    @property
-    def collectives(self) -> Collectives | None:
-        """What connects the ranks; None: there is one."""
-        return None if self.comm is None else self.comm.collectives
+    def _open_directories(self, undo: ExitStack) -> list[RunDirectory]:
+        """The folders of the page files; with several ranks each has its own in those of the configuration."""
+        opened: list[RunDirectory] = []
+        for path in map(Path, self.config.ssd.paths):
+            directory = RunDirectory(path if self.collectives is None else path / f"rank-{self.collectives.rank}")
+            undo.callback(directory.close)
+            opened.append(directory)
+        return opened
 
     # ---- parameters --------------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 
 from offload.config import Config
+from offload.parallel.shareable import check_shareable, shards_of
+from offload.parallel.world import World
 from optim.lockfree.unit_channel import UnitChannel
 from optim.scaling.loss_scale import LossScale, Scaling
 from optim.unit import Unit
@@ -53,8 +55,17 @@ class StoreParts:
         return CudaDevice(int(index) if index else None)
 
     def collectives(self) -> Collectives | None:
-        """What connects the ranks that share the model; None: there is one rank."""
-        return None
+        """What connects the ranks that share the model; None: there is one rank.
+
+        Raises:
+            RankError: the environment names ranks, but not how to reach them. ConfigError: other ranks were asked for.
+        """
+        world = World.current()
+        n_shards = shards_of(self.config.parallel, 1 if world is None else world.n_ranks)
+        if world is None:
+            return None
+        check_shareable(self.config)
+        return world.collectives(n_shards)
 
     def channel(self, unit: Unit) -> UnitChannel:
         """What hands a unit's gradients to the update thread, in lock-free mode."""

@@ -4,56 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_ranks import config_of, gather_values, on_engines, trained_on_ranks, trained_plainly
-from torch import Tensor, nn
+from tied_model import ADAMW, TiedModel, loss_of, steps_of, tied_model
+from torch import Tensor
 
 import offload
 
-ADAMW = partial(torch.optim.AdamW, lr=1e-2, fused=True)
 DEGREES = ("none", "states", "gradients", "all")
-
-
-class Tied(nn.Module):
-    """Units of several sizes, two of them tied, norms and biases among them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(96, 40)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(40), nn.Linear(40, 130), nn.GELU(), nn.Linear(130, 40)) for _ in range(3)
-        )
-        self.head = nn.Linear(40, 96, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = x + block(x)
-        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), tokens.flatten())
-
-
-def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    loss: Tensor = model(batch)
-    return loss
-
-
-def steps_of(n_steps: int, n_batches: int) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        [torch.randint(0, 96, (2 + i % 3, 7 + i), generator=generator) for i in range(n_batches)]
-        for _ in range(n_steps)
-    ]
-
-
-def model() -> Tied:
-    torch.manual_seed(1)
-    return Tied()
 
 
 Train = Callable[..., list[list[Tensor]]]
@@ -67,7 +29,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         n_ranks: int, batches: list[list[Tensor]], degree: str, ram: str = "16MiB", *, dtype: str = "fp32",
         degree_of: dict[str, str] | None = None, **update: Any,
     ) -> Any:  # fmt: skip
-        built, folder = model(), tmp_path / f"{degree}-{len(list(tmp_path.iterdir()))}"
+        built, folder = tied_model(), tmp_path / f"{degree}-{len(list(tmp_path.iterdir()))}"
         sections: Any = {"parallel": {"degree": degree, "degree_of": degree_of or {}}, "update": update}
         sections["model"] = {"dtype": dtype}
         configs = [config_of(folder, rank, ram, **sections) for rank in range(n_ranks)]
@@ -87,14 +49,14 @@ def test_one_micro_batch_a_rank_has_the_bits_of_one_process_that_accumulates(
     n_ranks: int, degree: str, train: Train
 ) -> None:
     batches = steps_of(6, n_ranks)
-    assert equal(train(n_ranks, batches, degree), trained_plainly(model(), ADAMW, batches, loss_of))
+    assert equal(train(n_ranks, batches, degree), trained_plainly(tied_model(), ADAMW, batches, loss_of))
 
 
 @pytest.mark.parametrize("degree", DEGREES)
 @pytest.mark.parametrize("ram", ["768KiB", "1MiB"])
 def test_bits_are_the_same_where_pages_come_and_go(degree: str, ram: str, train: Train) -> None:
     batches = steps_of(8, 2)
-    assert equal(train(2, batches, degree, ram), trained_plainly(model(), ADAMW, batches, loss_of))
+    assert equal(train(2, batches, degree, ram), trained_plainly(tied_model(), ADAMW, batches, loss_of))
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3])
@@ -109,7 +71,7 @@ def test_accumulation_gives_the_same_bits_for_every_degree(n_ranks: int, train: 
 def test_clipping_by_blocks_gives_the_bits_of_one_process(degree: str, ram: str, train: Train, tmp_path: Path) -> None:
     batches = steps_of(5, 3)
     one = config_of(tmp_path / "one", 0, "16MiB", update={"clip_norm": 0.05, "norm": "blocks", "accumulation": 3})
-    with offload.Engine(model(), one, ADAMW) as engine:
+    with offload.Engine(tied_model(), one, ADAMW) as engine:
         for step in batches:
             for batch in step:
                 engine.backward(loss_of(engine.model, batch))
@@ -122,7 +84,7 @@ def test_clipping_by_blocks_gives_the_bits_of_one_process(degree: str, ram: str,
 def test_updates_at_the_steps_end_and_patterns_of_degrees(start: str, train: Train) -> None:
     batches = steps_of(5, 2)
     found = train(2, batches, "all", "1MiB", start=start, degree_of={"*.1.*": "none", "blocks.2*": "states"})
-    assert equal(found, trained_plainly(model(), ADAMW, batches, loss_of))
+    assert equal(found, trained_plainly(tied_model(), ADAMW, batches, loss_of))
 
 
 @pytest.mark.parametrize("degree", ["states", "all"])
@@ -134,7 +96,7 @@ def test_parameters_in_16_bits_are_equal_on_all_ranks_and_for_all_degrees(degree
 
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[offload.Engine, int], None]) -> list[str]:
     """What the engines of two ranks raise in the second step, in which ``act`` is called after backward."""
-    models, batches = [model(), model()], steps_of(2, 2)
+    models, batches = [tied_model(), tied_model()], steps_of(2, 2)
 
     def body(rank: int) -> str:
         with offload.Engine(models[rank], config_of(tmp_path, rank, "16MiB"), ADAMW) as engine:
@@ -196,7 +158,7 @@ def test_what_does_not_work_with_ranks_is_refused_at_the_start(tmp_path: Path, m
     def body(rank: int) -> str:
         config = config_of(tmp_path, rank, "16MiB", update={"mode": "lock-free"})
         with pytest.raises(offload.ConfigError) as raised:
-            offload.Engine(Tied(), config, ADAMW)
+            offload.Engine(TiedModel(), config, ADAMW)
         return str(raised.value)
 
     assert all('update.mode = "lock-free"' in said for said in on_engines(2, monkeypatch, body))

@@ -16,6 +16,7 @@ from fake_ranks import Meeting, MemoryCollectives, on_all_ranks
 from torch import Tensor, nn
 
 import offload
+from offload.parallel.shareable import check_shareable
 from offload.store.store_parts import StoreParts
 from pagemem.ranks.collectives import Collectives
 
@@ -36,6 +37,7 @@ def on_engines(n_ranks: int, monkeypatch: pytest.MonkeyPatch, body: Callable[[in
     met, own = Meeting(n_ranks), threading.local()
 
     def collectives(parts: StoreParts) -> Collectives | None:
+        check_shareable(parts.config)
         return getattr(own, "collectives", None)
 
     def run(rank: int) -> T:

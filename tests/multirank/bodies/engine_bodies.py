@@ -1,0 +1,50 @@
+"""What ranks do in tests of engines between processes."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+
+import torch
+from rank_processes import give
+from tied_model import ADAMW, loss_of, steps_of, tied_model
+
+import offload
+from offload.parallel.world import World
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of all parameters; on all ranks."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        found.update(parameter.detach().clone().numpy().tobytes())
+    return found.hexdigest()
+
+
+def trains() -> None:
+    """Train as ``argv`` says: the folder, memory.ram, the degree, ranks in a shard; gives a digest of the model."""
+    folder, ram, degree, shard = sys.argv[1:5]
+    world = World.current()
+    assert world is not None
+    config = {
+        "memory": {"ram": ram}, "ssd": {"paths": [folder]}, "parallel": {"degree": degree, "shard": int(shard)},
+    }  # fmt: skip
+    with offload.Engine(tied_model(), config, ADAMW) as engine:
+        for step in steps_of(5, world.n_ranks):
+            engine.backward(loss_of(engine.model, step[world.rank]))
+            assert engine.step()
+        give(digest(engine.model))
+
+
+def prepared() -> None:
+    """Train in a loop of one's own, whose losses nobody divides."""
+    world = World.current()
+    assert world is not None
+    config = {"memory": {"ram": "2MiB"}, "ssd": {"paths": [sys.argv[1]]}}
+    model, optimizer = offload.prepare(tied_model(), ADAMW, config)
+    for step in steps_of(4, world.n_ranks):
+        loss_of(model, step[world.rank]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    give(digest(model))
+    optimizer.engine.close()
