@@ -103,14 +103,12 @@ class Checkpoints:
             ValueError: the name is empty, too long, or not one line. Nothing was begun, as after the next.
             CommitError: a tracked state, a parameter group or a buffer has something that cannot be committed; says
                 where.
-            RuntimeError: the model no longer has the parameters that are in pages; or there are several ranks.
+            RuntimeError: the model no longer has the parameters that are in pages.
         """
         if name is not None and (not name or len(name) > _MAX_NAME or not name.isprintable()):
             raise ValueError(
                 f"a commit's name is one line of 1 to {_MAX_NAME} characters, not {name[: _MAX_NAME + 1]!r}"
             )
-        if self._store.collectives is not None:
-            raise RuntimeError("several ranks cannot commit yet; use one rank, or save what you gather of the model")
         self._store.binder.check_structure()
         self._store.binder.without_values.check(self._slots())
         self._store.binder.bindings.let_go()  # A commit has what is changed copied before.
@@ -127,7 +125,12 @@ class Checkpoints:
         due = self._config.commit
         by_step = due.every_steps is not None and step - self._last_step >= due.every_steps
         by_time = due.every_s is not None and time.monotonic() - self._last_s >= due.every_s and step > self._last_step
-        return (by_step or by_time) and not self.committer.busy
+        wanted = by_step or by_time
+        if self._store.collectives is not None and (due.every_steps is not None or due.every_s is not None):
+            # Clocks differ, and so do the times that commits take: rank 0's counts, once all are through with the last.
+            said = self._store.collectives.agree([float(wanted), float(self.committer.busy)])
+            return bool(said[0][0]) and not any(busy for _, busy in said)
+        return wanted and not self.committer.busy
 
     def _state(self) -> dict[str, Any]:
         try:
@@ -303,7 +306,7 @@ class Checkpoints:
                 )
 
     def _tensors(self) -> dict[str, PagedTensor]:
-        return {f"{t.tag.value}: {t.name}": t for t in self._store.mover.tensors.values() if t.tag not in TRANSIENT}
+        return {f"{t.tag.value}: {t.name}": t for t in self._store.lasting() if t.tag not in TRANSIENT}
 
     def _take_all_over(self, commit: Commit, origins: Mapping[str, Origin]) -> None:
         """Have pages hold what a commit does."""
@@ -318,6 +321,8 @@ class Checkpoints:
     def _take_over(self, tensor: PagedTensor, commit: Commit, origins: Mapping[str, Origin]) -> None:
         mover, frame, key = self._store.mover, tensor.frame, f"{tensor.tag.value}: {tensor.name}"
         resident, tensor.resident = tensor.resident, False
+        with mover.changed:
+            mover.gathered.changed(tensor)
         if key in origins:
             mover.originate(tensor, origins[key])
         else:

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from offload.checkpoint.commit_thread import CommitThread
+from offload.checkpoint.rank_commits import PartRefusedError, RankCommits
 from offload.commits.commit_state import encoded
 from offload.commits.run_commits import Commit, EarlierCommits
 from offload.store.page_store import PageStore
@@ -22,6 +24,7 @@ from pagemem.durable.references import ReferencedFile, ReferencedTensor, refer_t
 from pagemem.errors import CommitError, DamagedCommitError, StorageError
 from pagemem.frames.page import TensorId
 from pagemem.residency.disk_versions import DiskVersion
+from pagemem.residency.paged_tensor import PagedTensor, Residency
 from pagemem.residency.snapshot import Snapshot, SnapshotState
 from pagemem.tier import TRANSIENT
 
@@ -40,6 +43,10 @@ class CommitContent:
     sidecar: bytes
 
 
+def _has_arrived(tensor: PagedTensor) -> bool:
+    return tensor.state is not Residency.ARRIVING
+
+
 class Committer:
     """Makes, keeps and removes a run's commits. Methods belong to the training thread.
 
@@ -56,9 +63,14 @@ class Committer:
         #: What is wrong with commits that cannot be used, by number.
         self.damaged = store.earlier.damaged
         self._number = store.earlier.last_number
+        self._ranks: RankCommits | None = None
+        if store.rank_run is not None:
+            self._ranks, self._number = RankCommits(store.rank_run), store.rank_run.last_number
         self._left: list[int] = []
         #: Snapshots of commits that failed when their manifest may have been there already.
         self._doubtful: dict[int, Snapshot] = {}
+        #: Snapshots of commits whose parts are durable, of which other ranks may know more.
+        self._doubtful_parts: list[Snapshot] = []
         self._own_course = not self.commits and not store.earlier.damaged
         self._snapshot: Snapshot | None = None  # of the commit that is being written
         self._thread = CommitThread()
@@ -156,8 +168,10 @@ class Committer:
         self.check_own_course()
         self._thread.start()
         mover = self._store.mover
-        tensors = [tensor for tensor in mover.tensors.values() if tensor.tag not in TRANSIENT]
+        tensors = [tensor for tensor in self._store.lasting() if tensor.tag not in TRANSIENT]
         with mover.changed:
+            for tensor in tensors:  # what other ranks have updated may be on its way
+                mover.monitor.wait_until(partial(_has_arrived, tensor), tensor.name, tensor.n_bytes)
             snapshot = mover.snapshots.begin(tensors)
             try:
                 for tensor in tensors:
@@ -193,14 +207,28 @@ class Committer:
             stored = tuple(self._stored(names[tensor], copy) for tensor, copy in snapshot.copies.items())
             referenced = refer_to((names[tensor], origin) for tensor, origin in snapshot.origins.items())
             manifest = self._manifest(number, content, stored, referenced)
-            attempted = True
-            self._earlier.folder.write(manifest, encoded(manifest))
+            attempted, text = True, encoded(manifest)
+            self._earlier.folder.write(manifest, text)
         except BaseException:
             self._give_up(number, snapshot, attempted)
+            if self._ranks is not None:
+                self._ranks.fail(number)
             raise
+        if self._ranks is not None:
+            self._complete(self._ranks, manifest, text, snapshot)
         by_key = {tensor.key: copy for tensor, copy in zip(manifest.tensors, snapshot.copies.values(), strict=True)}
         self.commits[number] = Commit(manifest, by_key)
         self._retire()
+
+    def _complete(self, ranks: RankCommits, manifest: Manifest, text: bytes, snapshot: Snapshot) -> None:
+        try:
+            ranks.complete(manifest, text)
+        except PartRefusedError:
+            self._give_up(manifest.number, snapshot, attempted=True)
+            raise
+        except BaseException:
+            self._doubtful_parts.append(snapshot)  # the commit may count: its frames stay as they are
+            raise
 
     def _stored(self, named: tuple[str, str, int], copy: DiskVersion) -> StoredTensor:
         """What a manifest says of a tensor of this name, tag and size."""
@@ -288,7 +316,10 @@ class Committer:
         newest_of_name = {commit.manifest.name: number for number, commit in usable.items()}
         kept = {*unnamed[-self._keep :], *(n for name, n in newest_of_name.items() if name is not None), self._number}
         kept |= self.damaged.keys() - set(damaged)
-        for number in [number for number in self.commits if number not in kept]:
+        retired = [number for number in self.commits if number not in kept]
+        if self._ranks is not None:
+            self._ranks.retire(retired)
+        for number in retired:
             self._retire_one(number)
         for number in damaged:
             self._earlier.folder.remove(number)

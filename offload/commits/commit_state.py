@@ -181,8 +181,9 @@ def _check_unit(where: str, unit: StoredUnit, stored: dict[str, int]) -> None:
         if slot.offset < end:
             raise ValueError(f"{where}: {slot.name} begins at element {slot.offset}, the one before it ends at {end}")
         end = slot.end
-    room(unit.parameters, Tag.PARAM, end * unit.torch_dtype.itemsize)
-    reached = 0
+    first, last = unit.values
+    room(unit.parameters, Tag.PARAM, max(0, last - first) * unit.torch_dtype.itemsize)
+    reached, updated = (0, end) if unit.own is None else unit.own
     for part in unit.slices:
         if part.begin != reached or part.end < part.begin:
             raise ValueError(
@@ -191,8 +192,10 @@ def _check_unit(where: str, unit: StoredUnit, stored: dict[str, int]) -> None:
         reached = part.end
         if part.master is not None:
             room(part.master, Tag.MASTER, 4 * (part.end - part.begin))
-    if reached < end:
-        raise ValueError(f"{where}: its slices end at element {reached}, its parameters at {end}")
+        if part.states is not None:
+            room(part.states, Tag.MOMENT, 4 * (part.end - part.begin))
+    if reached < updated:
+        raise ValueError(f"{where}: its slices end at element {reached}, what is updated at {updated}")
 
 
 def _check_random(states: _Random) -> None:

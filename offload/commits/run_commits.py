@@ -7,7 +7,7 @@ directories, or the same in another order, would write over what they name: it i
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Final
 
@@ -53,6 +53,9 @@ class Commit:
 class EarlierCommits:
     """Reads what there is; nothing is changed on the disk.
 
+    Args:
+        counting: numbers of those that count; None: all.
+
     Attributes:
         whole: the commits that can be used, by number.
         damaged: what is wrong with the others, by number.
@@ -64,7 +67,7 @@ class EarlierCommits:
             remove it.
     """
 
-    def __init__(self, directories: Sequence[RunDirectory]) -> None:
+    def __init__(self, directories: Sequence[RunDirectory], counting: Sequence[int] | None = None) -> None:
         self.folder = CommitFolder(directories[0].path)
         self.whole: dict[int, Commit] = {}
         self.damaged: dict[int, CommitError] = {}
@@ -73,6 +76,8 @@ class EarlierCommits:
         self._check_parts()
         run_ids = tuple(directory.run_id for directory in directories)
         for number in self.folder.numbers():
+            if counting is not None and number not in counting:
+                continue
             try:
                 manifest = read_commit(self.folder, number)
             except UnknownCommitError as error:
@@ -93,7 +98,15 @@ class EarlierCommits:
             self._refuse_lost_pages(self._manifests[number], file_bytes)
             del self._manifests[number]
             self.damaged[number] = CommitError(f"{self.folder.manifest(number)} is damaged: {why}")
+        for number in set(counting or ()) - self._manifests.keys() - self.damaged.keys():
+            self.damaged[number] = CommitError(f"{self.folder.manifest(number)} is gone")
         self.last_number = max([0, *self._manifests, *self.damaged])
+
+    def leave_out(self, numbers: Iterable[int], why: str) -> None:
+        """Some commits cannot be used, for a reason that lies elsewhere. Before `restore`."""
+        for number in numbers:
+            del self._manifests[number]
+            self.damaged[number] = CommitError(f"commit {number} in {self.folder.path} cannot be used: {why}")
 
     def _refuse_lost_pages(self, manifest: Manifest, file_bytes: Sequence[int]) -> None:
         """Raise where a page file is gone, or was cut and nothing could tell: it would be made anew, and its zeros pass

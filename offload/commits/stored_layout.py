@@ -54,21 +54,32 @@ class StoredSlot(Record):
 
 
 class StoredSlice(Record):
-    """Elements [begin, end) of a unit's layout, and the key of the stored tensor with their fp32 master, if they have
-    one."""
+    """Elements [begin, end) of a unit's layout, and the keys of the stored tensors with their fp32 master and their
+    optimizer states, if they have any: fp32, one state after the other. Older commits do not name states."""
 
     begin: Count
     end: Count
     master: Line | None
+    states: Line | None = None
 
 
 class StoredUnit(Record):
-    """A unit as a commit has it. ``parameters`` is the key of the stored tensor with its values, in ``dtype``."""
+    """A unit as a commit has it. ``parameters`` is the key of the stored tensor with its values, in ``dtype``; where
+    ranks share the unit, ``own`` is the range of elements that this one updates, and ``cut`` says that the values are
+    of that range only."""
 
     parameters: Line
     dtype: Annotated[Line, AfterValidator(_dtype)]
     slots: tuple[StoredSlot, ...]
     slices: tuple[StoredSlice, ...]
+    own: tuple[Count, Count] | None = None
+    cut: bool = False
+
+    @property
+    def values(self) -> tuple[int, int]:
+        """First element and one past the last of which there are values."""
+        end = self.slots[-1].end if self.slots else 0
+        return (self.own[0], min(self.own[1], end)) if self.own is not None and self.cut else (0, end)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -89,9 +100,12 @@ def stored_units(units: Iterable[Unit]) -> list[dict[str, Any]]:
                     "begin": part.begin,
                     "end": part.end,
                     "master": None if part.master is None else f"{Tag.MASTER.value}: {part.master.name}",
+                    "states": None if part.states is None else f"{Tag.MOMENT.value}: {part.states.name}",
                 }
                 for part in unit.slices
             ],
+            "own": None if unit.sharing is None else list(unit.sharing.own),
+            "cut": unit.sharing is not None and unit.sharing.cuts_parameters,
         }
         for unit in units
     ]

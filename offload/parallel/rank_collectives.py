@@ -36,13 +36,16 @@ class RankCollectives:
     """Collectives of one rank; see `pagemem.ranks.collectives.Collectives`.
 
     Args:
-        lane: of the comm lane's thread. agreement: of the training thread.
+        lane: of the comm lane's thread. agreement: of the training thread. beside: of the commit thread.
         stop: ends the waits of all ranks. who: this rank, in words.
         n_shards: ranks in a group that has the whole model.
     """
 
-    def __init__(self, lane: Channel, agreement: Channel, stop: StopSignal, who: str, n_shards: int) -> None:
-        self._lane, self._agreement, self._stop, self._who = lane, agreement, stop, who
+    def __init__(
+        self, lane: Channel, agreement: Channel, beside: Channel, stop: StopSignal, who: str, n_shards: int
+    ) -> None:
+        self._lane, self._agreement, self._beside = lane, agreement, beside
+        self._stop, self._who = stop, who
         self._n_shards = n_shards
         self._replica, self._shard_rank = divmod(lane.rank, n_shards)
         first = self._replica * n_shards
@@ -76,6 +79,10 @@ class RankCollectives:
     def agree(self, values: Sequence[float]) -> Sequence[Sequence[float]]:
         """See the protocol."""
         return [other.tolist() for other in self._agreement.exchange(torch.tensor(values, dtype=torch.float64))]
+
+    def agree_beside(self, values: Sequence[float]) -> Sequence[Sequence[float]]:
+        """See the protocol."""
+        return [other.tolist() for other in self._beside.exchange(torch.tensor(values, dtype=torch.float64))]
 
     def gather(self, shard: torch.Tensor, into: torch.Tensor, layout: ShardLayout) -> None:
         """See the protocol."""

@@ -93,8 +93,8 @@ class World:
         """
         if self.stop.why is not None:
             raise RankError(self.stop.why)
-        lane, agreement = self._channel(), self._channel()
-        return RankCollectives(lane, agreement, self.stop, self._liveness.who, n_shards)
+        lane, agreement, beside = self._channel(), self._channel(), self._channel()
+        return RankCollectives(lane, agreement, beside, self.stop, self._liveness.who, n_shards)
 
     def fail(self, error: BaseException) -> None:
         """This process fails with an error: have all ranks stop."""

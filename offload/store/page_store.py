@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offload.binding.bindings import Bindings
 from offload.budget.need import Sizes, check_lockable, cut_for
+from offload.commits.rank_run import RankRun, check_parts, open_rank_run
 from offload.commits.run_commits import EarlierCommits
 from offload.config import Config
 from offload.cutting.cuttable import row_blocks
@@ -78,9 +79,9 @@ class PageStore:
         with ExitStack() as undo:
             undo.callback(interrupts.unguard, self)
             self.collectives = self.parts.collectives()
-            self.directories = self._open_directories(undo)
+            self.rank_run: RankRun | None = None
+            self.earlier = self._open_run(undo)
             # A run that goes on keeps the sizes it was begun with.
-            self.earlier = EarlierCommits(self.directories)
             self.page_bytes, self.slice_numel = self.earlier.sizes(
                 sizes.page_bytes, sizes.slice_numel, config.memory.page, checksums=config.ssd.checksums
             )
@@ -113,14 +114,25 @@ class PageStore:
         self.maker = UnitMaker(config, self.page_bytes, self.slice_numel, *made_here, self.parts.device)
         forks.disown_in_children(self)
 
-    def _open_directories(self, undo: ExitStack) -> list[RunDirectory]:
-        """The folders of the page files; with several ranks each has its own in those of the configuration."""
-        opened: list[RunDirectory] = []
-        for path in map(Path, self.config.ssd.paths):
-            directory = RunDirectory(path if self.collectives is None else path / f"rank-{self.collectives.rank}")
-            undo.callback(directory.close)
-            opened.append(directory)
-        return opened
+    def _open_run(self, undo: ExitStack) -> EarlierCommits:
+        """Lock the folders of the page files; returns the commits in them."""
+        self.directories: list[RunDirectory] = []
+        if self.collectives is None:
+            for path in self.config.ssd.paths:
+                directory = RunDirectory(Path(path))
+                undo.callback(directory.close)
+                self.directories.append(directory)
+            return EarlierCommits(self.directories)
+        try:
+            self.rank_run, self.directories = open_rank_run(self.config, self.collectives, undo)
+            found = EarlierCommits(self.directories, self.rank_run.numbers)
+            usable = [number for number in self.rank_run.numbers if number not in found.damaged]
+            all_usable = check_parts(self.rank_run, usable)
+            found.leave_out(set(usable) - set(all_usable), "another rank's part of it is damaged")
+        except Exception as error:
+            self.collectives.stop(f"{type(error).__name__}: {error}")
+            raise
+        return found
 
     # ---- parameters --------------------------------------------------------------------------------------------
 
@@ -224,6 +236,10 @@ class PageStore:
         chosen = choose_resident([Candidate.of(unit, sums=sums) for unit in units], tier.mover.arena.n_frames)
         tier.make_resident([units[index] for index in chosen], sums=sums)
 
+    def lasting(self) -> list[PagedTensor]:
+        """All tensors of host memory but those that are gathered from others."""
+        return [tensor for tensor in self.mover.tensors.values() if tensor.id not in self.mover.gathered]
+
     def set_order(self) -> None:
         """Have what is fetched on demand be read ahead in the model's order, now that all pages are known.
 
@@ -297,6 +313,7 @@ class PageStore:
             self.sources.close,
             self.page_files.close,
             *(directory.close for directory in reversed(self.directories)),
+            *(directory.close for directory in ([] if self.rank_run is None else self.rank_run.locked)),
             self._arena_bytes.end,
             self.mover.arena.close,
             self._end,

@@ -111,6 +111,9 @@ class Collectives(Protocol):
     def agree(self, values: Sequence[float]) -> Sequence[Sequence[float]]:
         """What every rank has called it with, in rank order. As many on all ranks."""
 
+    def agree_beside(self, values: Sequence[float]) -> Sequence[Sequence[float]]:
+        """As `agree`, on the commit thread, beside all of the above: over a process group of its own."""
+
     def stop(self, why: str) -> None:
         """End calls that wait, here and on all other ranks, now and from now on, with a `RankError` that says ``why``.
         Any thread; idempotent. Does not wait."""

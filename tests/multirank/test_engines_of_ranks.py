@@ -32,7 +32,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         built, folder = tied_model(), tmp_path / f"{degree}-{len(list(tmp_path.iterdir()))}"
         sections: Any = {"parallel": {"degree": degree, "degree_of": degree_of or {}}, "update": update}
         sections["model"] = {"dtype": dtype}
-        configs = [config_of(folder, rank, ram, **sections) for rank in range(n_ranks)]
+        configs = [config_of(folder, ram, **sections) for rank in range(n_ranks)]
         models = [copy.deepcopy(built) for _ in range(n_ranks)]
         return trained_on_ranks(models, ADAMW, batches, loss_of, monkeypatch, configs)
 
@@ -70,7 +70,7 @@ def test_accumulation_gives_the_same_bits_for_every_degree(n_ranks: int, train: 
 @pytest.mark.parametrize("ram", ["768KiB", "16MiB"])
 def test_clipping_by_blocks_gives_the_bits_of_one_process(degree: str, ram: str, train: Train, tmp_path: Path) -> None:
     batches = steps_of(5, 3)
-    one = config_of(tmp_path / "one", 0, "16MiB", update={"clip_norm": 0.05, "norm": "blocks", "accumulation": 3})
+    one = config_of(tmp_path / "one", "16MiB", update={"clip_norm": 0.05, "norm": "blocks", "accumulation": 3})
     with offload.Engine(tied_model(), one, ADAMW) as engine:
         for step in batches:
             for batch in step:
@@ -99,7 +99,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[offl
     models, batches = [tied_model(), tied_model()], steps_of(2, 2)
 
     def body(rank: int) -> str:
-        with offload.Engine(models[rank], config_of(tmp_path, rank, "16MiB"), ADAMW) as engine:
+        with offload.Engine(models[rank], config_of(tmp_path, "16MiB"), ADAMW) as engine:
             engine.backward(loss_of(engine.model, batches[0][rank]))
             assert engine.step()
             with pytest.raises((RuntimeError, offload.OffloadError)) as raised:
@@ -156,7 +156,7 @@ def test_a_gradient_that_one_rank_lacks_is_named(tmp_path: Path, monkeypatch: py
 
 def test_what_does_not_work_with_ranks_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def body(rank: int) -> str:
-        config = config_of(tmp_path, rank, "16MiB", update={"mode": "lock-free"})
+        config = config_of(tmp_path, "16MiB", update={"mode": "lock-free"})
         with pytest.raises(offload.ConfigError) as raised:
             offload.Engine(TiedModel(), config, ADAMW)
         return str(raised.value)

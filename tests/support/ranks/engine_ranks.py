@@ -23,9 +23,9 @@ from pagemem.ranks.collectives import Collectives
 T = TypeVar("T")
 
 
-def config_of(folder: Path, rank: int, ram: str, **sections: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration of one rank, whose page files are in a folder of its own."""
-    return {"memory": {"ram": ram}, "ssd": {"paths": [str(folder / f"rank-{rank}")], "checksums": False}, **sections}
+def config_of(folder: Path, ram: str, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration; all ranks have the same folder, in which each makes its own."""
+    return {"memory": {"ram": ram}, "ssd": {"paths": [str(folder)], "checksums": False}, **sections}
 
 
 def on_engines(n_ranks: int, monkeypatch: pytest.MonkeyPatch, body: Callable[[int], T]) -> list[T]:

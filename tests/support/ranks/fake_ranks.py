@@ -63,7 +63,7 @@ class MemoryCollectives:
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.rank, self.n_ranks = rank, meeting.n_ranks
         self._meeting = meeting
-        self._numbers = {"lane": 0, "agree": 0}
+        self._numbers = {"lane": 0, "agree": 0, "beside": 0}
 
     def _meet(self, channel: str, what: str, thing: T) -> list[T]:
         self._meeting.broken(self.rank, what)
@@ -109,6 +109,10 @@ class MemoryCollectives:
     def agree(self, values: Sequence[float]) -> Sequence[Sequence[float]]:
         """See the protocol."""
         return self._meet("agree", "agree", list(values))
+
+    def agree_beside(self, values: Sequence[float]) -> Sequence[Sequence[float]]:
+        """See the protocol."""
+        return self._meet("beside", "agree beside", list(values))
 
     def stop(self, why: str) -> None:
         """See the protocol."""
