@@ -55,7 +55,8 @@ class StoredSlot(Record):
 
 class StoredSlice(Record):
     """Elements [begin, end) of a unit's layout, and the keys of the stored tensors with their fp32 master and their
-    optimizer states, if they have any: fp32, one state after the other. Older commits do not name states."""
+    optimizer states, if they have any: fp32, one state after the other; where there is no such tensor, all are zeros.
+    Older commits do not name states."""
 
     begin: Count
     end: Count
