@@ -116,7 +116,7 @@ def taken_by(config: Config, base_bytes: int, room: Available) -> Taken:
         disk_pages = _pages_of(store.mover) + commit_pages(config, store.mover)
         pages = _pages_used(store.mover) * store.page_bytes, on_device * store.page_bytes
         gradient_bytes, disk_bytes = engine.peak_gradient_bytes, disk_pages * store.page_bytes
-        return Taken.of(base_bytes, pages, engine.outside.peak_bytes, gradient_bytes, disk_bytes, room)
+        return Taken.of(base_bytes, pages, engine.tensor_bytes, gradient_bytes, disk_bytes, room)
 
 
 def _pages_of(mover: Mover) -> int:

@@ -222,7 +222,7 @@ def _found(
         recomputed_blocks=stats.recomputed_blocks,
         device_units=stats.device_units,
         units=len(engine.store.index.units),
-        tensor_bytes=engine.outside.peak_bytes,
+        tensor_bytes=engine.tensor_bytes,
         base_bytes=base_bytes,
         process_bytes=fit.taken.ram_bytes,
         kernels_timed=timed.n_timed if timed else 0,
@@ -242,7 +242,7 @@ def _fit(engine: Rehearsal, step: Phase, need: BudgetNeed, base_bytes: int, room
     taken = Taken.of(
         base_bytes,
         (pages_bytes, step.device_bytes),
-        engine.outside.peak_bytes,
+        engine.tensor_bytes,
         engine.peak_gradient_bytes,
         step.ssd_bytes + commit_pages(config, engine.store.mover) * page_bytes,
         room,

@@ -192,14 +192,13 @@ class Rehearsal:
     """An engine that has performed `STEPS` steps without bytes, and has a plan. Made by `rehearsed`.
 
     Attributes:
-        outside: tensors that are not in pages.
         store, driver: of the engine.
         channels: of the units that lock-free mode's update thread has. rates: of page files and of copies up.
     """
 
     def __init__(self, engine: Engine, parts: _Parts, outside: _OutsideBytes) -> None:
         self.engine = engine
-        self.outside = outside
+        self._outside, self._first_bytes = outside, 0
         self.config, self.model, self.store = engine.config, engine.model, engine.debug.store
         self.driver, self.channels, self.rates = parts.made, parts.channels, parts.rates
 
@@ -208,6 +207,14 @@ class Rehearsal:
         """The most bytes of gradients outside the pages at any time; in lock-free mode at most."""
         updater = self.engine.debug.updater
         return updater.most_direct_bytes if isinstance(updater, LockFreeUpdater) else updater.peak_direct_bytes
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The most bytes of tensors outside the pages. From the second step on gradients of steps before may be on
+        their way to the update thread, which are no tensors here."""
+        updater = self.engine.debug.updater
+        late_bytes = updater.most_late_bytes if isinstance(updater, LockFreeUpdater) else 0
+        return max(self._first_bytes, self._outside.peak_bytes + late_bytes)
 
     def rehearse(self, rows: int, tokens: int, steps: int | None = None) -> None:
         """Perform the steps, by default as many as it takes to have plans; fewer leave none, but all tensors.
@@ -226,8 +233,11 @@ class Rehearsal:
 
     def _perform(self, rows: int, tokens: int, steps: int) -> None:
         x = torch.empty((rows, tokens), dtype=torch.int64)
-        self.outside.restart()
-        for _ in range(steps):
+        self._outside.restart()
+        for number in range(steps):
+            if number == 1:
+                self._first_bytes = self._outside.peak_bytes
+                self._outside.restart()
             try:
                 for _ in range(self.config.update.accumulation):
                     self.engine.scaled(self.model(x, x) / self.config.update.accumulation).backward()  # type: ignore[no-untyped-call]

@@ -87,11 +87,11 @@ class Adoption:
         # A version that was published meanwhile has the values that it did not replace: they go when it does.
         newest = channel.version
         kept = {} if newest is None or newest is version else newest.values
-        self._budget.release(
-            sum(total.release() for slot, total in version.values.items() if kept.get(slot) is not total)
-        )
+        self._budget.release(sum(total.drop() for slot, total in version.values.items() if kept.get(slot) is not total))
 
     def _copy_in(self, unit: Unit, version: Version) -> None:
         for slot, total in version.values.items():
+            if total.is_dropped:  # The updater did not know yet that it was adopted when it published the next one.
+                continue
             view = self._driver.mover.tenants.view(unit.parameters, slot.dtype, slot.offset, slot.numel)
             view.copy_(total.flat)

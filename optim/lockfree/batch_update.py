@@ -130,7 +130,7 @@ class BatchUpdate:
             return state_view(self._mover, part, part.master, 0, piece.begin, piece.numel)
         known = self._newest.get(piece.slot)
         if known is not None:
-            return known.flat[piece.begin - piece.slot.offset : piece.end - piece.slot.offset]
+            return known[piece.begin - piece.slot.offset : piece.end - piece.slot.offset]
         return self._mover.tenants.view(self._unit.parameters, self._unit.dtype, piece.begin, piece.numel)
 
     def _states(self, part: Slice, piece: Piece) -> list[Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ from torch import Tensor
 from optim.lockfree.unit_clock import UnitClock
 from optim.unit import Hyper, Slot, Unit
 
+_DROPPED: Final = torch.empty(0)
+
 
 @dataclass(slots=True, eq=False)
 class GradientSum:
     """Gradients of one parameter, added up over one or more steps, and later the parameter's new values in their place.
 
     Attributes:
-        flat: (numel,), in the parameter's dtype; owned by whoever owns the batch.
+        flat: (numel,), in the parameter's dtype; owned by whoever owns the batch. Without elements once it is dropped.
         hypers: hyper-parameters of each step in the sum, oldest first.
         coefficient: factor of the sum that is still to be applied (clipping, loss scale), or None.
         lookahead_steps: how many steps ahead each gradient asks the next parameters to be, summed over these.
@@ -48,6 +51,17 @@ class GradientSum:
             return self._held.pop()
         except IndexError:
             return 0
+
+    def drop(self) -> int:
+        """Let go of values that are in the parameters in use now; returns the bytes as `release` does. Training
+        thread; an updater that took ``flat`` before has it as it was."""
+        self.flat = _DROPPED
+        return self.release()
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether the values are in the parameters in use, and only there. Training thread."""
+        return self.flat is _DROPPED
 
     @property
     def n_steps(self) -> int:
@@ -179,15 +193,21 @@ class UnitChannel:
         """Take the waiting gradients, or None when there are none or the training thread is adding to them. Updater."""
         return self._take()
 
-    def newest_values(self) -> dict[Slot, GradientSum]:
-        """Values newer than those in use, by parameter; what is not among them is in the unit's pages. Updater.
+    def newest_values(self) -> dict[Slot, Tensor]:
+        """Values (numel,) newer than those in use, by parameter; what is not among them is in the unit's pages.
+        Updater.
 
         The pages cannot change under the updater: only adopting a version of its own changes them, and there is none
         that is newer than what this returns.
         """
         version = self.version
-        # The version first, then the clock: one adopted in between is still whole in our hands.
-        return {} if version is None or self.clock.adopted >= version.last else version.values
+        if version is None:
+            return {}
+        # The values first, then the clock: what is adopted and dropped in between is still whole in our hands.
+        values = {slot: total.flat for slot, total in version.values.items()}
+        if self.clock.adopted >= version.last:
+            return {}
+        return {slot: flat for slot, flat in values.items() if flat is not _DROPPED}
 
     def publish(self, batch: GradientBatch) -> None:
         """Make a batch, whose gradients have been turned into new values, the newest version. Updater."""

@@ -94,7 +94,12 @@ class LockFreeUpdater(ExactUpdater):
     @property
     def most_direct_bytes(self) -> int:
         """As `peak_direct_bytes`, with all that gradients on their way may ever take."""
-        return super().peak_direct_bytes + self._late_budget.limit_bytes
+        return super().peak_direct_bytes + self.most_late_bytes
+
+    @property
+    def most_late_bytes(self) -> int:
+        """What gradients on their way to the update thread, and versions on theirs back, may take at most."""
+        return self._late_budget.limit_bytes
 
     @property
     def direct_bytes(self) -> int:

@@ -196,10 +196,7 @@ class HandOff(RuleBasedStateMachine):
     def bytes_stand_for_what_is_on_its_way(self) -> None:
         needed = 0
         for box in self.boxes:
-            version = box.version
-            unadopted = version is not None and version.last > box.clock.adopted
-            assert version is not None or not unadopted
-            held = list(box._waiting) + ([version] if unadopted and version is not None else [])
+            held = list(box._waiting) + ([] if box.version is None else [box.version])
             needed += sum(
                 total.flat.nbytes
                 for item in held

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from forecast_runs import RATES, gpt_config, trained
 from pairwise import each_value
 
@@ -29,6 +30,16 @@ def test_lock_free_units_and_pages_are_those_of_the_engine(
     if ram == 64 << 20:
         assert found.times.waits_s["update"] == 0.0
         assert (found.times.busy["update"] > 0) is (on_time == "never") and found.times.read_bytes == 0.0
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_gradients_on_their_way_are_memory_of_the_process(clip_norm: float | None, tmp_path: Path) -> None:
+    exact, late = (
+        forecast(gpt_config(tmp_path, 64 << 20, update={"mode": mode, "clip_norm": clip_norm}), RATES)
+        for mode in ("exact", "lock-free")
+    )
+    assert late.process_bytes - late.base_bytes == late.step.host_pages * late.page_bytes + late.tensor_bytes
+    assert late.tensor_bytes >= exact.tensor_bytes + 4 * late.parameters
 
 
 def test_the_plan_file_and_the_explanation_have_the_tasks_of_both_threads(tmp_path: Path) -> None:

@@ -141,9 +141,9 @@ class SteppedUpdater:
             box.publish(batch)
             yield
 
-    def _update(self, unit: Unit, slot: Slot, total: GradientSum, newest: dict[Slot, GradientSum]) -> None:
+    def _update(self, unit: Unit, slot: Slot, total: GradientSum, newest: dict[Slot, Tensor]) -> None:
         known = newest.get(slot)
-        before = (self._pages.of(unit, slot) if known is None else known.flat).clone()
+        before = (self._pages.of(unit, slot) if known is None else known).clone()
         assert torch.equal(before, mark(N, *self.applied[slot])), "the updater does not start from the newest values"
         steps = [hyper["lr"] for hyper in total.hypers]
         assert torch.equal(total.flat, mark(N, *steps)), "gradients and learning rates are not of the same steps"

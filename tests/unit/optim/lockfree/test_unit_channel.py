@@ -106,7 +106,7 @@ def test_publishing_and_adopting() -> None:
     version = mailbox.unadopted()
     assert version is not None and version is mailbox.version
     assert (version.last, version.since, version.values) == (1, 0, parcel.sums)
-    assert mailbox.newest_values() == version.values
+    assert mailbox.newest_values() == {slot: total.flat for slot, total in version.values.items()}
     mailbox.clock.adopt(1)
     assert mailbox.unadopted() is None
     assert mailbox.newest_values() == {}, "the pages have them now"
@@ -164,3 +164,29 @@ def test_whoever_releases_first_has_the_bytes() -> None:
     newest = mailbox.unadopted()
     assert newest is not None and (newest.last, newest.since) == (2, 0)
     assert sum(total.release() for total in newest.values.values()) == 8 * N
+
+
+def test_values_dropped_after_their_adoption_are_whole_for_an_updater_that_took_them_before() -> None:
+    mailbox, (a, b) = box()
+    mailbox.put(sums([a, b], 1))
+    serve(mailbox)
+    version = mailbox.version
+    assert version is not None
+    taken = mailbox.newest_values()
+    mailbox.clock.adopt(1)
+    assert sum(total.drop() for total in version.values.values()) == 2 * 4 * N
+    assert version.values[a].is_dropped and version.values[a].drop() == 0
+    assert taken[a].numel() == N and mailbox.newest_values() == {}
+
+
+def test_values_dropped_while_the_next_version_takes_them_over_are_in_the_pages() -> None:
+    mailbox, (a, b) = box()
+    mailbox.put(sums([a, b], 1))
+    first = serve(mailbox)
+    mailbox.put(sums([a], 2))
+    second = serve(mailbox)  # It did not know yet that step 1 is adopted.
+    mailbox.clock.adopt(1)
+    for total in first.sums.values():
+        total.drop()
+    assert mailbox.version is not None and mailbox.version.values == {a: second.sums[a], b: first.sums[b]}
+    assert set(mailbox.newest_values()) == {a}
