@@ -177,7 +177,8 @@ class Replay:
             if task.frame != NO_FRAME:
                 follows |= self.frames.busy(task.tensor, task.frame, self.now) & self._restoring
         before = frozenset().union(follows, *(self._before.get(other, frozenset()) for other in follows))
-        self._before[run] = frozenset(other for other in before if self._over.get(other, level + 1) > level)
+        # No task starts between an op's wait and the next op, from which on what was waited for is over.
+        self._before[run] = before.difference(self._over)
         if place is not None:
             self._run_of[place] = run
         self.frames.known = (level, self._before[run], self._over)

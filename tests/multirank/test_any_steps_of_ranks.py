@@ -3,10 +3,10 @@ no rank waits for ever, whatever each one finds in its own memory."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import pytest
+from different_steps import Edits, edits_of, perform
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rank_rigs import RankRig, on_ranks, right
@@ -17,9 +17,7 @@ from scheduler import knobs
 OPS = ("Pr", "Qr", "Rr", "Pr Qr", "Qr Xr", "Wc", "Wx Is", "u: Cw Ix", "Vc Qr", "Vx Hs", "u: Bw Hr Yw", "Uc", "Ux Gs")
 MORE = ("u: Aw Gx Xw", "u: Cw Zw", "Xr", "Yw", "Cr", "Pr Ar", "Zc", "u: Aw", "u: Bw")
 ops = st.sampled_from(OPS + MORE)
-KINDS = ["leave out", "insert", "replace", "leave out more", "again", "aside", "pass", "announce", "hold"]
-edits = st.lists(st.tuples(st.integers(0, 11), st.sampled_from(KINDS), ops), max_size=4)
-Edits = list[tuple[int, str, str]]
+edits = edits_of(ops)
 
 
 def on_device(op: str) -> str:
@@ -30,47 +28,17 @@ def on_device(op: str) -> str:
 edits_above = edits.map(lambda found: [(at, what, on_device(op)) for at, what, op in found])
 
 
-def perform(r: RankRig, step: list[str], changes: Edits) -> None:
-    """Make a step with so many differences."""
-    left_out: set[int] = set()
-    view = None
-    for place, what, _ in changes:
-        if what.startswith("leave out"):
-            left_out |= set(range(place, place + (5 if what.endswith("more") else 1)))
-    for place, op in enumerate(step):
-        here = [(what, other) for at, what, other in changes if at == place]
-        for what, other in here:
-            if what == "insert":
-                r.op(other)
-            elif what == "aside":
-                with r.driver.untraced():
-                    r.op(other)
-            elif what == "pass":
-                with r.driver.evaluating():
-                    for letter in "PQRP":
-                        r.op(f"{letter if r.device is None else letter.lower()}r")
-            elif what == "announce":
-                r.driver.announce([r.tensors[word[0]].id for word in other.removeprefix("u: ").split()])
-        if place not in left_out:
-            replaced = [other for what, other in here if what == "replace"]
-            r.op(replaced[0] if replaced else op)
-            if any(what == "again" for what, _ in here):
-                r.op(op)
-        held = [other.removeprefix("u: ")[0] for what, other in here if what == "hold"]
-        # On some ranks, perhaps: what is there depends on the time that copies took.
-        if held and r.tensors[held[0]].readable and view is None:
-            view = r.lease(held[0])
-    del view
-    gc.collect(0)
-    r.driver.end_step(repeatable=True)
-
-
 def perform_all(r: RankRig, step: list[str], turns: list[Edits]) -> None:
     """Make steps with differences after a plan, and the plan's own step again."""
     r.step(*step)
     r.step(*step)
     for changes in turns:
-        perform(r, step, changes)
+        perform(
+            r,
+            step,
+            changes,
+            lambda _: [f"{on_device(letter) if r.device is not None else letter}r" for letter in "PQRP"],
+        )
     r.step(*step)
     r.step(*step)
     r.read_all()

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import pytest
+from different_steps import Edits, edits_of, letters, perform
 from driver_steps import planned
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -29,44 +29,9 @@ steps = st.lists(st.one_of(ops, ops, updates), min_size=1, max_size=12)
 steps_above = st.lists(st.one_of(above, above, above, ops, updates), min_size=1, max_size=12)
 
 
-def edits(ops: st.SearchStrategy[str]) -> st.SearchStrategy[list[tuple[int, str, str]]]:
-    """What becomes of a step: places, what to do there, and with which op."""
-    kinds = ["leave out", "insert", "replace", "leave out more", "again", "aside", "pass", "announce", "hold"]
-    return st.lists(st.tuples(st.integers(0, 11), st.sampled_from(kinds), ops), max_size=4)
-
-
-def perform(r: Rig, step: list[str], changes: list[tuple[int, str, str]]) -> None:
-    """Make a step with so many differences."""
-    left_out: set[int] = set()
-    view = None
-    for place, what, _ in changes:
-        if what.startswith("leave out"):
-            left_out |= set(range(place, place + (5 if what.endswith("more") else 1)))
-    for place, op in enumerate(step):
-        here = [(what, other) for at, what, other in changes if at == place]
-        for what, other in here:
-            if what == "insert":
-                r.op(other)
-            elif what == "aside":
-                with r.driver.untraced():
-                    r.op(other)
-            elif what == "pass":
-                with r.driver.evaluating():
-                    r.op(" ".join(f"{word[0]}r" for word in other.split()))
-                    r.op("Ar" if r.device is None else "ar")
-            elif what == "announce":
-                r.driver.announce([r.tensors[word[0]].id for word in other.split()])
-        if place not in left_out:
-            replaced = [other for what, other in here if what == "replace"]
-            r.op(replaced[0] if replaced else op)
-            if any(what == "again" for what, _ in here):
-                r.op(op)
-        held = [other[0] for what, other in here if what == "hold"]
-        if held and r.tensors[held[0]].readable and view is None:
-            view = r.lease(held[0])  # somebody keeps a view for a while
-    del view
-    gc.collect(0)
-    r.driver.end_step(repeatable=True)
+def pass_of(other: str, *, on_device: bool) -> list[str]:
+    """Two ops that only read: the tensors of another, and the first."""
+    return [" ".join(f"{letter}r" for letter in letters(other)), "ar" if on_device else "Ar"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,12 +45,12 @@ def quick_plans() -> Iterator[None]:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     step=steps,
-    turns=st.lists(edits(ops), min_size=1, max_size=6),
+    turns=st.lists(edits_of(ops), min_size=1, max_size=6),
     n_frames=st.integers(3, 8),
     pages=st.dictionaries(st.sampled_from(LETTERS[2:5]), st.just(2), max_size=1),
 )
 def test_any_steps_after_any_plan_are_right(
-    step: list[str], turns: list[list[tuple[int, str, str]]], n_frames: int, pages: dict[str, int]
+    step: list[str], turns: list[Edits], n_frames: int, pages: dict[str, int]
 ) -> None:
     with rig(n_frames + sum(pages.values()), LETTERS, pages) as r:
         perform_all(r, step, turns)
@@ -101,7 +66,7 @@ def test_a_kind_that_comes_again_among_new_ones_has_a_plan_of_its_own() -> None:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     step=steps_above,
-    turns=st.lists(edits(st.one_of(ops, above)), min_size=1, max_size=6),
+    turns=st.lists(edits_of(st.one_of(ops, above)), min_size=1, max_size=6),
     n_frames=st.integers(3, 8),
     device_frames=st.integers(3, 7),
     pages=st.dictionaries(st.sampled_from(LETTERS[2:5]), st.just(2), max_size=1),
@@ -111,7 +76,7 @@ def test_a_kind_that_comes_again_among_new_ones_has_a_plan_of_its_own() -> None:
 )
 def test_any_steps_over_a_device_are_right(
     step: list[str],
-    turns: list[list[tuple[int, str, str]]],
+    turns: list[Edits],
     n_frames: int,
     device_frames: int,
     pages: dict[str, int],
@@ -121,11 +86,11 @@ def test_any_steps_over_a_device_are_right(
         perform_all(r, step, turns)
 
 
-def perform_all(r: Rig, step: list[str], turns: list[list[tuple[int, str, str]]]) -> None:
+def perform_all(r: Rig, step: list[str], turns: list[Edits]) -> None:
     """Make steps with differences after a plan, and the plan's own step again."""
     planned(r, *step)
     for changes in turns:
-        perform(r, step, changes)
+        perform(r, step, changes, lambda other: pass_of(other, on_device=r.device is not None))
     r.step(*step)
     follower = r.driver.follower
     assert follower.planned_steps + r.driver.on_demand_steps == len(turns) + 3
