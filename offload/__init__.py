@@ -15,7 +15,8 @@ from offload.callbacks import Callback
 from offload.checkpoint.commit_weights import ExportError
 from offload.checkpoint.compatibility import Change, Resumed
 from offload.choosing.preparation import deferred_init, initialize, prepare
-from offload.config import Config, ConfigError, load_config
+from offload.config import Config, ConfigError
+from offload.config_loading import load_config
 from offload.cutting.announcing import announce
 from offload.cutting.make_cut import gathered
 from offload.engine import Engine

@@ -15,8 +15,9 @@ from offload import starting
 from offload.checkpoint.commit_weights import DTYPES
 from offload.checkpoint.export import export_run
 from offload.checkpoint.verify import verify_run
-from offload.config import Config, ConfigError, load_config_file
-from offload.config_template import config_template
+from offload.config import Config, ConfigError
+from offload.config_loading import load_config_file
+from offload.console.config_template import config_template
 from offload.console.output import BROKEN_PIPE, Output, OutputClosed
 from offload.console.tables import print_line
 from offload.heap import without_tcache

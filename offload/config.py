@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,13 +20,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    ValidationError,
     model_validator,
 )
 
-from offload.config_errors import described_errors
 from offload.config_file import ConfigError as ConfigError
-from offload.config_file import apply_changes, read_config_file
 from pagemem.frames.page import MAX_PAGE_BYTES, MIN_PAGE_BYTES
 from pagemem.units import BLOCK_BYTES, KiB, MiB, format_bytes, parse_bytes
 
@@ -93,9 +90,6 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
-
-
-_AnySection = TypeVar("_AnySection", bound=_Section)
 
 
 class MemoryConfig(_Section):
@@ -466,61 +460,3 @@ def resolve_page_bytes(ram_bytes: int) -> int:
     while page_bytes * 2 <= min(ram_bytes // 128, max(ram_bytes // 4096, 256 * KiB), 4 * MiB):
         page_bytes *= 2
     return page_bytes
-
-
-#: What the calls of the engine take: a configuration, its content, or the path of its file.
-ConfigLike = Config | Mapping[str, Any] | str | Path
-
-
-def load_config(source: ConfigLike, where: str = "configuration") -> Config:
-    """The configuration in a mapping or a file, checked.
-
-    Args:
-        where: what errors call a mapping.
-
-    Raises:
-        ConfigError: it cannot be read, has unknown keys, or values that do not fit; one line for each.
-    """
-    if isinstance(source, Config):
-        return source
-    if not isinstance(source, (Mapping, str, Path)):
-        raise ConfigError(
-            f"the configuration is a {type(source).__name__}; give a mapping of sections, the name of a file, or a "
-            "Config"
-        )
-    if not isinstance(source, Mapping):
-        source, where = read_config_file(Path(source)), str(source)
-    return _checked(Config, source, where)
-
-
-def load_config_file(path: Path, changes: Sequence[str]) -> Config:
-    """The configuration in a file with the changes of ``--set`` put in, checked.
-
-    Raises:
-        ConfigError: as `load_config`; a value that ``--set`` has given is said to be read as JSON.
-    """
-    raw = apply_changes(read_config_file(path), changes)
-    try:
-        return load_config(raw, str(path))
-    except ConfigError as error:
-        keys = tuple(f"{path}: {change.partition('=')[0]}" for change in changes)
-        hint = ' (--set takes JSON such as 3, true, null or ["a"]; anything else is text)'
-        lines = (f"{line}{hint}" if line.startswith(keys) else line for line in str(error).splitlines())
-        raise ConfigError("\n".join(lines)) from None
-
-
-def load_optimizer(raw: Mapping[str, Any]) -> OptimizerConfig:
-    """The optimizer section in a mapping, checked.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    return _checked(OptimizerConfig, raw, "configuration", "optimizer")
-
-
-def _checked(section: type[_AnySection], raw: Mapping[str, Any], where: str, *name: str) -> _AnySection:
-    try:
-        return section.model_validate(dict(raw))
-    except ValidationError as error:
-        lines = described_errors(error, Config, name)
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None

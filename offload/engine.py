@@ -20,7 +20,7 @@ from offload.checkpoint.compatibility import Resumed
 from offload.checkpoint.export import check_exportable, check_request, export_commit
 from offload.checkpoint.model_files import write_model_files
 from offload.commits.stored_layout import unlike_state_dict
-from offload.config import ConfigLike, load_config, load_optimizer
+from offload.config_loading import ConfigLike, load_config, load_optimizer
 from offload.parameters.optimizer_template import OptimizerLike
 from offload.profiling.profile import Profile
 from offload.profiling.stats import MemoryReport, Stats, memory_report, planned_step_s, stats_of

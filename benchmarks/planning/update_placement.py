@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from benchmarks import common
 from benchmarks.common import GPT, SIZES
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.forecast.kernels import CostMode, RatedKernels
 from offload.forecast.rates import Rates
 from offload.forecast.rehearsal import rehearsed

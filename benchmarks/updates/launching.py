@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from benchmarks import common
 from benchmarks.planning.llama import Llama
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.forecast.kernels import CostMode
 from offload.forecast.rates import Rates, kernels_of
 from offload.forecast.rehearsal import rehearsed

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from offload.budget.need import BudgetNeed, budget_need, shapes_of
-from offload.config import ConfigError, ConfigLike, load_config
+from offload.config import ConfigError
+from offload.config_loading import ConfigLike, load_config
 from offload.cutting.cuttable import row_blocks
 from offload.factories import described
 from offload.modules.checks import check_parameters

@@ -10,7 +10,8 @@ from torch import nn
 
 from offload.choosing.copied_model import copied_to_meta
 from offload.choosing.update_choice import choose_updates
-from offload.config import Config, ConfigLike, load_config
+from offload.config import Config
+from offload.config_loading import ConfigLike, load_config
 from offload.engine import Engine
 from offload.factories import model_factory
 from offload.parameters.optimizer_template import OptimizerLike

@@ -22,7 +22,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from offload.budget.verdict import Available
-from offload.config import Config, ConfigError, load_config_file
+from offload.config import Config, ConfigError
+from offload.config_loading import load_config_file
 from offload.machine.bench_ssd import (
     DEFAULT_THREADS,
     USUAL_REQUEST_BYTES,

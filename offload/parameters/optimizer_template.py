@@ -10,7 +10,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from offload.config import Config, OptimizerConfig, load_optimizer
+from offload.config import Config, OptimizerConfig
+from offload.config_loading import load_optimizer
 from optim.unit import Slot
 
 #: Makes a torch optimizer over the parameters given to it; its class, groups and options are taken over.

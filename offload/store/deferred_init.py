@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from offload.config import ConfigLike, load_config
+from offload.config_loading import ConfigLike, load_config
 from offload.heap import large_blocks_mapped
 from offload.modules.checks import check_values
 from offload.parameters.module_watch import named_parts, watching_modules

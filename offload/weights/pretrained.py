@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from offload.config import ConfigLike
+from offload.config_loading import ConfigLike
 from offload.modules.checks import LLM_INT8_INSTEAD, check_values
 from offload.parameters.paged_parameter import PagedParameter
 from offload.sources.checkpoint_index import read_checkpoint

@@ -27,7 +27,8 @@ from torch import Tensor
 
 import offload
 from offload.checkpoint.export import export_run
-from offload.config import ConfigError, load_config
+from offload.config import ConfigError
+from offload.config_loading import load_config
 from offload.launch.train import launch
 from pagemem.folders.folder_lock import holder_of
 

@@ -18,7 +18,7 @@ from crafted_files import settings
 from killed_runs import digest, newest_step, shards
 from power_loss import Recording
 
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.console.output import Output
 from offload.launch.train import launch
 

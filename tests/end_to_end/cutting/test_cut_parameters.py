@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wide_vocabulary import VOCABULARY, WIDTH, WideVocabulary, batches, built
 
 import offload
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.cutting.cut_parameter import CutParameter
 from offload.forecast.kernels import CostMode, RatedKernels
 from offload.forecast.rates import Rates

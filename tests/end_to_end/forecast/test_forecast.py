@@ -16,7 +16,8 @@ from torch import nn
 
 import offload
 from offload.cli import main
-from offload.config import ConfigError, load_config
+from offload.config import ConfigError
+from offload.config_loading import load_config
 from offload.factories import factory_of
 from offload.forecast.forecast import Forecast, forecast
 from offload.forecast.kernels import CostMode, RatedKernels

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import offload
 from offload.budget.need import check_model
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.parameters.optimizer_template import optimized_by
 
 

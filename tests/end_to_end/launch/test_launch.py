@@ -17,7 +17,7 @@ from launched_runs import HERE, MODEL, ROWS, SEQ, STEPS, metrics, run, run_comma
 
 from examples.byte_corpus import ByteCorpus
 from examples.byte_gpt import ByteGPT, byte_gpt
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.factories import factory_of, resolve
 from offload.launch.loop import learning_rate
 from offload.parameters.optimizer_template import template_from

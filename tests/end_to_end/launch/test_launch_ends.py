@@ -19,7 +19,8 @@ from reported_runs import reported
 from rich.console import Console
 
 from offload.callbacks import StepMetrics
-from offload.config import ConfigError, load_config
+from offload.config import ConfigError
+from offload.config_loading import load_config
 from offload.console.output import Output, OutputClosed
 from offload.launch.metrics_file import FORMATS, MetricsFile
 from offload.launch.run_folder import RunFolder

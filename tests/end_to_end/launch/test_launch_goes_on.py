@@ -19,7 +19,7 @@ from rich.console import Console
 
 from offload.callbacks import RunStarted
 from offload.cli import main
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.launch.metrics_file import MetricsFile
 from offload.launch.train import launch
 from pagemem.durable.commit_folder import CommitFolder

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import offload
 from offload import cli
 from offload.budget.verdict import Available, decide, verdict_of
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.factories import model_factory
 from offload.forecast import forecast
 from offload.launch import setup as launch

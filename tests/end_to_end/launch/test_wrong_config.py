@@ -24,7 +24,8 @@ from pydantic.fields import FieldInfo
 from wrong_input import FILES, refused, run_config, threads_kept
 
 from offload import cli
-from offload.config import Config, ConfigError, load_config
+from offload.config import Config, ConfigError
+from offload.config_loading import load_config
 
 __all__ = ["refused", "threads_kept"]  # fixtures
 

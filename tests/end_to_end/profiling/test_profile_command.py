@@ -16,7 +16,8 @@ from rich.console import Console
 
 from examples.byte_gpt import ByteGPT
 from offload.cli import main
-from offload.config import ConfigError, load_config
+from offload.config import ConfigError
+from offload.config_loading import load_config
 from offload.launch.profile_run import temporary_beside
 from offload.launch.train import launch
 from pagemem.errors import BudgetError, RunDirectoryError

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import offload
 from offload.checkpoint.verify import verify_run
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.store.adoption import give_sources, page_model
 from offload.store.page_store import PageStore
 from pagemem.sources.source_reader import bounce_bytes

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from xxhash import xxh3_128_hexdigest
 
 from examples.byte_corpus import ByteCorpus
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.console.output import Output
 from offload.launch.train import launch
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.launch.profile_run import profile_run
 
 MODEL = {"d_model": 64, "n_layer": 2, "n_head": 4, "seq": 32}

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import offload
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.store.adoption import page_model
 from offload.store.page_store import PageStore
 from pagemem.residency.paged_tensor import PagedTensor

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import offload
-from offload.config import Config, load_config
+from offload.config import Config
+from offload.config_loading import load_config
 from offload.factories import factory_of
 from offload.forecast.rates import Rates
 from scheduler.planning.plan import Plan

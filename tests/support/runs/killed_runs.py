@@ -31,7 +31,7 @@ from torch import Tensor
 
 from offload.cli import main
 from offload.commits.commit_state import read_commit
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.console.output import Output
 from offload.launch.train import launch
 from pagemem.durable.commit_folder import CommitFolder

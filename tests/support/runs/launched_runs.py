@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from offload.cli import main
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.launch.train import launch
 
 HERE = launch_data.__name__

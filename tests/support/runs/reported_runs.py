@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from offload.callbacks import Callback, RunStarted
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.launch.reporter import Reporter
 
 

@@ -14,7 +14,7 @@ from benchmarks.results_csv import OVER_PLAIN, OVER_SAME_HEAP, Row
 from benchmarks.step import Run, arguments, csv_rows, summarize, table
 from benchmarks.subjects import ENGINE, OPTIONS, PLAIN, SAME_HEAP, engine_config, options_of
 from benchmarks.turns import Turns
-from offload.config import load_config
+from offload.config_loading import load_config
 
 FLOOR = Floor(flops=2 * 10**11, flops_per_s=1e11, read_bytes_per_s=2e9, write_bytes_per_s=1e9)
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from offload.config import Config, ConfigError, load_config, resolve_page_bytes
+from offload.config import Config, ConfigError, resolve_page_bytes
+from offload.config_loading import load_config
 from pagemem.units import KiB, MiB
 
 ROOT = Path(__file__).parents[3]

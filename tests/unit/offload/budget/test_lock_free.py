@@ -12,7 +12,8 @@ from hypothesis import given
 
 from offload.budget.lock_free import Division, LockFreeBudget, UnitSize
 from offload.budget.need import Sizes, UnitShape, budget_need
-from offload.config import Config, load_config
+from offload.config import Config
+from offload.config_loading import load_config
 from optim.layout import cut, lay_out
 from optim.lockfree.batch_update import scratch_bytes
 from pagemem.errors import BudgetError

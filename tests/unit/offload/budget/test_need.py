@@ -10,7 +10,8 @@ from pairwise import full_product
 from torch import nn
 
 from offload.budget.need import BudgetNeed, Sizes, UnitShape, budget_need
-from offload.config import Config, load_config
+from offload.config import Config
+from offload.config_loading import load_config
 from offload.parameters.grouping import Neighbours, groups_of, units_of
 from pagemem.errors import BudgetError
 

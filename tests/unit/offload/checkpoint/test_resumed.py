@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from offload.checkpoint.compatibility import config_changes, hyper_changes
-from offload.config import load_config
+from offload.config_loading import load_config
 
 
 def dumped(**sections: Any) -> dict[str, Any]:

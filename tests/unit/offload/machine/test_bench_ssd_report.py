@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from offload.config import SsdConfig, load_config
+from offload.config import SsdConfig
+from offload.config_loading import load_config
 from offload.machine.bench_ssd import (
     DEFAULT_THREADS,
     REQUEST_BYTES,

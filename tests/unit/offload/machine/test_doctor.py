@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.machine import doctor
 from offload.machine.bench_ssd import Point, Setting
 from offload.machine.doctor import (

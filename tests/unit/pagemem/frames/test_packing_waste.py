@@ -19,7 +19,7 @@ from small_runs import RAM_BYTES, assert_closed, built, engine_of, train
 from torch import nn
 
 from offload.budget.need import Sizes
-from offload.config import load_config
+from offload.config_loading import load_config
 from offload.parameters.grouping import units_of
 from optim.layout import cut, lay_out
 from pagemem.frames.allocator import PageAllocator

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from offload.cli import main
-from offload.config import Config, load_config
+from offload.config import Config
 from offload.config_errors import sections
-from offload.config_template import config_template
+from offload.config_loading import load_config
+from offload.console.config_template import config_template
 
 REQUIRED = {
     "memory": {"ram": "4GiB"},
