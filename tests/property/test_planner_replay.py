@@ -17,6 +17,7 @@ from scheduler.lookahead.planner import make_plan
 from scheduler.planning.bounds import Replay, check_bounds
 from scheduler.planning.machine import TierSpec
 from scheduler.planning.plan import Plan
+from scheduler.planning.task import Task
 from scheduler.planning.trace import Access, AccessMode, Op, OpKind, Trace
 
 PAGE_BYTES = 64 * KiB
@@ -103,6 +104,27 @@ def check(work: Work, plan: Plan) -> Replay:
 @given(steps(), st.integers(0, 8))
 def test_what_fits_is_planned_and_every_op_finds_its_tensors(work: Work, spare_frames: int) -> None:
     check(work, work.plan(work.frames_needed() + spare_frames))
+
+
+class _SlowReplay(Replay):
+    """Compares what is known to be over when a task begins with each run's own op, one by one."""
+
+    def _start(self, task: Task, place: int | None) -> None:
+        run, before, over = self._n_runs, dict(self._before), dict(self._over)
+        follows = {self._run_of[other] for other in task.after if other in self._run_of}
+        super()._start(task, place)
+        known = follows.union(*(before.get(other, frozenset()) for other in follows))
+        left = {other for other in known if over.get(other, self.now + 1) > self.now}
+        assert left <= self._before[run] and (self._restoring or left == self._before[run])
+
+
+@settings(max_examples=100)
+@given(steps(views=True), st.integers(0, 8))
+def test_a_run_is_over_from_the_op_on_that_the_checker_says(work: Work, spare_frames: int) -> None:
+    plan = work.plan(work.frames_needed() + spare_frames)
+    replay = _SlowReplay(host_work(plan, work.trace, work.n_bytes), plan)
+    for _ in range(3):
+        replay.cycle()
 
 
 @settings(max_examples=300)
