@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from offload.assembly.lifetime import Lifetime
 from offload.assembly.parts import DebugView, EngineParts, build_parts, built_store, take_apart
 from offload.assembly.training_step import HasLoss
-from offload.checkpoint.checkpoints import Stateful
 from offload.checkpoint.compatibility import Resumed
 from offload.checkpoint.export import check_exportable, check_request, export_commit
 from offload.checkpoint.model_files import write_model_files
+from offload.checkpoint.run_state import Stateful
 from offload.commits.stored_layout import unlike_state_dict
 from offload.config_loading import ConfigLike, load_config, load_optimizer
 from offload.parameters.optimizer_template import OptimizerLike

@@ -130,6 +130,11 @@ class PagedOptimizer(Optimizer):
         """The class of torch that it stands for."""
         return self._rule.torch_class
 
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """What it keeps of each element."""
+        return self._rule.state_names
+
     def hypers(self) -> list[Hyper]:
         """Hyper-parameters of every group as they are now."""
         return [{name: group[name] for name in self._rule.hyper_names} for group in self.param_groups]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Final, Protocol
 
 import torch
@@ -112,6 +113,19 @@ class Slot:
     def end(self) -> int:
         """One past the last element in the unit's layout."""
         return self.offset + self.numel
+
+    @property
+    def whole_name(self) -> str:
+        """The name of the parameter, or of what it is a slice of."""
+        return self.name if self.whole is None else self.name.rpartition("[")[0]
+
+    @property
+    def first(self) -> int:
+        """Place of its first element in that parameter."""
+        if self.whole is None:
+            return 0
+        before = list(takewhile(lambda slot: slot is not self, (slot for _, slot in self.whole.places)))
+        return sum(slot.numel for slot in before)
 
     @property
     def has_bytes(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from offload.checkpoint.commit_thread import CommitThread
 from offload.checkpoint.rank_commits import PartRefusedError, RankCommits
+from offload.checkpoint.retention import retired
 from offload.commits.commit_state import encoded
 from offload.commits.run_commits import Commit, EarlierCommits
 from offload.store.page_store import PageStore
@@ -71,7 +72,9 @@ class Committer:
         self._doubtful: dict[int, Snapshot] = {}
         #: Snapshots of commits whose parts are durable, of which other ranks may know more.
         self._doubtful_parts: list[Snapshot] = []
-        self._own_course = not self.commits and not store.earlier.damaged
+        self._foreign = store.foreign
+        self._number = max(self._number, self._foreign.newest())
+        self._own_course = not self.commits and not store.earlier.damaged and not self._foreign.names
         self._snapshot: Snapshot | None = None  # of the commit that is being written
         self._thread = CommitThread()
 
@@ -140,10 +143,16 @@ class Committer:
             )
         return self.commits[newest] if newest else None
 
-    def follow(self, commit: Commit) -> None:
-        """The run resumes from ``commit``: the next commit removes later unnamed ones."""
+    def newest(self, name: str | None) -> int:
+        """The greatest number of a commit of the own shape, damaged or not, or of those with this name; 0: none."""
+        named = [number for number, commit in self.commits.items() if name in (None, commit.manifest.name)]
+        found: int = max([0, *named, *(self.damaged if name is None else ())])
+        return found
+
+    def follow(self, number: int) -> None:
+        """The run resumes from a commit: the next one removes later unnamed ones."""
         self._own_course = True
-        self._left = [n for n, c in self.commits.items() if n > commit.manifest.number and c.manifest.name is None]
+        self._left = [n for n, commit in self.commits.items() if n > number and commit.manifest.name is None]
 
     def check_own_course(self) -> None:
         """Raise CommitError where the folder has commits of another course of the run."""
@@ -311,16 +320,13 @@ class Committer:
         """
         left, self._left = self._left, []
         damaged = [number for number, error in self.damaged.items() if isinstance(error, DamagedCommitError)]
-        usable = {number: commit for number, commit in sorted(self.commits.items()) if number not in self.damaged}
-        unnamed = [number for number, commit in usable.items() if commit.manifest.name is None and number not in left]
-        newest_of_name = {commit.manifest.name: number for number, commit in usable.items()}
-        kept = {*unnamed[-self._keep :], *(n for name, n in newest_of_name.items() if name is not None), self._number}
-        kept |= self.damaged.keys() - set(damaged)
-        retired = [number for number in self.commits if number not in kept]
+        names = {number: commit.manifest.name for number, commit in self.commits.items() if number not in self.damaged}
+        own, foreign = retired(names, self._foreign.names, left, self._number, self._keep)
         if self._ranks is not None:
-            self._ranks.retire(retired)
-        for number in retired:
+            self._ranks.retire(own)
+        for number in own:
             self._retire_one(number)
+        self._foreign.retire(foreign, removes=self._ranks is None or self._ranks.is_first)
         for number in damaged:
             self._earlier.folder.remove(number)
             del self.damaged[number]

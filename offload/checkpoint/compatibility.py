@@ -11,8 +11,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from offload.commits.commit_state import state_of
 from offload.commits.run_commits import Commit
 from optim.optimizer import PagedOptimizer
+from optim.unit import Slot
+from pagemem.durable.manifest import Manifest
 from pagemem.errors import CommitError
 from pagemem.residency.paged_tensor import PagedTensor
 from pagemem.tier import Tag
@@ -71,7 +74,51 @@ def check_contents(
     for key, tensor in tensors.items():
         if key not in theirs and tensor.tag in (Tag.PARAM, Tag.MASTER):
             raise CommitError(f"{where} has no {key}; resume with the model it was made with")
-    untracked = tracked - set(state["tracked"])
+    _check_tracked(where, tracked, set(state["tracked"]))
+
+
+def check_imported(
+    manifest: Manifest,
+    sidecar: Mapping[str, Tensor],
+    *,
+    optimizer: str,
+    slots: Sequence[Slot],
+    ordinary: Mapping[str, Tensor],
+    tracked: Set[str],
+) -> None:
+    """As `check_contents`, of a commit that may cut parameters, units and pages otherwise.
+
+    Args:
+        slots: the run's parameters, or slices of them.
+    """
+    where, state = f"commit {manifest.number}", state_of(manifest)
+    if state.optimizer != optimizer:
+        raise CommitError(f"{where} was made with {state.optimizer}, this run has {optimizer}; {_OTHER_RUN}")
+    theirs: dict[str, list[Any]] = {}
+    for unit in state.units:
+        for stored in unit.slots:
+            group = state.parameters[stored.name][2]
+            _count(theirs, stored.whole, stored.end - stored.offset, f"torch.{unit.dtype}", group)
+    ours: dict[str, list[Any]] = {}
+    for slot in slots:
+        _count(ours, slot.whole_name, slot.numel, str(slot.dtype), slot.group)
+    for what, wanted, found in (
+        ("parameter {} (elements, dtype, parameter group)", theirs, ours),
+        ("the buffer or unpaged parameter {} (shape, dtype)", _shapes_of(sidecar), _shapes_of(ordinary)),
+    ):
+        differing = _first_difference(wanted, found)
+        if differing is not None:
+            raise CommitError(f"{where} and this run differ in {what.format(differing)}; {_OTHER_RUN}")
+    _check_tracked(where, tracked, set(state.tracked))
+
+
+def _count(found: dict[str, list[Any]], name: str, numel: int, dtype: str, group: int) -> None:
+    """One more parameter, or one more slice of it."""
+    found.setdefault(name, [0, dtype, group])[0] += numel
+
+
+def _check_tracked(where: str, tracked: Set[str], there: Set[str]) -> None:
+    untracked = tracked - there
     if untracked:
         raise CommitError(
             f"{where} has no state of {', '.join(sorted(untracked))}, which this run tracks; name other "

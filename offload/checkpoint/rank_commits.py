@@ -31,6 +31,11 @@ class RankCommits:
     def __init__(self, run: RankRun) -> None:
         self._run = run
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and removes roots."""
+        return self._run.rank == 0
+
     def fail(self, number: int) -> None:
         """This rank could not make its part of a commit, and has removed what there was.
 

@@ -192,8 +192,6 @@ def _check_unit(where: str, unit: StoredUnit, stored: dict[str, int]) -> None:
         reached = part.end
         if part.master is not None:
             room(part.master, Tag.MASTER, 4 * (part.end - part.begin))
-        if part.states in stored:  # otherwise there were no updates yet
-            room(part.states, Tag.MOMENT, 4 * (part.end - part.begin))
     if reached < updated:
         raise ValueError(f"{where}: its slices end at element {reached}, what is updated at {updated}")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offload.binding.bindings import Bindings
 from offload.budget.need import Sizes, check_lockable, cut_for
+from offload.commits.foreign_commits import SINGLE, ForeignCommits
 from offload.commits.rank_run import RankRun, check_parts, open_rank_run
 from offload.commits.run_commits import EarlierCommits
 from offload.config import Config
@@ -81,6 +82,9 @@ class PageStore:
             self.collectives = self.parts.collectives()
             self.rank_run: RankRun | None = None
             self.earlier = self._open_run(undo)
+            self.foreign = ForeignCommits(
+                [Path(path) for path in config.ssd.paths], SINGLE if self.rank_run is None else self.rank_run.shape
+            )
             # A run that goes on keeps the sizes it was begun with.
             self.page_bytes, self.slice_numel = self.earlier.sizes(
                 sizes.page_bytes, sizes.slice_numel, config.memory.page, checksums=config.ssd.checksums

@@ -145,3 +145,65 @@ def test_a_run_that_does_not_go_on_from_its_commits_does_not_commit(
 
     run(tmp_path, monkeypatch, commits_at_5)
     assert all("did not go on from one" in said for said in run(tmp_path, monkeypatch, body))
+
+
+def trained_by(n_ranks: int, degree: str, begin: int, end: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Train some steps of four micro-batches each, going on from what there is; returns each rank's parameters."""
+    steps = steps_of(10, 4)
+
+    def body(engine: offload.Engine, rank: int) -> list[Tensor]:
+        found = engine.resume()
+        assert (0 if found is None else found.step) == begin
+        own = 4 // n_ranks
+        for step in steps[begin:end]:
+            for batch in step[rank * own : (rank + 1) * own]:
+                engine.backward(loss_of(engine.model, batch))
+            assert engine.step()
+        engine.save()
+        return gather_values(engine.model)
+
+    models = [tied_model() for _ in range(n_ranks)]
+
+    def on(rank: int) -> list[Tensor]:
+        # Other page sizes, so that units and slices are others, too.
+        config = config_of(folder, f"{n_ranks}MiB", parallel={"degree": degree}, update={"accumulation": 4 // n_ranks})
+        with offload.Engine(models[rank], config, ADAMW) as engine:
+            return body(engine, rank)
+
+    return on_engines(n_ranks, monkeypatch, on)
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_on(shapes: list[tuple[int, str]], folder: Path) -> list[Tensor]:
+        for number, (n_ranks, degree) in enumerate(shapes):
+            found = trained_by(n_ranks, degree, 2 * number, 2 * number + 2, folder, monkeypatch)
+            assert all(equal(other, found[0]) for other in found)
+        return found[0]
+
+    # The sums of four micro-batches are others with other numbers of ranks, so each is compared with itself.
+    changing = run_on([(4, "all"), (2, "states"), (4, "none"), (4, "all")], tmp_path / "changing")
+    parts = [
+        trained_by(n, "all", 2 * i, 2 * i + 2, tmp_path / "alike", monkeypatch)[0] for i, n in enumerate((4, 2, 4, 4))
+    ]
+    assert equal(changing, parts[-1])
+
+
+def test_one_process_goes_on_from_many_and_many_from_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def single(begin: int, end: int) -> list[Tensor]:
+        config = config_of(tmp_path, "3MiB", update={"accumulation": 4})
+        with offload.Engine(tied_model(), config, ADAMW) as engine:
+            found = engine.resume()
+            assert (0 if found is None else found.step) == begin
+            for step in steps_of(10, 4)[begin:end]:
+                for batch in step:
+                    engine.backward(loss_of(engine.model, batch))
+                assert engine.step()
+            engine.save()
+            return gather_values(engine.model)
+
+    single(0, 2)
+    # Four ranks have the bits of one process that accumulates as many.
+    trained_by(4, "all", 2, 4, tmp_path, monkeypatch)
+    single(4, 6)
+    (found, *_) = trained_by(4, "states", 6, 8, tmp_path, monkeypatch)
+    assert equal(found, trained_plainly(tied_model(), ADAMW, steps_of(10, 4)[:8], loss_of))
