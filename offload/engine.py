@@ -250,9 +250,11 @@ class Engine:
         shard_bytes = parse_bytes(max_shard)
         to = check_request(folders, Path(folder), dtype=dtype, max_shard_bytes=shard_bytes)
         check_exportable(unlike_state_dict(self.model))
-        manifest = self._parts.checkpoints.committer.commits[self.save()].manifest
+        parts = self._parts.checkpoints.parts_of(self.save())
         beside, console = partial(write_model_files, self.model, dtype=dtype), Console(quiet=True)
-        export_commit(folders, manifest, to, dtype=dtype, max_shard_bytes=shard_bytes, console=console, beside=beside)
+        with self._parts.checkpoints.on_first_rank() as is_first:
+            if is_first:
+                export_commit(parts, to, dtype=dtype, max_shard_bytes=shard_bytes, console=console, beside=beside)
         return to
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -27,10 +28,11 @@ from offload.checkpoint.compatibility import (
 from offload.checkpoint.import_commit import import_values
 from offload.checkpoint.run_state import RunState, Stateful, without
 from offload.commits.commit_state import set_random_states
+from offload.commits.foreign_commits import OTHERS, ForeignCommits
 from offload.commits.plain_state import decode
 from offload.commits.run_commits import Commit
 from offload.commits.sidecar import read_sidecar
-from offload.commits.stored_values import StoredValues
+from offload.commits.stored_values import CommitPart, StoredValues
 from offload.config import Config
 from offload.store.page_store import PageStore
 from optim.optimizer import PagedOptimizer
@@ -58,6 +60,7 @@ class Checkpoints:
         self._config = config
         self._own = RunState(model, store, optimizer, updater, config)
         self.committer = Committer(store, config.commit.keep)
+        self._paths = [Path(path) for path in config.ssd.paths]
         self._last_step = 0
         self._last_s = time.monotonic()
 
@@ -107,6 +110,25 @@ class Checkpoints:
             said = self._store.collectives.agree([float(wanted), float(self.committer.busy)])
             return bool(said[0][0]) and not any(busy for _, busy in said)
         return wanted and not self.committer.busy
+
+    def parts_of(self, number: int) -> list[CommitPart]:
+        """The parts of a commit of this run, in rank order."""
+        folders = tuple(directory.path for directory in self._store.directories)
+        if self._store.rank_run is None:
+            return [CommitPart(folders, self.committer.commits[number].manifest)]
+        return ForeignCommits(self._paths, OTHERS).parts(number)
+
+    @contextmanager
+    def on_first_rank(self) -> Iterator[bool]:
+        """Inside the block: whether this is the rank that does something for all; the others wait for it at its end.
+
+        Raises:
+            RankError: another rank failed.
+        """
+        collectives = self._store.collectives
+        yield collectives is None or collectives.rank == 0
+        if collectives is not None:
+            collectives.agree([0.0])
 
     # ---- resuming ----------------------------------------------------------------------------------------------
 

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from offload.checkpoint.safetensors_writer import Weight
-from offload.commits.commit_state import state_of
 from offload.commits.sidecar import Sidecar
-from offload.commits.stored_layout import StoredSlot, StoredUnit
-from pagemem.durable.manifest import Manifest, StoredTensor
-from pagemem.durable.page_map import file_sizes, impossible
-from pagemem.durable.page_reader import Chunk, PageReader
-from pagemem.errors import ChecksumError, CommitError, OffloadError
-from pagemem.files.page_file import PAGE_FILE_NAME
-from pagemem.sources.source_files import Origin, SourcePiece
-from pagemem.sources.source_reader import SourceReader
+from offload.commits.stored_layout import StoredSlot
+from offload.commits.stored_values import MASTER, VALUES, StoredValues
+from pagemem.durable.manifest import Manifest
+from pagemem.errors import CommitError, OffloadError
 from pagemem.units import KiB
 
 #: Supported dtypes; "keep" is what the parameters were computed in.
@@ -31,8 +22,6 @@ DTYPES: Final[dict[str, torch.dtype | None]] = {
 }  # fmt: skip
 #: Elements of a parameter that are in memory at a time.
 PIECE_NUMEL: Final = 256 * KiB
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class ExportError(OffloadError):
@@ -43,45 +32,33 @@ class CommitWeights:
     """The tensors of a commit, under the names of ``model.state_dict()``, and their bytes piece by piece.
 
     Args:
-        sidecar: the small tensors beside the manifest; open as long as this is used.
-        sources: reads what lies in files of others.
+        values: of the parameters.
+        manifest: of the first part, which has the names of all.
+        sidecar: the small tensors beside the manifest. Both are open as long as this is used.
         dtype: of the paged parameters; None: as they were computed in. Buffers keep their own.
 
     Attributes:
         tied: further names, each with the one under which the tensor is.
 
     Raises:
-        CommitError: the commit names places that cannot be, or a file of others that is not there as it was.
+        CommitError: slices of a parameter do not follow one another.
     """
 
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        manifest: Manifest,
-        sidecar: Sidecar,
-        sources: SourceReader,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, values: StoredValues, manifest: Manifest, sidecar: Sidecar, dtype: torch.dtype | None) -> None:
+        self._values = values
         self._manifest = manifest
         self._sidecar = sidecar
         self._dtype = dtype
-        self._state = state_of(manifest)
-        self._stored = {stored.key: stored for stored in manifest.tensors}
-        self._referenced = {tensor.key: tensor for tensor in manifest.referenced}
-        self._files = [file.find() for file in manifest.files]
-        self._sources = sources
+        self._state = values.states[0]
         self.tied = {name: kept for name, kept in self._state.names.items() if name != kept}
-        why = impossible([manifest], file_sizes(folder / PAGE_FILE_NAME for folder in folders))
-        if why:
-            raise CommitError(f"commit {manifest.number} is damaged: {why[manifest.number]}")
         kept = set(self._state.names.values())
-        self._paged: dict[str, list[tuple[StoredUnit, StoredSlot]]] = {}
+        self._paged: dict[str, list[StoredSlot]] = {}
         for unit in self._state.units:
             for slot in unit.slots:
                 if slot.whole in kept:
-                    self._paged.setdefault(slot.whole, []).append((unit, slot))
-        for name, places in self._paged.items():
-            if not _follow_one_another([slot for _, slot in places]):
+                    self._paged.setdefault(slot.whole, []).append(slot)
+        for name, slots in self._paged.items():
+            if not _follow_one_another(slots):
                 raise CommitError(f"commit {manifest.number} is damaged: slices of {name} do not follow one another")
 
     def listed(self) -> list[Weight]:
@@ -93,18 +70,18 @@ class CommitWeights:
         found = []
         for name in dict.fromkeys(self._state.names.values()):
             if name in self._paged:
-                unit, slot = self._paged[name][0]
+                slot = self._paged[name][0]
                 shape = slot.shape
                 if slot.of is not None:
-                    shape = (sum(part.shape[0] for _, part in self._paged[name]), *slot.shape[1:])
-                found.append(Weight(name, self._dtype or unit.torch_dtype, shape))
+                    shape = (sum(part.shape[0] for part in self._paged[name]), *slot.shape[1:])
+                found.append(Weight(name, self._dtype or self._values.dtype(name), shape))
             elif (small := self._sidecar.tensors.get(name)) is not None:
                 found.append(Weight(name, small.dtype, tuple(small.shape)))
             else:
                 raise CommitError(f"commit {self._manifest.number} has no {name} that can be exported")
         return found
 
-    def pieces(self, reader: PageReader) -> Iterator[tuple[str, int, memoryview]]:
+    def pieces(self) -> Iterator[tuple[str, int, memoryview]]:
         """Name, offset and bytes of each piece.
 
         Raises:
@@ -116,47 +93,24 @@ class CommitWeights:
             if name in self._sidecar.tensors:
                 for begin, piece in self._sidecar.pieces(name):
                     yield name, begin, piece
-        buffers = [np.frombuffer(reader.buffer(), dtype=np.uint8) for _ in range(2)]
-        for unit in self._state.units:
-            yield from self._unit_pieces(unit, reader, buffers)
+        for name, slots in self._paged.items():
+            numel = slots[-1].first + slots[-1].end - slots[-1].offset
+            for begin in range(0, numel, PIECE_NUMEL):
+                values = self._piece(name, begin, min(PIECE_NUMEL, numel - begin))
+                yield name, begin * values.element_size(), values.view(torch.uint8).numpy().data
 
-    def _unit_pieces(
-        self, unit: StoredUnit, reader: PageReader, buffers: Sequence[Bytes]
-    ) -> Iterator[tuple[str, int, memoryview]]:
-        source, target = unit.torch_dtype, self._dtype or unit.torch_dtype
-        size = source.itemsize
-        checksums = self._manifest.checksums
-        values = _Stream(
-            reader, self._sources, buffers[0], [(0, unit.slots[-1].end * size, self._place(unit.parameters))],
-            checksums=checksums,
-        )  # fmt: skip
-        masters = None
-        if target is not source and all(part.master is not None for part in unit.slices):
-            parts = [(part.begin * 4, part.end * 4, self._place(part.master or "")) for part in unit.slices]
-            masters = _Stream(reader, self._sources, buffers[1], parts, checksums=checksums)
-        for slot in unit.slots:
-            if slot.whole not in self._paged:
-                continue  # dropped from the model since its unit was made
-            for begin in range(slot.offset, slot.end, PIECE_NUMEL):
-                end = min(begin + PIECE_NUMEL, slot.end)
-                piece = torch.from_numpy(values.take(begin * size, end * size)).view(source)
-                if target is not source:
-                    wide = (
-                        None
-                        if masters is None
-                        else torch.from_numpy(masters.take(begin * 4, end * 4)).view(torch.float32)
-                    )
-                    piece = _converted(slot, piece, wide, target)
-                yield (
-                    slot.whole,
-                    (slot.first + begin - slot.offset) * target.itemsize,
-                    piece.view(torch.uint8).numpy().data,
-                )
-
-    def _place(self, key: str) -> StoredTensor | Origin:
-        """Where a tensor lies: in page files, or in files of others."""
-        referenced = self._referenced.get(key)
-        return self._stored[key] if referenced is None else referenced.origin(self._files)
+    def _piece(self, name: str, begin: int, numel: int) -> Tensor:
+        source = self._values.dtype(name)
+        piece = torch.empty(numel, dtype=source)
+        self._values.read(name, VALUES, begin, piece)
+        if self._dtype in (None, source):
+            return piece
+        assert self._dtype is not None
+        wide = None
+        if self._values.has(name, MASTER):
+            wide = torch.empty(numel, dtype=torch.float32)
+            self._values.read(name, MASTER, begin, wide)
+        return _converted(name, piece, wide, self._dtype)
 
 
 def _follow_one_another(slots: Sequence[StoredSlot]) -> bool:
@@ -171,7 +125,7 @@ def _follow_one_another(slots: Sequence[StoredSlot]) -> bool:
     return True
 
 
-def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _converted(name: str, values: Tensor, masters: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Values in another dtype, from their masters, except where they were edited since those were made."""
     exact = values
     if masters is not None:
@@ -181,70 +135,6 @@ def _converted(slot: StoredSlot, values: Tensor, masters: Tensor | None, dtype: 
     converted = exact.to(dtype)
     if bool((torch.isinf(converted) & torch.isfinite(exact)).any()):
         raise ExportError(
-            f"{slot.name} has values beyond the largest of {dtype}, {torch.finfo(dtype).max:g}; export as bf16 or fp32"
+            f"{name} has values beyond the largest of {dtype}, {torch.finfo(dtype).max:g}; export as bf16 or fp32"
         )
     return converted
-
-
-class _Stream:
-    """Bytes of tensors that lie one after another, read once, from front to back, a chunk at a time.
-
-    Args:
-        buffer: as long as a chunk, this stream's alone while it is used.
-        parts: first byte, end, and where the tensor lies that has them from its first byte on.
-    """
-
-    def __init__(
-        self,
-        reader: PageReader,
-        sources: SourceReader,
-        buffer: Bytes,
-        parts: Sequence[tuple[int, int, StoredTensor | Origin]],
-        *,
-        checksums: bool,
-    ) -> None:
-        self._reader = reader
-        self._sources = sources
-        self._checksums = checksums
-        self._buffer = buffer
-        self._begin = self._end = 0
-        self._chunks = self._chunks_of(parts)
-
-    def take(self, begin: int, end: int) -> Bytes:
-        """A copy of bytes [begin, end), none of which lies before what was taken last."""
-        taken: Bytes = np.empty(end - begin, dtype=np.uint8)
-        at = begin
-        while at < end:
-            while at >= self._end:
-                self._begin, self._end, read = next(self._chunks)  # long enough: see `check_commit`
-                read()
-            n_bytes = min(end, self._end) - at
-            taken[at - begin : at - begin + n_bytes] = self._buffer[at - self._begin : at - self._begin + n_bytes]
-            at += n_bytes
-        return taken
-
-    def _chunks_of(
-        self, parts: Sequence[tuple[int, int, StoredTensor | Origin]]
-    ) -> Iterator[tuple[int, int, Callable[[], None]]]:
-        """First byte and end of each chunk, and what reads it."""
-        for begin, end, place in parts:
-            if isinstance(place, Origin):
-                for start in range(begin, end, len(self._buffer)):
-                    stop = min(end, start + len(self._buffer))
-                    yield start, stop, partial(self._read_sources, place.part(start - begin, stop - begin))
-                continue
-            for chunk in self._reader.chunks(place):
-                start = begin + chunk.begin_bytes
-                yield start, min(end, start + chunk.n_bytes), partial(self._read_pages, place, chunk)
-
-    def _read_sources(self, pieces: Sequence[SourcePiece]) -> None:
-        self._buffer[:] = 0
-        self._sources.fill(pieces, self._buffer)
-
-    def _read_pages(self, stored: StoredTensor, chunk: Chunk) -> None:
-        with self._buffer.data as into:
-            wrong = self._reader.read(chunk, into, checksums=self._checksums)
-        if wrong:
-            raise ChecksumError(
-                f"{stored.key}: {wrong[0]}: the disk or another program changed it; export an earlier commit"
-            )

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -18,18 +18,17 @@ from rich.console import Console
 from offload.checkpoint.commit_weights import DTYPES, CommitWeights, ExportError
 from offload.checkpoint.safetensors_writer import ShardWriter, index_of, plan_shards, write_failure
 from offload.commits.sidecar import Sidecar
+from offload.commits.stopped_ranks import StoppedRanks
 from offload.commits.stopped_run import StoppedRun
+from offload.commits.stored_values import CommitPart, StoredValues
 from offload.console.byte_progress import byte_progress
 from offload.console.tables import print_line
 from offload.sources.checkpoint_index import INDEX_NAME
 from pagemem.durable.commit_folder import CommitFolder
-from pagemem.durable.manifest import Manifest
-from pagemem.durable.page_reader import PageReader
+from pagemem.durable.root_folder import RootFolder
 from pagemem.errors import DiskFullError, OffloadError
-from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.folders.own_file import make_folder, naming, remove_folders, sync_files, sync_folder
 from pagemem.process import interrupts
-from pagemem.sources.source_reader import SourceReader
 from pagemem.units import format_bytes
 
 
@@ -49,23 +48,24 @@ def export_run(
         RunDirectoryError: the run cannot be used. CommitError: the commit cannot. ExportError: not like this.
         DiskFullError, StorageError: reading or writing failed. Nothing is left of the export in any case.
     """
-    with StoppedRun(run, paths) as stopped:
+    with StoppedRanks(run, paths) if RootFolder(run).numbers() else StoppedRun(run, paths) as stopped:
         manifest = stopped.choose(commit)
         for number, error in sorted(stopped.damaged.items()):
             if number > manifest.number:
                 print_line(console, f"a newer commit is damaged: {error}")
+        parts = stopped.parts(manifest)
         named = f" ({manifest.name})" if manifest.name else ""
+        of_ranks = f", {len(parts)} ranks" if len(parts) > 1 else ""
         unverified = "" if manifest.checksums else "; the run kept no checksums, so what is read cannot be verified"
         print_line(
             console,
-            f"commit {manifest.number}{named}, step {manifest.step}, of {manifest.created}{unverified}",
+            f"commit {manifest.number}{named}, step {manifest.step}, of {manifest.created}{of_ranks}{unverified}",
         )
-        export_commit(stopped.folders, manifest, to, dtype=dtype, max_shard_bytes=max_shard_bytes, console=console)
+        export_commit(parts, to, dtype=dtype, max_shard_bytes=max_shard_bytes, console=console)
 
 
 def export_commit(
-    folders: Sequence[Path],
-    manifest: Manifest,
+    parts: Sequence[CommitPart],
     to: Path,
     *,
     dtype: str,
@@ -76,29 +76,30 @@ def export_commit(
     """Export a commit whose frames are not reused meanwhile.
 
     Args:
-        folders: the run directories, in order.
+        parts: of the commit, in rank order.
         to: a new or empty folder.
         beside: writes small files that belong beside the weights into the folder that it is given.
 
     Raises:
         As `check_request` and `export_run`.
     """
+    folders = [folder for part in parts for folder in part.folders]
     to = check_request(folders, to, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    manifest = parts[0].manifest
     check_exportable(manifest.state.get("unlike"))
-    sources = SourceReader()
-    with closing(sources), Sidecar(CommitFolder(folders[0]), manifest.number, manifest.state) as sidecar:
-        weights = CommitWeights(folders, manifest, sidecar, sources, DTYPES[dtype])
+    beside_it = CommitFolder(folders[0])
+    with Sidecar(beside_it, manifest.number, manifest.state) as sidecar, StoredValues(parts) as values:
+        weights = CommitWeights(values, manifest, sidecar, DTYPES[dtype])
         listed = weights.listed()
         shards = plan_shards(listed, max_shard_bytes, weights.tied)
         index = index_of(shards, {"step": manifest.step, "commit": manifest.number, "tied": weights.tied})
         total_bytes = len(index) + sum(shard.n_bytes for shard in shards)
         with (
-            PageReader([folder / PAGE_FILE_NAME for folder in folders], manifest.page_bytes) as reader,
             _new_folder(to, total_bytes) as draft,
             byte_progress(console, "exporting", sum(weight.n_bytes for weight in listed)) as advance,
             ShardWriter(draft, shards) as writer,
         ):
-            for name, offset_bytes, data in weights.pieces(reader):
+            for name, offset_bytes, data in weights.pieces():
                 interrupts.check()  # it may take long, and leaves nothing
                 writer.write(name, offset_bytes, data)
                 advance(data.nbytes)

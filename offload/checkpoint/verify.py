@@ -17,14 +17,18 @@ from typing import Final
 from rich.console import Console
 
 from offload.commits.sidecar import Sidecar
+from offload.commits.stopped_ranks import StoppedRanks
 from offload.commits.stopped_run import StoppedRun
 from offload.console.byte_progress import byte_progress
 from offload.console.tables import print_line, print_rows
+from pagemem.durable.commit_folder import CommitFolder
 from pagemem.durable.manifest import Manifest
 from pagemem.durable.page_map import StoredPlace, all_places, map_faults
 from pagemem.durable.page_reader import Chunk, PageReader
 from pagemem.durable.references import ReferencedFile
+from pagemem.durable.root_folder import FOLDER_NAME, RootFolder
 from pagemem.errors import CommitError, StorageError
+from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.units import format_bytes
 
 _READERS: Final = 4
@@ -62,6 +66,8 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
         RunDirectoryError: the run cannot be used. CommitError: there is no such commit.
         StorageError: a page file cannot be opened.
     """
+    if RootFolder(run).numbers():
+        return _verify_ranks(run, paths, commit, console)
     with StoppedRun(run, paths) as stopped:
         chosen = list(stopped.whole.values()) if commit is None else [stopped.choose(commit)]
         report = Report(sorted(chosen, key=lambda manifest: manifest.number))
@@ -87,6 +93,42 @@ def verify_run(run: Path, *, paths: Sequence[Path], commit: str | None, console:
                 _check_pages(reader, [m for m in report.commits if m.page_bytes == page_bytes], report, console)
     print_report(report, console)
     return report
+
+
+def _verify_ranks(run: Path, paths: Sequence[Path], commit: str | None, console: Console) -> Report:
+    """Verify each rank's part of the commits of all shapes that the run has had."""
+    with StoppedRanks(run, paths) as stopped:
+        chosen = list(stopped.whole.values()) if commit is None else [stopped.choose(commit)]
+        report = Report(sorted(chosen, key=lambda manifest: manifest.number))
+        if commit is None:
+            for number, error in sorted(stopped.damaged.items()):
+                report.add([number], str(error))
+        folders: dict[tuple[Path, ...], list[Manifest]] = {}
+        for manifest in report.commits:
+            for part in stopped.parts(manifest):
+                folders.setdefault(part.folders, []).append(part.manifest)
+        for of_rank, manifests in folders.items():
+            own = Report(manifests)
+            _check_part(of_rank, own, console)
+            for number, faults in own.faults.items():
+                for fault in faults:
+                    report.add([number], f"{of_rank[0].parent.name}/{of_rank[0].name}: {fault}")
+            report.n_extents, report.n_bytes = report.n_extents + own.n_extents, report.n_bytes + own.n_bytes
+        report.notes.append(f"{len(folders)} folders of ranks in {stopped.path / FOLDER_NAME}")
+    print_report(report, console)
+    return report
+
+
+def _check_part(folders: Sequence[Path], report: Report, console: Console) -> None:
+    """Look at the pages, and what lies beside, of one rank's parts."""
+    for manifest in report.commits:
+        try:
+            Sidecar(CommitFolder(folders[0]), manifest.number, manifest.state).close()
+        except CommitError as error:
+            report.add([manifest.number], str(error))
+    _check_files(report)
+    with PageReader([folder / PAGE_FILE_NAME for folder in folders], report.commits[-1].page_bytes) as reader:
+        _check_pages(reader, report.commits, report, console)
 
 
 def _check_files(report: Report) -> None:

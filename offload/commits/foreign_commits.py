@@ -20,6 +20,8 @@ from pagemem.folders.own_file import kind_of, naming, sync_folder
 
 #: The shape of a single process, whose page files lie in the run's folder itself.
 SINGLE: Final = 0
+#: No shape: all commits are another one's.
+OTHERS: Final = -1
 
 
 class ForeignCommits:

@@ -6,12 +6,13 @@ can reuse frames of a commit that is being read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from offload.commits.commit_state import read_commit
+from offload.commits.stored_values import CommitPart
 from offload.config_file import ConfigError, read_config_file
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.durable.manifest import Manifest
@@ -54,26 +55,12 @@ class StoppedRun:
             undo.pop_all()
 
     def choose(self, wanted: str | None) -> Manifest:
-        """The newest whole commit, or the one of this number or, where no commit has it for its number, name.
+        """See `choose_commit`."""
+        return choose_commit(self.path, self.whole, self.damaged, wanted)
 
-        Raises:
-            CommitError: there is none, or it is damaged.
-        """
-        if wanted is None:
-            if not self.whole:
-                wrong = "; ".join(str(error) for _, error in sorted(self.damaged.items()))
-                raise CommitError(f"{self.path} has no whole commit{': ' + wrong if wrong else ''}")
-            return self.whole[max(self.whole)]
-        number = int(wanted) if wanted.isascii() and wanted.isdigit() else 0
-        if number in self.damaged:
-            raise self.damaged[number]
-        named = [manifest.number for manifest in self.whole.values() if manifest.name == wanted]
-        if number not in self.whole and not named:
-            there = (
-                ", ".join(str(n) + (f" ({m.name})" if m.name else "") for n, m in sorted(self.whole.items())) or "none"
-            )
-            raise CommitError(f"{self.path} has no commit {wanted!r}; whole ones are: {there}")
-        return self.whole[number if number in self.whole else max(named)]
+    def parts(self, manifest: Manifest) -> list[CommitPart]:
+        """The parts of a commit: it is one."""
+        return [CommitPart(tuple(self.folders), manifest)]
 
     def close(self) -> None:
         """Let engines use the folders again. Idempotent."""
@@ -131,6 +118,32 @@ class StoppedRun:
                 f"{looked}. Name the others with --path"
             )
         return [known[run_id] for run_id in newest.run_ids]
+
+
+def choose_commit(
+    path: Path, whole: Mapping[int, Manifest], damaged: Mapping[int, CommitError], wanted: str | None
+) -> Manifest:
+    """The newest whole commit, or the one of this number or, where no commit has it for its number, name.
+
+    Args:
+        path: of the run, for messages.
+
+    Raises:
+        CommitError: there is none, or it is damaged.
+    """
+    if wanted is None:
+        if not whole:
+            wrong = "; ".join(str(error) for _, error in sorted(damaged.items()))
+            raise CommitError(f"{path} has no whole commit{': ' + wrong if wrong else ''}")
+        return whole[max(whole)]
+    number = int(wanted) if wanted.isascii() and wanted.isdigit() else 0
+    if number in damaged:
+        raise damaged[number]
+    named = [manifest.number for manifest in whole.values() if manifest.name == wanted]
+    if number not in whole and not named:
+        there = ", ".join(str(n) + (f" ({m.name})" if m.name else "") for n, m in sorted(whole.items())) or "none"
+        raise CommitError(f"{path} has no commit {wanted!r}; whole ones are: {there}")
+    return whole[number if number in whole else max(named)]
 
 
 def _run_id(path: Path) -> str:

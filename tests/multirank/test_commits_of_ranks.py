@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from engine_ranks import config_of, gather_values, on_engines, trained_plainly
+from safetensors.torch import load_file
 from tied_model import ADAMW, loss_of, steps_of, tied_model
 from torch import Tensor
 
 import offload
+from offload.cli import main
 
 STEPS = steps_of(8, 2)
 
@@ -38,7 +40,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, body: Body, degree: str =
     models = [tied_model() for _ in range(n_ranks)]
 
     def on(rank: int) -> Any:
-        config = config_of(folder, "1MiB", parallel={"degree": degree})
+        config = config_of(folder, "1MiB", checksums=True, parallel={"degree": degree})
         with offload.Engine(models[rank], config, ADAMW) as engine:
             return body(engine, rank)
 
@@ -207,3 +209,28 @@ def test_one_process_goes_on_from_many_and_many_from_one(tmp_path: Path, monkeyp
     single(4, 6)
     (found, *_) = trained_by(4, "states", 6, 8, tmp_path, monkeypatch)
     assert equal(found, trained_plainly(tied_model(), ADAMW, steps_of(10, 4)[:8], loss_of))
+
+
+@pytest.mark.parametrize("degree", ["states", "all"])
+def test_a_commit_of_ranks_is_exported_and_verified(
+    degree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body(engine: offload.Engine, rank: int) -> None:
+        train(engine, rank, 0, 3)
+        engine.export(tmp_path / "by the engine")
+
+    run(tmp_path / "run", monkeypatch, body, degree)
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "by the command")]) == 0
+    assert "commit 1, step 3" in (said := capsys.readouterr().out) and ", 2 ranks" in said
+    for name in ("by the engine", "by the command"):
+        found = load_file(tmp_path / name / "model.safetensors")
+        for (key, _), wanted in zip(tied_model().named_parameters(), plain(3), strict=True):
+            assert torch.equal(found[key], wanted), (name, key)
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    assert "whole; " in capsys.readouterr().out
+    pages = tmp_path / "run/ranks/shape-1/rank-1/pages.bin"
+    content = bytearray(pages.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    pages.write_bytes(content)
+    assert main(["verify", str(tmp_path / "run")]) == 1
+    assert "commit 1: shape-1/rank-1: " in capsys.readouterr().out

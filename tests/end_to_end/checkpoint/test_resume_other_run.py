@@ -189,7 +189,7 @@ def test_a_thing_that_does_not_take_its_state_leaves_everything_as_it_was(tmp_pa
         before = without_draws(run)
         with pytest.raises(KeyError):  # its own error, as it does not take its own state either
             run.engine.resume()
-        run.engine.debug.checkpoints._tracked.pop("odd")
+        run.engine.debug.checkpoints._own.tracked.pop("odd")
 
         class Once(Odd):
             def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -23,9 +23,13 @@ from pagemem.ranks.collectives import Collectives
 T = TypeVar("T")
 
 
-def config_of(folder: Path, ram: str, **sections: Mapping[str, Any]) -> dict[str, Any]:
+def config_of(folder: Path, ram: str, *, checksums: bool = False, **sections: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration; all ranks have the same folder, in which each makes its own."""
-    return {"memory": {"ram": ram}, "ssd": {"paths": [str(folder)], "checksums": False}, **sections}
+    return {
+        "memory": {"ram": ram},
+        "ssd": {"paths": [str(folder)], "checksums": checksums},
+        **sections,
+    }
 
 
 def on_engines(n_ranks: int, monkeypatch: pytest.MonkeyPatch, body: Callable[[int], T]) -> list[T]:
