@@ -82,9 +82,6 @@ class PageStore:
             self.collectives = self.parts.collectives()
             self.rank_run: RankRun | None = None
             self.earlier = self._open_run(undo)
-            self.foreign = ForeignCommits(
-                [Path(path) for path in config.ssd.paths], SINGLE if self.rank_run is None else self.rank_run.shape
-            )
             # A run that goes on keeps the sizes it was begun with.
             self.page_bytes, self.slice_numel = self.earlier.sizes(
                 sizes.page_bytes, sizes.slice_numel, config.memory.page, checksums=config.ssd.checksums
@@ -119,13 +116,15 @@ class PageStore:
         forks.disown_in_children(self)
 
     def _open_run(self, undo: ExitStack) -> EarlierCommits:
-        """Lock the folders of the page files; returns the commits in them."""
+        """Lock the folders of the page files, and see what other commits the run has; returns those in them."""
         self.directories: list[RunDirectory] = []
+        paths = [Path(path) for path in self.config.ssd.paths]
         if self.collectives is None:
-            for path in self.config.ssd.paths:
-                directory = RunDirectory(Path(path))
+            for path in paths:
+                directory = RunDirectory(path)
                 undo.callback(directory.close)
                 self.directories.append(directory)
+            self.foreign = ForeignCommits(paths, SINGLE)
             return EarlierCommits(self.directories)
         try:
             self.rank_run, self.directories = open_rank_run(self.config, self.collectives, undo)
@@ -133,6 +132,7 @@ class PageStore:
             usable = [number for number in self.rank_run.numbers if number not in found.damaged]
             all_usable = check_parts(self.rank_run, usable)
             found.leave_out(set(usable) - set(all_usable), "another rank's part of it is damaged")
+            self.foreign = ForeignCommits(paths, self.rank_run.shape)
         except Exception as error:
             self.collectives.stop(f"{type(error).__name__}: {error}")
             raise
