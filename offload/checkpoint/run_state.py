@@ -70,6 +70,11 @@ class RunState:
         self.tracked[name] = thing
 
     def state(self) -> dict[str, Any]:
+        """For a manifest, see `offload.commits.commit_state.CommitState`.
+
+        Raises:
+            CommitError: something cannot be committed; says what, and where in it.
+        """
         try:
             tracked = {
                 name: encode(thing.state_dict(), f"the state of {name!r}") for name, thing in self.tracked.items()
@@ -105,6 +110,11 @@ class RunState:
         }
 
     def sidecar(self) -> bytes:
+        """A safetensors file with what `ordinary_tensors` has; empty where that is nothing.
+
+        Raises:
+            CommitError: one has a dtype that cannot be committed.
+        """
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in self.ordinary_tensors().items()}
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES.values():
@@ -131,6 +141,7 @@ class RunState:
         return {slot.name: [list(slot.shape), str(slot.dtype), slot.group] for slot in self.slots()}
 
     def slots(self) -> list[Slot]:
+        """All paged parameters, or slices of them, in the units' order."""
         return [slot for unit in self._store.index.units for slot in unit.slots]
 
     def set_counters(self, state: Mapping[str, Any]) -> None:
