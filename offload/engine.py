@@ -279,7 +279,8 @@ class Engine:
 
     @property
     def planned_step_s(self) -> float | None:
-        """Seconds of one step as planned, waits for all tiers included; None while there is no plan."""
+        """Seconds of one step as planned, waits for all tiers included; None while there is no plan. In lock-free mode
+        without waits for late updates, which `offload plan` simulates."""
         return planned_step_s(self._store)
 
     @property
