@@ -24,6 +24,7 @@ from offload.heap import without_tcache
 from offload.launch.interrupt import INTERRUPTED, only_exit_is_left, own_process
 from offload.launch.plan_command import plan
 from offload.launch.profile_run import profile_run
+from offload.launch.torchrun import of_rank, start_ranks
 from offload.launch.train import launch
 from offload.machine.bench_ssd import full_plan
 from offload.machine.bench_ssd_report import run_bench_ssd
@@ -37,6 +38,10 @@ from pagemem.units import parse_bytes
 
 
 def _launch(arguments: argparse.Namespace) -> int:
+    if arguments.ranks is not None:
+        config = _read_config(arguments)
+        words = [arguments.file, *(word for change in arguments.changes for word in ("--set", change))]
+        return start_ranks(arguments.ranks, config, words)
     return launch(_training_config(arguments))
 
 
@@ -167,7 +172,19 @@ def _mb_per_s(option: str, text: str) -> _Argument:
 
 
 _COMMANDS: Final[dict[str, _Command]] = {
-    "launch": _Command(_launch, "train the model of a configuration file", (_FILE, _SET)),
+    "launch": _Command(
+        _launch,
+        "train the model of a configuration file",
+        (
+            _FILE,
+            _SET,
+            _argument(
+                "--ranks", type=int, metavar="N",
+                help="train on N processes of this machine, started by torchrun, which share the model as [parallel] "
+                "says; over several machines start torchrun yourself: torchrun ... -m offload launch FILE",
+            ),
+        ),
+    ),
     "config": _Command(
         _config,
         "print a configuration file with every key at its default",
@@ -370,6 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         starting.end()
         if arguments.owns_process:
             own_process()
+        if of_rank() and arguments.call is not _launch:
+            raise ConfigError("only offload launch runs on ranks; start other commands without torchrun")
         code: int = arguments.call(arguments)
         if arguments.owns_process:
             only_exit_is_left()
@@ -379,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = "" if isinstance(error, (OffloadError, ConfigError)) else " (--debug shows where)"
         for line in (str(error) or type(error).__name__).splitlines():
-            print(f"offload: error: {line}{where}", file=sys.stderr)
+            print(f"offload: {of_rank()}error: {line}{where}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if arguments.owns_process:

@@ -27,7 +27,7 @@ from benchmarks.subjects import Pipe, updates_off
 from examples.byte_gpt import byte_gpt, python_source_text
 from offload.config import OptimizerConfig, TrainConfig
 from offload.launch.loop import learning_rate
-from offload.launch.summary import BITS_PER_NAT
+from offload.reporting.summary import BITS_PER_NAT
 from optim.lockfree.updater import LockFreeUpdater
 
 OPTIMIZER: Final = {"name": "adamw", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

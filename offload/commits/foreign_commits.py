@@ -31,7 +31,7 @@ class ForeignCommits:
         paths: the run's ``ssd.paths``. shape: the own one, `SINGLE` for a single process.
 
     Attributes:
-        names: the name of each, or None, by number. shapes: of which shape each is.
+        names, steps: the name of each, or None, and its step, by number. shapes: of which shape each is.
 
     Raises:
         CommitError: one cannot be read.
@@ -43,12 +43,15 @@ class ForeignCommits:
         self._single = CommitFolder(self._paths[0])
         self.names: dict[int, str | None] = {}
         self.shapes: dict[int, int] = {}
+        self.steps: dict[int, int] = {}
         for root in map(self._roots.read, self._roots.numbers()):
             if root.shape != shape:
                 self.names[root.number], self.shapes[root.number] = root.name, root.shape
+                self.steps[root.number] = root.step
         if shape != SINGLE:
             for number in self._single.numbers():
-                self.names[number], self.shapes[number] = read_commit(self._single, number).name, SINGLE
+                manifest = read_commit(self._single, number)
+                self.names[number], self.shapes[number], self.steps[number] = manifest.name, SINGLE, manifest.step
 
     def newest(self, name: str | None = None) -> int:
         """The greatest number, or that of those with this name; 0 where there is none."""

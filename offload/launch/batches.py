@@ -20,10 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.config import ConfigError, TrainConfig
+from offload.config import ConfigError, TrainConfig, TrainingConfig
 from offload.factories import calls_of, described
 
 Pair = tuple[Tensor, Tensor]
+
+
+def batch_numbers(config: TrainingConfig, step: int, rank: int = 0, n_ranks: int = 1) -> range:
+    """Numbers of the micro-batches of a rank in a step, counted from 0: those of a run are in one order, however many
+    ranks share them."""
+    own = config.update.accumulation
+    first = (step * n_ranks + rank) * own
+    return range(first, first + own)
 
 
 class Batches:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -15,11 +15,11 @@ from offload.callbacks import CommitBegun, Evaluation, RunStarted, StepMetrics
 from offload.config import TrainConfig, TrainingConfig
 from offload.engine import Engine
 from offload.factories import calls_of
-from offload.launch.batches import Batches, Pair, evaluated, loss_of, on_device
-from offload.launch.interrupt import Interrupt
-from offload.launch.reporter import Reporter
-from offload.launch.summary import RunSummary, process_peak_bytes
+from offload.launch.batches import Batches, Pair, batch_numbers, evaluated, loss_of, on_device
+from offload.launch.ranks import LaunchRanks, SharedInterrupt
 from offload.parameters.inner_tensors import n_elements
+from offload.reporting.reporter import Reporter
+from offload.reporting.summary import RunSummary, process_peak_bytes
 from pagemem.errors import CommitError
 
 #: The commit of the lowest validation loss, with ``commit.keep_best``.
@@ -41,11 +41,17 @@ def learning_rate(train: TrainConfig) -> Callable[[int], float]:
     return factor
 
 
-def one_step(engine: Engine, batches: Batches, reference: str, step: int, first: Pair | None = None) -> float:
-    """All micro-batches of one optimizer step, of which the first may be at hand; returns their mean loss in nats."""
-    losses, n = [], engine.config.update.accumulation
-    for micro in range(n):
-        x, y = first if first is not None and not micro else batches.batch(step * n + micro)
+def one_step(
+    engine: Engine, batches: Batches, reference: str, step: int, numbers: Sequence[int], first: Pair | None = None
+) -> float:
+    """All micro-batches of one optimizer step, of which the first may be at hand; returns their mean loss in nats.
+
+    Args:
+        numbers: of the micro-batches.
+    """
+    losses = []
+    for number in numbers:
+        x, y = first if first is not None and number == numbers[0] else batches.batch(number)
         with calls_of("model.factory", f"{reference}: forward(x, y) of step {step + 1}"):
             output = engine(on_device(x, engine.torch_device), on_device(y, engine.torch_device))
         loss = loss_of(output, reference, trains=True)
@@ -54,11 +60,11 @@ def one_step(engine: Engine, batches: Batches, reference: str, step: int, first:
             engine.backward(loss)
     engine.step()
     # Not before: reading one waits until a device has come that far, and it would have nothing to do meanwhile.
-    return sum(map(float, losses)) / n
+    return sum(map(float, losses)) / len(losses)
 
 
 def validation_loss(
-    engine: Engine, batches: Batches, reference: str, interrupt: Interrupt, tell: Callable[[int], None]
+    engine: Engine, batches: Batches, reference: str, interrupt: SharedInterrupt, tell: Callable[[int], None]
 ) -> float | None:
     """Mean validation loss in nats, or None when a signal came first; ``tell`` hears how many batches are done."""
     if interrupt.asked():
@@ -119,7 +125,6 @@ class TrainingLoop:
         record: of earlier launches; kept up to date.
         metrics: of the steps made by earlier launches.
         validate: returns the validation loss, see `validation_loss`.
-        closed: whether nobody reads the output any more.
 
     Attributes:
         metrics: of all steps that have any.
@@ -137,11 +142,11 @@ class TrainingLoop:
         config: TrainingConfig,
         batches: Batches,
         reporter: Reporter,
-        interrupt: Interrupt,
+        interrupt: SharedInterrupt,
         record: ValidationRecord,
         metrics: list[StepMetrics],
         validate: Callable[[], float | None],
-        closed: Callable[[], bool],
+        ranks: LaunchRanks,
     ) -> None:
         if engine.steps and any("initial_lr" not in group for group in engine.optimizer.param_groups):
             raise CommitError(
@@ -149,7 +154,7 @@ class TrainingLoop:
                 "continue it in a loop of your own"
             )
         self._engine, self._batches, self._reporter = engine, batches, reporter
-        self._interrupt, self._closed, self._record, self._validate = interrupt, closed, record, validate
+        self._interrupt, self._ranks, self._record, self._validate = interrupt, ranks, record, validate
         self._config, self._train, self._reference = config, config.train, config.model.factory
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             engine.optimizer, learning_rate(config.train), last_epoch=engine.steps - 1
@@ -179,16 +184,18 @@ class TrainingLoop:
                     if not self._first and self._record.before_nats is not None:
                         self._reporter.tell(Evaluation(0, self._record.before_nats, best=False))
                 for step in range(self._first, self._train.steps):
-                    if self._closed() or (self._interrupt.asked() and pair is None):
+                    if self._interrupt.closed() or (self._interrupt.asked() and pair is None):
                         break
                     self._step(step, pair)
                     pair = None
             except _Ended as error:
                 ended = error.__cause__
+                if self._ranks.n_ranks > 1 and ended is not None:
+                    raise ended from None  # other ranks are in a step, and cannot commit with this one
             self._commit_at_end(ended)
             self._train_s = time.perf_counter() - started_s
             self._stats = self._engine.stats().since(self._begun)
-            if self._train.evaluate_batches and not self._closed():
+            if self._train.evaluate_batches and not self._interrupt.closed():
                 self._validate_after()
 
     def _step(self, step: int, pair: Pair | None) -> None:
@@ -196,13 +203,14 @@ class TrainingLoop:
         engine, before, started_s = self._engine, self._last, time.perf_counter()
         lr = float(self._schedule.get_last_lr()[0])
         with _between_steps():
-            pair = pair or self._batches.batch(step * self._config.update.accumulation)
-        loss = one_step(engine, self._batches, self._reference, step, pair)
+            numbers = batch_numbers(self._config, step, self._ranks.rank, self._ranks.n_ranks)
+            pair = pair or self._batches.batch(numbers[0])
+        loss = self._ranks.mean(one_step(engine, self._batches, self._reference, step, numbers, pair))
         self._schedule.step()
         step_s = time.perf_counter() - started_s
         self._last = now = engine.stats()
         tiers = engine.memory_report().tiers
-        samples, tokens = self._train.batch * self._config.update.accumulation, self._batches.tokens_per_sample
+        samples, tokens = self._samples_each, self._batches.tokens_per_sample
         with _between_steps():
             self._evaluation = self._evaluated()
         self.metrics.append(
@@ -223,6 +231,11 @@ class TrainingLoop:
             )
         )
         self._report_and_commit()
+
+    @property
+    def _samples_each(self) -> int:
+        """Rows of a step, of all ranks."""
+        return self._train.batch * self._config.update.accumulation * self._ranks.n_ranks
 
     def _evaluated(self) -> Evaluation | None:
         """The evaluation after this step, if it is time for one and no signal comes."""
@@ -294,7 +307,7 @@ class TrainingLoop:
             steps=engine.steps,
             made=made,
             train_s=self._train_s,
-            samples=made * self._train.batch * self._config.update.accumulation,
+            samples=made * self._samples_each,
             tokens_per_sample=batches.tokens_per_sample,
             before_nats=self._record.before_nats,
             after_nats=self._after_nats,

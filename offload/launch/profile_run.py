@@ -20,7 +20,7 @@ from offload.config import Config, TrainingConfig
 from offload.console.tables import print_line, print_rows
 from offload.engine import Engine
 from offload.factories import data_factory, model_factory
-from offload.launch.batches import Batches
+from offload.launch.batches import Batches, batch_numbers
 from offload.launch.loop import learning_rate, one_step
 from offload.launch.setup import build, check_budget, with_mode
 from offload.profiling.profile import WRITTEN, Profile, check_profile_folder, check_steps
@@ -73,7 +73,7 @@ def _profile(
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, learning_rate(config.train))
 
     def step() -> None:
-        one_step(engine, batches, config.model.factory, engine.steps)
+        one_step(engine, batches, config.model.factory, engine.steps, batch_numbers(config, engine.steps))
         schedule.step()
         engine.save_if_due()
 

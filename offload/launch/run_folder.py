@@ -17,7 +17,7 @@ from typing import Final, Literal
 from pydantic import TypeAdapter
 
 from offload.config import Config
-from offload.launch.metrics_file import FORMATS
+from offload.reporting.metrics_file import FORMATS
 from pagemem.errors import RunDirectoryError, StorageError
 from pagemem.files.page_file import PAGE_FILE_NAME
 from pagemem.folders.folder_lock import LOCK_NAME, FolderLock

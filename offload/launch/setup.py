@@ -46,6 +46,15 @@ def with_mode(make_model: Callable[[], nn.Module], config: TrainingConfig, conso
     return chosen
 
 
+def exact_on_ranks(config: TrainingConfig, console: Console) -> TrainingConfig:
+    """The configuration with exact updates where "auto" is asked for: several ranks have no others yet."""
+    if config.update.mode != "auto":
+        return config
+    made = config.update.chosen("exact", "exact (auto: of several ranks)")
+    print_line(console, f"updates: {made.said}")
+    return config.model_copy(update={"update": made})
+
+
 def build(
     config: TrainingConfig, make_model: Callable[[], nn.Module], make_data: Callable[[], Any], stack: ExitStack
 ) -> tuple[nn.Module, Batches]:

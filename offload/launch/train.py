@@ -9,32 +9,36 @@ finished. A run folder that contains anything else is refused and left as it is.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from offload.callbacks import RunStarted
+from offload.callbacks import Callback, RunStarted, StepMetrics
 from offload.checkpoint.compatibility import Resumed
+from offload.commits.foreign_commits import OTHERS, ForeignCommits
 from offload.config import Config, TrainingConfig
-from offload.console.output import BROKEN_PIPE, Output, is_closed
+from offload.console.output import BROKEN_PIPE, is_closed
 from offload.console.tables import print_line, print_rows
 from offload.engine import Engine
 from offload.factories import data_factory, model_factory
-from offload.launch.batches import Batches
-from offload.launch.interrupt import Interrupt, noted
+from offload.launch.batches import Batches, batch_numbers
+from offload.launch.interrupt import noted
 from offload.launch.loop import TrainingLoop, ValidationRecord, validation_loss
-from offload.launch.loss_curve import save_loss_curve
-from offload.launch.metrics_file import FORMATS, MetricsFile, kept_metrics
-from offload.launch.progress import Progress
-from offload.launch.reporter import Reporter, made_callback
+from offload.launch.ranks import LaunchRanks, SharedInterrupt, ranks_line
 from offload.launch.run_folder import CURVE, DATA, RunFolder, check_free, removed_unless_begun
-from offload.launch.setup import build, check_budget, with_mode
-from offload.launch.summary import summary_rows
+from offload.launch.setup import build, check_budget, exact_on_ranks, with_mode
 from offload.machine.calibration import calibrated, is_off
 from offload.parameters.inner_tensors import n_elements
+from offload.reporting.loss_curve import save_loss_curve
+from offload.reporting.metrics_file import FORMATS, MetricsFile, kept_metrics
+from offload.reporting.progress import Progress
+from offload.reporting.reporter import Reporter, made_callback
+from offload.reporting.summary import summary_rows
 from pagemem.durable.commit_folder import CommitFolder
+from pagemem.durable.root_folder import RootFolder
 from pagemem.errors import CommitError, RunDirectoryError
 
 
@@ -44,22 +48,22 @@ def _resumes(config: Config) -> bool:
     Raises:
         RunDirectoryError: it does, and the configuration forbids that.
     """
-    folder = CommitFolder(Path(config.ssd.paths[0]))
-    if folder.numbers() and config.commit.resume == "never":
+    path = Path(config.ssd.paths[0])
+    found = bool(CommitFolder(path).numbers() or RootFolder(path).numbers())
+    if found and config.commit.resume == "never":
         raise RunDirectoryError(
-            f'{folder.path} holds commits and commit.resume is "never"; name another folder in ssd.paths, or set it to '
-            '"auto"'
+            f'{path} holds commits and commit.resume is "never"; name another folder in ssd.paths, or set it to "auto"'
         )
-    return bool(folder.numbers())
+    return found
 
 
 def _finished_step(config: TrainingConfig, folder: RunFolder) -> int | None:
     """The step of the newest commit where nothing is left to do: all steps are made, and validated. Also None where
     the commit cannot be read, which resuming will report."""
     pages = Path(config.ssd.paths[0])
-    commits = CommitFolder(pages)
     try:
-        step = commits.read(commits.numbers()[-1]).step
+        commits = ForeignCommits([pages], OTHERS)
+        step = commits.steps[commits.newest()]
     except CommitError:
         return None
     stopped = step == config.train.steps and config.train.evaluate_batches and folder.lacks_validation(pages, step)
@@ -87,33 +91,63 @@ def launch(config: Config, console: Console | None = None) -> int:
             Everything is closed.
     """
     config = config.for_training("launch", "output")
+    ranks = LaunchRanks()
+    with ranks.failing_together():
+        return _launch(config, ranks, console or ranks.console())
+
+
+def _launch(config: TrainingConfig, ranks: LaunchRanks, console: Console) -> int:
     assert config.output is not None
-    console = console or Output(outlives_reader=True)
     run = Path(config.output.run)
     make_model, make_data = model_factory(config.model), data_factory(config.data, run / DATA, config.seed)
-    resumes = _resumes(config)
+    resumes = ranks.first_then_others(partial(_resumes, config))
     with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(run))
-        stack.enter_context(removed_unless_begun(folder, config.ssd.paths))
-        check_free(config.ssd.paths)
-        if resumes and (step := _finished_step(config, folder)) is not None:
-            text = f"finished: the newest commit is of step {step}, train.steps is {config.train.steps}; raise it to "
-            print_line(console, text + "train on")
+        folder = None
+        if ranks.is_first:
+            folder = stack.enter_context(RunFolder(run))
+            stack.enter_context(removed_unless_begun(folder, config.ssd.paths))
+            check_free(config.ssd.paths)
+        finished = _finished_step(config, folder) if resumes and folder is not None else None
+        if ranks.any(finished is not None):
+            text = f"finished: the newest commit is of step {finished}, train.steps is {config.train.steps}; raise it "
+            print_line(console, text + "to train on")
             return 0
-        config = with_mode(make_model, config, console)
+        config = with_mode(make_model, config, console) if ranks.n_ranks == 1 else exact_on_ranks(config, console)
         check_budget(make_model, config, console)
         if not is_off():
-            machine = calibrated(config.ssd.paths)
+            machine = ranks.first_then_others(partial(calibrated, config.ssd.paths))
             machine.apply()
             print_line(console, f"this machine: {machine.line}")
-        folder.claim()
-        model, batches = build(config, make_model, make_data, stack)
+        if folder is not None:
+            folder.claim()
+        model, batches = build(config, make_model, partial(ranks.first_then_others, make_data), stack)
+        if ranks.n_ranks > 1:
+            torch.manual_seed(config.seed + ranks.rank)  # what is drawn from here on differs from rank to rank
+            print_line(console, ranks_line(config, ranks))
         with Engine(model, config) as engine, noted(commits=config.commit.at_end) as interrupt:
             record = ValidationRecord()
             engine.track("launch", record)
             resumed = _resume(engine, console) if resumes else None
-            _train(engine, config, batches, folder, console, interrupt, record, resumed is not None)
+            launch = Launch(engine, config, batches, ranks, folder, console, SharedInterrupt(interrupt, ranks, console))
+            _train(launch, record, resumed is not None)
         return interrupt.exit_code or (BROKEN_PIPE if is_closed(console) else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What one launch is made of.
+
+    Attributes:
+        folder: of ``output.run``; None on ranks that leave nothing there.
+    """
+
+    engine: Engine
+    config: TrainingConfig
+    batches: Batches
+    ranks: LaunchRanks
+    folder: RunFolder | None
+    console: Console
+    interrupt: SharedInterrupt
 
 
 def _resume(engine: Engine, console: Console) -> Resumed | None:
@@ -133,17 +167,10 @@ def _resume(engine: Engine, console: Console) -> Resumed | None:
     return resumed
 
 
-def _train(
-    engine: Engine,
-    config: TrainingConfig,
-    batches: Batches,
-    folder: RunFolder,
-    console: Console,
-    interrupt: Interrupt,
-    record: ValidationRecord,
-    resumed: bool,
-) -> None:
+def _train(launch: Launch, record: ValidationRecord, resumed: bool) -> None:
     """All steps from here on, and what closes the run."""
+    engine, config, batches, console = launch.engine, launch.config, launch.batches, launch.console
+    interrupt, ranks = launch.interrupt, launch.ranks
     assert config.output is not None
     first = engine.steps
     n_parameters = n_elements(engine.model)
@@ -152,42 +179,46 @@ def _train(
     validate = partial(validation_loss, engine, batches, config.model.factory, interrupt, progress.validating)
     if config.train.evaluate_batches and not first:
         record.before_nats = validate()
-    if interrupt.asked() or is_closed(console):  # Nothing has begun: what lies in the folder stays as it is.
+    if interrupt.asked() or interrupt.closed():  # Nothing has begun: what lies in the folder stays as it is.
         if interrupt.asked():
             print_line(console, _kept(config, "interrupted", first, first))
         return
-    others = [(reference, made_callback(reference)) for reference in config.output.callbacks]
-    pair = batches.batch(first * config.update.accumulation) if first < config.train.steps else None
-    set_aside = folder.begin(config, engine.run_id, resumes=resumed)
-    kept = kept_metrics(folder.path, first, config.output.log)
-    for note in (set_aside, kept.note):
-        if note is not None:
-            print_line(console, note)
-    files = [MetricsFile(folder.path, FORMATS[name], kept.metrics) for name in config.output.log]
-    reporter = Reporter([*(("", callback) for callback in (*files, progress)), *others])
-    loop = TrainingLoop(
-        engine, config, batches, reporter, interrupt, record, kept.metrics, validate, lambda: is_closed(console)
-    )
+    numbers = batch_numbers(config, first, ranks.rank, ranks.n_ranks)
+    pair = batches.batch(numbers[0]) if first < config.train.steps else None
+    metrics, callbacks = _begun(launch, progress, resumed) if ranks.is_first else ([], [])
+    loop = TrainingLoop(engine, config, batches, Reporter(callbacks), interrupt, record, metrics, validate, ranks)
     try:
-        loop.run(RunStarted(config, folder.path, first, n_parameters, batches.unit, engine.model), pair)
+        loop.run(RunStarted(config, Path(config.output.run), first, n_parameters, batches.unit, engine.model), pair)
     except Exception:
         if loop.ended:
             print_line(console, _kept(config, "ended by an error", engine.steps, loop.committed))
         raise
-    _close_books(config, engine, folder, console, interrupt, loop)
+    _close_books(launch, loop)
 
 
-def _close_books(
-    config: TrainingConfig,
-    engine: Engine,
-    folder: RunFolder,
-    console: Console,
-    interrupt: Interrupt,
-    loop: TrainingLoop,
-) -> None:
+def _begun(launch: Launch, progress: Progress, resumed: bool) -> tuple[list[StepMetrics], list[tuple[str, Callback]]]:
+    """Begin in the run's folder; returns the metrics of the steps made, and whom to tell of those to come."""
+    folder, engine, config = launch.folder, launch.engine, launch.config
+    assert folder is not None and config.output is not None
+    others = [(reference, made_callback(reference)) for reference in config.output.callbacks]
+    set_aside = folder.begin(config, engine.run_id, resumes=resumed)
+    kept = kept_metrics(folder.path, engine.steps, config.output.log)
+    for note in (set_aside, kept.note):
+        if note is not None:
+            print_line(launch.console, note)
+    files = [MetricsFile(folder.path, FORMATS[name], kept.metrics) for name in config.output.log]
+    return kept.metrics, [*(("", callback) for callback in (*files, progress)), *others]
+
+
+def _close_books(launch: Launch, loop: TrainingLoop) -> None:
     """Summary, picture, and what is kept of a run that a signal has ended."""
+    engine, config, console, folder = launch.engine, launch.config, launch.console, launch.folder
     summary = loop.summary()
-    print_rows("Run", summary_rows(summary), console)
+    peaks = launch.ranks.all(float(summary.process_peak_bytes))
+    asked = launch.interrupt.asked()
+    if folder is None:
+        return
+    print_rows("Run", summary_rows(summary, [int(peak) for peak in peaks]), console)
     model = config.model.factory.rpartition(":")[2]
     title = f"{'/'.join(folder.path.parts[-2:])}: {model}, {summary.n_parameters / 1e6:.1f}M parameters"
     save_loss_curve(folder.path / CURVE, loop.metrics, summary, title)
@@ -195,7 +226,7 @@ def _close_books(
     if validated:
         folder.note_validation(engine.steps)
     print_line(console, f"metrics, configuration and loss curve are in {folder.path}")
-    if interrupt.asked():
+    if asked:
         print_line(console, _kept(config, "interrupted", engine.steps, loop.committed, validated=validated))
 
 

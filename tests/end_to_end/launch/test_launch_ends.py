@@ -22,9 +22,9 @@ from offload.callbacks import StepMetrics
 from offload.config import ConfigError
 from offload.config_loading import load_config
 from offload.console.output import Output, OutputClosed
-from offload.launch.metrics_file import FORMATS, MetricsFile
 from offload.launch.run_folder import RunFolder
 from offload.launch.train import launch
+from offload.reporting.metrics_file import FORMATS, MetricsFile
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import DiskFullError, OffloadError, RunDirectoryError, StorageError
 from pagemem.folders.run_directory import RunDirectory

@@ -20,8 +20,8 @@ from rich.console import Console
 from offload.callbacks import RunStarted
 from offload.cli import main
 from offload.config_loading import load_config
-from offload.launch.metrics_file import MetricsFile
 from offload.launch.train import launch
+from offload.reporting.metrics_file import MetricsFile
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.errors import CommitError, RunDirectoryError
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from offload.callbacks import Callback, RunStarted
 from offload.config_loading import load_config
-from offload.launch.reporter import Reporter
+from offload.reporting.reporter import Reporter
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def test_the_surface() -> None:
         "-h/--help": None,
         "--version": None,
         "--debug": None,
-        "launch": dict.fromkeys(("-h/--help", "FILE", "--set", "--debug")),
+        "launch": dict.fromkeys(("-h/--help", "FILE", "--set", "--ranks", "--debug")),
         "config": dict.fromkeys(("-h/--help", "--debug")),
         "profile": dict.fromkeys(("-h/--help", "--debug", "FILE", "--plain", "--set", "--steps", "--to")),
         "plan": dict.fromkeys(

@@ -51,7 +51,7 @@ def test_losses_are_read_when_the_device_has_all_of_the_step_to_do(
 
     batches: Any = SimpleNamespace(batch=lambda number: (torch.ones(2, 3), torch.ones(2, 3)))
     engine: Any = Engine()
-    loss = one_step(engine, batches, "a model", 0)
+    loss = one_step(engine, batches, "a model", 0, range(accumulation))
     assert log == ["forward", "backward"] * accumulation + ["step"] + ["read"] * accumulation
     assert loss == (0.1 if accumulation == 1 else (0.1 + 0.2 + 0.4) / 3), "added up in order"
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from offload.callbacks import StepMetrics
-from offload.launch.metrics_file import FORMATS, kept_metrics
+from offload.reporting.metrics_file import FORMATS, kept_metrics
 
 
 def line(step: int, /, **changed: Any) -> bytes:

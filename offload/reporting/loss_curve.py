@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from offload.callbacks import StepMetrics
-from offload.launch.summary import RunSummary
+from offload.reporting.summary import RunSummary
 from pagemem.folders.own_file import replace_file
 
 #: Part of the steps on either side over which the training loss is averaged.

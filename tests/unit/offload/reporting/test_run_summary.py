@@ -15,11 +15,11 @@ from rich.console import Console
 from offload.callbacks import Evaluation, StepMetrics
 from offload.config import TrainConfig
 from offload.console.tables import print_rows
-from offload.launch.loss_curve import save_loss_curve, smoothed
-from offload.launch.metrics_file import FORMATS, MetricsFile
-from offload.launch.progress import Progress
-from offload.launch.summary import RunSummary, summary_rows
 from offload.profiling.stats import MemoryReport, Stats, TierUse
+from offload.reporting.loss_curve import save_loss_curve, smoothed
+from offload.reporting.metrics_file import FORMATS, MetricsFile
+from offload.reporting.progress import Progress
+from offload.reporting.summary import RunSummary, summary_rows
 
 MIB = 1 << 20
 STATS = Stats(
@@ -230,7 +230,7 @@ def test_a_long_validation_shows_how_far_it_is(tmp_path: Path, monkeypatch: pyte
     progress.validating(0)
     progress.validating(1)
     assert out.getvalue() == "", "a short one has the line of its result alone"
-    monkeypatch.setattr("offload.launch.progress._VALIDATING_EVERY_S", 0.0)
+    monkeypatch.setattr("offload.reporting.progress._VALIDATING_EVERY_S", 0.0)
     progress.validating(2)
     assert out.getvalue() == "validating, 2 of 3 batches\n"
     target, out = console(terminal=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,8 +84,12 @@ def _steps(run: RunSummary) -> str:
     return f"{run.steps} {how}" if run.made == run.steps else f"{run.steps}, {run.made} of them in this launch {how}"
 
 
-def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
-    """The table as (what, value) pairs."""
+def summary_rows(run: RunSummary, peaks_bytes: Sequence[int] = ()) -> list[tuple[str, str]]:
+    """The table as (what, value) pairs; with several ranks it is the first one's.
+
+    Args:
+        peaks_bytes: the peak of each rank's process.
+    """
     stats = run.stats
     rows = [
         ("parameters", f"{run.n_parameters:,}"),
@@ -123,5 +128,7 @@ def summary_rows(run: RunSummary) -> list[tuple[str, str]]:
             rows.append(
                 (f"SSD bytes {what} a step", f"{format_bytes(a_step)} ({a_step / run.n_parameters:.1f} a parameter)")
             )
-    rows.append(("process peak (VmHWM), activations and interpreter included", format_bytes(run.process_peak_bytes)))
+    peaks = ", ".join(map(format_bytes, peaks_bytes or [run.process_peak_bytes]))
+    each = f" of ranks 0 to {len(peaks_bytes) - 1}" if len(peaks_bytes) > 1 else ""
+    rows.append((f"process peak{each} (VmHWM), activations and interpreter included", peaks))
     return rows

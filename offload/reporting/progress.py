@@ -12,7 +12,7 @@ from offload.callbacks import Callback, Evaluation, RunEnded, RunStarted, StepMe
 from offload.config import TrainConfig
 from offload.console.live_bar import LiveBar
 from offload.console.tables import print_line
-from offload.launch.summary import in_measure, measure_of
+from offload.reporting.summary import in_measure, measure_of
 from pagemem.units import format_bytes
 
 #: Seconds between two plain lines of an evaluation.

@@ -1,0 +1,59 @@
+"""Starts the ranks of `offload launch FILE --ranks N`, by torchrun on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import torch.distributed.run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from offload.config import Config, ConfigError
+from offload.parallel.shareable import check_shareable, shards_of
+
+
+def start_ranks(n_ranks: int, config: Config, words: Sequence[str]) -> int:
+    """Be torchrun, which runs `offload launch` on each rank and ends them all when one fails.
+
+    Args:
+        words: of the command line after ``launch``.
+
+    Returns:
+        The exit code: 0, 1 where a rank failed, which has said why, 130 or 143 after a signal.
+
+    Raises:
+        ConfigError: there can be no such ranks, or not with this configuration; nothing was started.
+    """
+    if not 1 <= n_ranks <= 1024:
+        raise ConfigError(f"--ranks is {n_ranks}; give a number from 1 to 1024")
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError("--ranks starts torchrun, and this process is one that torchrun has started; leave it out")
+    if n_ranks > 1:
+        check_shareable(config)
+        shards_of(config.parallel, n_ranks)
+    n_threads = max(1, len(os.sched_getaffinity(0)) // n_ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
+    # What ranks print says more than the agent's log of processes that it ends.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    standalone = ["--standalone", f"--nproc-per-node={n_ranks}", "-m", "offload", "launch"]
+    try:
+        torchrun.run(torchrun.parse_args([*standalone, *words]))  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            said = f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}"
+            print(f"offload: {said}; the same command resumes from the last commit", file=sys.stderr)
+        return failure.exitcode if failure.exitcode in (130, 143) else 1
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def of_rank() -> str:
+    """Which rank a line is of, to begin it with; empty where there is one."""
+    rank = os.environ.get("RANK")
+    return f"rank {rank}: " if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1" else ""
