@@ -259,20 +259,31 @@ class Pipe:
         Raises:
             SystemExit: the process has ended.
         """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(line + "\n")
-        stdin.flush()
-        answer = stdout.readline()
+        self.say(line)
+        return self.answer()
+
+    def say(self, line: str) -> None:
+        """Send a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """Wait for the next answer. Raises as `ask`."""
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
         if not answer:
             raise SystemExit("a measured process ended early; its error is above")
         return json.loads(answer)
 
+    def wait(self) -> None:
+        """Wait for the process's end."""
+        self._process.wait()
+
     def end(self) -> dict[str, Any]:
         """Stop the process; returns its summary."""
         summary: dict[str, Any] = self.ask("stop")
-        self._process.wait()
+        self.wait()
         return summary
 
 
