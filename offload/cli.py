@@ -248,6 +248,11 @@ _COMMANDS: Final[dict[str, _Command]] = {
                 "--h2d", "bandwidth from RAM to the device; default: what the engine assumes of an unknown one"
             ),
             _argument(
+                "--ranks", type=int, default=1, metavar="N",
+                help="ranks that share the model as [parallel] says; memory, disk and time are of each (default: 1)",
+            ),
+            _mb_per_s("--link", "bandwidth at which a rank sends to others; default: what the engine assumes"),
+            _argument(
                 "--machine-ram", type=_size, metavar="SIZE",
                 help="RAM that the process can have, e.g. 64GiB; default: what is free here",
             ),

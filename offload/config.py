@@ -202,6 +202,12 @@ class UpdateConfig(_Section):
     backward passes over time."""
     _why: str = PrivateAttr(default="")
 
+    @model_validator(mode="after")
+    def _check(self) -> UpdateConfig:
+        if self.norm == "blocks" and self.mode != "exact":
+            raise ValueError(f'norm is "blocks", which only mode "exact" has; mode is "{self.mode}"')
+        return self
+
     @property
     def lock_free(self) -> bool:
         """Whether updates are lock-free; with "auto" they are exact until another mode is chosen."""

@@ -14,7 +14,9 @@ from offload.config import Config, ConfigError
 from offload.forecast.kernels import Kernels, RatedKernels, TimedKernels
 from offload.machine.calibration import Calibration
 from offload.machine.facts import copy_gb_per_s
+from offload.parallel.shareable import sent_share
 from pagemem.knobs import ASSUMED_BYTES_PER_S, ASSUMED_UPLOAD_BYTES_PER_S
+from scheduler.knobs import ASSUMED_COMM_BYTES_PER_S
 
 _MATRIX: Final = 768
 
@@ -30,6 +32,8 @@ class Rates:
         device_ram: as ``ram``, of kernels on the device; optimizer's updates are made in RAM. None: as ``ram``.
         ssd_limit: bytes of the page files, read and written together (``ssd.limit_mb_per_s``); None: no limit.
         move_s_per_byte: of a processor, that a byte moved takes from compute. None: as where the benchmarks were made.
+        link: bytes that a rank sends to others. n_ranks: that share the model. sent_share: see
+            `offload.parallel.shareable.sent_share`.
         source: where rates that were not given come from, for people; "": they are built in.
     """
 
@@ -42,6 +46,14 @@ class Rates:
     ssd_limit: float | None = None
     move_s_per_byte: float | None = None
     source: str = ""
+    link: float = ASSUMED_COMM_BYTES_PER_S
+    n_ranks: int = 1
+    sent_share: float = 1.0
+
+    @property
+    def comm(self) -> float:
+        """Bytes of whole units that are gathered or summed in a second."""
+        return self.link / self.sent_share
 
     @property
     def ssd_beside(self) -> tuple[float, float]:
@@ -63,6 +75,8 @@ def rates_of(
     h2d: float | None = None,
     device_ram: float | None = None,
     here: Calibration | None = None,
+    link: float | None = None,
+    n_ranks: int = 1,
 ) -> Rates:
     """The rates given, and for others: compute as measured now (if only one of both is given; else its kernels are
     timed later), the disk as ``ssd.limit_mb_per_s`` says, as it is ``here``, or as the engine assumes, copies to the
@@ -79,6 +93,7 @@ def rates_of(
         "--ssd-write": ssd_write,
         "--h2d": h2d,
         "--device-ram-speed": device_ram,
+        "--link": link,
     }
     for name, value in given.items():
         if value is not None and not 0 < value < float("inf"):
@@ -94,12 +109,14 @@ def rates_of(
     write = ssd_write or shared or of_this[1] or ASSUMED_BYTES_PER_S
     move_s, source = (None, "") if here is None else (here.move_s_per_byte, here.line)
     up = h2d or ASSUMED_UPLOAD_BYTES_PER_S
+    share = sent_share(config.parallel, n_ranks) if n_ranks > 1 else 1.0
+    others = shared, move_s, source, link or ASSUMED_COMM_BYTES_PER_S, n_ranks, share
     if flops is None and ram is None:
-        return Rates(None, None, read, write, up, None, shared, move_s, source)
+        return Rates(None, None, read, write, up, None, *others)
     with threads_of(config):
         return Rates(
-            flops or _measured_flops(), ram or measured_ram_speed(), read, write, up, device_ram, shared, move_s, source
-        )
+            flops or _measured_flops(), ram or measured_ram_speed(), read, write, up, device_ram, *others
+        )  # fmt: skip
 
 
 def _measured_flops() -> float:

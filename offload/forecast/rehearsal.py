@@ -24,6 +24,8 @@ from offload.engine import Engine
 from offload.forecast.kernels import CostMode
 from offload.forecast.meta_tier import AttentionOfCpu, MetaArena, MetaDevice, NoFiles, NoSources, RowsOfOneSequence
 from offload.forecast.rates import Rates
+from offload.parallel.shareable import check_shareable, shards_of
+from offload.parallel.silent_ranks import SilentRanks
 from offload.parameters.optimizer_template import OptimizerLike
 from offload.profiling.live_storages import Holder, LiveStorages
 from offload.store.deferred_init import built_into
@@ -138,8 +140,12 @@ class _Parts(StoreParts):
         self.channels: list[_SilentChannel] = []
 
     def collectives(self) -> Collectives | None:
-        """None: it is not one of the ranks that train."""
-        return None
+        """Silent ones, where several ranks are to be planned."""
+        n_ranks = self.rates.n_ranks
+        if n_ranks == 1:
+            return None
+        check_shareable(self.config)
+        return SilentRanks(n_ranks, shards_of(self.config.parallel, n_ranks))
 
     def accelerator(self) -> Accelerator:
         """None that copies anything."""
@@ -297,4 +303,6 @@ def rehearsed(
             with built_into(lambda: PageStore(elsewhere, parts)):
                 model = make_model()
             with Engine(model, elsewhere, optimizer) as engine:
+                if parts.made.planner.ranks is not None:
+                    parts.made.planner.ranks.link_bytes_per_s = rates.comm
                 yield Rehearsal(engine, parts, outside)

@@ -92,6 +92,14 @@ def step_rows(found: Forecast) -> list[tuple[str, str]]:
         )
     if H2D in times.busy:
         rows.append(("bytes copied to the device a step", format_bytes(times.h2d_bytes)))
+    if found.rates.n_ranks > 1:
+        part = times.comm_bytes * found.rates.sent_share
+        rows.append(
+            (
+                f"of {found.rates.n_ranks} ranks, each sends a step",
+                f"{format_bytes(part)}, at {found.rates.link / 1e6:,.0f} MB/s; all else above is of each rank",
+            )
+        )
     return rows
 
 

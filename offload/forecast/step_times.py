@@ -25,7 +25,8 @@ class StepTimes:
         step_s: predicted. compute_s: of it, without any wait.
         busy: share of the step that each lane is busy. waits_s: of a step, by the lane that was waited for.
         steady: whether the moves repeat from step to step.
-        read_bytes, written_bytes: of the page files, per step; h2d_bytes: copied to the device.
+        read_bytes, written_bytes: of the page files, per step; h2d_bytes: copied to the device; comm_bytes: of whole
+            units that ranks gather and sum.
     """
 
     step_s: float
@@ -36,6 +37,7 @@ class StepTimes:
     read_bytes: float
     written_bytes: float
     h2d_bytes: float
+    comm_bytes: float = 0.0
 
     @classmethod
     def of(cls, engine: Rehearsal) -> StepTimes:
@@ -54,6 +56,7 @@ class StepTimes:
             simulated.read_bytes,
             simulated.written_bytes,
             simulated.lane_bytes.get(Lane.H2D, 0.0),
+            simulated.lane_bytes.get(Lane.COMM, 0.0),
         )
 
     @property

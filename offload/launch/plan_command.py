@@ -64,13 +64,16 @@ def _rates(config: Config, arguments: argparse.Namespace) -> Rates:
         "ssd_write": arguments.ssd_write,
         "h2d": arguments.h2d,
         "device_ram": arguments.device_ram_speed,
+        "link": arguments.link,
     }
     bytes_per_s = {name: None if value is None else value * 1e6 for name, value in mb_per_s.items()}
     machine = None
     if arguments.flops is None or arguments.ram_speed is None:  # else it is a forecast for another machine
         machine = calibrated(config.ssd.paths)
         machine.apply()
-    return rates_of(config, flops=arguments.flops, **bytes_per_s, here=machine)
+    if not 1 <= arguments.ranks <= 1 << 20:
+        raise ConfigError(f"--ranks is {arguments.ranks}; give a number from 1 on")
+    return rates_of(config, flops=arguments.flops, **bytes_per_s, here=machine, n_ranks=arguments.ranks)
 
 
 def _room(config: Config, arguments: argparse.Namespace) -> Available | None:

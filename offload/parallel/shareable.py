@@ -37,3 +37,13 @@ def shards_of(parallel: ParallelConfig, n_ranks: int) -> int:
             "their product must be the number of ranks"
         )
     return shard
+
+
+def sent_share(parallel: ParallelConfig, n_ranks: int) -> float:
+    """Of the bytes of a unit, those that a rank sends when it is gathered, filled or summed, up to the rounding of
+    ranges; of units with another degree than most, which are not looked at, it is another share."""
+    n_shards = shards_of(parallel, n_ranks)
+    if parallel.degree == "none" or n_shards == 1:
+        return 2 * (n_ranks - 1) / n_ranks
+    # Sums also go on to the next group, once for each gather and sum.
+    return (n_shards - 1) / n_shards + (0.5 / n_shards if n_shards < n_ranks else 0.0)

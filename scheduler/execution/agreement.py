@@ -21,17 +21,21 @@ class RankAgreement:
 
     Attributes:
         bytes_per_s: of lanes, as rank 0 had them when the ranks agreed last.
+        link_bytes_per_s: of the comm lane, where that is known beforehand.
     """
 
     def __init__(self, lane: CommLane) -> None:
         self.lane = lane
         self.bytes_per_s: dict[Lane, float] = {}
+        self.link_bytes_per_s: float | None = None
         self._digested: Plan | None = None
         self._digest = 0
 
     @property
     def comm_bytes_per_s(self) -> float | None:
-        """Of the comm lane so far; None: it has not moved anything."""
+        """Of the comm lane, as known or so far; None: it has not moved anything."""
+        if self.link_bytes_per_s is not None:
+            return self.link_bytes_per_s
         return self.lane.moved_bytes / self.lane.busy_s if self.lane.busy_s else None
 
     def end_step(

@@ -48,3 +48,25 @@ def prepared() -> None:
         optimizer.zero_grad()
     give(digest(model))
     optimizer.engine.close()
+
+
+def goes_on() -> None:
+    """Go on from the last commit to so many steps of four micro-batches each, with a commit after each step; gives a
+    digest. ``argv``: the folder, the degree, the number of steps."""
+    folder, degree, n_steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    world = World.current()
+    rank, n_ranks = (0, 1) if world is None else (world.rank, world.n_ranks)
+    own = 4 // n_ranks
+    config = {
+        "memory": {"ram": "1MiB"}, "ssd": {"paths": [folder]}, "update": {"accumulation": own},
+        "parallel": {"degree": degree},
+    }  # fmt: skip
+    with offload.Engine(tied_model(), config, ADAMW) as engine:
+        found = engine.resume()
+        for step in steps_of(n_steps, 4)[0 if found is None else found.step :]:
+            for batch in step[rank * own : (rank + 1) * own]:
+                engine.backward(loss_of(engine.model, batch))
+            assert engine.step()
+            engine.save(wait=engine.steps % 2 == 0)
+            print(f"step {engine.steps}", flush=True)
+        give(digest(engine.model))

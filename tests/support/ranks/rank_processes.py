@@ -46,6 +46,7 @@ class RankProcesses:
 
     def _start(self, rank: int) -> subprocess.Popen[str]:
         ranks = {"RANK": rank, "WORLD_SIZE": self.n_ranks, "LOCAL_RANK": rank, "MASTER_PORT": self.store.port}
+        ranks = ranks if self.n_ranks > 1 else {}
         environment = {
             **os.environ, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS), **self.environment,

@@ -82,6 +82,8 @@ def test_the_surface() -> None:
                 "--ram-speed",
                 "--device-ram-speed",
                 "--h2d",
+                "--ranks",
+                "--link",
                 "--machine-ram",
                 "--machine-disk",
                 "--machine-device",
