@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -95,9 +95,7 @@ def rates_of(
         "--device-ram-speed": device_ram,
         "--link": link,
     }
-    for name, value in given.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{name} is {value:g}; it must be a number above 0")
+    _check_above_0(given)
     if device_ram is not None and (flops is None or ram is None):
         raise ConfigError(
             "--device-ram-speed tells of another machine's device: give its --flops, and --ram-speed of its RAM, too"
@@ -117,6 +115,12 @@ def rates_of(
         return Rates(
             flops or _measured_flops(), ram or measured_ram_speed(), read, write, up, device_ram, *others
         )  # fmt: skip
+
+
+def _check_above_0(given: Mapping[str, float | None]) -> None:
+    for name, value in given.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name} is {value:g}; it must be a number above 0")
 
 
 def _measured_flops() -> float:
