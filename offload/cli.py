@@ -24,6 +24,7 @@ from offload.heap import without_tcache
 from offload.launch.interrupt import INTERRUPTED, only_exit_is_left, own_process
 from offload.launch.plan_command import plan
 from offload.launch.profile_run import profile_run
+from offload.launch.ranks import SaidByAnotherRankError
 from offload.launch.torchrun import of_rank, start_ranks
 from offload.launch.train import launch
 from offload.machine.bench_ssd import full_plan
@@ -398,6 +399,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.owns_process:
             only_exit_is_left()
         return code
+    except SaidByAnotherRankError:
+        if arguments.debug:
+            raise
+        return 1
     except (OffloadError, ValueError, OSError, MemoryError) as error:
         if arguments.debug:
             raise

@@ -51,6 +51,7 @@ class Interrupt:
     def __init__(self, *, commits: bool) -> None:
         self._commits = commits
         self._number: int | None = None
+        self._answered = False
 
     def asked(self) -> bool:
         """Whether a signal has come."""
@@ -67,7 +68,18 @@ class Interrupt:
             _raise(number, frame)
             return
         self._number, _heard_s = number, time.monotonic()
+        # Of several ranks one answers a terminal; torchrun sends SIGTERM also where another rank has failed, which is
+        # known only when all are asked.
+        if os.environ.get("WORLD_SIZE", "1") == "1" or (number == signal.SIGINT and os.environ["LOCAL_RANK"] == "0"):
+            self.answer()
+
+    def answer(self) -> None:
+        """Say once how the run ends."""
+        if self._answered:
+            return
+        self._answered = True
         commits = "committing" if self._commits else "without a commit (commit.at_end is false)"
+        number = self._number or signal.SIGTERM  # None: only another rank has it
         again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         _answer(
             f"stopping after this step or validation batch, {commits}; {again} again, more than {BURST_S:.0f} s later, "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Final, TypeVar
 
+import torch
 from rich.console import Console
 
 from offload.config import TrainingConfig
@@ -17,6 +20,13 @@ from pagemem.errors import RankError
 from pagemem.ranks.collectives import Collectives
 
 T = TypeVar("T")
+#: Set to 1 for ranks whose OMP_NUM_THREADS is the user's, also where it is 1.
+THREADS_GIVEN: Final = "OFFLOAD_RANK_THREADS_GIVEN"
+_PROCESSORS: Final = "the processors divided by the ranks of this machine"
+
+
+class SaidByAnotherRankError(RankError):
+    """What ends this rank is an error that another one prints."""
 
 
 class LaunchRanks:
@@ -83,12 +93,33 @@ class LaunchRanks:
         """An error of the block ends all ranks, with it for the cause."""
         try:
             yield
-        except RankError:
-            raise  # all know
-        except BaseException as error:
-            if self._world is not None:
-                self._world.fail(error)
+        except SaidByAnotherRankError:
             raise
+        except BaseException as error:
+            if self._world is None:
+                raise
+            why = str(error) if isinstance(error, RankError) else self._world.fail(error)  # of the first all know
+            if is_said_elsewhere(error, why):
+                raise SaidByAnotherRankError(why) from error
+            raise
+
+
+def is_said_elsewhere(error: BaseException, why: str) -> bool:
+    """Whether another rank of this machine prints what this one fails with.
+
+    Args:
+        why: the first cause why the ranks stop.
+    """
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    first = rank - local_rank
+    named = re.match(r"rank (\d+) \(", why)
+    cause = -1 if named is None else int(named[1])
+    if cause == rank or not isinstance(error, Exception):
+        return False
+    raised = re.match(r"rank \d+ \([^)]*\) raised ", why) is not None
+    if raised and first <= cause < first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return isinstance(error, RankError) or why.endswith(f": {(str(error).splitlines() or [''])[0]}")
+    return isinstance(error, RankError) and rank != (first + 1 if cause == first else first)
 
 
 def ranks_line(config: TrainingConfig, ranks: LaunchRanks) -> str:
@@ -97,7 +128,28 @@ def ranks_line(config: TrainingConfig, ranks: LaunchRanks) -> str:
     shards = shards_of(parallel, n)
     mesh = f"{n} ranks" if shards == n else f"{n} ranks, {n // shards} groups of {shards}"
     rows = config.train.batch * config.update.accumulation
-    return f'{mesh}, degree "{parallel.degree}"; a step has {rows * n} rows, {rows} of each rank'
+    n_threads = torch.get_num_threads()
+    threads = f"{n_threads} thread{'s' * (n_threads > 1)} each, by {_threads_source(config)}"
+    return f'{mesh}, degree "{parallel.degree}"; a step has {rows * n} rows, {rows} of each rank; {threads}'
+
+
+def set_rank_threads(config: TrainingConfig) -> None:
+    """Have this rank compute on its part of the machine's processors, where nothing else is said: torchrun sets
+    OMP_NUM_THREADS to 1 where it is not set."""
+    if _threads_source(config) == _PROCESSORS:
+        torch.set_num_threads(threads_of_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def threads_of_each(n_local: int) -> int:
+    """Threads of each of ``n_local`` ranks of this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // n_local)
+
+
+def _threads_source(config: TrainingConfig) -> str:
+    if config.train.threads is not None:
+        return "train.threads"
+    by_user = os.environ.get(THREADS_GIVEN) == "1" or os.environ.get("OMP_NUM_THREADS", "1") != "1"
+    return "OMP_NUM_THREADS" if by_user else _PROCESSORS
 
 
 class SharedInterrupt:
@@ -110,7 +162,15 @@ class SharedInterrupt:
 
     def asked(self) -> bool:
         """Whether a signal has come."""
-        return self._ranks.any(self._own.asked())
+        asked = self._ranks.any(self._own.asked())
+        if asked and self._ranks.is_first:
+            self._own.answer()
+        return asked
+
+    @property
+    def exit_code(self) -> int:
+        """As `Interrupt.exit_code`, the same on all ranks."""
+        return int(max(self._ranks.all(self._own.exit_code)))
 
     def closed(self) -> bool:
         """Whether nobody reads the output any more."""

@@ -7,13 +7,18 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 import torch.distributed.run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from offload.config import Config, ConfigError
+from offload.launch.ranks import THREADS_GIVEN, threads_of_each
 from offload.parallel.shareable import check_shareable, shards_of
+
+#: Seconds that ranks have to end their step and commit after a signal. Chosen: a step may take hours.
+ENDING_S: Final = 24 * 3600
 
 
 def start_ranks(n_ranks: int, config: Config, words: Sequence[str]) -> int:
@@ -35,10 +40,13 @@ def start_ranks(n_ranks: int, config: Config, words: Sequence[str]) -> int:
     if n_ranks > 1:
         check_shareable(config)
         shards_of(config.parallel, n_ranks)
-    n_threads = max(1, len(os.sched_getaffinity(0)) // n_ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
+    os.environ[THREADS_GIVEN] = str(int("OMP_NUM_THREADS" in os.environ))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_each(n_ranks)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ENDING_S))
     # What ranks print says more than the agent's log of processes that it ends.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     standalone = ["--standalone", f"--nproc-per-node={n_ranks}", "-m", "offload", "launch"]
     try:
         torchrun.run(torchrun.parse_args([*standalone, *words]))  # type: ignore[no-untyped-call]

@@ -27,7 +27,7 @@ from offload.factories import data_factory, model_factory
 from offload.launch.batches import Batches, batch_numbers
 from offload.launch.interrupt import noted
 from offload.launch.loop import TrainingLoop, ValidationRecord, validation_loss
-from offload.launch.ranks import LaunchRanks, SharedInterrupt, ranks_line
+from offload.launch.ranks import LaunchRanks, SharedInterrupt, ranks_line, set_rank_threads
 from offload.launch.run_folder import CURVE, DATA, RunFolder, check_free, removed_unless_begun
 from offload.launch.setup import build, check_budget, exact_on_ranks, with_mode
 from offload.machine.calibration import calibrated, is_off
@@ -122,15 +122,17 @@ def _launch(config: TrainingConfig, ranks: LaunchRanks, console: Console) -> int
             folder.claim()
         model, batches = build(config, make_model, partial(ranks.first_then_others, make_data), stack)
         if ranks.n_ranks > 1:
+            set_rank_threads(config)
             torch.manual_seed(config.seed + ranks.rank)  # what is drawn from here on differs from rank to rank
             print_line(console, ranks_line(config, ranks))
-        with Engine(model, config) as engine, noted(commits=config.commit.at_end) as interrupt:
+        with Engine(model, config) as engine, ranks.failing_together(), noted(commits=config.commit.at_end) as own:
             record = ValidationRecord()
             engine.track("launch", record)
             resumed = _resume(engine, console) if resumes else None
-            launch = Launch(engine, config, batches, ranks, folder, console, SharedInterrupt(interrupt, ranks, console))
-            _train(launch, record, resumed is not None)
-        return interrupt.exit_code or (BROKEN_PIPE if is_closed(console) else 0)
+            interrupt = SharedInterrupt(own, ranks, console)
+            _train(Launch(engine, config, batches, ranks, folder, console, interrupt), record, resumed is not None)
+            exit_code = interrupt.exit_code
+        return exit_code or (BROKEN_PIPE if is_closed(console) else 0)
 
 
 @dataclass(frozen=True, slots=True)

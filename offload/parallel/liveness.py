@@ -73,9 +73,18 @@ class Liveness:
             time.sleep(0.05)
             self._look_for_cause()
         if self._stop.why is None:
-            self._stop.set(self._publish(f"{self._name(rank)} has died, or its connection: {how}"))
+            self._stop.set(self.publish(f"{self._name(rank)} has died, or its connection: {how}"))
         assert self._stop.why is not None
         return self._stop.why
+
+    def publish(self, why: str) -> str:
+        """Have all ranks know a cause; returns that which came first.
+
+        Raises:
+            RuntimeError: the store does not answer.
+        """
+        with self._lock:
+            return self._store.compare_set(f"{self._prefix}/stop/0", "", why).decode()
 
     def end(self) -> None:
         """This process needs no other rank any more: wait until none needs it either, or the ranks stop."""
@@ -109,11 +118,6 @@ class Liveness:
     def _name(self, rank: int) -> str:
         return self._get("who", rank) or f"rank {rank}"
 
-    def _publish(self, why: str) -> str:
-        """Have all ranks know a cause; returns that which came first."""
-        with self._lock:
-            return self._store.compare_set(f"{self._prefix}/stop/0", "", why).decode()
-
     def _look_for_cause(self) -> None:
         why = self._get("stop", 0)
         if why:
@@ -134,7 +138,7 @@ class Liveness:
                     self._look_at(rank)
                 self._wake.wait(BEAT_S)
             if self._stop.why is not None:
-                self._publish(self._stop.why)
+                self.publish(self._stop.why)
         except Exception as error:  # whatever it is: without the store nobody knows of anybody
             self._stop.set(f"{self.who} has lost the store that connects the ranks: {error!r}")
 

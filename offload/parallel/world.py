@@ -96,10 +96,15 @@ class World:
         lane, agreement, beside = self._channel(), self._channel(), self._channel()
         return RankCollectives(lane, agreement, beside, self.stop, self._liveness.who, n_shards)
 
-    def fail(self, error: BaseException) -> None:
-        """This process fails with an error: have all ranks stop."""
+    def fail(self, error: BaseException) -> str:
+        """This process fails with an error: have all ranks stop; returns the first cause that any rank has had."""
         said = (str(error).splitlines() or [""])[0]
         self.stop.set(f"{self._liveness.who} raised {type(error).__name__}: {said}")
+        assert self.stop.why is not None
+        try:
+            return self._liveness.publish(self.stop.why)
+        except RuntimeError:  # The store has gone, with whoever started the ranks; nobody can be told.
+            return self.stop.why
 
     def _channel(self) -> Channel:
         self._n_made += 1

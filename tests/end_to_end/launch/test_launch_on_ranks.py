@@ -37,12 +37,36 @@ run = "{folder}/log"
 """
 
 
+FAILING = """
+import os
+from examples.byte_gpt import python_source_text
+
+class Text:
+    def __init__(self, whole):
+        self.whole = whole
+
+    def batch(self, number, rows, seq):
+        if os.environ["RANK"] == "1" and number >= 3:
+            raise ValueError("no more text")
+        return self.whole.batch(number, rows, seq)
+
+    def validation_batches(self, count, rows, seq):
+        return self.whole.validation_batches(count, rows, seq)
+
+def text(folder, seed):
+    return Text(python_source_text(folder, seed))
+"""
+
+
 def start(folder: Path, *words: str, steps: int = 4) -> subprocess.Popen[str]:
-    """Begin a launch in a process group of its own."""
+    """Begin a launch in a process group of its own, which finds modules in ``folder``."""
     folder.mkdir(exist_ok=True)
     file = folder / "run.toml"
     file.write_text(CONFIG.format(folder=folder, steps=steps))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OFFLOAD_CALIBRATION": "off"}
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1",
+        "OFFLOAD_CALIBRATION": "off",
+    }  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "offload", "launch", str(file), *words], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -85,12 +109,21 @@ def await_steps(folder: Path, n_steps: int, timeout_s: float = 60) -> None:
 def test_losses_are_those_of_one_process_that_accumulates(tmp_path: Path) -> None:
     code, output, errors = ended(start(tmp_path / "two", "--ranks", "2"))
     assert code == 0, errors
-    assert '2 ranks, degree "all"; a step has 4 rows, 2 of each rank' in output
+    assert '2 ranks, degree "all"; a step has 4 rows, 2 of each rank; 1 thread each, by OMP_NUM_THREADS' in output
     assert "process peak of ranks 0 to 1" in output
     assert ended(start(tmp_path / "one", "--set", "update.accumulation=2"))[0] == 0
     assert losses(tmp_path / "two") == losses(tmp_path / "one") and len(losses(tmp_path / "two")) == 4
     code, output, errors = ended(start(tmp_path / "two", steps=6))  # one process goes on from two
     assert code == 0 and "resumes after step 4" in output, errors
+
+
+def test_the_error_of_a_rank_ends_the_job_and_is_printed_once_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    code, output, errors = ended(start(tmp_path, "--ranks", "2", "--set", "data.factory=failing:text"))
+    assert code == 1 and "step 1/4" in output
+    said = "offload: rank 1: error: data.factory: failing:text: batch 3 fails: ValueError: no more text"
+    assert [line for line in errors.splitlines() if line.startswith(said)] == errors.splitlines()[-1:]
+    assert errors.count("error") == 1
 
 
 @pytest.mark.parametrize(
@@ -140,6 +173,7 @@ def test_a_signal_ends_all_ranks_after_the_step_with_a_commit(number: signal.Sig
     code, output, errors = ended(process)
     assert code == 128 + number, errors
     assert f"interrupted after step {len(losses(tmp_path))}, which is committed" in output
+    assert errors.count("stopping after this step") == 1
 
 
 @pytest.mark.long
