@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from benchmarks import common
 from benchmarks.common import GPT, SIZES, batch, fused_adamw, plain_step
+from benchmarks.ranks.slow_link import SlowLink
 from benchmarks.subjects import Pipe
 
 ENGINE, FSDP2, FSDP2_KEPT, ALONE = "engine", "fsdp2", "fsdp2, not resharded", "engine, one rank"
@@ -39,9 +41,10 @@ class EngineRank:
         self._engine: Any = self.optimizer.engine  # type: ignore[attr-defined]
 
     def counters(self) -> dict[str, float]:
-        """The engine's counters, and bytes of collectives."""
-        comm = self._engine.debug.store.comm
-        moved = {} if comm is None else {"comm_bytes": comm.moved_bytes, "comm_s": comm.busy_s}
+        """The engine's counters, bytes sent to other ranks, seconds of collectives."""
+        store = self._engine.debug.store
+        comm, sent = store.comm, getattr(store.collectives, "sent_bytes", 0)
+        moved = {} if comm is None else {"comm_s": comm.busy_s, "sent_bytes": sent}
         return {**dataclasses.asdict(self._engine.stats()), **moved}
 
     def close(self) -> None:
@@ -100,18 +103,27 @@ class RankGroup:
 
     Args:
         options: of this module's command line.
+        link: between two ranks, each at one end; None: the machine's own loopback.
     """
 
-    def __init__(self, kind: str, n_ranks: int, options: Sequence[object]) -> None:
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    def __init__(self, kind: str, n_ranks: int, options: Sequence[object], link: SlowLink | None = None) -> None:
+        # Ranks at the ends of a link do not reach this process: there rank 0 has the store.
+        self._store = None if link else TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         command = [sys.executable, "-m", "benchmarks.ranks.subjects", kind, *map(str, options)]
-        ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "WORLD_SIZE": str(n_ranks)}
-        shared = {**os.environ, **ranks, "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        alone = dict(os.environ)
-        self._pipes = [
-            Pipe(command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if n_ranks > 1 else alone)
-            for rank in range(n_ranks)
-        ]
+        shared = {**os.environ, "WORLD_SIZE": str(n_ranks)}
+        if link is not None:
+            shared |= {**link.environment, "MASTER_PORT": str(_free_port())}
+        elif self._store is not None:
+            port = str(self._store.port)
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        self._pipes = []
+        for rank in range(n_ranks):
+            if n_ranks == 1:
+                self._pipes.append(Pipe(command, dict(os.environ)))
+            else:
+                prefix = [] if link is None else link.within(rank)
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self._pipes.append(Pipe([*prefix, *command], {**shared, **own}))
 
     def step(self) -> dict[str, Any]:
         """Have all make a step; returns what the slowest took, the sums of what they moved, and their mean loss."""
@@ -132,6 +144,11 @@ class RankGroup:
         for pipe in self._pipes:
             pipe.wait()
         return {"peak_rss_bytes": max(peaks_bytes)}
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def main() -> None:

@@ -72,6 +72,11 @@ class RankCollectives:
         """See the protocol."""
         return self._shard_rank
 
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent on the comm lane so far, votes included."""
+        return self._lane.sent_bytes
+
     def exchange(self, words: tuple[int, ...]) -> Sequence[Sequence[int]]:
         """See the protocol."""
         return [other.tolist() for other in self._lane.exchange(torch.tensor(words, dtype=torch.int64))]

@@ -10,6 +10,7 @@ from rank_processes import give
 from tied_model import ADAMW, loss_of, steps_of, tied_model
 
 import offload
+from offload.parallel.rank_collectives import RankCollectives
 from offload.parallel.world import World
 
 
@@ -70,3 +71,38 @@ def goes_on() -> None:
             engine.save(wait=engine.steps % 2 == 0)
             print(f"step {engine.steps}", flush=True)
         give(digest(engine.model))
+
+
+def counts() -> None:
+    """Train as ``argv`` says, see `trains`; gives bytes sent in all of four steps, votes and parameters of the model in
+    bytes, the bytes of parameters and states that this rank keeps, and a page for each unit."""
+    folder, ram, degree, shard = sys.argv[1:5]
+    world = World.current()
+    assert world is not None
+    config = {
+        "memory": {"ram": ram}, "ssd": {"paths": [folder]}, "parallel": {"degree": degree, "shard": int(shard)},
+    }  # fmt: skip
+    with offload.Engine(tied_model(), config, ADAMW) as engine:
+        store, marks = engine.debug.store, []
+        assert store.comm is not None
+        assert isinstance(store.collectives, RankCollectives)
+        for number, step in enumerate(steps_of(12, world.n_ranks)):
+            engine.backward(loss_of(engine.model, step[world.rank]))
+            assert engine.step()
+            if number in (7, 11):
+                store.comm.drain()
+                marks.append((store.collectives.sent_bytes, store.comm._n_made))
+        (sent, n_made), (sent_later, n_made_later) = marks
+        vote_bytes = 5 * 8 * (world.n_ranks - 1) * (n_made_later - n_made)
+        units = engine.debug.units
+        kept = [unit.parameters for unit in units]
+        kept += [part.states for unit in units for part in unit.slices if part.states is not None]
+        give(
+            {
+                "sent": sent_later - sent - vote_bytes,
+                "votes": vote_bytes,
+                "model": sum(unit.numel for unit in units) * 4,
+                "kept": sum(tensor.n_bytes for tensor in kept),
+                "page_a_unit": store.page_bytes * len(units),
+            }
+        )
