@@ -164,7 +164,7 @@ class TrainingLoop:
         self.ended = False
         self._evaluation: Evaluation | None = None
         self._last = self._begun = self._stats = engine.stats()
-        self._train_s = 0.0
+        self._train_s = self._rank_wait_s = 0.0
         self._after_nats: float | None = None
 
     def run(self, started: RunStarted, pair: Pair | None) -> None:
@@ -178,7 +178,7 @@ class TrainingLoop:
         """
         ended: BaseException | None = None
         with self._reporter.running(started):
-            started_s = time.perf_counter()
+            started_s, waited_s = time.perf_counter(), self._ranks.wait_s
             try:
                 with _between_steps():
                     if not self._first and self._record.before_nats is not None:
@@ -194,6 +194,7 @@ class TrainingLoop:
                     raise ended from None  # other ranks are in a step, and cannot commit with this one
             self._commit_at_end(ended)
             self._train_s = time.perf_counter() - started_s
+            self._rank_wait_s = self._ranks.wait_s - waited_s
             self._stats = self._engine.stats().since(self._begun)
             if self._train.evaluate_batches and not self._interrupt.closed():
                 self._validate_after()
@@ -314,6 +315,7 @@ class TrainingLoop:
             unit=batches.unit,
             unigram_bits=batches.unigram_entropy_bits(),
             stats=self._stats,
+            rank_wait_s=self._rank_wait_s,
             memory=engine.memory_report(),
             planned_step_s=engine.planned_step_s,
             process_peak_bytes=process_peak_bytes(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
@@ -32,6 +33,9 @@ class SaidByAnotherRankError(RankError):
 class LaunchRanks:
     """Of one process. Training thread only; methods that agree are called on all ranks in the same order.
 
+    Attributes:
+        wait_s: seconds that those methods have waited for other ranks.
+
     Raises:
         RankError: the environment names ranks, but not how to reach them.
     """
@@ -39,6 +43,7 @@ class LaunchRanks:
     def __init__(self) -> None:
         self._world = World.current()
         self._collectives: Collectives | None = None
+        self.wait_s = 0.0
         if self._world is not None:
             self._collectives = self._world.collectives(self._world.n_ranks)
 
@@ -86,7 +91,10 @@ class LaunchRanks:
 
     def _agree(self, values: list[float]) -> list[list[float]]:
         assert self._collectives is not None
-        return [list(said) for said in self._collectives.agree(values)]
+        began_s = time.perf_counter()
+        found = [list(said) for said in self._collectives.agree(values)]
+        self.wait_s += time.perf_counter() - began_s
+        return found
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:

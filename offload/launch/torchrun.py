@@ -7,6 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 from typing import Final
 
 import torch.distributed.run as torchrun
@@ -14,11 +17,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from offload.config import Config, ConfigError
+from offload.launch.interrupt import SIGNALS
 from offload.launch.ranks import THREADS_GIVEN, threads_of_each
 from offload.parallel.shareable import check_shareable, shards_of
 
-#: Seconds that ranks have to end their step and commit after a signal. Chosen: a step may take hours.
-ENDING_S: Final = 24 * 3600
+#: Those that torchrun may act on itself: it kills ranks 30 s later, and their step may take longer.
+_AGENTS_SIGNALS: Final = "SIGHUP,SIGQUIT"
 
 
 def start_ranks(n_ranks: int, config: Config, words: Sequence[str]) -> int:
@@ -42,12 +46,13 @@ def start_ranks(n_ranks: int, config: Config, words: Sequence[str]) -> int:
         shards_of(config.parallel, n_ranks)
     os.environ[THREADS_GIVEN] = str(int("OMP_NUM_THREADS" in os.environ))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_each(n_ranks)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ENDING_S))
     # What ranks print says more than the agent's log of processes that it ends.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    standalone = ["--standalone", f"--nproc-per-node={n_ranks}", "-m", "offload", "launch"]
+    standalone = ["--standalone", f"--signals-to-handle={_AGENTS_SIGNALS}", f"--nproc-per-node={n_ranks}"]
+    standalone += ["-m", "offload", "launch"]
+    before = {number: signal.signal(number, _forward) for number in SIGNALS}
     try:
         torchrun.run(torchrun.parse_args([*standalone, *words]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
@@ -58,7 +63,25 @@ def start_ranks(n_ranks: int, config: Config, words: Sequence[str]) -> int:
         return failure.exitcode if failure.exitcode in (130, 143) else 1
     except SignalException as error:
         return 128 + error.sigval
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _forward(number: int, frame: FrameType | None) -> None:
+    """Pass a signal on to the ranks, which end by it; torchrun notices. Before there are any, it ends this process."""
+    ranks: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            ranks += map(int, (task / "children").read_text().split())
+    if not ranks:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+    for pid in ranks:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
 
 
 def of_rank() -> str:

@@ -36,7 +36,7 @@ from offload.reporting.loss_curve import save_loss_curve
 from offload.reporting.metrics_file import FORMATS, MetricsFile, kept_metrics
 from offload.reporting.progress import Progress
 from offload.reporting.reporter import Reporter, made_callback
-from offload.reporting.summary import summary_rows
+from offload.reporting.summary import RankUse, summary_rows
 from pagemem.durable.commit_folder import CommitFolder
 from pagemem.durable.root_folder import RootFolder
 from pagemem.errors import CommitError, RunDirectoryError
@@ -216,11 +216,15 @@ def _close_books(launch: Launch, loop: TrainingLoop) -> None:
     """Summary, picture, and what is kept of a run that a signal has ended."""
     engine, config, console, folder = launch.engine, launch.config, launch.console, launch.folder
     summary = loop.summary()
-    peaks = launch.ranks.all(float(summary.process_peak_bytes))
+    peaks, page_waits, rank_waits = (
+        launch.ranks.all(float(value))
+        for value in (summary.process_peak_bytes, summary.stats.wait_s, summary.rank_wait_s)
+    )
+    uses = [RankUse(int(peak), *waits) for peak, *waits in zip(peaks, page_waits, rank_waits, strict=True)]
     asked = launch.interrupt.asked()
     if folder is None:
         return
-    print_rows("Run", summary_rows(summary, [int(peak) for peak in peaks]), console)
+    print_rows("Run", summary_rows(summary, uses), console)
     model = config.model.factory.rpartition(":")[2]
     title = f"{'/'.join(folder.path.parts[-2:])}: {model}, {summary.n_parameters / 1e6:.1f}M parameters"
     save_loss_curve(folder.path / CURVE, loop.metrics, summary, title)

@@ -29,7 +29,8 @@ class RunSummary:
 
     Attributes:
         steps: made by now, also in earlier launches of the run.
-        made: steps of this launch, of which ``train_s``, ``samples`` and ``stats`` are.
+        made: steps of this launch, of which ``train_s``, ``samples``, ``stats`` and ``rank_wait_s`` are.
+        rank_wait_s: seconds that this rank has waited for others between gathers and sums, which `stats` have.
         tokens_per_sample, unit: as the data say, see `offload.launch.batches`.
     """
 
@@ -48,6 +49,7 @@ class RunSummary:
     planned_step_s: float | None
     process_peak_bytes: int
     page_files_bytes: int
+    rank_wait_s: float = 0.0
 
     @property
     def measure(self) -> str:
@@ -84,11 +86,25 @@ def _steps(run: RunSummary) -> str:
     return f"{run.steps} {how}" if run.made == run.steps else f"{run.steps}, {run.made} of them in this launch {how}"
 
 
-def summary_rows(run: RunSummary, peaks_bytes: Sequence[int] = ()) -> list[tuple[str, str]]:
+@dataclass(frozen=True, slots=True)
+class RankUse:
+    """What one of several ranks has had and waited for.
+
+    Attributes:
+        peak_bytes: of its process. page_wait_s, rank_wait_s: seconds that its training thread waited in ops, for pages
+            or for what other ranks send, and between them.
+    """
+
+    peak_bytes: int
+    page_wait_s: float
+    rank_wait_s: float
+
+
+def summary_rows(run: RunSummary, uses: Sequence[RankUse] = ()) -> list[tuple[str, str]]:
     """The table as (what, value) pairs; with several ranks it is the first one's.
 
     Args:
-        peaks_bytes: the peak of each rank's process.
+        uses: of each rank, in order.
     """
     stats = run.stats
     rows = [
@@ -100,8 +116,7 @@ def summary_rows(run: RunSummary, peaks_bytes: Sequence[int] = ()) -> list[tuple
     if run.unigram_bits is not None:
         unigram = run.shown(run.unigram_bits / BITS_PER_NAT)
         rows.append((f"unigram entropy of the validation text, {run.measure}", f"{unigram:.3f}"))
-    waiting = f"{stats.wait_s / run.train_s:.1%} of the time" if run.train_s else "-"
-    rows += [run.speed, ("waiting for pages", waiting)]
+    rows += [run.speed, *_wait_rows(run, uses)]
     if stats.dropped_steps or stats.dropped_gradients:
         rows.append(
             ("dropped, not finite", f"{stats.dropped_steps} steps, {stats.dropped_gradients} gradients of units")
@@ -128,7 +143,22 @@ def summary_rows(run: RunSummary, peaks_bytes: Sequence[int] = ()) -> list[tuple
             rows.append(
                 (f"SSD bytes {what} a step", f"{format_bytes(a_step)} ({a_step / run.n_parameters:.1f} a parameter)")
             )
-    peaks = ", ".join(map(format_bytes, peaks_bytes or [run.process_peak_bytes]))
-    each = f" of ranks 0 to {len(peaks_bytes) - 1}" if len(peaks_bytes) > 1 else ""
-    rows.append((f"process peak{each} (VmHWM), activations and interpreter included", peaks))
+    peaks = ", ".join(format_bytes(use.peak_bytes) for use in uses) or format_bytes(run.process_peak_bytes)
+    rows.append((f"process peak{_of_ranks(uses)} (VmHWM), activations and interpreter included", peaks))
     return rows
+
+
+def _wait_rows(run: RunSummary, uses: Sequence[RankUse]) -> list[tuple[str, str]]:
+    def shares(waits_s: Sequence[float]) -> str:
+        return ", ".join(f"{wait_s / run.train_s:.1%}" for wait_s in waits_s) + " of the time" if run.train_s else "-"
+
+    if len(uses) < 2:
+        return [("waiting for pages", shares([run.stats.wait_s]))]
+    return [
+        (f"waiting for pages and sums{_of_ranks(uses)}", shares([use.page_wait_s for use in uses])),
+        (f"waiting for other ranks between steps{_of_ranks(uses)}", shares([use.rank_wait_s for use in uses])),
+    ]
+
+
+def _of_ranks(uses: Sequence[RankUse]) -> str:
+    return f" of ranks 0 to {len(uses) - 1}" if len(uses) > 1 else ""

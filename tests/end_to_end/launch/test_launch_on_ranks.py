@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+
+from offload.checkpoint.export import export_run
 
 ROOT = Path(__file__).parents[3]
 CONFIG = """
@@ -92,6 +95,17 @@ def losses(folder: Path) -> list[float]:
     return [step["loss"] for step in metrics(folder)]
 
 
+def weights(folder: Path) -> dict[str, bytes]:
+    """Of the newest commit, bit by bit."""
+    export_run(
+        folder / "pages", folder / "export", paths=[], commit=None, dtype="keep", max_shard_bytes=2**30,
+        console=Console(quiet=True),
+    )  # fmt: skip
+    found = {path.name: path.read_bytes() for path in (folder / "export").glob("*.safetensors")}
+    assert found
+    return found
+
+
 def rank_processes(process: subprocess.Popen[str]) -> list[int]:
     """The ranks, in order."""
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -111,8 +125,10 @@ def test_losses_are_those_of_one_process_that_accumulates(tmp_path: Path) -> Non
     assert code == 0, errors
     assert '2 ranks, degree "all"; a step has 4 rows, 2 of each rank; 1 thread each, by OMP_NUM_THREADS' in output
     assert "process peak of ranks 0 to 1" in output
+    assert "waiting for other ranks between steps of ranks 0 to 1" in output
     assert ended(start(tmp_path / "one", "--set", "update.accumulation=2"))[0] == 0
     assert losses(tmp_path / "two") == losses(tmp_path / "one") and len(losses(tmp_path / "two")) == 4
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
     code, output, errors = ended(start(tmp_path / "two", steps=6))  # one process goes on from two
     assert code == 0 and "resumes after step 4" in output, errors
 
@@ -174,6 +190,16 @@ def test_a_signal_ends_all_ranks_after_the_step_with_a_commit(number: signal.Sig
     assert code == 128 + number, errors
     assert f"interrupted after step {len(losses(tmp_path))}, which is committed" in output
     assert errors.count("stopping after this step") == 1
+
+
+@pytest.mark.long
+def test_a_signal_ends_a_job_of_which_a_rank_hangs(tmp_path: Path) -> None:
+    process = start(tmp_path, "--ranks", "2", steps=100_000)
+    await_steps(tmp_path, 5)
+    os.kill(rank_processes(process)[1], signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    code, _, errors = ended(process)
+    assert code == 1 and "has been silent for 15 s" in errors, errors
 
 
 @pytest.mark.long

@@ -19,7 +19,7 @@ from offload.profiling.stats import MemoryReport, Stats, TierUse
 from offload.reporting.loss_curve import save_loss_curve, smoothed
 from offload.reporting.metrics_file import FORMATS, MetricsFile
 from offload.reporting.progress import Progress
-from offload.reporting.summary import RunSummary, summary_rows
+from offload.reporting.summary import RankUse, RunSummary, summary_rows
 
 MIB = 1 << 20
 STATS = Stats(
@@ -109,6 +109,15 @@ def test_counters_of_this_launch_are_of_its_own_steps() -> None:
     assert rows == {what: value for what, value in fresh.items() if what != "steps"}
     nothing = dict(summary_rows(dataclasses.replace(RUN, steps=60, made=0, samples=0, train_s=0.0)))
     assert "SSD bytes read a step" not in nothing and "step, mean against planned" not in nothing
+
+
+def test_several_ranks_have_their_peaks_and_waits_side_by_side() -> None:
+    uses = [RankUse(2**20, 0.1 * RUN.train_s, 0.0), RankUse(2**21, 0.2 * RUN.train_s, 0.05 * RUN.train_s)]
+    rows = dict(summary_rows(RUN, uses))
+    assert rows["waiting for pages and sums of ranks 0 to 1"] == "10.0%, 20.0% of the time"
+    assert rows["waiting for other ranks between steps of ranks 0 to 1"] == "0.0%, 5.0% of the time"
+    peaks = "process peak of ranks 0 to 1 (VmHWM), activations and interpreter included"
+    assert rows[peaks] == "1.0 MiB, 2.0 MiB" and "waiting for pages" not in rows
 
 
 def test_page_files_say_what_commits_add() -> None:
