@@ -70,7 +70,9 @@ class Interrupt:
         self._number, _heard_s = number, time.monotonic()
         # Of several ranks one answers a terminal; torchrun sends SIGTERM also where another rank has failed, which is
         # known only when all are asked.
-        if os.environ.get("WORLD_SIZE", "1") == "1" or (number == signal.SIGINT and os.environ["LOCAL_RANK"] == "0"):
+        if os.environ.get("WORLD_SIZE", "1") == "1" or (
+            number == signal.SIGINT and os.environ.get("LOCAL_RANK", "0") == "0"
+        ):
             self.answer()
 
     def answer(self) -> None:
