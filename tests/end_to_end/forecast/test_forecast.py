@@ -297,6 +297,9 @@ def test_json_is_one_object_of_what_the_forecast_finds(tmp_path: Path, capsys: p
         "ssd_limit": None,
         "move_s_per_byte": None,
         "source": "",
+        "link": 1e9,
+        "n_ranks": 1,
+        "sent_share": 1.0,
     }
     assert said["step"]["ssd_pages"] == found.step.ssd_pages and said["step"]["host_bytes"] == found.step.host_bytes
     assert said["read_bytes_per_parameter"] == pytest.approx(said["read_bytes"] / said["parameters"])
